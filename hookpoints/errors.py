@@ -66,7 +66,8 @@ def require(fits: bool, error: type[Exception], what: str) -> None:
 def require_whole(what: str, wrong: Mapping[str, Collection[str]], fix: str) -> None:
     """Raise UnsupportedModelError where a checkpoint has faults. ``wrong`` gives the names of the tensors by fault."""
     faults = [f"{fault} {len(each)} tensor(s): {', '.join(sorted(each)[:3])}" for fault, each in wrong.items() if each]
-    require(not faults, UnsupportedModelError, f"{what}: it {'; it '.join(faults)}. {fix}")
+    if faults:
+        raise UnsupportedModelError(f"{what}: it {'; it '.join(faults)}. {fix}")
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:

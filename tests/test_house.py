@@ -24,7 +24,7 @@ CEILINGS = {
     "scripts + benchmarks": 26_700,
 }
 """Expression nodes of folders. A smoke alarm and no target: a commit that needs more says what a reader gains."""
-OFFENDERS = {"statement": 95, "joined": 157, "function": 22}
+OFFENDERS = {"statement": 86, "joined": 134, "function": 21}
 """How many places of each kind the three packages have. A ratchet: only ever fewer."""
 STATEMENT = 30
 """Nodes of one statement; where it is a display or a call with keywords, of its largest entry."""

@@ -13,7 +13,7 @@ from types import ModuleType
 
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from hookpoints.errors import UnsupportedModelError, require
+from hookpoints.errors import UnsupportedModelError
 
 INSTALL = 'pip install "sae-lens-writesae[fla]"'
 MODEL_TYPES = frozenset(
@@ -30,27 +30,22 @@ def import_fla() -> ModuleType:
     Raises:
         UnsupportedModelError: fla or triton is not installed (names the extra), or fla without its models.
     """
-    require(
-        importlib.util.find_spec("fla") is not None,
-        UnsupportedModelError,
-        f"this is a model of flash-linear-attention, which is not installed: {INSTALL}",
-    )
-    require(
-        "fla.models" in sys.modules or importlib.util.find_spec("triton") is not None,
-        UnsupportedModelError,
-        "flash-linear-attention computes with Triton, which is not installed: pip install triton, and run on a "
-        "GPU. Without it run RWKV-7 checkpoints of its format, and the model types of transformers",
-    )
+    if importlib.util.find_spec("fla") is None:
+        raise UnsupportedModelError(f"this is a model of flash-linear-attention, which is not installed: {INSTALL}")
+    if "fla.models" not in sys.modules and importlib.util.find_spec("triton") is None:
+        raise UnsupportedModelError(
+            "flash-linear-attention computes with Triton, which is not installed: pip install triton, and run on a "
+            "GPU. Without it run RWKV-7 checkpoints of its format, and the model types of transformers"
+        )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Triton is not supported on current platform")
         loaded = importlib.import_module("fla")
     restore_auto_classes()
-    require(
-        hasattr(loaded, "models"),
-        UnsupportedModelError,
-        f"flash-linear-attention was found without its models, which come with the package flash-linear-attention "
-        f"(not fla-core alone): {INSTALL}",
-    )
+    if not hasattr(loaded, "models"):
+        raise UnsupportedModelError(
+            f"flash-linear-attention was found without its models, which come with the package flash-linear-attention "
+            f"(not fla-core alone): {INSTALL}"
+        )
     return loaded
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from hookpoints.errors import UnsupportedModelError, require
+from hookpoints.errors import UnsupportedModelError
 from hookpoints.layer.intercept import Function, wrap_forward
 
 
@@ -27,20 +27,18 @@ def wrap_model(model: nn.Module) -> Callable[[], None]:
     Raises:
         UnsupportedModelError: the model has no residual stream; and at a forward, for packed sequences.
     """
-    require(
-        getattr(getattr(model, "config", None), "attnres_block_size", None) is None,
-        UnsupportedModelError,
-        "this model mixes the outputs of all earlier blocks (attnres_block_size), so it has no residual stream "
-        "for block hooks; models without it are supported",
-    )
+    if getattr(getattr(model, "config", None), "attnres_block_size", None) is not None:
+        raise UnsupportedModelError(
+            "this model mixes the outputs of all earlier blocks (attnres_block_size), so it has no residual stream "
+            "for block hooks; models without it are supported"
+        )
     knows_cache = "cache" in inspect.signature(model.forward).parameters
 
     def around(forward: Function, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
-        require(
-            kwargs.get("cu_seqlens") is None,
-            UnsupportedModelError,
-            "packed sequences (cu_seqlens) cannot be hooked: pass a padded batch with its attention_mask",
-        )
+        if kwargs.get("cu_seqlens") is not None:
+            raise UnsupportedModelError(
+                "packed sequences (cu_seqlens) cannot be hooked: pass a padded batch with its attention_mask"
+            )
         if kwargs.get("cache") is not None and not knows_cache:
             kwargs = {**kwargs, "past_key_values": kwargs["cache"]}
             del kwargs["cache"]

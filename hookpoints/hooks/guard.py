@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint, LensHandle
 
-from hookpoints.errors import HookDidNotFireError, UnknownHookError, nearest, require
+from hookpoints.errors import HookDidNotFireError, UnknownHookError, nearest
 from hookpoints.hooks.points import scopes_of
 from hookpoints.scopes import scoped
 
@@ -56,11 +56,10 @@ def find_hooks(model: HookedRootModule, name: Name) -> list[str]:
     """
     if callable(name):
         matching = [known for known in model.hook_dict if name(known)]
-        require(
-            bool(matching),
-            UnknownHookError,
-            f"the filter {name!r} matches none of the {len(model.hook_dict)} hooks of this model",
-        )
+        if not matching:
+            raise UnknownHookError(
+                f"the filter {name!r} matches none of the {len(model.hook_dict)} hooks of this model"
+            )
         return matching
     name = canonical(name, model.mod_dict)
     if not hasattr(model.mod_dict.get(name), "add_hook"):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
-from hookpoints.errors import HookShapeError, require
+from hookpoints.errors import HookShapeError
 from hookpoints.hooks import table as hook_table
 
 if TYPE_CHECKING:
@@ -105,11 +105,8 @@ def fire(point: nn.Module, name: str, value: Tensor) -> Tensor:
         )
     if returned.dtype == value.dtype:
         return returned
-    require(
-        not returned.is_complex(),
-        HookShapeError,
-        f"a hook on {getattr(point, 'name', name)} must return real numbers, got complex ones",
-    )
+    if returned.is_complex():
+        raise HookShapeError(f"a hook on {getattr(point, 'name', name)} must return real numbers, got complex ones")
     return returned.to(value.dtype)
 
 

@@ -48,14 +48,14 @@ class HookRow:
 
     def full_name(self, layer: int | str = "{l}", head: int | str = "{h}") -> str:
         """The name on a model: ``HookRow.full_name(1, 2) == "blocks.1.mixer.heads.2.hook_write"``."""
-        prefix = {
+        prefixes = {
             "model": "",
             "block": f"blocks.{layer}.",
             "mixer": f"blocks.{layer}.mixer.",
             "head": f"blocks.{layer}.mixer.heads.{head}.",
             "attn": f"blocks.{layer}.attn.",
-        }[self.scope]
-        return prefix + self.name
+        }
+        return prefixes[self.scope] + self.name
 
 
 _FEEDS = "feeds the recurrence: outputs and state follow"

@@ -13,7 +13,7 @@ from torch import nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
-from hookpoints.errors import BridgeWarning, HookpointsError, require
+from hookpoints.errors import BridgeWarning, HookpointsError
 from hookpoints.layer.context import Backend
 from hookpoints.layer.intercept import Function, wrap_forward
 from hookpoints.model import selfcheck
@@ -53,11 +53,10 @@ def attach(model: nn.Module, *, backend: Backend = "auto", self_check: bool = Tr
         SelfCheckError: the model does not behave as hooks need. It is left as it was.
     """
     model = unwrap(model)
-    require(
-        not isinstance(model, HookedModel),
-        HookpointsError,
-        f"{type(model).__name__} has hook points already; attach() is for plain models (here: model.hf_model)",
-    )
+    if isinstance(model, HookedModel):
+        raise HookpointsError(
+            f"{type(model).__name__} has hook points already; attach() is for plain models (here: model.hf_model)"
+        )
     if isinstance(model, TransformerBridge):
         return AttachedBridge(model, backend=backend, self_check=self_check)
     return Attached(model, backend=backend, self_check=self_check)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformers import PreTrainedConfig
 
-from hookpoints.errors import HookpointsError, UnsupportedModelError, require
+from hookpoints.errors import HookpointsError, UnsupportedModelError
 from hookpoints.fla.scope import is_fla, wrap_model
 from hookpoints.hooks.points import BlockHooks, HookSet, MixerHooks, fire, is_listening, through_hook
 from hookpoints.layer.attention import hook_pattern
@@ -79,9 +79,8 @@ class Attachment:
 
     def require(self) -> None:
         """Raise HookpointsError after ``detach``: hooks would never fire again, and silently so."""
-        require(
-            self.attached, HookpointsError, "the hook points were taken off this model (detach); attach to it again"
-        )
+        if not self.attached:
+            raise HookpointsError("the hook points were taken off this model (detach); attach to it again")
 
     def detach(self) -> None:
         """Take everything off the model that was put on it."""
@@ -97,13 +96,15 @@ class Attachment:
     def require_one_forward(self) -> None:
         """Raise UnsupportedModelError where gradient checkpointing would compute layers again in the backward pass,
         outside of the scopes of their forward pass: gradients would be those of another model."""
-        require(
-            not (self._model.training and torch.is_grad_enabled())
-            or not getattr(self._model, "is_gradient_checkpointing", False),
-            UnsupportedModelError,
-            "scoped hooks and edits do not reach layers that gradient checkpointing computes again: call "
-            "gradient_checkpointing_disable() on the model, or set hooks with add_hook",
-        )
+        if (
+            self._model.training
+            and torch.is_grad_enabled()
+            and getattr(self._model, "is_gradient_checkpointing", False)
+        ):
+            raise UnsupportedModelError(
+                "scoped hooks and edits do not reach layers that gradient checkpointing computes again: call "
+                "gradient_checkpointing_disable() on the model, or set hooks with add_hook"
+            )
 
     def new_cache(self) -> dict[str, object]:
         """An empty cache as an argument of the model, where upstream cannot make one that serves; else none."""
@@ -132,18 +133,16 @@ class Attachment:
         Raises:
             UnsupportedModelError: a run of this model cannot start above its first block, or end before its last.
         """
-        require(
-            (start == 0 and stop in (None, len(self.layout.blocks))) or self.layout.is_chain,
-            UnsupportedModelError,
-            "a run cannot start or stop at a layer of this model: its blocks are no chain along one residual "
-            "stream [B,T,D] that is known here. Run the whole model; hooks of its mixers fire there",
-        )
-        require(
-            start == 0 or not self.layout.first_block_feeds_all,
-            UnsupportedModelError,
-            f"a run cannot start at layer {start} of this model: its first block makes values that all others "
-            "take. HookedRecurrent.from_pretrained loads RWKV-7 checkpoints in a class that can",
-        )
+        if (start != 0 or stop not in (None, len(self.layout.blocks))) and not self.layout.is_chain:
+            raise UnsupportedModelError(
+                "a run cannot start or stop at a layer of this model: its blocks are no chain along one residual "
+                "stream [B,T,D] that is known here. Run the whole model; hooks of its mixers fire there"
+            )
+        if start != 0 and self.layout.first_block_feeds_all:
+            raise UnsupportedModelError(
+                f"a run cannot start at layer {start} of this model: its first block makes values that all others "
+                "take. HookedRecurrent.from_pretrained loads RWKV-7 checkpoints in a class that can"
+            )
         stop = None if stop == len(self.layout.blocks) else stop
         with scope(self, start_layer=start, stop_layer=stop, residual=residual):
             yield

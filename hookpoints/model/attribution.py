@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from hookpoints.edits.edit import WriteEdit
-from hookpoints.errors import InputError, UnsupportedModelError, require
+from hookpoints.errors import InputError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformer_lens.hook_points import HookPoint
@@ -58,7 +58,8 @@ def source_attribution(
     Cost: a pass with gradients, and `Recurrence.attention` of the layer.
     """
     model.cfg.layer(layer)
-    reads, last = f"blocks.{layer}.mixer.hook_read", f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
+    reads = f"blocks.{layer}.mixer.hook_read"
+    last = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
     ends: dict[str, Tensor] = {}
 
     def begin(x: Tensor, hook: HookPoint) -> Tensor:
@@ -156,9 +157,11 @@ def check_attribution(
 
     Raises ValueError for fewer than two rows. Cost: the runs of ``model.run_with_edits``, one for each row.
     """
-    require(len(attributions) >= 2, ValueError, f"a correlation needs at least two writes, got {len(attributions)}")
+    if len(attributions) < 2:
+        raise ValueError(f"a correlation needs at least two writes, got {len(attributions)}")
     session = model.edit_session(_one_sequence(model, input))
-    plain, measured = float(metric(session.logits)), pd.Series(index=attributions.index, dtype=float)
+    plain = float(metric(session.logits))
+    measured = pd.Series(index=attributions.index, dtype=float)
     # A batch runs from its first position and lowest layer on, so that neighbors share one.
     for _, rows in attributions.sort_values("position").groupby("layer"):
         for start in range(0, len(rows), _BATCH):
@@ -229,9 +232,6 @@ def _logit(model: HookedRecurrent, logits: Tensor, token: Token | Tensor) -> Ten
 
 def _one_sequence(model: HookedRecurrent, input: str | Tensor) -> Tensor:
     tokens = model.to_tokens(input) if isinstance(input, str) else input
-    require(
-        tokens.ndim == 2 and tokens.shape[0] == 1,
-        InputError,
-        f"attribution is about one sequence, a text or tokens [1,T]; got {list(tokens.shape)}",
-    )
+    if tokens.ndim != 2 or tokens.shape[0] != 1:
+        raise InputError(f"attribution is about one sequence, a text or tokens [1,T]; got {list(tokens.shape)}")
     return tokens

@@ -11,7 +11,7 @@ from transformer_lens import ActivationCache
 from transformer_lens.utilities.components_utils import get_act_name
 from transformer_lens.utilities.slice import Slice, SliceInput
 
-from hookpoints.errors import HookpointsError, nearest, require
+from hookpoints.errors import HookpointsError, nearest
 from hookpoints.hooks.guard import canonical
 from hookpoints.model.norm import Norm
 
@@ -158,14 +158,12 @@ class RecurrentCache(ActivationCache):
             expand_neurons: must be False; in TransformerLens it is True by default.
             project_output_onto: [D] or [D,N], by which each part is multiplied.
         """
-        require(
-            not expand_neurons,
-            HookpointsError,
-            "expand_neurons: no hook holds the neurons of an MLP; mlp_out is its whole output",
-        )
+        if expand_neurons:
+            raise HookpointsError("expand_neurons: no hook holds the neurons of an MLP; mlp_out is its whole output")
         layer = self._layer(layer)
         heads, labels = cast(Labelled, self.stack_head_results(layer + mlp_input, return_labels=True))
-        parts, bias = dict(zip(labels, heads, strict=True)), torch.zeros_like(self._entering())
+        parts = dict(zip(labels, heads, strict=True))
+        bias = torch.zeros_like(self._entering())
         for at, label, out, part in self._mixers(range(layer + mlp_input)):
             if part is None:
                 parts[label] = out
@@ -180,11 +178,8 @@ class RecurrentCache(ActivationCache):
 
     @property
     def _layout(self) -> ModelLayout:
-        require(
-            not hasattr(self.model, "bridge"),
-            HookpointsError,
-            "parts of the stream are for bridge.run_with_cache: attached, MLPs have no hook here",
-        )
+        if hasattr(self.model, "bridge"):
+            raise HookpointsError("parts of the stream are for bridge.run_with_cache: attached, MLPs have no hook here")
         return cast("ModelLayout", self.model.attachment.layout)
 
     @property
@@ -206,7 +201,8 @@ class RecurrentCache(ActivationCache):
         onto: Tensor | None = None,
     ) -> Tensor | Labelled:
         """Parts by label as one tensor, as the arguments ask for it."""
-        cut, alike = _cut(pos_slice), list(parts.values()) or [self._entering()]
+        cut = _cut(pos_slice)
+        alike = list(parts.values()) or [self._entering()]  # no parts: an empty stack of the right shape
         stack = torch.stack([cut.apply(part, dim=-2) for part in alike])[: len(parts)]
         if apply_ln:
             stack = self.apply_ln_to_stack(stack, layer, mlp_input, pos_slice, has_batch_dim=self.has_batch_dim)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from hookpoints.errors import UnsupportedModelError, require
+from hookpoints.errors import UnsupportedModelError
 from hookpoints.model.norm import eps_of
 
 if TYPE_CHECKING:
@@ -92,21 +92,19 @@ class HookedRecurrentConfig:
     def layer(self, index: int) -> RecurrentLayer:
         """The recurrent layer at block ``index``; raises UnsupportedModelError where that block has no recurrence."""
         self._check_index(index)
-        require(
-            index in self.layers,
-            UnsupportedModelError,
-            f"layer {index} of {self.model_name} has no recurrence and so no writes; "
-            f"recurrent layers are {self.recurrent_layers}",
-        )
+        if index not in self.layers:
+            raise UnsupportedModelError(
+                f"layer {index} of {self.model_name} has no recurrence and so no writes; "
+                f"recurrent layers are {self.recurrent_layers}"
+            )
         return self.layers[index]
 
     def _check_index(self, index: int) -> None:
-        require(
-            0 <= index < self.n_layers,
-            UnsupportedModelError,
-            f"layer {index} is out of range: {self.model_name} has blocks 0 to {self.n_layers - 1}, recurrent are "
-            f"{self.recurrent_layers}",
-        )
+        if not 0 <= index < self.n_layers:
+            raise UnsupportedModelError(
+                f"layer {index} is out of range: {self.model_name} has blocks 0 to {self.n_layers - 1}, recurrent are "
+                f"{self.recurrent_layers}"
+            )
 
 
 def device_of(embed: nn.Module) -> torch.device:

@@ -14,7 +14,7 @@ from transformer_lens.utilities.slice import Slice, SliceInput
 from transformers import Cache
 
 from hookpoints.edits.edit import EditPlan, EditRow, Edits
-from hookpoints.errors import EditError, HookpointsError, require
+from hookpoints.errors import EditError, HookpointsError
 from hookpoints.hooks.cache import NamesFilter, Saving, caching_hooks, reachable
 from hookpoints.hooks.guard import ADDING, Hook, Hooks, Name, find_hooks, scoped_hooks
 from hookpoints.layer.context import Backend, Recorded, current, position_of, scope
@@ -199,11 +199,8 @@ class HookedModel(HookedRootModule):
         for edit in plan.all():
             shape = self.cfg.layer(edit.layer)
             edit.check_shape(shape.H, shape.K, shape.V)
-        require(
-            all(bool(torch.isfinite(side).all()) for side in plan.factors()),
-            EditError,
-            "keys or values of an edit are NaN or infinite; whatever it wrote would be, too",
-        )
+        if not all(bool(torch.isfinite(side).all()) for side in plan.factors()):
+            raise EditError("keys or values of an edit are NaN or infinite; whatever it wrote would be, too")
 
     # -- where a pass is
 
@@ -216,7 +213,8 @@ class HookedModel(HookedRootModule):
         """Inside a hook: position of the first token of the pass under way, padding included; None where its cache
         does not tell. Raises HookpointsError outside of a pass."""
         run = current(self.attachment)
-        require(run.in_pass, HookpointsError, "first_token is known during a pass only: ask for it in a hook")
+        if not run.in_pass:
+            raise HookpointsError("first_token is known during a pass only: ask for it in a hook")
         return run.position
 
     @scoped

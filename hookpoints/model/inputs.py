@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from hookpoints.errors import InputError, require
+from hookpoints.errors import InputError
 from hookpoints.model.config import HookedRecurrentConfig
 from hookpoints.recurrence.canonical import is_dense
 
@@ -38,12 +38,11 @@ def as_tokens(input: object, device: torch.device | None = None) -> Tensor:
 def check_loss(tokens: Tensor, mask: Tensor | None) -> None:
     """Raise InputError where a mean loss would be over no token at all, and so NaN."""
     real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else as_mask(mask) != 0
-    require(
-        bool((real[:, 1:] & real[:, :-1]).any()),
-        InputError,
-        f"a loss needs a token and one before it, got tokens of shape {list(tokens.shape)}"
-        + ("" if mask is None else " with this attention_mask"),
-    )
+    if not bool((real[:, 1:] & real[:, :-1]).any()):
+        raise InputError(
+            f"a loss needs a token and one before it, got tokens of shape {list(tokens.shape)}"
+            + ("" if mask is None else " with this attention_mask")
+        )
 
 
 def check_tokens(tokens: Tensor, cfg: HookedRecurrentConfig) -> None:
@@ -52,11 +51,10 @@ def check_tokens(tokens: Tensor, cfg: HookedRecurrentConfig) -> None:
 
     Costs one look at the ids, on a GPU a synchronization.
     """
-    require(
-        tokens.ndim == 2 and tokens.numel() != 0,
-        InputError,
-        f"input must be text or token ids [B,T], at least one, got {tokens.dtype} {list(tokens.shape)}",
-    )
+    if tokens.ndim != 2 or tokens.numel() == 0:
+        raise InputError(
+            f"input must be text or token ids [B,T], at least one, got {tokens.dtype} {list(tokens.shape)}"
+        )
     low, high = (int(x) for x in torch.aminmax(tokens))
     if low < 0 or high >= cfg.d_vocab:
         raise InputError(
@@ -92,15 +90,13 @@ def check_mask(mask: Tensor, tokens: Tensor, cached: bool = False) -> None:
     if mask.ndim != 2 or mask.shape[0] != rows or mask.shape[1] < width or (mask.shape[1] > width and not cached):
         expected = f"[{rows},{width}]" if not cached else f"[{rows},past+{width}]"
         raise InputError(f"attention_mask must be {expected}, 1 for real tokens; got {list(mask.shape)}")
-    require(
-        not bool(((mask != 0) & (mask != 1)).any()),
-        InputError,
-        "attention_mask must hold 0 and 1 only; got other values",
-    )
+    if bool(((mask != 0) & (mask != 1)).any()):
+        raise InputError("attention_mask must hold 0 and 1 only; got other values")
     if bool((~real.any(1)).any()):
         raise InputError(f"attention_mask leaves no token in row {int((~real.any(1)).nonzero()[0])}")
     changes = (real[:, 1:] != real[:, :-1]).sum(1)
-    left, right = ~real[:, 0], ~real[:, -1]
+    left = ~real[:, 0]
+    right = ~real[:, -1]
     holes = changes > left.long() + right.long()
     if bool(holes.any()):
         raise InputError(

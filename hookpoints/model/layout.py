@@ -177,14 +177,10 @@ def find_layout(model: nn.Module) -> ModelLayout:
     blocks = tuple(map(_block_layout, found))
     streams = [getattr(getattr(backbone, "config", None), name, None) or 1 for name in _STREAMS]
     # What a block adds to the stream is known with its mixer or MLP; of TransformerLens' blocks it is what is asked.
-    is_chain = (
-        isinstance(found, nn.ModuleList)
-        and max(streams) == 1
-        and all(
-            block.mixer is not None or block.mlps > 0 or isinstance(block.block, GeneralizedComponent)
-            for block in blocks
-        )
+    parts_are_known = all(
+        block.mixer is not None or block.mlps > 0 or isinstance(block.block, GeneralizedComponent) for block in blocks
     )
+    is_chain = isinstance(found, nn.ModuleList) and max(streams) == 1 and parts_are_known
     if not is_chain:
         blocks = tuple(replace(block, mixer_out=None, attn_out=None, mlp_out=None, mlps=0) for block in blocks)
     return ModelLayout(

@@ -190,10 +190,13 @@ def model_types() -> dict[str, list[str]]:
     second: transformers' source is read, none of it imported."""
     found: dict[str, list[str]] = {"RWKV-7": ["rwkv7"]}
     for file in sorted(Path(transformers.__file__).parent.glob("models/*/modeling_*.py")):
-        text, refused = file.read_text(encoding="utf-8"), {file.parent.name, f"{file.parent.name}_text"} & set(REFUSED)
-        for rule in () if refused else RULES:
+        model_type = file.parent.name
+        if model_type in REFUSED or f"{model_type}_text" in REFUSED:
+            continue
+        text = file.read_text(encoding="utf-8")
+        for rule in RULES:
             if f"def {rule.ops[0]}(" in text:
-                found.setdefault(rule.name, []).append(file.parent.name)
+                found.setdefault(rule.name, []).append(model_type)
     return found | {"with the extra fla": sorted(MODEL_TYPES - _OWN_CLASSES.keys())}
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hookpoints.edits.edit import EditRow, Edits
 from hookpoints.edits.session import EditedRun, EditSession
-from hookpoints.errors import InputError, require
+from hookpoints.errors import InputError
 from hookpoints.layer.context import Backend, cache_among
 from hookpoints.memory.memory import Memory, read
 from hookpoints.model import loading
@@ -214,11 +214,8 @@ class HookedRecurrent(Tokens, Weights):
         batch = self._token_batch(input, prepend_bos, "left", attention_mask, memory)
         mask = torch.ones_like(batch.tokens) if batch.attention_mask is None else batch.attention_mask
         check_mask(mask, batch.tokens)
-        require(
-            bool((mask[:, -1] != 0).all()),
-            InputError,
-            "generate needs prompts padded on the left; attention_mask ends with padding in some row",
-        )
+        if bool((mask[:, -1] == 0).any()):
+            raise InputError("generate needs prompts padded on the left; attention_mask ends with padding in some row")
         if not stop_at_eos:
             hf_kwargs["eos_token_id"] = None
         if hf_kwargs.get("use_cache", True):
@@ -338,11 +335,8 @@ class HookedRecurrent(Tokens, Weights):
         if layer is None:
             return default
         index = layer + self.cfg.n_layers if layer < 0 else layer
-        require(
-            0 <= index <= self.cfg.n_layers,
-            ValueError,
-            f"layer {layer} is out of range for a model of {self.cfg.n_layers} layers",
-        )
+        if not 0 <= index <= self.cfg.n_layers:
+            raise ValueError(f"layer {layer} is out of range for a model of {self.cfg.n_layers} layers")
         return index
 
     def _returned(
@@ -350,11 +344,8 @@ class HookedRecurrent(Tokens, Weights):
     ) -> Any:
         if return_type is None or return_type == "logits":
             return logits if return_type else None
-        require(
-            return_type in ("loss", "both"),
-            ValueError,
-            f"return_type must be 'logits', 'loss', 'both' or None, not {return_type!r}",
-        )
+        if return_type not in ("loss", "both"):
+            raise ValueError(f"return_type must be 'logits', 'loss', 'both' or None, not {return_type!r}")
         if tokens is None:
             raise ValueError("a loss with start_at_layer needs tokens=")
         loss = self.loss_fn(logits, tokens, mask, per_token)
@@ -363,8 +354,5 @@ class HookedRecurrent(Tokens, Weights):
 
 def _unpadded(mask: Tensor | None) -> None:
     """Raise InputError for padding, which a memory has no place for."""
-    require(
-        mask is None or bool((mask != 0).all()),
-        InputError,
-        "a memory needs rows of one length, got padding: read the rows one by one",
-    )
+    if mask is not None and bool((mask == 0).any()):
+        raise InputError("a memory needs rows of one length, got padding: read the rows one by one")

@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import Cache
 
-from hookpoints.errors import SelfCheckError, require
+from hookpoints.errors import SelfCheckError
 from hookpoints.model.inputs import cache_of, continuing
 from hookpoints.scopes import scoped
 
@@ -111,11 +111,9 @@ def _pass(
 def _compare(model: HookedModel, layer: int, native: OpResult, expected: Tensor, actual: Tensor, what: str) -> None:
     error = relative_error(expected, actual)
     # Under autocast, ops of a float32 model are given half precision, which shows in what they return.
-    require(
-        error <= tolerance(model.cfg.dtype, *(x.dtype for x in native if x is not None)),
-        SelfCheckError,
-        _message(model, layer, f"{what} differ by {error:.1e} (relative RMS)"),
-    )
+    allowed = tolerance(model.cfg.dtype, *(x.dtype for x in native if x is not None))
+    if not error <= allowed:  # NaN is an error too
+        raise SelfCheckError(_message(model, layer, f"{what} differ by {error:.1e} (relative RMS)"))
 
 
 def relative_error(expected: Tensor, actual: Tensor) -> float:

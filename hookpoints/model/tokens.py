@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from hookpoints.errors import InputError, require
+from hookpoints.errors import InputError
 from hookpoints.model.hooked import HookedModel
 from hookpoints.model.inputs import as_tokens
 
@@ -66,11 +66,8 @@ class Tokens(HookedModel):
         width = max(map(len, rows))
         side = padding_side or tokenizer.padding_side
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        require(
-            pad is not None or not any(len(row) < width for row in rows),
-            ValueError,
-            "texts of unequal length need padding, but the tokenizer has no pad or eos token",
-        )
+        if pad is None and any(len(row) < width for row in rows):
+            raise ValueError("texts of unequal length need padding, but the tokenizer has no pad or eos token")
         sides = [((n := width - len(row)) * [pad], row, n * [0], len(row) * [1]) for row in rows]
         tokens = [filler + row if side == "left" else row + filler for filler, row, _, _ in sides]
         mask = [empty + real if side == "left" else real + empty for _, _, empty, real in sides]
@@ -93,9 +90,8 @@ class Tokens(HookedModel):
         """Each token of one text, or of ids [T] or [1,T], as a string."""
         tokens = self.to_tokens(input, prepend_bos) if isinstance(input, str) else as_tokens(input)
         tokens = tokens.squeeze(0) if tokens.ndim == 2 else tokens
-        require(
-            tokens.ndim == 1, ValueError, f"to_str_tokens takes one sequence [T] or [1,T], got {list(tokens.shape)}"
-        )
+        if tokens.ndim != 1:
+            raise ValueError(f"to_str_tokens takes one sequence [T] or [1,T], got {list(tokens.shape)}")
         return [str(self.to_string(int(token))) for token in tokens]
 
     def to_single_token(self, string: str) -> int:

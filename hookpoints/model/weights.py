@@ -7,7 +7,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from hookpoints.errors import UnsupportedModelError, require
+from hookpoints.errors import UnsupportedModelError
 from hookpoints.model.hooked import HookedModel
 from hookpoints.model.layout import Added, Part, out_projection
 
@@ -95,8 +95,11 @@ class Weights(HookedModel):
 
     def head_labels(self, layer: int, part: Part) -> list[str]:
         """Names of one mixer's heads; none where the block has no such heads."""
-        recurrent, attention = layer in self.cfg.layers, self.cfg.attention_heads(layer) or 0
-        n = attention if part == "attn" else self.cfg.layers[layer].H if recurrent else 0
+        recurrent = layer in self.cfg.layers
+        if part == "attn":
+            n = self.cfg.attention_heads(layer) or 0
+        else:
+            n = self.cfg.layers[layer].H if recurrent else 0
         letter = "A" if part == "attn" and recurrent else "H"
         return [f"L{layer}{letter}{head}" for head in range(n)]
 
@@ -110,13 +113,12 @@ class Weights(HookedModel):
         """
         weights = [self.layer_W_O(layer) for layer in sorted({*self.cfg.layers, *self.cfg.attention})]
         shapes = {tuple(weight.shape) for weight in weights}
-        require(
-            len(shapes) == 1 and len(weights) == self.cfg.n_layers,
-            UnequalHeadsError,
-            f"{len(weights)} of the {self.cfg.n_layers} layers of {self.cfg.model_name} have heads, with weights "
-            f"[heads, d_head, d_model] of the shapes {sorted(shapes)}, which no one tensor holds: take "
-            "model.layer_W_O(layer), those of one layer",
-        )
+        if len(shapes) != 1 or len(weights) != self.cfg.n_layers:
+            raise UnequalHeadsError(
+                f"{len(weights)} of the {self.cfg.n_layers} layers of {self.cfg.model_name} have heads, with weights "
+                f"[heads, d_head, d_model] of the shapes {sorted(shapes)}, which no one tensor holds: take "
+                "model.layer_W_O(layer), those of one layer"
+            )
         return torch.stack(weights)
 
     def layer_W_O(self, layer: int, part: Part | None = None) -> Tensor:
@@ -144,11 +146,8 @@ class Weights(HookedModel):
 
     def head_outputs(self, layer: int, part: Part | None = None) -> HeadOutputs:
         """How the heads of ``layer`` reach the residual stream; arguments and errors as for ``layer_W_O``."""
-        require(
-            self.attachment.layout.is_chain,
-            UnsupportedModelError,
-            f"heads of {self.cfg.model_name} add to no one residual stream that is known",
-        )
+        if not self.attachment.layout.is_chain:
+            raise UnsupportedModelError(f"heads of {self.cfg.model_name} add to no one residual stream that is known")
         attention, block = self.cfg.attention_heads(layer), self.attachment.layout.blocks[layer]
         if part != "attn" and layer in self.cfg.layers and block.mixer is not None and block.mixer_out is not None:
             return HeadOutputs(self.cfg.layers[layer].H, out_projection(block.mixer), block.mixer_out)

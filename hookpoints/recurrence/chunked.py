@@ -101,7 +101,8 @@ def walk(r: CanonicalForm, chunk_size: int | None = None, *, reads: bool = False
     size = _chunk_size(r, chunk_size)
     # All that does not depend on the state is done for many chunks in one call each. How many tokens these have is
     # bounded, so that memory does not grow with T.
-    length = max(_SPAN.get(r.device.type, 2**24) // (r.B * r.H * r.R * max(r.K, r.V) * size), 1) * size
+    numbers = r.B * r.H * r.R * max(r.K, r.V) * size  # of a chunk
+    length = max(_SPAN.get(r.device.type, 2**24) // numbers, 1) * size
     # Tokens are taken apart by split and unbind, not by slices: the backward pass of a split joins all parts once,
     # while that of each slice fills a tensor of the whole length, so that training would be quadratic in T.
     unused = ([] if reads else ["q"]) + (["a"] if r.beta is not None else [])
@@ -122,7 +123,9 @@ def walk(r: CanonicalForm, chunk_size: int | None = None, *, reads: bool = False
 
 
 def _prepare(r: CanonicalForm, part: dict[str, Tensor], reads: bool) -> Span:
-    keys, values, back = terms(part["k"]), terms(part["u"]), []
+    keys = terms(part["k"])
+    values = terms(part["u"])
+    back = list[Read]()
     decay = decay_of(part.get("log_decay"), keys[0])
     query = [Read(part["q"] * r.scale, r.read_before_write)] if reads else []
     if "b" in part:
@@ -234,7 +237,8 @@ def states(r: CanonicalForm, positions: list[int], chunk_size: int | None = None
     result = r.q.new_empty(0 if recorded else r.B * r.H, len(wanted), r.K, r.V)
     pieces: list[Tensor] = []
     for chunk in walk(r, chunk_size or _EXPANDED):
-        begin, end = bisect_left(wanted, chunk.first), bisect_left(wanted, chunk.first + chunk.size)
+        begin = bisect_left(wanted, chunk.first)
+        end = bisect_left(wanted, chunk.first + chunk.size)
         if begin < end:
             pieces.append(_states(chunk, [t - chunk.first for t in wanted[begin:end]], result[:, begin:end]))
     return (torch.cat(pieces, dim=1) if recorded else result).unflatten(0, (r.B, r.H)).transpose(1, 2)
@@ -249,7 +253,8 @@ def state_blocks(r: CanonicalForm, chunk_size: int | None = None) -> Iterator[Te
 
 def _states(chunk: Chunk, rows: list[int], out: Tensor) -> Tensor:
     """States [N,p,K,V] at `rows` of a chunk, a batched product: in `out` if that has their number of rows N."""
-    decay, columns = chunk.span.decay, slice(0, rows[-1] + 1)
+    decay = chunk.span.decay
+    columns = slice(0, rows[-1] + 1)
     dense = len(rows) == rows[-1] + 1 - rows[0]  # then a slice gives views, where a list of rows would copy
     at = slice(rows[0], rows[-1] + 1) if dense else rows
     between = decay.between(chunk.place, at, columns)

@@ -47,45 +47,29 @@ def scan(r: Recurrence, writes: Writes) -> ScanResult:
     block by block, so that no more than a block of them need be in memory."""
     numbers = r.H * r.K * r.V
     if is_faster(r) and r.B * numbers <= _WIDE.get(r.device.type, 2**62):
-        way, rows, length = _block, max(1, _NUMBERS // (numbers * _BLOCK)), _BLOCK
+        scan_block = _block
+        rows = max(1, _NUMBERS // (numbers * _BLOCK))
+        length = _BLOCK
     else:
-        way, rows, length = reference.scan, r.B, max(1, _LOOPED // (r.B * numbers))
-    found: list[ScanResult] = []
-    for part in (slice(row, row + rows) for row in range(0, r.B, rows)):
-        of_rows, outputs = r.select(rows=part).working(), []
+        scan_block = reference.scan
+        rows = r.B
+        length = max(1, _LOOPED // (r.B * numbers))
+    results = list[ScanResult]()
+    for row in range(0, r.B, rows):
+        part = slice(row, row + rows)
+        of_rows = r.select(rows=part).working()
         state = of_rows.starting_state()
-        for tokens in (slice(first, first + length) for first in range(0, r.T, length)):
-            read, state = way(of_rows.select(tokens=tokens, initial_state=state), writes(part, tokens))
+        outputs = list[Tensor]()
+        for first in range(0, r.T, length):
+            tokens = slice(first, first + length)
+            read, state = scan_block(of_rows.select(tokens=tokens, initial_state=state), writes(part, tokens))
             outputs.append(read)
-        found.append(ScanResult(torch.cat(outputs, 1), state))
-    return ScanResult(*(torch.cat(x) for x in zip(*found)))
+        results.append(ScanResult(torch.cat(outputs, 1), state))
+    return ScanResult(*(torch.cat(parts) for parts in zip(*results)))
 
 
 def _block(r: Recurrence, writes: Tensor) -> ScanResult:
-    size = min(_CHUNK, r.T)
-    part = {name: _cut(x, size) for name, x in over_time(r) if name in ("q", "b", "log_decay")}
-    drives = _cut(writes.to(r.dtype).flatten(3), size).unflatten(-1, (r.K, r.V))  # [N,n,C,K,V]
-    decay = decay_of(part.get("log_decay"), part["q"])
-    readers = [Read(part["q"] * r.scale, r.read_before_write)]
-    readers += [Read(b, before=True) for b in terms(part["b"])] if r.b is not None else []
-    edges = decay.edges
-    unseen = torch.arange(size + 1, device=r.device)[:, None] <= torch.arange(size, device=r.device)
-    gap = (edges[:, :, :, None] - edges[:, :, None, 1:]).to(r.dtype)
-    # From token i to what a token finds (all rows but the last) and leaves (all but the first), [N,n,C+1,C,1 or K].
-    pairs = gap.masked_fill_(unseen[..., None], -torch.inf).exp_()
-    seen = {True: pairs[:, :, :-1], False: pairs[:, :, 1:]}
-    weights = torch.cat([(x.vectors[..., None, :] * seen[x.before]).flatten(3) for x in readers], dim=2)
-    left = decay.to_end(torch.ones_like(part["q"][..., : edges.shape[-1]]))
-    ends = torch.einsum("nmc,nmckv->nmkv" if left.shape[-1] == 1 else "nmck,nmckv->nmkv", left.squeeze(-1), drives)
-    starts = [r.starting_state().flatten(0, 1) if r.b is None else torch.zeros_like(ends[:, 0])]
-    for whole, end in zip(decay.whole().unbind(1), ends.unbind(1)):
-        starts.append(torch.addcmul(end, starts[-1], whole))
-    from_start = torch.cat([decay.from_start(x) for x in readers], dim=2)
-    read = weights @ drives.flatten(2, 3) + from_start @ torch.stack(starts[:-1], dim=1)
-    outputs, *back = (
-        x.flatten(1, 2)[:, : r.T].unflatten(0, (r.B, r.H)).transpose(1, 2) for x in read.chunk(len(readers), dim=2)
-    )
-    state = starts[-1].unflatten(0, (r.B, r.H))
+    outputs, back, state = _by_decay_alone(r, writes)
     if r.b is None:
         return ScanResult(outputs, state)
     assert r.a is not None
@@ -94,3 +78,43 @@ def _block(r: Recurrence, writes: Tensor) -> ScanResult:
     answer = r.replace(k=r.a, u=values) if r.beta is None else r.replace(u=-r.beta[..., None] * values)
     reads, reaction = answer.scan()
     return ScanResult(outputs + reads, state + reaction)
+
+
+def _by_decay_alone(r: Recurrence, writes: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+    """What the layer reads of C [B,T,H,V], what each term of the erase reads of it, and its end [B,H,K,V].
+
+    With an erase C begins at zero, since Z begins at the state.
+    """
+    size = min(_CHUNK, r.T)
+    part = {name: _cut(x, size) for name, x in over_time(r) if name in ("q", "b", "log_decay")}
+    drives = _cut(writes.to(r.dtype).flatten(3), size).unflatten(-1, (r.K, r.V))  # [N,n,C,K,V]
+    decay = decay_of(part.get("log_decay"), part["q"])
+    readers = [Read(part["q"] * r.scale, r.read_before_write)]
+    if r.b is not None:
+        readers += [Read(b, before=True) for b in terms(part["b"])]
+    weights = _weights(readers, decay.edges, size, r.dtype)
+    left = decay.to_end(torch.ones_like(part["q"][..., : decay.edges.shape[-1]]))
+    per_head = left.shape[-1] == 1
+    ends = torch.einsum("nmc,nmckv->nmkv" if per_head else "nmck,nmckv->nmkv", left.squeeze(-1), drives)
+    starts = [r.starting_state().flatten(0, 1) if r.b is None else torch.zeros_like(ends[:, 0])]
+    for whole, end in zip(decay.whole().unbind(1), ends.unbind(1)):
+        starts.append(torch.addcmul(end, starts[-1], whole))
+    from_start = torch.cat([decay.from_start(reader) for reader in readers], dim=2)
+    read = weights @ drives.flatten(2, 3) + from_start @ torch.stack(starts[:-1], dim=1)
+    outputs, *back = (
+        x.flatten(1, 2)[:, : r.T].unflatten(0, (r.B, r.H)).transpose(1, 2) for x in read.chunk(len(readers), dim=2)
+    )
+    return outputs, back, starts[-1].unflatten(0, (r.B, r.H))
+
+
+def _weights(readers: list[Read], edges: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """[N,n,readers C,C K]: what each vector reads of each write of its chunk. Edges: sums of log-decays."""
+    unseen = torch.arange(size + 1, device=edges.device)[:, None] <= torch.arange(size, device=edges.device)
+    gap = (edges[:, :, :, None] - edges[:, :, None, 1:]).to(dtype)
+    # From token i to what a token finds (all rows but the last) and leaves (all but the first), [N,n,C+1,C,1 or K].
+    pairs = gap.masked_fill_(unseen[..., None], -torch.inf).exp_()
+    rows = list[Tensor]()
+    for reader in readers:
+        seen = pairs[:, :, :-1] if reader.before else pairs[:, :, 1:]
+        rows.append((reader.vectors[..., None, :] * seen).flatten(3))
+    return torch.cat(rows, dim=2)

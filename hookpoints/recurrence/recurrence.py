@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hookpoints.errors import require
 from hookpoints.recurrence import chunked, reference
 from hookpoints.recurrence.canonical import (
     CanonicalForm,
@@ -175,10 +174,13 @@ class Recurrence(CanonicalForm):
         Costs nothing but views and copies of the factors.
         """
         turned = _handed_back if self.read_before_write else partial(torch.flip, dims=(1,))
-        keys, values = turned(self.q.to(self.dtype) * self.scale), turned(read_gradients.to(self.dtype))
-        log_decay, a, b = (None if x is None else _handed_back(x) for x in (self.log_decay, self.b, self.a))
+        keys = turned(self.q.to(self.dtype) * self.scale)
+        values = turned(read_gradients.to(self.dtype))
+        log_decay = None if self.log_decay is None else _handed_back(self.log_decay)
+        a = None if self.b is None else _handed_back(self.b)  # (a b^T)^T = b a^T
+        b = None if self.a is None else _handed_back(self.a)
         # What the result reads means nothing; its q may be any of the right shape.
-        return type(self)(keys, keys, values, log_decay, a, b, rates=self.rates)
+        return type(self)(q=keys, k=keys, u=values, log_decay=log_decay, a=a, b=b, rates=self.rates)
 
     def value_gradients(
         self, read_gradients: Tensor, *, method: Method = "chunked", chunk_size: int | None = None
@@ -228,13 +230,12 @@ class Recurrence(CanonicalForm):
 
     def _check_transition(self) -> None:
         """Raise ValueError where the transition does not act on the key side alone."""
-        require(
-            self.rates is None,
-            ValueError,
-            "each entry of this state has its own decay (rates, as in Mamba-1), so that a key changes in "
-            "another way for each value channel: there is no one weight of token s for token t. outputs(), "
-            "states() and with_write() answer for whole writes",
-        )
+        if self.rates is not None:
+            raise ValueError(
+                "each entry of this state has its own decay (rates, as in Mamba-1), so that a key changes in "
+                "another way for each value channel: there is no one weight of token s for token t. outputs(), "
+                "states() and with_write() answer for whole writes"
+            )
 
     def _by_token(self, method: Method, chunk_size: int | None = None) -> bool:
         """Whether the reference does the work: where it is asked for, and where chunks have no advantage."""

@@ -193,7 +193,8 @@ class Rule:
 
     def read(self, field: str, arguments: Arguments, dtype: torch.dtype) -> Tensor | None:
         """One factor [B,T,H,...] of a call, after what the op does to the argument; None where the call has none."""
-        x, v = arguments[self.argument(field, arguments)], arguments[self.names.v]
+        x = arguments[self.argument(field, arguments)]
+        v = arguments[self.names.v]
         if field == "beta" and x is None:
             x = torch.ones_like(v[..., 0], dtype=dtype)
         if x is None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from transformers import PreTrainedConfig
 
-from hookpoints.errors import require
-
 _ACTIVATIONS = ("sqrelu", "relu2")
 """Names of relu(x)^2 in flash-linear-attention and in transformers."""
 
@@ -60,28 +58,23 @@ class RWKV7Config(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: object) -> None:
-        require(
-            self.attn is None,
-            ValueError,
-            "RWKV-7 with layers of softmax attention (config.attn) is not supported, only pure RWKV-7",
-        )
-        require(
-            self.hidden_act in _ACTIVATIONS,
-            ValueError,
-            f"hidden_act must be relu squared ({' or '.join(_ACTIVATIONS)}), not {self.hidden_act!r}",
-        )
+        if self.attn is not None:
+            raise ValueError("RWKV-7 with layers of softmax attention (config.attn) is not supported, only pure RWKV-7")
+        if self.hidden_act not in _ACTIVATIONS:
+            raise ValueError(f"hidden_act must be relu squared ({' or '.join(_ACTIVATIONS)}), not {self.hidden_act!r}")
         asked = self.head_dim or self.num_heads
         self.head_dim = self.head_dim or self.hidden_size // (self.num_heads or 1)
-        given, heads = self.hidden_size if self.value_dim is None else self.value_dim, self.hidden_size // self.head_dim
+        heads = self.hidden_size // self.head_dim
+        given = self.hidden_size if self.value_dim is None else self.value_dim
         values = [given] * self.num_hidden_layers if isinstance(given, int) else list(given)
-        fits = bool(asked) and self.hidden_size == heads * self.head_dim and self.num_heads in (None, heads)
-        require(
-            fits and len(values) == self.num_hidden_layers and len(set(values)) == 1 and not values[0] % heads,
-            ValueError,
-            "hidden_size must be num_heads * head_dim, and value_dim one multiple of num_heads for all layers; "
-            f"got hidden_size {self.hidden_size}, num_heads {self.num_heads}, head_dim {self.head_dim}, "
-            f"value_dim {given}",
-        )
+        keys_fit = bool(asked) and self.hidden_size == heads * self.head_dim and self.num_heads in (None, heads)
+        one_size = len(values) == self.num_hidden_layers and len(set(values)) == 1
+        if not keys_fit or not one_size or values[0] % heads:
+            raise ValueError(
+                "hidden_size must be num_heads * head_dim, and value_dim one multiple of num_heads for all layers; "
+                f"got hidden_size {self.hidden_size}, num_heads {self.num_heads}, head_dim {self.head_dim}, "
+                f"value_dim {given}"
+            )
         self.num_heads, self.value_dim = heads, values
         if self.intermediate_size is None:
             self.intermediate_size = -(-int(self.hidden_size * (self.hidden_ratio or 4)) // 32) * 32

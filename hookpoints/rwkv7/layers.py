@@ -112,7 +112,8 @@ class LowRank(nn.Module):
 
     def __init__(self, width: int, rank: int, out: int, activation: nn.Module | None = None, bias: bool = True):
         super().__init__()
-        inner, outer = nn.Linear(width, rank, bias=False), nn.Linear(rank, out, bias=bias)
+        inner = nn.Linear(width, rank, bias=False)
+        outer = nn.Linear(rank, out, bias=bias)
         self.lora = nn.Sequential(inner, activation or nn.Identity(), outer)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -125,12 +126,16 @@ class RWKV7Attention(nn.Module):
     def __init__(self, config: RWKV7Config, layer: int):
         super().__init__()
         assert config.num_heads is not None and config.head_dim is not None and isinstance(config.value_dim, list)
-        width, keys, values = config.hidden_size, config.hidden_size, config.value_dim[layer]
+        width = keys = config.hidden_size
+        values = config.value_dim[layer]
         self.layer_idx = layer
-        self.num_heads, self.head_dim, self.head_v_dim = config.num_heads, config.head_dim, values // config.num_heads
+        self.num_heads = config.num_heads
+        self.head_dim = config.head_dim
+        self.head_v_dim = values // config.num_heads
         for name in MIXED:
             self.register_parameter(name, nn.Parameter(torch.empty(1, 1, width)))
-        self.k_k, self.k_a = nn.Parameter(torch.empty(keys)), nn.Parameter(torch.empty(keys))
+        self.k_k = nn.Parameter(torch.empty(keys))
+        self.k_a = nn.Parameter(torch.empty(keys))
         self.r_k = nn.Parameter(torch.empty(self.num_heads, self.head_dim))
         self.r_proj = nn.Linear(width, keys, bias=False)
         self.k_proj = nn.Linear(width, keys, bias=False)
@@ -163,7 +168,9 @@ class RWKV7Attention(nn.Module):
         delta = previous - x
         xr, xw, xk, xv, xa, xg = (self._mixed(x, delta, name) for name in MIXED)
 
-        r, v, g = self.r_proj(xr), self._values(xv, first), self.g_lora(xg)
+        r = self.r_proj(xr)
+        v = self._values(xv, first)
+        g = self.g_lora(xg)
         decay = self.w_lora(xw)
         w = _SLOWEST * decay.to(torch.promote_types(decay.dtype, torch.float32)).sigmoid()
         rate = self.a_lora(xa).sigmoid()

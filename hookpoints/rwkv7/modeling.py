@@ -17,7 +17,6 @@ from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from hookpoints.errors import require
 from hookpoints.fla.checkpoints import first_format, weight_files
 from hookpoints.rwkv7 import official
 from hookpoints.rwkv7.configuration import RWKV7Config
@@ -102,7 +101,8 @@ class RWKV7Model(RWKV7PreTrainedModel):
             output_hidden_states: return the residual stream at every block.
             past_key_values: another name of ``cache``.
         """
-        require((input_ids is None) != (inputs_embeds is None), ValueError, "give either input_ids or inputs_embeds")
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
         cache = past_key_values if cache is None else cache
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
@@ -209,10 +209,8 @@ def _padding(mask: Tensor | Mapping[str, Tensor] | None, x: Tensor) -> Tensor | 
     mask = mask.get("linear_attention") if isinstance(mask, Mapping) else mask
     if mask is None:
         return None
-    require(
-        mask.ndim == 2 and mask.shape[0] == x.shape[0] and mask.shape[1] >= x.shape[1],
-        ValueError,
-        f"attention_mask must be [B,T] for an input of {list(x.shape[:2])}, got {list(mask.shape)}",
-    )
-    mask = mask[:, -x.shape[1] :]
+    B, T = x.shape[:2]
+    if mask.ndim != 2 or mask.shape[0] != B or mask.shape[1] < T:
+        raise ValueError(f"attention_mask must be [B,T] for an input of {[B, T]}, got {list(mask.shape)}")
+    mask = mask[:, -T:]
     return None if bool((mask != 0).all()) else mask

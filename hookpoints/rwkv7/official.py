@@ -68,14 +68,18 @@ def own_weights(
     Raises:
         UnsupportedModelError: tensors are missing, unknown or of another shape; names them.
     """
-    own = {_official(each): (each, parameter) for each, parameter in parameters.items()}
-    shapes = {each: _oriented(weights[each], own[each][0]).shape for each in own.keys() & weights.keys()}
+    own = {_official(name): (name, parameter) for name, parameter in parameters.items()}
+    misshapen = set()
+    for official in own.keys() & weights.keys():
+        parameter_name, parameter = own[official]
+        if _oriented(weights[official], parameter_name).shape != parameter.squeeze().shape:
+            misshapen.add(official)
     require_whole(
         f"{name!r} is not a whole official RWKV-7 checkpoint",
         {
             "lacks": own.keys() - weights.keys(),
             "has the unknown": weights.keys() - own.keys() - _UNUSED,
-            "has the wrong shape of": {each for each, shape in shapes.items() if shape != own[each][1].squeeze().shape},
+            "has the wrong shape of": misshapen,
         },
         "Only pure RWKV-7 is read; download the file again, or name its tensors as the official code does",
     )

@@ -20,7 +20,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from hookpoints.errors import require
 from hookpoints.files import read_json
 from hookpoints.zoo.circuits import Induction, Parity
 from hookpoints.zoo.tasks import Batch, Composition, Recall
@@ -81,11 +80,8 @@ def names() -> list[str]:
 
 def path(name: str) -> Path:
     """Folder of a model: config.json, model.safetensors, tokenizer, truth.json, README.md (card)."""
-    require(
-        name in names(),
-        ValueError,
-        f"no model of the zoo is called {name!r}; available: {', '.join(names()) or 'none'}",
-    )
+    if name not in names():
+        raise ValueError(f"no model of the zoo is called {name!r}; available: {', '.join(names()) or 'none'}")
     return _HERE / name
 
 

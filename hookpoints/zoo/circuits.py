@@ -33,8 +33,15 @@ class Induction:
     def spell(self, symbols: Mapping[str, Tensor]) -> Batch:
         """The sequences that values [B,P] and asked [B,Q] spell. The key of a word is the one before it."""
         words, asked = 1 + symbols["values"], symbols["asked"]
-        tokens, at = torch.cat([0 * words[:, :1], words, words], dim=1), torch.arange(words.shape[1]).expand_as(words)
-        return Batch(tokens, words.shape[1] + asked, words.gather(1, asked), symbols, {"keys": at, "values": at + 1})
+        tokens = torch.cat([0 * words[:, :1], words, words], dim=1)
+        places = torch.arange(words.shape[1]).expand_as(words)
+        return Batch(
+            tokens=tokens,
+            positions=words.shape[1] + asked,
+            answers=words.gather(1, asked),
+            symbols=symbols,
+            places={"keys": places, "values": places + 1},
+        )
 
     def others(self, values: Tensor, generator: Generator) -> Tensor:
         """For each word another one."""
@@ -63,9 +70,10 @@ class Parity:
     def spell(self, symbols: Mapping[str, Tensor]) -> Batch:
         """The sequences that values [B,P] spell."""
         values, asked = symbols["values"], symbols["asked"]
-        answers, at = 3 + (values.cumsum(dim=1) % 2).gather(1, asked), torch.arange(values.shape[1]).expand_as(values)
+        answers = 3 + (values.cumsum(dim=1) % 2).gather(1, asked)
         tokens = torch.cat([values.new_zeros(len(values), 1), 1 + values], dim=1)
-        return Batch(tokens, 1 + asked, answers, symbols, {"values": at + 1})
+        places = 1 + torch.arange(values.shape[1]).expand_as(values)
+        return Batch(tokens, 1 + asked, answers, symbols, {"values": places})
 
     def others(self, values: Tensor, generator: Generator) -> Tensor:
         """The other bit."""

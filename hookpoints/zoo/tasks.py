@@ -80,7 +80,8 @@ class Recall:
 
     def spell(self, symbols: Mapping[str, Tensor]) -> Batch:
         """The sequences that keys, values [B,P] and asked [B,Q] spell."""
-        keys, values = 1 + symbols["keys"], 1 + self.n_keys + symbols["values"]
+        keys = 1 + symbols["keys"]
+        values = 1 + self.n_keys + symbols["values"]
         answers = values.gather(1, symbols["asked"])
         return _spelled(symbols, keys, values, [keys.gather(1, symbols["asked"])], answers)
 
@@ -103,8 +104,9 @@ class Composition:
     def vocabulary(self) -> tuple[str, ...]:
         """``<bos>``, names, ``red-oak-cup`` and so on, ``color?``, ``material?``, ``thing?``, and the attributes."""
         slots = [words.split() for words in ATTRIBUTES]
-        tokens, attributes = map("-".join, product(*slots)), chain(*slots)
-        return ("<bos>", *NAMES.split()[: self.n_keys], *tokens, "color?", "material?", "thing?", *attributes)
+        names = NAMES.split()[: self.n_keys]
+        tokens = map("-".join, product(*slots))
+        return ("<bos>", *names, *tokens, "color?", "material?", "thing?", *chain(*slots))
 
     def batch(self, n: int, generator: Generator, pairs: int = 5, queries: int = 1) -> Batch:
         """n fresh sequences of 1 + 2 pairs + 3 queries tokens. Symbols: keys, values [B,P]; asked, slots [B,Q]."""
@@ -113,8 +115,11 @@ class Composition:
 
     def spell(self, symbols: Mapping[str, Tensor]) -> Batch:
         """The sequences that keys, values [B,P], asked and slots [B,Q] spell."""
-        asked, slots, first_slot = symbols["asked"], symbols["slots"], 1 + self.n_keys + self.n_attributes**3
-        keys, values = 1 + symbols["keys"], 1 + self.n_keys + symbols["values"]
+        asked = symbols["asked"]
+        slots = symbols["slots"]
+        first_slot = 1 + self.n_keys + self.n_attributes**3
+        keys = 1 + symbols["keys"]
+        values = 1 + self.n_keys + symbols["values"]
         attributes = self.attributes(symbols["values"].gather(1, asked)).gather(2, slots[..., None])[..., 0]
         answers = first_slot + 3 + slots * self.n_attributes + attributes
         return _spelled(symbols, keys, values, [keys.gather(1, asked), first_slot + slots], answers)
@@ -143,7 +148,8 @@ def _spelled(
     symbols: Mapping[str, Tensor], keys: Tensor, values: Tensor, question: list[Tensor], answers: Tensor
 ) -> Batch:
     """Token ids of pairs [B,P], then of questions and answers [B,Q]."""
-    pairs, asked = torch.stack([keys, values], dim=-1), torch.stack([*question, answers], dim=-1)
+    pairs = torch.stack([keys, values], dim=-1)
+    asked = torch.stack([*question, answers], dim=-1)
     tokens = torch.cat([keys.new_zeros(len(keys), 1), pairs.flatten(1), asked.flatten(1)], dim=1)
     first = 1 + 2 * torch.arange(keys.shape[1]).expand_as(keys)
     positions = 2 * keys.shape[1] + len(question) + asked.shape[2] * torch.arange(asked.shape[1])
