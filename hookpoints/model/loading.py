@@ -58,6 +58,11 @@ class Loaded(NamedTuple):
     tokenizer: PreTrainedTokenizerBase | None
 
 
+def default_device() -> str:
+    """Where a model goes of which nothing is said."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def load(
     name_or_path: str,
     *,
@@ -94,7 +99,7 @@ def load(
     if empty:
         return Loaded(model.to("meta"), None)
     if hf_kwargs.get("device_map") is None:
-        model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model = model.to(device or default_device())
     return Loaded(model, _tokenizer(source, revision))
 
 

@@ -42,7 +42,7 @@ def read_scores(
     Args:
         tokens: [B,T]; rows are sequences, drawn for separately.
         layers: recurrent layers.
-        generator: draws y, on the model's device.
+        generator: draws y, on its own device: one of the host draws the same y for a model on any device.
 
     Cost: a forward, and a backward down to the lowest of the layers with its activations kept.
     """
@@ -60,7 +60,7 @@ def read_scores(
     with torch.enable_grad(), model.recording() as record:
         logits = model.run_with_hooks(tokens, fwd_hooks=hooks)
         log_p = logits.flatten(0, 1).float().log_softmax(-1)
-        drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
+        drawn = torch.multinomial(log_p.detach().exp().to(generator.device), 1, generator=generator).to(log_p.device)
         gradients = torch.autograd.grad(log_p.gather(1, drawn).sum(), [leaves[name] for name in names.values()])
     return {layer: ReadScores(record[layer].recurrence, gradient) for layer, gradient in zip(names, gradients)}
 
@@ -86,7 +86,7 @@ def fit_metrics(
         heads: (layer, head) each.
         damping: share of the identity in A and B, above 0 and at most 1, where the metric is Frobenius' again.
         batch_size: sequences in one pass.
-        seed: of the draws.
+        seed: of the draws, which are the same on every device.
 
     Raises:
         ValueError: no sequence, no head, a damping out of range, or a head that nothing reads.
@@ -98,7 +98,7 @@ def fit_metrics(
     require(0 < damping <= 1, "damping", damping, "above 0 and at most 1")
     for layer, head in heads:
         head_target(model, layer, head)
-    generator = torch.Generator(tokens.device).manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     layers = sorted({layer for layer, _ in heads})
     sums = {place: Sums() for place in heads}
     for batch in tokens.split(batch_size):

@@ -91,7 +91,7 @@ def residual_quantizer(writes: LowRank, n: int, stages: int, seed: int) -> list[
     generator, left, books = torch.Generator().manual_seed(seed), writes, list[LowRank]()
     for _ in range(stages):
         square = left.inner(left).clamp_min(0)
-        drawn = torch.multinomial(square, min(n, int(square.count_nonzero())), generator=generator)
+        drawn = torch.multinomial(square.cpu(), min(n, int(square.count_nonzero())), generator=generator)
         books.append(lloyd(left, left.rows(drawn)))
         left = LowRank.cat([left, pursued(left, books[-1:]) * -1.0])
     return books

@@ -87,8 +87,9 @@ class World(NamedTuple):
     @classmethod
     @torch.no_grad()
     def of(cls, name: str, sequences: int) -> World:
-        """Writes of fresh sequences of a middling size. Last pairs are left out: their writes see the question."""
-        task, model = zoo.task(name), HookedRecurrent.from_pretrained(name)
+        """Writes of fresh sequences of a middling size. Last pairs are left out: their writes see the question. All
+        is on the host: the models are tiny, and scikit-learn takes nothing else."""
+        task, model = zoo.task(name), HookedRecurrent.from_pretrained(name, device="cpu")
         holder = max(zoo.truth(name).holders, key=lambda each: len(each.heads))  # of the key or of the value
         pairs = task.sizes[2 * len(task.sizes) // 3]["pairs"]
         batch = task.batch(sequences, torch.Generator().manual_seed(9), pairs=pairs)  # pyright: ignore[reportCallIssue]

@@ -55,7 +55,8 @@ class Terms:
     def _writes(self, layer: int, head: int) -> LowRank:
         """The N = M S writes of a head. Cost: a forward up to the layer for each sequence, or of a collection none."""
         if isinstance(self._text, Collection):
-            return LowRank(*(side[:].to(self.model.cfg.dtype) for side in self._text.factors(layer, head)))
+            place = self.model.cfg.device, self.model.cfg.dtype
+            return LowRank(*(side[:].to(*place) for side in self._text.factors(layer, head)))
         return joined([head_writes(self.model.recurrence(row[None], layer), head) for row in self.tokens])
 
     def _metric(self, layer: int, head: int, n_sequences: int = 64, damping: float = DAMPING) -> Metric:
