@@ -28,6 +28,7 @@ from writesae.evaluate import EvalAll, Subjects, questions
 from writesae.evaluations import EVALUATIONS, Evaluation, load_result
 from writesae.experiment.quality import dictionary_quality
 from writesae.experiment.tokens import sample_sequences
+from writesae.files import run_folder, sae_folders
 from writesae.page.template import share_text
 
 COUNTS = ["--sequences", "6", "--context-size", "48"]
@@ -271,6 +272,20 @@ def test_what_one_command_writes_another_takes(
     said = [int(seconds) for seconds in re.findall(r"about (\d+) s on this machine", done.out)]
     assert bool(said) == (arguments[0] in ("eval", "show", "export"))
     assert not said or 0.45 < 1000 * work.get_total_flops() / sequence.get_total_flops() / sum(said) < 2
+
+
+def test_the_collection_of_a_dictionary_is_that_of_its_run(folders: Path, tmp_path: Path) -> None:
+    """A folder further up that happens to have the name belongs to somebody else."""
+    for run_of in ("trained", "demo", "reproduced"):
+        saes = sae_folders(folders / run_of)
+        assert saes and {run_folder(sae) for sae in saes} == {(folders / run_of).resolve()}
+    (tmp_path / "collection").mkdir()
+    (tmp_path / "collection/index.json").write_text("{}")
+    alone = shutil.copytree(saes[0], tmp_path / "a/b/sae")
+    assert run_folder(alone) is None
+    evaluated = ["eval", "sign", str(alone), *COUNTS, *SIGN, "--out", str(tmp_path / "out")]
+    main(evaluated)
+    assert (tmp_path / "out/report.html").is_file()
 
 
 def test_a_demo_of_one_firing_is_inconclusive(folders: Path) -> None:

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from made_up import HOLDS, made_up
 
 from hookpoints import HookedRecurrent
-from writesae.demo import RECIPES, Demo
+from writesae.demo import FACTS, RECIPES, Demo, read_facts
 from writesae.evaluations import load_result
 from writesae.experiment.quality import head_effects
+from writesae.page.report import write_report
 
 TOKENS = torch.randint(1, 500, (2, 48), generator=torch.Generator().manual_seed(0))
 
@@ -31,6 +33,22 @@ def test_the_head_is_the_one_whose_writes_do_most_of_those_that_remember(embedde
 
 
 @pytest.mark.slow
+def test_facts_of_a_stranger_are_numbers_and_text(tmp_path: Path) -> None:
+    """Someone else may have written the folder: no markup of it reaches the page."""
+    evil = "<script>alert(1)</script>"
+    rows = [["an atom", 0.9, 0.8, 1.0], [evil, 0.1, 0.0, 0.2]]
+    panel = {"title": evil, "example": evil, "sentence": evil, "axis": evil, "rows": rows}
+    file = tmp_path / FACTS
+    file.write_text(json.dumps([panel]))
+    (opening,) = read_facts(file)
+    page = write_report([made_up(HOLDS)], tmp_path / "report.html", opening=[opening]).read_text()
+    assert evil not in page and "&lt;script&gt;alert(1)&lt;/script&gt;: 10% [0%, 20%]" in page
+    for foreign in ([panel | {"rows": [[evil, evil, 0, 1]]}], [{"svg": evil}], {"svg": evil}, "not JSON"):
+        file.write_text(json.dumps(foreign) if foreign != "not JSON" else foreign)
+        with pytest.raises(ValueError, match=FACTS):
+            read_facts(file)
+
+
 def test_the_demo_leaves_a_report_dictionaries_and_results(tmp_path: Path) -> None:
     said: list[str] = []
     demo = Demo(layer=4, head=0, training_tokens=64_000, train_sequences=160, out=tmp_path / "out")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from writesae.experiment.conditions import Control
     from writesae.experiment.evaluation import Result
     from writesae.experiment.terms import Terms
+    from writesae.page.report import Opening
 
 
 RECIPES: dict[str, MetricName] = {"write-trained": "frobenius", "write-trained, metric": "gauss_newton"}
@@ -120,7 +121,7 @@ class Demo:
         with taken(self.out, say):
             say_time(model, text, PASSES, self.out, say)
             kept = self.out / FACTS
-            opening = json.loads(kept.read_text()) if kept.exists() else write_facts(self.facts, say)
+            opening = read_facts(kept) if kept.exists() else write_facts(self.facts, say)
             *place, half_life, nats = self.choose_head(model, text[:START])
             say(
                 f"model {self.model!r}: head {place[1]} of layer {place[0]} ({model.cfg.layer(place[0]).rule}); "
@@ -128,7 +129,7 @@ class Demo:
                 "per token"
             )
             keep_settings(self.out, settings)
-            atomic_text(kept, json.dumps(opening))
+            atomic_text(kept, json.dumps([dataclasses.asdict(panel) for panel in opening]))
             collection = collect(model, text, place[:1], place[1:], self.out / "collection", dtype="float32")
             folders = {label: self.out / label.replace(", ", "-") for label in RECIPES}
             terms = Terms(model, collection)
@@ -183,12 +184,31 @@ class Demo:
             return train(cfg, metric=fitted)
 
 
-def write_facts(n: int, say: Callable[[str], object]) -> list[dict[str, str]]:
-    """Write n facts (or attributes of facts) into memories by each of `METHODS`, and ask the model for them: panels of
-    `write_report`, one for each model of `SENTENCES`."""
+def read_facts(file: Path) -> list[Opening]:
+    """The panels that an earlier call saved: numbers and text, whoever wrote the file.
+
+    Raises:
+        ValueError: the file holds something else; names it.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    from writesae.page.report import Opening
+
+    try:
+        return TypeAdapter(list[Opening]).validate_json(file.read_bytes())
+    except ValidationError as error:
+        raise ValueError(
+            f"{file}: expected the panels of a demo, got {error.error_count()} errors, first "
+            f"{error.errors()[0]['msg']!r}; remove the file, and the facts are written again"
+        ) from error
+
+
+def write_facts(n: int, say: Callable[[str], object]) -> list[Opening]:
+    """Write n facts (or attributes of facts) into memories by each of `METHODS`, and ask the model for them: a panel
+    for each model of `SENTENCES`."""
     from writesae.experiment.known import board
+    from writesae.page.report import Opening
     from writesae.page.template import share_text
-    from writesae.verdict.figures import Row, intervals
 
     openings = []
     for name, title in SENTENCES.items() if n else ():
@@ -201,16 +221,13 @@ def write_facts(n: int, say: Callable[[str], object]) -> list[dict[str, str]]:
         sentence = (
             f"An atom, {n} facts of `{name}`: " + ", ".join(f"{kind} {rate}" for kind, rate in atom.items()) + "."
         )
-        rows: list[Row] = []
+        rows: list[tuple[str, float, float, float]] = []
         for method, label in METHODS.items():
             changed = rates[method]["changed"]
             mean, low, high = (changed["mean"] if x is None else x for x in changed.values())
-            rows.append(
-                Row(label, mean, low, high, "atom" if not rows else "control" if high >= rows[0].low else "soft")
-            )
-        svg = intervals(rows, "facts that are answered with the new value", title, write=lambda x: f"{x:.0%}")
-        openings.append({"title": title, "example": example, "sentence": sentence, "svg": svg})
-        controls = [f"{row.name}: changed {row.mean:.0%} [{row.low:.0%}, {row.high:.0%}]" for row in rows[1:]]
+            rows.append((label, mean, low, high))
+        openings.append(Opening(title, example, sentence, "facts that are answered with the new value", tuple(rows)))
+        controls = [f"{name}: changed {mean:.0%} [{low:.0%}, {high:.0%}]" for name, mean, low, high in rows[1:]]
         say("\n  ".join([f"{title}.", example, sentence, *controls]))
     return openings
 

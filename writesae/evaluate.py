@@ -14,7 +14,7 @@ import tyro
 
 from writesae.choices import OnText
 from writesae.cli import choose, parse, parse_with
-from writesae.files import check_writable, folder_labels, sae_folders, taken
+from writesae.files import check_writable, folder_labels, run_folder, sae_folders, taken
 
 if TYPE_CHECKING:
     from writesae.experiment.evaluation import Evaluation
@@ -185,8 +185,8 @@ def evaluate(
     held_out = text_of(subjects.text)
     model = HookedRecurrent.from_pretrained(models.pop(), dtype=subjects.dtype)
     tokens = sample_sequences(model, held_out, subjects.context_size, subjects.sequences)
-    inside = [subjects.collection] if subjects.collection else [up for each in folders for up in each.resolve().parents]
-    there = next((up / "collection" for up in inside if (up / "collection" / INDEX).is_file()), subjects.collection)
+    runs = [subjects.collection] if subjects.collection else filter(None, map(run_folder, folders))
+    there = next((run / "collection" for run in runs if (run / "collection" / INDEX).is_file()), subjects.collection)
     few = (embedded.text("train"), subjects.context_size, _REFERENCE)
     terms = Terms(model, Collection.open(there, model=model) if there else sample_sequences(model, *few))
     firings = sum((getattr(x, "n_atoms", 0) or 0) * (getattr(x, "firings_per_atom", 1) or 1) for x in evaluations)

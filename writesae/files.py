@@ -77,6 +77,21 @@ def sae_folders(path: Path) -> list[Path]:
     return found
 
 
+def run_folder(sae: Path) -> Path | None:
+    """The folder of the run that trained a dictionary; None where no run did.
+
+    A run saves its settings: `demo` for all of its dictionaries, in `RUN/config.json`, and `train` for each of them, in
+    `RUN/L2H0/NAME/config.json`. Other folders above a dictionary are nobody's business.
+    """
+    place = sae.resolve()
+    if place.name != "sae":
+        return None
+    if (place.parent / "config.json").is_file():
+        return place.parents[min(2, len(place.parents) - 1)]
+    demo = place.parents[min(1, len(place.parents) - 1)]
+    return demo if (demo / "config.json").is_file() else None
+
+
 def folder_labels(folders: Sequence[Path]) -> list[str]:
     """Names for the SAEs in folders; one called `sae` is named after the folder that it is in. Where two of these have
     one name, as those of two heads may, the folder above is in all names."""

@@ -40,7 +40,13 @@ def configuration(weights: Mapping[str, Tensor], name: str) -> RWKV7Config:
     """What the shapes of official tensors say; ``name`` is what errors call them. Refuses as `own_weights` does."""
     if short := [each for each in _SIZES if each not in weights or weights[each].ndim != 2]:
         raise UnsupportedModelError(f"{name!r} is no official RWKV-7 checkpoint: it lacks the matrix {short[0]}")
-    layers = 1 + max(int(found[1]) for each in weights if (found := re.match(r"blocks\.(\d+)\.", each)))
+    blocks = {int(match[1]) for each in weights if (match := re.match(r"blocks\.(\d{1,6})\.", each))}
+    layers = len(blocks)
+    if max(blocks) != layers - 1:  # before a model of that many layers is built
+        gap = min({*range(layers)} - blocks)
+        raise UnsupportedModelError(
+            f"{name!r} is no official RWKV-7 checkpoint: it has block {max(blocks)} and lacks block {gap}"
+        )
     embeddings, bonus, inner, decay, rate, gate = (weights[each].shape for each in _SIZES)
     mixed = weights.get("blocks.1.att.v1")
     return RWKV7Config(

@@ -124,6 +124,7 @@ class Collection:
         sealed.require()
         index = read_json(sealed.file(INDEX))
         _check_same(sealed.folder, index, {"format": FORMAT} | ({} if model is None else {"model": _hash(model)}))
+        _check_sizes(sealed, index)
         return cls(sealed, index)
 
     @cached_property
@@ -181,7 +182,13 @@ class Collection:
     def _map(self, name: str) -> Mapped:
         if name not in self._mapped:
             files = (safe_open(self._sealed.file(shard), framework="pt") for shard in _spans(self._index))
-            self._mapped[name] = Mapped([file.get_tensor(name) for file in files])
+            mapped = Mapped([file.get_tensor(name) for file in files])
+            if mapped.shape[:2] != (self.n_sequences, self.context_size):
+                raise CollectionError(
+                    f"{self.folder}: expected {name} of {self.n_sequences} sequences of {self.context_size} tokens, as "
+                    f"{INDEX} says, got {mapped.shape[:2]}; collect again"
+                )
+            self._mapped[name] = mapped
         return self._mapped[name]
 
 
@@ -464,6 +471,26 @@ def _check_same(folder: Path, index: Mapping[str, object], asked: Index) -> None
         raise CollectionError(
             f"{folder / INDEX}: expected the collection that was asked for, got one of another {', '.join(differing)}; "
             "name another folder, or collect again where the format is another"
+        )
+
+
+def _check_sizes(sealed: SealedFolder, index: Index) -> None:
+    """Raise CollectionError unless the sizes in the index are whole numbers that give the shards of the seal. Costs
+    nothing that grows with these sizes."""
+    file = sealed.folder / INDEX
+    shape = index.get("shape")
+    sizes = [*shape, index.get("sequences_per_shard")] if isinstance(shape, list) else []
+    if len(sizes) != 3 or not all(type(size) is int and size > 0 for size in sizes):
+        raise CollectionError(
+            f"{file}: expected a shape of two whole numbers and sequences_per_shard, got {shape} and "
+            f"{index.get('sequences_per_shard')}; collect again"
+        )
+    n_shards = -(-sizes[0] // sizes[2])
+    n_sealed = sum(name.startswith("shard-") for name in sealed.sums or ())
+    if n_shards != n_sealed:
+        raise CollectionError(
+            f"{file}: expected {n_sealed} shards, as {CHECKSUMS} has, got a shape {shape} that needs {n_shards}; "
+            "collect again"
         )
 
 

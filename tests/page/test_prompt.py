@@ -15,7 +15,7 @@ from sae_lens import SAE
 
 from hookpoints import HookedRecurrent
 from page.planted_atoms import HEAD, LAYER
-from writesae.page.prompt import MAX_TOKENS, PromptServer, held_shares, read_shares
+from writesae.page.prompt import MAX_BYTES, MAX_TOKENS, PromptServer, held_shares, read_shares
 from writesae.show import Prompt
 
 
@@ -89,6 +89,16 @@ def test_other_sites_and_other_requests_are_refused(server: PromptServer) -> Non
     ]:
         found, said = ask(server, method, path, body, **headers)
         assert found == status and (status == 200 or said["error"]), (status, headers, said)
+
+
+@pytest.mark.parametrize("length", ["99999999999", "-1", str(MAX_BYTES + 1)])
+def test_the_length_that_a_request_claims_is_no_order(server: PromptServer, length: str) -> None:
+    """It is refused at once: nothing is reserved for it, and nobody waits for the rest."""
+    with socket.create_connection(("127.0.0.1", server.server_address[1]), timeout=10) as connection:
+        host = f"127.0.0.1:{server.server_address[1]}"
+        connection.sendall(f"POST /read HTTP/1.1\r\nHost: {host}\r\nContent-Length: {length}\r\n\r\n{{".encode())
+        said = connection.makefile("rb").read().decode()
+    assert " 400 " in said.splitlines()[0] and f"got {length}" in said
 
 
 def test_bad_input_ends_before_a_model_is_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

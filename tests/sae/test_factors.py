@@ -284,6 +284,27 @@ def test_folders_of_earlier_formats_are_refused(model, copy):
     refused("format", Collection.open, copy)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"shape": [10**9, T]},
+        {"shape": [10**9, T], "sequences_per_shard": 10**9 // 6},
+        {"shape": [1e9, T]},
+        {"shape": [-22, T]},
+        {"shape": "many"},
+        {"shape": [22, 2 * T]},
+        {"shape": [23, T]},
+        {"sequences_per_shard": 0},
+    ],
+    ids=str,
+)
+def test_sizes_that_the_shards_do_not_have_are_refused(copy, changes):
+    """A seal shows that a folder is as someone wrote it, not who."""
+    (copy / INDEX).write_text(json.dumps(json.loads((copy / INDEX).read_text()) | changes))
+    write_checksums(copy, [INDEX, *SHARDS])
+    refused("collect again", lambda: Collection.open(copy).tokens)
+
+
 # ------------------------------------------------------------------------------------------------ reading
 
 

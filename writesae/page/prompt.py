@@ -26,6 +26,8 @@ from writesae.files import sae_folders
 from writesae.page.atoms.text import TokenTexts, short, visible
 from writesae.page.template import environment
 
+MAX_BYTES = 1_000_000
+"""Longest request that is read."""
 MAX_TOKENS = 256
 """Longest text that is read: a page shows a number for each pair of tokens."""
 _POLICY = (
@@ -121,7 +123,10 @@ class _Handler(BaseHTTPRequestHandler):
         return environment().get_template("prompt.html").render(shown, hooks=hooks, nonce=nonce, most=MAX_TOKENS)
 
     def _reading(self, _: str) -> str:
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        length = int(self.headers["Content-Length"])
+        if not 0 <= length <= MAX_BYTES:
+            raise ValueError(f"request: expected 0 to {MAX_BYTES} bytes, got {length}; send a shorter text")
+        asked = json.loads(self.rfile.read(length))
         with self.server.lock:
             return json.dumps(self.server.read(str(asked["text"]), int(asked["layer"]), int(asked["head"])))
 

@@ -10,7 +10,8 @@ import inspect
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -49,8 +50,29 @@ def find_results(paths: Sequence[str | Path]) -> list[Result]:
     return [load_result(folder) for folder in folders]
 
 
+@dataclass(frozen=True)
+class Opening:
+    """A panel at the beginning of a page, as data: its picture is drawn when the page is written."""
+
+    title: str
+    example: str
+    sentence: str
+    """Markdown without HTML."""
+    axis: str
+    rows: tuple[tuple[str, float, float, float], ...]
+    """Name, share, and both ends of its interval: first the atom, then its controls."""
+
+    def panel(self) -> str:
+        """An SVG element. Orange: a control that the atom is not shown to exceed."""
+        drawn = [
+            Row(*row, "atom" if n == 0 else "control" if row[3] >= self.rows[0][2] else "soft")
+            for n, row in enumerate(self.rows)
+        ]
+        return intervals(drawn, self.axis, self.title, write=lambda share: f"{share:.0%}")
+
+
 def write_report(
-    results: Sequence[Result], path: str | Path, *, title: str | None = None, opening: Sequence[Mapping[str, str]] = ()
+    results: Sequence[Result], path: str | Path, *, title: str | None = None, opening: Sequence[Opening] = ()
 ) -> Path:
     """Write the page `path` (.html), its numbers (.json) and `tables/`; returns the page. Each file is written aside
     and renamed.
@@ -58,7 +80,7 @@ def write_report(
     Args:
         results: of any evaluations, dictionaries, heads and models.
         title: heading of the page; by default it names the models.
-        opening: panels after the first picture, with the fields `title`, `example`, `sentence` and `svg`.
+        opening: panels after the first picture.
 
     Raises:
         ValueError: there is no result.

@@ -53,6 +53,14 @@ def test_a_file_that_is_not_whole_is_refused_by_names(wide, name, change):
         from_official({each: value for each, value in weights.items() if value is not None})
 
 
+@pytest.mark.parametrize(("block", "gap"), [(999_999, 3), (4, 3)])
+def test_blocks_that_a_file_lacks_are_not_built(wide, monkeypatch, block, gap):
+    """Of a file that names block 999999 no model of a million layers is made."""
+    monkeypatch.setattr("hookpoints.rwkv7.official.RWKV7Config", None)
+    with pytest.raises(UnsupportedModelError, match=f"has block {block} and lacks block {gap}"):
+        from_official(official_weights(wide) | {f"blocks.{block}.ln1.weight": torch.ones(7)})
+
+
 def test_code_in_a_file_is_not_run(tmp_path):
     torch.save({"emb.weight": print}, tmp_path / "code.pth")
     with pytest.raises(UnsupportedModelError, match=r"code\.pth"):
