@@ -153,7 +153,7 @@ def main(benchmark: Any, arguments: list[str] | None = None) -> None:
     for line in lines(benchmark, found):
         print(" | ".join(line.cells()))
     if file:
-        from sae_lens_writesae.files import atomic_text
+        from hookpoints.files import atomic_text
 
         seconds = time.perf_counter() - began
         record |= {"seconds": round(seconds, 1), "found": rounded(found)}

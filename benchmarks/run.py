@@ -28,7 +28,7 @@ import frame  # noqa: E402
 from subjects import SUBJECTS  # noqa: E402
 from tables import table  # noqa: E402
 
-from sae_lens_writesae.files import atomic_text  # noqa: E402
+from hookpoints.files import atomic_text  # noqa: E402
 
 NAMES = (
     *("scan", "hooks", "recurrence", "substitution", "sae_step", "state_step", "real_size", "busy", "memory_surgery"),

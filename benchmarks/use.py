@@ -31,8 +31,8 @@ import frame  # noqa: E402
 from tables import table  # noqa: E402
 
 from hookpoints import HookedRecurrent, embedded  # noqa: E402
+from hookpoints.files import atomic_text  # noqa: E402
 from sae_lens_writesae import LowRank, train_many_on_writes, training_config  # noqa: E402
-from sae_lens_writesae.files import atomic_text  # noqa: E402
 from writesae.demo import START, Demo  # noqa: E402
 from writesae.experiment import terms  # noqa: E402
 from writesae.experiment.codes import lloyd, residual_quantizer  # noqa: E402

@@ -1,4 +1,9 @@
-"""Folders that someone else may have written: what they hold is data, and may be damaged or malicious.
+"""Files that are whole or absent, and folders that someone else may have written: what these hold is data, and may be
+damaged or malicious.
+
+What is written is written aside, in a folder `.NAME.<32 hexadecimal digits>.aside` of the same folder, reaches the
+disk, and is renamed. What a killed process left aside is removed by a later one. What another program wrote is not
+replaced, unless it has the name that was asked for and is a regular file.
 
 The file ``SHA256SUMS`` seals a folder: a flipped bit in a weight is a valid number, and nothing else can find it. The
 program ``sha256sum`` has the same format. In any model folder ``sha256sum *.json *.safetensors > SHA256SUMS`` makes the
@@ -7,18 +12,219 @@ file, and loading compares every file that it reads.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from functools import cache
 from pathlib import Path
+from uuid import uuid4
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from hookpoints.errors import ChecksumError, require
 
 CHECKSUMS = "SHA256SUMS"
 """Name of the file."""
 _LINE = re.compile(r"([0-9a-f]{64}) [ *]([^/\\\0]+)")
+_ASIDE = re.compile(r"\..+\.[0-9a-f]{32}\.aside")
+_LOCK = ".lock"
+_YOUNG = 60.0
+"""Seconds for which a folder aside is left alone, whether it is locked or not: its owner locks it after making it."""
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+
+def atomic_write(target: Path, write: Callable[[Path], object]) -> Path:
+    """Call ``write`` with a path aside, then rename what is there to ``target``; after an exception nothing is left.
+
+    The file and its folder have reached the disk when this returns. Makes the folder of ``target`` where there is none.
+    Threads and processes may write the same target: the last one stays.
+
+    Raises:
+        OSError: it cannot be written, or ``target`` is a link, a folder or a device, which is not replaced; names
+            ``target``, which errors of some libraries do not.
+    """
+    with named_errors(target), _aside(target) as aside:
+        check_replaceable(target)
+        written = aside / target.name
+        write(written)
+        _sync(written)
+        os.replace(written, target)
+        _sync(target.parent)
+    return target
+
+
+def atomic_text(target: Path, text: str) -> Path:
+    """Write a text file in UTF-8, whole or not at all."""
+    return atomic_write(target, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def atomic_folder(target: Path, write: Callable[[Path], object], names: Callable[[Path], Iterable[str]]) -> Path:
+    """As `atomic_write`, for a folder: ``write`` is called with an empty one, which replaces ``target``.
+
+    Args:
+        names: of the files in an earlier folder, which is given, that were written by this too. A folder that holds
+            anything else is not replaced (`check_folder`).
+    """
+    with named_errors(target), _aside(target) as aside:
+        check_folder(target, names)
+        written = aside / target.name
+        written.mkdir()
+        write(written)
+        for path in (*written.rglob("*"), written):
+            _sync(path)
+        if target.exists():
+            target.rename(aside / "earlier")
+        written.rename(target)
+        _sync(target.parent)
+    return target
+
+
+def atomic_files(folder: Path, write: Callable[[Path], object]) -> None:
+    """Call ``write`` with an empty folder aside, rename the files that it then has into ``folder``, and seal them.
+    Other files of ``folder`` stay as they are.
+
+    Raises:
+        OSError: as of `atomic_write`, or the folder's ``SHA256SUMS`` seals other files.
+    """
+    seal = folder / CHECKSUMS
+    with named_errors(folder), _aside(seal) as aside:
+        written = aside / "files"
+        written.mkdir()
+        write(written)
+        names = sorted(file.name for file in written.iterdir())
+        write_checksums(written, names)
+        for name in (*names, CHECKSUMS):
+            check_replaceable(folder / name)
+        lines = seal.read_text(encoding="utf-8", errors="replace").splitlines() if seal.exists() else []
+        sealed = {match[2] for match in map(_LINE.fullmatch, lines) if match}
+        if not sealed <= {*names}:
+            others = ", ".join(sorted(sealed - {*names}))
+            raise FileExistsError(errno.EEXIST, f"seals other files ({others}); name another folder", str(seal))
+        for name in (*names, CHECKSUMS):
+            _sync(written / name)
+            os.replace(written / name, folder / name)
+        _sync(folder)
+
+
+def check_replaceable(target: Path) -> None:
+    """Raise FileExistsError, which names it, where ``target`` is there and is not a regular file."""
+    if os.path.lexists(target) and (target.is_symlink() or not target.is_file()):
+        kind = "a link" if target.is_symlink() else "a folder" if target.is_dir() else "a device"
+        raise FileExistsError(
+            errno.EEXIST, f"expected no file or a regular one, got {kind}, which is not replaced", str(target)
+        )
+
+
+def check_folder(target: Path, names: Callable[[Path], Iterable[str]]) -> None:
+    """Raise FileExistsError, which names what is there, unless ``target`` does not exist, or is a folder of regular
+    files among ``names(target)``."""
+    if not os.path.lexists(target):
+        return
+    foreign = [target]
+    if target.is_dir() and not target.is_symlink():
+        known = {*names(target)}
+        foreign = [path for path in target.iterdir() if path.name not in known or path.is_symlink() or path.is_dir()]
+    if foreign:
+        raise FileExistsError(
+            errno.EEXIST,
+            f"expected no folder, or one that this replaces, got {sorted(foreign)[0]}, which was not written by it; "
+            "name another folder",
+            str(target),
+        )
+
+
+@contextmanager
+def named_errors(target: Path) -> Iterator[None]:
+    """In this scope, where files are written, a full disk or a read-only folder leads to an OSError that names
+    ``target``, whichever library met it."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, FileExistsError) or error.filename == str(target):
+            raise
+        raise OSError(error.errno, f"cannot be written ({error.strerror or error})", str(target)) from error
+    except (SafetensorError, RuntimeError) as error:  # what safetensors' and torch's writers raise
+        raise OSError(errno.EIO, f"cannot be written ({error})", str(target)) from error
+
+
+def set_aside(file: Path) -> Path:
+    """Rename a damaged file or folder to ``NAME.damaged`` (``NAME.damaged-1`` where there is one); returns the path."""
+    numbers = ("", *(f"-{n}" for n in range(1, 1000)))
+    free = (file.with_name(f"{file.name}.damaged{number}") for number in numbers)
+    return file.rename(next(path for path in free if not os.path.lexists(path)))
+
+
+@contextmanager
+def _aside(target: Path) -> Iterator[Path]:
+    """A folder in that of ``target`` for what is not whole yet. It is locked, so that nobody takes it for one that a
+    killed process left, and removed in any case."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _clean(target.parent)
+    folder = target.with_name(f".{target.name}.{uuid4().hex}.aside")
+    folder.mkdir()
+    try:
+        with FileLock(folder / _LOCK):
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@cache
+def _clean(parent: Path) -> None:
+    """Remove what killed processes left aside in a folder; once in a process."""
+    for folder in parent.iterdir():
+        if _ASIDE.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink():
+            with suppress(OSError, Timeout):
+                if time.time() - folder.stat().st_mtime > _YOUNG:
+                    with FileLock(folder / _LOCK, timeout=0):
+                        shutil.rmtree(folder)
+
+
+def _sync(path: Path) -> None:
+    """Return when a file or folder has reached the disk. Some file systems cannot do this for folders."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        with suppress(OSError) if path.is_dir() else nullcontext():
+            os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+# ------------------------------------------------------------------------------------------------ checking
+
+
+def content_hash(value: object) -> str:
+    """SHA-256 of nested mappings and sequences of tensors, numbers and words; equal for equal values. Costs a pass."""
+    digest = hashlib.sha256()
+
+    def add(part: object) -> None:
+        if isinstance(part, torch.Tensor):
+            digest.update(f"{part.dtype} {list(part.shape)}\n".encode())
+            digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        elif isinstance(part, Mapping):
+            digest.update(f"{len(part)} names\n".encode())
+            for name in sorted(part, key=repr):
+                add(name)
+                add(part[name])
+        elif isinstance(part, Sequence) and not isinstance(part, str):
+            digest.update(f"{len(part)} entries\n".encode())
+            for entry in part:
+                add(entry)
+        else:
+            digest.update(f"{part!r}\n".encode())
+
+    add(value)
+    return digest.hexdigest()
 
 
 def plain_file(folder: Path, name: str, error: type[ValueError] = ChecksumError) -> Path:
@@ -46,9 +252,7 @@ def file_hash(file: Path) -> str:
 
 def write_checksums(folder: Path, names: Iterable[str]) -> Path:
     """Seal files of ``folder``. Costs one reading of each."""
-    file = folder / CHECKSUMS
-    file.write_text("".join(f"{file_hash(folder / name)}  {name}\n" for name in names), encoding="utf-8")
-    return file
+    return atomic_text(folder / CHECKSUMS, "".join(f"{file_hash(folder / name)}  {name}\n" for name in names))
 
 
 class SealedFolder:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, cast
 
 from writesae.choices import MetricName, at_least
 from writesae.dictionaries import quality_table, quiet, save_dictionary
-from writesae.files import check_settings, check_writable, keep_settings, taken
+from writesae.files import check_ours, check_settings, check_writable, keep_settings, taken
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,9 +103,11 @@ class Demo:
         """
         settings = {name: value for name, value in dataclasses.asdict(self).items() if name != "out"}
         check_writable(self.out)
-        check_settings(self.out, settings)
+        names = (FACTS, "collection", "report.html", "report.json", *map(_folder_name, RECIPES))
+        check_settings(self.out, settings, names)
+        check_ours(self.out / "report.html", self.out / "report.json")
         from hookpoints import HookedRecurrent, embedded
-        from sae_lens_writesae.files import atomic_text
+        from hookpoints.files import atomic_text
         from sae_lens_writesae.sae.factors import collect
         from sae_lens_writesae.sae.load import load_sae
         from writesae.evaluations import load_result
@@ -128,10 +130,10 @@ class Demo:
                 f"half-life of a write {half_life:.0f} tokens; without its writes the model is off by {nats:.3f} nats "
                 "per token"
             )
-            keep_settings(self.out, settings)
+            keep_settings(self.out, settings, names)
             atomic_text(kept, json.dumps([dataclasses.asdict(panel) for panel in opening]))
             collection = collect(model, text, place[:1], place[1:], self.out / "collection", dtype="float32")
-            folders = {label: self.out / label.replace(", ", "-") for label in RECIPES}
+            folders = {label: self.out / _folder_name(label) for label in RECIPES}
             terms = Terms(model, collection)
             missing = [label for label in RECIPES if not (folders[label] / "sae").exists()]
             say("\n".join(f"{'training' if label in missing else 'kept'}: {label}" for label in RECIPES))
@@ -182,6 +184,10 @@ class Demo:
             fitted = None if metric == "frobenius" else terms.metric(*place, min(64, len(terms.tokens)), DAMPING)
             cfg = training_config(collection, *place, metric=metric, sae={"k": 1}, verbose=False, **sizes)
             return train(cfg, metric=fitted)
+
+
+def _folder_name(label: str) -> str:
+    return label.replace(", ", "-")
 
 
 def read_facts(file: Path) -> list[Opening]:

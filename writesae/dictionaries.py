@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
-import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -38,6 +36,8 @@ Head = tuple[int, int]
 _SIZES = ("d_sae", "k", "training_tokens", "train_batch_size_tokens")
 _WRITES_IN_MEMORY = 4_000_000_000
 """Bytes of the writes that are trained on at once."""
+_WRITTEN = ("sae", "checkpoint")
+"""What the folder of a dictionary has besides its settings."""
 _METRIC_TOKENS = 32_768
 """Tokens on which a metric is fitted."""
 
@@ -87,11 +87,12 @@ class Collect:
 
     def of(self, model: HookedRecurrent, text: Dataset, say: Say = print) -> Path:
         """Collect from a model that is loaded; returns the folder."""
-        from sae_lens_writesae.sae.factors import collect
+        from sae_lens_writesae.sae.factors import check_own, collect
         from sae_lens_writesae.sae.target import head_target
 
         for layer, head in itertools.product(self.layers, self.heads):
             head_target(model, layer, head)
+        check_own(self.out)
         with taken(self.out, say):
             collect(
                 model,
@@ -158,11 +159,10 @@ def quiet() -> Iterator[None]:
 
 
 def save_dictionary(sae: MatrixTrainingSAE, folder: Path) -> None:
-    """Leave a dictionary in FOLDER/sae, whole or not at all."""
-    aside = folder / ".sae"
-    shutil.rmtree(aside, ignore_errors=True)
-    sae.save_inference_model(str(aside))
-    os.replace(aside, folder / "sae")
+    """Leave a dictionary in FOLDER/sae, whole or not at all. What is there is not replaced."""
+    from hookpoints.files import atomic_folder
+
+    atomic_folder(folder / "sae", lambda aside: sae.save_inference_model(str(aside)), lambda there: ())
 
 
 def quality_table(qualities: Mapping[str, object]) -> str:
@@ -275,14 +275,17 @@ class Train:
         from writesae.experiment.traits import sparsity_fields
 
         sparsity_fields(self.architecture, self.k)  # raises where there is no such architecture
+        names = (*_SIZES, "architecture", "decoder_init", "normalize_activations", "lr")
+        settings = {name: getattr(self, name) for name in names}
+        for layer, head, name in itertools.product(self.layers, self.heads, self.dictionaries()):
+            check_settings(self.out / f"L{layer}H{head}" / str(name), settings, _WRITTEN)
         collection = self._collection(say)
         layers = self.layers or tuple(collection.heads)
         heads = self.heads or tuple(collection.heads[layers[0]])
-        names = (*_SIZES, "architecture", "decoder_init", "normalize_activations", "lr")
-        settings = {name: getattr(self, name) for name in names} | {"model": collection.model_name}
+        settings |= {"model": collection.model_name}
         configs = {}
         for layer, head, name in itertools.product(layers, heads, self.dictionaries()):
-            check_settings(folder := self.out / f"L{layer}H{head}" / str(name), settings)
+            check_settings(folder := self.out / f"L{layer}H{head}" / str(name), settings, _WRITTEN)
             configs[folder] = self.training_config(collection, layer, head, name)
         left = [folder for folder in configs if not (folder / "sae").exists()]
         say(f"{len(configs)} dictionaries, {len(configs) - len(left)} of them trained already")
@@ -291,7 +294,7 @@ class Train:
         for group in groups:
             with taken(group[0], say):
                 for folder in (missing := [folder for folder in group if not (folder / "sae").exists()]):
-                    keep_settings(folder, settings)
+                    keep_settings(folder, settings, _WRITTEN)
                 if missing:
                     _train(collection, {folder: configs[folder] for folder in group}, metrics)
                     names = ", ".join(str(folder.relative_to(self.out)) for folder in missing)

@@ -14,7 +14,7 @@ import tyro
 
 from writesae.choices import OnText
 from writesae.cli import choose, parse, parse_with
-from writesae.files import check_writable, folder_labels, run_folder, sae_folders, taken
+from writesae.files import check_ours, check_writable, folder_labels, run_folder, sae_folders, taken
 
 if TYPE_CHECKING:
     from writesae.experiment.evaluation import Evaluation
@@ -126,6 +126,7 @@ class Report:
         """
         page = self.out / "report.html" if self.out.is_dir() else self.out.with_suffix(".html")
         check_writable(page.parent)
+        check_ours(page, page.with_suffix(".json"))
         from writesae.page.report import find_results, write_report
 
         return write_report(find_results(self.results), page)
@@ -172,6 +173,8 @@ def evaluate(
     from writesae.page.report import write_report
 
     check_writable(subjects.out)
+    page = subjects.out / "report.html"
+    check_ours(page, page.with_suffix(".json"))
     folders = [folder for path in subjects.saes for folder in sae_folders(path)]
     saes = {label: load_sae(folder) for label, folder in zip(folder_labels(folders), folders)}
     if len(saes) < len(folders):
@@ -204,4 +207,4 @@ def evaluate(
             single=single,
             resume=resume,
         )
-        return write_report(results, subjects.out / "report.html")
+        return write_report(results, page)

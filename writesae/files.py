@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
@@ -14,12 +15,32 @@ from filelock import FileLock, Timeout
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
 
 
-def check_settings(folder: Path, settings: Mapping[str, object]) -> None:
-    """Raise ValueError where the `config.json` of a folder has other settings; names them."""
+GENERATOR = {"generator": "writesae"}
+"""Entry of every file of numbers that belongs to a page."""
+_MARKS = ('<meta name="generator" content="writesae">', '"generator": "writesae"', '"sae_set": "writesae-')
+"""What pages, their numbers, and batches of atoms for other tools begin with."""
+
+
+def check_settings(folder: Path, settings: Mapping[str, object], names: Sequence[str] = ()) -> None:
+    """Raise ValueError where the `config.json` of a folder has other settings; names them.
+
+    Args:
+        names: of what is written to the folder after `config.json`. Where that is missing and one of these is there,
+            somebody else wrote it, and ValueError names it.
+    """
     file = folder / "config.json"
+    if not file.exists():
+        check_absent(folder / name for name in names)
+        return
     own = json.loads(json.dumps(settings))
-    there = json.loads(file.read_text(encoding="utf-8")) if file.exists() else own
-    differing = [f"{key}: {there.get(key)!r}, now {own[key]!r}" for key in own if there.get(key) != own[key]]
+    try:
+        there = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{file}: expected the settings of a run, got no JSON ({error}); name another --out"
+        ) from error
+    saved = there if isinstance(there, dict) else {}
+    differing = [f"{key}: {saved.get(key)!r}, now {own[key]!r}" for key in own if saved.get(key) != own[key]]
     if differing:
         raise ValueError(
             f"{folder} holds a run with other settings ({'; '.join(differing)}); give another --out, or the same "
@@ -27,13 +48,34 @@ def check_settings(folder: Path, settings: Mapping[str, object]) -> None:
         )
 
 
-def keep_settings(folder: Path, settings: Mapping[str, object]) -> None:
+def keep_settings(folder: Path, settings: Mapping[str, object], names: Sequence[str] = ()) -> None:
     """Write `config.json`, or raise what `check_settings` raises. Nothing is overwritten."""
-    from sae_lens_writesae.files import atomic_text
+    from hookpoints.files import atomic_text
 
-    check_settings(folder, settings)
+    check_settings(folder, settings, names)
     if not (folder / "config.json").exists():
         atomic_text(folder / "config.json", json.dumps(settings, indent=1))
+
+
+def check_absent(files: Iterable[Path]) -> None:
+    """Raise ValueError, which names it, where one of the files is there."""
+    for file in files:
+        if os.path.lexists(file):
+            raise ValueError(
+                f"{file}: expected nothing, or what this command wrote, got something else; name another --out"
+            )
+
+
+def check_ours(*files: Path) -> None:
+    """Raise ValueError, which names it, where one of the files is there and is not what a command of this package wrote
+    (`_MARKS`). Commands call this before any work."""
+    for file in files:
+        if file.is_file() and not file.is_symlink():
+            with file.open(encoding="utf-8", errors="replace") as opened:
+                beginning = opened.read(4096)
+            if any(mark in beginning for mark in _MARKS):
+                continue
+        check_absent([file])
 
 
 def check_writable(folder: Path) -> None:

@@ -99,7 +99,7 @@ class Push:
         from huggingface_hub import HfApi
         from huggingface_hub.utils import validate_repo_id
 
-        from sae_lens_writesae.files import atomic_text
+        from hookpoints.files import atomic_text
 
         validate_repo_id(self.repo)
         with tempfile.TemporaryDirectory() as folder:

@@ -15,7 +15,7 @@ import tyro
 
 from writesae.choices import Dtype, OnText, expect
 from writesae.cli import parse_with
-from writesae.files import check_writable, folder_labels, sae_folders, taken
+from writesae.files import check_ours, check_writable, folder_labels, sae_folders, taken
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -38,6 +38,10 @@ class OfOne(OnText):
     out: Path = Path("writesae-out/atoms")
     """Folder for what is written."""
 
+    def check_out(self) -> None:
+        """Raise ValueError where `out` cannot be written, or has files of these names that no command wrote."""
+        check_writable(self.out)
+
     def load(self, pages: AtomPages, a_sequence: float, an_atom: float) -> tuple[HookedRecurrent, SAE, Tensor]:
         """The model, the dictionary, and the text as tokens [sequences,context_size]. Says how long the work takes.
 
@@ -51,7 +55,7 @@ class OfOne(OnText):
         from sae_lens_writesae.sae.load import load_sae
         from writesae.experiment.tokens import sample_sequences, say_time, text_of
 
-        check_writable(self.out)
+        self.check_out()
         text, sae = text_of(self.text), load_sae(self.sae)
         model = HookedRecurrent.from_pretrained(self.model or str(sae.cfg.metadata.model_name), dtype=self.dtype)
         tokens = sample_sequences(model, text, self.context_size, self.sequences)
@@ -71,6 +75,12 @@ class Show(OfOne):
     optional: bool = False
     """Where no atom can be shown, leave the reason in `out` and no error."""
 
+    def check_out(self) -> None:
+        from writesae.page.atoms.pages import check_pages
+
+        super().check_out()
+        check_pages(self.out)
+
     def run(self, pages: AtomPages, progress: bool = True) -> Path:
         """Load the SAE, look at its atoms on the text, and write index.html, a page for each atom and data.json to
         `out`; returns the index.
@@ -79,8 +89,8 @@ class Show(OfOne):
             ValueError: a folder does not hold what it should, the SAE does not fit the model, or no atom fires often
                 enough.
         """
+        from hookpoints.files import atomic_text
         from sae_lens_writesae.errors import NothingToMeasureError
-        from sae_lens_writesae.files import atomic_text
         from writesae.page.atoms.pages import write_atom_pages
 
         loaded = self.load(pages, 3.4 + 8 * pages.quality * min(1, 64 / self.sequences), 5.3)
@@ -102,6 +112,10 @@ class Export(OfOne):
     dataset: str = ""
     """What the text is called there."""
 
+    def check_out(self) -> None:
+        super().check_out()
+        check_ours(self.out / "batch-0.json")
+
     def run(self, pages: AtomPages, progress: bool = True) -> Path:
         """Load the SAE, find where its atoms fire on the text, and write the file to `out`.
 
@@ -109,7 +123,7 @@ class Export(OfOne):
             ValueError: a folder does not hold what it should, the SAE does not fit the model, or no atom fires often
                 enough.
         """
-        from sae_lens_writesae.files import atomic_text
+        from hookpoints.files import atomic_text
         from writesae.page.atoms.export import neuronpedia_batch
         from writesae.page.atoms.measure import Facts
 
@@ -151,7 +165,7 @@ class Prompt:
                 server.serve_forever()
             return
         check_writable(self.out.parent)
-        from sae_lens_writesae.files import atomic_text
+        from hookpoints.files import atomic_text
         from writesae.page.atoms.export import neuronpedia_graph
 
         with dataclasses.replace(self, port=0).server() as server:
@@ -172,9 +186,10 @@ def _run(command: type[Show] | type[Export], program: str, arguments: Sequence[s
     given, pages = parse_with(command, AtomPages, program, arguments)
     folders = sae_folders(given.sae)
     outs = [given.out / label for label in folder_labels(folders)] if len(folders) > 1 else [given.out]
-    return "\n".join(
-        str(dataclasses.replace(given, sae=folder, out=out).run(pages)) for folder, out in zip(folders, outs)
-    )
+    commands = [dataclasses.replace(given, sae=folder, out=out) for folder, out in zip(folders, outs)]
+    for command_of_one in commands:
+        command_of_one.check_out()
+    return "\n".join(str(command_of_one.run(pages)) for command_of_one in commands)
 
 
 run_show, run_export = partial(_run, Show, "writesae show"), partial(_run, Export, "writesae export")

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from writesae.choices import at_least
-from writesae.files import check_writable
+from writesae.files import GENERATOR, check_absent, check_ours, check_writable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,15 +40,21 @@ class Zoo:
         Raises:
             ValueError: a name that is not in the zoo, or a folder that cannot be written.
         """
-        from sae_lens_writesae.files import atomic_text
+        from hookpoints.files import atomic_text
         from writesae.dictionaries import quiet
         from writesae.experiment.known import board
         from writesae.page.template import environment
 
         check_writable(self.out)
+        check_ours(self.out / "index.html", self.out / "zoo.json")
+        if not (self.out / "zoo.json").exists():  # which is written first
+            check_absent([self.out / "zoo.md"])
         with quiet():
             boards = [board(name, self.seeds, self.sequences, self.facts, self.steps) for name in self.models]
-        content = {"settings": {name: value for name, value in asdict(self).items() if name != "out"}, "boards": boards}
+        content = GENERATOR | {
+            "settings": {name: value for name, value in asdict(self).items() if name != "out"},
+            "boards": boards,
+        }
         atomic_text(self.out / "zoo.json", json.dumps(content, indent=1, allow_nan=False))
         atomic_text(self.out / "zoo.md", environment().get_template("zoo_table.html").render(content))
         return atomic_text(self.out / "index.html", environment().get_template("zoo.html").render(content))

@@ -18,7 +18,6 @@ import copy
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +30,7 @@ from torch import Tensor
 from transformers import Cache
 
 from hookpoints.errors import InputError, UnsupportedModelError, require
+from hookpoints.files import atomic_write
 from hookpoints.hooks.guard import Hooks
 from hookpoints.layer.context import count_tokens, drop_sources, scope
 from hookpoints.memory.caches import attention_of, fill, put_state, state_of, tensors_of, turned, window
@@ -288,17 +288,16 @@ class Memory:
         return copy.deepcopy(self.cache)
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file, aside and then renamed: what is stored of each token, and the cache."""
+        """Write one safetensors file, aside and then renamed: what is stored of each token, and the cache.
+
+        Raises:
+            OSError: it cannot be written, or ``path`` is a link, a folder or a device, which is not replaced.
+        """
         named = {name: x for name, x in self.kept.items() if not name.startswith("attention/")}  # in the cache, too
         named |= {f"cache/{place}": x for place, x in tensors_of(self.cache).items()}
         copies = {name: x.detach().clone(memory_format=torch.contiguous_format) for name, x in named.items()}
         said = {**_said(self.model), "forms": self.forms, "rest": [self.edited, self.approximate]}
-        aside = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
-        try:
-            save_file(copies, aside, {"hookpoints": json.dumps(said)})
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
+        atomic_write(Path(path), lambda file: save_file(copies, file, {"hookpoints": json.dumps(said)}))
 
     @classmethod
     def load(cls, path: str | Path, model: HookedModel) -> Memory:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -36,16 +37,20 @@ from tqdm.auto import tqdm
 from transformer_lens.hook_points import HookPoint
 
 from hookpoints import HookedRecurrent, Recurrence
-from hookpoints.files import CHECKSUMS, SealedFolder, file_hash, read_json
+from hookpoints.files import CHECKSUMS, SealedFolder, atomic_text, atomic_write, file_hash, read_json
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.errors import DiskTooSmallError
-from sae_lens_writesae.files import SAVE_SECONDS, atomic_text, atomic_write, free_bytes, size_text
+from sae_lens_writesae.files import SAVE_SECONDS, free_bytes, size_text
 from sae_lens_writesae.sae.matrix import require
 from sae_lens_writesae.sae.target import HeadTarget, Target, head_target
 
 INDEX = "index.json"
 FORMAT = 2
 """Version of the files."""
+_LOCKS = (".lock", ".taken")
+"""Files that this and the commands of the study lock, so that one process works in a folder."""
+_PART = re.compile(r"\.shard-\d{5}\.safetensors")
+"""Name of what there is of a shard."""
 SHARD_BYTES = 64e6
 """Size of a shard at most, about; what is held in memory."""
 BATCH_BYTES = {"cpu": 200e6, "cuda": 2e9}
@@ -253,6 +258,7 @@ def collect(
     for layer, numbers in chosen.items():
         for head, target in product(numbers, targets):
             head_target(model, layer, head, target)
+    check_own(folder)
     ids = _sequences(model, text, context_size, n_tokens)
     asked: Index = {
         "format": FORMAT,
@@ -275,8 +281,9 @@ def collect(
             # Whole batches, so that a batch is the same in every run.
             index["sequences_per_shard"] = max(1, int(shard_bytes / _sequence_bytes(index) // size)) * size
         missing = {name: span for name, span in _spans(index).items() if not (folder / name).exists()}
-        for old in {*folder.glob(".*.*")} - {folder / f".{name}" for name in missing}:
-            old.unlink()  # of a run that was killed
+        for part in folder.glob(".shard-*"):  # of a run that was killed after it finished the shard
+            if _PART.fullmatch(part.name) and part.name[1:] not in missing:
+                part.unlink()
         sequence, free, left = _sequence_bytes(index), free_bytes(folder), sum(map(len, missing.values()))
         said = f"{sequence * len(ids)} bytes ({size_text(sequence * len(ids))}), {size_text(sequence * left)} to write"
         say(f"{said} in {len(missing)} shards, {size_text(free)} free")
@@ -463,6 +470,21 @@ def _sequence_bytes(index: Index) -> int:
         for dtype, shape in described["factors"].values()
     )
     return index["shape"][1] * (4 + sum(sizes))
+
+
+def check_own(folder: Path) -> None:
+    """Raise CollectionError unless a folder has the index of a collection, or nothing but locks and what a killed run
+    left."""
+    if not folder.exists():
+        return
+    file = folder / INDEX
+    foreign = [path for path in folder.iterdir() if not path.name.endswith(".aside") and path.name not in _LOCKS]
+    if file.is_file() and not file.is_symlink() and "format" in read_json(file):
+        foreign = []
+    if foreign:
+        raise CollectionError(
+            f"{folder}: expected an empty folder or a collection, got {min(foreign).name}; name another folder"
+        )
 
 
 def _check_same(folder: Path, index: Mapping[str, object], asked: Index) -> None:

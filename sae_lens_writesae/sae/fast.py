@@ -30,9 +30,10 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, embedding_bag, pad
 from tqdm.auto import tqdm
 
+from hookpoints.files import atomic_write
 from hookpoints.scopes import threads_for
 from sae_lens_writesae.atom.low_rank import LowRank
-from sae_lens_writesae.files import SAVE_SECONDS, atomic_write
+from sae_lens_writesae.files import SAVE_SECONDS
 from sae_lens_writesae.sae.matrix import khatri_rao, require
 from sae_lens_writesae.sae.metric import Metric
 from sae_lens_writesae.sae.rows import ShuffledWrites, new_sae, seeded, shuffled, train_on_rows, wandb_run

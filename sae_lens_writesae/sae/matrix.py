@@ -22,14 +22,14 @@ from pathlib import Path
 from typing import Any, ClassVar, get_args
 
 import torch
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.registry import SAE_CLASS_REGISTRY
 from sae_lens.saes.sae import SAE, SAEConfig, TrainingSAE
 from torch import Tensor, nn
 
-from hookpoints.files import write_checksums
+from hookpoints.files import atomic_files
 from sae_lens_writesae.atom.low_rank import Index, LowRank
 from sae_lens_writesae.choices import Decoder, Encoder
-from sae_lens_writesae.files import named_errors
 
 REQUIRES = "import sae_lens_writesae (package sae-lens-writesae), which registers the architecture in SAELens"
 """What the metadata of every saved autoencoder says. SAELens has no entry points: without the import it raises a bare
@@ -336,10 +336,13 @@ def with_checksums(save: Callable[[str | Path], tuple[Path, Path]], path: str | 
     SAELens writes the fields of cfg.json in an order that differs from process to process; here they are sorted.
 
     Raises:
-        OSError: the folder cannot be written, or the disk is full; names the folder.
+        OSError: the folder cannot be written, the disk is full, or something is there that is not replaced
+            (`atomic_files`); names the folder.
     """
-    with named_errors(Path(path)):
-        files = save(path)
-        files[1].write_text(json.dumps(json.loads(files[1].read_text()), sort_keys=True))
-        write_checksums(files[0].parent, [file.name for file in files])
-    return files
+
+    def write(aside: Path) -> None:
+        config = save(aside)[1]
+        config.write_text(json.dumps(json.loads(config.read_text()), sort_keys=True))
+
+    atomic_files(Path(path), write)
+    return Path(path) / SAE_WEIGHTS_FILENAME, Path(path) / SAE_CFG_FILENAME

@@ -130,24 +130,27 @@ def _kills(write: Write) -> Callable[[Path, int], Iterator[Comparison]]:
     return run
 
 
-RESULT, ATOMIC = "writesae.experiment.evaluation:Result.save", "sae_lens_writesae.files:atomic_write"
+FILE, FOLDER = "hookpoints.files:atomic_write", "hookpoints.files:atomic_folder"
 IN_PLACE = {
     results: {
         "results are written in place": [
-            Change(RESULT, "Path(beside) / target.name", "target"),
-            Change(RESULT, "if target.exists()", "if False"),
-            Change(RESULT, "aside.replace(target)", "pass"),
-            Change(RESULT, "aside.mkdir()", "aside.mkdir(exist_ok=True)"),
+            Change(FOLDER, "aside / target.name", "target"),
+            Change(FOLDER, "written.mkdir()", "written.mkdir(exist_ok=True)"),
+            Change(FOLDER, 'target.rename(aside / "earlier")', "pass"),
+            Change(FOLDER, "written.rename(target)", "pass"),
         ]
     },
     dictionaries: {
         "files are written in place": [
-            Change(ATOMIC, "write(aside)", "write(target)"),
-            Change(ATOMIC, "os.replace(aside, target)", "pass"),
+            Change(FILE, "write(written)", "write(target)"),
+            Change(FILE, "os.replace(written, target)", "pass"),
+            Change(FILE, "_sync(written)", "pass"),
         ],
         "dictionaries are written in place": [
-            Change("writesae.dictionaries:save_dictionary", '".sae"', '"sae"'),
-            Change("writesae.dictionaries:save_dictionary", 'os.replace(aside, folder / "sae")', "pass"),
+            Change(FOLDER, "aside / target.name", "target"),
+            Change(FOLDER, "written.mkdir()", "written.mkdir(exist_ok=True)"),
+            Change(FOLDER, 'target.rename(aside / "earlier")', "pass"),
+            Change(FOLDER, "written.rename(target)", "pass"),
         ],
     },
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 from pathlib import Path
@@ -202,11 +203,13 @@ def test_the_command(capsys, tmp_path, monkeypatch, embedded):
 
 
 def test_a_full_disk_is_named_and_what_is_missing_is_collected_later(model, copy, whole):
-    """A shard that was deleted, beside what a kill left aside. The system refuses the write, as under a quota."""
+    """A shard that was deleted, and what a kill left aside. The system refuses the write, as under a quota."""
     for name in (SHARDS[1], CHECKSUMS):
         (copy / name).unlink()
-    for name in (SHARDS[3], INDEX, CHECKSUMS, "tmp"):
-        (copy / f".{name}.abc").write_text("of a killed run")
+    (copy / f".{SHARDS[3]}").write_text("of a run that was killed after it finished the shard")
+    aside = copy / f".{SHARDS[1]}.{'0' * 32}.aside"
+    aside.mkdir()
+    os.utime(aside, (0, 0))
     times = {path.name: path.stat().st_mtime_ns for path in copy.glob("shard-*")}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))

@@ -10,9 +10,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import shutil
 import sys
-import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -28,9 +26,8 @@ from sae_lens import SAE
 from torch import Tensor
 
 from hookpoints import HookedRecurrent
-from hookpoints.files import SealedFolder, read_json, write_checksums
+from hookpoints.files import CHECKSUMS, SealedFolder, atomic_folder, read_json, write_checksums
 from sae_lens_writesae.errors import NothingToMeasureError
-from sae_lens_writesae.files import named_errors
 from writesae.choices import AtLeast, at_least, expect, once_each
 from writesae.experiment.lab import Lab
 from writesae.experiment.terms import Terms
@@ -325,10 +322,10 @@ class Result:
 
     def save(self, folder: str | Path) -> Path:
         """Write a folder with info.json, one parquet file a table, and their checksums. The folder appears whole: it is
-        written aside, then renamed, and replaces one that was there.
+        written aside, then renamed, and replaces an earlier result that was there.
 
         Raises:
-            OSError: it cannot be written; names the folder.
+            OSError: it cannot be written, or holds something that no result has (`check_folder`); names the folder.
         """
         target = Path(folder)
         text = json.dumps(
@@ -343,19 +340,14 @@ class Result:
             default=methodcaller("item"),  # of numpy's numbers
             allow_nan=False,
         )
-        with named_errors(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as beside:
-                aside = Path(beside) / target.name
-                aside.mkdir()
-                (aside / _INFO).write_text(text, encoding="utf-8")
-                for name, table in self.tables.items():
-                    table.to_parquet(aside / f"{name}.parquet", index=False)
-                write_checksums(aside, sorted(file.name for file in aside.iterdir()))
-                if target.exists():
-                    shutil.rmtree(target)
-                aside.replace(target)
-        return target
+
+        def write(aside: Path) -> None:
+            (aside / _INFO).write_text(text, encoding="utf-8")
+            for name, table in self.tables.items():
+                table.to_parquet(aside / f"{name}.parquet", index=False)
+            write_checksums(aside, sorted(file.name for file in aside.iterdir()))
+
+        return atomic_folder(target, write, result_files)
 
     @classmethod
     def load(cls, folder: str | Path, known: Mapping[str, type[Evaluation]]) -> Result:
@@ -386,3 +378,12 @@ class Result:
             return cls(kind.from_dict(head["settings"]), head["info"], tables, head["skipped"])
         except (KeyError, OSError, TypeError, ValueError) as error:
             raise ValueError(f"{folder} cannot be read as {kind.kind}: {error}") from error
+
+
+def result_files(folder: Path) -> list[str]:
+    """Names of the files in a folder that `Result.save` wrote there: those that its checksums list. An empty list where
+    it wrote none."""
+    if not (folder / _INFO).is_file() or not (folder / CHECKSUMS).is_file():
+        return []
+    listed = (folder / CHECKSUMS).read_text(encoding="utf-8", errors="replace").split()
+    return [_INFO, CHECKSUMS, *(name for name in listed if name.endswith(".parquet"))]

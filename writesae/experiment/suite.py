@@ -10,9 +10,10 @@ from sae_lens import SAE
 from torch import Tensor
 
 from hookpoints import HookedRecurrent
+from hookpoints.files import check_folder
 from sae_lens_writesae.sae.target import HeadHook
 from writesae.experiment.controls import Control, control_dictionaries
-from writesae.experiment.evaluation import Evaluation, Result, Scope
+from writesae.experiment.evaluation import Evaluation, Result, Scope, result_files
 from writesae.experiment.quality import quality_of_heads
 from writesae.experiment.terms import Terms
 from writesae.experiment.traits import objective, variant
@@ -52,8 +53,13 @@ def evaluate_all(
             of the same dictionaries, text and `controls`.
 
     Raises:
+        OSError: the folder of a result holds something that no result has; before any work.
         NothingToMeasureError, ValueError: see `single`; sequences of `controls` are tested.
     """
+    for evaluation in evaluations:
+        for label, _ in groups(evaluation.scope, saes, single=single):
+            if name := evaluation.label or label:
+                check_folder(_folder(out, evaluation.kind, name), result_files)
     fitted = reference or (Terms(model, controls) if isinstance(controls, Tensor) else controls)
     beside = {} if controls is None else control_dictionaries(model, saes, controls)
     everything = dict(saes) | {f"{n}, {control}": sae for control, own in beside.items() for n, sae in own.items()}

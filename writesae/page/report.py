@@ -20,11 +20,11 @@ from typing import cast
 
 import pandas as pd
 
-from sae_lens_writesae.files import atomic_text, atomic_write
+from hookpoints.files import atomic_text, atomic_write
 from writesae.evaluations import EVALUATIONS, load_result
 from writesae.experiment.controls import Answer, answers
 from writesae.experiment.evaluation import Result
-from writesae.files import Json
+from writesae.files import GENERATOR, Json, check_ours
 from writesae.page.template import environment
 from writesae.verdict.figures import Row, intervals
 from writesae.verdict.finding import Figure, Finding, said
@@ -83,13 +83,15 @@ def write_report(
         opening: panels after the first picture.
 
     Raises:
-        ValueError: there is no result.
+        ValueError: there is no result, or a file of that name is there and is no page or no numbers of one.
     """
     if not results:
         raise ValueError("results: expected at least one, got none")
     target, results = Path(path).with_suffix(".html"), in_order(results)
+    check_ours(target, target.with_suffix(".json"))
     rows = claim_rows(results)
     numbers = {
+        **GENERATOR,
         "claims": [{"label": row.label, "paper": row.claim.paper, **vars(row.claim)} for row in rows],
         "quality": quality_rows(results),
         "results": [{"kind": r.kind, "settings": r.evaluation.to_dict(), "info": r.info} for r in results],

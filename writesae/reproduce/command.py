@@ -18,8 +18,8 @@ import tyro
 
 from writesae.cli import parse
 from writesae.dictionaries import check_text
-from writesae.files import check_writable
-from writesae.reproduce.config import SMALL, ReproduceConfig
+from writesae.files import check_settings, check_writable
+from writesae.reproduce.config import SMALL, WRITTEN, ReproduceConfig
 from writesae.reproduce.texts import write_texts
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ class Reproduce:
             raise ValueError('the protocol runs on Snakemake: pip install "sae-lens-writesae[study]"')
         model = HookedRecurrent.from_pretrained(self.config.model, dtype=self.config.dtype)
         config = for_model(self.config, model)
+        check_settings(self.out, config.settings(), WRITTEN)
         self.out.mkdir(parents=True, exist_ok=True)
         own_run(self.out)
         config.keep_in(self.out)

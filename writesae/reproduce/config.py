@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 from writesae.choices import MATCHED, DictionaryName, Dtype, Target, at_least, once_each
 from writesae.files import keep_settings
+
+WRITTEN = ("texts", "collection", "logs", "report", ".snakemake")
+"""What a run writes to its folder besides `config.json` and a folder for each head."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,11 @@ class ReproduceConfig:
         Raises:
             ValueError: the folder holds a run with other settings; names them. Nothing is overwritten.
         """
-        keep_settings(folder, asdict(self) | {"dictionaries": self.dictionaries()})
+        keep_settings(folder, self.settings(), WRITTEN)
+
+    def settings(self) -> Mapping[str, object]:
+        """What `config.json` has."""
+        return asdict(self) | {"dictionaries": self.dictionaries()}
 
 
 SMALL = ReproduceConfig(

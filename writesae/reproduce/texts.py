@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def write_texts(config: ReproduceConfig, folder: Path, model: HookedRecurrent) -> None:
     """`held-out.txt`, of the first documents, and `train/train.jsonl`, of those that follow; as much as is needed."""
     from hookpoints import embedded
-    from sae_lens_writesae.files import atomic_text
+    from hookpoints.files import atomic_text
 
     if (folder / "held-out.txt").exists():  # written last
         return

@@ -6,8 +6,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from sae_lens_writesae.files import atomic_text
-from writesae.files import Json
+from hookpoints.files import atomic_text
+from writesae.files import GENERATOR, Json
 
 
 @dataclass(frozen=True)
@@ -183,4 +183,4 @@ class AtomPagesData:
 
     def save(self, path: str | Path) -> Path:
         """Write everything as JSON, whole or not at all."""
-        return atomic_text(Path(path), json.dumps(asdict(self), allow_nan=False))
+        return atomic_text(Path(path), json.dumps(GENERATOR | asdict(self), allow_nan=False))

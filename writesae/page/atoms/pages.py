@@ -12,7 +12,8 @@ import numpy as np
 from markupsafe import Markup, escape
 from matplotlib.image import imsave
 
-from sae_lens_writesae.files import atomic_text
+from hookpoints.files import atomic_text
+from writesae.files import check_ours
 from writesae.page.atoms.data import AtomPagesData, Term
 from writesae.page.atoms.text import EMPTY, symbol, visible
 from writesae.page.template import environment
@@ -23,7 +24,11 @@ def write_atom_pages(data: AtomPagesData, folder: str | Path) -> Path:
     """Write index.html, atom-<n>.html and data.json into `folder`, which is made if need be; returns the index.
 
     The pages need no network and no server. Each file is written aside, then renamed.
+
+    Raises:
+        ValueError: a file of such a name is there and is no page (`check_pages`).
     """
+    check_pages(Path(folder))
     templates = environment(pct=percent, num=number, signed=signed, visible=visible, inked=inked, heatmap=heatmap)
     numbers, target = [page.atom for page in data.atoms], Path(folder)
     shared = {"info": data.info, "label": data.info["label"], "shown": numbers}
@@ -32,6 +37,11 @@ def write_atom_pages(data: AtomPagesData, folder: str | Path) -> Path:
         atomic_text(target / f"atom-{page.atom}.html", templates.get_template("atoms/atom.html").render(shown))
     data.save(target / "data.json")
     return atomic_text(target / "index.html", templates.get_template("atoms/index.html").render(data=data, **shared))
+
+
+def check_pages(folder: Path) -> None:
+    """Raise ValueError, which names it, where a folder has a file with the name of one of these and other contents."""
+    check_ours(folder / "index.html", folder / "data.json", *folder.glob("atom-*.html"))
 
 
 def signed(value: float, how: str = "+.2f") -> str:
