@@ -244,7 +244,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["report", "FOLDER"], "report.html"),
         (["train", "--collection", "FOLDER", *TINY, "--no-summary"], "cfg.json"),
         (["push", "FOLDER", "me/saes", "--dry-run"], None),
-        (["prompt", "--sae", "FOLDER", "--graph", "The war"], "graph.json"),
     ],
     ids=lambda given: given[0] if isinstance(given, list) else "",
 )

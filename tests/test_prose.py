@@ -44,7 +44,7 @@ RECORDS = ("families", "zoo_board")
 STUDY = ("verdicts", "results", "dictionaries", "coverage", "claims", "bits", "use")
 AREAS = {
     "front": ("*.md",),
-    "docs": ("docs/*.md", "docs/[!etb]*/*.md", "docs/errors/*.md"),
+    "docs": ("docs/*.md", "docs/[!etb]*/*.md"),
     "records": tuple(f"docs/{name}.md" for name in RECORDS),
     "study": (*(f"docs/{name}*.md" for name in STUDY), "docs/evaluations/*.md", "docs/tutorials/*.md"),
     "hookpoints": ("hookpoints/**/*.py",),

@@ -201,12 +201,3 @@ def test_killed_again_and_again_a_run_ends_as_one_that_was_not(tmp_path):
     assert {claim["label"] for claim in claims} == {"L2H0 write-trained", "L2H0 state-trained", "L2H0"}
     assert not list(out.rglob("checkpoints"))
     assert "Nothing to be done" in snakemake(out, "--profile", str(profile_folder("laptop")), "--dry-run")
-
-
-@pytest.mark.slow
-def test_a_sweep_plans_every_point_of_its_grid_once(tmp_path):
-    (grid := tmp_path / "grid.json").write_text(
-        '{"model": "embedded", "layer": 2, "head": 1, "k": [1, 4], "seed": [0, 1]}'
-    )
-    said = snakemake(tmp_path, "--cores", "1", "--dry-run", "--configfile", str(grid), file="sweep.smk")
-    assert planned(said).items() >= {"collect": 1, "train": 4, "evaluate": 4}.items()

@@ -144,11 +144,6 @@ class Prompt:
     """Model; by default the one named in the SAE's metadata, or without an SAE the embedded one."""
     sae: Path | None = None
     """Folder of a dictionary, or one that holds such folders; the atoms of the first of each head are shown."""
-    graph: str | None = None
-    """Open no page: write the attribution graph of this text to `out`, as https://www.neuronpedia.org/graph/validator
-    takes it. Links are the first-order effects of all writes, and of atoms of `sae`, on the likeliest next tokens."""
-    out: Path = Path("writesae-out/graph.json")
-    """File for the graph."""
     dtype: Dtype = "float32"
     """The model's dtype."""
     port: int = 8765
@@ -158,19 +153,10 @@ class Prompt:
         expect(self, {"port": (0 <= self.port < 2**16, f"0 to {2**16 - 1}")})
 
     def run(self) -> None:
-        """Serve until interrupted, or write the graph."""
-        if (text := self.graph) is None:
-            with self.server() as server, suppress(KeyboardInterrupt):
-                print(f"open http://127.0.0.1:{server.server_port} in a browser; Ctrl-C ends", flush=True)
-                server.serve_forever()
-            return
-        check_writable(self.out.parent)
-        from hookpoints.files import atomic_text
-        from writesae.page.atoms.export import neuronpedia_graph
-
-        with dataclasses.replace(self, port=0).server() as server:
-            graph = neuronpedia_graph(server.model, text, [*server.saes.values()])
-        print(atomic_text(self.out, json.dumps(graph, allow_nan=False)))
+        """Serve until interrupted."""
+        with self.server() as server, suppress(KeyboardInterrupt):
+            print(f"open http://127.0.0.1:{server.server_port} in a browser; Ctrl-C ends", flush=True)
+            server.serve_forever()
 
     def server(self) -> PromptServer:
         """The server, bound to its port; raises what `PromptServer` raises."""

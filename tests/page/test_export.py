@@ -1,23 +1,20 @@
-"""Atoms and graphs as Neuronpedia reads them, checked against schemas written from its source and SAEDashboard's."""
+"""Atoms as Neuronpedia reads them, checked against schemas written from its source and SAEDashboard's."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
-import pandas as pd
 import pytest
-import torch
 from torch import Tensor
 
-from hookpoints import HookedRecurrent, write_attribution
+from hookpoints import HookedRecurrent
 from hookpoints import embedded as shipped
-from page.planted_atoms import HEAD, LAYER, SMALL
+from page.planted_atoms import SMALL
 from sae_lens_writesae.sae import WriteTopKSAE
 from writesae.page.atoms import AtomPagesData, collect
-from writesae.page.atoms.export import neuronpedia_batch, neuronpedia_graph
+from writesae.page.atoms.export import neuronpedia_batch
 from writesae.page.atoms.measure import Facts
 from writesae.show import Export
 
@@ -39,12 +36,6 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     # `NeuronpediaDashboardActivation.to_dict`; fields of direct feature attribution left out
     "activation": dict.fromkeys(("bin_min", "bin_max", "bin_contains"), (int, float))
     | {"tokens": list, "values": list, "qualifying_token_index": int},
-    # What graph-schema.json of Neuronpedia requires, apps/webapp/app/api/graph, and two of its optional fields
-    "graph": {"metadata": dict, "qParams": dict, "nodes": list, "links": list},
-    "metadata": {"slug": str, "scan": str, "prompt_tokens": list, "prompt": str, "node_threshold": (int, float)},
-    "node": dict.fromkeys(("node_id", "jsNodeId", "feature_type", "clerp", "layer"), str)
-    | {"feature": (int, NoneType), "ctx_idx": int, "influence": (int, float, NoneType)},
-    "link": {"source": str, "target": str, "weight": (int, float)},
 }
 
 
@@ -86,40 +77,3 @@ def test_what_no_other_tool_shows_is_not_measured(
     (text := tmp_path / "text.txt").write_text(shipped.text("test")[:3000])
     export = Export(sae=tmp_path / "sae", text=text, context_size=48, out=tmp_path / "out")
     assert export.run(SMALL, progress=False) == tmp_path / "out/batch-0.json"
-
-
-def fits_graph(graph: dict[str, Any]) -> dict[str, Any]:
-    """The graph, which must have the fields of the schema, and links between its nodes."""
-    fits(fits(graph, "graph")["metadata"], "metadata")
-    names = [fits(node, "node")["node_id"] for node in graph["nodes"]]
-    assert len(set(names)) == len(names)
-    assert all({fits(link, "link")["source"], link["target"]} <= set(names) for link in graph["links"])
-    return graph
-
-
-def test_a_graph_has_the_effects_of_all_writes_and_of_atoms(
-    model: HookedRecurrent, planted: WriteTopKSAE, tokens: Tensor
-) -> None:
-    """Atoms and what they leave of a write add up to it. The atom that is the write of a token leaves nothing there."""
-    text = "".join(model.to_str_tokens(tokens[0, :20]))
-    ids = model.to_tokens(text, prepend_bos=False)
-    assert torch.equal(ids, tokens[:1, :20])
-    graph = fits_graph(json.loads(json.dumps(neuronpedia_graph(model, text, [planted]), allow_nan=False)))
-    for part, broken in {"metadata": {}, "qParams": None, "nodes": [{}], "links": [{}]}.items():
-        with pytest.raises(AssertionError):
-            fits_graph({**graph, part: broken})
-    links = pd.DataFrame(graph["links"]).set_index("source")
-    links[["layer", "head", "atom", "position"]] = [[*map(int, name.split("_"))] for name in links.index]
-    targets = [node for node in graph["nodes"] if node["feature_type"] == "logit"]
-    likeliest = model(ids)[0, -1].topk(len(targets)).indices.tolist()
-    assert [node["feature"] for node in targets] == likeliest and len(set(links["target"])) == 5
-    for node in targets:
-        own = links[links["target"] == node["node_id"]]
-        table = write_attribution(model, ids, lambda x, at=node["feature"]: x[0, -1, at] - x[0, -1].mean())
-        keys = ["layer", "head", "position"]
-        sums, expected = own.groupby(keys)["weight"].sum(), table.set_index(keys)["attribution"].sort_index()
-        pd.testing.assert_series_equal(sums, expected, check_names=False, rtol=0, atol=1e-10)
-        left = own[(own["atom"] < 0) & own["head"].eq(HEAD) & own["layer"].eq(LAYER)].set_index("position")["weight"]
-        assert abs(left[5]) < 1e-7 < left.drop(5).abs().max() and (own["atom"] >= 0).any()
-    influences = sorted(node["influence"] for node in graph["nodes"] if node["influence"] is not None)
-    assert influences[0] > 0 and influences[-1] == pytest.approx(1)

@@ -1,26 +1,17 @@
-"""Atoms and attribution graphs in the formats of Neuronpedia. It imports the batches of atoms that SAEDashboard writes
-(`NeuronpediaDashboardBatch` of SAEDashboard 0.8.0), and shows graphs that fit its `graph-schema.json`."""
+"""Atoms in the format of Neuronpedia, which imports the batches that SAEDashboard writes
+(`NeuronpediaDashboardBatch` of SAEDashboard 0.8.0)."""
 
 from __future__ import annotations
 
 import itertools
-import re
-from collections.abc import Iterator, Sequence
-from typing import cast
 
 import numpy as np
-import pandas as pd
 import torch
-from sae_lens import SAE
-from torch import Tensor
 
-from hookpoints import HookedRecurrent, write_attribution
-from sae_lens_writesae.sae.target import HeadHook
 from writesae.files import Json
 from writesae.page.atoms import parts
 from writesae.page.atoms.data import Bars, Context
 from writesae.page.atoms.measure import Facts
-from writesae.page.atoms.text import TokenTexts
 
 
 @torch.inference_mode(False)
@@ -88,82 +79,3 @@ def _activation(context: Context, low: float, high: float, share: float) -> dict
 
 def _centers(bars: Bars) -> list[float]:
     return [round((a + b) / 2, 5) for a, b in itertools.pairwise(bars.edges)]
-
-
-@torch.inference_mode(False)
-@torch.no_grad()
-def neuronpedia_graph(
-    model: HookedRecurrent, text: str, saes: Sequence[SAE] = (), n_logits: int = 5
-) -> dict[str, Json]:
-    """The attribution graph of a text: links from every write to the logits of the likeliest next tokens.
-
-    The weight of a link is `write_attribution` to the logit less the mean logit. In heads with a dictionary of writes,
-    active atoms have nodes, and the node of a write is what the atoms leave of it: the sum is the attribution of the
-    write. Tokens have no links, because every write depends on all tokens before it. `influence` is that of
-    circuit-tracer: the share of all effects (absolute, times the token's probability) that the node and those with
-    larger effects make up.
-
-    Args:
-        saes: dictionaries of different heads of the model. Those of states are passed over.
-
-    Raises:
-        ValueError: the tokenizer does not fit.
-
-    Cost: a pass with gradients for each logit, and another for each dictionary.
-    """
-    tokens, texts, end = model.to_tokens(text, prepend_bos=False), TokenTexts(model), model.cfg.n_layers
-    pieces, last = texts.many(tokens[0].tolist()), tokens.shape[1] - 1
-    likeliest = model(tokens)[0, -1].softmax(-1)[: texts.size].topk(min(n_logits, texts.size))
-    targets = [(f"{end}_{at}_{last}", at, p) for p, at in zip(likeliest.values.tolist(), likeliest.indices.tolist())]
-    nodes = [
-        *((f"E_{at}_{t}", "E", at, t, "embedding", pieces[t], None) for t, at in enumerate(tokens[0].tolist())),
-        *((x, str(end), at, last, "logit", f'Output "{texts[at]}" (p={p:.3f})', None) for x, at, p in targets),
-    ]
-    place = ["layer", "head", "atom", "position"]
-    links = (
-        pd.concat([part.assign(target=x, p=p) for x, at, p in targets for part in _effects(model, tokens, saes, at)])
-        .groupby([*place, "target", "p"], as_index=False)
-        .sum()
-        .assign(source=lambda table: table[place].astype(str).agg("_".join, axis=1))
-    )
-    shares = links["weight"].abs().mul(links["p"]).groupby([links[each] for each in ("source", *place)]).sum()
-    largest = shares.div(shares.sum()).sort_values(ascending=False).cumsum()
-    for source, layer, head, atom, t, share in largest.reset_index(name="share").itertuples(index=False):
-        kind = ("write", head, "write") if atom < 0 else ("atom", atom, f"atom {atom}")
-        nodes.append((source, str(layer), kind[1], t, kind[0], f"{kind[2]} of L{layer}H{head}", share))
-    slug, scan = (re.sub(r"[^\w.-]+", "-", x, flags=re.ASCII) for x in (text[:40], model.cfg.model_name.split("/")[-1]))
-    fields = ("node_id", "layer", "feature", "ctx_idx", "feature_type", "clerp", "influence")
-    return {
-        "metadata": {"slug": slug, "scan": scan, "prompt": text, "prompt_tokens": pieces, "node_threshold": 0.8},
-        "qParams": {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""},
-        "nodes": [dict(zip(fields, node)) | {"jsNodeId": node[0]} for node in nodes],
-        "links": cast("list[Json]", links[["source", "target", "weight"]].to_dict("records")),
-    }
-
-
-@torch.enable_grad()
-def _effects(model: HookedRecurrent, tokens: Tensor, saes: Sequence[SAE], token: int) -> Iterator[pd.DataFrame]:
-    """`write_attribution` to a logit less the mean, the same of active atoms, and those taken off the writes. The
-    column `atom` is -1 for a write."""
-
-    def metric(logits: Tensor) -> Tensor:
-        return logits[0, -1, token] - logits[0, -1].mean()
-
-    yield write_attribution(model, tokens, metric).rename(columns={"attribution": "weight"}).assign(atom=-1)
-    for sae, hook in ((sae, hook) for sae in saes if (hook := HeadHook.of(sae)).target == "write"):
-        x = model.run_with_cache(tokens, names_filter=[hook.name])[1][hook.name].detach().requires_grad_()
-        logits = cast(Tensor, model.run_with_hooks(tokens, fwd_hooks=[(hook.name, lambda _, hook, x=x: x)]))
-        (gradient,) = torch.autograd.grad(metric(logits), x)
-        atoms = sae.encode(x[0].to(next(sae.parameters()))).detach().requires_grad_()
-        effects = atoms * torch.autograd.grad((sae.decode(atoms) * gradient[0]).sum(), atoms)[0]
-        weights = torch.cat([-effects.sum(1, keepdim=True), effects], 1).detach().cpu()
-        position, column = weights.nonzero(as_tuple=True)
-        yield pd.DataFrame(
-            {
-                "layer": hook.layer,
-                "head": hook.head,
-                "position": position,
-                "atom": column - 1,
-                "weight": weights[position, column],
-            }
-        )
