@@ -19,6 +19,7 @@ diverged in training with several active atoms a side.) b_dec has no part in it:
 
 # No postponed annotations here: SAELens' command line evaluates those of config fields in another module.
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
 
@@ -29,11 +30,21 @@ from torch.nn.functional import normalize
 
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae.matrix import MatrixSAE, MatrixSAEConfig, require
-from sae_lens_writesae.sae.training import MAX_COSINE, MatrixTrainingSAE, MatrixTrainingSAEConfig, draw_rows
+from sae_lens_writesae.sae.training import (
+    MAX_COSINE,
+    START_STEPS,
+    MatrixTrainingSAE,
+    MatrixTrainingSAEConfig,
+    draw_rows,
+)
 
 _RANK_ONE = 1e-2
 """Norm of what a rank-one matrix leaves of a row, as a share of the row's, up to which it counts as a write. It is
 above the rounding of half precision."""
+
+START_ROWS = 1024
+"""Rows on which atoms are put. With 48 planted keys and values and as many atoms, 1024 rows find all of them; 128
+rows find 40 to 45."""
 
 
 @dataclass(kw_only=True)
@@ -196,6 +207,9 @@ class _SideStep(TrainingSAE[Any]):
 class WriteProductTrainingSAE(_Product, MatrixTrainingSAE, _SideStep):  # pyright: ignore  (cfg)
     """Products of key atoms and value atoms, in training. Resampling and starts from rows go side by side."""
 
+    _first_rows: Sequence[LowRank] = ()
+    """Of the batches so far, until atoms have been put on them."""
+
     get_coefficients = calculate_aux_loss = cast(Any, lambda self, *args, **kwargs: {})  # the step has both losses
 
     def code(self, writes: LowRank) -> tuple[SideCode, SideCode]:
@@ -216,22 +230,32 @@ class WriteProductTrainingSAE(_Product, MatrixTrainingSAE, _SideStep):  # pyrigh
 
     @torch.no_grad()
     def start_from_rows(self, x: Tensor | LowRank, *, first: bool = True) -> int:
-        """Put atoms of both sides on sides of rows of the first batch [N,K*V], in decoder and encoder, as far as it has
-        distinct ones; returns how many of the side with fewer.
+        """Put atoms of both sides on sides of rows [N,K*V], in decoder and encoder, as far as these have distinct ones;
+        returns how many of the side with fewer.
 
-        Rows are drawn in proportion to their squared norm, and all are brought into one orientation (`_oriented`); a
-        direction near to an earlier one is left out. Larger batches find the orientation better: 512 rows do where 32
-        keys and sums of 24 values are stored, and with 128 some keys keep the wrong sign for the whole run.
+        This is done with the first batch, and once more with all rows of the first batches, as soon as they are
+        `START_ROWS`. One batch may lack a key or a value, and in few rows some keep the wrong orientation; two then
+        share an atom for the whole run, and no atom is dead. Rows are drawn in proportion to their squared norm, and
+        all are brought into one orientation (`_oriented`); a direction near to an earlier one is left out.
+
+        The rows that wait are in no checkpoint. A run that resumes before they are enough keeps its first start.
         """
-        if first:
-            writes = rank_one_rows(self, x)
+        writes = rank_one_rows(self, x)
+        self._first_rows = [writes] if first else [*self._first_rows, writes] if self._first_rows else []
+        enough = sum(map(len, self._first_rows)) >= START_ROWS or len(self._first_rows) == START_STEPS
+        if first or enough:
+            sides = (torch.cat([getattr(rows, side) for rows in self._first_rows]) for side in ("keys", "values"))
+            writes = LowRank(*sides)
             drawn = _oriented(writes.rows(draw_rows(writes.inner(writes), len(writes))))
+            self.mean_batches.zero_()
             self.n_started.fill_(self.cfg.d_sae)
             for side, rows in enumerate((drawn.keys[:, 0], drawn.values[:, 0])):
                 alive = torch.ones(len(self.sides[side][0]), dtype=torch.bool, device=self.device)
                 rows = _distinct(rows, either_sign=False, count=len(alive))
                 self._put(side, torch.arange(len(rows), device=self.device), rows, alive)
                 self.n_started.clamp_max_(len(rows))
+        if enough:
+            self._first_rows = []
         return int(self.n_started)
 
     @torch.no_grad()

@@ -271,6 +271,23 @@ def test_both_sides_of_a_planted_world_are_found(start: str) -> None:
     assert (sae(x) - x).square().sum() < 0.01 * x.square().sum()
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_as_many_atoms_as_keys_and_values_find_all_of_them(seed: int) -> None:
+    """Where a batch does not hold each of them."""
+    g = torch.Generator().manual_seed(seed)
+    planted = [normalize(torch.randn(24, 16, generator=g), dim=1) for _ in range(2)]
+    keys, values = (side[torch.randint(24, (4000,), generator=g)] for side in planted)
+    keys, values = (side + 0.05 * torch.randn(side.shape, generator=g) for side in (keys, values))
+    sign = torch.randn(4000, 1, generator=g).sign()
+    shape = {"d_in": 256, "d_k": 16, "d_v": 16, "d_sae": 24 * 24, "f_key": 24, "f_value": 24}
+    cfg = config("native", seed, **shape)
+    cfg.train_batch_size_tokens, cfg.training_tokens = 64, 64 * 150
+    sae: Any = train_on_writes(cfg, sign * keys, sign * values)
+    for side, atoms in zip(planted, (sae.key_atoms, sae.value_atoms)):
+        cosines = side @ normalize(atoms.detach(), dim=1).T
+        assert (cosines.abs().amax(1) > 0.95).all()
+
+
 def test_of_directions_near_to_each_other_the_first_is_distinct() -> None:
     a, b, c = torch.eye(3)
     rows = torch.stack([a, 2 * a, b, a, -b, c])
