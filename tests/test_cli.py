@@ -6,11 +6,12 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from itertools import cycle
 from pathlib import Path
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import Literal
 
 import pytest
@@ -121,6 +122,9 @@ HEAD = ["--model", "embedded", "--layer", "2", "--head", "1"]
         (["eval", "all", "SAE", "--set", "sgn.n_positions=1"], "substitution, partition"),
         (["eval", "all", "SAE", "--set", "horizon=2.5"], "'2.5'"),
         (["eval", "sign", "SAE", "SAE"], "same name"),
+        (["eval", "sign", "--saes", "SAE"], "saes has no flag, give the value alone"),
+        (["demo", "--layer", "0", "--facts", "96"], "layer 0"),
+        (["demo", "--layer", "2", "--head", "9"], "heads 0 to 3"),
         (["eval", "sign", "SAE", "--sequences", "-5"], "sequences"),
         (["eval", "sign", "SAE", "--text", "[/nothing]"], "[/nothing]"),
         (["eval", "substitution", "SAE", "--n-atoms", "0"], "n_atoms"),
@@ -165,6 +169,89 @@ def test_what_is_typed_wrong_ends_before_any_work(
     said = [line for line in done.err.splitlines() if line and "%|" not in line]  # progress bars aside
     assert done.status == 2 and len(said) == 1 and word in said[0], done.err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["demo", "--layer", "0"],
+        ["collect", *HEAD],
+        ["train", *HEAD],
+        ["eval", "install", "SAE"],
+        ["eval", "all", "SAE"],
+        ["show", "SAE"],
+        ["push", "SAE", "a/b"],
+        ["export", "SAE"],
+        ["prompt"],
+        ["report", "SAE"],
+        ["reproduce", "--small"],
+        ["zoo"],
+        ["models"],
+        ["hooks", "embedded"],
+    ],
+    ids=" ".join,
+)
+def test_an_interrupt_is_one_line_that_says_what_it_left(
+    capsys: pytest.CaptureFixture[str], sae_folder: Path, tmp_path: Path, arguments: list[str]
+) -> None:
+    """The signal comes as the command calls the first function of its work."""
+
+    def interrupt(frame: FrameType, event: str, arg: object) -> None:
+        if (
+            event == "call"
+            and frame.f_code.co_name in ("run", "run_eval", "_run_on_each")
+            and "writesae" in frame.f_code.co_filename
+        ):
+            sys.setprofile(None)
+            signal.raise_signal(signal.SIGINT)
+
+    assert arguments[0] in COMMANDS
+    out = [] if arguments[0] in ("hooks", "models", "push", "prompt") else ["--out", tmp_path / "out"]
+    capsys.readouterr()
+    sys.setprofile(interrupt)
+    try:
+        done = run(capsys, *(sae_folder if word == "SAE" else word for word in arguments), *out)
+    finally:
+        sys.setprofile(None)
+    assert done.status == 130
+    assert re.fullmatch(r"stopped; [^\n]+\n", done.err)
+    assert ("the same command resumes" in done.err) == (arguments[0] in ("demo", "collect", "train", "reproduce"))
+
+
+def test_a_reader_that_has_enough_is_no_error() -> None:
+    """As of `writesae --help | head -1`: the other end of the pipe is closed."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", "writesae", "--help"], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["eval", "sign", "nowhere"],
+        ["show", "nowhere"],
+        ["export", "nowhere"],
+        ["push", "nowhere", "a/b"],
+        ["prompt", "--sae", "nowhere"],
+        ["report", "nowhere"],
+        ["train", "--collection", "nowhere"],
+    ],
+    ids=" ".join,
+)
+def test_a_folder_that_is_missing_is_named_before_torch_is_loaded(arguments: list[str]) -> None:
+    code = f"""
+import sys
+from writesae.cli import main
+try:
+    main({arguments!r})
+except SystemExit as ended:
+    assert ended.code == 2
+    assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, check=True)
+    assert "nowhere" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_an_error_is_one_line_on_any_terminal() -> None:

@@ -1,6 +1,7 @@
 """The console script `writesae`, also `python -m writesae`."""
 
 import io
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -19,7 +20,14 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without the character gets a question mark, not an error
-    main()
+    try:
+        try:
+            main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # of `| head`, which has read enough; Python would flush again as it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
 
 
 if __name__ == "__main__":

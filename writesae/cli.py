@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import is_dataclass, make_dataclass
 from importlib.metadata import distributions
-from typing import TypeVar, get_type_hints
+from typing import Annotated, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -86,21 +86,26 @@ PACKAGES = ("sae-lens-writesae", "torch", "transformers", "transformer-lens", "s
 """Those whose versions matter to a result, and to whoever reads a report of a fault."""
 
 
+LOST = "what was not saved is lost"
+RESUMED = "the same command resumes"
+STOPPED = {name: RESUMED for name in ("demo", "collect", "train", "reproduce")} | {
+    "eval": "results that are finished stay; with --resume, eval all takes them",
+    "push": "nothing was uploaded, or all",
+}
+"""What an interrupt leaves of each command, where it is not `LOST`."""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of the console script. An error that says what to mend ends with status 2 and no traceback."""
+    """Entry point of the console script. An error that says what to mend ends with status 2 and no traceback, an
+    interrupt with status 130 and a line that says what it left."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        name = choose("writesae", given, {name: text for name, (text, _) in COMMANDS.items()})
-        module, _, attribute = COMMANDS[name][1].partition(":")
-        target = getattr(importlib.import_module(module), attribute)
-        if isinstance(target, type):
-            from_arguments = getattr(target, "from_arguments", None)
-            command = from_arguments(given[1:]) if from_arguments else parse(target, f"writesae {name}", given[1:])
-            written = command.run()
-        else:
-            written = target(given[1:])
-        if written is not None:
-            print(written)
+        _run(given)
+    except KeyboardInterrupt as interrupt:
+        print(f"stopped; {STOPPED.get(given[0] if given else '', LOST)}", file=sys.stderr)
+        raise SystemExit(130) from interrupt
+    except BrokenPipeError:
+        raise
     except Exception as error:
         errors = sys.modules.get("hookpoints.errors")  # not loaded: then none of its errors was raised
         if not isinstance(error, (ValueError, OSError, errors.HookpointsError if errors else ValueError)):
@@ -108,6 +113,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # In one line, for transformers' have many; plain text, for a path may hold what a markup language would take.
         print("error:", " ".join(str(error).split()) if isinstance(error, OSError) else error, file=sys.stderr)
         raise SystemExit(2) from error
+
+
+def _run(given: Sequence[str]) -> None:
+    name = choose("writesae", given, {name: text for name, (text, _) in COMMANDS.items()})
+    module, _, attribute = COMMANDS[name][1].partition(":")
+    target = getattr(importlib.import_module(module), attribute)
+    if isinstance(target, type):
+        from_arguments = getattr(target, "from_arguments", None)
+        command = from_arguments(given[1:]) if from_arguments else parse(target, f"writesae {name}", given[1:])
+        written = command.run()
+    else:
+        written = target(given[1:])
+    if written is not None:
+        print(written)
 
 
 def choose(program: str, arguments: Sequence[str], names: Mapping[str, str]) -> str:
@@ -173,14 +192,24 @@ def _told(event: object, command: type) -> str | None:
             names = ", ".join(each.arg.display_name().rpartition(".")[2] for each in missing)
             return f"missing {names}" + (f"; unknown {' '.join(tokens)}" if tokens else "")
         case _errors.UnrecognizedArgs(tokens=tokens):
-            near = [name for token in tokens for name in difflib.get_close_matches(token, [*_flags(command)], 1)]
+            flags = dict(_flags(command))
+            if positional := [token for token in tokens if flags.get(token) is False]:
+                return f"unknown {' '.join(tokens)}: {positional[0].lstrip('-')} has no flag, give the value alone"
+            named = [flag for flag, has_flag in flags.items() if has_flag]
+            near = [name for token in tokens for name in difflib.get_close_matches(token, named, 1)]
             return f"unknown {' '.join(tokens)}" + (f"; nearest: {', '.join(near)}" if near else "")
 
 
-def _flags(command: object) -> Iterator[str]:
-    """The flags of a dataclass, and of those in its fields."""
-    for name, each in get_type_hints(command).items():
-        yield from _flags(each) if is_dataclass(each) else [f"--{name.replace('_', '-')}"]
+def _flags(command: object) -> Iterator[tuple[str, bool]]:
+    """The fields of a dataclass, and of those in its fields, spelt as flags; and whether they are flags, not values
+    that are given by their position."""
+    positional = get_args(tyro.conf.Positional[int])[1]
+    for name, hint in get_type_hints(command, include_extras=True).items():
+        plain, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        if is_dataclass(plain):
+            yield from _flags(plain)
+        else:
+            yield f"--{name.replace('_', '-')}", positional not in marks
 
 
 if __name__ == "__main__":

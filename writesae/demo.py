@@ -118,6 +118,7 @@ class Demo:
         from writesae.page.report import write_report
 
         model = HookedRecurrent.from_pretrained(self.model)
+        self.check_head(model)
         tokens = sample_sequences(model, embedded.text("test"), self.context_size, self.eval_sequences)
         text = sample_sequences(model, embedded.text("train"), self.context_size, self.train_sequences)
         with taken(self.out, say):
@@ -159,15 +160,19 @@ class Demo:
             say(first_screen(results))
             return write_report(results, self.out / "report.html", opening=opening)
 
+    def check_head(self, model: HookedRecurrent) -> None:
+        """Raise UnsupportedModelError or ValueError where the layer or the head that is named is not there."""
+        layer = model.cfg.recurrent_layers[0] if self.layer is None else self.layer
+        n_heads = model.cfg.layer(layer).H
+        if self.head is not None and not 0 <= self.head < n_heads:
+            raise ValueError(f"head {self.head} is out of range: layer {layer} has heads 0 to {n_heads - 1}")
+
     def choose_head(self, model: HookedRecurrent, tokens: Tensor) -> tuple[int, int, float, float]:
         """Layer and head as named, or of the head whose writes do most, of those with a half-life of `memory` or more
         (of all, where there is none); its half-life in tokens, and nats per token where all its writes are deleted."""
         from writesae.experiment.quality import head_effects
 
         layers = model.cfg.recurrent_layers if self.layer is None else [self.layer]
-        n_heads = model.cfg.layer(layers[0]).H
-        if self.head is not None and not 0 <= self.head < n_heads:
-            raise ValueError(f"head {self.head} is out of range: layer {layers[0]} has heads 0 to {n_heads - 1}")
         effects = head_effects(model, tokens, layers, None if self.head is None else [self.head], progress=True)
         lasting = effects[effects["half_life"] >= self.memory]
         return next((effects if lasting.empty else lasting).itertuples(index=False, name=None))

@@ -272,6 +272,8 @@ class Train:
                 cannot be used; before any training.
         """
         check_writable(self.out)
+        if self.collection is not None and not self.collection.is_dir():
+            raise ValueError(f"collection: expected the folder of one, got {self.collection}, which does not exist")
         from writesae.experiment.traits import sparsity_fields
 
         sparsity_fields(self.architecture, self.k)  # raises where there is no such architecture

@@ -14,7 +14,7 @@ import tyro
 
 from writesae.choices import OnText
 from writesae.cli import choose, parse, parse_with
-from writesae.files import check_ours, check_writable, folder_labels, run_folder, sae_folders, taken
+from writesae.files import check_ours, check_saes, check_writable, folder_labels, run_folder, sae_folders, taken
 
 if TYPE_CHECKING:
     from writesae.experiment.evaluation import Evaluation
@@ -125,6 +125,9 @@ class Report:
             ValueError: there are no results, or the page cannot be written; the latter before any work.
         """
         page = self.out / "report.html" if self.out.is_dir() else self.out.with_suffix(".html")
+        missing = [path for path in self.results if not path.exists()]
+        if missing:
+            raise ValueError(f"results: expected folders with saved results, got {missing[0]}, which does not exist")
         check_writable(page.parent)
         check_ours(page, page.with_suffix(".json"))
         from writesae.page.report import find_results, write_report
@@ -136,6 +139,7 @@ def run_eval(arguments: Sequence[str]) -> Path:
     """`writesae eval KIND SAE...` with the settings of that evaluation as flags; `all` runs every evaluation."""
     kind = choose("writesae eval", arguments, questions() | {"all": "Every evaluation that fits, on one page."})
     program = f"writesae eval {kind}"
+    check_saes(arguments[1:])
     if kind == "all":
         everything = parse(EvalAll, program, arguments[1:])
         return evaluate(everything.subjects, everything.evaluations(), resume=everything.resume)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import tempfile
@@ -132,6 +133,13 @@ def run_folder(sae: Path) -> Path | None:
         return place.parents[min(2, len(place.parents) - 1)]
     demo = place.parents[min(1, len(place.parents) - 1)]
     return demo if (demo / "config.json").is_file() else None
+
+
+def check_saes(arguments: Sequence[str]) -> None:
+    """Raise ValueError where a command line begins with a folder that holds no SAE, before what lists its flags loads
+    torch."""
+    for word in itertools.takewhile(lambda word: not word.startswith("-"), arguments):
+        sae_folders(Path(word))
 
 
 def folder_labels(folders: Sequence[Path]) -> list[str]:

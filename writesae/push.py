@@ -96,6 +96,7 @@ class Push:
                 take.
             OSError: the hub cannot be reached, or refuses.
         """
+        sae_folders(self.folder)
         from huggingface_hub import HfApi
         from huggingface_hub.utils import validate_repo_id
 

@@ -15,7 +15,7 @@ import tyro
 
 from writesae.choices import Dtype, OnText, expect
 from writesae.cli import parse_with
-from writesae.files import check_ours, check_writable, folder_labels, sae_folders, taken
+from writesae.files import check_ours, check_saes, check_writable, folder_labels, sae_folders, taken
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -154,6 +154,8 @@ class Prompt:
 
     def run(self) -> None:
         """Serve until interrupted."""
+        if self.sae is not None:
+            sae_folders(self.sae)
         with self.server() as server, suppress(KeyboardInterrupt):
             print(f"open http://127.0.0.1:{server.server_port} in a browser; Ctrl-C ends", flush=True)
             server.serve_forever()
@@ -167,6 +169,7 @@ class Prompt:
 
 def _run(command: type[Show] | type[Export], program: str, arguments: Sequence[str]) -> str:
     """A command on each dictionary of the folder that it names, with the settings of `AtomPages` as flags."""
+    check_saes(arguments)
     from writesae.page.atoms.collect import AtomPages
 
     given, pages = parse_with(command, AtomPages, program, arguments)
