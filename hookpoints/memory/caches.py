@@ -102,6 +102,20 @@ def window(cache: Cache) -> int:
     return max([1, *(x.shape[-1] for place, x in tensors_of(cache).items() if "/conv_states/" in place)])
 
 
+def reach(cache: Cache) -> int:
+    """How many tokens after a token see it directly: kernel size - 1 for a convolution, 1 for a token shift."""
+    return max([0, *(max(x.shape[-1] - 1, 1) for place, x in tensors_of(cache).items() if "/conv_states/" in place)])
+
+
+def repeated(cache: Cache, times: int) -> Cache:
+    """A copy in which each row stands ``times`` times, one after the other."""
+    copied = copy.deepcopy(cache)
+    fill(copied, {place: x.repeat_interleave(times, 0) for place, x in tensors_of(cache).items()})
+    if times > 1:
+        drop_sources(copied)
+    return copied
+
+
 def turned(model: nn.Module, backbone: nn.Module | None, keys: Tensor, by: int) -> Tensor:
     """Keys [B,T,H,D] with rotary positions moved ``by`` tokens, by the model's own rotary embedding; as they are where
     the model has none. Whether this is what the model does with its keys, the caller has to check."""

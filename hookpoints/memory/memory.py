@@ -15,7 +15,6 @@ was recorded.
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -27,13 +26,25 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import Cache
 
 from hookpoints.errors import InputError, UnsupportedModelError, require
 from hookpoints.files import atomic_write
 from hookpoints.hooks.guard import Hooks
 from hookpoints.layer.context import count_tokens, drop_sources, scope
-from hookpoints.memory.caches import attention_of, fill, put_state, state_of, tensors_of, turned, window
+from hookpoints.memory.caches import (
+    attention_of,
+    fill,
+    put_state,
+    reach,
+    repeated,
+    state_of,
+    tensors_of,
+    turned,
+    window,
+)
+from hookpoints.memory.sealing import fingerprint, seal
 from hookpoints.model.hooked import HookedModel
 from hookpoints.model.inputs import cache_of, check_tokens, continuing
 from hookpoints.model.selfcheck import relative_error, tolerance
@@ -47,7 +58,8 @@ Span = slice | tuple[int, int]
 """Tokens start <= t < stop of a memory; negative numbers count from its end."""
 Kept = Mapping[str, Tensor]
 """What a memory keeps of each token, [B,T,...]: ``tokens``, ``factor/{layer}/{field}``, ``stream/{hook}``,
-``attention/{place in the cache}``."""
+``attention/{place in the cache}``; and two kinds of booleans, ``inexact`` (it was read with other tokens in view, or
+after one that was) and ``unmoved/{layer}`` (its attention key has an old position)."""
 
 
 class Terms(NamedTuple):
@@ -76,7 +88,8 @@ class Memory:
     (``model.forward(..., memory=)``).
 
     Memory use: the model's own cache; factors, 2 K + V numbers per token and head, and K more for each of a, b and a
-    decay per channel; D numbers per token for each block's input and for what its mixer adds.
+    decay per channel; D numbers per token for the input of each block that keeps something of its past, and for what
+    a mixer adds before a token shift.
     """
 
     model: HookedModel
@@ -91,8 +104,15 @@ class Memory:
     edited: bool = False
     """Whether states were set by hand, or written under edits. The factors of the tokens do not explain such states:
     they can be read on from, compared and saved, but nothing can be cut from them."""
-    approximate: str | None = None
-    """What differs from the memory of a run over the same tokens; None: nothing but rounding."""
+
+    @property
+    def approximate(self) -> str | None:
+        """What differs from the memory of a run over the same tokens; None: nothing but rounding."""
+        notes = ["states were set by hand, or written under edits"] if self.edited else []
+        notes += [f"{tokens} were read with other tokens in view" for tokens in _stretches(self.kept["inexact"])]
+        for layer, unmoved in _among(self.kept, "unmoved/").items():
+            notes += [f"attention of layer {layer} keeps old positions of {tokens}" for tokens in _stretches(unmoved)]
+        return "; ".join(notes) or None
 
     def __repr__(self) -> str:
         note = f", approximate: {self.approximate}" if self.approximate else ""
@@ -176,18 +196,21 @@ class Memory:
         )
         if position == self.T:
             return self
-        return self._of(_cut(self.kept, 0, position), self._scan(0, position), self.approximate)
+        return self._of(_cut(self.kept, 0, position), self._scan(0, position))
 
-    def without(self, span: Span, reread: int = 0) -> Memory:
-        """The memory as if the tokens of ``span`` had never been read.
+    def without(self, span: Span, reread: int | None = None) -> Memory:
+        """The memory without the tokens of ``span``.
 
-        Exact where the span was read last, and where all tokens after it are read again. Other tokens after it keep
-        their factors, which layers made that had seen the span: ``approximate`` says which tokens. Their writes follow
-        the state before the span, their attention keys are moved to their new positions.
+        Exact, as if they had never been read, where the span was read last, and where all tokens after it are read
+        again. Other tokens after it keep their factors, which layers made that had seen the span: ``approximate`` says
+        which tokens. Their writes follow the state before the span, their attention keys are moved to their new
+        positions.
 
         Args:
             span: a slice, or (start, stop).
-            reread: so many tokens after the span are read again. The first few carry most of what is left of it.
+            reread: so many tokens after the span are read again. None: those whose convolution or token shift sees the
+                span (kernel size - 1, or 1). They write what the span says into the state: with 0 a fact that the span
+                states is still known afterwards.
 
         Cost: reading ``reread`` tokens, the recurrence over stored factors, and two passes over as many tokens as
         convolutions hold.
@@ -197,20 +220,20 @@ class Memory:
         """
         start, stop = self._range(span)
         rest = self.T - stop
-        require(
-            0 <= reread <= rest, InputError, f"reread: expected 0 to {rest}, the tokens after the span, got {reread}"
-        )
+        if reread is None:
+            reread = min(reach(self.cache), rest)
+        if not 0 <= reread <= rest:
+            raise InputError(f"reread: expected 0 to {rest}, the tokens after the span, got {reread}")
         if not rest:
             return self.rewind(start)
         base, reader = (_cut(self.kept, 0, start), self._scan(0, start)), self
         if reread:
-            before = self._of(*base, self.approximate) if start else None
+            before = self._of(*base) if start else None
             reader = read(self.model, self.tokens[:, stop : stop + reread], before)
             if reread == rest:
                 return reader
             base = reader.kept, reader._states()
-        note = f"tokens {start + reread} to {start + rest - 1} were read with the span in view"
-        return reader._then(base, self, stop + reread, self.T, note)
+        return reader._then(base, self, stop + reread, self.T, inexact=True)
 
     def paste(self, other: Memory, span: Span) -> Memory:
         """This memory, and then what ``other`` wrote at the tokens of ``span``.
@@ -225,10 +248,8 @@ class Memory:
         """
         self._check_peer(other)
         start, stop = other._range(span)
-        note = None
-        if self.edited or not torch.equal(self.tokens, other.tokens[:, :start]):
-            note = f"tokens {self.T} to {self.T + stop - start - 1} were read after other tokens"
-        return self._then((self.kept, self._states()), other, start, stop, note)
+        inexact = self.edited or not torch.equal(self.tokens, other.tokens[:, :start])
+        return self._then((self.kept, self._states()), other, start, stop, inexact)
 
     # -- arithmetic on states. Convolutions, token shifts and attention stay as they are.
 
@@ -272,8 +293,9 @@ class Memory:
 
     # -- reading on, and files
 
-    def branch(self, model: HookedModel, tokens: Tensor) -> Cache:
-        """A copy of the cache, for ``model`` to read ``tokens`` [B,T'] on from here.
+    def branch(self, model: HookedModel, tokens: Tensor, copies: int = 1) -> Cache:
+        """A copy of the cache, for ``model`` to read ``tokens`` [B,T'] on from here; with ``copies`` of each row, one
+        after the other, as transformers expands rows to beams and to several returned sequences.
 
         Raises:
             InputError: the memory belongs to another model, dtype or device, or to another number of rows.
@@ -285,52 +307,47 @@ class Memory:
             InputError,
             f"memory: expected one of (model, id, rows, dtype, device) {wanted}, got {found}",
         )
-        return copy.deepcopy(self.cache)
+        return repeated(self.cache, copies)
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file, aside and then renamed: what is stored of each token, and the cache.
+        """Write one safetensors file, aside and then renamed: what is stored of each token, the cache, and a SHA-256 of
+        all of it.
 
         Raises:
             OSError: it cannot be written, or ``path`` is a link, a folder or a device, which is not replaced.
         """
         named = {name: x for name, x in self.kept.items() if not name.startswith("attention/")}  # in the cache, too
         named |= {f"cache/{place}": x for place, x in tensors_of(self.cache).items()}
-        copies = {name: x.detach().clone(memory_format=torch.contiguous_format) for name, x in named.items()}
-        said = {**_said(self.model), "forms": self.forms, "rest": [self.edited, self.approximate]}
+        copies = {name: x.detach().clone(memory_format=torch.contiguous_format).cpu() for name, x in named.items()}
+        said = {**_said(self.model), "edited": self.edited}
+        said["sha256"] = seal(copies, said)
         atomic_write(Path(path), lambda file: save_file(copies, file, {"hookpoints": json.dumps(said)}))
 
     @classmethod
     def load(cls, path: str | Path, model: HookedModel) -> Memory:
-        """Read what `save` wrote, onto the model's device. No code is run. Costs a pass over one token, which tells the
-        form of the model's cache.
+        """Read what `save` wrote, onto the model's device. No code is run. Cost: a reading of the model's weights
+        (`fingerprint`), and a pass over one token, which tells the names and shapes that the file has to have.
 
         Raises:
             InputError: the file is damaged or not a memory, or was saved for another model, dtype or version.
             FileNotFoundError: there is none.
         """
         try:
-            with safe_open(path, "pt", device=str(model.cfg.device)) as file:
+            with safe_open(path, "pt") as file:
                 said = json.loads((file.metadata() or {}).get("hookpoints", "{}"))
                 named = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-        except (SafetensorError, ValueError) as error:
+        except (SafetensorError, ValueError, RecursionError) as error:
             raise InputError(f"{path}: expected a memory that was saved, got a damaged file ({error})") from error
-        wrong = {name: said.get(name) for name, here in _said(model).items() if said.get(name) != here}
-        require(
-            not wrong, InputError, f"{path}: expected {_said(model)}, got {wrong}: saved for another model or version"
-        )
-        cache = _run(model, named["tokens"][:, :1], 0, None)
-        places = _among(named, "cache/")  # names in files are data: they replace what is there, and add nothing
-        require(
-            places.keys() == tensors_of(cache).keys(),
-            InputError,
-            f"{path}: damaged, its cache has other tensors than the model's",
-        )
-        fill(cache, places)
-        count_tokens(cache, named["tokens"].shape[1])
-        kept = {name: x for name, x in named.items() if not name.startswith("cache/")}
-        kept |= {f"attention/{place}": x for place, x in attention_of(cache, named["tokens"].shape[1]).items()}
-        forms = {int(layer): Form(*form) for layer, form in said["forms"].items()}
-        return cls(model, cache, kept, forms, model.cfg.dtype, *said["rest"])
+        said = said if isinstance(said, dict) else {}
+        here = _said(model)
+        if wrong := {name: said.get(name) for name in here if said.get(name) != here[name]}:
+            raise InputError(f"{path}: expected {here}, got {wrong}: saved for another model or version, or damaged")
+        if said.pop("sha256", None) != seal(named, said):
+            raise InputError(f"{path}: damaged, its SHA-256 is not that of what was saved: save the memory again")
+        cache, forms = _checked(model, named, str(path))
+        kept = {name: x.to(model.cfg.device) for name, x in named.items() if not name.startswith("cache/")}
+        kept |= {f"attention/{place}": x for place, x in attention_of(cache, kept["tokens"].shape[1]).items()}
+        return cls(model, cache, kept, forms, model.cfg.dtype, said.get("edited") is not False)
 
     # -- helpers
 
@@ -373,17 +390,18 @@ class Memory:
                 states[layer] = part.states(positions=-1)[:, 0]
         return states
 
-    def _then(self, base: tuple[Kept, States], other: Memory, start: int, stop: int, note: str | None) -> Memory:
-        """``base``, and then what ``other`` wrote from ``start`` to ``stop``."""
+    def _then(self, base: tuple[Kept, States], other: Memory, start: int, stop: int, inexact: bool) -> Memory:
+        """``base``, and then what ``other`` wrote from ``start`` to ``stop``; ``inexact``: with others in view."""
         kept = _cut(other.kept, start, stop)
-        by, backbone = base[0]["tokens"].shape[1] - start, self.model.attachment.layout.backbone
+        if inexact:
+            kept["inexact"] = torch.ones_like(kept["inexact"])
+        by = base[0]["tokens"].shape[1] - start
+        backbone = self.model.attachment.layout.backbone
         unmoved = {name: x for name, x in kept.items() if by and name.startswith("attention/")}
         kept |= {n: turned(self.model.hf_model, backbone, x, by) for n, x in unmoved.items() if n.endswith("/keys/")}
-        notes = dict.fromkeys(each for each in (self.approximate, other.approximate, note) if each)
-        states = other._scan(start, stop, base[1])
-        return self._of(_joined(base[0], kept), states, "; ".join(notes) or None, unmoved)
+        return self._of(_joined(base[0], kept), other._scan(start, stop, base[1]), unmoved)
 
-    def _of(self, kept: Kept, states: States, approximate: str | None, unmoved: Kept | None = None) -> Memory:
+    def _of(self, kept: Kept, states: States, unmoved: Kept | None = None) -> Memory:
         """The memory of tokens whose ``kept`` and last states are known. Convolutions and token shifts are those of a
         pass over the last few, whose other results serve as a check: keys that were not moved as the model
         would have done it are left ``unmoved``."""
@@ -399,9 +417,11 @@ class Memory:
             place, seen = name.removeprefix("attention/"), -min(x.shape[1], count - begin)
             if not relative_error(fresh[place][:, seen:], kept[name][:, seen:]) <= tolerance(x.dtype):
                 kept[name] = torch.cat([kept[name][:, : -x.shape[1]], x], 1)
-                approximate = f"{approximate}; attention of layer {place.split('/')[0]} keeps their old positions"
+                of_layer = f"unmoved/{place.split('/')[0]}"
+                kept[of_layer] = kept[of_layer].clone()
+                kept[of_layer][:, -x.shape[1] :] = True
         self._fill(cache, kept, states)
-        return replace(self, cache=cache, kept=kept, approximate=approximate)
+        return replace(self, cache=cache, kept=kept)
 
     def _fill(self, cache: Cache, kept: Kept, states: Mapping[int, Tensor]) -> None:
         """Put attention's keys and values, and states, into ``cache``."""
@@ -428,7 +448,10 @@ def read(model: HookedModel, tokens: Tensor, before: Memory | None = None) -> Me
     streams, keeping, _ = model.get_caching_hooks(_streams(model))
     with model.recording() as recorded:
         cache = _run(model, tokens, position, cache, keeping)
-    kept = {"tokens": tokens, **{f"stream/{name}": x for name, x in streams.items()}}
+    kept = {"tokens": tokens, **{f"stream/{name}": x for name, x in streams.items() if _is_read(name, cache)}}
+    kept["inexact"] = torch.zeros_like(tokens, dtype=torch.bool)
+    if before is not None:  # what is read after such tokens is made of what they left
+        kept["inexact"] |= before.kept["inexact"].any(1, keepdim=True)
     forms: dict[int, Form] = {}
     edited = before is not None and before.edited
     for layer, each in recorded.items():
@@ -436,35 +459,76 @@ def read(model: HookedModel, tokens: Tensor, before: Memory | None = None) -> Me
         kept |= {f"factor/{layer}/{name}": x for name, x in over_time(r)}
         forms[layer] = Form(each.value_first, r.scale, r.read_before_write)
         edited |= not each.left(state_of(cache, layer, each.value_first))
+    attention = attention_of(cache, position + tokens.shape[1])
+    kept |= {f"unmoved/{place.split('/')[0]}": torch.zeros_like(kept["inexact"]) for place in attention}
     kept = kept if before is None else _joined(before.kept, kept)
-    kept |= {f"attention/{place}": x for place, x in attention_of(cache, position + tokens.shape[1]).items()}
-    return Memory(model, cache, kept, forms, model.cfg.dtype, edited, before and before.approximate)
+    kept |= {f"attention/{place}": x for place, x in attention.items()}
+    return Memory(model, cache, kept, forms, model.cfg.dtype, edited)
 
 
 def _said(model: HookedModel) -> dict[str, object]:
-    """What a file has to agree in. The fingerprint is of the configuration, and of names, shapes and eight values of
-    each parameter."""
-    config = model.hf_model.config.to_dict()
-    asked = {name: x for name, x in config.items() if not name.startswith("_") and name != "transformers_version"}
-    digest = hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode())
-    for name, weight in model.hf_model.named_parameters():
-        some = weight.detach().flatten()[:: max(1, weight.numel() // 8)].double().tolist()
-        digest.update(f"{name} {list(weight.shape)} {some}".encode())
-    return {"format": 1, "model": digest.hexdigest(), "dtype": str(model.cfg.dtype)}
+    """What a file has to agree in."""
+    return {"format": 2, "model": fingerprint(model.hf_model), "dtype": str(model.cfg.dtype)}
+
+
+def _checked(model: HookedModel, named: Mapping[str, Tensor], path: str) -> tuple[Cache, dict[int, Form]]:
+    """The cache that a file holds, and the forms of the layers, which a pass over its first token tells.
+
+    Raises:
+        InputError: its tensors are not those of a memory of this model, by name, dtype or shape.
+    """
+    tokens = named.get("tokens")
+    if tokens is None or tokens.ndim != 2 or tokens.dtype not in (torch.int32, torch.int64):
+        raise InputError(f"{path}: expected token ids [B,T] under 'tokens', got none")
+    check_tokens(tokens, model.cfg)
+    count = tokens.shape[1]
+    first = read(model, tokens[:, :1].to(model.cfg.device))
+    wanted = {name: (x, 1) for name, x in first.kept.items() if not name.startswith("attention/")}
+    places = tensors_of(first.cache)
+    wanted |= {f"cache/{place}": (x, x.ndim - 2 if _grows(place) else None) for place, x in places.items()}
+    if differing := sorted(named.keys() ^ wanted.keys()):
+        raise InputError(f"{path}: expected the tensors of a memory of this model, got others: {differing[:3]}")
+    for name, (x, axis) in wanted.items():
+        shape = [count if n == axis else size for n, size in enumerate(x.shape)]
+        got = named[name]
+        if (got.dtype, list(got.shape)) != (x.dtype, shape):
+            raise InputError(f"{path}: expected {name} to be {x.dtype} {shape}, got {got.dtype} {list(got.shape)}")
+    fill(first.cache, {place: named[f"cache/{place}"].to(x.device) for place, x in places.items()})
+    count_tokens(first.cache, count)
+    return first.cache, dict(first.forms)
+
+
+def _grows(place: str) -> bool:
+    """Whether a tensor of the cache has an axis of tokens."""
+    return place.endswith(("/keys/", "/values/"))
 
 
 def _streams(model: HookedModel) -> list[str]:
-    """Hooks that tell what a block was given and what mixers added to it, each value once."""
-    return [
-        f"blocks.{layer}.{name}"
-        for layer, block in enumerate(model.attachment.layout.blocks)
-        for name, there in (
-            ("hook_resid_pre", True),
-            ("hook_mixer_out", block.mixer_out is not None),
-            ("hook_attn_out", block.attn_out not in (None, block.mixer_out)),
-        )
-        if there
-    ]
+    """Hooks that tell what blocks were given, and what mixers added to it."""
+    names: list[str] = []
+    for layer, block in enumerate(model.attachment.layout.blocks):
+        names.append(f"blocks.{layer}.hook_resid_pre")
+        if block.mixer_out is not None:
+            names.append(f"blocks.{layer}.hook_mixer_out")
+    return names
+
+
+def _is_read(stream: str, cache: Cache) -> bool:
+    """Whether what a block keeps of its past is made of this stream: its input, or, where it has a second token shift
+    (RWKV's channel mix), what its mixer adds to that."""
+    layer = stream.split(".")[1]
+    places = [place for place in tensors_of(cache) if place.startswith(f"{layer}/")]
+    if stream.endswith("hook_mixer_out"):
+        return f"{layer}/conv_states/1" in places
+    return bool(places)
+
+
+def _stretches(flags: Tensor) -> list[str]:
+    """Where ``flags`` [B,T] are set in some row, in words."""
+    edges = F.pad(flags.any(0).long(), (1, 1)).diff()
+    starts = (edges == 1).nonzero().flatten().tolist()
+    stops = (edges == -1).nonzero().flatten().tolist()
+    return [f"tokens {start} to {stop - 1}" for start, stop in zip(starts, stops, strict=True)]
 
 
 def _run(model: HookedModel, tokens: Tensor, position: int, cache: Cache | None, hooks: Hooks = ()) -> Cache:

@@ -203,7 +203,8 @@ class HookedRecurrent(Tokens, Weights):
             attention_mask: [B,T]; made by itself for text that needs padding.
             stop_at_eos: False: resume behind the end-of-sequence token.
             verbose: taken for TransformerLens' sake; there is no progress bar.
-            memory: read on from here, as in `forward`; ``input`` and the result are what follows it.
+            memory: read on from here, as in `forward`; ``input`` and the result are what follows it. Beams and several
+                returned sequences of a prompt begin with the same memory.
             hf_kwargs: ``max_new_tokens``, ``do_sample`` ...; with ``return_dict_in_generate`` the result is Hugging
                 Face's own.
 
@@ -221,7 +222,10 @@ class HookedRecurrent(Tokens, Weights):
         if hf_kwargs.get("use_cache", True):
             hf_kwargs = self.attachment.new_cache() | hf_kwargs
         if memory is not None:
-            hf_kwargs[cache_argument(self.hf_model)] = memory.branch(self, batch.tokens)
+            config = hf_kwargs.get("generation_config") or self.hf_model.generation_config
+            asked = [hf_kwargs.get(name) or getattr(config, name) for name in ("num_beams", "num_return_sequences")]
+            copies = max([1, *(cast(int, count) for count in asked if count)])
+            hf_kwargs[cache_argument(self.hf_model)] = memory.branch(self, batch.tokens, copies)
             _unpadded(mask)
             mask = F.pad(mask, (memory.T, 0), value=1)  # longer than the input: upstream takes that for what follows
         with torch.no_grad(), self.edits(edits, edit_rows=edit_rows):
