@@ -120,7 +120,8 @@ def test_exported_threshold_is_right_after_fifty_steps(name: str, lr: float, tmp
 def test_calibration_of_an_inference_sae_sets_any_l0(tmp_path: Path) -> None:
     data = Planted()
     train("writesae_batchtopk", data, 100).sae.save_inference_model(tmp_path)
-    sae, x = W.load_sae(tmp_path), next(data)
+    sae: Any = W.load_sae(tmp_path)
+    x = next(data)
     sae.v.data *= 2  # thresholds follow the contribution, not the activation
     sae.requires_grad_(False)
     contributions = (((x - sae.b_dec) @ sae.W_enc + sae.b_enc) * sae.decoder_norm()).flatten().sort(descending=True)[0]
@@ -223,14 +224,14 @@ def test_means_are_of_the_batches_since_an_atom_began() -> None:
     batches = [1 + torch.randn(64, D_IN, dtype=torch.float64) for _ in range(3)]
     for n in range(2):
         step(sae, 5 * batches[2], n)
-    contributions = []
-    for n, x in enumerate(batches):
-        acts = step(sae, x, n).feature_acts.detach()
-        contributions.append(acts.mean(0) * sae.decoder_norm().detach())
-        if n == 0:
-            replaced = contributions[0].topk(2).indices
-            sae.replace_atoms(replaced, sae.atoms(replaced), torch.ones(32, dtype=torch.bool))
-    first, second, third = contributions
+
+    def contribution(n: int) -> Tensor:
+        return step(sae, batches[n], n).feature_acts.detach().mean(0) * sae.decoder_norm().detach()
+
+    first = contribution(0)
+    replaced = first.topk(2).indices
+    sae.replace_atoms(replaced, sae.atoms(replaced), torch.ones(32, dtype=torch.bool))
+    second, third = contribution(1), contribution(2)
     torch.testing.assert_close(sae.mean_input, sum((n + 1) / 6 * x.mean(0) for n, x in enumerate(batches)))
     expected = (120 * first + 720 * second + 2520 * third) / (120 + 720 + 2520)
     expected[replaced] = ((120 * second + 720 * third) / (120 + 720))[replaced]
