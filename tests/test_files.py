@@ -244,6 +244,19 @@ def test_what_is_no_file_is_not_replaced(kind: str, tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_a_write_that_fails_halfway_leaves_what_was_there(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.write_text("an earlier one")
+
+    def half(file: Path) -> None:
+        file.write_text("a new")
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        atomic_write(target, half)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["an earlier one"]
+
+
 def test_a_full_disk_is_said_in_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     """The system refuses the write, as under a quota."""
     memory, limits = fresh().memory(some_tokens()), resource.getrlimit(resource.RLIMIT_FSIZE)

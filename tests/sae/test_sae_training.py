@@ -238,6 +238,14 @@ def test_means_are_of_the_batches_since_an_atom_began() -> None:
     torch.testing.assert_close(sae.mean_contribution, expected)
 
 
+def test_means_of_half_precision_are_sums_in_single_precision() -> None:
+    """301 is no bfloat16."""
+    sae = make("writesae_standard", dtype="bfloat16")
+    sae.update_means(torch.ones(301, D_IN).bfloat16(), torch.ones(301, 32).bfloat16())
+    torch.testing.assert_close(sae.mean_input, torch.ones(D_IN))
+    torch.testing.assert_close(sae.mean_contribution, sae.get_W_dec_norm().float())
+
+
 # ---------------------------------------------------------------------------------------- the rest
 
 

@@ -276,17 +276,6 @@ def test_only_streams_that_are_read_are_kept(whole):
     assert any(name.endswith("hook_mixer_out") for name in streams) == (model.cfg.model_type == "rwkv7")
 
 
-def test_a_memory_is_saved_aside_and_renamed(small, tmp_path):
-    """Who reads a file while a memory is saved to its name reads the old one to its end."""
-    _, memory = small
-    file = tmp_path / "memory.safetensors"
-    memory.save(file)
-    before = file.read_bytes()
-    with file.open("rb") as reader:
-        memory.rewind(5).save(file)
-        assert reader.read() == before != file.read_bytes()
-
-
 def test_a_file_of_another_model_or_a_damaged_one_is_refused(read, tmp_path):
     _, memory = read
     file = tmp_path / "memory.safetensors"
