@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,9 +26,10 @@ from sae_lens_writesae.sae import WriteTopKSAE
 from writesae.experiment.quality import dictionary_quality
 from writesae.page.atoms import AtomPagesData, write_atom_pages
 from writesae.page.atoms.collect import memory
+from writesae.page.atoms.data import TokenValue
 from writesae.page.atoms.measure import Facts
 from writesae.page.atoms.pages import heatmap
-from writesae.page.atoms.text import TokenTexts, visible
+from writesae.page.atoms.text import TokenTexts, token_bytes, visible
 from writesae.show import run_show
 from writesae.verdict.format import percent
 
@@ -61,7 +63,27 @@ def test_counts_are_those_of_the_encoder(
         assert page.positions.values == pytest.approx(by_position, rel=1e-3)
         fired, counts = np.unique(tokens.numpy()[here], return_counts=True)
         assert page.fires_on[0].n == counts.max() and page.fires_on[0].token in fired
+        before = [int(tokens[s, t - 1]) for s, t in np.argwhere(here) if t > 0]
+        counted = {each.token: each.n for each in page.fires_after}
+        assert counted.items() <= Counter(before).items() and page.fires_after[0].n == max(Counter(before).values())
+        assert page.fires_after[0].value == pytest.approx(page.fires_after[0].n / here.sum(), rel=1e-3)
     assert sum(page.n_firings for page in data.atoms) == active.sum()
+
+
+def test_the_token_before_is_named_where_it_says_more(data: AtomPagesData, tmp_path: Path) -> None:
+    """An atom that fires at every word after " the", and one that fires at " the"."""
+    the = TokenValue(1, " the", 0.75, 75)
+    words = [TokenValue(n, text, 0.02, 2) for n, text in enumerate((" part", " year", " war"), 2)]
+    pages = [
+        replace(data.atoms[0], fires_on=words, fires_after=[the]),
+        replace(data.atoms[1], fires_on=[the], fires_after=words),
+    ]
+    assert [page.after for page in pages] == [True, False]
+    index = write_atom_pages(AtomPagesData(data.info, pages), tmp_path).read_text()
+    for page, said in zip(pages, ("mostly after “·the” (75.0%", "mostly on “·the” (75.0%")):
+        assert said in (tmp_path / f"atom-{page.atom}.html").read_text()
+    columns = [re.findall(rf'data-name="fires {name}">(<b>)?([\d.]+%)', index) for name in ("on", "after")]
+    assert columns == [[("", "6.0%"), ("<b>", "75.0%")], [("<b>", "75.0%"), ("", "6.0%")]]
 
 
 def test_key_side_is_the_mean_cosine_by_token(
@@ -233,6 +255,14 @@ def test_the_numbers_are_written_with_pages_that_need_nothing_else(data: AtomPag
 def test_a_token_is_exact_as_data_and_visible_on_a_page(model: HookedRecurrent) -> None:
     assert TokenTexts(model)[model.to_single_token(" the")] == " the"
     assert visible(" a\tb\n\u200b") == "·a⇥b↵⟨U+200B⟩"
+
+
+def test_bytes_that_are_no_text_are_shown_as_bytes(model: HookedRecurrent) -> None:
+    """Part of a character is a token of its own in a byte-level vocabulary; decoded, all such tokens look alike."""
+    texts, parts = TokenTexts(model), model.to_tokens("€", prepend_bos=False)[0].tolist()
+    assert [texts[token] for token in parts] == ["⟨E2⟩", "⟨82⟩", "⟨AC⟩"]
+    named = SimpleNamespace(convert_ids_to_tokens={0: "<0xE2>", 1: "Ġthe", 2: "▁the"}.__getitem__)
+    assert [token_bytes(named, token) for token in range(3)] == [b"\xe2", b" the", None]
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,8 @@ def _page(facts: Facts, column: int) -> data.AtomPage:
         mean_activation=float(activations.mean()),
         density=parts.bars(activations, low=0.0),
         logits=parts.bars(facts.change(column)[: facts.texts.size]),
-        fires_on=_fires_on(facts, rows),
+        fires_on=_fires_near(facts, rows, 0),
+        fires_after=_fires_near(facts, rows, 1),
         top=parts.top(facts, rows),
         bands=list(parts.bands(facts, rows)),
         positions=parts.bars(rows["position"].to_numpy(float), low=0.0, high=facts.ids.shape[1]),
@@ -126,9 +127,10 @@ def _effect(facts: Facts, column: int, direct: NDArray[np.float32]) -> data.Effe
     return data.Effect(parts.vocabulary(facts, mean), float(np.nan_to_num(pd.Series(mean).corr(pd.Series(direct)))), n)
 
 
-def _fires_on(facts: Facts, rows: pd.DataFrame) -> list[data.TokenValue]:
-    """The tokens of most firings, with their share of the firings."""
-    ids, counts = np.unique(facts.ids[rows["sequence"], rows["position"]], return_counts=True)
+def _fires_near(facts: Facts, rows: pd.DataFrame, back: int) -> list[data.TokenValue]:
+    """The tokens `back` positions before most firings, with their share of the firings."""
+    near = rows[rows["position"] >= back]
+    ids, counts = np.unique(facts.ids[near["sequence"], near["position"] - back], return_counts=True)
     order = np.argsort(-counts, kind="stable")[: facts.settings.n_tokens]
     return parts.listed(facts, ids[order], counts[order] / len(rows), counts[order])
 

@@ -150,6 +150,8 @@ class AtomPage:
     """Share of the vocabulary by `effect`, or along the direct path (`values`) where no effect was measured."""
     fires_on: list[TokenValue]
     """Tokens at which it fires most often: share of its firings, and their number."""
+    fires_after: list[TokenValue]
+    """The same for the token before. A firing at the first token of a sequence has none."""
     top: list[Context]
     """The strongest firings."""
     bands: list[Band]
@@ -170,6 +172,13 @@ class AtomPage:
     followed. None where none was."""
     timelines: list[Context]
     """The strongest of these firings, and the tokens after each."""
+
+    @property
+    def after(self) -> bool:
+        """Whether the token before says more about where it fires: the three most frequent tokens before its firings
+        have a larger share than those at its firings."""
+        on, after = (sum(token.value for token in tokens[:3]) for tokens in (self.fires_on, self.fires_after))
+        return after > on
 
 
 @dataclass(frozen=True)

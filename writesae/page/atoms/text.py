@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
+from typing import Any
+
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from hookpoints import HookedRecurrent
 from writesae.experiment.tokens import token_text
@@ -17,8 +21,20 @@ def short(value: float) -> float:
     return float(f"{float(value):.4g}")
 
 
+def token_bytes(tokenizer: Any, token: int) -> bytes | None:
+    """The bytes of a token of a byte-level vocabulary, or of a byte of another one (<0xE2>); None for all others."""
+    piece = tokenizer.convert_ids_to_tokens(token) if hasattr(tokenizer, "convert_ids_to_tokens") else None
+    if not isinstance(piece, str):
+        return None
+    if match := re.fullmatch(r"<0x([0-9A-F]{2})>", piece):
+        return bytes.fromhex(match[1])
+    table = {character: byte for byte, character in bytes_to_unicode().items()}
+    return bytes(table[character] for character in piece) if table.keys() >= {*piece} else None
+
+
 class TokenTexts(dict[int, str]):
-    """Exact texts of token ids, decoded once each.
+    """Exact texts of token ids, decoded once each. Bytes that are no text, as a part of a character, are hexadecimal
+    digits in angle brackets.
 
     Raises:
         ValueError: the model has no tokenizer, or one with more tokens than the model.
@@ -35,8 +51,14 @@ class TokenTexts(dict[int, str]):
         """Tokens that have a text. Further logits of a model pad its vocabulary."""
 
     def __missing__(self, token: int) -> str:
-        self[token] = text = token_text(self._model, token)
-        return text
+        raw = token_bytes(self._model.tokenizer, token) or b""
+        try:
+            raw.decode()
+        except UnicodeDecodeError:
+            self[token] = f"⟨{raw.hex(' ').upper()}⟩"
+        else:
+            self[token] = token_text(self._model, token)
+        return self[token]
 
     def many(self, tokens: Iterable[int]) -> list[str]:
         """The exact texts of several tokens."""
