@@ -423,3 +423,13 @@ def test_settings_of_eval_all_reach_those_that_have_them() -> None:
         settings = evaluation.to_dict()
         assert settings["seed"] == 7
         assert settings.get("n_atoms", 5) == 5 and (kind != "substitution" or settings["n_codes"] == 7)
+
+
+def test_no_hint_names_an_index_that_lacks_the_package() -> None:
+    """The package is installed from a clone: `pip install "sae-lens-writesae[study]"` finds nothing."""
+    root = Path(__file__).parents[1]
+    files = [
+        file for name in ("hookpoints", "sae_lens_writesae", "writesae", "docs") for file in (root / name).rglob("*")
+    ]
+    texts = {file: file.read_text("utf-8") for file in [*files, root / "README.md"] if file.suffix in (".py", ".md")}
+    assert not [file for file, text in texts.items() if re.search("install [^\n]*sae-lens-writesae", text)]

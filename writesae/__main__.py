@@ -15,7 +15,9 @@ def main() -> None:
     try:
         from writesae.cli import main
     except ModuleNotFoundError as error:
-        raise SystemExit(f'error: the study needs {error.name}: pip install "sae-lens-writesae[study]"') from error
+        raise SystemExit(
+            f'error: the study needs {error.name}: in the clone of the repository, pip install -e ".[study]"'
+        ) from error
 
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

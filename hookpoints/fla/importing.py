@@ -15,7 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hookpoints.errors import UnsupportedModelError
 
-INSTALL = 'pip install "sae-lens-writesae[fla]"'
+INSTALL = 'in the clone of the repository, pip install -e ".[fla]"'
 MODEL_TYPES = frozenset(
     {"comba", "delta_net", "gated_deltanet", "gated_deltanet2", "gated_deltaproduct", "gla", "hgrn2"}
     | {"kda", "retnet", "rwkv6", "rwkv7", "simple_gla"}

@@ -77,7 +77,9 @@ class Reproduce:
             return estimate(for_model(self.config, shape), shape)
         profile = profile_folder(self.profile or ("gpu" if torch.cuda.is_available() else "laptop"))
         if importlib.util.find_spec("snakemake") is None:
-            raise ValueError('the protocol runs on Snakemake: pip install "sae-lens-writesae[study]"')
+            raise ValueError(
+                'the protocol runs on Snakemake: in the clone of the repository, pip install -e ".[study]"'
+            )
         model = HookedRecurrent.from_pretrained(self.config.model, dtype=self.config.dtype)
         config = for_model(self.config, model)
         check_settings(self.out, config.settings(), WRITTEN)
