@@ -1,7 +1,8 @@
-"""The patches of docs/upstream apply to the installed versions and do what their texts say."""
+"""What comes from elsewhere: the patches of docs/upstream do what their texts say, and workflows name what they run."""
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import sae_lens
+import yaml
 
+WORKFLOWS = Path(__file__).parents[1] / ".github" / "workflows"
 PATCHES = sorted((Path(__file__).parents[1] / "docs" / "upstream").glob("*.patch"))
 ENTRY_POINTS = """
 import sys
@@ -69,3 +72,15 @@ def test_a_patch_does_what_its_text_says(patch: Path, tmp_path: Path) -> None:
     else:
         plain = MIXING[: MIXING.index("whole")] + MIXING[MIXING.index("torch.manual_seed") :]
         assert run(tmp_path, MIXING) == run(tmp_path / "nothing", plain)
+
+
+@pytest.mark.parametrize("file", sorted(WORKFLOWS.glob("*.yml")), ids=lambda file: file.stem)
+def test_workflows_run_actions_by_commit_and_keep_no_credentials(file: Path) -> None:
+    """A tag can be moved to other code, and what a checkout leaves can be read by every later step."""
+    workflow = yaml.safe_load(file.read_text())
+    steps = [step for job in workflow["jobs"].values() for step in job["steps"] if "uses" in step]
+    assert steps and workflow["permissions"] == {"contents": "read"}
+    for step in steps:
+        assert re.fullmatch(r"[\w/-]+@[0-9a-f]{40}", step["uses"])
+        if step["uses"].startswith("actions/checkout@"):
+            assert step["with"]["persist-credentials"] is False
