@@ -22,6 +22,7 @@ from writesae import choices as study
 from writesae.choices import MATCHED, DictionaryName
 from writesae.dictionaries import Collect, Train
 from writesae.experiment.traits import objective, variant
+from writesae.files import sae_folders
 
 SIZES = {"d_sae": 16, "k": 2, "training_tokens": 1024, "train_batch_size_tokens": 128, "summary": False}
 HEADS = {"layers": (2,), "heads": (0, 1)}
@@ -158,6 +159,8 @@ def test_a_killed_training_goes_on_from_its_checkpoint(
     with pytest.raises(InterruptedError):
         train("killed", kill_at=53)
     assert list((tmp_path / "killed").rglob("checkpoint"))
+    with pytest.raises(ValueError, match="no dictionary"):  # a checkpoint is none
+        sae_folders(tmp_path / "killed")
     resumed = train("killed")
     assert next(steps) - 54 in (12, 13) and resumed == whole
     assert not list((tmp_path / "killed").rglob("*checkpoint*"))

@@ -113,7 +113,8 @@ def sae_folders(path: Path) -> list[Path]:
         ValueError: there is none.
     """
     files = [path / "cfg.json"] if (path / "cfg.json").is_file() else sorted(path.rglob("cfg.json"))
-    hidden = {file for file in files for p in file.relative_to(path).parts if p[0] == "." or p == "checkpoints"}
+    unfinished = ("checkpoint", "checkpoints")
+    hidden = {file for file in files for p in file.relative_to(path).parts if p[0] == "." or p in unfinished}
     found = [file.parent for file in files if file not in hidden]
     if not found:
         raise ValueError(f"{path / 'cfg.json'} does not exist, and no dictionary is inside it; give another folder")

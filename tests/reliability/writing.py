@@ -58,7 +58,7 @@ def contents(folder: Path) -> dict[str, object]:
     found: dict[str, object] = {}
     for file in sorted(folder.rglob("*")):
         name = str(file.relative_to(folder))
-        if any(part.startswith(".") for part in Path(name).parts):
+        if any(part.startswith(".") or part == "checkpoint" for part in Path(name).parts):  # of what is not finished
             continue
         if file.name == "info.json":
             found[name] = read_result(file.parent)

@@ -145,7 +145,7 @@ def test_each_dictionary_is_the_one_that_trains_alone(changes: dict[str, Any]) -
 def test_a_run_is_the_one_of_saelens_trainer() -> None:
     """On the same rows from the same start; the output bias is then calibrated by one and averaged by the other."""
     cfg, rows = config(steps=12, b_dec_rows=0, decoder_init="random", resample_every=0), writes()
-    matrices = rows_.train_on_rows(cfg, rows_.matrices(cfg, rows))
+    matrices = rows_.train_on_rows(cfg, rows_.ShuffledWrites(cfg, rows))
     torch.testing.assert_close(
         state(train_on_writes(cfg, rows.keys[:, 0], rows.values[:, 0])), state(matrices), rtol=1e-7, atol=1e-9
     )
