@@ -218,6 +218,8 @@ def test_a_share_that_is_small_but_sure_fails() -> None:
         (NO_EFFECT, {2: "below the floor", 3: "below the floor"}),
         ({"delete": 1.0, "atom": 0.99, "shuffled": 1.01}, {3: "inconclusive"}),  # in order, but by chance
         (HOLDS | {"shuffled": 0.1}, {3: "confounded"}),  # another atom moves the model less
+        (HOLDS | {"pair_mean": 0.1}, {3: "confounded"}),  # so does the mean write of the token pair
+        (HOLDS | {"quantised": 0.1}, {3: "confounded"}),
     ],
 )
 def test_claims_2_and_3_are_judged_at_matched_norm_with_intervals(
@@ -267,12 +269,29 @@ def test_all_heads_of_a_layer() -> None:
     assert f"{100 * np.mean(rates):.1f}" in claim.measured
 
 
+def test_how_much_is_the_total_and_a_typical_sequence_is_named_so() -> None:
+    """The atom recovers 90% where deletions do most, and nothing in most sequences: the total is large, the typical
+    share 0."""
+    result = made_up({"delete": 1.0}, scales=("matched",), controls=("state",), n_sequences=40)
+    table = result.tables["firings"]
+    large = table["sequence"] % 4 == 0
+    deleted = table.loc[table["condition"] == "delete"].set_index("firing")["kl_window"]
+    kl = table["firing"].map(deleted) * np.where(large, 50.0, 1.0)
+    recovers = (table["condition"] == "atom") & large
+    table["kl_window"] = np.where(table["condition"] == "native", 0.0, np.where(recovers, 0.1 * kl, kl))
+    claim, finding = result.claims()[0], result.findings()[0]
+    assert finding.effect is not None and 0.8 < finding.effect.mean < 0.9
+    assert claim.outcome == "holds" and "total" in claim.measured
+    assert "; 0.0% [0.0%, 0.0%] in a typical sequence; " in claim.measured
+
+
 def test_numbers_are_those_of_the_table() -> None:
     result = made_up(HOLDS, scales=("matched",), controls=("shuffled", "random"))
     wide, found = wide_firings(result), {finding.number: finding for finding in result.findings()}
     atom, deleted, other = (wide[name] for name in ("atom/matched", "delete", "shuffled/matched"))
     shares = 1 - atom.groupby(wide["sequence"]).sum() / deleted.groupby(wide["sequence"]).sum()
-    assert found[1].shown["atom"].mean == pytest.approx(shares.median())
+    assert found[1].shown["atom"].mean == pytest.approx(1 - atom.sum() / deleted.sum())
+    assert found[1].measured.startswith(f"{100 * shares.median():.1f}% [")
     assert f"wins {100 * (atom < deleted).mean():.1f}%" in found[1].measured
     assert found[2].shown["atom < delete < another atom"].mean == ((atom < deleted) & (deleted < other)).mean()
     assert found[3].shown["delete"].mean == pytest.approx(np.median(atom / deleted))

@@ -11,8 +11,9 @@ import pytest
 from made_up import HOLDS, made_up
 from sealing import reseal
 
-from writesae.evaluations import load_result
+from writesae.evaluations import load_result, substitution
 from writesae.experiment.evaluation import Result
+from writesae.verdict.names import NAMES
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +77,19 @@ def test_what_was_left_out_is_noted() -> None:
     skipped = replace(some, tables={}, skipped="no atom fires")
     assert skipped.notes() == ["no atom fires"] and skipped.figures() == []
     assert {c.outcome for c in skipped.claims()} == {"not tested"}
+
+
+def test_other_rules_are_said_where_they_give_another_verdict_or_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the rules compute counts, and neither their source nor their words."""
+    made = made_up(HOLDS, scales=("matched",), controls=("state", "shuffled"))
+    measured = replace(made, info=made.info | {"rules": made.judged()})
+
+    def said() -> bool:
+        return any("the rules of verdicts gave other" in note for note in measured.notes())
+
+    assert not said()
+    with monkeypatch.context() as context:
+        context.setitem(NAMES, "shuffled", "a second atom")
+        assert any("a second atom" in claim.controls for claim in measured.claims()) and not said()
+    monkeypatch.setattr(substitution, "RELEVANT_SHARE", 0.99)
+    assert said()

@@ -56,6 +56,11 @@ def test_conditions_of_one_unit_are_paired(paired: Paired) -> None:
             lambda p: p.recovered("atom", than="mean"),
             lambda w, ids: stats.recovered_difference(w["atom"], w["mean"], w["delete"], ids),
         ),
+        (lambda p: p.total("atom"), lambda w, ids: stats.total(w["delete"] - w["atom"], w["delete"], ids)),
+        (
+            lambda p: p.total("atom", than="mean"),
+            lambda w, ids: stats.total(w["mean"] - w["atom"], w["delete"], ids),
+        ),
         (
             lambda p: p.lead("delete", Paired(p.wide.assign(sequence=p["sequence"] + 100)), "atom"),
             lambda w, ids: stats.estimate_difference(w["delete"], w["atom"], ids, ids + 100),
@@ -69,8 +74,13 @@ def test_estimates_are_those_of_the_statistics(paired: Paired, found: Any, expec
 def test_units_measured_twice_count_once_and_units_without_a_condition_are_left_out() -> None:
     table = tidy(delete=1.0, atom=0.3)
     assert Paired.of(pd.concat([table, table]), "kl", "firing").mean("atom").n == 60
-    fewer = Paired.of(table.query("not (condition == 'atom' and firing < 6)"), "kl", "firing")
-    assert (fewer.mean("atom", "delete").n, fewer.wins("atom", "delete").n, fewer.mean("delete").n) == (54, 54, 60)
+    for lacking in ("atom", "delete"):
+        fewer = Paired.of(table.query(f"not (condition == '{lacking}' and firing < 6)"), "kl", "firing")
+        assert (fewer.mean("atom", "delete").n, fewer.wins("atom", "delete").n) == (54, 54)
+        for share in (fewer.recovered, fewer.total):
+            whole = Paired(fewer.wide.dropna())
+            assert share("atom") == getattr(whole, share.__name__)("atom") and share("atom").n == 54
+    assert Paired.of(table, "kl", "firing").mean("delete").n == 60
 
 
 def found(paired: Paired, **changes: Any) -> Finding:

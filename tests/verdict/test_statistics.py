@@ -121,6 +121,20 @@ def test_recovered_share_by_hand() -> None:
         S.recovered_share([1.0, 1.0], [0.0, 0.0], clusters=[0, 1])
 
 
+def test_a_total_by_hand() -> None:
+    """A ratio of sums. Where every cluster has the same ratio there is no doubt; where two ratios differ, the interval
+    holds what one more cluster of three times the largest size would make of the ratio."""
+    above, below = np.array([1.0, 2.0, 3.0, 0.0, 0.0, 0.0]), np.array([2.0, 4.0, 6.0, 1.0, 1.0, 6.0])
+    found = S.total(above, below, range(6))
+    assert found.mean == pytest.approx(6 / 20) and (found.n, found.n_clusters) == (6, 6)
+    assert found.low <= 6 / (20 + 18) and found.high >= (6 + 18 * 0.5) / (20 + 18)
+    assert S.total(below / 2, below, range(6))[:3] == pytest.approx((0.5, 0.5, 0.5))
+    assert S.total(above, below, [0, 0, 0, 1, 1, 1]).mean == found.mean
+    assert math.isnan(S.total(above, below, [0] * 6).low)
+    with pytest.raises(ValueError, match="above 0"):
+        S.total([0.0, 0.0], [0.0, 0.0], [0, 1])
+
+
 def test_the_difference_of_shares_is_paired() -> None:
     """Over the same deletions: what two conditions share does not widen the interval."""
     rng = np.random.default_rng(0)
@@ -201,6 +215,9 @@ def test_intervals_cover_in_draws_from_measured_effects(head: str, n: int) -> No
     numbers: dict[str, Callable[[dict[str, np.ndarray], np.ndarray], S.Estimate]] = {
         "share": lambda x, ids: S.recovered_share(x["quantised"], x["delete"], ids),
         "difference of shares": lambda x, ids: S.recovered_difference(x["quantised"], x["pca"], x["delete"], ids),
+        "total": lambda x, ids: S.total(x["delete"] - x["quantised"], x["delete"], ids),
+        "small total": lambda x, ids: S.total(x["delete"] - x["pca"], x["delete"], ids),
+        "difference of totals": lambda x, ids: S.total(x["pca"] - x["quantised"], x["delete"], ids),
         "difference of KL": lambda x, ids: S.typical(x["pca"] - x["quantised"], ids),
         "rate": lambda x, ids: S.share(x["pca"] < x["delete"], ids),
     }

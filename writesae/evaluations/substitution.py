@@ -42,7 +42,9 @@ class Substitution(Exchanging):
     """At a position (sequence, token t), the conditions differ only in what is written at t. The edit enters the
     state at t and is read from t on, in closed loop: later erases react to it. A **win** is a position at which the KL
     divergence from the native next-token distributions, mean over t..t+horizon, is smaller than after deleting the
-    write. The **recovered share** is the median over sequences of 1 - sum KL(condition) / sum KL(deletion).
+    write. The share of deletion's effect that a condition recovers has two estimates. The **total** is 1 - sum
+    KL(condition) / sum KL(deletion) over all positions: how much. The **typical** share is the median over sequences
+    of the same ratio. A few sequences hold most of the KL, so that the two differ by 10 points in most results.
 
     The headline draws positions uniformly and writes the dominant atom there (the paper's section 3.2; the paper draws
     firings of atoms). The other choice is weighted by atoms: an atom is drawn, then one of its firings, and this atom
@@ -62,12 +64,12 @@ class Substitution(Exchanging):
     replace the **write**.
 
     **Verdict** of claim 1 (11, 12, 13 by rule, 14 for the 4B model), at the first scale, and also at the others:
-    the ladder of `judge` on the recovered share of the atom. It holds if the interval of the share is above 5%
-    (`RELEVANT_SHARE`) and the interval of its difference from every control's share, over the same deletions, above 0.
+    the ladder of `judge` on the total that the atom recovers. It holds if the interval of the total is above 5%
+    (`RELEVANT_SHARE`) and the interval of its difference from every control's total, over the same deletions, above 0.
     The win rate (chance 1/2) is shown too: against deletion it asks for the sign of the effect only, and a small
     piece of anything that points along the write wins most firings. Claim 2, at matched norm, as the paper's chain: the
     rate of atom < delete < another atom, chance 1/2. Claim 3: the paired median ratio of the atom's KL to deletion's
-    is below 1, and to another atom's too.
+    is below 1, and to that of every control and baseline at matched norm too.
     """
 
     n_atoms: int | None = 100
@@ -117,33 +119,33 @@ class Substitution(Exchanging):
 
     def nearer(self, wide: pd.DataFrame, scale: str, number_: int | None = None, named: Sequence[str] = ()) -> Finding:
         """Claim 1 of one choice of atom at one scale; `named` says which, where it is not the headline. `shown` has the
-        share that the atom and each control recovers; nothing where no deletion has an effect."""
+        total that the atom and each control recovers; nothing where no deletion has an effect."""
         kl, atom = Paired(wide, seed=self.seed), f"atom/{scale}"
         wins, size = kl.wins(atom, "delete"), kl.size_of("delete")
         small = f", below {number(PRACTICAL_FLOOR)}: of no practical size" * (size["typical"] < PRACTICAL_FLOOR)
-        shares, against = {}, {}
+        totals, against, typical = {}, {}, ""
         if (wide["delete"] > 0).any():
-            shares = {NAMES[name]: kl.recovered(f"{name}/{scale}") for name in self.controls}
-            shares = {"atom": kl.recovered(atom)} | dict(sorted(shares.items(), key=lambda share: -share[1].mean))
-            against = {
-                NAMES[n]: Against(kl.recovered(atom, than=f"{n}/{scale}")) for n in self.controls if n not in REFERENCES
-            }
+            totals = {NAMES[name]: kl.total(f"{name}/{scale}") for name in self.controls}
+            totals = {"atom": kl.total(atom)} | dict(sorted(totals.items(), key=lambda each: -each[1].mean))
+            rivals = [name for name in self.controls if name not in REFERENCES]
+            against = {NAMES[name]: Against(kl.total(atom, than=f"{name}/{scale}")) for name in rivals}
+            typical = f"{said(kl.recovered(atom), percent)} in a typical sequence"
         return Finding(
             number=number_,
             claim=", ".join(["an atom is nearer to the native write than deletion", *named]),
-            effect=shares.get("atom", wins._replace(mean=0.0, low=0.0, high=0.0)),  # of nothing, nothing is recovered
-            what="the recovered share",
+            effect=totals.get("atom", wins._replace(mean=0.0, low=0.0, high=0.0)),  # of nothing, nothing is recovered
+            what="the total recovered",
             null=next((NAMES[name] for name in self.controls if name not in REFERENCES), ""),
             against=against,
             relevant=RELEVANT_SHARE,
             **size,
             remark=f"A deletion moves the model by a median of {number(size['typical'])} nats (a no-op: "
             f"{number(size['floor'])}){small}.",
-            shown=shares,
+            shown=totals,
             write=percent,
-            axis="of deletion's effect recovered",
+            axis="of deletion's total effect recovered",
             least=-0.5,
-            measured=f"wins {said(wins, percent)} of firings",
+            measured="; ".join(filter(None, [typical, f"wins {said(wins, percent)} of firings"])),
             of="firings in {} sequences",
         )
 
@@ -176,7 +178,8 @@ class Substitution(Exchanging):
             of="firings in {} sequences",
         )
         moved = Paired(wide[deleted > 0], seed=self.seed)
-        names = {"delete": "delete"} | others if len(moved.wide) else {}
+        names = {"delete": "delete"} | others | {f"{name}/{scale}": NAMES[name] for name in rivals}
+        names = {c: n for c, n in names.items() if (moved[c] > 0).any()}
         ratios = {n: moved.median((moved[f"atom/{scale}"] / moved[c]).where(moved[c] > 0)) for c, n in names.items()}
         medians = [number(float(moved[c].median())) for c in (f"atom/{scale}", "delete", *others)]
         ratio = Finding(
@@ -203,7 +206,7 @@ class Substitution(Exchanging):
 
     @classmethod
     def across(cls, results: list[Result]) -> list[tuple[str, Claim]]:
-        """Claim 5, by target: mean recovered share and win rate over the heads of a layer, their spread, and where
+        """Claim 5, by target: mean total recovered and win rate over the heads of a layer, their spread, and where
         claim 1 holds. Not where a head has several dictionaries of the target: taking one of them would be a choice
         after the fact."""
         layers: dict[tuple[str, ...], list[Result]] = {}

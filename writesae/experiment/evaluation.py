@@ -8,13 +8,11 @@ settings, tidy tables, what was measured on what; and how it is saved in a folde
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
-import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from enum import Enum
 from operator import methodcaller
 from pathlib import Path
@@ -32,7 +30,6 @@ from writesae.choices import AtLeast, at_least, expect, once_each
 from writesae.experiment.lab import Lab
 from writesae.experiment.terms import Terms
 from writesae.files import Json
-from writesae.verdict import judge, statistics
 from writesae.verdict.finding import Claim, Figure, Finding
 
 _FORMAT = 3
@@ -162,12 +159,6 @@ class Evaluation(ABC):
         """Claims about several results together (all heads of a layer, say), each with a label."""
         return []
 
-    @classmethod
-    def verdict_rules(cls) -> str:
-        """A hash of the code that turns tables into verdicts: the ladder, the statistics, and this question's file."""
-        sources = (judge, statistics, sys.modules[cls.__module__])
-        return hashlib.sha256("".join(map(inspect.getsource, sources)).encode()).hexdigest()[:12]
-
     @property
     def shortest(self) -> int:
         """Tokens that a sequence needs at least: a prompt, or up to the first position and to the horizon after it."""
@@ -247,8 +238,8 @@ class Evaluation(ABC):
             name: tables[name].reindex(columns=list(columns)).reset_index(drop=True)
             for name, columns in self.columns.items()
         }
-        facts = {"seconds": round(time.perf_counter() - begin, 3), "rules": self.verdict_rules()}
-        return Result(self, lab.describe(label) | facts, tables)
+        result = Result(self, lab.describe(label) | {"seconds": round(time.perf_counter() - begin, 3)}, tables)
+        return replace(result, info=result.info | {"rules": result.judged()})
 
 
 @dataclass(frozen=True)
@@ -261,8 +252,8 @@ class Result:
     evaluation: Evaluation
     """The evaluation with its settings."""
     info: dict[str, Json]
-    """What was evaluated on what: model, head, dictionaries, text, `seconds`, `n_edited_runs`, `rules` (the hash of the
-    rules of verdicts at that time), and `n_skipped`, which maps a reason to the number of units that could not be
+    """What was evaluated on what: model, head, dictionaries, text, `seconds`, `n_edited_runs`, `rules` (what
+    `judged` gave at that time), and `n_skipped`, which maps a reason to the number of units that could not be
     measured."""
     tables: dict[str, pd.DataFrame] = field(default_factory=dict)
     """Tidy tables by name, with the columns that the evaluation documents. No NaN stands for a failure: what could not
@@ -295,6 +286,15 @@ class Result:
         """Every claim that the evaluation answers, with its verdict."""
         return [finding.row() for finding in self.findings()]
 
+    def judged(self) -> str:
+        """A hash of what the rules of today make of the tables: the verdict and the effect of each finding, to four
+        digits. It changes with the rules and not with their source text or their words."""
+        found = []
+        for finding in self.findings():
+            effect = finding.effect[:3] if finding.effect is not None else ()
+            found.append([finding.number, finding.verdict.outcome, *(f"{number:.4g}" for number in effect)])
+        return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:12]
+
     def figures(self) -> list[Figure]:
         """Panels for the report: of findings, then the evaluation's own; none where nothing was measured."""
         panels = [finding.panel(self.label) for finding in self.findings() if finding.shown]
@@ -305,8 +305,8 @@ class Result:
         if self.skipped is not None:
             return [self.skipped]
         left_out = cast(Mapping[str, int], self.info["n_skipped"])
-        then, now = self.info.get("rules"), self.evaluation.verdict_rules()
-        changed = [f"Measured under the rules {then}, judged by the rules {now}."] if then != now else []
+        other = self.info.get("rules") != self.judged()
+        changed = ["When this was measured, the rules of verdicts gave other verdicts or other numbers."] * other
         return [
             *changed,
             *self.evaluation.notes(self),

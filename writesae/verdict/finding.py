@@ -144,9 +144,15 @@ class Paired:
         return self.mean(both[a] < both[b])
 
     def recovered(self, a: str, than: str = "delete") -> Estimate:
-        """The share of deletion's effect that `a` recovers, more than `than` does (deletion recovers nothing)."""
-        values, (ids,) = self._values(a, None)
-        return stats.recovered_difference(values, self.wide[than], self.wide["delete"], ids)
+        """The share of deletion's effect that `a` recovers in a typical sequence, more than `than` does (deletion
+        recovers nothing): the median over clusters."""
+        kl, (ids,) = self._whole(a, than, "delete")
+        return stats.recovered_difference(kl[a], kl[than], kl["delete"], ids)
+
+    def total(self, a: str, than: str = "delete") -> Estimate:
+        """The share of all that deletions do which `a` recovers, more than `than` does: a ratio of sums."""
+        kl, (ids,) = self._whole(a, than, "delete")
+        return stats.total(kl[than] - kl[a], kl["delete"], ids, seed=self.seed)
 
     def means(self, names: Mapping[str, str]) -> dict[str, Estimate]:
         """The mean under each condition of `names`, by the name that a reader sees."""
@@ -159,6 +165,11 @@ class Paired:
     def size_of(self, name: str, no_op: str = "native") -> Size:
         """The typical size of a condition and what a no-op measures, as a `Finding` takes them."""
         return {"typical": float(self[name].abs().median()), "floor": float(self[no_op].abs().quantile(0.95))}
+
+    def _whole(self, *names: str) -> tuple[pd.DataFrame, list[pd.Series]]:
+        """The units that have all of these conditions, and their clusters."""
+        units = self.wide.dropna(subset=[*dict.fromkeys(names)])
+        return units, [units[name] for name in self.clusters]
 
     def _values(self, a: Values, minus: Values | None) -> tuple[pd.Series, list[pd.Series]]:
         x, y = (self.wide[each] if isinstance(each, str) else each for each in (a, a if minus is None else minus))

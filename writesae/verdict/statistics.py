@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -27,6 +27,8 @@ WeightedStatistic = Callable[[Array, Array], Array]
 """A statistic of weighted observations: (values [N], weights [S,N]) -> [S], one number per row of weights."""
 
 N_RESAMPLES = 2000
+UNSEEN_SIZE = 3.0
+"""Size of the cluster that `total` allows for and that was not drawn, in that of the largest one."""
 _CHUNK_FLOATS = 8_000_000
 """Weights held at once by a bootstrap: 64 MB."""
 
@@ -85,9 +87,9 @@ def recovered_share(kl: ArrayLike, deleted: ArrayLike, clusters: ArrayLike) -> E
     sum KL(deletion), with the order-statistics interval of a median. 1 is the native model, 0 is deletion, below 0 is
     worse than deletion. Clusters whose deletions have an effect of exactly 0 are left out.
 
-    A few positions hold most of the KL (5% of them a third), so that a ratio of sums over all clusters has no interval
-    that keeps its level: the bootstrap's covers it in 64 to 97 of 100 cases. The interval of a median needs nothing of
-    the distribution: it covers at least 95%, at any number of clusters from 6 on (David and Nagaraja, 2003, 7.1).
+    This is what happens in a typical sequence, and not how much is recovered of all that deletions do (`total`): a few
+    positions hold most of the KL (5% of them a third). The interval of a median needs nothing of the distribution: it
+    covers at least 95%, at any number of clusters from 6 on (David and Nagaraja, 2003, 7.1).
 
     Raises:
         ValueError: every deletion has an effect of exactly 0.
@@ -104,6 +106,39 @@ def recovered_difference(a: ArrayLike, b: ArrayLike, deleted: ArrayLike, cluster
         ValueError: every deletion has an effect of exactly 0.
     """
     return _median_of_ratios(np.asarray(b, float) - np.asarray(a, float), deleted, clusters)
+
+
+def total(above: ArrayLike, below: ArrayLike, clusters: ArrayLike, *, seed: int = 0) -> Estimate:
+    """sum above / sum below over all observations: with KL(deletion) - KL(condition) above and KL(deletion) below, the
+    share of all that deletions do which a condition recovers.
+
+    A few sequences hold most of the KL, so that the interval has two parts. The first is the symmetric bootstrap-t over
+    clusters (Hall, 1988), of the linearized standard error. The second is what one more cluster could do that is not in
+    the sample: its `below` is three times the largest one (`UNSEEN_SIZE`), and its ratio is the 5th percentile of those
+    that were seen, for the lower end, and the 95th for the upper end. The first part alone covers the number in 75 to
+    95 of 100 draws from measured effects, both in 93 to 100 (`tests/verdict/test_statistics.py`).
+
+    Raises:
+        ValueError: `below` is 0 everywhere.
+    """
+    (x, codes), (y, _) = _sample(above, clusters), _sample(below, clusters)
+    sums, sizes = (np.bincount(codes, each).astype(float) for each in (x, y))
+    whole, n_clusters = float(sizes.sum()), len(sizes)
+    if not whole > 0:
+        raise ValueError("the recovered share needs a deletion with an effect above 0, found none")
+    point = float(sums.sum()) / whole
+    if n_clusters == 1:
+        return Estimate(point, math.nan, math.nan, len(x), 1)
+    ratio, error = _ratios(np.ones((1, n_clusters)), sums, sizes)
+    drawn, errors = _ratios(_draws(n_clusters, seed), sums, sizes)
+    far = np.abs(drawn - ratio)[errors > 0] / errors[errors > 0]
+    half = float(error[0] * np.quantile(far, 0.95)) if len(far) else 0.0
+    seen = sums[sizes > 0] / sizes[sizes > 0]
+    unseen = UNSEEN_SIZE * float(sizes.max())
+    moved = (np.quantile(seen, [0.05, 0.95]) - point) * unseen / (whole + unseen)
+    low = point - half + min(0.0, float(moved[0]))
+    high = point + half + max(0.0, float(moved[1]))
+    return Estimate(point, low, high, len(x), n_clusters)
 
 
 def typical(values: ArrayLike, clusters: ArrayLike) -> Estimate:
@@ -201,6 +236,15 @@ def weighted_median(values: Array, weights: Array) -> Array:
     low = ordered[(total < half).sum(axis=1)]  # first value that reaches half of the weight
     high = ordered[np.minimum((total <= half).sum(axis=1), len(values) - 1)]  # first that passes it
     return (low + high) / 2
+
+
+def _ratios(weights: NDArray[Any], sums: Array, sizes: Array) -> tuple[Array, Array]:
+    """The ratio of two sums over clusters under each row of weights [S,C], and its linearized standard error."""
+    n_clusters, below = weights.shape[1], weights @ sizes
+    ratio = np.divide(weights @ sums, below, out=np.zeros_like(below), where=below > 0)
+    squares = weights @ sums**2 - 2 * ratio * (weights @ (sums * sizes)) + ratio**2 * (weights @ sizes**2)
+    spread = np.sqrt(n_clusters / (n_clusters - 1) * squares.clip(min=0))
+    return ratio, np.divide(spread, below, out=np.zeros_like(below), where=below > 0)
 
 
 def _median_of_ratios(above: ArrayLike, below: ArrayLike, clusters: ArrayLike) -> Estimate:
