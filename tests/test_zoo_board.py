@@ -4,6 +4,7 @@ cannot tell them apart is caught."""
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,24 @@ def test_a_state_is_read_back_as_its_facts() -> None:
     assert pursuit > 0.95 and strongest < pursuit
 
 
+def test_additive_books_find_the_parts_of_sums_and_one_book_is_enough_for_whole_values() -> None:
+    """Three books of four in 8 dimensions, 12 numbers of codes in all: twelve words of k-means cannot name 64 sums."""
+    g = torch.Generator().manual_seed(0)
+    books, chosen = torch.randn(3, 4, 8, generator=g), torch.randint(4, (600, 3), generator=g)
+    noise = 0.05 * torch.randn(600, 8, generator=g)
+    sums = books[torch.arange(3), chosen].sum(1) + noise
+
+    def unexplained(side: known.Side, rows: torch.Tensor) -> float:
+        return float((side.code @ side.atoms - rows).square().sum() / (rows - rows.mean(0)).square().sum())
+
+    found = known.additive(sums, 12, 0)
+    assert found.atoms.shape == (12, 8) and found.bits == 6 and (found.code.sum(1) == 3).all()
+    assert unexplained(found, sums) < 0.01 and unexplained(known.kmeans(sums, 12, 0), sums) > 0.2
+    words = torch.randn(12, 8, generator=g)[torch.arange(600) % 12] + noise
+    whole = known.additive(words, 12, 0)
+    assert whole.bits == pytest.approx(math.log2(12)) and unexplained(whole, words) < 0.01
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_the_command_writes_its_page_and_its_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,6 +111,11 @@ def test_the_command_writes_its_page_and_its_numbers(tmp_path: Path, monkeypatch
     assert of_recall["attribution"]["writes found"] > 0.9 > 10 * of_recall["attribution"]["null"]
     assert [row["pairs"] for row in of_recall["states"]] == [4, 8, 12, 16]
     assert all(row["method"].split(" (")[0] in page and row["method"] in table for row in of_recall["rows"][:1])
+    one = ["--only", "additive quantizers of k and of u"]
+    main(["zoo", "--models", "recall", *tiny, *one])  # the same rows, of which one was measured again
+    assert json.loads((tmp_path / "zoo" / "zoo.json").read_text()) == written
+    with pytest.raises(SystemExit):
+        main(["zoo", "--models", "composition", *tiny, *one])
 
 
 def test_a_product_dictionary_counts_the_same_in_either_orientation(world: World) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from writesae.choices import at_least
 from writesae.files import GENERATOR, check_absent, check_ours, check_writable
@@ -28,6 +29,9 @@ class Zoo:
     """Facts that are written, and states that are read."""
     steps: int = 1500
     """Training steps of dictionaries."""
+    only: str | None = None
+    """One quantizer, by its name on the page: its rows are put into the zoo.json that `out` has, whose settings must be
+    these. None: every method."""
     out: Path = Path("writesae-out/zoo")
     """Folder for index.html, zoo.json and zoo.md."""
 
@@ -38,7 +42,8 @@ class Zoo:
         """Measure, write zoo.json, zoo.md and index.html, and return the page.
 
         Raises:
-            ValueError: a name that is not in the zoo, or a folder that cannot be written.
+            ValueError: a name that is not in the zoo, a folder that cannot be written, or with `only` one that holds
+                no zoo.json of these settings.
         """
         from hookpoints.files import atomic_text
         from writesae.dictionaries import quiet
@@ -49,12 +54,30 @@ class Zoo:
         check_ours(self.out / "index.html", self.out / "zoo.json")
         if not (self.out / "zoo.json").exists():  # which is written first
             check_absent([self.out / "zoo.md"])
+        settings = {name: value for name, value in asdict(self).items() if name not in ("out", "only")}
+        saved = self._saved(settings) if self.only is not None else {}
         with quiet():
-            boards = [board(name, self.seeds, self.sequences, self.facts, self.steps) for name in self.models]
-        content = GENERATOR | {
-            "settings": {name: value for name, value in asdict(self).items() if name != "out"},
-            "boards": boards,
-        }
+            boards = [
+                board(name, self.seeds, self.sequences, self.facts, self.steps, only=self.only) for name in self.models
+            ]
+        for old, new in zip(saved.get("boards", []), boards):
+            new |= old | {"rows": with_rows(old["rows"], new["rows"])}
+        content = GENERATOR | {"settings": settings, "boards": boards}
         atomic_text(self.out / "zoo.json", json.dumps(content, indent=1, allow_nan=False))
         atomic_text(self.out / "zoo.md", environment().get_template("zoo_table.html").render(content))
         return atomic_text(self.out / "index.html", environment().get_template("zoo.html").render(content))
+
+    def _saved(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """The zoo.json that is there, of the same settings."""
+        file = self.out / "zoo.json"
+        saved = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        if saved.get("settings") != json.loads(json.dumps(settings)):
+            raise ValueError(f"only: expected {file} of the settings {settings}, got {saved.get('settings')}")
+        return saved
+
+
+def with_rows(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of a board with others: a method that is there is replaced, another one follows the second row."""
+    there = {row["method"]: row for row in new}
+    rows = [there.pop(row["method"], row) for row in old]
+    return [*rows[:2], *there.values(), *rows[2:]]

@@ -11,7 +11,7 @@ S symbols that values are made of (64 values, or 24 attributes).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -34,6 +34,12 @@ GRID = (16, 24, 32, 48, 64, 96)
 TOLERANCE = 0.02
 """Of the sizes whose explained variance on held-out writes is this near to that of the best, the smallest is taken:
 fewest atoms, then fewest active ones."""
+RESTARTS = 8
+"""Fits of an additive quantizer, of which the best is taken."""
+PASSES = 25
+"""Passes of each over the rows."""
+MOST_SUMS = 4096
+"""Sums of one code of each book that an additive quantizer may have."""
 FOUND = 0.8
 """Correlation, or purity, from which on an atom stands for a symbol."""
 
@@ -160,6 +166,54 @@ def residual(rows: Tensor, n: int, seed: int) -> Side:
     return Side(torch.cat([one.code, two.code], 1), torch.cat([one.atoms, two.atoms]), one.bits + two.bits)
 
 
+def nearest_codes(rows: Tensor, books: Tensor) -> Tensor:
+    """[N,M] the code of each of M books [M,n,D] whose sum is nearest to each row. Tries all n^M sums."""
+    numbers = torch.cartesian_prod(*[torch.arange(books.shape[1])] * len(books)).view(-1, len(books))
+    sums = books[torch.arange(len(books)), numbers].sum(1)
+    return numbers[(2 * rows @ sums.T - sums.square().sum(1)).argmax(1)]
+
+
+def additive_books(rows: Tensor, n_books: int, n: int, seed: int) -> tuple[float, Tensor]:
+    """Books [M,n,D] of an additive quantizer, and its squared error (Babenko and Lempitsky, 2014): alternating least
+    squares from k-means of what the books before leave. Noise that falls to 0 is added to the rows that are coded, so
+    that codes leave poor places (Martinez et al., 2018)."""
+    generator = torch.Generator().manual_seed(seed)
+    starts, left = [], rows
+    for number in range(n_books):
+        start = kmeans(left, n, 10 * seed + number)
+        starts.append(start.atoms)
+        left = left - start.code @ start.atoms
+    books = torch.stack(starts)
+    for step in range(PASSES):
+        warmth = max(0.0, 1 - step / (0.7 * PASSES))
+        noise = warmth * rows.std(0) * torch.randn(rows.shape, generator=generator)
+        code = one_hot(nearest_codes(rows + noise, books), n).flatten(1).to(rows)
+        gram = code.T @ code + 1e-3 * torch.eye(n_books * n)
+        books = torch.linalg.solve(gram, code.T @ rows).view(n_books, n, -1)
+    return float((rows - summed(rows, books)).square().sum()), books
+
+
+def summed(rows: Tensor, books: Tensor) -> Tensor:
+    """What an additive quantizer makes of rows."""
+    return books[torch.arange(len(books)), nearest_codes(rows, books)].sum(1)
+
+
+def additive(rows: Tensor, n: int, seed: int) -> Side:
+    """An additive quantizer of at most n codes in all, the best of `RESTARTS`. The number of books is chosen without
+    labels, by the rule of `TOLERANCE`."""
+    fitted, sizes = len(rows) * 7 // 8, [m for m in (1, 2, 3, 4) if (n // m) ** m <= MOST_SUMS]
+
+    def best(x: Tensor, n_books: int) -> Tensor:
+        tries = (additive_books(x, n_books, n // n_books, RESTARTS * seed + start) for start in range(RESTARTS))
+        return min(tries, key=lambda each: each[0])[1]
+
+    left = {m: (summed(rows, best(rows[:fitted], m)) - rows)[fitted:].square().sum() for m in sizes}
+    most = min(left.values()) + TOLERANCE * (rows - rows.mean(0))[fitted:].square().sum()
+    books = best(rows, next(m for m in sizes if left[m] <= most))
+    code = one_hot(nearest_codes(rows, books), books.shape[1]).flatten(1).to(rows)
+    return Side(code, books.flatten(0, 1), len(books) * math.log2(books.shape[1]))
+
+
 def svd(rows: Tensor, n: int, seed: int, bits_most: float = math.inf) -> Side:
     """The first right singular vectors: at most n, and coefficients of at most so many bits. Seeds do not differ."""
     atoms = torch.linalg.svd(rows, full_matrices=False)[2][: int(min(n, bits_most / 8))]
@@ -223,9 +277,12 @@ def of_product(sae: Any, keys: Tensor, values: Tensor) -> Code:
     return of_sides(of_key, of_value)
 
 
-def fits(world: World, head: int, seeds: int, steps: int, brief: bool = False) -> dict[str, list[Code]]:
+def fits(
+    world: World, head: int, seeds: int, steps: int, brief: bool = False, only: str | None = None
+) -> dict[str, list[Code]]:
     """Each method's codes of the writes of a head, one for each seed; "truth" and the nulls behind them. `brief`:
-    product dictionaries and quantizers alone, at a rate that is enough for a third of the steps, and the nulls."""
+    product dictionaries and quantizers alone, at a rate that is enough for a third of the steps, and the nulls. `only`:
+    one method of those that need no gradients."""
     keys, values, every = world.keys[head].contiguous(), world.values[head].contiguous(), range(seeds)
     lr = 1e-2 if brief else LR
     (n_key, _), (n_value, k) = (
@@ -266,6 +323,15 @@ def fits(world: World, head: int, seeds: int, steps: int, brief: bool = False) -
         )
         return [of_product(train_on_writes(each, keys, values), keys, values) for each in configs]
 
+    quantizers: dict[str, Callable[[Tensor, int, int], Side]] = {
+        "product quantizer (k-means of k and of u)": kmeans,
+        "additive quantizers of k and of u": additive,
+        "residual quantizers of k and of u": residual,
+        "SVD of keys and of values, equal bits": partial(svd, bits_most=bits(n_value, k)),
+    }
+    if only is not None:
+        fit = quantizers[only]
+        return {only: [of_sides(fit(keys, n_key, seed), fit(values, n_value, seed)) for seed in every]}
     found = {}
     if not brief:
         found["vector TopK autoencoders of k and of u"] = [
@@ -275,11 +341,7 @@ def fits(world: World, head: int, seeds: int, steps: int, brief: bool = False) -
                 vector_topk(values, [(n_value, k, seed) for seed in every], steps),
             )
         ]
-    for name, fit in (
-        ("product quantizer (k-means of k and of u)", kmeans),
-        ("residual quantizers of k and of u", residual),
-        ("SVD of keys and of values, equal bits", partial(svd, bits_most=bits(n_value, k))),
-    )[: 1 if brief else None]:
+    for name, fit in [*quantizers.items()][: 1 if brief else None]:
         found[name] = [of_sides(fit(keys, n_key, seed), fit(values, n_value, seed)) for seed in every]
     found["writesae_product"] = product(steps, "native")
     found["null: untrained writesae_product"] = product(1, "random")
@@ -480,11 +542,15 @@ def share_held(found: Tensor, facts: Tensor) -> float:
     return float((found[:, :, None] == facts[:, None]).any(1).float().mean())
 
 
-def board(name: str, seeds: int, sequences: int, facts: int, steps: int, brief: bool = False) -> dict[str, Any]:
+def board(
+    name: str, seeds: int, sequences: int, facts: int, steps: int, brief: bool = False, only: str | None = None
+) -> dict[str, Any]:
     """The rows of one model: for each method what it finds, and how often its atoms write a fact. `brief`: without
-    attribution and states, and with the methods of `fits`; "example" is the first fact in words."""
+    attribution and states, and with the methods of `fits`; "example" is the first fact in words. `only`: the rows of
+    one method, as in `fits`."""
     world = World.of(name, sequences)
-    drawn, heads = Facts.draw(world, facts), [fits(world, head, seeds, steps, brief) for head in range(len(world.keys))]
+    drawn = Facts.draw(world, facts)
+    heads = [fits(world, head, seeds, steps, brief, only) for head in range(len(world.keys))]
     rows = [
         scored(method, [list(codes) for codes in zip(*(head[method] for head in heads))], world, drawn)
         for method in heads[0]
@@ -497,7 +563,7 @@ def board(name: str, seeds: int, sequences: int, facts: int, steps: int, brief: 
         "plain": {name: float(hits.float().mean()) for name, hits in drawn.ask(world, None).items()},
         "example": [world.task.vocabulary[i] for i in ids],
     }
-    if not brief:
+    if not brief and only is None:
         found["attribution"] = attributed(world)
         found["states"] = [] if "slots" in asked.symbols else read_states(world, facts)
     return found
