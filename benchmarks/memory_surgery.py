@@ -1,8 +1,9 @@
 """Operations on memories against runs that really did, or did not, see the span.
 
 Every operation is judged by the next tokens: KL(run that is the truth || what follows the memory), and the share of the
-KL of doing nothing that it recovers, 1 - sum KL(operation) / sum KL(nothing), with 95% intervals by bootstrap over
-sequences. What is recovered has its own page, docs/memory_surgery.md; how long it takes is on docs/benchmarks.md.
+KL of doing nothing that it recovers, 1 - sum KL(operation) / sum KL(nothing), with the interval of a total
+(`writesae.verdict.statistics`). How familiar the span is when it is read again says what a cut forgets. What is
+recovered has its own page, docs/memory_surgery.md; how long it takes is on docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 import transformers
 from frame import Line, Way, main, timed
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from hookpoints import HookedRecurrent, Memory, embedded
 from hookpoints.memory import memory as module
+from writesae.verdict.statistics import Estimate, total
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 from tables import table
@@ -35,16 +38,32 @@ MODELS = {
 BINS = {"1-4": slice(0, 4), "5-8": slice(4, 8), "9-16": slice(8, 16), "17-32": slice(16, 32)}
 BEFORE, SPAN, AFTER = 32, 16, 32
 LATER = (8, 32, 96)
+FAMILIAR = 4
+"""Times as many sequences say how familiar a span is: a loss is noisier than a KL."""
 INTRODUCTION = f"""\
-How much does each operation of [Memory](memory.md) recover? Each one is compared with a run that really did, or did
-not, read the span. Numbers are the share of the KL of doing nothing that an operation recovers at the tokens after
-it, 1 - sum KL(operation) / sum KL(nothing), with 95% intervals (bootstrap over {{sequences}} sequences of held-out
-text). 1 is exact, 0 is the same as doing nothing, below 0 is worse.
+What does a memory forget when a span is cut out, and how near is it to one that never read the span? Each operation of
+[Memory](memory.md) is compared with a run that really did, or did not, read the span, on held-out text. The span has
+{SPAN} tokens, and {BEFORE} tokens come before it. `benchmarks/memory_surgery.py` makes this page.
 
-The span has {SPAN} tokens, and {BEFORE} tokens come before it. States of all layers change together. *nothing* has
-the KL in nats per token. *States alone* replaces the matrix states and does not change convolution, token-shift and
-attention caches; *writes alone* also does not change the decay and the erase of the span.
-`benchmarks/memory_surgery.py` makes this page."""
+## Is the span still familiar?
+
+The span is read again ({{familiar}} sequences). A memory that read it predicts its tokens better than one that never
+did: by so many nats per token is it *familiar*. Of this a cut memory has lost the share below; 1 is a memory that never
+read the span, 0 is one that did. The control is a memory from which another span was cut."""
+STAKE = """\
+## What is at stake for the next tokens
+
+The same cut, judged by the tokens that come next in the text ({sequences} sequences). The further away the span is,
+the less they depend on it: the KL in nats per token of doing nothing, and the share of tokens whose most probable next
+token differs. The tables below give shares of these nats."""
+SHARES = """\
+## Shares of the KL of doing nothing
+
+Numbers are totals, 1 - sum KL(operation) / sum KL(nothing) over all tokens after the memory, with their
+[95% intervals](verdicts.md#intervals). 1 is exact, 0 is the same as doing nothing, below 0 is worse. States of all
+layers change together. *nothing* has the KL in nats per token. *States alone* replaces the matrix states and does not
+change convolution, token-shift and attention caches; *writes alone* also does not change the decay and the erase of the
+span."""
 LATER_NOTE = "*Tokens read* is a share of reading the {m} tokens again, which is exact."
 TIMES = "How long each takes: [Benchmarks](benchmarks.md#operations-on-memories)."
 Share = dict[str, float]
@@ -65,26 +84,34 @@ class Judge:
         self.model, self.after = model, after
         self.truth = model.logits_after(truth, after).log_softmax(-1)
 
+    def log_p(self, memory: Memory) -> Tensor:
+        """[n,AFTER,vocab] of next tokens."""
+        return self.model.logits_after(memory, self.after).log_softmax(-1)
+
     def kl(self, memory: Memory) -> Tensor:
         """[n,AFTER] nats."""
-        found = self.model.logits_after(memory, self.after).log_softmax(-1)
-        return (self.truth.exp() * (self.truth - found)).sum(-1).double()
+        return (self.truth.exp() * (self.truth - self.log_p(memory))).sum(-1).double()
 
     def shares(self, operations: dict[str, Callable[[], Memory]], nothing: Memory) -> dict[str, dict[str, Share]]:
         """Recovered share of each operation by tokens after the memory, and over all of them."""
         base = self.kl(nothing)
-        generator = torch.Generator().manual_seed(0)
-        draws = torch.randint(0, len(base), (2000, len(base)), generator=generator)
-        found: Table = {"nothing": {name: {"kl": float(base[:, at].mean())} for name, at in bins()}}
+        differs = (self.log_p(nothing).argmax(-1) != self.truth.argmax(-1)).double()
+        found: Table = {
+            "nothing": {
+                name: {"kl": float(base[:, at].mean()), "top": float(differs[:, at].mean())} for name, at in bins()
+            }
+        }
         for label, operation in operations.items():
             kl, row = self.kl(operation()), {}
             for name, at in bins():
-                ours, theirs = kl[:, at].sum(1), base[:, at].sum(1)
-                drawn = 1 - ours[draws].sum(1) / theirs[draws].sum(1)
-                low, high = torch.quantile(drawn, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-                row[name] = {"share": float(1 - ours.sum() / theirs.sum()), "low": low, "high": high}
+                ours, theirs = kl[:, at].sum(1).numpy(), base[:, at].sum(1).numpy()
+                row[name] = as_share(total(theirs - ours, theirs, range(len(ours))))
             found[label] = row
         return found
+
+
+def as_share(each: Estimate) -> Share:
+    return {"share": each.mean, "low": each.low, "high": each.high}
 
 
 def bins() -> list[tuple[str, slice]]:
@@ -138,7 +165,7 @@ def cut_at_once(model: HookedRecurrent, n: int) -> Table:
         "without": lambda: cut,
         "states alone": lambda: memory.with_states(states_of(cut)),
         "writes alone": lambda: writes_deleted(memory, start, stop),
-        "control: another span": lambda: memory.without((start // 2 - SPAN // 2, start // 2 + SPAN // 2)),
+        "control: another span": lambda: memory.without((start // 2 - SPAN // 2, start // 2 + SPAN // 2), reread=0),
         "control: noise of equal norm": lambda: noise(memory, cut),
     }
     return Judge(model, truth, tokens[:, stop:]).shares(operations, memory)
@@ -151,9 +178,9 @@ def cut_later(model: HookedRecurrent, n: int, m: int, rounds: int) -> dict[str, 
     read = tokens[:, :end]
     memory, quarter = model.memory(read), m // 4
     truth = model.memory(torch.cat([read[:, :start], read[:, stop:]], 1))
-    cut = memory.without((start, stop))
+    cut = memory.without((start, stop), reread=0)
     timed_ways: dict[str, Callable[[Memory], Memory]] = {
-        "without": lambda given: given.without((start, stop)),
+        "without": lambda given: given.without((start, stop), reread=0),
         "reread 4": lambda given: given.without((start, stop), reread=4),
         "reread m/4": lambda given: given.without((start, stop), reread=quarter),
         "reread m/8, and the last m/8": lambda given: last_again(
@@ -166,7 +193,7 @@ def cut_later(model: HookedRecurrent, n: int, m: int, rounds: int) -> dict[str, 
         "states alone": lambda: memory.with_states(states_of(cut)),
         "reread 4, keys not moved": lambda: unmoved(lambda: memory.without((start, stop), reread=4)),
         "writes alone": lambda: writes_deleted(memory, start, stop),
-        "control: another span": lambda: memory.without((start // 2 - SPAN // 2, start // 2 + SPAN // 2)),
+        "control: another span": lambda: memory.without((start // 2 - SPAN // 2, start // 2 + SPAN // 2), reread=0),
         "control: noise of equal norm": lambda: noise(memory, cut),
     }
     if not any(name.startswith("attention/") for name in memory.kept):
@@ -178,6 +205,31 @@ def cut_later(model: HookedRecurrent, n: int, m: int, rounds: int) -> dict[str, 
     counts = {"without": 0, "reread 4": 4, "reread m/4": quarter, "reread m/8, and the last m/8": quarter}
     cost = {name: {"tokens": counts.get(name, m) / m, "time": ratio} for name, ratio in ratios.items()}
     return {"shares": shares, "cost": cost}
+
+
+def familiar(model: HookedRecurrent, n: int, m: int) -> dict[str, Share]:
+    """The span is read again, m tokens after it: nats per token by which it is familiar, and shares lost by cuts."""
+    tokens = sequences(model, BEFORE + SPAN + m, n)
+    start, stop = BEFORE, BEFORE + SPAN
+    span, memory = tokens[:, start:stop], model.memory(tokens)
+    elsewhere = start // 2 - SPAN // 2, start // 2 + SPAN // 2
+    memories = {
+        "never read": model.memory(torch.cat([tokens[:, :start], tokens[:, stop:]], 1)),
+        "without": memory.without((start, stop), reread=0),
+        "reread 4": memory.without((start, stop), reread=4),
+        "control: another span": memory.without(elsewhere, reread=0),
+    }
+
+    def loss(given: Memory) -> np.ndarray:
+        """[n] nats per token of the span but its first."""
+        log_p = model.logits_after(given, span[:, :-1]).log_softmax(-1)
+        return -log_p.gather(-1, span[:, 1:, None])[..., 0].double().mean(1).numpy()
+
+    kept = loss(memory)
+    lost = {name: loss(each) - kept for name, each in memories.items()}
+    whole = lost.pop("never read")
+    shares = {name: as_share(total(each, whole, range(n))) for name, each in lost.items()}
+    return {"familiar": {"nats": float(whole.mean())}, **shares}
 
 
 def pasted(model: HookedRecurrent, n: int) -> Table:
@@ -265,21 +317,44 @@ def rows(shares: Table, cost: dict[str, Share] | None = None) -> str:
     return table(["", *(name for name, _ in bins()), *["tokens read"] * (cost is not None)], lines)
 
 
+def familiarity(models: dict[str, Any]) -> str:
+    """By model and number of tokens after the span: nats, and the shares that are lost."""
+    lines = []
+    for name, result in models.items():
+        for m, row in result["familiar"].items():
+            nats, *lost = row.values()
+            lines.append([MODELS[name], m, f"{nats['nats']:.2f}", *map(cell, lost)])
+    (row, *_) = next(iter(models.values()))["familiar"].values()
+    return table(["model", "tokens after the span", "nats per token", *list(row)[1:]], lines)
+
+
+def stakes(models: dict[str, Any]) -> str:
+    """By model and number of tokens after the span: KL of doing nothing, and tokens whose first choice differs."""
+    lines = []
+    for name, result in models.items():
+        tables = {"0": result["at once"], **{m: later["shares"] for m, later in result["later"].items()}}
+        for m, shares in tables.items():
+            row = shares["nothing"]["all"]
+            lines.append([MODELS[name], m, f"{row['kl']:.4f}", f"{row['top']:.1%}"])
+    return table(["model", "tokens after the span", "KL in nats per token", "other first choice"], lines)
+
+
 def page(found: dict[str, Any]) -> str:
     """The page of what operations recover."""
-    parts = ["# What operations on a memory recover", INTRODUCTION.format(**found)]
+    parts = ["# What operations on a memory recover", INTRODUCTION.format(**found), familiarity(found["models"])]
+    parts += [STAKE.format(**found), stakes(found["models"]), SHARES]
     for name, result in found["models"].items():
-        parts += [f"## {name}: {MODELS[name]}", "### Cut at once: the span was read last"]
+        parts += [f"### {name}: {MODELS[name]}", "#### Cut at once: the span was read last"]
         parts += [rows(result["at once"])]
         for m, later in result["later"].items():
-            parts += [f"### Cut later: {m} tokens were read after the span", LATER_NOTE.format(m=m)]
+            parts += [f"#### Cut later: {m} tokens were read after the span", LATER_NOTE.format(m=m)]
             parts += [rows(later["shares"], later["cost"])]
-        parts += ["### Paste: a span that another memory read after other tokens", rows(result["paste"])]
+        parts += ["#### Paste: a span that another memory read after other tokens", rows(result["paste"])]
         mixed = (
             (label, f"{each['kl']:.4f}", f"{each['kl to the other']:.4f}" if "kl to the other" in each else "")
             for label, each in result["compressed"].items()
         )
-        parts += ["### Truncated and mixed states, 128 tokens"]
+        parts += ["#### Truncated and mixed states, 128 tokens"]
         parts += [table(("", "KL in nats per token", "KL to the other"), mixed)]
     return "".join(f"{part.strip()}\n\n" for part in [*parts, TIMES])
 
@@ -316,13 +391,14 @@ def text(found: dict[str, Any]) -> str:
 
 def measure(sequences: int = 32, rounds: int = 9) -> dict[str, Any]:
     """Shares, costs and times of every model."""
-    found: dict[str, Any] = {"sequences": sequences, "models": {}, "speed": {}}
+    found: dict[str, Any] = {"sequences": sequences, "familiar": FAMILIAR * sequences, "models": {}, "speed": {}}
     for name in MODELS:
         model = HookedRecurrent.from_pretrained(name, device="cpu")
         clock = time.perf_counter()
         found["models"][name] = {
             "at once": cut_at_once(model, sequences),
             "later": {str(m): cut_later(model, sequences, m, rounds) for m in LATER},
+            "familiar": {str(m): familiar(model, FAMILIAR * sequences, m) for m in LATER},
             "paste": pasted(model, sequences),
             "compressed": compressed(model, sequences),
         }
