@@ -162,7 +162,11 @@ Three measurements on equal terms, made by `python benchmarks/use.py`: probes on
 explanations of atoms, and steering. Each compares WriteSAE dictionaries of one head's writes with codes that need no
 training by gradients, and with a null. Dictionaries are trained as `writesae demo` trains them, in the metric of the
 model's KL divergence. The heads are those that `writesae demo` chooses in the models that ship with the package. These
-models have 2.4 million parameters and a vocabulary of 4,096 tokens, so absolute scores are modest.
+models have 2.3 to 2.4 million parameters and a vocabulary of 2,048 tokens, so absolute scores are modest.
+
+What the page can show is limited: one or two heads, one training of each dictionary, 19 data sets and 8 targets. A
+difference of a few points would not be seen here. "Not distinguishable" is therefore no evidence that a dictionary has
+no advantage.
 
 * **WriteSAE**: a TopK dictionary with 1 or 4 active atoms.
 * **quantizer**: codes of Lloyd's algorithm, with a gain; 1 active code, or 4 by matching pursuit on the same codes.

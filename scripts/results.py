@@ -1,7 +1,8 @@
-"""docs/results.md and docs/dictionaries.md from the tables in docs/results, by the rules of today.
+"""docs/results.md and docs/dictionaries.md from the tables in docs/results, by the rules of today; docs/zoo_board.md.
 
     python scripts/results.py          the pages (`make results`)
     python scripts/results.py FOLDER   first the tables, from the runs that `sh scripts/results.sh FOLDER` made
+    python scripts/results.py --restore FOLDER   the runs from the tables, so that the script measures what is missing
 
 Their words are in `scripts/results`.
 """
@@ -9,9 +10,11 @@ Their words are in `scripts/results`.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from collections import Counter, defaultdict
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import cast
@@ -24,11 +27,13 @@ from tables import table
 from writesae.evaluations import EVALUATIONS, load_result
 from writesae.evaluations.bits import RIVAL, WAYS, Bits
 from writesae.experiment.controls import answers
-from writesae.experiment.evaluation import Result
-from writesae.verdict.finding import said
+from writesae.experiment.evaluation import Result, Scope
+from writesae.page.template import environment
+from writesae.verdict.finding import Claim, said
 from writesae.verdict.format import number, percent, points
 from writesae.verdict.names import NAMES
 from writesae.verdict.paper import PAPER_CLAIMS
+from writesae.verdict.statistics import Estimate
 
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent / "docs"
@@ -43,6 +48,14 @@ RECIPES = {
     "bits-64": "codes at equal bits, 64",
 }
 """Folders of runs, and what their dictionaries are called."""
+NULLS = {"untrained-shuffled": "random atoms, shuffled model", "native-shuffled": "drawn writes, shuffled model"}
+"""The same of runs where nothing was learned (`scripts/nulls.py`)."""
+UNTRAINED = "random atoms, trained model"
+"""The control dictionaries of trained ones, which are a third kind of run where no atom was learned."""
+UNCONTROLLED = "no verdict"
+"""Of a claim that holds for a dictionary whose run has no control dictionaries."""
+Asked = tuple[str, str, str]
+"""Number and words of a claim, and a model."""
 UNREAD = ("kl_at", "kl_next", "reverse_kl_window", "reverse_kl_at", "reverse_kl_next", "norm")
 """Columns of substitution that no finding reads."""
 FEW = 100
@@ -51,7 +64,7 @@ FEW = 100
 
 def pack(runs: Path, folder: Path) -> None:
     """Join the tables of all saved results: a file for each table of each question, whose measurements have 14 bits,
-    and one with a row for each result."""
+    and one with a row for each result. `rules` is then what the rules of today make of these tables."""
     rows, parts = [], defaultdict(list)
     for n, file in enumerate(sorted(runs.glob("*/*/*/*/[!.]*/info.json"))):
         result = load_result(file.parent)
@@ -69,20 +82,44 @@ def pack(runs: Path, folder: Path) -> None:
         ways = {"use_byte_stream_split": [*floats], "use_dictionary": [each for each in joined if each not in floats]}
         joined.to_parquet(folder / f"{name}.parquet", index=False, compression="zstd", compression_level=19, **ways)
 
+    saved = pd.read_parquet(folder / "results.parquet")
+    judged = (
+        (result.info | {"rules": result.judged()} if not result.skipped else result.info)
+        for _, result in packed(folder)
+    )
+    saved.assign(info=[json.dumps(info) for info in judged]).to_parquet(folder / "results.parquet", index=False)
+
+
+def packed(folder: Path) -> list[tuple[str, Result]]:
+    """Each result with its recipe, as it was saved."""
+    tables = {file.stem: pd.read_parquet(file) for file in folder.glob("*-*.parquet")}
+    found = []
+    for n, (recipe, name, settings, about, skipped) in pd.read_parquet(folder / "results.parquet").iterrows():
+        kind = EVALUATIONS[name]
+        own = {}
+        for each in kind.columns if not skipped else ():
+            joined = tables[f"{name}-{each}"]
+            own[each] = joined[joined["result"] == n].reset_index(drop=True)
+        result = Result(kind.from_dict(json.loads(settings)), json.loads(about), own, skipped or None)
+        found.append((recipe, result))
+    return found
+
+
+def restore(folder: Path, runs: Path) -> None:
+    """Save packed results as runs again, so that `scripts/results.sh` measures only what is missing."""
+    for recipe, result in packed(folder):
+        whole = {name: result.tables[name].reindex(columns=[*own]) for name, own in result.evaluation.columns.items()}
+        label = re.sub("[ /]", "-", result.label).replace(",", "")
+        place = runs / recipe / str(result.info["model"]) / f"L{result.info['layer']}H{result.info['head']}"
+        replace(result, tables={} if result.skipped else whole).save(place / result.kind / label)
+
 
 def unpack(folder: Path) -> dict[str, list[Result]]:
     """Results by recipe; the label of each is "model;head"."""
-    tables = {file.stem: pd.read_parquet(file) for file in folder.glob("*-*.parquet")}
-    found: dict[str, list[Result]] = {recipe: [] for recipe in RECIPES}
-    for n, (recipe, name, settings, about, skipped) in pd.read_parquet(folder / "results.parquet").iterrows():
-        kind, info = EVALUATIONS[name], json.loads(about)
-        info |= dict.fromkeys(("label", "control_of"), f"{info['model']};L{info['layer']}H{info['head']}")
-        own = {
-            each: (joined := tables[f"{name}-{each}"])[joined["result"] == n].reset_index(drop=True)
-            for each in kind.columns
-            if not skipped
-        }
-        found[recipe].append(Result(kind.from_dict(json.loads(settings)), info, own, skipped or None))
+    found: dict[str, list[Result]] = {recipe: [] for recipe in (*RECIPES, *NULLS)}
+    for recipe, result in packed(folder):
+        place = f"{result.info['model']};L{result.info['layer']}H{result.info['head']}"
+        found[recipe].append(replace(result, info=result.info | dict.fromkeys(("label", "control_of"), place)))
     return found
 
 
@@ -99,24 +136,53 @@ def answered(found: dict[str, list[Result]], kind: str) -> list[list[str]]:
             f"{claim.number:>2}" if claim.number else "–",
             claim.claim,
             *(label if ";" in label else f"several heads;{label}").split(";"),
-            *(RECIPES[recipe], claim.measured, f"{claim.n:,} {claim.unit}", strongest(claim.controls), claim.outcome),
+            *(RECIPES[recipe], claim.measured, f"{claim.n:,} {claim.unit}", strongest(claim.controls)),
+            UNCONTROLLED if claim.outcome == "holds" and uncontrolled(kind, claim) else claim.outcome,
         ]
-        for recipe, results in found.items()
-        for label, claim in answers([each for each in results if each.kind == kind])
+        for recipe in RECIPES
+        for label, claim in answers([each for each in found[recipe] if each.kind == kind])
         if kind != "bits" or ";" not in label  # heads are in a table of their own
     )
 
 
-def at_equal_bits(results: list[Result]) -> tuple[str, str]:
+def uncontrolled(kind: str, claim: Claim) -> bool:
+    """Whether no control dictionary was asked, where one could be."""
+    return EVALUATIONS[kind].scope is not Scope.HEAD and "untrained dictionary: " not in claim.controls
+
+
+def without_learning(found: dict[str, list[Result]], kind: str) -> dict[Asked, dict[str, list[bool]]]:
+    """Whether each claim on each model holds in the runs where nothing was learned, by the kind of run."""
+    held: dict[Asked, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
+    for recipe, results in found.items():
+        for result in results:
+            name = NULLS.get(recipe) or (UNTRAINED if result.info.get("control") == "untrained" else None)
+            if result.kind == kind and name is not None:
+                for claim in result.claims():
+                    number = f"{claim.number:>2}" if claim.number else "–"
+                    held[number, claim.claim, str(result.info["model"])][name].append(claim.outcome == "holds")
+    return held
+
+
+def of_any_direction(kind: str, held: dict[str, list[bool]]) -> bool:
+    """Whether a question asks no dictionary, or a claim holds in at least half of the runs of one kind in which nothing
+    was learned."""
+    no_dictionary = EVALUATIONS[kind].scope is Scope.HEAD and kind != Bits.kind  # which fits its own
+    return no_dictionary or any(2 * sum(each) >= len(each) for each in held.values())
+
+
+def at_equal_bits(results: list[Result]) -> tuple[str, str, str]:
     """A table with a row for each code of writes: the median over heads of what it recovers by each fit. And one with a
     row for each head: the lead of the dictionary over the residual quantizer at each budget and fit. Each is the mean
-    over the seeds of a head."""
-    rows = []
+    over the seeds of a head. And on how many heads the interval of this lead excludes 0, by the first seed."""
+    rows, signs = [], defaultdict(list)
     for test, result in ((cast(Bits, result.evaluation), result) for result in results):
         for budget, way in product(test.budgets, WAYS):
             kl, (ours, *others) = test.paired(result, budget, way)
-            lead = kl.recovered(ours, than=f"{RIVAL} {budget // 16}").mean
-            rows += [(result.label, budget, way, name, kl.recovered(name).mean, lead) for name in (ours, *others)]
+            rival = f"{RIVAL} {budget // 16}"
+            lead = kl.recovered(ours, than=rival)
+            rows += [(result.label, budget, way, name, kl.recovered(name).mean, lead.mean) for name in (ours, *others)]
+            if test.seed == 0:
+                signs[budget, way] += [[side(lead), side(kl.total(ours, than=rival))]]
     found = pd.DataFrame(rows, columns=["head", "bits", "way", "code", "share", "lead"])
     each_head = found.groupby(["bits", "code", "way", "head"])["share"].mean().groupby(level=["bits", "code", "way"])
     leads = found.pivot_table("lead", "head", ["bits", "way"])[list(product(found["bits"].unique(), WAYS))]
@@ -125,11 +191,25 @@ def at_equal_bits(results: list[Result]) -> tuple[str, str]:
     ]
     of_heads = [[*str(head).split(";"), *own] for head, own in leads.map(points).replace("+nan", "–").iterrows()]
     fits = [f"{bits} bits, {way}" for bits, way in leads.columns]
-    return table(["bits", "code", *WAYS], of_codes), table(["model", "head", *fits], of_heads)
+    counts = []
+    for (budget, way), own in sorted(signs.items()):
+        ways = [f"{each.count('ahead')}, {each.count('behind')}" for each in zip(*own)]
+        counts.append([str(budget), way, str(len(own)), *ways])
+    return (
+        table(["bits", "code", *WAYS], of_codes),
+        table(["model", "head", *fits], of_heads),
+        table(["bits", "fit", "heads", "ahead, behind in a typical sequence", "ahead, behind in total"], counts),
+    )
+
+
+def side(lead: Estimate) -> str:
+    """Where the interval of a lead is."""
+    return "ahead" if lead.low > 0 else "behind" if lead.high < 0 else "neither"
 
 
 def pages(folder: Path) -> dict[str, str]:
-    """Both pages by name, from the tables in a folder."""
+    """The pages of results and of dictionaries by name, from the tables in a folder."""
+    nulls = [*NULLS.values(), UNTRAINED]
     words = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE / "results"), undefined=jinja2.StrictUndefined)
     words.globals |= {
         "table": table,
@@ -137,24 +217,56 @@ def pages(folder: Path) -> dict[str, str]:
         "number": number,
         "percent": percent,
         "recipes": RECIPES,
+        "nulls": nulls,
         "counts": lambda rows: Counter(row[-1] for row in rows).most_common(),
         "claims": PAPER_CLAIMS,
         "names": NAMES,
     }
     found = unpack(folder)
     bits = found["bits"] + found["bits-64"]
-    questions = {each.question: answered(found, kind) for kind, each in EVALUATIONS.items()}
+    questions: dict[str, list[list[str]]] = {}
+    anyhow: list[list[str]] = []
+    evidence = []
+    for kind, each in EVALUATIONS.items():
+        rows, held = answered(found, kind), without_learning(found, kind)
+        asked = {(number, claim, model): held[number, claim, model] for number, claim, model, *_ in rows}
+        free = sorted(claim for claim, runs in asked.items() if of_any_direction(kind, runs))
+        questions[each.question] = [row for row in rows if (row[0], row[1], row[2]) not in free]
+        for claim in free:
+            own = [row for row in rows if (row[0], row[1], row[2]) == claim]
+            counts = [f"{sum(runs)} of {len(runs)}" if (runs := held[claim][name]) else "–" for name in nulls]
+            evidence.append(
+                [*claim, f"{sum(row[-1] in ('holds', UNCONTROLLED) for row in own)} of {len(own)}", *counts]
+            )
+            anyhow += own
     return {
-        name: words.get_template(name).render(found=found, questions=questions, bits=bits and at_equal_bits(bits))
+        name: words.get_template(name).render(
+            found=found,
+            questions=questions,
+            anyhow=anyhow,
+            evidence=evidence,
+            bits=bits and at_equal_bits(bits),
+        )
         for name in ("results.md", "dictionaries.md")
     }
 
 
+def zoo_page() -> str:
+    """What methods find in models whose mechanism is known, from the numbers of `writesae zoo`."""
+    boards = json.loads((DOCS / "zoo_board.json").read_text(encoding="utf-8"))
+    words = (HERE / "results" / "zoo_board.md").read_text(encoding="utf-8")
+    tables = environment().get_template("zoo_table.html").render(boards)
+    return words.replace("{{ zoo_table }}", tables)
+
+
 def main() -> None:
     """Write the pages, after the tables where a folder of runs is given."""
+    if "--restore" in sys.argv:
+        restore(DOCS / "results", Path(sys.argv[-1]) / "runs")
+        return
     for folder in sys.argv[1:]:
         pack(Path(folder) / "runs", DOCS / "results")
-    for name, text in pages(DOCS / "results").items():
+    for name, text in (pages(DOCS / "results") | {"zoo_board.md": zoo_page()}).items():
         (DOCS / name).write_text(text, encoding="utf-8")
 
 
