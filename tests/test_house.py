@@ -20,8 +20,8 @@ CEILINGS = {
     "hookpoints": 33_000,
     "sae_lens_writesae": 16_100,
     "writesae": 54_000,
-    "tests": 100_500,
-    "scripts + benchmarks": 26_700,
+    "tests": 101_200,
+    "scripts + benchmarks": 28_400,
 }
 """Expression nodes of folders. A smoke alarm and no target: a commit that needs more says what a reader gains."""
 OFFENDERS = {"statement": 86, "joined": 134, "function": 21}
