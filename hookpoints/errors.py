@@ -57,6 +57,10 @@ class BridgeWarning(UserWarning):
     """Some hooks of a TransformerBridge do not fire while hook points are attached to its model."""
 
 
+class DamageWarning(UserWarning):
+    """A file that an unfinished run left is damaged. It was renamed, and what it held is made again."""
+
+
 def require(fits: bool, error: type[Exception], what: str) -> None:
     """Raise ``error``, which says ``what``, unless something ``fits``."""
     if not fits:

@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
@@ -29,7 +30,7 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from hookpoints.errors import ChecksumError, require
+from hookpoints.errors import ChecksumError, DamageWarning, require
 
 CHECKSUMS = "SHA256SUMS"
 """Name of the file."""
@@ -105,10 +106,8 @@ def atomic_files(folder: Path, write: Callable[[Path], object]) -> None:
         write_checksums(written, names)
         for name in (*names, CHECKSUMS):
             check_replaceable(folder / name)
-        lines = seal.read_text(encoding="utf-8", errors="replace").splitlines() if seal.exists() else []
-        sealed = {match[2] for match in map(_LINE.fullmatch, lines) if match}
-        if not sealed <= {*names}:
-            others = ", ".join(sorted(sealed - {*names}))
+        if foreign := {*sealed_names(folder)} - {*names}:
+            others = ", ".join(sorted(foreign))
             raise FileExistsError(errno.EEXIST, f"seals other files ({others}); name another folder", str(seal))
         for name in (*names, CHECKSUMS):
             _sync(written / name)
@@ -157,11 +156,16 @@ def named_errors(target: Path) -> Iterator[None]:
         raise OSError(errno.EIO, f"cannot be written ({error})", str(target)) from error
 
 
-def set_aside(file: Path) -> Path:
-    """Rename a damaged file or folder to ``NAME.damaged`` (``NAME.damaged-1`` where there is one); returns the path."""
+def set_aside(path: Path, why: str) -> None:
+    """Rename a damaged file or folder to ``NAME.damaged`` (``NAME.damaged-1`` where there is one), and warn of it."""
     numbers = ("", *(f"-{n}" for n in range(1, 1000)))
-    free = (file.with_name(f"{file.name}.damaged{number}") for number in numbers)
-    return file.rename(next(path for path in free if not os.path.lexists(path)))
+    names = (path.with_name(f"{path.name}.damaged{number}") for number in numbers)
+    renamed = path.rename(next(name for name in names if not os.path.lexists(name)))
+    warnings.warn(
+        f"{path} is damaged ({why}): it is {renamed.name} now, and what it held is made again",
+        DamageWarning,
+        stacklevel=2,
+    )
 
 
 @contextmanager
@@ -253,6 +257,13 @@ def file_hash(file: Path) -> str:
 def write_checksums(folder: Path, names: Iterable[str]) -> Path:
     """Seal files of ``folder``. Costs one reading of each."""
     return atomic_text(folder / CHECKSUMS, "".join(f"{file_hash(folder / name)}  {name}\n" for name in names))
+
+
+def sealed_names(folder: Path) -> list[str]:
+    """The names that the ``SHA256SUMS`` of a folder lists; none where there is no such file. Nothing is compared."""
+    seal = folder / CHECKSUMS
+    lines = seal.read_text(encoding="utf-8", errors="replace").splitlines() if seal.is_file() else []
+    return [match[2] for match in map(_LINE.fullmatch, lines) if match]
 
 
 class SealedFolder:

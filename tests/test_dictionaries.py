@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from hookpoints import HookedRecurrent, UnsupportedModelError
+from hookpoints import embedded as shipped
+from hookpoints.files import CHECKSUMS
 from sae_lens_writesae import choices as plugin
 from sae_lens_writesae.choices import VARIANTS
 from sae_lens_writesae.sae import fast
@@ -95,10 +99,85 @@ def test_a_model_runs_once_for_all_dictionaries_and_nothing_is_trained_twice(
     times = {name: (out / name / "sae" / "cfg.json").stat().st_mtime_ns for name in names}
     (out / names[3] / "sae").rename(out / "elsewhere")
     train.run(said.append)
-    assert loaded == ["embedded"] and said[-2].endswith("3 of them trained already")
+    assert loaded == ["embedded"] * 2  # to compare weights and text
+    assert said[-2].endswith("3 of them trained already")
     assert all((out / name / "sae" / "cfg.json").stat().st_mtime_ns == times[name] for name in names[:3])
     again = load_file(out / names[3] / "sae" / "sae_weights.safetensors")["v"]
     assert again.equal(weights[names[3]])  # the seed decides
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"context_size": 64}, "shape"),
+        ({"dataset": "DATASET"}, "text"),
+        ({"dtype": "bfloat16"}, "model"),
+        ({"model": "MODEL"}, "model"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else str(value),
+)
+def test_a_finished_folder_of_another_input_is_refused_by_name(
+    changes: dict[str, object], word: str, finished: Train, tmp_path: Path
+) -> None:
+    """A model in a folder, whose weights change there."""
+    out = Path(shutil.copytree(finished.out, tmp_path / "out"))
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    same = replace(finished, out=out)
+    if "dataset" in changes:
+        (tmp_path / "text").mkdir()
+        (tmp_path / "text" / "text.jsonl").write_text(
+            json.dumps({"text": "Another text of some tokens. " * 400}) + "\n"
+        )
+        changes = {"dataset": str(tmp_path / "text")}
+    if "model" in changes:
+        file = Path(str(finished.model)) / "model.safetensors"
+        weights = load_file(file)
+        name = next(name for name in weights if "in_proj" in name)
+        whole = file.read_bytes()
+        save_file(weights | {name: weights[name] * 2}, file, {"format": "pt"})
+        try:
+            with pytest.raises(ValueError, match=f"index.json: .*got one of another {word}"):
+                same.run(lambda line: None)
+        finally:
+            file.write_bytes(whole)
+    else:
+        with pytest.raises(ValueError, match=f"index.json: .*got one of another {word}"):
+            replace(same, **changes).run(lambda line: None)
+    assert {path: path.read_bytes() for path in before} == before
+    same.run(lambda line: None)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_finished_folder_of_another_collection_is_refused_by_name(
+    collection: Collection, embedded: HookedRecurrent, tmp_path: Path
+) -> None:
+    train = Train(collection=collection.folder, heads=(0,), out=tmp_path / "out", **SIZES)
+    train.run(lambda line: None)
+    wanted = Collect(model="embedded", **HEADS, out=tmp_path / "other", n_tokens=1024, context_size=32)
+    wanted.of(embedded, text_dataset("To be, or not to be, that is the question. " * 400), lambda line: 0)
+    with pytest.raises(ValueError, match=r"collection: '[0-9a-f]{16}', now '[0-9a-f]{16}'"):
+        replace(train, collection=tmp_path / "other").run(lambda line: None)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Train:
+    """A training that is finished, on a model in a folder and a text in another."""
+    folder = tmp_path_factory.mktemp("finished")
+    shutil.copytree(shipped.path(), folder / "model")
+    (folder / "model" / CHECKSUMS).unlink(missing_ok=True)
+    (folder / "text").mkdir()
+    (folder / "text" / "text.jsonl").write_text(json.dumps({"text": "We, the people of the States. " * 400}) + "\n")
+    train = Train(
+        model=str(folder / "model"),
+        layers=(2,),
+        heads=(0,),
+        dataset=str(folder / "text"),
+        context_size=32,
+        out=folder / "out",
+        **SIZES,
+    )
+    train.run(lambda line: None)
+    return train
 
 
 def test_a_metric_is_fitted_to_the_model_and_makes_another_dictionary(

@@ -18,9 +18,9 @@ PACKAGES = ("hookpoints", "sae_lens_writesae", "writesae")
 """Each knows only those before it."""
 CEILINGS = {
     "hookpoints": 33_000,
-    "sae_lens_writesae": 16_100,
+    "sae_lens_writesae": 16_350,
     "writesae": 54_000,
-    "tests": 101_200,
+    "tests": 102_500,
     "scripts + benchmarks": 28_400,
 }
 """Expression nodes of folders. A smoke alarm and no target: a commit that needs more says what a reader gains."""

@@ -10,7 +10,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, cast
@@ -148,11 +148,14 @@ def enough(texts: Iterable[str], n_tokens: int | None, model: HookedRecurrent) -
 def quiet() -> Iterator[None]:
     """Silence SAELens' warnings in this scope. It warns that a run with a given model and text cannot be repeated from
     its config alone, which does not concern callers that save their settings."""
+    from hookpoints.errors import DamageWarning
+
     logger = logging.getLogger("sae_lens")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(action="ignore"):
+            warnings.simplefilter("default", DamageWarning)
             yield
     finally:
         logger.setLevel(level)
@@ -284,7 +287,7 @@ class Train:
         collection = self._collection(say)
         layers = self.layers or tuple(collection.heads)
         heads = self.heads or tuple(collection.heads[layers[0]])
-        settings |= {"model": collection.model_name}
+        settings |= {"model": collection.model_name, "collection": collection.sha256[:16]}
         configs = {}
         for layer, head, name in itertools.product(layers, heads, self.dictionaries()):
             check_settings(folder := self.out / f"L{layer}H{head}" / str(name), settings, _WRITTEN)
@@ -322,22 +325,31 @@ class Train:
         return quality_table({label: quality(label) if time.monotonic() < end else None for label in saes})
 
     def _collection(self, say: Say) -> Collection:
-        """The one that is there, or the model's, made now."""
+        """The one that is there, of this model and text where they are named, or the model's, made now.
+
+        Raises:
+            CollectionError: it is of other weights, another dtype, another text or other contexts; says of which.
+        """
         from hookpoints import HookedRecurrent
         from sae_lens_writesae.sae.factors import Collection, CollectionError
 
         folder = self.collection or self.out
         folder = folder / "collection" if self.collection is None or (folder / "collection").is_dir() else folder
+        if self.model is None:
+            return Collection.open(folder)
+        with suppress(CollectionError):  # none yet
+            name = Collection.open(folder).model_name
+            if name != self.model:
+                raise ValueError(f"{folder} is of the model {name}, not {self.model}; name another --out")
+        check_text(self.model, self.dataset)
+        model = HookedRecurrent.from_pretrained(self.model, dtype=self.dtype)
+        text = enough(documents(self.dataset), self.training_tokens, model)
         try:
-            there = Collection.open(folder)
-        except CollectionError:
-            if self.model is None:
-                raise
-            check_text(self.model, self.dataset)
+            return Collection.open(folder, model=model, text=text, context_size=self.context_size)
+        except CollectionError:  # not finished, or of something else, which `collect` names
             names = self.dictionaries()
-            needed: set[Target] = {each.target for each in names}
-            needed |= {"state"} if any(each.loss == "reads" for each in names) else set()
-            model = HookedRecurrent.from_pretrained(self.model, dtype=self.dtype)
+            needed: set[Target] = {name.target for name in names}
+            needed |= {"state"} if any(name.loss == "reads" for name in names) else set()
             Collect(
                 model=self.model,
                 layers=self.layers,
@@ -345,11 +357,8 @@ class Train:
                 targets=tuple(sorted(needed)),
                 context_size=self.context_size,
                 out=folder,
-            ).of(model, enough(documents(self.dataset), self.training_tokens, model), say)
+            ).of(model, text, say)
             return Collection.open(folder)
-        if self.model not in (None, there.model_name):
-            raise ValueError(f"{folder} is of the model {there.model_name}, not {self.model}; name another --out")
-        return there
 
     def _metrics(self, configs: Sequence[RunnerConfig], collection: Collection) -> Mapping[Head, Metric]:
         """The metrics of heads that need one, fitted on the first of the training text; the same each time."""

@@ -96,6 +96,7 @@ class StateStack(Stack):
             [each[torch.arange(-(-len(each) // P) * P).clamp_max(len(each) - 1)].view(P, -1).T for each in chunks]
         )
         """[U,P] tokens of the units of a sequence."""
+        self.inputs = collection.sha256
         super().__init__([(cfg, cast(Any, range(collection.n_sequences * len(self.units))), None)])
 
     @torch.no_grad()

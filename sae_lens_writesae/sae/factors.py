@@ -30,14 +30,25 @@ import torch
 from datasets import Dataset
 from filelock import FileLock
 from sae_lens.tokenization_and_batching import concat_and_batch_sequences
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.hook_points import HookPoint
 
 from hookpoints import HookedRecurrent, Recurrence
-from hookpoints.files import CHECKSUMS, SealedFolder, atomic_text, atomic_write, file_hash, read_json
+from hookpoints.errors import ChecksumError
+from hookpoints.files import (
+    CHECKSUMS,
+    SealedFolder,
+    atomic_text,
+    atomic_write,
+    content_hash,
+    file_hash,
+    plain_file,
+    read_json,
+    set_aside,
+)
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.errors import DiskTooSmallError
 from sae_lens_writesae.files import SAVE_SECONDS, free_bytes, size_text
@@ -115,22 +126,40 @@ class Collection:
         self._mapped: dict[str, Mapped] = {}
 
     @classmethod
-    def open(cls, folder: str | Path, *, model: HookedRecurrent | None = None) -> Self:
+    def open(
+        cls,
+        folder: str | Path,
+        *,
+        model: HookedRecurrent | None = None,
+        text: Dataset | None = None,
+        context_size: int = 128,
+    ) -> Self:
         """Open a collection. Hashes of shards are compared when they are first mapped.
 
         Args:
             model: refuse a collection of other weights. Cost: a pass over the weights.
+            text, context_size: with `model`, refuse a collection of another text. Cost: the text becomes tokens.
 
         Raises:
             CollectionError: a file is missing, the index was changed, the collection is not finished, of an earlier
-                format, or not of `model`.
+                format, or not of `model` or `text`.
         """
         sealed = SealedFolder(Path(folder), CollectionError)
         sealed.require()
         index = read_json(sealed.file(INDEX))
-        _check_same(sealed.folder, index, {"format": FORMAT} | ({} if model is None else {"model": _hash(model)}))
+        expected: Index = {"format": FORMAT}
+        if model is not None:
+            expected["model"] = model_hash(model)
+        if model is not None and text is not None:
+            expected |= _named_text(_sequences(model, text, context_size, None))
+        _check_same(sealed.folder, index, expected)
         _check_sizes(sealed, index)
         return cls(sealed, index)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Names the collection: the hash of the checksums of all its files."""
+        return file_hash(self.folder / CHECKSUMS)
 
     @cached_property
     def tokens(self) -> Tensor:
@@ -219,7 +248,8 @@ def collect(
     """Run the model over a text once, and keep the factors of some heads.
 
     The same call resumes where an earlier one was stopped or killed, which loses a minute or a batch. The files are
-    those of a run that was never stopped, bit for bit.
+    those of a run that was never stopped, bit for bit. A shard that was damaged since is renamed, with a DamageWarning,
+    and collected again.
 
     Args:
         text: token ids [N,T], or a dataset with a column `text` (tokenized and joined, as SAELens does it), `tokens` or
@@ -244,8 +274,9 @@ def collect(
         UnsupportedModelError, UnknownHookError: a layer or head that does not exist.
         ValueError: too short a text, a bad setting, or a batch for which there is no memory.
 
-    Cost: a forward pass of each batch up to the op of the highest layer (what follows does not run), and a pass over
-    the weights for their hash. Memory: a shard, a batch of one layer's factors, and the token ids.
+    Cost: a forward pass of each batch up to the op of the highest layer (what follows does not run), a pass over the
+    weights for their hash, and a reading of the shards that are there. Memory: a shard, a batch of one layer's factors,
+    and the token ids.
     """
     folder = Path(folder)
     require(
@@ -262,9 +293,8 @@ def collect(
     ids = _sequences(model, text, context_size, n_tokens)
     asked: Index = {
         "format": FORMAT,
-        "model": _hash(model),
-        "text": hashlib.sha256(ids.numpy().data).hexdigest(),
-        "shape": list(ids.shape),
+        "model": model_hash(model),
+        **_named_text(ids),
         "targets": sorted({*targets}),
         "heads": {str(layer): numbers for layer, numbers in chosen.items()},
         **({} if batch_size is None else {"batch_size": max(1, batch_size)}),
@@ -280,7 +310,7 @@ def collect(
             index |= _describe(model, ids[:size], asked)
             # Whole batches, so that a batch is the same in every run.
             index["sequences_per_shard"] = max(1, int(shard_bytes / _sequence_bytes(index) // size)) * size
-        missing = {name: span for name, span in _spans(index).items() if not (folder / name).exists()}
+        missing = {name: span for name, span in _spans(index).items() if not _whole(folder / name)}
         for part in folder.glob(".shard-*"):  # of a run that was killed after it finished the shard
             if _PART.fullmatch(part.name) and part.name[1:] not in missing:
                 part.unlink()
@@ -351,16 +381,39 @@ def _sequences(model: HookedRecurrent, text: Tensor | Dataset, context_size: int
 def _write_shard(model: HookedRecurrent, ids: Tensor, index: Index, file: Path, bar: tqdm[NoReturn]) -> None:
     """Collect a shard into a file, from what a killed run has of it. Every minute what there is is written aside."""
     aside, saved, size = file.with_name(f".{file.name}"), time.monotonic(), index["batch_size"]
-    parts = [load_file(aside)] if aside.exists() else []
+    parts = [load_file(aside)] if _whole(aside) else []
     bar.update(sum(part["tokens"].numel() for part in parts))
     for start in range(sum(len(part["tokens"]) for part in parts), len(ids), size):
         parts.append(_stored(model, ids[start : start + size], index))
         bar.update(parts[-1]["tokens"].numel())
         if start + size >= len(ids) or time.monotonic() - saved > SAVE_SECONDS:
             parts = [{name: torch.cat([part.pop(name) for part in parts]) for name in list(parts[0])}]
-            atomic_write(file if start + size >= len(ids) else aside, partial(save_file, parts[0]))
+            sealed = partial(save_file, parts[0], metadata={"sha256": content_hash(parts[0])})
+            atomic_write(file if start + size >= len(ids) else aside, sealed)
             saved = time.monotonic()
     aside.unlink(missing_ok=True)
+
+
+def _whole(file: Path) -> bool:
+    """Whether a shard, or what there is of one, is there as it was written. One that is damaged is set aside. Costs a
+    reading."""
+    if not file.exists():
+        return False
+    try:
+        with safe_open(plain_file(file.parent, file.name), framework="pt") as opened:
+            expected = (opened.metadata() or {}).get("sha256")
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (it is no mapping)
+        if expected is None:  # of an earlier version, which sealed whole collections alone
+            seal = file.with_name(CHECKSUMS)
+            sealed = seal.is_file() and f"{file_hash(file)}  {file.name}" in seal.read_text().splitlines()
+        else:
+            sealed = expected == content_hash(tensors)
+        why = "" if sealed else "its numbers are not those of its checksum"
+    except (SafetensorError, ChecksumError) as error:
+        why = str(error)
+    if why:
+        set_aside(file, why)
+    return not why
 
 
 def _stored(model: HookedRecurrent, ids: Tensor, index: Index) -> dict[str, Tensor]:
@@ -516,7 +569,11 @@ def _check_sizes(sealed: SealedFolder, index: Index) -> None:
         )
 
 
-def _hash(model: HookedRecurrent) -> str:
+def _named_text(ids: Tensor) -> Index:
+    return {"text": hashlib.sha256(ids.numpy().data).hexdigest(), "shape": list(ids.shape)}
+
+
+def model_hash(model: HookedRecurrent) -> str:
     """SHA-256 of every parameter and buffer. Cost: one pass over them."""
     digest = hashlib.sha256()
     for name, value in sorted(model.hf_model.state_dict().items()):

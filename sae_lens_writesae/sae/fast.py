@@ -19,9 +19,11 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from functools import partial
+from functools import cached_property, partial
+from io import BytesIO
 from itertools import product
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -30,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, embedding_bag, pad
 from tqdm.auto import tqdm
 
-from hookpoints.files import atomic_write
+from hookpoints.files import atomic_write, content_hash, set_aside
 from hookpoints.scopes import threads_for
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.files import SAVE_SECONDS
@@ -90,7 +92,8 @@ def train_on_writes(
         return train_many_on_writes([cfg], [writes], [metric], checkpoint=checkpoint)[0]
     found, wanted = (writes.keys.shape[2], writes.values.shape[2]), (cfg.sae.d_k, cfg.sae.d_v)
     require(found == wanted, "keys, values", found, f"of K, V = {wanted} (d_k, d_v of cfg.sae)")
-    return train_on_rows(cfg, ShuffledWrites(cfg, writes), metric, checkpoint, len(writes))
+    inputs = "" if checkpoint is None else content_hash([writes.keys, writes.values, metric and vars(metric)])
+    return train_on_rows(cfg, ShuffledWrites(cfg, writes), metric, checkpoint, len(writes), inputs)
 
 
 def train_many_on_writes(
@@ -512,7 +515,8 @@ class Stack:
         """All steps from those of a checkpoint on, where there is one, and the dictionaries.
 
         Raises:
-            ValueError: a checkpoint of other settings; names the file.
+            ValueError: a checkpoint of other settings or other rows, or a file that is none; names it. A checkpoint
+                that is damaged is renamed, with a DamageWarning, and training begins again.
         """
         if file is not None and file.exists():
             self._resume(file)
@@ -533,7 +537,8 @@ class Stack:
                     for m, run in enumerate(runs):
                         run.log(self._measured(done, m, self.matrices(batch[m])), step=self.step)
                 if file is not None and time.monotonic() - saved > SAVE_SECONDS:
-                    atomic_write(file, partial(torch.save, self._state()))
+                    state = self._state()
+                    atomic_write(file, partial(torch.save, state | {"sha256": content_hash(state)}))
                     saved = time.monotonic()
         found = [self._finished(m) for m in range(len(self.saes))]
         if file is not None:
@@ -608,6 +613,7 @@ class Stack:
     def _state(self) -> dict[str, Any]:
         return {
             "settings": repr([(shape_of(cfg), cfg.seed, cfg.sae.k, cfg.hook_name) for cfg in self.configs]),
+            "inputs": self.inputs,
             "step": self.step,
             "silent": self.silent,
             "saes": nn.ModuleList(self.saes).state_dict(),
@@ -615,10 +621,28 @@ class Stack:
             "schedule": self.schedule.state_dict(),
         }
 
+    @cached_property
+    def inputs(self) -> str:
+        """Names the rows that it trains on, and the metrics. Costs a pass over them."""
+        writes = [[rows.keys, rows.values] for rows in self.writes]
+        return content_hash([writes, [metric and vars(metric) for metric in self.metrics]])
+
     def _resume(self, file: Path) -> None:
-        state = torch.load(file, map_location=self.runner.device, weights_only=True)
-        if state["settings"] != self._state()["settings"]:
-            raise ValueError(f"{file}: expected a checkpoint of these settings, got one of others; delete it")
+        content = BytesIO(file.read_bytes())
+        try:
+            state = torch.load(content, map_location=self.runner.device, weights_only=True)
+        except (EOFError, KeyError, OSError, RuntimeError, ValueError, UnpicklingError) as error:
+            set_aside(file, str(error).partition("\n")[0])
+            return
+        mine = self._state()
+        if not isinstance(state, dict) or state.keys() != {*mine, "sha256"}:
+            raise ValueError(f"{file}: expected no file, or a checkpoint of this training, got another; name another")
+        if state.pop("sha256") != content_hash(state):
+            set_aside(file, "its numbers are not those of its checksum")
+            return
+        for name, what in (("settings", "settings"), ("inputs", "rows, or in the same metric")):
+            if state[name] != mine[name]:
+                raise ValueError(f"{file}: expected a checkpoint of these {what}, got one of others; delete it")
         self.step, self.silent = state["step"], state["silent"]
         for part, name in (
             (nn.ModuleList(self.saes), "saes"),

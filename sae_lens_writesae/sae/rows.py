@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,10 +17,20 @@ from typing import Any, cast
 import torch
 import wandb
 from sae_lens import LanguageModelSAETrainingRunner
+from sae_lens.constants import (
+    ACTIVATION_SCALER_CFG_FILENAME,
+    ACTIVATION_WHITENING_FILENAME,
+    SAE_CFG_FILENAME,
+    SAE_WEIGHTS_FILENAME,
+    SPARSITY_FILENAME,
+    TRAINER_STATE_FILENAME,
+)
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
+from hookpoints.errors import ChecksumError
+from hookpoints.files import CHECKSUMS, SealedFolder, atomic_folder, check_folder, set_aside, write_checksums
 from hookpoints.scopes import threads_for
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae.matrix import require
@@ -166,6 +176,7 @@ def train_on_rows(
     metric: Metric | None = None,
     checkpoint: Path | None = None,
     n_rows: int | None = None,
+    inputs: str = "",
 ) -> MatrixTrainingSAE:
     """Train by SAELens' trainer on batches of rows [N,K*V + columns], with the random numbers of the seed.
 
@@ -175,6 +186,12 @@ def train_on_rows(
             and the state of `rows` (for `MixedRows` as large as the buffer). The same call resumes from it, to the
             weights of a run that never stopped.
         n_rows: how many different rows there are, for the metadata.
+        inputs: names what `rows` are made of. A checkpoint of others is refused.
+
+    Raises:
+        OSError: `checkpoint` is a folder of something else.
+        ValueError: it is a checkpoint of other `inputs`. One that is damaged is renamed, with a DamageWarning, and
+            training begins again.
     """
     settings, sae = cfg.to_sae_trainer_config(), new_sae(cfg, metric)
     sae.cfg.metadata.n_training_rows = n_rows
@@ -183,11 +200,20 @@ def train_on_rows(
     def keep(checkpoint_path: Path | None) -> None:  # whole or absent
         folder = cast(Path, checkpoint_path)
         random = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
-        torch.save({"random": random, "rows": cast(Batches, rows).state()}, folder / _SOURCE)
-        shutil.rmtree(cast(Path, checkpoint), ignore_errors=True)
-        folder.rename(cast(Path, checkpoint))
+        source = {"random": random, "rows": cast(Batches, rows).state(), "inputs": inputs}
+        torch.save(source, folder / _SOURCE)
+        write_checksums(folder, sorted(file.name for file in folder.iterdir() if file.name != CHECKSUMS))
+
+        def move(aside: Path) -> None:
+            for file in folder.iterdir():
+                file.rename(aside / file.name)
+
+        atomic_folder(cast(Path, checkpoint), move, _checkpoint_files)
+        folder.rmdir()
 
     if checkpoint is not None:
+        check_folder(checkpoint, _checkpoint_files)
+        shutil.rmtree(cast(Path, part), ignore_errors=True)  # of a run that was killed
         settings = dataclasses.replace(settings, n_checkpoints=19, checkpoint_path=str(part))
     given = map(metric.apply_rows, rows) if metric else rows
     trainer = SAETrainer(settings, sae, given, save_checkpoint_fn=keep if part else None)
@@ -196,8 +222,8 @@ def train_on_rows(
         wandb_run(cfg),
         threads_for(cfg.train_batch_size_tokens * cfg.sae.d_sae * cfg.sae.d_in),
     ):
-        if checkpoint is not None and checkpoint.is_dir():
-            _resume(trainer, checkpoint, cast(Batches, rows))
+        if checkpoint is not None and _is_whole(checkpoint):
+            _resume(trainer, checkpoint, cast(Batches, rows), inputs)
         trainer.fit()
     for folder in filter(None, (checkpoint, part)):
         shutil.rmtree(folder, ignore_errors=True)
@@ -205,17 +231,47 @@ def train_on_rows(
 
 
 _SOURCE = "source.pt"
-"""Of a checkpoint: the random numbers, and where the rows are."""
+"""Of a checkpoint: the random numbers, where the rows are, and what they are made of."""
+_OF_SAELENS = (
+    ACTIVATION_SCALER_CFG_FILENAME,
+    ACTIVATION_WHITENING_FILENAME,
+    SAE_CFG_FILENAME,
+    SAE_WEIGHTS_FILENAME,
+    SPARSITY_FILENAME,
+    TRAINER_STATE_FILENAME,
+)
+"""What SAELens may write to a checkpoint."""
 
 
-def _resume(trainer: SAETrainer[Any, Any], checkpoint: Path, rows: Batches) -> None:
+def _checkpoint_files(folder: Path) -> Iterable[str]:
+    """Names of the files in a checkpoint that `train_on_rows` wrote; none where it wrote none."""
+    return (CHECKSUMS, _SOURCE, *_OF_SAELENS) if (folder / _SOURCE).is_file() else ()
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint is there as it was written. One that is damaged is set aside. Costs a reading."""
+    if not checkpoint.is_dir():
+        return False
+    try:
+        sealed = SealedFolder(checkpoint)
+        sealed.require()
+        sealed.check((_SOURCE, TRAINER_STATE_FILENAME, SAE_WEIGHTS_FILENAME))
+    except ChecksumError as error:
+        set_aside(checkpoint, str(error))
+        return False
+    return True
+
+
+def _resume(trainer: SAETrainer[Any, Any], checkpoint: Path, rows: Batches, inputs: str) -> None:
     """Put trainer, rows and torch's random numbers where they were as `checkpoint` was written."""
+    source = torch.load(checkpoint / _SOURCE, weights_only=True)
+    if source["inputs"] != inputs:
+        raise ValueError(f"{checkpoint}: expected a checkpoint of these rows, got one of others; delete it")
     trainer.sae.load_weights_from_checkpoint(checkpoint)
     trainer.load_trainer_state(checkpoint)
     trainer.n_training_steps += 1  # SAELens saves before it counts the step
     ahead = [at for at in trainer.checkpoint_thresholds if at >= trainer.n_training_samples]
     trainer.checkpoint_thresholds = ahead
-    source = torch.load(checkpoint / _SOURCE, weights_only=True)
     rows.resume(source["rows"])
     torch.set_rng_state(source["random"][0])
     torch.cuda.set_rng_state_all(source["random"][1:])

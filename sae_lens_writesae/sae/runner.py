@@ -210,7 +210,8 @@ def train(
         return train_on_writes(cfg, keys, values, metric=metric, checkpoint=checkpoint)
     if hook.target == "state" and shape_of(cfg) is not None:
         return StateStack(cfg, collection).train(checkpoint)[0]
-    return train_on_rows(cfg, _mixed_rows(collection, cfg), metric, checkpoint, collection.tokens.numel())
+    n_rows = collection.tokens.numel()
+    return train_on_rows(cfg, _mixed_rows(collection, cfg), metric, checkpoint, n_rows, collection.sha256)
 
 
 def _mixed_rows(collection: Collection, cfg: RunnerConfig) -> MixedRows:

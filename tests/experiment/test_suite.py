@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import make_hf
 from saes import HOOK, STATE, make_sae
 
 from hookpoints import HookedRecurrent
@@ -22,6 +23,7 @@ from writesae.evaluations.substitution import Substitution
 from writesae.experiment.controls import answers, control_dictionaries
 from writesae.experiment.evaluation import Result, Scope
 from writesae.experiment.suite import comparable, evaluate_all, groups
+from writesae.experiment.terms import Terms
 
 TEXT = torch.randint(1, 64, (8, 24), generator=torch.Generator().manual_seed(1))
 TESTED, OTHER = TEXT[:4], TEXT[4:]
@@ -87,6 +89,32 @@ def test_results_are_saved_and_taken_again_where_nothing_changed(
     assert capsys.readouterr().out  # saved with other settings
     with pytest.raises(ValueError, match="two"):
         suite([small], {"write": saes["write"]}, single=True)
+
+
+def test_results_of_other_inputs_are_measured_again_and_said(model: HookedRecurrent, tmp_path: Path) -> None:
+    def lines(sae: Any, of: HookedRecurrent = model, tokens: Any = TESTED, reference: Any = OTHER) -> list[str]:
+        said: list[str] = []
+        how: Any = {"reference": Terms(of, reference), "resume": True, "progress": False, "say": said.append}
+        evaluate_all([STEPS], of, {"a": sae}, tokens, tmp_path, **how)
+        return said
+
+    sae = make_sae(model)
+    assert len(lines(sae)) == 1 and not lines(sae)
+    hf = make_hf()
+    with torch.no_grad():
+        next(p for name, p in hf.named_parameters() if "layers.0" in name and "proj" in name).mul_(1.01)
+    changed = HookedRecurrent.from_hf(hf, name=model.cfg.model_name)
+    changes: dict[str, dict[str, Any]] = {
+        "dictionaries": {"sae": make_sae(model, seed=1)},
+        "tokens": {"tokens": TESTED.flip(0)},
+        "reference": {"reference": OTHER.flip(0)},
+        "model": {"of": changed},
+    }
+    for what, how in changes.items():
+        lines(sae)
+        said = lines(**{"sae": sae} | how)
+        assert len(said) == 2 and said[0].endswith(f"is measured again: other {what}")
+        assert not lines(**{"sae": sae} | how)
 
 
 def test_controls_and_quality_go_with_every_dictionary(

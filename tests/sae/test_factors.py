@@ -17,6 +17,7 @@ from transformer_lens.hook_points import HookPoint
 
 from hookpoints import HookedRecurrent, UnknownHookError, UnsupportedModelError
 from hookpoints import embedded as shipped
+from hookpoints.errors import DamageWarning
 from hookpoints.files import CHECKSUMS, write_checksums
 from sae_lens_writesae.errors import DiskTooSmallError
 from sae_lens_writesae.sae import factors as module
@@ -243,6 +244,27 @@ def test_a_run_that_is_stopped_within_a_shard_goes_on_where_it_last_saved(
     small(model, tmp_path)
     model.reset_hooks()
     assert contents(tmp_path) == contents(whole) and len(passes) - 7 == 11 - saved
+
+
+@pytest.mark.parametrize("state", ["sealed", "unsealed", "part"])
+@pytest.mark.parametrize("damage", ["flipped", "cut", "empty"])
+def test_a_damaged_shard_is_named_set_aside_and_collected_again(model, copy, whole, state, damage):
+    """Of a whole collection, of one that a kill left before it was sealed, and of what there is of a shard."""
+    name = SHARDS[1]
+    if state != "sealed":
+        (copy / CHECKSUMS).unlink()
+    if state == "part":
+        (copy / name).rename(copy / f".{name}")
+        name = f".{name}"
+    data = bytearray((copy / name).read_bytes())
+    data[-7] ^= 1
+    damaged = {"flipped": bytes(data), "cut": bytes(data[:-100]), "empty": b""}[damage]
+    (copy / name).write_bytes(damaged)
+    times = {path.name: path.stat().st_mtime_ns for path in copy.glob("shard-*") if path.name != name}
+    with pytest.warns(DamageWarning, match=f"{name} is damaged.*it is {name}.damaged now"):
+        small(model, copy)
+    assert contents(copy) == contents(whole) | {f"{name}.damaged": damaged}
+    assert all((copy / name).stat().st_mtime_ns == was for name, was in times.items())
 
 
 def test_a_folder_that_is_in_use_is_refused(model, tmp_path):

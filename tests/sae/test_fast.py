@@ -3,6 +3,7 @@ a run that was killed ends with the weights of one that was not."""
 
 from __future__ import annotations
 
+import warnings
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
 from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor, nn
 
+from hookpoints.errors import DamageWarning
 from sae_lens_writesae import train_many_on_writes, train_on_writes
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae import TRAINING, fast
@@ -238,6 +240,48 @@ def test_a_killed_run_ends_with_the_same_weights(
     assert steps == list(range(12)) and not list(tmp_path.iterdir())
     for one, two in zip(whole, resumed):
         torch.testing.assert_close(state(one), state(two), rtol=0, atol=0)
+
+
+def test_a_checkpoint_of_other_rows_or_one_that_is_damaged_is_not_taken_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fast, "SAVE_SECONDS", -1.0)
+    cfg, rows, file = config(0, 12), writes(0), tmp_path / "run.pt"
+    whole, take, stop = train_many_on_writes([cfg], [rows])[0], fast.Stack.take, 5
+
+    def killing(own: Any, batch: Any) -> Any:
+        if own.step == stop:
+            raise InterruptedError
+        return take(own, batch)
+
+    monkeypatch.setattr(fast.Stack, "take", killing)
+    with pytest.raises(InterruptedError):
+        train_many_on_writes([cfg], [rows], checkpoint=file)
+    stop, saved = 99, file.read_bytes()
+    with pytest.raises(ValueError, match=r"run\.pt.* rows"):
+        train_many_on_writes([cfg], [writes(1)], checkpoint=file)
+    assert file.read_bytes() == saved
+    flips = [bytearray(saved) for _ in range(4)]
+    for n, flipped in enumerate(flips):
+        flipped[len(saved) * (2 * n + 1) // 8] ^= 1
+    for damaged in (saved[: len(saved) // 2], b"", *map(bytes, flips)):
+        file.write_bytes(damaged)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", DamageWarning)
+            resumed = train_many_on_writes([cfg], [rows], checkpoint=file)[0]
+        torch.testing.assert_close(state(whole), state(resumed), rtol=0, atol=0)
+        told = [str(warning.message) for warning in caught if warning.category is DamageWarning]
+        left = list(tmp_path.iterdir())
+        assert [path.read_bytes() for path in left] == [damaged] * len(told)
+        assert all(f"{file} is damaged" in line and left[0].name in line for line in told)
+        assert told or damaged in map(bytes, flips)  # where the flipped bit carries nothing
+        for path in left:
+            path.unlink()
+    torch.save({"weights": torch.ones(3)}, file)
+    theirs = file.read_bytes()
+    with pytest.raises(ValueError, match=r"run\.pt: expected no file"):
+        train_many_on_writes([cfg], [rows], checkpoint=file)
+    assert file.read_bytes() == theirs
 
 
 def test_numbers_are_logged_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Losses beyond reconstruction: formulas, gradients by finite differences, columns against the model, training."""
 
 import itertools
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ from sae_lens.training.mixing_buffer import mixing_buffer
 from saes import untrained_sae
 from torch.nn.functional import cosine_similarity
 
+from hookpoints.errors import DamageWarning
 from sae_lens_writesae import collect, load_sae, train, training_config
+from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae import TRAINING
 from sae_lens_writesae.sae.losses import read_loss, read_queries, write_loss
 from sae_lens_writesae.sae.metric import Metric
-from sae_lens_writesae.sae.rows import COLUMN_SCALE, MixedRows
+from sae_lens_writesae.sae.rows import COLUMN_SCALE, MixedRows, ShuffledWrites, train_on_rows
 from sae_lens_writesae.sae.runner import head_rows
 from sae_lens_writesae.sae.training import MatrixTrainingSAE
 
@@ -177,6 +180,45 @@ def test_a_killed_run_ends_with_the_same_weights(
     for name, value in whole.items():
         assert torch.equal(value, resumed[name]), name
     assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_of_other_rows_or_one_that_is_damaged_is_not_taken_up(
+    collection: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In SAELens' trainer. Checkpoints at each twentieth: the last one is that of step 28."""
+    cfg = config(collection, target="state", loss="mse", sae={"k": 2}, training_tokens=30 * 32)
+    cfg.train_batch_size_tokens = 32
+    whole, steps, step_of_adam, kill_at = train(cfg).state_dict(), itertools.count(), torch.optim.Adam.step, 29
+
+    def killing(*arguments: Any) -> Any:
+        if next(steps) == kill_at:
+            raise InterruptedError
+        return step_of_adam(*arguments)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", killing)
+    checkpoint = tmp_path / "checkpoint"
+    with pytest.raises(InterruptedError):
+        train(cfg, checkpoint=checkpoint)
+    kept = Path(shutil.copytree(checkpoint, tmp_path / "kept"))
+    other = ShuffledWrites(cfg, LowRank(torch.randn(64, 1, cfg.sae.d_k), torch.randn(64, 1, cfg.sae.d_v)))
+    with pytest.raises(ValueError, match="checkpoint: expected a checkpoint of these rows"):
+        train_on_rows(cfg, other, checkpoint=checkpoint, inputs="others")
+    for name in ("sae_weights.safetensors", "trainer_state.pt", "source.pt", "SHA256SUMS"):
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        shutil.copytree(kept, checkpoint)
+        data = bytearray((checkpoint / name).read_bytes())
+        data[len(data) // 2] ^= 1
+        (checkpoint / name).write_bytes(data)
+        with pytest.warns(DamageWarning, match="checkpoint is damaged.*it is checkpoint.damaged now"):
+            resumed = train(cfg, checkpoint=checkpoint).state_dict()
+        assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
+        assert (tmp_path / "checkpoint.damaged" / name).read_bytes() == bytes(data) and not checkpoint.exists()
+        shutil.rmtree(tmp_path / "checkpoint.damaged")
+    checkpoint.mkdir()
+    (checkpoint / "thesis.txt").write_text("the user's")
+    with pytest.raises(OSError, match=r"thesis\.txt"):
+        train(cfg, checkpoint=checkpoint)
+    assert [path.name for path in checkpoint.iterdir()] == ["thesis.txt"]
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.5, 1.0])

@@ -24,7 +24,7 @@ from sae_lens import SAE
 from torch import Tensor
 
 from hookpoints import HookedRecurrent
-from hookpoints.files import CHECKSUMS, SealedFolder, atomic_folder, read_json, write_checksums
+from hookpoints.files import CHECKSUMS, SealedFolder, atomic_folder, read_json, sealed_names, write_checksums
 from sae_lens_writesae.errors import NothingToMeasureError
 from writesae.choices import AtLeast, at_least, expect, once_each
 from writesae.experiment.lab import Lab
@@ -383,7 +383,5 @@ class Result:
 def result_files(folder: Path) -> list[str]:
     """Names of the files in a folder that `Result.save` wrote there: those that its checksums list. An empty list where
     it wrote none."""
-    if not (folder / _INFO).is_file() or not (folder / CHECKSUMS).is_file():
-        return []
-    listed = (folder / CHECKSUMS).read_text(encoding="utf-8", errors="replace").split()
-    return [_INFO, CHECKSUMS, *(name for name in listed if name.endswith(".parquet"))]
+    names = sealed_names(folder)
+    return [CHECKSUMS, *names] if _INFO in names else []

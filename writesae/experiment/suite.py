@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 from sae_lens import SAE
 from torch import Tensor
 
 from hookpoints import HookedRecurrent
-from hookpoints.files import check_folder
+from hookpoints.files import check_folder, content_hash
+from sae_lens_writesae.sae.factors import model_hash
 from sae_lens_writesae.sae.target import HeadHook
 from writesae.experiment.controls import Control, control_dictionaries
 from writesae.experiment.evaluation import Evaluation, Result, Scope, result_files
@@ -49,8 +51,9 @@ def evaluate_all(
             other half of `tokens`.
         single: one evaluation was asked for by name: it raises where it has nothing to measure, or cannot compare
             these dictionaries.
-        resume: results that are saved with the same settings are taken as they are. The caller answers for them being
-            of the same dictionaries, text and `controls`.
+        resume: results that are saved with the same settings, and are of the same weights, dictionaries, texts and
+            baselines (`inputs` in their info), are taken as they are. Others are measured again and replaced, and `say`
+            is told why.
 
     Raises:
         OSError: the folder of a result holds something that no result has; before any work.
@@ -63,22 +66,28 @@ def evaluate_all(
     fitted = reference or (Terms(model, controls) if isinstance(controls, Tensor) else controls)
     beside = {} if controls is None else control_dictionaries(model, saes, controls)
     everything = dict(saes) | {f"{n}, {control}": sae for control, own in beside.items() for n, sae in own.items()}
+    texts = {"model": model_hash(model), "tokens": content_hash(tokens), "reference": _reference(fitted)}
     quality = quality_of_heads(model, everything, tokens, progress=progress)
     results: list[Result] = []
 
     def one(evaluation: Evaluation, group: Mapping[str, SAE], control: Control | None = None, of: str = "") -> Result:
         """Run an evaluation, unless its result is there; `of`: the label of the result that has this control."""
+        weights = {label: [sae.cfg.to_dict(), sae.state_dict()] for label, sae in group.items()}
+        inputs = texts | {"dictionaries": content_hash(weights)}
         if resume and evaluation.label and (folder := _folder(out, evaluation.kind, evaluation.label)).exists():
             saved = Result.load(folder, {evaluation.kind: type(evaluation)})
-            if saved.evaluation == evaluation:
+            known = cast("Mapping[str, Json]", saved.info.get("inputs") or {})
+            changed = [name for name in inputs if known.get(name) != inputs[name]]
+            if saved.evaluation == evaluation and not changed:
                 results.append(saved)
                 return saved
+            say(f"{evaluation.kind}: {evaluation.label} is measured again: other {', '.join(changed) or 'settings'}")
         result = evaluation.run(
             model, group, tokens, reference=fitted, progress=progress, or_skip=not single or control is not None
         )
         labels = [label if control is None else f"{label}, {control}" for label in group]
         facts: dict[str, Json] = {} if control is None else {"control": control, "control_of": of}
-        measured: dict[str, Json] = {"quality": {label: quality(label) for label in labels}}
+        measured: dict[str, Json] = {"quality": {label: quality(label) for label in labels}, "inputs": inputs}
         result = replace(result, info=result.info | facts | measured)
         result.save(_folder(out, result.kind, result.label))
         how = result.pace if result.skipped is None else f"skipped: {result.skipped}"
@@ -94,6 +103,13 @@ def evaluate_all(
                     other = replace(evaluation, label=f"{trained.label}, {control}")
                     one(other, {label: own[label] for label in group}, control, trained.label)
     return results
+
+
+def _reference(terms: Terms | None) -> str:
+    """Names what baselines are fitted to."""
+    if terms is None:
+        return "none"
+    return terms.collection.sha256 if terms.collection else content_hash(terms.tokens)
 
 
 def _folder(out: Path, kind: str, label: str) -> Path:

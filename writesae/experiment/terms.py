@@ -46,6 +46,7 @@ class Terms:
         self.model, self._text = model, text
         self.tokens = text.tokens if isinstance(text, Collection) else text
         """[M,S]"""
+        self.collection = text if isinstance(text, Collection) else None
         self.writes = lru_cache(1)(self._writes)
         self.metric = lru_cache(16)(self._metric)
         self.fitted: dict[tuple[object, ...], Any] = {}
