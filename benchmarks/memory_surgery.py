@@ -19,9 +19,10 @@ import numpy as np
 import torch
 import transformers
 from frame import Line, Way, main, timed
+from scipy.stats import binomtest
 from torch import Tensor
 
-from hookpoints import HookedRecurrent, Memory, embedded
+from hookpoints import HookedRecurrent, Memory, embedded, zoo
 from hookpoints.memory import memory as module
 from writesae.verdict.statistics import Estimate, total
 
@@ -64,7 +65,18 @@ Numbers are totals, 1 - sum KL(operation) / sum KL(nothing) over all tokens afte
 layers change together. *nothing* has the KL in nats per token. *States alone* replaces the matrix states and does not
 change convolution, token-shift and attention caches; *writes alone* also does not change the decay and the erase of the
 span."""
-LATER_NOTE = "*Tokens read* is a share of reading the {m} tokens again, which is exact."
+LATER_NOTE = (
+    "*Tokens read* is a share of reading the {m} tokens again, which is exact. *without* reads none (`reread=0`)."
+)
+RECALL = {"recall": "Gated DeltaNet", "recall-mamba2": "Mamba-2", "recall-rwkv7": "RWKV-7"}
+PAIRS = 10
+FACTS = f"""\
+A model of the [zoo](zoo.md) reads {PAIRS} pairs of a name and a city. One of the pairs 2 to {PAIRS - 2} is cut from the
+memory, and the model is asked for a name. Numbers are shares of right answers, with 95% intervals (Wilson); chance is
+0.02. *The pair before* is the one before the cut pair.
+
+With `reread=0` Gated DeltaNet and Mamba-2 forget the wrong pair: their convolution lets the token after a pair write
+that pair, so that the span holds the pair before it. The default reads the tokens again that see the span."""
 TIMES = "How long each takes: [Benchmarks](benchmarks.md#operations-on-memories)."
 Share = dict[str, float]
 Table = dict[str, dict[str, Share]]
@@ -160,7 +172,7 @@ def cut_at_once(model: HookedRecurrent, n: int) -> Table:
     start, stop = BEFORE, BEFORE + SPAN
     memory = model.memory(tokens[:, :stop])
     truth = model.memory(tokens[:, :start])
-    cut = memory.without((start, stop))
+    cut = memory.without((start, stop), reread=0)
     operations = {
         "without": lambda: cut,
         "states alone": lambda: memory.with_states(states_of(cut)),
@@ -264,6 +276,45 @@ def compressed(model: HookedRecurrent, n: int) -> dict[str, dict[str, float]]:
     return found
 
 
+def cut_facts(name: str, n: int) -> dict[str, dict[str, tuple[int, int]]]:
+    """How often facts are recalled, right answers and questions, by way of cutting one of them and by which is asked.
+
+    ``n`` sequences for each place of the pair that is cut."""
+    model, task = HookedRecurrent.from_pretrained(name, device="cpu"), zoo.task(name)
+    generator = torch.Generator().manual_seed(0)
+    rereads: dict[str, dict[str, int]] = {f"`reread={count}`": {"reread": count} for count in (0, 1, 3)}
+    found: dict[str, dict[str, list[Tensor]]] = {}
+    for cut in range(1, PAIRS - 2):
+        batch = task.batch(n, generator, pairs=PAIRS)
+        memory = model.memory(batch.tokens[:, : 1 + 2 * PAIRS])
+        start, stop = 1 + 2 * cut, 3 + 2 * cut
+        never = torch.cat([memory.tokens[:, :start], memory.tokens[:, stop:]], 1)
+        memories = {"not cut": memory}
+        memories |= {label: memory.without((start, stop), **how) for label, how in rereads.items()}
+        memories |= {"the default": memory.without((start, stop)), "never read": model.memory(never)}
+        questions = {"the cut pair": cut, "the pair before": cut - 1, "another": (cut + 2) % PAIRS}
+        for label, each in memories.items():
+            for question, pair in questions.items():
+                asked = task.spell({**batch.symbols, "asked": torch.full_like(batch.symbols["asked"], pair)})
+                answers = model.logits_after(each, asked.tokens[:, -2:-1])[:, -1].argmax(-1)
+                found.setdefault(label, {}).setdefault(question, []).append(answers == asked.answers[:, 0])
+    counts = {label: {q: torch.cat(right) for q, right in row.items()} for label, row in found.items()}
+    return {label: {q: (int(x.sum()), len(x)) for q, x in row.items()} for label, row in counts.items()}
+
+
+def facts_table(found: dict[str, dict[str, dict[str, list[int]]]]) -> str:
+    """Recall of facts by family and way of cutting."""
+    lines = []
+    for name, ways in found.items():
+        for label, row in ways.items():
+            shares = []
+            for right, asked in row.values():
+                interval = binomtest(right, asked).proportion_ci(method="wilson")
+                shares.append(f"{right / asked:.2f} [{interval.low:.2f}, {interval.high:.2f}]")
+            lines.append([RECALL[name], label, *shares, str(next(iter(row.values()))[1])])
+    return table(["family", "cut", "the cut pair", "the pair before", "another", "n"], lines)
+
+
 def speed(model: HookedRecurrent, rounds: int) -> dict[str, float]:
     """Seconds of operations on 512 tokens, as ratios to a pass with a cache in the same round."""
     tokens = torch.arange(512).mul(7919).remainder(model.cfg.d_vocab - 1).add(1)[None]
@@ -285,7 +336,7 @@ def speed(model: HookedRecurrent, rounds: int) -> dict[str, float]:
         "holdings of one layer": lambda: memory.holdings(layer),
         "terms of one layer": lambda: memory.terms(layer),
         "rewind to token 48": lambda: memory.rewind(start),
-        "without tokens 48 to 63": lambda: memory.without((start, stop)),
+        "without tokens 48 to 63": lambda: memory.without((start, stop), reread=0),
         "without tokens 48 to 63, reread 4": lambda: memory.without((start, stop), reread=4),
         "without tokens 48 to 63, reread 112 (a quarter)": lambda: memory.without((start, stop), reread=112),
         "without tokens 48 to 63, reread all 448 (exact)": lambda: memory.without((start, stop), reread=448),
@@ -356,6 +407,7 @@ def page(found: dict[str, Any]) -> str:
         )
         parts += ["#### Truncated and mixed states, 128 tokens"]
         parts += [table(("", "KL in nats per token", "KL to the other"), mixed)]
+    parts += ["## A fact that is cut", FACTS, facts_table(found["facts"])]
     return "".join(f"{part.strip()}\n\n" for part in [*parts, TIMES])
 
 
@@ -405,6 +457,7 @@ def measure(sequences: int = 32, rounds: int = 9) -> dict[str, Any]:
         found["speed"][name] = speed(model, rounds)
         print(f"{name}: {time.perf_counter() - clock:.0f} s", flush=True)
     found["speed"]["random, 8 layers, 768 wide"] = speed(larger(), rounds)
+    found["facts"] = {name: cut_facts(name, sequences) for name in RECALL}
     return found
 
 

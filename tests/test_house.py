@@ -21,7 +21,7 @@ CEILINGS = {
     "sae_lens_writesae": 16_350,
     "writesae": 54_000,
     "tests": 102_500,
-    "scripts + benchmarks": 28_400,
+    "scripts + benchmarks": 28_600,
 }
 """Expression nodes of folders. A smoke alarm and no target: a commit that needs more says what a reader gains."""
 OFFENDERS = {"statement": 86, "joined": 134, "function": 21}

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-_WORDS = 2**22
-"""Words of 8 bytes that are summed at once; what is held meanwhile is a few times as much."""
+_WORDS = {"cpu": 2**17, "cuda": 2**22}
+"""Words of 8 bytes that are summed at once, by device: what fits into a cache, or few launches."""
 _ODD = (0x9E3779B97F4A7C15 - 2**64, 0xBF58476D1CE4E5B9 - 2**64)
 """Multipliers of splitmix64 (Steele, Lea and Flood 2014), as signed integers."""
 
@@ -20,8 +20,8 @@ _ODD = (0x9E3779B97F4A7C15 - 2**64, 0xBF58476D1CE4E5B9 - 2**64)
 def fingerprint(model: PreTrainedModel) -> str:
     """SHA-256 of the configuration, and of name, dtype, shape and `sum_of_bits` of each parameter and saved buffer.
 
-    The sums are made on the weights' device and are the same on every device. Cost: one reading of all weights; one
-    integer a weight is copied to the host, all together.
+    The sums are made on the weights' device and are the same on every device; they are copied to the host together.
+    Cost: one reading of all weights, on a CPU as much as their SHA-256 (0.6 s a GB on one core).
     """
     config = model.config.to_dict()
     asked = {name: x for name, x in config.items() if not name.startswith("_") and name != "transformers_version"}
@@ -39,9 +39,10 @@ def sum_of_bits(x: Tensor) -> Tensor:
     the device of ``x``. Any change of one word changes it; other changes leave it with a chance of 2^-64."""
     octets = x.detach().contiguous().reshape(-1).view(torch.uint8)
     total = torch.zeros((), dtype=torch.int64, device=x.device)
-    for n, part in enumerate(octets.split(8 * _WORDS)):
+    size = _WORDS.get(x.device.type, 2**22)
+    for n, part in enumerate(octets.split(8 * size)):
         words = F.pad(part, (0, -len(part) % 8)).view(torch.int64)
-        places = torch.arange(len(words), device=x.device) + n * _WORDS
+        places = torch.arange(len(words), device=x.device) + n * size
         mixed = words + (places + 1) * _ODD[0]
         mixed = (mixed ^ (mixed >> 32)) * _ODD[1]
         total += (mixed ^ (mixed >> 29)).sum()

@@ -306,7 +306,7 @@ def test_sums_of_bits_depend_on_each_place_and_not_on_the_layout(monkeypatch):
         assert total == sealing.sum_of_bits(y.T.contiguous().T) and total != sealing.sum_of_bits(y.flip(0))
         assert total == sealing.sum_of_bits(torch.cat([y[:1], y])[1:])  # not aligned
         with monkeypatch.context() as patched:
-            patched.setattr(sealing, "_WORDS", 5)
+            patched.setattr(sealing, "_WORDS", {"cpu": 5})
             assert total == sealing.sum_of_bits(y)
     assert sealing.sum_of_bits(x[:0]) == 0
 
