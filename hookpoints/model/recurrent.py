@@ -21,7 +21,7 @@ from hookpoints.model import loading
 from hookpoints.model.attachment import Attachment, StopForward
 from hookpoints.model.inputs import as_tokens, cache_argument, check_loss, check_mask, check_tokens, continuing
 from hookpoints.model.layout import find_layout
-from hookpoints.model.refused import REFUSED
+from hookpoints.model.refused import REFUSED, generation_arguments
 from hookpoints.model.selfcheck import self_check as run_self_check
 from hookpoints.model.tokens import PaddingSide, TokenBatch, Tokens
 from hookpoints.model.weights import Weights
@@ -110,6 +110,11 @@ class HookedRecurrent(Tokens, Weights):
         loaded = loading.load(name_or_path, device=device, dtype=dtype, revision=revision, **hf_kwargs)
         self_check = self_check and next(loaded.model.parameters()).device.type != "meta"
         return cls(loaded.model, loaded.tokenizer, name=name_or_path, backend=backend, self_check=self_check)
+
+    @classmethod
+    def from_pretrained_no_processing(cls, name_or_path: str, **kwargs: Any) -> HookedRecurrent:
+        """``from_pretrained``, which never processes weights, under TransformerLens' name for that."""
+        return cls.from_pretrained(name_or_path, **kwargs)
 
     @classmethod
     def from_hf(cls, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, **kwargs: Any) -> Self:
@@ -206,12 +211,14 @@ class HookedRecurrent(Tokens, Weights):
             memory: read on from here, as in `forward`; ``input`` and the result are what follows it. Beams and several
                 returned sequences of a prompt begin with the same memory.
             hf_kwargs: ``max_new_tokens``, ``do_sample`` ...; with ``return_dict_in_generate`` the result is Hugging
-                Face's own.
+                Face's own. ``use_past_kv_cache`` of TransformerLens is ``use_cache``.
 
         Raises:
+            InputError: TransformerLens' ``freq_penalty``; says what to use.
             EditError: an edit does not fit the model, ``edit_rows`` not the batch, or an edit never acted (generation
                 ended before its position).
         """
+        hf_kwargs = generation_arguments(hf_kwargs)
         batch = self._token_batch(input, prepend_bos, "left", attention_mask, memory)
         mask = torch.ones_like(batch.tokens) if batch.attention_mask is None else batch.attention_mask
         check_mask(mask, batch.tokens)

@@ -32,7 +32,6 @@ _REASONS: tuple[tuple[str, str], ...] = (
     ("generate_stream", "generate(tokens, streamer=...) takes transformers' streamers"),
     ("set_tokenizer", "model.tokenizer = tokenizer does it"),
     ("get_token_position to_single_str_token", "to_str_tokens lists the texts of tokens, to_string(token) gives one"),
-    ("from_pretrained_no_processing", "from_pretrained does it: weights are never processed here"),
     ("load_sample_training_dataset sample_datapoint", "no data set belongs to a model here"),
     ("move_model_modules_to_device mps", "model.to(device) moves it"),
 )
@@ -56,6 +55,7 @@ _ARGUMENTS: dict[str, tuple[object, str]] = {
     "default_padding_side": (None, "model.tokenizer.padding_side sets it"),
 }
 """Argument of HookedTransformer.from_pretrained -> the value that asks for nothing, and what to do instead."""
+_FREQUENCY = "repetition_penalty= or a logits_processor= of transformers makes tokens that were there less likely"
 
 
 def refuse_arguments(given: Mapping[str, object]) -> dict[str, object]:
@@ -69,3 +69,15 @@ def refuse_arguments(given: Mapping[str, object]) -> dict[str, object]:
         if given[name] is not None and given[name] != nothing:
             raise InputError(f"from_pretrained takes no {name}={given[name]!r}: {instead}")
     return {name: value for name, value in given.items() if name not in _ARGUMENTS}
+
+
+def generation_arguments(given: Mapping[str, object]) -> dict[str, object]:
+    """Arguments of TransformerLens' ``generate`` as transformers names them.
+
+    Raises:
+        InputError: a ``freq_penalty`` other than 0; says what to do instead.
+    """
+    renamed = {"use_cache" if name == "use_past_kv_cache" else name: value for name, value in given.items()}
+    if penalty := renamed.pop("freq_penalty", 0):
+        raise InputError(f"generate takes no freq_penalty={penalty!r}: {_FREQUENCY}")
+    return renamed

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, cast, overload
 
 import torch
 from torch import Tensor
@@ -86,8 +86,16 @@ class Tokens(HookedModel):
             return [str(tokenizer.decode(row, clean_up_tokenization_spaces=False)) for row in tokens.tolist()]
         return str(tokenizer.decode(tokens.reshape(-1).tolist(), clean_up_tokenization_spaces=False))
 
-    def to_str_tokens(self, input: str | Tensor | list[int], prepend_bos: bool | None = None) -> list[str]:
-        """Each token of one text, or of ids [T] or [1,T], as a string."""
+    @overload
+    def to_str_tokens(self, input: str | Tensor | list[int], prepend_bos: bool | None = None) -> list[str]: ...
+    @overload
+    def to_str_tokens(self, input: list[str], prepend_bos: bool | None = None) -> list[list[str]]: ...
+    def to_str_tokens(
+        self, input: str | Tensor | list[int] | list[str], prepend_bos: bool | None = None
+    ) -> list[str] | list[list[str]]:
+        """Each token of one text, or of ids [T] or [1,T], as a string; for a list of texts a list for each."""
+        if isinstance(input, list) and input and isinstance(input[0], str):
+            return [self.to_str_tokens(cast(str, text), prepend_bos) for text in input]
         tokens = self.to_tokens(input, prepend_bos) if isinstance(input, str) else as_tokens(input)
         tokens = tokens.squeeze(0) if tokens.ndim == 2 else tokens
         if tokens.ndim != 1:
