@@ -19,8 +19,8 @@ from hookpoints import HookedRecurrent
 from sae_lens_writesae import collect, fit_metrics
 from writesae.evaluations.bits import Bits
 from writesae.evaluations.substitution import Substitution
-from writesae.experiment.known import board
 from writesae.experiment.terms import Terms
+from writesae.known.board import board
 
 TEXT = torch.randint(1, 64, (8, 24), generator=torch.Generator().manual_seed(3))
 

@@ -15,8 +15,12 @@ from torch.nn.functional import normalize, one_hot
 from sae_lens_writesae import training_config
 from sae_lens_writesae.sae.rows import new_sae
 from writesae.cli import main
-from writesae.experiment import known
-from writesae.experiment.known import Code, Facts, World, of_labels, of_product, of_sides, pursued, scored
+from writesae.known import board as boards
+from writesae.known import sides
+from writesae.known.board import scored
+from writesae.known.sides import HeadCode, of_labels, of_product, of_sides
+from writesae.known.states import pursue_pairs, share_held
+from writesae.known.world import Facts, World
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +33,7 @@ def board(world: World, facts: int = 64) -> tuple[dict[str, float], dict[str, fl
     symbols = one_hot(world.key_symbols).float(), world.parts(world.value_symbols)
     truth = of_sides(*map(of_labels, (world.keys[0], world.values[0]), symbols))
     mixed = torch.randperm(len(symbols[0]), generator=torch.Generator().manual_seed(0))
-    null = Code._make(x[mixed] if isinstance(x, torch.Tensor) and len(x) == len(mixed) else x for x in truth)
+    null = HeadCode._make(x[mixed] if isinstance(x, torch.Tensor) and len(x) == len(mixed) else x for x in truth)
     drawn = Facts.draw(world, facts)
     rows = (scored("", [[code]], world, drawn) for code in (truth, null))
     found = [{name: x["mean"] if isinstance(x, dict) else x for name, x in row.items()} for row in rows]
@@ -51,7 +55,7 @@ def test_the_truth_scores_as_truth_and_a_null_as_chance(world: World) -> None:
 @pytest.mark.parametrize(
     ("owner", "name", "broken"),
     [
-        (known, "purity", lambda atoms, parts: (1.0, 1.0)),
+        (boards, "purity", lambda atoms, parts: (1.0, 1.0)),
         (Facts, "ask", lambda facts, world, writes: {each: facts.new >= 0 for each in facts.questions}),
         (Facts, "ask", lambda facts, world, writes, ask=Facts.ask: ask(facts, world, None)),
     ],
@@ -75,8 +79,8 @@ def test_a_state_is_read_back_as_its_facts() -> None:
     sizes = 0.5 + torch.rand(20, 8, generator=g)
     states = torch.einsum("bn,bnk,bnv->bkv", sizes, keys[held[0]], values[held[1]])
     facts = 40 * held[0] + held[1]
-    found = (pursued(states, keys, torch.arange(40), values, 8, refit=refit) for refit in (True, False))
-    pursuit, strongest = (known.share_held(40 * k + v, facts) for k, v in found)
+    found = (pursue_pairs(states, keys, torch.arange(40), values, 8, refit=refit) for refit in (True, False))
+    pursuit, strongest = (share_held(40 * k + v, facts) for k, v in found)
     assert pursuit > 0.95 and strongest < pursuit
 
 
@@ -101,7 +105,7 @@ def test_additive_books_find_the_parts_of_sums_and_one_book_is_enough_for_whole_
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_the_command_writes_its_page_and_its_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(known, "GRID", (8,))
+    monkeypatch.setattr(sides, "GRID", (8,))
     tiny = ["--seeds", "2", "--sequences", "128", "--facts", "16", "--steps", "3", "--out", str(tmp_path / "zoo")]
     main(["zoo", "--models", "recall", *tiny])
     written = json.loads((tmp_path / "zoo" / "zoo.json").read_text())

@@ -217,7 +217,7 @@ def read_facts(file: Path) -> list[Opening]:
 def write_facts(n: int, say: Callable[[str], object]) -> list[Opening]:
     """Write n facts (or attributes of facts) into memories by each of `METHODS`, and ask the model for them: a panel
     for each model of `SENTENCES`."""
-    from writesae.experiment.known import board
+    from writesae.known.board import board
     from writesae.page.report import Opening
     from writesae.page.template import share_text
 

@@ -47,7 +47,7 @@ class Zoo:
         """
         from hookpoints.files import atomic_text
         from writesae.dictionaries import quiet
-        from writesae.experiment.known import board
+        from writesae.known.board import board
         from writesae.page.template import environment
 
         check_writable(self.out)

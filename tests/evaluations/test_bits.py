@@ -11,6 +11,7 @@ import torch
 from saes import HEAD, LAYER, logits_with_write
 
 from hookpoints import HookedRecurrent
+from sae_lens_writesae.sae.rows import shuffled
 from writesae.evaluations.bits import RIVAL, WAYS, Bits, contender, divergence
 from writesae.experiment.codes import centered, descend, of_books, residual_quantizer
 from writesae.experiment.evaluation import Result
@@ -34,7 +35,8 @@ def test_streams_are_replaced_as_by_hand_and_tuning_lowers_their_divergence(mode
             for x in (own.dense(), code.written(own).detach())
         )
         assert float(kl) == pytest.approx(float((native.exp() * (native - edited)).sum(-1).mean().detach()), rel=1e-3)
-    descend(code.parameters, lambda _: 100 * divergence(upper, plain, HEAD, code).mean(), 6, 2, 60, 3e-4, 0)
+    loss = lambda _: 100 * divergence(upper, plain, HEAD, code).mean()  # noqa: E731
+    descend(code.parameters, loss, shuffled(6, 2, 0), 60, 3e-4)
     assert float(divergence(upper, plain, HEAD, code).mean().detach()) < 0.95 * float(found.mean())
     assert all(each.grad is None for each in model.parameters())
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae.metric import Metric
+from sae_lens_writesae.sae.rows import shuffled
 from writesae.choices import AtLeast
 from writesae.experiment.codes import Code, descend
 from writesae.experiment.equal_bits import NULL, OURS, RIVAL, HeadWrites, codes
@@ -124,8 +125,8 @@ class Bits(Evaluation):
                 measured(code, budget, way)
                 compared = code.name in (contender(budget), f"{RIVAL} {budget // 16}")
                 if way == in_metric and self.tune_steps and compared:
-                    steps = self.tune_steps
-                    descend(code.parameters, partial(loss, code), len(terms.tokens), 4, steps, self.lr, self.seed)
+                    batches = shuffled(len(terms.tokens), 4, self.seed)
+                    descend(code.parameters, partial(loss, code), batches, self.tune_steps, self.lr)
                     measured(code, budget, tuned)
         return {"codes": pd.DataFrame(rows, columns=list(self.columns["codes"]))}
 

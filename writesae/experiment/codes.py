@@ -9,7 +9,7 @@ Alphabet: N matrices, n codes of a book, R terms, K key side, V value side.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from sae_lens_writesae.atom.low_rank import LowRank
-from sae_lens_writesae.sae.rows import shuffled
 
 _BLOCK = 16_000_000
 """Inner products held at once: 64 MB in float32."""
@@ -115,15 +114,20 @@ def centered(code: Code, writes: LowRank) -> Code:
 
 
 def descend(
-    parameters: Sequence[Tensor], loss: Callable[[Tensor], Tensor], n: int, batch: int, steps: int, lr: float, seed: int
+    parameters: Sequence[Tensor],
+    loss: Callable[[Tensor], Tensor],
+    batches: Iterable[Tensor],
+    steps: int,
+    lr: float,
+    clip: float = 1.0,
 ) -> None:
-    """Adam on a loss of the numbers of a batch out of n, with a cosine to 0."""
-    optimizer = torch.optim.Adam(parameters, lr=lr)
+    """Adam with a cosine to 0 on a loss of the numbers of rows, a batch a step; gradients have norm `clip` at most."""
+    optimizer = torch.optim.Adam(parameters, lr=lr, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _, numbers in zip(range(steps), shuffled(n, batch, seed)):
+    for _, numbers in zip(range(steps), batches):
         optimizer.zero_grad()
         with torch.enable_grad():
             loss(numbers).backward(inputs=parameters)  # none for the model
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+        nn.utils.clip_grad_norm_(parameters, clip)
         optimizer.step()
         schedule.step()

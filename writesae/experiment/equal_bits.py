@@ -17,6 +17,7 @@ from hookpoints import HookedRecurrent
 from sae_lens_writesae import train_on_writes, training_config
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae.metric import Metric
+from sae_lens_writesae.sae.rows import shuffled
 from writesae.experiment.codes import Code, centered, descend, of_books, pursued, residual_quantizer
 from writesae.experiment.pca import fit_pca
 
@@ -169,7 +170,7 @@ def pursuit(writes: HeadWrites, n: int) -> Code | None:
         left = LowRank.cat([x, pursued(x, atoms, positive=True) * -1.0])
         return left.inner(left).mean() / (writes.K * writes.V)
 
-    descend(code.parameters, loss, len(writes.x), BATCH, writes.steps, LR, writes.seed)
+    descend(code.parameters, loss, shuffled(len(writes.x), BATCH, writes.seed), writes.steps, LR)
     return code
 
 
