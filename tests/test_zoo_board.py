@@ -91,14 +91,14 @@ def test_additive_books_find_the_parts_of_sums_and_one_book_is_enough_for_whole_
     noise = 0.05 * torch.randn(600, 8, generator=g)
     sums = books[torch.arange(3), chosen].sum(1) + noise
 
-    def unexplained(side: known.Side, rows: torch.Tensor) -> float:
+    def unexplained(side: sides.Side, rows: torch.Tensor) -> float:
         return float((side.code @ side.atoms - rows).square().sum() / (rows - rows.mean(0)).square().sum())
 
-    found = known.additive(sums, 12, 0)
+    found = sides.additive(sums, 12, 0)
     assert found.atoms.shape == (12, 8) and found.bits == 6 and (found.code.sum(1) == 3).all()
-    assert unexplained(found, sums) < 0.01 and unexplained(known.kmeans(sums, 12, 0), sums) > 0.2
+    assert unexplained(found, sums) < 0.01 and unexplained(sides.kmeans(sums, 12, 0), sums) > 0.2
     words = torch.randn(12, 8, generator=g)[torch.arange(600) % 12] + noise
-    whole = known.additive(words, 12, 0)
+    whole = sides.additive(words, 12, 0)
     assert whole.bits == pytest.approx(math.log2(12)) and unexplained(whole, words) < 0.01
 
 

@@ -149,7 +149,7 @@ class Facts(NamedTuple):
         return torch.tensor([number.get(fact, -1) for fact in wanted])
 
     def _with_attribute(self, world: World, vectors: Sequence[Tensor]) -> Tensor:
-        """[B,H,K,V] native writes whose old attribute is exchanged for the new one."""
+        """[B,H,K,V] native writes whose old attribute is replaced by the new one."""
         recurrence = world.model.recurrence(self.base.tokens, world.holder.layer)
         rows, heads = torch.arange(len(self.new)), list(world.holder.heads)
         k = recurrence.k[rows, self.at][:, heads]

@@ -1,0 +1,87 @@
+"""The routes of ARCHITECTURE.md pass through few files of this project. Each is traced, call by call."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+import torch
+from sae_lens.saes.sae import TrainStepInput
+from saes import HEAD, LAYER, random_sae
+
+from hookpoints import HookedRecurrent
+from sae_lens_writesae import training_config
+from sae_lens_writesae.sae.rows import new_sae
+from writesae.evaluations.substitution import Substitution
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = tuple(f"{ROOT / package}/" for package in ("hookpoints", "sae_lens_writesae", "writesae"))
+
+
+def files_of(call: Callable[[], object]) -> list[str]:
+    """Files of the three packages, functions of which a call runs."""
+    files = set[str]()
+
+    def see(frame: FrameType, event: str, argument: object) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(PACKAGES):
+            files.add(str(Path(frame.f_code.co_filename).relative_to(ROOT)))
+
+    before = sys.getprofile()
+    sys.setprofile(see)
+    try:
+        call()
+    finally:
+        sys.setprofile(before)
+    return sorted(files)
+
+
+def assert_route(call: Callable[[], object], most: int, *landmarks: str) -> None:
+    """A call passes through the files that its route names, and through at most so many."""
+    files = files_of(call)
+    assert {*landmarks} <= {*files}, files
+    assert len(files) <= most, f"expected at most {most} files, got {len(files)}: {files}"
+
+
+@torch.no_grad()
+def test_a_token_batch_reaches_its_hook_by_twenty_files(model: HookedRecurrent) -> None:
+    name = f"blocks.{LAYER}.mixer.heads.{HEAD}.hook_write"
+    assert_route(
+        lambda: model.run_with_cache(torch.arange(1, 9)[None], names_filter=name),
+        20,
+        "hookpoints/model/hooked.py",
+        "hookpoints/hooks/guard.py",
+        "hookpoints/layer/call.py",
+        "hookpoints/layer/intercept.py",
+    )
+
+
+def test_a_training_step_by_three(model: HookedRecurrent) -> None:
+    sae = new_sae(training_config(model, layer=LAYER, head=HEAD, d_sae=8, context_size=8))
+    rows = torch.randn(16, sae.cfg.d_in)
+    step = TrainStepInput(rows, {}, None, 0, False)
+    assert_route(
+        lambda: sae.training_forward_pass(step).loss.backward(),
+        3,
+        "sae_lens_writesae/sae/training.py",
+        "sae_lens_writesae/sae/matrix.py",
+    )
+
+
+def test_a_firing_reaches_the_report_by_sixty(model: HookedRecurrent) -> None:
+    tokens = torch.randint(1, 60, (12, 24), generator=torch.Generator().manual_seed(0))
+    test = Substitution(n_atoms=2, firings_per_atom=2, controls=("random",))
+
+    def answered() -> list[object]:
+        return [*test.run(model, random_sae(model), tokens).claims()]
+
+    assert_route(
+        answered,
+        60,
+        "writesae/experiment/evaluation.py",
+        "writesae/evaluations/substitution.py",
+        "writesae/experiment/lab.py",
+        "writesae/verdict/finding.py",
+        "writesae/verdict/judge.py",
+    )
