@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hookpoints.errors import EditError, require
@@ -142,6 +143,13 @@ class EditPlan:
         """Keys and values of all edits."""
         return [side for edit in self.all() for side in (edit.keys, edit.values) if side is not None]
 
+    def is_finite(self) -> bool:
+        """Whether keys and values of all edits are finite. Costs one look at each device that they are on."""
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for side in self.factors():
+            by_device.setdefault(side.device, []).append(side.detach().flatten())
+        return all(bool(torch.cat(sides).isfinite().all()) for sides in by_device.values())
+
     def check_acted(self) -> None:
         """Raise EditError if an edit never met its token."""
         idle = [item.edit for layer in self.by_layer.values() for item in layer if id(item) not in self.acted]
@@ -244,16 +252,39 @@ def changes_of(
         yield from stack.changes(current)
 
 
+class _Slot:
+    """Rank-1 terms that do not collide, at most one for each token.
+
+    Where they are is known on the host, and all are gathered at once: on a device no edit waits for another.
+    """
+
+    def __init__(self, r: CanonicalForm):
+        self.r = r
+        self.which = torch.zeros(r.B, r.T, dtype=torch.long)
+        """[B,T] the number of a token's term in `terms`, from 1 on; 0 where none is."""
+        self.terms: list[tuple[Tensor, Tensor]] = []
+
+    def put(self, rows: slice, at: slice, key: Tensor, value: Tensor) -> None:
+        self.terms.append((key, value))
+        self.which[rows, at] = len(self.terms)
+
+    def sides(self) -> Iterator[Tensor]:
+        """Keys [B,T,K] and values [B,T,V], 0 where no term is."""
+        which = self.which.to(self.r.device)
+        for side in zip(*self.terms):
+            together = len({x.device for x in side}) == 1  # then they cross at once
+            here = torch.stack(side if together else [x.to(self.r.device) for x in side])
+            yield F.pad(here.to(self.r.device, self.r.dtype), (0, 0, 1, 0))[which]
+
+
 class _HeadChanges:
     """Changes of one head, packed into as few rank-1 slots per token as collisions allow."""
 
     def __init__(self, r: CanonicalForm, head: int):
         self.r, self.head = r, head
-        self.none = torch.zeros(r.B, r.T, dtype=torch.bool, device=r.device)
         self.removed: dict[Loop, Tensor] = {}
-        """[B,T] by loop; a write is removed once, in one of them."""
-        self.slots: dict[Loop, list[tuple[Tensor, Tensor, Tensor]]] = {}
-        """Keys [B,T,K], values [B,T,V], taken [B,T]."""
+        """[B,T] on the host, by loop; a write is removed once, in one of them."""
+        self.slots: dict[Loop, list[_Slot]] = {}
 
     def remove(self, rows: slice, at: slice, edit: WriteEdit) -> None:
         if any(removed[rows, at].any() for removed in self.removed.values()):
@@ -261,24 +292,22 @@ class _HeadChanges:
                 f"two edits replace or delete the same write (head {self.head}, position {edit.position}); keep one of "
                 "them, in the closed or in the open loop"
             )
-        self.removed.setdefault(edit.loop, self.none.clone())[rows, at] = True
+        none = torch.zeros(self.r.B, self.r.T, dtype=torch.bool)
+        self.removed.setdefault(edit.loop, none)[rows, at] = True
 
     def add(self, rows: slice, at: slice, key: Tensor, value: Tensor, loop: Loop) -> None:
         slots = self.slots.setdefault(loop, [])
-        slot = next((slot for slot in slots if not slot[2][rows, at].any()), None)
+        slot = next((slot for slot in slots if not slot.which[rows, at].any()), None)
         if slot is None:
-            sides = [self.r.k.new_zeros(self.r.B, self.r.T, n, dtype=self.r.dtype) for n in (self.r.K, self.r.V)]
-            slots.append(slot := (sides[0], sides[1], self.none.clone()))
-        keys, values, taken = slot
-        keys[rows, at] = key.to(keys)
-        values[rows, at] = value.to(values)
-        taken[rows, at] = True
+            slots.append(slot := _Slot(self.r))
+        slot.put(rows, at, key, value)
 
     def changes(self, current: Sequence[LowRankChange]) -> Iterator[LowRankChange]:
         for loop, slots in self.slots.items():  # one pass for all terms of an edit
-            keys, values = (torch.stack([slot[side] for slot in slots], 2).squeeze(2) for side in (0, 1))
+            keys, values = (torch.stack(side, 2).squeeze(2) for side in zip(*(slot.sides() for slot in slots)))
             yield LowRankChange(self.head, keys, values, loop)
         native = LowRankChange(self.head, self.r.k[:, :, self.head], self.r.u[:, :, self.head])
-        for loop, removed in self.removed.items():
+        for loop, on_host in self.removed.items():
+            removed = on_host.to(self.r.device)
             for change in (native, *(change for change in current if change.head == self.head)):
                 yield change.taken_away(removed, loop)

@@ -157,7 +157,7 @@ def _span(size: Tensor, *sources: Tensor) -> slice | None:
     """Tokens where ``size`` [B,T] is not zero; all of them where a gradient may be asked for; None where none is."""
     if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
         return slice(0, size.shape[1])
-    changed = (size != 0).any(0).nonzero()
+    changed = (size != 0).any(0).cpu().nonzero()  # one look at the device
     return slice(int(changed[0]), int(changed[-1]) + 1) if len(changed) else None
 
 

@@ -199,7 +199,7 @@ class HookedModel(HookedRootModule):
         for edit in plan.all():
             shape = self.cfg.layer(edit.layer)
             edit.check_shape(shape.H, shape.K, shape.V)
-        if not all(bool(torch.isfinite(side).all()) for side in plan.factors()):
+        if not plan.is_finite():
             raise EditError("keys or values of an edit are NaN or infinite; whatever it wrote would be, too")
 
     # -- where a pass is

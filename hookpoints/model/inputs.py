@@ -49,13 +49,13 @@ def check_tokens(tokens: Tensor, cfg: HookedRecurrentConfig) -> None:
     """Raise InputError unless ``tokens`` are ids [B,T] of the vocabulary, at least one of them. Warns where a model
     with attention gets more tokens than its configuration names; recurrent layers set no limit.
 
-    Costs one look at the ids, on a GPU a synchronization.
+    Costs one look at the ids, for which a GPU is waited for.
     """
     if tokens.ndim != 2 or tokens.numel() == 0:
         raise InputError(
             f"input must be text or token ids [B,T], at least one, got {tokens.dtype} {list(tokens.shape)}"
         )
-    low, high = (int(x) for x in torch.aminmax(tokens))
+    low, high = (int(x) for x in torch.aminmax(tokens.cpu()))
     if low < 0 or high >= cfg.d_vocab:
         raise InputError(
             f"token id {low if low < 0 else high} is outside the vocabulary of {cfg.model_name}, "

@@ -33,6 +33,7 @@ from hookpoints.recurrence.canonical import (
     Loop,
     ScanResult,
     choice,
+    pick,
     resolve_index,
     tensors,
     terms,
@@ -107,11 +108,9 @@ class Recurrence(CanonicalForm):
         """Dense writes [B,T',H',K,V]: k_t u_t^T ("additive", what the token adds) or k_t u~_t^T ("corrected",
         what it changes besides decay). Memory is the result's; the factors `k`, `u` and `corrected_values()`
         say the same in K + V numbers."""
-        at = torch.tensor(resolve_index(positions, self.T, "positions"), device=self.device)
         selected = self.select(heads=heads)
         value = choice(kind, {"additive": lambda: selected.u, "corrected": selected.corrected_values}, "kind")()
-        key = selected.k.to(self.dtype).index_select(1, at)
-        value = value.to(self.dtype).index_select(1, at)
+        key, value = (pick(side.to(self.dtype), positions, 1, "positions") for side in (selected.k, value))
         return key.mT @ value if key.ndim == 5 else key[..., :, None] * value[..., None, :]
 
     def by_source(self, past_keys: Tensor | None = None) -> Self:
