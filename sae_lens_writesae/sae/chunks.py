@@ -27,7 +27,7 @@ from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae.architectures import WriteBatchTopKTrainingSAE
 from sae_lens_writesae.sae.architectures import WriteTopKTrainingSAEConfig as Config
 from sae_lens_writesae.sae.factors import Collection
-from sae_lens_writesae.sae.fast import FACTORS, Stack, Step, with_aux
+from sae_lens_writesae.sae.fast import FACTORS, Dead, Stack, Step, with_aux
 from sae_lens_writesae.sae.target import HeadHook, RunnerConfig
 
 SPAN = 64
@@ -99,6 +99,10 @@ class StateStack(Stack):
         self.inputs = collection.sha256
         super().__init__([(cfg, cast(Any, range(collection.n_sequences * len(self.units))), None)])
 
+    def place(self, writes: Any) -> torch.device:
+        """Collections are on the host."""
+        return torch.device("cpu")
+
     @torch.no_grad()
     def rows(self, m: int, index: Tensor) -> Any:
         """`States` of some units, in the order of their chunks."""
@@ -114,7 +118,7 @@ class StateStack(Stack):
             parts.append(States(start, met.exp(), keys, values, between.repeat(1, 1, len(chunk.values), 1)))
         return States(*(torch.cat(side).to(like) for side in zip(*parts)))
 
-    def losses(self, p: dict[str, Tensor], batch: Sequence[Any], ks: Sequence[int], dead: Tensor | None = None) -> Step:
+    def losses(self, p: dict[str, Tensor], batch: Sequence[Any], ks: Sequence[int], dead: Dead | None = None) -> Step:
         self.optimizer.zero_grad()
         done, sae = gradients(p, batch[0], self.cfg, dead), self.saes[0]
         if p is self.p and isinstance(sae, WriteBatchTopKTrainingSAE):
@@ -127,7 +131,7 @@ class StateStack(Stack):
         return rows.dense().flatten(1)
 
 
-def gradients(p: dict[str, Tensor], rows: States, cfg: Config, dead: Tensor | None = None) -> Step:
+def gradients(p: dict[str, Tensor], rows: States, cfg: Config, dead: Dead | None = None) -> Step:
     """One step of one dictionary (M = 1), as `fast.gradients`: scores of all atoms in chunks, and the loss of those
     that SAELens' TopK or BatchTopK selects on the states of some rows at a time. Adds to the gradients of `p`."""
     (_, F, R, K), V, (P, done) = p["v"].shape, p["w"].shape[3], (rows.since.shape[1], list[tuple[Tensor, Tensor]]())

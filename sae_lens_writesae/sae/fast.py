@@ -16,10 +16,11 @@ Other variants (a dense or flat side, other architectures) are trained by SAELen
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from io import BytesIO
 from itertools import product
 from pathlib import Path
@@ -48,7 +49,13 @@ if TYPE_CHECKING:
 MAX_STACK = 32
 """Dictionaries of one stack: more save nothing, and would hold their scores all at once."""
 BLOCK = 2**19
-"""Numbers of one block: of scores, or of a gathered factor."""
+"""Numbers of one block: of scores, or of a gathered factor. On a CPU a block stays in the cache."""
+DEVICE_BLOCK = 2**27
+"""The same on a device, where each block costs some twenty launches, and memory bounds it (half a GB)."""
+LOOK = 64
+"""Steps between two looks of the host at a device, each of which waits for it."""
+NEVER = 2**60
+"""Steps that no run has."""
 STATES_FROM = 64 * 64
 """K V from which states are trained on in chunks: a step is then 3.8 times as fast as on matrices, and 8.6 times at
 128 x 128. At 64 x 32 it is 1.9 times, which the whole run does not keep, and explained variance is 0.007 lower: rows of
@@ -69,7 +76,8 @@ def train_on_writes(
     """Train a dictionary on writes in memory, sum_s k_ns u_ns^T, and return it, still of its training class.
 
     The seed of the config draws initial atoms, the order of the rows and resampled atoms: the same seed gives bitwise
-    the same dictionary (on one machine and number of threads), and torch's global generator is left alone.
+    the same dictionary (on one machine and number of threads), and torch's global generator is left alone. On CUDA
+    atoms sum their gradients in no fixed order (`index_add_`), so that two runs differ by rounding.
 
     Args:
         cfg: SAELens' runner config; `training_config` makes one for a head of a model. Its SAE, seed, device,
@@ -117,7 +125,8 @@ def train_many_on_writes(
     shapes = {shape_of(cfg) for cfg in configs}
     one = len(shapes) == 1 and None not in shapes
     require(one, "configs", f"{len(shapes)} shapes", "dictionaries on factors that have one `shape_of`")
-    return Stack(list(zip(configs, writes, metrics or [None] * len(configs), strict=True))).train(checkpoint)
+    held = _held(writes, torch.device(configs[0].device))
+    return Stack(list(zip(configs, held, metrics or [None] * len(configs), strict=True))).train(checkpoint)
 
 
 def shape_of(cfg: RunnerConfig) -> str | None:
@@ -152,6 +161,15 @@ class Step(NamedTuple):
     """[M,N,k] their coefficients, 0 where an atom is not active."""
     aux: Tensor | None = None
     """[M] the auxiliary loss before its weight, where there are dead atoms."""
+
+
+class Dead(NamedTuple):
+    """Atoms that have been silent for too long."""
+
+    atoms: Tensor
+    """[M,F]"""
+    most: int
+    """At least as many as a dictionary has, known without waiting for the device."""
 
 
 class Biases(NamedTuple):
@@ -199,10 +217,10 @@ def gradients(
     values: Tensor,
     ks: Sequence[int],
     cfg: Config,
-    dead: Tensor | None = None,
+    dead: Dead | None = None,
 ) -> Step:
     """One step on rows [M,N,S,K] and [M,N,S,V]; puts the gradients of each dictionary's mean error and weighted
-    auxiliary loss (`with_aux`, of the atoms that are `dead` [M,F]) into the parameters.
+    auxiliary loss (`with_aux`, of the `dead` atoms) into the parameters.
 
     With c = (<X - B, encoder atom> + b_enc)_+ of the k atoms on top (after a factor of their norms, if
     `rescale_acts_by_decoder_norm`; X instead of X - B unless `apply_b_dec_to_input`), and E = B + sum_f c_f A_f - X,
@@ -213,17 +231,19 @@ def gradients(
     with torch.no_grad():
         biases = _biases(p, cfg)
         chosen = _chosen(p, keys, values, biases, ks)
-        decoded = _decoded(p, keys, values, chosen)
+        by_error = chosen.code * (2 / N)
+        decoded = _decoded(p, keys, values, chosen, by_error)
         by_shift = _by_atom(chosen.atoms, decoded.by_code, M, p)
-        by_product = _by_atom(chosen.atoms, chosen.code * (2 / N), M, p)
+        by_product = _by_atom(chosen.atoms, by_error, M, p)
         sides = [*decoded.by_atom.split([keys.shape[3], values.shape[3]], 1)]
         sides += _encoder_gradients(p, keys, values, chosen, decoded.by_code)
-        weights = [by_product, by_product, -by_shift, -by_shift]
-        for name, side, of_bias, weight in zip(FACTORS, sides, biases.products, weights):
-            p[name].grad = side.contiguous().view_as(of_bias).addcmul_(of_bias, weight)  # as fused Adam takes them
+        weights = [(by_product, 1), (by_product, 1), (by_shift, -1), (by_shift, -1)]
+        for name, side, of_bias, (weight, sign) in zip(FACTORS, sides, biases.products, weights):
+            p[name].grad = torch.addcmul(side.view(of_bias.shape), of_bias, weight, value=sign)
         p["b_enc"].grad = by_shift.flatten(1)
-        p["b_dec"].grad = _bias_gradient(p, keys, values, by_shift * cfg.apply_b_dec_to_input, by_product)
-        with_bias = decoded.errors + 2 * (chosen.code * chosen.of_bias).sum(1)
+        taken = by_shift if cfg.apply_b_dec_to_input else torch.zeros_like(by_shift)
+        p["b_dec"].grad = _bias_gradient(p, keys, values, taken, by_product)
+        with_bias = torch.add(decoded.errors, (chosen.code * chosen.of_bias).sum(1), alpha=2)
         errors = with_bias.view(M, N) + _bias_errors(p, keys, values)
         step = Step(errors, chosen.atoms.view(M, N, -1), chosen.code.view(M, N, -1))
     return with_aux(p, partial(inners, keys, values), lambda: keys.mT @ values, step, cfg, dead)
@@ -232,7 +252,7 @@ def gradients(
 def _biases(p: dict[str, Tensor], cfg: Config) -> Biases:
     v, w, v_enc, w_enc = (p[name] for name in FACTORS)
     bias = p["b_dec"].view(len(v), v.shape[3], w.shape[3])
-    taken = bias * cfg.apply_b_dec_to_input
+    taken = bias if cfg.apply_b_dec_to_input else torch.zeros_like(bias)
     products = _each(w, bias.mT), _each(v, bias), _each(w_enc, taken.mT), _each(v_enc, taken)
     shift = p["b_enc"] - (v_enc * products[2]).sum((2, 3))
     gain = _norms(v, w) if cfg.rescale_acts_by_decoder_norm else torch.ones_like(shift)
@@ -243,31 +263,46 @@ def _chosen(p: dict[str, Tensor], keys: Tensor, values: Tensor, biases: Biases, 
     M, N = keys.shape[:2]
     F = p["v"].shape[1]
     top, of_keys, of_values = _select(keys, values, p["v_enc"], p["w_enc"], biases.shift, biases.gain, ks)
-    dictionary = torch.arange(M, device=keys.device).repeat_interleave(N)
-    atoms = top + F * dictionary[:, None]
+    first, asked = _of_dictionaries(M, N, F, tuple(ks), keys.device)
+    atoms = top if M == 1 else top + first
     table = torch.stack([biases.shift, biases.gain, biases.of_atoms], -1).flatten(0, 1)
     shift, gain, of_bias = embedding(atoms, table).unbind(-1)
     of_values /= gain[:, None, :, None]
     code = (of_keys * of_values).sum((1, 3)) + shift
-    # Dictionaries of one stack may have another k.
-    asked = torch.arange(max(ks), device=keys.device) < dictionary.new_tensor(ks)[dictionary, None]
-    active = (code > 0) & asked
-    return Chosen(atoms, torch.where(active, code, 0), active, (of_keys, of_values), of_bias)
+    if min(ks) < max(ks):
+        code = code * asked
+    return Chosen(atoms, code.relu(), code > 0, (of_keys, of_values), of_bias)
 
 
-def _decoded(p: dict[str, Tensor], keys: Tensor, values: Tensor, chosen: Chosen) -> Decoded:
-    """Errors and gradients, some rows at a time: a row is a sum of k R terms of atoms less its own S."""
+@lru_cache(maxsize=16)
+def _of_dictionaries(M: int, N: int, F: int, ks: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of the dictionary of each of M N rows the number of its first atom [M N,1], and whether a place is among its k
+    [M N,k]: dictionaries of one stack may have another. Made once: on a device a list is a copy that waits."""
+    dictionary = torch.arange(M).repeat_interleave(N)[:, None]
+    asked = torch.arange(max(ks)) < torch.tensor(ks)[dictionary]
+    return (F * dictionary).to(device), asked.to(device)
+
+
+@lru_cache(maxsize=64)
+def _numbers(*shape: int, device: torch.device, first: int = 0) -> Tensor:
+    """Numbers one after the other in a shape, made once."""
+    return torch.arange(first, first + math.prod(shape), device=device).view(shape)
+
+
+def _decoded(p: dict[str, Tensor], keys: Tensor, values: Tensor, chosen: Chosen, by_error: Tensor) -> Decoded:
+    """Errors and gradients, some rows at a time: a row is a sum of k R terms of atoms less its own S. `by_error` are
+    the coefficients in the gradient of the mean error."""
     (M, N, S, K), (F, R, V), k = keys.shape, p["w"].shape[1:], chosen.atoms.shape[1]
     lefts = torch.cat([p["v"].flatten(0, 2), keys.flatten(0, 2)])  # [M F R + M N S,K]
     rights = torch.cat([p["w"].flatten(0, 2), values.flatten(0, 2)])
     of_atoms = _terms(chosen.atoms, R)
-    own = M * F * R + torch.arange(M * N * S, device=keys.device).view(-1, S)
+    own = _numbers(M * N, S, first=M * F * R, device=keys.device)
     index = torch.cat([of_atoms, own], 1)  # [M N,k R + S]
-    sizes = pad(chosen.code.repeat_interleave(R, 1), (0, S), value=-1.0)
+    sizes = pad(_of_terms(chosen.code, R), (0, S), value=-1.0)
     by_atom = keys.new_zeros(M * F * R, K + V)
     by_term = list[Tensor]()
     errors = list[Tensor]()
-    for rows in _blocks(M * N, (k * R + S) * max(K, V)):
+    for rows in _blocks(M * N, (k * R + S) * max(K, V), keys.device):
         size, terms = sizes[rows], index[rows]
         left = embedding(terms, lefts)
         right = embedding(terms, rights)
@@ -276,10 +311,11 @@ def _decoded(p: dict[str, Tensor], keys: Tensor, values: Tensor, chosen: Chosen)
         by_term.append(inner[:, : k * R])
         errors.append((inner * size).sum(1))
         change = torch.cat([by_left[:, : k * R], by_right[:, : k * R]], 2)
-        change.mul_((size[:, : k * R] * (2 / N))[..., None])
+        change.mul_(_of_terms(by_error[rows], R)[..., None])
         by_atom.index_add_(0, of_atoms[rows].flatten(), change.flatten(0, 1))
-    by_code = torch.cat(by_term).unflatten(1, (k, R)).sum(2) + chosen.of_bias
-    return Decoded(torch.cat(errors), by_code * chosen.active * (2 / N), by_atom)
+    of_terms = _joined(by_term)
+    by_code = (of_terms if R == 1 else of_terms.unflatten(1, (k, R)).sum(2)) + chosen.of_bias
+    return Decoded(_joined(errors), by_code * chosen.active * (2 / N), by_atom)
 
 
 def _products_of_three(left: Tensor, right: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
@@ -299,11 +335,11 @@ def _encoder_gradients(
     """[M F R,K] and [M F R,V], without what the bias adds. They are sums of rows: those for one term of an atom lie
     side by side, in a bag."""
     (M, N, S, _), (F, R), k = keys.shape, p["v"].shape[1:3], by_code.shape[1]
-    of = partial(torch.arange, device=keys.device)
+    of = partial(_numbers, device=keys.device)
     shape = (M * N, S, k, R)
     terms, order = _terms(chosen.atoms, R).view(-1, 1, k, R).expand(shape).flatten().sort(stable=True)
     bags = torch.searchsorted(terms, of(M * F * R))
-    rows = of(M * N * S).view(-1, S, 1, 1).expand(shape).flatten().index_select(0, order)
+    rows = order // (k * R)  # of [M N S], each k R times
     gradients_of_sides = []
     for side, other in zip((keys, values), reversed(chosen.sides)):
         weights = (by_code[:, None, :, None] * other).flatten().index_select(0, order)
@@ -316,26 +352,38 @@ def _bias_gradient(p: dict[str, Tensor], keys: Tensor, values: Tensor, by_shift:
     """[M,K*V] of the mean error."""
     (M, N, _, K), V = keys.shape, values.shape[3]
     v, w, v_enc, w_enc = (p[name] for name in FACTORS)
-    outer_products = [(v * by_product, w), (keys * (-2 / N), values), (v_enc * -by_shift, w_enc)]
-    total = sum(left.flatten(1, 2).mT @ right.flatten(1, 2) for left, right in outer_products)
-    return (2 * p["b_dec"].view(M, K, V) + total).flatten(1)
+    of_atoms, of_rows, of_encoder = (
+        left.flatten(1, 2).mT @ right.flatten(1, 2)
+        for left, right in ((v * by_product, w), (keys * (-2 / N), values), (v_enc * by_shift, w_enc))
+    )
+    return (of_atoms + of_rows - of_encoder).add(p["b_dec"].view(M, K, V), alpha=2).flatten(1)
 
 
 def _bias_errors(p: dict[str, Tensor], keys: Tensor, values: Tensor) -> Tensor:
     """[M,N] |B|^2 - 2 <X, B>."""
     bias = p["b_dec"].view(len(keys), keys.shape[3], values.shape[3])
-    return bias.square().sum((1, 2))[:, None] - 2 * (_each(keys, bias) * values).sum((2, 3))
+    return bias.square().sum((1, 2))[:, None].sub((_each(keys, bias) * values).sum((2, 3)), alpha=2)
 
 
 def _terms(atoms: Tensor, R: int) -> Tensor:
     """[M N,k R] numbers of the terms of atoms [M N,k]."""
-    return (atoms[..., None] * R + torch.arange(R, device=atoms.device)).flatten(1)
+    return atoms if R == 1 else (atoms[..., None] * R + _numbers(R, device=atoms.device)).flatten(1)
+
+
+def _of_terms(x: Tensor, R: int) -> Tensor:
+    """[M N,k R] numbers of atoms [M N,k] for each of their terms."""
+    return x if R == 1 else x.repeat_interleave(R, 1)
 
 
 def _by_atom(atoms: Tensor, x: Tensor, M: int, p: dict[str, Tensor]) -> Tensor:
     """[M,F,1,1] sums of x [M N,k] over the rows that have the atom."""
     F = p["v"].shape[1]
     return x.new_zeros(M * F).index_add_(0, atoms.flatten(), x.flatten()).view(M, F, 1, 1)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Blocks one after the other."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _select(
@@ -345,7 +393,7 @@ def _select(
     `gain`, with those of the encoder [M*N,S,k,R]."""
     (M, N, S, _), (F, R), k = keys.shape, v_enc.shape[1:3], max(ks)
     encoder, offset = (v_enc, w_enc * gain[..., None, None]), (shift * gain)[:, None]
-    found, blocks = list[tuple[Tensor, ...]](), list(_blocks(N, M * F * R * S))
+    found, blocks = list[tuple[Tensor, ...]](), list(_blocks(N, M * F * R * S, keys.device))
     room = keys.new_empty(3, M, blocks[0].stop, S * F * R)  # allocating it for each block would take half the time
     for rows in blocks:
         n = rows.stop - rows.start
@@ -360,7 +408,8 @@ def _select(
         top = top_atoms(scores, k, ordered=min(ks) < k)
         at = top[:, :, None, :, None].expand(-1, -1, S, -1, R)
         found.append((top, of_keys.gather(3, at), of_values.gather(3, at)))
-    return [torch.cat(each, 1).flatten(0, 1) for each in zip(*found)]
+    parts = found[0] if len(found) == 1 else [torch.cat(each, 1) for each in zip(*found)]
+    return [part.flatten(0, 1) for part in parts]
 
 
 def with_aux(
@@ -369,10 +418,10 @@ def with_aux(
     dense: Callable[[], Tensor],
     step: Step,
     cfg: Config,
-    dead: Tensor | None,
+    dead_atoms: Dead | None,
 ) -> Step:
-    """A step and SAELens' auxiliary loss of TopK, whose gradients it adds: of the atoms that are `dead` [M,F] the most
-    active ones, at most K V / 2, reconstruct what the step left.
+    """A step and SAELens' auxiliary loss of TopK, whose gradients it adds: of the dead atoms the most active
+    ones, at most K V / 2, reconstruct what the step left.
 
     It takes the cheaper of two ways for D dead atoms: by inner products of atoms, D F (K + V) + N D (K + V + k + D), or
     by matrices, N D K V.
@@ -381,9 +430,10 @@ def with_aux(
         of_rows: inner products [M,N,D] of the rows with [M,D,R,K] and [M,D,R,V].
         dense: the rows [M,N,K,V].
     """
-    if dead is None or not bool(dead.any()):
+    if dead_atoms is None:
         return step
-    (M, N, k), F, wanted, most = step.atoms.shape, dead.shape[1], cfg.d_in // 2, int(dead.sum(1).max())
+    dead, most = dead_atoms
+    (M, N, k), F, wanted = step.atoms.shape, dead.shape[1], cfg.d_in // 2
     index = dead.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
     v, w, v_enc, w_enc = (p[name].take_along_dim(index[..., None, None], 1) for name in FACTORS)
     bias = p["b_dec"].view(M, cfg.d_k, cfg.d_v)
@@ -426,7 +476,7 @@ def top_atoms(scores: Tensor, k: int, *, ordered: bool = False) -> Tensor:
     F, size = scores.shape[-1], 4
     if k == 1:
         return scores.argmax(-1, keepdim=True)
-    if F % size or 4 * size * k > F:
+    if F % size or 4 * size * k > F or scores.device.type != "cpu":  # a device selects without sorting
         return scores.topk(k, sorted=ordered).indices
     groups = top_atoms(scores.unflatten(-1, (size, F // size)).amax(-2), k)  # atom f is in group f % (F / size)
     members = (groups[..., None, :] + F // size * torch.arange(size, device=groups.device)[:, None]).flatten(-2)
@@ -438,12 +488,23 @@ def _each(side: Tensor, matrices: Tensor) -> Tensor:
     return (side.flatten(1, 2) @ matrices).unflatten(1, side.shape[1:3])
 
 
-def _blocks(n: int, width: int) -> Iterator[slice]:
-    size = max(16, BLOCK // max(width, 1))
+def _blocks(n: int, width: int, device: torch.device) -> Iterator[slice]:
+    size = max(16, (BLOCK if device.type == "cpu" else DEVICE_BLOCK) // max(width, 1))
     return (slice(start, min(start + size, n)) for start in range(0, n, size))
 
 
 # ------------------------------------------------------------------------------------------------ the loop
+
+
+def _held(writes: Sequence[LowRank], device: torch.device) -> Sequence[LowRank]:
+    """Writes on the device of training, where they take less than half of what is free there: no step then copies."""
+    different = {id(part): part for part in writes}
+    needed = sum(part.keys.nbytes + part.values.nbytes for part in different.values())
+    free = getattr(torch.get_device_module(device), "mem_get_info", None)
+    if device.type == "cpu" or free is None or 2 * needed > free(device)[0]:
+        return writes
+    there = {name: part.to(device) for name, part in different.items()}
+    return [there[id(part)] for part in writes]
 
 
 class Stack:
@@ -487,24 +548,37 @@ class Stack:
         )
         self.silent = torch.zeros(self.p["b_enc"].shape, dtype=torch.long, device=self.runner.device)
         self.step = 0
+        self.looks = 1 if self.silent.device.type == "cpu" else LOOK
+        self.errors = self.p["b_dec"].new_zeros(())
+        """Sum since the last look: NaN or infinite from the first that is."""
+        self.most_dead: int | None = None
+        """At least as many atoms as a dictionary has dead before the next look."""
 
     def _spread(self, m: int, most: int) -> Sequence[Tensor]:
         """Numbers of at most so many rows of a dictionary, evenly spaced, for a thousand rows at a time."""
         n = len(self.writes[m])
         return torch.linspace(0, n - 1, min(n, most // self.together)).long().split(1024 // self.together)
 
+    def place(self, writes: LowRank) -> torch.device:
+        """Where numbers of rows are used."""
+        return writes.keys.device
+
     def rows(self, m: int, index: Tensor) -> LowRank:
         """Some rows of a dictionary [n], as it sees them: in its metric, then scaled."""
         metric, like = self.metrics[m], self.p["b_dec"]
         part = self.writes[m].rows(index.to(self.writes[m].keys.device)).to(like.device).to(like.dtype)
-        return (metric.move(part) if metric else part) * self.scales[m]
+        part = metric.move(part) if metric else part
+        return part if self.scales[m] == 1 else part * self.scales[m]
 
     def losses(
-        self, p: dict[str, Tensor], batch: Sequence[LowRank], ks: Sequence[int], dead: Tensor | None = None
+        self, p: dict[str, Tensor], batch: Sequence[LowRank], ks: Sequence[int], dead: Dead | None = None
     ) -> Step:
         """A step on N rows of each dictionary; puts the gradients of its losses into the parameters `p`. The loss of
-        `dead` atoms [M,F] is among them, where they are given."""
-        keys, values = (torch.stack(side) for side in zip(*((rows.keys, rows.values) for rows in batch)))
+        `dead` atoms is among them, where they are given."""
+        if len(batch) == 1:
+            keys, values = batch[0].keys[None], batch[0].values[None]
+        else:
+            keys, values = (torch.stack(side) for side in zip(*((rows.keys, rows.values) for rows in batch)))
         return gradients(p, keys, values, ks, self.cfg, dead)
 
     def matrices(self, rows: LowRank) -> LowRank | Tensor:
@@ -522,7 +596,7 @@ class Stack:
             self._resume(file)
         batch, steps = self.trainer.train_batch_size_samples, self.trainer.total_training_steps
         order = [
-            shuffled(len(rows), batch // self.together, cfg.seed, self.step)
+            shuffled(len(rows), batch // self.together, cfg.seed, self.step, self.place(rows))
             for rows, cfg in zip(self.writes, self.configs)
         ]
         size = len(self.saes) * batch * self.cfg.d_sae * self.cfg.rank * (self.cfg.d_k + self.cfg.d_v)
@@ -537,9 +611,11 @@ class Stack:
                     for m, run in enumerate(runs):
                         run.log(self._measured(done, m, self.matrices(batch[m])), step=self.step)
                 if file is not None and time.monotonic() - saved > SAVE_SECONDS:
+                    self._check_finite()
                     state = self._state()
                     atomic_write(file, partial(torch.save, state | {"sha256": content_hash(state)}))
                     saved = time.monotonic()
+        self._check_finite()
         found = [self._finished(m) for m in range(len(self.saes))]
         if file is not None:
             file.unlink(missing_ok=True)
@@ -551,27 +627,47 @@ class Stack:
         Raises:
             ValueError: NaN or infinite errors.
         """
-        dead = self.silent > self.trainer.dead_feature_window
+        window = self.trainer.dead_feature_window
+        if self.most_dead is None or self.step % self.looks == 0:
+            dying = self.silent > window - self.looks + 1
+            self.most_dead = int(dying.sum(1).max())
+        dead = Dead(self.silent > window, self.most_dead) if self.most_dead else None
         if self.step < START_STEPS or any(
             n and self.step % n == 0 for n in (self.cfg.unit_norm_every, self.cfg.resample_every)
         ):
+            of_one = [None] * len(self.saes) if dead is None else dead.atoms
             for m, (sae, cfg) in enumerate(zip(self.saes, self.configs)):
                 with seeded(cfg.seed, self.step):
-                    sae._upkeep(self.matrices(batch[m]), self.step, dead[m])  # pyright: ignore  (decorator)
+                    sae._upkeep(self.matrices(batch[m]), self.step, of_one[m])  # pyright: ignore  (decorator)
         done = self.losses(self.p, batch, self.ks, dead if self.cfg.aux_loss_coefficient else None)
-        if not bool(done.errors.sum().isfinite()):
-            raise ValueError(f"step {self.step}: expected finite errors, got NaN or infinity: of the writes, or of lr")
+        self.errors += done.errors.sum()
+        if self.step % self.looks == 0:
+            self._check_finite()
         with torch.no_grad():
-            every = [cast(Tensor, x.grad).flatten(1) for x in self.p.values()]
-            norms = torch.stack([x.square().sum(1) for x in every]).sum(0).sqrt()
-            for x in every:  # clip_grad_norm_, of each dictionary
-                x.mul_((1 / (norms + 1e-6)).clamp_max(1)[:, None])
+            self._clip()
         self.optimizer.step()
         self.schedule.step()
+        since = (done.code <= 0) * NEVER
         self.silent += 1
-        self.silent.view(-1)[done.atoms[done.code > 0]] = 0
+        self.silent.view(-1).scatter_reduce_(0, done.atoms.flatten(), since.flatten(), "amin")
         self.step += 1
         return done
+
+    def _check_finite(self) -> None:
+        if not bool(self.errors.isfinite()):
+            raise ValueError(f"step {self.step}: expected finite errors, got NaN or infinity: of the writes, or of lr")
+        self.errors.zero_()
+
+    def _clip(self) -> None:
+        """clip_grad_norm_, of each dictionary."""
+        if len(self.saes) == 1 and self.silent.device.type != "cpu":  # half of the launches
+            nn.utils.clip_grad_norm_(list(self.p.values()), 1.0, foreach=True)
+            return
+        every = [cast(Tensor, x.grad).flatten(1) for x in self.p.values()]
+        norms = torch.stack([x.square().sum(1) for x in every]).sum(0).sqrt()
+        factor = (1 / (norms + 1e-6)).clamp_max(1)[:, None]
+        for x in every:
+            x.mul_(factor)
 
     def _measured(self, done: Step, m: int, rows: LowRank | Tensor) -> dict[str, float]:
         """Numbers of a step of one dictionary by SAELens' names."""

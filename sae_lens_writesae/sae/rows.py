@@ -71,15 +71,15 @@ def seeded(seed: int, step: int) -> Iterator[None]:
         yield
 
 
-def shuffled(n_rows: int, batch: int, seed: int, step: int = 0) -> Iterator[Tensor]:
+def shuffled(n_rows: int, batch: int, seed: int, step: int = 0, device: torch.device | str = "cpu") -> Iterator[Tensor]:
     """[batch] row numbers of a step and all later ones. Every epoch is a new permutation of N rows, and a batch may
-    reach from one epoch into the next, so that all rows are seen equally often."""
+    reach from one epoch into the next, so that all rows are seen equally often. They are the same on every device."""
     epoch, skipped = divmod(step * batch, n_rows)
-    order = torch.zeros(0, dtype=torch.long)
+    order = torch.zeros(0, dtype=torch.long, device=device)
     while True:
         while len(order) < batch + skipped:
             with seeded(seed, epoch):
-                order = torch.cat([order, torch.randperm(n_rows)])
+                order = torch.cat([order, torch.randperm(n_rows).to(device)])
             epoch += 1
         yield order[skipped : skipped + batch]
         order, skipped = order[skipped + batch :], 0

@@ -99,7 +99,7 @@ def test_losses_and_gradients_are_those_of_the_dense_step(
     output = sae.training_forward_pass(TrainStepInput(x, {}, dead, 1, False))
     output.loss.backward()
     p: dict[str, Any] = {name: nn.Parameter(x.data.clone()[None]) for name, x in sae.named_parameters()}
-    done: Any = gradients(p, rows, sae.cfg, dead[None])
+    done: Any = gradients(p, rows, sae.cfg, fast.Dead(dead[None], int(dead.sum())))
     torch.testing.assert_close(done.errors.mean(), output.losses["mse_loss"], **CLOSE)
     loss = output.losses["auxiliary_reconstruction_loss"].detach()
     torch.testing.assert_close(sae.cfg.aux_loss_coefficient * done.aux[0], loss, **CLOSE)
