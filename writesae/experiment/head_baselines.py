@@ -54,7 +54,8 @@ class HeadBaselines:
     metric: Metric | None
     """None: squared errors."""
     writes: LowRank
-    """The N writes that all is fitted on, in the metric, as the fields below are."""
+    """The N writes that all is fitted on, in the metric, as the fields below are; these and their mean on the
+    host."""
     mean: Tensor
     """[K,V]"""
     tokens: dict[int, Integers]
@@ -100,13 +101,14 @@ class HeadBaselines:
         of_tokens = list(by_token.values())
         directions = writes.rows(torch.tensor(nonzero))
         drawn = writes.rows(torch.tensor(np.sort(rng.permutation(nonzero)[:n_codes])))
+        host = writes.to(torch.device("cpu"))  # means of thousands of small groups, for each of which a GPU would wait
         return cls(
             metric,
-            writes,
-            _mean(writes, everything),
+            host,
+            _mean(host, everything),
             by_token,
             by_pair,
-            (_strength(writes, [everything], of_tokens), _strength(writes, of_tokens, list(by_pair.values()))),
+            (_strength(host, [everything], of_tokens), _strength(host, of_tokens, list(by_pair.values()))),
             drawn,
             lloyd(directions * (1 / directions.norm()), drawn),
             fit_pca(writes, components),
