@@ -17,11 +17,11 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("hookpoints", "sae_lens_writesae", "writesae")
 """Each knows only those before it."""
 CEILINGS = {
-    "hookpoints": 33_000,
-    "sae_lens_writesae": 16_350,
+    "hookpoints": 33_300,
+    "sae_lens_writesae": 16_750,
     "writesae": 54_000,
-    "tests": 102_500,
-    "scripts + benchmarks": 28_600,
+    "tests": 102_900,
+    "scripts + benchmarks": 29_800,
 }
 """Expression nodes of folders. A smoke alarm and no target: a commit that needs more says what a reader gains."""
 OFFENDERS = {"statement": 86, "joined": 134, "function": 21}

@@ -1,0 +1,197 @@
+"""Costs on a GPU, counted on a pretended one (`tests/device.py`): launches, waits of the host, and copies. Counts are
+exact, the same on every machine; no GPU has run them. An op of PyTorch counts as one launch."""
+
+# ruff: noqa: E402
+
+from __future__ import annotations
+
+import copy
+import sys
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path += [str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts")]
+
+import device
+import frame
+import torch
+from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens.training.sae_trainer import SAETrainer
+from tables import table
+
+from hookpoints import HookedRecurrent, WriteEdit, embedded
+from sae_lens_writesae import collect, train, train_on_writes, training_config
+from writesae import Substitution, sample_sequences
+
+TITLE = "Costs on a GPU, counted"
+QUICK = {"length": 32, "wide": False}
+LAYER, HEAD = 4, 2
+MICROSECONDS = {"launch": 5, "sync": 20, "to_device": 20, "to_host": 20, "bus": 1 / 25e3, "bytes": 1 / 2e6}
+"""A plain model of an H100: 5 us a launch, 20 us a wait, 25 GB/s of the bus, 2 TB/s of memory."""
+Counts = dict[str, float]
+
+
+@torch.no_grad()
+def of_passes(seen: Any, length: int) -> dict[str, Counts]:
+    """Passes of the embedded model, its memory, and edit sessions."""
+    model = HookedRecurrent.from_pretrained("embedded", device="npu", self_check=False)
+    native = copy.deepcopy(model.hf_model)
+    for module in native.modules():  # without hooks
+        vars(module).pop("forward", None)
+    ids = torch.randint(0, 500, (1, length), generator=torch.Generator().manual_seed(0)).to("npu")
+    one = ids[:, :1]
+    place = f"blocks.{LAYER}.mixer.heads.{HEAD}"
+    works: dict[str, Callable[[], object]] = {
+        "native forward": lambda: native(input_ids=ids, use_cache=False),
+        "idle hooks": lambda: model(ids),
+        "one head's writes read": lambda: model.run_with_cache(ids, names_filter=f"{place}.hook_write"),
+        "one head's states read": lambda: model.run_with_cache(ids, names_filter=f"{place}.hook_state"),
+        "one head's write edited": lambda: model.run_with_hooks(ids, fwd_hooks=[(f"{place}.hook_write", _cut)]),
+        "all hooks": lambda: model.run_with_cache(ids),
+        "memory": lambda: model.memory(ids),
+    }
+    costs = {name: seen.of(work) for name, work in works.items()}
+    for name, runs in (("native decode", native), ("decode, attached", model.hf_model)):
+        past = runs(input_ids=ids, use_cache=True).past_key_values
+        costs[name] = seen.of(lambda runs=runs, past=past: runs(input_ids=one, past_key_values=past, use_cache=True))
+    memory, span = model.memory(ids), (length // 4, length // 2)
+    costs["memory without a span"] = seen.of(lambda: memory.without(span, reread=0))
+    costs["memory without it, 4 tokens reread"] = seen.of(lambda: memory.without(span, reread=4))
+    r = model.recurrence(ids, layer=LAYER)
+    for name, step in (("64 positions", 1), ("one position", 0)):
+        start = length // 4
+        edits = [
+            WriteEdit(
+                LAYER, HEAD, start + step * n % (length // 2), r.k[0, n % length, 0], r.u[0, 5, 0], mode="replace"
+            )
+            for n in range(64)
+        ]
+        session = model.edit_session(ids)
+        costs[f"session of 64 replaces, {name}"] = seen.of(partial(session.run, [[edit] for edit in edits]))
+    return costs
+
+
+def _cut(value: torch.Tensor, hook: object) -> torch.Tensor:
+    value[:, 5] = 0
+    return value
+
+
+def of_steps(seen: Any, sizes: dict[str, tuple[int, int, dict[str, Any]]]) -> dict[str, Counts]:
+    """A step of training on writes of the model's shape, by F, N and settings; and one of SAELens' own TopK."""
+    model = HookedRecurrent.from_pretrained("embedded", device="meta")
+    shape = model.cfg.layer(LAYER)
+    g = torch.Generator().manual_seed(0)
+    keys, values = (torch.randn(8192, n, generator=g) for n in (shape.K, shape.V))
+    costs = {}
+    for name, (n_atoms, batch, settings) in sizes.items():
+
+        def config(steps: int, n_atoms: int = n_atoms, batch: int = batch, settings: Any = settings) -> Any:
+            rows: dict[str, Any] = {"training_tokens": steps * batch, "train_batch_size_tokens": batch}
+            fixed: dict[str, Any] = {"lr_warm_up_steps": 1, "device": "npu", "verbose": False, "sae": {"k": 32}}
+            return training_config(model, LAYER, HEAD, d_sae=n_atoms, **fixed | rows | settings)
+
+        costs[name] = per_step(seen, lambda steps, config=config: train_on_writes(config(steps), keys, values))
+    n_atoms, batch, settings = sizes["SAE step, F 1024, N 128, k 32"]
+    costs["the same, SAELens' own TopK"] = per_step(
+        seen, lambda steps: saelens(steps, n_atoms, batch, shape.K * shape.V)
+    )
+    return costs
+
+
+def saelens(steps: int, n_atoms: int, batch: int, d_in: int) -> None:
+    """SAELens' own TopK, trained by its own trainer on rows of the device."""
+    from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
+
+    sae = TopKTrainingSAEConfig(d_in=d_in, d_sae=n_atoms, k=32, device="npu")
+    cfg = LanguageModelSAERunnerConfig(
+        sae=sae,
+        training_tokens=steps * batch,
+        train_batch_size_tokens=batch,
+        device="npu",
+        logger=LoggingConfig(log_to_wandb=False),
+        n_checkpoints=0,
+        checkpoint_path=None,
+        output_path=None,
+        verbose=False,
+    )
+    rows = torch.randn(batch, d_in).to("npu")
+    SAETrainer(cfg.to_sae_trainer_config(), TopKTrainingSAE(sae), iter(lambda: rows, None)).fit()
+
+
+def per_step(seen: Any, run: Callable[[int], object], few: int = 24, many: int = 40) -> Counts:
+    """Counts of a step once training is steady: the difference of two runs."""
+    short, long = (Counter(seen.of(lambda steps=steps: run(steps))) for steps in (few, many))
+    return {kind: (long[kind] - short[kind]) / (many - few) for kind in long}
+
+
+def of_substitution(seen: Any, n_atoms: int = 10) -> Counts:
+    """Of twenty firings of an atom."""
+    model = HookedRecurrent.from_pretrained("embedded", device="npu", self_check=False)
+    tokens = sample_sequences(model, embedded.text("test"), context_size=48, n_sequences=24)
+    with tempfile.TemporaryDirectory() as folder:
+        text = collect(model, tokens, [LAYER], None, Path(folder) / "text", targets=("write",), progress=False)
+        sizes: dict[str, Any] = {"d_sae": 64, "training_tokens": 4096, "train_batch_size_tokens": 128}
+        sae = train(training_config(text, LAYER, HEAD, device="npu", verbose=False, **sizes))
+    question = Substitution(n_atoms=n_atoms, firings_per_atom=2)
+    return seen.of(lambda: question.run(model, sae, tokens, progress=False))
+
+
+def measure(length: int = 128, wide: bool = True) -> dict[str, Any]:
+    warnings.simplefilter("ignore")
+    sizes: dict[str, tuple[int, int, dict[str, Any]]] = {"SAE step, F 1024, N 128, k 32": (1024, 128, {})}
+    sizes["the same, with dead atoms"] = (1024, 128, {"dead_feature_window": 10})
+    if wide:
+        sizes["SAE step, F 4096, N 4096, k 32"] = (4096, 4096, {})
+    with device.pretended() as seen:
+        costs = of_passes(seen, length) | of_steps(seen, sizes)
+        if wide:
+            costs["substitution of 20 firings"] = of_substitution(seen)
+    return costs
+
+
+def waits(costs: Counts) -> float:
+    """Of the host for the device."""
+    return costs["sync"] + costs["to_host"]
+
+
+def microseconds(costs: Counts) -> float:
+    return sum(weight * costs[kind] for kind, weight in MICROSECONDS.items())
+
+
+def lines(found: dict[str, Counts]) -> list[frame.Line]:
+    native, read = found["native forward"], found["one head's writes read"]
+    step = found["SAE step, F 1024, N 128, k 32"]
+    return [
+        frame.Line("idle hooks, launches beside native", found["idle hooks"]["launch"] - native["launch"], goal=1),
+        frame.Line("idle hooks, waits beside native", waits(found["idle hooks"]) - waits(native), goal=1),
+        frame.Line("one head's writes read, launches beside native", read["launch"] - native["launch"], goal=20),
+        frame.Line("session of 64 replaces, syncs", found["session of 64 replaces, 64 positions"]["sync"], goal=1),
+        frame.Line("SAE step at F 1024, launches", step["launch"], goal=110),
+    ]
+
+
+def text(found: dict[str, Counts]) -> str:
+    head = ("work", "launches", "syncs", "copies to the device", "to the host", "model of an H100, ms")
+    rows = [
+        (
+            name,
+            *(f"{x[kind]:,.0f}" for kind in ("launch", "sync", "to_device", "to_host")),
+            f"{microseconds(x) / 1e3:,.1f}",
+        )
+        for name, x in found.items()
+    ]
+    model = (
+        "The last column is no measurement but a plain model: 5 us a launch, 20 us a wait or copy, 25 GB/s between "
+        "host and device, 2 TB/s of memory."
+    )
+    return f"{table(head, rows)}\n\n{model}"
+
+
+if __name__ == "__main__":
+    frame.main(sys.modules[__name__])

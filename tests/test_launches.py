@@ -1,0 +1,95 @@
+"""Launches, waits and copies on a GPU stay below their ceilings, counted on the pretended device."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import counted
+import device
+import pytest
+import torch
+
+from hookpoints import HookedRecurrent
+from sae_lens_writesae import LowRank, train_on_writes, training_config
+from sae_lens_writesae.sae.fast import Dead, Stack
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+import launches
+
+Costs = dict[str, dict[str, float]]
+
+
+@pytest.fixture(scope="module")
+def costs() -> Costs:
+    return launches.measure(**launches.QUICK)
+
+
+def test_hooks_cost_what_the_page_says(costs: Costs) -> None:
+    assert [line.what for line in launches.lines(costs) if line.missed] == []
+    for kind in ("launch", "sync", "to_device", "to_host"):
+        assert costs["decode, attached"][kind] == costs["native decode"][kind], kind
+    read, native = costs["one head's writes read"], costs["native forward"]
+    assert launches.waits(read) <= launches.waits(native) + 2  # ids, and where the span of a write is looked for
+    assert launches.waits(costs["session of 64 replaces, one position"]) <= 3
+
+
+def test_a_step_waits_for_nothing(costs: Costs) -> None:
+    step, aux = costs["SAE step, F 1024, N 128, k 32"], costs["the same, with dead atoms"]
+    assert step["launch"] <= costs["the same, SAELens' own TopK"]["launch"]
+    assert aux["launch"] <= 260
+    for of_step in (step, aux):
+        assert launches.waits(of_step) <= 0.1 and of_step["to_device"] <= 0.1
+
+
+def config(place: str, **settings: Any) -> Any:
+    model = HookedRecurrent.from_pretrained("embedded", device="meta")
+    sizes: dict[str, Any] = {"d_sae": 64, "sae": {"k": 4}, "training_tokens": 40 * 32, "train_batch_size_tokens": 32}
+    return training_config(model, 4, 2, device=place, verbose=False, dead_feature_window=8, **sizes | settings)
+
+
+def writes() -> tuple[torch.Tensor, torch.Tensor]:
+    shape, g = HookedRecurrent.from_pretrained("embedded", device="meta").cfg.layer(4), torch.Generator().manual_seed(0)
+    return torch.randn(256, shape.K, generator=g), torch.randn(256, shape.V, generator=g)
+
+
+def test_a_step_gives_the_gradients_of_a_host() -> None:
+    def gradients(place: str) -> dict[str, Any]:
+        stack = Stack([(config(place), LowRank(*(side[:, None].to(place) for side in writes())), None)])
+        dead = torch.arange(64)[None].to(place) % 3 == 0
+        stack.losses(stack.p, [stack.rows(0, torch.arange(32).to(place))], stack.ks, Dead(dead, 40))
+        return {name: parameter.grad for name, parameter in stack.p.items()}
+
+    expected = gradients("cpu")
+    with device.pretended():
+        for name, gradient in gradients("npu").items():
+            assert gradient.device == device.NPU
+            torch.testing.assert_close(gradient.cpu(), expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_dictionary_trains_on_rows_of_the_host() -> None:
+    with device.pretended():
+        sae = train_on_writes(config("npu"), *writes())
+        assert all(x.device == device.NPU and bool(x.isfinite().all()) for x in sae.parameters())
+
+
+@pytest.fixture
+def order(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, str, int]]]:
+    """What is noted, in its order."""
+    noted: list[tuple[str, str, int]] = []
+    monkeypatch.setattr(counted.Seen, "note", lambda _, kind, op, n=1: noted.append((kind, op, n)))
+    with device.pretended():
+        yield noted
+
+
+def test_two_steps_launch_the_same_so_that_a_graph_can_replay_them(order: list[tuple[str, str, int]]) -> None:
+    keys, values = (side[:, None].to("npu") for side in writes())
+    stack, rows, steps = Stack([(config("npu"), LowRank(keys, values), None)]), torch.arange(32).to("npu"), []
+    for _ in range(25):
+        order.clear()
+        stack.take([stack.rows(0, rows)])
+        steps.append(list(order))
+    assert steps[-1] == steps[-2] and not [note for note in steps[-1] if note[0] in ("sync", "to_device", "to_host")]
