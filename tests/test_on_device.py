@@ -13,10 +13,12 @@ import pytest
 import torch
 from conftest import make_hf
 from saes import HEAD, LAYER, random_sae
+from test_graphs import CALLS, DIFFERENTIABLE, World
 from torch.testing import assert_close
+from torch.utils._pytree import tree_leaves
 
 from hookpoints import HookedRecurrent
-from sae_lens_writesae import collect, fit_metrics
+from sae_lens_writesae import HookedSAERecurrent, collect, fit_metrics
 from writesae.evaluations.bits import Bits
 from writesae.evaluations.substitution import Substitution
 from writesae.experiment.terms import Terms
@@ -73,3 +75,36 @@ def test_the_board_of_known_models(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("hookpoints.model.loading.default_device", lambda: "npu")
         found = board("recall", 1, 64, 4, 5, brief=True)
     assert found["plain"]["kept"] == 1
+
+
+PUBLIC = {name: call for name, call in {**CALLS, **DIFFERENTIABLE}.items() if "from_" not in name and name != "attach"}
+"""Public calls on a model at hand."""
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, World]:
+    """A model and a dictionary on the host, and the same on the device."""
+
+    def world(place: str) -> World:
+        model = HookedSAERecurrent.from_hf(make_hf().to(place))
+        return World(model, random_sae(model).to(place), tmp_path_factory.mktemp(place))
+
+    with device.pretended():
+        return world("cpu"), world("npu")
+
+
+def tensors(value: Any) -> list[torch.Tensor]:
+    """Those of a value or of its fields, on the host."""
+    plain = isinstance(value, torch.Tensor | torch.nn.Module) or not hasattr(value, "__dict__")
+    found = tree_leaves(value if plain else vars(value))
+    return [x.detach().cpu() for x in found if isinstance(x, torch.Tensor) and x.is_floating_point()]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_calls(worlds: tuple[World, World], name: str) -> None:
+    expected = tensors(PUBLIC[name](worlds[0]))
+    with device.pretended():
+        found = tensors(PUBLIC[name](worlds[1]))
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected):
+        assert_close(one, other, rtol=1e-4, atol=1e-5)
