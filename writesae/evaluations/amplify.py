@@ -20,7 +20,7 @@ from torch import Tensor
 from sae_lens_writesae.steering import Target, scale_atoms, token_id
 from writesae.choices import AtLeast
 from writesae.experiment.evaluation import Evaluation, Result, Scope
-from writesae.experiment.firings import Integers, collect_firings, halves
+from writesae.experiment.firings import Halves, Integers, collect_firings, halves
 from writesae.experiment.generation import sample_continuations
 from writesae.experiment.lab import Lab
 from writesae.experiment.selectivity import alignment
@@ -29,6 +29,7 @@ from writesae.verdict import statistics as stats
 from writesae.verdict.finding import Finding, Paired, said
 from writesae.verdict.format import signed
 from writesae.verdict.judge import one_is_enough
+from writesae.verdict.statistics import Estimate
 
 CONTROLS = {
     "random": "random directions of the same norm at the same firings",
@@ -128,7 +129,22 @@ class Amplify(Evaluation):
         split = halves(len(lab.tokens), self.seed)
         teams = self.choose_teams(lab, split.select, [token_id(lab.model, token) for token in self.tokens])
         sequences = split.test[: self.prompts]
-        prompts = lab.tokens[sequences, : self.prompt_tokens]
+        counts, fires = self._counted(lab, lab.tokens[sequences, : self.prompt_tokens], teams)
+        lab.facts["split"] = (
+            "half of the sequences, at random, for the choice of atoms; prompts begin sequences of the other half"
+        )
+        lead = {token: next(iter(team.values()))[0] for token, team in teams.items()}
+        places = zip(counts["prompt"], counts["token"])
+        counts = counts.assign(
+            sequence=sequences[counts["prompt"]],
+            text=[token_text(lab.model, token) for token in counts["token"]],
+            fires=[float(fires.get((prompt, lead[token]), 0)) for prompt, token in places],
+        )
+        return {"atoms": _alignments(lab, teams, split), "counts": counts}
+
+    def _counted(self, lab: Lab, prompts: Tensor, teams: Mapping[int, Team]) -> tuple[pd.DataFrame, pd.Series]:
+        """Counts by token, prompt and condition; and new tokens of the unedited continuations at which an atom fires,
+        by prompt and atom."""
         conditions = [
             ("nothing", 1.0, -1),
             *((name, factor, token) for factor in self.factors for token in teams for name in ("atom", "random")),
@@ -146,48 +162,16 @@ class Amplify(Evaluation):
                 fired = collect_firings(lab.model, lab.sae, lab.hook.layer, text)
                 fires = fired.frame(fired.position >= self.prompt_tokens).groupby(["sequence", "atom"]).size()
         lab.counts["runs"] += len(conditions) * len(prompts)
+        n_grown = int((~finite).sum())
+        dtype = str(lab.model.cfg.dtype).removeprefix("torch.")
         lab.require(
             finite.sum() >= 2,
-            f"after {(~finite).sum()} of {len(finite)} prompts what the scaled atoms write feeds back and grows past "
-            f"{str(lab.model.cfg.dtype).removeprefix('torch.')}; scale less (factors: {self.factors})",
+            f"after {n_grown} of {len(finite)} prompts what the scaled atoms write feeds back and grows past "
+            f"{dtype}; scale less (factors: {self.factors})",
         )
-        lab.skipped[GREW] += int((~finite).sum())
-        lab.facts["split"] = (
-            "half of the sequences, at random, for the choice of atoms; prompts begin sequences of the other half"
-        )
-        every = pd.concat(frames)
-        own = every[every["scaled"].isin([-1]) | (every["scaled"] == every["token"])]
-        foreign = every[(every["condition"] == "atom") & (every["scaled"] != every["token"])]
-        other = foreign.groupby(["prompt", "token", "factor"], as_index=False)["count"].mean().assign(condition="other")
-        table = pd.concat([own.astype({"count": float}), other]).astype({"token": int})
-        table = table[finite[table["prompt"]]]
-        lead = {token: next(iter(team.values()))[0] for token, team in teams.items()}
-        table = table.assign(
-            sequence=sequences[table["prompt"]],
-            text=[token_text(lab.model, token) for token in table["token"]],
-            fires=[float(fires.get((n, lead[token]), 0)) for n, token in zip(table["prompt"], table["token"])],
-        )
-        fits = {
-            label: [alignment(lab.firings(label), lab.tokens, side, list(teams)) for side in split]
-            for label in lab.saes
-        }
-        rows = [
-            {
-                "token": token,
-                "text": token_text(lab.model, token),
-                "atom": atom,
-                "count": chosen.present[n],
-                "phi": chosen.phi[n, atom],
-                "phi_test": tested.phi[n, atom],
-                "precision": tested.both[n, atom] / max(tested.fired[atom], 1),
-                "recall": tested.both[n, atom] / max(tested.present[n], 1),
-                "head": lab.hooks[label].head,
-            }
-            for label, (chosen, tested) in fits.items()
-            for n, (token, team) in enumerate(teams.items())
-            for atom in team[label]
-        ]
-        return {"atoms": pd.DataFrame(rows).sort_values("token", kind="stable"), "counts": table}
+        lab.skipped[GREW] += n_grown
+        table = _with_other(pd.concat(frames))
+        return table[finite[table["prompt"]]], fires
 
     def choose_teams(self, lab: Lab, sequences: Integers, asked: Sequence[int]) -> dict[int, Team]:
         """The atoms of each token in each dictionary, the best aligned first: of the tokens asked for, in order, or of
@@ -249,11 +233,16 @@ class Amplify(Evaluation):
         """Claim 18 over all tokens, and how many tokens show it by themselves."""
         atoms, table = result.tables["atoms"], result.tables["counts"]
         counts = {factor: counts_at(result, factor) for factor in self.factors}
-        change = {factor: each.mean("atom", "nothing") for factor, each in counts.items()}
-        at, effect, factor = counts[self.headline], change[self.headline], self.headline
-        others = "".join(f"; at factor {f:g} {said(each, signed)}" for f, each in change.items() if f != factor)
-        fires, n_tokens = table.query("condition == 'nothing'")["fires"].mean(), atoms["token"].nunique()
+        change = {factor: paired.mean("atom", "nothing") for factor, paired in counts.items()}
+        at = counts[self.headline]
+        effect = change.pop(self.headline)
+        headline = f"{self.headline:g}"
+        others = "".join(f"; at factor {factor:g} {said(mean, signed)}" for factor, mean in change.items())
+        fires = table.query("condition == 'nothing'")["fires"].mean()
+        n_tokens = atoms["token"].nunique()
         scaled = f"{len(atoms) / n_tokens:.3g} atoms of {atoms['head'].nunique()} heads a token"
+        controls = {shown: at.mean(name, "nothing") for name, shown in CONTROLS.items()}
+        moves = f"{at['nothing'].mean():.2f} to {at['atom'].mean():.2f}"
         pooled = Finding(
             number=18,
             claim="amplifying an atom moves its token in generation",
@@ -264,38 +253,73 @@ class Amplify(Evaluation):
             typical=float((at["atom"] - at["nothing"]).abs().mean()),
             less=effect.mean < 0,
             relevant=RELEVANT * float(at["nothing"].mean()),
-            shown={f"atom, x {factor:g}": effect}
-            | {shown: at.mean(name, "nothing") for name, shown in CONTROLS.items()},
+            shown={f"atom, x {headline}": effect} | controls,
             write=signed,
             axis="change of the count",
-            measured=f"{at['nothing'].mean():.2f} to {at['atom'].mean():.2f} times in {self.new_tokens} tokens at "
-            f"factor {factor:g}{others}; the atom fires at {fires:.1f} of them",
+            measured=f"{moves} times in {self.new_tokens} tokens at factor {headline}{others}; the atom fires at "
+            f"{fires:.1f} of them",
             of=f"prompt x token pairs ({n_tokens} tokens, {scaled})",
         )
-        p_values, words = {}, {}
-        for (token, text), rows in at.wide.merge(atoms[["token", "text"]].drop_duplicates()).groupby(["token", "text"]):
-            p_values[str(token)] = max(
-                stats.sign_flip_test(rows["atom"], rows[n], rows["sequence"]) for n in ("nothing", *CONTROLS)
-            )
-            words[str(token)] = f"{text!r} {said(replace(at, wide=rows).mean('atom', 'nothing'), signed)}"
-        moved = [words[token] for token, p in stats.holm(p_values).items() if p < 0.05]
-        single = Finding(
-            claim="single atoms move their token in generation",
-            null=CONTROLS["random"],
-            ruled=one_is_enough(
-                len(moved),
-                effect,
-                "At least one token changes more than under every control.",
-                "No token changes more than under every control by itself.",
-            ),
-            measured=f"{len(moved)} of {n_tokens} tokens (Holm-adjusted p < 0.05)"
-            + ": " * bool(moved)
-            + ", ".join(moved),
-            controls="sign flips by prompt against nothing and both controls; the largest p counts",
-            n=n_tokens,
-            of="tokens with an atom each",
+        return [pooled, _single(at, atoms, effect)]
+
+
+def _with_other(counts: pd.DataFrame) -> pd.DataFrame:
+    """Counts of tokens whose atoms are scaled, or where nothing is, and the control `other`: the mean count of a token
+    while the atoms of another one are scaled."""
+    aimed = counts[counts["scaled"].isin([-1]) | (counts["scaled"] == counts["token"])]
+    foreign = counts[(counts["condition"] == "atom") & (counts["scaled"] != counts["token"])]
+    other = foreign.groupby(["prompt", "token", "factor"], as_index=False)["count"].mean().assign(condition="other")
+    return pd.concat([aimed.astype({"count": float}), other]).astype({"token": int})
+
+
+def _alignments(lab: Lab, teams: Mapping[int, Team], split: Halves) -> pd.DataFrame:
+    """The table `atoms`: how well each atom of a team is aligned with its token, on both halves."""
+    rows = []
+    for label in lab.saes:
+        chosen, tested = (alignment(lab.firings(label), lab.tokens, half, list(teams)) for half in split)
+        for n, (token, team) in enumerate(teams.items()):
+            for atom in team[label]:
+                row = {
+                    "token": token,
+                    "text": token_text(lab.model, token),
+                    "atom": atom,
+                    "count": chosen.present[n],
+                    "phi": chosen.phi[n, atom],
+                    "phi_test": tested.phi[n, atom],
+                    "precision": tested.both[n, atom] / max(tested.fired[atom], 1),
+                    "recall": tested.both[n, atom] / max(tested.present[n], 1),
+                    "head": lab.hooks[label].head,
+                }
+                rows.append(row)
+    return pd.DataFrame(rows).sort_values("token", kind="stable")
+
+
+def _single(counts: Paired, atoms: pd.DataFrame, effect: Estimate) -> Finding:
+    """How many tokens change by themselves, by counts at the headline's factor."""
+    p_values, words = {}, {}
+    texts = atoms[["token", "text"]].drop_duplicates()
+    for (token, text), rows in counts.wide.merge(texts).groupby(["token", "text"]):
+        p_values[str(token)] = max(
+            stats.sign_flip_test(rows["atom"], rows[n], rows["sequence"]) for n in ("nothing", *CONTROLS)
         )
-        return [pooled, single]
+        words[str(token)] = f"{text!r} {said(replace(counts, wide=rows).mean('atom', 'nothing'), signed)}"
+    moved = [words[token] for token, p in stats.holm(p_values).items() if p < 0.05]
+    n_tokens = atoms["token"].nunique()
+    measured = f"{len(moved)} of {n_tokens} tokens (Holm-adjusted p < 0.05)"
+    return Finding(
+        claim="single atoms move their token in generation",
+        null=CONTROLS["random"],
+        ruled=one_is_enough(
+            len(moved),
+            effect,
+            "At least one token changes more than under every control.",
+            "No token changes more than under every control by itself.",
+        ),
+        measured=f"{measured}: {', '.join(moved)}" if moved else measured,
+        controls="sign flips by prompt against nothing and both controls; the largest p counts",
+        n=n_tokens,
+        of="tokens with an atom each",
+    )
 
 
 def counts_at(result: Result, factor: float) -> Paired:

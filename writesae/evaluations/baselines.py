@@ -172,7 +172,8 @@ class Baselines(Evaluation):
 
     def findings(self, result: Result) -> list[Finding]:
         """Claims 15 to 17, whether whole replacement measures anything, claim 28."""
-        table, same, near = result.tables["dictionaries"], None, None
+        table = result.tables["dictionaries"]
+        same = near = None
         named = result.tables["writes"].assign(name=lambda writes: writes["sae"] + "/" + writes["condition"])
         kl = Paired.of(named, "kl", "sequence", "position", by="name", seed=self.seed)
         ours = _first(table, variant="WriteSAE")
@@ -193,13 +194,16 @@ class Baselines(Evaluation):
         self, kl: Paired, ours: pd.Series | None, flat: pd.Series | None, size: str, conditions: tuple[str, str]
     ) -> Finding:
         """`conditions`: what the WriteSAE writes, and what the flat SAE writes."""
-        what, ranks = ("an atom", (min(self.pca_ranks),)) if conditions[0] == ATOM else ("a code", self.pca_ranks)
+        what, ranks = "a code", self.pca_ranks
+        if conditions[0] == ATOM:  # an atom is one matrix of low rank, as few components are
+            what, ranks = "an atom", (min(self.pca_ranks),)
         claim = f"{what} of the WriteSAE substitutes better than the top-1 SVD of {what} of a flat SAE with {size}"
         number = 15 if size == "as many atoms" else None
         if ours is None or flat is None:
-            match = ": `matched_flat` says how many atoms that is" * (size == "as many parameters")
+            match = ": `matched_flat` says how many atoms that is" if size == "as many parameters" else ""
             return Finding.untested(claim, f"It needs a WriteSAE and a FlatSAE with {size}{match}.", number)
-        mine, theirs = (f"{row['sae']}/{condition}" for row, condition in zip((ours, flat), conditions))
+        mine = f"{ours['sae']}/{conditions[0]}"
+        theirs = f"{flat['sae']}/{conditions[1]}"
         nearer = {c: kl[c] < kl["/delete"] for c in map(str, kl.wide) if "/" in c}
         wins = Paired(kl.wide.assign(**nearer), seed=self.seed)
         free = {f"/{c}": shown_name(c) for c in (*DICTIONARY_FREE, *(f"pca {rank}" for rank in ranks))}
@@ -225,7 +229,8 @@ class Baselines(Evaluation):
         other = _first(result.tables["dictionaries"], variant="WriteSAE-rank2")
         if ours is None or other is None:
             return Finding.untested(claim, "It needs a WriteSAE and one with atoms of rank 2 (WriteSAE-rank2).", 16)
-        high, one = (f"{row['sae']}/dictionary" for row in (other, ours))
+        high = f"{other['sae']}/dictionary"
+        one = f"{ours['sae']}/dictionary"
         names = {high: "rank 2", one: "rank 1", "/mean": "mean matrix", "/zero": "zero"}
         shown = {shown: cost(result, method) for method, shown in names.items()}
         gap = cost(result, high, one)
@@ -257,22 +262,20 @@ class Baselines(Evaluation):
         dense = _first(result.tables["dictionaries"], variant="MatrixSAE", d_sae=ours["d_sae"])
         if dense is not None:
             rivals["a dense encoder with rank-1 atoms"] = dense
-        dead = {
-            name: Paired(
-                pd.DataFrame({"dead": np.arange(row["d_sae"]) < row["dead"]}).reset_index(), ("index",), self.seed
-            )
-            for name, row in rivals.items()
-        }
-        gap = {name: each.lead("dead", dead["WriteSAE"]) for name, each in dead.items()}
+        dead = {}
+        for name, row in rivals.items():
+            is_dead = np.arange(row["d_sae"]) < row["dead"]  # intervals resample atoms, and only their number is known
+            dead[name] = Paired(pd.DataFrame({"dead": is_dead}).reset_index(), ("index",), self.seed)
+        gap = {name: atoms.lead("dead", dead["WriteSAE"]) for name, atoms in dead.items()}
         return Finding(
             number=17,
             claim=claim,
             effect=gap["FlatSAE"],
             what="the difference of the shares of dead atoms",
-            against={name: Against(each) for name, each in gap.items() if name.startswith("a dense")},
+            against={name: Against(lead) for name, lead in gap.items() if name.startswith("a dense")},
             relevant=RELEVANT,
             null="FlatSAE",
-            shown={name: each.mean("dead") for name, each in dead.items()},
+            shown={name: atoms.mean("dead") for name, atoms in dead.items()},
             write=percent,
             axis="of atoms dead",
             measured=f"difference {said(gap['FlatSAE'], points)} points",
@@ -307,7 +310,8 @@ class Baselines(Evaluation):
         )
 
     def _selective(self, result: Result, ours: pd.Series | None) -> Finding:
-        claim, table = "an atom moves other tokens than a random direction of its norm", result.tables["selectivity"]
+        claim = "an atom moves other tokens than a random direction of its norm"
+        table = result.tables["selectivity"]
         rows = table[table["sae"] == (None if ours is None else ours["sae"])]
         if len(rows) < 2:
             return Finding.untested(claim, "It needs a WriteSAE whose atoms fire at two positions or more.", 28)

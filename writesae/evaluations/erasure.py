@@ -148,16 +148,17 @@ class Erasure(OfHalves):
         tokens, selected = self._choose(lab, select, directions)
 
         def floor(rows: EditedRows) -> Mapping[str, ArrayLike]:
-            own = tokens["effect"][:, 0].to(rows.logits.device)
-            return {"change": log_prob_change(rows)[:, own].abs().mean(1).cpu().numpy()}
+            of_atoms = tokens["effect"][:, 0].to(rows.logits.device)
+            return {"change": log_prob_change(rows)[:, of_atoms].abs().mean(1).cpu().numpy()}
 
         def changes(rows: EditedRows) -> Mapping[str, ArrayLike]:
-            change, (column, is_random) = log_prob_change(rows), _columns(rows)
-            own = torch.where(is_random[:, None], tokens["random"][column], tokens["effect"][column])
-            return {
-                name: change.gather(1, looked_at.to(change.device)).double().mean(1).cpu().numpy()
-                for name, looked_at in {"change": own, "wrong": tokens["wrong"][column]}.items()
-            }
+            change = log_prob_change(rows)
+            column, is_random = _columns(rows)
+            # A random direction is read on the token that was chosen for it, an atom on the atom's.
+            chosen = torch.where(is_random[:, None], tokens["random"][column], tokens["effect"][column])
+            read = {"change": chosen, "wrong": tokens["wrong"][column]}
+            means = {name: change.gather(1, ids.to(change.device)).double().mean(1) for name, ids in read.items()}
+            return {name: mean.cpu().numpy() for name, mean in means.items()}
 
         lab.facts["floor"] = lab.floor(floor, "change", self.horizon + 1)
         lab.facts["split"] = "a random half of the sequences for the choice of tokens, the other half for the test"
@@ -166,54 +167,57 @@ class Erasure(OfHalves):
             lab.read(site, self._trials(lab, site, directions, typical), changes, self.horizon + 1)
             for site in lab.sites(test, self.kind)
         )
-        by_firing, put_in = test.set_index("firing"), table["condition"].isin(["injected", RANDOM_IN])
-        wide = table[~put_in].pivot(index="firing", columns="condition", values="change")
+        by_firing = test.set_index("firing")
+        is_insertion = table["condition"].isin(["injected", RANDOM_IN])
+        wide = table[~is_insertion].pivot(index="firing", columns="condition", values="change")
         firings = by_firing.join(wide).join(table[table["condition"] == "effect"].set_index("firing")["wrong"])
         of_atom = firings.groupby("column")
-        p_values = {
-            str(n): max(
-                stats.sign_flip_test(rows["effect"], rows[name], rows["sequence"], seed=self.seed) for name in CONTROLS
-            )
-            for n, rows in of_atom
-        }
-        own = tokens["effect"][:, 0].tolist()
-        summary = (
-            of_atom[["effect", *CONTROLS]]
-            .mean()
-            .assign(
-                atom=atoms,
-                token=own,
-                text=[token_text(lab.model, token) for token in own],
-                selected=selected,
-                n_select=select.groupby("column").size(),
-                n=of_atom.size(),
-                p=list(stats.holm(p_values).values()),
-            )
+        ids = tokens["effect"][:, 0].tolist()
+        summary = of_atom[["effect", *CONTROLS]].mean()
+        summary = summary.assign(
+            atom=atoms,
+            token=ids,
+            text=[token_text(lab.model, token) for token in ids],
+            selected=selected,
+            n_select=select.groupby("column").size(),
+            n=of_atom.size(),
+            p=self._p_values(firings),
         )
-        doses, at_random = (
-            table[table["condition"] == name].set_index(["firing", "dose"]) for name in ("injected", RANDOM_IN)
-        )
-        doses = doses.assign(random=at_random["change"]).rename(columns={"change": "effect"}).reset_index()
-        doses = doses.join(by_firing[["atom", "sequence"]], on="firing")
+        doses = _doses(table).join(by_firing[["atom", "sequence"]], on="firing")
         return {"atoms": summary, "firings": firings, "doses": doses}
+
+    def _p_values(self, firings: pd.DataFrame) -> list[float]:
+        """The largest p against the controls of each atom, Holm-adjusted over atoms."""
+        largest = {}
+        for column, rows in firings.groupby("column"):
+            effect, sequences = rows["effect"], rows["sequence"]
+            tests = (stats.sign_flip_test(effect, rows[name], sequences, seed=self.seed) for name in CONTROLS)
+            largest[str(column)] = max(tests)
+        return list(stats.holm(largest).values())
 
     def _draw(self, lab: Lab) -> tuple[Integers, pd.DataFrame, pd.DataFrame]:
         """The tested atoms, and their firings in both halves. The column `column` says which of the atoms a firing
         belongs to; the test half has `elsewhere_position`, where the atom is silent."""
-        rng, tables = lab.rng(), []
+        rng = lab.rng()
+        tables = []
         atoms, bounds, sides = self.drawn(lab, rng)
         for inside, sample in sides:
             sample = sample.rename_axis("firing").reset_index()
+            # The positions of the selection half are not read; drawing them keeps the draws of the test half.
             tables.append((sample, silent_positions(sample, inside, **bounds, rng=rng)))
         (select, _), (test, moved) = tables
-        n_test, there = len(test), moved.set_index("firing")["position"].rename("elsewhere_position")
-        test = test.join(there, on="firing", how="inner")
+        n_test = len(test)
+        silent = moved.set_index("firing")["position"].rename("elsewhere_position")
+        test = test.join(silent, on="firing", how="inner")
         test = test[test.groupby("atom")["sequence"].transform("nunique") >= 2]
         lab.skipped["test firings whose atom is silent nowhere else"] += n_test - len(test)
         atoms = atoms[np.isin(atoms, test["atom"].to_numpy())]
         lab.require(len(atoms) > 0, "every atom fires at every token of its sequences: there is no place elsewhere")
-        tables = (select[select["atom"].isin(atoms)], test)
-        return atoms, *(each.assign(column=pd.Index(atoms).get_indexer(pd.Index(each["atom"]))) for each in tables)
+
+        def numbered(table: pd.DataFrame) -> pd.DataFrame:
+            return table.assign(column=pd.Index(atoms).get_indexer(pd.Index(table["atom"])))
+
+        return atoms, numbered(select[select["atom"].isin(atoms)]), numbered(test)
 
     def _fitting(self, lab: Lab, firings: pd.DataFrame, atoms: LowRank) -> LowRank:
         """For each of n atoms, of F random directions at unit norm the one with the largest mean inner product with the
@@ -235,13 +239,13 @@ class Erasure(OfHalves):
         sums = {name: torch.zeros(shape, device=lab.model.cfg.device) for name in ("effect", "random", "native")}
 
         def add(rows: EditedRows) -> Mapping[str, ArrayLike]:
-            change, native, (column, is_random) = log_prob_change(rows), native_log_prob(rows), _columns(rows)
-            for name, values, of in (
-                ("effect", change, ~is_random),
-                ("random", change, is_random),
-                ("native", native, ~is_random),
-            ):
-                sums[name].index_add_(0, column[of].to(sums[name].device), values[of].to(sums[name]))
+            change = log_prob_change(rows)
+            native = native_log_prob(rows)
+            column, is_random = _columns(rows)
+            parts = {"effect": (change, ~is_random), "random": (change, is_random), "native": (native, ~is_random)}
+            for name, (values, summed) in parts.items():
+                total = sums[name]
+                total.index_add_(0, column[summed].to(total.device), values[summed].to(total))
             return {}
 
         for site in lab.sites(select, f"{self.kind}: tokens"):
@@ -249,28 +253,31 @@ class Erasure(OfHalves):
         counts = torch.tensor(select.groupby("column").size().to_numpy())[:, None]
         means = {name: total.cpu() / counts for name, total in sums.items()}
         tokens = {name: means[name].argmin(1, keepdim=True) for name in ("effect", "random")}
-        own = tokens["effect"]
-        distance = (means["native"] - means["native"].gather(1, own)).abs().scatter(1, own, torch.inf)
+        chosen, native = tokens["effect"], means["native"]
+        distance = (native - native.gather(1, chosen)).abs().scatter(1, chosen, torch.inf)  # never the token itself
         tokens["wrong"] = distance.topk(min(_N_WRONG, shape[1] - 1), largest=False).indices
-        return tokens, means["effect"].gather(1, own)[:, 0].double().numpy()
+        return tokens, means["effect"].gather(1, chosen)[:, 0].double().numpy()
 
     def _trials(self, lab: Lab, site: Site, directions: Directions, typical: Tensor | None = None) -> list[Trial]:
         """What is taken from the write at each firing of a site: the atom's component, and a random direction of its
         norm. In the test half, where the activations `typical` of the atoms are given, also as much of another write
         (`elsewhere`), and what is inserted there (`injected`)."""
         rows = site.rows
-        column, activation = (torch.tensor(rows[name].to_numpy()) for name in ("column", "activation"))
+        column = torch.tensor(rows["column"].to_numpy())
+        activation = torch.tensor(rows["activation"].to_numpy())
         atom = directions["effect"].rows(column)
         component = atom * activation.to(atom.values)
         size = component.norm()
         random = directions["random"].rows(column).to(size)
         added = {("effect", 0.0): component * -1.0, ("random", 0.0): random * -size}
         if typical is not None:
-            there = site.at(rows["elsewhere_position"].tolist())
-            added["elsewhere", 0.0] = there * torch.where(there.norm() > 0, -size / there.norm().clamp_min(1e-30), 0)
+            other = site.at(rows["elsewhere_position"].tolist())
+            other_size = other.norm()
+            added["elsewhere", 0.0] = other * torch.where(other_size > 0, -size / other_size.clamp_min(1e-30), 0)
             for m in self.injected:
-                put_in = atom * (m * typical[column]).to(atom.values)
-                added |= {("injected", m): put_in, (RANDOM_IN, m): random * put_in.norm()}
+                inserted = atom * (m * typical[column]).to(atom.values)
+                added["injected", m] = inserted
+                added[RANDOM_IN, m] = random * inserted.norm()
         trials = []
         for (condition, dose), matrices in added.items():
             where = rows["position" if condition in directions else "elsewhere_position"]
@@ -282,9 +289,10 @@ class Erasure(OfHalves):
 
     def findings(self, result: Result) -> list[Finding]:
         """Claim 8 over all firings, how many atoms show it by themselves, and claim 24."""
-        firings, atoms, doses = (result.tables[name] for name in ("firings", "atoms", "doses"))
+        firings, atoms = result.tables["firings"], result.tables["atoms"]
         erased = Paired(firings, ("sequence", "atom"), self.seed)
-        falls, effect = Paired(firings).mean(firings["effect"] < 0), erased.mean("effect")
+        effect = erased.mean("effect")
+        falls = Paired(firings).mean(firings["effect"] < 0)
         selected = np.average(atoms["selected"], weights=atoms["n_select"])
         pooled = Finding(
             number=8,
@@ -317,30 +325,39 @@ class Erasure(OfHalves):
             n=len(atoms),
             of="atoms",
         )
-        if doses.empty:
-            return [pooled, single]
-        at = {m: Paired(rows, ("sequence", "atom"), self.seed) for m, rows in doses.groupby("dose")}
+        return [pooled, single] if result.tables["doses"].empty else [pooled, single, self._insertion(result)]
+
+    def _insertion(self, result: Result) -> Finding:
+        """Claim 24, at the largest dose; the smaller ones are shown."""
+        by_dose = result.tables["doses"].groupby("dose")
+        doses = {m: Paired(rows, ("sequence", "atom"), self.seed) for m, rows in by_dose}
         most = max(self.injected)
-        rows, raised = at[most].wide, at[most].mean("effect")
+        largest = doses.pop(most)
+        rows, raised = largest.wide, largest.mean("effect")
         rivals = {name: CONTROLS[name] for name in ("random", "wrong")}
-        put_in = Finding(
+        smaller = {f"m = {m:g}": paired.mean("effect") for m, paired in doses.items()}
+        return Finding(
             number=24,
             claim="an atom inserted where it is silent raises its token",
             effect=raised,
             what="the effect where the atom is silent",
             null=CONTROLS["random"],
-            against=at[most].beaten("effect", rivals),
+            against=largest.beaten("effect", rivals),
             typical=float(rows["effect"].abs().median()),
             floor=result.fact("floor"),
             relevant=RELEVANT,
-            shown={f"m = {most:g}": raised}
-            | at[most].means(rivals)
-            | {f"m = {m:g}": each.mean("effect") for m, each in at.items() if m != most},
+            shown={f"m = {most:g}": raised} | largest.means(rivals) | smaller,
             write=signed,
             axis=f"nats at m = {most:g}",
             of=f"positions of {rows['atom'].nunique()} atoms in {rows['sequence'].nunique()} sequences",
         )
-        return [pooled, single, put_in]
+
+
+def _doses(table: pd.DataFrame) -> pd.DataFrame:
+    """Insertions of the atoms, and beside them the change under a random direction of the same norm."""
+    injected = table[table["condition"] == "injected"].set_index(["firing", "dose"])
+    at_random = table[table["condition"] == RANDOM_IN].set_index(["firing", "dose"])
+    return injected.assign(random=at_random["change"]).rename(columns={"change": "effect"}).reset_index()
 
 
 def _columns(rows: EditedRows) -> tuple[Tensor, Tensor]:

@@ -6,18 +6,21 @@ units were counted three times; here the unit is an independent pair of a prompt
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
+import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.steering import Target, token_id, value_direction
 from writesae.choices import AtLeast
 from writesae.experiment.evaluation import Evaluation, Result, Scope, described
 from writesae.experiment.generation import greedy_rows
-from writesae.experiment.lab import Lab, Trial
+from writesae.experiment.lab import Lab, Site, Trial
 from writesae.experiment.targets import Stratum, draw_target, random_unit, target_change
 from writesae.experiment.tokens import token_text
 from writesae.verdict.finding import Against, Finding, Paired, said
@@ -93,33 +96,22 @@ class Install(Evaluation):
     # -- measuring
 
     def measure(self, lab: Lab) -> dict[str, pd.DataFrame]:
-        rng, place = lab.rng(2), (lab.hook.layer, lab.hook.head)
+        rng = lab.rng(2)
         strata = [*STRATA]
         if self.semantic:
             strata.append(Stratum("semantic", among=tuple(token_id(lab.model, target) for target in self.semantic)))
-        n_sequences, length = lab.tokens.shape
-        windows = [  # prompts are dealt over sequences
-            (int(sequence), int(window) * self.prompt_tokens)
-            for window in rng.permutation(length // self.prompt_tokens)
-            for sequence in rng.permutation(n_sequences)
-        ]
-        needed = self.pairs * len(strata)
-        lab.require(
-            len(windows) >= needed,
-            f"{len(strata)} strata x {self.pairs} pairs need {needed} prompts of {self.prompt_tokens} tokens, the text "
-            f"gives {len(windows)}; give more sequences, or lower pairs",
-        )
+        windows = self._windows(lab, len(strata), rng)
         tables, prompts, edits = [], [], []
-        for n, (sequence, start) in enumerate(lab.bar(windows[:needed], self.kind)):
-            stratum, span = strata[n % len(strata)], slice(start, start + self.prompt_tokens)
+        for n, (sequence, start) in enumerate(lab.bar(windows, self.kind)):
+            stratum = strata[n % len(strata)]
+            span = slice(start, start + self.prompt_tokens)
             site = lab.site(sequence, span=span)
             target = draw_target(lab.model, site.session.logits[0, -1], stratum, rng)
             if target is None:
                 lab.skipped["pairs whose stratum is not in the vocabulary"] += 1
                 continue
-            pair, first = len(tables), self.prompt_tokens - self.n_positions
-            row = {
-                "pair": pair,
+            row: dict[str, object] = {
+                "pair": len(tables),
                 "sequence": sequence,
                 "stratum": stratum.name,
                 "token": target.token,
@@ -127,19 +119,9 @@ class Install(Evaluation):
                 "rank": target.rank,
                 "wrong": target.wrong,
             }
-            direction = value_direction(lab.model, *place, target.token)
-            sides = {"target": direction, "random": random_unit(direction, lab.rng(3, pair))}
-            norms, keys = site.writes.norm()[:, None], torch.nn.functional.normalize(site.writes.keys[:, 0], dim=-1)
-            trials = [
-                Trial(
-                    row | {"condition": condition, "m": m},
-                    first,
-                    [lab.add(t, added, t) for t in range(first, self.prompt_tokens)],
-                )
-                for m in self.sizes
-                for condition, value in sides.items()
-                for added in [LowRank.rank_one(keys, m * norms * value.to(norms))]
-            ]
+            direction = value_direction(lab.model, lab.hook.layer, lab.hook.head, target.token)
+            sides = {"target": direction, "random": random_unit(direction, lab.rng(3, len(tables)))}
+            trials = self._trials(lab, site, row, sides)
             nothing = row | {"condition": "nothing", "m": 0.0, "log_prob_change": 0.0, "edited_rank": target.rank}
             tables.append(pd.concat([pd.DataFrame([nothing]), lab.read(site, trials, target_change, self.n_positions)]))
             edits += [[], *(trial.edits for trial in trials)]
@@ -156,6 +138,35 @@ class Install(Evaluation):
         )
         return {"continuations": table}
 
+    def _windows(self, lab: Lab, n_strata: int, rng: np.random.Generator) -> list[tuple[int, int]]:
+        """Sequence and first token of each prompt, dealt over sequences."""
+        n_sequences, length = lab.tokens.shape
+        windows = [
+            (int(sequence), int(window) * self.prompt_tokens)
+            for window in rng.permutation(length // self.prompt_tokens)
+            for sequence in rng.permutation(n_sequences)
+        ]
+        needed = self.pairs * n_strata
+        lab.require(
+            len(windows) >= needed,
+            f"{n_strata} strata x {self.pairs} pairs need {needed} prompts of {self.prompt_tokens} tokens, the text "
+            f"gives {len(windows)}; give more sequences, or lower pairs",
+        )
+        return windows[:needed]
+
+    def _trials(self, lab: Lab, site: Site, row: dict[str, object], sides: Mapping[str, Tensor]) -> list[Trial]:
+        """What is added to the last writes of a prompt: each value side [V] at each size."""
+        first = self.prompt_tokens - self.n_positions
+        norms = site.writes.norm()[:, None]
+        keys = torch.nn.functional.normalize(site.writes.keys[:, 0], dim=-1)
+        trials = []
+        for m in self.sizes:
+            for condition, value in sides.items():
+                added = LowRank.rank_one(keys, m * norms * value.to(norms))
+                edits = [lab.add(t, added, t) for t in range(first, self.prompt_tokens)]
+                trials.append(Trial(row | {"condition": condition, "m": m}, first, edits))
+        return trials
+
     # -- judging
 
     def findings(self, result: Result) -> list[Finding]:
@@ -171,7 +182,8 @@ class Install(Evaluation):
         both = pd.concat([rows, installed.assign(condition="wrong", hit=installed["wrong_hit"])])
         wide = both.pivot(index=["pair", "sequence"], columns="condition", values="hit").astype(bool)
         hits = Paired(wide.reset_index(), seed=self.seed)
-        gain, moved = hits.mean("target", "nothing"), Paired(installed, seed=self.seed).mean("log_prob_change")
+        gain = hits.mean("target", "nothing")
+        moved = Paired(installed, seed=self.seed).mean("log_prob_change")
         controls = {"random": "a random direction of the same norm", "wrong": "a token that was not installed"}
         return Finding(
             number=10 if stratum == "100-1000" else None,
@@ -192,11 +204,10 @@ class Install(Evaluation):
     def _ranks(self, rows: pd.DataFrame) -> Finding:
         ranks = rows.assign(better=rows["edited_rank"] < rows["rank"], shift=rows["rank"] - rows["edited_rank"])
         better = Paired.of(ranks, "better", "pair", seed=self.seed)
-        target, random, lead = better["target"] > 0, better["random"] > 0, better.mean("target", "random")
-        rival, shift = (
-            "a random direction of the same norm",
-            ranks.loc[ranks["condition"] == "target", "shift"].median(),
-        )
+        target, random = better["target"] > 0, better["random"] > 0
+        lead = better.mean("target", "random")
+        rival = "a random direction of the same norm"
+        shift = ranks.loc[ranks["condition"] == "target", "shift"].median()
         return Finding(
             number=25,
             claim="installed writes improve the rank of their token",

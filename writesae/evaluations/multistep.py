@@ -92,7 +92,8 @@ class Multistep(Evaluation):
     # -- measuring
 
     def measure(self, lab: Lab) -> dict[str, pd.DataFrame]:
-        test, parts = self.substitution, []
+        test = self.substitution
+        parts = []
         for exchange in test.exchanges(lab, test.drawn(lab, test.horizon, "dominant"), test.scales):
             table = self._residual_cosines(lab, exchange)
             cosines = np.concatenate(table.pop("residual_cosine").tolist())
@@ -124,9 +125,8 @@ class Multistep(Evaluation):
     def findings(self, result: Result) -> list[Finding]:
         """Whether an atom leaves the model nearer to its native course than deletion does, and claim 21."""
         steps = result.tables["steps"].assign(distance=lambda table: 1 - table["residual_cosine"])
-        far, gaps = (
-            Paired.of(steps, value, "firing", "sequence", seed=self.seed) for value in ("distance", "state_gap")
-        )
+        far = Paired.of(steps, "distance", "firing", "sequence", seed=self.seed)
+        gaps = Paired.of(steps, "state_gap", "firing", "sequence", seed=self.seed)
         wins = {name: far.wins(name, "delete") for name in ("atom", *self.controls)}
         against = {
             NAMES[n]: Against(far.wins("atom", n), wins[n], chance=0.5) for n in self.controls if n not in REFERENCES
@@ -160,7 +160,7 @@ class Multistep(Evaluation):
                 against={"delete": Against(gaps.mean("atom", "delete"))},
                 **gaps.size_of("delete"),
                 unless=None if gap["delete"].high > SMALL_GAP else small,
-                shown={NAMES[name]: each for name, each in gap.items()},
+                shown={NAMES[name]: mean for name, mean in gap.items()},
                 write=percent,
                 axis="of the norm of the native state",
                 measured=f"below {percent(SMALL_GAP)} at {percent((gaps['atom'] < SMALL_GAP).mean())} of firings",
@@ -179,10 +179,11 @@ def _state_gaps(exchange: Exchange, length: int) -> NDArray[np.generic]:
     """[C,N,S] relative change of the head's state under each condition at the first `length` tokens of each firing."""
     gaps = []
     for n, start in enumerate(exchange.site.rows["position"].tolist()):
-        stop, gone = start + length, exchange.native.rows([n]) * -1.0
+        stop = start + length
+        ablated = exchange.native.rows([n]) * -1.0
         changes = [
-            gone if each.written is None else LowRank.cat([each.written.rows([n]), gone])
-            for each in exchange.conditions
+            ablated if condition.written is None else LowRank.cat([condition.written.rows([n]), ablated])
+            for condition in exchange.conditions
         ]
         recurrence = exchange.site.recurrence.select(tokens=slice(0, stop))
         native = torch.linalg.matrix_norm(recurrence.states(positions=list(range(start, stop)))[0, :, 0])  # [S]

@@ -9,10 +9,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from writesae.choices import AtLeast
 from writesae.evaluations.substitution import Substitution
@@ -44,6 +45,15 @@ WITHIN_TARGET = ("explained", "reads")
 """Measures of what a dictionary was trained on, which mean the same within a target only."""
 RELEVANT = 0.1
 """Difference of two win rates from which on it matters."""
+
+
+class Tested(NamedTuple):
+    """The substitution test of one dictionary."""
+
+    firings: pd.DataFrame
+    """As `wide_firings` gives them."""
+    n_alive: int
+    """Its alive atoms."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +153,8 @@ class Objectives(OfAlive):
             bool((n_fits >= 2).all()),
             f"what {n_fits.idxmin()} was trained on varies on fewer than two sequences: nothing to explain",
         )
-        tests, test = {}, self.substitution()
+        tests: dict[str, Tested] = {}
+        test = self.substitution()
         for label in lab.saes:
             view = lab.only(label)
             wide = wide_firings(Result(test, {}, test.measure(view)))
@@ -151,7 +162,7 @@ class Objectives(OfAlive):
                 wide["written_atom"].nunique() > 1,
                 f"{label}: only one atom can be tested, and an interval needs two; give more tokens",
             )
-            tests[label] = (wide, int(str(view.facts["n_alive"])))
+            tests[label] = Tested(wide, int(str(view.facts["n_alive"])))
         rows = [
             {"sae": label, **objective(sae)._asdict(), "d_sae": int(sae.cfg.d_sae)} for label, sae in lab.saes.items()
         ]
@@ -160,58 +171,53 @@ class Objectives(OfAlive):
         return self.tables(dictionaries, tests, fits)
 
     def tables(
-        self, dictionaries: pd.DataFrame, tests: Mapping[str, tuple[pd.DataFrame, int]], fits: pd.DataFrame
+        self, dictionaries: pd.DataFrame, tests: Mapping[str, Tested], fits: pd.DataFrame
     ) -> dict[str, pd.DataFrame]:
         """All tables: verdicts, means, and what is ahead of what.
 
         Args:
-            tests: by label, the firings of the substitution test (`wide_firings`) and how many atoms are alive.
+            tests: by label.
             fits: as `reconstruction` gives them.
         """
         samples: dict[str, dict[str, Paired]] = {}
-        told, firings = [], []
-        for row in dictionaries.to_dict("records"):
-            label, (wide, n_alive) = row["sae"], tests[row["sae"]]
-            verdict, fit = self.substitution().nearer(wide, self.scale).verdict, fits[fits["sae"] == label]
-            atoms = pd.DataFrame({"atom": np.arange(row["d_sae"]), "alive": np.arange(row["d_sae"]) < n_alive})
-            rates = {
-                n: f"atom/{n}" if n in TESTED_SCALES else f"{n}/{self.scale}" for n in (*TESTED_SCALES, *self.controls)
+        verdicts, firings = [], []
+        scales = {f"atom/{scale}": scale for scale in TESTED_SCALES}
+        for label, d_sae in zip(dictionaries["sae"], dictionaries["d_sae"]):
+            wide, n_alive = tests[label]
+            samples[label] = self._samples(wide, fits[fits["sae"] == label], np.arange(d_sae) < n_alive)
+            verdict = self.substitution().nearer(wide, self.scale).verdict
+            row = {
+                "tested_atoms": wide["written_atom"].nunique(),
+                "outcome": verdict.outcome,
+                "unbeaten": ", ".join(verdict.unbeaten_controls),
+                "sentence": verdict.sentence,
             }
-            wins = pd.DataFrame({name: wide[column] < wide["delete"] for name, column in rates.items()})
-            # A dictionary's atoms are what its rates are to hold for, and which atoms are alive does not matter.
-            of_atoms = Paired(wins.assign(cosine=wide["cosine"], atom=wide["written_atom"]), ("atom",), self.seed)
-            samples[label] = {
-                **dict.fromkeys(("cosine", *rates), of_atoms),
-                **dict.fromkeys(WITHIN_TARGET, Paired(fit.reset_index(drop=True), seed=self.seed)),
-                "alive": Paired(atoms, ("atom",), self.seed),
-            }
-            told.append(
-                {
-                    "tested_atoms": wide["written_atom"].nunique(),
-                    "outcome": verdict.outcome,
-                    "unbeaten": ", ".join(verdict.unbeaten_controls),
-                    "sentence": verdict.sentence,
-                }
-            )
-            firings.append(wide.assign(sae=label).rename(columns={f"atom/{each}": each for each in TESTED_SCALES}))
-        measures = [
-            (label, name, *own[name].mean(name), "sequences" if name in WITHIN_TARGET else "atoms")
-            for names in (MEASURES, self.controls)
-            for label, own in samples.items()
-            for name in names
-        ]
-        target, contrasts = dictionaries.set_index("sae")["target"], []
-        for name, (a, b) in itertools.product(MEASURES, itertools.permutations(samples, 2)):
-            x, y = samples[a][name], samples[b][name]
-            if name not in WITHIN_TARGET:
-                contrasts.append((name, a, b, *x.lead(name, y)[:3]))
-            elif target[a] == target[b]:  # the same sequences, in the same order
-                contrasts.append((name, a, b, *x.mean(x[name] - y[name])[:3]))
+            verdicts.append(row)
+            firings.append(wide.assign(sae=label).rename(columns=scales))
+        measures = []
+        for names in (MEASURES, self.controls):
+            for label, name in itertools.product(samples, names):
+                unit = "sequences" if name in WITHIN_TARGET else "atoms"
+                measures.append((label, name, *samples[label][name].mean(name), unit))
+        contrasts = _contrasts(samples, dictionaries.set_index("sae")["target"])
         return {
-            "dictionaries": dictionaries.join(pd.DataFrame(told)),
+            "dictionaries": dictionaries.join(pd.DataFrame(verdicts)),
             "measures": pd.DataFrame(measures, columns=list(self.columns["measures"])),
             "contrasts": pd.DataFrame(contrasts, columns=list(self.columns["contrasts"])),
             "firings": pd.concat(firings, ignore_index=True),
+        }
+
+    def _samples(self, wide: pd.DataFrame, fits: pd.DataFrame, alive: NDArray[np.bool_]) -> dict[str, Paired]:
+        """What each measure of one dictionary is a mean of."""
+        rates = {scale: f"atom/{scale}" for scale in TESTED_SCALES}
+        rates |= {control: f"{control}/{self.scale}" for control in self.controls}
+        wins = pd.DataFrame({name: wide[column] < wide["delete"] for name, column in rates.items()})
+        # Rates are to hold for the dictionary's atoms, so that these are the units.
+        of_atoms = Paired(wins.assign(cosine=wide["cosine"], atom=wide["written_atom"]), ("atom",), self.seed)
+        return {
+            **dict.fromkeys(("cosine", *rates), of_atoms),
+            **dict.fromkeys(WITHIN_TARGET, Paired(fits.reset_index(drop=True), seed=self.seed)),
+            "alive": Paired(pd.DataFrame({"alive": alive}).reset_index(names="atom"), ("atom",), self.seed),
         }
 
     # -- judging
@@ -220,23 +226,27 @@ class Objectives(OfAlive):
         """Each objective against states by mse."""
         table = result.tables["dictionaries"].set_index("sae", drop=False)
         base = table[(table["target"] == "state") & (table["loss"] == "mse")]
-        need = Finding.untested(
-            "another objective substitutes better", "It needs a dictionary trained on states by mse."
-        )
-        others = [table.loc[label] for label in table.index if base.empty or label != base.index[0]]
-        return [need] if base.empty else [self._better(result, other, base.iloc[0]) for other in others]
+        if base.empty:
+            claim = "another objective substitutes better"
+            return [Finding.untested(claim, "It needs a dictionary trained on states by mse.")]
+        others = [table.loc[label] for label in table.index if label != base.index[0]]
+        return [self._better(result, other, base.iloc[0]) for other in others]
 
     def _better(self, result: Result, row: pd.Series, base: pd.Series) -> Finding:
         """The difference must hold, and so must the better dictionary's own substitution test."""
-        a, b, table = str(row["sae"]), str(base["sae"]), result.tables["contrasts"]
-        mine, theirs = value(result, a, self.scale), value(result, b, self.scale)
+        a, b = str(row["sae"]), str(base["sae"])
+        mine = value(result, a, self.scale)
+        theirs = value(result, b, self.scale)
+        table = result.tables["contrasts"]
         pair = table[(table["measure"] == self.scale) & (table["a"] == a) & (table["b"] == b)]
-        (mean, low, high), n = pair[["difference", "low", "high"]].to_numpy(float)[0].tolist(), mine.n + theirs.n
-        gap = Estimate(mean, low, high, n, min(mine.n_clusters, theirs.n_clusters))
-        floors = [f"{each['sae']}: {each['sentence']}" for each in (row, base) if each["outcome"] == "below the floor"]
+        mean, low, high = pair[["difference", "low", "high"]].to_numpy(float)[0].tolist()
+        gap = Estimate(mean, low, high, mine.n + theirs.n, min(mine.n_clusters, theirs.n_clusters))
+        below = [tested for tested in (row, base) if tested["outcome"] == "below the floor"]
+        floor = Verdict("below the floor", f"{below[0]['sae']}: {below[0]['sentence']}") if below else None
         sure = "It is ahead, and beats deletion and every control that beats deletion."
         short = f"It is ahead; its atoms compared with deletion: {row['sentence']}"
-        name = f"{row['target'].replace('_', ' ')}s by {'mse' if row['loss'] == 'mse' else row['loss'] + ' loss'}"
+        loss = "mse" if row["loss"] == "mse" else f"{row['loss']} loss"
+        name = f"{row['target'].replace('_', ' ')}s by {loss}"
         return Finding(
             claim=f"training on {name} ({a}) substitutes better than training on states by mse",
             effect=gap,
@@ -244,13 +254,25 @@ class Objectives(OfAlive):
             relevant=RELEVANT,
             null="a dictionary trained on states by mse",
             unless=Verdict(row["outcome"], sure if row["outcome"] == "holds" else short),
-            ruled=Verdict("below the floor", floors[0]) if floors else None,
+            ruled=floor,
             shown={a: mine, b: theirs} | {f"{NAMES[c]}, {a}": value(result, a, c) for c in self.controls},
             write=percent,
             axis="of firings nearer to the native model than after deletion",
             measured=f"difference {said(gap, points)} points",
             of=f"firings of {mine.n_clusters + theirs.n_clusters} atoms",
         )
+
+
+def _contrasts(samples: Mapping[str, Mapping[str, Paired]], target: pd.Series) -> list[tuple[object, ...]]:
+    """Rows of the table `contrasts`: each measure, each ordered pair of dictionaries that it can compare."""
+    contrasts = []
+    for name, (a, b) in itertools.product(MEASURES, itertools.permutations(samples, 2)):
+        first, second = samples[a][name], samples[b][name]
+        if name not in WITHIN_TARGET:
+            contrasts.append((name, a, b, *first.lead(name, second)[:3]))
+        elif target[a] == target[b]:  # the same sequences, in the same order
+            contrasts.append((name, a, b, *first.mean(first[name] - second[name])[:3]))
+    return contrasts
 
 
 def value(result: Result, sae: str, measure: str) -> Estimate:
