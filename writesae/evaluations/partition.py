@@ -5,8 +5,9 @@ Source: WriteSAE (arXiv 2605.12770), section on the partition.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -46,6 +47,14 @@ RELEVANT_SHARE = 0.1
 
 RULES = ("Gated DeltaNet", "RWKV-7", "Mamba-2")
 """Update rules in the order of their registers' alignment, as the paper has it."""
+
+
+class Lowest(NamedTuple):
+    """The mixture of a sample with the lowest BIC."""
+
+    components: int | None
+    gap: float
+    """By how much its BIC is lower than that of one component."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,13 +178,11 @@ class Partition(OfAlive):
 
     def mixture_table(self, atoms: pd.DataFrame) -> pd.DataFrame:
         """Mixtures of each sample and space."""
-        tables = [
-            mixtures.fit_mixtures(x, self.components, restarts=self.restarts, seed=self.seed).assign(
-                sample=name, space=s
-            )
-            for column, name in SAMPLES.items()
-            for s, x in (("cosine", atoms[column]), ("z", mixtures.fisher_z(atoms[column])))
-        ]
+        tables = []
+        for column, sample in SAMPLES.items():
+            for space, values in {"cosine": atoms[column], "z": mixtures.fisher_z(atoms[column])}.items():
+                fits = mixtures.fit_mixtures(values, self.components, restarts=self.restarts, seed=self.seed)
+                tables.append(fits.assign(sample=sample, space=space))
         return pd.DataFrame(pd.concat(tables, ignore_index=True), columns=list(self.columns["mixtures"]))
 
     def _tested(self, lab: Lab, atoms: pd.DataFrame) -> pd.DataFrame:
@@ -188,7 +195,7 @@ class Partition(OfAlive):
         if min(self.tested_atoms, *map(len, of_kinds)) < 2:
             return pd.DataFrame(columns=list(self.columns["substitution"]))
         rng = lab.rng(4)
-        drawn = [rng.choice(each, min(len(each), self.tested_atoms), replace=False) for each in of_kinds]
+        drawn = [rng.choice(ids, min(len(ids), self.tested_atoms), replace=False) for ids in of_kinds]
         settings = replace(settings, atoms=tuple(np.sort(np.concatenate(drawn)).tolist()))
         wide = wide_firings(Result(settings, {}, settings.measure(lab)))
         verdict = settings.nearer(wide, settings.scales[0]).verdict
@@ -200,16 +207,17 @@ class Partition(OfAlive):
     def findings(self, result: Result) -> list[Finding]:
         """Claims 6, 4 and 26, and whether atoms point along their writes."""
         table = result.tables["atoms"]
-        medians = table[[*SIDES]].median()
+        medians = {side: f"{median:.2f}" for side, median in table[[*SIDES]].median().items()}
+        sides = [f"{side} sides {medians[side]} (shuffled {medians[f'shuffled_{side}']})" for side in ("key", "value")]
         atoms = Paired(table, ("atom",), self.seed)
-        gain, untrained = (atoms.median("cosine", null) for null in ("shuffled", "untrained"))
+        gain = atoms.median("cosine", "shuffled")
         few = Verdict("not tested", f"{len(table)} alive atoms are too few.")
         aligned = Finding(
             claim="atoms point along the writes they fire on",
             effect=gain,
             what="the median gain in cosine over shuffled positions",
             null=UNTRAINED,
-            against={UNTRAINED: Against(untrained)},
+            against={UNTRAINED: Against(atoms.median("cosine", "untrained"))},
             relevant=RELEVANT_COSINE,
             ruled=few if len(table) < self.min_atoms else None,
             shown={
@@ -221,8 +229,7 @@ class Partition(OfAlive):
             write="{:.3f}".format,
             axis="median cosine",
             measured=f"{said(gain, signed)} over shuffled positions",
-            controls=f"|cosine| of key sides {medians['key']:.2f} (shuffled {medians['shuffled_key']:.2f}), of value "
-            f"sides {medians['value']:.2f} (shuffled {medians['shuffled_value']:.2f})",
+            controls=f"|cosine| of {sides[0]}, of {sides[1]}",
             of="alive atoms",
         )
         lead = atoms.median("cosine", "pca")
@@ -244,78 +251,96 @@ class Partition(OfAlive):
     def across(cls, results: list[Result]) -> list[tuple[str, Claim]]:
         """Claim 27, over all results of the rules that the paper orders, dictionaries of writes."""
         of_writes = [result for result in results if result.info["target"] == "write"]
-        tables = {
-            rule: pd.concat(parts, ignore_index=True)
-            for rule in RULES
-            if (parts := [result.tables["atoms"] for result in of_writes if result.info["rule"] == rule])
-        }
+        tables = {}
+        for rule in RULES:
+            parts = [result.tables["atoms"] for result in of_writes if result.info["rule"] == rule]
+            if parts:
+                tables[rule] = pd.concat(parts, ignore_index=True)
         return [(", ".join(tables), by_rule(tables).row())] if len(tables) > 1 else []
 
     def _two_kinds(self, result: Result) -> Finding:
-        """Claim 6: the rules of the class's docstring, in order."""
-        atoms, fits = result.tables["atoms"], result.tables["mixtures"].set_index("components")
-        # Components with the lowest BIC, and by how much it is lower than that of one, the first row of a sample.
-        fitted = {
-            key: (int(str(bic.idxmin())), float(bic.iloc[0] - bic.min()))
-            for key, bic in fits.groupby(["sample", "space"])["bic"]
-        }
-        (best, gap), (null, null_gap), (on_z, _) = (
-            fitted.get(key, (None, 0.0)) for key in (("atoms", "cosine"), ("shuffled", "cosine"), ("atoms", "z"))
-        )
-        two = fits[(fits["sample"] == "atoms") & (fits["space"] == "cosine") & (fits.index == 2)]
-        apart = float(np.ptp(two["mean"]) / np.sqrt((two["sd"] ** 2).mean())) if len(two) else 0.0
+        """Claim 6, with what the nulls show."""
+        atoms = result.tables["atoms"]
+        fitted = _lowest_bic(result.tables["mixtures"])
         registers = atoms[atoms["kind"] == "register"]
         above = atoms[[*SAMPLES, "untrained"]].ge(self.threshold).astype(float).assign(atom=atoms["atom"])
+        counts = f"{len(registers)} register / {len(atoms) - len(registers)} bundle / {result.info['dead']} dead"
+        median = number(float(registers["cosine"].median()))
+        share = percent(float(registers["firings"].sum() / atoms["firings"].sum()))
+        controls = []
+        for null in ("shuffled", "random"):
+            best = fitted[null, "cosine"].components if (null, "cosine") in fitted else "nothing"
+            share_above = percent(above[null].mean())
+            controls.append(f"{null} null: {share_above} at {self.threshold:g} or above, BIC prefers {best}")
+        return Finding(
+            number=6,
+            claim="atoms part into registers and bundles",
+            null=UNTRAINED,
+            ruled=self._kinds(result, above, fitted),
+            measured=f"{counts}; register median cosine {median}; registers make {share} of firings",
+            controls="; ".join(controls),
+            n=len(atoms),
+            of="alive atoms",
+        )
+
+    def _kinds(self, result: Result, above: pd.DataFrame, fitted: Mapping[object, Lowest]) -> Verdict:
+        """The verdict of claim 6: the rules of the class's docstring, in order.
+
+        Args:
+            above: whether each atom reaches the threshold, in each sample.
+        """
+        nothing = Lowest(None, 0.0)
+        best, gap = fitted.get(("atoms", "cosine"), nothing)
+        null, null_gap = fitted.get(("shuffled", "cosine"), nothing)
+        on_z, _ = fitted.get(("atoms", "z"), nothing)
+        fits = result.tables["mixtures"]
+        two = fits[(fits["sample"] == "atoms") & (fits["space"] == "cosine") & (fits["components"] == 2)]
+        apart = float(np.ptp(two["mean"]) / np.sqrt((two["sd"] ** 2).mean())) if len(two) else 0.0
         shares = Paired(above, ("atom",), self.seed)
-        excess, rival = shares.mean("cosine", "shuffled"), {UNTRAINED: Against(shares.mean("cosine", "untrained"))}
+        excess = shares.mean("cosine", "shuffled")
+        rival = {UNTRAINED: Against(shares.mean("cosine", "untrained"))}
         ladder = judge(
             excess, rival, relevant=RELEVANT_SHARE, what="the share of registers beyond that at shuffled positions"
         )
         difference = f"[{points(excess.low)}, {points(excess.high)}] points"
         share = f"{percent(above['cosine'].mean())} of atoms reach {self.threshold:g}"
         fit = f"BIC prefers {best} components on the cosine (by {gap:.0f} over one) and {on_z} on Fisher's z"
-        fit += f"; two are {apart:.1f} standard deviations apart" * bool(apart)
-        if len(atoms) < self.min_atoms or best is None:
-            verdict = Verdict("not tested", f"{len(atoms)} alive atoms are too few, or too alike, to have kinds.")
-        elif best != 2 or gap < STRONG or apart < APART:
-            verdict = Verdict("fails", f"{fit}, so the cosine does not part the atoms into two kinds; {share}.")
-        elif null_gap >= STRONG:
-            verdict = Verdict(
+        if apart:
+            fit += f"; two are {apart:.1f} standard deviations apart"
+        if len(above) < self.min_atoms or best is None:
+            return Verdict("not tested", f"{len(above)} alive atoms are too few, or too alike, to have kinds.")
+        if best != 2 or gap < STRONG or apart < APART:
+            return Verdict("fails", f"{fit}, so the cosine does not part the atoms into two kinds; {share}.")
+        if null_gap >= STRONG:
+            return Verdict(
                 "confounded",
                 f"{fit}, but at shuffled positions, where nothing can point along its write, it prefers {null}: a "
                 "mixture fits what is not normal, and shows no kinds.",
             )
-        elif ladder.outcome == "fails":
-            verdict = Verdict(
+        if ladder.outcome == "fails":
+            return Verdict(
                 "confounded", f"{fit}, but shuffled positions give as many registers (difference {difference})."
             )
-        elif ladder.outcome == "holds":
-            verdict = Verdict("holds", f"{fit}; {share}, {difference} more than at shuffled positions.")
-        else:
-            verdict = ladder
-        return Finding(
-            number=6,
-            claim="atoms part into registers and bundles",
-            null=UNTRAINED,
-            ruled=verdict,
-            measured=f"{len(registers)} register / {len(atoms) - len(registers)} bundle / {result.info['dead']} dead; "
-            f"register median cosine {number(float(registers['cosine'].median()))}; registers make "
-            f"{percent(float(registers['firings'].sum() / atoms['firings'].sum()))} of firings",
-            controls="; ".join(
-                f"{name} null: {percent(above[name].mean())} at {self.threshold:g} or above, BIC prefers "
-                f"{fitted.get((name, 'cosine'), ('nothing',))[0]}"
-                for name in ("shuffled", "random")
-            ),
-            n=len(atoms),
-            of="alive atoms",
-        )
+        if ladder.outcome == "holds":
+            return Verdict("holds", f"{fit}; {share}, {difference} more than at shuffled positions.")
+        return ladder
 
     def panels(self, result: Result) -> list[Figure]:
         """The cosines of atoms and nulls."""
-        colours, shares = {"atoms": "atom", "shuffled": "control", "random": "soft"}, np.linspace(0, 1, 21)
-        lines = [
-            figures.Line(name, shares.tolist(), np.quantile(cosines, 1 - shares).tolist(), colours[name])
-            for name, cosines in ((name, result.tables["atoms"][column]) for column, name in SAMPLES.items())
-        ]
+        colours = {"atoms": "atom", "shuffled": "control", "random": "soft"}
+        shares = np.linspace(0, 1, 21)
+        lines = []
+        for column, sample in SAMPLES.items():
+            cosines = np.quantile(result.tables["atoms"][column], 1 - shares)
+            lines.append(figures.Line(sample, shares.tolist(), cosines.tolist(), colours[sample]))
         title = "Cosine of each atom with the writes it fires on"
         return [Figure(title, figures.curves(lines, "share of alive atoms, best first", f"{title}: {result.label}"))]
+
+
+def _lowest_bic(fits: pd.DataFrame) -> dict[object, Lowest]:
+    """Of each sample in each space (a key is both), the mixture that BIC prefers."""
+    lowest = {}
+    for key, bic in fits.set_index("components").groupby(["sample", "space"])["bic"]:
+        gap = float(bic.iloc[0] - bic.min())  # the first row is that of one component
+        lowest[key] = Lowest(int(str(bic.idxmin())), gap)
+    return lowest

@@ -12,7 +12,10 @@ from typing import Annotated, ClassVar
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
+from hookpoints import WriteEdit
 from writesae.choices import AtLeast
 from writesae.experiment.evaluation import Evaluation, Result
 from writesae.experiment.firings import Integers, halves
@@ -134,28 +137,15 @@ class Passage(Evaluation):
         written = np.flatnonzero(site.writes.norm().cpu().numpy() > 0)
         if not inside.any() or len(written) < 2:
             return []
-        atom, where = lab.atoms(firings.atom[inside]), firings.position[inside]
+        atom = lab.atoms(firings.atom[inside])
         components = atom * -torch.tensor(firings.activation[inside]).to(atom.values)
-        positions = np.unique(where).tolist()
-        sums = [components.rows(np.flatnonzero(where == t).tolist()).total() for t in positions]
+        fired_at = firings.position[inside]
+        positions = np.unique(fired_at).tolist()
+        sums = [components.rows(np.flatnonzero(fired_at == t).tolist()).total() for t in positions]
         native = site.at(positions)
-        size = torch.tensor([float(each.norm()) for each in sums]).to(native.values)
-        others = rng.choice(written, len(positions), replace=len(written) < len(positions)).tolist()
-        elsewhere = [int(rng.choice(written[written != t])) for t in positions]
-        noise = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        first = native.terms(slice(0, 1))
-        usable = first.norm() > 0
-        at = [t for t, keep in zip(positions, usable.tolist()) if keep]
-        changed = {  # condition: where, what is added in which direction, at which signed norm
-            "own": (at, first.rows(usable), -size[usable]),
-            "removed": (others, site.at(others), -size),
-            "inserted": (positions, site.at(elsewhere), size),
-            "random": (positions, first.random_like(noise), size),
-        }
-        edits = {"deleted": [lab.add(t, each) for t, each in zip(positions, sums)]}
-        for condition, (places, directions, norms) in changed.items():
-            added = directions.with_norm(torch.ones_like(norms)) * norms
-            edits[condition] = [lab.add(t, added, n) for n, t in enumerate(places)]
+        size = torch.tensor([float(change.norm()) for change in sums]).to(native.values)
+        edits = {"deleted": [lab.add(t, change) for t, change in zip(positions, sums)]}
+        edits |= self._controls(lab, site, positions, size, written, rng)
         edits["native"] = [lab.replace(t, native, n) for n, t in enumerate(positions)]
         described: dict[str, object] = {
             "sequence": site.sequence,
@@ -168,6 +158,39 @@ class Passage(Evaluation):
             for condition, row in edits.items()
             if row
         ]
+
+    def _controls(
+        self,
+        lab: Lab,
+        site: Site,
+        positions: list[int],
+        size: Tensor,
+        written: NDArray[np.intp],
+        rng: np.random.Generator,
+    ) -> dict[str, list[WriteEdit]]:
+        """The edits of each control: as many writes, changed by the norms `size`.
+
+        Args:
+            written: positions of the passage whose write is not zero.
+        """
+        native = site.at(positions)
+        others = rng.choice(written, len(positions), replace=len(written) < len(positions)).tolist()
+        elsewhere = [int(rng.choice(written[written != t])) for t in positions]
+        noise = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        first = native.terms(slice(0, 1))
+        usable = first.norm() > 0
+        usable_positions = [t for t, keep in zip(positions, usable.tolist()) if keep]
+        changed = {  # condition: where, what is added in which direction, at which signed norm
+            "own": (usable_positions, first.rows(usable), -size[usable]),
+            "removed": (others, site.at(others), -size),
+            "inserted": (positions, site.at(elsewhere), size),
+            "random": (positions, first.random_like(noise), size),
+        }
+        edits = {}
+        for condition, (places, directions, norms) in changed.items():
+            added = directions.with_norm(torch.ones_like(norms)) * norms
+            edits[condition] = [lab.add(t, added, n) for n, t in enumerate(places)]
+        return edits
 
     # -- judging
 

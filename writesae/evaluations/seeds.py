@@ -8,6 +8,7 @@ two nulls are matched in the same way.
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -95,7 +96,8 @@ class Seeds(OfAlive):
 
     def measure(self, lab: Lab) -> dict[str, pd.DataFrame]:
         numbers: dict[str, Integers] = {}
-        counts, n_tokens = [], min(self.alive_tokens, lab.tokens.numel())
+        counts = []
+        n_tokens = min(self.alive_tokens, lab.tokens.numel())
         for label in lab.saes:
             firings = lab.firings(label)
             numbers[label] = alive = firings.alive(n_tokens, self.min_firings)
@@ -105,34 +107,33 @@ class Seeds(OfAlive):
             medians = firing_cosines(lab, alive, label).groupby("atom")["cosine"].median()
             n_dead = firings.n_atoms - len(firings.alive(n_tokens))
             counts.append((label, len(alive), int((medians >= self.threshold).sum()), n_dead))
-        pools, needed = [], -(-max(map(len, numbers.values())) // lab.tokens.shape[1]) + 1
+        pools = []
+        needed = math.ceil(max(map(len, numbers.values())) / lab.tokens.shape[1]) + 1  # one more: some writes are zero
         for start in (0, 1):  # native writes of even and of odd sequences
             writes = lab.native_writes(range(start, len(lab.tokens), 2)[:needed])
             pools.append(writes.rows(writes.norm() > 0))
-        rng, pairs = np.random.default_rng(self.seed), []
+        rng = np.random.default_rng(self.seed)
+        pairs = []
         for a, b in itertools.combinations(lab.saes, 2):
             atoms = [lab.atoms(numbers[label], label) for label in (a, b)]
             noise = torch.Generator().manual_seed(int(rng.integers(2**62)))
-            random = [each.random_like(noise) for each in atoms]
-            writes = [
-                pool.rows(torch.tensor(rng.permutation(len(pool))[: len(each)])) for pool, each in zip(pools, atoms)
-            ]
+            random = [alive.random_like(noise) for alive in atoms]
+            writes = []
+            for pool, alive in zip(pools, atoms):
+                drawn = rng.permutation(len(pool))[: len(alive)]
+                writes.append(pool.rows(torch.tensor(drawn)))
             for sample, (one, other) in zip(SAMPLES, (atoms, random, writes)):
                 size = one.cosines(other).abs().cpu().double().numpy()
                 first, second = linear_sum_assignment(size, maximize=True)
-                ids = (numbers[a][first], numbers[b][second]) if sample == "atoms" else (first, second)
-                pairs.append(
-                    pd.DataFrame(
-                        {
-                            "a": a,
-                            "b": b,
-                            "sample": sample,
-                            "first": ids[0],
-                            "second": ids[1],
-                            "cosine": size[first, second],
-                        }
-                    )
-                )
+                columns = {
+                    "a": a,
+                    "b": b,
+                    "sample": sample,
+                    "first": numbers[a][first] if sample == "atoms" else first,
+                    "second": numbers[b][second] if sample == "atoms" else second,
+                    "cosine": size[first, second],
+                }
+                pairs.append(pd.DataFrame(columns))
         table = pd.concat(pairs, ignore_index=True)
         return {
             "counts": pd.DataFrame(counts, columns=list(self.columns["counts"])),
@@ -146,22 +147,28 @@ class Seeds(OfAlive):
         for (a, b), both in pairs.groupby(["a", "b"], sort=False):
             samples = {name: Paired(of.reset_index(), ("index",), self.seed) for name, of in both.groupby("sample")}
             for sample in SAMPLES:
-                x, excess = samples[sample]["cosine"], samples["atoms"].lead("cosine", samples[sample])
-                rows.append((a, b, sample, len(x), x.median(), (x > SAME).mean(), *excess[:3]))
+                cosines = samples[sample]["cosine"]
+                excess = samples["atoms"].lead("cosine", samples[sample])
+                rows.append((a, b, sample, len(cosines), cosines.median(), (cosines > SAME).mean(), *excess[:3]))
         return pd.DataFrame(rows, columns=list(self.columns["matches"]))
 
     # -- judging
 
     def findings(self, result: Result) -> list[Finding]:
         """Claim 20, and whether atoms match beyond chance."""
-        counts, matches = result.tables["counts"], dict(list(result.tables["matches"].groupby("sample")))
-        random, writes = (matches[name].nsmallest(1, "excess_low").iloc[0] for name in ("random", "writes"))
+        beyond = self._beyond(result)
+        return [self._same_kinds(result, beyond), beyond]
+
+    def _beyond(self, result: Result) -> Finding:
+        """Whether seeds share atoms beyond chance, by the pair of dictionaries that matches worst."""
+        matches = dict(list(result.tables["matches"].groupby("sample")))
+        random = matches["random"].nsmallest(1, "excess_low").iloc[0]
+        writes = matches["writes"].nsmallest(1, "excess_low").iloc[0]
         n = int(matches["atoms"]["n"].min())
-        smallest, over_writes = (
-            Estimate(row["excess"], row["excess_low"], row["excess_high"], n, n) for row in (random, writes)
-        )
+        smallest = Estimate(random["excess"], random["excess_low"], random["excess_high"], n, n)
+        over_writes = Estimate(writes["excess"], writes["excess_low"], writes["excess_high"], n, n)
         medians = {name: ", ".join(f"{x:.2f}" for x in rows["median"]) for name, rows in matches.items()}
-        beyond = Finding(
+        return Finding(
             claim="seeds share atoms beyond chance",
             effect=smallest,
             what=f"the excess over random directions of {random['a']} and {random['b']}, the pair that matches worst,",
@@ -173,12 +180,20 @@ class Seeds(OfAlive):
             n=int(matches["atoms"]["n"].sum()),
             of=f"atom pairs of {len(matches['atoms'])} pairs of seeds",
         )
+
+    def _same_kinds(self, result: Result, beyond: Finding) -> Finding:
+        """Claim 20, with whether atoms match beyond chance."""
+        counts = result.tables["counts"]
         spread = {name: float(np.ptp(counts[name]) / max(counts[name].mean(), 1)) for name in ("alive", "register")}
-        same = {name: float(rows["share_same"].max()) for name, rows in matches.items()}
-        faults = [f"counts vary by more than {percent(SPREAD)}"] * (max(spread.values()) > SPREAD)
-        faults += [f"more than {percent(SAME_SHARE)} of atoms are the same"] * (same["atoms"] > SAME_SHARE)
+        same = {name: float(rows["share_same"].max()) for name, rows in result.tables["matches"].groupby("sample")}
+        faults = []
+        if max(spread.values()) > SPREAD:
+            faults.append(f"counts vary by more than {percent(SPREAD)}")
+        if same["atoms"] > SAME_SHARE:
+            faults.append(f"more than {percent(SAME_SHARE)} of atoms are the same")
         learned = replace(beyond, against={}, chance=RELEVANT).verdict  # atoms that fire are alike by a little
-        if (few := too_little(smallest)) is not None:
+        few = None if beyond.effect is None else too_little(beyond.effect)
+        if few is not None:
             verdict = Verdict("inconclusive", few)
         elif faults:
             verdict = Verdict("fails", f"{' and '.join(faults).capitalize()}.")
@@ -186,7 +201,7 @@ class Seeds(OfAlive):
             verdict = Verdict("holds", "Counts agree, and atoms do not.")
         else:
             verdict = Verdict("inconclusive", f"Nothing shows that anything was learned. {learned.sentence}")
-        kinds = Finding(
+        return Finding(
             number=20,
             claim="seeds find the same kinds, not the same atoms",
             null="random directions",
@@ -197,4 +212,3 @@ class Seeds(OfAlive):
             n=len(counts),
             of="seeds",
         )
-        return [kinds, beyond]

@@ -89,19 +89,22 @@ class Sign(Evaluation):
 
     def measure(self, lab: Lab) -> dict[str, pd.DataFrame]:
         strata = [Stratum("", *ends) for ends in self.ranks]
-        rng, (n, length) = lab.rng(4), lab.tokens.shape
+        rng = lab.rng(4)
+        n, length = lab.tokens.shape
         candidates = np.arange(self.first_position, length - 1)
         share = np.full(n, self.n_positions // n)  # as evenly spread over sequences as can be
         share[rng.permutation(n)[: self.n_positions % n]] += 1
         drawn = [np.sort(rng.choice(candidates, min(k, len(candidates)), replace=False)) for k in share]
         sequence = np.repeat(np.arange(n), [len(positions) for positions in drawn])
-        places, tables = pd.DataFrame({"sequence": sequence, "position": np.concatenate(drawn)}), []
+        places = pd.DataFrame({"sequence": sequence, "position": np.concatenate(drawn)})
+        tables = []
         for site in lab.sites(places, self.kind):
-            positions, delay = site.rows["position"].tolist(), int(site.recurrence.read_before_write)
+            positions = site.rows["position"].tolist()
+            delay = int(site.recurrence.read_before_write)  # tokens until the first read of a write
             if "floor" not in lab.facts:
                 lab.facts["floor"] = lab.floor(logit_noise, "logit", 1 + delay)
-            at = [t + delay for t in positions]
-            gradients = ReadGradients(lab.model, site.session, lab.hook.layer, lab.hook.head, at)
+            reads = [t + delay for t in positions]
+            gradients = ReadGradients(lab.model, site.session, lab.hook.layer, lab.hook.head, reads)
             written = [t for t, size in zip(positions, site.at(positions).norm().tolist()) if size > 0]
             lab.skipped["positions with a zero write"] += len(positions) - len(written)
             for t in written:
@@ -122,19 +125,19 @@ class Sign(Evaluation):
         self, lab: Lab, site: Site, t: int, target: DrawnTarget, gradients: ReadGradients, rng: np.random.Generator
     ) -> list[Trial]:
         """The writes of every direction, size and sign toward one target at one position, with their predictions."""
-        at = t + int(site.recurrence.read_before_write)
-        of_target, of_wrong = (gradients.at(at, token) for token in (target.token, target.wrong))
-        direct, wrong = (
-            value_direction(lab.model, lab.hook.layer, lab.hook.head, token) for token in (target.token, target.wrong)
-        )
+        read = t + int(site.recurrence.read_before_write)
+        of_target = gradients.at(read, target.token)
+        of_wrong = gradients.at(read, target.wrong)
+        direct = value_direction(lab.model, lab.hook.layer, lab.hook.head, target.token)
         sides = {
             "direct": direct,
             "gradient": torch.nn.functional.normalize(of_target.reads[-1], dim=0),
             "random": random_unit(direct, rng),
-            "wrong": wrong,
+            "wrong": value_direction(lab.model, lab.hook.layer, lab.hook.head, target.wrong),
         }
         kinds = [(name, sign * m) for name in DIRECTIONS for m in self.sizes for sign in (1, -1)]
-        size, key = site.at([t]).norm(), torch.nn.functional.normalize(site.writes.keys[t, 0], dim=0)
+        size = site.at([t]).norm()
+        key = torch.nn.functional.normalize(site.writes.keys[t, 0], dim=0)
         values = torch.stack([m * size * sides[name].to(key) for name, m in kinds])
         added = LowRank.rank_one(key.expand(len(values), -1), values)
         (f0, _, f2), (f0_wrong, *_) = predict(site.recurrence, added, t, [of_target, of_wrong]).mT.cpu().numpy()
@@ -160,12 +163,16 @@ class Sign(Evaluation):
         )
         predicted = ("aimed", "f0", "f2", "written", "shuffled")
         table = moved.assign(**{by: np.sign(moved["measured"]) == np.sign(moved[by]) for by in predicted})
-        of = {direction: Paired(rows) for direction, rows in table.groupby("direction")}
+        by_direction = {direction: Paired(rows) for direction, rows in table.groupby("direction")}
+        direct = by_direction["direct"]
         paired = Paired.of(table, "written", "sequence", "position", "token", "m", by="direction", seed=self.seed)
         rivals = {"wrong": "toward another token", "random": "random direction"}
-        written, by_f0, by_f2 = (of["direct"].mean(by) for by in ("written", "aimed", "f2"))
+        written = direct.mean("written")
+        by_f0 = direct.mean("aimed")
+        by_f2 = direct.mean("f2")
         small = moved[(moved["direction"] == "direct") & (moved["m"].abs() == moved["m"].abs().min())]
-        f0, f2 = (r2_score(small["measured"], small[by]) for by in ("f0", "f2"))
+        f0 = r2_score(small["measured"], small["f0"])
+        f2 = r2_score(small["measured"], small["f2"])
         first = Finding(
             number=9,
             claim="the sign of a write is the sign of its effect",
@@ -179,9 +186,9 @@ class Sign(Evaluation):
             floor=result.fact("floor"),
             shown={
                 "as written": written,
-                **{shown: of[name].mean("written") for name, shown in rivals.items()},
+                **{shown: by_direction[name].mean("written") for name, shown in rivals.items()},
                 "by F0": by_f0,
-                "gradient, by F2": of["gradient"].mean("f2"),
+                "gradient, by F2": by_direction["gradient"].mean("f2"),
             },
             write=percent,
             axis="of signs as written (F0: times the sign of <k, q>)",
@@ -196,7 +203,7 @@ class Sign(Evaluation):
             effect=by_f2,
             what="the share of F2's right signs",
             null="F2 of other writes",
-            against={"F2 of other writes": Against(of["direct"].mean("f2", "shuffled"))},
+            against={"F2 of other writes": Against(direct.mean("f2", "shuffled"))},
             typical=float(small["measured"].abs().median()),
             unless=None if f2 > GOOD_FIT else Verdict("fails", poor),
             shown={"by F2": by_f2, "as written": written, "by F0": by_f0},

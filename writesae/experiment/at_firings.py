@@ -124,9 +124,13 @@ class OfHalves(OfAtoms):
         atoms = draw_atoms(
             firings, split, bounds, rng, min_firings=self.min_firings, n_atoms=self.n_atoms, atoms=self.atoms
         )
-        sides = zip(map(firings.of_sequences, split), (self.select_firings, self.test_firings))
-        samples = ((side, sample_firings(side, atoms, most, **bounds, rng=rng)) for side, most in sides)
-        return atoms, bounds, samples
+
+        def samples() -> Iterator[tuple[Firings, pd.DataFrame]]:
+            for sequences, most in zip(split, (self.select_firings, self.test_firings)):
+                half = firings.of_sequences(sequences)
+                yield half, sample_firings(half, atoms, most, **bounds, rng=rng)
+
+        return atoms, bounds, samples()
 
 
 class Exchange(NamedTuple):
@@ -143,12 +147,11 @@ class Exchange(NamedTuple):
         """An edited run for each condition and firing, firings in their order within each condition."""
         sizes = {"cosine": self.atom.cosine(self.native).cpu().numpy(), "write_norm": self.native.norm().cpu().numpy()}
         rows = self.site.rows.assign(**sizes)
-        return [
-            trial
-            for name, scale, written in self.conditions
-            for norm in [0.0 if written is None else written.norm().cpu().numpy()]
-            for trial in trials_at(rows.assign(condition=name, scale=scale, norm=norm), lab.replace, written)
-        ]
+        trials = []
+        for name, scale, written in self.conditions:
+            norm = 0.0 if written is None else written.norm().cpu().numpy()
+            trials += trials_at(rows.assign(condition=name, scale=scale, norm=norm), lab.replace, written)
+        return trials
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,9 +188,9 @@ class Exchanging(OfFirings):
     def exchanges(self, lab: Lab, draw: FiringDraw, scales: Sequence[Scale]) -> Iterator[Exchange]:
         """The conditions of each sequence that has firings, one sequence at a time. Cost: one plain forward each."""
         recurrences = [lab.recurrence(n) for n in range(min(self.mean_write_sequences, len(lab.tokens)))]
-        writes = joined([head_writes(each, 0) for each in recurrences])
+        writes = joined([head_writes(recurrence, 0) for recurrence in recurrences])
         mean = mean_write(writes.keys[:, 0], writes.values[:, 0], MEAN_ENERGY)
-        lab.facts["half_life"] = float(torch.cat([half_lives(each) for each in recurrences]).median())
+        lab.facts["half_life"] = float(torch.cat([half_lives(recurrence) for recurrence in recurrences]).median())
         lab.facts["half_life_limit"] = min(HALF_LIFE_LIMIT, lab.tokens.shape[1] // 2)
         for site in lab.sites(draw.table, self.kind):
             native = site.at(site.rows["position"].tolist())

@@ -75,8 +75,8 @@ def conditions(
         written = scaled(atom, native, scale)
         listed.append(Condition("atom", scale, written))
         for name, control in controls.items():
-            own = scaled(control, native, scale) if name in BASELINES else control.with_norm(written.norm())
-            listed.append(Condition(name, scale, own))
+            at_scale = scaled(control, native, scale) if name in BASELINES else control.with_norm(written.norm())
+            listed.append(Condition(name, scale, at_scale))
     return listed
 
 

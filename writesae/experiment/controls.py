@@ -90,9 +90,10 @@ def control_dictionary(sae: MatrixSAE, matrices: Tensor, writes: LowRank | None 
     if (cfg.metadata.training_architecture_details or {}).get("b_dec_init", "mean") == "mean":
         new.b_dec.data.copy_(matrices.float().mean(0))
     if writes is not None:
-        able, n_atoms = torch.nonzero(writes.norm() > 0).flatten().cpu(), new.n_factors
-        order = torch.randperm(len(able), generator=torch.Generator().manual_seed(seed))
-        drawn = able[order.repeat(math.ceil(n_atoms / len(able)))[:n_atoms]]
+        n_atoms = new.n_factors
+        written = torch.nonzero(writes.norm() > 0).flatten().cpu()
+        order = torch.randperm(len(written), generator=torch.Generator().manual_seed(seed))
+        drawn = written[order.repeat(math.ceil(n_atoms / len(written)))[:n_atoms]]
         atoms = writes.rows(drawn.to(writes.keys.device)).to(torch.float32)
         if cfg.decoder == "rank" and atoms.rank != cfg.rank:
             atoms = LowRank.svd(atoms.dense(), cfg.rank, balanced=True)
@@ -120,20 +121,20 @@ class Answer(NamedTuple):
 
 def answers(results: Sequence[Result]) -> list[Answer]:
     """Every answer of trained dictionaries, compared with those of their controls where these are among the results."""
-    controlled = {control: _own(results, control) for control in CONTROLS}
+    controlled = {control: _answers_of(results, control) for control in CONTROLS}
 
-    def alike(of: tuple[object, ...], claim: Claim) -> dict[Control, Claim]:
+    def same_claim(place: tuple[object, ...], claim: Claim) -> dict[Control, Claim]:
         return {
             control: other.claim
             for control in CONTROLS
-            for other in controlled[control].get(of, [])
+            for other in controlled[control].get(place, [])
             if (other.claim.number, other.claim.claim) == (claim.number, claim.claim)
         }
 
     return [
-        Answer(label, against_controls(claim, alike(of, claim)))
-        for of, own in _own(results, None).items()
-        for label, claim in own
+        Answer(label, against_controls(claim, same_claim(place, claim)))
+        for place, trained in _answers_of(results, None).items()
+        for label, claim in trained
     ]
 
 
@@ -144,9 +145,9 @@ def against_controls(claim: Claim, controls: Mapping[Control, Claim]) -> Claim:
     them is a way to find atoms, which needs no training but the model's own writes.
     """
     names = {"untrained": "untrained dictionary", "native writes": "dictionary of native writes"}
-    shown = [f"{names[name]}: {each.measured} ({each.outcome})" for name, each in controls.items()]
+    shown = [f"{names[name]}: {control.measured} ({control.outcome})" for name, control in controls.items()]
     outcome, sentence = claim.outcome, claim.sentence
-    holds = [name for name, each in controls.items() if claim.outcome == each.outcome == "holds"]
+    holds = [name for name, control in controls.items() if claim.outcome == control.outcome == "holds"]
     if "untrained" in holds:
         outcome, sentence = "confounded", "An untrained dictionary does as well: the same rule holds for it."
     if "native writes" in holds:
@@ -156,18 +157,18 @@ def against_controls(claim: Claim, controls: Mapping[Control, Claim]) -> Claim:
     )
 
 
-def _own(results: Sequence[Result], control: Control | None) -> dict[tuple[object, ...], list[Answer]]:
+def _answers_of(results: Sequence[Result], control: Control | None) -> dict[tuple[object, ...], list[Answer]]:
     """Answers of one kind of dictionary by what they are about, which its controls share."""
-    found: dict[tuple[object, ...], list[Answer]] = defaultdict(list)
+    made: dict[tuple[object, ...], list[Answer]] = defaultdict(list)
     measured: dict[str, list[Result]] = defaultdict(list)
     for result in results:
         if result.info.get("control") == control:
-            of = result.label if control is None else result.info["control_of"]
-            place = (*(result.info.get(name) for name in ("model", "layer", "head")), result.kind, of)
-            found[place] += [Answer(result.label, claim) for claim in result.claims()]
+            label = result.label if control is None else result.info["control_of"]
+            place = (*(result.info.get(name) for name in ("model", "layer", "head")), result.kind, label)
+            made[place] += [Answer(result.label, claim) for claim in result.claims()]
             if result.skipped is None:
                 measured[result.kind].append(result)
     for kind, group in measured.items():
         for label, claim in type(group[0].evaluation).across(group):
-            found[kind, label].append(Answer(label, claim))
-    return found
+            made[kind, label].append(Answer(label, claim))
+    return made

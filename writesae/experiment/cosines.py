@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from hookpoints import Recurrence
 from sae_lens_writesae.atom.low_rank import LowRank
 from writesae.experiment.firings import Integers
 from writesae.experiment.head import head_writes, matrices_of, random_units
@@ -44,7 +45,8 @@ def firing_cosines(
     Cost: one forward up to the head's layer per sequence, and 3 T F R R' (K + V) for the cosines; for a dictionary of
     states also T F R K V, and T K V numbers.
     """
-    firings, target = lab.firings(label), (lab.hook if label is None else lab.hooks[label]).target
+    firings = lab.firings(label)
+    hook = lab.hook if label is None else lab.hooks[label]
     decoded = lab.atoms(atoms, label)
     rng = lab.rng(len(atoms))
     # The noise has its own seed: a dictionary initialized under `lab.seed` would otherwise be its own null.
@@ -60,32 +62,37 @@ def firing_cosines(
             continue
         recurrence = lab.recurrence(sequence)
         writes = head_writes(recurrence, 0).to(decoded.values)
-        here, which = table["position"].to_numpy(copy=True), pd.Index(atoms).get_indexer(pd.Index(table["atom"]))
-        there = order[here]
-        if target == "write":
-            products = untrained.cosines(writes).T
-        else:
-            states = matrices_of(recurrence, target).to(untrained.values)
-            products = torch.einsum("tkv,frk,frv->tf", states, untrained.keys, untrained.values)
-        fires = products.argsort(dim=1, descending=True, stable=True)  # [T,F] atoms by falling product
-        drawn = untrained.rows(fires[torch.tensor(here), torch.tensor(table["place"].to_numpy())])
-        matched, chance = (writes.cosines(each).cpu().numpy() for each in (decoded, noise))
+        position = table["position"].to_numpy(copy=True)
+        shuffled = order[position]
+        column = pd.Index(atoms).get_indexer(pd.Index(table["atom"]))
+        fires = _by_product(untrained, writes, recurrence, hook.target)
+        drawn = untrained.rows(fires[torch.tensor(position), torch.tensor(table["place"].to_numpy())])
+        cosines = writes.cosines(decoded).cpu().numpy()
         key, value = (side.cpu().numpy() for side in side_cosines(writes, decoded))
-        further = {n: writes.cosines(x.to(writes.values))[here, 0].cpu().numpy() for n, x in (directions or {}).items()}
-        tables.append(
-            table.drop(columns=["activation", "place"]).assign(
-                cosine=matched[here, which],
-                shuffled=matched[there, which],
-                random=chance[here, which],
-                untrained=writes.rows(torch.tensor(here)).cosine(drawn).cpu().numpy(),
-                key=key[here, which],
-                value=value[here, which],
-                shuffled_key=key[there, which],
-                shuffled_value=value[there, which],
-                **further,
-            )
+        of_firings = table.drop(columns=["activation", "place"]).assign(
+            cosine=cosines[position, column],
+            shuffled=cosines[shuffled, column],
+            random=writes.cosines(noise).cpu().numpy()[position, column],
+            untrained=writes.rows(torch.tensor(position)).cosine(drawn).cpu().numpy(),
+            key=key[position, column],
+            value=value[position, column],
+            shuffled_key=key[shuffled, column],
+            shuffled_value=value[shuffled, column],
         )
+        for name, direction in (directions or {}).items():
+            of_firings[name] = writes.cosines(direction.to(writes.values))[position, 0].cpu().numpy()
+        tables.append(of_firings)
     return pd.concat(tables, ignore_index=True)
+
+
+def _by_product(atoms: LowRank, writes: LowRank, recurrence: Recurrence, target: str) -> Tensor:
+    """[T,F] numbers of atoms of norm 1, by falling product with what a dictionary of `target` reads at each token."""
+    if target == "write":
+        products = atoms.cosines(writes).T
+    else:
+        states = matrices_of(recurrence, target).to(atoms.values)
+        products = torch.einsum("tkv,frk,frv->tf", states, atoms.keys, atoms.values)
+    return products.argsort(dim=1, descending=True, stable=True)
 
 
 @torch.no_grad()
@@ -105,6 +112,9 @@ def side_cosines(one: LowRank, other: LowRank) -> tuple[Tensor, Tensor]:
     For rank 1 their product is the size of `LowRank.cosines`; each side's own sign means nothing, because both may
     flip. The sides of a matrix of a higher rank are its top singular vectors: an SVD each.
     """
-    pair = [each if each.rank == 1 else LowRank.svd(each.dense(), 1) for each in (one, other)]
-    (a, x), (b, y) = ([normalize(side[:, 0], dim=1, eps=1e-30) for side in (each.keys, each.values)] for each in pair)
-    return (a @ b.mT).abs(), (x @ y.mT).abs()
+    keys, values = [], []
+    for matrices in (one, other):
+        top = matrices if matrices.rank == 1 else LowRank.svd(matrices.dense(), 1)
+        keys.append(normalize(top.keys[:, 0], dim=1, eps=1e-30))
+        values.append(normalize(top.values[:, 0], dim=1, eps=1e-30))
+    return (keys[0] @ keys[1].mT).abs(), (values[0] @ values[1].mT).abs()

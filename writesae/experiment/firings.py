@@ -128,12 +128,11 @@ def silent_positions(
     table = firings.frame(np.isin(firings.atom, sample["atom"].to_numpy()))
     busy = {key: set(group["position"]) for key, group in table.groupby(["sequence", "atom"])}
     choices = np.arange(first, last + 1)
-    moved = sample.assign(
-        position=[
-            rng.choice(free) if len(free := np.setdiff1d(choices, list(busy[key]))) else -1
-            for key in zip(sample["sequence"], sample["atom"])
-        ]
-    )
+    positions = []
+    for key in zip(sample["sequence"], sample["atom"]):
+        silent = np.setdiff1d(choices, list(busy[key]))
+        positions.append(rng.choice(silent) if len(silent) else -1)
+    moved = sample.assign(position=positions)
     return moved.query("position >= 0").sort_values(["sequence", "position", "atom"], ignore_index=True)
 
 
@@ -182,8 +181,13 @@ def draw_atoms(
         ValueError: an atom asked for fires too rarely.
         NothingToMeasureError: all atoms do.
     """
-    sides = (firings.frame(firings.between(**bounds) & np.isin(firings.sequence, side)) for side in split)
-    chosen, tested = (table.groupby("atom")["sequence"].agg(["size", "nunique"]) for table in sides)
+
+    def counts(sequences: Integers) -> pd.DataFrame:
+        """Firings of each atom inside the bounds, and the sequences that they are in."""
+        table = firings.frame(firings.between(**bounds) & np.isin(firings.sequence, sequences))
+        return table.groupby("atom")["sequence"].agg(["size", "nunique"])
+
+    chosen, tested = counts(split.select), counts(split.test)
     able = chosen.index[chosen["size"] >= min_firings].intersection(
         tested.index[(tested["size"] >= min_firings) & (tested["nunique"] >= 2)]
     )
@@ -204,7 +208,8 @@ def picked(
     if len(able) == 0:
         raise NothingToMeasureError(f"no atom can be tested: {needed}; give more sequences, or lower min_firings")
     if atoms is not None:
-        if missing := sorted(set(atoms) - set(able.tolist())):
+        missing = sorted(set(atoms) - set(able.tolist()))
+        if missing:
             raise ValueError(f"atoms {missing} cannot be tested: {needed}")
         return np.array(atoms)
     return able if n_atoms is None else np.sort(rng.choice(able, min(n_atoms, len(able)), replace=False))

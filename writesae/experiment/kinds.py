@@ -50,7 +50,7 @@ def compare_kinds(
     wins = wide[["written_atom"]].assign(win=wide[f"atom/{scale}"] < wide["delete"])
     wins = wins.join(atoms.set_index("atom")["kind"], on="written_atom", how="inner")
     register, bundle = (Paired(wins[wins["kind"] == kind], ("written_atom",), seed) for kind in KINDS)
-    rows = [(scale, kind, *each.mean("win")) for kind, each in zip(KINDS, (register, bundle))]
+    rows = [(scale, kind, *paired.mean("win")) for kind, paired in zip(KINDS, (register, bundle))]
     gap = register.lead("win", bundle)
     p_value = stats.permutation_test(
         register["win"], bundle["win"], register["written_atom"], bundle["written_atom"], seed=seed
@@ -65,7 +65,8 @@ def compare_kinds(
 def alike(result: Result, controls: Sequence[str]) -> Finding:
     """Claim 4: both kinds beat deletion, and the interval of their difference lies within 10 points of zero. A test
     that is stopped, as a whole or for one kind, stops the claim."""
-    claim, table = "register and bundle atoms substitute alike", result.tables["substitution"]
+    claim = "register and bundle atoms substitute alike"
+    table = result.tables["substitution"]
     if table.empty:
         counts = result.tables["atoms"]["kind"].value_counts()
         listed = " and ".join(f"{counts.get(kind, 0)} {kind}" for kind in KINDS)
@@ -73,35 +74,14 @@ def alike(result: Result, controls: Sequence[str]) -> Finding:
             claim, f"It needs two tested atoms of each kind; of the alive atoms there are {listed}.", 4, "firings"
         )
     compared = cast(Mapping[str, Mapping[str, float]], result.info["compared"])
-    gap, test = compared["difference"], cast(Mapping[str, str], compared["verdict"])
+    gap = compared["difference"]
+    test = cast(Mapping[str, str], compared["verdict"])
     rates = {
         str(row["kind"]): Estimate(row["rate"], row["low"], row["high"], row["n"], row["n_atoms"])
         for row in table.to_dict("records")
     }
-    what = "the win rate of {} atoms against deletion".format
-    verdicts = [
-        Verdict(cast(Outcome, test["outcome"]), test["sentence"]),
-        *(judge(rate, chance=0.5, relevant=RELEVANT, what=what(kind)) for kind, rate in rates.items()),
-    ]
     interval = f"[{points(gap['low'])}, {points(gap['high'])}] points"
-    order = ("below the floor", "inconclusive", "confounded", "undecided")
-    stops = sorted((each for each in verdicts if each.outcome in order), key=lambda each: order.index(each.outcome))
-    if stops:
-        verdict = stops[0]
-    elif failed := [kind for kind, each in zip(KINDS, verdicts[1:]) if each.outcome == "fails"]:
-        verdict = Verdict("fails", f"Deletion is not beaten by {' and '.join(failed)} atoms.")
-    elif gap["low"] >= -RELEVANT and gap["high"] <= RELEVANT:
-        verdict = Verdict("holds", f"Both kinds beat deletion, and differ by no more than {percent(RELEVANT)}.")
-    elif gap["low"] > RELEVANT or gap["high"] < -RELEVANT:
-        verdict = Verdict(
-            "fails", f"Both kinds beat deletion, but not alike: they differ by more than {percent(RELEVANT)}."
-        )
-    else:
-        verdict = Verdict(
-            "inconclusive",
-            f"Both kinds beat deletion, but their difference {interval} shows neither sameness nor a difference of "
-            f"{percent(RELEVANT)}.",
-        )
+    verdict = _same(Verdict(cast(Outcome, test["outcome"]), test["sentence"]), rates, gap, interval)
     atoms = ", ".join(f"{rate.n_clusters} {kind} atoms" for kind, rate in rates.items())
     return Finding(
         number=4,
@@ -119,29 +99,59 @@ def alike(result: Result, controls: Sequence[str]) -> Finding:
     )
 
 
+def _same(test: Verdict, rates: Mapping[str, Estimate], gap: Mapping[str, float], interval: str) -> Verdict:
+    """Whether both kinds beat deletion alike.
+
+    Args:
+        test: verdict of the whole substitution test.
+        rates: win rate against deletion, by kind.
+        gap: difference of the rates, with its interval, which `interval` has in words.
+    """
+    what = "the win rate of {} atoms against deletion".format
+    of_kinds = {kind: judge(rate, chance=0.5, relevant=RELEVANT, what=what(kind)) for kind, rate in rates.items()}
+    for outcome in ("below the floor", "inconclusive", "confounded", "undecided"):
+        for verdict in (test, *of_kinds.values()):
+            if verdict.outcome == outcome:
+                return verdict
+    failed = [kind for kind, verdict in of_kinds.items() if verdict.outcome == "fails"]
+    if failed:
+        return Verdict("fails", f"Deletion is not beaten by {' and '.join(failed)} atoms.")
+    if gap["low"] >= -RELEVANT and gap["high"] <= RELEVANT:
+        return Verdict("holds", f"Both kinds beat deletion, and differ by no more than {percent(RELEVANT)}.")
+    if gap["low"] > RELEVANT or gap["high"] < -RELEVANT:
+        return Verdict(
+            "fails", f"Both kinds beat deletion, but not alike: they differ by more than {percent(RELEVANT)}."
+        )
+    return Verdict(
+        "inconclusive",
+        f"Both kinds beat deletion, but their difference {interval} shows neither sameness nor a difference of "
+        f"{percent(RELEVANT)}.",
+    )
+
+
 def by_rule(tables: Mapping[str, pd.DataFrame]) -> Finding:
     """Claim 27 from the tables `atoms` of several rules, in the paper's order."""
     atoms = {rule: table.assign(excess=table["cosine"] - table["shuffled"]) for rule, table in tables.items()}
-    p_values = {
-        column: {
-            f"{a} > {b}": float(mannwhitneyu(atoms[a][column], atoms[b][column], alternative="greater").pvalue)
-            for a, b in itertools.pairwise(atoms)
-        }
-        for column in ("cosine", "excess")
-    }
-    falls = {column: max(each.values()) < 0.025 for column, each in p_values.items()}
-    medians = {
-        column: ", ".join(
-            f"{rule} {number(float(table.loc[table['kind'] == 'register', column].median()))}"
-            for rule, table in atoms.items()
-        )
-        for column in ("cosine", "shuffled")
-    }
+
+    def p_values(column: str) -> dict[str, float]:
+        tests = {}
+        for higher, lower in itertools.pairwise(atoms):
+            test = mannwhitneyu(atoms[higher][column], atoms[lower][column], alternative="greater")
+            tests[f"{higher} > {lower}"] = float(test.pvalue)
+        return tests
+
+    def medians(column: str) -> str:
+        of_registers = {rule: table.loc[table["kind"] == "register", column] for rule, table in atoms.items()}
+        return ", ".join(f"{rule} {number(float(values.median()))}" for rule, values in of_registers.items())
+
+    of_cosines = p_values("cosine")
+    tests = ", ".join(f"{pair} p = {p:.2g}" for pair, p in of_cosines.items())
+    cosines_fall = max(of_cosines.values()) < 0.025
     if min(map(len, atoms.values())) < MIN_OBSERVATIONS:
         verdict = Verdict("inconclusive", f"Too little data: every rule needs {MIN_OBSERVATIONS} alive atoms.")
-    elif not falls["cosine"]:
+    elif not cosines_fall:
         verdict = Verdict("fails", "The cosines do not fall from each rule to the next.")
-    elif falls["excess"]:
+    elif max(p_values("excess").values()) < 0.025:
         verdict = Verdict(
             "holds", "The cosines fall from each rule to the next, above those at shuffled positions too."
         )
@@ -152,9 +162,8 @@ def by_rule(tables: Mapping[str, pd.DataFrame]) -> Finding:
         claim="alignment of registers falls with the rank of the write rule",
         null="shuffled positions",
         ruled=verdict,
-        measured=f"median cosine of registers: {medians['cosine']}; Mann-Whitney tests of all alive atoms: "
-        + ", ".join(f"{pair} p = {p:.2g}" for pair, p in p_values["cosine"].items()),
-        controls=f"at shuffled positions: {medians['shuffled']}",
+        measured=f"median cosine of registers: {medians('cosine')}; Mann-Whitney tests of all alive atoms: {tests}",
+        controls=f"at shuffled positions: {medians('shuffled')}",
         n=sum(map(len, tables.values())),
         of="alive atoms",
     )

@@ -189,7 +189,9 @@ class Lab:
         """A view of this laboratory with one of its dictionaries. Firings, baselines, counts of runs, and what is left
         out are shared; the facts are the view's own."""
         view = copy.copy(self)
-        view.saes, view.hooks, view.facts = {label: self.saes[label]}, {label: self.hooks[label]}, {}
+        view.saes = {label: self.saes[label]}
+        view.hooks = {label: self.hooks[label]}
+        view.facts = {}
         return view
 
     # -- the head and its dictionaries
@@ -289,14 +291,14 @@ class Lab:
                 "baselines are fitted on other text than they are tested on, and there is one sequence only; give "
                 "more, or a reference, or leave the baselines out of controls",
             )
-            writes, rng = terms.writes(self.hook.layer, self.hook.head), self.rng(41, max(0, fold))
+            writes = terms.writes(self.hook.layer, self.hook.head)
             self.require(bool((writes.norm() > 0).any()), "every write of the other text is zero; there is no baseline")
             self._baselines[key] = HeadBaselines.fit(
                 writes,
                 terms.contexts,
                 n_codes=n_codes,
                 components=components,
-                rng=rng,
+                rng=self.rng(41, max(0, fold)),
                 metric=terms.metric_of(self.sae),
             )
         return self._baselines[key]
@@ -329,7 +331,8 @@ class Lab:
         """
         parts: list[pd.DataFrame] = []
         length, vocabulary = site.session.logits.shape[1:]
-        positions, room = [trial.position for trial in trials], _LOGIT_FLOATS // vocabulary
+        positions = [trial.position for trial in trials]
+        room = _LOGIT_FLOATS // vocabulary
         for batch in site.session.batches(positions, length, self.rows_per_run, window=window, room=room):
             last = trials[batch[-1]].position
             stop = length if window is None else last + window
@@ -360,7 +363,9 @@ class Lab:
 
         Returns: the `quantile` of the absolute values over at most 32 places. Cost: one edited row each.
         """
-        rng, values, before = self.rng(97), [], self.counts["runs"]
+        rng = self.rng(97)
+        values = []
+        before = self.counts["runs"]
         last = self.tokens.shape[1] - window
         for sequence in rng.permutation(len(self.tokens))[:4].tolist():
             site = self.site(sequence)
@@ -386,7 +391,7 @@ class Lab:
         """The part of a result's `info` that all evaluations share."""
         shape, hook = self.model.cfg.layer(self.hook.layer), self.hook
         default = hook.cell if len(self.saes) > 1 else f"{hook.cell} {hook.target}-trained"
-        if len({each.head for each in self.hooks.values()}) > 1:
+        if len({head_hook.head for head_hook in self.hooks.values()}) > 1:
             default = f"L{hook.layer}, {len(self.hooks)} heads"
         return {
             "label": label or default,

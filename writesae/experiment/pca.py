@@ -37,7 +37,8 @@ def fit_pca(writes: LowRank, rank: int) -> MatrixPca:
     some dozens of them.
     """
     exact = writes.to(torch.float64)
-    keys, values = (side.flatten(0, 1).cpu().numpy() for side in (exact.keys, exact.values))  # [N R,K], [N R,V]
+    keys = exact.keys.flatten(0, 1).cpu().numpy()  # [N R,K]
+    values = exact.values.flatten(0, 1).cpu().numpy()  # [N R,V]
     mean = keys.T @ values / len(writes)
 
     def scores(axis: np.ndarray) -> np.ndarray:
@@ -54,4 +55,4 @@ def fit_pca(writes: LowRank, rank: int) -> MatrixPca:
         _, sizes, axes = svds(centred, min(rank, len(writes) - 1, mean.size - 1), random_state=0)  # pyright: ignore
         order = np.argsort(-sizes)
         components = axes[order[sizes[order] ** 2 > _NO_VARIANCE * square]]
-    return MatrixPca(*(torch.from_numpy(each).to(writes.values) for each in (mean.ravel(), components)))
+    return MatrixPca(torch.from_numpy(mean.ravel()).to(writes.values), torch.from_numpy(components).to(writes.values))

@@ -98,7 +98,8 @@ class ReadGradients:
         through_all, at_last = torch.autograd.grad(logit, [self._read, self._last], retain_graph=True)
         # On the direct path, what the mixer adds to the residual stream reaches the final norm unchanged.
         (direct,) = torch.autograd.grad(self._mixed[0, position], self._read, at_last[0, position], retain_graph=True)
-        out, column = self.model.layer_W_O(self.layer)[self.head].detach(), self.model.W_U[:, token].detach()
+        out = self.model.layer_W_O(self.layer)[self.head].detach()
+        column = self.model.W_U[:, token].detach()
         wide = torch.promote_types(out.dtype, torch.float32)
         naive = out.to(wide) @ column.to(out.device, wide)
         return Gradient(position, through_all[0, : position + 1, self.head], direct[0, position, self.head], naive)
@@ -118,13 +119,13 @@ def predict(recurrence: Recurrence, added: LowRank, start: int, gradients: Seque
     stop = max(gradient.position for gradient in gradients) + 1
     exact = read_weights(recurrence, added.keys, start, stop)  # [n,R,S]
     decayed = read_weights(recurrence.without_erase(), added.keys, start, stop)
-    values, predictions = added.values.to(exact), []
+    values = added.values.to(exact)
+    predictions = []
     for gradient in gradients:
-        here = gradient.position - start
-        reads, direct, naive = (each.to(exact) for each in (gradient.reads[start:], gradient.direct, gradient.naive))
-        f0 = (decayed[:, :, here] * (values @ naive)).sum(1)
-        f1 = (exact[:, :, here] * (values @ direct)).sum(1)
-        f2 = torch.einsum("nrs,nrv,sv->n", exact[:, :, : here + 1], values, reads)
+        last = gradient.position - start  # the read whose logit is predicted
+        f0 = (decayed[:, :, last] * (values @ gradient.naive.to(exact))).sum(1)
+        f1 = (exact[:, :, last] * (values @ gradient.direct.to(exact))).sum(1)
+        f2 = torch.einsum("nrs,nrv,sv->n", exact[:, :, : last + 1], values, gradient.reads[start:].to(exact))
         predictions.append(torch.stack([f0, f1, f2], 1))
     return torch.stack(predictions)
 

@@ -49,10 +49,11 @@ def divergences(native: Tensor, positions: Tensor, edited: Tensor) -> Divergence
     forward, reverse = (torch.empty(len(rows), dtype=wide) for _ in range(2))
     step = max(1, _BLOCK_FLOATS // edited.shape[-1])
     for i in range(0, len(rows), step):
-        at, log_edited = which[i : i + step], rows[i : i + step].to(wide).log_softmax(-1)
-        gap = log_native[at] - log_edited
-        forward[i : i + step] = torch.linalg.vecdot(share_native[at], gap).cpu()
-        reverse[i : i + step] = -torch.linalg.vecdot(log_edited.exp_(), gap).cpu()
+        block = slice(i, i + step)
+        log_edited = rows[block].to(wide).log_softmax(-1)
+        gap = log_native[which[block]] - log_edited
+        forward[block] = torch.linalg.vecdot(share_native[which[block]], gap).cpu()
+        reverse[block] = -torch.linalg.vecdot(log_edited.exp_(), gap).cpu()  # in place: read last
     return Divergences(forward.clamp_min(0).view(positions.shape), reverse.clamp_min(0).view(positions.shape))
 
 
@@ -67,12 +68,13 @@ KL_METRICS: dict[str, str] = _KL | {f"reverse_{name}": "the same for KL(edited |
 
 def kl_metrics(rows: EditedRows) -> Mapping[str, NDArray[np.float64]]:
     """KL at t, at t + 1, and the mean over the window, in both directions."""
-    both = divergences(rows.native, rows.positions, rows.window)
-    return {
-        f"{prefix}kl_{name}": values.numpy()
-        for prefix, kl in zip(("", "reverse_"), both)
-        for name, values in (("window", kl.mean(1)), ("at", kl[:, 0]), ("next", kl[:, 1]))
-    }
+    forward, reverse = divergences(rows.native, rows.positions, rows.window)
+    columns: dict[str, NDArray[np.float64]] = {}
+    for direction, kl in {"": forward, "reverse_": reverse}.items():
+        columns[f"{direction}kl_window"] = kl.mean(1).numpy()
+        columns[f"{direction}kl_at"] = kl[:, 0].numpy()
+        columns[f"{direction}kl_next"] = kl[:, 1].numpy()
+    return columns
 
 
 def kl_window(rows: EditedRows) -> Mapping[str, NDArray[np.float64]]:

@@ -3,6 +3,7 @@ queries read of it, what replaces one write, and what it costs to replace every 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -94,12 +95,14 @@ def reconstruction(lab: Lab, sequences: Sequence[int]) -> pd.DataFrame:
             x = matrices_of(recurrence, hook.target)
             activations = encoded(lab.saes[label], x)
             lost = x - decoded(lab.saes[label], activations, x)
-            both = [lost, x, *(torch.einsum("tkv,tk->tv", m, queries.to(x.dtype)) for m in (lost, x))]
-            squares = [float(each.double().square().sum()) for each in both]
+            read_lost, read = (torch.einsum("tkv,tk->tv", m, queries.to(x.dtype)) for m in (lost, x))
+            squares = [float(part.double().square().sum()) for part in (lost, x, read_lost, read)]
             rows.append((label, hook.target, i, *squares, float((activations > 0).sum(1).float().mean())))
             sums.append(x.flatten(1).double().sum(0))
     table = pd.DataFrame(rows, columns=["sae", "target", "sequence", "lost", "square", "lost_read", "read", "l0"])
-    n_tokens, totals, variance = lab.tokens.shape[1], torch.stack(sums), table["square"].copy()
+    n_tokens = lab.tokens.shape[1]
+    totals = torch.stack(sums)
+    variance = table["square"].copy()  # about 0, and below about the mean
     for label in lab.saes:
         of_sae = np.flatnonzero(table["sae"] == label)
         mean = totals[of_sae].mean(0) / n_tokens
@@ -116,22 +119,25 @@ def dictionaries(lab: Lab, sequences: Sequence[int], alive_tokens: int) -> pd.Da
     Raises:
         NothingToMeasureError: what one of them reconstructs does not vary.
     """
-    fits, n_tokens, rows = reconstruction(lab, sequences), min(alive_tokens, lab.tokens.numel()), []
+    fits = reconstruction(lab, sequences)
+    n_tokens = min(alive_tokens, lab.tokens.numel())
+    rows = []
     for label, sae in lab.saes.items():
-        fit, d_sae, alive = fits[fits["sae"] == label], int(sae.cfg.d_sae), len(lab.firings(label).alive(n_tokens))
+        fit = fits[fits["sae"] == label]
         lab.require(not fit.empty, f"{label}: what it reconstructs does not vary on any test sequence")
-        rows.append(
-            {
-                "sae": label,
-                "variant": variant(sae),
-                "d_sae": d_sae,
-                "parameters": n_parameters(sae),
-                "explained": fit["explained"].mean(),
-                "l0": fit["l0"].mean(),
-                "alive": alive,
-                "dead": d_sae - alive,
-            }
-        )
+        d_sae = int(sae.cfg.d_sae)
+        alive = len(lab.firings(label).alive(n_tokens))
+        row = {
+            "sae": label,
+            "variant": variant(sae),
+            "d_sae": d_sae,
+            "parameters": n_parameters(sae),
+            "explained": fit["explained"].mean(),
+            "l0": fit["l0"].mean(),
+            "alive": alive,
+            "dead": d_sae - alive,
+        }
+        rows.append(row)
     return pd.DataFrame(rows, columns=list(DICTIONARIES))
 
 
@@ -151,7 +157,8 @@ class Basis(NamedTuple):
 
         Cost: a forward of each sequence up to the layer, and K V numbers for each of these writes.
         """
-        rng, per_sequence = lab.rng(11), -(-n_writes // len(sequences))
+        rng = lab.rng(11)
+        per_sequence = math.ceil(n_writes / len(sequences))
         writes, drawn, means = [], [], []
         for sequence in sequences:
             recurrence = lab.recurrence(sequence)
@@ -201,20 +208,22 @@ def exchanged(
     written = {
         ("", "native"): native,
         ("", "delete"): native * 0.0,
-        **{("", name): scaled(each, native, best) for name, each in directions.items()},
+        **{("", name): scaled(direction, native, best) for name, direction in directions.items()},
     }
     dense = native.dense()
     for rank in pca_ranks:
         projected = basis.pca.project(dense.flatten(1), rank).view_as(dense)
         written["", f"pca {rank}"] = scaled(LowRank.svd(projected, balanced=True), native, scale)
     for label, hook in lab.hooks.items():
-        own = of_dictionary(lab, label, matrices_of(site.recurrence, hook.target)[positions], native)
-        written |= {(label, name): scaled(each, native, scale) for name, each in own.items()}
+        atoms = of_dictionary(lab, label, matrices_of(site.recurrence, hook.target)[positions], native)
+        written |= {(label, name): scaled(atom, native, scale) for name, atom in atoms.items()}
     places = pd.DataFrame({"sequence": site.sequence, "position": positions})
     trials = []
-    for (sae, condition), each in written.items():
-        sizes = {"cosine": each.cosine(native).cpu().numpy(), "norm": (each.norm() / native.norm()).cpu().numpy()}
-        trials += trials_at(places.assign(sae=sae, condition=condition, **sizes), lab.replace, each)
+    for (sae, condition), matrices in written.items():
+        cosine = matrices.cosine(native).cpu().numpy()
+        norm = (matrices.norm() / native.norm()).cpu().numpy()
+        rows = places.assign(sae=sae, condition=condition, cosine=cosine, norm=norm)
+        trials += trials_at(rows, lab.replace, matrices)
     return lab.read(site, trials, kl_window, window)
 
 
@@ -232,10 +241,11 @@ def replacement_costs(
     upper = UpperModel.of(lab.model, [lab.hook.layer], lab.tokens[[sequence]])[lab.hook.layer]
     recurrence = upper.recurrence.select(heads=slice(lab.hook.head, lab.hook.head + 1))
     tokens, target = lab.tokens[sequence], lab.hook.target
-    native, x = nats(upper(), tokens), matrices_of(recurrence, target)
+    native = nats(upper(), tokens)
+    x = matrices_of(recurrence, target)
     methods = [
         ("", target, "itself", x),
-        *((n, target, "dictionary", decoded(sae, encoded(sae, x), x)) for n, sae in lab.saes.items()),
+        *((label, target, "dictionary", decoded(sae, encoded(sae, x), x)) for label, sae in lab.saes.items()),
         ("", target, "mean", basis.target_mean.to(x).view(x.shape[1:]).expand_as(x)),
         ("", target, "zero", torch.zeros_like(x)),
     ]
@@ -245,13 +255,11 @@ def replacement_costs(
     methods += [
         ("", "state", f"rank {rank}", states.terms(slice(rank)).dense()) for rank in state_ranks if rank < states.rank
     ]
-    return pd.DataFrame(
-        [
-            (sequence, label, hook, method, nats(upper(lab.hook.head, hook, matrices), tokens) - native, native)
-            for label, hook, method, matrices in methods
-        ],
-        columns=list(REPLACEMENT),
-    )
+    rows = []
+    for label, hook, method, matrices in methods:
+        added = nats(upper(lab.hook.head, hook, matrices), tokens) - native
+        rows.append((sequence, label, hook, method, added, native))
+    return pd.DataFrame(rows, columns=list(REPLACEMENT))
 
 
 def cost(result: Result, method: str, minus: str | None = None, hook: str | None = None) -> Estimate:
@@ -263,9 +271,8 @@ def cost(result: Result, method: str, minus: str | None = None, hook: str | None
     """
     table = result.tables["replacement"]
     rows = table[table["hook"] == (hook or result.info["target"])]
-    costs = Paired.of(
-        rows.assign(name=rows["sae"] + "/" + rows["method"]), "nats", by="name", seed=result.evaluation.seed
-    )
+    named = rows.assign(name=rows["sae"] + "/" + rows["method"])
+    costs = Paired.of(named, "nats", by="name", seed=result.evaluation.seed)
     over_sequences = costs.mean(method, minus)
     return over_sequences._replace(n=over_sequences.n * int(result.fact("n_positions")))
 

@@ -64,16 +64,18 @@ def direction_selectivity(
         change = rows.window[:, 0].log_softmax(-1) - rows.native_window[:, 0].log_softmax(-1)
         return {"moved": change.abs().topk(min(k, change.shape[1])).indices.cpu().numpy()}
 
-    native, first = site.at(positions), next(iter(atoms.values()))
+    native = site.at(positions)
+    first = next(iter(atoms.values()))
     generator = torch.Generator().manual_seed(int(lab.rng(13, site.sequence).integers(2**62)))
     directions = {("", name): first.random_like(generator) for name in ("random", "other")}
     directions |= {(label, "atom"): atom for label, atom in atoms.items()}
-    trials = [
-        Trial({"key": (*key, t)}, t, lab.add(t, direction.rows([n]) * (native.norm()[n] / size)))
-        for key, direction in directions.items()
-        for n, (t, size) in enumerate(zip(positions, direction.norm()))
-        if size > 0
-    ]
+    trials = []
+    for key, direction in directions.items():
+        sizes = direction.norm()
+        factors = native.norm() / sizes
+        for n, t in enumerate(positions):
+            if sizes[n] > 0:
+                trials.append(Trial({"key": (*key, t)}, t, lab.add(t, direction.rows([n]) * factors[n])))
     top = {key: set(ids) for key, ids in lab.read(site, trials, moved, 1)[["key", "moved"]].to_numpy()}
 
     def apart(label: str, name: str, t: int) -> float:
@@ -90,12 +92,15 @@ def direction_selectivity(
 
 def alignment(firings: Firings, tokens: Tensor, sequences: Integers, wanted: Sequence[int]) -> Alignment:
     """Correlation (phi) of every atom's firing with each of the `wanted` tokens, over some sequences of `tokens`."""
-    ids, there, size = tokens.cpu().numpy(), firings.of_sequences(sequences), firings.n_atoms
-    places, at = ids[sequences].ravel(), ids[there.sequence, there.position]
-    fired = np.bincount(there.atom, minlength=size)
-    both = np.array([np.bincount(there.atom[at == token], minlength=size) for token in wanted])
+    ids = tokens.cpu().numpy()
+    inside, n_atoms = firings.of_sequences(sequences), firings.n_atoms
+    places = ids[sequences].ravel()
+    fired_at = ids[inside.sequence, inside.position]  # the token of each firing
+    fired = np.bincount(inside.atom, minlength=n_atoms)
+    both = np.array([np.bincount(inside.atom[fired_at == token], minlength=n_atoms) for token in wanted])
     present = np.array([(places == token).sum() for token in wanted])
-    n, of_token = float(len(places)), present[:, None].astype(float)
-    scale = np.sqrt(fired * (n - fired) * of_token * (n - of_token))
-    phi = np.where(scale > 0, (both * n - fired * of_token) / np.maximum(scale, 1), 0.0)
+    n = float(len(places))
+    column = present[:, None].astype(float)
+    scale = np.sqrt(fired * (n - fired) * column * (n - column))
+    phi = np.where(scale > 0, (both * n - fired * column) / np.maximum(scale, 1), 0.0)
     return Alignment(both, fired, present, phi)

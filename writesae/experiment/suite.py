@@ -147,15 +147,14 @@ def comparable(scope: Scope, saes: Mapping[str, SAE]) -> dict[str, SAE]:
     """Those dictionaries of one head that a comparison takes: the first, and those that differ from it in what the
     comparison is about and in nothing else; the first alone where there is none. Dictionaries that differ in nothing
     are seeds, which a comparison of variants joins, and of which one of targets takes the first."""
-
-    known: dict[str, dict[Scope, object]] = {
-        label: {Scope.TARGETS: objective(sae), Scope.VARIANTS: (variant(sae), int(sae.cfg.d_sae))}
-        for label, sae in saes.items()
-    }
-    first = next(iter(known.values()))
-    alike = [label for label, own in known.items() if all(own[s] == first[s] for s in first if s is not scope)]
+    traits: dict[str, dict[Scope, object]] = {}
+    for label, sae in saes.items():
+        traits[label] = {Scope.TARGETS: objective(sae), Scope.VARIANTS: (variant(sae), int(sae.cfg.d_sae))}
+    first = next(iter(traits.values()))
+    fixed = [trait for trait in first if trait is not scope]
+    alike = [label for label in saes if all(traits[label][trait] == first[trait] for trait in fixed)]
     one_of_each: dict[object, str] = {}
     for label in alike:
-        one_of_each.setdefault(label if scope is Scope.SEEDS else known[label][scope], label)
+        one_of_each.setdefault(label if scope is Scope.SEEDS else traits[label][scope], label)
     labels = alike if scope is Scope.VARIANTS and len(one_of_each) > 1 else one_of_each.values()
     return {label: saes[label] for label in labels}

@@ -66,13 +66,17 @@ def target_change(rows: EditedRows) -> Mapping[str, NDArray[np.generic]]:
     `edited_rank`: its rank, from 1, after the edit.
     """
     target = torch.tensor([[cast(int, trial.row["token"])] for trial in rows.trials], device=rows.logits.device)
-    edited, native = rows.window[:, -1], rows.native_window[:, -1]
+    edited = rows.window[:, -1]
+    native = rows.native_window[:, -1]
     wide = torch.promote_types(edited.dtype, torch.float32)
-    logits = [side.gather(1, target).double() for side in (edited, native)]
-    log_probs = [side.to(wide).log_softmax(-1).gather(1, target).double() for side in (edited, native)]
+
+    def change(after: Tensor, before: Tensor) -> NDArray[np.generic]:
+        """Of the target's number, in float64: the difference of two float32 numbers is exact there."""
+        return (after.gather(1, target).double() - before.gather(1, target).double())[:, 0].cpu().numpy()
+
     return {
-        "measured": (logits[0] - logits[1])[:, 0].cpu().numpy(),
-        "log_prob_change": (log_probs[0] - log_probs[1])[:, 0].cpu().numpy(),
+        "measured": change(edited, native),
+        "log_prob_change": change(edited.to(wide).log_softmax(-1), native.to(wide).log_softmax(-1)),
         "edited_rank": 1 + (edited > edited.gather(1, target)).sum(1).cpu().numpy(),
     }
 

@@ -39,14 +39,15 @@ def find_results(paths: Sequence[str | Path]) -> list[Result]:
     """
     folders = list[Path]()
     for path in map(Path, paths):
-        found = [
+        inside = [
             file.parent
             for file in sorted(path.rglob("info.json"))
+            # Results that are still being written are in hidden folders.
             if not any(part.startswith(".") for part in file.relative_to(path).parts)
         ]
-        if not found:
+        if not inside:
             raise ValueError(f"results: expected folders with saved results (info.json), got none in or below {path}")
-        folders += found
+        folders += inside
     return [load_result(folder) for folder in folders]
 
 
@@ -87,7 +88,8 @@ def write_report(
     """
     if not results:
         raise ValueError("results: expected at least one, got none")
-    target, results = Path(path).with_suffix(".html"), in_order(results)
+    target = Path(path).with_suffix(".html")
+    results = in_order(results)
     check_ours(target, target.with_suffix(".json"))
     rows = claim_rows(results)
     numbers = {
@@ -99,11 +101,13 @@ def write_report(
     for name, table in joined_tables(results).items():
         atomic_write(target.parent / "tables" / f"{name}.parquet", lambda f, t=table: t.to_parquet(f, index=False))
     atomic_text(target.with_suffix(".json"), json.dumps(numbers, indent=1, allow_nan=False))
-    shown = _shown(results, rows) | {
-        "title": title or f"What the atoms of {', '.join(dict.fromkeys(str(r.info['model']) for r in results))} do",
+    models = ", ".join(dict.fromkeys(str(result.info["model"]) for result in results))
+    heading = {
+        "title": title or f"What the atoms of {models} do",
         "opening": opening,
         "numbers": f"{target.stem}.json",
     }
+    shown = _shown(results, rows) | heading
     return atomic_text(target, environment().get_template("report.html").render(shown))
 
 
@@ -124,13 +128,13 @@ def claim_rows(results: Sequence[Result]) -> list[Answer]:
 def quality_rows(results: Sequence[Result]) -> list[dict[str, Json]]:
     """The quality of every dictionary that a result names, once each: model, head, dictionary, and the fields of
     `DictionaryQuality`."""
-    rows = {
-        (*place, label): {"model": place[0], "head": place[1], "dictionary": label, **quality}
-        for result in results
-        for place in [(result.info["model"], head_of(result))]
-        for label, quality in cast("dict[str, dict[str, Json]]", result.info.get("quality") or {}).items()
-        if quality
-    }
+    rows: dict[tuple[Json, ...], dict[str, Json]] = {}
+    for result in results:
+        model, head = result.info["model"], head_of(result)
+        qualities = cast("dict[str, dict[str, Json]]", result.info.get("quality") or {})
+        for label, quality in qualities.items():
+            if quality:
+                rows[model, head, label] = {"model": model, "head": head, "dictionary": label, **quality}
     return list(rows.values())
 
 
@@ -142,43 +146,50 @@ def head_of(result: Result) -> str:
 def joined_tables(results: Sequence[Result]) -> dict[str, pd.DataFrame]:
     """Each table of each kind over all results, with the columns label, layer and head (`of_label` and so on where the
     table has a column of that name)."""
-    tables = [
-        (f"{r.kind}-{name}", table.assign(**{f"of_{k}" if k in table else k: v for k, v in place.items()}))
-        for r in results
-        for place in [{"label": r.label, "layer": r.info["layer"], "head": r.info["head"]}]
-        for name, table in r.tables.items()
-    ]
-    return {name: pd.concat([t for n, t in tables if n == name], ignore_index=True) for name in dict(tables)}
+    parts: dict[str, list[pd.DataFrame]] = {}
+    for result in results:
+        place = {"label": result.label, "layer": result.info["layer"], "head": result.info["head"]}
+        for name, table in result.tables.items():
+            columns = {f"of_{column}" if column in table else column: value for column, value in place.items()}
+            parts.setdefault(f"{result.kind}-{name}", []).append(table.assign(**columns))
+    return {name: pd.concat(tables, ignore_index=True) for name, tables in parts.items()}
 
 
 def lead(results: Sequence[Result], rows: Sequence[Answer]) -> dict[str, object]:
     """What the page begins with: of the results of the first kind, the one with the largest effect, its first finding,
     the claim of it, and among how many it was chosen; empty where none shows a finding."""
-    found = [
-        (-f.effect.mean if f.less else f.effect.mean, r, f)
-        for r in results
-        for f in r.findings()[:1]
-        if f.shown and f.effect and r.kind == results[0].kind
-    ]
-    if not found:
+    candidates: list[tuple[float, Result, Finding]] = []
+    for result in results:
+        first = next(iter(result.findings()), None) if result.kind == results[0].kind else None
+        if first is not None and first.shown and first.effect:
+            mean = first.effect.mean
+            candidates.append((-mean if first.less else mean, result, first))
+    if not candidates:
         return {}
-    _, result, first = max(found, key=itemgetter(0))
+    _, result, first = max(candidates, key=itemgetter(0))
     claim = next(row.claim for row in rows if (row.label, row.claim.claim) == (result.label, first.claim))
-    return {"result": result, "finding": first, "claim": claim, "n": len(found)}
+    return {"result": result, "finding": first, "claim": claim, "n": len(candidates)}
 
 
 def compared(results: Sequence[Result]) -> Iterator[Figure]:
     """For several results, a panel for each claim, with a row for each result."""
-    found: dict[str, list[tuple[str, Finding]]] = {}
-    for result, finding in ((r, f) for r in results for f in r.findings() if f.shown and len(results) > 1):
-        found.setdefault(finding.claim, []).append((fill(result.label, 26, max_lines=2, placeholder=" …"), finding))
-    for claim, group in found.items():
-        rows = [
-            Row(label, *next(iter(each.shown.values()))[:3], "control" if each.verdict.unbeaten_controls else "atom")
-            for label, each in group
-        ]
-        how = {name: getattr(group[0][1], name) for name in ("chance", "write", "least")}
-        svg = intervals(rows, group[0][1].axis, f"{claim}: all dictionaries", **how)
+    if len(results) < 2:
+        return
+    by_claim: dict[str, list[tuple[str, Finding]]] = {}
+    for result in results:
+        label = fill(result.label, 26, max_lines=2, placeholder=" …")
+        for finding in result.findings():
+            if finding.shown:
+                by_claim.setdefault(finding.claim, []).append((label, finding))
+    for claim, group in by_claim.items():
+        rows = []
+        for label, finding in group:
+            first = next(iter(finding.shown.values()))
+            colour = "control" if finding.verdict.unbeaten_controls else "atom"
+            rows.append(Row(label, first.mean, first.low, first.high, colour))
+        first = group[0][1]
+        title = f"{claim}: all dictionaries"
+        svg = intervals(rows, first.axis, title, chance=first.chance, write=first.write, least=first.least)
         yield Figure(claim[0].upper() + claim[1:], svg, "Orange: not shown to exceed every control.")
 
 
@@ -188,22 +199,20 @@ def _shown(results: Sequence[Result], rows: Sequence[Answer]) -> dict[str, objec
     sections = {
         kind: list(group) for kind, group in groupby(trained, key=lambda r: r.kind if r.skipped is None else "skipped")
     }
-    numbered = {row.claim.number or row.claim.claim: PAPER_CLAIMS.get(row.claim.number or 0) for row in rows}
+    groups: dict[int | str, list[Answer]] = {}
+    for row in rows:
+        groups.setdefault(row.claim.number or row.claim.claim, []).append(row)
+    measured = [row.claim.measured for row in rows]
     return {
         "results": results,
         "lead": lead(trained, rows),
         "outcomes": Counter(row.claim.outcome for row in rows).most_common(),
         "n_answers": len(rows),
         # an interval of NaN is none
-        "n_intervals": sum(re.search(r"\[[^]]*\d", row.claim.measured) is not None for row in rows),
-        "groups": [
-            (paper, [r for r in rows if (r.claim.number or r.claim.claim) == key]) for key, paper in numbered.items()
-        ],
+        "n_intervals": sum(re.search(r"\[[^]]*\d", words) is not None for words in measured),
+        "groups": [(PAPER_CLAIMS.get(group[0].claim.number or 0), group) for group in groups.values()],
         "sections": sections,
-        "shared": {  # what several results have to say alike
-            kind: [note for note in group[0].notes() if len(group) > 1 and all(note in each.notes() for each in group)]
-            for kind, group in sections.items()
-        },
+        "shared": {kind: _shared_notes(group) for kind, group in sections.items()},
         "compared": compared,
         "evaluations": EVALUATIONS,
         "documentation": inspect.getdoc,
@@ -211,3 +220,9 @@ def _shown(results: Sequence[Result], rows: Sequence[Answer]) -> dict[str, objec
         "qualities": quality_rows(results),
         "said": said,
     }
+
+
+def _shared_notes(results: Sequence[Result]) -> list[str]:
+    """Notes that all of several results have."""
+    first, *others = (result.notes() for result in results)
+    return [note for note in first if all(note in notes for notes in others)] if others else []

@@ -34,19 +34,25 @@ def cell_text(value: object) -> str:
     """A table's value for a person."""
     if isinstance(value, float):
         return number(value)
-    return "–" if value is None else f"{value:,}" if type(value) is int else str(value)
+    if value is None:
+        return "–"
+    return f"{value:,}" if type(value) is int else str(value)  # a truth value is an int, too
 
 
 def share_text(value: float | Mapping[str, float | None] | None) -> str:
     """A share in percent, with its interval where it has one; a dash where there is none."""
     if not isinstance(value, Mapping):
         return "–" if value is None else percent(value)
-    mean, low, high = (value[name] for name in ("mean", "low", "high"))
-    return percent(mean or 0) + ("" if low is None or high is None else f" [{100 * low:.1f}, {100 * high:.1f}]")
+    low, high = value["low"], value["high"]
+    share = percent(value["mean"] or 0)
+    return share if low is None or high is None else f"{share} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def control_rows(text: str) -> list[tuple[str, str]]:
     """Name and numbers of each control of `Claim.controls`; the name is empty where no number follows one."""
     named = r"(.+?):? ((?:[-−+<>≤≥]|below |above )*\d.*|–)"
-    parts = [(each, re.fullmatch(named, each)) for each in text.split("; ") if each]
-    return [(found[1], found[2]) if found else ("", each) for each, found in parts]
+    rows = []
+    for control in filter(None, text.split("; ")):
+        match = re.fullmatch(named, control)
+        rows.append((match[1], match[2]) if match else ("", control))
+    return rows

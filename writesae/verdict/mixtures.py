@@ -38,9 +38,10 @@ def fit_mixtures(values: ArrayLike, largest: int = 4, *, restarts: int = 3, seed
     for c in range(1, min(largest, len(np.unique(x)) // VALUES_PER_COMPONENT) + 1):
         # The regularisation is relative to the variance, so that the answer does not depend on the unit.
         fit = GaussianMixture(c, n_init=restarts, reg_covar=1e-4 * float(x.var()), random_state=seed).fit(x)
-        means, variances = np.asarray(fit.means_)[:, 0], np.asarray(fit.covariances_)[:, 0, 0]
-        parts = zip(means, np.asarray(fit.weights_), np.sqrt(variances))
-        rows += [(c, n, share, mean, sd, fit.bic(x)) for n, (mean, share, sd) in enumerate(sorted(parts), 1)]
+        means = np.asarray(fit.means_)[:, 0]
+        deviations = np.sqrt(np.asarray(fit.covariances_)[:, 0, 0])
+        parts = sorted(zip(means, np.asarray(fit.weights_), deviations))
+        rows += [(c, n, weight, mean, sd, fit.bic(x)) for n, (mean, weight, sd) in enumerate(parts, 1)]
     # Without rows the columns would hold objects, and so would those of tables that it is joined to.
     table = pd.DataFrame(rows, columns=[*COLUMNS][:-1]).astype(float).astype({"components": int, "component": int})
     return table.assign(best=table["bic"] == table["bic"].min())
