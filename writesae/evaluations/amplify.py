@@ -193,10 +193,11 @@ class Amplify(Evaluation):
             best = {label: np.argsort(-phi[n], kind="stable")[: self.atoms_per_token] for label, phi in able.items()}
             team = {label: [i for i in atoms.tolist() if able[label][n, i] > 0] for label, atoms in best.items()}
             lead = next(iter(team.values()))[:1]
+            # A token whose best atom another token has already gets none, unless it was asked for.
             if wanted[n] in frequent and lead and (asked or lead[0] == first[n].argmax()):
                 teams[wanted[n]] = team
                 for label, atoms in team.items():
-                    able[label][:, atoms] = 0.0
+                    able[label][:, atoms] = 0.0  # no atom belongs to two tokens
             elif asked:
                 raise ValueError(
                     f"token {token_text(lab.model, wanted[n])!r} does not occur {self.min_count} times in the "
@@ -234,25 +235,26 @@ class Amplify(Evaluation):
         atoms, table = result.tables["atoms"], result.tables["counts"]
         counts = {factor: counts_at(result, factor) for factor in self.factors}
         change = {factor: paired.mean("atom", "nothing") for factor, paired in counts.items()}
-        at = counts[self.headline]
+        at_headline = counts[self.headline]
         effect = change.pop(self.headline)
         headline = f"{self.headline:g}"
         others = "".join(f"; at factor {factor:g} {said(mean, signed)}" for factor, mean in change.items())
         fires = table.query("condition == 'nothing'")["fires"].mean()
         n_tokens = atoms["token"].nunique()
         scaled = f"{len(atoms) / n_tokens:.3g} atoms of {atoms['head'].nunique()} heads a token"
-        controls = {shown: at.mean(name, "nothing") for name, shown in CONTROLS.items()}
-        moves = f"{at['nothing'].mean():.2f} to {at['atom'].mean():.2f}"
+        controls = {shown: at_headline.mean(name, "nothing") for name, shown in CONTROLS.items()}
+        native, amplified = at_headline["nothing"], at_headline["atom"]
+        moves = f"{native.mean():.2f} to {amplified.mean():.2f}"
         pooled = Finding(
             number=18,
             claim="amplifying an atom moves its token in generation",
             effect=effect,
             what="the change of the count",
             null=CONTROLS["random"],
-            against=at.beaten("atom", CONTROLS),
-            typical=float((at["atom"] - at["nothing"]).abs().mean()),
-            less=effect.mean < 0,
-            relevant=RELEVANT * float(at["nothing"].mean()),
+            against=at_headline.beaten("atom", CONTROLS),
+            typical=float((amplified - native).abs().mean()),
+            less=effect.mean < 0,  # in the direction that it has: the paper's feature made fewer newlines
+            relevant=RELEVANT * float(native.mean()),
             shown={f"atom, x {headline}": effect} | controls,
             write=signed,
             axis="change of the count",
@@ -260,7 +262,7 @@ class Amplify(Evaluation):
             f"{fires:.1f} of them",
             of=f"prompt x token pairs ({n_tokens} tokens, {scaled})",
         )
-        return [pooled, _single(at, atoms, effect)]
+        return [pooled, _single(at_headline, atoms, effect)]
 
 
 def _with_other(counts: pd.DataFrame) -> pd.DataFrame:

@@ -226,14 +226,14 @@ class Baselines(Evaluation):
 
     def _higher_rank(self, result: Result, ours: pd.Series | None) -> Finding:
         claim = "rank-2 atoms cost no more perplexity than rank-1 atoms"
-        other = _first(result.tables["dictionaries"], variant="WriteSAE-rank2")
-        if ours is None or other is None:
+        rank_2 = _first(result.tables["dictionaries"], variant="WriteSAE-rank2")
+        if ours is None or rank_2 is None:
             return Finding.untested(claim, "It needs a WriteSAE and one with atoms of rank 2 (WriteSAE-rank2).", 16)
-        high = f"{other['sae']}/dictionary"
-        one = f"{ours['sae']}/dictionary"
-        names = {high: "rank 2", one: "rank 1", "/mean": "mean matrix", "/zero": "zero"}
+        high = f"{rank_2['sae']}/dictionary"
+        low = f"{ours['sae']}/dictionary"
+        names = {high: "rank 2", low: "rank 1", "/mean": "mean matrix", "/zero": "zero"}
         shown = {shown: cost(result, method) for method, shown in names.items()}
-        gap = cost(result, high, one)
+        gap = cost(result, high, low)
         return Finding(
             number=16,
             claim=claim,

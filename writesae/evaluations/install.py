@@ -103,7 +103,7 @@ class Install(Evaluation):
         windows = self._windows(lab, len(strata), rng)
         tables, prompts, edits = [], [], []
         for n, (sequence, start) in enumerate(lab.bar(windows, self.kind)):
-            stratum = strata[n % len(strata)]
+            stratum = strata[n % len(strata)]  # prompts go to the strata in turn
             span = slice(start, start + self.prompt_tokens)
             site = lab.site(sequence, span=span)
             target = draw_target(lab.model, site.session.logits[0, -1], stratum, rng)
@@ -179,9 +179,9 @@ class Install(Evaluation):
     def _hits(self, stratum: str, rows: pd.DataFrame) -> Finding:
         """Whether the target is in the continuation; `wrong`: the wrong target, while the target is installed."""
         installed = rows[rows["condition"] == "target"]
-        both = pd.concat([rows, installed.assign(condition="wrong", hit=installed["wrong_hit"])])
-        wide = both.pivot(index=["pair", "sequence"], columns="condition", values="hit").astype(bool)
-        hits = Paired(wide.reset_index(), seed=self.seed)
+        wrong = installed.assign(condition="wrong", hit=installed["wrong_hit"])
+        wide = pd.concat([rows, wrong]).pivot(index=["pair", "sequence"], columns="condition", values="hit")
+        hits = Paired(wide.astype(bool).reset_index(), seed=self.seed)
         gain = hits.mean("target", "nothing")
         moved = Paired(installed, seed=self.seed).mean("log_prob_change")
         controls = {"random": "a random direction of the same norm", "wrong": "a token that was not installed"}

@@ -229,8 +229,8 @@ class Objectives(OfAlive):
         if base.empty:
             claim = "another objective substitutes better"
             return [Finding.untested(claim, "It needs a dictionary trained on states by mse.")]
-        others = [table.loc[label] for label in table.index if label != base.index[0]]
-        return [self._better(result, other, base.iloc[0]) for other in others]
+        rivals = [table.loc[label] for label in table.index if label != base.index[0]]
+        return [self._better(result, rival, base.iloc[0]) for rival in rivals]
 
     def _better(self, result: Result, row: pd.Series, base: pd.Series) -> Finding:
         """The difference must hold, and so must the better dictionary's own substitution test."""

@@ -188,7 +188,7 @@ class Passage(Evaluation):
         }
         edits = {}
         for condition, (places, directions, norms) in changed.items():
-            added = directions.with_norm(torch.ones_like(norms)) * norms
+            added = directions.with_norm(torch.ones_like(norms)) * norms  # ablated where negative
             edits[condition] = [lab.add(t, added, n) for n, t in enumerate(places)]
         return edits
 

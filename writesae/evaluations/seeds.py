@@ -122,8 +122,8 @@ class Seeds(OfAlive):
             for pool, alive in zip(pools, atoms):
                 drawn = rng.permutation(len(pool))[: len(alive)]
                 writes.append(pool.rows(torch.tensor(drawn)))
-            for sample, (one, other) in zip(SAMPLES, (atoms, random, writes)):
-                size = one.cosines(other).abs().cpu().double().numpy()
+            for sample, (of_a, of_b) in zip(SAMPLES, (atoms, random, writes)):
+                size = of_a.cosines(of_b).abs().cpu().double().numpy()
                 first, second = linear_sum_assignment(size, maximize=True)
                 columns = {
                     "a": a,
@@ -144,8 +144,10 @@ class Seeds(OfAlive):
     def summary(self, pairs: pd.DataFrame) -> pd.DataFrame:
         """The table `matches` of a table `pairs`."""
         rows = []
-        for (a, b), both in pairs.groupby(["a", "b"], sort=False):
-            samples = {name: Paired(of.reset_index(), ("index",), self.seed) for name, of in both.groupby("sample")}
+        for (a, b), of_pair in pairs.groupby(["a", "b"], sort=False):
+            by_sample = of_pair.groupby("sample")
+            # Atoms and nulls are not paired, so that each sample has units of its own.
+            samples = {name: Paired(rows.reset_index(), ("index",), self.seed) for name, rows in by_sample}
             for sample in SAMPLES:
                 cosines = samples[sample]["cosine"]
                 excess = samples["atoms"].lead("cosine", samples[sample])

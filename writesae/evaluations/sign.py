@@ -173,6 +173,7 @@ class Sign(Evaluation):
         small = moved[(moved["direction"] == "direct") & (moved["m"].abs() == moved["m"].abs().min())]
         f0 = r2_score(small["measured"], small["f0"])
         f2 = r2_score(small["measured"], small["f2"])
+        # Judged by the sign that was written: F0's right signs also ask about the sign of <k, q>.
         first = Finding(
             number=9,
             claim="the sign of a write is the sign of its effect",

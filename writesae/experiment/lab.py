@@ -70,13 +70,14 @@ class EditedRows(NamedTuple):
     @property
     def positions(self) -> Tensor:
         """[n,W] tokens of each trial's window, on the device of the logits."""
-        at = torch.tensor([trial.position for trial in self.trials])[:, None] + torch.arange(self.width)
-        return at.to(self.logits.device)
+        first = torch.tensor([trial.position for trial in self.trials])
+        return (first[:, None] + torch.arange(self.width)).to(self.logits.device)
 
     def windows(self, run: Tensor) -> Tensor:
         """[n,W,...] of values [n,S,...] of the edited runs, at the tokens of each trial's own window."""
-        at = self.positions.to(run.device) - self.start
-        return run[torch.arange(len(at), device=run.device)[:, None], at]
+        columns = self.positions.to(run.device) - self.start
+        rows = torch.arange(len(columns), device=run.device)[:, None]
+        return run[rows, columns]
 
     @property
     def window(self) -> Tensor:
@@ -156,12 +157,13 @@ class Lab:
     ):
         self.reference = Terms(model, reference) if isinstance(reference, Tensor) else reference
         if self.reference is not None:
-            other = self.reference.tokens
-            length = min(tokens.shape[1], other.shape[1])
+            fitted_on = self.reference.tokens
+            length = min(tokens.shape[1], fitted_on.shape[1])
             tested = set(map(tuple, tokens[:, :length].tolist()))
-            if shared := sum(tuple(row) in tested for row in other[:, :length].tolist()):
+            shared = sum(tuple(row) in tested for row in fitted_on[:, :length].tolist())
+            if shared:
                 raise ValueError(
-                    f"reference is other text than tokens, but {shared} of its {len(other)} sequences are tested; "
+                    f"reference is other text than tokens, but {shared} of its {len(fitted_on)} sequences are tested; "
                     "leave those out, or pass no reference: then each half of the sequences is the other one's"
                 )
         for label, sae in saes.items():

@@ -167,8 +167,8 @@ class Basis(NamedTuple):
             drawn.append(writes[-1].rows(np.sort(rows).tolist()))
             means.append(matrices_of(recurrence, lab.hook.target).flatten(1).double().mean(0))
         pca = fit_pca(joined(drawn).rows(slice(n_writes)), n_components)
-        every = joined(writes)
-        mean = mean_write(every.keys.flatten(0, 1), every.values.flatten(0, 1), MEAN_ENERGY)
+        every_write = joined(writes)
+        mean = mean_write(every_write.keys.flatten(0, 1), every_write.values.flatten(0, 1), MEAN_ENERGY)
         return cls(pca, mean, torch.stack(means).mean(0).to(pca.mean))
 
 
@@ -252,6 +252,7 @@ def replacement_costs(
     if target == "write":
         methods += [("", target, f"pca {rank}", basis.pca.project(x.flatten(1), rank).view_as(x)) for rank in pca_ranks]
     states = LowRank.svd(matrices_of(recurrence, "state"))
+    # A rank that is full cuts nothing.
     methods += [
         ("", "state", f"rank {rank}", states.terms(slice(rank)).dense()) for rank in state_ranks if rank < states.rank
     ]

@@ -65,7 +65,9 @@ def evaluate_all(
                 check_folder(_folder(out, evaluation.kind, name), result_files)
     fitted = reference or (Terms(model, controls) if isinstance(controls, Tensor) else controls)
     beside = {} if controls is None else control_dictionaries(model, saes, controls)
-    everything = dict(saes) | {f"{n}, {control}": sae for control, own in beside.items() for n, sae in own.items()}
+    everything = dict(saes)
+    for control, made in beside.items():
+        everything |= {f"{label}, {control}": sae for label, sae in made.items()}
     texts = {"model": model_hash(model), "tokens": content_hash(tokens), "reference": _reference(fitted)}
     quality = quality_of_heads(model, everything, tokens, progress=progress)
     results: list[Result] = []
