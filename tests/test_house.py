@@ -19,12 +19,12 @@ PACKAGES = ("hookpoints", "sae_lens_writesae", "writesae")
 CEILINGS = {
     "hookpoints": 33_300,
     "sae_lens_writesae": 16_750,
-    "writesae": 54_000,
+    "writesae": 53_000,
     "tests": 102_900,
     "scripts + benchmarks": 29_800,
 }
 """Expression nodes of folders. A smoke alarm and no target: a commit that needs more says what a reader gains."""
-OFFENDERS = {"statement": 86, "joined": 134, "function": 21}
+OFFENDERS = {"statement": 52, "joined": 77, "function": 9}
 """How many places of each kind the three packages have. A ratchet: only ever fewer."""
 STATEMENT = 30
 """Nodes of one statement; where it is a display or a call with keywords, of its largest entry."""

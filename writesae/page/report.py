@@ -65,10 +65,10 @@ class Opening:
 
     def panel(self) -> str:
         """An SVG element. Orange: a control that the atom is not shown to exceed."""
-        drawn = [
-            Row(*row, "atom" if n == 0 else "control" if row[3] >= self.rows[0][2] else "soft")
-            for n, row in enumerate(self.rows)
-        ]
+        atom, *controls = self.rows
+        drawn = [Row(*atom, "atom")]
+        for name, mean, low, high in controls:
+            drawn.append(Row(name, mean, low, high, "control" if high >= atom[2] else "soft"))
         return intervals(drawn, self.axis, self.title, write=lambda share: f"{share:.0%}")
 
 
