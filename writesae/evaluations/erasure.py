@@ -354,7 +354,7 @@ class Erasure(OfHalves):
 
 
 def _doses(table: pd.DataFrame) -> pd.DataFrame:
-    """Insertions of the atoms, and beside them the change under a random direction of the same norm."""
+    """Insertions of the atoms, each with the change under a random direction of the same norm."""
     injected = table[table["condition"] == "injected"].set_index(["firing", "dose"])
     at_random = table[table["condition"] == RANDOM_IN].set_index(["firing", "dose"])
     return injected.assign(random=at_random["change"]).rename(columns={"change": "effect"}).reset_index()

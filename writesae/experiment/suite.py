@@ -76,14 +76,10 @@ def evaluate_all(
         """Run an evaluation, unless its result is there; `of`: the label of the result that has this control."""
         weights = {label: [sae.cfg.to_dict(), sae.state_dict()] for label, sae in group.items()}
         inputs = texts | {"dictionaries": content_hash(weights)}
-        if resume and evaluation.label and (folder := _folder(out, evaluation.kind, evaluation.label)).exists():
-            saved = Result.load(folder, {evaluation.kind: type(evaluation)})
-            known = cast("Mapping[str, Json]", saved.info.get("inputs") or {})
-            changed = [name for name in inputs if known.get(name) != inputs[name]]
-            if saved.evaluation == evaluation and not changed:
-                results.append(saved)
-                return saved
-            say(f"{evaluation.kind}: {evaluation.label} is measured again: other {', '.join(changed) or 'settings'}")
+        saved = _saved(out, evaluation, inputs, say) if resume else None
+        if saved is not None:
+            results.append(saved)
+            return saved
         result = evaluation.run(
             model, group, tokens, reference=fitted, progress=progress, or_skip=not single or control is not None
         )
@@ -105,6 +101,22 @@ def evaluate_all(
                     other = replace(evaluation, label=f"{trained.label}, {control}")
                     one(other, {label: own[label] for label in group}, control, trained.label)
     return results
+
+
+def _saved(out: Path, evaluation: Evaluation, inputs: Mapping[str, str], say: Callable[[str], object]) -> Result | None:
+    """The saved result of these settings and inputs. Where one of others is there, `say` is told what differs."""
+    if not evaluation.label:
+        return None
+    folder = _folder(out, evaluation.kind, evaluation.label)
+    if not folder.exists():
+        return None
+    saved = Result.load(folder, {evaluation.kind: type(evaluation)})
+    known = cast("Mapping[str, Json]", saved.info.get("inputs") or {})
+    changed = [name for name in inputs if known.get(name) != inputs[name]]
+    if saved.evaluation == evaluation and not changed:
+        return saved
+    say(f"{evaluation.kind}: {evaluation.label} is measured again: other {', '.join(changed) or 'settings'}")
+    return None
 
 
 def _reference(terms: Terms | None) -> str:
