@@ -33,10 +33,10 @@ from tables import table  # noqa: E402
 from hookpoints import HookedRecurrent, embedded  # noqa: E402
 from hookpoints.files import atomic_text  # noqa: E402
 from sae_lens_writesae import LowRank, train_many_on_writes, training_config  # noqa: E402
+from writesae.codes.books import lloyd, residual_quantizer  # noqa: E402
+from writesae.codes.components import fit_pca  # noqa: E402
 from writesae.demo import START, Demo  # noqa: E402
 from writesae.experiment import terms  # noqa: E402
-from writesae.experiment.codes import lloyd, residual_quantizer  # noqa: E402
-from writesae.experiment.pca import fit_pca  # noqa: E402
 from writesae.experiment.tokens import sample_sequences  # noqa: E402
 from writesae.verdict.statistics import Estimate, estimate  # noqa: E402
 

@@ -22,13 +22,13 @@ from hookpoints import HookedRecurrent, embedded
 from sae_lens_writesae import training_config
 from sae_lens_writesae.sae.rows import new_sae
 from writesae import sample_sequences
+from writesae.dictionary.controls import Control, control_dictionaries
 from writesae.evaluations.erasure import Erasure
 from writesae.evaluations.logit_change import LogitChange
 from writesae.evaluations.multistep import Multistep
 from writesae.evaluations.partition import Partition
 from writesae.evaluations.sign import Sign
 from writesae.evaluations.substitution import Substitution
-from writesae.experiment.controls import Control, control_dictionaries
 from writesae.experiment.terms import Terms
 
 TESTS = (

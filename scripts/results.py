@@ -24,9 +24,9 @@ import numpy as np
 import pandas as pd
 from tables import table
 
+from writesae.dictionary.controls import answers
 from writesae.evaluations import EVALUATIONS, load_result
 from writesae.evaluations.bits import RIVAL, WAYS, Bits
-from writesae.experiment.controls import answers
 from writesae.experiment.evaluation import Result, Scope
 from writesae.page.template import environment
 from writesae.verdict.finding import Claim, said

@@ -43,7 +43,7 @@ from transformers.models.qwen3_5 import modeling_qwen3_5
 from hookpoints import attach, embedded
 from hookpoints.rwkv7 import RWKV7ForCausalLM
 from hookpoints.rwkv7 import layers as rwkv7_layers
-from writesae.experiment.head import half_lives
+from writesae.head.writes import half_lives
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK, HOLD_OUT, VOCABULARY, END_OF_TEXT = 20_000, 20, 2_048, "<|endoftext|>"

@@ -25,9 +25,9 @@ from hookpoints import HookedRecurrent
 from hookpoints import embedded as shipped
 from sae_lens_writesae.sae.load import load_sae
 from writesae.cli import COMMANDS, main
+from writesae.dictionary.quality import dictionary_quality
 from writesae.evaluate import EvalAll, Subjects, questions
 from writesae.evaluations import EVALUATIONS, Evaluation, load_result
-from writesae.experiment.quality import dictionary_quality
 from writesae.experiment.tokens import sample_sequences
 from writesae.files import run_folder, sae_folders
 from writesae.page.template import share_text

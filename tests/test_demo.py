@@ -13,8 +13,8 @@ from made_up import HOLDS, made_up
 
 from hookpoints import HookedRecurrent
 from writesae.demo import FACTS, RECIPES, Demo, read_facts
+from writesae.dictionary.quality import head_effects
 from writesae.evaluations import load_result
-from writesae.experiment.quality import head_effects
 from writesae.page.report import write_report
 
 TOKENS = torch.randint(1, 500, (2, 48), generator=torch.Generator().manual_seed(0))

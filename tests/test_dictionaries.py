@@ -25,7 +25,7 @@ from sae_lens_writesae.sae.runner import text_dataset
 from writesae import choices as study
 from writesae.choices import MATCHED, DictionaryName
 from writesae.dictionaries import Collect, Train
-from writesae.experiment.traits import objective, variant
+from writesae.dictionary.traits import objective, variant
 from writesae.files import sae_folders
 
 SIZES = {"d_sae": 16, "k": 2, "training_tokens": 1024, "train_batch_size_tokens": 128, "summary": False}

@@ -10,18 +10,18 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from writesae.dictionary.quality import dictionary_quality, head_effects
     from writesae.evaluations import EVALUATIONS, Evaluation, Result, load_result
     from writesae.evaluations.substitution import Substitution
-    from writesae.experiment.head import half_lives
-    from writesae.experiment.quality import dictionary_quality, head_effects
     from writesae.experiment.tokens import sample_sequences
+    from writesae.head.writes import half_lives
     from writesae.page.report import write_report
 
 _HOMES = {
     "evaluations": ("EVALUATIONS", "Evaluation", "Result", "load_result"),
     "evaluations.substitution": ("Substitution",),
-    "experiment.head": ("half_lives",),
-    "experiment.quality": ("dictionary_quality", "head_effects"),
+    "head.writes": ("half_lives",),
+    "dictionary.quality": ("dictionary_quality", "head_effects"),
     "experiment.tokens": ("sample_sequences",),
     "page.report": ("write_report",),
 }

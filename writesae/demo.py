@@ -110,9 +110,9 @@ class Demo:
         from hookpoints.files import atomic_text
         from sae_lens_writesae.sae.factors import collect
         from sae_lens_writesae.sae.load import load_sae
+        from writesae.dictionary.quality import quality_of_heads
         from writesae.evaluations import load_result
         from writesae.evaluations.substitution import Substitution
-        from writesae.experiment.quality import quality_of_heads
         from writesae.experiment.terms import Terms
         from writesae.experiment.tokens import sample_sequences, say_time
         from writesae.page.report import write_report
@@ -170,7 +170,7 @@ class Demo:
     def choose_head(self, model: HookedRecurrent, tokens: Tensor) -> tuple[int, int, float, float]:
         """Layer and head as named, or of the head whose writes do most, of those with a half-life of `memory` or more
         (of all, where there is none); its half-life in tokens, and nats per token where all its writes are deleted."""
-        from writesae.experiment.quality import head_effects
+        from writesae.dictionary.quality import head_effects
 
         layers = model.cfg.recurrent_layers if self.layer is None else [self.layer]
         effects = head_effects(model, tokens, layers, None if self.head is None else [self.head], progress=True)

@@ -277,7 +277,7 @@ class Train:
         check_writable(self.out)
         if self.collection is not None and not self.collection.is_dir():
             raise ValueError(f"collection: expected the folder of one, got {self.collection}, which does not exist")
-        from writesae.experiment.traits import sparsity_fields
+        from writesae.dictionary.traits import sparsity_fields
 
         sparsity_fields(self.architecture, self.k)  # raises where there is no such architecture
         names = (*_SIZES, "architecture", "decoder_init", "normalize_activations", "lr")
@@ -313,7 +313,7 @@ class Train:
         is begun after a minute. A model that cannot be loaded is no error, for the dictionaries are saved."""
         from hookpoints import HookedRecurrent, HookpointsError, embedded
         from sae_lens_writesae.sae.load import load_sae
-        from writesae.experiment.quality import quality_of_heads
+        from writesae.dictionary.quality import quality_of_heads
         from writesae.experiment.tokens import sample_sequences
 
         end, saes = time.monotonic() + 60, {str(each.parent.relative_to(self.out)): load_sae(each) for each in folders}
@@ -377,7 +377,7 @@ class Train:
 
         from sae_lens_writesae.choices import VARIANTS
         from sae_lens_writesae.sae.runner import training_config
-        from writesae.experiment.traits import matched_flat, sparsity_fields
+        from writesae.dictionary.traits import matched_flat, sparsity_fields
 
         batch, d_sae = self.train_batch_size_tokens, self.d_sae
         buffered = max(2, -(-8 * batch // collection.context_size))  # sequences

@@ -171,7 +171,7 @@ def evaluate(
     from hookpoints import HookedRecurrent, embedded
     from sae_lens_writesae.sae.factors import INDEX, Collection
     from sae_lens_writesae.sae.load import load_sae
-    from writesae.experiment.suite import evaluate_all
+    from writesae.dictionary.suite import evaluate_all
     from writesae.experiment.terms import Terms
     from writesae.experiment.tokens import EDITED, sample_sequences, say_time, text_of
     from writesae.page.report import write_report

@@ -15,12 +15,12 @@ from torch import Tensor
 from hookpoints import HookedRecurrent
 from sae_lens_writesae import scale_atoms
 from sae_lens_writesae.errors import NothingToMeasureError
+from writesae.dictionary.selectivity import alignment
 from writesae.evaluations import amplify
 from writesae.evaluations.amplify import Amplify, counts_at
 from writesae.experiment.evaluation import Result
 from writesae.experiment.firings import collect_firings, halves
 from writesae.experiment.generation import sample_continuations
-from writesae.experiment.selectivity import alignment
 
 SMALL: dict[str, Any] = {
     "n_tokens": 2,

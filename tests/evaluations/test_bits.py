@@ -12,11 +12,11 @@ from saes import HEAD, LAYER, logits_with_write
 
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.sae.rows import shuffled
+from writesae.codes.books import centered, descend, of_books, residual_quantizer
 from writesae.evaluations.bits import RIVAL, WAYS, Bits, contender, divergence
-from writesae.experiment.codes import centered, descend, of_books, residual_quantizer
 from writesae.experiment.evaluation import Result
-from writesae.experiment.head import UpperModel
 from writesae.experiment.terms import Terms, TermsError
+from writesae.head.upper import UpperModel
 
 TEXT = torch.randint(1, 64, (6, 24), generator=torch.Generator().manual_seed(3))
 

@@ -33,15 +33,15 @@ from golden.dictionaries import load_model, make_dictionary, sequences
 from made_up import made_up, replaced
 from torch.nn.functional import normalize
 
+from writesae.dictionary.controls import control_dictionary
+from writesae.dictionary.kinds import compare_kinds
 from writesae.evaluations import EVALUATIONS
 from writesae.evaluations import sign as sign_module
 from writesae.evaluations.baselines import SMALL_COST
 from writesae.evaluations.erasure import Erasure
 from writesae.evaluations.partition import RULES, Partition
 from writesae.evaluations.sign import Sign
-from writesae.experiment.controls import control_dictionary
 from writesae.experiment.evaluation import Result
-from writesae.experiment.kinds import compare_kinds
 from writesae.verdict import statistics as stats
 from writesae.verdict.finding import Claim
 from writesae.verdict.fits import with_control

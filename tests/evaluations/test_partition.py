@@ -12,12 +12,12 @@ from made_up import HOLDS, made_up, replaced
 from saes import HEAD, HOOK, LAYER, K, V, make_sae, planted, runner
 
 from sae_lens_writesae.atom.low_rank import LowRank
+from writesae.dictionary.cosines import firing_cosines, first_component
+from writesae.dictionary.kinds import compare_kinds
 from writesae.evaluations.partition import RULES, Partition
 from writesae.evaluations.substitution import Substitution
 from writesae.experiment.at_firings import wide_firings
-from writesae.experiment.cosines import firing_cosines, first_component
 from writesae.experiment.evaluation import Result
-from writesae.experiment.kinds import compare_kinds
 from writesae.experiment.lab import Lab
 from writesae.verdict.mixtures import fisher_z, fit_mixtures
 

@@ -16,11 +16,11 @@ from torch import Tensor
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from hookpoints import HookedRecurrent, embedded
+from writesae.codes.head_baselines import BASELINES
 from writesae.evaluations.substitution import Substitution
 from writesae.experiment.at_firings import wide_firings
 from writesae.experiment.conditions import DIRECTIONS, Scale
 from writesae.experiment.evaluation import Result
-from writesae.experiment.head_baselines import BASELINES
 from writesae.experiment.readout import KL_METRICS
 from writesae.verdict.finding import Claim, Finding
 from writesae.verdict.names import NAMES

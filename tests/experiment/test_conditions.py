@@ -16,8 +16,8 @@ from hookpoints import HookedRecurrent
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.errors import NothingToMeasureError
 from writesae.experiment import conditions as C
-from writesae.experiment.head import state_direction
 from writesae.experiment.lab import Lab
+from writesae.head.writes import state_direction
 from writesae.verdict.names import DEFINITIONS, NAMES, SCALE_DEFINITIONS, SCALE_NAMES
 
 N = 6

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.atom.low_rank import LowRank
+from writesae.codes.components import fit_pca
+from writesae.dictionary.reconstruction import Basis, replacement_costs
 from writesae.experiment.lab import Lab
-from writesae.experiment.pca import fit_pca
-from writesae.experiment.reconstruction import Basis, replacement_costs
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 

@@ -15,7 +15,7 @@ from hookpoints import HookedRecurrent
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae.factors import collect
 from sae_lens_writesae.sae.metric_fit import fit_metrics
-from writesae.experiment.head_baselines import HeadBaselines
+from writesae.codes.head_baselines import HeadBaselines
 from writesae.experiment.lab import Lab
 from writesae.experiment.terms import Terms, TermsError, require_equal
 

@@ -23,7 +23,7 @@ from hookpoints import HookedRecurrent, Recurrence, embedded
 from page.planted_atoms import HEAD, HOOK, LAYER, SMALL, T, empty_sae, matrix, places
 from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.sae import WriteTopKSAE
-from writesae.experiment.quality import dictionary_quality
+from writesae.dictionary.quality import dictionary_quality
 from writesae.page.atoms import AtomPagesData, write_atom_pages
 from writesae.page.atoms.collect import memory
 from writesae.page.atoms.data import TokenValue

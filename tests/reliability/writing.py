@@ -25,8 +25,8 @@ from reliability.runs import fresh
 from sae_lens_writesae.sae import fast
 from sae_lens_writesae.sae.factors import INDEX, collect
 from writesae.dictionaries import Train
+from writesae.dictionary.suite import evaluate_all
 from writesae.evaluations import EVALUATIONS
-from writesae.experiment.suite import evaluate_all
 from writesae.files import taken
 
 Write = Callable[[HookedRecurrent, Path], object]

@@ -31,9 +31,9 @@ from sae_lens_writesae.sae import (
 )
 from sae_lens_writesae.sae.product import _distinct, _oriented, rank_one_rows
 from sae_lens_writesae.sae.runner import train
-from writesae.experiment.controls import control_dictionary
+from writesae.dictionary.controls import control_dictionary
+from writesae.dictionary.traits import matched_flat, n_parameters, variant
 from writesae.experiment.tokens import sample_sequences
-from writesae.experiment.traits import matched_flat, n_parameters, variant
 
 K, V, N = 5, 7, 13
 SHAPE: dict[str, Any] = {"d_in": K * V, "d_k": K, "d_v": V, "d_sae": 24, "f_key": 4, "f_value": 6, "dtype": "float64"}

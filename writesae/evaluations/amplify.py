@@ -19,11 +19,11 @@ from torch import Tensor
 
 from sae_lens_writesae.steering import Target, scale_atoms, token_id
 from writesae.choices import AtLeast
+from writesae.dictionary.selectivity import alignment
 from writesae.experiment.evaluation import Evaluation, Result, Scope
 from writesae.experiment.firings import Halves, Integers, collect_firings, halves
 from writesae.experiment.generation import sample_continuations
 from writesae.experiment.lab import Lab
-from writesae.experiment.selectivity import alignment
 from writesae.experiment.tokens import special_tokens, token_text
 from writesae.verdict import statistics as stats
 from writesae.verdict.finding import Finding, Paired, said

@@ -13,11 +13,7 @@ import numpy as np
 import pandas as pd
 
 from writesae.choices import AtLeast
-from writesae.experiment.evaluation import Evaluation, Result, Scope
-from writesae.experiment.firings import halves
-from writesae.experiment.head import matrices_of
-from writesae.experiment.lab import Lab, Site
-from writesae.experiment.reconstruction import (
+from writesae.dictionary.reconstruction import (
     ATOM,
     ATOM_SVD,
     DICTIONARIES,
@@ -32,7 +28,11 @@ from writesae.experiment.reconstruction import (
     of_dictionary,
     replacement_costs,
 )
-from writesae.experiment.selectivity import SELECTIVITY, direction_selectivity
+from writesae.dictionary.selectivity import SELECTIVITY, direction_selectivity
+from writesae.experiment.evaluation import Evaluation, Result, Scope
+from writesae.experiment.firings import halves
+from writesae.experiment.lab import Lab, Site
+from writesae.head.matrices import matrices_of
 from writesae.verdict.finding import Against, Finding, Paired, said
 from writesae.verdict.format import percent, perplexity, points
 from writesae.verdict.names import NAMES, shown_name

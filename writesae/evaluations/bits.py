@@ -16,12 +16,12 @@ from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae.metric import Metric
 from sae_lens_writesae.sae.rows import shuffled
 from writesae.choices import AtLeast
-from writesae.experiment.codes import Code, descend
-from writesae.experiment.equal_bits import NULL, OURS, RIVAL, HeadWrites, codes
+from writesae.codes.books import Code, descend
+from writesae.codes.equal_bits import NULL, OURS, RIVAL, HeadWrites, codes
 from writesae.experiment.evaluation import Evaluation, Result, Scope, described
-from writesae.experiment.head import UpperModel
 from writesae.experiment.lab import Lab
 from writesae.experiment.terms import Terms, require_equal
+from writesae.head.upper import UpperModel
 from writesae.verdict import statistics as stats
 from writesae.verdict.finding import Against, Claim, Finding, Paired
 from writesae.verdict.format import percent

@@ -21,10 +21,10 @@ from writesae.choices import AtLeast
 from writesae.experiment.at_firings import OfHalves
 from writesae.experiment.evaluation import Result, described
 from writesae.experiment.firings import Integers, silent_positions
-from writesae.experiment.head import random_units
 from writesae.experiment.lab import EditedRows, Lab, Site, Trial, trials_at
 from writesae.experiment.readout import log_prob_change, native_log_prob
 from writesae.experiment.tokens import token_text
+from writesae.head.writes import random_units
 from writesae.verdict import statistics as stats
 from writesae.verdict.finding import Finding, Paired, said
 from writesae.verdict.format import percent, signed

@@ -16,13 +16,13 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from writesae.choices import AtLeast
+from writesae.dictionary.reconstruction import reconstruction
+from writesae.dictionary.traits import objective
 from writesae.evaluations.substitution import Substitution
 from writesae.experiment.at_firings import OfAlive, wide_firings
 from writesae.experiment.conditions import Control
 from writesae.experiment.evaluation import Result, Scope, described
 from writesae.experiment.lab import Lab
-from writesae.experiment.reconstruction import reconstruction
-from writesae.experiment.traits import objective
 from writesae.verdict.finding import Finding, Paired, said
 from writesae.verdict.format import percent, points
 from writesae.verdict.judge import Verdict

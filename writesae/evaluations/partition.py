@@ -13,12 +13,12 @@ import numpy as np
 import pandas as pd
 
 from writesae.choices import AtLeast
+from writesae.dictionary.cosines import SIDES, firing_cosines, first_component
+from writesae.dictionary.kinds import KIND_RATES, KINDS, alike, by_rule, compare_kinds
 from writesae.evaluations.substitution import Substitution
 from writesae.experiment.at_firings import OfAlive, wide_firings
 from writesae.experiment.conditions import Rival
-from writesae.experiment.cosines import SIDES, firing_cosines, first_component
 from writesae.experiment.evaluation import Result
-from writesae.experiment.kinds import KIND_RATES, KINDS, alike, by_rule, compare_kinds
 from writesae.experiment.lab import Lab
 from writesae.verdict import figures, mixtures
 from writesae.verdict.finding import Against, Claim, Figure, Finding, Paired, said

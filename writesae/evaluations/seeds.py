@@ -17,8 +17,8 @@ import pandas as pd
 import torch
 from scipy.optimize import linear_sum_assignment
 
+from writesae.dictionary.cosines import firing_cosines
 from writesae.experiment.at_firings import OfAlive
-from writesae.experiment.cosines import firing_cosines
 from writesae.experiment.evaluation import Result, Scope
 from writesae.experiment.firings import Integers
 from writesae.experiment.lab import Lab

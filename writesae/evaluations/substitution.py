@@ -11,10 +11,10 @@ from typing import ClassVar, cast
 
 import pandas as pd
 
+from writesae.codes.head_baselines import BASELINES
 from writesae.experiment.at_firings import CHOICES, RELEVANT, Exchanging, wide_firings
 from writesae.experiment.conditions import REFERENCES
 from writesae.experiment.evaluation import Result, described
-from writesae.experiment.head_baselines import BASELINES
 from writesae.experiment.lab import Lab
 from writesae.experiment.readout import KL_METRICS, kl_metrics
 from writesae.verdict import figures
@@ -54,7 +54,7 @@ class Substitution(Exchanging):
     random; the Gaussian direction is ours. The state direction is that of the state **before** the write; the state
     after it contains the write, so that it is shown as a reference and never compared with an atom.
 
-    *Baselines* (`experiment.head_baselines`) need no training, and have their own size: the mean write of the
+    *Baselines* (`codes.head_baselines`) need no training, and have their own size: the mean write of the
     head, of the token and of the token pair, the best of as many native writes as the dictionary has atoms, drawn at
     random, the best code of a vector quantizer with as many, and the first principal components. They are fitted on
     text that nothing is tested on, in the metric of the dictionary: on `reference`, or each half of the sequences on

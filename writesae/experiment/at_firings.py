@@ -16,6 +16,7 @@ import torch
 
 from sae_lens_writesae.atom.low_rank import LowRank
 from writesae.choices import AtLeast
+from writesae.codes.head_baselines import BASELINES
 from writesae.experiment.conditions import (
     CONTROLS,
     REFERENCES,
@@ -36,9 +37,8 @@ from writesae.experiment.firings import (
     halves,
     sample_firings,
 )
-from writesae.experiment.head import HALF_LIFE_LIMIT, half_lives, head_writes, joined, mean_write
-from writesae.experiment.head_baselines import BASELINES
 from writesae.experiment.lab import Lab, Site, Trial, trials_at
+from writesae.head.writes import HALF_LIFE_LIMIT, half_lives, head_writes, joined, mean_write
 
 MEAN_ENERGY = 0.99
 """The mean write has the fewest rank-1 terms that hold this share of its squared norm."""

@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 
 from sae_lens_writesae.atom.low_rank import LowRank
-from writesae.experiment.head import state_direction
-from writesae.experiment.head_baselines import BASELINES, Baseline, HeadBaselines
+from writesae.codes.head_baselines import BASELINES, Baseline, HeadBaselines
 from writesae.experiment.lab import Lab, Site
 from writesae.experiment.terms import tokens_and_before
+from writesae.head.writes import state_direction
 
 Scale = Literal["coefficient", "matched", "least_squares"]
 """How the atom is scaled. The paper names the first two, and contradicts itself about which; the third is ours."""

@@ -20,11 +20,11 @@ from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.sae.matrix import MatrixSAE
 from sae_lens_writesae.sae.target import HeadHook, atoms_of, check_hook, check_plain_activations
+from writesae.codes.head_baselines import HeadBaselines
 from writesae.experiment.firings import Firings, bar, collect_firings, folds
-from writesae.experiment.head import head_writes, joined
-from writesae.experiment.head_baselines import HeadBaselines
 from writesae.experiment.terms import Terms
 from writesae.files import Json
+from writesae.head.writes import head_writes, joined
 
 T = TypeVar("T")
 M = TypeVar("M", bound=LowRank | None)

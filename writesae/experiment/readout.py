@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from writesae.experiment.head import nats
 from writesae.experiment.lab import EditedRows, Readout
+from writesae.head.upper import nats
 
 _BLOCK_FLOATS = 2**18
 """Logits widened at once: 2 MB in float64, which stay in a cache (a third of the time of 128 MB)."""

@@ -24,8 +24,8 @@ from sae_lens_writesae.sae.metric import DAMPING, Metric
 from sae_lens_writesae.sae.metric_fit import fit_metrics
 from sae_lens_writesae.sae.target import HeadHook
 from writesae.experiment.firings import Integers
-from writesae.experiment.head import head_writes, joined
 from writesae.files import Json
+from writesae.head.writes import head_writes, joined
 
 
 class TermsError(ValueError):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
 from sae_lens_writesae import LowRank
-from writesae.experiment.codes import descend
+from writesae.codes.books import descend
 
 LR = 3e-3
 """Learning rate of Adam."""

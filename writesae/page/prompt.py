@@ -21,8 +21,8 @@ from hookpoints import HookedRecurrent, Recurrence
 from hookpoints.errors import HookpointsError
 from sae_lens_writesae.sae.load import load_sae
 from sae_lens_writesae.sae.target import HeadHook, check_hook
-from writesae.experiment.head import head_writes
 from writesae.files import sae_folders
+from writesae.head.writes import head_writes
 from writesae.page.atoms.text import TokenTexts, short, visible
 from writesae.page.template import environment
 

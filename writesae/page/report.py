@@ -21,8 +21,8 @@ from typing import cast
 import pandas as pd
 
 from hookpoints.files import atomic_text, atomic_write
+from writesae.dictionary.controls import Answer, answers
 from writesae.evaluations import EVALUATIONS, load_result
-from writesae.experiment.controls import Answer, answers
 from writesae.experiment.evaluation import Result
 from writesae.files import GENERATOR, Json, check_ours
 from writesae.page.template import environment

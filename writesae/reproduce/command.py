@@ -65,8 +65,8 @@ class Reproduce:
         import torch
 
         from hookpoints import HookedRecurrent
+        from writesae.dictionary.traits import sparsity_fields
         from writesae.evaluate import EvalAll, Subjects
-        from writesae.experiment.traits import sparsity_fields
         from writesae.reproduce.estimate import estimate
 
         EvalAll(subjects=Subjects(saes=()), kinds=self.config.evaluations, set=self.config.set or None).evaluations()

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from hookpoints import HookedRecurrent
+from writesae.dictionary.quality import qualities
 from writesae.experiment.firings import Integers
-from writesae.experiment.quality import qualities
 from writesae.page.atoms import data, parts
 from writesae.page.atoms.measure import AtomSettings, Facts, Trace
 from writesae.page.atoms.text import short

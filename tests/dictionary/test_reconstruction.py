@@ -8,9 +8,9 @@ from saes import HOOK, STATE, exact_sae, make_sae
 from torch import Tensor
 
 from hookpoints import HookedRecurrent
+from writesae.dictionary.reconstruction import NO_VARIANCE, reconstruction
 from writesae.experiment.lab import Lab, Trial
 from writesae.experiment.readout import kl_window
-from writesae.experiment.reconstruction import NO_VARIANCE, reconstruction
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 

@@ -14,26 +14,16 @@ from torch import Tensor
 
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae.losses import read_queries
+from writesae.codes.components import MatrixPca, fit_pca
+from writesae.dictionary.traits import n_parameters, variant
 from writesae.experiment.at_firings import MEAN_ENERGY
 from writesae.experiment.conditions import scaled
 from writesae.experiment.evaluation import Result
-from writesae.experiment.head import (
-    ROUNDING,
-    UpperModel,
-    decoded,
-    dominant,
-    encoded,
-    head_writes,
-    joined,
-    matrices_of,
-    mean_write,
-    nats,
-    state_direction,
-)
 from writesae.experiment.lab import Lab, Site, trials_at
-from writesae.experiment.pca import MatrixPca, fit_pca
 from writesae.experiment.readout import kl_window
-from writesae.experiment.traits import n_parameters, variant
+from writesae.head.matrices import decoded, dominant, encoded, matrices_of
+from writesae.head.upper import UpperModel, nats
+from writesae.head.writes import ROUNDING, head_writes, joined, mean_write, state_direction
 from writesae.verdict.finding import Paired
 from writesae.verdict.statistics import Estimate
 

@@ -12,10 +12,11 @@ from torch.nn.functional import normalize
 
 from hookpoints import Recurrence
 from sae_lens_writesae.atom.low_rank import LowRank
+from writesae.codes.components import fit_pca
 from writesae.experiment.firings import Integers
-from writesae.experiment.head import head_writes, matrices_of, random_units
 from writesae.experiment.lab import Lab
-from writesae.experiment.pca import fit_pca
+from writesae.head.matrices import matrices_of
+from writesae.head.writes import head_writes, random_units
 
 SIDES = ("key", "value", "shuffled_key", "shuffled_value")
 """Columns that hold |cosines| of one side."""

@@ -3,7 +3,7 @@
 import torch
 
 from sae_lens_writesae import LowRank
-from writesae.experiment.head import mean_write
+from writesae.head.writes import mean_write
 
 N, K, V = 6, 5, 7
 

@@ -14,11 +14,11 @@ from hookpoints import HookedRecurrent
 from hookpoints.files import check_folder, content_hash
 from sae_lens_writesae.sae.factors import model_hash
 from sae_lens_writesae.sae.target import HeadHook
-from writesae.experiment.controls import Control, control_dictionaries
+from writesae.dictionary.controls import Control, control_dictionaries
+from writesae.dictionary.quality import quality_of_heads
+from writesae.dictionary.traits import objective, variant
 from writesae.experiment.evaluation import Evaluation, Result, Scope, result_files
-from writesae.experiment.quality import quality_of_heads
 from writesae.experiment.terms import Terms
-from writesae.experiment.traits import objective, variant
 from writesae.files import Json
 
 

@@ -18,8 +18,8 @@ from sae_lens_writesae import train_on_writes, training_config
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae.metric import Metric
 from sae_lens_writesae.sae.rows import shuffled
-from writesae.experiment.codes import Code, centered, descend, of_books, pursued, residual_quantizer
-from writesae.experiment.pca import fit_pca
+from writesae.codes.books import Code, centered, descend, of_books, pursued, residual_quantizer
+from writesae.codes.components import fit_pca
 
 OURS, NULL, RIVAL = "WriteSAE", "null", "residual quantizer"
 """What names of codes begin with: dictionaries of this project, what has no information, the rival that is tuned."""

@@ -14,15 +14,16 @@ from typing import Literal, cast, get_args
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae.metric import Metric
-from writesae.experiment.codes import lloyd, pursued
-from writesae.experiment.firings import Integers
-from writesae.experiment.head import compact
-from writesae.experiment.pca import MatrixPca, fit_pca
+from writesae.codes.books import lloyd, pursued
+from writesae.codes.components import MatrixPca, fit_pca
+from writesae.head.writes import compact
 
+Integers = NDArray[np.int64]
 Baseline = Literal["head_mean", "token_mean", "pair_mean", "drawn", "quantised", "pca"]
 BASELINES: tuple[Baseline, ...] = get_args(Baseline)
 """Names of the baselines, as conditions of an experiment."""

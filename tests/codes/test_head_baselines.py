@@ -14,8 +14,8 @@ from torch import Tensor
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.errors import NothingToMeasureError
-from writesae.experiment.codes import lloyd
-from writesae.experiment.head_baselines import BASELINES, HeadBaselines
+from writesae.codes.books import lloyd
+from writesae.codes.head_baselines import BASELINES, HeadBaselines
 from writesae.experiment.lab import Lab
 from writesae.experiment.terms import tokens_and_before
 

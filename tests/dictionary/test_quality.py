@@ -21,9 +21,9 @@ from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.sae.runner import training_config
 from sae_lens_writesae.sae.target import HeadHook
 from writesae.dictionaries import quiet
+from writesae.dictionary.quality import DictionaryQuality, dictionary_quality, head_effects, qualities
+from writesae.dictionary.reconstruction import reconstruction
 from writesae.experiment.lab import Lab
-from writesae.experiment.quality import DictionaryQuality, dictionary_quality, head_effects, qualities
-from writesae.experiment.reconstruction import reconstruction
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 

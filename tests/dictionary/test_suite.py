@@ -14,15 +14,15 @@ from saes import HOOK, STATE, make_sae
 
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.errors import NothingToMeasureError
+from writesae.dictionary.controls import answers, control_dictionaries
+from writesae.dictionary.suite import comparable, evaluate_all, groups
 from writesae.evaluations import load_result
 from writesae.evaluations.multistep import Multistep
 from writesae.evaluations.objectives import Objectives
 from writesae.evaluations.seeds import Seeds
 from writesae.evaluations.sign import Sign
 from writesae.evaluations.substitution import Substitution
-from writesae.experiment.controls import answers, control_dictionaries
 from writesae.experiment.evaluation import Result, Scope
-from writesae.experiment.suite import comparable, evaluate_all, groups
 from writesae.experiment.terms import Terms
 
 TEXT = torch.randint(1, 64, (8, 24), generator=torch.Generator().manual_seed(1))

@@ -13,7 +13,7 @@ from saes import HOOK, STATE, make_sae
 from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent
-from writesae.experiment.controls import (
+from writesae.dictionary.controls import (
     Control,
     against_controls,
     answers,

@@ -12,7 +12,7 @@ from sae_lens_writesae import sae as S
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.choices import Variant
 from sae_lens_writesae.sae.matrix import MatrixSAE
-from writesae.experiment.controls import control_dictionary
+from writesae.dictionary.controls import control_dictionary
 
 K, V, F, N = 6, 5, 20, 300
 VARIANTS: dict[str, Variant] = {name: S.VARIANTS[name] for name in ("WriteSAE", "TiedSAE", "FlatSAE", "WriteSAE-rank2")}

@@ -22,9 +22,9 @@ from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae.matrix import MatrixSAE
 from sae_lens_writesae.sae.training import calibrate_threshold
 from writesae.experiment.evaluation import Result
-from writesae.experiment.head import matrices_of
 from writesae.experiment.lab import Lab
 from writesae.experiment.terms import Terms
+from writesae.head.matrices import matrices_of
 from writesae.verdict.finding import Claim
 
 Control = Literal["untrained", "native writes"]

@@ -20,19 +20,12 @@ from hookpoints import HookedRecurrent
 from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.sae.target import HeadHook, HookTarget, check_plain_activations, has_plain_activations
 from writesae.experiment.firings import bar
-from writesae.experiment.head import (
-    ROUNDING,
-    UpperModel,
-    decoded,
-    dominant,
-    encoded,
-    half_lives,
-    head_writes,
-    matrices_of,
-)
 from writesae.experiment.lab import Lab
 from writesae.experiment.readout import divergences
 from writesae.files import Json
+from writesae.head.matrices import decoded, dominant, encoded, matrices_of
+from writesae.head.upper import UpperModel
+from writesae.head.writes import ROUNDING, half_lives, head_writes
 from writesae.verdict.statistics import Estimate, estimate, recovered_share
 
 SEQUENCES = 64

@@ -8,7 +8,7 @@ import pytest
 from saes import HOOK, STATE, exact_sae
 
 from sae_lens_writesae.sae import INFERENCE, VARIANTS, WriteTopKSAE, WriteTopKSAEConfig
-from writesae.experiment.traits import matched_flat, n_parameters, objective, variant
+from writesae.dictionary.traits import matched_flat, n_parameters, objective, variant
 
 
 @pytest.mark.parametrize("architecture", ["writesae_topk", "writesae_jumprelu", "writesae_gated"])

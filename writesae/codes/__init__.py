@@ -1,0 +1,1 @@
+"""What can replace writes: codes of few numbers, components, baselines."""

@@ -1,0 +1,1 @@
+"""What one head writes and holds, and the model above it."""

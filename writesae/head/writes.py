@@ -1,0 +1,80 @@
+"""What one head writes, and how long it keeps that."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hookpoints import Recurrence
+from sae_lens_writesae.atom.low_rank import LowRank
+
+ROUNDING = 1e-12
+"""A variance below this share of the mean square is what rounding leaves of equal matrices."""
+HALF_LIFE_LIMIT = 128
+"""Longest half-life that is looked for, in tokens."""
+
+
+def state_direction(states: Tensor) -> LowRank:
+    """The top singular direction x y^T of states [N,K,V], at unit norm and with <S, x y^T> > 0. Costs an SVD each."""
+    left, _, right = torch.linalg.svd(states, full_matrices=False)
+    return LowRank.rank_one(left[:, :, 0], right[:, 0])
+
+
+def mean_write(keys: Tensor, values: Tensor, energy: float = 1.0) -> LowRank:
+    """The mean over tokens of k_t u_t^T from keys [T,K] and values [T,V], as one matrix (N = 1).
+
+    It has the fewest singular terms, largest first, that hold the share `energy` of its squared norm (1: all of them).
+    """
+    return compact((keys.T @ values / len(keys))[None], energy)
+
+
+def compact(matrices: Tensor, energy: float) -> LowRank:
+    """Matrices [N,K,V] as the fewest singular terms that hold the share `energy` of each one's squared norm."""
+    terms = LowRank.svd(matrices)
+    square = terms.keys.square().sum(-1)
+    held = square.cumsum(1) / square.sum(1, keepdim=True).clamp_min(torch.finfo(square.dtype).tiny)
+    return terms.terms(slice(int((held < energy).sum(1).max()) + 1))
+
+
+def random_units(like: LowRank, n: int, seed: int) -> LowRank:
+    """n Gaussian directions of the rank of `like`, at unit norm."""
+    drawn = like.rows([0]).expand(n).random_like(torch.Generator().manual_seed(seed))
+    return drawn.with_norm(torch.ones(n).to(drawn.values))
+
+
+def head_writes(recurrence: Recurrence, head: int) -> LowRank:
+    """The T native writes of one head on batch row 0, in the dtype of the recurrence.
+
+    A token that takes R delta steps writes a matrix of rank R.
+    """
+    one = recurrence.select(rows=slice(0, 1), heads=slice(head, head + 1))
+    keys, values = (side[0, :, 0].to(one.dtype) for side in (one.k, one.u))
+    return LowRank(keys, values) if keys.ndim == 3 else LowRank.rank_one(keys, values)
+
+
+def joined(parts: Sequence[LowRank]) -> LowRank:
+    """All matrices of some parts, one part after the other."""
+    return LowRank(torch.cat([part.keys for part in parts]), torch.cat([part.values for part in parts]))
+
+
+def half_lives(recurrence: Recurrence, limit: int = HALF_LIFE_LIMIT, n_starts: int = 24) -> Tensor:
+    """Tokens until a write has lost half of its norm, [n,H] for n evenly spaced writes of each head on batch row 0.
+
+    The key side p_t of a write is followed from p_t0 = k_t0 (its first term); the half-life is the first t - t0 with
+    |p_t| < |k_t0| / 2, or `limit` if that comes later. Only writes with `limit` tokens after them are used; on
+    sequences of fewer than 2 `limit` tokens the limit is T // 2. Cost: a vector recurrence for each, all in one batch.
+    """
+    limit = min(limit, recurrence.T // 2)
+    starts = torch.linspace(0, recurrence.T - 1 - limit, n_starts).long().unique()
+    keys = recurrence.k[0, starts].to(recurrence.dtype)  # [n,H,K]
+    keys = keys if keys.ndim == 3 else keys[:, :, 0]
+    over_time = {n: x for n, x in vars(recurrence).items() if isinstance(x, Tensor) and x.shape[1:2] == (recurrence.T,)}
+    later = {name: x[0, starts[:, None] + 1 + torch.arange(limit)] for name, x in over_time.items() if x.ndim > 2}
+    nothing = torch.zeros_like(later["u"][..., :1])
+    # A vector is the only column of a state to which nothing is written.
+    idle = dataclasses.replace(recurrence, **later | {"u": nothing, "initial_state": keys[..., None]})
+    norms = torch.cat([keys.norm(dim=-1)[:, None], idle.states()[..., 0].norm(dim=-1)], 1)  # [n,1+limit,H]
+    return (norms >= norms[:, :1] / 2).long().cumprod(1).sum(1).clamp_max(limit)
