@@ -7,6 +7,7 @@ import re
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import tyro
 from made_up import CONFOUNDED, FAILS, HOLDS, made_up
@@ -15,6 +16,7 @@ from writesae import EVALUATIONS
 from writesae.cli import COMMANDS, parse
 from writesae.dictionaries import Train
 from writesae.evaluate import Report, Subjects
+from writesae.experiment.evaluation import Result
 from writesae.show import Show
 from writesae.verdict.paper import PAPER_CLAIMS
 
@@ -60,9 +62,46 @@ def test_packed_results_have_the_verdicts_of_the_saved_ones_in_few_bytes(tmp_pat
         claims += [(model, claim.claim, claim.outcome) for claim in measured.claims()]
     results.pack(tmp_path / "runs", tmp_path / "packed")
     rows = results.answered(results.unpack(tmp_path / "packed"), "substitution")
-    assert sorted((row[2], row[1], row[-1]) for row in rows) == sorted(claims)
+    uncontrolled = [(*claim, "no verdict" if outcome == "holds" else outcome) for *claim, outcome in claims]
+    assert sorted((row[2], row[1], row[-1]) for row in rows) == sorted(uncontrolled)
+    assert all(result.info["rules"] == result.judged() for _, result in results.packed(tmp_path / "packed"))
     saved, packed = (sum(f.stat().st_size for f in (tmp_path / n).rglob("[!.]*.parquet")) for n in ("runs", "packed"))
     assert packed < saved / 8
+
+
+def test_packed_results_are_runs_again(tmp_path: Path) -> None:
+    made_up(HOLDS, label="write-seed0", per_sequence=4).save(
+        tmp_path / "runs/paper/made-up/L1H2/substitution/write-seed0"
+    )
+    results.pack(tmp_path / "runs", tmp_path / "packed")
+    results.restore(tmp_path / "packed", tmp_path / "again")
+    results.pack(tmp_path / "again", tmp_path / "twice")
+    for file in (tmp_path / "packed").iterdir():
+        pd.testing.assert_frame_equal(
+            pd.read_parquet(file), pd.read_parquet(tmp_path / "twice" / file.name), check_like=True
+        )
+
+
+@pytest.mark.parametrize(("control", "outcome"), [(HOLDS, "confounded"), (FAILS, "holds"), (None, "no verdict")])
+@pytest.mark.parametrize(("null", "free"), [(HOLDS, True), (FAILS, False), (None, False)])
+def test_a_claim_needs_control_dictionaries_and_is_counted_apart_where_nothing_was_learned(
+    control: dict[str, float] | None, outcome: str, null: dict[str, float] | None, free: bool
+) -> None:
+    def run(medians: dict[str, float], **info: str) -> Result:
+        result = made_up(medians, label="made-up;L1H2", scales=("matched",), controls=("state",))
+        return dataclasses.replace(result, info=result.info | info)
+
+    found: dict[str, list[Result]] = {recipe: [] for recipe in (*results.RECIPES, *results.NULLS)}
+    found["paper"] = [run(HOLDS)]
+    if control is not None:
+        found["paper"].append(run(control, control="untrained", control_of="made-up;L1H2"))
+    if null is not None:
+        found["untrained-shuffled"] = [run(null)]
+    first = results.answered(found, "substitution")[0]
+    assert first[-1] == outcome
+    held = results.without_learning(found, "substitution")[first[0], first[1], first[2]]
+    assert results.of_any_direction("substitution", held) == (free or control is HOLDS)
+    assert results.of_any_direction("sign", {})  # which asks no dictionary
 
 
 @pytest.mark.parametrize("of", ["embedded;L4H2", pytest.param("", marks=pytest.mark.slow)])

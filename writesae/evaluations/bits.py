@@ -32,14 +32,14 @@ WAYS = ("squared errors", "the metric", "tuned")
 METRIC = 64
 """Sequences that the metric is fitted to."""
 RELEVANT = 0.01
-"""Difference of two recovered shares from which on it matters."""
+"""Difference of two typical shares from which on it matters."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bits(Evaluation):
     """A write k u^T is replaced by a code: which atoms (log2 of the number of choices), and a coefficient of 8 bits for
     each. Bits are counted; coefficients are not rounded. All writes of the head are replaced at once on text that
-    nothing was fitted to. The **recovered share** is the median over sequences of 1 - KL / KL(deletion).
+    nothing was fitted to. The **typical share** is the median over sequences of 1 - KL / KL(deletion).
 
     Every code is fitted to the same writes, on squared errors and in the metric of the model's KL divergence: to all of
     `reference`, or where there is none to those of the first half of the sequences. Each gets the bias with which it is
@@ -58,7 +58,7 @@ class Bits(Evaluation):
     A budget is 16 bits an atom. Dictionaries have as many atoms as it pays for: 256 at 16 bits, 361 at 32. Products and
     components stay below the budget where no size meets it.
 
-    **Verdict**, for each budget and way to fit: the ladder of `judge` on the recovered share of the dictionary, which
+    **Verdict**, for each budget and way to fit: the ladder of `judge` on the typical share of the dictionary, which
     is pursuit, or TopK where one atom is active. The controls are every other code and the nulls. A share of 1 point
     matters. A claim of the method takes heads as units: the ladder on its lead over the residual quantizer, against its
     leads over the others.
@@ -203,7 +203,7 @@ def claimed(
         claim=f"{what} recovers more than other codes",
         effect=effect,
         null=f"{NULL}: untrained atoms",
-        what="the recovered share" if result else "the lead over the residual quantizer",
+        what="the typical share" if result else "the lead over the residual quantizer",
         against={name: Against(each) for name, each in leads.items()},
         relevant=RELEVANT,
         **size,
