@@ -240,8 +240,10 @@ def familiar(model: HookedRecurrent, n: int, m: int) -> dict[str, Share]:
     kept = loss(memory)
     lost = {name: loss(each) - kept for name, each in memories.items()}
     whole = lost.pop("never read")
-    shares = {name: as_share(total(each, whole, range(n))) for name, each in lost.items()}
-    return {"familiar": {"nats": float(whole.mean())}, **shares}
+    familiar = {"nats": float(whole.mean())}
+    if not whole.sum() > 0:  # reading the span made it no easier to predict: there is nothing to lose
+        return {"familiar": familiar}
+    return {"familiar": familiar, **{name: as_share(total(each, whole, range(n))) for name, each in lost.items()}}
 
 
 def pasted(model: HookedRecurrent, n: int) -> Table:
@@ -370,13 +372,13 @@ def rows(shares: Table, cost: dict[str, Share] | None = None) -> str:
 
 def familiarity(models: dict[str, Any]) -> str:
     """By model and number of tokens after the span: nats, and the shares that are lost."""
-    lines = []
-    for name, result in models.items():
-        for m, row in result["familiar"].items():
-            nats, *lost = row.values()
-            lines.append([MODELS[name], m, f"{nats['nats']:.2f}", *map(cell, lost)])
-    (row, *_) = next(iter(models.values()))["familiar"].values()
-    return table(["model", "tokens after the span", "nats per token", *list(row)[1:]], lines)
+    rows = [(MODELS[name], m, row) for name, result in models.items() for m, row in result["familiar"].items()]
+    columns = [name for name in max((row for _, _, row in rows), key=len) if name != "familiar"]
+    lines = [
+        [model, m, f"{row['familiar']['nats']:.3f}", *(cell(row[name]) if name in row else "" for name in columns)]
+        for model, m, row in rows
+    ]
+    return table(["model", "tokens after the span", "nats per token", *columns], lines)
 
 
 def stakes(models: dict[str, Any]) -> str:
