@@ -25,6 +25,7 @@ from typing import Literal, get_args
 
 import torch
 import tyro
+from scipy.stats import binomtest
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -50,8 +51,10 @@ The test suite runs the same checks with fewer rounds (`tests/reliability`).
 
 FOOT = """## Mutants
 
-The test suite notices {noticed:.1%} of {sample} random changes of the packages ({date}, seed {seed}). `mutants.json` \
-lists the {left} that it does not. {remark}"""
+The test suite notices {noticed:.1%} of {sample} random changes of the packages ({date}, seed {seed}; 95% interval \
+{low:.0%} to {high:.0%}): {by_package}. `mutants.json` lists the {left} that it does not. {remark}
+
+It notices all changes of `tests/mutants/definitions.toml`, each of which gives a number another meaning."""
 
 
 def measured(check: Check, rounds: float) -> dict[str, object]:
@@ -110,8 +113,17 @@ def page(saved: dict[str, dict]) -> str:
     )
     known = [check for check in CHECKS if check.name in saved]
     parts = [section(list(each), saved) for _, each in groupby(known, lambda check: check.section)]
-    left = len(told["survivors"])
-    foot = FOOT.format(**{"remark": ""} | told, left=left, noticed=1 - left / told["sample"])
+    left, sample = len(told["survivors"]), told["sample"]
+    by_package = [f"{tried - lost} of {tried} in {name}" for name, (tried, lost) in told["packages"].items()]
+    interval = binomtest(sample - left, sample).proportion_ci(method="wilson")
+    foot = FOOT.format(
+        **{"remark": ""} | told,
+        left=left,
+        noticed=1 - left / sample,
+        low=interval.low,
+        high=interval.high,
+        by_package=", ".join(by_package),
+    )
     return "\n".join([head, *parts, foot.rstrip(), ""])
 
 

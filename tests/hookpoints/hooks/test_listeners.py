@@ -106,6 +106,16 @@ def test_a_layer_is_left_alone_again_when_its_hooks_are_gone(quiet, tokens, hand
 
 
 @torch.no_grad()
+def test_a_layer_that_counts_tokens_is_left_alone_too(tokens, handled):
+    """Where no layer has attention, the first one counts what a cache holds, in every pass."""
+    model = HookedRecurrent.from_hf(make_hf("rwkv7"), self_check=False)
+    model(tokens)
+    handled.clear()  # until a first pass layers do not know that nobody listens
+    model(tokens)
+    assert not handled
+
+
+@torch.no_grad()
 def test_a_hook_acts_that_comes_after_a_scope(quiet, tokens):
     """Hooks of closed scopes are not counted among those of a point."""
     with quiet.hooks([(NAME, zeroed)]):
