@@ -140,16 +140,22 @@ class _Pursuit(MatrixSAE):
 
     def encode(self, x: Tensor) -> Tensor:
         """Activations [...,F] of [...,K*V]. Costs k F K V."""
-        left, encoder, atoms, acts = self.process_sae_in(x), self.W_enc, self.W_dec, torch.zeros(())
+        residual = self.process_sae_in(x)
+        encoder = self.W_enc
+        atoms = self.W_dec
+        acts = torch.zeros(())
         size = (encoder.T * atoms).sum(1).abs().clamp_min(torch.finfo(atoms.dtype).tiny)
         for _ in range(cast(WriteMatchingPursuitSAEConfig, self.cfg).k):
-            score = (left @ encoder).relu() / size
-            taken = score * one_hot((score * size.sqrt()).argmax(-1), len(size))
-            acts, left = acts + taken, left - taken @ atoms
+            coefficients = (residual @ encoder).relu() / size
+            best = (coefficients * size.sqrt()).argmax(-1)
+            taken = coefficients * one_hot(best, len(size))
+            acts = acts + taken
+            residual = residual - taken @ atoms
         return acts
 
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return (acts := self.encode(x)), torch.zeros_like(acts)
+        acts = self.encode(x)
+        return acts, torch.zeros_like(acts)
 
     def to_saelens(self) -> SAE[Any]:
         """Refused: SAELens' class needs atoms of norm 1, and has no metric."""

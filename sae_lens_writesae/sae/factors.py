@@ -52,7 +52,6 @@ from hookpoints.files import (
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.errors import DiskTooSmallError
 from sae_lens_writesae.files import SAVE_SECONDS, free_bytes, size_text
-from sae_lens_writesae.sae.matrix import require
 from sae_lens_writesae.sae.target import HeadTarget, Target, head_target
 
 INDEX = "index.json"
@@ -95,7 +94,8 @@ class Mapped:
     """Rows [N,...] that lie in several memory-mapped tensors, indexed as one tensor is. What is indexed is read."""
 
     def __init__(self, parts: Sequence[Tensor]):
-        self.parts, self.dtype = list(parts), parts[0].dtype
+        self.parts = list(parts)
+        self.dtype = parts[0].dtype
         self.ends = list(accumulate(map(len, parts)))
         self.shape = torch.Size([self.ends[-1], *parts[0].shape[1:]])
 
@@ -106,8 +106,9 @@ class Mapped:
         rows = torch.arange(len(self))[index]
         out = torch.empty(*rows.shape, *self.shape[1:], dtype=self.dtype)
         for part, end in zip(self.parts, self.ends):
-            here = (rows >= end - len(part)) & (rows < end)
-            out[here] = part[rows[here] - (end - len(part))]
+            start = end - len(part)
+            in_part = (rows >= start) & (rows < end)
+            out[in_part] = part[rows[in_part] - start]
         return out
 
 
@@ -117,7 +118,9 @@ class Collection:
     compared; CollectionError names one that was changed, is missing or is a link."""
 
     def __init__(self, sealed: SealedFolder, index: Index):
-        self.folder, self._sealed, self._index = sealed.folder, sealed, index
+        self.folder = sealed.folder
+        self._sealed = sealed
+        self._index = index
         self.n_sequences, self.context_size = cast("list[int]", index["shape"])
         self.dtype: FactorDtype = index["dtype"]
         self.model_name: str = index["model_name"]
@@ -183,10 +186,14 @@ class Collection:
         """Keys [N,R,K] and values [N,R,V] of all writes of a head, N = n_sequences * T, mapped: token n adds
         sum_r k_nr u_nr^T."""
         self.head_target(layer, head)
-        k, u = (self._map(f"{layer}.{head}.{name}").parts for name in ("k", "u"))
-        terms = k[0].shape[2] if k[0].ndim == 4 else 1
-        keys, values = (Mapped([part.reshape(-1, terms, part.shape[-1]) for part in side]) for side in (k, u))
-        return keys, values
+        keys = self._map(f"{layer}.{head}.k")
+        values = self._map(f"{layer}.{head}.u")
+        R = keys.shape[2] if len(keys.shape) == 4 else 1
+
+        def by_token(side: Mapped) -> Mapped:
+            return Mapped([part.reshape(-1, R, part.shape[-1]) for part in side.parts])
+
+        return by_token(keys), by_token(values)
 
     def recurrence(self, layer: int, head: int, sequences: Sequences = slice(None)) -> Recurrence:
         """The recurrence of a head (H = 1) on some sequences, from which `states()` and the rest are computed.
@@ -279,12 +286,11 @@ def collect(
     and the token ids.
     """
     folder = Path(folder)
-    require(
-        bool(layers and targets) and dtype in ("auto", *get_args(FactorDtype)),
-        "layers, targets, dtype",
-        (list(layers), list(targets), dtype),
-        "one layer or more, one target or more, and auto, float16, bfloat16 or float32",
-    )
+    if not layers or not targets or dtype not in ("auto", *get_args(FactorDtype)):
+        raise ValueError(
+            f"layers, targets, dtype={(list(layers), list(targets), dtype)!r}: must be one layer or more, "
+            "one target or more, and auto, float16, bfloat16 or float32."
+        )
     chosen = {layer: sorted({*(heads or range(model.cfg.layer(layer).H))}) for layer in sorted({*layers})}
     for layer, numbers in chosen.items():
         for head, target in product(numbers, targets):
@@ -297,37 +303,79 @@ def collect(
         **_named_text(ids),
         "targets": sorted({*targets}),
         "heads": {str(layer): numbers for layer, numbers in chosen.items()},
-        **({} if batch_size is None else {"batch_size": max(1, batch_size)}),
-        **({} if dtype == "auto" else {"dtype": dtype}),
     }
+    if batch_size is not None:
+        asked["batch_size"] = max(1, batch_size)
+    if dtype != "auto":
+        asked["dtype"] = dtype
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock", timeout=0):
-        index: Index = read_json(folder / INDEX) if (folder / INDEX).exists() else {}
-        _check_same(folder, index, asked if index else {})
-        size = _batch_size(model, len(chosen), ids.shape[1], index.get("batch_size", batch_size))
-        if not index:
-            index = {"batch_size": size} | asked | {"model_name": model.cfg.model_name}
-            index |= _describe(model, ids[:size], asked)
-            # Whole batches, so that a batch is the same in every run.
-            index["sequences_per_shard"] = max(1, int(shard_bytes / _sequence_bytes(index) // size)) * size
-        missing = {name: span for name, span in _spans(index).items() if not _whole(folder / name)}
-        for part in folder.glob(".shard-*"):  # of a run that was killed after it finished the shard
-            if _PART.fullmatch(part.name) and part.name[1:] not in missing:
-                part.unlink()
-        sequence, free, left = _sequence_bytes(index), free_bytes(folder), sum(map(len, missing.values()))
-        said = f"{sequence * len(ids)} bytes ({size_text(sequence * len(ids))}), {size_text(sequence * left)} to write"
-        say(f"{said} in {len(missing)} shards, {size_text(free)} free")
-        if sequence * left > free:
-            raise DiskTooSmallError(f"{folder}: {said}, but {size_text(free)} free; take fewer tokens, layers or heads")
+        index = _index(model, ids, folder, asked, batch_size, shard_bytes)
+        missing = _missing(folder, index)
+        _check_room(folder, index, missing, say)
         atomic_text(folder / INDEX, json.dumps(index, indent=1))
-        n, there = ids.numel(), (len(ids) - left) * ids.shape[1]
-        with tqdm(total=n, initial=there, desc="collect", unit=" tokens", unit_scale=True, disable=not progress) as bar:
+        rest = sum(map(len, missing.values()))
+        bar = tqdm(
+            total=ids.numel(),
+            initial=(len(ids) - rest) * ids.shape[1],
+            desc="collect",
+            unit=" tokens",
+            unit_scale=True,
+            disable=not progress,
+        )
+        with bar:
             for name, span in missing.items():
                 _write_shard(model, ids[span.start : span.stop], index, folder / name, bar)
         if missing or not (folder / CHECKSUMS).exists():
             sums = [f"{file_hash(folder / name)}  {name}\n" for name in (INDEX, *_spans(index))]
             atomic_text(folder / CHECKSUMS, "".join(sums))
     return Collection.open(folder)
+
+
+def _index(
+    model: HookedRecurrent, ids: Tensor, folder: Path, asked: Index, batch_size: int | None, shard_bytes: float
+) -> Index:
+    """The index that a folder has, or that of a new collection.
+
+    Raises:
+        CollectionError: the folder's is not what was `asked` for.
+        ValueError: there is no memory for a batch.
+    """
+    index: Index = read_json(folder / INDEX) if (folder / INDEX).exists() else {}
+    if index:
+        _check_same(folder, index, asked)
+    # The memory is checked in a resumed run as well: it may run on another machine.
+    size = _batch_size(model, len(asked["heads"]), ids.shape[1], index.get("batch_size", batch_size))
+    if index:
+        return index
+    index = {"batch_size": size} | asked | {"model_name": model.cfg.model_name}
+    index |= _describe(model, ids[:size], asked)
+    # Whole batches, so that a batch is the same in every run.
+    batches = int(shard_bytes / _sequence_bytes(index) // size)
+    index["sequences_per_shard"] = max(1, batches) * size
+    return index
+
+
+def _missing(folder: Path, index: Index) -> dict[str, range]:
+    """Shards that are not there as they were written, with the numbers of their sequences. What is left of a run that
+    was killed after it finished a shard is deleted."""
+    missing = {name: span for name, span in _spans(index).items() if not _whole(folder / name)}
+    for part in folder.glob(".shard-*"):
+        if _PART.fullmatch(part.name) and part.name[1:] not in missing:
+            part.unlink()
+    return missing
+
+
+def _check_room(folder: Path, index: Index, missing: Mapping[str, range], say: Callable[[str], object]) -> None:
+    """Say how large the collection is; raise DiskTooSmallError where the rest of it does not fit on the disk."""
+    sequence = _sequence_bytes(index)
+    total = sequence * index["shape"][0]
+    rest = sequence * sum(map(len, missing.values()))
+    free = free_bytes(folder)
+    sizes = f"{total} bytes ({size_text(total)}), {size_text(rest)} to write"
+    say(f"{sizes} in {len(missing)} shards, {size_text(free)} free")
+    if rest > free:
+        raise DiskTooSmallError(f"{folder}: {sizes}, but {size_text(free)} free; take fewer tokens, layers or heads")
 
 
 def _batch_size(model: HookedRecurrent, n_layers: int, n_tokens: int, asked: int | None) -> int:
@@ -337,19 +385,25 @@ def _batch_size(model: HookedRecurrent, n_layers: int, n_tokens: int, asked: int
     Raises:
         ValueError: there is no memory for it.
     """
-    cfg, cuda = model.cfg, model.cfg.device.type == "cuda"
+    cfg = model.cfg
     widest = max(shape.H * shape.R * (shape.K + shape.V) for shape in cfg.layers.values())
-    other = cfg.dtype.itemsize * (4 * cfg.d_model + 3 * (cfg.d_mlp or 0))
-    each = n_tokens * (4 * (_COPIES + 2 * n_layers) * widest + other)
-    size = asked or max(1, int(BATCH_BYTES["cuda" if cuda else "cpu"] // each))
-    free = torch.cuda.mem_get_info(cfg.device)[0] if cuda else psutil.virtual_memory().available
-    require(
-        size * each <= free,
-        "batch_size",
-        size,
-        f"at most {free // each} sequences of {n_tokens} tokens, for which {cfg.device} has {size_text(free)} free ("
-        f"not {size_text(size * each)}); take a smaller batch or shorter sequences (context_size)",
-    )
+    factors = 4 * (_COPIES + 2 * n_layers) * widest
+    mlp = cfg.dtype.itemsize * (4 * cfg.d_model + 3 * (cfg.d_mlp or 0))
+    sequence = n_tokens * (factors + mlp)
+    if cfg.device.type == "cuda":
+        limit = BATCH_BYTES["cuda"]
+        free = torch.cuda.mem_get_info(cfg.device)[0]
+    else:
+        limit = BATCH_BYTES["cpu"]
+        free = psutil.virtual_memory().available
+    size = asked or max(1, int(limit // sequence))
+    needed = size * sequence
+    if needed > free:
+        raise ValueError(
+            f"batch_size={size!r}: must be at most {free // sequence} sequences of {n_tokens} tokens, "
+            f"for which {cfg.device} has {size_text(free)} free (not {size_text(needed)}); take a "
+            "smaller batch or shorter sequences (context_size)."
+        )
     return size
 
 
@@ -357,39 +411,47 @@ def _sequences(model: HookedRecurrent, text: Tensor | Dataset, context_size: int
     """[N,T] int32 token ids; of a text in the way of SAELens' store with `prepend_bos=False` and no separator."""
     rows: Iterable[Tensor]
     if isinstance(text, Tensor):
-        rows, context_size = text, text.shape[-1]
+        rows = text
+        context_size = text.shape[-1]
     else:
         column = next((name for name in ("tokens", "input_ids") if name in text.column_names), "text")
         values = (cast("Mapping[str, Any]", row)[column] for row in text.select_columns(column))
         if column == "text":
-            rows = concat_and_batch_sequences(
-                (model.to_tokens(value, prepend_bos=False, truncate=False)[0].cpu() for value in values), context_size
-            )
+            documents = (model.to_tokens(value, prepend_bos=False, truncate=False)[0].cpu() for value in values)
+            rows = concat_and_batch_sequences(documents, context_size)
         else:
             rows = (torch.as_tensor(ids)[:context_size] for ids in values)
     wanted = None if n_tokens is None else n_tokens // context_size
     taken = list(islice(rows, wanted))
-    require(
-        len(taken) >= (wanted or 1) and taken[0].ndim == 1 and not taken[0].is_floating_point(),
-        "text",
-        f"{len(taken)} of {[(row.dtype, list(row.shape)) for row in taken[:1]]}",
-        f"{wanted or 'some'} sequences [{context_size}] of integers; take a longer text, or fewer tokens (n_tokens)",
-    )
+    enough = len(taken) >= (wanted or 1)
+    if not enough or taken[0].ndim != 1 or taken[0].is_floating_point():
+        got = f"{len(taken)} of {[(row.dtype, list(row.shape)) for row in taken[:1]]}"
+        raise ValueError(
+            f"text={got!r}: must be {wanted or 'some'} sequences [{context_size}] of integers; take a "
+            "longer text, or fewer tokens (n_tokens)."
+        )
     return torch.stack(taken).to("cpu", torch.int32)
 
 
 def _write_shard(model: HookedRecurrent, ids: Tensor, index: Index, file: Path, bar: tqdm[NoReturn]) -> None:
     """Collect a shard into a file, from what a killed run has of it. Every minute what there is is written aside."""
-    aside, saved, size = file.with_name(f".{file.name}"), time.monotonic(), index["batch_size"]
+    aside = file.with_name(f".{file.name}")
+    saved = time.monotonic()
+    size = index["batch_size"]
     parts = [load_file(aside)] if _whole(aside) else []
-    bar.update(sum(part["tokens"].numel() for part in parts))
-    for start in range(sum(len(part["tokens"]) for part in parts), len(ids), size):
-        parts.append(_stored(model, ids[start : start + size], index))
-        bar.update(parts[-1]["tokens"].numel())
-        if start + size >= len(ids) or time.monotonic() - saved > SAVE_SECONDS:
-            parts = [{name: torch.cat([part.pop(name) for part in parts]) for name in list(parts[0])}]
-            sealed = partial(save_file, parts[0], metadata={"sha256": content_hash(parts[0])})
-            atomic_write(file if start + size >= len(ids) else aside, sealed)
+    collected = sum(len(part["tokens"]) for part in parts)
+    bar.update(collected * ids.shape[1])
+    for start in range(collected, len(ids), size):
+        part = _stored(model, ids[start : start + size], index)
+        parts.append(part)
+        bar.update(part["tokens"].numel())
+        is_last = start + size >= len(ids)
+        if is_last or time.monotonic() - saved > SAVE_SECONDS:
+            # Popped, so that each factor is held twice only while it is joined.
+            joined = {name: torch.cat([part.pop(name) for part in parts]) for name in list(parts[0])}
+            sealed = partial(save_file, joined, metadata={"sha256": content_hash(joined)})
+            atomic_write(file if is_last else aside, sealed)
+            parts = [joined]
             saved = time.monotonic()
     aside.unlink(missing_ok=True)
 
@@ -405,7 +467,8 @@ def _whole(file: Path) -> bool:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (it is no mapping)
         if expected is None:  # of an earlier version, which sealed whole collections alone
             seal = file.with_name(CHECKSUMS)
-            sealed = seal.is_file() and f"{file_hash(file)}  {file.name}" in seal.read_text().splitlines()
+            lines = seal.read_text().splitlines() if seal.is_file() else []
+            sealed = f"{file_hash(file)}  {file.name}" in lines
         else:
             sealed = expected == content_hash(tensors)
         why = "" if sealed else "its numbers are not those of its checksum"
@@ -419,25 +482,39 @@ def _whole(file: Path) -> bool:
 def _stored(model: HookedRecurrent, ids: Tensor, index: Index) -> dict[str, Tensor]:
     """What a shard has of a batch."""
     stored = {"tokens": ids}
-    for layer, r in _recorded(model, ids, index).items():
-        factors = index["layers"][layer]["factors"]
-        if "q" in factors and (
-            r.initial_state is not None or r.rates is not None or ("beta" in factors and not _erases_along_key(r))
-        ):
-            raise CollectionError(
-                f"layer {layer}: expected a first state of zeros, one form of erase, and no decay for each entry "
-                "of the state (Mamba-1's writes can be collected, not its states)"
-            )
-        for (name, (dtype, _)), (n, head) in product(factors.items(), enumerate(index["heads"][layer])):
-            value: Tensor = getattr(r, name)[:, :, n].cpu()
-            stored[f"{layer}.{head}.{name}"] = kept = value.to(getattr(torch, dtype)).contiguous()
-            if not torch.equal(kept.isfinite(), value.isfinite()) or bool(value.isnan().any()):
-                raise CollectionError(
-                    f"{layer}.{head}.{name} (layer, head, factor): expected numbers in the range of {dtype}, got "
-                    f"NaN, or up to {float(value.abs().nan_to_num().max()):.3g}; collect with dtype bfloat16 or "
-                    "float32 into a new folder"
-                )
+    for layer, recurrence in _recorded(model, ids, index).items():
+        factors: dict[str, tuple[str, list[int]]] = index["layers"][layer]["factors"]
+        if "q" in factors:
+            _check_states(layer, recurrence, "beta" in factors)
+        for (factor, (dtype, _)), (n, head) in product(factors.items(), enumerate(index["heads"][layer])):
+            name = f"{layer}.{head}.{factor}"
+            value: Tensor = getattr(recurrence, factor)[:, :, n].cpu()
+            stored[name] = _rounded(name, value, dtype)
     return stored
+
+
+def _check_states(layer: str, r: Recurrence, along_key: bool) -> None:
+    """Raise CollectionError unless the factors that are stored give a layer's states; `along_key`: its erase is stored
+    as `beta` alone."""
+    starts_from_zero = r.initial_state is None
+    if not starts_from_zero or r.rates is not None or (along_key and not _erases_along_key(r)):
+        raise CollectionError(
+            f"layer {layer}: expected a first state of zeros, one form of erase, and no decay for each entry "
+            "of the state (Mamba-1's writes can be collected, not its states)"
+        )
+
+
+def _rounded(name: str, value: Tensor, dtype: str) -> Tensor:
+    """A factor in the dtype of its file; raises CollectionError where it has a NaN, or a number beyond that dtype."""
+    rounded = value.to(getattr(torch, dtype)).contiguous()
+    overflows = not torch.equal(rounded.isfinite(), value.isfinite())
+    if overflows or value.isnan().any():
+        raise CollectionError(
+            f"{name} (layer, head, factor): expected numbers in the range of {dtype}, got "
+            f"NaN, or up to {float(value.abs().nan_to_num().max()):.3g}; collect with dtype bfloat16 or "
+            "float32 into a new folder"
+        )
+    return rounded
 
 
 class _Enough(Exception):
@@ -447,17 +524,18 @@ class _Enough(Exception):
 def _recorded(model: HookedRecurrent, ids: Tensor, asked: Index) -> dict[str, Recurrence]:
     """Factors of every layer and head asked for, on [B,T] tokens. The pass ends at the op of the last layer."""
     heads = {int(layer): heads for layer, heads in asked["heads"].items()}
-    found: dict[str, Recurrence] = {}
+    recurrences: dict[str, Recurrence] = {}
 
     def leave(_: Tensor, hook: HookPoint) -> None:
-        found[str(hook.layer())] = record.pop(hook.layer()).recurrence.select(heads=heads[hook.layer()])
-        if len(found) == len(heads):
+        layer = hook.layer()
+        recurrences[str(layer)] = record.pop(layer).recurrence.select(heads=heads[layer])
+        if len(recurrences) == len(heads):
             raise _Enough
 
     hooks = [(f"blocks.{layer}.mixer.hook_read", leave) for layer in heads]
     with suppress(_Enough), torch.no_grad(), model.recording(heads) as record, model.hooks(hooks):
         model(ids.long().to(model.cfg.device), return_type=None)
-    return found
+    return recurrences
 
 
 def _describe(model: HookedRecurrent, ids: Tensor, asked: Index) -> Index:
@@ -465,43 +543,48 @@ def _describe(model: HookedRecurrent, ids: Tensor, asked: Index) -> Index:
     the dtype and shape (of one token and head) of every factor, and what states need besides."""
     layers: dict[str, Index] = {}
     for layer, r in _recorded(model, ids, asked).items():
-        states = ("q", "log_decay", *(["beta"] if _erases_along_key(r) else ["a", "b"]))
-        names = ("k", "u", *(states if asked["targets"] != ["write"] else ()))
+        names = ["k", "u"]
+        if asked["targets"] != ["write"]:
+            erase = ["beta"] if _erases_along_key(r) else ["a", "b"]
+            names += ["q", "log_decay", *erase]
         factors = {name: x for name in names if (x := getattr(r, name)) is not None}
         layers[layer] = {"factors": factors, "scale": r.scale, "read_before_write": r.read_before_write}
-    every = [x for described in layers.values() for x in described["factors"].values()]
-    dtype = asked.get("dtype") or _smallest_dtype([x for x in every if x.ndim > 3])
+    vectors = [x for described in layers.values() for x in described["factors"].values() if x.ndim > 3]
+    dtype = asked.get("dtype") or _smallest_dtype(vectors)
     for described in layers.values():
-        described["factors"] = {
-            name: ["float32" if name == "beta" or x.ndim == 3 else dtype, list(x.shape[3:])]
-            for name, x in described["factors"].items()
-        }
+        for name, x in described["factors"].items():
+            is_number = name == "beta" or x.ndim == 3
+            described["factors"][name] = ["float32" if is_number else dtype, list(x.shape[3:])]
     return {"dtype": dtype, "layers": layers}
 
 
 def _erases_along_key(r: Recurrence) -> bool:
     """Whether the erase is the delta rules', a = -beta k and b = alpha k, exactly."""
-    return (
-        (r.beta is not None and r.a is not None and r.b is not None)
-        and torch.equal(r.b, _faded(r.k, r.log_decay))
-        and torch.equal(r.a, -r.beta[..., None] * r.k)
-    )
+    if r.beta is None or r.a is None or r.b is None:
+        return False
+    return torch.equal(r.b, _faded(r.k, r.log_decay)) and torch.equal(r.a, -r.beta[..., None] * r.k)
 
 
 def _faded(k: Tensor, log_decay: Tensor | None) -> Tensor:
     """alpha k, like `k`."""
-    return k if log_decay is None else log_decay.exp()[(..., *[None] * (k.ndim - log_decay.ndim))] * k
+    if log_decay is None:
+        return k
+    missing_axes = k.ndim - log_decay.ndim
+    return log_decay.exp()[(..., *[None] * missing_axes)] * k
 
 
 def _smallest_dtype(factors: Sequence[Tensor]) -> FactorDtype:
     """The first of float16, bfloat16 and float32 that keeps these factors well, with room for larger ones."""
     finite = [x.float().nan_to_num(0, 0, 0) for x in factors]
-    for name, error in _ROUNDING.items():
-        dtype: torch.dtype = getattr(torch, name)
-        if all(
-            _HEADROOM * x.abs().max() <= torch.finfo(dtype).max and (x.to(dtype).float() - x).norm() <= error * x.norm()
-            for x in finite
-        ):
+
+    def fits(x: Tensor, dtype: torch.dtype, limit: float) -> bool:
+        if _HEADROOM * x.abs().max() > torch.finfo(dtype).max:
+            return False
+        error = (x.to(dtype).float() - x).norm()
+        return bool(error <= limit * x.norm())
+
+    for name, limit in _ROUNDING.items():
+        if all(fits(x, getattr(torch, name), limit) for x in finite):
             return name
     return "float32"
 
@@ -511,18 +594,19 @@ def _smallest_dtype(factors: Sequence[Tensor]) -> FactorDtype:
 
 def _spans(index: Index) -> dict[str, range]:
     """Numbers of the sequences in each shard, by its name."""
-    n, size = index["shape"][0], index["sequences_per_shard"]
-    return {f"shard-{i // size:05d}.safetensors": range(i, min(i + size, n)) for i in range(0, n, size)}
+    n = index["shape"][0]
+    size = index["sequences_per_shard"]
+    starts = range(0, n, size)
+    return {f"shard-{i:05d}.safetensors": range(start, min(start + size, n)) for i, start in enumerate(starts)}
 
 
 def _sequence_bytes(index: Index) -> int:
     """Size of the numbers of one sequence. Headers of files add some thousandths."""
-    sizes = (
-        len(index["heads"][layer]) * math.prod(shape) * getattr(torch, dtype).itemsize
-        for layer, described in index["layers"].items()
-        for dtype, shape in described["factors"].values()
-    )
-    return index["shape"][1] * (4 + sum(sizes))
+    token = 4  # its id
+    for layer, described in index["layers"].items():
+        for dtype, shape in described["factors"].values():
+            token += len(index["heads"][layer]) * math.prod(shape) * getattr(torch, dtype).itemsize
+    return index["shape"][1] * token
 
 
 def check_own(folder: Path) -> None:

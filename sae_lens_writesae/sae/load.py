@@ -48,7 +48,7 @@ def load_sae(path: str | Path, device: str = "cpu", dtype: str | None = None, *,
         config = read_json(file)
         weights = load_file(place)
         of_checkpoint = training or CHECKPOINT_ENTRY in weights
-        registry: dict[str, Any] = {**(SAE_TRAINING_CLASS_REGISTRY if of_checkpoint else SAE_CLASS_REGISTRY)}
+        registry: dict[str, Any] = {**SAE_TRAINING_CLASS_REGISTRY} if of_checkpoint else {**SAE_CLASS_REGISTRY}
         name = str(config.get("architecture"))
         if name not in registry:
             raise CheckpointError(
@@ -61,13 +61,15 @@ def load_sae(path: str | Path, device: str = "cpu", dtype: str | None = None, *,
             if unknown := sorted(config.keys() - known):
                 raise CheckpointError(f"{file} has the unknown field(s) {unknown}{nearest(unknown[0], known)}")
         expected = sae_class(cfg_class.from_dict(config | {"device": "meta"})).state_dict()
-        shapes, found = ({key: list(x.shape) for key, x in each.items()} for each in (expected, weights))
-        for key in sorted({*found, *shapes}):
-            if found.get(key) != shapes.get(key):
-                raise CheckpointError(f"{place}: expected {key} of shape {shapes.get(key)}, got {found.get(key)}")
+        shapes = {key: list(x.shape) for key, x in expected.items()}
+        stored = {key: list(x.shape) for key, x in weights.items()}
+        for key in sorted({*stored, *shapes}):
+            if stored.get(key) != shapes.get(key):
+                raise CheckpointError(f"{place}: expected {key} of shape {shapes.get(key)}, got {stored.get(key)}")
             if not weights[key].isfinite().all():
                 raise CheckpointError(f"{place}: expected finite numbers, got NaN or infinity in {key}")
-        return cast(MatrixSAE, (TrainingSAE if training else SAE).load_from_disk(path, device=device, dtype=dtype))
+        loader = TrainingSAE if training else SAE
+        return cast(MatrixSAE, loader.load_from_disk(path, device=device, dtype=dtype))
     except CheckpointError:
         raise
     except (*_DAMAGE, SafetensorError) as error:

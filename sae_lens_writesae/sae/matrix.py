@@ -72,23 +72,33 @@ class MatrixSAEConfig(SAEConfig):
         return cls._name
 
     def __post_init__(self) -> None:
-        require(max(self.d_k, self.d_v) > 0, "d_k, d_v", (self.d_k, self.d_v), "the widths of the hooked head")
-        self.d_k, self.d_v = self.d_k or self.d_in // self.d_v, self.d_v or self.d_in // self.d_k
-        limit, k = min(self.d_k, self.d_v), getattr(self, "k", 1)
-        require(self.d_in == self.d_k * self.d_v, "d_in", self.d_in, f"d_k * d_v = {self.d_k} * {self.d_v}")
-        require(self.d_sae >= 1, "d_sae", self.d_sae, "a number of atoms of at least 1")
-        require(0 < k <= self.d_sae, "k", k, f"above 0 and at most d_sae={self.d_sae}")
-        require(self.encoder in get_args(Encoder), "encoder", self.encoder, f"one of {get_args(Encoder)}")
-        require(self.decoder in get_args(Decoder), "decoder", self.decoder, f"one of {get_args(Decoder)}")
-        require(1 <= self.rank <= limit, "rank", self.rank, f"between 1 and min(d_k, d_v) = {limit}")
-        require(
-            self.normalize_activations in ("none", "expected_average_only_in"),
-            "normalize_activations",
-            self.normalize_activations,
-            "'none' or 'expected_average_only_in': only a scalar leaves atoms their rank when it is folded in",
-        )
-        flat = "'none': hooks of one head are flattened"
-        require(self.reshape_activations == "none", "reshape_activations", self.reshape_activations, flat)
+        if not max(self.d_k, self.d_v) > 0:
+            raise ValueError(f"d_k, d_v={(self.d_k, self.d_v)!r}: must be the widths of the hooked head.")
+        self.d_k = self.d_k or self.d_in // self.d_v
+        self.d_v = self.d_v or self.d_in // self.d_k
+        if self.d_in != self.d_k * self.d_v:
+            raise ValueError(f"d_in={self.d_in!r}: must be d_k * d_v = {self.d_k} * {self.d_v}.")
+        if not self.d_sae >= 1:
+            raise ValueError(f"d_sae={self.d_sae!r}: must be a number of atoms of at least 1.")
+        k = getattr(self, "k", 1)  # BatchTopK's is a mean, and may be a fraction
+        if not 0 < k <= self.d_sae:
+            raise ValueError(f"k={k!r}: must be above 0 and at most d_sae={self.d_sae}.")
+        if self.encoder not in get_args(Encoder):
+            raise ValueError(f"encoder={self.encoder!r}: must be one of {get_args(Encoder)}.")
+        if self.decoder not in get_args(Decoder):
+            raise ValueError(f"decoder={self.decoder!r}: must be one of {get_args(Decoder)}.")
+        limit = min(self.d_k, self.d_v)
+        if not 1 <= self.rank <= limit:
+            raise ValueError(f"rank={self.rank!r}: must be between 1 and min(d_k, d_v) = {limit}.")
+        if self.normalize_activations not in ("none", "expected_average_only_in"):
+            raise ValueError(
+                f"normalize_activations={self.normalize_activations!r}: must be 'none' or "
+                "'expected_average_only_in': only a scalar leaves atoms their rank when it is folded in."
+            )
+        if self.reshape_activations != "none":
+            raise ValueError(
+                f"reshape_activations={self.reshape_activations!r}: must be 'none': hooks of one head are flattened."
+            )
         super().__post_init__()
         self.metadata["requires"] = REQUIRES
 
@@ -113,23 +123,27 @@ class MatrixSAE(SAE[Any]):
     def initialize_weights(self) -> None:
         """Random atoms of norm `decoder_init_norm` (None: of the norm that SAELens' initialization gives), with the
         encoder equal to the decoder. Only draws and scales, so that it works on the meta device."""
-        cfg, like = self.cfg, {"dtype": self.dtype, "device": self.device}
-        norm = getattr(cfg, "decoder_init_norm", None) or math.sqrt(2.0)
-        self.b_dec = nn.Parameter(torch.zeros(cfg.d_in, **like))
+        like = {"dtype": self.dtype, "device": self.device}
+        self.b_dec = nn.Parameter(torch.zeros(self.cfg.d_in, **like))
+        norm = getattr(self.cfg, "decoder_init_norm", None) or math.sqrt(2.0)
         self._start(norm, **like)
 
     def _start(self, norm: float, **like: Any) -> None:
         """Random parameters of both sides."""
         cfg = self.cfg
-        start = LowRank(*(torch.randn(cfg.d_sae, cfg.rank, size, **like) for size in (cfg.d_k, cfg.d_v)))
-        scale = (norm / start.norm()).sqrt()[:, None, None]
-        v, w = start.keys * scale, start.values * scale
+        v = torch.randn(cfg.d_sae, cfg.rank, cfg.d_k, **like)
+        w = torch.randn(cfg.d_sae, cfg.rank, cfg.d_v, **like)
+        scale = (norm / LowRank(v, w).norm()).sqrt()[:, None, None]
+        v = v * scale
+        w = w * scale
         if cfg.decoder == "rank":
-            self.v, self.w = nn.Parameter(v), nn.Parameter(w)
+            self.v = nn.Parameter(v)
+            self.w = nn.Parameter(w)
         else:
             self.decoder_matrix = nn.Parameter(khatri_rao(v, w))
         if cfg.encoder == "bilinear":
-            self.v_enc, self.w_enc = nn.Parameter(v.clone()), nn.Parameter(w.clone())
+            self.v_enc = nn.Parameter(v.clone())
+            self.w_enc = nn.Parameter(w.clone())
         elif cfg.encoder == "dense":
             self.encoder_matrix = nn.Parameter(khatri_rao(v, w).T.contiguous())
         else:
@@ -159,22 +173,25 @@ class MatrixSAE(SAE[Any]):
         return self._once("W_enc", lambda: khatri_rao(self.v_enc, self.w_enc).T)
 
     def _once(self, name: str, build: Callable[[], Tensor]) -> Tensor:
-        kept = {} if self._built is None or not torch.is_grad_enabled() else self._built
-        if name not in kept:
-            kept[name] = build()
-        return kept[name]
+        if self._built is None or not torch.is_grad_enabled():
+            return build()
+        if name not in self._built:
+            self._built[name] = build()
+        return self._built[name]
 
     def decoder_norm(self) -> Tensor:
         """Frobenius norm of every atom [F], differentiable, from the factors alone."""
-        return self.decoder_matrix.norm(dim=1) if self.cfg.decoder == "flat" else LowRank(self.v, self.w).norm()
+        if self.cfg.decoder == "flat":
+            return self.decoder_matrix.norm(dim=1)
+        return LowRank(self.v, self.w).norm()
 
     def encoder_norm(self) -> Tensor:
         """Norm of every encoder atom [F]."""
         if self.cfg.encoder == "bilinear":
             return LowRank(self.v_enc, self.w_enc).norm()
-        return (
-            self.encoder_matrix.norm(dim=0) if self.cfg.encoder == "dense" else self.decoder_norm() * self.encoder_scale
-        )
+        if self.cfg.encoder == "dense":
+            return self.encoder_matrix.norm(dim=0)
+        return self.decoder_norm() * self.encoder_scale
 
     @torch.no_grad()
     def get_W_dec_norm(self) -> Tensor:
@@ -195,7 +212,9 @@ class MatrixSAE(SAE[Any]):
             dense = self.decoder_matrix[indices].view(-1, cfg.d_k, cfg.d_v)
             return LowRank.svd(dense, rank, balanced=rank is not None)
         atoms = LowRank(self.v[indices].clone(), self.w[indices].clone())
-        return atoms if rank in (None, cfg.rank) else LowRank.svd(atoms.dense(), rank, balanced=True)
+        if rank in (None, cfg.rank):
+            return atoms
+        return LowRank.svd(atoms.dense(), rank, balanced=True)
 
     @torch.no_grad()
     def replace_atoms(self, indices: Tensor, atoms: LowRank, alive: Tensor) -> None:
@@ -203,16 +222,25 @@ class MatrixSAE(SAE[Any]):
 
         They get the mean norm of the atoms where `alive` [F] on either side, and encoder biases of 0.
         """
-        alive = alive if bool(alive.any()) else ~alive
-        a, b = (norm[alive].mean().sqrt() for norm in (self.decoder_norm(), self.encoder_norm()))
-        new = {"v": atoms.keys * a, "w": atoms.values * a, "v_enc": atoms.keys * b, "w_enc": atoms.values * b}
+        if not alive.any():
+            alive = ~alive
+        decoder = self.decoder_norm()[alive].mean().sqrt()  # roots: each of two factors gets one
+        encoder = self.encoder_norm()[alive].mean().sqrt()
+        new = {
+            "v": atoms.keys * decoder,
+            "w": atoms.values * decoder,
+            "v_enc": atoms.keys * encoder,
+            "w_enc": atoms.values * encoder,
+        }
         new |= dict.fromkeys(("b_enc", "b_gate", "b_mag", "r_mag"), torch.zeros(()))
         if {"decoder_matrix", "encoder_matrix"} & self._parameters.keys():
             dense = atoms.dense().flatten(1)
-            new |= {"decoder_matrix": dense * a**2, "encoder_matrix": dense * b**2}
+            new["decoder_matrix"] = dense * decoder**2
+            new["encoder_matrix"] = dense * encoder**2
         for name in new.keys() & self._parameters.keys():
-            rows = self.get_parameter(name).data
-            (rows.T if name == "encoder_matrix" else rows)[indices] = new[name].to(rows)
+            parameter = self.get_parameter(name).data
+            by_atom = parameter.T if name == "encoder_matrix" else parameter
+            by_atom[indices] = new[name].to(parameter)
 
     @torch.no_grad()
     def balance_factors(self) -> None:
@@ -220,9 +248,10 @@ class MatrixSAE(SAE[Any]):
         for all parameters, then turn both sides equally."""
         for left, right in (("v", "w"), ("v_enc", "w_enc")):
             if left in self._parameters:
-                v, w = self.get_parameter(left), self.get_parameter(right)
+                v = self.get_parameter(left)
+                w = self.get_parameter(right)
                 ratio = (w.norm(dim=-1, keepdim=True) / v.norm(dim=-1, keepdim=True)).sqrt()
-                ratio = torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0)
+                ratio = torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0)  # a term of zeros stays
                 v.data.mul_(ratio)
                 w.data.div_(ratio)
 
@@ -246,10 +275,17 @@ class MatrixSAE(SAE[Any]):
     def _scaled(self, decoder: Tensor, encoder: Tensor) -> dict[str, Tensor]:
         """State-dict entries in which every atom is multiplied by `decoder` and its encoder by `encoder`, both
         positive, [F] or []."""
-        v, v_enc = decoder.sqrt()[..., None, None], encoder.sqrt()[..., None, None]
-        scales = {"v": v, "w": v, "decoder_matrix": decoder[..., None]}
-        scales |= {"v_enc": v_enc, "w_enc": v_enc, "encoder_matrix": encoder}
-        scales["encoder_scale"] = encoder / decoder  # a tied encoder reads the decoder, and so has its factor already
+        of_factor = decoder.sqrt()[..., None, None]
+        of_encoder_factor = encoder.sqrt()[..., None, None]
+        scales = {
+            "v": of_factor,
+            "w": of_factor,
+            "decoder_matrix": decoder[..., None],
+            "v_enc": of_encoder_factor,
+            "w_enc": of_encoder_factor,
+            "encoder_matrix": encoder,
+            "encoder_scale": encoder / decoder,  # a tied encoder reads the decoder, and so has its factor already
+        }
         return {name: x * scales[name] for name, x in self.state_dict().items() if name in scales}
 
     @torch.no_grad()
@@ -291,7 +327,8 @@ class MatrixSAE(SAE[Any]):
             return
         metadata = self.cfg.metadata
         fields = self.cfg.to_dict() | (metadata.training_architecture_details or {})
-        fields |= {"architecture": metadata.training_architecture, "device": "meta"}  # where nothing is drawn
+        fields["architecture"] = metadata.training_architecture
+        fields["device"] = "meta"  # where nothing is drawn
         in_training = TrainingSAE.from_dict(fields)
         in_training.load_state_dict(state_dict, assign=True)
         weights = in_training.state_dict()
@@ -315,11 +352,15 @@ class MatrixSAE(SAE[Any]):
             ValueError: SAELens has no class of this form.
         """
         names = [name for name, (cls, _) in SAE_CLASS_REGISTRY.items() if cls in type(self).__mro__[1:]]
-        require(bool(names), "architecture", self.cfg.architecture(), "of a form that SAELens has, not of pairs")
+        if not names:
+            raise ValueError(
+                f"architecture={self.cfg.architecture()!r}: must be of a form that SAELens has, not of pairs."
+            )
         metadata = {name: value for name, value in self.cfg.metadata.to_dict().items() if name != "requires"}
         changes = {"architecture": names[0], "device": "meta", "metadata": metadata}
         sae = SAE.from_dict(self.cfg.to_dict() | changes)
-        weights = {name: getattr(self, name).clone(memory_format=torch.contiguous_format) for name in sae.state_dict()}
+        contiguous = torch.contiguous_format  # a safetensors file holds no transposed view
+        weights = {name: getattr(self, name).clone(memory_format=contiguous) for name in sae.state_dict()}
         sae.load_state_dict(weights, assign=True)
         sae.cfg.device = self.cfg.device
         return sae.to(self.device)

@@ -21,7 +21,7 @@ from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
 
 from sae_lens_writesae.atom.low_rank import LowRank
-from sae_lens_writesae.sae.matrix import MatrixSAE, require
+from sae_lens_writesae.sae.matrix import MatrixSAE
 
 DAMPING = 0.05
 """Share of the identity in A and in B. Undamped condition numbers reach the thousands; between 0.001 and 0.2 the
@@ -116,18 +116,30 @@ class Metric:
 
     @torch.no_grad()
     def _folded_state(self, sae: MatrixSAE) -> dict[str, Tensor]:
-        cfg, state = sae.cfg, dict(sae.state_dict())
+        cfg = sae.cfg
+        state = dict(sae.state_dict())
         scale = state.pop("encoder_scale", None)
         if scale is not None and cfg.decoder == "rank":
             state |= {"v_enc": sae.v * scale[:, None, None], "w_enc": sae.w}
         elif scale is not None:
             state["encoder_matrix"] = sae.decoder_matrix.T * scale
-        roots, inverses = (self.key_root, self.value_root), (self.key_inverse, self.value_inverse)
-        names = "v_enc", "w_enc", "key_encoder", "value_encoder", "v", "w", "key_atoms", "value_atoms"
-        state |= {n: _moved(state[n], root) for n, root in zip(names, 2 * roots + 2 * inverses) if n in state}
+        moved_by = {
+            "v_enc": self.key_root,
+            "w_enc": self.value_root,
+            "key_encoder": self.key_root,
+            "value_encoder": self.value_root,
+            "v": self.key_inverse,
+            "w": self.value_inverse,
+            "key_atoms": self.key_inverse,
+            "value_atoms": self.value_inverse,
+        }
+        for name in moved_by.keys() & state.keys():
+            state[name] = _moved(state[name], moved_by[name])
         if "encoder_matrix" in state:
             state["encoder_matrix"] = self.apply_rows(state["encoder_matrix"].T).T
-        return state | {n: self.inverse.apply_rows(state[n]) for n in ("decoder_matrix", "b_dec") if n in state}
+        for name in {"decoder_matrix", "b_dec"} & state.keys():
+            state[name] = self.inverse.apply_rows(state[name])
+        return state
 
 
 def _moved(vectors: Tensor, matrix: Tensor) -> Tensor:
@@ -138,5 +150,6 @@ def _moved(vectors: Tensor, matrix: Tensor) -> Tensor:
 def _roots(matrix: Tensor, what: str) -> tuple[Tensor, Tensor]:
     """The symmetric root and its inverse."""
     values, vectors = torch.linalg.eigh(((matrix + matrix.mT) / 2).double().cpu())
-    require(bool(values[0] > 0), f"least eigenvalue of the {what}", float(values[0]), "positive")
+    if not values[0] > 0:
+        raise ValueError(f"least eigenvalue of the {what}={float(values[0])!r}: must be positive.")
     return (vectors * values.sqrt()) @ vectors.mT, (vectors / values.sqrt()) @ vectors.mT

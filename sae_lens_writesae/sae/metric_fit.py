@@ -20,7 +20,6 @@ from transformer_lens.hook_points import HookPoint
 
 from hookpoints import HookedRecurrent, Recurrence
 from sae_lens_writesae.atom.low_rank import LowRank
-from sae_lens_writesae.sae.matrix import require
 from sae_lens_writesae.sae.metric import DAMPING, Metric
 from sae_lens_writesae.sae.target import head_target
 
@@ -46,7 +45,8 @@ def read_scores(
 
     Cost: a forward, and a backward down to the lowest of the layers with its activations kept.
     """
-    lowest, leaves = min(layers), dict[str, Tensor]()
+    lowest = min(layers)
+    leaves: dict[str, Tensor] = {}
 
     def mark(value: Tensor, hook: HookPoint) -> Tensor:
         leaves[str(hook.name)] = torch.zeros_like(value, requires_grad=True)
@@ -60,8 +60,10 @@ def read_scores(
     with torch.enable_grad(), model.recording() as record:
         logits = model.run_with_hooks(tokens, fwd_hooks=hooks)
         log_p = logits.flatten(0, 1).float().log_softmax(-1)
-        drawn = torch.multinomial(log_p.detach().exp().to(generator.device), 1, generator=generator).to(log_p.device)
-        gradients = torch.autograd.grad(log_p.gather(1, drawn).sum(), [leaves[name] for name in names.values()])
+        p = log_p.detach().exp().to(generator.device)
+        drawn = torch.multinomial(p, 1, generator=generator).to(log_p.device)
+        likelihood = log_p.gather(1, drawn).sum()
+        gradients = torch.autograd.grad(likelihood, [leaves[name] for name in names.values()])
     return {layer: ReadScores(record[layer].recurrence, gradient) for layer, gradient in zip(names, gradients)}
 
 
@@ -95,7 +97,8 @@ def fit_metrics(
     Cost: a forward and a backward of the model a batch, and about 2 K V (K + V) multiply-adds a token and head. Held
     besides a batch: the factors of the writes, K + V numbers a token and head.
     """
-    require(0 < damping <= 1, "damping", damping, "above 0 and at most 1")
+    if not 0 < damping <= 1:
+        raise ValueError(f"damping={damping!r}: must be above 0 and at most 1.")
     for layer, head in heads:
         head_target(model, layer, head)
     generator = torch.Generator().manual_seed(seed)
@@ -120,21 +123,29 @@ class Sums:
 
     def add(self, scores: ReadScores) -> None:
         r = scores.recurrence
-        wide = r.replace(q=r.q.double())
-        keys, values = (x[:, :, 0].double().reshape(r.B, r.T, r.R, -1) for x in (r.k, r.u))
+        wide = r.replace(q=r.q.double())  # one field in float64 makes the whole recurrence compute in it
+        keys = r.k[:, :, 0].double().reshape(r.B, r.T, r.R, -1)
+        values = r.u[:, :, 0].double().reshape(r.B, r.T, r.R, -1)
         self.writes.append(LowRank(keys.flatten(0, 1), values.flatten(0, 1)).to(torch.float32))
         stop = r.T
         for block in wide.adjoint(scores.gradients).state_blocks():  # of the last tokens first
-            gamma, at = block[:, :, 0].flip(1), slice(stop - block.shape[1], stop)
-            stop = at.start
-            self.cost = self.cost + torch.einsum("btkv,btrk,btrv->bt", gamma, keys[:, at], values[:, at]).square().sum()
-            rows, columns = gamma.flatten(0, 2), gamma.mT.flatten(0, 2)
-            self.value_side, self.key_side = self.value_side + rows.mT @ rows, self.key_side + columns.mT @ columns
+            gamma = block[:, :, 0].flip(1)
+            start = stop - gamma.shape[1]
+            inner = torch.einsum("btkv,btrk,btrv->bt", gamma, keys[:, start:stop], values[:, start:stop])
+            self.cost = self.cost + inner.square().sum()
+            rows = gamma.flatten(0, 2)
+            columns = gamma.mT.flatten(0, 2)
+            self.value_side = self.value_side + rows.mT @ rows
+            self.key_side = self.key_side + columns.mT @ columns
+            stop = start
 
     def metric(self, damping: float, n_sequences: int) -> Metric:
         """The damped Kronecker factors, scaled so that a write keeps its squared norm on average."""
-        key_side, value_side = (_damped(side, damping) for side in (self.key_side, self.value_side))
-        writes = LowRank(*(torch.cat(x).double() for x in zip(*((each.keys, each.values) for each in self.writes))))
+        key_side = _damped(self.key_side, damping)
+        value_side = _damped(self.value_side, damping)
+        keys = torch.cat([batch.keys for batch in self.writes]).double()
+        values = torch.cat([batch.values for batch in self.writes]).double()
+        writes = LowRank(keys, values)
         plain = writes.inner(writes).sum()
         sides = LowRank(writes.keys @ key_side, writes.values @ value_side)
         balance = (plain / writes.inner(sides).sum()).sqrt()
@@ -143,4 +154,5 @@ class Sums:
 
 def _damped(matrix: Tensor, share: float) -> Tensor:
     """(1 - share) of a matrix with unit mean eigenvalue, and `share` of the identity."""
-    return matrix * ((1 - share) * len(matrix) / matrix.trace()) + share * torch.eye(len(matrix)).to(matrix)
+    identity = torch.eye(len(matrix)).to(matrix)
+    return matrix * ((1 - share) * len(matrix) / matrix.trace()) + share * identity

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from sae_lens_writesae.atom.low_rank import LowRank
-from sae_lens_writesae.sae.matrix import MatrixSAE, MatrixSAEConfig, require
+from sae_lens_writesae.sae.matrix import MatrixSAE, MatrixSAEConfig
 from sae_lens_writesae.sae.training import (
     MAX_COSINE,
     START_STEPS,
@@ -68,17 +68,22 @@ class WriteProductSAEConfig(MatrixSAEConfig):
     """Must be False: a write less b_dec has no sides."""
 
     def __post_init__(self) -> None:
-        self.f_key = self.f_key or (self.d_sae // self.f_value if self.f_value else math.isqrt(max(self.d_sae, 0)))
+        root = math.isqrt(max(self.d_sae, 0))
+        self.f_key = self.f_key or (self.d_sae // self.f_value if self.f_value else root)
         self.f_value = self.f_value or self.d_sae // max(self.f_key, 1)
-        require(self.f_key * self.f_value == self.d_sae, "d_sae", self.d_sae, "f_key * f_value")
-        require(1 <= self.k_key <= self.f_key, "k_key", self.k_key, f"between 1 and {self.f_key}")
-        require(1 <= self.k_value <= self.f_value, "k_value", self.k_value, f"between 1 and {self.f_value}")
+        if self.f_key * self.f_value != self.d_sae:
+            raise ValueError(f"d_sae={self.d_sae!r}: must be f_key * f_value.")
+        if not 1 <= self.k_key <= self.f_key:
+            raise ValueError(f"k_key={self.k_key!r}: must be between 1 and {self.f_key}.")
+        if not 1 <= self.k_value <= self.f_value:
+            raise ValueError(f"k_value={self.k_value!r}: must be between 1 and {self.f_value}.")
         fixed = {"encoder": "bilinear", "decoder": "rank", "rank": 1, "apply_b_dec_to_input": False, "loss": "mse"}
         # b_dec is set by the means of training, and norms in the encoder would change which atoms are on top.
         fixed |= {"b_dec_init": "zeros", "unit_norm_every": 0}
         for name, only in fixed.items():
             value = getattr(self, name, only)
-            require(value == only, name, value, f"{only!r} for two sides")
+            if value != only:
+                raise ValueError(f"{name}={value!r}: must be {only!r} for two sides.")
         super().__post_init__()
 
     @property
@@ -107,6 +112,14 @@ class SideCode(NamedTuple):
     reconstruction: Tensor
     """[N,D]"""
 
+    def size(self) -> Tensor:
+        """[N] squared norms of the rows."""
+        return self.rows.square().sum(1)
+
+    def error(self) -> Tensor:
+        """[N] squared errors."""
+        return (self.rows - self.reconstruction).square().sum(1)
+
 
 class _Product(MatrixSAE):
     """The parameters `key_atoms` [F_key,K], `value_atoms` [F_value,V], `key_encoder`, `value_encoder` and `b_dec`
@@ -134,22 +147,27 @@ class _Product(MatrixSAE):
 
     def _start(self, norm: float, **like: Any) -> None:
         """Random sides, the encoder equal to the decoder."""
-        keys, values = (
-            math.sqrt(norm) * normalize(torch.randn(*shape, **like), dim=1)
-            for shape in ((self.cfg.f_key, self.cfg.d_k), (self.cfg.f_value, self.cfg.d_v))
-        )
-        self.key_atoms, self.key_encoder = nn.Parameter(keys), nn.Parameter(keys.clone())
-        self.value_atoms, self.value_encoder = nn.Parameter(values), nn.Parameter(values.clone())
+        cfg = self.cfg
+        keys = math.sqrt(norm) * normalize(torch.randn(cfg.f_key, cfg.d_k, **like), dim=1)
+        values = math.sqrt(norm) * normalize(torch.randn(cfg.f_value, cfg.d_v, **like), dim=1)
+        self.key_atoms = nn.Parameter(keys)
+        self.key_encoder = nn.Parameter(keys.clone())
+        self.value_atoms = nn.Parameter(values)
+        self.value_encoder = nn.Parameter(values.clone())
 
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Activations and pre-activations [...,d_sae] of [...,K*V]."""
+        cfg = self.cfg
         pre = self.hook_sae_acts_pre(self.process_sae_in(x) @ self.W_enc)
-        grid = pre.unflatten(-1, (self.cfg.f_key, self.cfg.f_value))
-        best = pre.argmax(-1, keepdim=True)[..., None]
-        column = grid.take_along_dim(best % self.cfg.f_value, -1).squeeze(-1)
-        row = grid.take_along_dim(best // self.cfg.f_value, -2).squeeze(-2)
-        active = _strongest(column, self.cfg.k_key)[..., None] & _strongest(row, self.cfg.k_value)[..., None, :]
-        return self.hook_sae_acts_post(torch.where(active, grid, 0).clamp_min(0).flatten(-2)), pre
+        grid = pre.unflatten(-1, (cfg.f_key, cfg.f_value))
+        strongest_pair = pre.argmax(-1, keepdim=True)[..., None]
+        column = grid.take_along_dim(strongest_pair % cfg.f_value, -1).squeeze(-1)
+        row = grid.take_along_dim(strongest_pair // cfg.f_value, -2).squeeze(-2)
+        key_is_active = _strongest(column, cfg.k_key)
+        value_is_active = _strongest(row, cfg.k_value)
+        active = key_is_active[..., None] & value_is_active[..., None, :]
+        acts = torch.where(active, grid, 0).clamp_min(0).flatten(-2)
+        return self.hook_sae_acts_post(acts), pre
 
     @torch.no_grad()
     def replace_atoms(self, indices: Tensor, atoms: LowRank, alive: Tensor) -> None:
@@ -158,23 +176,27 @@ class _Product(MatrixSAE):
         [n_factors]."""
         for side, rows in enumerate((atoms.keys[:, 0], atoms.values[:, 0])):
             n = len(self.sides[side][0])
-            self._put(side, indices[indices < n], rows[indices < n], alive[:n])
+            exists = indices < n
+            self._put(side, indices[exists], rows[exists], alive[:n])
 
     def _put(self, side: int, indices: Tensor, rows: Tensor, alive: Tensor) -> None:
         """Put directions [n,D] into atoms and encoder of a side, with the mean norm of those where `alive`."""
+        if not alive.any():
+            alive = ~alive
         for parameter in self.sides[side]:
-            size = parameter.norm(dim=1)[alive if bool(alive.any()) else ~alive].mean()
+            size = parameter.norm(dim=1)[alive].mean()
             parameter.data[indices] = normalize(rows.to(parameter), dim=1) * size
 
     def _scaled(self, decoder: Tensor, encoder: Tensor) -> dict[str, Tensor]:
         """As in the base, for scales that are products of one for each side, which those of norms are."""
-        logs = {"atoms": decoder.log().expand(self.cfg.d_sae), "encoder": encoder.log().expand(self.cfg.d_sae)}
-        return {
-            f"{side}_{kind}": getattr(self, f"{side}_{kind}")
-            * (x.view(self.cfg.f_key, -1).mean(1 - n) - x.mean() / 2).exp()[:, None]
-            for kind, x in logs.items()
-            for n, side in enumerate(("key", "value"))
-        }
+        scaled: dict[str, Tensor] = {}
+        for kind, scales in (("atoms", decoder), ("encoder", encoder)):
+            logs = scales.log().expand(self.cfg.d_sae)
+            grid = logs.view(self.cfg.f_key, -1)
+            half = logs.mean() / 2  # the mean log belongs to the pair; each side takes half of it
+            scaled[f"key_{kind}"] = getattr(self, f"key_{kind}") * (grid.mean(1) - half).exp()[:, None]
+            scaled[f"value_{kind}"] = getattr(self, f"value_{kind}") * (grid.mean(0) - half).exp()[:, None]
+        return scaled
 
     def fold_and_get_W_dec_norm(self) -> Tensor:
         """Refused: norms in the encoder change which atoms are on top."""
@@ -187,7 +209,9 @@ class _Product(MatrixSAE):
 class WriteProductSAE(_Product):
     """Products of key atoms and value atoms, for inference."""
 
-    encode, decode = cast(Any, (TrainingSAE.encode, TrainingSAE.decode))  # SAELens has them in training alone
+    # SAELens has them in training alone.
+    encode = cast(Any, TrainingSAE.encode)
+    decode = cast(Any, TrainingSAE.decode)
 
 
 class _SideStep(TrainingSAE[Any]):
@@ -196,12 +220,18 @@ class _SideStep(TrainingSAE[Any]):
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         x = step_input.sae_in
         key, value = cast(WriteProductTrainingSAE, self).code(rank_one_rows(self, x))
-        sizes = [side.rows.square().sum(1) for side in (key, value)]
-        errors = [(side.rows - side.reconstruction).square().sum(1) for side in (key, value)]
-        losses = {"key_loss": (sizes[1] * errors[0]).mean(), "value_loss": (sizes[0] * errors[1]).mean()}
+        key_loss = (value.size() * key.error()).mean()
+        value_loss = (key.size() * value.error()).mean()
         acts = (key.acts.detach()[:, :, None] * value.acts.detach()[:, None]).flatten(1)
-        recons = LowRank.rank_one(key.reconstruction, value.reconstruction).dense().flatten(1) + self.b_dec.detach()
-        return TrainStepOutput(x, recons, acts, acts, losses["key_loss"] + losses["value_loss"], losses=losses)
+        write = LowRank.rank_one(key.reconstruction, value.reconstruction).dense().flatten(1)
+        return TrainStepOutput(
+            sae_in=x,
+            sae_out=write + self.b_dec.detach(),
+            feature_acts=acts,
+            hidden_pre=acts,
+            loss=key_loss + value_loss,
+            losses={"key_loss": key_loss, "value_loss": value_loss},
+        )
 
 
 class WriteProductTrainingSAE(_Product, MatrixTrainingSAE, _SideStep):  # pyright: ignore  (cfg)
@@ -214,18 +244,28 @@ class WriteProductTrainingSAE(_Product, MatrixTrainingSAE, _SideStep):  # pyrigh
 
     def code(self, writes: LowRank) -> tuple[SideCode, SideCode]:
         """Both sides of writes of rank one. Their outer product is what `encode` gives."""
-        rows = [side[:, 0].to(self.dtype) for side in (writes.keys, writes.values)]
-        pre = [x @ encoder.T for x, (_, encoder) in zip(rows, self.sides)]
-        ahead, behind = ((s * pre[0]).amax(1).clamp_min(0) * (s * pre[1]).amax(1).clamp_min(0) for s in (1, -1))
-        sign = torch.where(behind > ahead, -1.0, 1.0).to(self.dtype)[:, None]
-        some = torch.maximum(ahead, behind)[:, None] > 0  # else no pair is active, and so no atom of either side
-        key, value = (
-            torch.where(some & _strongest(sign * x, most), sign * x, 0)
-            for x, most in zip(pre, (self.cfg.k_key, self.cfg.k_value))
-        )
+        keys = writes.keys[:, 0].to(self.dtype)
+        values = writes.values[:, 0].to(self.dtype)
+        key_scores = keys @ self.key_encoder.T
+        value_scores = values @ self.value_encoder.T
+
+        def strongest_pair(sign: int) -> Tensor:
+            """[N] activation of the strongest pair, in one orientation."""
+            return (sign * key_scores).amax(1).clamp_min(0) * (sign * value_scores).amax(1).clamp_min(0)
+
+        ahead = strongest_pair(1)
+        turned = strongest_pair(-1)
+        sign = torch.where(turned > ahead, -1.0, 1.0).to(self.dtype)[:, None]
+        some = torch.maximum(ahead, turned)[:, None] > 0  # else no pair is active, and so no atom of either side
+
+        def side_code(rows: Tensor, scores: Tensor, k: int, atoms: Tensor) -> SideCode:
+            oriented = sign * scores
+            acts = torch.where(some & _strongest(oriented, k), oriented, 0)
+            return SideCode(sign * rows, acts, acts @ atoms)
+
         return (
-            SideCode(sign * rows[0], key, key @ self.key_atoms),
-            SideCode(sign * rows[1], value, value @ self.value_atoms),
+            side_code(keys, key_scores, self.cfg.k_key, self.key_atoms),
+            side_code(values, value_scores, self.cfg.k_value, self.value_atoms),
         )
 
     @torch.no_grad()
@@ -241,36 +281,47 @@ class WriteProductTrainingSAE(_Product, MatrixTrainingSAE, _SideStep):  # pyrigh
         The rows that wait are in no checkpoint. A run that resumes before they are enough keeps its first start.
         """
         writes = rank_one_rows(self, x)
-        self._first_rows = [writes] if first else [*self._first_rows, writes] if self._first_rows else []
+        if first:
+            self._first_rows = [writes]
+        elif self._first_rows:
+            self._first_rows = [*self._first_rows, writes]
         enough = sum(map(len, self._first_rows)) >= START_ROWS or len(self._first_rows) == START_STEPS
         if first or enough:
-            sides = (torch.cat([getattr(rows, side) for rows in self._first_rows]) for side in ("keys", "values"))
-            writes = LowRank(*sides)
-            drawn = _oriented(writes.rows(draw_rows(writes.inner(writes), len(writes))))
-            self.mean_batches.zero_()
-            self.n_started.fill_(self.cfg.d_sae)
-            for side, rows in enumerate((drawn.keys[:, 0], drawn.values[:, 0])):
-                alive = torch.ones(len(self.sides[side][0]), dtype=torch.bool, device=self.device)
-                rows = _distinct(rows, either_sign=False, count=len(alive))
-                self._put(side, torch.arange(len(rows), device=self.device), rows, alive)
-                self.n_started.clamp_max_(len(rows))
+            self._start_sides(self._first_rows)
         if enough:
             self._first_rows = []
         return int(self.n_started)
+
+    def _start_sides(self, batches: Sequence[LowRank]) -> None:
+        """Put the atoms of both sides on sides of these writes, and begin the running means anew."""
+        keys = torch.cat([batch.keys for batch in batches])
+        values = torch.cat([batch.values for batch in batches])
+        writes = LowRank(keys, values)
+        drawn = _oriented(writes.rows(draw_rows(writes.inner(writes), len(writes))))
+        self.mean_batches.zero_()
+        self.n_started.fill_(self.cfg.d_sae)
+        for side, rows in enumerate((drawn.keys[:, 0], drawn.values[:, 0])):
+            alive = torch.ones(len(self.sides[side][0]), dtype=torch.bool, device=self.device)
+            rows = _distinct(rows, either_sign=False, count=len(alive))
+            self._put(side, torch.arange(len(rows), device=self.device), rows, alive)
+            self.n_started.clamp_max_(len(rows))
 
     @torch.no_grad()
     def resample(self, x: Tensor | LowRank, dead: Tensor) -> int:
         """Put dead atoms of a side on that side of rows of a batch [N,K*V], drawn in proportion to its squared error;
         returns how many. A key atom or a value atom is dead where all its pairs are (`dead` [d_sae])."""
         grid = dead.view(self.cfg.f_key, self.cfg.f_value)
-        codes, replaced = self.code(rank_one_rows(self, x)), 0
+        codes = self.code(rank_one_rows(self, x))
+        count = 0
         for side, dead_side in enumerate((grid.all(1), grid.all(0))):
-            code, other = codes[side], codes[1 - side]
-            errors = other.rows.square().sum(1) * (code.rows - code.reconstruction).square().sum(1)
-            rows = _distinct(code.rows[draw_rows(errors, int(dead_side.sum()))], either_sign=side == 0)
-            self._put(side, torch.nonzero(dead_side).flatten()[: len(rows)], rows, ~dead_side)
-            replaced += len(rows)
-        return replaced
+            code = codes[side]
+            errors = codes[1 - side].size() * code.error()
+            drawn = draw_rows(errors, int(dead_side.sum()))
+            rows = _distinct(code.rows[drawn], either_sign=side == 0)
+            replaced = torch.nonzero(dead_side).flatten()[: len(rows)]
+            self._put(side, replaced, rows, ~dead_side)
+            count += len(rows)
+        return count
 
 
 def rank_one_rows(sae: _Product | _SideStep, rows: Tensor | LowRank) -> LowRank:
@@ -279,15 +330,20 @@ def rank_one_rows(sae: _Product | _SideStep, rows: Tensor | LowRank) -> LowRank:
     Raises:
         ValueError: a matrix of a higher rank; names the first one.
     """
-    rows = rows.dense().flatten(1) if isinstance(rows, LowRank) else rows
+    if isinstance(rows, LowRank):
+        rows = rows.dense().flatten(1)
     matrices = rows.unflatten(1, (sae.cfg.d_k, sae.cfg.d_v))
-    strongest = matrices.abs().amax(2).argmax(1)
-    unit = normalize(matrices[torch.arange(len(matrices), device=matrices.device), strongest], dim=1)
-    writes = LowRank.rank_one((matrices @ unit[..., None]).squeeze(-1), unit)
-    above = (rows - writes.dense().flatten(1)).norm(dim=1) > _RANK_ONE * rows.norm(dim=1)
-    if above.any():
+    largest_row = matrices.abs().amax(2).argmax(1)
+    numbers = torch.arange(len(matrices), device=matrices.device)
+    values = normalize(matrices[numbers, largest_row], dim=1)
+    keys = (matrices @ values[..., None]).squeeze(-1)
+    writes = LowRank.rank_one(keys, values)
+    rest = (rows - writes.dense().flatten(1)).norm(dim=1)
+    of_higher_rank = rest > _RANK_ONE * rows.norm(dim=1)
+    if of_higher_rank.any():
+        first = int(of_higher_rank.nonzero()[0])
         raise ValueError(
-            f"row {int(above.nonzero()[0])}: expected a write of rank one, which writesae_product is trained on, got a "
+            f"row {first}: expected a write of rank one, which writesae_product is trained on, got a "
             "higher rank; train it on the writes of a head, and states with another architecture"
         )
     return writes
@@ -300,14 +356,21 @@ def _oriented(writes: LowRank) -> LowRank:
 
     Values that are sums (of attributes, say) have sparse non-negative codes in one orientation only.
     """
-    sides = (normalize(side[:, 0].float(), dim=1) for side in (writes.keys, writes.values))
-    first = torch.linalg.eigh(sum((rows @ rows.T) ** 5 for rows in sides))[1][:, -1, None, None]
-    return LowRank(*(torch.where(first < 0, -side, side) for side in (writes.keys, writes.values)))
+    keys = normalize(writes.keys[:, 0].float(), dim=1)
+    values = normalize(writes.values[:, 0].float(), dim=1)
+    likeness = (keys @ keys.T) ** 5 + (values @ values.T) ** 5
+    first_eigenvector = torch.linalg.eigh(likeness).eigenvectors[:, -1, None, None]
+    turned = first_eigenvector < 0
+    return LowRank(
+        torch.where(turned, -writes.keys, writes.keys),
+        torch.where(turned, -writes.values, writes.values),
+    )
 
 
 def _strongest(acts: Tensor, k: int) -> Tensor:
     """Where the k largest of the last axis are, as far as they are positive."""
-    top = torch.zeros_like(acts, dtype=torch.bool).scatter(-1, acts.topk(k, dim=-1, sorted=False).indices, True)
+    indices = acts.topk(k, dim=-1, sorted=False).indices
+    top = torch.zeros_like(acts, dtype=torch.bool).scatter(-1, indices, True)
     return top & (acts > 0)
 
 
@@ -315,7 +378,12 @@ def _distinct(rows: Tensor, *, either_sign: bool, count: int = 2**31) -> Tensor:
     """Those of the directions [n,D] that are not near to one before them: at most `count`, with cosines below 0.5 if
     there are so many, and else below the next limit, up to `MAX_COSINE`."""
     rows = normalize(rows, dim=1)
-    near = (rows @ rows.T).tril(-1)
-    limits = (0.5, 0.6, 0.7, 0.8, MAX_COSINE)
-    kept = [rows[~((near.abs() if either_sign else near) > limit).any(1)] for limit in limits]
-    return next((each[:count] for each in kept if len(each) >= count), kept[-1])
+    cosines = (rows @ rows.T).tril(-1)
+    if either_sign:
+        cosines = cosines.abs()
+    distinct = rows
+    for limit in (0.5, 0.6, 0.7, 0.8, MAX_COSINE):
+        distinct = rows[~(cosines > limit).any(1)]
+        if len(distinct) >= count:
+            return distinct[:count]
+    return distinct

@@ -34,7 +34,6 @@ from sae_lens_writesae.sae.chunks import StateStack
 from sae_lens_writesae.sae.factors import INDEX, Collection
 from sae_lens_writesae.sae.fast import shape_of, train_on_writes
 from sae_lens_writesae.sae.losses import read_queries
-from sae_lens_writesae.sae.matrix import require
 from sae_lens_writesae.sae.metric import Metric
 from sae_lens_writesae.sae.rows import COLUMN_SCALE, MixedRows, seeded, train_on_rows
 from sae_lens_writesae.sae.target import HeadHook, HookTarget, RunnerConfig, Target, head_target
@@ -118,7 +117,8 @@ def training_config(
     Raises:
         ValueError: a metric of states, and what `training_config_class`, `head_target` and the configs raise.
     """
-    require(metric == "frobenius" or target == "write", "metric", metric, f"frobenius for {target}")
+    if metric != "frobenius" and target != "write":
+        raise ValueError(f"metric={metric!r}: must be frobenius for {target}.")
     collected = isinstance(model, Collection)
     place = model.head_target(layer, head, target) if collected else head_target(model, layer, head, target)
     config_class = training_config_class(architecture)
@@ -161,7 +161,8 @@ def training_config(
     }
     cfg = LanguageModelSAERunnerConfig(sae=config_class(**fields), **(defaults | runner))
     if "lr_warm_up_steps" not in runner:
-        cfg.lr_warm_up_steps = min(cfg.lr_warm_up_steps, cfg.training_tokens // cfg.train_batch_size_tokens // 10)
+        steps = cfg.training_tokens // cfg.train_batch_size_tokens
+        cfg.lr_warm_up_steps = min(cfg.lr_warm_up_steps, steps // 10)
     return cfg
 
 
@@ -196,18 +197,23 @@ def train(
         ValueError: a loss or a metric without a collection, or what the config asks for is not in it.
     """
     path = cfg.cached_activations_path
-    if not cfg.use_cached_activations or path is None or not (Path(path) / INDEX).is_file():  # SAELens' own, or none
-        require(metric is None, "metric", "one", "none without a collection: SAELens' runner trains on plain rows")
+    # Without the index, what is cached is SAELens' own, or nothing.
+    if not cfg.use_cached_activations or path is None or not (Path(path) / INDEX).is_file():
+        if metric is not None:
+            raise ValueError("metric='one': must be none without a collection: SAELens' runner trains on plain rows.")
         with seeded(cfg.seed, 0):
             runner = LanguageModelSAETrainingRunner(cfg, override_model=model, override_dataset=dataset)
             return cast(MatrixTrainingSAE, runner.run())
-    collection, hook = Collection.open(path), HeadHook.parse(cfg.hook_name)
+    collection = Collection.open(path)
+    hook = HeadHook.parse(cfg.hook_name)
     collection.head_target(hook.layer, hook.head, hook.target)
-    fits = not cfg.exclude_special_tokens and cfg.context_size == collection.context_size
-    require(fits, "context_size", cfg.context_size, f"{collection.context_size}, with exclude_special_tokens=False")
+    if cfg.exclude_special_tokens or cfg.context_size != collection.context_size:
+        raise ValueError(
+            f"context_size={cfg.context_size!r}: must be {collection.context_size}, with exclude_special_tokens=False."
+        )
     if hook.target == "write" and cfg.sae.loss != "reads":
-        keys, values = (side[:] for side in collection.factors(hook.layer, hook.head))
-        return train_on_writes(cfg, keys, values, metric=metric, checkpoint=checkpoint)
+        keys, values = collection.factors(hook.layer, hook.head)
+        return train_on_writes(cfg, keys[:], values[:], metric=metric, checkpoint=checkpoint)
     if hook.target == "state" and shape_of(cfg) is not None:
         return StateStack(cfg, collection).train(checkpoint)[0]
     n_rows = collection.tokens.numel()
@@ -216,7 +222,8 @@ def train(
 
 def _mixed_rows(collection: Collection, cfg: RunnerConfig) -> MixedRows:
     """Rows [N,K*V + columns] of a head. States are rebuilt for a few sequences at a time."""
-    hook, positions = HeadHook.parse(cfg.hook_name), slice(*cfg.seqpos_slice)
+    hook = HeadHook.parse(cfg.hook_name)
+    positions = slice(*cfg.seqpos_slice)
     parts = torch.arange(collection.n_sequences).split(max(1, cfg.store_batch_size_prompts))
 
     def rows_of(part: int) -> Tensor:
@@ -224,15 +231,24 @@ def _mixed_rows(collection: Collection, cfg: RunnerConfig) -> MixedRows:
         return head_rows(recurrence, hook.target, cfg.sae.loss, positions).float().flatten(0, 1)
 
     batch = cfg.train_batch_size_tokens
-    size = max(cfg.n_batches_in_buffer * len(range(cfg.context_size)[positions]), batch)
-    return MixedRows(rows_of, len(parts), size, batch, cfg.activations_mixing_fraction)
+    rows_per_sequence = len(range(cfg.context_size)[positions])
+    buffer_size = max(cfg.n_batches_in_buffer * rows_per_sequence, batch)
+    return MixedRows(rows_of, len(parts), buffer_size, batch, cfg.activations_mixing_fraction)
 
 
 def head_rows(recurrence: Recurrence, target: HookTarget, loss: Loss, positions: slice = slice(None)) -> Tensor:
     """[B,T',K*V + columns] writes or states of head 0, flattened, and what `loss` compares them with: the query that
     reads them, or the write of the same token."""
-    at, one = list(range(recurrence.T))[positions], recurrence.select(heads=0)
-    writes = one.write(positions=at)[:, :, 0].flatten(2)
-    matrices = one.states(positions=at)[:, :, 0].flatten(2) if target == "state" else writes
-    columns = {"mse": writes[..., :0], "reads": read_queries(one)[:, positions, 0], "write": writes}[loss]
+    numbers = list(range(recurrence.T))[positions]
+    of_head = recurrence.select(heads=0)
+    writes = of_head.write(positions=numbers)[:, :, 0].flatten(2)
+    matrices = writes
+    if target == "state":
+        matrices = of_head.states(positions=numbers)[:, :, 0].flatten(2)
+    if loss == "reads":
+        columns = read_queries(of_head)[:, positions, 0]
+    elif loss == "write":
+        columns = writes
+    else:
+        columns = writes[..., :0]
     return torch.cat([matrices, COLUMN_SCALE * columns.to(matrices)], dim=-1)

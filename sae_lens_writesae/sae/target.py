@@ -19,7 +19,7 @@ from sae_lens.saes.sae import SAE, SAEConfig
 from hookpoints import HookedRecurrent, UnknownHookError
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.choices import Target
-from sae_lens_writesae.sae.matrix import MatrixSAE, require
+from sae_lens_writesae.sae.matrix import MatrixSAE
 
 HookTarget = Literal["write", "state"]
 """What the hook of a head carries: SAEs of states and of last states read the same hook."""
@@ -101,7 +101,8 @@ def head_target(model: HookedRecurrent, layer: int, head: int, target: Target = 
         UnknownHookError: the head is out of range.
         ValueError: unknown target.
     """
-    require(target in _HOOKS, "target", target, f"one of {', '.join(_HOOKS)}")
+    if target not in _HOOKS:
+        raise ValueError(f"target={target!r}: must be one of {', '.join(_HOOKS)}.")
     shape = model.cfg.layer(layer)
     if not 0 <= head < shape.H:
         raise UnknownHookError(f"head {head} is out of range: layer {layer} has heads 0 to {shape.H - 1}")
@@ -118,9 +119,12 @@ def check_hook(model: HookedRecurrent, name: str, sae: SAEConfig, where: str = "
     model.check_hook_name(name)
     if match := _HOOK_NAME.fullmatch(name):
         shape = model.cfg.layer(int(match[1]))
-        found = getattr(sae, "d_k", shape.K), getattr(sae, "d_v", shape.V), sae.d_in
-        wanted = shape.K, shape.V, shape.K * shape.V
-        require(found == wanted, f"{where}: d_k, d_v, d_in", found, f"{wanted}, as {name} of {model.cfg.model_name}")
+        found = (getattr(sae, "d_k", shape.K), getattr(sae, "d_v", shape.V), sae.d_in)
+        wanted = (shape.K, shape.V, shape.K * shape.V)
+        if found != wanted:
+            raise ValueError(
+                f"{where}: d_k, d_v, d_in={found!r}: must be {wanted}, as {name} of {model.cfg.model_name}."
+            )
 
 
 def has_plain_activations(sae: Dictionary) -> bool:
@@ -130,13 +134,12 @@ def has_plain_activations(sae: Dictionary) -> bool:
 
 def check_plain_activations(sae: Dictionary) -> None:
     """Raise ValueError where activations are not coefficients of atoms in the units of the write."""
-    require(
-        has_plain_activations(sae),
-        "normalize_activations",
-        sae.cfg.normalize_activations,
-        "'none', so that activations are in units of the write; fold the factor first "
-        "(sae.fold_activation_norm_scaling_factor) and save the SAE",
-    )
+    if not has_plain_activations(sae):
+        raise ValueError(
+            f"normalize_activations={sae.cfg.normalize_activations!r}: must be 'none', so that "
+            "activations are in units of the write; fold the factor first "
+            "(sae.fold_activation_norm_scaling_factor) and save the SAE."
+        )
 
 
 def atoms_of(sae: Dictionary, atoms: Sequence[int] | NDArray[np.int64], key_dim: int, value_dim: int) -> LowRank:

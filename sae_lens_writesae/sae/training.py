@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.choices import Loss, MetricName
 from sae_lens_writesae.sae.losses import read_loss, write_loss
-from sae_lens_writesae.sae.matrix import MatrixSAE, MatrixSAEConfig, require, with_checksums
+from sae_lens_writesae.sae.matrix import MatrixSAE, MatrixSAEConfig, with_checksums
 
 PAPER_RUNNER: dict[str, float | int | str] = {
     "lr": 3e-4,
@@ -68,21 +68,31 @@ class MatrixTrainingSAEConfig(MatrixSAEConfig, TrainingSAEConfig):
     transformed by a metric, as `sae_lens_writesae.train` and `train_on_writes` do with one that they are given."""
 
     def __post_init__(self) -> None:
-        norm, unit_norm_every = self.decoder_init_norm, self.unit_norm_every
-        rescaled = getattr(self, "rescale_acts_by_decoder_norm", True)
-        require(norm is None or norm > 0, "decoder_init_norm", norm, "positive, or None for SAELens' random init")
-        require(self.decoder_init in ("random", "native"), "decoder_init", self.decoder_init, "'random' or 'native'")
-        require(self.b_dec_init in ("mean", "zeros"), "b_dec_init", self.b_dec_init, "'mean' or 'zeros'")
-        require(self.b_dec_rows >= 0, "b_dec_rows", self.b_dec_rows, "a number, or 0 for never")
-        require(unit_norm_every >= 0, "unit_norm_every", unit_norm_every, "a number, or 0 for never")
-        zero = "0 with rescale_acts_by_decoder_norm=False"
-        require(rescaled or not unit_norm_every, "unit_norm_every", unit_norm_every, zero)
-        require(self.resample_every >= 0, "resample_every", self.resample_every, "a number, or 0 for never")
-        require(self.loss in get_args(Loss), "loss", self.loss, f"one of {get_args(Loss)}")
-        require(0 <= self.loss_weight <= 1, "loss_weight", self.loss_weight, "between 0 and 1")
-        require(self.metric in get_args(MetricName), "metric", self.metric, f"one of {get_args(MetricName)}")
-        plain = self.metric == "frobenius" or self.loss == "mse"
-        require(plain, "loss", self.loss, "'mse' with metric='gauss_newton'")
+        norm = self.decoder_init_norm
+        if norm is not None and not norm > 0:
+            raise ValueError(f"decoder_init_norm={norm!r}: must be positive, or None for SAELens' random init.")
+        if self.decoder_init not in ("random", "native"):
+            raise ValueError(f"decoder_init={self.decoder_init!r}: must be 'random' or 'native'.")
+        if self.b_dec_init not in ("mean", "zeros"):
+            raise ValueError(f"b_dec_init={self.b_dec_init!r}: must be 'mean' or 'zeros'.")
+        if not self.b_dec_rows >= 0:
+            raise ValueError(f"b_dec_rows={self.b_dec_rows!r}: must be a number, or 0 for never.")
+        period = self.unit_norm_every
+        if not period >= 0:
+            raise ValueError(f"unit_norm_every={period!r}: must be a number, or 0 for never.")
+        # Where a class has the field and it is off, norms in the encoder change which atoms are on top.
+        if period and not getattr(self, "rescale_acts_by_decoder_norm", True):
+            raise ValueError(f"unit_norm_every={period!r}: must be 0 with rescale_acts_by_decoder_norm=False.")
+        if not self.resample_every >= 0:
+            raise ValueError(f"resample_every={self.resample_every!r}: must be a number, or 0 for never.")
+        if self.loss not in get_args(Loss):
+            raise ValueError(f"loss={self.loss!r}: must be one of {get_args(Loss)}.")
+        if not 0 <= self.loss_weight <= 1:
+            raise ValueError(f"loss_weight={self.loss_weight!r}: must be between 0 and 1.")
+        if self.metric not in get_args(MetricName):
+            raise ValueError(f"metric={self.metric!r}: must be one of {get_args(MetricName)}.")
+        if self.metric != "frobenius" and self.loss != "mse":
+            raise ValueError(f"loss={self.loss!r}: must be 'mse' with metric='gauss_newton'.")
         super().__post_init__()
         self.metadata.loss = self.loss  # kept in the export, whose config has no field for it
 
@@ -120,9 +130,13 @@ class MatrixTrainingSAE(TrainingSAE[Any], MatrixSAE):
         Raises:
             ValueError: NaN or infinite input or weights, or the rows are not those that loss and metric need.
         """
-        cfg, rows = self.cfg, step_input.sae_in
-        x, columns = rows[:, : cfg.d_in], rows[:, cfg.d_in :]
-        if (cfg.loss != "mse") > columns.shape[1] or (cfg.metric != "frobenius") > self.in_metric:
+        cfg = self.cfg
+        rows = step_input.sae_in
+        x = rows[:, : cfg.d_in]
+        columns = rows[:, cfg.d_in :]
+        lacks_columns = cfg.loss != "mse" and columns.shape[1] == 0
+        lacks_metric = cfg.metric != "frobenius" and not self.in_metric
+        if lacks_columns or lacks_metric:
             raise ValueError(
                 f"loss={cfg.loss!r}, metric={cfg.metric!r}: expected rows with {cfg.loss} columns in that metric, got "
                 f"plain rows of {rows.shape[1]} entries; train with sae_lens_writesae.train and a collection"
@@ -154,22 +168,21 @@ class MatrixTrainingSAE(TrainingSAE[Any], MatrixSAE):
     def _upkeep(self, x: Tensor | LowRank, step: int, dead: Tensor | None) -> int:
         """What is due before this step; returns how many atoms were resampled. Kept out of compiled graphs."""
         cfg = self.cfg
-        require(
-            bool(torch.isfinite(mean_row(x).sum() + self.b_dec.sum())),
-            "sae_in, b_dec",
-            "NaN or infinity",
-            "finite: check the model's dtype and the learning rate",
-        )
+        if not torch.isfinite(mean_row(x).sum() + self.b_dec.sum()):
+            raise ValueError(
+                "sae_in, b_dec='NaN or infinity': must be finite: check the model's dtype and the learning rate."
+            )
         self.mean_batches.mul_(step > 0)  # a new run has new means
         if cfg.decoder_init == "native" and step < START_STEPS:
             self.start_from_rows(x, first=step == 0)
         if step == 0 and cfg.b_dec_init == "mean" and not self.b_dec.any():
             self.b_dec.data.copy_(mean_row(x))
-        if step and cfg.unit_norm_every and step % cfg.unit_norm_every == 0:
+        if _is_due(cfg.unit_norm_every, step):
             self.fold_W_dec_norm()
             self.balance_factors()
-        due = step and cfg.resample_every and step % cfg.resample_every == 0
-        return self.resample(x, dead) if due and dead is not None else 0
+        if dead is not None and _is_due(cfg.resample_every, step):
+            return self.resample(x, dead)
+        return 0
 
     @torch.no_grad()
     def start_from_rows(self, x: Tensor | LowRank, *, first: bool = True) -> int:
@@ -180,15 +193,20 @@ class MatrixTrainingSAE(TrainingSAE[Any], MatrixSAE):
         batch started. What one batch leaves open waits for the next one. `first` begins with atom 0. Costs one K x V
         SVD for each row that is drawn, unless rows are of rank one.
         """
-        F, done = self.cfg.d_sae, 0 if first else int(self.n_started)
-        if done < F and (first or done):
-            drawn = draw_rows(sizes(x), F - done)
-            rows = x.rows(drawn) if isinstance(x, LowRank) else x[drawn].view(-1, self.cfg.d_k, self.cfg.d_v).float()
-            taken = self.atoms(slice(done)) if self.cfg.decoder == "rank" else self.W_dec[:done].float()
-            atoms, every = distinct_directions(rows, self.cfg.rank, taken), torch.arange(F, device=self.device)
-            self.replace_atoms(every[done : done + len(atoms)], atoms, every >= 0)
-            self.n_started.fill_(done + len(atoms))
-        return int(self.n_started)
+        cfg = self.cfg
+        start = 0 if first else int(self.n_started)
+        never_began = not first and start == 0  # those of such a run are in training by now
+        if start == cfg.d_sae or never_began:
+            return int(self.n_started)
+        drawn = draw_rows(sizes(x), cfg.d_sae - start)
+        rows = x.rows(drawn) if isinstance(x, LowRank) else x[drawn].view(-1, cfg.d_k, cfg.d_v).float()
+        taken = self.atoms(slice(start)) if cfg.decoder == "rank" else self.W_dec[:start].float()
+        atoms = distinct_directions(rows, cfg.rank, taken)
+        stop = start + len(atoms)
+        all_alive = torch.ones(cfg.d_sae, dtype=torch.bool, device=self.device)
+        self.replace_atoms(torch.arange(start, stop, device=self.device), atoms, all_alive)
+        self.n_started.fill_(stop)
+        return stop
 
     @torch.no_grad()
     def resample(self, x: Tensor | LowRank, dead: Tensor) -> int:
@@ -200,11 +218,15 @@ class MatrixTrainingSAE(TrainingSAE[Any], MatrixSAE):
         """
         if not dead.any():
             return 0
-        x = x.dense().flatten(1) if isinstance(x, LowRank) else x
-        residual = (x - self.coefficients(self.encode(x)) @ self.W_dec - self.b_dec).float()
-        drawn = residual[draw_rows(residual.square().sum(1), int(dead.sum()))]
-        atoms = distinct_directions(drawn.view(-1, self.cfg.d_k, self.cfg.d_v), self.cfg.rank)
-        self.replace_atoms(torch.nonzero(dead).flatten()[: len(atoms)], atoms, ~dead)
+        if isinstance(x, LowRank):
+            x = x.dense().flatten(1)
+        code = self.coefficients(self.encode(x))
+        residual = (x - code @ self.W_dec - self.b_dec).float()
+        drawn = draw_rows(residual.square().sum(1), int(dead.sum()))
+        matrices = residual[drawn].view(-1, self.cfg.d_k, self.cfg.d_v)
+        atoms = distinct_directions(matrices, self.cfg.rank)
+        replaced = torch.nonzero(dead).flatten()[: len(atoms)]
+        self.replace_atoms(replaced, atoms, ~dead)
         return len(atoms)
 
     @torch.no_grad()
@@ -213,13 +235,16 @@ class MatrixTrainingSAE(TrainingSAE[Any], MatrixSAE):
         super().replace_atoms(indices, atoms, alive)
         if "threshold" in self._parameters:
             self.get_parameter("threshold").data[indices] = cast(Any, self.cfg).jumprelu_init_threshold
-        self.mean_batches[indices] = self.mean_contribution[indices] = 0
+        self.mean_batches[indices] = 0
+        self.mean_contribution[indices] = 0
 
     # ---------------------------------------------------------------------------------------- the mean
 
     def coefficients(self, acts: Tensor) -> Tensor:
         """What the atoms are multiplied by [...,F], from activations, which may be in units of contribution."""
-        return acts / self.decoder_norm() if getattr(self.cfg, "rescale_acts_by_decoder_norm", False) else acts
+        if getattr(self.cfg, "rescale_acts_by_decoder_norm", False):
+            return acts / self.decoder_norm()
+        return acts
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -229,19 +254,26 @@ class MatrixTrainingSAE(TrainingSAE[Any], MatrixSAE):
         The weight of the t-th batch is proportional to t among inputs, and to t^5 among contributions, because the
         weights of the autoencoder were others then. Beyond `b_dec_rows` both decay exponentially.
         """
-        acts = feature_acts.sum(0, dtype=exact_dtype(feature_acts)) / len(x)
-        for mean, new, n, power in (
-            (self.mean_input, mean_row(x), self.mean_batches.max(), 2),
-            (self.mean_contribution, self.coefficients(acts) * self.get_W_dec_norm(), self.mean_batches, 6),
-        ):
-            weight = (power / (n + power)).clamp_min(len(x) / max(len(x), self.cfg.b_dec_rows))
+        least = len(x) / max(len(x), self.cfg.b_dec_rows)
+
+        def take(mean: Tensor, new: Tensor, batches: Tensor, power: int) -> None:
+            # Weights p / (t + p) of the new one make that of the t-th batch proportional to t^(p - 1).
+            weight = (power / (batches + power)).clamp_min(least)
             mean.lerp_(new.to(mean), weight.to(mean))
+
+        acts = feature_acts.sum(0, dtype=exact_dtype(feature_acts)) / len(x)
+        contribution = self.coefficients(acts) * self.get_W_dec_norm()
+        take(self.mean_input, mean_row(x), self.mean_batches.max(), power=2)
+        take(self.mean_contribution, contribution, self.mean_batches, power=6)
         self.mean_batches.add_(1)
 
     def decode(self, feature_acts: Tensor) -> Tensor:
         """Reconstructions [...,K*V] of activations [...,F]; outside of training steps with `output_bias`."""
-        out = super().decode(feature_acts)
-        return out if self._built is not None else out + (self.output_bias() - self.b_dec)
+        reconstruction = super().decode(feature_acts)
+        in_training_step = self._built is not None
+        if in_training_step:
+            return reconstruction
+        return reconstruction + (self.output_bias() - self.b_dec)
 
     def output_bias(self) -> Tensor:
         """What `decode` adds to the atoms [K*V]. In training steps it is b_dec; outside of them the mean input less the
@@ -251,7 +283,7 @@ class MatrixTrainingSAE(TrainingSAE[Any], MatrixSAE):
         errors hardly see it. The optimizer leaves one in b_dec, whose entries move by the learning rate at each step.
         (Set within the steps, b_dec would hide the mean of dense codes from their losses, and they diverge.)
         """
-        if not (self.cfg.b_dec_rows and self.mean_batches.any()):
+        if not self.cfg.b_dec_rows or not self.mean_batches.any():
             return self.b_dec
         code = (self.mean_contribution / self.get_W_dec_norm()).to(self.b_dec)
         return (self.mean_input - code @ self.W_dec).to(self.b_dec)
@@ -273,7 +305,9 @@ class MatrixTrainingSAE(TrainingSAE[Any], MatrixSAE):
         ones = torch.ones_like(self.get_W_dec_norm())
         state_dict |= {"W_dec": ones[:, None], "W_enc": ones[None]}
         super().process_state_dict_for_saving_inference(state_dict)
-        state_dict |= self._scaled(state_dict.pop("W_dec").flatten(), state_dict.pop("W_enc").flatten())
+        decoder = state_dict.pop("W_dec").flatten()
+        encoder = state_dict.pop("W_enc").flatten()
+        state_dict |= self._scaled(decoder, encoder)
 
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
         """What was saved for inference gets empty means, so that training can begin with it."""
@@ -296,6 +330,11 @@ class MatrixTrainingSAE(TrainingSAE[Any], MatrixSAE):
         return cast(MatrixSAE, sae).to_saelens()
 
 
+def _is_due(period: int, step: int) -> bool:
+    """Whether upkeep of a period is due before a step; never before the first, nor with a period of 0."""
+    return step > 0 and period > 0 and step % period == 0
+
+
 def exact_dtype(t: Tensor) -> torch.dtype:
     """The dtype of `t`, or fp32 if that has less precision."""
     return torch.promote_types(t.dtype, torch.float32)
@@ -310,7 +349,9 @@ MAX_COSINE = 0.9
 def draw_rows(errors: Tensor, count: int) -> Tensor:
     """Up to `count` row numbers, drawn without repetition in proportion to the rows' squared errors [N]."""
     count = min(count, int((errors > 0).sum()))
-    return torch.multinomial(errors / errors.max(), count) if count else errors.new_zeros(0, dtype=torch.long)
+    if not count:
+        return errors.new_zeros(0, dtype=torch.long)
+    return torch.multinomial(errors / errors.max(), count)
 
 
 def distinct_directions(matrices: LowRank | Tensor, rank: int, taken: LowRank | Tensor | None = None) -> LowRank:
@@ -321,32 +362,39 @@ def distinct_directions(matrices: LowRank | Tensor, rank: int, taken: LowRank | 
     repetition; a batch with one dominant direction then gives many copies of it.)
     """
     if isinstance(matrices, LowRank) and matrices.rank == 1:
-        atoms = LowRank(
-            *(
-                nn.functional.pad(nn.functional.normalize(side, dim=-1), (0, 0, 0, rank - 1))
-                for side in (matrices.keys, matrices.values)
-            )
-        )
+        atoms = LowRank(_padded_unit(matrices.keys, rank), _padded_unit(matrices.values, rank))
     else:
-        atoms = LowRank.svd(matrices.dense() if isinstance(matrices, LowRank) else matrices, rank, balanced=True)
+        dense = matrices.dense() if isinstance(matrices, LowRank) else matrices
+        atoms = LowRank.svd(dense, rank, balanced=True)
         size = atoms.norm().rsqrt()[:, None, None]
         atoms = LowRank(atoms.keys * size, atoms.values * size)
-    near = atoms.cosines(atoms).tril(-1)
+    cosines = atoms.cosines(atoms).tril(-1)  # with those before it
     if isinstance(taken, LowRank):
-        near = torch.cat([near, atoms.cosines(taken.to(atoms.keys))], dim=1)
+        with_taken = atoms.cosines(taken.to(atoms.keys))
+        cosines = torch.cat([cosines, with_taken], dim=1)
     elif taken is not None:
-        near = torch.cat([near, atoms.dense().flatten(1) @ nn.functional.normalize(taken, dim=1).T], dim=1)
-    return atoms.rows(~(near > MAX_COSINE).any(1))
+        with_taken = atoms.dense().flatten(1) @ nn.functional.normalize(taken, dim=1).T
+        cosines = torch.cat([cosines, with_taken], dim=1)
+    return atoms.rows(~(cosines > MAX_COSINE).any(1))
+
+
+def _padded_unit(side: Tensor, rank: int) -> Tensor:
+    """A side [n,1,D] of norm 1, with zeros for the other terms of a rank: [n,R,D]."""
+    return nn.functional.pad(nn.functional.normalize(side, dim=-1), (0, 0, 0, rank - 1))
 
 
 def mean_row(x: Tensor | LowRank) -> Tensor:
     """[K*V] the mean of rows [N,K*V], or of matrices of low rank."""
-    return x.total().dense().flatten() / len(x) if isinstance(x, LowRank) else x.to(exact_dtype(x)).mean(0)
+    if isinstance(x, LowRank):
+        return x.total().dense().flatten() / len(x)
+    return x.to(exact_dtype(x)).mean(0)
 
 
 def sizes(x: Tensor | LowRank) -> Tensor:
     """[N] squared norms of rows [N,K*V], or of matrices of low rank."""
-    return x.inner(x) if isinstance(x, LowRank) else x.to(exact_dtype(x)).square().sum(1)
+    if isinstance(x, LowRank):
+        return x.inner(x)
+    return x.to(exact_dtype(x)).square().sum(1)
 
 
 # -------------------------------------------------------------------------------------------------- calibration
@@ -365,13 +413,15 @@ def calibrate_threshold(sae: MatrixSAE, x: Tensor, l0: float | None = None) -> f
         AttributeError: a class without a threshold.
     """
     l0 = float(getattr(sae.cfg, "k", 0) if l0 is None else l0)
-    require(0 <= l0 < sae.cfg.d_sae, "l0", l0, f"at least 0 and below d_sae={sae.cfg.d_sae}")
+    if not 0 <= l0 < sae.cfg.d_sae:
+        raise ValueError(f"l0={l0!r}: must be at least 0 and below d_sae={sae.cfg.d_sae}.")
     pre = sae.process_sae_in(x) @ sae.W_enc + sae.b_enc
     if getattr(sae.cfg, "rescale_acts_by_decoder_norm", True):
         pre = pre * sae.decoder_norm()
     wanted = round(l0 * len(x))
     top = pre.float().flatten().topk(wanted + 1).values  # the threshold goes between the last one in and the next
-    threshold = max(float(top[-2:].mean()) if wanted else 2 * float(top[0]), 0.0)
+    between = float(top[-2:].mean()) if wanted else 2 * float(top[0])
+    threshold = max(between, 0.0)
     if "threshold" in sae._parameters:
         sae.get_parameter("threshold").data.copy_(threshold / sae.get_W_dec_norm())
     else:
