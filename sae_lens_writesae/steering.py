@@ -34,11 +34,11 @@ from sae_lens_writesae.sae.target import (
     head_target,
 )
 
-Target = int | str
-Hook = tuple[str, Callable[[Tensor, HookPoint], Tensor | None]]
+TargetToken = int | str
+NamedHook = tuple[str, Callable[[Tensor, HookPoint], Tensor | None]]
 
 
-def token_id(model: HookedRecurrent, target: Target) -> int:
+def token_id(model: HookedRecurrent, target: TargetToken) -> int:
     """The id of a token given as id or as a string that is exactly one token.
 
     Raises:
@@ -66,7 +66,7 @@ class Steering:
     """A `with` block in which hooks act on a model. It may be entered again, also while it is open."""
 
     model: HookedRecurrent
-    hooks: Sequence[Hook]
+    hooks: Sequence[NamedHook]
     """For `model.hooks` or `run_with_hooks`. None where nothing would change."""
     _open: list[AbstractContextManager[object]] = field(default_factory=list, init=False, repr=False)
 
@@ -87,7 +87,7 @@ def steer(
     layer: int | None = None,
     head: int | None = None,
     *,
-    toward: Target | Sequence[Target] | Tensor | None = None,
+    toward: TargetToken | Sequence[TargetToken] | Tensor | None = None,
     sae: Dictionary | None = None,
     atom: int | None = None,
     strength: float = 1.0,
@@ -172,7 +172,7 @@ class _Where(NamedTuple):
         return torch.isin(positions, torch.tensor(self.at, device=side.device)).expand(side.shape[:2])
 
 
-def _along(where: _Where, head: int, unit: Tensor, strength: float) -> list[Hook]:
+def _along(where: _Where, head: int, unit: Tensor, strength: float) -> list[NamedHook]:
     """Add a matrix [K,V] of norm 1 to the writes."""
 
     def steer_write(writes: Tensor, hook: HookPoint) -> Tensor | None:
@@ -183,7 +183,7 @@ def _along(where: _Where, head: int, unit: Tensor, strength: float) -> list[Hook
     return [(f"blocks.{where.layer}.mixer.heads.{head}.hook_write", steer_write)]
 
 
-def _toward(where: _Where, head: int, direction: Tensor, strength: float) -> list[Hook]:
+def _toward(where: _Where, head: int, direction: Tensor, strength: float) -> list[NamedHook]:
     """Add a value side [V] of norm 1 to the values, along each token's own key."""
     keys = list[Tensor]()
 
@@ -208,7 +208,9 @@ def _toward(where: _Where, head: int, direction: Tensor, strength: float) -> lis
     return [(f"{mixer}.hook_write_key", see_key), (f"{mixer}.hook_write_value", steer_value)]
 
 
-def _value_side(model: HookedRecurrent, layer: int, head: int, toward: Target | Sequence[Target] | Tensor) -> Tensor:
+def _value_side(
+    model: HookedRecurrent, layer: int, head: int, toward: TargetToken | Sequence[TargetToken] | Tensor
+) -> Tensor:
     """[V] of norm 1: the mean `value_direction` of tokens, or what was given."""
     if isinstance(toward, Tensor):
         return normalize(toward, dim=0)

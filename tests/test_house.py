@@ -24,7 +24,7 @@ CEILINGS = {
     "scripts + benchmarks": 29_800,
 }
 """Expression nodes of folders. A smoke alarm and no target: a commit that needs more says what a reader gains."""
-OFFENDERS = {"statement": 52, "joined": 77, "function": 8}
+OFFENDERS = {"statement": 38, "joined": 64, "function": 7}
 """How many places of each kind the three packages have. A ratchet: only ever fewer."""
 STATEMENT = 30
 """Nodes of one statement; where it is a display or a call with keywords, of its largest entry."""

@@ -12,27 +12,29 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Cache
 
-from hookpoints.errors import UnsupportedModelError, require
+from hookpoints.errors import UnsupportedModelError
 from hookpoints.layer.context import count_tokens, drop_sources
 
 
 def tensors_of(cache: Cache) -> dict[str, Tensor]:
     """Every tensor of a cache by its place, "layer/attribute/key": ``1/keys/``, ``0/conv_states/0`` ..."""
-    return {
-        f"{layer}/{name}/{key}": x
-        for layer, held in enumerate(cache.layers)
-        for name, value in vars(held).items()
-        for key, x in (value.items() if isinstance(value, dict) else [("", value)])
-        if isinstance(x, Tensor)
-    }
+    tensors: dict[str, Tensor] = {}
+    for number, layer in enumerate(cache.layers):
+        for name, value in vars(layer).items():
+            entries = value if isinstance(value, dict) else {"": value}
+            tensors |= {f"{number}/{name}/{key}": x for key, x in entries.items() if isinstance(x, Tensor)}
+    return tensors
 
 
 def fill(cache: Cache, tensors: Mapping[str, Tensor]) -> None:
     """Replace tensors by place."""
     for place, x in tensors.items():
         layer, name, key = place.split("/")
-        attributes: dict[str | int, Any] = vars(cache.layers[int(layer)])  # type: ignore[assignment]
-        (attributes[name] if key else attributes)[int(key) if key else name] = x
+        attributes: dict[str, Any] = vars(cache.layers[int(layer)])
+        if key:
+            attributes[name][int(key)] = x
+        else:
+            attributes[name] = x
 
 
 def state_of(cache: Cache, layer: int, value_first: bool) -> Tensor:
@@ -63,16 +65,20 @@ def attention_of(cache: Cache, tokens: int) -> dict[str, Tensor]:
         UnsupportedModelError: a layer does not hold all ``tokens`` (a sliding window), or holds more than keys and
             values, so that no part can be cut from it.
     """
-    found = {place: x for place, x in tensors_of(cache).items() if place.endswith(("/keys/", "/values/"))}
-    for place, x in found.items():
-        layer = cache.layers[int(place.split("/")[0])]
-        require(
-            x.shape[-2] == tokens and not getattr(layer, "is_sliding", False) and not hasattr(layer, "indexer_keys"),
-            UnsupportedModelError,
-            f"layer {place.split('/')[0]}: expected a cache with keys and values of all {tokens} tokens, got a "
-            f"{type(layer).__name__}: nothing can be cut from it",
-        )
-    return {place: x.transpose(1, 2) for place, x in found.items()}
+    attention: dict[str, Tensor] = {}
+    for place, x in tensors_of(cache).items():
+        if not place.endswith(("/keys/", "/values/")):
+            continue
+        number = place.split("/")[0]
+        layer = cache.layers[int(number)]
+        is_partial = x.shape[-2] != tokens or getattr(layer, "is_sliding", False)
+        if is_partial or hasattr(layer, "indexer_keys"):
+            raise UnsupportedModelError(
+                f"layer {number}: expected a cache with keys and values of all {tokens} tokens, got a "
+                f"{type(layer).__name__}: nothing can be cut from it"
+            )
+        attention[place] = x.transpose(1, 2)
+    return attention
 
 
 def cut(cache: Cache, tokens: int) -> Cache:
@@ -81,15 +87,15 @@ def cut(cache: Cache, tokens: int) -> Cache:
     branch = copy.copy(cache)
     branch.layers = [copy.copy(layer) for layer in cache.layers]
     for layer in branch.layers:
-        own = {name: dict(value) for name, value in vars(layer).items() if isinstance(value, dict)}
-        vars(layer).update(own, record_past=False)
+        copied = {name: dict(value) for name, value in vars(layer).items() if isinstance(value, dict)}
+        vars(layer).update(copied, record_past=False)
     cropped: dict[str, Tensor] = {}
     for place, x in tensors_of(branch).items():
-        at, name, key = place.split("/")
+        layer, name, key = place.split("/")
         if name in ("keys", "values"):
             cropped[place] = x[..., :tokens, :]
-        elif name == "conv_states":
-            size = vars(branch.layers[int(at)])["conv_kernel_size"][int(key)]
+        elif name == "conv_states":  # the last inputs, with zeros before the first token
+            size = vars(branch.layers[int(layer)])["conv_kernel_size"][int(key)]
             cropped[place] = F.pad(x, (size, 0))[..., tokens : tokens + size]
     fill(branch, cropped)
     count_tokens(branch, tokens)
@@ -99,12 +105,17 @@ def cut(cache: Cache, tokens: int) -> Cache:
 
 def window(cache: Cache) -> int:
     """How many of the last tokens convolutions and token shifts hold; 1 where there are none."""
-    return max([1, *(x.shape[-1] for place, x in tensors_of(cache).items() if "/conv_states/" in place)])
+    return max(_convolved(cache), default=1)
 
 
 def reach(cache: Cache) -> int:
     """How many tokens after a token see it directly: kernel size - 1 for a convolution, 1 for a token shift."""
-    return max([0, *(max(x.shape[-1] - 1, 1) for place, x in tensors_of(cache).items() if "/conv_states/" in place)])
+    return max((max(size - 1, 1) for size in _convolved(cache)), default=0)
+
+
+def _convolved(cache: Cache) -> list[int]:
+    """How many tokens each convolution and token shift holds."""
+    return [x.shape[-1] for place, x in tensors_of(cache).items() if "/conv_states/" in place]
 
 
 def repeated(cache: Cache, times: int) -> Cache:
@@ -123,6 +134,7 @@ def turned(model: nn.Module, backbone: nn.Module | None, keys: Tensor, by: int) 
     rotary = getattr(backbone, "rotary_emb", None)
     if apply is None or rotary is None:
         return keys
-    where = torch.full((keys.shape[0], 1), by, device=keys.device)
-    cos, sin = (x / getattr(rotary, "attention_scaling", 1.0) for x in rotary(keys, where))
-    return apply(keys, keys, cos, sin, unsqueeze_dim=2)[1]
+    positions = torch.full((keys.shape[0], 1), by, device=keys.device)
+    scaling = getattr(rotary, "attention_scaling", 1.0)  # once in the keys already
+    cos, sin = rotary(keys, positions)
+    return apply(keys, keys, cos / scaling, sin / scaling, unsqueeze_dim=2)[1]

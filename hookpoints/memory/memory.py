@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import Cache
 
-from hookpoints.errors import InputError, UnsupportedModelError, require
+from hookpoints.errors import InputError, UnsupportedModelError
 from hookpoints.files import atomic_write
 from hookpoints.hooks.guard import Hooks
 from hookpoints.layer.context import count_tokens, drop_sources, scope
@@ -52,9 +52,9 @@ from hookpoints.recurrence.canonical import over_time, terms
 from hookpoints.recurrence.recurrence import Recurrence
 from hookpoints.rules.base import compute_dtype
 
-States = dict[int, Tensor]
+LayerStates = dict[int, Tensor]
 """States [B,H,K,V], or differences of states, by recurrent layer."""
-Span = slice | tuple[int, int]
+TokenSpan = slice | tuple[int, int]
 """Tokens start <= t < stop of a memory; negative numbers count from its end."""
 Kept = Mapping[str, Tensor]
 """What a memory keeps of each token, [B,T,...]: ``tokens``, ``factor/{layer}/{field}``, ``stream/{hook}``,
@@ -62,7 +62,7 @@ Kept = Mapping[str, Tensor]
 after one that was) and ``unmoved/{layer}`` (its attention key has an old position)."""
 
 
-class Terms(NamedTuple):
+class WriteTerms(NamedTuple):
     """A state as a sum over tokens of outer products, sum_r keys_r values_r^T."""
 
     keys: Tensor
@@ -143,15 +143,13 @@ class Memory:
             InputError: the state was set by hand, so that no token wrote it.
         """
         self.model.cfg.layer(layer)
-        require(
-            not self.edited,
-            InputError,
-            "expected a memory whose tokens wrote its states, got one edited by hand: cut before",
-        )
-        _, scale, read_before_write = self.forms[layer]
-        return Recurrence(**_among(self.kept, f"factor/{layer}/"), scale=scale, read_before_write=read_before_write)
+        if self.edited:
+            raise InputError("expected a memory whose tokens wrote its states, got one edited by hand: cut before")
+        form = self.forms[layer]
+        factors = _among(self.kept, f"factor/{layer}/")
+        return Recurrence(**factors, scale=form.scale, read_before_write=form.read_before_write)
 
-    def terms(self, layer: int, head: int | None = None) -> Terms:
+    def terms(self, layer: int, head: int | None = None) -> WriteTerms:
         """What each token still contributes to S, as factors: S is the sum of keys values^T over all tokens exactly.
 
         Cost: O(K T) per token and head, T / V times that of the recurrence. `holdings` is cheaper.
@@ -160,9 +158,10 @@ class Memory:
             InputError: the state was set by hand, so that no token wrote it.
         """
         r = self.recurrence(layer)
-        keys = r.by_source().states(positions=-1)[:, 0].movedim(-1, 1).unflatten(1, (r.T, r.R)).movedim(2, 3)
-        one = slice(None) if head is None else head
-        return Terms(keys.reshape(r.k.shape)[:, :, one], r.u.to(r.dtype)[:, :, one])
+        by_source = r.by_source().states(positions=-1)[:, 0].movedim(-1, 1)  # [B,T*R,H,K]
+        keys = by_source.unflatten(1, (r.T, r.R)).movedim(2, 3).reshape(r.k.shape)
+        heads = slice(None) if head is None else head
+        return WriteTerms(keys[:, :, heads], r.u.to(r.dtype)[:, :, heads])
 
     def holdings(self, layer: int, head: int | None = None) -> Tensor:
         """How much of S each token still contributes: <P_t k_t u_t^T, S> / <S, S>, [B,T], or [B,T,H] of all heads.
@@ -177,9 +176,12 @@ class Memory:
         state = self.state(layer).to(r.dtype)
         values = terms(r.u.to(r.dtype))
         back = r.adjoint(torch.zeros_like(values[0])).replace(initial_state=state)
-        found = [back.replace(q=key.flip(1)).outputs().flip(1) for key in terms(r.k.to(r.dtype))]  # [B,T,H,V], S^T P k
-        share = sum((x * value).sum(-1) for x, value in zip(found, values)) / state.square().sum((-1, -2))[:, None]
-        return share if head is None else share[:, :, head]
+        inner = torch.zeros(())
+        for key, value in zip(terms(r.k.to(r.dtype)), values):
+            held = back.replace(q=key.flip(1)).outputs().flip(1)  # [B,T,H,V], S^T P k
+            inner = inner + (held * value).sum(-1)
+        shares = inner / state.square().sum((-1, -2))[:, None]
+        return shares if head is None else shares[:, :, head]
 
     # -- cutting and joining
 
@@ -191,14 +193,13 @@ class Memory:
         Raises:
             InputError: ``position`` is not within 1 to T, or states were set by hand.
         """
-        require(
-            1 <= position <= self.T, InputError, f"position: expected 1 to {self.T}, the tokens read, got {position}"
-        )
+        if not 1 <= position <= self.T:
+            raise InputError(f"position: expected 1 to {self.T}, the tokens read, got {position}")
         if position == self.T:
             return self
         return self._of(_cut(self.kept, 0, position), self._scan(0, position))
 
-    def without(self, span: Span, reread: int | None = None) -> Memory:
+    def without(self, span: TokenSpan, reread: int | None = None) -> Memory:
         """The memory without the tokens of ``span``.
 
         Exact, as if they had never been read, where the span was read last, and where all tokens after it are read
@@ -226,16 +227,17 @@ class Memory:
             raise InputError(f"reread: expected 0 to {rest}, the tokens after the span, got {reread}")
         if not rest:
             return self.rewind(start)
-        base, reader = (_cut(self.kept, 0, start), self._scan(0, start)), self
-        if reread:
-            before = self._of(*base) if start else None
-            reader = read(self.model, self.tokens[:, stop : stop + reread], before)
-            if reread == rest:
-                return reader
-            base = reader.kept, reader._states()
-        return reader._then(base, self, stop + reread, self.T, inexact=True)
+        kept = _cut(self.kept, 0, start)
+        states = self._scan(0, start)
+        if not reread:
+            return self._then((kept, states), self, stop, self.T, inexact=True)
+        before = self._of(kept, states) if start else None
+        reader = read(self.model, self.tokens[:, stop : stop + reread], before)
+        if reread == rest:
+            return reader
+        return reader._then((reader.kept, reader._states()), self, stop + reread, self.T, inexact=True)
 
-    def paste(self, other: Memory, span: Span) -> Memory:
+    def paste(self, other: Memory, span: TokenSpan) -> Memory:
         """This memory, and then what ``other`` wrote at the tokens of ``span``.
 
         Exact where ``other`` read the span after the very tokens of this memory; else ``approximate`` says so.
@@ -253,7 +255,7 @@ class Memory:
 
     # -- arithmetic on states. Convolutions, token shifts and attention stay as they are.
 
-    def __sub__(self, other: Memory) -> States:
+    def __sub__(self, other: Memory) -> LayerStates:
         """The difference of all states, by layer."""
         self._check_peer(other)
         return {layer: self.state(layer) - other.state(layer) for layer in self.forms}
@@ -265,14 +267,14 @@ class Memory:
 
     def lerp(self, other: Memory, t: float) -> Memory:
         """With states S + t (S' - S), where S' are those of ``other``."""
-        require(isinstance(t, int | float) and math.isfinite(t), InputError, f"t: expected a finite number, got {t!r}")
+        if not isinstance(t, int | float) or not math.isfinite(t):
+            raise InputError(f"t: expected a finite number, got {t!r}")
         return self + {layer: t * change for layer, change in (other - self).items()}
 
     def truncate(self, rank: int) -> Memory:
         """With the nearest states of ``rank``, head by head (their largest singular values). Cost: an SVD of each."""
-        require(
-            isinstance(rank, int) and rank >= 1, InputError, f"rank: expected a whole number from 1 on, got {rank!r}"
-        )
+        if not isinstance(rank, int) or rank < 1:
+            raise InputError(f"rank: expected a whole number from 1 on, got {rank!r}")
         states = self._states()
         for layer, state in states.items():
             left, sizes, right = torch.linalg.svd(state.to(compute_dtype(state)), full_matrices=False)
@@ -300,13 +302,13 @@ class Memory:
         Raises:
             InputError: the memory belongs to another model, dtype or device, or to another number of rows.
         """
-        wanted = model.cfg.model_name, id(model), tokens.shape[0], model.cfg.dtype, model.cfg.device
-        found = self.model.cfg.model_name, id(self.model), self.tokens.shape[0], self.dtype, self.tokens.device
-        require(
-            found == wanted,
-            InputError,
-            f"memory: expected one of (model, id, rows, dtype, device) {wanted}, got {found}",
-        )
+        cfg = model.cfg
+        wanted = [cfg.model_name, id(model), tokens.shape[0], cfg.dtype, cfg.device]
+        got = [self.model.cfg.model_name, id(self.model), self.tokens.shape[0], self.dtype, self.tokens.device]
+        if got != wanted:
+            raise InputError(
+                f"memory: expected one of (model, id, rows, dtype, device) {tuple(wanted)}, got {tuple(got)}"
+            )
         return repeated(self.cache, copies)
 
     def save(self, path: str | Path) -> None:
@@ -352,36 +354,35 @@ class Memory:
     # -- helpers
 
     def _check_peer(self, other: Memory) -> None:
-        require(
-            other.model is self.model and other.tokens.shape[0] == self.tokens.shape[0],
-            InputError,
-            f"expected a memory of this model with as many rows as {self}, got {other}",
-        )
+        if other.model is not self.model or other.tokens.shape[0] != self.tokens.shape[0]:
+            raise InputError(f"expected a memory of this model with as many rows as {self}, got {other}")
 
     def _check_states(self, states: Mapping[int, Tensor]) -> None:
         for layer, state in states.items():
-            found, wanted = ([*x.shape, x.is_floating_point(), x.device] for x in (state, self.state(layer)))
-            require(
-                found == wanted, InputError, f"layer {layer}: expected [B,H,K,V], float, device {wanted}, got {found}"
-            )
+            wanted = _kind(self.state(layer))
+            got = _kind(state)
+            if got != wanted:
+                raise InputError(f"layer {layer}: expected [B,H,K,V], float, device {wanted}, got {got}")
 
-    def _range(self, span: Span) -> tuple[int, int]:
-        start, stop, step = (span.start, span.stop, span.step) if isinstance(span, slice) else (*span, None)
-        start, stop = 0 if start is None else start, self.T if stop is None else stop
-        start, stop = (t + self.T if t < 0 else t for t in (start, stop))
-        require(
-            step in (None, 1) and 0 <= start < stop <= self.T,
-            InputError,
-            f"span: expected start < stop within the {self.T} tokens read, got {span}",
-        )
+    def _range(self, span: TokenSpan) -> tuple[int, int]:
+        tokens = span if isinstance(span, slice) else slice(*span)
+        start = 0 if tokens.start is None else tokens.start
+        stop = self.T if tokens.stop is None else tokens.stop
+        # Not `slice.indices`, which moves numbers out of range into it.
+        if start < 0:
+            start += self.T
+        if stop < 0:
+            stop += self.T
+        if tokens.step not in (None, 1) or not 0 <= start < stop <= self.T:
+            raise InputError(f"span: expected start < stop within the {self.T} tokens read, got {span}")
         return start, stop
 
-    def _states(self) -> States:
+    def _states(self) -> LayerStates:
         return {layer: self.state(layer) for layer in self.forms}
 
-    def _scan(self, start: int, stop: int, before: States | None = None) -> States:
+    def _scan(self, start: int, stop: int, before: LayerStates | None = None) -> LayerStates:
         """States after the writes from ``start`` to ``stop``, made on ``before`` (None: zeros)."""
-        states: States = {}
+        states: LayerStates = {}
         for layer in self.forms:
             r = self.recurrence(layer)
             states[layer] = r.starting_state() if before is None else before[layer]
@@ -390,22 +391,26 @@ class Memory:
                 states[layer] = part.states(positions=-1)[:, 0]
         return states
 
-    def _then(self, base: tuple[Kept, States], other: Memory, start: int, stop: int, inexact: bool) -> Memory:
+    def _then(self, base: tuple[Kept, LayerStates], other: Memory, start: int, stop: int, inexact: bool) -> Memory:
         """``base``, and then what ``other`` wrote from ``start`` to ``stop``; ``inexact``: with others in view."""
         kept = _cut(other.kept, start, stop)
         if inexact:
             kept["inexact"] = torch.ones_like(kept["inexact"])
-        by = base[0]["tokens"].shape[1] - start
+        before, states = base
+        by = before["tokens"].shape[1] - start
         backbone = self.model.attachment.layout.backbone
         unmoved = {name: x for name, x in kept.items() if by and name.startswith("attention/")}
-        kept |= {n: turned(self.model.hf_model, backbone, x, by) for n, x in unmoved.items() if n.endswith("/keys/")}
-        return self._of(_joined(base[0], kept), other._scan(start, stop, base[1]), unmoved)
+        for name, x in unmoved.items():
+            if name.endswith("/keys/"):
+                kept[name] = turned(self.model.hf_model, backbone, x, by)
+        return self._of(_joined(before, kept), other._scan(start, stop, states), unmoved)
 
-    def _of(self, kept: Kept, states: States, unmoved: Kept | None = None) -> Memory:
+    def _of(self, kept: Kept, states: LayerStates, unmoved: Kept | None = None) -> Memory:
         """The memory of tokens whose ``kept`` and last states are known. Convolutions and token shifts are those of a
         pass over the last few, whose other results serve as a check: keys that were not moved as the model
         would have done it are left ``unmoved``."""
-        kept, count = dict(kept), kept["tokens"].shape[1]
+        kept = dict(kept)
+        count = kept["tokens"].shape[1]
         begin = max(count - window(self.cache), 0)
         cache = copy.deepcopy(self.cache) if begin else None
         if cache is not None:
@@ -414,12 +419,15 @@ class Memory:
         cache = _run(self.model, kept["tokens"][:, begin:], begin, cache, putting)
         fresh = attention_of(cache, count)
         for name, x in (unmoved or {}).items():
-            place, seen = name.removeprefix("attention/"), -min(x.shape[1], count - begin)
-            if not relative_error(fresh[place][:, seen:], kept[name][:, seen:]) <= tolerance(x.dtype):
-                kept[name] = torch.cat([kept[name][:, : -x.shape[1]], x], 1)
-                of_layer = f"unmoved/{place.split('/')[0]}"
-                kept[of_layer] = kept[of_layer].clone()
-                kept[of_layer][:, -x.shape[1] :] = True
+            place = name.removeprefix("attention/")
+            moved = x.shape[1]
+            checked = min(moved, count - begin)
+            error = relative_error(fresh[place][:, -checked:], kept[name][:, -checked:])
+            if not error <= tolerance(x.dtype):  # NaN is an error
+                kept[name] = torch.cat([kept[name][:, :-moved], x], 1)
+                flags = f"unmoved/{place.split('/')[0]}"
+                kept[flags] = kept[flags].clone()
+                kept[flags][:, -moved:] = True
         self._fill(cache, kept, states)
         return replace(self, cache=cache, kept=kept)
 
@@ -444,7 +452,11 @@ def read(model: HookedModel, tokens: Tensor, before: Memory | None = None) -> Me
             f"no memory of {model.cfg.model_name}: upstream's {from_zero.pop()} reads a cache one token at a time "
             "only, and several tokens as a new text. generate and forward take upstream's cache"
         )
-    position, cache = (0, None) if before is None else (before.T, before.branch(model, tokens))
+    position = 0
+    cache = None
+    if before is not None:
+        position = before.T
+        cache = before.branch(model, tokens)
     streams, keeping, _ = model.get_caching_hooks(_streams(model))
     with model.recording() as recorded:
         cache = _run(model, tokens, position, cache, keeping)
@@ -454,11 +466,11 @@ def read(model: HookedModel, tokens: Tensor, before: Memory | None = None) -> Me
         kept["inexact"] |= before.kept["inexact"].any(1, keepdim=True)
     forms: dict[int, Form] = {}
     edited = before is not None and before.edited
-    for layer, each in recorded.items():
-        r = each.recurrence
+    for layer, record in recorded.items():
+        r = record.recurrence
         kept |= {f"factor/{layer}/{name}": x for name, x in over_time(r)}
-        forms[layer] = Form(each.value_first, r.scale, r.read_before_write)
-        edited |= not each.left(state_of(cache, layer, each.value_first))
+        forms[layer] = Form(record.value_first, r.scale, r.read_before_write)
+        edited |= not record.left(state_of(cache, layer, record.value_first))
     attention = attention_of(cache, position + tokens.shape[1])
     kept |= {f"unmoved/{place.split('/')[0]}": torch.zeros_like(kept["inexact"]) for place in attention}
     kept = kept if before is None else _joined(before.kept, kept)
@@ -496,6 +508,11 @@ def _checked(model: HookedModel, named: Mapping[str, Tensor], path: str) -> tupl
     fill(first.cache, {place: named[f"cache/{place}"].to(x.device) for place, x in places.items()})
     count_tokens(first.cache, count)
     return first.cache, dict(first.forms)
+
+
+def _kind(state: Tensor) -> list[object]:
+    """What a state has in common with those that can replace it."""
+    return [*state.shape, state.is_floating_point(), state.device]
 
 
 def _grows(place: str) -> bool:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 Token = str | int
 """A token as text or id."""
-Metric = Callable[[Tensor], Tensor]
+LogitMetric = Callable[[Tensor], Tensor]
 """A number made of logits [B,T,vocab], differentiably."""
 
 
@@ -85,7 +85,7 @@ def source_attribution(
 
 
 @torch.enable_grad()
-def write_attribution(model: HookedRecurrent, input: str | Tensor, metric: Metric) -> pd.DataFrame:
+def write_attribution(model: HookedRecurrent, input: str | Tensor, metric: LogitMetric) -> pd.DataFrame:
     """The first-order effect of every write on a metric: <W, dmetric/dW>, what deleting the write would take off.
 
     One forward and one backward pass of the model give the gradients of all reads; `Recurrence.value_gradients` carries
@@ -147,7 +147,7 @@ class AttributionCheck(NamedTuple):
 
 @torch.no_grad()
 def check_attribution(
-    model: HookedRecurrent, input: str | Tensor, metric: Metric, attributions: pd.DataFrame
+    model: HookedRecurrent, input: str | Tensor, metric: LogitMetric, attributions: pd.DataFrame
 ) -> AttributionCheck:
     """Delete each write of ``attributions`` in its own run, exactly, and compare.
 

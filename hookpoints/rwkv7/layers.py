@@ -107,7 +107,7 @@ def keep_shift(x: Tensor, last: Tensor, cache: Cache, layer: int, part: int) -> 
     )
 
 
-class LowRank(nn.Module):
+class LowRankMap(nn.Module):
     """x -> B act(A x) + bias, with A and B of rank R. (In the paper: a LoRA.)"""
 
     def __init__(self, width: int, rank: int, out: int, activation: nn.Module | None = None, bias: bool = True):
@@ -141,11 +141,11 @@ class RWKV7Attention(nn.Module):
         self.k_proj = nn.Linear(width, keys, bias=False)
         self.v_proj = nn.Linear(width, values, bias=False)
         self.o_proj = nn.Linear(values, width, bias=False)
-        self.w_lora = LowRank(width, config.decay_low_rank_dim, keys, nn.Tanh())
+        self.w_lora = LowRankMap(width, config.decay_low_rank_dim, keys, nn.Tanh())
         if layer:
-            self.v_lora = LowRank(width, config.v_low_rank_dim, values)
-        self.a_lora = LowRank(width, config.a_low_rank_dim, keys)
-        self.g_lora = LowRank(width, config.gate_low_rank_dim, values, nn.Sigmoid(), bias=False)
+            self.v_lora = LowRankMap(width, config.v_low_rank_dim, values)
+        self.a_lora = LowRankMap(width, config.a_low_rank_dim, keys)
+        self.g_lora = LowRankMap(width, config.gate_low_rank_dim, values, nn.Sigmoid(), bias=False)
         self.g_norm = nn.GroupNorm(self.num_heads, values, eps=config.head_norm_eps or self.head_dim * config.norm_eps)
 
     def first_values(self, x: Tensor, cache: Cache | None, mask: Tensor | None) -> Tensor:

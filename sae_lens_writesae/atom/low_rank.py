@@ -16,7 +16,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-Index = slice | Tensor | list[int]
+AtomIndex = slice | Tensor | list[int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,11 +78,11 @@ class LowRank:
 
     # ------------------------------------------------------------------------------------------ choosing
 
-    def rows(self, index: Index) -> LowRank:
+    def rows(self, index: AtomIndex) -> LowRank:
         """Some of the N matrices, by slice, mask or indices."""
         return LowRank(self.keys[index], self.values[index])
 
-    def terms(self, index: Index) -> LowRank:
+    def terms(self, index: AtomIndex) -> LowRank:
         """Every matrix restricted to some of its R terms, by slice, mask or indices."""
         return LowRank(self.keys[:, index], self.values[:, index])
 

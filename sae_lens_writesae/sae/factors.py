@@ -74,7 +74,7 @@ writes are dense, 66 to 83."""
 FactorDtype = Literal["float16", "bfloat16", "float32"]
 Sequences = slice | Sequence[int] | Tensor
 """Which sequences."""
-Index = dict[str, Any]
+CollectionIndex = dict[str, Any]
 """What `index.json` holds: what was asked for, and then what a first batch showed (`_describe`)."""
 
 _HEADROOM = 16
@@ -117,7 +117,7 @@ class Collection:
     for, and files are mapped, not copied. When something is first asked for, each shard is read once and its hash
     compared; CollectionError names one that was changed, is missing or is a link."""
 
-    def __init__(self, sealed: SealedFolder, index: Index):
+    def __init__(self, sealed: SealedFolder, index: CollectionIndex):
         self.folder = sealed.folder
         self._sealed = sealed
         self._index = index
@@ -150,7 +150,7 @@ class Collection:
         sealed = SealedFolder(Path(folder), CollectionError)
         sealed.require()
         index = read_json(sealed.file(INDEX))
-        expected: Index = {"format": FORMAT}
+        expected: CollectionIndex = {"format": FORMAT}
         if model is not None:
             expected["model"] = model_hash(model)
         if model is not None and text is not None:
@@ -202,7 +202,7 @@ class Collection:
             CollectionError: only writes were collected.
         """
         self.head_target(layer, head, "state")
-        described: Index = self._index["layers"][str(layer)]
+        described: CollectionIndex = self._index["layers"][str(layer)]
         stored: dict[str, Any] = {
             name: self._map(f"{layer}.{head}.{name}")[sequences].unsqueeze(2) for name in described["factors"]
         }
@@ -297,7 +297,7 @@ def collect(
             head_target(model, layer, head, target)
     check_own(folder)
     ids = _sequences(model, text, context_size, n_tokens)
-    asked: Index = {
+    asked: CollectionIndex = {
         "format": FORMAT,
         "model": model_hash(model),
         **_named_text(ids),
@@ -333,15 +333,20 @@ def collect(
 
 
 def _index(
-    model: HookedRecurrent, ids: Tensor, folder: Path, asked: Index, batch_size: int | None, shard_bytes: float
-) -> Index:
+    model: HookedRecurrent,
+    ids: Tensor,
+    folder: Path,
+    asked: CollectionIndex,
+    batch_size: int | None,
+    shard_bytes: float,
+) -> CollectionIndex:
     """The index that a folder has, or that of a new collection.
 
     Raises:
         CollectionError: the folder's is not what was `asked` for.
         ValueError: there is no memory for a batch.
     """
-    index: Index = read_json(folder / INDEX) if (folder / INDEX).exists() else {}
+    index: CollectionIndex = read_json(folder / INDEX) if (folder / INDEX).exists() else {}
     if index:
         _check_same(folder, index, asked)
     # The memory is checked in a resumed run as well: it may run on another machine.
@@ -356,7 +361,7 @@ def _index(
     return index
 
 
-def _missing(folder: Path, index: Index) -> dict[str, range]:
+def _missing(folder: Path, index: CollectionIndex) -> dict[str, range]:
     """Shards that are not there as they were written, with the numbers of their sequences. What is left of a run that
     was killed after it finished a shard is deleted."""
     missing = {name: span for name, span in _spans(index).items() if not _whole(folder / name)}
@@ -366,7 +371,9 @@ def _missing(folder: Path, index: Index) -> dict[str, range]:
     return missing
 
 
-def _check_room(folder: Path, index: Index, missing: Mapping[str, range], say: Callable[[str], object]) -> None:
+def _check_room(
+    folder: Path, index: CollectionIndex, missing: Mapping[str, range], say: Callable[[str], object]
+) -> None:
     """Say how large the collection is; raise DiskTooSmallError where the rest of it does not fit on the disk."""
     sequence = _sequence_bytes(index)
     total = sequence * index["shape"][0]
@@ -433,7 +440,7 @@ def _sequences(model: HookedRecurrent, text: Tensor | Dataset, context_size: int
     return torch.stack(taken).to("cpu", torch.int32)
 
 
-def _write_shard(model: HookedRecurrent, ids: Tensor, index: Index, file: Path, bar: tqdm[NoReturn]) -> None:
+def _write_shard(model: HookedRecurrent, ids: Tensor, index: CollectionIndex, file: Path, bar: tqdm[NoReturn]) -> None:
     """Collect a shard into a file, from what a killed run has of it. Every minute what there is is written aside."""
     aside = file.with_name(f".{file.name}")
     saved = time.monotonic()
@@ -479,7 +486,7 @@ def _whole(file: Path) -> bool:
     return not why
 
 
-def _stored(model: HookedRecurrent, ids: Tensor, index: Index) -> dict[str, Tensor]:
+def _stored(model: HookedRecurrent, ids: Tensor, index: CollectionIndex) -> dict[str, Tensor]:
     """What a shard has of a batch."""
     stored = {"tokens": ids}
     for layer, recurrence in _recorded(model, ids, index).items():
@@ -521,7 +528,7 @@ class _Enough(Exception):
     """Ends a pass."""
 
 
-def _recorded(model: HookedRecurrent, ids: Tensor, asked: Index) -> dict[str, Recurrence]:
+def _recorded(model: HookedRecurrent, ids: Tensor, asked: CollectionIndex) -> dict[str, Recurrence]:
     """Factors of every layer and head asked for, on [B,T] tokens. The pass ends at the op of the last layer."""
     heads = {int(layer): heads for layer, heads in asked["heads"].items()}
     recurrences: dict[str, Recurrence] = {}
@@ -538,10 +545,10 @@ def _recorded(model: HookedRecurrent, ids: Tensor, asked: Index) -> dict[str, Re
     return recurrences
 
 
-def _describe(model: HookedRecurrent, ids: Tensor, asked: Index) -> Index:
+def _describe(model: HookedRecurrent, ids: Tensor, asked: CollectionIndex) -> CollectionIndex:
     """What an index says besides what was asked for, from the factors of a first batch: the dtype, and for each layer
     the dtype and shape (of one token and head) of every factor, and what states need besides."""
-    layers: dict[str, Index] = {}
+    layers: dict[str, CollectionIndex] = {}
     for layer, r in _recorded(model, ids, asked).items():
         names = ["k", "u"]
         if asked["targets"] != ["write"]:
@@ -592,7 +599,7 @@ def _smallest_dtype(factors: Sequence[Tensor]) -> FactorDtype:
 # ------------------------------------------------------------------------------------------------ files
 
 
-def _spans(index: Index) -> dict[str, range]:
+def _spans(index: CollectionIndex) -> dict[str, range]:
     """Numbers of the sequences in each shard, by its name."""
     n = index["shape"][0]
     size = index["sequences_per_shard"]
@@ -600,7 +607,7 @@ def _spans(index: Index) -> dict[str, range]:
     return {f"shard-{i:05d}.safetensors": range(start, min(start + size, n)) for i, start in enumerate(starts)}
 
 
-def _sequence_bytes(index: Index) -> int:
+def _sequence_bytes(index: CollectionIndex) -> int:
     """Size of the numbers of one sequence. Headers of files add some thousandths."""
     token = 4  # its id
     for layer, described in index["layers"].items():
@@ -624,7 +631,7 @@ def check_own(folder: Path) -> None:
         )
 
 
-def _check_same(folder: Path, index: Mapping[str, object], asked: Index) -> None:
+def _check_same(folder: Path, index: Mapping[str, object], asked: CollectionIndex) -> None:
     """Raise CollectionError that names what differs."""
     if differing := [name for name, value in asked.items() if index.get(name) != value]:
         raise CollectionError(
@@ -633,7 +640,7 @@ def _check_same(folder: Path, index: Mapping[str, object], asked: Index) -> None
         )
 
 
-def _check_sizes(sealed: SealedFolder, index: Index) -> None:
+def _check_sizes(sealed: SealedFolder, index: CollectionIndex) -> None:
     """Raise CollectionError unless the sizes in the index are whole numbers that give the shards of the seal. Costs
     nothing that grows with these sizes."""
     file = sealed.folder / INDEX
@@ -653,7 +660,7 @@ def _check_sizes(sealed: SealedFolder, index: Index) -> None:
         )
 
 
-def _named_text(ids: Tensor) -> Index:
+def _named_text(ids: Tensor) -> CollectionIndex:
     return {"text": hashlib.sha256(ids.numpy().data).hexdigest(), "shape": list(ids.shape)}
 
 

@@ -37,7 +37,7 @@ from hookpoints.files import atomic_write, content_hash, set_aside
 from hookpoints.scopes import threads_for
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.files import SAVE_SECONDS
-from sae_lens_writesae.sae.matrix import khatri_rao, require
+from sae_lens_writesae.sae.matrix import khatri_rao
 from sae_lens_writesae.sae.metric import Metric
 from sae_lens_writesae.sae.rows import ShuffledWrites, new_sae, seeded, shuffled, train_on_rows, wandb_run
 from sae_lens_writesae.sae.target import RunnerConfig
@@ -98,8 +98,10 @@ def train_on_writes(
     writes = LowRank(*(side[:, None] if side.ndim == 2 else side for side in (keys, values)))
     if shape_of(cfg) is not None:
         return train_many_on_writes([cfg], [writes], [metric], checkpoint=checkpoint)[0]
-    found, wanted = (writes.keys.shape[2], writes.values.shape[2]), (cfg.sae.d_k, cfg.sae.d_v)
-    require(found == wanted, "keys, values", found, f"of K, V = {wanted} (d_k, d_v of cfg.sae)")
+    sizes = (writes.keys.shape[2], writes.values.shape[2])
+    wanted = (cfg.sae.d_k, cfg.sae.d_v)
+    if sizes != wanted:
+        raise ValueError(f"keys, values={sizes!r}: must be of K, V = {wanted} (d_k, d_v of cfg.sae).")
     inputs = "" if checkpoint is None else content_hash([writes.keys, writes.values, metric and vars(metric)])
     return train_on_rows(cfg, ShuffledWrites(cfg, writes), metric, checkpoint, len(writes), inputs)
 
@@ -123,8 +125,8 @@ def train_many_on_writes(
         ValueError: what `train_on_writes` raises, or dictionaries of different shapes.
     """
     shapes = {shape_of(cfg) for cfg in configs}
-    one = len(shapes) == 1 and None not in shapes
-    require(one, "configs", f"{len(shapes)} shapes", "dictionaries on factors that have one `shape_of`")
+    if len(shapes) != 1 or None in shapes:
+        raise ValueError(f"configs='{len(shapes)} shapes': must be dictionaries on factors that have one `shape_of`.")
     held = _held(writes, torch.device(configs[0].device))
     return Stack(list(zip(configs, held, metrics or [None] * len(configs), strict=True))).train(checkpoint)
 

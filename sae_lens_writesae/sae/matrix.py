@@ -28,7 +28,7 @@ from sae_lens.saes.sae import SAE, SAEConfig, TrainingSAE
 from torch import Tensor, nn
 
 from hookpoints.files import atomic_files
-from sae_lens_writesae.atom.low_rank import Index, LowRank
+from sae_lens_writesae.atom.low_rank import AtomIndex, LowRank
 from sae_lens_writesae.choices import Decoder, Encoder
 
 REQUIRES = "import sae_lens_writesae (package sae-lens-writesae), which registers the architecture in SAELens"
@@ -37,12 +37,6 @@ KeyError with the architecture's name."""
 
 CHECKPOINT_ENTRY = "mean_batches"
 """A buffer that only autoencoders in training have: weights with it are those of a checkpoint."""
-
-
-def require(condition: bool, field: str, value: object, wanted: str) -> None:
-    """Raise ValueError unless `condition` holds; the message names the field, its value and what is needed."""
-    if not condition:
-        raise ValueError(f"{field}={value!r}: must be {wanted}.")
 
 
 @dataclass(kw_only=True)
@@ -200,7 +194,7 @@ class MatrixSAE(SAE[Any]):
     # ---------------------------------------------------------------------------------------- atoms
 
     @torch.no_grad()
-    def atoms(self, indices: Index = slice(None), rank: int | None = None) -> LowRank:
+    def atoms(self, indices: AtomIndex = slice(None), rank: int | None = None) -> LowRank:
         """Decoder atoms as low-rank matrices: N = n atoms.
 
         Without `rank` they are exact: the factors themselves, and for a flat decoder all min(K, V) singular terms. With

@@ -33,7 +33,6 @@ from hookpoints.errors import ChecksumError
 from hookpoints.files import CHECKSUMS, SealedFolder, atomic_folder, check_folder, set_aside, write_checksums
 from hookpoints.scopes import threads_for
 from sae_lens_writesae.atom.low_rank import LowRank
-from sae_lens_writesae.sae.matrix import require
 from sae_lens_writesae.sae.metric import Metric
 from sae_lens_writesae.sae.target import RunnerConfig
 from sae_lens_writesae.sae.training import MatrixTrainingSAE
@@ -49,12 +48,8 @@ def new_sae(cfg: RunnerConfig, metric: Metric | None = None) -> MatrixTrainingSA
     Raises:
         ValueError: a metric, and a config that asks for none; or none where it asks for one.
     """
-    require(
-        (metric is None) == (cfg.sae.metric == "frobenius"),
-        "metric",
-        cfg.sae.metric,
-        "frobenius, or given (see `fit_metrics`)",
-    )
+    if (metric is None) != (cfg.sae.metric == "frobenius"):
+        raise ValueError(f"metric={cfg.sae.metric!r}: must be frobenius, or given (see `fit_metrics`).")
     with seeded(cfg.seed, -1):
         sae = cast(MatrixTrainingSAE, TrainingSAE.from_dict(cfg.get_training_sae_cfg_dict() | {"device": cfg.device}))
     LanguageModelSAETrainingRunner._set_sae_metadata(cast(Any, SimpleNamespace(cfg=cfg, sae=sae)))

@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from sae_lens_writesae.steering import Target, scale_atoms, token_id
+from sae_lens_writesae.steering import TargetToken, scale_atoms, token_id
 from writesae.choices import AtLeast
 from writesae.dictionary.selectivity import alignment
 from writesae.experiment.evaluation import Evaluation, Result, Scope
@@ -68,7 +68,7 @@ class Amplify(Evaluation):
     differs from nothing and from both controls by itself (Holm-adjusted sign-flip tests by prompt).
     """
 
-    tokens: tuple[Target, ...] = ()
+    tokens: tuple[TargetToken, ...] = ()
     """Tokens (ids or strings, at least two) whose atoms are scaled. Empty: `n_tokens`, those with the best aligned."""
     n_tokens: Annotated[int, AtLeast(2)] = 5
     """How many tokens, where none are named. A verdict needs 5."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sae_lens_writesae.atom.low_rank import LowRank
-from sae_lens_writesae.steering import Target, token_id, value_direction
+from sae_lens_writesae.steering import TargetToken, token_id, value_direction
 from writesae.choices import AtLeast
 from writesae.experiment.evaluation import Evaluation, Result, Scope, described
 from writesae.experiment.generation import greedy_rows
@@ -61,7 +61,7 @@ class Install(Evaluation):
     """The m of the claim; one of `sizes`."""
     new_tokens: int = 20
     """Greedy tokens in which the target is looked for."""
-    semantic: tuple[Target, ...] = ()
+    semantic: tuple[TargetToken, ...] = ()
     """Tokens or strings (each one token) that mean something to you: one more stratum. Empty: left out."""
 
     question: ClassVar[str] = "Do installed writes put a token into the continuation?"
