@@ -234,9 +234,10 @@ def in_torch(namespace: ModuleType, rule: Rule) -> bool:
     for name in (*rule.ops, *rule.companions, *rule.fused, *rule.norm_linear):
         if (op := getattr(namespace, name, None)) is not None:
             op = op.__wrapped__ if id(op) in _USES else op
+            plain = inspect.unwrap(op)
             # transformers decorates its torch functions, whether or not it found a kernel that stands in for them.
-            found = inspect.getclosurevars(op).nonlocals if op is not inspect.unwrap(op) else {}
-            kernels.append(found.get("is_new_implementation", op is not inspect.unwrap(op)))
+            closed_over = inspect.getclosurevars(op).nonlocals if op is not plain else {}
+            kernels.append(closed_over.get("implementation", op) is not plain)
     return not any(kernels)
 
 
