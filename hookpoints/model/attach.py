@@ -122,9 +122,9 @@ class AttachedBridge(Attached):
 
     def _check(self) -> None:
         tokens = torch.arange(1, 8, device=self.cfg.device).remainder(self.cfg.d_vocab).unsqueeze(0)
-        # A copied forward may not fit this version of transformers.
+        # A copied forward runs only without a cache, and may not fit this version of transformers.
         with suppress(Exception), torch.no_grad(), self.recording():
-            self.bridge(tokens)
+            self.bridge(tokens, use_cache=False)
         deaf = {id(mixer.module) for mixer in self.attachment.mixers.values() if not mixer.calls}
         for component in self.hf_model.modules():
             if isinstance(component, GeneralizedComponent) and id(component.original_component) in deaf:
