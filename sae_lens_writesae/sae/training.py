@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.choices import Loss, MetricName
-from sae_lens_writesae.sae.losses import read_loss, write_loss
+from sae_lens_writesae.sae.losses import read_loss, squared_errors, write_loss
 from sae_lens_writesae.sae.matrix import MatrixSAE, MatrixSAEConfig, with_checksums
 
 PAPER_RUNNER: dict[str, float | int | str] = {
@@ -109,6 +109,7 @@ class MatrixTrainingSAE(TrainingSAE[Any], MatrixSAE):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self.mse_loss_fn = squared_errors
         self.n_started = nn.Buffer(torch.zeros((), dtype=torch.long, device=self.device))
         """[], atoms that were put on rows of the first batches."""
         self.mean_input = nn.Buffer(torch.zeros_like(self.b_dec, dtype=exact_dtype(self.b_dec)))
