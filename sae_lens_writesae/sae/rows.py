@@ -19,7 +19,6 @@ import wandb
 from sae_lens import LanguageModelSAETrainingRunner
 from sae_lens.constants import (
     ACTIVATION_SCALER_CFG_FILENAME,
-    ACTIVATION_WHITENING_FILENAME,
     SAE_CFG_FILENAME,
     SAE_WEIGHTS_FILENAME,
     SPARSITY_FILENAME,
@@ -229,7 +228,7 @@ _SOURCE = "source.pt"
 """Of a checkpoint: the random numbers, where the rows are, and what they are made of."""
 _OF_SAELENS = (
     ACTIVATION_SCALER_CFG_FILENAME,
-    ACTIVATION_WHITENING_FILENAME,
+    "activation_whitening.safetensors",  # SAELens 6.51 neither writes nor names it
     SAE_CFG_FILENAME,
     SAE_WEIGHTS_FILENAME,
     SPARSITY_FILENAME,
