@@ -11,6 +11,8 @@ HostGenerator, host_load = torch.Generator, torch.load
 class _Module(backend_registration._DummyBackendModule):
     get_amp_supported_dtype = staticmethod(lambda: [torch.bfloat16, torch.float16])
     manual_seed = manual_seed_all = synchronize = set_device = empty_cache = staticmethod(lambda *_: None)
+    # Only while the device is pretended (`device.pretended`): DataParallel, say, takes any that there is.
+    is_available = staticmethod(lambda: torch.Generator is not HostGenerator)
     mem_get_info = staticmethod(lambda *_: (70e9, 80e9))
     get_rng_state = staticmethod(lambda *_: torch.get_rng_state())
     set_rng_state = staticmethod(lambda state, *_: torch.set_rng_state(state))

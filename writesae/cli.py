@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
+import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import is_dataclass, make_dataclass
@@ -99,6 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the console script. An error that says what to mend ends with status 2 and no traceback, an
     interrupt with status 130 and a line that says what it left."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if callable(signal.getsignal(signal.SIGINT)):  # SAELens' runner leaves its own handler, with its own exception
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         _run(given)
     except KeyboardInterrupt as interrupt:

@@ -172,6 +172,7 @@ class Demo:
         (of all, where there is none); its half-life in tokens, and nats per token where all its writes are deleted."""
         from writesae.dictionary.quality import head_effects
 
+        self.check_head(model)
         layers = model.cfg.recurrent_layers if self.layer is None else [self.layer]
         effects = head_effects(model, tokens, layers, None if self.head is None else [self.head], progress=True)
         lasting = effects[effects["half_life"] >= self.memory]
