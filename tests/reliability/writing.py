@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import RLock
@@ -17,6 +18,7 @@ import torch
 from saes import planted
 from tqdm.auto import tqdm
 
+import writesae
 from hookpoints import HookedRecurrent
 from hookpoints.files import CHECKSUMS
 from reliability.checks import Change, Comparison, check, outcome
@@ -29,6 +31,7 @@ from writesae.dictionary.suite import evaluate_all
 from writesae.evaluations import EVALUATIONS
 from writesae.files import taken
 
+PRODUCT = Path(writesae.__file__).parents[1]
 Write = Callable[[HookedRecurrent, Path], object]
 
 
@@ -79,12 +82,14 @@ def _read_back(what: str, folder: Path, whole: dict[str, object]) -> Iterator[Co
 
 
 class _Killer:
-    """Counts calls of built-in functions that change files, and kills the process as one of them returns."""
+    """Counts calls of built-in functions that change files, and kills the process as one of them returns. `places` has
+    the numbers of the calls by the lines of the product that led to them: some lines write hundreds of times."""
 
     CALLS = ("open", "write", "replace", "rename", "mkdir", "unlink", "chmod", "serialize_file")
 
     def __init__(self, at: int | None = None):
         self.at, self.calls = at, 0
+        self.places: dict[tuple[object, ...], list[int]] = {}
 
     def __call__(self, frame, event, arg) -> None:
         if event != "c_return" or arg.__name__ not in self.CALLS or isinstance(getattr(arg, "__self__", None), str):
@@ -93,6 +98,16 @@ class _Killer:
             self.calls += 1
             if self.calls == self.at:
                 os.kill(os.getpid(), signal.SIGKILL)
+            if self.at is None:
+                stack = ((each.f_code, each.f_lineno) for each, _ in traceback.walk_stack(frame))
+                lines = ((code.co_name, line) for code, line in stack if str(PRODUCT) in code.co_filename)
+                self.places.setdefault((arg.__name__, *lines), []).append(self.calls)
+
+    def draw(self, n: int) -> list[int]:
+        """Numbers of calls, of as many places as there can be."""
+        draw = random.Random(0)
+        places = list(self.places.values())
+        return [draw.choice(calls) for calls in draw.sample(places, min(n, len(places)))]
 
     def run(self, write: Write, model: HookedRecurrent, folder: Path) -> None:
         sys.setprofile(self)
@@ -107,7 +122,7 @@ def _kills(write: Write) -> Callable[[Path, int], Iterator[Comparison]]:
         model, counter = fresh(), _Killer()
         counter.run(write, model, work / "whole")
         whole = contents(work / "whole")
-        for at in random.Random(0).sample(range(1, counter.calls + 1), min(rounds, counter.calls)):
+        for at in counter.draw(rounds):
             folder = work / f"killed-{at}"
             if (process := os.fork()) == 0:
                 try:
@@ -123,7 +138,7 @@ def _kills(write: Write) -> Callable[[Path, int], Iterator[Comparison]]:
 
     run.__name__ = f"kills_{write.__name__}"
     run.__doc__ = (
-        f"{write.__doc__} The process is killed (SIGKILL) as a call that changes files returns, at another call each "
+        f"{write.__doc__} The process is killed (SIGKILL) as a call that changes files returns, at another line each "
         "time. What it left is read and compared with the same of a run without kills. Then the run is resumed, and "
         "the whole is compared."
     )
