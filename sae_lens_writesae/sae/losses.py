@@ -10,14 +10,6 @@ from torch import Tensor
 from hookpoints import Recurrence
 
 
-def squared_errors(reconstructions: Tensor, rows: Tensor) -> Tensor:
-    """Squared errors [N,D] of rows [N,D], in the wider of both dtypes.
-
-    SAELens calls `mse_loss`, which in torch 2.8 has no gradient where the dtypes differ.
-    """
-    return (reconstructions - rows).square()
-
-
 def read_loss(error: Tensor, queries: Tensor) -> Tensor:
     """Mean over rows of |E^T q|^2, in units of the squared error: [N,K,V], [N,K] -> [].
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.choices import Loss, MetricName
-from sae_lens_writesae.sae.losses import read_loss, squared_errors, write_loss
+from sae_lens_writesae.sae.losses import read_loss, write_loss
 from sae_lens_writesae.sae.matrix import MatrixSAE, MatrixSAEConfig, with_checksums
 
 PAPER_RUNNER: dict[str, float | int | str] = {
@@ -396,6 +396,14 @@ def sizes(x: Tensor | LowRank) -> Tensor:
     if isinstance(x, LowRank):
         return x.inner(x)
     return x.to(exact_dtype(x)).square().sum(1)
+
+
+def squared_errors(reconstructions: Tensor, rows: Tensor) -> Tensor:
+    """Squared errors [N,D] of rows [N,D], in the wider of both dtypes.
+
+    SAELens calls `mse_loss`, which in torch 2.8 has no gradient where the dtypes differ.
+    """
+    return (reconstructions - rows).square()
 
 
 # -------------------------------------------------------------------------------------------------- calibration
