@@ -17,10 +17,10 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("hookpoints", "sae_lens_writesae", "writesae")
 """Each knows only those before it."""
 CEILINGS = {
-    "hookpoints": 33_300,
-    "sae_lens_writesae": 16_750,
-    "writesae": 53_000,
-    "tests": 103_300,
+    "hookpoints": 34_800,
+    "sae_lens_writesae": 17_300,
+    "writesae": 56_500,
+    "tests": 104_000,
     "scripts + benchmarks": 29_800,
 }
 """Expression nodes of folders. A smoke alarm and no target: a commit that needs more says what a reader gains."""
