@@ -13,6 +13,7 @@ import resource
 import sys
 import tempfile
 import time
+import timeit
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,7 +30,6 @@ from sae_lens_writesae.sae.factors import INDEX, read_json
 from sae_lens_writesae.sae.fast import train_many_on_writes
 from writesae import Substitution, write_report
 from writesae.page.report import find_results
-from writesae.reproduce.estimate import matrix_rate
 
 TITLE = "The whole way at real size"
 QUICK = {
@@ -223,6 +223,13 @@ def stage(name: str, options: dict[str, Any], folder: Path) -> Row:
     return row
 
 
+def matrix_rate(dtype: torch.dtype, device: str, size: int, timer: Callable[[], float]) -> float:
+    """Operations a second of products of large matrices, the best of three."""
+    x = torch.ones(size, size, dtype=dtype, device=device)
+    seconds = timeit.repeat(lambda: (x @ x)[0, 0].item(), timer=timer, number=1, repeat=4)
+    return 2 * size**3 / min(seconds[1:])
+
+
 def rates(device: str, folder: Path) -> Row:
     """What this machine does in a second: operations of matrix products in bf16 and float32, bytes of copies in memory,
     counted once read and once written, and bytes written to disk. On a CPU by the clock of this process, but the disk.
@@ -410,8 +417,7 @@ serves all.
 |---|---|---|---|---|
 {paper}
 
-Disk: {disk_one:.2f} GB for one head, {disk_all:.2f} GB for all. `writesae reproduce --dry-run` prints such an estimate
-for the machine at hand and any settings.
+Disk: {disk_one:.2f} GB for one head, {disk_all:.2f} GB for all.
 """
 
 

@@ -11,18 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 import transformers
 from conftest import _GDN
-from torch.utils.flop_counter import FlopCounterMode
 
 from hookpoints import HookedRecurrent
 from hookpoints import embedded as shipped
-from sae_lens_writesae import collect
-from writesae.cli import main
 from writesae.reproduce.command import Reproduce, for_model, own_run, profile_folder
 from writesae.reproduce.config import SMALL, ReproduceConfig
-from writesae.reproduce.estimate import costs
 from writesae.reproduce.texts import write_texts
 
 TINY = replace(
@@ -76,19 +71,6 @@ def test_the_command_line_is_the_config():
     assert small.config == replace(SMALL, layers=(1, 9), d_sae=64)  # a flag wins
     assert small.snakemake == ("--dry-run", "--cores", "3") and small.profile == "slurm"
     assert Reproduce.from_arguments([]).config == ReproduceConfig()
-
-
-def test_a_dry_run_says_what_it_would_cost_and_does_nothing(tmp_path, embedded, capsys):
-    """Counts are those of a collection that is made: its bytes, and the operations of its pass."""
-    main(["reproduce", "--dry-run", "--small", "--out", str(tmp_path / "run")])
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == ["collect", "train", "evaluate"]
-    assert not (tmp_path / "run").exists()
-    operations, _, disk = costs(TINY, embedded)["collect"]
-    tokens = torch.randint(1, 500, (16, 128), generator=torch.Generator().manual_seed(0))
-    with FlopCounterMode(display=False) as counter:
-        found = collect(embedded, tokens, [2], [0], tmp_path / "c", targets=("write", "state"), batch_size=16)
-    assert found.total_bytes == disk
-    assert 1.0 < operations / (counter.get_total_flops() / 2) < 1.3  # the one batch ran twice, to be described
 
 
 def test_documents_kept_for_evaluation_are_not_trained_on(tmp_path, embedded):

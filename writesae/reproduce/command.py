@@ -43,8 +43,6 @@ class Reproduce:
     profile: str | None = None
     """Where it runs: laptop, gpu, slurm, or a folder with a profile of Snakemake. By default what this machine
     has."""
-    dry_run: bool = False
-    """Say what it would cost on this machine, in hours, memory and disk, and do nothing. No weights are read."""
     snakemake: tyro.conf.Suppress[tuple[str, ...]] = ()
 
     @classmethod
@@ -54,8 +52,8 @@ class Reproduce:
         command = parse(cls, "writesae reproduce", own, cls(config=SMALL) if "--small" in own else cls())
         return dataclasses.replace(command, snakemake=tuple(arguments[len(own) + 1 :]))
 
-    def run(self) -> str | None:
-        """Check, write the texts, and become Snakemake: this call does not return. With `dry_run`, the estimate.
+    def run(self) -> None:
+        """Check, write the texts, and become Snakemake: this call does not return.
 
         Raises:
             ValueError: the run cannot be done, another process does it, the folder holds a run with other settings, or
@@ -67,14 +65,10 @@ class Reproduce:
         from hookpoints import HookedRecurrent
         from writesae.dictionary.traits import sparsity_fields
         from writesae.evaluate import EvalAll, Subjects
-        from writesae.reproduce.estimate import estimate
 
         EvalAll(subjects=Subjects(saes=()), kinds=self.config.evaluations, set=self.config.set or None).evaluations()
         check_text(self.config.model, self.config.dataset)
         sparsity_fields(self.config.architecture, self.config.k)  # raises where there is no such architecture
-        if self.dry_run:
-            shape = HookedRecurrent.from_pretrained(self.config.model, device="meta")
-            return estimate(for_model(self.config, shape), shape)
         profile = profile_folder(self.profile or ("gpu" if torch.cuda.is_available() else "laptop"))
         if importlib.util.find_spec("snakemake") is None:
             raise ValueError(
