@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import os
 import re
@@ -9,10 +11,11 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import fields
 from itertools import cycle
 from pathlib import Path
 from types import FrameType, SimpleNamespace
-from typing import Literal
+from typing import Literal, get_type_hints
 
 import pytest
 import torch
@@ -26,11 +29,13 @@ from hookpoints import embedded as shipped
 from sae_lens_writesae.sae.load import load_sae
 from writesae.cli import COMMANDS, main
 from writesae.dictionary.quality import dictionary_quality
-from writesae.evaluate import EvalAll, Subjects, questions
-from writesae.evaluations import EVALUATIONS, Evaluation, load_result
+from writesae.evaluate import EvalAll, Subjects
+from writesae.evaluations import ASKED, EVALUATIONS, load_result
+from writesae.experiment.evaluation import Evaluation
 from writesae.experiment.tokens import sample_sequences
 from writesae.files import run_folder, sae_folders
 from writesae.page.template import share_text
+from writesae.settings import settings_of
 
 COUNTS = ["--sequences", "6", "--context-size", "48"]
 
@@ -71,28 +76,59 @@ def test_names_are_listed_with_what_they_do(capsys: pytest.CaptureFixture[str], 
     assert run(capsys, *arguments[:-1]).status == 2  # nothing was asked for
 
 
-def test_help_loads_no_torch() -> None:
+EACH_COMMAND = [[name] for name in COMMANDS if name != "eval"] + [["eval", kind] for kind in (*ASKED, "all")]
+
+
+def test_help_and_wrong_flags_load_no_torch() -> None:
     """In a process of its own, because these tests have loaded it."""
-    others = ([name, "--help"] for name in COMMANDS if name not in ("eval", "show", "export"))
-    commands = [["--help"], ["--version"], ["eval", "--help"], ["eval", "all", "--help"], *others]
+    asked = [["--help"], ["--version"], ["eval", "--help"], *([*command, "--help"] for command in EACH_COMMAND)]
+    wrong = [[*command, "--no-such-flag"] for command in EACH_COMMAND]
     code = f"""
 import sys
 from writesae.__main__ import main
-for arguments in {commands!r}:
-    sys.argv = ["writesae", *arguments]
-    try:
-        main()
-    except SystemExit as ended:
-        assert not ended.code, arguments
-    loaded = {{"torch", "numpy", "pandas", "sae_lens"}} & sys.modules.keys()
-    assert not loaded, (arguments, loaded)
+for status, lines in ((0, {asked!r}), (2, {wrong!r})):
+    for arguments in lines:
+        sys.argv = ["writesae", *arguments]
+        try:
+            main()
+        except SystemExit as ended:
+            assert (ended.code or 0) == status, arguments
+        loaded = {{"torch", "numpy", "pandas", "sae_lens"}} & sys.modules.keys()
+        assert not loaded, (arguments, loaded)
 """
     ascii_terminal = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, env=ascii_terminal, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ascii_terminal, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stderr.count("error: ") == len(wrong)
 
 
-def test_questions_are_read_from_the_source_as_the_classes_have_them() -> None:
-    assert questions() == {kind: each.question for kind, each in EVALUATIONS.items()}
+CLASSES = [(f"writesae.evaluations.{kind}", asked.class_name) for kind, asked in ASKED.items()]
+
+
+@pytest.mark.parametrize(("module", "name"), [*CLASSES, ("writesae.page.atoms.collect", "AtomPages")])
+def test_settings_are_read_off_the_source_as_the_class_has_them(module: str, name: str) -> None:
+    made, read = getattr(importlib.import_module(module), name), settings_of(module, name)
+    assert list(vars(read()).items()) == list(vars(made()).items()) and read.__doc__ == inspect.getdoc(made)
+    assert get_type_hints(read) == {field.name: get_type_hints(made)[field.name] for field in fields(made)}
+
+
+def test_what_is_asked_is_read_off_the_source_as_the_classes_have_it() -> None:
+    assert {kind: asked[1:] for kind, asked in ASKED.items()} == {
+        kind: (each.question, each.answers) for kind, each in EVALUATIONS.items()
+    }
+    assert "nothing" not in EVALUATIONS and len(EVALUATIONS) == len(ASKED)
+
+
+def test_an_evaluation_that_is_asked_for_is_the_only_one_imported() -> None:
+    """In a process of its own, because these tests have imported all."""
+    code = """
+import sys
+from writesae.evaluations import EVALUATIONS
+EVALUATIONS["sign"]
+print(*sorted(name.rpartition(".")[2] for name in sys.modules if name.startswith("writesae.evaluations.")))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["sign"]
 
 
 HEAD = ["--model", "embedded", "--layer", "2", "--head", "1"]

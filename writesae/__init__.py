@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from writesae.dictionary.quality import dictionary_quality, head_effects
-    from writesae.evaluations import EVALUATIONS, Evaluation, Result, load_result
+    from writesae.evaluations import EVALUATIONS, load_result
     from writesae.evaluations.substitution import Substitution
+    from writesae.experiment.evaluation import Evaluation, Result
     from writesae.experiment.tokens import sample_sequences
     from writesae.head.writes import half_lives
     from writesae.page.report import write_report
 
 _HOMES = {
-    "evaluations": ("EVALUATIONS", "Evaluation", "Result", "load_result"),
+    "evaluations": ("EVALUATIONS", "load_result"),
     "evaluations.substitution": ("Substitution",),
+    "experiment.evaluation": ("Evaluation", "Result"),
     "head.writes": ("half_lives",),
     "dictionary.quality": ("dictionary_quality", "head_effects"),
     "experiment.tokens": ("sample_sequences",),

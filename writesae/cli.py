@@ -1,7 +1,7 @@
 """The `writesae` command. Each command is a dataclass: its fields are the flags, its docstrings the help (tyro).
 
-A command is imported when it is asked for, and imports torch when it runs, so that help costs nothing. Help of a single
-evaluation, of `show` and of `export` imports the class whose settings it lists, and torch with it: some seconds.
+A command is imported when it is asked for, and imports torch when its flags are parsed and it runs, so that help and
+misspelt flags take no seconds.
 """
 
 from __future__ import annotations

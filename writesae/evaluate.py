@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,9 @@ import tyro
 
 from writesae.choices import OnText
 from writesae.cli import choose, parse, parse_with
+from writesae.evaluations import ASKED, EVALUATIONS
 from writesae.files import check_ours, check_saes, check_writable, folder_labels, run_folder, sae_folders, taken
+from writesae.settings import settings_of
 
 if TYPE_CHECKING:
     from writesae.experiment.evaluation import Evaluation
@@ -70,7 +71,6 @@ class EvalAll:
             ValueError: a kind or a setting that does not exist, or a value that an evaluation refuses.
         """
         from hookpoints.errors import nearest
-        from writesae.evaluations import EVALUATIONS
         from writesae.experiment.evaluation import Scope
 
         if unknown := [kind for kind in self.kinds if kind not in EVALUATIONS]:
@@ -137,23 +137,16 @@ class Report:
 
 def run_eval(arguments: Sequence[str]) -> Path:
     """`writesae eval KIND SAE...` with the settings of that evaluation as flags; `all` runs every evaluation."""
-    kind = choose("writesae eval", arguments, questions() | {"all": "Every evaluation that fits, on one page."})
+    questions = {kind: asked.question for kind, asked in ASKED.items()}
+    kind = choose("writesae eval", arguments, questions | {"all": "Every evaluation that fits, on one page."})
     program = f"writesae eval {kind}"
     check_saes(arguments[1:])
     if kind == "all":
         everything = parse(EvalAll, program, arguments[1:])
         return evaluate(everything.subjects, everything.evaluations(), resume=everything.resume)
-    from writesae.evaluations import EVALUATIONS
-
-    subjects, evaluation = parse_with(Subjects, EVALUATIONS[kind], program, arguments[1:])
-    return evaluate(subjects, [evaluation], single=True)
-
-
-def questions() -> dict[str, str]:
-    """What each evaluation asks, by its kind: read off the sources, so that the list needs no torch."""
-    line = re.compile(r'^    question: ClassVar\[str\] = "(.+)"$', re.MULTILINE)
-    files = sorted((Path(__file__).parent / "evaluations").glob("[!_]*.py"))
-    return {file.stem: question for file in files for question in line.findall(file.read_text("utf-8"))}
+    settings = settings_of(f"writesae.evaluations.{kind}", ASKED[kind].class_name)
+    subjects, values = parse_with(Subjects, settings, program, arguments[1:])
+    return evaluate(subjects, [EVALUATIONS[kind].from_dict(vars(values))], single=True)
 
 
 def evaluate(

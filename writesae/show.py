@@ -16,6 +16,7 @@ import tyro
 from writesae.choices import Dtype, OnText, expect
 from writesae.cli import parse_with
 from writesae.files import check_ours, check_saes, check_writable, folder_labels, sae_folders, taken
+from writesae.settings import settings_of
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -170,9 +171,10 @@ class Prompt:
 def _run(command: type[Show] | type[Export], program: str, arguments: Sequence[str]) -> str:
     """A command on each dictionary of the folder that it names, with the settings of `AtomPages` as flags."""
     check_saes(arguments)
+    given, settings = parse_with(command, settings_of("writesae.page.atoms.collect", "AtomPages"), program, arguments)
     from writesae.page.atoms.collect import AtomPages
 
-    given, pages = parse_with(command, AtomPages, program, arguments)
+    pages = AtomPages(**vars(settings))
     folders = sae_folders(given.sae)
     outs = [given.out / label for label in folder_labels(folders)] if len(folders) > 1 else [given.out]
     commands = [dataclasses.replace(given, sae=folder, out=out) for folder, out in zip(folders, outs)]

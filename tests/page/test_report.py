@@ -71,7 +71,7 @@ def test_results_are_found_and_ordered(saved: Path) -> None:
     """Hidden folders are unfinished ones. Dictionaries of writes come first; what was not measured comes last."""
     results = in_order(find_results([saved]))
     assert [r.label for r in results] == ["of writes", EVIL, "silent", "of states", "a dead one"]
-    kinds = [replace(made_up(HOLDS, **FEW), evaluation=EVALUATIONS[kind]()) for kind in reversed(EVALUATIONS)]
+    kinds = [replace(made_up(HOLDS, **FEW), evaluation=EVALUATIONS[kind]()) for kind in reversed(list(EVALUATIONS))]
     assert [r.kind for r in in_order(kinds)] == list(EVALUATIONS)
 
 
