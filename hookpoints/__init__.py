@@ -3,21 +3,47 @@
 The names that most programs need. Everything else is imported from its own module: ``hookpoints.errors`` (every error),
 ``hookpoints.recurrence`` (the mathematics), ``hookpoints.rules`` (update rules), ``hookpoints.model`` (loading,
 layout), ``hookpoints.hooks.table`` and ``hookpoints.edits``.
+
+Names are imported when they are asked for: ``import hookpoints`` loads neither torch nor transformers, ``WriteEdit``
+and ``Recurrence`` load torch, and ``HookedRecurrent`` loads TransformerLens, whose classes it extends.
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
 import hookpoints._waiting  # before torch loads  # noqa: F401
-from hookpoints import embedded, errors, zoo
-from hookpoints.edits.edit import EditRow, WriteEdit
-from hookpoints.edits.session import EditSession
-from hookpoints.errors import EditError, HookpointsError, UnknownHookError, UnknownModelError, UnsupportedModelError
-from hookpoints.hooks.table import HOOKS
-from hookpoints.memory.memory import Memory
-from hookpoints.model.attach import attach
-from hookpoints.model.attribution import check_attribution, source_attribution, write_attribution
-from hookpoints.model.loading import cached, model_types
-from hookpoints.model.recurrent import HookedRecurrent
-from hookpoints.recurrence.recurrence import Recurrence
-from hookpoints.rules import RULES
+
+if TYPE_CHECKING:
+    from hookpoints import embedded, errors, zoo
+    from hookpoints.edits.edit import EditRow, WriteEdit
+    from hookpoints.edits.session import EditSession
+    from hookpoints.errors import EditError, HookpointsError, UnknownHookError, UnknownModelError, UnsupportedModelError
+    from hookpoints.hooks.table import HOOKS
+    from hookpoints.memory.memory import Memory
+    from hookpoints.model.attach import attach
+    from hookpoints.model.attribution import check_attribution, source_attribution, write_attribution
+    from hookpoints.model.loading import cached, model_types
+    from hookpoints.model.recurrent import HookedRecurrent
+    from hookpoints.recurrence.recurrence import Recurrence
+    from hookpoints.rules import RULES
+
+_HOMES = {
+    "edits.edit": ("EditRow", "WriteEdit"),
+    "edits.session": ("EditSession",),
+    "errors": ("EditError", "HookpointsError", "UnknownHookError", "UnknownModelError", "UnsupportedModelError"),
+    "hooks.table": ("HOOKS",),
+    "memory.memory": ("Memory",),
+    "model.attach": ("attach",),
+    "model.attribution": ("check_attribution", "source_attribution", "write_attribution"),
+    "model.loading": ("cached", "model_types"),
+    "model.recurrent": ("HookedRecurrent",),
+    "recurrence.recurrence": ("Recurrence",),
+    "rules": ("RULES",),
+}
+"""Module -> the names that the package has from it."""
+_MODULES = ("embedded", "errors", "zoo")
 
 __all__ = [
     "HOOKS",
@@ -43,3 +69,20 @@ __all__ = [
     "write_attribution",
     "zoo",
 ]
+
+
+if not TYPE_CHECKING:  # who checks types would take any name for one that is there
+
+    def __getattr__(name: str) -> object:
+        if name in _MODULES:
+            return importlib.import_module(f"hookpoints.{name}")
+        for module, names in _HOMES.items():
+            if name in names:
+                value = getattr(importlib.import_module(f"hookpoints.{module}"), name)
+                globals()[name] = value
+                return value
+        raise AttributeError(f"module 'hookpoints' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -43,8 +43,14 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    for module, names in _HOMES.items():
-        if name in names:
-            return getattr(importlib.import_module(f"writesae.{module}"), name)
-    raise AttributeError(f"module 'writesae' has no attribute {name!r}")
+if not TYPE_CHECKING:  # who checks types would take any name for one that is there
+
+    def __getattr__(name: str) -> object:
+        for module, names in _HOMES.items():
+            if name in names:
+                return getattr(importlib.import_module(f"writesae.{module}"), name)
+        raise AttributeError(f"module 'writesae' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
