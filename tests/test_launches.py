@@ -14,7 +14,8 @@ import torch
 
 from hookpoints import HookedRecurrent
 from sae_lens_writesae import LowRank, train_on_writes, training_config
-from sae_lens_writesae.sae.fast import Dead, Stack
+from sae_lens_writesae.sae.fast import Stack
+from sae_lens_writesae.sae.fused import Dead
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 

@@ -27,7 +27,8 @@ from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae.architectures import WriteBatchTopKTrainingSAE
 from sae_lens_writesae.sae.architectures import WriteTopKTrainingSAEConfig as Config
 from sae_lens_writesae.sae.factors import Collection
-from sae_lens_writesae.sae.fast import FACTORS, Dead, Stack, Step, with_aux
+from sae_lens_writesae.sae.fast import Stack
+from sae_lens_writesae.sae.fused import FACTORS, Dead, Step, with_aux
 from sae_lens_writesae.sae.target import HeadHook, RunnerConfig
 
 SPAN = 64
@@ -120,7 +121,7 @@ class StateStack(Stack):
 
     def losses(self, p: dict[str, Tensor], batch: Sequence[Any], ks: Sequence[int], dead: Dead | None = None) -> Step:
         self.optimizer.zero_grad()
-        done, sae = gradients(p, batch[0], self.cfg, dead), self.saes[0]
+        done, sae = step_on_states(p, batch[0], self.cfg, dead), self.saes[0]
         if p is self.p and isinstance(sae, WriteBatchTopKTrainingSAE):
             sae.update_topk_threshold(
                 done.code * (sae.get_W_dec_norm()[done.atoms] if self.cfg.rescale_acts_by_decoder_norm else 1)
@@ -131,9 +132,9 @@ class StateStack(Stack):
         return rows.dense().flatten(1)
 
 
-def gradients(p: dict[str, Tensor], rows: States, cfg: Config, dead: Dead | None = None) -> Step:
-    """One step of one dictionary (M = 1), as `fast.gradients`: scores of all atoms in chunks, and the loss of those
-    that SAELens' TopK or BatchTopK selects on the states of some rows at a time. Adds to the gradients of `p`."""
+def step_on_states(p: dict[str, Tensor], rows: States, cfg: Config, dead: Dead | None = None) -> Step:
+    """One step of one dictionary (M = 1), as `fused.step_on_writes`: scores of all atoms in chunks, and the loss of
+    those that SAELens' TopK or BatchTopK selects on the states of some rows at a time. Adds to the gradients of `p`."""
     (_, F, R, K), V, (P, done) = p["v"].shape, p["w"].shape[3], (rows.since.shape[1], list[tuple[Tensor, Tensor]]())
     (v, w, v_enc, w_enc), bias = (p[name].flatten(0, 1) for name in FACTORS), p["b_dec"].view(K, V)
     with torch.no_grad():

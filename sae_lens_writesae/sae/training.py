@@ -178,10 +178,10 @@ class MatrixTrainingSAE(TrainingSAE[Any], MatrixSAE):
             self.start_from_rows(x, first=step == 0)
         if step == 0 and cfg.b_dec_init == "mean" and not self.b_dec.any():
             self.b_dec.data.copy_(mean_row(x))
-        if _is_due(cfg.unit_norm_every, step):
+        if is_due(cfg.unit_norm_every, step):
             self.fold_W_dec_norm()
             self.balance_factors()
-        if dead is not None and _is_due(cfg.resample_every, step):
+        if dead is not None and is_due(cfg.resample_every, step):
             return self.resample(x, dead)
         return 0
 
@@ -331,7 +331,7 @@ class MatrixTrainingSAE(TrainingSAE[Any], MatrixSAE):
         return cast(MatrixSAE, sae).to_saelens()
 
 
-def _is_due(period: int, step: int) -> bool:
+def is_due(period: int, step: int) -> bool:
     """Whether upkeep of a period is due before a step; never before the first, nor with a period of 0."""
     return step > 0 and period > 0 and step % period == 0
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from hookpoints import HookedRecurrent
 from hookpoints.recurrence.canonical import tensors
-from sae_lens_writesae.sae import chunks, fast
-from sae_lens_writesae.sae.chunks import StateStack, gradients
+from sae_lens_writesae.sae import chunks, fast, fused
+from sae_lens_writesae.sae.chunks import StateStack, step_on_states
 from sae_lens_writesae.sae.factors import collect
 from sae_lens_writesae.sae.rows import new_sae, shuffled, train_on_rows
 from sae_lens_writesae.sae.runner import train, training_config
@@ -99,7 +99,7 @@ def test_losses_and_gradients_are_those_of_the_dense_step(
     output = sae.training_forward_pass(TrainStepInput(x, {}, dead, 1, False))
     output.loss.backward()
     p: dict[str, Any] = {name: nn.Parameter(x.data.clone()[None]) for name, x in sae.named_parameters()}
-    done: Any = gradients(p, rows, sae.cfg, fast.Dead(dead[None], int(dead.sum())))
+    done: Any = step_on_states(p, rows, sae.cfg, fused.Dead(dead[None], int(dead.sum())))
     torch.testing.assert_close(done.errors.mean(), output.losses["mse_loss"], **CLOSE)
     loss = output.losses["auxiliary_reconstruction_loss"].detach()
     torch.testing.assert_close(sae.cfg.aux_loss_coefficient * done.aux[0], loss, **CLOSE)
@@ -118,7 +118,7 @@ def test_a_batch_has_its_number_of_active_atoms_where_scores_tie(collections: An
             side[F // 2 :] = side[: F // 2]
     rows = source.rows(0, torch.arange(BATCH // source.together))
     p: dict[str, Any] = {name: nn.Parameter(x.data.clone()[None]) for name, x in sae.named_parameters()}
-    done: Any = gradients(p, rows, cast(Any, sae.cfg))
+    done: Any = step_on_states(p, rows, cast(Any, sae.cfg))
     assert int((done.code > 0).sum()) == 57 == int((sae.encode(rows.dense().flatten(1)) > 0).sum())
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hookpoints.errors import DamageWarning
 from sae_lens_writesae import train_many_on_writes, train_on_writes
 from sae_lens_writesae.atom.low_rank import LowRank
-from sae_lens_writesae.sae import TRAINING, fast
+from sae_lens_writesae.sae import TRAINING, fast, fused
 from sae_lens_writesae.sae import rows as rows_
 from sae_lens_writesae.sae.metric import Metric
 
@@ -73,14 +73,14 @@ WIDE: dict[str, Any] = {"d_in": 96, "d_k": 12, "d_v": 8}
 """Large enough that the loss of dead atoms takes inner products, and not matrices as with K V."""
 
 
-@pytest.mark.parametrize("dtype, block", [("float64", fast.BLOCK), ("float64", 64), ("float32", 64)])
+@pytest.mark.parametrize("dtype, block", [("float64", fused.BLOCK), ("float64", 64), ("float32", 64)])
 @pytest.mark.parametrize("terms", [1, 2])
 @pytest.mark.parametrize("changes", [*CHANGES, WIDE, WIDE | {"rank": 2}], ids=str)
 def test_losses_and_gradients_are_those_of_the_dense_step(
     changes: dict[str, Any], terms: int, dtype: str, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SAELens' own losses, that of dead atoms among them, and autograd."""
-    monkeypatch.setattr(fast, "BLOCK", block)
+    monkeypatch.setattr(fused, "BLOCK", block)
     g, close = torch.Generator().manual_seed(1), 1e-10 if dtype == "float64" else 5e-5
     saes: list[Any] = [rows_.new_sae(config(seed, **changes)) for seed in (0, 1, 2)]
     for sae in saes:
@@ -98,8 +98,8 @@ def test_losses_and_gradients_are_those_of_the_dense_step(
     p = {n: nn.Parameter(torch.stack([sae.get_parameter(n).data for sae in saes]).to(real)) for n in state(saes[0])}
     cfg = saes[0].cfg
     rows = keys.to(real), values.to(real)
-    few = fast.Dead(dead, int(dead.sum(1).max()) + 2)  # a bound, as on a device that is not waited for
-    done = fast.gradients(p, *rows, [cfg.k] * 3, cfg, few if cfg.aux_loss_coefficient else None)
+    few = fused.Dead(dead, int(dead.sum(1).max()) + 2)  # a bound, as on a device that is not waited for
+    done = fused.step_on_writes(p, *rows, [cfg.k] * 3, cfg, few if cfg.aux_loss_coefficient else None)
     pairs = [(done.errors.mean(1), [output.losses["mse_loss"] for output in outputs])]
     if done.aux is not None:
         auxiliary = [output.losses["auxiliary_reconstruction_loss"] for output in outputs]
@@ -117,7 +117,7 @@ def test_losses_and_gradients_are_those_of_the_dense_step(
 @pytest.mark.parametrize("F, k", [(512, 3), (1024, 16), (96, 5), (40, 1)])
 def test_atoms_on_top_are_exact(F: int, k: int, ordered: bool) -> None:
     scores = torch.randn(2, 7, F, generator=torch.Generator().manual_seed(0))
-    found, wanted = fast.top_atoms(scores, k, ordered=ordered), scores.topk(k).indices
+    found, wanted = fused.top_atoms(scores, k, ordered=ordered), scores.topk(k).indices
     assert torch.equal(*((found, wanted) if ordered else (found.sort().values, wanted.sort().values)))
 
 

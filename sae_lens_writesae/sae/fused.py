@@ -1,0 +1,425 @@
+"""One training step on factors: atoms are selected, errors taken and gradients put into the parameters at once.
+
+A write is sum_s k_s u_s^T, and its inner product with an atom sum_r v_r w_r^T is sum_rs (v_r.k_s)(w_r.u_s): neither
+writes nor atoms are built. M dictionaries of one shape lie side by side, [M,F,R,K] and so on, and each operator is
+called once for all of them; a step of one small dictionary is mostly what it costs to call its operators. Loss and
+gradients of a block of rows are computed together, from the selected pairs of row and atom, so that nothing of size N*F
+outlives its block. `fast` has the loop around the step.
+
+Shapes in one step: 16 heads of 64 x 32, F 256, R 1, N 128 rows, S 1, k 4: keys [16,128,1,64], scores [16,128,256],
+selected atoms [2048,4], their factors [2048,4,1,64] and [2048,4,1,32].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
+from itertools import product
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding, embedding_bag, pad
+
+from sae_lens_writesae.sae.matrix import khatri_rao
+
+if TYPE_CHECKING:
+    from sae_lens_writesae.sae.architectures import WriteTopKTrainingSAEConfig as Config
+
+FACTORS = ("v", "w", "v_enc", "w_enc")
+BLOCK = 2**19
+"""Numbers of one block: of scores, or of a gathered factor. On a CPU a block stays in the cache."""
+DEVICE_BLOCK = 2**27
+"""The same on a device, where each block costs some twenty launches, and memory bounds it (half a GB)."""
+
+
+class Step(NamedTuple):
+    """What a step did, for M dictionaries and N rows each."""
+
+    errors: Tensor
+    """[M,N] |X - B - sum_f c_f A_f|^2"""
+    atoms: Tensor
+    """[M,N,k] numbers of the selected atoms, among those of all dictionaries."""
+    code: Tensor
+    """[M,N,k] their coefficients, 0 where an atom is not active."""
+    aux: Tensor | None = None
+    """[M] the auxiliary loss before its weight, where there are dead atoms."""
+
+
+class Dead(NamedTuple):
+    """Atoms that have been silent for too long."""
+
+    atoms: Tensor
+    """[M,F]"""
+    most: int
+    """At least as many as a dictionary has, known without waiting for the device."""
+
+
+class Biases(NamedTuple):
+    """What b_dec adds to inner products with atoms and encoder, for F atoms of M dictionaries."""
+
+    products: tuple[Tensor, Tensor, Tensor, Tensor]
+    """By `FACTORS`: each side of an atom times the matrix of the bias, [M,F,R,K] or [M,F,R,V]."""
+    of_atoms: Tensor
+    """[M,F] <A_f, B>"""
+    shift: Tensor
+    """[M,F] b_enc - <encoder atom, B>, or b_enc alone."""
+    gain: Tensor
+    """[M,F] norms of atoms, if they scale scores; else 1."""
+
+
+class Chosen(NamedTuple):
+    """The k atoms on top for each of M N rows."""
+
+    atoms: Tensor
+    """[M N,k] numbers among those of all dictionaries."""
+    code: Tensor
+    """[M N,k] coefficients, 0 where an atom is not active."""
+    of_keys: Tensor
+    """[M N,S,k,R] inner products of the row's keys with those of the encoder."""
+    of_values: Tensor
+    """[M N,S,k,R] the same of the values."""
+    of_bias: Tensor
+    """[M N,k] <A_f, B>"""
+
+
+class Decoded(NamedTuple):
+    """The errors of the rows, without what the bias adds to them, and their gradients."""
+
+    errors: Tensor
+    """[M N]"""
+    by_code: Tensor
+    """[M N,k] of the mean error; 0 where an atom is not active."""
+    by_atom: Tensor
+    """[M F R,K+V] of the mean error, without what the bias adds."""
+
+
+def step_on_writes(
+    p: dict[str, Tensor],
+    keys: Tensor,
+    values: Tensor,
+    ks: Sequence[int],
+    cfg: Config,
+    dead: Dead | None = None,
+) -> Step:
+    """One step on rows [M,N,S,K] and [M,N,S,V]; puts the gradients of each dictionary's mean error and weighted
+    auxiliary loss (`with_aux`, of the `dead` atoms) into the parameters.
+
+    With c = (<X - B, encoder atom> + b_enc)_+ of the k atoms on top (after a factor of their norms, if
+    `rescale_acts_by_decoder_norm`; X instead of X - B unless `apply_b_dec_to_input`), and E = B + sum_f c_f A_f - X,
+    the gradients of |E|^2 by c, and by the sides of an atom v w^T, are 2 v^T E w, 2 c E w and 2 c E^T v. E is a sum of
+    outer products of the terms of atoms and of rows (and B, which stays apart): M F R + M N S terms.
+    """
+    M, N = keys.shape[:2]
+    with torch.no_grad():
+        biases = _biases(p, cfg)
+        chosen = _chosen(p, keys, values, biases, ks)
+        by_error = chosen.code * (2 / N)
+        decoded = _decoded(p, keys, values, chosen, by_error)
+        by_shift = _by_atom(chosen.atoms, decoded.by_code, M, p)
+        by_product = _by_atom(chosen.atoms, by_error, M, p)
+        sides = [*decoded.by_atom.split([keys.shape[3], values.shape[3]], 1)]
+        sides += _encoder_gradients(p, keys, values, chosen, decoded.by_code)
+        # An atom meets the bias in the error, with its coefficient; its encoder meets it in the shift, less it.
+        weights = [(by_product, 1), (by_product, 1), (by_shift, -1), (by_shift, -1)]
+        for name, side, of_bias, (weight, sign) in zip(FACTORS, sides, biases.products, weights):
+            p[name].grad = torch.addcmul(side.view(of_bias.shape), of_bias, weight, value=sign)
+        p["b_enc"].grad = by_shift.flatten(1)
+        taken = by_shift if cfg.apply_b_dec_to_input else torch.zeros_like(by_shift)
+        p["b_dec"].grad = _bias_gradient(p, keys, values, taken, by_product)
+        with_bias = torch.add(decoded.errors, (chosen.code * chosen.of_bias).sum(1), alpha=2)
+        errors = with_bias.view(M, N) + _bias_errors(p, keys, values)
+        step = Step(errors, chosen.atoms.view(M, N, -1), chosen.code.view(M, N, -1))
+    return with_aux(p, partial(inners, keys, values), lambda: keys.mT @ values, step, cfg, dead)
+
+
+# ------------------------------------------------------------------------------------------------ selection
+
+
+def _biases(p: dict[str, Tensor], cfg: Config) -> Biases:
+    v, w, v_enc, w_enc = (p[name] for name in FACTORS)
+    bias = p["b_dec"].view(len(v), v.shape[3], w.shape[3])
+    taken = bias if cfg.apply_b_dec_to_input else torch.zeros_like(bias)
+    products = (_times(w, bias.mT), _times(v, bias), _times(w_enc, taken.mT), _times(v_enc, taken))
+    shift = p["b_enc"] - (v_enc * products[2]).sum((2, 3))
+    gain = _norms(v, w) if cfg.rescale_acts_by_decoder_norm else torch.ones_like(shift)
+    return Biases(products, of_atoms=(v * products[0]).sum((2, 3)), shift=shift, gain=gain)
+
+
+def _chosen(p: dict[str, Tensor], keys: Tensor, values: Tensor, biases: Biases, ks: Sequence[int]) -> Chosen:
+    M, N = keys.shape[:2]
+    F = p["v"].shape[1]
+    top, of_keys, of_values = _select(keys, values, p["v_enc"], p["w_enc"], biases.shift, biases.gain, ks)
+    first, asked = _of_dictionaries(M, N, F, tuple(ks), keys.device)
+    atoms = top if M == 1 else top + first
+    table = torch.stack([biases.shift, biases.gain, biases.of_atoms], -1).flatten(0, 1)
+    shift, gain, of_bias = embedding(atoms, table).unbind(-1)
+    of_values /= gain[:, None, :, None]  # the gain is for the choice alone
+    code = (of_keys * of_values).sum((1, 3)) + shift
+    if min(ks) < max(ks):
+        code = code * asked
+    return Chosen(atoms, code.relu(), of_keys, of_values, of_bias)
+
+
+@lru_cache(maxsize=16)
+def _of_dictionaries(M: int, N: int, F: int, ks: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of the dictionary of each of M N rows the number of its first atom [M N,1], and whether a place is among its k
+    [M N,k]: dictionaries of one stack may have another. Made once: on a device a list is a copy that waits."""
+    dictionary = torch.arange(M).repeat_interleave(N)[:, None]
+    asked = torch.arange(max(ks)) < torch.tensor(ks)[dictionary]
+    return (F * dictionary).to(device), asked.to(device)
+
+
+def _select(
+    keys: Tensor, values: Tensor, v_enc: Tensor, w_enc: Tensor, shift: Tensor, gain: Tensor, ks: Sequence[int]
+) -> list[Tensor]:
+    """The max(ks) atoms on top for each row [M*N,k], and inner products of the row's keys, and of its values times the
+    `gain`, with those of the encoder [M*N,S,k,R]."""
+    M, N, S, _ = keys.shape
+    F, R = v_enc.shape[1:3]
+    k = max(ks)
+    scaled = w_enc * gain[..., None, None]
+    offset = (shift * gain)[:, None]
+    blocks = list(_blocks(N, M * F * R * S, keys.device))
+    room = keys.new_empty(3, M, blocks[0].stop, S * F * R)  # allocating it for each block would take half the time
+    parts = list[tuple[Tensor, Tensor, Tensor]]()
+    for rows in blocks:
+        n = rows.stop - rows.start
+        of_keys = _products_into(room[0, :, :n], keys[:, rows], v_enc)
+        of_values = _products_into(room[1, :, :n], values[:, rows], scaled)
+        scores = offset
+        for s, r in product(range(S), range(R)):
+            scores = torch.addcmul(scores, of_keys[:, :, s, :, r], of_values[:, :, s, :, r], out=room[2, :, :n, :F])
+        top = top_atoms(scores, k, ordered=min(ks) < k)
+        index = top[:, :, None, :, None].expand(-1, -1, S, -1, R)
+        parts.append((top, of_keys.gather(3, index), of_values.gather(3, index)))
+    return [_joined(blocks_of_one, 1).flatten(0, 1) for blocks_of_one in zip(*parts)]
+
+
+def _products_into(room: Tensor, side: Tensor, encoder: Tensor) -> Tensor:
+    """[M,n,S,F,R] inner products of the rows' side [M,n,S,D] with the encoder's [M,F,R,D], in `room` [M,n,S F R]."""
+    M, n, S, _ = side.shape
+    F, R = encoder.shape[1:3]
+    torch.bmm(side.flatten(1, 2), encoder.flatten(1, 2).mT, out=room.view(M, n * S, F * R))
+    return room.view(M, n, S, F, R)
+
+
+def top_atoms(scores: Tensor, k: int, *, ordered: bool = False) -> Tensor:
+    """[...,k] numbers of the k largest of [...,F], exact: they lie in the k groups whose maxima are the largest."""
+    F, size = scores.shape[-1], 4
+    if k == 1:
+        return scores.argmax(-1, keepdim=True)
+    if F % size or 4 * size * k > F or scores.device.type != "cpu":  # a device selects without sorting
+        return scores.topk(k, sorted=ordered).indices
+    groups = top_atoms(scores.unflatten(-1, (size, F // size)).amax(-2), k)  # atom f is in group f % (F / size)
+    members = (groups[..., None, :] + F // size * torch.arange(size, device=groups.device)[:, None]).flatten(-2)
+    return members.gather(-1, scores.gather(-1, members).topk(k, sorted=ordered).indices)
+
+
+# ------------------------------------------------------------------------------------------------ errors, gradients
+
+
+def _decoded(p: dict[str, Tensor], keys: Tensor, values: Tensor, chosen: Chosen, by_error: Tensor) -> Decoded:
+    """Errors and gradients, some rows at a time: a row is a sum of k R terms of atoms less its own S. `by_error` are
+    the coefficients in the gradient of the mean error."""
+    M, N, S, K = keys.shape
+    F, R, V = p["w"].shape[1:]
+    k = chosen.atoms.shape[1]
+    lefts = torch.cat([p["v"].flatten(0, 2), keys.flatten(0, 2)])  # [M F R + M N S,K]
+    rights = torch.cat([p["w"].flatten(0, 2), values.flatten(0, 2)])
+    of_atoms = _terms(chosen.atoms, R)
+    of_rows = _numbers(M * N, S, first=M * F * R, device=keys.device)
+    index = torch.cat([of_atoms, of_rows], 1)  # [M N,k R + S]
+    sizes = pad(_of_terms(chosen.code, R), (0, S), value=-1.0)
+    by_atom = keys.new_zeros(M * F * R, K + V)
+    by_term = list[Tensor]()
+    errors = list[Tensor]()
+    for rows in _blocks(M * N, (k * R + S) * max(K, V), keys.device):
+        size, terms = sizes[rows], index[rows]
+        left = embedding(terms, lefts)
+        right = embedding(terms, rights)
+        by_left, by_right = _products_of_three(left, right, size)
+        inner = (by_left * left).sum(-1)
+        by_term.append(inner[:, : k * R])
+        errors.append((inner * size).sum(1))
+        change = torch.cat([by_left[:, : k * R], by_right[:, : k * R]], 2)
+        change.mul_(_of_terms(by_error[rows], R)[..., None])
+        by_atom.index_add_(0, of_atoms[rows].flatten(), change.flatten(0, 1))
+    of_terms = _joined(by_term)
+    by_code = (of_terms if R == 1 else of_terms.unflatten(1, (k, R)).sum(2)) + chosen.of_bias
+    return Decoded(_joined(errors), by_code * (chosen.code > 0) * (2 / N), by_atom)
+
+
+def _products_of_three(left: Tensor, right: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    """E w of each term w and E^T v of each v, where E = sum_i size_i left_i right_i^T [n,terms,K], [n,terms,V]."""
+    width, K = left.shape[1:]
+    V = right.shape[2]
+    if 2 * width * (K + V) < 3 * K * V:  # the cheaper order of a product of three, by 6 at k 4, or 2 at k 64
+        by_left = ((right @ right.mT) * size[:, None]) @ left
+        by_right = ((left @ left.mT) * size[:, None]) @ right
+        return by_left, by_right
+    matrix = (right * size[..., None]).mT @ left
+    return right @ matrix, left @ matrix.mT
+
+
+def _encoder_gradients(
+    p: dict[str, Tensor], keys: Tensor, values: Tensor, chosen: Chosen, by_code: Tensor
+) -> list[Tensor]:
+    """[M F R,K] and [M F R,V], without what the bias adds. They are sums of rows: those for one term of an atom lie
+    side by side, in a bag."""
+    M, F, R, _ = p["v"].shape
+    shape = chosen.of_keys.shape
+    terms, order = _terms(chosen.atoms, R).view(-1, 1, *shape[2:]).expand(shape).flatten().sort(stable=True)
+    bags = torch.searchsorted(terms, _numbers(M * F * R, device=keys.device))
+    rows = order // (shape[2] * R)  # of [M N S], each k R times
+
+    def summed(side: Tensor, of_other_side: Tensor) -> Tensor:
+        weights = (by_code[:, None, :, None] * of_other_side).flatten().index_select(0, order)
+        return embedding_bag(rows, side.flatten(0, 2), bags, mode="sum", per_sample_weights=weights)
+
+    return [summed(keys, chosen.of_values), summed(values, chosen.of_keys)]
+
+
+def _bias_gradient(p: dict[str, Tensor], keys: Tensor, values: Tensor, by_shift: Tensor, by_product: Tensor) -> Tensor:
+    """[M,K*V] of the mean error."""
+    of_atoms = _summed(p["v"] * by_product, p["w"])
+    of_rows = _summed(keys * (-2 / keys.shape[1]), values)
+    of_encoder = _summed(p["v_enc"] * by_shift, p["w_enc"])
+    return (of_atoms + of_rows - of_encoder).flatten(1).add(p["b_dec"], alpha=2)
+
+
+def _bias_errors(p: dict[str, Tensor], keys: Tensor, values: Tensor) -> Tensor:
+    """[M,N] |B|^2 - 2 <X, B>."""
+    bias = p["b_dec"].view(len(keys), keys.shape[3], values.shape[3])
+    return bias.square().sum((1, 2))[:, None].sub((_times(keys, bias) * values).sum((2, 3)), alpha=2)
+
+
+# ------------------------------------------------------------------------------------------------ dead atoms
+
+
+def with_aux(
+    p: dict[str, Tensor],
+    of_rows: Callable[[Tensor, Tensor], Tensor],
+    dense: Callable[[], Tensor],
+    step: Step,
+    cfg: Config,
+    dead: Dead | None,
+) -> Step:
+    """A step and SAELens' auxiliary loss of TopK, whose gradients it adds: of the dead atoms the most active
+    ones, at most K V / 2, reconstruct what the step left.
+
+    It takes the cheaper of two ways for D dead atoms: by inner products of atoms, D F (K + V) + N D (K + V + k + D), or
+    by matrices, N D K V.
+
+    Args:
+        of_rows: inner products [M,N,D] of the rows with [M,D,R,K] and [M,D,R,V].
+        dense: the rows [M,N,K,V].
+    """
+    if dead is None:
+        return step
+    _, N, k = step.atoms.shape
+    F = dead.atoms.shape[1]
+    wanted = cfg.d_in // 2
+    # Dead atoms first; where a dictionary has fewer than another, living ones fill up its places.
+    index = dead.atoms.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, : dead.most]
+    v, w, v_enc, w_enc = (p[name].take_along_dim(index[..., None, None], 1) for name in FACTORS)
+    bias = p["b_dec"].view(-1, cfg.d_k, cfg.d_v)
+    shift = p["b_enc"].gather(1, index)
+    if cfg.apply_b_dec_to_input:
+        shift = shift - (_times(v_enc, bias) * w_enc).sum((2, 3))
+    acts = of_rows(v_enc, w_enc) + shift[:, None]
+    ranked = acts.detach()
+    if cfg.rescale_acts_by_decoder_norm:
+        ranked = ranked * _norms(v, w).detach()[:, None]
+    is_dead = dead.atoms.gather(1, index)[:, None].expand_as(ranked)
+    top = ranked.masked_fill(~is_dead, -torch.inf).topk(min(wanted, dead.most), sorted=False).indices
+    code = acts * (torch.zeros_like(ranked).scatter(-1, top, 1) * is_dead)
+    if (F / N + 1) * (cfg.d_k + cfg.d_v) + k + dead.most < cfg.d_in:  # by a factor of 3 to 14, one way or the other
+        explained = _explained(p, step, v, w)
+        without_bias = of_rows(v, w) - (_times(v, bias.detach()) * w).sum((2, 3))[:, None]
+        left = without_bias - explained
+        errors = step.errors + ((code @ inners(v, w, v, w) - 2 * left) * code).sum(-1)
+    else:
+        left = _left(p, step, dense() - bias.detach()[:, None])
+        atoms = khatri_rao(v.flatten(0, 1), w.flatten(0, 1)).view(-1, dead.most, cfg.d_in)
+        errors = torch.baddbmm(left, code, atoms, alpha=-1).square().sum(-1)
+    aux = (dead.atoms.sum(1).to(errors) / wanted).clamp_max(1) * errors.mean(1)
+    (cfg.aux_loss_coefficient * aux).sum().backward()
+    return step._replace(aux=aux.detach())
+
+
+def _explained(p: dict[str, Tensor], step: Step, v: Tensor, w: Tensor) -> Tensor:
+    """[M,N,D] inner products of atoms, [M,D,R,K] and [M,D,R,V], with what a step reconstructed, without its bias."""
+    of_atoms = inners(p["v"].detach(), p["w"].detach(), v, w).flatten(0, 1)
+    weights = step.code.flatten(0, 1)
+    summed = embedding_bag(step.atoms.flatten(0, 1), of_atoms, mode="sum", per_sample_weights=weights)
+    return summed.view(*step.errors.shape, -1)
+
+
+def _left(p: dict[str, Tensor], step: Step, x: Tensor) -> Tensor:
+    """[M,N,K*V] rows [M,N,K,V] less what a step reconstructed, without its bias."""
+    M, N, K, V = x.shape
+    R = p["v"].shape[2]
+    atoms = step.atoms.flatten(0, 1)
+    keys = embedding(atoms, p["v"].detach().view(-1, R * K)).view(M * N, -1, K)
+    values = embedding(atoms, p["w"].detach().view(-1, R * V)).view(M * N, -1, V)
+    sizes = step.code.flatten(0, 1).repeat_interleave(R, 1)[..., None]
+    return torch.baddbmm(x.flatten(0, 1), (keys * sizes).mT, values, alpha=-1).view(M, N, -1)
+
+
+# ------------------------------------------------------------------------------------------------ numbers and sums
+
+
+def inners(keys: Tensor, values: Tensor, v: Tensor, w: Tensor) -> Tensor:
+    """<X_n, A_f> [M,N,F] of sum_s k_s u_s^T [M,N,S,K], [M,N,S,V] and sum_r v_r w_r^T [M,F,R,K], [M,F,R,V]."""
+    of_keys = keys.flatten(1, 2) @ v.flatten(1, 2).mT
+    of_values = values.flatten(1, 2) @ w.flatten(1, 2).mT
+    return (of_keys * of_values).view(*keys.shape[:3], *v.shape[1:3]).sum((2, 4))
+
+
+def _norms(v: Tensor, w: Tensor) -> Tensor:
+    """[M,F] of atoms, above 0."""
+    return ((v @ v.mT) * (w @ w.mT)).sum((2, 3)).clamp_min(1e-36).sqrt()
+
+
+def _times(side: Tensor, matrices: Tensor) -> Tensor:
+    """Vectors [M,F,R,D] times the matrix of their dictionary [M,D,D']."""
+    return (side.flatten(1, 2) @ matrices).unflatten(1, side.shape[1:3])
+
+
+def _summed(keys: Tensor, values: Tensor) -> Tensor:
+    """[M,K,V] sum of the outer products of vectors [M,F,R,K] and [M,F,R,V]."""
+    return keys.flatten(1, 2).mT @ values.flatten(1, 2)
+
+
+@lru_cache(maxsize=64)
+def _numbers(*shape: int, device: torch.device, first: int = 0) -> Tensor:
+    """Numbers one after the other in a shape, made once."""
+    return torch.arange(first, first + math.prod(shape), device=device).view(shape)
+
+
+def _terms(atoms: Tensor, R: int) -> Tensor:
+    """[M N,k R] numbers of the terms of atoms [M N,k]."""
+    return atoms if R == 1 else (atoms[..., None] * R + _numbers(R, device=atoms.device)).flatten(1)
+
+
+def _of_terms(x: Tensor, R: int) -> Tensor:
+    """[M N,k R] numbers of atoms [M N,k] for each of their terms."""
+    return x if R == 1 else x.repeat_interleave(R, 1)
+
+
+def _by_atom(atoms: Tensor, x: Tensor, M: int, p: dict[str, Tensor]) -> Tensor:
+    """[M,F,1,1] sums of x [M N,k] over the rows that have the atom."""
+    F = p["v"].shape[1]
+    return x.new_zeros(M * F).index_add_(0, atoms.flatten(), x.flatten()).view(M, F, 1, 1)
+
+
+def _joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """Blocks one after the other, in a dimension."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+
+
+def _blocks(n: int, width: int, device: torch.device) -> Iterator[slice]:
+    size = max(16, (BLOCK if device.type == "cpu" else DEVICE_BLOCK) // max(width, 1))
+    return (slice(start, min(start + size, n)) for start in range(0, n, size))
