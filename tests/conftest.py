@@ -23,6 +23,12 @@ from hookpoints.rwkv7 import RWKV7Config, RWKV7ForCausalLM
 logging.set_verbosity_error()
 torch.set_num_threads(1)
 
+
+def pytest_xdist_auto_num_workers(config) -> int | None:
+    """One process where files are named: workers import torch again, which takes longer than few tests do."""
+    return 0 if any(".py" in name for name in config.args) else None
+
+
 _GDN = {
     "vocab_size": VOCAB,
     "hidden_size": 32,

@@ -32,7 +32,6 @@ def test_the_head_is_the_one_whose_writes_do_most_of_those_that_remember(embedde
         Demo(layer=2, head=9).choose_head(embedded, TOKENS)
 
 
-@pytest.mark.slow
 def test_facts_of_a_stranger_are_numbers_and_text(tmp_path: Path) -> None:
     """Someone else may have written the folder: no markup of it reaches the page."""
     evil = "<script>alert(1)</script>"
@@ -49,6 +48,7 @@ def test_facts_of_a_stranger_are_numbers_and_text(tmp_path: Path) -> None:
             read_facts(file)
 
 
+@pytest.mark.slow
 def test_the_demo_leaves_a_report_dictionaries_and_results(tmp_path: Path) -> None:
     said: list[str] = []
     demo = Demo(layer=4, head=0, training_tokens=64_000, train_sequences=160, out=tmp_path / "out")

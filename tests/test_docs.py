@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib
 import inspect
-import io
 import json
-import multiprocessing
 import pkgutil
 import re
-import runpy
 import shutil
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -25,6 +20,7 @@ sys.path.append(str(ROOT / "scripts"))
 
 import pictures  # noqa: E402
 import tables  # noqa: E402
+from examples import fresh_start, printed  # noqa: E402
 from test_readme import assert_comments_hold  # noqa: E402
 
 import hookpoints  # noqa: E402
@@ -107,39 +103,21 @@ def test_no_page_needs_a_network():
 # -- slow: everything that is shown runs
 
 
-FRESH = multiprocessing.get_context("forkserver")
-"""Processes with the libraries that take seconds to import, and nothing of this repository."""
-FRESH.set_forkserver_preload(["sae_lens", "transformers"])
-
-
-def run_script(code: str, folder: Path) -> str:
-    """What code prints in a fresh process."""
-    start = "import sys\nsys.stdout, sys.stderr = (open(f'std{x}', 'w') for x in ('out', 'err'))\n"
-    (folder / "page.py").write_text(f"import os\nos.chdir({str(folder)!r})\n{start}{code}")
-    process = FRESH.Process(target=runpy.run_path, args=(str(folder / "page.py"), None, "__main__"))
-    process.start()
-    process.join()
-    assert process.exitcode == 0, (folder / "stderr").read_text()[-3000:]
-    return (folder / "stdout").read_text()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("page", WRITTEN, ids=lambda path: path.stem)
 def test_written_pages_run(page, tmp_path):
     code = "\n".join(code for code, _ in BLOCK.findall(page.read_text()))
-    assert_comments_hold(code, run_script(code, tmp_path))
+    with fresh_start(tmp_path):
+        assert_comments_hold(code, printed(code, page.name))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", EXAMPLES, ids=lambda path: path.stem)
-def test_an_example_prints_what_stands_below_it(page):
+def test_an_example_prints_what_stands_below_it(page, tmp_path):
     namespace = {"__name__": "__main__"}
-    for code, output in BLOCK.findall(page.read_text()):
-        printed = io.StringIO()
-        with warnings.catch_warnings(), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            exec(compile(code, page.name, "exec"), namespace)
-        assert comparable(printed.getvalue()) == comparable(output)
+    with fresh_start(tmp_path):
+        for code, output in BLOCK.findall(page.read_text()):
+            assert comparable(printed(code, page.name, namespace)) == comparable(output)
 
 
 def comparable(text: str) -> str:
@@ -187,7 +165,8 @@ def test_examples_of_evaluations_run(name, trained):
     """They answer no claim that the class does not name."""
     code = "".join(code for code, _ in BLOCK.findall((DOCS / "evaluations" / f"{name}.md").read_text()))
     code += "assert {claim.number for claim in result.claims()} <= {None, *result.evaluation.answers}\n"
-    out = run_script(code, trained)
+    with fresh_start(trained):
+        out = printed(code, f"{name}.md")
     assert len(out.splitlines()) >= 1 and all(" | " in line for line in out.splitlines())
 
 

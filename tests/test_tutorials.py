@@ -7,8 +7,10 @@ import os
 import re
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import nbformat
 import pytest
+from examples import fresh_start, printed
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[1]
@@ -36,8 +38,20 @@ def faults(notebook: nbformat.NotebookNode) -> list[str]:
 
 @pytest.mark.slow
 @EACH
-def test_runs(path, tmp_path, monkeypatch):
+def test_runs(path, tmp_path):
     """A cell that raises fails the test; the notebook finds nothing but the package, in an empty folder."""
+    cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    namespace = {"__name__": "__main__"}
+    with fresh_start(tmp_path):
+        for number, code in enumerate(cells[1:], start=2):
+            printed(code, f"{path.name}, cell {number}", namespace)
+    plt.close("all")
+
+
+@pytest.mark.nightly
+@EACH
+def test_runs_in_a_kernel_of_its_own(path, tmp_path, monkeypatch):
+    """As it was run when it was committed."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     monkeypatch.setenv("TMPDIR", str(tmp_path))

@@ -6,72 +6,88 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import sae_lens
+import torch
 import yaml
+from sae_lens.training import mixing_buffer as installed
 
 WORKFLOWS = Path(__file__).parents[1] / ".github" / "workflows"
 PATCHES = sorted((Path(__file__).parents[1] / "docs" / "upstream").glob("*.patch"))
-ENTRY_POINTS = """
-import sys
-from sae_lens.registry import get_sae_class
-try:
-    get_sae_class("nobody_has_it")
-except KeyError as error:
-    assert "topk" in str(error)
-assert get_sae_class("found_by_name") == (int, float) and "declares" in sys.modules
-"""
-MIXING = """
-import torch
-from sae_lens.training.mixing_buffer import mixing_buffer
+ENTRY_POINT = "[sae_lens.architectures]\nfound_by_name = declares\n"
+DECLARES = "from sae_lens.registry import register_sae_class\nregister_sae_class('found_by_name', int, float)"
+
+
+def patched(patch: Path, module: str, folder: Path) -> ModuleType:
+    """A module of SAELens as a patch leaves it, beside the installed one."""
+    shutil.copytree(Path(sae_lens.__file__).parent, folder / "sae_lens")
+    subprocess.run(["git", "apply", "--unsafe-paths", f"--directory={folder}", patch], check=True, cwd=folder)
+    spec = spec_from_file_location(module, folder.joinpath(*module.split(".")).with_suffix(".py"))
+    assert spec is not None and spec.loader is not None
+    made = module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
+
+
+def finds_entry_points(patch: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = patched(patch, "sae_lens.registry", folder)
+    monkeypatch.setitem(sys.modules, "sae_lens.registry", registry)
+    registry.register_sae_class("topk", int, float)
+    with pytest.raises(KeyError, match="topk"):
+        registry.get_sae_class("nobody_has_it")
+    (folder / "declares.py").write_text(DECLARES)
+    info = folder / "declares-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Name: declares\nVersion: 1")
+    (info / "entry_points.txt").write_text(ENTRY_POINT)
+    monkeypatch.syspath_prepend(folder)
+    assert registry.get_sae_class("found_by_name") == (int, float)
+    monkeypatch.delitem(sys.modules, "declares")
+
 
 class Loader:
-    def __init__(self, n=0):
+    """Forty blocks of ten numbers, after `n` that were read before."""
+
+    def __init__(self, n: int = 0) -> None:
         self.n = n
-    def __iter__(self):
+
+    def __iter__(self) -> Loader:
         return self
-    def __next__(self):
+
+    def __next__(self) -> torch.Tensor:
         if self.n == 40:
             raise StopIteration
         self.n += 1
         return torch.arange(10 * self.n, 10 * self.n + 10.0)[:, None]
 
-whole = list(mixing_buffer(40, 8, Loader(), generator=torch.Generator().manual_seed(3)))
-loader = Loader()
-buffer = mixing_buffer(40, 8, loader, generator=torch.Generator().manual_seed(3))
-first = [next(buffer) for _ in range(7)]
-resumed = mixing_buffer(40, 8, Loader(loader.n), generator=torch.Generator())
-resumed.load_state_dict(buffer.state_dict())
-assert torch.equal(torch.stack(first + list(resumed)), torch.stack(whole))
-torch.manual_seed(0)
-print(torch.stack(list(mixing_buffer(40, 8, Loader()))).flatten().tolist())
-"""
+
+def resumes_mixing(patch: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a generator it draws as the installed one."""
+    mixing_buffer = patched(patch, "sae_lens.training.mixing_buffer", folder).mixing_buffer
+    whole = list(mixing_buffer(40, 8, Loader(), generator=torch.Generator().manual_seed(3)))
+    loader = Loader()
+    buffer = mixing_buffer(40, 8, loader, generator=torch.Generator().manual_seed(3))
+    first = [next(buffer) for _ in range(7)]
+    resumed = mixing_buffer(40, 8, Loader(loader.n), generator=torch.Generator())
+    resumed.load_state_dict(buffer.state_dict())
+    assert torch.equal(torch.stack(first + list(resumed)), torch.stack(whole))
+    drawn = []
+    for mix in (mixing_buffer, installed.mixing_buffer):
+        torch.manual_seed(0)
+        drawn.append(torch.stack(list(mix(40, 8, Loader()))))
+    assert torch.equal(*drawn)
 
 
-def run(folder: Path, code: str) -> str:
-    command = [sys.executable, "-c", f"import sys\nsys.path.insert(0, {str(folder)!r})\n{code}"]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+DOES = {"saelens-entry-points": finds_entry_points, "saelens-mixing-buffer": resumes_mixing}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.stem)
-def test_a_patch_does_what_its_text_says(patch: Path, tmp_path: Path) -> None:
-    shutil.copytree(Path(sae_lens.__file__).parent, tmp_path / "sae_lens")
-    subprocess.run(["git", "apply", "--unsafe-paths", f"--directory={tmp_path}", patch], check=True, cwd=tmp_path)
-    if "entry" in patch.name:
-        (tmp_path / "declares.py").write_text(
-            "from sae_lens.registry import register_sae_class\nregister_sae_class('found_by_name', int, float)"
-        )
-        info = tmp_path / "declares-1.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text("Name: declares\nVersion: 1")
-        (info / "entry_points.txt").write_text("[sae_lens.architectures]\nfound_by_name = declares\n")
-        run(tmp_path, ENTRY_POINTS)
-    else:
-        plain = MIXING[: MIXING.index("whole")] + MIXING[MIXING.index("torch.manual_seed") :]
-        assert run(tmp_path, MIXING) == run(tmp_path / "nothing", plain)
+def test_a_patch_does_what_its_text_says(patch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    DOES[patch.stem](patch, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("file", sorted(WORKFLOWS.glob("*.yml")), ids=lambda file: file.stem)
