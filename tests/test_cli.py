@@ -31,7 +31,7 @@ from writesae.cli import COMMANDS, main
 from writesae.dictionary.quality import dictionary_quality
 from writesae.evaluate import EvalAll, Subjects
 from writesae.evaluations import ASKED, EVALUATIONS, load_result
-from writesae.experiment.evaluation import Evaluation
+from writesae.experiment.evaluation import Evaluation, Scope
 from writesae.experiment.tokens import sample_sequences
 from writesae.files import run_folder, sae_folders
 from writesae.page.template import share_text
@@ -114,7 +114,7 @@ def test_settings_are_read_off_the_source_as_the_class_has_them(module: str, nam
 
 def test_what_is_asked_is_read_off_the_source_as_the_classes_have_it() -> None:
     assert {kind: asked[1:] for kind, asked in ASKED.items()} == {
-        kind: (each.question, each.answers) for kind, each in EVALUATIONS.items()
+        kind: (each.question, each.answers, each.scope is not Scope.HEAD) for kind, each in EVALUATIONS.items()
     }
     assert "nothing" not in EVALUATIONS and len(EVALUATIONS) == len(ASKED)
 
@@ -149,6 +149,11 @@ HEAD = ["--model", "embedded", "--layer", "2", "--head", "1"]
         (["demo", "--out", "/proc/below"], "/proc"),
         (["eval", "all", "[/nothing]"], "[/nothing]"),
         (["eval", "sign", "[/nothing]"], "[/nothing]"),
+        (["eval", "sign"], "got none"),
+        (["eval", "sign", "--layer", "2"], "no model and no head"),
+        (["eval", "sign", "SAE", *HEAD], "folders of SAEs too"),
+        (["eval", "sign", *HEAD[:-1], "9"], "head 9 is out of range"),
+        (["eval", "substitution", *HEAD], "sign, install, bits need no dictionary"),
         (["eval", "all", "SAE", "--set", "n_atoms=abc"], "'abc'"),
         (["eval", "all", "SAE", "--set", "n_atms=5"], "nearest: n_atoms"),
         (["eval", "all", "SAE", "--set", "n_atoms"], "FIELD=VALUE"),
@@ -408,6 +413,15 @@ def test_the_collection_of_a_dictionary_is_that_of_its_run(folders: Path, tmp_pa
     evaluated = ["eval", "sign", str(alone), *COUNTS, *SIGN, "--out", str(tmp_path / "out")]
     main(evaluated)
     assert (tmp_path / "out/report.html").is_file()
+
+
+def test_a_question_about_a_head_is_asked_without_a_dictionary(tmp_path: Path) -> None:
+    main(["eval", "sign", *HEAD, *COUNTS, *SIGN, "--out", str(tmp_path / "one")])
+    main(["eval", "all", *HEAD, *COUNTS, *SIGN[2:], "--kinds", "substitution", "sign", "--out", str(tmp_path / "all")])
+    for folder in ("one", "all"):
+        (file,) = (tmp_path / folder).rglob("info.json")
+        assert file.parent == tmp_path / folder / "sign" / "L2H1" and load_result(file.parent).skipped is None
+        assert "L2H1" in (tmp_path / folder / "report.html").read_text()
 
 
 def test_a_demo_of_one_firing_is_inconclusive(folders: Path) -> None:

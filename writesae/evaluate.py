@@ -31,9 +31,14 @@ _PASSES = 6
 class Subjects(OnText):
     """What is evaluated, on which text."""
 
-    saes: tyro.conf.Positional[tuple[Path, ...]]
+    saes: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Folders of trained SAEs (cfg.json, sae_weights.safetensors) of one model, or folders that hold such folders, as
-    `writesae train` and `demo` leave them."""
+    `writesae train` and `demo` leave them. A question about a head needs none, where --model, --layer and --head name
+    the head."""
+    layer: int | None = None
+    """Layer of the head that is asked about, without SAEs."""
+    head: int | None = None
+    """The head that is asked about, without SAEs."""
     out: Path = Path("writesae-out/eval")
     """Folder for results and report."""
     control_dictionaries: bool = True
@@ -44,6 +49,19 @@ class Subjects(OnText):
     fitted; by default the one that is in a folder above them, as `writesae train` and `demo` leave it. Where there is
     none, baselines are fitted to 64 sequences of the training text of the package, and claims that need them cannot
     hold."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        head = {"model": self.model, "layer": self.layer, "head": self.head}
+        missing = [name for name, value in head.items() if value is None]
+        if (self.layer, self.head) != (None, None) and (missing or self.saes):
+            got = f"no {' and no '.join(missing)}" if missing else "folders of SAEs too"
+            raise ValueError(f"layer, head: expected --model, --layer and --head without SAEs, got {got}")
+
+    @property
+    def place(self) -> tuple[int, int] | None:
+        """Layer and head, where these are named."""
+        return None if self.layer is None or self.head is None else (self.layer, self.head)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +155,8 @@ class Report:
 
 def run_eval(arguments: Sequence[str]) -> Path:
     """`writesae eval KIND SAE...` with the settings of that evaluation as flags; `all` runs every evaluation."""
-    questions = {kind: asked.question for kind, asked in ASKED.items()}
+    need = {True: "", False: " (needs no dictionary)"}
+    questions = {kind: asked.question + need[asked.needs_dictionary] for kind, asked in ASKED.items()}
     kind = choose("writesae eval", arguments, questions | {"all": "Every evaluation that fits, on one page."})
     program = f"writesae eval {kind}"
     check_saes(arguments[1:])
@@ -164,7 +183,9 @@ def evaluate(
     from hookpoints import HookedRecurrent, embedded
     from sae_lens_writesae.sae.factors import INDEX, Collection
     from sae_lens_writesae.sae.load import load_sae
+    from sae_lens_writesae.sae.target import head_target
     from writesae.dictionary.suite import evaluate_all
+    from writesae.experiment.evaluation import Scope
     from writesae.experiment.terms import Terms
     from writesae.experiment.tokens import EDITED, sample_sequences, say_time, text_of
     from writesae.page.report import write_report
@@ -176,14 +197,26 @@ def evaluate(
     saes = {label: load_sae(folder) for label, folder in zip(folder_labels(folders), folders)}
     if len(saes) < len(folders):
         raise ValueError(f"two of the SAEs' folders have the same name: {', '.join(map(str, folders))}")
+    if subjects.place:
+        evaluations = [evaluation for evaluation in evaluations if evaluation.scope is Scope.HEAD]
+        if not evaluations:
+            of_heads = ", ".join(kind for kind, asked in ASKED.items() if not asked.needs_dictionary)
+            raise ValueError(f"saes: expected folders of dictionaries, got a head alone; {of_heads} need no dictionary")
     models = {subjects.model or str(sae.cfg.metadata.model_name) for sae in saes.values()}
+    if subjects.place and subjects.model:
+        models.add(subjects.model)
     if len(models) != 1:
         raise ValueError(
             "saes: expected folders of dictionaries of one model, got "
-            + (", ".join(sorted(models)) or "none; writesae train makes some")
+            + (
+                ", ".join(sorted(models))
+                or "none; writesae train makes some, and some questions need only --model, --layer and --head"
+            )
         )
     held_out = text_of(subjects.text)
     model = HookedRecurrent.from_pretrained(models.pop(), dtype=subjects.dtype)
+    if subjects.place:
+        head_target(model, *subjects.place)  # raises where there is no such head, before any work
     tokens = sample_sequences(model, held_out, subjects.context_size, subjects.sequences)
     runs = [subjects.collection] if subjects.collection else filter(None, map(run_folder, folders))
     there = next((run / "collection" for run in runs if (run / "collection" / INDEX).is_file()), subjects.collection)
@@ -192,11 +225,11 @@ def evaluate(
     firings = sum((getattr(x, "n_atoms", 0) or 0) * (getattr(x, "firings_per_atom", 1) or 1) for x in evaluations)
     passes = _PASSES * (len(tokens) * len(evaluations) + firings * EDITED / tokens.shape[1])
     with taken(subjects.out):
-        say_time(model, tokens, passes * len(saes) * (1 + 2 * subjects.control_dictionaries), subjects.out)
+        say_time(model, tokens, passes * max(1, len(saes)) * (1 + 2 * subjects.control_dictionaries), subjects.out)
         results = evaluate_all(
             evaluations,
             model,
-            saes,
+            subjects.place or saes,
             tokens,
             subjects.out,
             controls=terms if subjects.control_dictionaries else None,

@@ -8,19 +8,20 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 import pandas as pd
 import pytest
 import torch
-from golden.cases import WRITE
+from golden.cases import HEADS, WRITE
 from golden.dictionaries import load_model, make_dictionary, sequences
 from golden.make import FIRST, result_of
 from saes import muted, random_sae
 from torch import Tensor
 
-from hookpoints import HookedRecurrent
+from hookpoints import HookedRecurrent, UnknownHookError
 from sae_lens_writesae.errors import NothingToMeasureError
 from writesae.evaluations import EVALUATIONS, load_result
 from writesae.experiment.evaluation import Scope
@@ -163,6 +164,25 @@ def test_poor_input_is_refused_or_gives_no_verdict(kind: str, tmp_path: Path) ->
             assert outcomes == {"not tested"}
         elif evaluation.scope in (Scope.EACH, Scope.LAYER) or len(some) == 1:
             assert outcomes <= {"not tested", "inconclusive", "below the floor"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_question_about_a_head_needs_no_dictionary(kind: str) -> None:
+    """It gives the numbers that it gives with one; the other questions refuse a head alone."""
+    result, model, tokens = result_of(FIRST.get(kind, kind)), load_model("embedded"), sequences("embedded", 48)[:8]
+    run = partial(result.evaluation.run, model, tokens=tokens, progress=False)
+    if result.evaluation.scope is not Scope.HEAD:
+        with pytest.raises(ValueError, match="expected a dictionary, got layer and head"):
+            run((2, 2))
+        return
+    with pytest.raises(UnknownHookError):
+        run((2, 99))
+    alone = run(HEADS["embedded"])
+    for name, table in result.tables.items():
+        pd.testing.assert_frame_equal(alone.tables[name], table)
+    assert result.info.keys() - alone.info.keys() == {"architecture", "d_sae"} and alone.info["saes"] == []
+    for name in alone.info.keys() - {"saes", "seconds"}:
+        assert alone.info[name] == result.info[name], name
 
 
 @pytest.mark.parametrize(

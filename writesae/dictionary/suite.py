@@ -18,6 +18,7 @@ from writesae.dictionary.controls import Control, control_dictionaries
 from writesae.dictionary.quality import quality_of_heads
 from writesae.dictionary.traits import objective, variant
 from writesae.experiment.evaluation import Evaluation, Result, Scope, result_files
+from writesae.experiment.lab import Place
 from writesae.experiment.terms import Terms
 from writesae.files import Json
 
@@ -25,7 +26,7 @@ from writesae.files import Json
 def evaluate_all(
     evaluations: Sequence[Evaluation],
     model: HookedRecurrent,
-    saes: Mapping[str, SAE],
+    saes: Mapping[str, SAE] | Place,
     tokens: Tensor,
     out: Path,
     *,
@@ -43,6 +44,7 @@ def evaluate_all(
     of all its results.
 
     Args:
+        saes: dictionaries by label; or the layer and number of a head, about which the evaluations of `Scope.HEAD` ask.
         tokens: as in `Evaluation.run`.
         controls: tokens [M,S] apart from those that are tested, or their terms, from which control dictionaries are
             made. These are evaluated after the trained ones as "<label>, untrained" and "<label>, native writes":
@@ -60,21 +62,25 @@ def evaluate_all(
         NothingToMeasureError, ValueError: see `single`; sequences of `controls` are tested.
     """
     for evaluation in evaluations:
-        for label, _ in groups(evaluation.scope, saes, single=single):
+        for label, _ in _runs(evaluation.scope, saes, single):
             if name := evaluation.label or label:
                 check_folder(_folder(out, evaluation.kind, name), result_files)
     fitted = reference or (Terms(model, controls) if isinstance(controls, Tensor) else controls)
-    beside = {} if controls is None else control_dictionaries(model, saes, controls)
-    everything = dict(saes)
+    dictionaries = {} if isinstance(saes, tuple) else dict(saes)
+    beside = {} if controls is None else control_dictionaries(model, dictionaries, controls)
+    everything = dictionaries.copy()
     for control, made in beside.items():
         everything |= {f"{label}, {control}": sae for label, sae in made.items()}
     texts = {"model": model_hash(model), "tokens": content_hash(tokens), "reference": _reference(fitted)}
     quality = quality_of_heads(model, everything, tokens, progress=progress)
     results: list[Result] = []
 
-    def one(evaluation: Evaluation, group: Mapping[str, SAE], control: Control | None = None, of: str = "") -> Result:
+    def one(
+        evaluation: Evaluation, group: dict[str, SAE] | Place, control: Control | None = None, of: str = ""
+    ) -> Result:
         """Run an evaluation, unless its result is there; `of`: the label of the result that has this control."""
-        weights = {label: [sae.cfg.to_dict(), sae.state_dict()] for label, sae in group.items()}
+        tested = {} if isinstance(group, tuple) else group
+        weights = {label: [sae.cfg.to_dict(), sae.state_dict()] for label, sae in tested.items()}
         inputs = texts | {"dictionaries": content_hash(weights)}
         saved = _saved(out, evaluation, inputs, say) if resume else None
         if saved is not None:
@@ -83,7 +89,7 @@ def evaluate_all(
         result = evaluation.run(
             model, group, tokens, reference=fitted, progress=progress, or_skip=not single or control is not None
         )
-        labels = [label if control is None else f"{label}, {control}" for label in group]
+        labels = [label if control is None else f"{label}, {control}" for label in tested]
         facts: dict[str, Json] = {} if control is None else {"control": control, "control_of": of}
         measured: dict[str, Json] = {"quality": {label: quality(label) for label in labels}, "inputs": inputs}
         result = replace(result, info=result.info | facts | measured)
@@ -94,12 +100,14 @@ def evaluate_all(
         return result
 
     for evaluation in evaluations:
-        for label, group in groups(evaluation.scope, saes, single=single):
+        for label, group in _runs(evaluation.scope, saes, single):
             trained = one(evaluation if evaluation.label else replace(evaluation, label=label), group)
-            for control, own in beside.items() if evaluation.scope is not Scope.HEAD else ():
-                if trained.skipped is None and group.keys() <= own.keys():
+            if evaluation.scope is Scope.HEAD or trained.skipped is not None:
+                continue
+            for control, made in beside.items():
+                if set(group) <= made.keys():
                     other = replace(evaluation, label=f"{trained.label}, {control}")
-                    one(other, {label: own[label] for label in group}, control, trained.label)
+                    one(other, {label: made[label] for label in dictionaries if label in group}, control, trained.label)
     return results
 
 
@@ -131,6 +139,14 @@ def _folder(out: Path, kind: str, label: str) -> Path:
     if name in (".", ".."):  # what is saved there would replace the folder above
         raise ValueError(f"{label!r} cannot be a label: results are saved in folders of their labels")
     return out / kind / name
+
+
+def _runs(scope: Scope, saes: Mapping[str, SAE] | Place, single: bool) -> Iterator[tuple[str, dict[str, SAE] | Place]]:
+    """What each run of an evaluation is about, with its label: `groups`, or a head without dictionaries."""
+    if not isinstance(saes, tuple):
+        yield from groups(scope, saes, single=single)
+    elif scope is Scope.HEAD:
+        yield "L{}H{}".format(*saes), saes
 
 
 def groups(scope: Scope, saes: Mapping[str, SAE], *, single: bool = False) -> Iterator[tuple[str, dict[str, SAE]]]:

@@ -25,6 +25,8 @@ class Asked(NamedTuple):
     question: str
     answers: tuple[int, ...]
     """Rows of `verdict.paper.PAPER_CLAIMS`."""
+    needs_dictionary: bool
+    """False for a question about a head (`Scope.HEAD`)."""
 
 
 def _asked() -> dict[str, Asked]:
@@ -35,7 +37,8 @@ def _asked() -> dict[str, Asked]:
             constants = class_constants(definition) if isinstance(definition, ast.ClassDef) else {}
             if question := constants.get("question"):
                 answers = ast.literal_eval(constants.get("answers", ast.Tuple([])))
-                asked[file.stem] = Asked(name, ast.literal_eval(question), answers)
+                of_head = "scope" in constants and ast.unparse(constants["scope"]) == "Scope.HEAD"
+                asked[file.stem] = Asked(name, ast.literal_eval(question), answers, not of_head)
     return dict(sorted(asked.items(), key=lambda entry: min(entry[1].answers, default=99)))
 
 

@@ -27,7 +27,7 @@ from hookpoints import HookedRecurrent
 from hookpoints.files import CHECKSUMS, SealedFolder, atomic_folder, read_json, sealed_names, write_checksums
 from sae_lens_writesae.errors import NothingToMeasureError
 from writesae.choices import AtLeast, at_least, expect, once_each
-from writesae.experiment.lab import Lab
+from writesae.experiment.lab import Lab, Place
 from writesae.experiment.terms import Terms
 from writesae.files import Json
 from writesae.verdict.finding import Claim, Figure, Finding
@@ -63,7 +63,7 @@ class Scope(Enum):
 
     EACH = "each dictionary by itself"
     LAYER = "each dictionary by itself, or one for each of several heads of a layer, which act together"
-    HEAD = "any dictionary of a head, which says which head it is; the atoms are not used"
+    HEAD = "a head, as (layer, head) or as any dictionary of it, whose atoms are not used"
     SEEDS = "dictionaries of one target that differ in their seed"
     TARGETS = "dictionaries of one head that differ in what they were trained for"
     VARIANTS = "dictionaries of one target that differ in their architecture"
@@ -177,7 +177,7 @@ class Evaluation(ABC):
     def run(
         self,
         model: HookedRecurrent,
-        saes: SAE | Mapping[str, SAE],
+        saes: SAE | Mapping[str, SAE] | Place,
         tokens: Tensor,
         *,
         reference: Tensor | Terms | None = None,
@@ -189,7 +189,8 @@ class Evaluation(ABC):
         Args:
             model: the hooked model that the dictionaries read.
             saes: one dictionary, or several by label. Each reads `blocks.{l}.mixer.heads.{h}.hook_write_vec` or
-                `hook_state_vec`, by its own metadata.
+                `hook_state_vec`, by its own metadata. A question about a head (`Scope.HEAD`) needs none: it also takes
+                `(layer, head)`.
             tokens: [N,T] token ids, all sequences of one length, without padding.
             reference: other text, on which baselines are fitted: [M,S] token ids, or `Terms` of the text that
                 dictionaries were trained on; without it each half of `tokens` is the other one's.
@@ -197,15 +198,18 @@ class Evaluation(ABC):
             or_skip: where there is nothing to measure, return a result that says why, so that a run over many resumes.
 
         Raises:
-            ValueError: a dictionary does not fit the model, sequences are too few or too short, or dictionaries cannot
-                be compared; before any work.
+            ValueError: a dictionary does not fit the model, is missing or cannot be compared, or sequences are too few
+                or too short; before any work.
+            UnknownHookError, UnsupportedModelError: the model has no such head; before any work.
             NothingToMeasureError: the dictionary and the text give nothing to measure.
         """
         begin = time.perf_counter()
+        if isinstance(saes, tuple) and self.scope is not Scope.HEAD:
+            raise ValueError(f"{self.kind}, {self.scope.value}: expected a dictionary, got layer and head {saes}")
         with torch.inference_mode(False), torch.no_grad():
             lab = Lab(
                 model,
-                saes if isinstance(saes, Mapping) else {"": saes},
+                saes if isinstance(saes, (Mapping, tuple)) else {"": saes},
                 tokens.clone(),  # gradients cannot be taken through inference tensors
                 reference=reference,
                 seed=self.seed,

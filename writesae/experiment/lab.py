@@ -19,13 +19,15 @@ from hookpoints import EditSession, HookedRecurrent, Recurrence, WriteEdit
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.sae.matrix import MatrixSAE
-from sae_lens_writesae.sae.target import HeadHook, atoms_of, check_hook, check_plain_activations
+from sae_lens_writesae.sae.target import HeadHook, atoms_of, check_hook, check_plain_activations, head_target
 from writesae.codes.head_baselines import HeadBaselines
 from writesae.experiment.firings import Firings, bar, collect_firings, folds
 from writesae.experiment.terms import Terms
 from writesae.files import Json
 from writesae.head.writes import head_writes, joined
 
+Place: TypeAlias = tuple[int, int]
+"""Layer and head."""
 T = TypeVar("T")
 M = TypeVar("M", bound=LowRank | None)
 
@@ -128,7 +130,8 @@ class Lab:
 
     Args:
         model: the hooked model.
-        saes: dictionaries by label; all read the same head.
+        saes: dictionaries by label, all of which read the same head; or the layer and number of a head, about which a
+            question is asked that needs no dictionary.
         tokens: [N,T] token ids.
         reference: other text, which nothing is tested on, for what is fitted to the head: [M,S] token ids, or the terms
             of a training text.
@@ -146,7 +149,7 @@ class Lab:
     def __init__(
         self,
         model: HookedRecurrent,
-        saes: Mapping[str, SAE],
+        saes: Mapping[str, SAE] | Place,
         tokens: Tensor,
         *,
         reference: Tensor | Terms | None = None,
@@ -166,16 +169,21 @@ class Lab:
                     f"reference is other text than tokens, but {shared} of its {len(fitted_on)} sequences are tested; "
                     "leave those out, or pass no reference: then each half of the sequences is the other one's"
                 )
-        for label, sae in saes.items():
-            check_hook(model, HeadHook.of(sae).name, sae.cfg, label or "the SAE given")
-        self.hooks = {label: HeadHook.of(sae) for label, sae in saes.items()}
+        if isinstance(saes, tuple):
+            self.saes: dict[str, SAE] = {}
+            self.hooks = {"": HeadHook.parse(head_target(model, *saes).hook_name)}
+        else:
+            self.saes = dict(saes)
+            self.hooks = {label: HeadHook.of(sae) for label, sae in saes.items()}
+        for label, sae in self.saes.items():
+            check_hook(model, self.hooks[label].name, sae.cfg, label or "the SAE given")
         cells = {hook.cell for hook in self.hooks.values()}
         layers = {hook.layer for hook in self.hooks.values()}
-        if len(layers) != 1 or len(cells) != (1 if one_head else len(saes)):
+        if len(layers) != 1 or len(cells) != (1 if one_head else len(self.saes)):
             expected = "of one head" if one_head else "of different heads of one layer"
             listed = "; ".join(f"{label}: {hook.name}" for label, hook in self.hooks.items())
             raise ValueError(f"expected dictionaries {expected}, got {listed or 'none'}")
-        self.model, self.tokens, self.saes = model, tokens, dict(saes)
+        self.model, self.tokens = model, tokens
         self.seed, self.rows_per_run, self.progress = seed, rows_per_run, progress
         self.skipped: Counter[str] = Counter()
         """Units that could not be measured, by reason."""
@@ -201,6 +209,8 @@ class Lab:
     @property
     def sae(self) -> SAE:
         """The dictionary; the first one where there are several."""
+        if not self.saes:
+            raise ValueError(f"expected a dictionary of {self.hook.cell}, got the head alone; this question needs one")
         return next(iter(self.saes.values()))
 
     @property
@@ -220,9 +230,10 @@ class Lab:
         Raises:
             ValueError: the dictionary normalizes its input, so that activations are not in units of the write.
         """
-        label = next(iter(self.saes)) if label is None else label
+        sae = self.sae if label is None else self.saes[label]
+        label = next(iter(self.hooks)) if label is None else label
         if label not in self._firings:
-            sae, layer = self.saes[label], self.hooks[label].layer
+            layer = self.hooks[label].layer
             check_plain_activations(sae)
             self._firings[label] = collect_firings(self.model, sae, layer, self.tokens, progress=self.progress)
         return self._firings[label]
@@ -395,6 +406,9 @@ class Lab:
         default = hook.cell if len(self.saes) > 1 else f"{hook.cell} {hook.target}-trained"
         if len({head_hook.head for head_hook in self.hooks.values()}) > 1:
             default = f"L{hook.layer}, {len(self.hooks)} heads"
+        dictionaries: dict[str, Json] = {"saes": [name for name in self.saes if name]}
+        if self.saes:
+            dictionaries |= {"architecture": self.sae.cfg.architecture(), "d_sae": int(self.sae.cfg.d_sae)}
         return {
             "label": label or default,
             "model": str(self.model.cfg.model_name),
@@ -407,9 +421,7 @@ class Lab:
             "V": shape.V,
             "hook_name": hook.name,
             "target": hook.target,
-            "saes": [name for name in self.saes if name],
-            "architecture": self.sae.cfg.architecture(),
-            "d_sae": int(self.sae.cfg.d_sae),
+            **dictionaries,
             "n_sequences": len(self.tokens),
             "n_positions": self.tokens.shape[1],
             **self.facts,
