@@ -166,11 +166,13 @@ def microseconds(costs: Counts) -> float:
 
 def lines(found: dict[str, Counts]) -> list[frame.Line]:
     native, read = found["native forward"], found["one head's writes read"]
+    memory, reread = found["memory"]["launch"], found["memory without it, 4 tokens reread"]["launch"]
     step = found["SAE step, F 1024, N 128, k 32"]
     return [
         frame.Line("idle hooks, launches beside native", found["idle hooks"]["launch"] - native["launch"], goal=1),
         frame.Line("idle hooks, waits beside native", waits(found["idle hooks"]) - waits(native), goal=1),
         frame.Line("one head's writes read, launches beside native", read["launch"] - native["launch"], goal=20),
+        frame.Line("memory without a span, 4 tokens reread, launches over a memory's", reread / memory, goal=1.2),
         frame.Line("session of 64 replaces, syncs", found["session of 64 replaces, 64 positions"]["sync"], goal=1),
         frame.Line("SAE step at F 1024, launches", step["launch"], goal=110),
     ]

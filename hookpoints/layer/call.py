@@ -124,6 +124,8 @@ class LayerCall:
         """Position of the first token; None where nothing tells."""
         if cache is not None and self.first_token is not None:
             count_tokens(cache, self.first_token + hidden.shape[1])
+        if self.run.reading is not None and self.first_token is not None:
+            self.first_token += self.run.reading.tokens.start
         mask = kwargs.get("attention_mask")
         self.real: Tensor | None = None
         """[B,T] bool, which tokens are real, where the layer is told so in that form."""
@@ -155,13 +157,17 @@ class LayerCall:
             )
         elif native_op is not None and changed & rule.torch_only:
             native_op = torch_form(native_op)
+        if run.reading is not None:
+            recurrence = recurrence.select(tokens=run.reading.tokens, initial_state=run.reading.states[layer])
         fed = rule.arguments(arguments, factors.over_time(self.padding.packed), changed)
         native = self._native_result(native_op, fed, recurrence)
         if changed or native_op is None:
             native = native._replace(outputs=native.outputs.to(rule.output_dtype(arguments)))
         if recorded:
             self._record(recurrence, native, arguments)
-        result = self._edited(recurrence, native)
+        result = self._edited(recurrence, native) if recurrence.T else native
+        if run.reading is not None:
+            result = result._replace(outputs=_among_zeros(result.outputs, run.reading.tokens, factors.q.shape[1]))
         if self.hooks.listens("hook_read"):
             result = result._replace(outputs=self.hooks.fire("hook_read", result.outputs))
         return rule.write_result(result._replace(outputs=self.padding.packed(result.outputs)), arguments)
@@ -169,7 +175,7 @@ class LayerCall:
     def _native_op(self, op: Function, arguments: Arguments) -> Function | None:
         """The function that computes the native pass; None: this package's own kernel does."""
         backend = self.run.backend or self.mixer.backend
-        if backend == "recurrence" or not self.mixer.rule.runs(op, arguments):
+        if backend == "recurrence" or self.run.reading is not None or not self.mixer.rule.runs(op, arguments):
             return None
         return torch_form(op) if backend == "torch" else op
 
@@ -286,6 +292,11 @@ class LayerCall:
             return result
         change = (fired[:, :, :, unseen:] - pattern).flatten(3) @ values.transpose(1, 2).flatten(2, -2)
         return result._replace(outputs=(result.outputs + change.transpose(1, 2)).to(result.outputs.dtype))
+
+
+def _among_zeros(outputs: Tensor, tokens: slice, length: int) -> Tensor:
+    """Outputs [B,T',H,V] of some ``tokens`` among those of a pass, [B,T,H,V]."""
+    return F.pad(outputs, (0, 0, 0, 0, tokens.start, length - tokens.stop))
 
 
 def _fire_head(hooks: HookSet, matrix: str, value: Tensor) -> Tensor | None:

@@ -113,6 +113,12 @@ def reach(cache: Cache) -> int:
     return max((max(size - 1, 1) for size in _convolved(cache)), default=0)
 
 
+def attends_and_convolves(cache: Cache) -> bool:
+    """Whether a layer holds attention's keys and convolutions, so that these may depend on what was attended to."""
+    layers = [place.split("/")[0] for place in tensors_of(cache) if place.endswith("/keys/")]
+    return any(place.startswith(f"{layer}/conv_states/") for place in tensors_of(cache) for layer in layers)
+
+
 def _convolved(cache: Cache) -> list[int]:
     """How many tokens each convolution and token shift holds."""
     return [x.shape[-1] for place, x in tensors_of(cache).items() if "/conv_states/" in place]

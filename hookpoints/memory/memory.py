@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -31,9 +31,10 @@ from transformers import Cache
 
 from hookpoints.errors import InputError, UnsupportedModelError
 from hookpoints.files import atomic_write
-from hookpoints.hooks.guard import Hooks
-from hookpoints.layer.context import count_tokens, drop_sources, scope
+from hookpoints.hooks.guard import Hook, Hooks
+from hookpoints.layer.context import Reading, Recorded, count_tokens, drop_sources, scope
 from hookpoints.memory.caches import (
+    attends_and_convolves,
     attention_of,
     fill,
     put_state,
@@ -48,7 +49,7 @@ from hookpoints.memory.sealing import fingerprint, seal
 from hookpoints.model.hooked import HookedModel
 from hookpoints.model.inputs import cache_of, check_tokens, continuing
 from hookpoints.model.selfcheck import relative_error, tolerance
-from hookpoints.recurrence.canonical import over_time, terms
+from hookpoints.recurrence.canonical import over_time, tensors, terms
 from hookpoints.recurrence.recurrence import Recurrence
 from hookpoints.rules.base import compute_dtype
 
@@ -62,6 +63,10 @@ Kept = Mapping[str, Tensor]
 after one that was) and ``unmoved/{layer}`` (its attention key has an old position)."""
 
 
+_TOGETHER = 2**24
+"""Numbers of a factor up to which layers run together: their factors are copied into one tensor."""
+
+
 class WriteTerms(NamedTuple):
     """A state as a sum over tokens of outer products, sum_r keys_r values_r^T."""
 
@@ -69,6 +74,19 @@ class WriteTerms(NamedTuple):
     """[B,T,(H,)(R,)K], P_t k_t: the key of each write as the tokens since have left it."""
     values: Tensor
     """[B,T,(H,)(R,)V], u_t."""
+
+
+class _Passed(NamedTuple):
+    """What a pass over some tokens left."""
+
+    cache: Cache
+    attention: dict[str, Tensor]
+    """Keys and values by place, [B,T,H,D], of the tokens of the pass as well."""
+    kept: Kept
+    """Of the tokens that were read."""
+    states: LayerStates
+    """After them."""
+    edited: bool
 
 
 class Form(NamedTuple):
@@ -143,11 +161,8 @@ class Memory:
             InputError: the state was set by hand, so that no token wrote it.
         """
         self.model.cfg.layer(layer)
-        if self.edited:
-            raise InputError("expected a memory whose tokens wrote its states, got one edited by hand: cut before")
-        form = self.forms[layer]
-        factors = _among(self.kept, f"factor/{layer}/")
-        return Recurrence(**factors, scale=form.scale, read_before_write=form.read_before_write)
+        self._check_explained()
+        return self._recurrence(self.kept, layer)
 
     def terms(self, layer: int, head: int | None = None) -> WriteTerms:
         """What each token still contributes to S, as factors: S is the sum of keys values^T over all tokens exactly.
@@ -197,7 +212,9 @@ class Memory:
             raise InputError(f"position: expected 1 to {self.T}, the tokens read, got {position}")
         if position == self.T:
             return self
-        return self._of(_cut(self.kept, 0, position), self._scan(0, position))
+        self._check_explained()
+        kept = _cut(self.kept, 0, position)
+        return self._read_on(kept, self._scan(kept))
 
     def without(self, span: TokenSpan, reread: int | None = None) -> Memory:
         """The memory without the tokens of ``span``.
@@ -213,8 +230,8 @@ class Memory:
                 span (kernel size - 1, or 1). They write what the span says into the state: with 0 a fact that the span
                 states is still known afterwards.
 
-        Cost: reading ``reread`` tokens, the recurrence over stored factors, and two passes over as many tokens as
-        convolutions hold.
+        Cost: the recurrence over stored factors, and one pass over the tokens that are read again, with as many before
+        them and at the end as convolutions hold.
 
         Raises:
             InputError: the span is empty, out of range or all there is, or states were set by hand.
@@ -227,15 +244,10 @@ class Memory:
             raise InputError(f"reread: expected 0 to {rest}, the tokens after the span, got {reread}")
         if not rest:
             return self.rewind(start)
-        kept = _cut(self.kept, 0, start)
-        states = self._scan(0, start)
-        if not reread:
-            return self._then((kept, states), self, stop, self.T, inexact=True)
-        before = self._of(kept, states) if start else None
-        reader = read(self.model, self.tokens[:, stop : stop + reread], before)
-        if reread == rest:
-            return reader
-        return reader._then((reader.kept, reader._states()), self, stop + reread, self.T, inexact=True)
+        self._check_explained()
+        before = _cut(self.kept, 0, start)
+        states = self._scan(before)
+        return self._read_on(before, states, self.tokens[:, stop : stop + reread], (self, stop + reread, self.T))
 
     def paste(self, other: Memory, span: TokenSpan) -> Memory:
         """This memory, and then what ``other`` wrote at the tokens of ``span``.
@@ -250,8 +262,9 @@ class Memory:
         """
         self._check_peer(other)
         start, stop = other._range(span)
+        other._check_explained()
         inexact = self.edited or not torch.equal(self.tokens, other.tokens[:, :start])
-        return self._then((self.kept, self._states()), other, start, stop, inexact)
+        return self._read_on(self.kept, self._states(), None, (other, start, stop), inexact)
 
     # -- arithmetic on states. Convolutions, token shifts and attention stay as they are.
 
@@ -380,56 +393,126 @@ class Memory:
     def _states(self) -> LayerStates:
         return {layer: self.state(layer) for layer in self.forms}
 
-    def _scan(self, start: int, stop: int, before: LayerStates | None = None) -> LayerStates:
-        """States after the writes from ``start`` to ``stop``, made on ``before`` (None: zeros)."""
-        states: LayerStates = {}
-        for layer in self.forms:
-            r = self.recurrence(layer)
-            states[layer] = r.starting_state() if before is None else before[layer]
-            if stop > start:
-                part = r.select(tokens=slice(start, stop), initial_state=states[layer])
-                states[layer] = part.states(positions=-1)[:, 0]
-        return states
+    def _check_explained(self) -> None:
+        if self.edited:
+            raise InputError("expected a memory whose tokens wrote its states, got one edited by hand: cut before")
 
-    def _then(self, base: tuple[Kept, LayerStates], other: Memory, start: int, stop: int, inexact: bool) -> Memory:
-        """``base``, and then what ``other`` wrote from ``start`` to ``stop``; ``inexact``: with others in view."""
-        kept = _cut(other.kept, start, stop)
-        if inexact:
-            kept["inexact"] = torch.ones_like(kept["inexact"])
-        before, states = base
-        by = before["tokens"].shape[1] - start
+    def _recurrence(self, kept: Kept, layer: int) -> Recurrence:
+        form = self.forms[layer]
+        factors = _among(kept, f"factor/{layer}/")
+        return Recurrence(**factors, scale=form.scale, read_before_write=form.read_before_write)
+
+    def _states_of(self, cache: Cache) -> LayerStates:
+        """Views of the states in a cache."""
+        return {layer: state_of(cache, layer, form.value_first) for layer, form in self.forms.items()}
+
+    def _scan(self, kept: Kept, states: LayerStates | None = None) -> LayerStates:
+        """States after what the tokens of ``kept`` wrote, made on ``states`` (None: zeros). Layers of one shape are
+        rows of one recurrence, so that a GPU launches its steps once."""
+        parts = {layer: self._recurrence(kept, layer) for layer in self.forms}
+        if states is not None:
+            parts = {layer: part.replace(initial_state=states[layer]) for layer, part in parts.items()}
+        if not kept["tokens"].shape[1]:
+            return {layer: part.starting_state() for layer, part in parts.items()}
+        alike: dict[object, list[int]] = {}
+        for layer, part in parts.items():
+            alike.setdefault((self.forms[layer], _shapes(part)), []).append(layer)
+        after: LayerStates = {}
+        for layers in alike.values():
+            count = max(_TOGETHER // parts[layers[0]].k.numel(), 1)
+            for first in range(0, len(layers), count):
+                group = layers[first : first + count]
+                last = _rows_of([parts[layer] for layer in group]).states(positions=-1)[:, 0]
+                after |= zip(group, last.split(self.tokens.shape[0]))
+        return after
+
+    def _read_on(
+        self,
+        before: Kept,
+        states: LayerStates,
+        again: Tensor | None = None,
+        later: tuple[Memory, int, int] | None = None,
+        inexact: bool = True,
+    ) -> Memory:
+        """The memory of the tokens of ``before``, which left ``states``; then those that are read ``again`` [B,T'];
+        then those of another memory (from a token, to a token), whose factors are stored. Cost: one pass (`_pass`).
+
+        Args:
+            inexact: whether the later tokens were read with others in view.
+        """
+        again = self.tokens[:, :0] if again is None else again
+        apart = attends_and_convolves(self.cache)
+        if apart and again.shape[1] and later is not None:
+            reader = self._read_on(before, states, again)
+            return reader._read_on(reader.kept, reader._states(), None, later, inexact)
+        other, first, stop = (self, 0, 0) if later is None else later
+        tail = _cut(other.kept, first, stop)
+        moved_by = before["tokens"].shape[1] + again.shape[1] - first
+        moved = stop > first and moved_by
+        unmoved = {name: x for name, x in tail.items() if moved and name.startswith("attention/")}
         backbone = self.model.attachment.layout.backbone
-        unmoved = {name: x for name, x in kept.items() if by and name.startswith("attention/")}
         for name, x in unmoved.items():
             if name.endswith("/keys/"):
-                kept[name] = turned(self.model.hf_model, backbone, x, by)
-        return self._of(_joined(before, kept), other._scan(start, stop, states), unmoved)
+                tail[name] = turned(self.model.hf_model, backbone, x, moved_by)
+        if inexact:
+            tail["inexact"] = torch.ones_like(tail["inexact"])
+        if apart and not again.shape[1]:  # the last tokens have to attend to all others
+            passed = self._pass(_joined(before, tail), states, again, _cut(tail, 0, 0))
+        else:
+            passed = self._pass(before, states, again, tail)
+        kept = _joined(before, passed.kept, tail)
+        for name, x in unmoved.items():
+            fresh = passed.attention[name.removeprefix("attention/")]
+            count = min(window(self.cache), x.shape[1])  # the last ones of the pass
+            error = relative_error(fresh[:, -count:], kept[name][:, -count:])
+            if not error <= tolerance(x.dtype):  # NaN is an error
+                _put_last(kept, name, x)
+                _put_last(kept, f"unmoved/{name.split('/')[1]}", torch.ones_like(tail["inexact"]))
+        self._fill(passed.cache, kept, self._scan(tail, passed.states))
+        count_tokens(passed.cache, kept["tokens"].shape[1])
+        return replace(self, cache=passed.cache, kept=kept, edited=self.edited or passed.edited)
 
-    def _of(self, kept: Kept, states: LayerStates, unmoved: Kept | None = None) -> Memory:
-        """The memory of tokens whose ``kept`` and last states are known. Convolutions and token shifts are those of a
-        pass over the last few, whose other results serve as a check: keys that were not moved as the model
-        would have done it are left ``unmoved``."""
-        kept = dict(kept)
-        count = kept["tokens"].shape[1]
-        begin = max(count - window(self.cache), 0)
+    def _pass(self, before: Kept, states: LayerStates, again: Tensor, later: Kept) -> _Passed:
+        """The pass that reads tokens ``again`` [B,T'], after those of ``before`` and their ``states``.
+
+        With them it takes the last tokens of ``before`` and of ``later``, as many as convolutions hold. What blocks
+        were given for these is known, and recurrent layers leave them out. So it also leaves the convolutions of the
+        last tokens, and shows which keys attention gives them.
+        """
+        start = before["tokens"].shape[1]
+        reread = again.shape[1]
+        rest = later["tokens"].shape[1]
+        ending = min(window(self.cache), rest)
+        leading = min(window(self.cache) - (0 if reread else ending), start)
+        begin, end = start - leading, start + reread + rest
+        place = slice(leading, leading + reread)
         cache = copy.deepcopy(self.cache) if begin else None
         if cache is not None:
-            self._fill(cache, _cut(kept, 0, begin), {})
-        putting = [(name, lambda value, hook, x=x: x[:, begin:]) for name, x in _among(kept, "stream/").items()]
-        cache = _run(self.model, kept["tokens"][:, begin:], begin, cache, putting)
-        fresh = attention_of(cache, count)
-        for name, x in (unmoved or {}).items():
-            place = name.removeprefix("attention/")
-            moved = x.shape[1]
-            checked = min(moved, count - begin)
-            error = relative_error(fresh[place][:, -checked:], kept[name][:, -checked:])
-            if not error <= tolerance(x.dtype):  # NaN is an error
-                kept[name] = torch.cat([kept[name][:, :-moved], x], 1)
-                flags = f"unmoved/{place.split('/')[0]}"
-                kept[flags] = kept[flags].clone()
-                kept[flags][:, -moved:] = True
-        self._fill(cache, kept, states)
-        return replace(self, cache=cache, kept=kept)
+            self._fill(cache, _cut(before, 0, begin), {})
+        given: dict[str, Tensor] = {}
+        first = _cut(before, begin, start)
+        last = _cut(later, rest - ending, rest)
+        hooks = [
+            (name.removeprefix("stream/"), _putting(given, name, x, place, last[name]))
+            for name, x in first.items()
+            if name.startswith("stream/")
+        ]
+        tokens = torch.cat([first["tokens"], again, last["tokens"]], 1)
+        positions = torch.tensor([*range(begin, start + reread), *range(end - ending, end)])
+        reading = scope(self.model.attachment, reading=Reading(place, states))
+        with self.model.recording(None if reread else ()) as recorded, reading:
+            cache = _run(self.model, tokens, begin, cache, hooks, positions)
+        attention = attention_of(cache, begin + tokens.shape[1])
+        if not reread:
+            return _Passed(cache, attention, _cut(later, 0, 0), states, False)
+        left = self._states_of(cache)
+        edited = not all(record.left(left[layer]) for layer, record in recorded.items())
+        kept = given | _factors_of(recorded)
+        kept["tokens"] = again
+        kept["inexact"] = before["inexact"].any(1, keepdim=True).expand(-1, reread)
+        kept |= {f"attention/{name}": x[:, start : start + reread] for name, x in attention.items()}
+        kept |= {name: torch.zeros_like(again, dtype=torch.bool) for name in before if name.startswith("unmoved/")}
+        return _Passed(cache, attention, kept, left, edited)
 
     def _fill(self, cache: Cache, kept: Kept, states: Mapping[int, Tensor]) -> None:
         """Put attention's keys and values, and states, into ``cache``."""
@@ -464,11 +547,11 @@ def read(model: HookedModel, tokens: Tensor, before: Memory | None = None) -> Me
     kept["inexact"] = torch.zeros_like(tokens, dtype=torch.bool)
     if before is not None:  # what is read after such tokens is made of what they left
         kept["inexact"] |= before.kept["inexact"].any(1, keepdim=True)
+    kept |= _factors_of(recorded)
     forms: dict[int, Form] = {}
     edited = before is not None and before.edited
     for layer, record in recorded.items():
         r = record.recurrence
-        kept |= {f"factor/{layer}/{name}": x for name, x in over_time(r)}
         forms[layer] = Form(record.value_first, r.scale, r.read_before_write)
         edited |= not record.left(state_of(cache, layer, record.value_first))
     attention = attention_of(cache, position + tokens.shape[1])
@@ -548,9 +631,19 @@ def _stretches(flags: Tensor) -> list[str]:
     return [f"tokens {start} to {stop - 1}" for start, stop in zip(starts, stops, strict=True)]
 
 
-def _run(model: HookedModel, tokens: Tensor, position: int, cache: Cache | None, hooks: Hooks = ()) -> Cache:
-    """The cache after a pass over ``tokens`` [B,T], the first of which stands at ``position``, from ``cache`` on."""
+def _run(
+    model: HookedModel,
+    tokens: Tensor,
+    position: int,
+    cache: Cache | None,
+    hooks: Hooks = (),
+    positions: Tensor | None = None,
+) -> Cache:
+    """The cache after a pass over ``tokens`` [B,T], the first of which stands at ``position``, from ``cache`` on.
+    ``positions`` [T]: of all tokens, where they do not follow one another."""
     inputs = continuing(model.hf_model, cache, position, tokens)
+    if positions is not None and "position_ids" in inputs:
+        inputs["position_ids"] = positions.to(tokens.device).expand_as(tokens)
     with torch.no_grad(), scope(model.attachment, first_token=position), model.hooks(hooks):
         return cache_of(model.hf_model(input_ids=tokens, logits_to_keep=1, **inputs))
 
@@ -563,5 +656,41 @@ def _cut(kept: Kept, start: int, stop: int) -> dict[str, Tensor]:
     return {name: x[:, start:stop] for name, x in kept.items()}
 
 
-def _joined(kept: Kept, later: Kept) -> dict[str, Tensor]:
-    return {name: torch.cat([kept[name], x], 1) for name, x in later.items()}
+def _joined(*parts: Kept) -> dict[str, Tensor]:
+    """Stretches of tokens one after the other; those without tokens are left out."""
+    some = [part for part in parts if part["tokens"].shape[1]]
+    if len(some) == 1:
+        return dict(some[0])
+    return {name: torch.cat([part[name] for part in some], 1) for name in some[-1]}
+
+
+def _put_last(kept: dict[str, Tensor], name: str, x: Tensor) -> None:
+    """Replace what a memory keeps of the last tokens."""
+    kept[name] = torch.cat([kept[name][:, : -x.shape[1]], x], 1)
+
+
+def _factors_of(recorded: Mapping[int, Recorded]) -> dict[str, Tensor]:
+    """What `Kept` names factors, of a recorded pass."""
+    layers = recorded.items()
+    return {f"factor/{layer}/{name}": x for layer, record in layers for name, x in over_time(record.recurrence)}
+
+
+def _putting(given: dict[str, Tensor], name: str, before: Tensor, place: slice, after: Tensor) -> Hook:
+    """A hook that gives a block what it was given ``before`` the tokens at ``place`` and ``after`` them; notes what it
+    is given at these."""
+
+    def put(value: Tensor, hook: object) -> Tensor:
+        given[name] = value[:, place]
+        return torch.cat([before, given[name], after], 1)
+
+    return put
+
+
+def _shapes(r: Recurrence) -> tuple[tuple[str, torch.Size], ...]:
+    return tuple((name, x.shape) for name, x in tensors(r))
+
+
+def _rows_of(parts: Sequence[Recurrence]) -> Recurrence:
+    """Recurrences of one shape as the rows of one."""
+    names = [name for name, _ in tensors(parts[0])]
+    return parts[0].replace(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})

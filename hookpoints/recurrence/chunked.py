@@ -225,14 +225,17 @@ def corrected_values(r: CanonicalForm, chunk_size: int | None = None) -> Tensor:
 def states(r: CanonicalForm, positions: list[int], chunk_size: int | None = None) -> Tensor:
     """See `reference.states`; `positions` must not be empty.
 
-    Sixteen tokens at a time are one batched product from the state before them; where no gradient is recorded it is
-    computed in the result itself: nothing is copied, and further memory stays bounded.
+    One state is what the walk ends with. Otherwise sixteen tokens at a time are one batched product from the state
+    before them; where no gradient is recorded it is computed in the result itself: nothing is copied, and further
+    memory stays bounded.
     """
     wanted = sorted(set(positions))
     if wanted != positions:
         at = torch.tensor([bisect_left(wanted, t) for t in positions], device=r.device)
         return states(r, wanted, chunk_size).index_select(1, at)
     r = r.select(tokens=slice(0, wanted[-1] + 1)).working()
+    if len(wanted) == 1:
+        return _last(r, chunk_size).unflatten(0, (r.B, 1, r.H))
     recorded = torch.is_grad_enabled() and any(x.requires_grad for _, x in tensors(r))
     result = r.q.new_empty(0 if recorded else r.B * r.H, len(wanted), r.K, r.V)
     pieces: list[Tensor] = []
@@ -242,6 +245,14 @@ def states(r: CanonicalForm, positions: list[int], chunk_size: int | None = None
         if begin < end:
             pieces.append(_states(chunk, [t - chunk.first for t in wanted[begin:end]], result[:, begin:end]))
     return (torch.cat(pieces, dim=1) if recorded else result).unflatten(0, (r.B, r.H)).transpose(1, 2)
+
+
+def _last(r: CanonicalForm, chunk_size: int | None) -> Tensor:
+    """[B*H,K,V], the state after the last token."""
+    state = r.starting_state().flatten(0, 1)
+    for chunk in walk(r, chunk_size):
+        state = chunk.after
+    return state
 
 
 def state_blocks(r: CanonicalForm, chunk_size: int | None = None) -> Iterator[Tensor]:

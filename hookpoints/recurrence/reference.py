@@ -53,6 +53,8 @@ def scan(r: CanonicalForm, writes: Tensor | None = None) -> ScanResult:
     """Outputs [B,T,H,V] and final state; `writes` as for `steps`."""
     r = r.working()
     outputs, state = [], r.starting_state()
+    if r.T == 0:
+        return ScanResult(state.new_zeros(r.B, 0, r.H, r.V), state)
     for t, (before, state) in enumerate(steps(r, writes)):
         outputs.append(read_out(r.q[:, t] * r.scale, before if r.read_before_write else state))
     return ScanResult(torch.stack(outputs, dim=1), state)
