@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Self, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor
@@ -31,9 +31,12 @@ from sae_lens_writesae.sae.fast import Stack
 from sae_lens_writesae.sae.fused import FACTORS, Dead, Step, with_aux
 from sae_lens_writesae.sae.target import HeadHook, RunnerConfig
 
+if TYPE_CHECKING:
+    from hookpoints.recurrence.chunked import Chunk
+
 SPAN = 64
 """Tokens of a chunk at most."""
-APART = 16
+TOKENS_APART = 16
 """Tokens between two rows of a chunk in one batch, about. Nearer rows are faster and resemble each other more, which
 costs explained variance."""
 BLOCK = 2**18
@@ -68,7 +71,8 @@ class States(NamedTuple):
         """<S_n, sum_r v_fr w_fr^T> [N,F] of [F,R,K] and [F,R,V], differentiable in both."""
         total: Tensor | float = 0.0
         for left, right in zip(v.mT.unbind(2), w.mT.unbind(2)):  # [F,K] and [F,V]
-            probe, seen = (self.start @ right.T) * left.T, self.values @ right.T  # [G,K,F], [G,W,F]
+            probe = (self.start @ right.T) * left.T  # [G,K,F]
+            seen = self.values @ right.T  # [G,W,F]
             if self.between.shape[3] == 1:
                 of_writes = self.between.squeeze(3) @ ((self.keys @ left.T) * seen)
             else:
@@ -86,16 +90,16 @@ class StateStack(Stack):
     """
 
     def __init__(self, cfg: RunnerConfig, collection: Collection):
-        hook, T = HeadHook.parse(cfg.hook_name), collection.context_size
+        hook = HeadHook.parse(cfg.hook_name)
         self.read = partial(collection.recurrence, hook.layer, hook.head)
-        self.span = next(self.read(torch.zeros(1, dtype=torch.long)).chunks(SPAN, torch.zeros(()))).size
-        at = torch.arange(T)[slice(*cfg.seqpos_slice)]
-        chunks = [at[at // self.span == n] for n in (at // self.span).unique()]
-        most = max(1, max(map(len, chunks)) // APART)
-        self.together = P = max(p for p in range(1, most + 1) if cfg.train_batch_size_tokens % p == 0)
-        self.units = torch.cat(
-            [each[torch.arange(-(-len(each) // P) * P).clamp_max(len(each) - 1)].view(P, -1).T for each in chunks]
-        )
+        first_sequence = self.read(torch.zeros(1, dtype=torch.long))
+        self.span = next(first_sequence.chunks(SPAN, torch.zeros(()))).size
+        tokens = torch.arange(collection.context_size)[slice(*cfg.seqpos_slice)]
+        chunk_numbers = tokens // self.span
+        chunks = [tokens[chunk_numbers == number] for number in chunk_numbers.unique()]
+        most = max(1, max(map(len, chunks)) // TOKENS_APART)
+        self.together = max(n for n in range(1, most + 1) if cfg.train_batch_size_tokens % n == 0)
+        self.units = torch.cat([_units(chunk, self.together) for chunk in chunks])
         """[U,P] tokens of the units of a sequence."""
         self.inputs = collection.sha256
         super().__init__([(cfg, cast(Any, range(collection.n_sequences * len(self.units))), None)])
@@ -107,56 +111,98 @@ class StateStack(Stack):
     @torch.no_grad()
     def rows(self, m: int, index: Tensor) -> Any:
         """`States` of some units, in the order of their chunks."""
-        like, at = self.p["b_dec"], self.units[index % len(self.units)].to(self.p["b_dec"].device)
-        parts, r, steps = list[States](), self.read(index // len(self.units)), torch.arange(self.span).to(at)
-        for chunk in r.chunks(SPAN, like):
-            here = (at[:, 0] // self.span == chunk.first // self.span).nonzero().flatten()
-            own, edges = at[here] - chunk.first, chunk.span.decay.edges[here, chunk.place]
-            met, later = edges[torch.arange(len(here))[:, None], own + 1], own[..., None] < steps
-            between = (met[:, :, None] - edges[:, None, 1:]).masked_fill(later[..., None], -torch.inf).exp()
-            keys, values = (torch.cat([x[here] for x in side], dim=1) for side in (chunk.keys, chunk.values))
-            start, values = (x * self.scales[m] for x in (chunk.state[here], values))
-            parts.append(States(start, met.exp(), keys, values, between.repeat(1, 1, len(chunk.values), 1)))
+        like = self.p["b_dec"]
+        units = self.units[index % len(self.units)].to(like.device)
+        parts = list[States]()
+        for chunk in self.read(index // len(self.units)).chunks(SPAN, like):
+            in_chunk = (units[:, 0] // self.span == chunk.first // self.span).nonzero().flatten()
+            parts.append(_states(chunk, in_chunk, units[in_chunk] - chunk.first, self.scales[m]))
         return States(*(torch.cat(side).to(like) for side in zip(*parts)))
 
     def losses(self, p: dict[str, Tensor], batch: Sequence[Any], ks: Sequence[int], dead: Dead | None = None) -> Step:
-        self.optimizer.zero_grad()
-        done, sae = step_on_states(p, batch[0], self.cfg, dead), self.saes[0]
-        if p is self.p and isinstance(sae, WriteBatchTopKTrainingSAE):
-            sae.update_topk_threshold(
-                done.code * (sae.get_W_dec_norm()[done.atoms] if self.cfg.rescale_acts_by_decoder_norm else 1)
-            )
+        self.optimizer.zero_grad()  # gradients of blocks add up
+        done = step_on_states(p, batch[0], self.cfg, dead)
+        sae = self.saes[0]
+        is_training = p is self.p  # and not the pass in which training ends
+        if is_training and isinstance(sae, WriteBatchTopKTrainingSAE):
+            scores = done.code
+            if self.cfg.rescale_acts_by_decoder_norm:
+                scores = scores * sae.get_W_dec_norm()[done.atoms]
+            sae.update_topk_threshold(scores)
         return done
 
     def matrices(self, rows: Any) -> Tensor:
         return rows.dense().flatten(1)
 
 
+def _units(tokens: Tensor, P: int) -> Tensor:
+    """[n,P] the tokens of a chunk; those of a unit are n apart."""
+    n = -(-len(tokens) // P)
+    index = torch.arange(n * P).clamp_max(len(tokens) - 1)
+    return tokens[index].view(P, n).T
+
+
+def _states(chunk: Chunk, sequences: Tensor, tokens: Tensor, scale: float) -> States:
+    """`scale` times the states of G `sequences` of a chunk after some of its tokens [G,P]."""
+    edges = chunk.span.decay.edges[sequences, chunk.place]  # [G,W+1,1 or K], logs of D(0->t)
+    since = edges[torch.arange(len(sequences))[:, None], tokens + 1]
+    between = since[:, :, None] - edges[:, None, 1:]
+    is_later = tokens[..., None] < torch.arange(between.shape[2], device=tokens.device)
+    between = between.masked_fill(is_later[..., None], -torch.inf).exp()
+    keys = torch.cat([side[sequences] for side in chunk.keys], dim=1)
+    values = torch.cat([side[sequences] for side in chunk.values], dim=1)
+    # Writes and erases of a token have met the same decay.
+    between = between.repeat(1, 1, len(chunk.values), 1)
+    return States(chunk.state[sequences] * scale, since.exp(), keys, values * scale, between)
+
+
 def step_on_states(p: dict[str, Tensor], rows: States, cfg: Config, dead: Dead | None = None) -> Step:
     """One step of one dictionary (M = 1), as `fused.step_on_writes`: scores of all atoms in chunks, and the loss of
     those that SAELens' TopK or BatchTopK selects on the states of some rows at a time. Adds to the gradients of `p`."""
-    (_, F, R, K), V, (P, done) = p["v"].shape, p["w"].shape[3], (rows.since.shape[1], list[tuple[Tensor, Tensor]]())
-    (v, w, v_enc, w_enc), bias = (p[name].flatten(0, 1) for name in FACTORS), p["b_dec"].view(K, V)
     with torch.no_grad():
-        shift = p["b_enc"][0] - cfg.apply_b_dec_to_input * (v_enc * (w_enc @ bias.T)).sum((1, 2))
-        gain = LowRank(v, w).norm() if cfg.rescale_acts_by_decoder_norm else torch.ones_like(shift)
-        scores = torch.cat([(part.inners(v_enc, w_enc) + shift) * gain for part in rows.blocks(K * F)])
-        most = cfg.k
-        if cfg.architecture() == "writesae_batchtopk":  # as SAELens: so many of the whole batch, also where some tie
-            top = scores.flatten().topk(int(cfg.k * len(scores)), sorted=False).indices
-            chosen = torch.zeros_like(scores, dtype=torch.bool).view(-1).index_fill(0, top, True).view_as(scores)
-            scores, most = scores.masked_fill(~chosen, -torch.inf), max(1, int(chosen.sum(1).max()))
-        best, atoms = scores.topk(most, sorted=False)
-    split = partial(torch.split, split_size_or_sections=P * max(1, BLOCK // (P * K * V)))
-    for part, at, score in zip(rows.blocks(P * K * V), split(atoms), split(best)):
-        x, chosen = part.dense(), (side.index_select(0, at.flatten()) for side in (v, w, v_enc, w_enc))
-        vd, wd, ve, we = (side.view(len(at), -1, side.shape[2]) for side in chosen)  # [n,k R,K or V]
-        pre = ve * (we @ (x - bias if cfg.apply_b_dec_to_input else x).mT)
-        code = (pre.sum(2).view(*at.shape, R).sum(2) + p["b_enc"][0, at]).relu() * (score > 0)
-        error = torch.baddbmm(x - bias, (code.repeat_interleave(R, dim=1)[..., None] * vd).mT, wd, alpha=-1)
-        done.append((error.square().sum((1, 2)), code.detach()))
+        scores, atoms = _selected(p, rows, cfg)
+    P = rows.since.shape[1]
+    split = partial(torch.split, split_size_or_sections=P * max(1, BLOCK // (P * cfg.d_in)))
+    errors = list[Tensor]()
+    codes = list[Tensor]()
+    for part, part_atoms, part_scores in zip(rows.blocks(P * cfg.d_in), split(atoms), split(scores)):
+        error, code = _decoded(p, part.dense(), part_atoms, part_scores > 0, cfg)
         if torch.is_grad_enabled():
-            (done[-1][0].sum() / len(scores)).backward()
-    errors, codes = (torch.cat(each).detach()[None] for each in zip(*done))
-    step = Step(errors, atoms[None], codes)
+            (error.sum() / len(scores)).backward()  # now, so that no graph outlives its block
+        errors.append(error.detach())
+        codes.append(code.detach())
+    step = Step(torch.cat(errors)[None], atoms[None], torch.cat(codes)[None])
     return with_aux(p, lambda v, w: rows.inners(v[0], w[0])[None], lambda: rows.dense()[None], step, cfg, dead)
+
+
+def _selected(p: dict[str, Tensor], rows: States, cfg: Config) -> tuple[Tensor, Tensor]:
+    """[N,k] scores and numbers of the selected atoms. A row of BatchTopK may have fewer: the rest has no score."""
+    v, w, v_enc, w_enc = (p[name].flatten(0, 1) for name in FACTORS)
+    shift = p["b_enc"][0]
+    if cfg.apply_b_dec_to_input:
+        shift = shift - (v_enc * (w_enc @ p["b_dec"].view(cfg.d_k, cfg.d_v).T)).sum((1, 2))
+    gain = LowRank(v, w).norm() if cfg.rescale_acts_by_decoder_norm else torch.ones_like(shift)
+    blocks = rows.blocks(cfg.d_k * cfg.d_sae)
+    scores = torch.cat([(part.inners(v_enc, w_enc) + shift) * gain for part in blocks])  # [N,F]
+    if cfg.architecture() != "writesae_batchtopk":
+        return scores.topk(cfg.k, sorted=False)
+    # As SAELens: so many of the whole batch, also where some tie.
+    top = scores.flatten().topk(int(cfg.k * len(scores)), sorted=False).indices
+    is_top = torch.zeros_like(scores, dtype=torch.bool)
+    is_top.view(-1)[top] = True
+    most = max(1, int(is_top.sum(1).max()))
+    return scores.masked_fill(~is_top, -torch.inf).topk(most, sorted=False)
+
+
+def _decoded(p: dict[str, Tensor], x: Tensor, atoms: Tensor, selected: Tensor, cfg: Config) -> tuple[Tensor, Tensor]:
+    """Squared errors [n] of states [n,K,V], and the code [n,k] of their `atoms`, 0 where one is not `selected`."""
+    n, k = atoms.shape
+    v, w, v_enc, w_enc = (
+        p[name].flatten(0, 1).index_select(0, atoms.flatten()).view(n, k * cfg.rank, -1) for name in FACTORS
+    )
+    bias = p["b_dec"].view(cfg.d_k, cfg.d_v)
+    inner = v_enc * (w_enc @ (x - bias if cfg.apply_b_dec_to_input else x).mT)  # [n,k R,K]
+    code = (inner.sum(2).view(n, k, cfg.rank).sum(2) + p["b_enc"][0, atoms]).relu() * selected
+    sizes = code.repeat_interleave(cfg.rank, dim=1)[..., None]
+    error = torch.baddbmm(x - bias, (sizes * v).mT, w, alpha=-1)
+    return error.square().sum((1, 2)), code

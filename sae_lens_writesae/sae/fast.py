@@ -340,7 +340,7 @@ class Stack:
         metric = self.metrics[m]
         for parameter in sae.parameters():
             parameter.data = parameter.data.clone()
-        p = {name: nn.Parameter(x[m : m + 1]) for name, x in self.p.items()}
+        p: dict[str, Tensor] = {name: nn.Parameter(x[m : m + 1]) for name, x in self.p.items()}
         parts = self._spread(m, sae.cfg.b_dec_rows or self.trainer.train_batch_size_samples)
         total = self.together * sum(map(len, parts))
         code = torch.zeros_like(sae.b_enc)

@@ -44,10 +44,22 @@ def collections(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
+@pytest.fixture(scope="module")
+def real_size(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A head of 128 x 128 on four sequences, whose tokens are two chunks of 64."""
+    model = HookedRecurrent.from_hf(make_hf(linear_key_head_dim=128, linear_value_head_dim=128))
+    ids = torch.randint(1, 64, (4, 128), generator=torch.Generator().manual_seed(0))
+    layer = model.cfg.recurrent_layers[-1]
+    return collect(model, ids, [layer], [0], tmp_path_factory.mktemp("real_size"), targets=("state",))
+
+
 @pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
+def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of few tokens and states of few entries, except in tests of real sizes."""
+    if "real_size" in request.fixturenames:
+        return
     monkeypatch.setattr(chunks, "SPAN", 8)
-    monkeypatch.setattr(chunks, "APART", 2)
+    monkeypatch.setattr(chunks, "TOKENS_APART", 2)
     monkeypatch.setattr(fast, "STATES_FROM", 1)
 
 
@@ -124,16 +136,27 @@ def test_a_batch_has_its_number_of_active_atoms_where_scores_tie(collections: An
 
 @pytest.mark.parametrize("changes", [{}, {"architecture": "writesae_batchtopk", "k": 2.5}], ids=str)
 def test_a_run_is_the_one_of_saelens_trainer(collections: Any, changes: dict[str, Any]) -> None:
+    same_run(collections["qwen3_5"], changes)
+
+
+def test_a_run_at_128_x_128_is_the_one_of_saelens_trainer(real_size: Any) -> None:
+    stack = same_run(real_size, {})
+    assert (stack.span, stack.together, stack.cfg.d_in) == (64, 4, 128 * 128)
+
+
+def same_run(collection: Any, changes: dict[str, Any]) -> StateStack:
     """On the same rows from the same start; what is drawn, and the output bias, come from elsewhere."""
     upkeep = {"b_dec_rows": 0, "unit_norm_every": 3, "resample_every": 0, "decoder_init": "random"}
-    cfg = config(collections["qwen3_5"], dtype="float64", **upkeep | changes)
-    sae, source = train(cfg), StateStack(cfg, collections["qwen3_5"])
+    cfg = config(collection, dtype="float64", **upkeep | changes)
+    assert fast.shape_of(cfg) is not None
+    sae, source = train(cfg), StateStack(cfg, collection)
     order = shuffled(len(source.writes[0]), BATCH // source.together, cfg.seed)
     dense = (source.rows(0, next(order)).dense().flatten(1) for _ in range(99))
     matrices = train_on_rows(cfg, dense)
     names = {*dict(sae.named_parameters()), "topk_threshold"} & sae.state_dict().keys()
     for name in names:
         torch.testing.assert_close(sae.state_dict()[name], matrices.state_dict()[name], rtol=1e-7, atol=1e-9)
+    return source
 
 
 def test_inputs_are_scaled_to_their_mean_norm(collections: Any) -> None:
