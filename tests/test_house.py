@@ -24,8 +24,12 @@ CEILINGS = {
     "scripts + benchmarks": 29_800,
 }
 """Expression nodes of folders. A smoke alarm and no target: a commit that needs more says what a reader gains."""
-OFFENDERS = {"statement": 38, "joined": 64, "function": 7}
-"""How many places of each kind the three packages have. A ratchet: only ever fewer."""
+OFFENDERS = {
+    "hookpoints + sae_lens_writesae + writesae": {"statement": 38, "joined": 64, "function": 7},
+    "tests": {"statement": 45, "joined": 141, "function": 3},
+    "scripts + benchmarks": {"statement": 44, "joined": 42, "function": 2},
+}
+"""How many places of each kind folders have. A ratchet: only ever fewer."""
 STATEMENT = 30
 """Nodes of one statement; where it is a display or a call with keywords, of its largest entry."""
 JOINED = 12
@@ -183,12 +187,13 @@ def test_a_folder_stays_below_its_ceiling(folders: str, most: int):
     assert total <= most, f"{folders}: at most {most} expression nodes, got {total}"
 
 
-def test_fewer_places_hold_too_much_for_one_look():
-    offenders: dict[str, list[str]] = {kind: [] for kind in OFFENDERS}
-    for file, tree in trees(*PACKAGES).items():
+@pytest.mark.parametrize("folders", OFFENDERS)
+def test_fewer_places_hold_too_much_for_one_look(folders: str):
+    offenders: dict[str, list[str]] = {kind: [] for kind in OFFENDERS[folders]}
+    for file, tree in trees(*folders.split(" + ")).items():
         for kind, line in offences(tree):
             offenders[kind].append(f"{file.relative_to(ROOT)}:{line}")
-    for kind, most in OFFENDERS.items():
+    for kind, most in OFFENDERS[folders].items():
         assert len(offenders[kind]) <= most, f"{kind}: at most {most}, got {len(offenders[kind])}: {offenders[kind]}"
 
 
