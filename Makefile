@@ -1,4 +1,4 @@
-# Pages that follow from data in the repository. With RUNS=FOLDER, first the data, from what scripts/results.sh left there.
+# Pages that follow from data in the repository. With RUNS=FOLDER, first the data, from what `writesae reproduce --published` left there.
 .PHONY: results tutorials
 results:
 	python scripts/results.py $(RUNS)

@@ -1,8 +1,8 @@
 """docs/results.md and docs/dictionaries.md from the tables in docs/results, by the rules of today; docs/zoo_board.md.
 
     python scripts/results.py          the pages (`make results`)
-    python scripts/results.py FOLDER   first the tables, from the runs that `sh scripts/results.sh FOLDER` made
-    python scripts/results.py --restore FOLDER   the runs from the tables, so that the script measures what is missing
+    python scripts/results.py FOLDER   first the tables, from the runs of `writesae reproduce --published --out FOLDER`
+    python scripts/results.py --restore FOLDER   the runs from the tables, among which others are then put
 
 Their words are in `scripts/results`.
 """
@@ -29,6 +29,7 @@ from writesae.evaluations import EVALUATIONS, load_result
 from writesae.evaluations.bits import RIVAL, WAYS, Bits
 from writesae.experiment.evaluation import Result, Scope
 from writesae.page.template import environment
+from writesae.reproduce.published import RUNS
 from writesae.verdict.finding import Claim, said
 from writesae.verdict.format import number, percent, points
 from writesae.verdict.names import NAMES
@@ -37,19 +38,10 @@ from writesae.verdict.statistics import Estimate
 
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent / "docs"
-RECIPES = {
-    "paper": "BatchTopK, k 32",
-    "paper-state": "BatchTopK, k 32, of states",
-    "default": "TopK, k 1",
-    "default-metric": "TopK, k 1, in the metric",
-    "paper-last": "BatchTopK, k 32, last text",
-    "default-last": "TopK, k 1, last text",
-    "bits": "codes at equal bits",
-    "bits-64": "codes at equal bits, 64",
-}
+RECIPES = RUNS["names"]
 """Folders of runs, and what their dictionaries are called."""
-NULLS = {"untrained-shuffled": "random atoms, shuffled model", "native-shuffled": "drawn writes, shuffled model"}
-"""The same of runs where nothing was learned (`scripts/nulls.py`)."""
+NULLS = {folder: null["words"] for folder, null in RUNS["nulls"].items()}
+"""The same of runs where nothing was learned."""
 UNTRAINED = "random atoms, trained model"
 """The control dictionaries of trained ones, which are a third kind of run where no atom was learned."""
 UNCONTROLLED = "no verdict"
@@ -106,7 +98,7 @@ def packed(folder: Path) -> list[tuple[str, Result]]:
 
 
 def restore(folder: Path, runs: Path) -> None:
-    """Save packed results as runs again, so that `scripts/results.sh` measures only what is missing."""
+    """Save packed results as runs again, among which others are then put."""
     for recipe, result in packed(folder):
         whole = {name: result.tables[name].reindex(columns=[*own]) for name, own in result.evaluation.columns.items()}
         label = re.sub("[ /]", "-", result.label).replace(",", "")

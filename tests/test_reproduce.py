@@ -7,18 +7,28 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
+import torch
 import transformers
 from conftest import _GDN
 
 from hookpoints import HookedRecurrent
 from hookpoints import embedded as shipped
+from writesae.cli import parse
+from writesae.dictionaries import Collect, Train
+from writesae.evaluate import EvalAll
+from writesae.evaluations import EVALUATIONS
+from writesae.reproduce import published
 from writesae.reproduce.command import Reproduce, for_model, own_run, profile_folder
 from writesae.reproduce.config import SMALL, ReproduceConfig
+from writesae.reproduce.published import RUNS, commands, published_results, run_published, shuffled
 from writesae.reproduce.texts import write_texts
+from writesae.zoo import Zoo
 
 TINY = replace(
     SMALL,
@@ -145,6 +155,8 @@ def test_a_dry_run_of_every_profile_plans_every_step_once(tmp_path, profile):
     assert sorted(each.name for each in tmp_path.iterdir() if each.name != ".snakemake") == ["config.json"]
 
 
+PATIENCE = 1200
+"""Seconds after which a run hangs: some times what it takes while seven other programs run."""
 ARGUMENTS = [
     *("reproduce", "--model", "embedded", "--small", "--layers", "2", "--heads", "0", "--seeds", "0", "--losses"),
     *("--variants", "--dashboards", "0", "--evaluations", "multistep", "sign", "--set", "sign.n_positions=4"),
@@ -167,7 +179,7 @@ def test_killed_again_and_again_a_run_ends_as_one_that_was_not(tmp_path):
     out, kept = tmp_path / "run", {}
     for moment in ("L2H0/*/sae", "L2H0/*/multistep/*/info.json"):
         process = start(out)
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + PATIENCE
         while not list(out.glob(moment)):
             assert time.monotonic() < deadline and process.poll() is None, process.communicate()[0].decode()
             time.sleep(0.02)
@@ -176,10 +188,97 @@ def test_killed_again_and_again_a_run_ends_as_one_that_was_not(tmp_path):
         assert list((out / ".snakemake" / "locks").iterdir())  # stale
         kept |= {path: path.stat().st_mtime_ns for path in out.glob("L2H0/*/sae/sae_weights.safetensors")}
     process = start(out)
-    said = process.communicate(timeout=300)[0].decode()
+    try:
+        said = process.communicate(timeout=PATIENCE)[0].decode()
+    finally:
+        process.kill()
     assert process.returncode == 0, said
     assert kept and all(path.stat().st_mtime_ns == before for path, before in kept.items())
     claims = json.loads((out / "report/report.json").read_text())["claims"]
     assert {claim["label"] for claim in claims} == {"L2H0 write-trained", "L2H0 state-trained", "L2H0"}
     assert not list(out.rglob("checkpoints"))
     assert "Nothing to be done" in snakemake(out, "--profile", str(profile_folder("laptop")), "--dry-run")
+
+
+# ------------------------------------------------------------------------------------------------ published numbers
+
+ROOT = Path(__file__).parents[1]
+
+
+COMMANDS = {"collect": Collect, "train": Train, "eval": EvalAll, "zoo": Zoo, "reproduce": Reproduce}
+
+
+def test_rows_are_commands_and_the_published_results_are_theirs():
+    rows = {(name, place.model, place.cell, replace(test, label="")) for name, place, test in published_results()}
+    for name, *arguments in commands(Path("folder")):
+        command = parse(COMMANDS[name], name, arguments[name == "eval" :])
+        if isinstance(command, EvalAll):
+            assert {(*command.subjects.out.parts[2:], test) for test in command.evaluations()} <= rows
+    saved = pd.read_parquet(ROOT / "docs/results/results.parquet")
+    found = set()
+    for recipe, kind, settings, about in zip(saved["recipe"], saved["kind"], saved["settings"], saved["info"]):
+        info = json.loads(about)
+        test = EVALUATIONS[kind].from_dict(json.loads(settings) | {"label": ""})
+        found.add((recipe, info["model"], f"L{info['layer']}H{info['head']}", test))
+    assert found <= rows
+    assert {name for name, *_ in rows - found} <= RUNS["nulls"].keys()  # of which the pages show those that are there
+
+
+def test_every_published_table_names_its_row():
+    named_files = [sorted(ROOT.glob(pattern)) for pattern in RUNS["tables"]]
+    assert all(named_files)
+    data = [file for suffix in ("json", "parquet") for file in (ROOT / "docs").rglob(f"*.{suffix}")]
+    data += (ROOT / "hookpoints/zoo").glob("*/truth.json")
+    assert sorted(file for files in named_files for file in files) == sorted(data)
+    for command in RUNS["tables"].values():
+        program, name, *arguments = command.split()
+        if program == "python":
+            assert (ROOT / name).is_file()
+        else:
+            parse(COMMANDS[name], command, arguments)
+
+
+def test_a_shuffled_model_has_the_same_numbers_elsewhere():
+    ours = shuffled("recall").W_U.flatten()
+    theirs = HookedRecurrent.from_pretrained("recall").W_U.flatten()
+    assert torch.equal(ours.sort().values, theirs.sort().values) and not torch.equal(ours, theirs)
+
+
+def test_published_runs_have_their_own_settings(tmp_path):
+    with pytest.raises(ValueError, match="expected no other flag"):
+        Reproduce(published=True, small=True, out=tmp_path / "run").run()
+    assert not (tmp_path / "run").exists()
+
+
+FEW = """
+collect.embedded = { layers = [2], heads = [0] }
+heads.one = ["embedded:2:0"]
+sizes = { d-sae = 16, training-tokens = 512, train-batch-size-tokens = 64 }
+settings.sign = { n_positions = 4 }
+
+[[run]]
+heads = ["one"]
+train = { default = ["write-seed0"], paper = ["write-seed0"] }
+ask = [{ name = "paper-last", of = ["write-seed0"], controls = false, kinds = ["sign"], text = "last" }]
+
+[[null]]
+heads = ["one"]
+kinds = ["sign"]
+
+[[bits]]
+heads = ["one"]
+name = "bits"
+settings = { budgets = [16], steps = 2, tune_steps = 1, seed = 0 }
+"""
+
+
+@pytest.mark.slow
+def test_published_runs_are_done_once(tmp_path, monkeypatch):
+    """All kinds of rows, at tiny sizes; another call changes no result."""
+    small = tomllib.loads(FEW)
+    monkeypatch.setattr(published, "RUNS", RUNS | small)
+    run_published(tmp_path)
+    results = {file: file.stat().st_mtime_ns for file in tmp_path.glob("runs/*/embedded/L2H0/*/*/info.json")}
+    assert {file.relative_to(tmp_path / "runs").parts[0] for file in results} == {"paper-last", "bits", *RUNS["nulls"]}
+    run_published(tmp_path)
+    assert all(file.stat().st_mtime_ns == time for file, time in results.items())

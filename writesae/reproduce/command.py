@@ -20,6 +20,7 @@ from writesae.cli import parse
 from writesae.dictionaries import check_text
 from writesae.files import check_settings, check_writable
 from writesae.reproduce.config import SMALL, WRITTEN, ReproduceConfig
+from writesae.reproduce.published import run_published
 from writesae.reproduce.texts import write_texts
 
 if TYPE_CHECKING:
@@ -43,6 +44,9 @@ class Reproduce:
     profile: str | None = None
     """Where it runs: laptop, gpu, slurm, or a folder with a profile of Snakemake. By default what this machine
     has."""
+    published: bool = False
+    """Instead, do the runs behind docs/results that `out` lacks, one after another: seven hours of one core. Only
+    `out` is taken with it."""
     snakemake: tyro.conf.Suppress[tuple[str, ...]] = ()
 
     @classmethod
@@ -53,13 +57,18 @@ class Reproduce:
         return dataclasses.replace(command, snakemake=tuple(arguments[len(own) + 1 :]))
 
     def run(self) -> None:
-        """Check, write the texts, and become Snakemake: this call does not return.
+        """Check, write the texts, and become Snakemake: this call does not return, but with `published`.
 
         Raises:
             ValueError: the run cannot be done, another process does it, the folder holds a run with other settings, or
                 Snakemake is not installed; before anything is written.
         """
         check_writable(self.out)
+        if self.published:
+            if self != Reproduce(published=True, out=self.out):
+                raise ValueError("published: expected no other flag but --out; its rows have all settings")
+            run_published(self.out)
+            return
         import torch
 
         from hookpoints import HookedRecurrent
