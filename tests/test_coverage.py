@@ -104,11 +104,7 @@ def test_a_claim_needs_control_dictionaries_and_is_counted_apart_where_nothing_w
     assert results.of_any_direction("sign", {})  # which asks no dictionary
 
 
-@pytest.mark.parametrize("of", ["embedded;L4H2", pytest.param("", marks=pytest.mark.slow)])
-def test_the_pages_of_results_follow_from_the_tables(of: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each line of one head; of all heads each byte."""
-    found = {recipe: [x for x in own if of in x.label] for recipe, own in results.unpack(ROOT / "docs/results").items()}
-    monkeypatch.setattr(results, "unpack", lambda folder: found)
-    for name, made in results.pages(ROOT / "docs").items():
-        page, cells = (ROOT / "docs" / name).read_text(encoding="utf-8"), of.replace(";", " | ")
-        assert made == page if not of else {x for x in made.splitlines() if cells in x} <= {*page.splitlines()}
+@pytest.mark.slow
+def test_the_pages_of_results_follow_from_the_tables() -> None:
+    for name, made in results.pages(ROOT / "docs" / "results").items():
+        assert made == (ROOT / "docs" / name).read_text(encoding="utf-8")

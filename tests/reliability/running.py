@@ -164,16 +164,21 @@ def nothing_left(work, rounds):
     """
     model, tokens = fresh(), some_tokens()
     outputs(model, tokens)
-    before = _left(model)
-    for run in RUNS * rounds:
-        run(model, tokens)
-        yield Comparison(run.__name__, before, _left(model))
-    for _ in range(rounds):
-        with contextlib.suppress(ZeroDivisionError):
-            model.run_with_hooks(tokens, fwd_hooks=[(WRITE, lambda write, hook: 1 / 0)])
-        yield Comparison("a hook that raises", before, _left(model))
-        plain = _wrapped(hf := make_hf())
-        with attach(hf) as hooked_model:
-            hooked_model.run_with_cache(tokens, names_filter=WRITE)
-        yield Comparison("detach", plain, _wrapped(hf))
-        del hf, hooked_model  # whose tensors the next round must not count
+    gc.collect()
+    gc.freeze()  # the collector passes over what was there before, of which there is much
+    try:
+        before = _left(model)
+        for run in RUNS * rounds:
+            run(model, tokens)
+            yield Comparison(run.__name__, before, _left(model))
+        for _ in range(rounds):
+            with contextlib.suppress(ZeroDivisionError):
+                model.run_with_hooks(tokens, fwd_hooks=[(WRITE, lambda write, hook: 1 / 0)])
+            yield Comparison("a hook that raises", before, _left(model))
+            plain = _wrapped(hf := make_hf())
+            with attach(hf) as hooked_model:
+                hooked_model.run_with_cache(tokens, names_filter=WRITE)
+            yield Comparison("detach", plain, _wrapped(hf))
+            del hf, hooked_model  # whose tensors the next round must not count
+    finally:
+        gc.unfreeze()
