@@ -1,4 +1,4 @@
-"""docs/use.md is what its records say, every measurement runs, and what has learned nothing scores at chance."""
+"""The pages are what their records say, every measurement runs, and what has learned nothing scores at chance."""
 
 import sys
 from pathlib import Path
@@ -6,39 +6,50 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 
-import use
-import use_detection
-import use_steering
+import use_page
 
 from sae_lens_writesae import steer, train_on_writes, training_config
+from writesae.demo import Demo
+from writesae.dictionary.quality import LASTING
+from writesae.use import detection, steering
+from writesae.use.features import HeadTerms, features_of
 
 
-def test_the_page_is_made_of_the_records():
-    assert use.page(use.DOCS) == (use.DOCS / "use.md").read_text()
+def test_the_pages_are_made_of_the_records(tmp_path):
+    (tmp_path / "use").symlink_to(use_page.DOCS / "use")
+    pages = use_page.write(tmp_path)
+    assert [page.name for page in pages] == ["use.md", "memory_surgery.md"]
+    for page in pages:
+        assert page.read_text() == (use_page.DOCS / page.name).read_text(), page.name
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", use.NAMES)
+@pytest.mark.parametrize("name", use_page.NAMES)
 def test_each_measurement_runs_from_end_to_end(name, tmp_path):
     if name == "probes":
         pytest.importorskip("sae_probes")
-    use.run(name, tmp_path, quick=True)
-    assert f"## {name.title()}\n\n**Small sizes**" in use.page(tmp_path)
+    use_page.run(name, tmp_path, quick=True)
+    text = use_page.write(tmp_path)[-1].read_text()
+    assert "## A fact that is cut" in text if name == "memory" else f"## {name.title()}\n\n**Small sizes**" in text
+
+
+def test_the_head_is_the_one_that_the_demo_takes():
+    assert Demo().memory == LASTING
 
 
 def test_codes_have_the_sizes_of_their_names_and_that_of_a_dictionary_is_its_own():
-    terms = use.Terms("embedded", 4, 16, 1024)
-    writes, metric = terms.writes(*terms.place), terms.metric(*terms.place)
+    terms = HeadTerms("embedded", 4, 16, 1024)
+    writes, metric = terms.native, terms.in_metric
     sides = writes.keys[:, 0], writes.values[:, 0]
-    for label, code in terms.codes().items():
-        active = (code.encode(*sides) != 0).sum(1).max()
-        assert code.values.shape == (16, 32) and 0 < active <= (1 if "(1 active)" in label else 4), label
+    for label, features in terms.features().items():
+        active = (features.encode(*sides) != 0).sum(1).max()
+        assert features.values.shape == (16, 32) and 0 < active <= (1 if "(1 active)" in label else 4), label
     fields = {"metric": "gauss_newton", "d_sae": 16, "training_tokens": 1024, "sae": {"k": 4}}
     sae = train_on_writes(training_config(terms.model, *terms.place, **fields), *sides, metric=metric)
-    found, rows = use.of_sae(sae.eval(), 4).encode(*sides), writes.dense().flatten(1)
+    found, rows = features_of(sae.eval(), 4).encode(*sides), writes.dense().flatten(1)
     torch.testing.assert_close(found, sae.encode(rows), atol=1e-5, rtol=1e-5)
 
 
@@ -46,16 +57,16 @@ def test_explanations_find_what_tokens_decide_and_nothing_in_random_firings():
     tokens, new = torch.randint(0, 9, (2, 64, 64), generator=torch.Generator().manual_seed(0))
     noise = torch.rand(2, 64 * 64, generator=torch.Generator().manual_seed(1)) < 0.1
     seen, fires = (torch.stack([x.flatten() == 3, at], 1).float() for x, at in zip((tokens, new), noise))
-    found = use_detection.scores(*use_detection.predicted(tokens, seen, new, 9), fires)["balanced accuracy"]
+    found = detection.scores(*detection.predicted(tokens, seen, new, 9), fires)["balanced accuracy"]
     assert found[0] == 1 and abs(found[1] - 0.5) < 0.03
 
 
 @torch.no_grad()
 def test_the_side_effect_of_steering_is_the_divergence_of_the_other_tokens(embedded):
-    tokens, steering = torch.arange(1, 25)[None], steer(embedded, 4, 0, toward=7, strength=2)
-    with steering:
+    tokens, steered = torch.arange(1, 25)[None], steer(embedded, 4, 0, toward=7, strength=2)
+    with steered:
         logits = embedded(tokens)
     others = [x.index_fill(-1, torch.tensor(7), -100.0).log_softmax(-1) for x in (embedded(tokens), logits)]
     kl = float((others[0].exp() * (others[0] - others[1])).sum(-1).mean())
-    found = use_steering.effects((tokens, embedded(tokens).log_softmax(-1)), 7, steering)
+    found = steering.effects((tokens, embedded(tokens).log_softmax(-1)), 7, steered)
     assert found[1] == pytest.approx(kl, rel=1e-3) and found[1] > 1e-3 and found[0] > 0

@@ -38,8 +38,8 @@ METHODS = {
 """What replaces a write that holds a fact: a row of `writesae zoo`, and its name."""
 RIVALS: tuple[Control, ...] = ("random", "shuffled", "pair_mean", "drawn", "quantised", "pca")
 """What is written instead of an atom: directions, and the baselines that recover most."""
-PASSES, START = 4400, 8
-"""What the demo takes, in the time that a pass over a sequence does, and the sequences of the pass that is timed."""
+PASSES = 4400
+"""What the demo takes, in the time that a pass over a sequence does."""
 SENTENCES = {
     "recall": "One atom writes a fact into the memory, and the model recalls it",
     "composition": "One atom changes one attribute of a fact, and the others stay",
@@ -110,7 +110,7 @@ class Demo:
         from hookpoints.files import atomic_text
         from sae_lens_writesae.sae.factors import collect
         from sae_lens_writesae.sae.load import load_sae
-        from writesae.dictionary.quality import quality_of_heads
+        from writesae.dictionary.quality import START, quality_of_heads
         from writesae.evaluations import load_result
         from writesae.evaluations.substitution import Substitution
         from writesae.experiment.terms import Terms
@@ -170,13 +170,12 @@ class Demo:
     def choose_head(self, model: HookedRecurrent, tokens: Tensor) -> tuple[int, int, float, float]:
         """Layer and head as named, or of the head whose writes do most, of those with a half-life of `memory` or more
         (of all, where there is none); its half-life in tokens, and nats per token where all its writes are deleted."""
-        from writesae.dictionary.quality import head_effects
+        from writesae.dictionary.quality import head_effects, strongest_head
 
         self.check_head(model)
         layers = model.cfg.recurrent_layers if self.layer is None else [self.layer]
         effects = head_effects(model, tokens, layers, None if self.head is None else [self.head], progress=True)
-        lasting = effects[effects["half_life"] >= self.memory]
-        return next((effects if lasting.empty else lasting).itertuples(index=False, name=None))
+        return strongest_head(effects, self.memory)
 
     def _trained(
         self, terms: Terms, collection: Collection, place: Sequence[int], metric: MetricName

@@ -30,6 +30,10 @@ from writesae.verdict.statistics import Estimate, estimate, recovered_share
 
 SEQUENCES = 64
 """Sequences of the text that are looked at, the first ones."""
+LASTING = 16.0
+"""Half-life of a write, in tokens, from which on a head remembers for a while; that of `writesae demo`."""
+START = 8
+"""Sequences on which a head is chosen."""
 _HALF_LIVES = 4
 """Sequences from which half-lives are taken: each costs a vector recurrence for two dozen writes of each head."""
 
@@ -211,6 +215,13 @@ def head_effects(
         for layer, of_layer in places.items()
     ]
     return pd.concat(tables).sort_values("nats", ascending=False, ignore_index=True)
+
+
+def strongest_head(effects: pd.DataFrame, half_life: float = LASTING) -> tuple[int, int, float, float]:
+    """Of rows of `head_effects`: layer, head, half-life and nats of the head whose writes do most, of those whose
+    writes last so many tokens, or where none does of all."""
+    lasting = effects[effects["half_life"] >= half_life]
+    return next((effects if lasting.empty else lasting).itertuples(index=False, name=None))
 
 
 def _kl(native: Tensor, edited: Tensor) -> Tensor:
