@@ -213,7 +213,7 @@ def test_a_head_or_architecture_that_is_not_there_is_said_first(collection: Coll
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["write-seed0", "write-MatrixSAE-seed0", "state-seed0", "state-reads-seed0"])
+@pytest.mark.parametrize("name", ["write-seed0", "state-reads-seed0"])
 def test_a_killed_training_goes_on_from_its_checkpoint(
     name: str, collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -215,7 +215,7 @@ def test_a_full_disk_is_named_and_what_is_missing_is_collected_later(model, copy
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
     try:
-        with pytest.raises(OSError) as error:
+        with pytest.raises(OSError, match="cannot be written") as error:
             small(model, copy)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
