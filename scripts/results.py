@@ -26,7 +26,7 @@ from tables import table
 
 from writesae.dictionary.controls import answers
 from writesae.evaluations import EVALUATIONS, load_result
-from writesae.evaluations.bits import RIVAL, WAYS, Bits
+from writesae.evaluations.bits import RELEVANT, RIVAL, WAYS, Bits
 from writesae.experiment.evaluation import Result, Scope
 from writesae.page.template import environment
 from writesae.reproduce.published import RUNS
@@ -162,19 +162,22 @@ def of_any_direction(kind: str, held: dict[str, list[bool]]) -> bool:
     return no_dictionary or any(2 * sum(each) >= len(each) for each in held.values())
 
 
-def at_equal_bits(results: list[Result]) -> tuple[str, str, str]:
+def at_equal_bits(results: list[Result]) -> tuple[str, ...]:
     """A table with a row for each code of writes: the median over heads of what it recovers by each fit. And one with a
     row for each head: the lead of the dictionary over the residual quantizer at each budget and fit. Each is the mean
     over the seeds of a head. And on how many heads the interval of this lead excludes 0, by the first seed."""
     rows, signs = [], defaultdict(list)
+    both = list[tuple[float, float]]()
     for test, result in ((cast(Bits, result.evaluation), result) for result in results):
         for budget, way in product(test.budgets, WAYS):
             kl, (ours, *others) = test.paired(result, budget, way)
             rival = f"{RIVAL} {budget // 16}"
             lead = kl.recovered(ours, than=rival)
+            in_total = kl.total(ours, than=rival)
+            both.append((lead.mean, in_total.mean))
             rows += [(result.label, budget, way, name, kl.recovered(name).mean, lead.mean) for name in (ours, *others)]
             if test.seed == 0:
-                signs[budget, way] += [[side(lead), side(kl.total(ours, than=rival))]]
+                signs[budget, way] += [[side(lead), side(in_total)]]
     found = pd.DataFrame(rows, columns=["head", "bits", "way", "code", "share", "lead"])
     each_head = found.groupby(["bits", "code", "way", "head"])["share"].mean().groupby(level=["bits", "code", "way"])
     leads = found.pivot_table("lead", "head", ["bits", "way"])[list(product(found["bits"].unique(), WAYS))]
@@ -183,6 +186,7 @@ def at_equal_bits(results: list[Result]) -> tuple[str, str, str]:
     ]
     of_heads = [[*str(head).split(";"), *own] for head, own in leads.map(points).replace("+nan", "–").iterrows()]
     fits = [f"{bits} bits, {way}" for bits, way in leads.columns]
+    large = [typical * total > 0 for typical, total in both if abs(typical) >= RELEVANT]
     counts = []
     for (budget, way), own in sorted(signs.items()):
         ways = [f"{each.count('ahead')}, {each.count('behind')}" for each in zip(*own)]
@@ -191,6 +195,7 @@ def at_equal_bits(results: list[Result]) -> tuple[str, str, str]:
         table(["bits", "code", *WAYS], of_codes),
         table(["model", "head", *fits], of_heads),
         table(["bits", "fit", "heads", "ahead, behind in a typical sequence", "ahead, behind in total"], counts),
+        f"{sum(large)} of {len(large)}",
     )
 
 

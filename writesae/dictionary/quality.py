@@ -62,7 +62,10 @@ class DictionaryQuality:
     floor: float
     """The same where all are replaced by themselves."""
     recovered: Estimate | None
-    """Median over sequences of 1 - KL(replaced) / KL(deleted). None: deletion moves no more than the floor."""
+    """Median over sequences of 1 - KL(replaced) / KL(deleted). None: deletion moves no more than the floor.
+
+    It is the typical share. All matrices of a sequence are replaced at once, so that a sequence is one large
+    observation: in 252 whole streams of docs/results the total differs by 0.4 points in the median, and 4.3 at most."""
 
     def to_dict(self) -> dict[str, Json]:
         """Plain JSON values; an interval that does not exist is None."""
