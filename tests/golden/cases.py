@@ -24,7 +24,7 @@ class Case(NamedTuple):
     settings: dict[str, object]
     dictionaries: dict[str, Recipe]
     """Label -> recipe. An evaluation that takes one dictionary gets the only one."""
-    shape: tuple[int, int]
+    shape: tuple[int, int] = (8, 48)
     """N sequences of T tokens, the first ones of the held-out text."""
 
 
@@ -33,8 +33,8 @@ def _case(row: dict[str, Any]) -> Case:
     settings = _FILE["settings"].get(kind, {}) | row.get("settings", {})
     recipes = row.get("dictionaries", {"sae": "write"})
     dictionaries = {label: _FILE["recipes"][recipe] for label, recipe in recipes.items()}
-    n, length = row.get("shape", (8, 48))
-    return Case(row["name"], kind, row.get("model", "embedded"), settings, dictionaries, (n, length))
+    case = Case(row["name"], kind, row.get("model", "embedded"), settings, dictionaries)
+    return case._replace(shape=tuple(row["shape"])) if "shape" in row else case
 
 
 CASES = tuple(_case(row) for row in _FILE["cases"])
