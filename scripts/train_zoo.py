@@ -90,13 +90,17 @@ Right answers in fresh sequences, by size: {accuracy}.
 # -- what is trained, and how
 
 
+COMMON: dict[str, Any] = dict(bos_token_id=0, eos_token_id=0, pad_token_id=0, tie_word_embeddings=False)
+"""What all models have in common."""
+PAIRS = COMMON | dict(hidden_size=64, num_hidden_layers=2)
+"""What the models that are asked for pairs have in common."""
+
+
 def gated_delta(vocabulary: int, **changes: int) -> PreTrainedModel:
     """Qwen3.5 with linear attention alone: two Gated DeltaNet layers of two heads, 32 x 32."""
-    own: dict[str, Any] = dict(
+    own = PAIRS | dict(
         vocab_size=vocabulary,
-        hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=2,
         head_dim=32,
@@ -104,12 +108,8 @@ def gated_delta(vocabulary: int, **changes: int) -> PreTrainedModel:
         linear_num_value_heads=2,
         linear_key_head_dim=32,
         linear_value_head_dim=32,
-        tie_word_embeddings=False,
         layer_types=["linear_attention"] * 2,
         max_position_embeddings=512,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
     )
     model = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**own | changes))
     for name, weight in model.named_parameters():  # a slow decay: a pair has to last
@@ -123,8 +123,6 @@ def mamba2(vocabulary: int) -> PreTrainedModel:
     return Mamba2ForCausalLM(
         Mamba2Config(
             vocab_size=vocabulary,
-            hidden_size=64,
-            num_hidden_layers=2,
             num_heads=4,
             head_dim=32,
             state_size=64,
@@ -132,10 +130,7 @@ def mamba2(vocabulary: int) -> PreTrainedModel:
             expand=2,
             conv_kernel=4,
             chunk_size=32,
-            tie_word_embeddings=False,
-            bos_token_id=0,
-            eos_token_id=0,
-            pad_token_id=0,
+            **PAIRS,
         )
     )
 
@@ -145,18 +140,14 @@ def rwkv7(vocabulary: int) -> PreTrainedModel:
     return RWKV7ForCausalLM(
         RWKV7Config(
             vocab_size=vocabulary,
-            hidden_size=64,
             head_dim=32,
-            num_hidden_layers=2,
             intermediate_size=128,
             decay_low_rank_dim=16,
             gate_low_rank_dim=16,
             a_low_rank_dim=16,
             v_low_rank_dim=16,
             max_position_embeddings=512,
-            bos_token_id=0,
-            eos_token_id=0,
-            pad_token_id=0,
+            **PAIRS,
         )
     )
 
@@ -195,12 +186,9 @@ def parity(vocabulary: int, negative: bool = True) -> PreTrainedModel:
         linear_allow_neg_eigval=negative,
         linear_a_log_min=0.01,
         linear_a_log_max=0.1,
-        tie_word_embeddings=False,
         layer_types=["linear_attention", "full_attention"],
         max_position_embeddings=512,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
+        **COMMON,
     )
     model = OlmoHybridForCausalLM(config)
     model.get_parameter("model.embed_tokens.weight").data.normal_(std=0.5)
