@@ -108,3 +108,12 @@ def test_a_claim_needs_control_dictionaries_and_is_counted_apart_where_nothing_w
 def test_the_pages_of_results_follow_from_the_tables() -> None:
     for name, made in results.pages(ROOT / "docs" / "results").items():
         assert made == (ROOT / "docs" / name).read_text(encoding="utf-8")
+
+
+def test_readme_counts_answers_as_the_page_does() -> None:
+    page = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    counts = r"there are (\d+) answers. The claims hold in (\d+), and\s(\d+) more .*\. (\d+) other"
+    ((answers, hold, lack, others),) = re.findall(counts, page)
+    said = f"Of {answers} answers about atoms {hold} hold** with all controls; {lack} lack them. {others} others"
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("atoms one holds", "atoms 1 hold")
+    assert said in readme
