@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from saes import HEAD, HOOK, LAYER, K, V, make_sae, one_atom_a_position
+from saes import HEAD, HOOK, LAYER, K, V, make_sae, one_atom_a_position, tied_sae
 from torch import Tensor
 
 from hookpoints import UnknownHookError, UnsupportedModelError, WriteEdit
@@ -164,10 +164,13 @@ def test_a_control_takes_the_place_of_the_atoms(model64: Any, ids: Tensor) -> No
         ({"layer": 3, "head": 0, "toward": 5}, UnsupportedModelError, "layer 3"),  # an attention layer has no writes
         ({"layer": 1, "head": 9, "toward": 5}, UnknownHookError, "head 9"),
         ({"sae": "write", "atom": 12}, IndexError, "12"),
+        ({"sae": "other", "atom": 1}, ValueError, "sae=: d_k, d_v, d_in"),  # of a head of other sizes
     ],
 )
 def test_bad_input_is_named(model64: Any, arguments: dict[str, Any], error: type[Exception], message: str) -> None:
-    if "sae" in arguments:
+    if arguments.get("sae") == "other":
+        arguments = arguments | {"sae": tied_sae(torch.ones(12, 3), torch.ones(12, 4), k=1).double()}
+    elif "sae" in arguments:
         arguments = arguments | {"sae": sae_of_head(model64, arguments["sae"])}
     with pytest.raises(error, match=message):
         steer(model64, **arguments)

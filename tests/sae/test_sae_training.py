@@ -15,6 +15,7 @@ from torch.nn.functional import normalize
 
 import sae_lens_writesae as W
 from sae_lens_writesae import sae as S
+from sae_lens_writesae.atom.low_rank import LowRank
 
 K, V, D_IN, BATCH = 10, 8, 80, 256
 VARIED = [name for name in S.TRAINING if name != "writesae_product"]
@@ -236,6 +237,25 @@ def test_means_are_of_the_batches_since_an_atom_began() -> None:
     expected = (120 * first + 720 * second + 2520 * third) / (120 + 720 + 2520)
     expected[replaced] = ((120 * second + 720 * third) / (120 + 720))[replaced]
     torch.testing.assert_close(sae.mean_contribution, expected)
+
+
+@pytest.mark.parametrize("n_alive", [0, 4])
+@pytest.mark.parametrize("sides", [{}, {"encoder": "tied"}, {"encoder": "dense", "decoder": "flat"}], ids=str)
+def test_new_atoms_are_as_large_as_those_alive(sides: dict[str, str], n_alive: int) -> None:
+    """And as all atoms, where none is alive."""
+    sae = make(**sides)
+    name = "decoder_matrix" if "decoder" in sides else "v"
+    atoms = getattr(sae, name).data
+    atoms.mul_(torch.linspace(1, 3, 32).view(-1, *[1] * (atoms.ndim - 1)))
+    alive = torch.arange(32) < n_alive
+    among = alive if n_alive else ~alive
+    decoder = sae.decoder_norm()[among].mean()
+    encoder = sae.encoder_norm()[among].mean()
+    places = torch.tensor([20, 30])
+    data = Planted()
+    sae.replace_atoms(places, LowRank.rank_one(*(normalize(data.draw(2, side), dim=1) for side in (K, V))), alive)
+    torch.testing.assert_close(sae.decoder_norm()[places], decoder.expand(2))
+    torch.testing.assert_close(sae.encoder_norm()[places], (decoder if "tied" in sides.values() else encoder).expand(2))
 
 
 def test_means_of_half_precision_are_sums_in_single_precision() -> None:

@@ -18,7 +18,7 @@ from torch.testing import assert_close
 from hookpoints import HookedRecurrent, Memory, WriteEdit, zoo
 from hookpoints.errors import InputError, UnsupportedModelError
 from hookpoints.memory import sealing
-from hookpoints.memory.caches import attention_of
+from hookpoints.memory.caches import attention_of, cut, tensors_of
 from hookpoints.model.inputs import cache_argument, cache_of
 from hookpoints.zoo.tasks import Recall
 
@@ -276,13 +276,25 @@ def test_only_streams_that_are_read_are_kept(whole):
     assert any(name.endswith("hook_mixer_out") for name in streams) == (model.cfg.model_type == "rwkv7")
 
 
+def test_a_cut_cache_holds_the_first_tokens(whole):
+    _, memory = whole
+    places = tensors_of(cut(memory.cache, 3))
+    for place, x in tensors_of(memory.cache).items():
+        expected = x[..., :3, :] if place.endswith(("/keys/", "/values/")) else x
+        if "/conv_states/" not in place:
+            assert_close(places[place], expected, rtol=0, atol=0)
+
+
 def test_a_file_of_another_model_or_a_damaged_one_is_refused(read, tmp_path):
     _, memory = read
     file = tmp_path / "memory.safetensors"
     memory.save(file)
     for other in (make_hf("qwen3_5", seed=1), make_hf("qwen3_5").double(), make_hf("mamba2")):
-        with pytest.raises(InputError, match="another model"):
-            Memory.load(file, HookedRecurrent.from_hf(other, self_check=False))
+        hooked = HookedRecurrent.from_hf(other, self_check=False)
+        with pytest.raises(InputError, match="another model") as raised:
+            Memory.load(file, hooked)
+        # Both fingerprints are named, so that a reader sees which file belongs to which model.
+        assert sealing.fingerprint(memory.model.hf_model) in str(raised.value)
 
 
 def test_every_weight_counts(read, tmp_path):

@@ -89,6 +89,8 @@ def test_positions_and_batches_are_sliced(model, tokens):
     assert_close(
         alone.apply_ln_to_stack(stack, batch_slice=0, has_batch_dim=False), alone.decompose_resid(apply_ln=True)
     )
+    one_of_two = cache.apply_ln_to_stack(cache.decompose_resid(), batch_slice=1)
+    assert_close(one_of_two, cache.decompose_resid(apply_ln=True)[:, 1])
     assert_close(alone.get_full_resid_decomposition(), cache.get_full_resid_decomposition()[:, 0], rtol=1e-4, atol=1e-5)
 
 
@@ -131,3 +133,12 @@ def test_activations_are_patched_by_their_short_names(model, tokens, name):
     if name != "z":  # attention has that one, too
         with pytest.raises(KeyError, match="index_df"):
             patched(index_axis_names=["layer", "pos"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_scales_of_norms_are_made_in_single_precision_at_least(dtype):
+    x = torch.randn(64, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    norm = Norm(torch.ones(64), torch.zeros(64), True, 1e-6)
+    exact = (x.double().var(correction=0) + 1e-6).sqrt()
+    error = (norm.scale(x).double() - exact).abs() / exact
+    assert error < (1e-14 if dtype == torch.float64 else 1e-6)
