@@ -27,7 +27,7 @@ from hookpoints import HookedRecurrent, attach, embedded
 from hookpoints.hooks.cache import NamesFilter
 from hookpoints.model import loading
 from hookpoints.model.inputs import cache_argument, cache_of
-from sae_lens_writesae.sae.factors import collect
+from sae_lens_writesae.sae.collecting import collect
 
 HF = Any
 """A model of transformers, whose outputs depend on its class."""

@@ -61,15 +61,12 @@ class DamageWarning(UserWarning):
     """A file that an unfinished run left is damaged. It was renamed, and what it held is made again."""
 
 
-def require(fits: bool, error: type[Exception], what: str) -> None:
-    """Raise ``error``, which says ``what``, unless something ``fits``."""
-    if not fits:
-        raise error(what)
-
-
 def require_whole(what: str, wrong: Mapping[str, Collection[str]], fix: str) -> None:
     """Raise UnsupportedModelError where a checkpoint has faults. ``wrong`` gives the names of the tensors by fault."""
-    faults = [f"{fault} {len(each)} tensor(s): {', '.join(sorted(each)[:3])}" for fault, each in wrong.items() if each]
+    faults = []
+    for fault, names in wrong.items():
+        if names:
+            faults.append(f"{fault} {len(names)} tensor(s): {', '.join(sorted(names)[:3])}")
     if faults:
         raise UnsupportedModelError(f"{what}: it {'; it '.join(faults)}. {fix}")
 

@@ -30,7 +30,7 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from hookpoints.errors import ChecksumError, DamageWarning, require
+from hookpoints.errors import ChecksumError, DamageWarning
 
 CHECKSUMS = "SHA256SUMS"
 """Name of the file."""
@@ -240,11 +240,14 @@ def plain_file(folder: Path, name: str, error: type[ValueError] = ChecksumError)
     """
     inside = Path(os.path.realpath(folder))
     file = Path(os.path.realpath(inside / name))
-    cached = [place for each in inside.parents if each.name == "snapshots" for place in (each.parent, each.parents[1])]
-    own = file == inside / name and file.is_relative_to(inside)
-    if not file.is_file() or not (own or any(file.is_relative_to(place / "blobs") for place in cached)):
-        found = "a link, a folder or a path outside" if os.path.lexists(folder / name) else "none: it does not exist"
-        raise error(f"{folder / name}: expected a regular file inside {folder}, got {found}")
+    is_inside = file == inside / name and file.is_relative_to(inside)
+    if not is_inside:
+        snapshots = [parent for parent in inside.parents if parent.name == "snapshots"]
+        caches = [cache for parent in snapshots for cache in (parent.parent, parent.parents[1])]
+        is_inside = any(file.is_relative_to(cache / "blobs") for cache in caches)
+    if not is_inside or not file.is_file():
+        got = "a link, a folder or a path outside" if os.path.lexists(folder / name) else "none: it does not exist"
+        raise error(f"{folder / name}: expected a regular file inside {folder}, got {got}")
     return folder / name
 
 
@@ -281,7 +284,8 @@ class SealedFolder:
     def __init__(
         self, folder: Path, error: type[ValueError] = ChecksumError, sums: Mapping[str, str] | None = None
     ) -> None:
-        self.folder, self.error = folder, error
+        self.folder = folder
+        self.error = error
         self.sums = self._read() if sums is None and os.path.lexists(folder / CHECKSUMS) else sums
         self._whole: set[str] = set()
 
@@ -300,12 +304,11 @@ class SealedFolder:
 
     def require(self) -> None:
         """Raise unless the folder is sealed, as every folder is that these packages write."""
-        require(
-            self.sums is not None,
-            self.error,
-            f"{self.folder / CHECKSUMS} does not exist, and it was written with the folder: fetch it again. If you "
-            f"trust the files as they are, seal them: sha256sum NAMES > {CHECKSUMS}",
-        )
+        if self.sums is None:
+            raise self.error(
+                f"{self.folder / CHECKSUMS} does not exist, and it was written with the folder: fetch it again. If you "
+                f"trust the files as they are, seal them: sha256sum NAMES > {CHECKSUMS}"
+            )
 
     def file(self, name: str) -> Path:
         """The path of a file that is to be read. Costs one reading when it is first asked for, if the folder is sealed.
@@ -315,14 +318,14 @@ class SealedFolder:
         """
         file = plain_file(self.folder, name, self.error)
         if self.sums is not None and name not in self._whole:
-            expected, found = self.sums.get(name, "no such name"), file_hash(file)
-            require(
-                found == expected,
-                self.error,
-                f"{file}: expected the SHA-256 that seals it ({expected}), got {found}: it was damaged, edited, or "
-                f"belongs to another save. Fetch or save it again; if you changed it on purpose, seal the folder "
-                f"again: sha256sum NAMES > {CHECKSUMS}",
-            )
+            expected = self.sums.get(name, "no such name")
+            got = file_hash(file)
+            if got != expected:
+                raise self.error(
+                    f"{file}: expected the SHA-256 that seals it ({expected}), got {got}: it was damaged, edited, or "
+                    f"belongs to another save. Fetch or save it again; if you changed it on purpose, seal the folder "
+                    f"again: sha256sum NAMES > {CHECKSUMS}"
+                )
             self._whole.add(name)
         return file
 

@@ -67,11 +67,9 @@ def threads_for(multiply_adds: float) -> AbstractContextManager[None]:
     Args:
         multiply_adds: of one step or pass.
     """
-    return (
-        _one_thread()
-        if multiply_adds <= SMALL_WORK and {"OMP_NUM_THREADS", "MKL_NUM_THREADS"}.isdisjoint(os.environ)
-        else nullcontext()
-    )
+    if multiply_adds <= SMALL_WORK and {"OMP_NUM_THREADS", "MKL_NUM_THREADS"}.isdisjoint(os.environ):
+        return _one_thread()
+    return nullcontext()
 
 
 @scoped

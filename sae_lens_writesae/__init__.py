@@ -10,7 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 import hookpoints  # noqa: F401  (first: it settles how threads wait, before torch loads)
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae import VARIANTS, MatrixSAE, MatrixTrainingSAE
-from sae_lens_writesae.sae.factors import Collection, collect
+from sae_lens_writesae.sae.collecting import collect
+from sae_lens_writesae.sae.factors import Collection
 from sae_lens_writesae.sae.fast import train_many_on_writes, train_on_writes
 from sae_lens_writesae.sae.hooked import HookedSAERecurrent
 from sae_lens_writesae.sae.load import load_sae

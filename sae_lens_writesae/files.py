@@ -16,4 +16,6 @@ def free_bytes(folder: Path) -> int:
 
 def size_text(n: float) -> str:
     """A number of bytes for a person."""
-    return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.0f} MB"
+    if n >= 1e9:
+        return f"{n / 1e9:.1f} GB"
+    return f"{n / 1e6:.0f} MB"

@@ -126,7 +126,8 @@ def steer(
             raise ValueError("at: expected 'every' or positions, since the SAE reads states; got 'fires'")
         if at != "fires" and toward is not None:
             raise ValueError(f"at: expected 'fires' with toward= and an SAE, whose atom says where; got {at!r}")
-        layer, head = place.layer, place.head
+        layer = place.layer
+        head = place.head
     if layer is None or head is None or (toward is None and atom is None) or (sae is None) != (atom is None):
         raise ValueError(
             "steer: expected a head (layer=, head= or an SAE, which names its own) and a direction (toward=, or sae= "
@@ -178,7 +179,9 @@ def _along(where: _Where, head: int, unit: Tensor, strength: float) -> list[Name
     def steer_write(writes: Tensor, hook: HookPoint) -> Tensor | None:
         steered = where.tokens(writes, lambda: writes)
         size = strength * torch.linalg.matrix_norm(writes) * steered
-        return writes + size[..., None, None] * unit.to(writes) if size.any() else None
+        if size.any():
+            return writes + size[..., None, None] * unit.to(writes)
+        return None
 
     return [(f"blocks.{where.layer}.mixer.heads.{head}.hook_write", steer_write)]
 
@@ -236,7 +239,8 @@ def scale_atoms(
         ValueError: an SAE of another model, or one that normalizes its input.
         IndexError: an atom out of range.
     """
-    place, chosen = _checked(model, sae), list(atoms)
+    place = _checked(model, sae)
+    chosen = list(atoms)
     shape = model.cfg.layer(place.layer)
     directions = (atoms_of(sae, chosen, shape.K, shape.V) if like is None else like).dense().flatten(1)
 

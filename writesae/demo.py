@@ -108,7 +108,7 @@ class Demo:
         check_ours(self.out / "report.html", self.out / "report.json")
         from hookpoints import HookedRecurrent, embedded
         from hookpoints.files import atomic_text
-        from sae_lens_writesae.sae.factors import collect
+        from sae_lens_writesae.sae.collecting import collect
         from sae_lens_writesae.sae.load import load_sae
         from writesae.dictionary.quality import START, quality_of_heads
         from writesae.evaluations import load_result

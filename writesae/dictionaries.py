@@ -87,7 +87,7 @@ class Collect:
 
     def of(self, model: HookedRecurrent, text: Dataset, say: Say = print) -> Path:
         """Collect from a model that is loaded; returns the folder."""
-        from sae_lens_writesae.sae.factors import check_own, collect
+        from sae_lens_writesae.sae.collecting import check_own, collect
         from sae_lens_writesae.sae.target import head_target
 
         for layer, head in itertools.product(self.layers, self.heads):

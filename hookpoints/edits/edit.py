@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hookpoints.errors import EditError, require
+from hookpoints.errors import EditError
 from hookpoints.recurrence.canonical import CanonicalForm, Loop, is_dense
 
 Mode = Literal["add", "replace", "delete"]
@@ -45,49 +45,38 @@ class WriteEdit:
     loop: Loop = "closed"
 
     def __post_init__(self) -> None:
-        require(
-            self.mode in ("add", "replace", "delete"),
-            EditError,
-            f"mode must be add, replace or delete, not {self.mode!r}",
-        )
-        require(self.loop in ("closed", "open"), EditError, f"loop must be closed or open, not {self.loop!r}")
-        for name in ("layer", "head", "position")[: 2 if self.position is None else 3]:
-            object.__setattr__(self, name, operator.index(getattr(self, name)))
-        require(
-            self.position is None or self.position >= 0,
-            EditError,
-            f"position must be >= 0 or None for every token, not {self.position}",
-        )
+        if self.mode not in ("add", "replace", "delete"):
+            raise EditError(f"mode must be add, replace or delete, not {self.mode!r}")
+        if self.loop not in ("closed", "open"):
+            raise EditError(f"loop must be closed or open, not {self.loop!r}")
+        for name in ("layer", "head", "position"):
+            if name != "position" or self.position is not None:
+                object.__setattr__(self, name, operator.index(getattr(self, name)))
+        if self.position is not None and self.position < 0:
+            raise EditError(f"position must be >= 0 or None for every token, not {self.position}")
         if self.mode == "delete":
-            require(
-                self.keys is None and self.values is None,
-                EditError,
-                "a delete takes no keys and values: it writes 0 (use mode='replace' to write them)",
-            )
+            if self.keys is not None or self.values is not None:
+                raise EditError("a delete takes no keys and values: it writes 0 (use mode='replace' to write them)")
             return
         if self.keys is None or self.values is None:
             raise EditError(f"mode {self.mode!r} needs both keys [R,K] and values [R,V]")
         for name, side in (("keys", self.keys), ("values", self.values)):
-            require(
-                is_dense(side), EditError, f"{name} must be a dense tensor of real numbers, got {type(side).__name__}"
+            if not is_dense(side):
+                raise EditError(f"{name} must be a dense tensor of real numbers, got {type(side).__name__}")
+        keys = torch.atleast_2d(self.keys)
+        values = torch.atleast_2d(self.values)
+        if keys.ndim != 2 or values.ndim != 2 or keys.shape[0] != values.shape[0]:
+            raise EditError(
+                "keys [R,K] and values [R,V] must share their rank R; "
+                f"got {tuple(self.keys.shape)} and {tuple(self.values.shape)}"
             )
-        keys, values = torch.atleast_2d(self.keys), torch.atleast_2d(self.values)
-        require(
-            keys.ndim == 2 and values.ndim == 2 and keys.shape[0] == values.shape[0],
-            EditError,
-            "keys [R,K] and values [R,V] must share their rank R; "
-            f"got {tuple(self.keys.shape)} and {tuple(self.values.shape)}",
-        )
         object.__setattr__(self, "keys", keys)
         object.__setattr__(self, "values", values)
 
     def check_shape(self, heads: int, key_dim: int, value_dim: int) -> None:
         """Raise EditError unless the edit fits a layer with ``heads`` heads of ``key_dim`` x ``value_dim``."""
-        require(
-            0 <= self.head < heads,
-            EditError,
-            f"head {self.head} is out of range: layer {self.layer} has heads 0 to {heads - 1}",
-        )
+        if not 0 <= self.head < heads:
+            raise EditError(f"head {self.head} is out of range: layer {self.layer} has heads 0 to {heads - 1}")
         for name, tensor, width in (("keys", self.keys, key_dim), ("values", self.values, value_dim)):
             if tensor is not None and tensor.shape[-1] != width:
                 raise EditError(
@@ -219,12 +208,11 @@ def changes_of(
         EditError: an edit does not fit the layer, its row or its position cannot be told, or two edits replace or
             delete the same write, in whichever loop: the second would take away what is no longer there.
     """
-    require(
-        not edits or plan.rows is None or plan.rows == r.B,
-        EditError,
-        f"there are rows of edits for a batch of {plan.rows}, but the model runs {r.B} rows; give one entry "
-        "(empty for none) per row that runs, beams and several returned sequences included",
-    )
+    if edits and plan.rows is not None and plan.rows != r.B:
+        raise EditError(
+            f"there are rows of edits for a batch of {plan.rows}, but the model runs {r.B} rows; give one entry "
+            "(empty for none) per row that runs, beams and several returned sequences included"
+        )
     stacks: dict[int, _HeadChanges] = {}
     for placed in edits:
         row, edit = placed
@@ -272,16 +260,18 @@ class _Slot:
         """Keys [B,T,K] and values [B,T,V], 0 where no term is."""
         which = self.which.to(self.r.device)
         for side in zip(*self.terms):
-            together = len({x.device for x in side}) == 1  # then they cross at once
-            here = torch.stack(side if together else [x.to(self.r.device) for x in side])
-            yield F.pad(here.to(self.r.device, self.r.dtype), (0, 0, 1, 0))[which]
+            if len({x.device for x in side}) > 1:  # vectors of one device cross at once
+                side = [x.to(self.r.device) for x in side]
+            vectors = torch.stack(list(side)).to(self.r.device, self.r.dtype)
+            yield F.pad(vectors, (0, 0, 1, 0))[which]  # term 0 is zero
 
 
 class _HeadChanges:
     """Changes of one head, packed into as few rank-1 slots per token as collisions allow."""
 
     def __init__(self, r: CanonicalForm, head: int):
-        self.r, self.head = r, head
+        self.r = r
+        self.head = head
         self.removed: dict[Loop, Tensor] = {}
         """[B,T] on the host, by loop; a write is removed once, in one of them."""
         self.slots: dict[Loop, list[_Slot]] = {}
@@ -304,7 +294,9 @@ class _HeadChanges:
 
     def changes(self, current: Sequence[LowRankChange]) -> Iterator[LowRankChange]:
         for loop, slots in self.slots.items():  # one pass for all terms of an edit
-            keys, values = (torch.stack(side, 2).squeeze(2) for side in zip(*(slot.sides() for slot in slots)))
+            keys, values = zip(*(slot.sides() for slot in slots))
+            keys = torch.stack(keys, 2).squeeze(2)
+            values = torch.stack(values, 2).squeeze(2)
             yield LowRankChange(self.head, keys, values, loop)
         native = LowRankChange(self.head, self.r.k[:, :, self.head], self.r.u[:, :, self.head])
         for loop, on_host in self.removed.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from hookpoints.edits.edit import EditPlan, EditRow, as_edits
-from hookpoints.errors import EditError, UnsupportedModelError, require
+from hookpoints.errors import EditError, UnsupportedModelError
 from hookpoints.fla.scope import is_fla
 from hookpoints.layer.context import Backend, Recorded, current, scope
 from hookpoints.memory.caches import attention_of, cut, put_state, state_of, tensors_of
@@ -67,13 +67,11 @@ class EditSession:
 
     def __init__(self, model: HookedModel, tokens: Tensor):
         tokens = as_tokens(tokens, model.cfg.device)
-        require(
-            tokens.ndim == 2 and tokens.shape[0] == 1,
-            EditError,
-            f"a session is about one sequence [1,T], got tokens of shape {list(tokens.shape)}",
-        )
+        if tokens.ndim != 2 or tokens.shape[0] != 1:
+            raise EditError(f"a session is about one sequence [1,T], got tokens of shape {list(tokens.shape)}")
         check_tokens(tokens, model.cfg)
-        self.model, self.tokens = model, tokens
+        self.model = model
+        self.tokens = tokens
         self._outer_plans = current(model.attachment).plans
         names = [name for layer in model.cfg.recurrent_layers if (name := _entering(layer)) in model.hook_dict]
         self._weights = sum(weight.numel() for weight in model.hf_model.parameters())
@@ -98,11 +96,8 @@ class EditSession:
     def residual(self, layer: int) -> Tensor:
         """[1,T,D] residual stream entering a recurrent block in the plain pass."""
         self.model.cfg.layer(layer)
-        require(
-            self.model.attachment.layout.is_chain,
-            UnsupportedModelError,
-            "the blocks of this model are no chain along one residual stream that is known",
-        )
+        if not self.model.attachment.layout.is_chain:
+            raise UnsupportedModelError("the blocks of this model are no chain along one residual stream that is known")
         return self._residual[_entering(layer)]
 
     def run(
@@ -132,33 +127,38 @@ class EditSession:
         plan = EditPlan.for_rows(rows)
         self.model.check_edits(plan)
         edits = plan.all()
-        require(bool(edits), EditError, "run needs at least one edit; the unedited logits are session.logits")
+        if not edits:
+            raise EditError("run needs at least one edit; the unedited logits are session.logits")
         stop = self.tokens.shape[1] if stop is None else stop
-        require(
-            1 <= stop <= self.tokens.shape[1] and batch_size >= 1,
-            EditError,
-            f"stop must be between 1 and {self.tokens.shape[1]}, the length of the sequence, and batch_size at "
-            f"least 1; got {stop} and {batch_size}",
-        )
-        start, last = (end(edit.position or 0 for edit in edits) for end in (min, max))
-        require(last < stop, EditError, f"position {last} is outside the stretch that is run, which ends at {stop}")
+        if not 1 <= stop <= self.tokens.shape[1] or batch_size < 1:
+            raise EditError(
+                f"stop must be between 1 and {self.tokens.shape[1]}, the length of the sequence, and batch_size at "
+                f"least 1; got {stop} and {batch_size}"
+            )
+        positions = [edit.position or 0 for edit in edits]
+        start = min(positions)
+        last = max(positions)
+        if last >= stop:
+            raise EditError(f"position {last} is outside the stretch that is run, which ends at {stop}")
         plans = (*self._outer_plans, plan) if torch.is_grad_enabled() and not gradients else ()
-        require(
-            not any(_is_trained(factor) for each in plans for factor in each.factors()),
-            EditError,
-            "keys or values of an edit require a gradient, which runs of a session have with gradients=True only; "
-            "ask for it, or detach them",
-        )
+        if any(_is_trained(factor) for edit_plan in plans for factor in edit_plan.factors()):
+            raise EditError(
+                "keys or values of an edit require a gradient, which runs of a session have with gradients=True only; "
+                "ask for it, or detach them"
+            )
         # With gradients all rows from the same token on: what is before an own edit may depend on outer ones.
         apart = apart and not gradients
-        firsts = [min([e.position or 0 for e in as_edits(row)] or [start]) if apart else start for row in rows]
+        firsts = [start] * len(rows)
+        if apart:
+            firsts = [min((edit.position or 0 for edit in as_edits(row)), default=start) for row in rows]
         from_zero = gradients or any(mixer.rule.starts_from_zero for mixer in self.model.attachment.mixers.values())
         logits = self.logits[:, start:stop].repeat(len(rows), 1, 1)
-        together = (list(range(len(rows)))[i : i + batch_size] for i in range(0, len(rows), batch_size))
+        numbers = list(range(len(rows)))
+        batches: Iterable[list[int]] = [numbers[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+        if apart:
+            batches = self.batches([0] * len(rows) if from_zero else firsts, stop, batch_size)
         with torch.set_grad_enabled(gradients and torch.is_grad_enabled()):
-            for batch in (
-                self.batches([0] * len(rows) if from_zero else firsts, stop, batch_size) if apart else together
-            ):
+            for batch in batches:
                 first = min(firsts[row] for row in batch)
                 begin = 0 if from_zero else first
                 fresh = self._run_batch([rows[row] for row in batch], begin, stop, gradients)
@@ -185,39 +185,45 @@ class EditSession:
             window: tokens that each run has from its position on, instead of ``stop``.
             room: tokens at once.
         """
-        room = min(room or _ROOM.get(self.tokens.device.type, 2**62), _ROOM.get(self.tokens.device.type, 2**62))
-        batch, wasted = list[int](), 0
+        room_of_device = _ROOM.get(self.tokens.device.type, 2**62)
+        room = min(room or room_of_device, room_of_device)
+        batch = list[int]()
+        wasted = 0
         for row in sorted(range(len(positions)), key=lambda row: positions[row]):
             if batch:
-                ahead, count = positions[row] - positions[batch[0]], len(batch) + 1
+                ahead = positions[row] - positions[batch[0]]
+                count = len(batch) + 1
                 wasted = wasted + ahead if window is None else ahead * count
                 length = stop - positions[batch[0]] if window is None else ahead + window
                 if wasted > _CALL or count * length > room or count > most:
                     yield batch
-                    batch, wasted = [], 0
+                    batch = []
+                    wasted = 0
             batch.append(row)
         yield batch
 
     def _run_batch(self, rows: Sequence[EditRow], start: int, stop: int, whole: bool) -> Tensor:
         """Logits [N,stop-start,vocab] of a pass over some tokens, through all blocks (``whole``) or from the first
         edited one on."""
-        model, plan, layout = self.model, EditPlan.for_rows(rows), self.model.attachment.layout
+        model = self.model
+        plan = EditPlan.for_rows(rows)
+        layout = self.model.attachment.layout
         layer = 0 if whole or not layout.is_chain or layout.first_block_feeds_all else min(plan.by_layer, default=0)
         residual = None if whole else self._residual.get(_entering(layer))
+        if residual is not None:
+            residual = residual[:, start:stop].expand(len(rows), -1, -1)
         tokens = self.tokens[:, start:stop].expand(len(rows), -1)
         # Tokens, not the residual stream: some models hand the embeddings to later blocks again.
-        inputs = continuing(model.hf_model, self._branch(len(rows), layer, start) if start else None, start, tokens) | {
-            "use_cache": start > 0,
-            "input_ids": tokens,
-        }
+        branch = self._branch(len(rows), layer, start) if start else None
+        inputs = continuing(model.hf_model, branch, start, tokens)
+        inputs |= {"use_cache": start > 0, "input_ids": tokens}
         # Upstream's torch ops pad to chunks of 64 tokens: four times the work for the 17 of a substitution test.
         backend: Backend | None = "recurrence" if tokens.device.type == "cpu" and stop - start < 64 else None
+        plans = (*self._outer_plans, plan)
         with (
             threads_for(tokens.numel() * self._weights),
-            scope(model.attachment, plans=(*self._outer_plans, plan), first_token=start, backend=backend),
-            model.attachment.passing(
-                layer, None, None if residual is None else residual[:, start:stop].expand(len(rows), -1, -1)
-            ),
+            scope(model.attachment, plans=plans, first_token=start, backend=backend),
+            model.attachment.passing(layer, None, residual),
         ):
             logits = model.hf_model(**inputs).logits
         plan.check_acted()
@@ -231,18 +237,26 @@ class EditSession:
             branch = self._walked(layer, start, anew=heard)
         else:
             branch = cut(self._held, start)
-            for each in (each for each in mixers if each >= layer):
-                known = self._states.get(each, (0, None))
-                before, state = known if known[0] <= start else (0, None)
-                if state is None or before < start:
-                    passed = self.recurrence(each).select(tokens=slice(before, start), initial_state=state)
-                    state = passed.states(positions=-1)[:, 0]
-                    self._states[each] = start, state
-                put_state(branch, each, state, self._record[each].value_first)
+            for recurrent in mixers:
+                if recurrent >= layer:
+                    value_first = self._record[recurrent].value_first
+                    put_state(branch, recurrent, self._state_at(recurrent, start), value_first)
         index = torch.zeros(rows, dtype=torch.long, device=self.tokens.device)
         for cache_layer in branch.layers[layer:]:  # batch_repeat_interleave raises on linear layers; this knows both
             cache_layer.reorder_cache(cast(torch.LongTensor, index))
         return branch
+
+    def _state_at(self, layer: int, start: int) -> Tensor:
+        """[1,H,K,V] of a layer after ``start`` tokens of the plain pass, from where runs began last."""
+        before, state = self._states.get(layer, (0, None))
+        if before > start:
+            before = 0
+            state = None
+        if state is None or before < start:
+            passed = self.recurrence(layer).select(tokens=slice(before, start), initial_state=state)
+            state = passed.states(positions=-1)[:, 0]
+            self._states[layer] = (start, state)
+        return state
 
     def _walked(self, layer: int, start: int, anew: bool) -> Cache:
         """The cache of one row after ``start`` tokens from a pass; blocks below ``layer`` are only shared."""
@@ -261,18 +275,19 @@ class EditSession:
 
 def _recording_cache(model: HookedModel) -> Cache | None:
     """An empty cache whose convolutions keep all that they are given; None where there is no such cache."""
-    made = cast(list[Cache], [*model.attachment.new_cache().values()]) or [DynamicCache(config=model.hf_model.config)]
-    if is_fla(model.hf_model) or not hasattr(made[0], "activate_past_recording"):
+    caches = cast(list[Cache], [*model.attachment.new_cache().values()])
+    cache = caches[0] if caches else DynamicCache(config=model.hf_model.config)
+    if is_fla(model.hf_model) or not hasattr(cache, "activate_past_recording"):
         return None
-    made[0].activate_past_recording()
-    return made[0]
+    cache.activate_past_recording()
+    return cache
 
 
 def _has_all(cache: Cache, record: dict[int, Recorded], tokens: int) -> bool:
     """Whether the ``cache`` of the plain pass can be cut at every token, and its states follow from the factors."""
     try:
         attention_of(cache, tokens)
-        states = {layer: state_of(cache, layer, each.value_first) for layer, each in record.items()}
+        states = {layer: state_of(cache, layer, recorded.value_first) for layer, recorded in record.items()}
     except UnsupportedModelError:
         return False
     lengths = {x.shape[-1] for place, x in tensors_of(cache).items() if "/conv_states/" in place}

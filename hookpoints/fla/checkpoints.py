@@ -15,7 +15,8 @@ from transformers.utils.hub import cached_file
 
 from hookpoints.files import read_json
 
-_GATE, _UP = "gate_proj.weight", "up_proj.weight"
+_GATE = "gate_proj.weight"
+_UP = "up_proj.weight"
 _JOINED = ".attn.x_x"
 _PARTS = ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g")
 

@@ -28,7 +28,8 @@ def caching_hooks(
     """As TransformerLens' ``get_caching_hooks`` over the hook ``points``: (cache, forward hooks, backward hooks).
     Activations are detached and shared, not copied."""
     saved: dict[str, Tensor] = {} if cache is None else cache
-    wanted, cut = _predicate(names_filter), Slice.unwrap(pos_slice)
+    wanted = _predicate(names_filter)
+    cut = Slice.unwrap(pos_slice)
 
     def save(suffix: str) -> Saving:
         def hook(tensor: Tensor, hook: HookPoint) -> None:

@@ -120,9 +120,13 @@ def scoped_hooks(
             value.register_hook(lambda _: gone_backward.append(True))
 
     marks = [module.register_forward_hook(mark) for module in (landmarks if bwd else ())]
-    every: list[tuple[Way, str, Hook]] = [*(("fwd", *one) for one in fwd), *(("bwd", *one) for one in bwd)]
+    both = list[tuple[Way, str, Hook]]()
+    for name, hook in fwd:
+        both.append(("fwd", name, hook))
+    for name, hook in bwd:
+        both.append(("bwd", name, hook))
     try:
-        for way, name, hook in every:
+        for way, name, hook in both:
             point = points[name]
             assert isinstance(point, HookPoint), f"{name} holds {type(point).__name__}, which takes no hooks"
             with ADDING:
@@ -132,8 +136,8 @@ def scoped_hooks(
                     scopes_of(point).append(scope)
         yield
     finally:
-        for each in marks:
-            each.remove()
+        for landmark in marks:
+            landmark.remove()
         for point, handle in [] if stay else handles:
             with ADDING:  # the scope first: a hook that an interrupt leaves behind without one only costs time
                 if scope in scopes_of(point):

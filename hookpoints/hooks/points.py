@@ -32,12 +32,13 @@ class Listeners:
 
     def __init__(self) -> None:
         self.sets: list[_Noting] = []
-        self.noted, self.silent = object(), None
+        self.noted = object()
+        self.silent = None
 
     def exist(self) -> bool:
         """Whether a point has any hook, in scopes of this thread or of others, or something replaces it."""
         noted = self.noted
-        if noted is not self.silent and not any(_hooked(point) for each in self.sets for point in each.values()):
+        if noted is not self.silent and not any(_hooked(point) for points in self.sets for point in points.values()):
             self.silent = noted  # a hook that another thread put on meanwhile made another note
         return noted is not self.silent
 
@@ -78,8 +79,8 @@ class HookSet(nn.Module):
 
     def listens(self, *names: str) -> bool:
         """Whether a hook is attached to one of ``names``."""
-        every = self._modules
-        return self.listeners.exist() and any(is_listening(every[name]) for name in names if name in every)
+        points = self._modules
+        return self.listeners.exist() and any(is_listening(points[name]) for name in names if name in points)
 
     def fire(self, name: str, value: Tensor) -> Tensor:
         """Pass ``value`` through a hook; returns what the hook returns, checked for shape."""
@@ -120,12 +121,14 @@ def through_hook(
         if not hooks.listens(name):
             return value
         # Of heads a copy: torch lets nobody change a part of a projection (queries with their gates) in place.
-        given = value if split is None else value.reshape(*value.shape[:2], *split).clone()
+        shown = value if split is None else value.reshape(*value.shape[:2], *split).clone()
         if scale == 1.0:
-            return hooks.fire(name, given).reshape(value.shape)
-        fired, changed = watch(given * scale, partial(hooks.fire, name))
+            return hooks.fire(name, shown).reshape(value.shape)
+        fired, changed = watch(shown * scale, partial(hooks.fire, name))
         # The difference, so that what a hook leaves as it is stays bit-identical.
-        return value + ((fired - given * scale) / scale).reshape(value.shape) if changed else value
+        if changed:
+            return value + ((fired - shown * scale) / scale).reshape(value.shape)
+        return value
 
     return through
 

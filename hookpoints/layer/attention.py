@@ -21,7 +21,9 @@ def hook_pattern(block: nn.Module, hooks: HookSet) -> Callable[[], None]:
 
     def around(forward: Function, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         call = AttentionCall(block, hooks) if hooks.listens("hook_pattern") else None
-        return forward(*args, **kwargs) if call is None else running(call, forward, args, kwargs)
+        if call is None:
+            return forward(*args, **kwargs)
+        return running(call, forward, args, kwargs)
 
     return wrap_forward(block, around, hooks.listeners.exist)
 
@@ -30,7 +32,10 @@ class AttentionCall:
     """One forward of a block whose pattern has a hook; it handles the call of the attention function."""
 
     def __init__(self, block: nn.Module, hooks: HookSet):
-        self.module, self.hooks, self.open, self.projection = block, hooks, True, None
+        self.module = block
+        self.hooks = hooks
+        self.open = True
+        self.projection = None
 
     def handle(self, op: Function, arguments: Mapping[str, object]) -> object:
         """Run the function natively; an edit A' of the pattern A moves its outputs, o + (A' - A) v.
@@ -50,7 +55,10 @@ class AttentionCall:
 
 def _pattern(arguments: Mapping[str, object]) -> Tensor:
     """[B,H,T,S] by the plain function of the layer's own family, which knows its scale, groups, caps and sinks."""
-    module, query, key, mask = (arguments[name] for name in ("module", "query", "key", "attention_mask"))
+    module = arguments["module"]
+    query = arguments["query"]
+    key = arguments["key"]
+    mask = arguments["attention_mask"]
     assert isinstance(module, nn.Module) and isinstance(query, Tensor) and isinstance(key, Tensor)
     if (function := getattr(module.config, "_attn_implementation", None)) not in ("sdpa", "eager"):
         raise UnsupportedModelError(

@@ -63,8 +63,12 @@ class HookedMixer:
                 f"{type(module).__name__} (layer {layer}) calls {rule.ops[0]}, but does not name its sizes as layers "
                 f"of {rule.name} do: {error}"
             ) from error
-        self.owner, self.layer, self.rule, self.module = owner, layer, rule, module
-        self.heads, self.projection = heads, projection
+        self.owner = owner
+        self.layer = layer
+        self.rule = rule
+        self.module = module
+        self.heads = heads
+        self.projection = projection
         self.backend: Backend = backend
         self.runs_alone = in_torch and backend == "auto" and not rule.kernel_only
         """Whether the layer needs nothing of this package to run."""
@@ -85,7 +89,9 @@ def hook_layer(mixer: HookedMixer, counts: bool) -> Callable[[], None]:
 
     def around(forward: Function, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         call = LayerCall(mixer, args, kwargs)
-        return running(call, forward, args, kwargs) if mixer.needed() else forward(*args, **kwargs)
+        if mixer.needed():
+            return running(call, forward, args, kwargs)
+        return forward(*args, **kwargs)
 
     return wrap_forward(mixer.module, around, None if counts else mixer.needed)
 
@@ -113,7 +119,9 @@ class LayerCall:
     """
 
     def __init__(self, mixer: HookedMixer, args: tuple[object, ...], kwargs: dict[str, object]):
-        self.mixer, self.module, self.hooks = mixer, mixer.module, mixer.hooks
+        self.mixer = mixer
+        self.module = mixer.module
+        self.hooks = mixer.hooks
         self.run = current(mixer.owner)
         self.open = True
         self.padding = UNPADDED
@@ -139,7 +147,9 @@ class LayerCall:
 
     def handle(self, op: Function, arguments: Arguments) -> object:
         """Run the op with hooks and edits around it; returns what the layer expects from the op."""
-        rule, run, layer = self.mixer.rule, self.run, self.mixer.layer
+        rule = self.mixer.rule
+        run = self.run
+        layer = self.mixer.layer
         self.mixer.calls += 1
         native_op = self._native_op(op, arguments)
         edited = any(layer in plan.by_layer for plan in run.plans)
@@ -252,7 +262,8 @@ class LayerCall:
     def _fire_matrices(self, kind: str, build: Callable[[slice], Tensor]) -> Iterator[tuple[slice, Tensor]]:
         """Fire the dense hooks of ``kind`` ("write", "state_in", "state"), built only for heads with a listener: what
         changed, by heads, [B,T,H',K,V]."""
-        matrix, vector = f"hook_{kind}", f"hook_{kind}_vec"
+        matrix = f"hook_{kind}"
+        vector = f"hook_{kind}_vec"
         sets = cast(Sequence[HookSet], self.hooks.heads)
         heads = [head for head, hooks in enumerate(sets) if hooks.listens(matrix, vector)]
         if self.hooks.listens(matrix):  # all heads at once; then those with hooks of their own
@@ -275,7 +286,8 @@ class LayerCall:
         """Fire ``hook_pattern``; what a hook changed moves the reads, o + (A' - A) u."""
         if not self.hooks.listens("hook_pattern"):
             return result
-        past, first = None, self.first_token
+        past = None
+        first = self.first_token
         if self.cache is not None and r.initial_state is not None:
             past = sources_of(self.cache, self.mixer.layer, first, r.initial_state)
         reads, keys = r.by_source(None if past is None else past.keys).scan()
@@ -286,12 +298,15 @@ class LayerCall:
         pattern = pattern_of(reads, r)
         # Of tokens that a cache holds from passes without a listener nothing is known, and NaN says so.
         unseen = 0 if first is None else first + r.T - values.shape[1]
-        known = F.pad(pattern, (*[0] * 2 * (pattern.ndim - 4), unseen, 0), value=torch.nan)
+        last_axes = (0, 0) if pattern.ndim == 5 else ()  # the terms of a write
+        known = F.pad(pattern, (*last_axes, unseen, 0), value=torch.nan)
         fired = self._fire_copy("hook_pattern", known)
         if fired is None:
             return result
-        change = (fired[:, :, :, unseen:] - pattern).flatten(3) @ values.transpose(1, 2).flatten(2, -2)
-        return result._replace(outputs=(result.outputs + change.transpose(1, 2)).to(result.outputs.dtype))
+        moved = (fired[:, :, :, unseen:] - pattern).flatten(3)
+        change = moved @ values.transpose(1, 2).flatten(2, -2)
+        outputs = result.outputs + change.transpose(1, 2)
+        return result._replace(outputs=outputs.to(result.outputs.dtype))
 
 
 def _among_zeros(outputs: Tensor, tokens: slice, length: int) -> Tensor:
@@ -301,7 +316,8 @@ def _among_zeros(outputs: Tensor, tokens: slice, length: int) -> Tensor:
 
 def _fire_head(hooks: HookSet, matrix: str, value: Tensor) -> Tensor | None:
     """What the matrix hook of one head, and then its vector hook, make of [B,T,K,V]; None where both change nothing."""
-    after_matrix, by_matrix = value, False
+    after_matrix = value
+    by_matrix = False
     if hooks.listens(matrix):
         after_matrix, by_matrix = watch(value, partial(hooks.fire, matrix))
     vector = f"{matrix}_vec"

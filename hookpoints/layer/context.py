@@ -105,7 +105,9 @@ class Scope:
     """A stretch of a program in which a hooked model runs otherwise. Opened by ``scope``."""
 
     def __init__(self, owner: object, plans: tuple[EditPlan, ...], changes: dict[str, object]):
-        self.owner, self.plans, self.changes = owner, plans, changes
+        self.owner = owner
+        self.plans = plans
+        self.changes = changes
         self.open = True
         self.passes = 0
         """Forward passes of the model inside this scope, in its own context."""
@@ -230,15 +232,15 @@ def sources_of(cache: Cache, layer: int, first_token: int | None, state: Tensor)
     Upstream code repeats the rows of a cache and changes their order (beams, edited runs). States tell which is which:
     each row takes the sources of the row that left its state.
     """
-    kept: Sources | None = getattr(cache, _SOURCES, {}).get(layer)
-    if kept is None or kept.next_token != first_token:
+    sources: Sources | None = getattr(cache, _SOURCES, {}).get(layer)
+    if sources is None or sources.next_token != first_token:
         return None
-    rows = (state.flatten(1).float(), kept.state.flatten(1).float())
+    rows = (state.flatten(1).float(), sources.state.flatten(1).float())
     gap, row = torch.cdist(*rows, compute_mode="donot_use_mm_for_euclid_dist").min(1)
     # Caches may round the state to the model's dtype.
     if bool((gap > 0.01 * rows[1].norm(dim=1)[row]).any()):
         return None
-    return Sources(kept.keys[row], kept.values[row], kept.state[row], first_token)
+    return Sources(sources.keys[row], sources.values[row], sources.state[row], first_token)
 
 
 def cache_among(*values: object) -> Cache | None:

@@ -77,12 +77,18 @@ class _WrappedForward:
         return types.MethodType(type(self.module).forward, copy.deepcopy(self.module, memo))
 
     def __reduce__(self) -> tuple[Function, tuple[object, ...]]:
-        return (copy.copy, (self.replaced,)) if self.replaced is not None else (getattr, (self.module, "forward"))
+        if self.replaced is not None:
+            return (copy.copy, (self.replaced,))
+        return (getattr, (self.module, "forward"))
 
 
-def _call_unbound(wrapped: Function, own: nn.Module, module: nn.Module, /, *args: object, **kwargs: object) -> object:
+def _call_unbound(
+    wrapped: Function, hooked: nn.Module, module: nn.Module, /, *args: object, **kwargs: object
+) -> object:
     """As a function of the class; for a copy of the module, which has no hooks, it is that of the class."""
-    return wrapped(*args, **kwargs) if module is own else type(module).forward(module, *args, **kwargs)
+    if module is hooked:
+        return wrapped(*args, **kwargs)
+    return type(module).forward(module, *args, **kwargs)
 
 
 @torch.compiler.disable
@@ -207,8 +213,10 @@ def _rebind(namespace: ModuleType, *wrappers: tuple[Iterable[str], Callable[...,
     bound: list[tuple[str, object]] = []
     with _LOCK:
         for names, wrap in wrappers:
-            for name in (each for each in names if getattr(namespace, each, None) is not None):
-                op = getattr(namespace, name)
+            for name in names:
+                op = getattr(namespace, name, None)
+                if op is None:
+                    continue
                 if id(op) not in _USES:
                     op = wrap(op)
                     setattr(namespace, name, op)
@@ -261,9 +269,10 @@ def _wrap_op(op: Function, on_device: bool = True) -> Function:
         if not handlers:
             return op(*args, **kwargs)
         positional = tuple(names[: len(args)])
-        given = {name: value for name, value in kwargs.items() if known is None or name in known}
+        named = {name: value for name, value in kwargs.items() if known is None or name in known}
+        arguments = defaults | dict(zip(positional, args)) | named
         for_device = _on_device(op, plain, args, kwargs) if on_device else op
-        return _handle(handlers, _by_name(for_device, positional), defaults | dict(zip(positional, args)) | given)
+        return _handle(handlers, _by_name(for_device, positional), arguments)
 
     return wrapper
 
@@ -277,7 +286,9 @@ def _by_name(op: Function, positional: tuple[str, ...]) -> Function:
     @functools.wraps(op)
     def call(**arguments: object) -> object:
         first = [arguments.pop(name) for name in positional]
-        return op(*first, **(arguments if known is None else {n: x for n, x in arguments.items() if n in known}))
+        if known is not None:
+            arguments = {name: x for name, x in arguments.items() if name in known}
+        return op(*first, **arguments)
 
     return call
 
@@ -285,7 +296,9 @@ def _by_name(op: Function, positional: tuple[str, ...]) -> Function:
 def _keywords(op: Function) -> frozenset[str] | None:
     """Names that ``op`` itself takes, whatever it stands in for; None where it takes any."""
     parameters = inspect.signature(op, follow_wrapped=False).parameters
-    return None if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) else frozenset(parameters)
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return None
+    return frozenset(parameters)
 
 
 def _wrap_functions(table: AttentionInterface) -> AttentionInterface:

@@ -43,10 +43,13 @@ class EditResponse:
         if span is None:
             return
         self.low_rank.append(change)
-        one, answer = slice(change.head, change.head + 1), self._answer(change)
+        one = slice(change.head, change.head + 1)
+        answer = self._answer(change)
         if answer.R > _TERMS:
-            keys, values = answer.k[:, span], answer.u[:, span]
-            return self._add_writes(one, answer, span, lambda rows, at: keys[rows, at].mT @ values[rows, at])
+            keys = answer.k[:, span]
+            values = answer.u[:, span]
+            self._add_writes(one, answer, span, lambda rows, at: keys[rows, at].mT @ values[rows, at])
+            return
         if span.start:
             answer = answer.select(tokens=slice(span.start, None), initial_state=answer.starting_state())
         outputs, final_state = answer.scan()
@@ -58,21 +61,27 @@ class EditResponse:
         Cost: see `hookpoints.recurrence.dense`; from the last change on, that of a chunked pass.
         """
         span = _span(_size(change), change)
-        if span is not None:
-            rows = torch.eye(change.shape[-2]).to(change).expand(*change.shape[:2], -1, -1)
-            for i, head in enumerate(range(self.recurrence.H)[heads]):
-                self.low_rank.append(LowRankChange(head, rows, change[:, :, i]))
-            r, changed = self.recurrence.select(heads=heads).replace(initial_state=None), change[:, span]
-            self._add_writes(heads, r, span, lambda rows, at: changed[rows, at])
+        if span is None:
+            return
+        keys = torch.eye(change.shape[-2]).to(change).expand(*change.shape[:2], -1, -1)
+        for i, head in enumerate(range(self.recurrence.H)[heads]):
+            self.low_rank.append(LowRankChange(head, keys, change[:, :, i]))
+        r = self.recurrence.select(heads=heads).replace(initial_state=None)
+        changed = change[:, span]
+        self._add_writes(heads, r, span, lambda rows, at: changed[rows, at])
 
     def _add_writes(self, heads: slice, r: Recurrence, span: slice, writes: dense.Writes) -> None:
         """What ``r``, that of ``heads``, makes of ``writes`` at the tokens ``span`` is added."""
-        found = dense.scan(r.select(tokens=span, initial_state=r.starting_state()), writes)
-        self._add(heads, span.start, found.outputs, found.final_state if span.stop == r.T else None)
-        if span.stop < r.T:  # no more changes: the rest is carried by the chunked pass
-            rest = r.with_write(r.q, torch.zeros_like(r.q[..., :1]).expand(*r.q.shape[:3], r.V))
-            rest = rest.select(tokens=slice(span.stop, None), initial_state=found.final_state)
-            self._add(heads, span.stop, *rest.scan())
+        changed = dense.scan(r.select(tokens=span, initial_state=r.starting_state()), writes)
+        if span.stop == r.T:
+            self._add(heads, span.start, changed.outputs, changed.final_state)
+            return
+        self._add(heads, span.start, changed.outputs, None)
+        # No more changes: the rest is carried by the chunked pass.
+        nothing = torch.zeros_like(r.q[..., :1]).expand(*r.q.shape[:3], r.V)
+        rest = r.with_write(r.q, nothing)
+        rest = rest.select(tokens=slice(span.stop, None), initial_state=changed.final_state)
+        self._add(heads, span.stop, *rest.scan())
 
     def add_states_before(self, heads: slice, change: Tensor) -> None:
         """``change`` [B,T,H',K,V] is added to the states that tokens find, S_{t-1}, and is carried on: what the
@@ -83,11 +92,12 @@ class EditResponse:
         r = self.recurrence.select(heads=heads).working()
         if r.read_before_write:
             self._add_reads(r, heads, change)
-        found = r.select(tokens=span, initial_state=r.starting_state())
-        each = {name: x.flatten(0, 1).unsqueeze(1) for name, x in over_time(found)}
-        alone = dataclasses.replace(found, **each, initial_state=None)  # every token its own row
+        changed = r.select(tokens=span, initial_state=r.starting_state())
+        by_token = {name: x.flatten(0, 1).unsqueeze(1) for name, x in over_time(changed)}
+        alone = dataclasses.replace(changed, **by_token, initial_state=None)  # every token its own row
+        moved = transition(alone, 0, change[:, span].flatten(0, 1))
         writes = torch.zeros_like(change)
-        writes[:, span] = transition(alone, 0, change[:, span].flatten(0, 1)).unflatten(0, (r.B, -1))
+        writes[:, span] = moved.unflatten(0, (r.B, -1))
         self.add_dense(heads, writes)
 
     def add_states(self, heads: slice, change: Tensor) -> None:
@@ -147,7 +157,8 @@ class EditResponse:
             self.outputs = torch.zeros(r.B, r.T, r.H, r.V, dtype=r.dtype, device=r.device)
             self.final_state = torch.zeros(r.B, r.H, r.K, r.V, dtype=r.dtype, device=r.device)
         if outputs.requires_grad or self.outputs.requires_grad:  # in-place adds would break earlier graphs
-            self.outputs, self.final_state = self.outputs.clone(), self.final_state.clone()
+            self.outputs = self.outputs.clone()
+            self.final_state = self.final_state.clone()
         self.outputs[:, start : start + outputs.shape[1], heads] += outputs
         if final_state is not None:
             self.final_state[:, heads] += final_state
@@ -158,7 +169,9 @@ def _span(size: Tensor, *sources: Tensor) -> slice | None:
     if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
         return slice(0, size.shape[1])
     changed = (size != 0).any(0).cpu().nonzero()  # one look at the device
-    return slice(int(changed[0]), int(changed[-1]) + 1) if len(changed) else None
+    if len(changed):
+        return slice(int(changed[0]), int(changed[-1]) + 1)
+    return None
 
 
 def _size(change: Tensor) -> Tensor:

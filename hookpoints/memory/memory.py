@@ -484,7 +484,8 @@ class Memory:
         rest = later["tokens"].shape[1]
         ending = min(window(self.cache), rest)
         leading = min(window(self.cache) - (0 if reread else ending), start)
-        begin, end = start - leading, start + reread + rest
+        begin = start - leading
+        end = start + reread + rest
         place = slice(leading, leading + reread)
         cache = copy.deepcopy(self.cache) if begin else None
         if cache is not None:

@@ -49,9 +49,9 @@ def sum_of_bits(x: Tensor) -> Tensor:
     return total
 
 
-def seal(tensors: Mapping[str, Tensor], said: Mapping[str, object]) -> str:
-    """SHA-256 of ``said`` and of names, dtypes, shapes and bytes of ``tensors``, which are on the CPU."""
-    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+def seal(tensors: Mapping[str, Tensor], settings: Mapping[str, object]) -> str:
+    """SHA-256 of ``settings`` and of names, dtypes, shapes and bytes of ``tensors``, which are on the CPU."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, x in sorted(tensors.items()):
         digest.update(f"{name} {x.dtype} {list(x.shape)}".encode())
         digest.update(x.contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -56,7 +56,8 @@ class Attachment:
         self.counts_tokens = False
         """Whether new caches are of the class ``CountingCache``: upstream asks for a length, which its own lack."""
         self.layout = layout
-        self._model, self._root = model, root
+        self._model = model
+        self._root = root
         self.undo = ExitStack()
         """What takes everything off the model again."""
         root.hook_embed = HookPoint()
@@ -123,7 +124,9 @@ class Attachment:
             return forward(*args, **kwargs)
 
     def _run_backbone(self, forward: Function, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
-        return forward(*args, **kwargs) if current(self).in_pass else self._run_model(forward, args, kwargs)
+        if current(self).in_pass:
+            return forward(*args, **kwargs)
+        return self._run_model(forward, args, kwargs)
 
     @scoped
     def passing(self, start: int, stop: int | None, residual: Tensor | None) -> Iterator[None]:
@@ -152,18 +155,23 @@ class Attachment:
     def _attach_block(self, layer: int, block: BlockLayout, backend: Backend) -> BlockHooks:
         mixer_hooks: MixerHooks | None = None
         if block.rule is not None and block.namespace is not None and block.mixer is not None:
-            alone, out = in_torch(block.namespace, block.rule), out_projection(block.mixer)
+            alone = in_torch(block.namespace, block.rule)
+            out = out_projection(block.mixer)
             mixer = HookedMixer(self, layer, block.rule, block.mixer, out, backend, alone)
-            self.mixers[layer], mixer_hooks = mixer, mixer.hooks
+            self.mixers[layer] = mixer
+            mixer_hooks = mixer.hooks
             self.undo.callback(wrap_ops(block.namespace, block.rule))
             # Attention layers, where there are any, tell how many tokens a cache holds.
-            counts = len(self.mixers) == 1 and all(each.rule is not None for each in self.layout.blocks)
+            counts = len(self.mixers) == 1 and all(block.rule is not None for block in self.layout.blocks)
             self.undo.callback(hook_layer(mixer, counts))
             self.undo.callback(hook_projection(mixer))
         outputs = {"hook_mixer_out": block.mixer_out, "hook_attn_out": block.attn_out, "hook_mlp_out": block.mlp_out}
         absent = [name for name, added in outputs.items() if added is None]
-        absent += [] if self.layout.is_chain else ["hook_resid_pre", "hook_resid_post"]
-        of_attention = [value.hook for value in block.attn_values] + ["hook_pattern"] * bool(block.attn_namespace)
+        if not self.layout.is_chain:
+            absent += ["hook_resid_pre", "hook_resid_post"]
+        of_attention = [value.hook for value in block.attn_values]
+        if block.attn_namespace is not None:
+            of_attention.append("hook_pattern")
         hooks = BlockHooks(mixer_hooks, of_attention, absent)
         needed = hooks.listeners.exist
         for name, module, entering, split, scale in block.attn_values:
@@ -181,7 +189,9 @@ class Attachment:
 
     def _fire_embed(self, value: Tensor) -> Tensor:
         point = cast(nn.Module, self._root.hook_embed)
-        return fire(point, "hook_embed", value) if is_listening(point) and current(self).start_layer == 0 else value
+        if is_listening(point) and current(self).start_layer == 0:
+            return fire(point, "hook_embed", value)
+        return value
 
     def _on(self, module: nn.Module, through: Through, needed: Needed | None = None, entering: bool = False) -> None:
         """Put ``through`` on what the module returns, or on what is ``entering`` it."""
@@ -189,8 +199,8 @@ class Attachment:
         def around(forward: Function, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
             if not entering:
                 return _changed_output(forward(*args, **kwargs), through)
-            given = _Input.of(args, kwargs)
-            args, kwargs = given.replaced(through(given.value))
+            entered = _Input.of(args, kwargs)
+            args, kwargs = entered.replaced(through(entered.value))
             return forward(*args, **kwargs)
 
         self.undo.callback(wrap_forward(module, around, needed))
@@ -225,7 +235,8 @@ class _BlockRun:
         return self.returns is not None or self.hooks.listeners.exist() or current(self.owner).partial
 
     def __call__(self, forward: Function, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
-        run, entering = current(self.owner), _Input.of(args, kwargs)
+        run = current(self.owner)
+        entering = _Input.of(args, kwargs)
         if self.layer < run.start_layer:
             return self._handed_on(forward, args, kwargs, entering.value)
         value = entering.value
@@ -249,14 +260,17 @@ class _BlockRun:
         if self.returns == "unknown":  # nothing ran yet
             self._learn(kwargs, forward(*args, **kwargs))
         further = self.returns if isinstance(self.returns, tuple) else None
-        return value if further is None else (value, *[kwargs.get(name) if name else None for name in further])
+        if further is None:
+            return value
+        return (value, *[kwargs.get(name) if name else None for name in further])
 
     def _learn(self, kwargs: dict[str, object], output: object) -> None:
         if not isinstance(output, tuple):
             self.returns = None
             return
         known = self.returns if isinstance(self.returns, tuple) else (None,) * (len(output) - 1)
-        names = [next((k for k, v in kwargs.items() if v is not None and v is entry), None) for entry in output[1:]]
+        name_of = {id(value): name for name, value in reversed(kwargs.items()) if value is not None}
+        names = [name_of.get(id(entry)) for entry in output[1:]]
         self.returns = tuple(new or old for new, old in zip(names, known, strict=True))
 
 
@@ -264,7 +278,9 @@ def _changed_output(output: object, through: Through) -> object:
     """A module's output, a tensor or a tuple that begins with one, with that tensor changed."""
     if isinstance(output, tuple):
         changed = through(output[0])
-        return output if changed is output[0] else (changed, *output[1:])
+        if changed is output[0]:
+            return output
+        return (changed, *output[1:])
     return through(cast(Tensor, output))
 
 

@@ -116,15 +116,20 @@ def write_attribution(model: HookedRecurrent, input: str | Tensor, metric: Logit
     names = [f"blocks.{layer}.mixer.hook_read" for layer in layers]
     with model.recording() as record, model.hooks([("hook_embed", begin), *((name, keep) for name in names)]):
         logits = cast(Tensor, model(_one_sequence(model, input)))
-    found = torch.autograd.grad(metric(logits).reshape(()), [reads[name] for name in names], allow_unused=True)
+    inputs = [reads[name] for name in names]
+    gradients = torch.autograd.grad(metric(logits).reshape(()), inputs, allow_unused=True)
     tables = []
     with torch.no_grad():
-        for layer, name, gradient in zip(layers, names, found, strict=True):
-            r, gradient = record[layer].recurrence, torch.zeros_like(reads[name]) if gradient is None else gradient
+        for layer, name, gradient in zip(layers, names, gradients, strict=True):
+            r = record[layer].recurrence
+            if gradient is None:
+                gradient = torch.zeros_like(reads[name])
             effect = (r.u * r.value_gradients(gradient)).sum(-1)
-            effect = (effect.sum(3) if r.k.ndim == 5 else effect)[0].cpu().numpy()  # [T,H]
-            position, head = (each.ravel() for each in np.indices(effect.shape))
-            columns = {"layer": layer, "head": head, "position": position, "attribution": effect.ravel()}
+            if r.k.ndim == 5:
+                effect = effect.sum(3)
+            table = effect[0].cpu().numpy()  # [T,H]
+            position, head = np.indices(table.shape).reshape(2, -1)
+            columns = {"layer": layer, "head": head, "position": position, "attribution": table.ravel()}
             tables.append(pd.DataFrame(columns))
     return pd.concat(tables, ignore_index=True)
 
@@ -166,13 +171,16 @@ def check_attribution(
     for _, rows in attributions.sort_values("position").groupby("layer"):
         for start in range(0, len(rows), _BATCH):
             batch = rows.iloc[start : start + _BATCH]
-            places = zip(batch["layer"], batch["head"], batch["position"], strict=True)
-            run = session.run([WriteEdit(int(layer), int(head), int(t), mode="delete") for layer, head, t in places])
-            for index, logits in zip(batch.index, run.logits, strict=True):
-                measured[index] = plain - float(metric(torch.cat([session.logits[0, : run.start], logits])[None]))
+            places = batch[["layer", "head", "position"]].astype(int).itertuples(index=False)
+            run = session.run([WriteEdit(*place, mode="delete") for place in places])
+            before = session.logits[0, : run.start]
+            for index, after in zip(batch.index, run.logits, strict=True):
+                logits = torch.cat([before, after])[None]
+                measured[index] = plain - float(metric(logits))
     table = attributions.assign(measured=measured)
-    predicted, found = table["attribution"], table["measured"]
-    return AttributionCheck(table, float(predicted.corr(found)), float(np.polyfit(predicted, found, 1)[0]))
+    predicted = table["attribution"]
+    slope, _ = np.polyfit(predicted, measured, 1)
+    return AttributionCheck(table, float(predicted.corr(measured)), float(slope))
 
 
 _BATCH = 64

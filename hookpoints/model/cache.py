@@ -104,7 +104,8 @@ class RecurrentCache(ActivationCache):
         Raises:
             HookpointsError: the block has no norm there.
         """
-        layer, batch = self._layer(layer), _cut(batch_slice)
+        layer = self._layer(layer)
+        batch = _cut(batch_slice)
         if recompute_ln and layer == self.model.cfg.n_layers:
             return super().apply_ln_to_stack(
                 residual_stack, layer, mlp_input, pos_slice, batch_slice, has_batch_dim, recompute_ln
@@ -133,7 +134,8 @@ class RecurrentCache(ActivationCache):
     ) -> Tensor | Labelled:
         """[heads,B,T,D], what each head below ``layer`` adds to the residual stream, recurrent or attention. Labels are
         "L0H3"; attention heads of hybrids are "L0A3". Arguments are TransformerLens'."""
-        layer, parts = self._layer(layer), {}
+        layer = self._layer(layer)
+        parts = {}
         for at, _, _, part in self._mixers(range(layer)):
             if part is not None:
                 parts |= zip(self._weights.head_labels(at, part), self._results(at, part).unbind(-2), strict=True)
@@ -188,7 +190,9 @@ class RecurrentCache(ActivationCache):
         return self.model
 
     def _layer(self, layer: int | None) -> int:
-        return self.model.cfg.n_layers if layer is None or layer == -1 else layer
+        if layer is None or layer == -1:
+            return self.model.cfg.n_layers
+        return layer
 
     def _stack(
         self,
@@ -212,7 +216,8 @@ class RecurrentCache(ActivationCache):
 
     def _entering(self, layer: int = 0) -> Tensor:
         """What a block adds to; of the first one with the norm that it puts on the embeddings."""
-        entering, module = self["resid_pre", layer], self._layout.embedding_norm
+        entering = self["resid_pre", layer]
+        module = self._layout.embedding_norm
         if layer or module is None:
             return entering
         norm = Norm.of(module)
@@ -235,7 +240,9 @@ class RecurrentCache(ActivationCache):
 
     def _mlp_out(self, layer: int) -> Tensor:
         several = self._layout.blocks[layer].mlp_out is None  # which have no hook
-        return self["resid_post", layer] - self._mid(layer) if several else self["mlp_out", layer]
+        if several:
+            return self["resid_post", layer] - self._mid(layer)
+        return self["mlp_out", layer]
 
     def _results(self, layer: int, part: Part) -> Tensor:
         key = f"blocks.{layer}.{part}.hook_result"
@@ -244,7 +251,8 @@ class RecurrentCache(ActivationCache):
             z = self[f"blocks.{layer}.{part}.hook_z"]
             results = torch.einsum("...hv,hvd->...hd", z, self._weights.layer_W_O(layer, part))
             if heads.norm is not None:
-                norm, bias = Norm.of(heads.norm), getattr(heads.projection, "bias", None)
+                norm = Norm.of(heads.norm)
+                bias = getattr(heads.projection, "bias", None)
                 total = results.sum(-2) if bias is None else results.sum(-2) + bias
                 results = norm.frozen(results, norm.scale(total).unsqueeze(-2)) * heads.added.scale
             self.cache_dict[key] = results
@@ -260,8 +268,11 @@ class RecurrentCache(ActivationCache):
                 "that of layer=None"
             )
         norm = Norm.of(module)
-        given = self["resid_post", layer - 1] if is_final else self._mid(layer) if mlp else self._entering(layer)
-        return norm, norm.scale(given)
+        if is_final:
+            entering = self["resid_post", layer - 1]
+        else:
+            entering = self._mid(layer) if mlp else self._entering(layer)
+        return norm, norm.scale(entering)
 
 
 def _cut(where: Slice | SliceInput) -> Slice:

@@ -111,18 +111,19 @@ def device_of(embed: nn.Module) -> torch.device:
     """Where token ids go: the embedding's device, or where accelerate brings its offloaded weight for the call."""
     device = cast(torch.Tensor, embed.weight).device
     execution = getattr(getattr(embed, "_hf_hook", None), "execution_device", None)
-    return device if device.type != "meta" or execution is None else torch.device(execution)
+    if device.type != "meta" or execution is None:
+        return device
+    return torch.device(execution)
 
 
 def describe(model: nn.Module, layout: ModelLayout, name: str | None, backend: str) -> HookedRecurrentConfig:
     """Read the configuration off a model and its layout. ``name``: None for that of its checkpoint or class."""
     whole = cast(PreTrainedConfig, model.config)
     hf = whole.get_text_config()
-    layers = {
-        layer: RecurrentLayer(block.rule.name, *block.rule.head_shape(block.mixer), R=block.rule.rank)
-        for layer, block in enumerate(layout.blocks)
-        if block.rule is not None and block.mixer is not None
-    }
+    layers = dict[int, RecurrentLayer]()
+    for layer, block in enumerate(layout.blocks):
+        if block.rule is not None and block.mixer is not None:
+            layers[layer] = RecurrentLayer(block.rule.name, *block.rule.head_shape(block.mixer), R=block.rule.rank)
     has_mlp = any(block.mlps for block in layout.blocks)
     norm = getattr(layout.final_norm, "original_component", layout.final_norm)  # a bridge stands before it
     weight = layout.embed.weight

@@ -48,7 +48,8 @@ class HookedModel(HookedRootModule):
     def cfg(self) -> HookedRecurrentConfig:
         """What the model is. Device and dtype are those that its embedding has now."""
         embed = self.hf_model.get_input_embeddings()
-        device, dtype = device_of(embed), cast(Tensor, embed.weight).dtype
+        device = device_of(embed)
+        dtype = cast(Tensor, embed.weight).dtype
         if (device, dtype) != (self._cfg.device, self._cfg.dtype):
             self._cfg = replace(self._cfg, device=device, dtype=dtype)
         return self._cfg
@@ -114,10 +115,10 @@ class HookedModel(HookedRootModule):
         """
         self.attachment.require()
         self.attachment.require_one_forward()
-        fwd, bwd = (
-            [(one, hook) for name, hook in hooks for one in find_hooks(self, name)] for hooks in (fwd_hooks, bwd_hooks)
-        )
-        marks, stay = self.attachment.landmarks(), not reset_hooks_end
+        fwd = [(hook_name, hook) for name, hook in fwd_hooks for hook_name in find_hooks(self, name)]
+        bwd = [(hook_name, hook) for name, hook in bwd_hooks for hook_name in find_hooks(self, name)]
+        marks = self.attachment.landmarks()
+        stay = not reset_hooks_end
         with scope(self.attachment) as opened, scoped_hooks(opened, self.mod_dict, marks, fwd, bwd, stay):
             yield self
         if clear_contexts:

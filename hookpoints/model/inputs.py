@@ -55,7 +55,7 @@ def check_tokens(tokens: Tensor, cfg: HookedRecurrentConfig) -> None:
         raise InputError(
             f"input must be text or token ids [B,T], at least one, got {tokens.dtype} {list(tokens.shape)}"
         )
-    low, high = (int(x) for x in torch.aminmax(tokens.cpu()))
+    low, high = map(int, torch.aminmax(tokens.cpu()))
     if low < 0 or high >= cfg.d_vocab:
         raise InputError(
             f"token id {low if low < 0 else high} is outside the vocabulary of {cfg.model_name}, "
@@ -124,5 +124,9 @@ def continuing(model: nn.Module, cache: Cache | None, position: int, tokens: Ten
     """Arguments with which upstream reads ``tokens`` [B,T] from ``position`` on, after ``cache``. It is told positions
     where it takes any: with a recurrent first block it may not know where a cache continues."""
     where = torch.arange(position, position + tokens.shape[1], device=tokens.device).expand_as(tokens)
-    told = {"position_ids": where} if "position_ids" in inspect.signature(model.forward).parameters else {}
-    return {"use_cache": True, **told, **({} if cache is None else {cache_argument(model): cache})}
+    arguments: dict[str, object] = {"use_cache": True}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        arguments["position_ids"] = where
+    if cache is not None:
+        arguments[cache_argument(model)] = cache
+    return arguments

@@ -29,7 +29,8 @@ _MIXER_NORM_NAMES = ("input_layernorm", "attn_norm", "norm")
 _MLP_NORM_NAMES = ("post_attention_layernorm", "pre_ff_layernorm", "mlp_norm", "ffn_norm")
 _FINAL_NORM_NAMES = ("norm", "norm_f", "final_layernorm", "ln_f")
 _OUT_PROJ_NAMES = ("out_proj", "o_proj")
-_QKV, _QK_NORMS = ("q_proj", "k_proj", "v_proj"), ("q_norm", "k_norm")
+_QKV = ("q_proj", "k_proj", "v_proj")
+_QK_NORMS = ("q_norm", "k_norm")
 _FUNCTIONS = {"ALL_ATTENTION_FUNCTIONS", "get_interface", "eager_attention_forward"}
 """Names that attention calls which can be computed by several functions."""
 _STREAMS = ("hc_count", "hc_mult")
@@ -171,16 +172,16 @@ def find_layout(model: nn.Module) -> ModelLayout:
         UnsupportedModelError: no layer has a recurrence of the canonical form; names the model type and the reason.
     """
     backbone = _backbone(model)
-    found = _blocks(backbone)
-    if _model_type(model) in REFUSED or not any(_recurrence(block)[0] for block in found):
+    modules = _blocks(backbone)
+    if _model_type(model) in REFUSED or not any(_recurrence(block)[0] for block in modules):
         raise UnsupportedModelError(_refusal(model))
-    blocks = tuple(map(_block_layout, found))
+    blocks = tuple(map(_block_layout, modules))
     streams = [getattr(getattr(backbone, "config", None), name, None) or 1 for name in _STREAMS]
     # What a block adds to the stream is known with its mixer or MLP; of TransformerLens' blocks it is what is asked.
     parts_are_known = all(
         block.mixer is not None or block.mlps > 0 or isinstance(block.block, GeneralizedComponent) for block in blocks
     )
-    is_chain = isinstance(found, nn.ModuleList) and max(streams) == 1 and parts_are_known
+    is_chain = isinstance(modules, nn.ModuleList) and max(streams) == 1 and parts_are_known
     if not is_chain:
         blocks = tuple(replace(block, mixer_out=None, attn_out=None, mlp_out=None, mlps=0) for block in blocks)
     return ModelLayout(
@@ -197,9 +198,9 @@ def out_projection(mixer: nn.Module) -> nn.Module:
     """The linear map from what the heads hand on to the residual stream."""
     if children := _children(mixer, _OUT_PROJ_NAMES):
         return children[0]
+    names = ", ".join(name for name, _ in mixer.named_children())
     raise UnsupportedModelError(
-        f"{type(mixer).__name__}: expected an output projection named {' or '.join(_OUT_PROJ_NAMES)}, "
-        f"got {', '.join(name for name, _ in mixer.named_children())}"
+        f"{type(mixer).__name__}: expected an output projection named {' or '.join(_OUT_PROJ_NAMES)}, got {names}"
     )
 
 
@@ -212,13 +213,19 @@ def _backbone(model: nn.Module) -> nn.Module:
 def _blocks(backbone: nn.Module) -> nn.ModuleList | list[nn.Module]:
     """The blocks; where no list of them is found, the recurrent mixers, which then count as blocks."""
     lists = [child for child in _children(backbone, ("layers", "h", "blocks")) if isinstance(child, nn.ModuleList)]
-    return lists[0] if lists else [module for module in backbone.modules() if rule_of(module)]
+    if lists:
+        return lists[0]
+    return [module for module in backbone.modules() if rule_of(module)]
 
 
 def _recurrence(block: nn.Module) -> tuple[nn.Module | None, Rule | None, ModuleType | None]:
     """The recurrent mixer somewhere in a block, known by the op that its forward calls; its rule, and where its ops
     are."""
-    return next(((module, *found) for module in block.modules() if (found := rule_of(module))), (None, None, None))
+    for module in block.modules():
+        rule_and_ops = rule_of(module)
+        if rule_and_ops is not None:
+            return (module, *rule_and_ops)
+    return None, None, None
 
 
 def _block_layout(block: nn.Module) -> BlockLayout:
@@ -238,9 +245,11 @@ def _block_layout(block: nn.Module) -> BlockLayout:
     # A block without a norm before its mixer but with one after each part (OLMo's attention blocks) adds the norms'
     # outputs to the residual stream, not the parts' own.
     if hasattr(block, "post_feedforward_layernorm") and not hasattr(block, "input_layernorm"):
-        attn_out, mlp_out = Added(block.post_attention_layernorm), Added(block.post_feedforward_layernorm)  # type: ignore[arg-type]
+        attn_out = Added(block.post_attention_layernorm)  # type: ignore[arg-type]
+        mlp_out = Added(block.post_feedforward_layernorm)  # type: ignore[arg-type]
         mixer_out = attn_out if recurrent is not None else None
-    mixer, outs = recurrent or attention, (mixer_out, attn_out, mlp_out)
+    mixer = recurrent or attention
+    outs = (mixer_out, attn_out, mlp_out)
     return BlockLayout(block, mixer, rule, namespace, *outs, *_attention_hooks(block, attention), len(mlps))
 
 
@@ -270,7 +279,8 @@ def _attention_hooks(block: nn.Module, attention: nn.Module | None) -> tuple[tup
     parts = dict(module.named_children()) if module else {}
     size = getattr(module, "head_dim", None)
     if isinstance(size, int) and set(_QKV) <= parts.keys() <= {*_QKV, *_QK_NORMS, *_OUT_PROJ_NAMES}:
-        normed, split = parts.keys() >= set(_QK_NORMS), (-1, size)
+        normed = parts.keys() >= set(_QK_NORMS)
+        split = (-1, size)
         q, k = [parts[name] for name in (_QK_NORMS if normed else _QKV)[:2]]
         values += [
             HeadsAt("hook_q", q, normed, split),

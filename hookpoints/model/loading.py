@@ -27,7 +27,7 @@ from transformers import (
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from hookpoints import embedded, zoo
-from hookpoints.errors import HookpointsError, UnknownModelError, UnsupportedModelError, nearest, require, require_whole
+from hookpoints.errors import HookpointsError, UnknownModelError, UnsupportedModelError, nearest, require_whole
 from hookpoints.files import SealedFolder, read_json
 from hookpoints.fla.checkpoints import split_gates, weight_files
 from hookpoints.fla.importing import MODEL_TYPES, import_fla, restore_auto_classes
@@ -82,11 +82,8 @@ def load(
         UnsupportedModelError: a checkpoint without a causal language model, in the format of the mamba_ssm package
             (names the converted one), or with tensors missing, unknown or of another shape (names them).
     """
-    require(
-        not hf_kwargs.get("trust_remote_code"),
-        ValueError,
-        "trust_remote_code is not supported: hookpoints runs no code from a checkpoint",
-    )
+    if hf_kwargs.get("trust_remote_code"):
+        raise ValueError("trust_remote_code is not supported: hookpoints runs no code from a checkpoint")
     rooms = [room for room in (embedded, zoo) if name_or_path in room.names()]
     source = str(rooms[0].path(name_or_path)) if rooms else name_or_path
     _refuse_unknown(name_or_path)
@@ -113,8 +110,8 @@ def _model(
     except OSError as error:
         if Path(source).is_dir():
             raise
-        told = str(error).strip().splitlines()[0].rstrip(".")
-        raise UnknownModelError(_unknown(name, f"of the hub: {told}")) from error
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise UnknownModelError(_unknown(name, f"of the hub: {reason}")) from error
     _refuse_mamba_ssm(name, saved)
     _refuse(name, saved.get("model_type"))  # before anything of it is imported or fetched
     is_own = saved.get("model_type") in _OWN_CLASSES
@@ -127,31 +124,30 @@ def _model(
     trust = {} if is_own else {"trust_remote_code": False}
     config = configs.from_pretrained(source, revision=revision, **trust)
     _refuse(name, config.model_type)
-    require(
-        is_own or type(config) in AutoModelForCausalLM._model_mapping,
-        UnsupportedModelError,
-        f"{name!r} is a {config.model_type!r} checkpoint, which has no causal language model",
-    )
+    if not is_own and type(config) not in AutoModelForCausalLM._model_mapping:
+        raise UnsupportedModelError(
+            f"{name!r} is a {config.model_type!r} checkpoint, which has no causal language model"
+        )
     if empty:
         with torch.device("meta"):
             return models(config) if is_own else models.from_config(config, **trust)
     if of_fla and config.model_type != "retnet" and getattr(config, "attn_mode", None) == "fused_chunk":
         config.attn_mode = "chunk"  # the same rule: fla has dropped the other schedule
     # Shapes that do not fit are reported like the rest, and then refused with their names.
-    how = {"dtype": dtype, "use_safetensors": True, **trust, **hf_kwargs, **({"config": config} if of_fla else {})}
-    how |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, report = models.from_pretrained(source, revision=revision, **how)
+    options = {"dtype": dtype, "use_safetensors": True, **trust, **hf_kwargs}
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    if of_fla:
+        options["config"] = config
+    model, report = models.from_pretrained(source, revision=revision, **options)
     if of_fla:
         split_gates(model, report, weight_files(source, revision=revision))
-    require_whole(
-        f"{name!r} is not a whole checkpoint of its architecture",
-        {
-            "lacks": report["missing_keys"],
-            "has the unknown": report["unexpected_keys"],
-            "has the wrong shape of": [str(key[0]) for key in report["mismatched_keys"]],
-        },
-        f"Download or convert it again, or name the architecture that it was saved with in its {CONFIG_NAME}",
-    )
+    faults = {
+        "lacks": report["missing_keys"],
+        "has the unknown": report["unexpected_keys"],
+        "has the wrong shape of": [str(key[0]) for key in report["mismatched_keys"]],
+    }
+    fix = f"Download or convert it again, or name the architecture that it was saved with in its {CONFIG_NAME}"
+    require_whole(f"{name!r} is not a whole checkpoint of its architecture", faults, fix)
     return model
 
 
@@ -193,7 +189,7 @@ def model_types() -> dict[str, list[str]]:
     """Model types that can be loaded: rule -> those of the installed transformers whose layers call its op and are not
     refused, and hookpoints' own; "with the extra fla" -> those that flash-linear-attention defines. Costs a tenth of a
     second: transformers' source is read, none of it imported."""
-    found: dict[str, list[str]] = {"RWKV-7": ["rwkv7"]}
+    by_rule: dict[str, list[str]] = {"RWKV-7": ["rwkv7"]}
     for file in sorted(Path(transformers.__file__).parent.glob("models/*/modeling_*.py")):
         model_type = file.parent.name
         if model_type in REFUSED or f"{model_type}_text" in REFUSED:
@@ -201,8 +197,8 @@ def model_types() -> dict[str, list[str]]:
         text = file.read_text(encoding="utf-8")
         for rule in RULES:
             if f"def {rule.ops[0]}(" in text:
-                found.setdefault(rule.name, []).append(model_type)
-    return found | {"with the extra fla": sorted(MODEL_TYPES - _OWN_CLASSES.keys())}
+                by_rule.setdefault(rule.name, []).append(model_type)
+    return by_rule | {"with the extra fla": sorted(MODEL_TYPES - _OWN_CLASSES.keys())}
 
 
 def _refuse_unknown(name: str) -> None:

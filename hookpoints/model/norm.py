@@ -35,7 +35,10 @@ class Norm:
         probe = ones.clone()
         probe[..., 1::2] = -1
         # The class's forward: the instance's own may have hooks around it.
-        bias, level, answer = (type(module).forward(module, x) for x in (0 * ones, ones, probe))
+        forward = type(module).forward
+        bias = forward(module, 0 * ones)
+        level = forward(module, ones)
+        answer = forward(module, probe)
         centered = bool(torch.allclose(level, bias))
         norm = cls(torch.ones_like(bias[0, 0]), torch.zeros_like(bias[0, 0]), centered, eps)
         gain = (answer - bias) / norm.frozen(probe, norm.scale(probe))

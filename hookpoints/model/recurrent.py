@@ -155,7 +155,8 @@ class HookedRecurrent(Tokens, Weights):
                 asked for. Not with padding, nor with your own cache.
             hf_kwargs: for the Hugging Face forward (a cache, position_ids ...).
         """
-        start, stop = self._layer_index(start_at_layer, 0), self._layer_index(stop_at_layer, self.cfg.n_layers)
+        start = self._layer_index(start_at_layer, 0)
+        stop = self._layer_index(stop_at_layer, self.cfg.n_layers)
         residual = None
         if start_at_layer is not None:
             if not isinstance(input, Tensor) or input.ndim != 3:
@@ -173,8 +174,8 @@ class HookedRecurrent(Tokens, Weights):
         if memory is not None:
             _unpadded(attention_mask)
             attention_mask = None
-            given = cast(Tensor, tokens) if residual is None else residual[..., 0]
-            hf_kwargs |= continuing(self.hf_model, memory.branch(self, given), memory.T, given)
+            read = cast(Tensor, tokens) if residual is None else residual[..., 0]
+            hf_kwargs |= continuing(self.hf_model, memory.branch(self, read), memory.T, read)
         hf_kwargs.setdefault("use_cache", False)
         try:
             with self.attachment.passing(start, stop, residual):  # whole runs too: a hook of a partial run may make one
@@ -319,7 +320,9 @@ class HookedRecurrent(Tokens, Weights):
         if isinstance(tokens, str):
             tokens = self.to_single_token(tokens)
         directions = self.W_U.T[tokens]
-        return directions.squeeze(0) if isinstance(tokens, Tensor) and tokens.shape == (1,) else directions
+        if isinstance(tokens, Tensor) and tokens.shape == (1,):
+            return directions.squeeze(0)
+        return directions
 
     # -- helpers
 

@@ -58,26 +58,28 @@ _ARGUMENTS: dict[str, tuple[object, str]] = {
 _FREQUENCY = "repetition_penalty= or a logits_processor= of transformers makes tokens that were there less likely"
 
 
-def refuse_arguments(given: Mapping[str, object]) -> dict[str, object]:
-    """``given`` without TransformerLens' arguments that ask for nothing, as ``fold_ln=False`` does.
+def refuse_arguments(arguments: Mapping[str, object]) -> dict[str, object]:
+    """``arguments`` without TransformerLens' arguments that ask for nothing, as ``fold_ln=False`` does.
 
     Raises:
         InputError: one asks for something; says what to do instead.
     """
-    for name in given.keys() & _ARGUMENTS.keys():
+    for name in arguments.keys() & _ARGUMENTS.keys():
         nothing, instead = _ARGUMENTS[name]
-        if given[name] is not None and given[name] != nothing:
-            raise InputError(f"from_pretrained takes no {name}={given[name]!r}: {instead}")
-    return {name: value for name, value in given.items() if name not in _ARGUMENTS}
+        if arguments[name] is not None and arguments[name] != nothing:
+            raise InputError(f"from_pretrained takes no {name}={arguments[name]!r}: {instead}")
+    return {name: value for name, value in arguments.items() if name not in _ARGUMENTS}
 
 
-def generation_arguments(given: Mapping[str, object]) -> dict[str, object]:
+def generation_arguments(arguments: Mapping[str, object]) -> dict[str, object]:
     """Arguments of TransformerLens' ``generate`` as transformers names them.
 
     Raises:
         InputError: a ``freq_penalty`` other than 0; says what to do instead.
     """
-    renamed = {"use_cache" if name == "use_past_kv_cache" else name: value for name, value in given.items()}
+    renamed = dict(arguments)
+    if "use_past_kv_cache" in renamed:
+        renamed["use_cache"] = renamed.pop("use_past_kv_cache")
     if penalty := renamed.pop("freq_penalty", 0):
         raise InputError(f"generate takes no freq_penalty={penalty!r}: {_FREQUENCY}")
     return renamed

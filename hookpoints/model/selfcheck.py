@@ -25,7 +25,8 @@ _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 5e-2, to
 """Relative RMS allowed between the native op and the canonical recurrence. Loose on purpose: what it must catch are
 wrong formulas, layouts and factors, which are off by order 1; rounding is the business of the test suite. Upstream's
 torch ops compute in float32 whatever the model's dtype."""
-_PREFILL, _DECODE = 5, 2
+_PREFILL = 5
+_DECODE = 2
 
 
 def self_check(model: HookedModel) -> None:
@@ -48,14 +49,14 @@ def self_check(model: HookedModel) -> None:
     for layer in model.cfg.recurrent_layers:
         recorded = [step[layer] for step, _ in steps]
         for before, after in itertools.pairwise(recorded):
-            left, found = before.native.final_state, after.recurrence.initial_state
-            if left is None or found is None:
+            left = before.native.final_state
+            begun = after.recurrence.initial_state
+            if left is None or begun is None:
                 raise SelfCheckError(
                     _message(model, layer, "its state does not go from one step of decoding to the next")
                 )
-            _compare(
-                model, layer, before.native, left, found, "the states that a step of decoding leaves and begins with"
-            )
+            what = "the states that a step of decoding leaves and begins with"
+            _compare(model, layer, before.native, left, begun, what)
         decoded = torch.cat([step.native.outputs for step in recorded[1:]], 1)
         error = relative_error(whole[layer].native.outputs[:, _PREFILL:], decoded)
         if not error <= tolerance(model.cfg.dtype, decoded.dtype):
@@ -100,7 +101,8 @@ def _pass(
         if layer not in record:
             rule = model.attachment.mixers[layer].rule
             raise SelfCheckError(_message(model, layer, f"in {mode} none of its ops ({', '.join(rule.ops)}) was met"))
-        recurrence, native = record[layer].recurrence, record[layer].native
+        recurrence = record[layer].recurrence
+        native = record[layer].native
         outputs, state = recurrence.scan()
         _compare(model, layer, native, native.outputs, outputs, f"its op and canonical form ({mode} outputs)")
         if native.final_state is not None:
@@ -118,7 +120,8 @@ def _compare(model: HookedModel, layer: int, native: OpResult, expected: Tensor,
 
 def relative_error(expected: Tensor, actual: Tensor) -> float:
     """Root-mean-square difference over the root-mean-square size."""
-    expected, actual = expected.double(), actual.double()
+    expected = expected.double()
+    actual = actual.double()
     return float((expected - actual).pow(2).mean().sqrt() / expected.pow(2).mean().sqrt().clamp_min(1e-12))
 
 

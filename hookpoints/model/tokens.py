@@ -68,9 +68,15 @@ class Tokens(HookedModel):
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         if pad is None and any(len(row) < width for row in rows):
             raise ValueError("texts of unequal length need padding, but the tokenizer has no pad or eos token")
-        sides = [((n := width - len(row)) * [pad], row, n * [0], len(row) * [1]) for row in rows]
-        tokens = [filler + row if side == "left" else row + filler for filler, row, _, _ in sides]
-        mask = [empty + real if side == "left" else real + empty for _, _, empty, real in sides]
+        on_left = side == "left"
+        tokens = []
+        mask = []
+        for row in rows:
+            filler = [pad] * (width - len(row))
+            empty = [0] * len(filler)
+            real = [1] * len(row)
+            tokens.append(filler + row if on_left else row + filler)
+            mask.append(empty + real if on_left else real + empty)
         device = self.cfg.device if move_to_device else "cpu"
         padded = any(len(row) < width for row in rows)
         return TokenBatch(

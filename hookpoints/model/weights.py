@@ -57,7 +57,9 @@ class Weights(HookedModel):
     def b_U(self) -> Tensor:
         """[d_vocab] bias of the unembedding, zero where there is none."""
         bias = getattr(self.attachment.layout.unembed, "bias", None)
-        return self.W_U.new_zeros(self.cfg.d_vocab) if bias is None else bias * self._logit_scale
+        if bias is None:
+            return self.W_U.new_zeros(self.cfg.d_vocab)
+        return bias * self._logit_scale
 
     @property
     def _logit_scale(self) -> float:
@@ -148,7 +150,8 @@ class Weights(HookedModel):
         """How the heads of ``layer`` reach the residual stream; arguments and errors as for ``layer_W_O``."""
         if not self.attachment.layout.is_chain:
             raise UnsupportedModelError(f"heads of {self.cfg.model_name} add to no one residual stream that is known")
-        attention, block = self.cfg.attention_heads(layer), self.attachment.layout.blocks[layer]
+        attention = self.cfg.attention_heads(layer)
+        block = self.attachment.layout.blocks[layer]
         if part != "attn" and layer in self.cfg.layers and block.mixer is not None and block.mixer_out is not None:
             return HeadOutputs(self.cfg.layers[layer].H, out_projection(block.mixer), block.mixer_out)
         if part != "mixer" and attention and block.attn_heads is not None and block.attn_out is not None:

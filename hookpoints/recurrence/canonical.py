@@ -127,7 +127,9 @@ class CanonicalForm:
     @property
     def dtype(self) -> torch.dtype:
         """What the work is done in: float64 if any field is, else float32."""
-        return torch.float64 if any(x.dtype == torch.float64 for _, x in tensors(self)) else torch.float32
+        if any(x.dtype == torch.float64 for _, x in tensors(self)):
+            return torch.float64
+        return torch.float32
 
     @property
     def device(self) -> torch.device:
@@ -205,7 +207,8 @@ class CanonicalForm:
                 "corrected values exist only where each term of the write has its own erase: the write k has the "
                 f"shape {list(self.k.shape)}, the erase a {list(self.a.shape)}"
             )
-        a, k = self.a.to(self.dtype), self.k.to(self.dtype)
+        a = self.a.to(self.dtype)
+        k = self.k.to(self.dtype)
         along = (a * k).sum(-1) / (k * k).sum(-1).clamp_min(torch.finfo(self.dtype).tiny)
         tolerance = max(1e-5, 4 * torch.finfo(self.a.dtype).eps)
         off = (a - along[..., None] * k).norm(dim=-1) > tolerance * a.norm(dim=-1)
@@ -321,9 +324,11 @@ def _check(r: CanonicalForm) -> None:
         if getattr(r, name).ndim not in (4, 5):
             raise ValueError(f"{name} must be [B,T,H,{side}] or [B,T,H,R,{side}], got {list(getattr(r, name).shape)}")
     sizes = {"B": r.B, "T": r.T, "H": r.H, "K": r.K, "V": r.V, "R": r.R}
-    write, erase = "BTHR" if r.k.ndim == 5 else "BTH", "BTH"
+    write = "BTHR" if r.k.ndim == 5 else "BTH"
+    erase = "BTH"
     if r.b is not None and r.b.ndim == 5:
-        erase, sizes["E"] = "BTHE", r.b.shape[3]
+        erase = "BTHE"
+        sizes["E"] = r.b.shape[3]
     axes = {"k": write + "K", "u": write + "V", "a": erase + "K", "b": erase + "K", "beta": write}
     axes |= {"q": "BTHK", "initial_state": "BHKV", "rates": "HKV"}
     axes["log_decay"] = "BTHV" if r.rates is not None else "BTHK" if r.decays_per_channel else "BTH"
@@ -332,14 +337,15 @@ def _check(r: CanonicalForm) -> None:
         if list(x.shape) != [sizes[c] for c in want]:
             spelt = "[" + ",".join(f"{c}={sizes[c]}" for c in want) + "]"
             raise ValueError(f"{name} must be {spelt} as k {list(r.k.shape)} says, got {list(x.shape)}")
-    if (r.a is not None or r.beta is not None) != (r.b is not None):
-        given = ", ".join(n for n in ("a", "b", "beta") if getattr(r, n) is not None)
-        raise ValueError(f"an erase needs b together with a (or beta), got only {given}")
+    erases = r.a is not None or r.beta is not None
+    if erases != (r.b is not None):
+        got = ", ".join(name for name in ("a", "b", "beta") if getattr(r, name) is not None)
+        raise ValueError(f"an erase needs b together with a (or beta), got only {got}")
     if r.beta is not None and r.b is not None and r.b.shape != r.k.shape:
         raise ValueError(
             "beta says that each term of the write erases along its own key, but found "
             f"k {list(r.k.shape)}, b {list(r.b.shape)}"
         )
     if r.rates is not None and (r.b is not None or r.log_decay is None):
-        found = "an erase" if r.b is not None else "no log_decay"
-        raise ValueError(f"rates need a log_decay [B,T,H,V] that they multiply, and no erase; got {found}")
+        got = "an erase" if r.b is not None else "no log_decay"
+        raise ValueError(f"rates need a log_decay [B,T,H,V] that they multiply, and no erase; got {got}")

@@ -134,7 +134,8 @@ def _prepare(r: CanonicalForm, part: dict[str, Tensor], reads: bool) -> Span:
     if back and "beta" not in part:
         keys = keys + [-a for a in terms(part["a"])]
     scores = decay.scores([*back, *query], keys)
-    lags, attention = scores[: len(back)], scores[len(back) :]
+    lags = scores[: len(back)]
+    attention = scores[len(back) :]
     responses: list[Tensor] = []
     if back and "beta" in part:
         # The erase lies along the write's key, so both are one write (k, u~), and half the products are saved.
@@ -208,7 +209,8 @@ def is_faster(r: CanonicalForm) -> bool:
 
 def scan(r: CanonicalForm, chunk_size: int | None = None) -> ScanResult:
     """See `reference.scan`."""
-    outputs, state = [], r.starting_state()
+    outputs = []
+    state = r.starting_state()
     for chunk in walk(r.working(), chunk_size, reads=True):
         outputs.append(chunk.outputs())
         state = chunk.after
@@ -219,7 +221,9 @@ def corrected_values(r: CanonicalForm, chunk_size: int | None = None) -> Tensor:
     """See `reference.corrected_values`."""
     pieces = [[value[:, : chunk.size] for value in chunk.values] for chunk in walk(r.working(), chunk_size)]
     values = [_by_token(list(piece), r) for piece in zip(*pieces)]
-    return torch.stack(values, dim=3) if r.k.ndim == 5 else values[0]
+    if r.k.ndim == 5:
+        return torch.stack(values, dim=3)
+    return values[0]
 
 
 def states(r: CanonicalForm, positions: list[int], chunk_size: int | None = None) -> Tensor:
@@ -270,11 +274,13 @@ def _states(chunk: Chunk, rows: list[int], out: Tensor) -> Tensor:
     at = slice(rows[0], rows[-1] + 1) if dense else rows
     between = decay.between(chunk.place, at, columns)
     keys = _joined([key[:, None, columns] * between for key in chunk.keys], dim=2).mT
-    values = _joined([value[:, columns] for value in chunk.values], dim=1)[:, None].expand(-1, len(rows), -1, -1)
+    values = _joined([value[:, columns] for value in chunk.values], dim=1)
+    values = values[:, None].expand(-1, len(rows), -1, -1)
     since = decay.since[:, chunk.place, at]
     if len(out) == 0:
         begun = (chunk.state[:, None] * since).flatten(0, 1)
-        return torch.baddbmm(begun, keys.flatten(0, 1), values.flatten(0, 1)).unflatten(0, (-1, len(rows)))
+        added = torch.baddbmm(begun, keys.flatten(0, 1), values.flatten(0, 1))
+        return added.unflatten(0, (-1, len(rows)))
     torch.mul(chunk.state[:, None], since, out=out)
     for row, key, value in zip(out, keys, values):
         row.baddbmm_(key, value)
@@ -282,7 +288,9 @@ def _states(chunk: Chunk, rows: list[int], out: Tensor) -> Tensor:
 
 
 def _joined(pieces: list[Tensor], dim: int) -> Tensor:
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+    if len(pieces) == 1:
+        return pieces[0]
+    return torch.cat(pieces, dim)
 
 
 def _by_token(pieces: list[Tensor], r: CanonicalForm) -> Tensor:

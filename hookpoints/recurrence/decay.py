@@ -42,7 +42,8 @@ class Decay(ABC):
     """Decay over n chunks of C tokens. `edges` [N,n,C+1,1 or K] is log D(0->t) in float64, 0 first."""
 
     def __init__(self, edges: Tensor, dtype: torch.dtype):
-        self.edges, self.dtype = edges, dtype
+        self.edges = edges
+        self.dtype = dtype
         size = edges.shape[-2] - 1
         self.later = torch.ones(size, size, dtype=torch.bool, device=edges.device).triu(1)
 
@@ -128,7 +129,9 @@ class ChannelDecay(Decay):
 def decay_of(log: Tensor | None, like: Tensor) -> Decay:
     """Decay over chunks from log-decays [N,n,C] or [N,n,C,K]; none at all counts as one per head of 0."""
     log = like.new_zeros(like.shape[:-1]) if log is None else log
-    return HeadDecay(log, like.dtype) if log.ndim == 3 else ChannelDecay(log, like.dtype)
+    if log.ndim == 3:
+        return HeadDecay(log, like.dtype)
+    return ChannelDecay(log, like.dtype)
 
 
 def _overlap(read: Read, key: Tensor) -> Tensor:

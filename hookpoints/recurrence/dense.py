@@ -75,7 +75,10 @@ def _block(r: Recurrence, writes: Tensor) -> ScanResult:
     assert r.a is not None
     values = back[0] if r.b.ndim == 4 else torch.stack(back, dim=3)
     # k (-beta x)^T is a x^T, and lets the erase stay along the write's key.
-    answer = r.replace(k=r.a, u=values) if r.beta is None else r.replace(u=-r.beta[..., None] * values)
+    if r.beta is None:
+        answer = r.replace(k=r.a, u=values)
+    else:
+        answer = r.replace(u=-r.beta[..., None] * values)
     reads, reaction = answer.scan()
     return ScanResult(outputs + reads, state + reaction)
 
@@ -101,10 +104,11 @@ def _by_decay_alone(r: Recurrence, writes: Tensor) -> tuple[Tensor, list[Tensor]
         starts.append(torch.addcmul(end, starts[-1], whole))
     from_start = torch.cat([decay.from_start(reader) for reader in readers], dim=2)
     read = weights @ drives.flatten(2, 3) + from_start @ torch.stack(starts[:-1], dim=1)
-    outputs, *back = (
-        x.flatten(1, 2)[:, : r.T].unflatten(0, (r.B, r.H)).transpose(1, 2) for x in read.chunk(len(readers), dim=2)
-    )
-    return outputs, back, starts[-1].unflatten(0, (r.B, r.H))
+    by_reader = list[Tensor]()
+    for x in read.chunk(len(readers), dim=2):  # [N,n,C,V]
+        of_heads = x.flatten(1, 2)[:, : r.T].unflatten(0, (r.B, r.H))
+        by_reader.append(of_heads.transpose(1, 2))
+    return by_reader[0], by_reader[1:], starts[-1].unflatten(0, (r.B, r.H))
 
 
 def _weights(readers: list[Read], edges: Tensor, size: int, dtype: torch.dtype) -> Tensor:

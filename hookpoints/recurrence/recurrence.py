@@ -110,8 +110,11 @@ class Recurrence(CanonicalForm):
         say the same in K + V numbers."""
         selected = self.select(heads=heads)
         value = choice(kind, {"additive": lambda: selected.u, "corrected": selected.corrected_values}, "kind")()
-        key, value = (pick(side.to(self.dtype), positions, 1, "positions") for side in (selected.k, value))
-        return key.mT @ value if key.ndim == 5 else key[..., :, None] * value[..., None, :]
+        key = pick(selected.k.to(self.dtype), positions, 1, "positions")
+        value = pick(value.to(self.dtype), positions, 1, "positions")
+        if key.ndim == 5:
+            return key.mT @ value
+        return key[..., :, None] * value[..., None, :]
 
     def by_source(self, past_keys: Tensor | None = None) -> Self:
         """The same recurrence with one value channel for each term that a token writes, [S R], instead of V.
@@ -192,7 +195,9 @@ class Recurrence(CanonicalForm):
         adjoint = self.adjoint(read_gradients)
         readers = (adjoint.replace(q=key.flip(1)) for key in terms(self.k))
         gradients = [reader.outputs(method=method, chunk_size=chunk_size).flip(1) for reader in readers]
-        return gradients[0] if self.k.ndim == 4 else torch.stack(gradients, dim=3)
+        if self.k.ndim == 4:
+            return gradients[0]
+        return torch.stack(gradients, dim=3)
 
     def propagate(
         self, x: Tensor, start: int, head: int, *, loop: Loop = "closed", method: Method = "chunked"
@@ -214,7 +219,8 @@ class Recurrence(CanonicalForm):
         Raises ValueError where each entry of the state has its own decay (`rates`): a response is not of rank 1.
         """
         self._check_transition()
-        start, selected = resolve_index(int(start), self.T, "start")[0], self.select(heads=int(head))
+        start = resolve_index(int(start), self.T, "start")[0]
+        selected = self.select(heads=int(head))
         selected = choice(loop, {"closed": lambda: selected, "open": selected.without_erase}, "loop")()
         vectors = x.to(self.dtype).expand(self.B, -1, -1)
         if start == self.T - 1:
@@ -248,7 +254,9 @@ class Recurrence(CanonicalForm):
 def pattern_of(reads: Tensor, r: CanonicalForm) -> Tensor:
     """Reads [B,T,H,S R] of `r.by_source()` with TransformerLens' axes: [B,H,T,S], or [B,H,T,S,R] where R > 1."""
     pattern = reads.transpose(1, 2)
-    return pattern if r.k.ndim == 4 else pattern.unflatten(-1, (-1, r.R))
+    if r.k.ndim == 4:
+        return pattern
+    return pattern.unflatten(-1, (-1, r.R))
 
 
 def _handed_back(x: Tensor) -> Tensor:

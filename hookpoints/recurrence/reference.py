@@ -16,13 +16,17 @@ from hookpoints.recurrence.canonical import CanonicalForm, ScanResult
 
 def read_out(x: Tensor, state: Tensor) -> Tensor:
     """S^T x for x [B,H,(R,)K] and a state [B,H,K,V]: [B,H,(R,)V]."""
-    return x @ state if x.ndim == state.ndim else (x[..., None, :] @ state)[..., 0, :]
+    if x.ndim == state.ndim:
+        return x @ state
+    return (x[..., None, :] @ state)[..., 0, :]
 
 
 def add_write(state: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """S + sum of key value^T over the terms of keys [B,H,(R,)K] and values [B,H,(R,)V]."""
     several = keys.ndim == state.ndim
-    return state + keys.mT @ values if several else torch.addcmul(state, keys[..., None], values[..., None, :])
+    if several:
+        return state + keys.mT @ values
+    return torch.addcmul(state, keys[..., None], values[..., None, :])
 
 
 def transition(r: CanonicalForm, t: int, state: Tensor) -> Tensor:
@@ -52,7 +56,8 @@ def steps(r: CanonicalForm, writes: Tensor | None = None) -> Iterator[tuple[Tens
 def scan(r: CanonicalForm, writes: Tensor | None = None) -> ScanResult:
     """Outputs [B,T,H,V] and final state; `writes` as for `steps`."""
     r = r.working()
-    outputs, state = [], r.starting_state()
+    outputs = []
+    state = r.starting_state()
     if r.T == 0:
         return ScanResult(state.new_zeros(r.B, 0, r.H, r.V), state)
     for t, (before, state) in enumerate(steps(r, writes)):

@@ -206,16 +206,19 @@ class Rule:
         if field == "beta":
             x = x.sigmoid() if arguments.get("use_beta_sigmoid_in_kernel") else x
             return 2 * x if arguments.get("allow_neg_eigval") else x
-        return gate(x, arguments) if field == "log_decay" and arguments.get("use_gate_in_kernel") else x
+        if field == "log_decay" and arguments.get("use_gate_in_kernel"):
+            return gate(x, arguments)
+        return x
 
     def form(self, factors: OpFactors, arguments: Arguments) -> CanonicalForm:
         """The canonical form of an op call."""
-        beta, scale = factors.beta, arguments.get("scale")
+        beta = factors.beta
+        scale = arguments.get("scale")
         default = factors.k.shape[-1] ** -0.5 if self.default_scale is None else self.default_scale
         return CanonicalForm(
             q=factors.q,
             k=self.write_key(factors),
-            u=factors.v if beta is None else beta.reshape(*beta.shape, *[1] * (factors.v.ndim - beta.ndim)) * factors.v,
+            u=factors.v if beta is None else _aligned(beta, factors.v) * factors.v,
             log_decay=factors.log_decay,
             beta=beta if self.erases else None,  # declares the erase to be -beta k
             b=self.erase_key(factors) if self.erases else None,
@@ -230,8 +233,11 @@ class Rule:
 
     def erase_key(self, factors: OpFactors) -> Tensor:
         """What the erase reads S_{t-1} with, like ``factors.k``. The delta rules erase after the decay: alpha k."""
-        k, decay = factors.k, factors.log_decay
-        return k if decay is None else decay.exp().reshape(*decay.shape, *[1] * (k.ndim - decay.ndim)) * k
+        k = factors.k
+        decay = factors.log_decay
+        if decay is None:
+            return k
+        return _aligned(decay.exp(), k) * k
 
     # -- the way back
 
@@ -302,6 +308,11 @@ def is_update(arguments: Arguments) -> bool:
     return "state" in arguments
 
 
+def _aligned(x: Tensor, like: Tensor) -> Tensor:
+    """x with axes of size 1 behind it, as many as `like` has more."""
+    return x[(..., *[None] * (like.ndim - x.ndim))]
+
+
 def l2_normalise(x: Tensor) -> Tensor:
     """x over its norm on the last axis, with upstream's epsilon of 1e-6 inside the root."""
     return x * torch.rsqrt((x * x).sum(dim=-1, keepdim=True) + 1e-6)
@@ -312,26 +323,35 @@ def expand_groups(tensor: Tensor, heads: int) -> Tensor:
     where all heads share one."""
     if tensor.shape[2] == 1:
         return tensor.expand(-1, -1, heads, *[-1] * (tensor.ndim - 3))
-    return tensor if tensor.shape[2] == heads else tensor.repeat_interleave(heads // tensor.shape[2], dim=2)
+    if tensor.shape[2] == heads:
+        return tensor
+    return tensor.repeat_interleave(heads // tensor.shape[2], dim=2)
 
 
 def gate(g: Tensor, arguments: Arguments) -> Tensor:
     """Log-decay that a kernel makes of g, [B,T,H] with one A_log and bias per head, or [B,T,H,K] with one A_log per
     head and one bias per channel."""
-    a_log, bias, bound = (arguments.get(name) for name in ("A_log", "dt_bias", "lower_bound"))
+    a_log = arguments.get("A_log")
+    bias = arguments.get("dt_bias")
+    bound = arguments.get("lower_bound")
+    if bias is not None:
+        g = g + bias.reshape(g.shape[2:]).to(g.dtype)
+    if a_log is None:
+        assert bound is not None, "a gate without a lower bound has A_log"
+        return bound * g.sigmoid()
+    rate = a_log.to(g.dtype).exp()
     if g.ndim == 4:
-        a_log = None if a_log is None else a_log.reshape(-1, 1)
-        bias = None if bias is None else bias.reshape(g.shape[-2:])
-    g = g if bias is None else g + bias.to(g.dtype)
+        rate = rate.reshape(-1, 1)
     if bound is not None:
-        return bound * (g if a_log is None else a_log.to(g.dtype).exp() * g).sigmoid()
-    assert a_log is not None, "a gate without a lower bound has A_log"
-    return -a_log.to(g.dtype).exp() * F.softplus(g)
+        return bound * (rate * g).sigmoid()
+    return -rate * F.softplus(g)
 
 
 def key_first(state: Tensor | None, arguments: Arguments) -> Tensor | None:
     """[B,H,K,V] from a state in the layout of a call; its own inverse."""
-    return state.mT.contiguous() if state is not None and arguments.get("state_v_first") else state
+    if state is not None and arguments.get("state_v_first"):
+        return state.mT.contiguous()
+    return state
 
 
 def initial_state(arguments: Arguments, dtype: torch.dtype) -> Tensor | None:

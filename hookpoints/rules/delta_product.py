@@ -36,7 +36,9 @@ class GatedDeltaProduct(FlaRule):
             return x
         if field in _OF_A_STEP:
             return x.unflatten(1, (-1, self.rank)).transpose(2, 3)  # [B,T*R,H,...] to [B,T,H,R,...]
-        return x[:, self._step_of(field) :: self.rank] if self._is_stepwise(arguments) else x
+        if self._is_stepwise(arguments):
+            return x[:, self._step_of(field) :: self.rank]
+        return x
 
     def write_key(self, factors: OpFactors) -> Tensor:
         assert factors.beta is not None

@@ -74,7 +74,9 @@ class Mamba1(Rule):
         return OpResult(_canonical(outputs, arguments), None if state is None else state.mT.unsqueeze(1).clone())
 
     def write_result(self, result: OpResult, arguments: Arguments) -> object:
-        outputs, x, D = _native(result.outputs, arguments), arguments["hidden_states"], arguments["D"]
+        outputs = _native(result.outputs, arguments)
+        x = arguments["hidden_states"]
+        D = arguments["D"]
         state = None if result.final_state is None else result.final_state.squeeze(1).mT.contiguous()
         if D is not None:
             outputs = outputs + x * (D if is_update(arguments) else D[:, None])

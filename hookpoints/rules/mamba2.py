@@ -40,10 +40,15 @@ class Mamba2(Rule):
     """See above."""
 
     def factors(self, arguments: Arguments) -> OpFactors:
-        x, B, C = (arguments[name] for name in ("hidden_states", "B", "C"))
+        x = arguments["hidden_states"]
+        B = arguments["B"]
+        C = arguments["C"]
         if is_update(arguments):
-            x, B, C = x.unsqueeze(1), B.unsqueeze(1), C.unsqueeze(1)
-        heads, dtype = x.shape[2], compute_dtype(x)
+            x = x.unsqueeze(1)
+            B = B.unsqueeze(1)
+            C = C.unsqueeze(1)
+        heads = x.shape[2]
+        dtype = compute_dtype(x)
         dt, A = _step_size(arguments)
         state = arguments["state"] if is_update(arguments) else arguments["initial_states"]
         return OpFactors(
@@ -83,7 +88,9 @@ class Mamba2(Rule):
         return OpResult(outputs, None if state is None else state.mT)
 
     def write_result(self, result: OpResult, arguments: Arguments) -> object:
-        x, D, state = arguments["hidden_states"], arguments["D"], result.final_state
+        x = arguments["hidden_states"]
+        D = arguments["D"]
+        state = result.final_state
         if not is_update(arguments):
             outputs = result.outputs
             if D is not None:
@@ -91,7 +98,8 @@ class Mamba2(Rule):
             outputs = outputs.contiguous()  # Falcon-H1 takes a view of it
             return outputs if state is None else (outputs, state.mT)
         assert state is not None
-        outputs, dtype = result.outputs.squeeze(1), result.outputs.dtype
+        outputs = result.outputs.squeeze(1)
+        dtype = result.outputs.dtype
         if D is not None:
             outputs = (outputs + x.to(dtype) * D).to(dtype)
         if arguments["z"] is not None:
@@ -114,9 +122,13 @@ MAMBA2 = Mamba2(
 
 def _step_size(arguments: Arguments) -> tuple[Tensor, Tensor]:
     """dt [B,T,H] after bias, softplus and clamp, and A [H], in the ops' own order and dtypes."""
-    dt, A, bias = arguments["dt"], arguments["A"], arguments["dt_bias"]
+    dt = arguments["dt"]
+    A = arguments["A"]
+    bias = arguments["dt_bias"]
     if is_update(arguments):  # upstream expands these over the value and key sides
-        dt, A, bias = dt[..., 0].unsqueeze(1), A[:, 0, 0], None if bias is None else bias[:, 0]
+        dt = dt[..., 0].unsqueeze(1)
+        A = A[:, 0, 0]
+        bias = None if bias is None else bias[:, 0]
     if bias is not None:
         dt = dt + bias.to(dt.dtype)
     if arguments["dt_softplus"]:
@@ -130,7 +142,8 @@ def _apart(factors: OpFactors, update: bool) -> dict[str, object]:
     """Arguments that feed the write strength and the decay apart, though the op takes one dt for both: u as x, the
     decay as an A per token, and dt = 1."""
     assert factors.beta is not None and factors.log_decay is not None
-    u, decay = factors.beta.unsqueeze(-1) * factors.v, factors.log_decay
+    u = factors.beta.unsqueeze(-1) * factors.v
+    decay = factors.log_decay
     fed: dict[str, object] = {"hidden_states": _without_time(u, update), "dt_bias": None, "dt_softplus": False}
     if update:
         decay = decay.squeeze(1).unsqueeze(-1)

@@ -63,7 +63,9 @@ FLA_DELTA = FlaRule(
 
 class _GatedDelta2(FlaRule):
     def read(self, field: str, arguments: Arguments, dtype: torch.dtype) -> Tensor | None:
-        return arguments["b"].to(dtype) if field == "back" else super().read(field, arguments, dtype)
+        if field == "back":
+            return arguments["b"].to(dtype)
+        return super().read(field, arguments, dtype)
 
     def erase_key(self, factors: OpFactors) -> Tensor:
         assert factors.back is not None
@@ -127,7 +129,9 @@ class _GatedLinear(FlaRule):
 
     def argument(self, field: str, arguments: Arguments) -> str:
         """The recurrent op calls the decay ``gk``."""
-        return "gk" if field == "log_decay" and "gk" in arguments else super().argument(field, arguments)
+        if field == "log_decay" and "gk" in arguments:
+            return "gk"
+        return super().argument(field, arguments)
 
 
 FLA_GLA = _GatedLinear("GLA", ("chunk_gla", "fused_recurrent_gla"), _WITHOUT_BETA)
@@ -148,8 +152,10 @@ class _SimpleGatedLinear(FlaRule):
 
     def log_decay(self, arguments: Arguments) -> Tensor:
         """[B,T,H], or [H] where it is the same at every token."""
-        given = (arguments.get("g"), arguments.get("g_gamma"), arguments["v"].new_zeros(()))
-        return next(x for x in given if x is not None)
+        for name in ("g", "g_gamma"):
+            if arguments.get(name) is not None:
+                return arguments[name]
+        return arguments["v"].new_zeros(())
 
 
 class _Retention(_SimpleGatedLinear):
@@ -180,7 +186,11 @@ class _RWKV6(FlaRule):
         return {**super().arguments(arguments, factors, changed), "u": torch.zeros_like(arguments["u"])}
 
     def write_result(self, result: OpResult, arguments: Arguments) -> object:
-        r, k, v, bonus = (arguments[name].to(compute_dtype(arguments["v"])) for name in ("r", "k", "v", "u"))
+        dtype = compute_dtype(arguments["v"])
+        r = arguments["r"].to(dtype)
+        k = arguments["k"].to(dtype)
+        v = arguments["v"].to(dtype)
+        bonus = arguments["u"].to(dtype)
         scale = k.shape[-1] ** -0.5 if arguments.get("scale") is None else float(arguments["scale"])
         itself = scale * (r * bonus * k).sum(-1, keepdim=True) * v
         outputs = (result.outputs.to(itself.dtype) + itself).to(result.outputs.dtype)

@@ -65,17 +65,18 @@ class RWKV7Config(PreTrainedConfig):
         asked = self.head_dim or self.num_heads
         self.head_dim = self.head_dim or self.hidden_size // (self.num_heads or 1)
         heads = self.hidden_size // self.head_dim
-        given = self.hidden_size if self.value_dim is None else self.value_dim
-        values = [given] * self.num_hidden_layers if isinstance(given, int) else list(given)
+        value_dim = self.hidden_size if self.value_dim is None else self.value_dim
+        values = [value_dim] * self.num_hidden_layers if isinstance(value_dim, int) else list(value_dim)
         keys_fit = bool(asked) and self.hidden_size == heads * self.head_dim and self.num_heads in (None, heads)
         one_size = len(values) == self.num_hidden_layers and len(set(values)) == 1
         if not keys_fit or not one_size or values[0] % heads:
             raise ValueError(
                 "hidden_size must be num_heads * head_dim, and value_dim one multiple of num_heads for all layers; "
                 f"got hidden_size {self.hidden_size}, num_heads {self.num_heads}, head_dim {self.head_dim}, "
-                f"value_dim {given}"
+                f"value_dim {value_dim}"
             )
-        self.num_heads, self.value_dim = heads, values
+        self.num_heads = heads
+        self.value_dim = values
         if self.intermediate_size is None:
             self.intermediate_size = -(-int(self.hidden_size * (self.hidden_ratio or 4)) // 32) * 32
         super().__post_init__(**kwargs)

@@ -21,7 +21,8 @@ from hookpoints.rwkv7.configuration import RWKV7Config
 _SLOWEST = -math.exp(-0.5)
 """Largest log-decay per token, in size: alpha lies in (exp(-exp(-0.5)), 1) = (0.545, 1)."""
 MIXED = ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g")
-_ATTENTION, _FEED_FORWARD = 0, 1
+_ATTENTION = 0
+_FEED_FORWARD = 1
 """Which of a layer's token shifts is stored where in the cache."""
 
 
@@ -84,7 +85,9 @@ def shift(x: Tensor, before: Tensor | None, mask: Tensor | None) -> tuple[Tensor
     if mask is None:
         return seen[:, :-1], seen[:, -1]
     # The index in `seen` of the last real token.
-    latest = F.pad(torch.where(mask != 0, torch.arange(1, seen.shape[1], device=x.device), 0).cummax(1).values, (1, 0))
+    numbers = torch.arange(1, seen.shape[1], device=x.device)
+    latest = torch.where(mask != 0, numbers, 0).cummax(1).values
+    latest = F.pad(latest, (1, 0))
     last_real = seen.gather(1, latest[..., None].expand_as(seen))
     return last_real[:, :-1], last_real[:, -1]
 
@@ -99,12 +102,9 @@ def cached_shift(x: Tensor, cache: Cache | None, layer: int, part: int, mask: Te
 
 def keep_shift(x: Tensor, last: Tensor, cache: Cache, layer: int, part: int) -> None:
     """Leave what the next token will find before it in the cache; all of x where that records its past."""
-    cache.update_conv_state(
-        x.mT if getattr(cache.layers[layer], "record_past", False) else last[..., None],
-        layer,
-        state_idx=part,
-        conv_kernel_size=1,
-    )
+    records_past = getattr(cache.layers[layer], "record_past", False)
+    tokens = x.mT if records_past else last[..., None]
+    cache.update_conv_state(tokens, layer, state_idx=part, conv_kernel_size=1)
 
 
 class LowRankMap(nn.Module):
@@ -161,7 +161,8 @@ class RWKV7Attention(nn.Module):
         attention_mask: Tensor | None = None,
     ) -> Tensor:
         """[B,T,D] to [B,T,D]. ``attention_mask`` [B,T] is zero at padding, which leaves no trace."""
-        x, state = hidden_states, None
+        x = hidden_states
+        state = None
         if cache is not None and cache.has_previous_state(self.layer_idx, _ATTENTION):
             state = cache.layers[self.layer_idx].recurrent_states[0]  # type: ignore[attr-defined]
         previous, last = cached_shift(x, cache, self.layer_idx, _ATTENTION, attention_mask)
@@ -177,7 +178,11 @@ class RWKV7Attention(nn.Module):
         k = self.k_proj(xk)
         erase = F.normalize(self._heads(k * self.k_k), dim=-1)
         k = k * (1 + (rate - 1) * self.k_a)
-        r, w, k, rate, v = (self._heads(factor) for factor in (r, w, k, rate, v))
+        r = self._heads(r)
+        w = self._heads(w)
+        k = self._heads(k)
+        rate = self._heads(rate)
+        v = self._heads(v)
 
         # At padding nothing decays, is written or erased, so that the state passes through.
         real = 1 if attention_mask is None else attention_mask[:, :, None, None].to(k.dtype)
@@ -243,8 +248,10 @@ class RWKV7Block(nn.Module):
 
         if config.norm_first and layer == 0:
             self.pre_norm = norm()  # for the embeddings; applied by the model, but a checkpoint has it here
-        self.attn_norm, self.ffn_norm = norm(), norm()
-        self.attn, self.ffn = RWKV7Attention(config, layer), RWKV7FeedForward(config, layer)
+        self.attn_norm = norm()
+        self.ffn_norm = norm()
+        self.attn = RWKV7Attention(config, layer)
+        self.ffn = RWKV7FeedForward(config, layer)
 
     def forward(
         self,

@@ -46,7 +46,8 @@ class RWKV7PreTrainedModel(PreTrainedModel):
         if not known and (old := first_format(weight_files(str(source), **where))) is not None:
             if kwargs.get("config") is None:
                 kwargs["config"] = RWKV7Config.from_pretrained(str(source), revision=kwargs.get("revision") or "main")
-            kwargs["state_dict"], source = old, None
+            kwargs["state_dict"] = old
+            source = None
         return super().from_pretrained(source, *args, **kwargs)  # type: ignore[arg-type]
 
     @torch.no_grad()
@@ -198,8 +199,8 @@ def from_official(
     """
     with torch.device("meta"):
         model = RWKV7ForCausalLM(official.configuration(weights, name))
-    own = official.own_weights(dict(model.named_parameters()), weights, name, dtype)
-    model.load_state_dict(own, assign=True)
+    renamed = official.own_weights(dict(model.named_parameters()), weights, name, dtype)
+    model.load_state_dict(renamed, assign=True)
     return model.eval()
 
 

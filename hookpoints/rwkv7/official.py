@@ -38,16 +38,18 @@ _UNUSED = {f"blocks.0.att.v{part}" for part in "012"}
 
 def configuration(weights: Mapping[str, Tensor], name: str) -> RWKV7Config:
     """What the shapes of official tensors say; ``name`` is what errors call them. Refuses as `own_weights` does."""
-    if short := [each for each in _SIZES if each not in weights or weights[each].ndim != 2]:
-        raise UnsupportedModelError(f"{name!r} is no official RWKV-7 checkpoint: it lacks the matrix {short[0]}")
-    blocks = {int(match[1]) for each in weights if (match := re.match(r"blocks\.(\d{1,6})\.", each))}
+    for matrix in _SIZES:
+        if matrix not in weights or weights[matrix].ndim != 2:
+            raise UnsupportedModelError(f"{name!r} is no official RWKV-7 checkpoint: it lacks the matrix {matrix}")
+    matches = [re.match(r"blocks\.(\d{1,6})\.", weight) for weight in weights]
+    blocks = {int(match[1]) for match in matches if match}
     layers = len(blocks)
     if max(blocks) != layers - 1:  # before a model of that many layers is built
         gap = min({*range(layers)} - blocks)
         raise UnsupportedModelError(
             f"{name!r} is no official RWKV-7 checkpoint: it has block {max(blocks)} and lacks block {gap}"
         )
-    embeddings, bonus, inner, decay, rate, gate = (weights[each].shape for each in _SIZES)
+    embeddings, bonus, inner, decay, rate, gate = [weights[matrix].shape for matrix in _SIZES]
     mixed = weights.get("blocks.1.att.v1")
     return RWKV7Config(
         vocab_size=embeddings[0],
@@ -74,25 +76,26 @@ def own_weights(
     Raises:
         UnsupportedModelError: tensors are missing, unknown or of another shape; names them.
     """
-    own = {_official(name): (name, parameter) for name, parameter in parameters.items()}
+    wanted = {_official(name): (name, parameter) for name, parameter in parameters.items()}
     misshapen = set()
-    for official in own.keys() & weights.keys():
-        parameter_name, parameter = own[official]
+    for official in wanted.keys() & weights.keys():
+        parameter_name, parameter = wanted[official]
         if _oriented(weights[official], parameter_name).shape != parameter.squeeze().shape:
             misshapen.add(official)
     require_whole(
         f"{name!r} is not a whole official RWKV-7 checkpoint",
         {
-            "lacks": own.keys() - weights.keys(),
-            "has the unknown": weights.keys() - own.keys() - _UNUSED,
+            "lacks": wanted.keys() - weights.keys(),
+            "has the unknown": weights.keys() - wanted.keys() - _UNUSED,
             "has the wrong shape of": misshapen,
         },
         "Only pure RWKV-7 is read; download the file again, or name its tensors as the official code does",
     )
-    return {
-        each: _oriented(weights[official], each).reshape(parameter.shape).to(dtype, copy=True).contiguous()
-        for official, (each, parameter) in own.items()
-    }
+    copies = dict[str, Tensor]()
+    for official, (parameter_name, parameter) in wanted.items():
+        value = _oriented(weights[official], parameter_name).reshape(parameter.shape)
+        copies[parameter_name] = value.to(dtype, copy=True).contiguous()
+    return copies
 
 
 def _official(name: str) -> str:
@@ -104,4 +107,6 @@ def _official(name: str) -> str:
 def _oriented(value: Tensor, name: str) -> Tensor:
     """An official tensor as the parameter ``name`` has it, but for axes of size 1."""
     value = value.squeeze()
-    return value.transpose(0, -1) if name.endswith(("lora.0.weight", "lora.2.weight")) else value
+    if name.endswith(("lora.0.weight", "lora.2.weight")):
+        return value.transpose(0, -1)
+    return value

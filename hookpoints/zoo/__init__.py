@@ -104,6 +104,9 @@ def accuracy(model: Callable[[Tensor], Tensor], name: str, n: int = 64, seed: in
     The model is called with token ids [B,T] and returns logits [B,T,vocab]; a `HookedRecurrent` does.
     """
     generator = torch.Generator().manual_seed(seed)
-    batches = [task(name).batch(n, generator, **size) for size in task(name).sizes]
-    found = (model(batch.tokens).argmax(dim=-1).cpu().gather(1, batch.positions) for batch in batches)
-    return [(each == batch.answers).double().mean().item() for each, batch in zip(found, batches, strict=True)]
+    shares = list[float]()
+    for size in task(name).sizes:
+        batch = task(name).batch(n, generator, **size)
+        answers = model(batch.tokens).argmax(dim=-1).cpu().gather(1, batch.positions)
+        shares.append((answers == batch.answers).double().mean().item())
+    return shares

@@ -32,7 +32,8 @@ class Induction:
 
     def spell(self, symbols: Mapping[str, Tensor]) -> Batch:
         """The sequences that values [B,P] and asked [B,Q] spell. The key of a word is the one before it."""
-        words, asked = 1 + symbols["values"], symbols["asked"]
+        words = 1 + symbols["values"]
+        asked = symbols["asked"]
         tokens = torch.cat([0 * words[:, :1], words, words], dim=1)
         places = torch.arange(words.shape[1]).expand_as(words)
         return Batch(
@@ -69,7 +70,8 @@ class Parity:
 
     def spell(self, symbols: Mapping[str, Tensor]) -> Batch:
         """The sequences that values [B,P] spell."""
-        values, asked = symbols["values"], symbols["asked"]
+        values = symbols["values"]
+        asked = symbols["asked"]
         answers = 3 + (values.cumsum(dim=1) % 2).gather(1, asked)
         tokens = torch.cat([values.new_zeros(len(values), 1), 1 + values], dim=1)
         places = 1 + torch.arange(values.shape[1]).expand_as(values)

@@ -63,7 +63,9 @@ class LowRank:
         """
         exact = torch.promote_types(matrices.dtype, torch.float32)
         left, sigma, right = torch.linalg.svd(matrices.to(exact), full_matrices=False)
-        left, sigma, right = left[..., :rank].mT, sigma[:, :rank, None], right[:, :rank]
+        left = left[..., :rank].mT
+        sigma = sigma[:, :rank, None]
+        right = right[:, :rank]
         share = sigma.sqrt() if balanced else torch.ones_like(sigma)
         return cls((left * (share if balanced else sigma)).to(matrices), (right * share).to(matrices))
 

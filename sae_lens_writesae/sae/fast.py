@@ -218,7 +218,9 @@ class Stack:
         part = writes.rows(index.to(writes.keys.device)).to(b_dec.device).to(b_dec.dtype)
         if metric is not None:
             part = metric.move(part)
-        return part if self.scales[m] == 1 else part * self.scales[m]
+        if self.scales[m] == 1:
+            return part
+        return part * self.scales[m]
 
     def losses(
         self, p: dict[str, Tensor], batch: Sequence[LowRank], ks: Sequence[int], dead: Dead | None = None

@@ -207,7 +207,8 @@ def _products_into(room: Tensor, side: Tensor, encoder: Tensor) -> Tensor:
 
 def top_atoms(scores: Tensor, k: int, *, ordered: bool = False) -> Tensor:
     """[...,k] numbers of the k largest of [...,F], exact: they lie in the k groups whose maxima are the largest."""
-    F, size = scores.shape[-1], 4
+    F = scores.shape[-1]
+    size = 4
     if k == 1:
         return scores.argmax(-1, keepdim=True)
     if F % size or 4 * size * k > F or scores.device.type != "cpu":  # a device selects without sorting
@@ -236,7 +237,8 @@ def _decoded(p: dict[str, Tensor], keys: Tensor, values: Tensor, chosen: Chosen,
     by_term = list[Tensor]()
     errors = list[Tensor]()
     for rows in _blocks(M * N, (k * R + S) * max(K, V), keys.device):
-        size, terms = sizes[rows], index[rows]
+        size = sizes[rows]
+        terms = index[rows]
         left = embedding(terms, lefts)
         right = embedding(terms, rights)
         by_left, by_right = _products_of_three(left, right, size)
@@ -401,7 +403,9 @@ def _numbers(*shape: int, device: torch.device, first: int = 0) -> Tensor:
 
 def _terms(atoms: Tensor, R: int) -> Tensor:
     """[M N,k R] numbers of the terms of atoms [M N,k]."""
-    return atoms if R == 1 else (atoms[..., None] * R + _numbers(R, device=atoms.device)).flatten(1)
+    if R == 1:
+        return atoms
+    return (atoms[..., None] * R + _numbers(R, device=atoms.device)).flatten(1)
 
 
 def _of_terms(x: Tensor, R: int) -> Tensor:
@@ -417,7 +421,9 @@ def _by_atom(atoms: Tensor, x: Tensor, M: int, p: dict[str, Tensor]) -> Tensor:
 
 def _joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
     """Blocks one after the other, in a dimension."""
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(list(parts), dim)
 
 
 def _blocks(n: int, width: int, device: torch.device) -> Iterator[slice]:

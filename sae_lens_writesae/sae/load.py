@@ -43,7 +43,8 @@ def load_sae(path: str | Path, device: str = "cpu", dtype: str | None = None, *,
             file with each of its autoencoders; SAELens' own uploader leaves it out, and nothing is verified then.
     """
     folder = SealedFolder(Path(path), CheckpointError)
-    file, place = folder.file(SAE_CFG_FILENAME), folder.file(SAE_WEIGHTS_FILENAME)
+    file = folder.file(SAE_CFG_FILENAME)
+    place = folder.file(SAE_WEIGHTS_FILENAME)
     try:
         config = read_json(file)
         weights = load_file(place)

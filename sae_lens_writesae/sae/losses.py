@@ -40,4 +40,6 @@ def read_queries(recurrence: Recurrence) -> Tensor:
     It is the token's own query, or the next token's where the rule reads before it writes (zero for the last token).
     """
     q = recurrence.q
-    return torch.cat([q[:, 1:], torch.zeros_like(q[:, :1])], dim=1) if recurrence.read_before_write else q
+    if recurrence.read_before_write:
+        return torch.cat([q[:, 1:], torch.zeros_like(q[:, :1])], dim=1)
+    return q

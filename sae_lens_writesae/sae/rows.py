@@ -76,7 +76,8 @@ def shuffled(n_rows: int, batch: int, seed: int, step: int = 0, device: torch.de
                 order = torch.cat([order, torch.randperm(n_rows).to(device)])
             epoch += 1
         yield order[skipped : skipped + batch]
-        order, skipped = order[skipped + batch :], 0
+        order = order[skipped + batch :]
+        skipped = 0
 
 
 class Batches(ABC, Iterator[Tensor]):
@@ -97,7 +98,8 @@ class ShuffledWrites(Batches):
     own order."""
 
     def __init__(self, cfg: RunnerConfig, writes: LowRank) -> None:
-        self.cfg, self.writes = cfg, writes
+        self.cfg = cfg
+        self.writes = writes
         self._begin(0)
 
     def _begin(self, taken: int) -> None:
@@ -108,7 +110,9 @@ class ShuffledWrites(Batches):
         part = self.writes.rows(next(self.order).to(self.writes.keys.device))
         self.taken += 1
         rows = part.to(torch.promote_types(part.keys.dtype, torch.float32)).dense().flatten(1)
-        return torch.cat([rows, COLUMN_SCALE * rows], dim=1) if self.cfg.sae.loss == "write" else rows
+        if self.cfg.sae.loss == "write":
+            return torch.cat([rows, COLUMN_SCALE * rows], dim=1)
+        return rows
 
     def state(self) -> dict[str, Tensor]:
         return {"taken": torch.tensor(self.taken)}
@@ -128,8 +132,11 @@ class MixedRows(Batches):
     """
 
     def __init__(self, rows_of: Callable[[int], Tensor], n_parts: int, size: int, batch: int, fraction: float) -> None:
-        self.rows_of, self.n_parts = rows_of, n_parts
-        self.size, self.batch, self.fraction = size, batch, fraction
+        self.rows_of = rows_of
+        self.n_parts = n_parts
+        self.size = size
+        self.batch = batch
+        self.fraction = fraction
         self.order = torch.zeros(0, dtype=torch.long)
         self.mixed = self.waiting = torch.zeros(0, 0)
         """Rows of the next batches, and rows that wait for the next mix."""
@@ -137,7 +144,8 @@ class MixedRows(Batches):
     def __next__(self) -> Tensor:
         if not len(self.mixed):
             self._mix()
-        batch, self.mixed = self.mixed[: self.batch], self.mixed[self.batch :]
+        batch = self.mixed[: self.batch]
+        self.mixed = self.mixed[self.batch :]
         return batch
 
     def _mix(self) -> None:
@@ -161,7 +169,9 @@ class MixedRows(Batches):
         return {name: getattr(self, name).clone() for name in ("order", "mixed", "waiting")}
 
     def resume(self, state: dict[str, Tensor]) -> None:
-        self.order, self.mixed, self.waiting = state["order"], state["mixed"], state["waiting"]
+        self.order = state["order"]
+        self.mixed = state["mixed"]
+        self.waiting = state["waiting"]
 
 
 def train_on_rows(
@@ -187,7 +197,8 @@ def train_on_rows(
         ValueError: it is a checkpoint of other `inputs`. One that is damaged is renamed, with a DamageWarning, and
             training begins again.
     """
-    settings, sae = cfg.to_sae_trainer_config(), new_sae(cfg, metric)
+    settings = cfg.to_sae_trainer_config()
+    sae = new_sae(cfg, metric)
     sae.cfg.metadata.n_training_rows = n_rows
     part = None if checkpoint is None else checkpoint.with_name(f".{checkpoint.name}.part")
 

@@ -13,7 +13,7 @@ from saes import HEAD, LAYER, close, random_sae
 
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.atom.low_rank import LowRank
-from sae_lens_writesae.sae.factors import collect
+from sae_lens_writesae.sae.collecting import collect
 from sae_lens_writesae.sae.metric_fit import fit_metrics
 from writesae.codes.head_baselines import HeadBaselines
 from writesae.experiment.lab import Lab

@@ -22,7 +22,8 @@ from sealing import damages, reseal
 from hookpoints import HookedRecurrent, embedded
 from reliability.checks import REFUSED, Change, Comparison, check, outcome
 from reliability.runs import fresh
-from sae_lens_writesae.sae.factors import Collection, collect
+from sae_lens_writesae.sae.collecting import collect
+from sae_lens_writesae.sae.factors import Collection
 from sae_lens_writesae.sae.load import load_sae
 from writesae.evaluations import load_result
 

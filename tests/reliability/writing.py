@@ -25,7 +25,8 @@ from reliability.checks import Change, Comparison, check, outcome
 from reliability.folders import read_dictionary, read_result
 from reliability.runs import fresh
 from sae_lens_writesae.sae import fast
-from sae_lens_writesae.sae.factors import INDEX, collect
+from sae_lens_writesae.sae.collecting import collect
+from sae_lens_writesae.sae.factors import INDEX
 from writesae.dictionaries import Train
 from writesae.dictionary.suite import evaluate_all
 from writesae.evaluations import EVALUATIONS

@@ -13,7 +13,7 @@ from hookpoints import HookedRecurrent
 from hookpoints.recurrence.canonical import tensors
 from sae_lens_writesae.sae import chunks, fast, fused
 from sae_lens_writesae.sae.chunks import StateStack, step_on_states
-from sae_lens_writesae.sae.factors import collect
+from sae_lens_writesae.sae.collecting import collect
 from sae_lens_writesae.sae.rows import new_sae, shuffled, train_on_rows
 from sae_lens_writesae.sae.runner import train, training_config
 from tests.conftest import make_hf

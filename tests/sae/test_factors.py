@@ -20,8 +20,9 @@ from hookpoints import embedded as shipped
 from hookpoints.errors import DamageWarning
 from hookpoints.files import CHECKSUMS, write_checksums
 from sae_lens_writesae.errors import DiskTooSmallError
-from sae_lens_writesae.sae import factors as module
-from sae_lens_writesae.sae.factors import INDEX, Collection, CollectionError, Mapped, collect
+from sae_lens_writesae.sae import collecting as module
+from sae_lens_writesae.sae.collecting import collect
+from sae_lens_writesae.sae.factors import INDEX, Collection, CollectionError, Mapped
 from sae_lens_writesae.sae.runner import text_dataset
 from tests.conftest import make_hf
 from writesae.cli import main

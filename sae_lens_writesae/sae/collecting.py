@@ -1,0 +1,428 @@
+"""The pass over a text that makes a collection (`factors`): it writes shards, and resumes where it was stopped.
+
+A shard that is there is whole; `SHA256SUMS` is written when all are. What there is of the next one is written to
+`.shard-00001.safetensors` every minute, and taken up again.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Literal, NoReturn, get_args
+
+import psutil
+import torch
+from datasets import Dataset
+from filelock import FileLock
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformer_lens.hook_points import HookPoint
+
+from hookpoints import HookedRecurrent, Recurrence
+from hookpoints.errors import ChecksumError
+from hookpoints.files import (
+    CHECKSUMS,
+    atomic_text,
+    atomic_write,
+    content_hash,
+    file_hash,
+    plain_file,
+    read_json,
+    set_aside,
+    write_checksums,
+)
+from sae_lens_writesae.errors import DiskTooSmallError
+from sae_lens_writesae.files import SAVE_SECONDS, free_bytes, size_text
+from sae_lens_writesae.sae.factors import (
+    FORMAT,
+    INDEX,
+    Collection,
+    CollectionError,
+    CollectionIndex,
+    FactorDtype,
+    check_same,
+    faded,
+    model_hash,
+    named_text,
+    sequence_bytes,
+    shard_spans,
+    token_rows,
+)
+from sae_lens_writesae.sae.target import Target, head_target
+
+SHARD_BYTES = 64e6
+"""Size of a shard at most, about; what is held in memory."""
+BATCH_BYTES = {"cpu": 200e6, "cuda": 2e9}
+"""Memory that a batch may take by itself, counted as in `_COPIES`, which is more than most take. At the sizes of
+Qwen3.5-0.8B more tokens are no faster on a core: 280 a second in batches of 512, 210 in batches of 4096."""
+_COPIES = 18
+"""So many float32 copies of all keys and values of a layer are held at once, and two for each layer that is collected.
+Measured with two such layers: 16 to 20 in Qwen3.5, 17 to 24 in Qwen3-Next, 13 to 26 in Mamba-2; in Mamba-1, whose
+writes are dense, 66 to 83."""
+_HEADROOM = 16
+"""A first batch must leave this much of a dtype's range, since later ones may be larger."""
+_ROUNDING: dict[FactorDtype, float] = {"float16": 1e-3, "bfloat16": 1e-2}
+"""Largest relative error (Frobenius) with which a dtype may store a factor of the first batch."""
+_LOCKS = (".lock", ".taken")
+"""Files that this and the commands of the study lock, so that one process works in a folder."""
+_PART = re.compile(r"\.shard-\d{5}\.safetensors")
+"""Name of what there is of a shard."""
+
+
+def collect(
+    model: HookedRecurrent,
+    text: Tensor | Dataset,
+    layers: Sequence[int],
+    heads: Sequence[int] | None,
+    folder: str | Path,
+    *,
+    n_tokens: int | None = None,
+    context_size: int = 128,
+    targets: Sequence[Target] = ("write",),
+    dtype: FactorDtype | Literal["auto"] = "auto",
+    batch_size: int | None = None,
+    shard_bytes: float = SHARD_BYTES,
+    say: Callable[[str], object] = lambda line: None,
+    progress: bool = True,
+) -> Collection:
+    """Run the model over a text once, and keep the factors of some heads.
+
+    The same call resumes where an earlier one was stopped or killed, which loses a minute or a batch. The files are
+    those of a run that was never stopped, bit for bit. A shard that was damaged since is renamed, with a DamageWarning,
+    and collected again.
+
+    Args:
+        text: token ids [N,T], or a dataset with a column `text` (tokenized and joined, as SAELens does it), `tokens` or
+            `input_ids`.
+        heads: of every layer; None: all of them.
+        n_tokens: rounded down to whole sequences; None: the whole text.
+        context_size: T, where the text is a dataset.
+        targets: what dictionaries will be trained on. States need reads, decays and erases as well as writes.
+        dtype: of keys, values and other vectors. `auto` takes float16 or bfloat16, the first in which a first batch is
+            stored with a small rounding error and room for larger numbers, else float32.
+        batch_size: sequences of one forward pass; None: what `BATCH_BYTES` holds by the sizes of the layers, and one
+            at least. On it the last bits of results may depend.
+        shard_bytes: size of a shard at most, about.
+        say: is told the size.
+        progress: show a bar with tokens a second.
+
+    Raises:
+        DiskTooSmallError: the rest of the collection is larger than the room on the disk. Nothing was written.
+        CollectionError: the folder holds another collection, or a value does not fit the dtype.
+        OSError: the folder cannot be written (what is there stays, and the same call resumes), or another process
+            collects into it.
+        UnsupportedModelError, UnknownHookError: a layer or head that does not exist.
+        ValueError: too short a text, a bad setting, or a batch for which there is no memory.
+
+    Cost: a forward pass of each batch up to the op of the highest layer (what follows does not run), a pass over the
+    weights for their hash, and a reading of the shards that are there. Memory: a shard, a batch of one layer's factors,
+    and the token ids.
+    """
+    folder = Path(folder)
+    if not layers or not targets or dtype not in ("auto", *get_args(FactorDtype)):
+        raise ValueError(
+            f"layers, targets, dtype={(list(layers), list(targets), dtype)!r}: must be one layer or more, "
+            "one target or more, and auto, float16, bfloat16 or float32."
+        )
+    chosen = {layer: sorted({*(heads or range(model.cfg.layer(layer).H))}) for layer in sorted({*layers})}
+    for layer, numbers in chosen.items():
+        for head, target in product(numbers, targets):
+            head_target(model, layer, head, target)
+    check_own(folder)
+    ids = token_rows(model, text, context_size, n_tokens)
+    asked: CollectionIndex = {
+        "format": FORMAT,
+        "model": model_hash(model),
+        **named_text(ids),
+        "targets": sorted({*targets}),
+        "heads": {str(layer): numbers for layer, numbers in chosen.items()},
+    }
+    # What is left open is no part of what was asked: a resumed run takes what the first one chose.
+    if batch_size is not None:
+        asked["batch_size"] = max(1, batch_size)
+    if dtype != "auto":
+        asked["dtype"] = dtype
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock", timeout=0):
+        index = _index(model, ids, folder, asked, batch_size, shard_bytes)
+        missing = _missing(folder, index)
+        _check_room(folder, index, missing, say)
+        atomic_text(folder / INDEX, json.dumps(index, indent=1))
+        with _bar(ids, missing, progress) as bar:
+            for name, span in missing.items():
+                _write_shard(model, ids[span.start : span.stop], index, folder / name, bar)
+        if missing or not (folder / CHECKSUMS).exists():
+            write_checksums(folder, (INDEX, *shard_spans(index)))
+    return Collection.open(folder)
+
+
+def _bar(ids: Tensor, missing: Mapping[str, range], progress: bool) -> tqdm[NoReturn]:
+    """Tokens a second, from those on that are there."""
+    n_missing = sum(map(len, missing.values()))
+    return tqdm(
+        total=ids.numel(),
+        initial=(len(ids) - n_missing) * ids.shape[1],
+        desc="collect",
+        unit=" tokens",
+        unit_scale=True,
+        disable=not progress,
+    )
+
+
+def _index(
+    model: HookedRecurrent,
+    ids: Tensor,
+    folder: Path,
+    asked: CollectionIndex,
+    batch_size: int | None,
+    shard_bytes: float,
+) -> CollectionIndex:
+    """The index that a folder has, or that of a new collection.
+
+    Raises:
+        CollectionError: the folder's is not what was `asked` for.
+        ValueError: there is no memory for a batch.
+    """
+    index: CollectionIndex = read_json(folder / INDEX) if (folder / INDEX).exists() else {}
+    if index:
+        check_same(folder, index, asked)
+    # The memory is checked in a resumed run as well: it may run on another machine.
+    size = _batch_size(model, len(asked["heads"]), ids.shape[1], index.get("batch_size", batch_size))
+    if index:
+        return index
+    index = {"batch_size": size} | asked | {"model_name": model.cfg.model_name}
+    index |= _describe(model, ids[:size], asked)
+    # Whole batches, so that a batch is the same in every run.
+    batches = int(shard_bytes / sequence_bytes(index) // size)
+    index["sequences_per_shard"] = max(1, batches) * size
+    return index
+
+
+def _missing(folder: Path, index: CollectionIndex) -> dict[str, range]:
+    """Shards that are not there as they were written, with the numbers of their sequences. What is left of a run that
+    was killed after it finished a shard is deleted."""
+    missing = {name: span for name, span in shard_spans(index).items() if not _whole(folder / name)}
+    for part in folder.glob(".shard-*"):
+        if _PART.fullmatch(part.name) and part.name[1:] not in missing:
+            part.unlink()
+    return missing
+
+
+def _check_room(
+    folder: Path, index: CollectionIndex, missing: Mapping[str, range], say: Callable[[str], object]
+) -> None:
+    """Say how large the collection is; raise DiskTooSmallError where the rest of it does not fit on the disk."""
+    sequence = sequence_bytes(index)
+    total = sequence * index["shape"][0]
+    rest = sequence * sum(map(len, missing.values()))
+    free = free_bytes(folder)
+    sizes = f"{total} bytes ({size_text(total)}), {size_text(rest)} to write"
+    say(f"{sizes} in {len(missing)} shards, {size_text(free)} free")
+    if rest > free:
+        raise DiskTooSmallError(f"{folder}: {sizes}, but {size_text(free)} free; take fewer tokens, layers or heads")
+
+
+def _batch_size(model: HookedRecurrent, n_layers: int, n_tokens: int, asked: int | None) -> int:
+    """Sequences of `n_tokens` in a batch, as asked or as many as `BATCH_BYTES` holds. Bytes a token are those of the
+    widest recurrent layer, of its MLP, and of what is stored of `n_layers`.
+
+    Raises:
+        ValueError: there is no memory for it.
+    """
+    cfg = model.cfg
+    widest = max(shape.H * shape.R * (shape.K + shape.V) for shape in cfg.layers.values())
+    factors = 4 * (_COPIES + 2 * n_layers) * widest
+    mlp = cfg.dtype.itemsize * (4 * cfg.d_model + 3 * (cfg.d_mlp or 0))
+    sequence = n_tokens * (factors + mlp)
+    if cfg.device.type == "cuda":
+        limit = BATCH_BYTES["cuda"]
+        free = torch.cuda.mem_get_info(cfg.device)[0]
+    else:
+        limit = BATCH_BYTES["cpu"]
+        free = psutil.virtual_memory().available
+    size = asked or max(1, int(limit // sequence))
+    needed = size * sequence
+    if needed > free:
+        raise ValueError(
+            f"batch_size={size!r}: must be at most {free // sequence} sequences of {n_tokens} tokens, "
+            f"for which {cfg.device} has {size_text(free)} free (not {size_text(needed)}); take a "
+            "smaller batch or shorter sequences (context_size)."
+        )
+    return size
+
+
+def check_own(folder: Path) -> None:
+    """Raise CollectionError unless a folder has the index of a collection, or nothing but locks and what a killed run
+    left."""
+    if not folder.exists():
+        return
+    file = folder / INDEX
+    foreign = [path for path in folder.iterdir() if not path.name.endswith(".aside") and path.name not in _LOCKS]
+    if file.is_file() and not file.is_symlink() and "format" in read_json(file):
+        foreign = []
+    if foreign:
+        raise CollectionError(
+            f"{folder}: expected an empty folder or a collection, got {min(foreign).name}; name another folder"
+        )
+
+
+# ------------------------------------------------------------------------------------------------ shards
+
+
+def _write_shard(model: HookedRecurrent, ids: Tensor, index: CollectionIndex, file: Path, bar: tqdm[NoReturn]) -> None:
+    """Collect a shard into a file, from what a killed run has of it. Every minute what there is is written aside."""
+    aside = file.with_name(f".{file.name}")
+    saved = time.monotonic()
+    size = index["batch_size"]
+    parts = [load_file(aside)] if _whole(aside) else []
+    collected = sum(len(part["tokens"]) for part in parts)
+    bar.update(collected * ids.shape[1])
+    for start in range(collected, len(ids), size):
+        part = _stored(model, ids[start : start + size], index)
+        parts.append(part)
+        bar.update(part["tokens"].numel())
+        is_last = start + size >= len(ids)
+        if is_last or time.monotonic() - saved > SAVE_SECONDS:
+            # Popped, so that each factor is held twice only while it is joined.
+            joined = {name: torch.cat([part.pop(name) for part in parts]) for name in list(parts[0])}
+            sealed = partial(save_file, joined, metadata={"sha256": content_hash(joined)})
+            atomic_write(file if is_last else aside, sealed)
+            parts = [joined]
+            saved = time.monotonic()
+    aside.unlink(missing_ok=True)
+
+
+def _whole(file: Path) -> bool:
+    """Whether a shard, or what there is of one, is there as it was written. One that is damaged is set aside. Costs a
+    reading."""
+    if not file.exists():
+        return False
+    try:
+        with safe_open(plain_file(file.parent, file.name), framework="pt") as opened:
+            expected = (opened.metadata() or {}).get("sha256")
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (it is no mapping)
+        if expected is None:  # of an earlier version, which sealed whole collections alone
+            seal = file.with_name(CHECKSUMS)
+            lines = seal.read_text().splitlines() if seal.is_file() else []
+            sealed = f"{file_hash(file)}  {file.name}" in lines
+        else:
+            sealed = expected == content_hash(tensors)
+        why = "" if sealed else "its numbers are not those of its checksum"
+    except (SafetensorError, ChecksumError) as error:
+        why = str(error)
+    if why:
+        set_aside(file, why)
+    return not why
+
+
+def _stored(model: HookedRecurrent, ids: Tensor, index: CollectionIndex) -> dict[str, Tensor]:
+    """What a shard has of a batch."""
+    stored = {"tokens": ids}
+    for layer, recurrence in _recorded(model, ids, index).items():
+        factors: dict[str, tuple[str, list[int]]] = index["layers"][layer]["factors"]
+        if "q" in factors:
+            _check_states(layer, recurrence, "beta" in factors)
+        for (factor, (dtype, _)), (n, head) in product(factors.items(), enumerate(index["heads"][layer])):
+            name = f"{layer}.{head}.{factor}"
+            value: Tensor = getattr(recurrence, factor)[:, :, n].cpu()
+            stored[name] = _rounded(name, value, dtype)
+    return stored
+
+
+def _check_states(layer: str, r: Recurrence, along_key: bool) -> None:
+    """Raise CollectionError unless the factors that are stored give a layer's states; `along_key`: its erase is stored
+    as `beta` alone."""
+    starts_from_zero = r.initial_state is None
+    if not starts_from_zero or r.rates is not None or (along_key and not _erases_along_key(r)):
+        raise CollectionError(
+            f"layer {layer}: expected a first state of zeros, one form of erase, and no decay for each entry "
+            "of the state (Mamba-1's writes can be collected, not its states)"
+        )
+
+
+def _rounded(name: str, value: Tensor, dtype: str) -> Tensor:
+    """A factor in the dtype of its file; raises CollectionError where it has a NaN, or a number beyond that dtype."""
+    rounded = value.to(getattr(torch, dtype)).contiguous()
+    overflows = not torch.equal(rounded.isfinite(), value.isfinite())
+    if overflows or value.isnan().any():
+        raise CollectionError(
+            f"{name} (layer, head, factor): expected numbers in the range of {dtype}, got "
+            f"NaN, or up to {float(value.abs().nan_to_num().max()):.3g}; collect with dtype bfloat16 or "
+            "float32 into a new folder"
+        )
+    return rounded
+
+
+# ------------------------------------------------------------------------------------------------ factors of a pass
+
+
+class _Enough(Exception):
+    """Ends a pass."""
+
+
+def _recorded(model: HookedRecurrent, ids: Tensor, asked: CollectionIndex) -> dict[str, Recurrence]:
+    """Factors of every layer and head asked for, on [B,T] tokens. The pass ends at the op of the last layer."""
+    heads = {int(layer): heads for layer, heads in asked["heads"].items()}
+    recurrences: dict[str, Recurrence] = {}
+
+    def leave(_: Tensor, hook: HookPoint) -> None:
+        layer = hook.layer()
+        recurrences[str(layer)] = record.pop(layer).recurrence.select(heads=heads[layer])
+        if len(recurrences) == len(heads):
+            raise _Enough
+
+    hooks = [(f"blocks.{layer}.mixer.hook_read", leave) for layer in heads]
+    with suppress(_Enough), torch.no_grad(), model.recording(heads) as record, model.hooks(hooks):
+        model(ids.long().to(model.cfg.device), return_type=None)
+    return recurrences
+
+
+def _describe(model: HookedRecurrent, ids: Tensor, asked: CollectionIndex) -> CollectionIndex:
+    """What an index says besides what was asked for, from the factors of a first batch: the dtype, and for each layer
+    the dtype and shape (of one token and head) of every factor, and what states need besides."""
+    layers: dict[str, CollectionIndex] = {}
+    for layer, r in _recorded(model, ids, asked).items():
+        names = ["k", "u"]
+        if asked["targets"] != ["write"]:
+            erase = ["beta"] if _erases_along_key(r) else ["a", "b"]
+            names += ["q", "log_decay", *erase]
+        factors = {name: x for name in names if (x := getattr(r, name)) is not None}
+        layers[layer] = {"factors": factors, "scale": r.scale, "read_before_write": r.read_before_write}
+    vectors = [x for described in layers.values() for x in described["factors"].values() if x.ndim > 3]
+    dtype = asked.get("dtype") or _smallest_dtype(vectors)
+    for described in layers.values():
+        for name, x in described["factors"].items():
+            is_number = name == "beta" or x.ndim == 3
+            described["factors"][name] = ["float32" if is_number else dtype, list(x.shape[3:])]
+    return {"dtype": dtype, "layers": layers}
+
+
+def _erases_along_key(r: Recurrence) -> bool:
+    """Whether the erase is the delta rules', a = -beta k and b = alpha k, exactly."""
+    if r.beta is None or r.a is None or r.b is None:
+        return False
+    return torch.equal(r.b, faded(r.k, r.log_decay)) and torch.equal(r.a, -r.beta[..., None] * r.k)
+
+
+def _smallest_dtype(factors: Sequence[Tensor]) -> FactorDtype:
+    """The first of float16, bfloat16 and float32 that keeps these factors well, with room for larger ones."""
+    finite = [x.float().nan_to_num(0, 0, 0) for x in factors]
+
+    def fits(x: Tensor, dtype: torch.dtype, limit: float) -> bool:
+        if _HEADROOM * x.abs().max() > torch.finfo(dtype).max:
+            return False
+        error = (x.to(dtype).float() - x).norm()
+        return bool(error <= limit * x.norm())
+
+    for name, limit in _ROUNDING.items():
+        if all(fits(x, getattr(torch, name), limit) for x in finite):
+            return name
+    return "float32"
