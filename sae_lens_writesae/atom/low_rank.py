@@ -66,8 +66,10 @@ class LowRank:
         left = left[..., :rank].mT
         sigma = sigma[:, :rank, None]
         right = right[:, :rank]
-        share = sigma.sqrt() if balanced else torch.ones_like(sigma)
-        return cls((left * (share if balanced else sigma)).to(matrices), (right * share).to(matrices))
+        if balanced:
+            root = sigma.sqrt()
+            return cls((left * root).to(matrices), (right * root).to(matrices))
+        return cls((left * sigma).to(matrices), right.to(matrices))
 
     @classmethod
     def cat(cls, summands: Sequence[LowRank]) -> LowRank:

@@ -39,7 +39,7 @@ SPAN = 64
 TOKENS_APART = 16
 """Tokens between two rows of a chunk in one batch, about. Nearer rows are faster and resemble each other more, which
 costs explained variance."""
-BLOCK = 2**18
+STATE_BLOCK = 2**18
 """Numbers of one block: of states, or of probes."""
 
 
@@ -58,8 +58,8 @@ class States(NamedTuple):
     """[G,P,W,1 or K], what each write has met; 0 for those that come later."""
 
     def blocks(self, width: int) -> Iterator[Self]:
-        """The same in order, so many chunks at a time that `width` numbers a chunk are about `BLOCK`."""
-        yield from (type(self)(*part) for part in zip(*(x.split(max(1, BLOCK // width)) for x in self)))
+        """The same in order, so many chunks at a time that `width` numbers a chunk are about `STATE_BLOCK`."""
+        yield from (type(self)(*part) for part in zip(*(x.split(max(1, STATE_BLOCK // width)) for x in self)))
 
     def dense(self) -> Tensor:
         """[N,K,V]. Costs W K V a row."""
@@ -73,7 +73,7 @@ class States(NamedTuple):
         for left, right in zip(v.mT.unbind(2), w.mT.unbind(2)):  # [F,K] and [F,V]
             probe = (self.start @ right.T) * left.T  # [G,K,F]
             seen = self.values @ right.T  # [G,W,F]
-            if self.between.shape[3] == 1:
+            if self.between.shape[3] == 1:  # a decay of the head comes out of the sum over channels
                 of_writes = self.between.squeeze(3) @ ((self.keys @ left.T) * seen)
             else:
                 of_writes = (((self.keys[:, None] * self.between) @ left.T) * seen[:, None]).sum(2)
@@ -162,7 +162,7 @@ def step_on_states(p: dict[str, Tensor], rows: States, cfg: Config, dead: Dead |
     with torch.no_grad():
         scores, atoms = _selected(p, rows, cfg)
     P = rows.since.shape[1]
-    split = partial(torch.split, split_size_or_sections=P * max(1, BLOCK // (P * cfg.d_in)))
+    split = partial(torch.split, split_size_or_sections=P * max(1, STATE_BLOCK // (P * cfg.d_in)))
     errors = list[Tensor]()
     codes = list[Tensor]()
     for part, part_atoms, part_scores in zip(rows.blocks(P * cfg.d_in), split(atoms), split(scores)):

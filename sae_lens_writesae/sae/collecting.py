@@ -33,7 +33,6 @@ from hookpoints.files import (
     atomic_text,
     atomic_write,
     content_hash,
-    file_hash,
     plain_file,
     read_json,
     set_aside,
@@ -309,18 +308,13 @@ def _whole(file: Path) -> bool:
         with safe_open(plain_file(file.parent, file.name), framework="pt") as opened:
             expected = (opened.metadata() or {}).get("sha256")
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (it is no mapping)
-        if expected is None:  # of an earlier version, which sealed whole collections alone
-            seal = file.with_name(CHECKSUMS)
-            lines = seal.read_text().splitlines() if seal.is_file() else []
-            sealed = f"{file_hash(file)}  {file.name}" in lines
-        else:
-            sealed = expected == content_hash(tensors)
-        why = "" if sealed else "its numbers are not those of its checksum"
     except (SafetensorError, ChecksumError) as error:
-        why = str(error)
-    if why:
-        set_aside(file, why)
-    return not why
+        set_aside(file, str(error))
+        return False
+    if content_hash(tensors) != expected:
+        set_aside(file, "its numbers are not those of its checksum")
+        return False
+    return True
 
 
 def _stored(model: HookedRecurrent, ids: Tensor, index: CollectionIndex) -> dict[str, Tensor]:

@@ -188,7 +188,7 @@ class Stack:
             lr_end=cast(float, self.trainer.lr_end),
             num_cycles=self.trainer.n_restart_cycles,
         )
-        self.silent = torch.zeros(self.p["b_enc"].shape, dtype=torch.long, device=self.runner.device)
+        self.silent = torch.zeros_like(self.p["b_enc"], dtype=torch.long)
         self.step = 0
         self.looks = 1 if self.silent.device.type == "cpu" else LOOK
         self.errors = self.p["b_dec"].new_zeros(())

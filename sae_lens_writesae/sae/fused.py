@@ -150,7 +150,7 @@ def _biases(p: dict[str, Tensor], cfg: Config) -> Biases:
 def _chosen(p: dict[str, Tensor], keys: Tensor, values: Tensor, biases: Biases, ks: Sequence[int]) -> Chosen:
     M, N = keys.shape[:2]
     F = p["v"].shape[1]
-    top, of_keys, of_values = _select(keys, values, p["v_enc"], p["w_enc"], biases.shift, biases.gain, ks)
+    top, of_keys, of_values = _select(p, keys, values, biases, ks)
     first, asked = _of_dictionaries(M, N, F, tuple(ks), keys.device)
     atoms = top if M == 1 else top + first
     table = torch.stack([biases.shift, biases.gain, biases.of_atoms], -1).flatten(0, 1)
@@ -171,26 +171,25 @@ def _of_dictionaries(M: int, N: int, F: int, ks: tuple[int, ...], device: torch.
     return (F * dictionary).to(device), asked.to(device)
 
 
-def _select(
-    keys: Tensor, values: Tensor, v_enc: Tensor, w_enc: Tensor, shift: Tensor, gain: Tensor, ks: Sequence[int]
-) -> list[Tensor]:
+def _select(p: dict[str, Tensor], keys: Tensor, values: Tensor, biases: Biases, ks: Sequence[int]) -> list[Tensor]:
     """The max(ks) atoms on top for each row [M*N,k], and inner products of the row's keys, and of its values times the
-    `gain`, with those of the encoder [M*N,S,k,R]."""
+    gain, with those of the encoder [M*N,S,k,R]."""
     M, N, S, _ = keys.shape
-    F, R = v_enc.shape[1:3]
+    F, R = p["v_enc"].shape[1:3]
     k = max(ks)
-    scaled = w_enc * gain[..., None, None]
-    offset = (shift * gain)[:, None]
+    scaled = p["w_enc"] * biases.gain[..., None, None]
+    offset = (biases.shift * biases.gain)[:, None]
     blocks = list(_blocks(N, M * F * R * S, keys.device))
     room = keys.new_empty(3, M, blocks[0].stop, S * F * R)  # allocating it for each block would take half the time
     parts = list[tuple[Tensor, Tensor, Tensor]]()
     for rows in blocks:
         n = rows.stop - rows.start
-        of_keys = _products_into(room[0, :, :n], keys[:, rows], v_enc)
+        of_keys = _products_into(room[0, :, :n], keys[:, rows], p["v_enc"])
         of_values = _products_into(room[1, :, :n], values[:, rows], scaled)
         scores = offset
+        sums = room[2, :, :n, :F]
         for s, r in product(range(S), range(R)):
-            scores = torch.addcmul(scores, of_keys[:, :, s, :, r], of_values[:, :, s, :, r], out=room[2, :, :n, :F])
+            scores = torch.addcmul(scores, of_keys[:, :, s, :, r], of_values[:, :, s, :, r], out=sums)
         top = top_atoms(scores, k, ordered=min(ks) < k)
         index = top[:, :, None, :, None].expand(-1, -1, S, -1, R)
         parts.append((top, of_keys.gather(3, index), of_values.gather(3, index)))

@@ -6,6 +6,7 @@ folder first and then calls them.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -49,7 +50,7 @@ def load_sae(path: str | Path, device: str = "cpu", dtype: str | None = None, *,
         config = read_json(file)
         weights = load_file(place)
         of_checkpoint = training or CHECKPOINT_ENTRY in weights
-        registry: dict[str, Any] = {**SAE_TRAINING_CLASS_REGISTRY} if of_checkpoint else {**SAE_CLASS_REGISTRY}
+        registry: Mapping[str, Any] = SAE_TRAINING_CLASS_REGISTRY if of_checkpoint else SAE_CLASS_REGISTRY
         name = str(config.get("architecture"))
         if name not in registry:
             raise CheckpointError(

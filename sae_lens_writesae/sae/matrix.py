@@ -77,10 +77,7 @@ class MatrixSAEConfig(SAEConfig):
         k = getattr(self, "k", 1)  # BatchTopK's is a mean, and may be a fraction
         if not 0 < k <= self.d_sae:
             raise ValueError(f"k={k!r}: must be above 0 and at most d_sae={self.d_sae}.")
-        if self.encoder not in get_args(Encoder):
-            raise ValueError(f"encoder={self.encoder!r}: must be one of {get_args(Encoder)}.")
-        if self.decoder not in get_args(Decoder):
-            raise ValueError(f"decoder={self.decoder!r}: must be one of {get_args(Decoder)}.")
+        check_words(self, encoder=Encoder, decoder=Decoder)
         limit = min(self.d_k, self.d_v)
         if not 1 <= self.rank <= limit:
             raise ValueError(f"rank={self.rank!r}: must be between 1 and min(d_k, d_v) = {limit}.")
@@ -95,6 +92,14 @@ class MatrixSAEConfig(SAEConfig):
             )
         super().__post_init__()
         self.metadata["requires"] = REQUIRES
+
+
+def check_words(config: SAEConfig, **words: object) -> None:
+    """Raise ValueError for a field that is none of the words of its type, a `Literal`."""
+    for name, type_ in words.items():
+        value = getattr(config, name)
+        if value not in get_args(type_):
+            raise ValueError(f"{name}={value!r}: must be one of {get_args(type_)}.")
 
 
 class MatrixSAE(SAE[Any]):

@@ -72,14 +72,13 @@ class Metric:
     @property
     def inverse(self) -> Metric:
         """What moves transformed matrices back."""
-        return Metric(
-            self.key_inverse,
-            self.value_inverse,
-            self.key_root,
-            self.value_root,
-            1 / self.scale,
-            self.damping,
-            self.n_sequences,
+        return dataclasses.replace(
+            self,
+            key_root=self.key_inverse,
+            value_root=self.value_inverse,
+            key_inverse=self.key_root,
+            value_inverse=self.value_root,
+            scale=1 / self.scale,
         )
 
     def apply_rows(self, rows: Tensor) -> Tensor:

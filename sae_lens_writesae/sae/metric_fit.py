@@ -46,16 +46,16 @@ def read_scores(
     Cost: a forward, and a backward down to the lowest of the layers with its activations kept.
     """
     lowest = min(layers)
-    leaves: dict[str, Tensor] = {}
+    leaves: dict[int, Tensor] = {}
 
     def mark(value: Tensor, hook: HookPoint) -> Tensor:
-        leaves[str(hook.name)] = torch.zeros_like(value, requires_grad=True)
-        return value + leaves[str(hook.name)]
+        leaf = torch.zeros_like(value, requires_grad=True)
+        leaves[hook.layer()] = leaf
+        return value + leaf
 
-    names = {layer: f"blocks.{layer}.mixer.hook_read" for layer in layers}
     hooks: list[tuple[str | Callable, Callable]] = [
         (f"blocks.{lowest}.hook_resid_pre", lambda value, hook: value.detach()),  # what is below needs no graph
-        *((name, mark) for name in names.values()),
+        *((f"blocks.{layer}.mixer.hook_read", mark) for layer in layers),
     ]
     with torch.enable_grad(), model.recording() as record:
         logits = model.run_with_hooks(tokens, fwd_hooks=hooks)
@@ -63,8 +63,8 @@ def read_scores(
         p = log_p.detach().exp().to(generator.device)
         drawn = torch.multinomial(p, 1, generator=generator).to(log_p.device)
         likelihood = log_p.gather(1, drawn).sum()
-        gradients = torch.autograd.grad(likelihood, [leaves[name] for name in names.values()])
-    return {layer: ReadScores(record[layer].recurrence, gradient) for layer, gradient in zip(names, gradients)}
+        gradients = torch.autograd.grad(likelihood, [leaves[layer] for layer in layers])
+    return {layer: ReadScores(record[layer].recurrence, gradient) for layer, gradient in zip(layers, gradients)}
 
 
 def fit_metrics(

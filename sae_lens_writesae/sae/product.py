@@ -21,7 +21,7 @@ diverged in training with several active atoms a side.) b_dec has no part in it:
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput
@@ -35,6 +35,7 @@ from sae_lens_writesae.sae.training import (
     START_STEPS,
     MatrixTrainingSAE,
     MatrixTrainingSAEConfig,
+    Start,
     draw_rows,
 )
 
@@ -98,7 +99,7 @@ class WriteProductTrainingSAEConfig(WriteProductSAEConfig, MatrixTrainingSAEConf
 
     unit_norm_every: int = 0
     """Must be 0."""
-    b_dec_init: Literal["mean", "zeros"] = "zeros"
+    b_dec_init: Start = "zeros"
     """Must be `zeros`: sides are coded without b_dec."""
 
 

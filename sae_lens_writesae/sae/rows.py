@@ -47,7 +47,8 @@ def new_sae(cfg: RunnerConfig, metric: Metric | None = None) -> MatrixTrainingSA
     Raises:
         ValueError: a metric, and a config that asks for none; or none where it asks for one.
     """
-    if (metric is None) != (cfg.sae.metric == "frobenius"):
+    wants_metric = cfg.sae.metric != "frobenius"
+    if wants_metric != (metric is not None):
         raise ValueError(f"metric={cfg.sae.metric!r}: must be frobenius, or given (see `fit_metrics`).")
     with seeded(cfg.seed, -1):
         sae = cast(MatrixTrainingSAE, TrainingSAE.from_dict(cfg.get_training_sae_cfg_dict() | {"device": cfg.device}))
@@ -220,8 +221,8 @@ def train_on_rows(
         check_folder(checkpoint, _checkpoint_files)
         shutil.rmtree(cast(Path, part), ignore_errors=True)  # of a run that was killed
         settings = dataclasses.replace(settings, n_checkpoints=19, checkpoint_path=str(part))
-    given = map(metric.apply_rows, rows) if metric else rows
-    trainer = SAETrainer(settings, sae, given, save_checkpoint_fn=keep if part else None)
+    in_metric = map(metric.apply_rows, rows) if metric else rows
+    trainer = SAETrainer(settings, sae, in_metric, save_checkpoint_fn=keep if part else None)
     with (
         seeded(cfg.seed, 0),
         wandb_run(cfg),

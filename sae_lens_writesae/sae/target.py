@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -51,7 +51,7 @@ class HeadHook(NamedTuple):
                 "the SAE must read a head's write or state (blocks.{l}.mixer.heads.{h}.hook_write_vec or "
                 f"...hook_state_vec), its hook is {name!r}"
             )
-        return cls(name, int(match[1]), int(match[2]), "write" if match[3] == "write" else "state")
+        return cls(name, int(match[1]), int(match[2]), cast(HookTarget, match[3]))
 
     @classmethod
     def of(cls, sae: Dictionary) -> HeadHook:
@@ -119,11 +119,11 @@ def check_hook(model: HookedRecurrent, name: str, sae: SAEConfig, where: str = "
     model.check_hook_name(name)
     if match := _HOOK_NAME.fullmatch(name):
         shape = model.cfg.layer(int(match[1]))
-        found = (getattr(sae, "d_k", shape.K), getattr(sae, "d_v", shape.V), sae.d_in)
+        sizes = (getattr(sae, "d_k", shape.K), getattr(sae, "d_v", shape.V), sae.d_in)
         wanted = (shape.K, shape.V, shape.K * shape.V)
-        if found != wanted:
+        if sizes != wanted:
             raise ValueError(
-                f"{where}: d_k, d_v, d_in={found!r}: must be {wanted}, as {name} of {model.cfg.model_name}."
+                f"{where}: d_k, d_v, d_in={sizes!r}: must be {wanted}, as {name} of {model.cfg.model_name}."
             )
 
 

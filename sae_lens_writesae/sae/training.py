@@ -9,7 +9,7 @@ dictionary. The optimizer's moments are not touched; those of a dead atom have d
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 import torch
 from sae_lens.saes.sae import SAE, TrainingSAE, TrainingSAEConfig, TrainStepInput, TrainStepOutput
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.choices import Loss, MetricName
 from sae_lens_writesae.sae.losses import read_loss, write_loss
-from sae_lens_writesae.sae.matrix import MatrixSAE, MatrixSAEConfig, with_checksums
+from sae_lens_writesae.sae.matrix import MatrixSAE, MatrixSAEConfig, check_words, with_checksums
 
 PAPER_RUNNER: dict[str, float | int | str] = {
     "lr": 3e-4,
@@ -34,6 +34,10 @@ TRAINING_BUFFERS = ("n_started", "mean_input", "mean_contribution", "mean_batche
 """Buffers that a `MatrixTrainingSAE` adds, which checkpoints have and inference does not."""
 
 
+Directions = Literal["random", "native"]
+Start = Literal["mean", "zeros"]
+
+
 @dataclass(kw_only=True)
 class MatrixTrainingSAEConfig(MatrixSAEConfig, TrainingSAEConfig):
     """Fields that the training config of every architecture shares. The paper's values: unit norm every 100 steps,
@@ -42,10 +46,10 @@ class MatrixTrainingSAEConfig(MatrixSAEConfig, TrainingSAEConfig):
     decoder_init_norm: float | None = 1.0
     """Norm of the atoms at the start, the encoder being equal to them, so that 1 makes an activation the projection on
     its atom. SAELens' 0.1 starts 100 times too low, which a short run does not make up. None: SAELens' random init."""
-    decoder_init: Literal["random", "native"] = "random"
+    decoder_init: Directions = "random"
     """Directions of the atoms at the start: `random`, or `native`: rows of the first batches, cut to rank R, without
     near-copies. Atoms for which the first batches hold no further direction stay random."""
-    b_dec_init: Literal["mean", "zeros"] = "mean"
+    b_dec_init: Start = "mean"
     """`mean`: the mean of the first batch goes into b_dec, if that is still zero."""
     b_dec_rows: int = 32_768
     """Rows over which running means of inputs and activations reach (fewer early in a run). Outside of training steps
@@ -71,26 +75,18 @@ class MatrixTrainingSAEConfig(MatrixSAEConfig, TrainingSAEConfig):
         norm = self.decoder_init_norm
         if norm is not None and not norm > 0:
             raise ValueError(f"decoder_init_norm={norm!r}: must be positive, or None for SAELens' random init.")
-        if self.decoder_init not in ("random", "native"):
-            raise ValueError(f"decoder_init={self.decoder_init!r}: must be 'random' or 'native'.")
-        if self.b_dec_init not in ("mean", "zeros"):
-            raise ValueError(f"b_dec_init={self.b_dec_init!r}: must be 'mean' or 'zeros'.")
-        if not self.b_dec_rows >= 0:
-            raise ValueError(f"b_dec_rows={self.b_dec_rows!r}: must be a number, or 0 for never.")
-        period = self.unit_norm_every
-        if not period >= 0:
-            raise ValueError(f"unit_norm_every={period!r}: must be a number, or 0 for never.")
+        check_words(self, decoder_init=Directions, b_dec_init=Start, loss=Loss, metric=MetricName)
+        for name in ("b_dec_rows", "unit_norm_every", "resample_every"):
+            number = getattr(self, name)
+            if not number >= 0:
+                raise ValueError(f"{name}={number!r}: must be a number, or 0 for never.")
         # Where a class has the field and it is off, norms in the encoder change which atoms are on top.
-        if period and not getattr(self, "rescale_acts_by_decoder_norm", True):
-            raise ValueError(f"unit_norm_every={period!r}: must be 0 with rescale_acts_by_decoder_norm=False.")
-        if not self.resample_every >= 0:
-            raise ValueError(f"resample_every={self.resample_every!r}: must be a number, or 0 for never.")
-        if self.loss not in get_args(Loss):
-            raise ValueError(f"loss={self.loss!r}: must be one of {get_args(Loss)}.")
+        if self.unit_norm_every and not getattr(self, "rescale_acts_by_decoder_norm", True):
+            raise ValueError(
+                f"unit_norm_every={self.unit_norm_every!r}: must be 0 with rescale_acts_by_decoder_norm=False."
+            )
         if not 0 <= self.loss_weight <= 1:
             raise ValueError(f"loss_weight={self.loss_weight!r}: must be between 0 and 1.")
-        if self.metric not in get_args(MetricName):
-            raise ValueError(f"metric={self.metric!r}: must be one of {get_args(MetricName)}.")
         if self.metric != "frobenius" and self.loss != "mse":
             raise ValueError(f"loss={self.loss!r}: must be 'mse' with metric='gauss_newton'.")
         super().__post_init__()
@@ -369,14 +365,13 @@ def distinct_directions(matrices: LowRank | Tensor, rank: int, taken: LowRank | 
         atoms = LowRank.svd(dense, rank, balanced=True)
         size = atoms.norm().rsqrt()[:, None, None]
         atoms = LowRank(atoms.keys * size, atoms.values * size)
-    cosines = atoms.cosines(atoms).tril(-1)  # with those before it
+    cosines = [atoms.cosines(atoms).tril(-1)]  # with those before it
     if isinstance(taken, LowRank):
-        with_taken = atoms.cosines(taken.to(atoms.keys))
-        cosines = torch.cat([cosines, with_taken], dim=1)
+        cosines.append(atoms.cosines(taken.to(atoms.keys)))
     elif taken is not None:
-        with_taken = atoms.dense().flatten(1) @ nn.functional.normalize(taken, dim=1).T
-        cosines = torch.cat([cosines, with_taken], dim=1)
-    return atoms.rows(~(cosines > MAX_COSINE).any(1))
+        cosines.append(atoms.dense().flatten(1) @ nn.functional.normalize(taken, dim=1).T)
+    is_near = torch.cat(cosines, dim=1) > MAX_COSINE
+    return atoms.rows(~is_near.any(1))
 
 
 def _padded_unit(side: Tensor, rank: int) -> Tensor:

@@ -98,7 +98,7 @@ def test_units_are_the_rows_of_the_recurrence(collections: Any, family: str, pos
 def test_losses_and_gradients_are_those_of_the_dense_step(
     collections: Any, family: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chunks, "BLOCK", 2000)
+    monkeypatch.setattr(chunks, "STATE_BLOCK", 2000)
     cfg = config(collections[family], dtype="float64", **changes)
     source = StateStack(cfg, collections[family])
     sae: Any = new_sae(cfg)
