@@ -7,7 +7,6 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import torch
@@ -16,13 +15,11 @@ from safetensors.torch import load_file, save_file
 from hookpoints import HookedRecurrent, UnsupportedModelError
 from hookpoints import embedded as shipped
 from hookpoints.files import CHECKSUMS
-from sae_lens_writesae import choices as plugin
 from sae_lens_writesae.choices import VARIANTS
 from sae_lens_writesae.sae import fast
 from sae_lens_writesae.sae.factors import Collection
 from sae_lens_writesae.sae.load import load_sae
 from sae_lens_writesae.sae.runner import text_dataset
-from writesae import choices as study
 from writesae.choices import MATCHED, DictionaryName
 from writesae.dictionaries import Collect, Train
 from writesae.dictionary.traits import objective, variant
@@ -243,10 +240,3 @@ def test_a_killed_training_goes_on_from_its_checkpoint(
     resumed = train("killed")
     assert next(steps) - 54 in (12, 13) and resumed == whole
     assert not list((tmp_path / "killed").rglob("*checkpoint*"))
-
-
-def test_words_of_flags_are_those_of_the_plugin() -> None:
-    """Which cannot be imported without torch, and so says them a second time."""
-    assert tuple(VARIANTS) == study.VARIANTS
-    for name in ("Target", "Loss", "MetricName"):
-        assert get_args(getattr(plugin, name)) == get_args(getattr(study, name))

@@ -1,27 +1,25 @@
-"""Words that flags take, and the names of dictionaries.
-
-`Target`, `Loss`, `MetricName` and `VARIANTS` repeat those of the plugin: importing it loads torch, and help must stay
-fast. A test holds the two equal.
-"""
+"""Words that flags take, and the names of dictionaries."""
 
 from __future__ import annotations
 
 import re
+import runpy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, NamedTuple, cast, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast, get_args
 
-Target = Literal["write", "state", "last_state"]
-"""`write`: the matrix that is added at each token, which the substitution test exchanges (the default). `state`: the
-state after each token (the paper's text). `last_state`: the state at the end of each sequence (the paper's code)."""
-
-Loss = Literal["mse", "reads", "write"]
-"""`mse`: the matrix itself. `reads`: what the head's queries read from it. `write`: the matrix itself, and atoms along
-the write of the same token."""
-
-MetricName = Literal["frobenius", "gauss_newton"]
-"""`frobenius`: an error costs the sum of its squares. `gauss_newton`: the KL divergence that it causes in the model."""
+if TYPE_CHECKING:
+    from sae_lens_writesae.choices import VARIANTS, Loss, MetricName, Target
+else:
+    # The plugin's words, from their file: importing the package would load torch, and help must stay fast.
+    _package = Path(find_spec("sae_lens_writesae").origin).parent
+    _words = runpy.run_path(str(_package / "choices.py"))
+    VARIANTS = _words["VARIANTS"]
+    Loss = _words["Loss"]
+    MetricName = _words["MetricName"]
+    Target = _words["Target"]
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 """A language model's dtype."""
@@ -76,8 +74,6 @@ class OnText:
         at_least(self, {"sequences": 1, "context_size": 1})
 
 
-VARIANTS = ("WriteSAE", "TiedSAE", "MatrixSAE", "BilinearFlatSAE", "FlatSAE", "WriteSAE-rank2", "WriteSAE-rank4")
-"""Names of the paper's variants, whose fields `sae_lens_writesae.VARIANTS` has."""
 MATCHED = "FlatSAE-matched"
 """A flat SAE with as many parameters as the WriteSAE has."""
 

@@ -17,13 +17,13 @@ from hookpoints.hooks.points import scopes_of
 from hookpoints.scopes import scoped
 
 if TYPE_CHECKING:
-    from hookpoints.layer.context import Scope
+    from hookpoints.layer.context import HookScope
 
 Hook = Callable[..., object]
 """Called with an activation and ``hook=`` its hook point; returns another activation, or None to leave it."""
 Name = str | Callable[[str], bool]
 """A hook's name, or a predicate on names."""
-Hooks = Sequence[tuple[Name, Hook]]
+HookSpecs = Sequence[tuple[Name, Hook]]
 NamedHooks = Sequence[tuple[str, Hook]]
 Way = Literal["fwd", "bwd"]
 
@@ -72,7 +72,7 @@ def find_hooks(model: HookedRootModule, name: Name) -> list[str]:
 
 @scoped
 def scoped_hooks(
-    scope: Scope,
+    scope: HookScope,
     points: Mapping[str, nn.Module],
     landmarks: Sequence[nn.Module],
     fwd: NamedHooks,

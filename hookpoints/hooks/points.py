@@ -15,10 +15,10 @@ from hookpoints.errors import HookShapeError
 from hookpoints.hooks import table as hook_table
 
 if TYPE_CHECKING:
-    from hookpoints.layer.context import Scope
+    from hookpoints.layer.context import HookScope
 
 
-KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOK_DICTS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 """Where PyTorch keeps the hooks of a module, by whatever method they came."""
 
 
@@ -61,11 +61,11 @@ class Point(HookPoint):
     def __init__(self, listeners: Listeners):
         super().__init__()
         self.listeners = listeners
-        for kind in KINDS:
+        for kind in HOOK_DICTS:
             setattr(self, kind, getattr(self, kind))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, _Noting(self.listeners, value.items()) if name in KINDS else value)  # type: ignore[arg-type]
+        super().__setattr__(name, _Noting(self.listeners, value.items()) if name in HOOK_DICTS else value)  # type: ignore[arg-type]
 
 
 class HookSet(nn.Module):
@@ -158,7 +158,7 @@ def _hooked(point: nn.Module | None) -> bool:
     """Whether a member of a set has hooks or is no hook point; sets inside it speak for themselves."""
     if isinstance(point, HookSet | nn.ModuleList):
         return False
-    return type(point) is not Point or any(getattr(point, kind) for kind in KINDS)
+    return type(point) is not Point or any(getattr(point, kind) for kind in HOOK_DICTS)
 
 
 def is_listening(point: nn.Module | None) -> bool:
@@ -166,14 +166,14 @@ def is_listening(point: nn.Module | None) -> bool:
     that runs now, or something (an attached SAE) replaces it."""
     if type(point) not in (Point, HookPoint):
         return point is not None
-    count = sum(len(getattr(point, kind)) for kind in KINDS)
+    count = sum(len(getattr(point, kind)) for kind in HOOK_DICTS)
     if not count:
         return False
     scopes = scopes_of(point)  # type: ignore[arg-type]
     return count > len(scopes) or any(scope.active() for scope in scopes)
 
 
-def scopes_of(point: nn.Module) -> list[Scope]:
+def scopes_of(point: nn.Module) -> list[HookScope]:
     """The scopes of a point's hooks that have one, one entry per hook. Hooks sit on modules, which threads share, but
     a scope belongs to the thread that opened it."""
     return point.__dict__.setdefault("hookpoints_scopes", [])

@@ -101,7 +101,7 @@ class Run:
         return self.start_layer > 0 or self.stop_layer is not None or self.residual is not None
 
 
-class Scope:
+class HookScope:
     """A stretch of a program in which a hooked model runs otherwise. Opened by ``scope``."""
 
     def __init__(self, owner: object, plans: tuple[EditPlan, ...], changes: dict[str, object]):
@@ -124,7 +124,7 @@ class Scope:
 
 
 _NOTHING = Run()
-_SCOPES: ContextVar[tuple[Scope, ...]] = ContextVar("hookpoints_scopes", default=())
+_SCOPES: ContextVar[tuple[HookScope, ...]] = ContextVar("hookpoints_scopes", default=())
 
 
 def current(owner: object) -> Run:
@@ -141,10 +141,10 @@ def current(owner: object) -> Run:
 
 
 @scoped
-def scope(owner: object, added: tuple[EditPlan, ...] = (), **changes: object) -> Iterator[Scope]:
+def scope(owner: object, added: tuple[EditPlan, ...] = (), **changes: object) -> Iterator[HookScope]:
     """Put ``changes`` (fields of ``Run``) in force on top of what is, for the length of the scope, and ``added`` after
     the plans in force. Scopes may close in any order."""
-    opened = Scope(owner, added, changes)
+    opened = HookScope(owner, added, changes)
     try:
         _SCOPES.set((*_SCOPES.get(), opened))
         yield opened

@@ -31,7 +31,7 @@ from transformers import Cache
 
 from hookpoints.errors import InputError, UnsupportedModelError
 from hookpoints.files import atomic_write
-from hookpoints.hooks.guard import Hook, Hooks
+from hookpoints.hooks.guard import Hook, HookSpecs
 from hookpoints.layer.context import Reading, Recorded, count_tokens, drop_sources, scope
 from hookpoints.memory.caches import (
     attends_and_convolves,
@@ -637,7 +637,7 @@ def _run(
     tokens: Tensor,
     position: int,
     cache: Cache | None,
-    hooks: Hooks = (),
+    hooks: HookSpecs = (),
     positions: Tensor | None = None,
 ) -> Cache:
     """The cache after a pass over ``tokens`` [B,T], the first of which stands at ``position``, from ``cache`` on.

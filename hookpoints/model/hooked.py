@@ -16,7 +16,7 @@ from transformers import Cache
 from hookpoints.edits.edit import EditPlan, EditRow, Edits
 from hookpoints.errors import EditError, HookpointsError
 from hookpoints.hooks.cache import NamesFilter, Saving, caching_hooks, reachable
-from hookpoints.hooks.guard import ADDING, Hook, Hooks, Name, find_hooks, scoped_hooks
+from hookpoints.hooks.guard import ADDING, Hook, HookSpecs, Name, find_hooks, scoped_hooks
 from hookpoints.layer.context import Backend, Recorded, current, position_of, scope
 from hookpoints.model.cache import RecurrentCache
 from hookpoints.model.config import HookedRecurrentConfig, describe, device_of
@@ -99,7 +99,11 @@ class HookedModel(HookedRootModule):
 
     @scoped
     def hooks(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), reset_hooks_end: bool = True, clear_contexts: bool = False
+        self,
+        fwd_hooks: HookSpecs = (),
+        bwd_hooks: HookSpecs = (),
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
     ) -> Iterator[Self]:
         """TransformerLens' scoped hooks; unknown names raise, and so does a hook that did not fire though a pass ran.
 

@@ -21,7 +21,7 @@ from hookpoints.model import loading
 from hookpoints.model.attachment import Attachment, StopForward
 from hookpoints.model.inputs import as_tokens, cache_argument, check_loss, check_mask, check_tokens, continuing
 from hookpoints.model.layout import find_layout
-from hookpoints.model.refused import REFUSED, generation_arguments
+from hookpoints.model.refused import REFUSED_NAMES, generation_arguments
 from hookpoints.model.selfcheck import self_check as run_self_check
 from hookpoints.model.tokens import PaddingSide, TokenBatch, Tokens
 from hookpoints.model.weights import Weights
@@ -56,8 +56,8 @@ class HookedRecurrent(Tokens, Weights):
     ln_final: nn.Module
 
     def __getattr__(self, name: str) -> Any:
-        if name in REFUSED:
-            raise AttributeError(f"HookedRecurrent has no {name} of HookedTransformer's: {REFUSED[name]}")
+        if name in REFUSED_NAMES:
+            raise AttributeError(f"HookedRecurrent has no {name} of HookedTransformer's: {REFUSED_NAMES[name]}")
         if isinstance(of_class := getattr(type(self), name, None), property) and of_class.fget is not None:
             return of_class.fget(self)  # it raised an AttributeError, which nn.Module would take for an absent name
         return super().__getattr__(name)

@@ -35,7 +35,7 @@ _REASONS: tuple[tuple[str, str], ...] = (
     ("load_sample_training_dataset sample_datapoint", "no data set belongs to a model here"),
     ("move_model_modules_to_device mps", "model.to(device) moves it"),
 )
-REFUSED = {name: reason for names, reason in _REASONS for name in names.split()}
+REFUSED_NAMES = {name: reason for names, reason in _REASONS for name in names.split()}
 """Name -> why there is none, and what to use."""
 
 _CHECKPOINT = "revision= names a commit or tag of the hub"

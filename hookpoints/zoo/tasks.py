@@ -22,7 +22,7 @@ from itertools import chain, product
 import torch
 from torch import Generator, Tensor
 
-NAMES = (
+PEOPLE = (
     "Ada Ben Cleo Dan Eve Finn Gus Hana Ian Jane Kim Leo Mia Ned Olga Pam Quinn Rosa Sam Tara Uma Vera Will Xena Yara "
     "Zoe Alma Boris Clara David Elsa Frank Grace Hugo Iris Jack Karl Lena Max Nora Oscar Paula Ralph Sara Tom Ursula "
     "Victor Wanda Anna Bruno Carla Dora Emil Flora Greta Henry Ivan Julia Kurt Lucy Marie Nils Otto Peter"
@@ -72,7 +72,7 @@ class Recall:
     @property
     def vocabulary(self) -> tuple[str, ...]:
         """``<bos>``, names for the keys, cities for the values."""
-        return ("<bos>", *NAMES.split()[: self.n_keys], *CITIES.split()[: self.n_values])
+        return ("<bos>", *PEOPLE.split()[: self.n_keys], *CITIES.split()[: self.n_values])
 
     def batch(self, n: int, generator: Generator, pairs: int = 8, queries: int = 1) -> Batch:
         """n fresh sequences of 1 + 2 (pairs + queries) tokens. Symbols: keys, values [B,P]; asked [B,Q]."""
@@ -104,7 +104,7 @@ class Composition:
     def vocabulary(self) -> tuple[str, ...]:
         """``<bos>``, names, ``red-oak-cup`` and so on, ``color?``, ``material?``, ``thing?``, and the attributes."""
         slots = [words.split() for words in ATTRIBUTES]
-        names = NAMES.split()[: self.n_keys]
+        names = PEOPLE.split()[: self.n_keys]
         tokens = map("-".join, product(*slots))
         return ("<bos>", *names, *tokens, "color?", "material?", "thing?", *chain(*slots))
 

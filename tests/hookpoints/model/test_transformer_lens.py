@@ -16,7 +16,7 @@ from transformer_lens import patching
 
 from hookpoints import HookedRecurrent
 from hookpoints.errors import HookShapeError, InputError
-from hookpoints.model.refused import REFUSED, refuse_arguments
+from hookpoints.model.refused import REFUSED_NAMES, refuse_arguments
 
 THEIRS = getattr(transformer_lens, "HookedTransformer", None) if version("transformer-lens") < "4" else None
 
@@ -24,8 +24,8 @@ THEIRS = getattr(transformer_lens, "HookedTransformer", None) if version("transf
 def test_every_public_name_is_there_or_refused(model):
     names = {name for name in dir(THEIRS) if not name.startswith("_")} if THEIRS else set()
     absent = {name for name in names - set(dir(nn.Module)) if not hasattr(model, name)}
-    assert absent - {"W_O"} <= set(REFUSED)  # W_O: of heads of one shape
-    for name, reason in REFUSED.items():
+    assert absent - {"W_O"} <= set(REFUSED_NAMES)  # W_O: of heads of one shape
+    for name, reason in REFUSED_NAMES.items():
         assert not hasattr(model, name)
         with pytest.raises(AttributeError, match=name) as raised:
             getattr(model, name)
