@@ -45,10 +45,10 @@ def token_id(model: HookedRecurrent, target: TargetToken) -> int:
         ValueError: the string is several tokens (the message names them), or the id is out of range.
     """
     if isinstance(target, str):
-        return int(model.to_single_token(target))
+        return model.to_single_token(target)
     if not 0 <= target < model.W_U.shape[1]:
         raise ValueError(f"token: expected an id below {model.W_U.shape[1]}, got {target}")
-    return int(target)
+    return target
 
 
 @torch.no_grad()
@@ -178,6 +178,7 @@ def _along(where: _Where, head: int, unit: Tensor, strength: float) -> list[Name
 
     def steer_write(writes: Tensor, hook: HookPoint) -> Tensor | None:
         steered = where.tokens(writes, lambda: writes)
+        # Relative to the token's own write: where a head writes little, little is added.
         size = strength * torch.linalg.matrix_norm(writes) * steered
         if size.any():
             return writes + size[..., None, None] * unit.to(writes)
@@ -198,6 +199,7 @@ def _toward(where: _Where, head: int, direction: Tensor, strength: float) -> lis
             raise ValueError(
                 f"tokens of layer {where.layer} write {values.shape[3]} terms each; steering toward a token needs one"
             )
+        # k_t w^T / |k_t| times |W_t| = |k_t| |u_t| is k_t (|u_t| w)^T: the key stays, and the value moves.
         value = values[:, :, head]
         at_tokens = where.tokens(value, lambda: keys[0][..., None] * value[..., None, :])
         if not at_tokens.any():

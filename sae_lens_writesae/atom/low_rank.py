@@ -66,6 +66,7 @@ class LowRank:
         left = left[..., :rank].mT
         sigma = sigma[:, :rank, None]
         right = right[:, :rank]
+        # Roots on both sides give Adam, whose steps have one size, equal sides to turn.
         if balanced:
             root = sigma.sqrt()
             return cls((left * root).to(matrices), (right * root).to(matrices))
@@ -151,4 +152,5 @@ class LowRank:
 
 
 def _ratio(inner: Tensor, size: Tensor) -> Tensor:
+    # Clamped before the division: the branch that is not taken would have a NaN gradient.
     return torch.where(size > 0, inner / size.clamp_min(torch.finfo(size.dtype).tiny), 0)

@@ -150,8 +150,9 @@ def collect(
     if dtype != "auto":
         asked["dtype"] = dtype
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock", timeout=0):
+    with FileLock(folder / ".lock", timeout=0):  # fails at once where another run writes
         index = _index(model, ids, folder, asked, batch_size, shard_bytes)
+        # Before any work: what is there is checked, and the room for the rest.
         missing = _missing(folder, index)
         _check_room(folder, index, missing, say)
         atomic_text(folder / INDEX, json.dumps(index, indent=1))
@@ -237,6 +238,7 @@ def _batch_size(model: HookedRecurrent, n_layers: int, n_tokens: int, asked: int
         ValueError: there is no memory for it.
     """
     cfg = model.cfg
+    # Layers run one after the other, so that the widest one alone counts.
     widest = max(shape.H * shape.R * (shape.K + shape.V) for shape in cfg.layers.values())
     factors = 4 * (_COPIES + 2 * n_layers) * widest
     mlp = cfg.dtype.itemsize * (4 * cfg.d_model + 3 * (cfg.d_mlp or 0))
@@ -345,6 +347,7 @@ def _check_states(layer: str, r: Recurrence, along_key: bool) -> None:
 def _rounded(name: str, value: Tensor, dtype: str) -> Tensor:
     """A factor in the dtype of its file; raises CollectionError where it has a NaN, or a number beyond that dtype."""
     rounded = value.to(getattr(torch, dtype)).contiguous()
+    # In half precision a number that is too large becomes infinite without a word.
     overflows = not torch.equal(rounded.isfinite(), value.isfinite())
     if overflows or value.isnan().any():
         raise CollectionError(
@@ -369,6 +372,7 @@ def _recorded(model: HookedRecurrent, ids: Tensor, asked: CollectionIndex) -> di
 
     def leave(_: Tensor, hook: HookPoint) -> None:
         layer = hook.layer()
+        # Taken out of the record, which holds more of the layer than was asked for.
         recurrences[str(layer)] = record.pop(layer).recurrence.select(heads=heads[layer])
         if len(recurrences) == len(heads):
             raise _Enough
@@ -390,6 +394,7 @@ def _describe(model: HookedRecurrent, ids: Tensor, asked: CollectionIndex) -> Co
             names += ["q", "log_decay", *erase]
         factors = {name: x for name in names if (x := getattr(r, name)) is not None}
         layers[layer] = {"factors": factors, "scale": r.scale, "read_before_write": r.read_before_write}
+    # One number a head costs little, and stays in float32.
     vectors = [x for described in layers.values() for x in described["factors"].values() if x.ndim > 3]
     dtype = asked.get("dtype") or _smallest_dtype(vectors)
     for described in layers.values():

@@ -161,7 +161,7 @@ class Collection:
         stored: dict[str, Any] = {
             name: self._map(f"{layer}.{head}.{name}")[sequences].unsqueeze(2) for name in described["factors"]
         }
-        if "beta" in stored:
+        if "beta" in stored:  # b = alpha k is made again; a = -beta k follows from beta in `Recurrence`
             stored["b"] = faded(stored["k"].float(), stored.get("log_decay"))
         return Recurrence(**stored, scale=described["scale"], read_before_write=described["read_before_write"])
 
@@ -177,6 +177,7 @@ class Collection:
 
     def _map(self, name: str) -> Mapped:
         if name not in self._mapped:
+            # Each file is opened after its hash was compared, and stays mapped.
             files = (safe_open(self._sealed.file(shard), framework="pt") for shard in shard_spans(self._index))
             mapped = Mapped([file.get_tensor(name) for file in files])
             if mapped.shape[:2] != (self.n_sequences, self.context_size):
@@ -236,6 +237,7 @@ def _check_sizes(sealed: SealedFolder, index: CollectionIndex) -> None:
             f"{file}: expected a shape of two whole numbers and sequences_per_shard, got {shape} and "
             f"{index.get('sequences_per_shard')}; collect again"
         )
+    # Counted, not listed: the sizes are someone else's, and may be any numbers.
     n_shards = -(-sizes[0] // sizes[2])
     n_sealed = sum(name.startswith("shard-") for name in sealed.sums or ())
     if n_shards != n_sealed:
@@ -278,6 +280,7 @@ def named_text(ids: Tensor) -> CollectionIndex:
 def model_hash(model: HookedRecurrent) -> str:
     """SHA-256 of every parameter and buffer. Cost: one pass over them."""
     digest = hashlib.sha256()
+    # Under their names and in their dtypes: equal bytes of other tensors are other weights.
     for name, value in sorted(model.hf_model.state_dict().items()):
         digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

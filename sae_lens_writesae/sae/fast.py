@@ -130,6 +130,7 @@ def shape_of(cfg: RunnerConfig) -> str | None:
         return None
     if of_states and sae.d_in < STATES_FROM:
         return None
+    # One step has the scores of all dictionaries, and takes of each as many as its own k.
     shared = dataclasses.replace(sae, k=1, metadata=type(sae.metadata)())
     return repr((shared, dataclasses.replace(cfg.to_sae_trainer_config(), checkpoint_path=None), cfg.device))
 
@@ -139,13 +140,13 @@ def shape_of(cfg: RunnerConfig) -> str | None:
 
 def _held(writes: Sequence[LowRank], device: torch.device) -> Sequence[LowRank]:
     """Writes on the device of training, where they take less than half of what is free there: no step then copies."""
-    different = {id(part): part for part in writes}
-    needed = sum(part.keys.nbytes + part.values.nbytes for part in different.values())
+    different = set(writes)  # several dictionaries may have the same rows
+    needed = sum(part.keys.nbytes + part.values.nbytes for part in different)
     free = getattr(torch.get_device_module(device), "mem_get_info", None)
     if device.type == "cpu" or free is None or 2 * needed > free(device)[0]:
         return writes
-    moved = {key: part.to(device) for key, part in different.items()}
-    return [moved[id(part)] for part in writes]
+    moved = {part: part.to(device) for part in different}
+    return [moved[part] for part in writes]
 
 
 class Stack:
@@ -165,6 +166,7 @@ class Stack:
         self.cfg = cast("Config", self.saes[0].cfg)
         self.ks = [int(cfg.sae.k) for cfg in self.configs]
         self.p: dict[str, Tensor] = torch.func.stack_module_state(self.saes)[0]
+        # The optimizer steps the stacked parameters; each autoencoder sees its part of them.
         for m, sae in enumerate(self.saes):
             for name, x in self.p.items():
                 sae.get_parameter(name).data = x.data[m]
@@ -215,6 +217,7 @@ class Stack:
         metric = self.metrics[m]
         writes = self.writes[m]
         b_dec = self.p["b_dec"]
+        # The device first: rows in half precision cross the bus as such.
         part = writes.rows(index.to(writes.keys.device)).to(b_dec.device).to(b_dec.dtype)
         if metric is not None:
             part = metric.move(part)
@@ -252,11 +255,11 @@ class Stack:
             shuffled(len(rows), n_rows // self.together, cfg.seed, self.step, self.place(rows))
             for rows, cfg in zip(self.writes, self.configs)
         ]
-        size = len(self.saes) * n_rows * self.cfg.d_sae * self.cfg.rank * (self.cfg.d_k + self.cfg.d_v)
+        scores = n_rows * (self.p["v"].numel() + self.p["w"].numel())  # multiply-adds, most of a step's
         saved = time.monotonic()
         log = self.runner.logger
         with ExitStack() as scope:
-            scope.enter_context(threads_for(size))
+            scope.enter_context(threads_for(scores))
             runs = [scope.enter_context(wandb_run(cfg, reinit="create_new")) for cfg in self.configs]
             quiet = not self.runner.verbose
             for _ in tqdm(range(self.step, steps), initial=self.step, total=steps, desc="Training SAE", disable=quiet):
@@ -283,6 +286,8 @@ class Stack:
             ValueError: NaN or infinite errors.
         """
         window = self.trainer.dead_feature_window
+        # The host looks at a device only now and then, and takes a bound that holds until the next look: atoms that
+        # are silent for so long by now that they may be dead before it.
         if self.most_dead is None or self.step % self.looks == 0:
             dying = self.silent > window - self.looks + 1
             self.most_dead = int(dying.sum(1).max())
@@ -291,6 +296,7 @@ class Stack:
         if self.step < START_STEPS or any(is_due(period, self.step) for period in periods):
             for m, (sae, cfg) in enumerate(zip(self.saes, self.configs)):
                 dead_atoms = None if dead is None else dead.atoms[m]
+                # Each draws what it would draw alone.
                 with seeded(cfg.seed, self.step):
                     sae._upkeep(self.matrices(batch[m]), self.step, dead_atoms)  # pyright: ignore  (decorator)
         done = self.losses(self.p, batch, self.ks, dead if self.cfg.aux_loss_coefficient else None)
@@ -301,6 +307,7 @@ class Stack:
             self._clip()
         self.optimizer.step()
         self.schedule.step()
+        # An atom that is active in any row has been silent for 0 steps. Scattering minima needs no look at which are.
         since = (done.code <= 0) * NEVER
         self.silent += 1
         self.silent.view(-1).scatter_reduce_(0, done.atoms.flatten(), since.flatten(), "amin")
@@ -340,7 +347,7 @@ class Stack:
         """A dictionary with its own weights, whose reconstructions are right on average over `b_dec_rows` rows."""
         sae = self.saes[m]
         metric = self.metrics[m]
-        for parameter in sae.parameters():
+        for parameter in sae.parameters():  # views of the stack so far, which all dictionaries would keep alive
             parameter.data = parameter.data.clone()
         p: dict[str, Tensor] = {name: nn.Parameter(x[m : m + 1]) for name, x in self.p.items()}
         parts = self._spread(m, sae.cfg.b_dec_rows or self.trainer.train_batch_size_samples)
@@ -354,7 +361,7 @@ class Stack:
             code.index_add_(0, done.atoms.flatten(), done.code.flatten() / total)
             mean += mean_row(self.matrices(rows)) * (self.together * len(part) / total)
             active += int((done.code > 0).sum())
-        if sae.cfg.b_dec_rows:
+        if sae.cfg.b_dec_rows:  # mean input less mean contributions, as `MatrixTrainingSAE.output_bias`
             sae.move_b_dec(mean - sae.b_dec - code @ sae.W_dec)
         sae.fold_activation_norm_scaling_factor(self.scales[m])
         metadata = sae.cfg.metadata
@@ -383,7 +390,7 @@ class Stack:
         return content_hash([writes, [metric and vars(metric) for metric in self.metrics]])
 
     def _resume(self, file: Path) -> None:
-        content = BytesIO(file.read_bytes())
+        content = BytesIO(file.read_bytes())  # read whole: errors of the disk are no damage
         try:
             state = torch.load(content, map_location=self.runner.device, weights_only=True)
         except (EOFError, KeyError, OSError, RuntimeError, ValueError, UnpicklingError) as error:

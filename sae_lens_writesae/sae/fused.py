@@ -226,6 +226,7 @@ def _decoded(p: dict[str, Tensor], keys: Tensor, values: Tensor, chosen: Chosen,
     M, N, S, K = keys.shape
     F, R, V = p["w"].shape[1:]
     k = chosen.atoms.shape[1]
+    # Sides of atoms and of rows lie in one table, so that one lookup gathers all terms of a row's error.
     lefts = torch.cat([p["v"].flatten(0, 2), keys.flatten(0, 2)])  # [M F R + M N S,K]
     rights = torch.cat([p["w"].flatten(0, 2), values.flatten(0, 2)])
     of_atoms = _terms(chosen.atoms, R)
@@ -241,9 +242,9 @@ def _decoded(p: dict[str, Tensor], keys: Tensor, values: Tensor, chosen: Chosen,
         left = embedding(terms, lefts)
         right = embedding(terms, rights)
         by_left, by_right = _products_of_three(left, right, size)
-        inner = (by_left * left).sum(-1)
+        inner = (by_left * left).sum(-1)  # v^T E w of each term: what the gradient of its coefficient is made of
         by_term.append(inner[:, : k * R])
-        errors.append((inner * size).sum(1))
+        errors.append((inner * size).sum(1))  # |E|^2 = <E, E>, term by term
         change = torch.cat([by_left[:, : k * R], by_right[:, : k * R]], 2)
         change.mul_(_of_terms(by_error[rows], R)[..., None])
         by_atom.index_add_(0, of_atoms[rows].flatten(), change.flatten(0, 1))
@@ -273,6 +274,7 @@ def _encoder_gradients(
     shape = chosen.of_keys.shape
     terms, order = _terms(chosen.atoms, R).view(-1, 1, *shape[2:]).expand(shape).flatten().sort(stable=True)
     bags = torch.searchsorted(terms, _numbers(M * F * R, device=keys.device))
+    # The bag of a term begins where it first appears; a bag of none is a row of zeros.
     rows = order // (shape[2] * R)  # of [M N S], each k R times
 
     def summed(side: Tensor, of_other_side: Tensor) -> Tensor:

@@ -62,6 +62,7 @@ def load_sae(path: str | Path, device: str = "cpu", dtype: str | None = None, *,
             known = {field.name for field in dataclasses.fields(cfg_class)} | {"architecture", "metadata"}
             if unknown := sorted(config.keys() - known):
                 raise CheckpointError(f"{file} has the unknown field(s) {unknown}{nearest(unknown[0], known)}")
+        # On "meta" nothing is allocated: a config may ask for any size.
         expected = sae_class(cfg_class.from_dict(config | {"device": "meta"})).state_dict()
         shapes = {key: list(x.shape) for key, x in expected.items()}
         stored = {key: list(x.shape) for key, x in weights.items()}

@@ -66,13 +66,13 @@ class MatrixSAEConfig(SAEConfig):
         return cls._name
 
     def __post_init__(self) -> None:
-        if not max(self.d_k, self.d_v) > 0:
+        if max(self.d_k, self.d_v) <= 0:
             raise ValueError(f"d_k, d_v={(self.d_k, self.d_v)!r}: must be the widths of the hooked head.")
         self.d_k = self.d_k or self.d_in // self.d_v
         self.d_v = self.d_v or self.d_in // self.d_k
         if self.d_in != self.d_k * self.d_v:
             raise ValueError(f"d_in={self.d_in!r}: must be d_k * d_v = {self.d_k} * {self.d_v}.")
-        if not self.d_sae >= 1:
+        if self.d_sae < 1:
             raise ValueError(f"d_sae={self.d_sae!r}: must be a number of atoms of at least 1.")
         k = getattr(self, "k", 1)  # BatchTopK's is a mean, and may be a fraction
         if not 0 < k <= self.d_sae:

@@ -118,6 +118,7 @@ class Metric:
         cfg = sae.cfg
         state = dict(sae.state_dict())
         scale = state.pop("encoder_scale", None)
+        # A tied encoder reads the atoms, which move the other way: it gets weights of its own.
         if scale is not None and cfg.decoder == "rank":
             state |= {"v_enc": sae.v * scale[:, None, None], "w_enc": sae.w}
         elif scale is not None:
@@ -136,6 +137,7 @@ class Metric:
             state[name] = _moved(state[name], moved_by[name])
         if "encoder_matrix" in state:
             state["encoder_matrix"] = self.apply_rows(state["encoder_matrix"].T).T
+        # What is reconstructed moves back; what reads moves with the writes.
         for name in {"decoder_matrix", "b_dec"} & state.keys():
             state[name] = self.inverse.apply_rows(state[name])
         return state
@@ -148,6 +150,7 @@ def _moved(vectors: Tensor, matrix: Tensor) -> Tensor:
 
 def _roots(matrix: Tensor, what: str) -> tuple[Tensor, Tensor]:
     """The symmetric root and its inverse."""
+    # In float64: the inverse root is made of the smallest eigenvalues.
     values, vectors = torch.linalg.eigh(((matrix + matrix.mT) / 2).double().cpu())
     if not values[0] > 0:
         raise ValueError(f"least eigenvalue of the {what}={float(values[0])!r}: must be positive.")

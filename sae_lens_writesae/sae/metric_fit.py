@@ -60,6 +60,7 @@ def read_scores(
     with torch.enable_grad(), model.recording() as record:
         logits = model.run_with_hooks(tokens, fwd_hooks=hooks)
         log_p = logits.flatten(0, 1).float().log_softmax(-1)
+        # Drawn from the model, not taken from the text: only then is the second moment of gradients the metric.
         p = log_p.detach().exp().to(generator.device)
         drawn = torch.multinomial(p, 1, generator=generator).to(log_p.device)
         likelihood = log_p.gather(1, drawn).sum()
@@ -147,7 +148,7 @@ class Sums:
         values = torch.cat([batch.values for batch in self.writes]).double()
         writes = LowRank(keys, values)
         plain = writes.inner(writes).sum()
-        sides = LowRank(writes.keys @ key_side, writes.values @ value_side)
+        sides = LowRank(keys @ key_side, values @ value_side)
         balance = (plain / writes.inner(sides).sum()).sqrt()
         return Metric.of(key_side * balance, value_side * balance, float(self.cost / plain), damping, n_sequences)
 

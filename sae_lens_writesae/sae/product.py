@@ -74,10 +74,10 @@ class WriteProductSAEConfig(MatrixSAEConfig):
         self.f_value = self.f_value or self.d_sae // max(self.f_key, 1)
         if self.f_key * self.f_value != self.d_sae:
             raise ValueError(f"d_sae={self.d_sae!r}: must be f_key * f_value.")
-        if not 1 <= self.k_key <= self.f_key:
-            raise ValueError(f"k_key={self.k_key!r}: must be between 1 and {self.f_key}.")
-        if not 1 <= self.k_value <= self.f_value:
-            raise ValueError(f"k_value={self.k_value!r}: must be between 1 and {self.f_value}.")
+        for name, most in (("k_key", self.f_key), ("k_value", self.f_value)):
+            k = getattr(self, name)
+            if not 1 <= k <= most:
+                raise ValueError(f"{name}={k!r}: must be between 1 and {most}.")
         fixed = {"encoder": "bilinear", "decoder": "rank", "rank": 1, "apply_b_dec_to_input": False, "loss": "mse"}
         # b_dec is set by the means of training, and norms in the encoder would change which atoms are on top.
         fixed |= {"b_dec_init": "zeros", "unit_norm_every": 0}
@@ -223,6 +223,7 @@ class _SideStep(TrainingSAE[Any]):
         key, value = cast(WriteProductTrainingSAE, self).code(rank_one_rows(self, x))
         key_loss = (value.size() * key.error()).mean()
         value_loss = (key.size() * value.error()).mean()
+        # Of pairs, for counts of dead atoms and running means; gradients go through the sides alone.
         acts = (key.acts.detach()[:, :, None] * value.acts.detach()[:, None]).flatten(1)
         write = LowRank.rank_one(key.reconstruction, value.reconstruction).dense().flatten(1)
         return TrainStepOutput(
@@ -254,6 +255,7 @@ class WriteProductTrainingSAE(_Product, MatrixTrainingSAE, _SideStep):  # pyrigh
             """[N] activation of the strongest pair, in one orientation."""
             return (sign * key_scores).amax(1).clamp_min(0) * (sign * value_scores).amax(1).clamp_min(0)
 
+        # k u^T = (-k)(-u)^T: a write has no sign of its sides. Coded is the orientation with the stronger pair.
         ahead = strongest_pair(1)
         turned = strongest_pair(-1)
         sign = torch.where(turned > ahead, -1.0, 1.0).to(self.dtype)[:, None]
@@ -305,6 +307,7 @@ class WriteProductTrainingSAE(_Product, MatrixTrainingSAE, _SideStep):  # pyrigh
             alive = torch.ones(len(self.sides[side][0]), dtype=torch.bool, device=self.device)
             rows = _distinct(rows, either_sign=False, count=len(alive))
             self._put(side, torch.arange(len(rows), device=self.device), rows, alive)
+            # Counted are as many as both sides have; the rest of a side stays random.
             self.n_started.clamp_max_(len(rows))
 
     @torch.no_grad()
@@ -316,7 +319,7 @@ class WriteProductTrainingSAE(_Product, MatrixTrainingSAE, _SideStep):  # pyrigh
         count = 0
         for side, dead_side in enumerate((grid.all(1), grid.all(0))):
             code = codes[side]
-            errors = codes[1 - side].size() * code.error()
+            errors = codes[1 - side].size() * code.error()  # in units of the write, as the loss is
             drawn = draw_rows(errors, int(dead_side.sum()))
             rows = _distinct(code.rows[drawn], either_sign=side == 0)
             replaced = torch.nonzero(dead_side).flatten()[: len(rows)]

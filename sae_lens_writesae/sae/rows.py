@@ -52,6 +52,7 @@ def new_sae(cfg: RunnerConfig, metric: Metric | None = None) -> MatrixTrainingSA
         raise ValueError(f"metric={cfg.sae.metric!r}: must be frobenius, or given (see `fit_metrics`).")
     with seeded(cfg.seed, -1):
         sae = cast(MatrixTrainingSAE, TrainingSAE.from_dict(cfg.get_training_sae_cfg_dict() | {"device": cfg.device}))
+    # SAELens keeps this with its runner, which would load the language model.
     LanguageModelSAETrainingRunner._set_sae_metadata(cast(Any, SimpleNamespace(cfg=cfg, sae=sae)))
     sae.in_metric = metric is not None
     return sae
@@ -73,7 +74,7 @@ def shuffled(n_rows: int, batch: int, seed: int, step: int = 0, device: torch.de
     order = torch.zeros(0, dtype=torch.long, device=device)
     while True:
         while len(order) < batch + skipped:
-            with seeded(seed, epoch):
+            with seeded(seed, epoch):  # an epoch's order needs none before it: a resumed run draws one
                 order = torch.cat([order, torch.randperm(n_rows).to(device)])
             epoch += 1
         yield order[skipped : skipped + batch]

@@ -78,7 +78,7 @@ class MatrixTrainingSAEConfig(MatrixSAEConfig, TrainingSAEConfig):
         check_words(self, decoder_init=Directions, b_dec_init=Start, loss=Loss, metric=MetricName)
         for name in ("b_dec_rows", "unit_norm_every", "resample_every"):
             number = getattr(self, name)
-            if not number >= 0:
+            if number < 0:
                 raise ValueError(f"{name}={number!r}: must be a number, or 0 for never.")
         # Where a class has the field and it is off, norms in the encoder change which atoms are on top.
         if self.unit_norm_every and not getattr(self, "rescale_acts_by_decoder_norm", True):
