@@ -228,7 +228,7 @@ def changes_of(
             if not 0 <= token < r.T:
                 continue
             at = slice(token, token + 1)
-        plan.acted.add(id(placed))
+        plan.acted.add(id(placed))  # by identity: two equal edits are two
         stack = stacks.setdefault(edit.head, _HeadChanges(r, edit.head))
         rows = slice(None) if row is None else slice(row, row + 1)
         if edit.mode != "add":
@@ -288,7 +288,7 @@ class _HeadChanges:
     def add(self, rows: slice, at: slice, key: Tensor, value: Tensor, loop: Loop) -> None:
         slots = self.slots.setdefault(loop, [])
         slot = next((slot for slot in slots if not slot.which[rows, at].any()), None)
-        if slot is None:
+        if slot is None:  # the token has a term in each slot so far
             slots.append(slot := _Slot(self.r))
         slot.put(rows, at, key, value)
 
@@ -298,6 +298,7 @@ class _HeadChanges:
             keys = torch.stack(keys, 2).squeeze(2)
             values = torch.stack(values, 2).squeeze(2)
             yield LowRankChange(self.head, keys, values, loop)
+        # A removal takes away the native write and what hooks and outer edits made of it.
         native = LowRankChange(self.head, self.r.k[:, :, self.head], self.r.u[:, :, self.head])
         for loop, on_host in self.removed.items():
             removed = on_host.to(self.r.device)

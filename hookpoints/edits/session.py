@@ -148,7 +148,7 @@ class EditSession:
             )
         # With gradients all rows from the same token on: what is before an own edit may depend on outer ones.
         apart = apart and not gradients
-        firsts = [start] * len(rows)
+        firsts = [start] * len(rows)  # where each row first differs, or where all of a batch begin
         if apart:
             firsts = [min((edit.position or 0 for edit in as_edits(row)), default=start) for row in rows]
         from_zero = gradients or any(mixer.rule.starts_from_zero for mixer in self.model.attachment.mixers.values())
@@ -159,6 +159,7 @@ class EditSession:
             batches = self.batches([0] * len(rows) if from_zero else firsts, stop, batch_size)
         with torch.set_grad_enabled(gradients and torch.is_grad_enabled()):
             for batch in batches:
+                # Up to its first edit a row is the plain pass, whose logits are there already.
                 first = min(firsts[row] for row in batch)
                 begin = 0 if from_zero else first
                 fresh = self._run_batch([rows[row] for row in batch], begin, stop, gradients)
@@ -249,7 +250,7 @@ class EditSession:
     def _state_at(self, layer: int, start: int) -> Tensor:
         """[1,H,K,V] of a layer after ``start`` tokens of the plain pass, from where runs began last."""
         before, state = self._states.get(layer, (0, None))
-        if before > start:
+        if before > start:  # states cannot be walked back: from the first token again
             before = 0
             state = None
         if state is None or before < start:
@@ -268,6 +269,7 @@ class EditSession:
             with threads_for(tokens.numel() * self._weights), scope(self.model.attachment, plans=self._outer_plans):
                 cache = cache_of(self.model.hf_model(input_ids=tokens, logits_to_keep=1, **inputs))
         self._prefix = start, cache
+        # Only blocks that run write to their part of the cache; the others may share it.
         branch = copy.copy(cast(Cache, cache))
         branch.layers = [*branch.layers[:layer], *copy.deepcopy(branch.layers[layer:])]
         return branch

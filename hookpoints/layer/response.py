@@ -63,6 +63,7 @@ class EditResponse:
         span = _span(_size(change), change)
         if span is None:
             return
+        # Also kept as K terms of rank 1, for hooks that ask later what the writes have become.
         keys = torch.eye(change.shape[-2]).to(change).expand(*change.shape[:2], -1, -1)
         for i, head in enumerate(range(self.recurrence.H)[heads]):
             self.low_rank.append(LowRankChange(head, keys, change[:, :, i]))
@@ -90,7 +91,7 @@ class EditResponse:
         if span is None:
             return
         r = self.recurrence.select(heads=heads).working()
-        if r.read_before_write:
+        if r.read_before_write:  # the token itself reads what it finds
             self._add_reads(r, heads, change)
         changed = r.select(tokens=span, initial_state=r.starting_state())
         by_token = {name: x.flatten(0, 1).unsqueeze(1) for name, x in over_time(changed)}
@@ -141,7 +142,7 @@ class EditResponse:
         """``base`` of ``heads``, and what ``of_one`` [B,T,1,K,V] makes of each change of theirs."""
         wanted = range(self.recurrence.H)[heads]
         changes = [change for change in self.low_rank if change.head in wanted]
-        if changes and base.requires_grad:
+        if changes and base.requires_grad:  # autograd may need the values that are changed in place below
             base = base.clone()
         for change in changes:
             base[:, :, change.head - wanted.start] += of_one(self._answer(change))[:, :, 0]

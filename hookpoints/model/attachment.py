@@ -269,6 +269,7 @@ class _BlockRun:
             self.returns = None
             return
         known = self.returns if isinstance(self.returns, tuple) else (None,) * (len(output) - 1)
+        # By identity: a block may return arguments that it was given, such as the values of the first layer.
         name_of = {id(value): name for name, value in reversed(kwargs.items()) if value is not None}
         names = [name_of.get(id(entry)) for entry in output[1:]]
         self.returns = tuple(new or old for new, old in zip(names, known, strict=True))

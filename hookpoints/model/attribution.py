@@ -117,6 +117,7 @@ def write_attribution(model: HookedRecurrent, input: str | Tensor, metric: Logit
     with model.recording() as record, model.hooks([("hook_embed", begin), *((name, keep) for name in names)]):
         logits = cast(Tensor, model(_one_sequence(model, input)))
     inputs = [reads[name] for name in names]
+    # A metric need not depend on the reads of every layer.
     gradients = torch.autograd.grad(metric(logits).reshape(()), inputs, allow_unused=True)
     tables = []
     with torch.no_grad():
@@ -173,7 +174,7 @@ def check_attribution(
             batch = rows.iloc[start : start + _BATCH]
             places = batch[["layer", "head", "position"]].astype(int).itertuples(index=False)
             run = session.run([WriteEdit(*place, mode="delete") for place in places])
-            before = session.logits[0, : run.start]
+            before = session.logits[0, : run.start]  # the metric sees the whole sequence
             for index, after in zip(batch.index, run.logits, strict=True):
                 logits = torch.cat([before, after])[None]
                 measured[index] = plain - float(metric(logits))

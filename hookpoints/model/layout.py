@@ -221,6 +221,7 @@ def _blocks(backbone: nn.Module) -> nn.ModuleList | list[nn.Module]:
 def _recurrence(block: nn.Module) -> tuple[nn.Module | None, Rule | None, ModuleType | None]:
     """The recurrent mixer somewhere in a block, known by the op that its forward calls; its rule, and where its ops
     are."""
+    # The outermost module that calls an op: modules() begins with the block itself.
     for module in block.modules():
         rule_and_ops = rule_of(module)
         if rule_and_ops is not None:

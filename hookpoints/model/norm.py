@@ -41,6 +41,7 @@ class Norm:
         answer = forward(module, probe)
         centered = bool(torch.allclose(level, bias))
         norm = cls(torch.ones_like(bias[0, 0]), torch.zeros_like(bias[0, 0]), centered, eps)
+        # The probe's entries are 1 and -1, so that no channel's gain is a division by zero.
         gain = (answer - bias) / norm.frozen(probe, norm.scale(probe))
         return cls(gain[0, 0], bias[0, 0], centered, eps)
 

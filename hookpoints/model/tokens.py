@@ -68,6 +68,7 @@ class Tokens(HookedModel):
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         if pad is None and any(len(row) < width for row in rows):
             raise ValueError("texts of unequal length need padding, but the tokenizer has no pad or eos token")
+        # By hand: the tokenizer's own padding needs a pad token, which some lack.
         on_left = side == "left"
         tokens = []
         mask = []

@@ -209,6 +209,7 @@ class CanonicalForm:
             )
         a = self.a.to(self.dtype)
         k = self.k.to(self.dtype)
+        # Least squares for c in a = c k; a key of zeros erases nothing, whatever c is.
         along = (a * k).sum(-1) / (k * k).sum(-1).clamp_min(torch.finfo(self.dtype).tiny)
         tolerance = max(1e-5, 4 * torch.finfo(self.a.dtype).eps)
         off = (a - along[..., None] * k).norm(dim=-1) > tolerance * a.norm(dim=-1)
@@ -265,7 +266,7 @@ def pick(x: Tensor, index: Index, dim: int, what: str) -> Tensor:
         return x[(slice(None),) * dim + (index,)]
     positions = resolve_index(index, x.shape[dim], what)
     if len(positions) == 1:
-        return x.narrow(dim, positions[0], 1)
+        return x.narrow(dim, positions[0], 1)  # a view, where index_select copies
     return x.index_select(dim, torch.tensor(positions, dtype=torch.long, device=x.device))
 
 
@@ -309,6 +310,7 @@ def carried_keys(k: Tensor, beta: Tensor) -> Tensor:
 
     Cost O(R^2 K) per token and head.
     """
+    # Every step moves the keys of those before it, and adds its own.
     carried: list[Tensor] = []
     for key, strength in zip(k.unbind(3), beta.unbind(3)):
         carried = [*(x - (strength * (x * key).sum(-1))[..., None] * key for x in carried), key]

@@ -98,11 +98,13 @@ def _by_decay_alone(r: Recurrence, writes: Tensor) -> tuple[Tensor, list[Tensor]
     weights = _weights(readers, decay.edges, size, r.dtype)
     left = decay.to_end(torch.ones_like(part["q"][..., : decay.edges.shape[-1]]))
     per_head = left.shape[-1] == 1
+    # By the decay alone, a chunk's end is the sum of its writes, each faded to the end.
     ends = torch.einsum("nmc,nmckv->nmkv" if per_head else "nmck,nmckv->nmkv", left.squeeze(-1), drives)
     starts = [r.starting_state().flatten(0, 1) if r.b is None else torch.zeros_like(ends[:, 0])]
     for whole, end in zip(decay.whole().unbind(1), ends.unbind(1)):
         starts.append(torch.addcmul(end, starts[-1], whole))
     from_start = torch.cat([decay.from_start(reader) for reader in readers], dim=2)
+    # Reads of the chunk's own writes, and of the state before it.
     read = weights @ drives.flatten(2, 3) + from_start @ torch.stack(starts[:-1], dim=1)
     by_reader = list[Tensor]()
     for x in read.chunk(len(readers), dim=2):  # [N,n,C,V]

@@ -129,6 +129,7 @@ class Recurrence(CanonicalForm):
         self._check_transition()
         count = self.T * self.R
         past = 0 if past_keys is None else past_keys.shape[-1]
+        # With a channel of its own, each write leaves in a read the weight with which it is read.
         ones = torch.eye(count, dtype=self.dtype, device=self.device)
         values = F.pad(ones, (past, 0)).view(self.T, 1, self.R, -1).expand(self.B, -1, self.H, -1, -1)
         state = None if past_keys is None else F.pad(past_keys.to(self.dtype), (0, count))
@@ -175,6 +176,7 @@ class Recurrence(CanonicalForm):
 
         Costs nothing but views and copies of the factors.
         """
+        # A token hands on what its own transition makes of it, so that factors of the transition come one step late.
         turned = _handed_back if self.read_before_write else partial(torch.flip, dims=(1,))
         keys = turned(self.q.to(self.dtype) * self.scale)
         values = turned(read_gradients.to(self.dtype))
@@ -193,6 +195,7 @@ class Recurrence(CanonicalForm):
         of `adjoint`; the cost is that of `outputs`, for each term.
         """
         adjoint = self.adjoint(read_gradients)
+        # (dL/dW)^T k is a read of the adjoint's state by k; tokens turn around on the way in and out.
         readers = (adjoint.replace(q=key.flip(1)) for key in terms(self.k))
         gradients = [reader.outputs(method=method, chunk_size=chunk_size).flip(1) for reader in readers]
         if self.k.ndim == 4:

@@ -38,6 +38,7 @@ def transition(r: CanonicalForm, t: int, state: Tensor) -> Tensor:
         decay = r.log_decay[:, t].exp()
         moved = state * (decay[..., None, None] if decay.ndim == 2 else decay[..., None])
     if r.a is not None and r.b is not None:
+        # The erase reads the state before the decay; rules that erase after it have the decay in b.
         moved = add_write(moved, r.a[:, t], read_out(r.b[:, t], state))
     return moved
 
@@ -69,7 +70,7 @@ def states(r: CanonicalForm, positions: list[int]) -> Tensor:
     """States after the write at `positions`, [B,T',H,K,V]."""
     if not positions:
         return r.starting_state()[:, None][:, :0]
-    wanted = set(positions)
+    wanted = set(positions)  # held are these alone: all states would be T K V numbers a head
     state_after = {t: after for t, (_, after) in enumerate(steps(r.working())) if t in wanted}
     return torch.stack([state_after[t] for t in positions], dim=1)
 

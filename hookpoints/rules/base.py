@@ -339,7 +339,7 @@ def gate(g: Tensor, arguments: Arguments) -> Tensor:
     if a_log is None:
         assert bound is not None, "a gate without a lower bound has A_log"
         return bound * g.sigmoid()
-    rate = a_log.to(g.dtype).exp()
+    rate = a_log.to(g.dtype).exp()  # positive, so that the decay below is at most 1
     if g.ndim == 4:
         rate = rate.reshape(-1, 1)
     if bound is not None:

@@ -152,6 +152,7 @@ class _SimpleGatedLinear(FlaRule):
 
     def log_decay(self, arguments: Arguments) -> Tensor:
         """[B,T,H], or [H] where it is the same at every token."""
+        # One for each token, one for each head, or none.
         for name in ("g", "g_gamma"):
             if arguments.get(name) is not None:
                 return arguments[name]

@@ -87,7 +87,7 @@ def shift(x: Tensor, before: Tensor | None, mask: Tensor | None) -> tuple[Tensor
     # The index in `seen` of the last real token.
     numbers = torch.arange(1, seen.shape[1], device=x.device)
     latest = torch.where(mask != 0, numbers, 0).cummax(1).values
-    latest = F.pad(latest, (1, 0))
+    latest = F.pad(latest, (1, 0))  # before the first token: what was before the pass
     last_real = seen.gather(1, latest[..., None].expand_as(seen))
     return last_real[:, :-1], last_real[:, -1]
 
@@ -102,6 +102,7 @@ def cached_shift(x: Tensor, cache: Cache | None, layer: int, part: int, mask: Te
 
 def keep_shift(x: Tensor, last: Tensor, cache: Cache, layer: int, part: int) -> None:
     """Leave what the next token will find before it in the cache; all of x where that records its past."""
+    # A cache that can be cut keeps every token; any other the last one.
     records_past = getattr(cache.layers[layer], "record_past", False)
     tokens = x.mT if records_past else last[..., None]
     cache.update_conv_state(tokens, layer, state_idx=part, conv_kernel_size=1)
@@ -173,9 +174,11 @@ class RWKV7Attention(nn.Module):
         v = self._values(xv, first)
         g = self.g_lora(xg)
         decay = self.w_lora(xw)
+        # In float32 at least: errors of a decay add up over the tokens that it acts on.
         w = _SLOWEST * decay.to(torch.promote_types(decay.dtype, torch.float32)).sigmoid()
         rate = self.a_lora(xa).sigmoid()
         k = self.k_proj(xk)
+        # The erase has a key of its own, taken before the written one is scaled by the rate.
         erase = F.normalize(self._heads(k * self.k_k), dim=-1)
         k = k * (1 + (rate - 1) * self.k_a)
         r = self._heads(r)
@@ -201,6 +204,7 @@ class RWKV7Attention(nn.Module):
             assert state is not None
             cache.update_recurrent_state(state, self.layer_idx)
         read = self.g_norm(outputs.reshape(-1, v.shape[2] * v.shape[3])).view_as(g)
+        # What a token reads of itself goes around the state.
         bonus = ((r * k * self.r_k).sum(-1, keepdim=True) * v).flatten(2)
         return self.o_proj((read + bonus) * g)
 

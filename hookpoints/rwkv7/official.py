@@ -38,6 +38,7 @@ _UNUSED = {f"blocks.0.att.v{part}" for part in "012"}
 
 def configuration(weights: Mapping[str, Tensor], name: str) -> RWKV7Config:
     """What the shapes of official tensors say; ``name`` is what errors call them. Refuses as `own_weights` does."""
+    # Before any shape is read: someone else's file may hold anything.
     for matrix in _SIZES:
         if matrix not in weights or weights[matrix].ndim != 2:
             raise UnsupportedModelError(f"{name!r} is no official RWKV-7 checkpoint: it lacks the matrix {matrix}")
