@@ -99,7 +99,9 @@ class DictionaryName:
     @classmethod
     def parse(cls, name: str) -> DictionaryName:
         """From its folder's name; ValueError, with what there is, where it is none."""
-        targets, losses, variants = get_args(Target), get_args(Loss), (*VARIANTS, MATCHED)
+        targets = get_args(Target)
+        losses = get_args(Loss)
+        variants = (*VARIANTS, MATCHED)
         optional = "".join(f"(?:-({'|'.join(words)}))?" for words in (losses, variants, get_args(MetricName)))
         match = re.fullmatch(f"({'|'.join(targets)}){optional}-seed([0-9]+)", name)
         if match is None:

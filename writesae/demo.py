@@ -126,10 +126,10 @@ class Demo:
             kept = self.out / FACTS
             opening = read_facts(kept) if kept.exists() else write_facts(self.facts, say)
             *place, half_life, nats = self.choose_head(model, text[:START])
+            layer, head = place
             say(
-                f"model {self.model!r}: head {place[1]} of layer {place[0]} ({model.cfg.layer(place[0]).rule}); "
-                f"half-life of a write {half_life:.0f} tokens; without its writes the model is off by {nats:.3f} nats "
-                "per token"
+                f"model {self.model!r}: head {head} of layer {layer} ({model.cfg.layer(layer).rule}); half-life of a "
+                f"write {half_life:.0f} tokens; without its writes the model is off by {nats:.3f} nats per token"
             )
             keep_settings(self.out, settings, names)
             atomic_text(kept, json.dumps([dataclasses.asdict(panel) for panel in opening]))
@@ -141,7 +141,8 @@ class Demo:
             for label in missing:
                 save_dictionary(self._trained(terms, collection, place, RECIPES[label]), folders[label])
             saes = {label: load_sae(folders[label] / "sae") for label in RECIPES}
-            quality, results = quality_of_heads(model, saes, tokens, progress=True), []
+            quality = quality_of_heads(model, saes, tokens, progress=True)
+            results = []
             for label, sae in saes.items():
                 folder = folders[label] / "substitution"
                 if not folder.exists():
@@ -238,7 +239,7 @@ def write_facts(n: int, say: Callable[[str], object]) -> list[Opening]:
             mean, low, high = (changed["mean"] if x is None else x for x in changed.values())
             rows.append((label, mean, low, high))
         openings.append(Opening(title, example, sentence, "facts that are answered with the new value", tuple(rows)))
-        controls = [f"{name}: changed {mean:.0%} [{low:.0%}, {high:.0%}]" for name, mean, low, high in rows[1:]]
+        controls = ["{}: changed {:.0%} [{:.0%}, {:.0%}]".format(*row) for row in rows[1:]]
         say("\n  ".join([f"{title}.", example, sentence, *controls]))
     return openings
 

@@ -246,17 +246,13 @@ class Train:
         at_least(self, dict.fromkeys((*_SIZES, "context_size"), 1) | {"seeds": 0})
         own = [each for each in self.dictionaries() if each.metric != "frobenius"]
         refused = [str(each) for each in own if self.model is None or not each.on_factors]
+        one_source = (self.model is None) != (self.collection is None)
         expect(
-            self,
-            {
-                "model": (
-                    (self.model is None) != (self.collection is None),
-                    "a model to be run over text, or a collection that it left; one of the two",
-                ),
-                "heads": (self.model is None or bool(self.layers and self.heads), "layers and heads of the model"),
-                "metric": (not refused, f"frobenius, or --model and its writes for {', '.join(refused)}"),
-            },
+            self, {"model": (one_source, "a model to be run over text, or a collection that it left; one of the two")}
         )
+        has_heads = self.model is None or bool(self.layers and self.heads)
+        expect(self, {"heads": (has_heads, "layers and heads of the model")})
+        expect(self, {"metric": (not refused, f"frobenius, or --model and its writes for {', '.join(refused)}")})
 
     def dictionaries(self) -> list[DictionaryName]:
         """What is trained on each head."""
@@ -290,7 +286,8 @@ class Train:
         settings |= {"model": collection.model_name, "collection": collection.sha256[:16]}
         configs = {}
         for layer, head, name in itertools.product(layers, heads, self.dictionaries()):
-            check_settings(folder := self.out / f"L{layer}H{head}" / str(name), settings, _WRITTEN)
+            folder = self.out / f"L{layer}H{head}" / str(name)
+            check_settings(folder, settings, _WRITTEN)
             configs[folder] = self.training_config(collection, layer, head, name)
         left = [folder for folder in configs if not (folder / "sae").exists()]
         say(f"{len(configs)} dictionaries, {len(configs) - len(left)} of them trained already")
@@ -298,7 +295,8 @@ class Train:
         metrics = self._metrics([configs[folder] for group in groups for folder in group], collection)
         for group in groups:
             with taken(group[0], say):
-                for folder in (missing := [folder for folder in group if not (folder / "sae").exists()]):
+                missing = [folder for folder in group if not (folder / "sae").exists()]
+                for folder in missing:
                     keep_settings(folder, settings, _WRITTEN)
                 if missing:
                     _train(collection, {folder: configs[folder] for folder in group}, metrics)
@@ -316,7 +314,8 @@ class Train:
         from writesae.dictionary.quality import quality_of_heads
         from writesae.experiment.tokens import sample_sequences
 
-        end, saes = time.monotonic() + 60, {str(each.parent.relative_to(self.out)): load_sae(each) for each in folders}
+        end = time.monotonic() + 60
+        saes = {str(each.parent.relative_to(self.out)): load_sae(each) for each in folders}
         try:
             model = HookedRecurrent.from_pretrained(model_name, dtype=self.dtype)
         except (OSError, HookpointsError) as error:
@@ -379,7 +378,8 @@ class Train:
         from sae_lens_writesae.sae.runner import training_config
         from writesae.dictionary.traits import matched_flat, sparsity_fields
 
-        batch, d_sae = self.train_batch_size_tokens, self.d_sae
+        batch = self.train_batch_size_tokens
+        d_sae = self.d_sae
         buffered = max(2, -(-8 * batch // collection.context_size))  # sequences
         sparsity = sparsity_fields(self.architecture, self.k)
         if name.variant == MATCHED:
@@ -444,7 +444,8 @@ def _train(collection: Collection, group: Mapping[Path, RunnerConfig], metrics: 
     from sae_lens_writesae.sae.fast import train_many_on_writes
     from sae_lens_writesae.sae.runner import train
 
-    configs, checkpoint = list(group.values()), next(iter(group)) / "checkpoint"
+    configs = list(group.values())
+    checkpoint = next(iter(group)) / "checkpoint"
     wanted = [metrics[_head(each)] if each.sae.metric != "frobenius" else None for each in configs]
     with quiet():
         if _shape(configs[0]):

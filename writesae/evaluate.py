@@ -109,11 +109,12 @@ class EvalAll:
             for kind in having:
                 settings[kind][field] = _value(EVALUATIONS[kind], field, value)
         places = {Scope.EACH: ("dictionary",), Scope.LAYER: ("dictionary", "layer")}
-        return [
-            each.from_dict(settings[kind])
-            for kind, each in EVALUATIONS.items()
-            if kind in (self.kinds or fields) and (self.per is None or self.per in places.get(each.scope, ("head",)))
-        ]
+        evaluations = []
+        for kind in [kind for kind in EVALUATIONS if kind in (self.kinds or fields)]:
+            evaluation = EVALUATIONS[kind]
+            if self.per is None or self.per in places.get(evaluation.scope, ("head",)):
+                evaluations.append(evaluation.from_dict(settings[kind]))
+        return evaluations
 
 
 def _value(evaluation: type[Evaluation], field: str, text: str) -> object:

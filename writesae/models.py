@@ -74,7 +74,8 @@ def block_lines(model: HookedRecurrent, layer: int) -> Iterator[str]:
     """Name, shape and meaning of each hook that a layer has, and of those of the whole model."""
     from hookpoints import HOOKS
 
-    shape, n_attention = model.cfg.layers.get(layer), model.cfg.attention_heads(layer)
+    shape = model.cfg.layers.get(layer)
+    n_attention = model.cfg.attention_heads(layer)
     of_mixer = {"H": shape.H, "K": shape.K, "V": shape.V, "R": shape.R} if shape else {}
     of_attention = dict(zip("HV", model.layer_W_O(layer, "attn").shape)) if n_attention else {}
     for row in HOOKS:
@@ -97,8 +98,8 @@ def shape_text(axes: str, sizes: Mapping[str, int]) -> str:
 def summary(model: HookedRecurrent) -> str:
     """Rule, layers, heads and sizes in one line."""
     cfg = model.cfg
-    kinds = {
-        f"{each.rule}, {each.H} heads of {each.K} x {each.V}" + (f", rank {each.R}" if each.R > 1 else "")
-        for each in cfg.layers.values()
-    }
+    kinds = set()
+    for layer in cfg.layers.values():
+        rank = f", rank {layer.R}" if layer.R > 1 else ""
+        kinds.add(f"{layer.rule}, {layer.H} heads of {layer.K} x {layer.V}{rank}")
     return f"{'; '.join(sorted(kinds))}; recurrent layers {', '.join(map(str, cfg.recurrent_layers))} of {cfg.n_layers}"

@@ -131,7 +131,8 @@ def saved_anew(folder: Path, fresh: Path) -> dict[str, SAE]:
 
     found: dict[str, SAE] = {}
     for place in sae_folders(folder):
-        parts, sae = place.relative_to(folder).parts, load_sae(place)
+        parts = place.relative_to(folder).parts
+        sae = load_sae(place)
         HeadHook.of(sae)  # raises where it is not of a head
         sae.cfg.metadata = _told(sae)
         own = (place.parent if place.name == "sae" else place).resolve()  # a run calls its result `sae`
@@ -181,7 +182,8 @@ def card(repo: str, saes: Mapping[str, SAE]) -> str:
     """The repository's README.md in Markdown: how to load, and what each dictionary is."""
     from huggingface_hub import ModelCardData
 
-    first, configs = next(iter(saes)), {name: sae.cfg for name, sae in saes.items()}
+    first = next(iter(saes))
+    configs = {name: sae.cfg for name, sae in saes.items()}
     metadata = configs[first].metadata
     models = sorted({cfg.metadata.model_name or "a local model" for cfg in configs.values()})
     lines = [
@@ -223,7 +225,8 @@ def card(repo: str, saes: Mapping[str, SAE]) -> str:
 
 
 def _described(cfg: SAEConfig) -> tuple[str, ...]:
-    metadata, fields = cfg.metadata, cast(Any, cfg)
+    metadata = cfg.metadata
+    fields = cast(Any, cfg)
     shape = f"{fields.d_k} x {fields.d_v}" if hasattr(cfg, "d_k") else f"{cfg.d_in} numbers"
     factors = f", rank {fields.rank}, encoder {fields.encoder}" if hasattr(cfg, "rank") else ""
     length = f", sequences of {metadata.context_size} tokens" if metadata.context_size else ""

@@ -57,7 +57,8 @@ class OfOne(OnText):
         from writesae.experiment.tokens import sample_sequences, say_time, text_of
 
         self.check_out()
-        text, sae = text_of(self.text), load_sae(self.sae)
+        text = text_of(self.text)
+        sae = load_sae(self.sae)
         model = HookedRecurrent.from_pretrained(self.model or str(sae.cfg.metadata.model_name), dtype=self.dtype)
         tokens = sample_sequences(model, text, self.context_size, self.sequences)
         n_atoms = len(pages.atoms or range(min(pages.n_atoms or sae.cfg.d_sae, sae.cfg.d_sae)))
@@ -183,4 +184,5 @@ def _run(command: type[Show] | type[Export], program: str, arguments: Sequence[s
     return "\n".join(str(command_of_one.run(pages)) for command_of_one in commands)
 
 
-run_show, run_export = partial(_run, Show, "writesae show"), partial(_run, Export, "writesae export")
+run_show = partial(_run, Show, "writesae show")
+run_export = partial(_run, Export, "writesae export")

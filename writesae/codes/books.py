@@ -25,7 +25,8 @@ _BLOCK = 16_000_000
 @torch.no_grad()
 def nearest(native: LowRank, book: LowRank, *, positive: bool = False) -> Tensor:
     """[N] the code of a book with the largest |cosine| with each matrix, or with the largest cosine."""
-    size, step = book.norm(), max(1, _BLOCK // len(book))
+    size = book.norm()
+    step = max(1, _BLOCK // len(book))
     cosines = (native.rows(slice(i, i + step)).inners(book) / size for i in range(0, len(native), step))
     return torch.cat([(each if positive else each.abs()).argmax(1) for each in cosines])
 
@@ -34,7 +35,8 @@ def pursued(native: LowRank, books: Sequence[LowRank], *, positive: bool = False
     """N matrices as sums of one code of each book, each at its least-squares coefficient for what the books before it
     leave (`positive`: a coefficient below 0 becomes 0). Gradients pass through the coefficients and the codes. Costs
     N n R (K + V) a book."""
-    left, taken = native, list[LowRank]()
+    left = native
+    taken = list[LowRank]()
     for book in books:
         code = book.rows(nearest(left, book, positive=positive))
         size = left.inner(code) / code.inner(code)
@@ -87,7 +89,9 @@ class Code(NamedTuple):
 def residual_quantizer(writes: LowRank, n: int, stages: int, seed: int) -> list[LowRank]:
     """A book of n codes for each stage (fewer of fewer matrices), from Lloyd's algorithm on what the books before it
     leave. It starts from matrices that are drawn in proportion to their squared norm."""
-    generator, left, books = torch.Generator().manual_seed(seed), writes, list[LowRank]()
+    generator = torch.Generator().manual_seed(seed)
+    left = writes
+    books = list[LowRank]()
     for _ in range(stages):
         square = left.inner(left).clamp_min(0)
         drawn = torch.multinomial(square.cpu(), min(n, int(square.count_nonzero())), generator=generator)

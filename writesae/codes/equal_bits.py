@@ -46,7 +46,8 @@ class HeadWrites:
     ):
         self.model, self.place, self.metric = model, place, metric
         self.steps, self.seed = steps, seed
-        self.K, self.V = native.keys.shape[-1], native.values.shape[-1]
+        self.K = native.keys.shape[-1]
+        self.V = native.values.shape[-1]
         x = metric.move(native) if metric else native
         self.scale = (self.K * self.V) ** 0.5 / float(x.norm().mean())
         self.x = x * self.scale

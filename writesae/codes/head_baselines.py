@@ -96,24 +96,20 @@ class HeadBaselines:
         """
         writes = metric.move(native) if metric else native
         nonzero = np.flatnonzero(writes.norm().cpu().numpy())
-        table, everything = pd.DataFrame(tokens, columns=["before", "token"]), np.arange(len(writes))
+        table = pd.DataFrame(tokens, columns=["before", "token"])
+        everything = np.arange(len(writes))
         by_token = cast(dict[int, Integers], table.groupby("token").indices)
         by_pair = cast(dict[tuple[int, int], Integers], table.groupby(["before", "token"]).indices)
         of_tokens = list(by_token.values())
         directions = writes.rows(torch.tensor(nonzero))
         drawn = writes.rows(torch.tensor(np.sort(rng.permutation(nonzero)[:n_codes])))
         host = writes.to(torch.device("cpu"))  # means of thousands of small groups, for each of which a GPU would wait
-        return cls(
-            metric,
-            host,
-            _mean(host, everything),
-            by_token,
-            by_pair,
-            (_strength(host, [everything], of_tokens), _strength(host, of_tokens, list(by_pair.values()))),
-            drawn,
-            lloyd(directions * (1 / directions.norm()), drawn),
-            fit_pca(writes, components),
-        )
+        strength_of_token = _strength(host, [everything], of_tokens)
+        strength_of_pair = _strength(host, of_tokens, list(by_pair.values()))
+        codes = lloyd(directions * (1 / directions.norm()), drawn)
+        pca = fit_pca(writes, components)
+        strengths = (strength_of_token, strength_of_pair)
+        return cls(metric, host, _mean(host, everything), by_token, by_pair, strengths, drawn, codes, pca)
 
     def written(self, name: str, native: LowRank, tokens: Integers) -> LowRank:
         """What a baseline writes instead of N native writes, at its own size.
@@ -158,7 +154,9 @@ def _mean(writes: LowRank, members: Integers) -> Tensor:
 def _strength(writes: LowRank, outer: Sequence[Integers], inner: Sequence[Integers]) -> float:
     """Variance of the writes within the `inner` groups over the variance of the groups' means within the `outer` ones,
     by the moments of a nested analysis of variance. Infinite where the means vary no more than chance makes them."""
-    n, n_inner, n_outer = len(writes), len(inner), len(outer)
+    n = len(writes)
+    n_inner = len(inner)
+    n_outer = len(outer)
     if not n > n_inner > n_outer:
         return np.inf
     outer_size = np.empty(n)

@@ -146,7 +146,8 @@ def against_controls(claim: Claim, controls: Mapping[Control, Claim]) -> Claim:
     """
     names = {"untrained": "untrained dictionary", "native writes": "dictionary of native writes"}
     shown = [f"{names[name]}: {control.measured} ({control.outcome})" for name, control in controls.items()]
-    outcome, sentence = claim.outcome, claim.sentence
+    outcome = claim.outcome
+    sentence = claim.sentence
     holds = [name for name, control in controls.items() if claim.outcome == control.outcome == "holds"]
     if "untrained" in holds:
         outcome, sentence = "confounded", "An untrained dictionary does as well: the same rule holds for it."

@@ -6,7 +6,7 @@ scale or a control, and is the median over sequences of what SAELens' own evalua
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -17,6 +17,7 @@ from sae_lens import SAE
 from torch import Tensor
 
 from hookpoints import HookedRecurrent
+from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.sae.target import HeadHook, HookTarget, check_plain_activations, has_plain_activations
 from writesae.experiment.firings import bar
@@ -69,10 +70,11 @@ class DictionaryQuality:
 
     def to_dict(self) -> dict[str, Json]:
         """Plain JSON values; an interval that does not exist is None."""
-        return {
-            name: {k: None if v != v else v for k, v in x._asdict().items()} if isinstance(x, Estimate) else x
-            for name, x in vars(self).items()
-        }
+        plain = dict(vars(self))
+        for name, value in plain.items():
+            if isinstance(value, Estimate):
+                plain[name] = {end: None if number != number else number for end, number in value._asdict().items()}
+        return plain
 
 
 def dictionary_quality(model: HookedRecurrent, sae: SAE, tokens: Tensor) -> DictionaryQuality:
@@ -99,13 +101,15 @@ def qualities(lab: Lab) -> dict[str, DictionaryQuality]:
     Cost: per sequence a forward up to the layer, and from the layer on two, one for each target and one for each
     dictionary; an encode and decode of each matrix.
     """
-    own: dict[str, list[dict]] = {label: [] for label, sae in lab.saes.items() if has_plain_activations(sae)}
+    measured: dict[str, list[dict]] = {label: [] for label, sae in lab.saes.items() if has_plain_activations(sae)}
     for sequence in lab.bar(range(min(SEQUENCES, len(lab.tokens))), "dictionary quality"):
-        layer, head = lab.hook.layer, lab.hook.head
+        layer = lab.hook.layer
+        head = lab.hook.head
         upper = UpperModel.of(lab.model, [layer], lab.tokens[[sequence]])[layer]
         recurrence = upper.recurrence.select(heads=slice(head, head + 1))
-        (native, silent), writes = upper.without([head]), head_writes(recurrence, 0)
-        for target in {lab.hooks[label].target for label in own}:
+        native, silent = upper.without([head])
+        writes = head_writes(recurrence, 0)
+        for target in {lab.hooks[label].target for label in measured}:
             x = matrices_of(recurrence, target)
             flat = x.flatten(1).double()
             shared = {
@@ -114,45 +118,57 @@ def qualities(lab: Lab) -> dict[str, DictionaryQuality]:
                 "deleted": float(_kl(native, silent[None])),
                 "itself": float(_kl(native, upper(head, target, x)[None])),
             }
-            for label in [label for label in own if lab.hooks[label].target == target]:
+            for label in [label for label in measured if lab.hooks[label].target == target]:
                 activations = encoded(lab.saes[label], x)
                 if not bool(activations.isfinite().all()):
-                    del own[label]
+                    del measured[label]
                     continue
-                rebuilt, on = decoded(lab.saes[label], activations, x), activations > 0
-                fires = on.any(1)
-                strongest, which = dominant(lab.saes[label], activations)[fires].unique(return_inverse=True)
-                atoms = lab.atoms(strongest.cpu().numpy(), label).to(writes.keys).rows(which.to(writes.keys.device))
-                own[label].append(
-                    shared
-                    | {
-                        "error": float((x - rebuilt).double().square().sum()),
-                        "active": int(on.sum()),
-                        "covered": int(fires.sum()),
-                        "fired": on.any(0).cpu(),
-                        "cosine": atoms.cosine(writes.rows(fires.to(writes.keys.device))).cpu(),
-                        "kl": float(_kl(native, upper(head, target, rebuilt)[None])),
-                    }
-                )
-    found = {}
-    for label, rows in own.items():
-        each = {name: [row[name] for row in rows] for name in rows[0]}
-        n, sequences = len(rows) * lab.tokens.shape[1], np.arange(len(rows))
-        total, cosines, squares = torch.stack(each["sum"]).sum(0), torch.cat(each["cosine"]), sum(each["square"])
-        variance, deleted, floor = squares - float(total @ total) / n, each["deleted"], float(np.mean(each["itself"]))
-        found[label] = DictionaryQuality(
-            target=lab.hooks[label].target,
-            n_tokens=n,
-            explained=1 - sum(each["error"]) / variance if variance > ROUNDING * squares else None,
-            l0=sum(each["active"]) / n,
-            alive=float(torch.stack(each["fired"]).any(0).float().mean()),
-            coverage=sum(each["covered"]) / n,
-            cosine=float(cosines.mean()) if len(cosines) else None,
-            deleted=estimate(deleted, sequences),
-            floor=floor,
-            recovered=recovered_share(each["kl"], deleted, sequences) if np.mean(deleted) > floor else None,
-        )
-    return found
+                rebuilt, sums = _of_sequence(lab, label, x, activations, writes)
+                kl = float(_kl(native, upper(head, target, rebuilt)[None]))
+                measured[label].append(shared | sums | {"kl": kl})
+    return {label: _quality(lab.hooks[label].target, rows, lab.tokens.shape[1]) for label, rows in measured.items()}
+
+
+def _of_sequence(lab: Lab, label: str, x: Tensor, activations: Tensor, writes: LowRank) -> tuple[Tensor, dict]:
+    """The reconstructions of the matrices [T,K,V] of one sequence, and what is added up of them."""
+    sae = lab.saes[label]
+    rebuilt = decoded(sae, activations, x)
+    on = activations > 0
+    fires = on.any(1)
+    strongest, which = dominant(sae, activations)[fires].unique(return_inverse=True)
+    atoms = lab.atoms(strongest.cpu().numpy(), label).to(writes.keys).rows(which.to(writes.keys.device))
+    return rebuilt, {
+        "error": float((x - rebuilt).double().square().sum()),
+        "active": int(on.sum()),
+        "covered": int(fires.sum()),
+        "fired": on.any(0).cpu(),
+        "cosine": atoms.cosine(writes.rows(fires.to(writes.keys.device))).cpu(),
+    }
+
+
+def _quality(target: HookTarget, rows: Sequence[dict], n_positions: int) -> DictionaryQuality:
+    """From what was measured on each sequence."""
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    n = len(rows) * n_positions
+    sequences = np.arange(len(rows))
+    total = torch.stack(columns["sum"]).sum(0)
+    squares = sum(columns["square"])
+    variance = squares - float(total @ total) / n
+    cosines = torch.cat(columns["cosine"])
+    deleted = columns["deleted"]
+    floor = float(np.mean(columns["itself"]))
+    return DictionaryQuality(
+        target=target,
+        n_tokens=n,
+        explained=1 - sum(columns["error"]) / variance if variance > ROUNDING * squares else None,
+        l0=sum(columns["active"]) / n,
+        alive=float(torch.stack(columns["fired"]).any(0).float().mean()),
+        coverage=sum(columns["covered"]) / n,
+        cosine=float(cosines.mean()) if len(cosines) else None,
+        deleted=estimate(deleted, sequences),
+        floor=floor,
+        recovered=recovered_share(columns["kl"], deleted, sequences) if np.mean(deleted) > floor else None,
+    )
 
 
 @torch.no_grad()
@@ -206,17 +222,15 @@ def head_effects(
             nats[layer].append(_kl(native, torch.stack(silent)))
             if n < _HALF_LIVES:
                 lives[layer].append(half_lives(upper.recurrence.select(heads=places[layer])))
-    tables = [
-        pd.DataFrame(
-            {
-                "layer": layer,
-                "head": of_layer,
-                "half_life": torch.cat(lives[layer]).median(0).values.tolist(),
-                "nats": torch.stack(nats[layer]).mean(0).tolist(),
-            }
-        )
-        for layer, of_layer in places.items()
-    ]
+    tables = []
+    for layer, of_layer in places.items():
+        columns = {
+            "layer": layer,
+            "head": of_layer,
+            "half_life": torch.cat(lives[layer]).median(0).values.tolist(),
+            "nats": torch.stack(nats[layer]).mean(0).tolist(),
+        }
+        tables.append(pd.DataFrame(columns))
     return pd.concat(tables).sort_values("nats", ascending=False, ignore_index=True)
 
 

@@ -230,7 +230,8 @@ def replacement_costs(
     """
     upper = UpperModel.of(lab.model, [lab.hook.layer], lab.tokens[[sequence]])[lab.hook.layer]
     recurrence = upper.recurrence.select(heads=slice(lab.hook.head, lab.hook.head + 1))
-    tokens, target = lab.tokens[sequence], lab.hook.target
+    tokens = lab.tokens[sequence]
+    target = lab.hook.target
     native = nats(upper(), tokens)
     x = matrices_of(recurrence, target)
     methods = [

@@ -93,7 +93,8 @@ def direction_selectivity(
 def alignment(firings: Firings, tokens: Tensor, sequences: Integers, wanted: Sequence[int]) -> Alignment:
     """Correlation (phi) of every atom's firing with each of the `wanted` tokens, over some sequences of `tokens`."""
     ids = tokens.cpu().numpy()
-    inside, n_atoms = firings.of_sequences(sequences), firings.n_atoms
+    inside = firings.of_sequences(sequences)
+    n_atoms = firings.n_atoms
     places = ids[sequences].ravel()
     fired_at = ids[inside.sequence, inside.position]  # the token of each firing
     fired = np.bincount(inside.atom, minlength=n_atoms)

@@ -62,9 +62,9 @@ def evaluate_all(
         NothingToMeasureError, ValueError: see `single`; sequences of `controls` are tested.
     """
     for evaluation in evaluations:
-        for label, _ in _runs(evaluation.scope, saes, single):
-            if name := evaluation.label or label:
-                check_folder(_folder(out, evaluation.kind, name), result_files)
+        names = [evaluation.label or label for label, _ in _runs(evaluation.scope, saes, single)]
+        for name in filter(None, names):
+            check_folder(_folder(out, evaluation.kind, name), result_files)
     fitted = reference or (Terms(model, controls) if isinstance(controls, Tensor) else controls)
     dictionaries = {} if isinstance(saes, tuple) else dict(saes)
     beside = {} if controls is None else control_dictionaries(model, dictionaries, controls)

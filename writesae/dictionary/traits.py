@@ -22,7 +22,8 @@ class Objective(NamedTuple):
 
 def objective(sae: SAE) -> Objective:
     """Target and loss of a trained SAE, from its metadata."""
-    metadata, target = sae.cfg.metadata, HeadHook.of(sae).target
+    metadata = sae.cfg.metadata
+    target = HeadHook.of(sae).target
     last = target == "state" and tuple(metadata.get("seqpos_slice") or ())[:1] == (-1,)
     return Objective("last_state" if last else target, metadata.get("loss") or "mse")
 
@@ -58,7 +59,8 @@ def matched_flat(sae: SAE) -> tuple[int, dict[str, object]]:
     2,048 rank-1 atoms of 128 x 128 become 32 flat ones. Where the SAE has a `k` (BatchTopK is exported without), it
     stays up to half of the atoms, so that a code stays sparse.
     """
-    d_in, d_sae = int(sae.cfg.d_in), int(sae.cfg.d_sae)
+    d_in = int(sae.cfg.d_in)
+    d_sae = int(sae.cfg.d_sae)
     of_each = sum(p.shape == (d_sae,) for name, p in sae.named_parameters() if name != "b_dec")
     atoms = max(1, round((n_parameters(sae) - d_in) / (2 * d_in + of_each)))
     k = getattr(sae.cfg, "k", None)

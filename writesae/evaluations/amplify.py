@@ -149,7 +149,8 @@ class Amplify(Evaluation):
             ("nothing", 1.0, -1),
             *((name, factor, token) for factor in self.factors for token in teams for name in ("atom", "random")),
         ]
-        frames, fires = [], pd.Series(dtype=float)
+        frames = []
+        fires = pd.Series(dtype=float)
         finite = np.ones(len(prompts), dtype=bool)
         for name, factor, scaled in lab.bar(conditions, self.kind):
             new = self._continuations(lab, prompts, name, factor, teams.get(scaled, {}), scaled)
@@ -183,7 +184,8 @@ class Amplify(Evaluation):
         """
         ids, counts = np.unique(lab.tokens[sequences].cpu().numpy(), return_counts=True)
         frequent = set(ids[counts >= self.min_count].tolist()) - (set() if asked else special_tokens(lab.model))
-        wanted, able = list(asked) or sorted(frequent), {}
+        wanted = list(asked) or sorted(frequent)
+        able = {}
         for label in lab.saes:
             fit = alignment(lab.firings(label), lab.tokens, sequences, wanted)
             able[label] = np.where(fit.both >= self.min_firings, fit.phi, 0.0)  # [N,F]
@@ -232,7 +234,8 @@ class Amplify(Evaluation):
 
     def findings(self, result: Result) -> list[Finding]:
         """Claim 18 over all tokens, and how many tokens show it by themselves."""
-        atoms, table = result.tables["atoms"], result.tables["counts"]
+        atoms = result.tables["atoms"]
+        table = result.tables["counts"]
         counts = {factor: counts_at(result, factor) for factor in self.factors}
         change = {factor: paired.mean("atom", "nothing") for factor, paired in counts.items()}
         at_headline = counts[self.headline]
@@ -243,7 +246,8 @@ class Amplify(Evaluation):
         n_tokens = atoms["token"].nunique()
         scaled = f"{len(atoms) / n_tokens:.3g} atoms of {atoms['head'].nunique()} heads a token"
         controls = {shown: at_headline.mean(name, "nothing") for name, shown in CONTROLS.items()}
-        native, amplified = at_headline["nothing"], at_headline["atom"]
+        native = at_headline["nothing"]
+        amplified = at_headline["atom"]
         moves = f"{native.mean():.2f} to {amplified.mean():.2f}"
         pooled = Finding(
             number=18,

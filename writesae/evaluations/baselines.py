@@ -196,7 +196,8 @@ class Baselines(Evaluation):
         """`conditions`: what the WriteSAE writes, and what the flat SAE writes."""
         what, ranks = "a code", self.pca_ranks
         if conditions[0] == ATOM:  # an atom is one matrix of low rank, as few components are
-            what, ranks = "an atom", (min(self.pca_ranks),)
+            what = "an atom"
+            ranks = (min(self.pca_ranks),)
         claim = f"{what} of the WriteSAE substitutes better than the top-1 SVD of {what} of a flat SAE with {size}"
         number = 15 if size == "as many atoms" else None
         if ours is None or flat is None:
@@ -243,7 +244,7 @@ class Baselines(Evaluation):
             against={"mean matrix": Against(cost(result, high, "/mean"))},
             typical=shown["zero"].low,
             floor=no_op_cost(result),
-            chance=2 * SMALL_COST,  # so that the cost must lie below SMALL_COST
+            chance=2 * SMALL_COST,  # so that the cost must be below SMALL_COST
             less=True,
             relevant=SMALL_COST,
             shown=shown,
@@ -299,7 +300,7 @@ class Baselines(Evaluation):
             null="zero",
             typical=shown["zero"].low if "zero" in shown else None,
             floor=no_op_cost(result),
-            chance=2 * SMALL_COST,  # so that the cost must lie below SMALL_COST
+            chance=2 * SMALL_COST,  # so that the cost must be below SMALL_COST
             less=True,
             relevant=SMALL_COST,
             shown=shown,

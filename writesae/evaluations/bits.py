@@ -144,7 +144,8 @@ class Bits(Evaluation):
         """Sequences by code, of one budget and way to fit; and the names of codes, the dictionary first."""
         table = result.tables["codes"]
         rows = table[(table["budget"] == budget) & (table["way"] == way) | (table["budget"] == 0)]
-        ours, first = contender(budget), {"native", "delete"}
+        ours = contender(budget)
+        first = {"native", "delete"}
         return Paired.of(rows, "kl", by="code"), [ours, *sorted({*rows["code"]} - {ours, *first})]
 
     def findings(self, result: Result) -> list[Finding]:
@@ -174,11 +175,13 @@ class Bits(Evaluation):
             | {name: result.info[name] for name in ("n_sequences", "n_positions")}
             for result in results
         )
-        test, claims = cast(Bits, results[0].evaluation), []
+        test = cast(Bits, results[0].evaluation)
+        claims = []
         for way, budget in product(WAYS[: 3 if test.tune_steps else 2], test.budgets):
             tables = [test.paired(result, budget, way) for result in results]
             ours, *others = tables[0][1]
-            n, leads = sum(len(kl.wide) for kl, _ in tables), dict[str, Estimate]()
+            n = sum(len(kl.wide) for kl, _ in tables)
+            leads = dict[str, Estimate]()
             for name in others:
                 lead = stats.estimate([kl.recovered(ours, than=name).mean for kl, _ in tables], heads)
                 leads[f"more than {name}"] = lead._replace(n=n)

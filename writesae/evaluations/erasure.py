@@ -190,7 +190,8 @@ class Erasure(OfHalves):
         """The largest p against the controls of each atom, Holm-adjusted over atoms."""
         largest = {}
         for column, rows in firings.groupby("column"):
-            effect, sequences = rows["effect"], rows["sequence"]
+            effect = rows["effect"]
+            sequences = rows["sequence"]
             tests = (stats.sign_flip_test(effect, rows[name], sequences, seed=self.seed) for name in CONTROLS)
             largest[str(column)] = max(tests)
         return list(stats.holm(largest).values())
@@ -253,7 +254,8 @@ class Erasure(OfHalves):
         counts = torch.tensor(select.groupby("column").size().to_numpy())[:, None]
         means = {name: total.cpu() / counts for name, total in sums.items()}
         tokens = {name: means[name].argmin(1, keepdim=True) for name in ("effect", "random")}
-        chosen, native = tokens["effect"], means["native"]
+        chosen = tokens["effect"]
+        native = means["native"]
         distance = (native - native.gather(1, chosen)).abs().scatter(1, chosen, torch.inf)  # never the token itself
         tokens["wrong"] = distance.topk(min(_N_WRONG, shape[1] - 1), largest=False).indices
         return tokens, means["effect"].gather(1, chosen)[:, 0].double().numpy()
@@ -289,7 +291,8 @@ class Erasure(OfHalves):
 
     def findings(self, result: Result) -> list[Finding]:
         """Claim 8 over all firings, how many atoms show it by themselves, and claim 24."""
-        firings, atoms = result.tables["firings"], result.tables["atoms"]
+        firings = result.tables["firings"]
+        atoms = result.tables["atoms"]
         erased = Paired(firings, ("sequence", "atom"), self.seed)
         effect = erased.mean("effect")
         falls = Paired(firings).mean(firings["effect"] < 0)
@@ -333,7 +336,8 @@ class Erasure(OfHalves):
         doses = {m: Paired(rows, ("sequence", "atom"), self.seed) for m, rows in by_dose}
         most = max(self.injected)
         largest = doses.pop(most)
-        rows, raised = largest.wide, largest.mean("effect")
+        rows = largest.wide
+        raised = largest.mean("effect")
         rivals = {name: CONTROLS[name] for name in ("random", "wrong")}
         smaller = {f"m = {m:g}": paired.mean("effect") for m, paired in doses.items()}
         return Finding(

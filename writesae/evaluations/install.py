@@ -204,7 +204,8 @@ class Install(Evaluation):
     def _ranks(self, rows: pd.DataFrame) -> Finding:
         ranks = rows.assign(better=rows["edited_rank"] < rows["rank"], shift=rows["rank"] - rows["edited_rank"])
         better = Paired.of(ranks, "better", "pair", seed=self.seed)
-        target, random = better["target"] > 0, better["random"] > 0
+        target = better["target"] > 0
+        random = better["random"] > 0
         lead = better.mean("target", "random")
         rival = "a random direction of the same norm"
         shift = ranks.loc[ranks["condition"] == "target", "shift"].median()

@@ -6,20 +6,22 @@ reports a median R^2 over cells, each with a fitted scale.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import pandas as pd
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from sklearn.metrics import r2_score
 
 from sae_lens_writesae.atom.low_rank import LowRank
 from writesae.choices import AtLeast
 from writesae.experiment.at_firings import OfFirings
 from writesae.experiment.evaluation import Result
+from writesae.experiment.firings import Integers
 from writesae.experiment.lab import EditedRows, Lab, Site, Trial
 from writesae.experiment.predictors import DEFINITIONS, PREDICTORS, ReadGradients, predict
 from writesae.verdict import fits
@@ -139,7 +141,8 @@ class LogitChange(OfFirings):
 
     def measure(self, lab: Lab) -> dict[str, pd.DataFrame]:
         """Cost: for each firing one edited row for each eps, and one backward pass for each horizon and rank group."""
-        highest, d_vocab = max(high for _, high in self.ranks), lab.model.cfg.d_vocab
+        highest = max(high for _, high in self.ranks)
+        d_vocab = lab.model.cfg.d_vocab
         if highest > d_vocab:
             raise ValueError(f"ranks asks for rank {highest}, but the vocabulary has {d_vocab} tokens; change ranks")
         draw = self.drawn(lab, max(1, *self.horizons))
@@ -187,11 +190,7 @@ class LogitChange(OfFirings):
             for size in self.eps
         ]
         runs = lab.read(site, trials, changes, max(self.horizons) + 1, plain=True)
-        gradients = ReadGradients(lab.model, site.session, lab.hook.layer, lab.hook.head, positions.ravel().tolist())
-        slopes = np.empty((*tokens.shape, len(PREDICTORS)))
-        for (i, z), position in np.ndenumerate(positions):
-            reads = [gradients.at(int(position), token) for token in tokens[i, z].tolist()]
-            slopes[i, z] = predict(site.recurrence, added.rows([i]), starts[i], reads)[:, 0].cpu().numpy()
+        slopes = _slopes(lab, site, added, starts, positions, tokens)
         i, e, z, g = (n.ravel() for n in np.indices((len(starts), len(self.eps), *tokens.shape[1:])))
         names = np.array([str(low) if low == high else f"{low}-{high}" for low, high in self.ranks])
         eps = np.array(self.eps)[e]
@@ -210,7 +209,8 @@ class LogitChange(OfFirings):
         """The firings of a sequence that have a unit and a direction, and what eps = 1 adds at each."""
         native = site.at(site.rows["position"].tolist())
         atom = lab.atoms(site.rows["written_atom"].to_numpy()).to(native.values)
-        size, activation = atom.norm(), torch.tensor(site.rows["activation"].to_numpy()).to(native.values)
+        size = atom.norm()
+        activation = torch.tensor(site.rows["activation"].to_numpy()).to(native.values)
         unit = native.norm() if self.unit == "write" else activation * size
         usable = (size > 0) & (unit != 0)
         lab.skipped["the atom or the native write is zero, so that eps has no unit"] += int((~usable).sum())
@@ -224,7 +224,8 @@ class LogitChange(OfFirings):
         """Claim 7 for the paper's formula, whether F1 and F2 predict the change, and the rebuttal's two numbers."""
         cells = result.tables["cells"]
         rows = cells[cells["eps"] == min(self.eps)]
-        measured, sequence = rows["measured"].to_numpy(float), rows["sequence"]
+        measured = rows["measured"].to_numpy(float)
+        sequence = rows["sequence"]
         predictions: dict[str, tuple[ArrayLike, ...]] = {name: (rows[name], rows[CONTROL]) for name in PREDICTORS}
         predictions["one scale"] = tuple(
             fits.cross_fitted(measured, rows[[name]].to_numpy(float), sequence) for name in ("F0", CONTROL)
@@ -238,28 +239,8 @@ class LogitChange(OfFirings):
         size = "" if n_positions >= REBUTTAL_POSITIONS else f" of the rebuttal's {REBUTTAL_POSITIONS:,}"
         found: dict[str, Finding] = {}
         for name, (predicted, control) in predictions.items():
-            own, rival, lead = (
-                fits.r2_estimate(measured, each, sequence, rival=other, seed=self.seed)
-                for each, other in ((predicted, None), (control, None), (predicted, control))
-            )
-            number, claim = CLAIMS[name]
-            found[name] = Finding(
-                number=number,
-                claim=claim,
-                effect=own,
-                what=f"the R² of {name}",
-                null=SHUFFLED,
-                against={SHUFFLED: Against(lead)},
-                typical=float(rows["measured"].abs().median()),
-                floor=result.fact("floor"),
-                chance=BAR[name],
-                relevant=RELEVANT[name],
-                shown={name: own, SHUFFLED: rival},
-                write=r_squared,
-                axis="R² unfitted" if name in PREDICTORS else f"R² at {n_positions:,}{size} positions",
-                least=-0.25,
-                of=f"logits (firing, horizon, token) in {sequence.nunique()} sequences, eps {min(self.eps):g}",
-            )
+            axis = "R² unfitted" if name in PREDICTORS else f"R² at {n_positions:,}{size} positions"
+            found[name] = self._predicts(result, name, rows, predicted, control, axis)
         seen = rows[rows["measured"].abs().groupby(rows["horizon"]).transform("median") > result.fact("floor")]
         by_horizon = {h: r2_score(part["measured"], part["F2"]) for h, part in seen.groupby("horizon")}
         worst = min(by_horizon, key=lambda h: by_horizon[h], default=None)
@@ -269,16 +250,45 @@ class LogitChange(OfFirings):
         found["F0"] = self._paper(result, found["F0"], found["one scale"].shown["one scale"])
         return list(found.values())
 
+    def _predicts(
+        self, result: Result, name: str, rows: pd.DataFrame, predicted: ArrayLike, control: ArrayLike, axis: str
+    ) -> Finding:
+        """Whether a prediction of the changes of some rows is right, compared with one that is shuffled."""
+        sequence = rows["sequence"]
+        r2 = partial(fits.r2_estimate, rows["measured"].to_numpy(float), seed=self.seed)
+        effect = r2(predicted, sequence)
+        number, claim = CLAIMS[name]
+        return Finding(
+            number=number,
+            claim=claim,
+            effect=effect,
+            what=f"the R² of {name}",
+            null=SHUFFLED,
+            against={SHUFFLED: Against(r2(predicted, sequence, rival=control))},
+            typical=float(rows["measured"].abs().median()),
+            floor=result.fact("floor"),
+            chance=BAR[name],
+            relevant=RELEVANT[name],
+            shown={name: effect, SHUFFLED: r2(control, sequence)},
+            write=r_squared,
+            axis=axis,
+            least=-0.25,
+            of=f"logits (firing, horizon, token) in {sequence.nunique()} sequences, eps {min(self.eps):g}",
+        )
+
     def _paper(self, result: Result, unfitted: Finding, one_scale: Estimate) -> Finding:
         """Claim 7, with the paper's own statistic, which may be what any prediction reaches."""
-        own, shuffled = (fits.cell_r2(result.tables["cells"], name) for name in ("F0", CONTROL))
+        own = fits.cell_r2(result.tables["cells"], "F0")
+        shuffled = fits.cell_r2(result.tables["cells"], CONTROL)
         # Both fits are the best line through 0; rounding must not decide which of them is better.
         cells = Paired(own.assign(shuffled=shuffled["r2"], lead=(own["r2"] - shuffled["r2"]).round(9)), seed=self.seed)
-        median, control = cells.median("r2"), cells.median("shuffled")
+        median = cells.median("r2")
+        control = cells.median("shuffled")
+        of_paper = " (Mamba-2; the paper reports -0.07 there)" if result.info["rule"] == "Mamba-2" else ""
         unfitted = replace(
             unfitted,
             measured=f"{r_squared(one_scale.mean)} with one scale for all; {r_squared(median.mean)} (median) with a "
-            "scale per cell" + " (Mamba-2; the paper reports -0.07 there)" * (result.info["rule"] == "Mamba-2"),
+            f"scale per cell{of_paper}",
             controls=f"shuffled, with a scale per cell {r_squared(control.mean)}",
         )
         fitted = judge(median, {SHUFFLED: Against(cells.median("lead"), control)}, chance=PAPER_R2, relevant=ALIKE)
@@ -289,3 +299,16 @@ class LogitChange(OfFirings):
             f"reach {r_squared(control.mean)} as well. {unfitted.verdict.sentence}"
         )
         return replace(unfitted, ruled=Verdict("confounded", sentence, (SHUFFLED,)))
+
+
+def _slopes(
+    lab: Lab, site: Site, added: LowRank, starts: Sequence[int], positions: Integers, tokens: Integers
+) -> NDArray[np.float64]:
+    """[I,Z,G,P] what each predictor gives for eps = 1: change of tokens [I,Z,G] at positions [I,Z] by what is added at
+    each start [I]."""
+    gradients = ReadGradients(lab.model, site.session, lab.hook.layer, lab.hook.head, positions.ravel().tolist())
+    slopes = np.empty((*tokens.shape, len(PREDICTORS)))
+    for (i, z), position in np.ndenumerate(positions):
+        reads = [gradients.at(int(position), token) for token in tokens[i, z].tolist()]
+        slopes[i, z] = predict(site.recurrence, added.rows([i]), starts[i], reads)[:, 0].cpu().numpy()
+    return slopes

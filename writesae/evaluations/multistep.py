@@ -153,7 +153,7 @@ class Multistep(Evaluation):
                 claim=f"over {self.n_steps} tokens an atom leaves the state within {percent(SMALL_GAP)} of its norm",
                 effect=gap["atom"],
                 what="the mean state gap",
-                chance=SMALL_GAP + RELEVANT_GAP,  # so that the gap must lie below SMALL_GAP
+                chance=SMALL_GAP + RELEVANT_GAP,  # so that the gap must be below SMALL_GAP
                 less=True,
                 relevant=RELEVANT_GAP,
                 null="delete",

@@ -234,7 +234,8 @@ class Objectives(OfAlive):
 
     def _better(self, result: Result, row: pd.Series, base: pd.Series) -> Finding:
         """The difference must hold, and so must the better dictionary's own substitution test."""
-        a, b = str(row["sae"]), str(base["sae"])
+        a = str(row["sae"])
+        b = str(base["sae"])
         mine = value(result, a, self.scale)
         theirs = value(result, b, self.scale)
         table = result.tables["contrasts"]
@@ -267,7 +268,8 @@ def _contrasts(samples: Mapping[str, Mapping[str, Paired]], target: pd.Series) -
     """Rows of the table `contrasts`: each measure, each ordered pair of dictionaries that it can compare."""
     contrasts = []
     for name, (a, b) in itertools.product(MEASURES, itertools.permutations(samples, 2)):
-        first, second = samples[a][name], samples[b][name]
+        first = samples[a][name]
+        second = samples[b][name]
         if name not in WITHIN_TARGET:
             contrasts.append((name, a, b, *first.lead(name, second)[:3]))
         elif target[a] == target[b]:  # the same sequences, in the same order

@@ -158,7 +158,8 @@ class Partition(OfAlive):
     def measure(self, lab: Lab) -> dict[str, pd.DataFrame]:
         firings = lab.firings()
         alive_tokens = min(self.alive_tokens, lab.tokens.numel())
-        alive, ever = firings.alive(alive_tokens, self.min_firings), firings.alive(alive_tokens)
+        alive = firings.alive(alive_tokens, self.min_firings)
+        ever = firings.alive(alive_tokens)
         lab.require(
             len(alive) > 0,
             f"no atom is alive: {len(ever)} of {firings.n_atoms} fire on {alive_tokens:,} tokens, none of them "
@@ -188,7 +189,8 @@ class Partition(OfAlive):
     def _tested(self, lab: Lab, atoms: pd.DataFrame) -> pd.DataFrame:
         """The table `substitution`, from up to `tested_atoms` of each kind that fire where they can be tested; empty
         where a kind has fewer than two."""
-        firings, settings = lab.firings(), self.substitution
+        firings = lab.firings()
+        settings = self.substitution
         inside = firings.between(settings.first_position, firings.n_positions - settings.horizon - 1)
         testable = atoms[atoms["atom"].isin(firings.atom[inside])]
         of_kinds = [testable.loc[testable["kind"] == kind, "atom"].to_numpy() for kind in KINDS]

@@ -201,7 +201,8 @@ class Passage(Evaluation):
         return [self._cost(result, name, first) for name in sorted(names, key=lambda name: name != first)]
 
     def _cost(self, result: Result, name: str, first: str) -> Finding:
-        table, members = result.tables["passages"], result.tables["classes"]
+        table = result.tables["passages"]
+        members = result.tables["classes"]
         of_class = table[table["class"] == name]
         bits = Paired.of(of_class, "bits", seed=self.seed)
         costs = bits.means({"deleted": "class ablated"} | CONTROLS)

@@ -146,7 +146,7 @@ class Seeds(OfAlive):
         rows = []
         for (a, b), of_pair in pairs.groupby(["a", "b"], sort=False):
             by_sample = of_pair.groupby("sample")
-            # Atoms and nulls are not paired, so that each sample has units of its own.
+            # Atoms and nulls are not paired, so that each sample has its own units.
             samples = {name: Paired(rows.reset_index(), ("index",), self.seed) for name, rows in by_sample}
             for sample in SAMPLES:
                 cosines = samples[sample]["cosine"]

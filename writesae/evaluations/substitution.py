@@ -5,7 +5,7 @@ Source: WriteSAE (arXiv 2605.12770), section 4.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, cast
 
@@ -32,6 +32,7 @@ fortieth of the write itself recovers."""
 PRACTICAL_FLOOR = 1e-4
 """Nats: a median deletion effect below it is of no practical size, however far it exceeds rounding."""
 
+_CHOICES = "; ".join(f"{name}: {text}" for name, text in CHOICES.items())
 _CLAIM_OF_RULE = {"Mamba-2": 11, "RWKV-7": 12, "DeltaNet": 13}
 """Rules for which the paper reports a separate substitution test; for all others it is its first claim."""
 _WORST_FIRST: tuple[Outcome, ...] = ("confounded", "undecided", "fails")
@@ -80,7 +81,7 @@ class Substitution(Exchanging):
     answers: ClassVar[tuple[int, ...]] = (1, 2, 3, 5, 11, 12, 13, 14)
     columns: ClassVar[dict[str, dict[str, str]]] = {
         "firings": {
-            "choice": "which atom is written: " + "; ".join(f"{k}: {v}" for k, v in CHOICES.items()),
+            "choice": f"which atom is written: {_CHOICES}",
             **described("firing sequence position atom"),
             "written_atom": "atom that is written",
             "activation": "activation of the written atom",
@@ -95,18 +96,20 @@ class Substitution(Exchanging):
     # -- measuring
 
     def measure(self, lab: Lab) -> dict[str, pd.DataFrame]:
-        tables = [
-            lab.read(each.site, each.trials(lab), kl_metrics, self.horizon + 1).assign(choice=choice)
-            for choice in self.atom_choice
-            for each in self.exchanges(lab, self.drawn(lab, self.horizon, choice), self.scales_of(choice))
-        ]
+        tables = []
+        for choice in self.atom_choice:
+            draw = self.drawn(lab, self.horizon, choice)
+            for exchange in self.exchanges(lab, draw, self.scales_of(choice)):
+                kl = lab.read(exchange.site, exchange.trials(lab), kl_metrics, self.horizon + 1)
+                tables.append(kl.assign(choice=choice))
         return {"firings": pd.concat(tables, ignore_index=True)}
 
     # -- judging
 
     def findings(self, result: Result) -> list[Finding]:
         """Claim 1 for every choice of atom and scale; claims 2 and 3 for the headline."""
-        found, rule = [], str(result.info["rule"])
+        found = []
+        rule = str(result.info["rule"])
         headline = 14 if "Qwen3.5-4B" in str(result.info["model"]) else _CLAIM_OF_RULE.get(rule, 1)
         for choice in self.atom_choice:
             wide = wide_firings(result, choice=choice)
@@ -114,14 +117,16 @@ class Substitution(Exchanging):
                 named = [] if choice == self.atom_choice[0] else [CHOICES[choice]]
                 named += [] if scale == self.scales[0] else [f"at {SCALE_NAMES[scale]}"]
                 found.append(self.nearer(wide, scale, None if named else headline, named))
-        found += self._chain_and_medians(wide_firings(result, choice=self.atom_choice[0]))
+        found += self._at_matched_norm(wide_firings(result, choice=self.atom_choice[0]))
         return [on_equal_terms(finding, result) for finding in found]
 
     def nearer(self, wide: pd.DataFrame, scale: str, number_: int | None = None, named: Sequence[str] = ()) -> Finding:
         """Claim 1 of one choice of atom at one scale; `named` says which, where it is not the headline. `shown` has the
         total that the atom and each control recovers; nothing where no deletion has an effect."""
-        kl, atom = Paired(wide, seed=self.seed), f"atom/{scale}"
-        wins, size = kl.wins(atom, "delete"), kl.size_of("delete")
+        kl = Paired(wide, seed=self.seed)
+        atom = f"atom/{scale}"
+        wins = kl.wins(atom, "delete")
+        size = kl.size_of("delete")
         small = f", below {number(PRACTICAL_FLOOR)}: of no practical size" * (size["typical"] < PRACTICAL_FLOOR)
         totals, against, typical = {}, {}, ""
         if (wide["delete"] > 0).any():
@@ -149,45 +154,56 @@ class Substitution(Exchanging):
             of="firings in {} sequences",
         )
 
-    def _chain_and_medians(self, wide: pd.DataFrame) -> list[Finding]:
+    def _at_matched_norm(self, wide: pd.DataFrame) -> list[Finding]:
         """Claims 2 and 3, at matched norm: the strict order, and the paired ratio of KLs."""
         scale = "matched" if "matched" in self.scales else self.scales[0]
-        kl = Paired(wide, seed=self.seed)
-        atom, deleted, size = kl[f"atom/{scale}"], kl["delete"], kl.size_of("delete")
         others = {f"{name}/{scale}": NAMES[name] for name in ("shuffled", "random") if name in self.controls}
+        rivals = [name for name in self.controls if name in BASELINES and others]
+        ratio = self._medians(wide, scale, others, rivals)
+        return [self._chain(wide, scale, others, rivals), ratio] if others else [ratio]
+
+    def _chain(self, wide: pd.DataFrame, scale: str, others: Mapping[str, str], rivals: Sequence[str]) -> Finding:
+        """Claim 2: atom < deletion < another atom; `others` has at least one."""
+        kl = Paired(wide, seed=self.seed)
+        atom = kl[f"atom/{scale}"]
+        deleted = kl["delete"]
         chains = {f"atom < delete < {n}": kl.mean((atom < deleted) & (deleted < kl[c])) for c, n in others.items()}
-        first, rival = next(iter(chains), ""), next(iter(others), "")
+        first, *_ = chains
+        rival, *_ = others
 
         def in_order(name: str) -> pd.Series:
             return (kl[f"{name}/{scale}"] < deleted) & (deleted < kl[rival])
 
-        rivals = [name for name in self.controls if name in BASELINES and rival]
-        chain = Finding(
+        return Finding(
             number=2,
             claim=f"strict chain {first}, at {SCALE_NAMES[scale]}",
-            effect=chains.get(first),
+            effect=chains[first],
             what="the rate of the strict order",
             chance=0.5,
             relevant=RELEVANT,
-            null=others.get(rival, ""),
+            null=others[rival],
             against={NAMES[n]: Against(kl.mean(in_order("atom"), in_order(n)), kl.mean(in_order(n))) for n in rivals},
-            **size,
+            **kl.size_of("delete"),
             shown=chains,
             write=percent,
             axis="of firings",
             of="firings in {} sequences",
         )
-        moved = Paired(wide[deleted > 0], seed=self.seed)
+
+    def _medians(self, wide: pd.DataFrame, scale: str, others: Mapping[str, str], rivals: Sequence[str]) -> Finding:
+        """Claim 3: the paired ratio of the atom's KL to that of deletion, of other atoms and of baselines."""
+        size = Paired(wide, seed=self.seed).size_of("delete")
+        moved = Paired(wide[wide["delete"] > 0], seed=self.seed)
         names = {"delete": "delete"} | others | {f"{name}/{scale}": NAMES[name] for name in rivals}
         names = {c: n for c, n in names.items() if (moved[c] > 0).any()}
         ratios = {n: moved.median((moved[f"atom/{scale}"] / moved[c]).where(moved[c] > 0)) for c, n in names.items()}
         medians = [number(float(moved[c].median())) for c in (f"atom/{scale}", "delete", *others)]
-        ratio = Finding(
+        return Finding(
             number=3,
             claim=f"median KL of {' / '.join(['atom', 'delete', *others.values()])}, at {SCALE_NAMES[scale]}",
             effect=ratios.get("delete"),
             what="the median ratio of the atom's KL to deletion's",
-            null=others.get(rival, ""),
+            null=next(iter(others.values()), ""),
             against={name: Against(each, chance=1.0) for name, each in ratios.items() if name != "delete"},
             chance=1.0,
             less=True,
@@ -202,7 +218,6 @@ class Substitution(Exchanging):
             n=len(moved.wide),
             of="firings in {} sequences",
         )
-        return [chain, ratio] if others else [ratio]
 
     @classmethod
     def across(cls, results: list[Result]) -> list[tuple[str, Claim]]:
@@ -241,7 +256,8 @@ class Substitution(Exchanging):
 
     def notes(self, result: Result) -> list[str]:
         """Definitions of conditions and scales, and how long the head remembers."""
-        life, limit = result.info["half_life"], result.info["half_life_limit"]
+        life = result.info["half_life"]
+        limit = result.info["half_life_limit"]
         listed = [f"{NAMES[n]}: {DEFINITIONS[n]}" for n in ("native", "delete", "atom", *self.controls)]
         return [
             f"A write of this head has lost half of its norm after {life} tokens{' or more' * (life == limit)} (median "
@@ -252,7 +268,8 @@ class Substitution(Exchanging):
 
     def panels(self, result: Result) -> list[Figure]:
         """Where the headline's atom wins (the paper's table 13 and figure 14)."""
-        wide, lines = wide_firings(result), []
+        wide = wide_firings(result)
+        lines = []
         if len(wide) < 4:  # no quartiles
             return []
         for column, name in (("delete", "by deletion's effect"), ("cosine", "by cosine of atom and write")):
@@ -261,7 +278,8 @@ class Substitution(Exchanging):
             colour = "atom" if column == "delete" else "soft"
             band = ([rate.low for rate in wins], [rate.high for rate in wins])
             lines.append(figures.Line(name, sorted(set(quartile)), [rate.mean for rate in wins], colour, band))
-        title, ticks = "Win rate of the atom by quartile", {float(q): f"Q{q}" for q in range(1, 5)}
+        title = "Win rate of the atom by quartile"
+        ticks = {float(q): f"Q{q}" for q in range(1, 5)}
         svg = figures.curves(lines, "quartile", f"{title}: {result.label}", percent=True, chance=0.5, ticks=ticks)
         return [Figure(title, svg, "Bands: 95% intervals. An effect that is real is largest in Q4.")]
 

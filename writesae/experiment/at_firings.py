@@ -119,7 +119,8 @@ class OfHalves(OfAtoms):
     ) -> tuple[Integers, Bounds, Iterator[tuple[Firings, pd.DataFrame]]]:
         """The tested atoms, first and last position, and of each half all firings, and those that are looked at. A half
         is drawn when it is asked for."""
-        firings, split = lab.firings(), halves(len(lab.tokens), self.seed)
+        firings = lab.firings()
+        split = halves(len(lab.tokens), self.seed)
         bounds: Bounds = {"first": self.first_position, "last": firings.n_positions - 1 - self.horizon}
         atoms = draw_atoms(
             firings, split, bounds, rng, min_firings=self.min_firings, n_atoms=self.n_atoms, atoms=self.atoms

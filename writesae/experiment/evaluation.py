@@ -118,7 +118,8 @@ class Evaluation(ABC):
     @classmethod
     def bounds(cls) -> dict[str, int]:
         """Smallest allowed value of each setting that is a whole number, or some of them: what its type says, or 1."""
-        plain, full = get_type_hints(cls), get_type_hints(cls, include_extras=True)
+        plain = get_type_hints(cls)
+        full = get_type_hints(cls, include_extras=True)
         whole = [name for name, each in plain.items() if each in (int, int | None, tuple[int, ...])]
         return {name: next((bound.least for bound in getattr(full[name], "__metadata__", ())), 1) for name in whole}
 
@@ -283,7 +284,8 @@ class Result:
         """The findings, one for every claim that the evaluation answers."""
         if self.skipped is None:
             return self.evaluation.findings(self)
-        question, numbers = self.evaluation.question, self.evaluation.answers or (None,)
+        question = self.evaluation.question
+        numbers = self.evaluation.answers or (None,)
         return [Finding.untested(question, self.skipped, number, "measured") for number in numbers]
 
     def claims(self) -> list[Claim]:
@@ -320,7 +322,8 @@ class Result:
     @property
     def pace(self) -> str:
         """Time taken; where edits were run, how many runs and how fast."""
-        seconds, runs = self.fact("seconds"), int(self.fact("n_edited_runs"))
+        seconds = self.fact("seconds")
+        runs = int(self.fact("n_edited_runs"))
         speed = f", {runs:,} edited runs, {runs / seconds:.0f} a second" if seconds and runs else ""
         return f"{seconds:.0f} s{speed}"
 

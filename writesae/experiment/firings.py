@@ -88,7 +88,8 @@ def collect_firings(model: HookedRecurrent, sae: SAE, layer: int, tokens: Tensor
 
     Cost: N forwards up to the hook's layer; memory T (K V + F) floats, and 28 bytes per firing.
     """
-    hook_name, place = str(sae.cfg.metadata.hook_name), next(sae.parameters())
+    hook_name = str(sae.cfg.metadata.hook_name)
+    place = next(sae.parameters())
     parts: list[tuple[NDArray[np.generic], ...]] = []
     for i in bar(range(len(tokens)), "firings", progress):
         _, cache = model.run_with_cache(tokens[i : i + 1], names_filter=[hook_name], stop_at_layer=layer + 1)
@@ -187,7 +188,8 @@ def draw_atoms(
         table = firings.frame(firings.between(**bounds) & np.isin(firings.sequence, sequences))
         return table.groupby("atom")["sequence"].agg(["size", "nunique"])
 
-    chosen, tested = counts(split.select), counts(split.test)
+    chosen = counts(split.select)
+    tested = counts(split.test)
     able = chosen.index[chosen["size"] >= min_firings].intersection(
         tested.index[(tested["size"] >= min_firings) & (tested["nunique"] >= 2)]
     )

@@ -402,7 +402,8 @@ class Lab:
 
     def describe(self, label: str = "") -> dict[str, Json]:
         """The part of a result's `info` that all evaluations share."""
-        shape, hook = self.model.cfg.layer(self.hook.layer), self.hook
+        shape = self.model.cfg.layer(self.hook.layer)
+        hook = self.hook
         default = hook.cell if len(self.saes) > 1 else f"{hook.cell} {hook.target}-trained"
         if len({head_hook.head for head_hook in self.hooks.values()}) > 1:
             default = f"L{hook.layer}, {len(self.hooks)} heads"

@@ -45,7 +45,8 @@ def divergences(native: Tensor, positions: Tensor, edited: Tensor) -> Divergence
     distinct, which = positions.unique(return_inverse=True)
     log_native = native[distinct].to(wide).log_softmax(-1)
     share_native = log_native.exp()
-    which, rows = which.flatten(), edited.flatten(0, 1)
+    which = which.flatten()
+    rows = edited.flatten(0, 1)
     forward, reverse = (torch.empty(len(rows), dtype=wide) for _ in range(2))
     step = max(1, _BLOCK_FLOATS // edited.shape[-1])
     for i in range(0, len(rows), step):

@@ -66,7 +66,8 @@ class Terms:
 
     def metric_of(self, sae: SAE) -> Metric | None:
         """The metric that a dictionary was trained in, fitted again; None: squared errors."""
-        about, hook = sae.cfg.metadata, HeadHook.of(sae)
+        about = sae.cfg.metadata
+        hook = HeadHook.of(sae)
         if about.get("metric") != "gauss_newton":
             return None
         return self.metric(hook.layer, hook.head, about.metric_sequences, about.metric_damping)
@@ -78,7 +79,8 @@ class Terms:
 
     def unequal(self, sae: SAE) -> str:
         """Why baselines that are fitted to this text are at a disadvantage to a dictionary, or nothing."""
-        rows, few = sae.cfg.metadata.get("n_training_rows"), sae.cfg.metadata.get("metric_sequences") or 0
+        rows = sae.cfg.metadata.get("n_training_rows")
+        few = sae.cfg.metadata.get("metric_sequences") or 0
         if rows is not None and rows <= self.tokens.numel() and few <= len(self.tokens):
             return ""
         seen = "a number of writes that its metadata does not name" if rows is None else f"{rows:,} writes"
@@ -97,8 +99,10 @@ def require_equal(terms: Iterable[Mapping[str, Json]]) -> None:
     """Raise TermsError unless all terms are the same."""
     first, *others = terms
     for other in others:
-        if told := [f"{n}: {first.get(n)}, {other.get(n)}" for n in {**first, **other} if first.get(n) != other.get(n)]:
-            raise TermsError(f"expected results of equal terms, got {'; '.join(told)}; measure them again together")
+        names = [name for name in {**first, **other} if first.get(name) != other.get(name)]
+        if names:
+            told = "; ".join(f"{name}: {first.get(name)}, {other.get(name)}" for name in names)
+            raise TermsError(f"expected results of equal terms, got {told}; measure them again together")
 
 
 def tokens_and_before(tokens: Tensor) -> Integers:

@@ -45,7 +45,8 @@ def board(
 
 def in_words(world: World, facts: Facts) -> list[str]:
     """The first sequence up to its question, its answer, and what the answer is to be."""
-    asked, changed = facts.base, facts.questions["changed"]
+    asked = facts.base
+    changed = facts.questions["changed"]
     text = asked.tokens[0, 1 : int(asked.positions[0, 0]) + 1].tolist()
     return [world.task.vocabulary[i] for i in (*text, *asked.answers[0], *changed.answers[0])]
 

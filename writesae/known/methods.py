@@ -34,7 +34,8 @@ class Job(NamedTuple):
     @classmethod
     def of(cls, world: World, head: int, seeds: int, steps: int, lr: float) -> Job:
         """Sizes are chosen without labels; a key has one active atom, a value up to four."""
-        keys, values = world.keys[head].contiguous(), world.values[head].contiguous()
+        keys = world.keys[head].contiguous()
+        values = world.values[head].contiguous()
         key = sides.choose_size(keys, (1,), steps // 2, lr)
         value = sides.choose_size(values, (1, 2, 3, 4), steps // 2, lr)
         return cls(world, head, keys, values, key, value, seeds, steps, lr)
@@ -42,7 +43,8 @@ class Job(NamedTuple):
     @property
     def n_atoms(self) -> int:
         """Atoms of a matrix dictionary with as many parameters as both sides have."""
-        K, V = self.keys.shape[1], self.values.shape[1]
+        K = self.keys.shape[1]
+        V = self.values.shape[1]
         return (self.key.atoms * K + self.value.atoms * V) // (K + V)
 
     def config(self, architecture: str, d_sae: int, seed: int, steps: int, **sae: int | str) -> Any:
@@ -92,7 +94,8 @@ def equal_bits_svd(job: Job) -> list[HeadCode]:
 
 def product(job: Job, start: str = "native", steps: int | None = None) -> list[HeadCode]:
     """Product dictionaries."""
-    f_key, f_value = job.key.atoms, job.value.atoms
+    f_key = job.key.atoms
+    f_value = job.value.atoms
     sides = {"f_key": f_key, "f_value": f_value, "k_value": job.value.active, "decoder_init": start}
     found = []
     for seed in range(job.seeds):
@@ -116,7 +119,8 @@ def truth(job: Job, permuted: bool = False) -> list[HeadCode]:
     parts = job.world.parts(job.world.value_symbols)
     if permuted:
         order = _mixed(len(labels))
-        labels, parts = labels[order], parts[order]
+        labels = labels[order]
+        parts = parts[order]
     return [of_sides(of_labels(job.keys, labels), of_labels(job.values, parts))]
 
 

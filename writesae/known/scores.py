@@ -29,10 +29,13 @@ def purity(atoms: Tensor, parts: Tensor) -> tuple[float, float]:
 def features(code: HeadCode, world: World) -> tuple[float, Tensor]:
     """For each key and each part of a value, the atom whose contribution follows that part best among the writes of the
     key: the share with a correlation above `FOUND`, and atoms times their mean contributions there [keys,S,V]."""
-    parts, found, vectors = world.parts(world.value_symbols), [], []
+    parts = world.parts(world.value_symbols)
+    found = []
+    vectors = []
     for key in range(int(world.key_symbols.max()) + 1):
         own = world.key_symbols == key
-        present, given = parts[own], code.contribution[own]
+        present = parts[own]
+        given = code.contribution[own]
         correlation = _centred(present).T @ _centred(given)  # [S,F]
         fit, best = correlation.max(1)
         found.append(fit > FOUND)
@@ -49,8 +52,10 @@ def _centred(x: Tensor) -> Tensor:
 def attributed(world: World, n: int = 16) -> dict[str, float]:
     """Share of the held writes (layer, head, token) that are among the H with the largest `write_attribution` to the
     answer's logit: precision and recall at once. "null": of H writes drawn at random."""
-    facts, holder = Facts.draw(world, n), world.holder
-    question, n_heads = facts.questions["changed"], len(world.holder.heads)
+    facts = Facts.draw(world, n)
+    holder = world.holder
+    question = facts.questions["changed"]
+    n_heads = len(world.holder.heads)
     hits = null = 0.0
     for b in range(n):
         text = question.tokens[b : b + 1, : int(question.positions[b, 0]) + 1]

@@ -122,10 +122,11 @@ def vector_topk(
     descend([atoms, encoder], loss, drawn, steps, lr, clip=math.inf)
     with torch.no_grad():
         codes = encode(rows / scale) * scale
-    return [
-        Side(codes[m, :, : size.atoms], atoms[m, : size.atoms].detach(), bits(size.atoms, size.active))
-        for m, size in enumerate(sizes)
-    ]
+    sides = []
+    for m, size in enumerate(sizes):
+        code = codes[m, :, : size.atoms]
+        sides.append(Side(code, atoms[m, : size.atoms].detach(), bits(size.atoms, size.active)))
+    return sides
 
 
 def choose_size(rows: Tensor, active: Sequence[int], steps: int, lr: float = LR) -> Size:
@@ -245,7 +246,8 @@ def of_atoms(sae: Any, keys: Tensor, values: Tensor, active: int) -> HeadCode:
     """The code of a dictionary of rank-one matrices."""
     acts = sae.encode(LowRank.rank_one(keys, values).dense().flatten(1))
     atoms = sae.atoms()
-    v, w = atoms.keys[:, 0], atoms.values[:, 0]
+    v = atoms.keys[:, 0]
+    w = atoms.values[:, 0]
     strongest = (acts * atoms.norm()).argmax(1)
     return HeadCode(
         key_atom=strongest,
@@ -265,7 +267,6 @@ def of_product(sae: Any, keys: Tensor, values: Tensor) -> HeadCode:
     key, value = sae.code(LowRank.rank_one(keys, values))
     sign = (key.rows * keys).sum(1, keepdim=True).sign()
     usual = torch.where(sign.mean() < 0, -1.0, 1.0)  # atoms that stand for -k and -u are turned, not their codes
-    return of_sides(
-        Side(sign * usual * key.acts, usual * sae.key_atoms.detach(), bits(cfg.f_key, cfg.k_key)),
-        Side(sign * usual * value.acts, usual * sae.value_atoms.detach(), bits(cfg.f_value, cfg.k_value)),
-    )
+    key_side = Side(sign * usual * key.acts, usual * sae.key_atoms.detach(), bits(cfg.f_key, cfg.k_key))
+    value_side = Side(sign * usual * value.acts, usual * sae.value_atoms.detach(), bits(cfg.f_value, cfg.k_value))
+    return of_sides(key_side, value_side)

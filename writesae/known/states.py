@@ -19,7 +19,8 @@ def pursue_pairs(
     """The pairs of a key atom and a value atom, [B,P] each, that states [B,K,V] are sums of: orthogonal matching
     pursuit (Pati et al. 1993) on p_i v_j^T, which takes the pair with the largest product with what is left and fits
     all coefficients again. Of atoms with one label [F] one is taken. Without `refit`, the P largest p_i^T S v_j."""
-    keys, values = normalize(keys, dim=1), normalize(values, dim=1)
+    keys = normalize(keys, dim=1)
+    values = normalize(values, dim=1)
     free = torch.ones(len(states), len(keys), dtype=torch.bool)  # atoms whose label was not taken
     i = j = states.new_zeros(len(states), 0).long()
     left = states
@@ -45,10 +46,13 @@ class Reader:
     """Codes of keys and values, with the symbols that most of their writes have, and a probe that was given labels."""
 
     def __init__(self, world: World):
-        self.world, self.head = world, world.holder.heads[0]
-        self.n_keys, self.n_values = world.task.n_keys, world.task.n_values
+        self.world = world
+        self.head = world.holder.heads[0]
+        self.n_keys = world.task.n_keys
+        self.n_values = world.task.n_values
         value = kmeans(world.values[0], self.n_values, 0)
-        self.values, self.value_symbols = value.atoms, _usual(value.code, world.value_symbols)
+        self.values = value.atoms
+        self.value_symbols = _usual(value.code, world.value_symbols)
         self.keys = [kmeans(world.keys[0], size, 0) for size in (self.n_keys, 4 * self.n_keys)]
 
     def held(self, pairs: int, count: int, seed: int) -> tuple[zoo.Batch, Tensor, Tensor]:
@@ -91,7 +95,8 @@ def _usual(code: Tensor, symbols: Tensor) -> Tensor:
 def read_states(world: World, n: int, sizes: Sequence[int] = (4, 8, 12, 16)) -> list[dict[str, float]]:
     """Share of the facts that a state holds which are read from it, by number of pairs: with four times as many key
     codes as symbols and without, by a linear probe that was given labels, and the model's own answers."""
-    reader, rows = Reader(world), []
+    reader = Reader(world)
+    rows = []
     for pairs in sizes:
         batch, states, facts = reader.held(pairs, n, pairs)
         found = {
@@ -101,11 +106,9 @@ def read_states(world: World, n: int, sizes: Sequence[int] = (4, 8, 12, 16)) -> 
             "linear probe, with labels": reader.by_probe(states, pairs),
         }
         answers = world.model(batch.tokens).argmax(-1).gather(1, batch.positions)
-        rows.append(
-            {"pairs": float(pairs)}
-            | {name: share_held(each, facts) for name, each in found.items()}
-            | {"the model's own answers": float((answers == batch.answers).float().mean())}
-        )
+        shares = {name: share_held(read, facts) for name, read in found.items()}
+        right = float((answers == batch.answers).float().mean())
+        rows.append({"pairs": float(pairs), **shares, "the model's own answers": right})
     return rows
 
 

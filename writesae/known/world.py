@@ -82,7 +82,8 @@ class Facts(NamedTuple):
     @classmethod
     def draw(cls, world: World, n: int) -> Facts:
         """One attribute is another one, or the whole value."""
-        task, holder = world.task, world.holder
+        task = world.task
+        holder = world.holder
         generator = torch.Generator().manual_seed(5)
         symbols = dict(task.batch(n, generator, pairs=world.pairs).symbols)
         symbols["asked"] %= world.pairs - 1
@@ -151,7 +152,8 @@ class Facts(NamedTuple):
     def _with_attribute(self, world: World, vectors: Sequence[Tensor]) -> Tensor:
         """[B,H,K,V] native writes whose old attribute is replaced by the new one."""
         recurrence = world.model.recurrence(self.base.tokens, world.holder.layer)
-        rows, heads = torch.arange(len(self.new)), list(world.holder.heads)
+        rows = torch.arange(len(self.new))
+        heads = list(world.holder.heads)
         k = recurrence.k[rows, self.at][:, heads]
         u = recurrence.u[rows, self.at][:, heads]
         old = self.base.symbols["values"][rows, self.asked]

@@ -39,7 +39,8 @@ _POLICY = (
 def read_shares(recurrence: Recurrence) -> torch.Tensor:
     """[T,S] of one head on one sequence, S = T: the part of token t's read that comes from what token s wrote, A[t,s]
     <u_s, o_t> / |o_t|^2. A row adds up to 1, or to 0 where nothing is read. Cost T / V times that of its reads."""
-    read, values = recurrence.outputs()[0, :, 0].double(), recurrence.u[0, :, 0].double()
+    read = recurrence.outputs()[0, :, 0].double()
+    values = recurrence.u[0, :, 0].double()
     pattern = recurrence.attention()[0, 0].double()
     along = torch.einsum("srv,tv->tsr", values.view(len(values), -1, values.shape[-1]), read)
     return (pattern.view(along.shape) * along).sum(-1) / read.square().sum(-1, keepdim=True).clamp_min(1e-30)
@@ -48,7 +49,8 @@ def read_shares(recurrence: Recurrence) -> torch.Tensor:
 def held_shares(recurrence: Recurrence) -> torch.Tensor:
     """[T,S] of one head on one sequence, S = T: the part of the state after token t that token s wrote, <P_t k_s u_s^T,
     S_t> / |S_t|^2, where P_t is what the transitions since have made of the key. A row sums to 1. Memory T K S."""
-    states, values = recurrence.states()[0, :, 0].double(), recurrence.u[0, :, 0].double().flatten(0, -2)
+    states = recurrence.states()[0, :, 0].double()
+    values = recurrence.u[0, :, 0].double().flatten(0, -2)
     keys = recurrence.by_source().states()[0, :, 0].double()
     shares = torch.einsum("tks,tkv,sv->ts", keys, states, values).view(recurrence.T, recurrence.T, -1).sum(-1)
     return shares / states.square().sum((1, 2))[:, None].clamp_min(1e-30)
@@ -65,7 +67,8 @@ class PromptServer(ThreadingHTTPServer):
 
     def __init__(self, model: str | None, sae: Path | None, dtype: str, port: int) -> None:
         found = [] if sae is None else [load_sae(folder) for folder in reversed(sae_folders(sae))]
-        self.saes, self.lock = {HeadHook.of(each).cell: each for each in found}, threading.Lock()
+        self.saes = {HeadHook.of(each).cell: each for each in found}
+        self.lock = threading.Lock()
         super().__init__(("127.0.0.1", port), _Handler)  # a taken port ends this before a model loads
         name = model or next((str(each.cfg.metadata.model_name) for each in found), "embedded")
         self.model = HookedRecurrent.from_pretrained(name, dtype=dtype)
@@ -86,7 +89,8 @@ class PromptServer(ThreadingHTTPServer):
         Raises:
             ValueError: the text has no token, or more than `MAX_TOKENS`; the layer or the head does not exist.
         """
-        tokens, atoms = self.model.to_tokens(text, prepend_bos=False, truncate=False), None
+        tokens = self.model.to_tokens(text, prepend_bos=False, truncate=False)
+        atoms = None
         if not 0 < tokens.shape[1] <= MAX_TOKENS:
             raise ValueError(f"text: expected 1 to {MAX_TOKENS} tokens, got {tokens.shape[1]}")
         recurrence = self.model.recurrence(tokens, layer)
@@ -118,7 +122,8 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = 60
 
     def _page(self, nonce: str) -> str:
-        cfg, hooks = self.server.model.cfg, [HeadHook.of(sae) for sae in reversed(self.server.saes.values())]
+        cfg = self.server.model.cfg
+        hooks = [HeadHook.of(sae) for sae in reversed(self.server.saes.values())]
         shown = {"model": cfg.model_name, "heads": {layer: cfg.layer(layer).H for layer in cfg.recurrent_layers}}
         return environment().get_template("prompt.html").render(shown, hooks=hooks, nonce=nonce, most=MAX_TOKENS)
 
@@ -136,21 +141,25 @@ class _Handler(BaseHTTPRequestHandler):
         hosts = [f"{name}:{self.server.server_address[1]}" for name in ("127.0.0.1", "localhost")]
         is_ours = self.headers.get("Host") in hosts
         is_ours &= self.headers.get("Origin") in {None, *map("http://{}".format, hosts)}
-        nonce, status = secrets.token_urlsafe(16), 403 if not is_ours else 404 if self.path != path else 200
+        nonce = secrets.token_urlsafe(16)
+        status = 403 if not is_ours else 404 if self.path != path else 200
         refusal = f"expected {path} of {hosts[0]}, got {self.path} of {self.headers.get('Host')}"
         try:
             body = content(self, nonce) if status == 200 else json.dumps({"error": refusal})
         except (ValueError, KeyError, TypeError, RecursionError, HookpointsError) as error:
-            status, body = 400, json.dumps({"error": str(error)})
-        self.send_response(status)
-        for name, value in {
-            "Content-Type": "text/html; charset=utf-8" if (status, path) == (200, "/") else "application/json",
+            status = 400
+            body = json.dumps({"error": str(error)})
+        is_page = (status, path) == (200, "/")
+        headers = {
+            "Content-Type": "text/html; charset=utf-8" if is_page else "application/json",
             "Content-Length": str(len(body.encode())),
             "Content-Security-Policy": _POLICY.format(nonce=nonce),
             "X-Content-Type-Options": "nosniff",
             "Cache-Control": "no-store",
             "Referrer-Policy": "no-referrer",
-        }.items():
+        }
+        self.send_response(status)
+        for name, value in headers.items():
             self.send_header(name, value)
         with suppress(ConnectionError):  # a page that was left
             self.end_headers()

@@ -130,7 +130,8 @@ def quality_rows(results: Sequence[Result]) -> list[dict[str, Json]]:
     `DictionaryQuality`."""
     rows: dict[tuple[Json, ...], dict[str, Json]] = {}
     for result in results:
-        model, head = result.info["model"], head_of(result)
+        model = result.info["model"]
+        head = head_of(result)
         qualities = cast("dict[str, dict[str, Json]]", result.info.get("quality") or {})
         for label, quality in qualities.items():
             if quality:

@@ -43,7 +43,8 @@ def share_text(value: float | Mapping[str, float | None] | None) -> str:
     """A share in percent, with its interval where it has one; a dash where there is none."""
     if not isinstance(value, Mapping):
         return "–" if value is None else percent(value)
-    low, high = value["low"], value["high"]
+    low = value["low"]
+    high = value["high"]
     share = percent(value["mean"] or 0)
     return share if low is None or high is None else f"{share} [{100 * low:.1f}, {100 * high:.1f}]"
 

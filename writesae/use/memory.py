@@ -77,18 +77,16 @@ class Judge:
         of tokens whose most probable next token differs."""
         base = self.kl(memory)
         differs = (self.log_p(memory).argmax(-1) != self.reference.argmax(-1)).double()
-        shares: Shares = {
-            "nothing": {
-                name: {"kl": float(base[:, bin_].mean()), "top": float(differs[:, bin_].mean())}
-                for name, bin_ in BINS.items()
-            }
-        }
+        of_nothing = {}
+        for name, bin_ in BINS.items():
+            of_nothing[name] = {"kl": float(base[:, bin_].mean()), "top": float(differs[:, bin_].mean())}
+        shares: Shares = {"nothing": of_nothing}
         for label, operation in operations.items():
             kl = self.kl(operation(memory))
             shares[label] = {}
             for name, bin_ in BINS.items():
-                of_nothing = base[:, bin_].sum(1)
-                shares[label][name] = share_of((of_nothing - kl[:, bin_].sum(1)).numpy(), of_nothing.numpy())
+                whole = base[:, bin_].sum(1)
+                shares[label][name] = share_of((whole - kl[:, bin_].sum(1)).numpy(), whole.numpy())
         return shares
 
 
@@ -282,7 +280,8 @@ def cut_facts(name: str, n: int) -> dict[str, dict[str, tuple[int, int]]]:
     for pair in places:
         batch = task.batch(n, generator, PAIRS)
         memory = model.memory(batch.tokens[:, : 1 + 2 * PAIRS])
-        start, stop = 1 + 2 * pair, 3 + 2 * pair
+        start = 1 + 2 * pair
+        stop = 3 + 2 * pair
         never_read = torch.cat([memory.tokens[:, :start], memory.tokens[:, stop:]], 1)
         memories = {
             "not cut": memory,

@@ -100,7 +100,9 @@ def intervals(
     figure, axes = _panel(0.75 + 0.26 * len(rows))
     for y, row in enumerate(rows):
         colour = COLORS[row.colour]
-        mean, low, high = (x if least is None else max(x, least) for x in (row.mean, row.low, row.high))
+        mean = row.mean if least is None else max(row.mean, least)
+        low = row.low if least is None else max(row.low, least)
+        high = row.high if least is None else max(row.high, least)
         lines = axes.plot([low, high], [y, y], color=colour, lw=2.0, alpha=0.55)
         lines += axes.plot(mean, y, "o" if mean == row.mean else "<", color=colour, ms=5, mec=PAPER, mew=0.7)
         for line in lines:
@@ -135,7 +137,8 @@ def curves(
     figure, axes = _panel(2.5 + 0.08 * len(lines), "y")
     points = sorted({x for line in lines for x in line.x})
     for line in lines:
-        colour, strong = COLORS[line.colour], line.colour in ("atom", "control", "ink")
+        colour = COLORS[line.colour]
+        strong = line.colour in ("atom", "control", "ink")
         if line.band is not None:
             axes.fill_between(line.x, *line.band, color=colour, alpha=0.16, lw=0)
         axes.plot(

@@ -135,7 +135,8 @@ class Paired:
 
     def lead(self, a: str, other: Paired, b: str | None = None) -> Estimate:
         """The mean of `a` minus that of `b` (or `a`) in another sample, which shares no cluster with this one."""
-        (x, x_ids), (y, y_ids) = (each._values(name, None) for each, name in ((self, a), (other, b or a)))
+        x, x_ids = self._values(a, None)
+        y, y_ids = other._values(b or a, None)
         return stats.estimate_difference(x, y, x_ids[0], y_ids[0], seed=self.seed)
 
     def wins(self, a: str, b: str) -> Estimate:
@@ -264,7 +265,8 @@ class Finding:
 
     def panel(self, label: str) -> Figure:
         """Subject and controls with their intervals; a control that is not beaten is orange."""
-        unbeaten, subject = self.verdict.unbeaten_controls, next(iter(self.shown))
+        unbeaten = self.verdict.unbeaten_controls
+        subject = next(iter(self.shown))
         rows = [
             figures.Row(name, *each[:3], "atom" if name == subject else "control" if name in unbeaten else "soft")
             for name, each in self.shown.items()
@@ -295,7 +297,8 @@ def medians(
     """Medians of the column `value` over `x`, one line for each condition of `names`, by the name that a reader
     sees. A range of more than ten is drawn on a log scale."""
     wide = table.groupby(["condition", x])[value].median().unstack(x).reindex(list(names)).dropna().clip(lower=1e-16)
-    x_values, colours = [float(each) for each in wide.columns], {"atom": "atom", "delete": "ink"}
+    x_values = [float(each) for each in wide.columns]
+    colours = {"atom": "atom", "delete": "ink"}
     lines = [
         figures.Line(names[str(name)], x_values, row.tolist(), colours.get(str(name), "soft"))
         for name, row in wide.iterrows()

@@ -45,7 +45,8 @@ def r2_estimate(
 
     R^2 is made of sums over rows, so each cluster enters the bootstrap by its own sums. Cost: n_resamples * clusters.
     """
-    m, p = np.asarray(measured, float), np.asarray(predicted, float)
+    m = np.asarray(measured, float)
+    p = np.asarray(predicted, float)
     codes = pd.factorize(np.asarray(clusters), sort=True)[0]
     # With a rival, 1 - a/s - (1 - b/s) = 0 - (a - b)/s.
     excess = (m - p) ** 2 - (0.0 if rival is None else (m - np.asarray(rival, float)) ** 2)
@@ -67,7 +68,8 @@ def cross_fitted(measured: Array, features: Array, clusters: ArrayLike, groups: 
     labels = np.zeros(len(measured)) if groups is None else np.asarray(groups)
     predicted = np.zeros_like(measured)
     for group, side in itertools.product(np.unique(labels), (0, 1)):
-        fitted, scored = ((labels == group) & (half == which) for which in (1 - side, side))
+        fitted = (labels == group) & (half == 1 - side)
+        scored = (labels == group) & (half == side)
         predicted[scored] = features[scored] @ np.linalg.lstsq(features[fitted], measured[fitted], rcond=None)[0]
     return predicted
 
@@ -92,7 +94,8 @@ def scores_table(cells: pd.DataFrame, predictors: Sequence[str], seed: int = 0) 
             if part["measured"].nunique() == 1:
                 continue
             names = {axis: x if isinstance(x, str) else f"{x:g}" for axis, x in zip(split, levels)}
-            measured, sequence = part["measured"].to_numpy(float), part["sequence"].to_numpy()
+            measured = part["measured"].to_numpy(float)
+            sequence = part["sequence"].to_numpy()
             for predictor in predictors:
                 predicted = part[predictor].to_numpy(float)
                 unfitted = r2_estimate(measured, predicted, sequence, seed=seed)
@@ -114,7 +117,8 @@ def scores_table(cells: pd.DataFrame, predictors: Sequence[str], seed: int = 0) 
 def cell_r2(cells: pd.DataFrame, predictor: str) -> pd.DataFrame:
     """R^2 over eps of every cell that changes with eps, with a scale fitted to it: r2 and sequence."""
     keys = [cells[name] for name in CELL]
-    measured, predicted = cells["measured"], cells[predictor]
+    measured = cells["measured"]
+    predicted = cells[predictor]
     square = (predicted**2).groupby(keys).transform("sum")
     scale = (predicted * measured).groupby(keys).transform("sum") / square.where(square > 0, np.inf)
     residual = ((measured - scale * predicted) ** 2).groupby(keys).sum()

@@ -124,9 +124,12 @@ def total(above: ArrayLike, below: ArrayLike, clusters: ArrayLike, *, seed: int 
     Raises:
         ValueError: `below` is 0 everywhere.
     """
-    (x, codes), (y, _) = _sample(above, clusters), _sample(below, clusters)
-    sums, sizes = (np.bincount(codes, each).astype(float) for each in (x, y))
-    whole, n_clusters = float(sizes.sum()), len(sizes)
+    x, codes = _sample(above, clusters)
+    y, _ = _sample(below, clusters)
+    sums = np.bincount(codes, x).astype(float)
+    sizes = np.bincount(codes, y).astype(float)
+    whole = float(sizes.sum())
+    n_clusters = len(sizes)
     if not whole > 0:
         raise ValueError("the recovered share needs a deletion with an effect above 0, found none")
     point = float(sums.sum()) / whole
@@ -158,17 +161,23 @@ def share(hits: ArrayLike, clusters: ArrayLike) -> Estimate:
     which is the worst case, and the normal quantile stays.
     """
     x, codes = _sample(hits, clusters)
-    n, size, p = len(x), np.bincount(codes), float(x.mean())
+    n = len(x)
+    size = np.bincount(codes)
+    p = float(x.mean())
     n_clusters = len(size)
     if n_clusters == 1:
         return Estimate(p, math.nan, math.nan, n, 1)
     spread = np.bincount(codes, x) - p * size
     variance = n_clusters / (n_clusters - 1) * float(spread @ spread) / n**2
-    effective, t = float(n_clusters), float(stats.norm.ppf(0.975))
+    effective = float(n_clusters)
+    t = float(stats.norm.ppf(0.975))
     if variance > 0:
-        effective, t = min(float(n), p * (1 - p) / variance), float(stats.t.ppf(0.975, n_clusters - 1))
-    centre = (p + t**2 / (2 * effective)) / (1 + t**2 / effective)
-    half = t / (1 + t**2 / effective) * math.sqrt(p * (1 - p) / effective + t**2 / (4 * effective**2))
+        effective = min(float(n), p * (1 - p) / variance)
+        t = float(stats.t.ppf(0.975, n_clusters - 1))
+    # Wilson's interval of a share p of `effective` observations, with t for the quantile.
+    ratio = t**2 / effective
+    centre = (p + ratio / 2) / (1 + ratio)
+    half = math.sqrt(ratio * p * (1 - p) + ratio**2 / 4) / (1 + ratio)
     return Estimate(p, max(0.0, centre - half), min(1.0, centre + half), n, n_clusters)
 
 
@@ -234,7 +243,8 @@ def weighted_mean(values: Array, weights: Array) -> Array:
 def weighted_median(values: Array, weights: Array) -> Array:
     """Median of `values` [N] repeated `weights` [S,N] times: with whole weights exactly numpy's median."""
     order = np.argsort(values, kind="stable")
-    ordered, total = values[order], np.cumsum(weights[:, order], axis=1)
+    ordered = values[order]
+    total = np.cumsum(weights[:, order], axis=1)
     half = total[:, -1:] / 2
     low = ordered[(total < half).sum(axis=1)]  # first value that reaches half of the weight
     high = ordered[np.minimum((total <= half).sum(axis=1), len(values) - 1)]  # first that passes it
@@ -243,7 +253,8 @@ def weighted_median(values: Array, weights: Array) -> Array:
 
 def _ratios(weights: NDArray[Any], sums: Array, sizes: Array) -> tuple[Array, Array]:
     """The ratio of two sums over clusters under each row of weights [S,C], and its linearized standard error."""
-    n_clusters, below = weights.shape[1], weights @ sizes
+    n_clusters = weights.shape[1]
+    below = weights @ sizes
     ratio = np.divide(weights @ sums, below, out=np.zeros_like(below), where=below > 0)
     squares = weights @ sums**2 - 2 * ratio * (weights @ (sums * sizes)) + ratio**2 * (weights @ sizes**2)
     spread = np.sqrt(n_clusters / (n_clusters - 1) * squares.clip(min=0))
@@ -254,7 +265,8 @@ def _median_of_ratios(above: ArrayLike, below: ArrayLike, clusters: ArrayLike) -
     """Median over clusters of sum above / sum below, of those with a sum of `below` above 0. The interval is from the
     r-th smallest ratio to the r-th largest, r the largest with P(Binomial(C, 1/2) < r)
     below 0.025."""
-    (x, codes), (y, _) = _sample(above, clusters), _sample(below, clusters)
+    x, codes = _sample(above, clusters)
+    y, _ = _sample(below, clusters)
     sizes = np.bincount(codes, y)
     if not (sizes > 0).any():
         raise ValueError("the recovered share needs a deletion with an effect above 0, found none")
@@ -275,9 +287,11 @@ def _resampled(values: ArrayLike, ways: Sequence[ArrayLike], statistic: Weighted
     """A statistic with its interval over one or more ways to cluster the same values, each resampled by itself; one
     that has a single cluster is not."""
     samples = [_sample(values, ids) for ids in ways]
-    x, several = samples[0][0], [codes for _, codes in samples if codes.any()] or [samples[0][1]]
+    x = samples[0][0]
+    several = [codes for _, codes in samples if codes.any()] or [samples[0][1]]
     draws = [_draws(int(codes.max()) + 1, seed + i) for i, codes in enumerate(several)]
-    step, resampled = max(1, _CHUNK_FLOATS // len(x)), []
+    step = max(1, _CHUNK_FLOATS // len(x))
+    resampled = []
     for i in range(0, N_RESAMPLES, step):
         weights = np.prod([draw[i : i + step, codes] for draw, codes in zip(draws, several)], axis=0, dtype=float)
         resampled.append(statistic(x, weights[weights.any(axis=1)]))  # sparse tables can miss every cell
@@ -308,11 +322,13 @@ def _interval(point: float, resampled: Array, n: int, n_clusters: int) -> Estima
 
 def _sample(values: ArrayLike, clusters: ArrayLike) -> tuple[Array, NDArray[np.int64]]:
     """Observations, and the number of the cluster of each."""
-    x, codes = np.asarray(values, dtype=float), pd.factorize(np.asarray(clusters))[0]
+    x = np.asarray(values, dtype=float)
+    codes = pd.factorize(np.asarray(clusters))[0]
     if len(x) == 0 or x.shape != codes.shape or np.isnan(x).any() or (codes < 0).any():
+        n_nan = int(np.isnan(x).sum())
+        n_missing = int((codes < 0).sum())
         raise ValueError(
-            f"expected numbers [N] and a cluster for each of them, got numbers of shape {x.shape} with "
-            f"{int(np.isnan(x).sum())} NaN and {len(codes)} clusters, {int((codes < 0).sum())} of them missing; leave "
-            "those out first"
+            f"expected numbers [N] and a cluster for each of them, got numbers of shape {x.shape} with {n_nan} NaN and "
+            f"{len(codes)} clusters, {n_missing} of them missing; leave those out first"
         )
     return x, codes

@@ -47,25 +47,26 @@ class AtomPages(AtomSettings):
         started = time.perf_counter()
         facts = Facts(self, model, sae, tokens, progress=progress)
         pages = [_page(facts, column) for column in range(len(facts.number))]
-        info = facts.lab.describe(self.label) | {
-            "settings": asdict(self),
-            "quality": qualities(facts.lab)[self.label].to_dict() if self.quality else None,
-            "seconds": round(time.perf_counter() - started, 2),
-        }
+        info = facts.lab.describe(self.label)
+        info["settings"] = asdict(self)
+        info["quality"] = qualities(facts.lab)[self.label].to_dict() if self.quality else None
+        info["seconds"] = round(time.perf_counter() - started, 2)
         return data.AtomPagesData(info, pages)
 
 
 def _page(facts: Facts, column: int) -> data.AtomPage:
-    settings, atom, sign = facts.settings, int(facts.number[column]), facts.sign(column)
-    rows, traces = facts.rows(column), facts.traces[column]
+    sign = facts.sign(column)
+    rows = facts.rows(column)
+    traces = facts.traces[column]
     whole, *sides = facts.cosines(column)
     spots = rows["spot"].to_numpy()
     rows["cosine"] = whole[spots]
-    activations, direct = rows["activation"].to_numpy(float), sign * facts.direct[column]
+    activations = rows["activation"].to_numpy(float)
+    direct = sign * facts.direct[column]
     written = not np.isnan(whole[spots]).all()
     key, value = (short(sign * np.nanmedian(side[spots])) if written else None for side in sides)
     return data.AtomPage(
-        atom=atom,
+        atom=int(facts.number[column]),
         terms=_terms(facts, column, sign),
         n_firings=len(rows),
         rate=len(rows) / facts.ids.size,
@@ -84,23 +85,31 @@ def _page(facts: Facts, column: int) -> data.AtomPage:
         effect=_effect(facts, column, direct),
         memory=memory([trace.life for trace in traces]),
         lags=_lags(traces) if traces else None,
-        timelines=[
-            data.Context(t.sequence, t.position, 0, facts.texts.many(ids), [*map(short, t.reads[: len(ids)])])
-            for t in sorted(traces, key=lambda trace: -trace.activation)[:3]
-            for ids in [facts.ids[t.sequence, t.position :][: min(len(t.reads), settings.before + settings.after + 1)]]
-        ],
+        timelines=[_timeline(facts, trace) for trace in sorted(traces, key=lambda trace: -trace.activation)[:3]],
+    )
+
+
+def _timeline(facts: Facts, trace: Trace) -> data.Context:
+    """A firing and the tokens after it, with what the head reads of it at each."""
+    n = min(len(trace.reads), facts.settings.before + facts.settings.after + 1)
+    ids = facts.ids[trace.sequence, trace.position :][:n]
+    return data.Context(
+        trace.sequence, trace.position, 0, facts.texts.many(ids), [*map(short, trace.reads[: len(ids)])]
     )
 
 
 def _terms(facts: Facts, column: int, sign: float) -> list[data.Term]:
-    keys, values = (side[column].double().cpu() for side in (facts.terms.keys, facts.terms.values))
-    sizes, whole = keys.norm(dim=-1) * values.norm(dim=-1), float(facts.matrices.rows([column]).norm()) ** 2
-    keys, values = ((sign * normalize(side, dim=-1)).numpy().round(4).tolist() for side in (keys, values))
-    return [
-        data.Term(size=size, share=min(1.0, size**2 / whole), key=key, value=value)
-        for size, key, value in zip(sizes.tolist(), keys, values)
-        if size > 1e-6 * float(sizes[0])
-    ]
+    keys = facts.terms.keys[column].double().cpu()
+    values = facts.terms.values[column].double().cpu()
+    sizes = keys.norm(dim=-1) * values.norm(dim=-1)
+    whole = float(facts.matrices.rows([column]).norm()) ** 2
+    terms = []
+    for n in (sizes > 1e-6 * sizes[0]).nonzero()[:, 0].tolist():
+        key = (sign * normalize(keys[n], dim=-1)).numpy().round(4)
+        value = (sign * normalize(values[n], dim=-1)).numpy().round(4)
+        size = float(sizes[n])
+        terms.append(data.Term(size, min(1.0, size**2 / whole), key.tolist(), value.tolist()))
+    return terms
 
 
 def memory(lives: Sequence[tuple[int, bool]]) -> data.Memory:
@@ -120,11 +129,12 @@ def memory(lives: Sequence[tuple[int, bool]]) -> data.Memory:
 
 def _effect(facts: Facts, column: int, direct: NDArray[np.float32]) -> data.Effect | None:
     """None where it was not measured. An atom's sign changes its direct path, not its effect."""
-    mean, n = facts.effects[0][column], int(facts.effects[1][column])
+    mean = facts.effects[0][column]
+    n = int(facts.effects[1][column])
     if n == 0:
         return None
-    # The correlation is NaN where one of them is constant.
-    return data.Effect(parts.vocabulary(facts, mean), float(np.nan_to_num(pd.Series(mean).corr(pd.Series(direct)))), n)
+    correlation = pd.Series(mean).corr(pd.Series(direct))  # NaN where one of them is constant
+    return data.Effect(parts.vocabulary(facts, mean), float(np.nan_to_num(correlation)), n)
 
 
 def _fires_near(facts: Facts, rows: pd.DataFrame, back: int) -> list[data.TokenValue]:
@@ -152,6 +162,8 @@ def _lags(traces: Sequence[Trace]) -> data.Bars:
 def _cosines(cosines: NDArray[np.float64], spots: Integers) -> data.Cosines:
     """Both histograms, of [N T] `cosines`, NaN where the native write is zero, and the places of the firings."""
     cosines = cosines.clip(-1, 1)
-    firings, silent = (part[~np.isnan(part)] for part in (cosines[spots], np.delete(cosines, spots)))
-    low, high = np.floor(10 * np.nanmin(cosines)) / 10, np.ceil(10 * np.nanmax(cosines)) / 10
-    return data.Cosines(short(np.median(firings)), *(parts.bars(each, low, high) for each in (firings, silent)))
+    firings = pd.Series(cosines[spots]).dropna().to_numpy()
+    silent = pd.Series(np.delete(cosines, spots)).dropna().to_numpy()
+    low = np.floor(10 * np.nanmin(cosines)) / 10
+    high = np.ceil(10 * np.nanmax(cosines)) / 10
+    return data.Cosines(short(np.median(firings)), parts.bars(firings, low, high), parts.bars(silent, low, high))

@@ -35,8 +35,10 @@ def neuronpedia_batch(facts: Facts, dataset: str = "") -> dict[str, Json]:
 def _feature(facts: Facts, column: int, dataset: str) -> dict[str, Json]:
     correlated = [f"correlated_{of}_{what}" for of in ("neurons", "features") for what in ("indices", "l1", "pearson")]
     rows = facts.rows(column).assign(cosine=np.nan)
-    change, activations = facts.change(column), rows["activation"].to_numpy(float)
-    ends, density = parts.vocabulary(facts, change), parts.bars(activations, low=0.0)
+    change = facts.change(column)
+    activations = rows["activation"].to_numpy(float)
+    ends = parts.vocabulary(facts, change)
+    density = parts.bars(activations, low=0.0)
     logits = parts.bars(change[: facts.texts.size])
     return {
         "feature_index": int(facts.number[column]),

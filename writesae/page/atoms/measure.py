@@ -115,10 +115,13 @@ class Facts:
     def __init__(
         self, settings: AtomSettings, model: HookedRecurrent, sae: SAE, tokens: Tensor, *, progress: bool = True
     ) -> None:
-        self.settings, self.texts = settings, TokenTexts(model)
+        self.settings = settings
+        self.texts = TokenTexts(model)
         self.lab = lab = Lab(model, {settings.label: sae}, tokens, seed=settings.seed, progress=progress)
-        self.ids, self.firings = tokens.cpu().numpy(), lab.firings()
-        alive, often = (self.firings.alive(tokens.numel(), n) for n in (1, settings.min_firings))
+        self.ids = tokens.cpu().numpy()
+        self.firings = lab.firings()
+        alive = self.firings.alive(tokens.numel(), 1)
+        often = self.firings.alive(tokens.numel(), settings.min_firings)
         often = often[(lab.atoms(often).norm() > 0).cpu().numpy()]
         lab.skipped["atoms with fewer firings than min_firings, or zero"] = len(alive) - len(often)
         lab.facts = {"n_alive": len(alive), "n_frequent": len(often)}
@@ -148,7 +151,8 @@ class Facts:
         The value side of the paper's formula (WriteSAE, arXiv 2605.12770): the gain and gate of the head's norm, later
         blocks and the final norm are not in it.
         """
-        hook, unembed = self.lab.hook, self.lab.model.W_U
+        hook = self.lab.hook
+        unembed = self.lab.model.W_U
         path = self.sides[1].to(unembed) @ self.lab.model.layer_W_O(hook.layer)[hook.head].to(unembed) @ unembed
         return (path - path.mean(-1, keepdim=True)).float().cpu().numpy()
 
@@ -163,7 +167,8 @@ class Facts:
 
         Cost: one forward up to the layer per sequence, and one vector recurrence for each of these firings.
         """
-        settings, found = self.settings, [list[Trace]() for _ in self.number]
+        settings = self.settings
+        found = [list[Trace]() for _ in self.number]
         for s, rows in self.lab.bar(self._sample(settings.half_life_firings, 1, stream=2), "memory"):
             recurrence = self.lab.recurrence(s)
             total = recurrence.outputs()[0, :, 0].norm(dim=-1)
@@ -179,7 +184,8 @@ class Facts:
     def _sample(self, per_atom: int, room: int, stream: int) -> list[tuple[int, list[tuple[int, int, float]]]]:
         """By sequence: column, position and activation of up to `per_atom` firings of each atom, with `room` tokens
         after them."""
-        last, rng = self.ids.shape[1] - 1 - room, self.lab.rng(stream)
+        last = self.ids.shape[1] - 1 - room
+        rng = self.lab.rng(stream)
         table = sample_firings(self.firings, self.number, per_atom, first=0, last=last, rng=rng)
         table["column"] = np.searchsorted(self.number, table["atom"])
         return [
@@ -217,7 +223,8 @@ class Facts:
 
         Cost: two edited rows of horizon + 1 tokens per firing. Firings at a zero write are left out.
         """
-        lab, settings = self.lab, self.settings
+        lab = self.lab
+        settings = self.settings
         total = np.zeros((len(self.number), lab.model.W_U.shape[1]), dtype=np.float32)
         counts = np.zeros(len(self.number), dtype=np.int64)
         unit = self.matrices.with_norm(torch.ones_like(self.matrices.norm()))
@@ -229,7 +236,8 @@ class Facts:
             return {}
 
         for sequence, firings in lab.bar(self._sample(settings.effect_firings, settings.effect_horizon, 1), "effects"):
-            site, trials = lab.site(sequence), list[Trial]()
+            site = lab.site(sequence)
+            trials = list[Trial]()
             size = site.writes.norm()
             for column, t in [(column, t) for column, t, _ in firings if size[t] > 0]:
                 added = unit.rows([column]).to(size) * (STEP * size[[t]])

@@ -30,7 +30,8 @@ def write_atom_pages(data: AtomPagesData, folder: str | Path) -> Path:
     """
     check_pages(Path(folder))
     templates = environment(pct=percent, num=number, signed=signed, visible=visible, inked=inked, heatmap=heatmap)
-    numbers, target = [page.atom for page in data.atoms], Path(folder)
+    numbers = [page.atom for page in data.atoms]
+    target = Path(folder)
     shared = {"info": data.info, "label": data.info["label"], "shown": numbers}
     for page, previous, following in zip(data.atoms, [None, *numbers], [*numbers[1:], None]):
         shown = {"page": page, "previous": previous, "following": following, **shared}
@@ -58,11 +59,13 @@ def heatmap(terms: Sequence[Term]) -> Markup:
     color = np.where(matrix[..., None] < 0, (0xE8, 0x6A, 0x2C), (0x3D, 0x7F, 0xF0))
     png = io.BytesIO()
     imsave(png, np.dstack([color, shades]).astype(np.uint8), format="png")
-    data, size = base64.b64encode(png.getvalue()).decode(), "{} by {}".format(*matrix.shape)
+    data = base64.b64encode(png.getvalue()).decode()
+    size = "{} by {}".format(*matrix.shape)
     return Markup(f'<img class="heat" alt="The atom, {size}" src="data:image/png;base64,{data}">')
 
 
 @lru_cache(maxsize=65536)
 def inked(text: str) -> Markup:
     """Escaped text, with faint symbols for what leaves no ink."""
-    return Markup("".join(f"<i>{s}</i>" if (s := symbol(c)) else str(escape(c)) for c in text) or f"<i>{EMPTY}</i>")
+    inked = [f"<i>{symbol(c)}</i>" if symbol(c) else str(escape(c)) for c in text]
+    return Markup("".join(inked) or f"<i>{EMPTY}</i>")

@@ -16,26 +16,25 @@ from writesae.page.atoms.text import short
 
 def _contexts(facts: Facts, shown: pd.DataFrame, rows: pd.DataFrame) -> list[data.Context]:
     """A context for each firing of `shown`; `rows` has all firings of the atom."""
-    activations, before, after = np.zeros(facts.ids.shape), facts.settings.before, facts.settings.after
+    activations = np.zeros(facts.ids.shape)
+    before = facts.settings.before
+    after = facts.settings.after
     activations[rows["sequence"], rows["position"]] = rows["activation"]
-    return [
-        data.Context(
-            s,
-            t,
-            min(t, before),
-            facts.texts.many(facts.ids[s, window]),
-            [short(x) for x in activations[s, window]],
-            None if np.isnan(cosine) else short(cosine),
-        )
-        for s, t, cosine in shown[["sequence", "position", "cosine"]].itertuples(index=False, name=None)
-        for window in [slice(max(0, t - before), t + after + 1)]
-    ]
+    contexts = []
+    for s, t, cosine in shown[["sequence", "position", "cosine"]].itertuples(index=False, name=None):
+        window = slice(max(0, t - before), t + after + 1)
+        tokens = facts.texts.many(facts.ids[s, window])
+        values = [short(x) for x in activations[s, window]]
+        contexts.append(data.Context(s, t, min(t, before), tokens, values, None if np.isnan(cosine) else short(cosine)))
+    return contexts
 
 
 def top(facts: Facts, rows: pd.DataFrame) -> list[data.Context]:
     """Largest activations first, without firings that a context already shows."""
-    settings, shown = facts.settings, np.zeros(facts.ids.shape, dtype=bool)
-    ordered, chosen = rows.sort_values("activation", ascending=False, kind="stable"), list[int]()
+    settings = facts.settings
+    shown = np.zeros(facts.ids.shape, dtype=bool)
+    ordered = rows.sort_values("activation", ascending=False, kind="stable")
+    chosen = list[int]()
     for n, (s, t) in enumerate(zip(ordered["sequence"], ordered["position"])):
         if not shown[s, t] and len(chosen) < settings.top:
             chosen.append(n)
@@ -45,21 +44,19 @@ def top(facts: Facts, rows: pd.DataFrame) -> list[data.Context]:
 
 def bands(facts: Facts, rows: pd.DataFrame) -> Iterator[data.Band]:
     """Random contexts from equal shares of the firings, strongest share first."""
-    n_bands, per_band = facts.settings.bands, facts.settings.per_band
+    n_bands = facts.settings.bands
+    per_band = facts.settings.per_band
     ordered = rows.sort_values("activation", kind="stable")
     rng = np.random.default_rng([facts.settings.seed, int(rows["atom"].iloc[0])])
     edges = np.linspace(0, len(ordered), n_bands + 1).astype(int)
     for b in reversed(range(n_bands)):
         band = ordered.iloc[edges[b] : edges[b + 1]]
         if len(band) and per_band:
-            drawn = band.iloc[np.sort(rng.choice(len(band), min(per_band, len(band)), replace=False))[::-1]]
-            yield data.Band(
-                share_low=b / n_bands,
-                share_high=(b + 1) / n_bands,
-                low=short(band["activation"].min()),
-                high=short(band["activation"].max()),
-                contexts=_contexts(facts, drawn, rows),
-            )
+            drawn = np.sort(rng.choice(len(band), min(per_band, len(band)), replace=False))[::-1]
+            contexts = _contexts(facts, band.iloc[drawn], rows)
+            low = short(band["activation"].min())
+            high = short(band["activation"].max())
+            yield data.Band(b / n_bands, (b + 1) / n_bands, low, high, contexts)
 
 
 def listed(facts: Facts, ids: Integers, values: NDArray[np.floating], n: Integers) -> list[data.TokenValue]:
@@ -67,7 +64,8 @@ def listed(facts: Facts, ids: Integers, values: NDArray[np.floating], n: Integer
 
 
 def ends(facts: Facts, ids: Integers, values: NDArray[np.floating], counts: Integers) -> data.Ends:
-    n, order = min(facts.settings.n_tokens, len(ids) // 2), np.argsort(-values, kind="stable")
+    n = min(facts.settings.n_tokens, len(ids) // 2)
+    order = np.argsort(-values, kind="stable")
     both = (order[:n], order[len(order) - n :][::-1])
     return data.Ends(*(listed(facts, ids[end], values[end], counts[end]) for end in both))
 
@@ -80,6 +78,7 @@ def vocabulary(facts: Facts, values: NDArray[np.float32]) -> data.Ends:
 
 def bars(values: NDArray[np.floating], low: float | None = None, high: float | None = None) -> data.Bars:
     """Shares of `values` in 32 bars from `low` (None: the smallest) to `high` (None: the largest)."""
-    start, stop = (float(values.min()) if low is None else low), (float(values.max()) if high is None else high)
+    start = float(values.min()) if low is None else low
+    stop = float(values.max()) if high is None else high
     counts, edges = np.histogram(values, 32, (start, stop if stop > start else start + 1))
     return data.Bars([short(x) for x in edges], [short(x) for x in counts / max(len(values), 1)])

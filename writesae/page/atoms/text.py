@@ -41,7 +41,8 @@ class TokenTexts(dict[int, str]):
     """
 
     def __init__(self, model: HookedRecurrent) -> None:
-        n, vocabulary = len(model.tokenizer or ()), model.W_U.shape[1]
+        n = len(model.tokenizer or ())
+        vocabulary = model.W_U.shape[1]
         if not 0 < n <= vocabulary:
             raise ValueError(
                 f"tokenizer: expected one with 1 to {vocabulary} tokens, got {n}; give the model's own tokenizer to "
