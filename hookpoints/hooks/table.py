@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-Place = Literal["model", "block", "mixer", "head", "attn"]
+HookPlace = Literal["model", "block", "mixer", "head", "attn"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class HookRow:
 
     name: str
     """Name inside its scope, for example ``hook_write``."""
-    scope: Place
+    scope: HookPlace
     """Where it lives: the model, a block, a recurrent mixer, one head of a mixer, or an attention layer."""
     axes: str
     """Axes of the activation, one letter each; ``(KV)`` is one row-major axis of length K*V."""
@@ -241,7 +241,7 @@ HOOKS: tuple[HookRow, ...] = (
 """The table, in order of execution."""
 
 
-def rows(scope: Place) -> Iterator[HookRow]:
+def rows(scope: HookPlace) -> Iterator[HookRow]:
     """The rows of one scope, in order of execution."""
     return (row for row in HOOKS if row.scope == scope)
 

@@ -37,7 +37,7 @@ class RecurrentCache(ActivationCache):
 
     def __getitem__(self, key: Key) -> Tensor:
         if key in self.cache_dict:
-            return self.cache_dict[cast(str, key)]
+            return self.cache_dict[key]
         name, *place = (key,) if isinstance(key, str) else key
         if place and isinstance(place[0], int) and place[0] < 0:
             place[0] += self.model.cfg.n_layers

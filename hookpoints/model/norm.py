@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -61,4 +60,4 @@ class Norm:
 def eps_of(module: nn.Module) -> float | None:
     """What a norm adds to the mean square, or None where it does not say."""
     values = (getattr(module, name, None) for name in ("eps", "variance_epsilon", "norm_eps"))
-    return next((cast(float, value) for value in values if isinstance(value, float)), None)
+    return next((value for value in values if isinstance(value, float)), None)

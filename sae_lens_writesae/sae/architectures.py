@@ -144,9 +144,11 @@ class _Pursuit(MatrixSAE):
         encoder = self.W_enc
         atoms = self.W_dec
         acts = torch.zeros(())
+        # <E_f, A_f>: the squared norm of a tied atom, in the metric where there is one.
         size = (encoder.T * atoms).sum(1).abs().clamp_min(torch.finfo(atoms.dtype).tiny)
         for _ in range(cast(WriteMatchingPursuitSAEConfig, self.cfg).k):
             coefficients = (residual @ encoder).relu() / size
+            # What an atom explains, coefficient^2 * size, is largest where its root is.
             best = (coefficients * size.sqrt()).argmax(-1)
             taken = coefficients * one_hot(best, len(size))
             acts = acts + taken

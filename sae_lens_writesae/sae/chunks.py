@@ -201,8 +201,9 @@ def _decoded(p: dict[str, Tensor], x: Tensor, atoms: Tensor, selected: Tensor, c
         p[name].flatten(0, 1).index_select(0, atoms.flatten()).view(n, k * cfg.rank, -1) for name in FACTORS
     )
     bias = p["b_dec"].view(cfg.d_k, cfg.d_v)
+    # Again, of the selected atoms alone and on the states themselves: these have gradients.
     inner = v_enc * (w_enc @ (x - bias if cfg.apply_b_dec_to_input else x).mT)  # [n,k R,K]
     code = (inner.sum(2).view(n, k, cfg.rank).sum(2) + p["b_enc"][0, atoms]).relu() * selected
-    sizes = code.repeat_interleave(cfg.rank, dim=1)[..., None]
+    sizes = code.repeat_interleave(cfg.rank, dim=1)[..., None]  # of terms
     error = torch.baddbmm(x - bias, (sizes * v).mT, w, alpha=-1)
     return error.square().sum((1, 2)), code

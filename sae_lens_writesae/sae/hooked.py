@@ -38,6 +38,7 @@ class HookedSAERecurrent(HookedRecurrent):
     def setup(self) -> None:
         super().setup()
         wrappers = getattr(self, "_acts_to_saes", {}).values()
+        # Among the hooks, one that never fires would raise.
         for name in [wrapper.hook_sae_error.name for wrapper in wrappers if not wrapper.use_error_term]:
             del self.hook_dict[name], self.mod_dict[name]
 

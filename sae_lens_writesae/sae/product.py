@@ -35,7 +35,7 @@ from sae_lens_writesae.sae.training import (
     START_STEPS,
     MatrixTrainingSAE,
     MatrixTrainingSAEConfig,
-    Start,
+    StartBias,
     draw_rows,
 )
 
@@ -99,7 +99,7 @@ class WriteProductTrainingSAEConfig(WriteProductSAEConfig, MatrixTrainingSAEConf
 
     unit_norm_every: int = 0
     """Must be 0."""
-    b_dec_init: Start = "zeros"
+    b_dec_init: StartBias = "zeros"
     """Must be `zeros`: sides are coded without b_dec."""
 
 
@@ -161,6 +161,8 @@ class _Product(MatrixSAE):
         cfg = self.cfg
         pre = self.hook_sae_acts_pre(self.process_sae_in(x) @ self.W_enc)
         grid = pre.unflatten(-1, (cfg.f_key, cfg.f_value))
+        # Without factors of x at hand, scores of its two sides are read off the grid: the column and the row of the
+        # strongest pair are both, each times a positive number.
         strongest_pair = pre.argmax(-1, keepdim=True)[..., None]
         column = grid.take_along_dim(strongest_pair % cfg.f_value, -1).squeeze(-1)
         row = grid.take_along_dim(strongest_pair // cfg.f_value, -2).squeeze(-2)
@@ -337,6 +339,7 @@ def rank_one_rows(sae: _Product | _SideStep, rows: Tensor | LowRank) -> LowRank:
     if isinstance(rows, LowRank):
         rows = rows.dense().flatten(1)
     matrices = rows.unflatten(1, (sae.cfg.d_k, sae.cfg.d_v))
+    # Every row of k u^T is a multiple of u; that with the largest entry is the least rounded.
     largest_row = matrices.abs().amax(2).argmax(1)
     numbers = torch.arange(len(matrices), device=matrices.device)
     values = normalize(matrices[numbers, largest_row], dim=1)

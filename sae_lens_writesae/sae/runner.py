@@ -160,7 +160,7 @@ def training_config(
         **(sae or {}),
     }
     cfg = LanguageModelSAERunnerConfig(sae=config_class(**fields), **(defaults | runner))
-    if "lr_warm_up_steps" not in runner:
+    if "lr_warm_up_steps" not in runner:  # a short run would end in its warm-up
         steps = cfg.training_tokens // cfg.train_batch_size_tokens
         cfg.lr_warm_up_steps = min(cfg.lr_warm_up_steps, steps // 10)
     return cfg

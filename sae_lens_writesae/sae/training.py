@@ -34,8 +34,8 @@ TRAINING_BUFFERS = ("n_started", "mean_input", "mean_contribution", "mean_batche
 """Buffers that a `MatrixTrainingSAE` adds, which checkpoints have and inference does not."""
 
 
-Directions = Literal["random", "native"]
-Start = Literal["mean", "zeros"]
+StartDirections = Literal["random", "native"]
+StartBias = Literal["mean", "zeros"]
 
 
 @dataclass(kw_only=True)
@@ -46,10 +46,10 @@ class MatrixTrainingSAEConfig(MatrixSAEConfig, TrainingSAEConfig):
     decoder_init_norm: float | None = 1.0
     """Norm of the atoms at the start, the encoder being equal to them, so that 1 makes an activation the projection on
     its atom. SAELens' 0.1 starts 100 times too low, which a short run does not make up. None: SAELens' random init."""
-    decoder_init: Directions = "random"
+    decoder_init: StartDirections = "random"
     """Directions of the atoms at the start: `random`, or `native`: rows of the first batches, cut to rank R, without
     near-copies. Atoms for which the first batches hold no further direction stay random."""
-    b_dec_init: Start = "mean"
+    b_dec_init: StartBias = "mean"
     """`mean`: the mean of the first batch goes into b_dec, if that is still zero."""
     b_dec_rows: int = 32_768
     """Rows over which running means of inputs and activations reach (fewer early in a run). Outside of training steps
@@ -75,7 +75,7 @@ class MatrixTrainingSAEConfig(MatrixSAEConfig, TrainingSAEConfig):
         norm = self.decoder_init_norm
         if norm is not None and not norm > 0:
             raise ValueError(f"decoder_init_norm={norm!r}: must be positive, or None for SAELens' random init.")
-        check_words(self, decoder_init=Directions, b_dec_init=Start, loss=Loss, metric=MetricName)
+        check_words(self, decoder_init=StartDirections, b_dec_init=StartBias, loss=Loss, metric=MetricName)
         for name in ("b_dec_rows", "unit_norm_every", "resample_every"):
             number = getattr(self, name)
             if number < 0:
@@ -219,6 +219,7 @@ class MatrixTrainingSAE(TrainingSAE[Any], MatrixSAE):
             x = x.dense().flatten(1)
         code = self.coefficients(self.encode(x))
         residual = (x - code @ self.W_dec - self.b_dec).float()
+        # Where the dictionary is worst, there is most to explain.
         drawn = draw_rows(residual.square().sum(1), int(dead.sum()))
         matrices = residual[drawn].view(-1, self.cfg.d_k, self.cfg.d_v)
         atoms = distinct_directions(matrices, self.cfg.rank)
