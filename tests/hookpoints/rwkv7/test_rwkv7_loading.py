@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,42 +15,7 @@ from hookpoints import HookedRecurrent
 from hookpoints.model.config import RecurrentLayer
 from hookpoints.rwkv7 import RWKV7Config, RWKV7ForCausalLM
 
-PUBLISHED = {
-    "architectures": ["RWKV7ForCausalLM"],
-    "attn": None,
-    "attn_mode": "chunk",
-    "auto_map": {
-        "AutoConfig": "modeling_rwkv7.RWKV7Config",
-        "AutoModel": "modeling_rwkv7.RWKV7Model",
-        "AutoModelForCausalLM": "modeling_rwkv7.RWKV7ForCausalLM",
-    },
-    "a_low_rank_dim": 96,
-    "bos_token_id": 1,
-    "decay_low_rank_dim": 96,
-    "eos_token_id": 2,
-    "fuse_cross_entropy": True,
-    "fuse_norm": False,
-    "gate_low_rank_dim": 256,
-    "head_dim": 64,
-    "hidden_act": "sqrelu",
-    "hidden_ratio": 4.0,
-    "hidden_size": 2048,
-    "initializer_range": 0.006,
-    "intermediate_size": 8192,
-    "max_position_embeddings": 2048,
-    "model_type": "rwkv7",
-    "norm_bias": True,
-    "norm_eps": 1e-05,
-    "norm_first": True,
-    "num_heads": None,
-    "num_hidden_layers": 24,
-    "tie_word_embeddings": False,
-    "torch_dtype": "float32",
-    "transformers_version": "4.48.0",
-    "use_cache": True,
-    "v_low_rank_dim": 64,
-    "vocab_size": 65536,
-}
+PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text())
 """A config.json with the keys that fla writes, and the sizes of a world model of 1.5B."""
 
 D, KEYS = 2048, 2048
