@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from hookpoints.memory.memory import Memory
     from hookpoints.model.attach import attach
     from hookpoints.model.attribution import check_attribution, source_attribution, write_attribution
+    from hookpoints.model.cost import Cost, cost
     from hookpoints.model.loading import cached, model_types
     from hookpoints.model.recurrent import HookedRecurrent
     from hookpoints.recurrence.recurrence import Recurrence
@@ -37,6 +38,7 @@ _HOMES = {
     "memory.memory": ("Memory",),
     "model.attach": ("attach",),
     "model.attribution": ("check_attribution", "source_attribution", "write_attribution"),
+    "model.cost": ("Cost", "cost"),
     "model.loading": ("cached", "model_types"),
     "model.recurrent": ("HookedRecurrent",),
     "recurrence.recurrence": ("Recurrence",),
@@ -48,6 +50,7 @@ _MODULES = ("embedded", "errors", "zoo")
 __all__ = [
     "HOOKS",
     "RULES",
+    "Cost",
     "EditError",
     "EditRow",
     "EditSession",
@@ -62,6 +65,7 @@ __all__ = [
     "attach",
     "cached",
     "check_attribution",
+    "cost",
     "embedded",
     "errors",
     "model_types",

@@ -18,4 +18,4 @@ def size_text(n: float) -> str:
     """A number of bytes for a person."""
     if n >= 1e9:
         return f"{n / 1e9:.1f} GB"
-    return f"{n / 1e6:.0f} MB"
+    return f"{n / 1e6:.0f} MB" if n >= 1e6 else f"{n / 1e3:.0f} KB"

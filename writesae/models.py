@@ -10,17 +10,36 @@ from typing import TYPE_CHECKING
 
 import tyro
 
+from writesae.choices import Dtype, at_least
+
 if TYPE_CHECKING:
     from hookpoints import HookedRecurrent
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Models:
     """List the models on this machine, those that ship with the package first, and the model types that can be hooked.
-    No weights are read, and nothing is asked of the hub."""
+    No weights are read, and nothing is asked of the hub. With --cost: the bytes that hooks of one model hold."""
+
+    cost: str | None = None
+    """Instead of the list, what hooks, states and memories of this model hold: a name on the hub, a folder, or one that
+    ships with the package. Its configuration is read, and no weights."""
+    tokens: int = 1024
+    """With --cost: length of the sequence."""
+    dtype: Dtype = "float32"
+    """With --cost: of the weights."""
+
+    def __post_init__(self) -> None:
+        at_least(self, {"tokens": 1})
 
     def run(self) -> str:
-        """The list, as lines."""
+        """The list, or the costs, as lines.
+
+        Raises:
+            UnknownModelError, UnsupportedModelError: no such model, or one whose cost cannot be counted.
+        """
+        if self.cost is not None:
+            return "\n".join(cost_lines(self.cost, self.tokens, self.dtype))
         from hookpoints import HookedRecurrent, HookpointsError, cached, embedded, model_types, zoo
 
         lines = []
@@ -38,6 +57,26 @@ class Models:
                 *(f"  {rule:20}  {', '.join(types)}" for rule, types in model_types().items()),
             ]
         )
+
+
+def cost_lines(name: str, tokens: int, dtype: str) -> Iterator[str]:
+    """What hooks of a model hold, of one sequence."""
+    import torch
+
+    from hookpoints import cost
+    from sae_lens_writesae.files import size_text
+
+    found = cost(name, tokens=tokens, dtype=getattr(torch, dtype))
+    yield f"{name}: weights {size_text(found.weights)} in {dtype}. One sequence of {tokens} tokens holds:"
+    yield f"  {size_text(found.cached):>9}  a cached run without names_filter (no matrices, no patterns)"
+    yield f"  {size_text(found.state):>9}  all recurrent states, of any number of tokens"
+    if found.memory is not None:
+        yield f"  {size_text(found.memory):>9}  model.memory"
+    yield ""
+    yield f"{'hook':42}  {'hooks':>5}  {'bytes a token':>13}  {'one hook':>9}  {'all':>9}"
+    for hook in found.hooks:
+        sizes = f"{hook.bytes / tokens:13,.0f}  {size_text(hook.bytes):>9}  {size_text(hook.n * hook.bytes):>9}"
+        yield f"{hook.name:42}  {hook.n:5}  {sizes}"
 
 
 @dataclass(frozen=True, kw_only=True)

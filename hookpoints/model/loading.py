@@ -87,21 +87,36 @@ def load(
     rooms = [room for room in (embedded, zoo) if name_or_path in room.names()]
     source = str(rooms[0].path(name_or_path)) if rooms else name_or_path
     _refuse_unknown(name_or_path)
-    empty = device is not None and torch.device(device).type == "meta"
+    without_weights = device is not None and torch.device(device).type == "meta"
     hf_kwargs = refuse_arguments(hf_kwargs)
     with _errors_name_the_model(name_or_path):
-        if Path(name_or_path).is_dir() and not empty:  # of one that ships with the package, an installer may link files
+        if (
+            Path(name_or_path).is_dir() and not without_weights
+        ):  # of one that ships with the package, an installer may link files
             _check_files(Path(source))
-        model = _model(name_or_path, source, dtype, revision, hf_kwargs, empty)
-    if empty:
+        model = _model(name_or_path, source, dtype, revision, hf_kwargs, without_weights)
+    if without_weights:
         return Loaded(model.to("meta"), None)
     if hf_kwargs.get("device_map") is None:
         model = model.to(device or default_device())
     return Loaded(model, _tokenizer(source, revision))
 
 
+def empty(config: PreTrainedConfig) -> nn.Module:
+    """The model that a configuration describes, on the device "meta": it has shapes, and no weights."""
+    with torch.device("meta"):
+        if config.model_type in _OWN_CLASSES:
+            return _OWN_CLASSES[config.model_type][1](config)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
 def _model(
-    name: str, source: str, dtype: torch.dtype | str, revision: str | None, hf_kwargs: dict[str, object], empty: bool
+    name: str,
+    source: str,
+    dtype: torch.dtype | str,
+    revision: str | None,
+    hf_kwargs: dict[str, object],
+    without_weights: bool,
 ) -> nn.Module:
     if source.endswith(".pth"):
         return from_pth(source, getattr(torch, str(dtype).removeprefix("torch."), None))  # "auto": the file's own
@@ -128,9 +143,8 @@ def _model(
         raise UnsupportedModelError(
             f"{name!r} is a {config.model_type!r} checkpoint, which has no causal language model"
         )
-    if empty:
-        with torch.device("meta"):
-            return models(config) if is_own else models.from_config(config, **trust)
+    if without_weights:
+        return empty(config)
     if of_fla and config.model_type != "retnet" and getattr(config, "attn_mode", None) == "fused_chunk":
         config.attn_mode = "chunk"  # the same rule: fla has dropped the other schedule
     # Shapes that do not fit are reported like the rest, and then refused with their names.

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Literal, Self
 
@@ -249,9 +250,10 @@ class Recurrence(CanonicalForm):
         """Whether the reference does the work: where it is asked for, and where chunks have no advantage."""
         return choice(method, {"chunked": not chunked.is_faster(self), "reference": True}, "method")
 
-    def _full_precision(self) -> torch.autocast:
-        """Autocast off: it would lower the products to half precision."""
-        return torch.autocast(self.device.type, enabled=False)
+    def _full_precision(self) -> AbstractContextManager[object]:
+        """Autocast off, where the device has it ("meta" has none): it would lower the products to half precision."""
+        kind = self.device.type
+        return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def pattern_of(reads: Tensor, r: CanonicalForm) -> Tensor:
