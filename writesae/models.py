@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from writesae.choices import Dtype, at_least
+from writesae.choices import Dtype
 
 if TYPE_CHECKING:
     from hookpoints import HookedRecurrent
@@ -29,14 +29,12 @@ class Models:
     dtype: Dtype = "float32"
     """With --cost: of the weights."""
 
-    def __post_init__(self) -> None:
-        at_least(self, {"tokens": 1})
-
     def run(self) -> str:
         """The list, or the costs, as lines.
 
         Raises:
-            UnknownModelError, UnsupportedModelError: no such model, or one whose cost cannot be counted.
+            UnknownModelError, UnsupportedModelError, InputError: no such model, one whose cost cannot be counted, or no
+                tokens.
         """
         if self.cost is not None:
             return "\n".join(cost_lines(self.cost, self.tokens, self.dtype))

@@ -104,7 +104,7 @@ def cost(
         T=tokens,
         dtype=empty.cfg.dtype,
         weights=held([*empty.hf_model.parameters(), *empty.hf_model.buffers()]),
-        hooks=tuple(_kinds(every)),
+        hooks=tuple(kinds(every)),
         cached=held(chosen.values()),
         state=sum(state.numel() * state.element_size() for state in states),
         memory=memory,
@@ -132,7 +132,7 @@ class _NoNumbers(TorchFunctionMode):
 
 
 def _empty(model: HookedRecurrent | PreTrainedConfig | str, dtype: torch.dtype | None) -> HookedRecurrent:
-    """The model on the device "meta"; one of its own, not the one that was given."""
+    """A copy of the model on the device "meta"."""
     name = None
     if isinstance(model, str):
         name = model
@@ -167,7 +167,7 @@ def _memory(model: HookedRecurrent, ids: Tensor) -> int | None:
     return held([*memory.kept.values(), *tensors_of(memory.cache).values()])
 
 
-def _kinds(cache: Mapping[str, Tensor]) -> Iterable[HookCost]:
+def kinds(cache: Mapping[str, Tensor]) -> Iterable[HookCost]:
     """The hooks of a cache, those that are alike together."""
     counts: Counter[tuple[str, tuple[int, ...], torch.dtype]] = Counter()
     for name, value in cache.items():
