@@ -128,7 +128,7 @@ class LowRank:
             ValueError: a matrix is zero, and has no direction to rescale.
         """
         size = self.norm()
-        if bool((size == 0).any()):
+        if (size == 0).any():
             raise ValueError(f"matrix {int((size == 0).nonzero()[0])} is zero and has no direction to rescale")
         return self * (target / size)
 

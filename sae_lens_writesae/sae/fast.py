@@ -315,7 +315,7 @@ class Stack:
         return done
 
     def _check_finite(self) -> None:
-        if not bool(self.errors.isfinite()):
+        if not self.errors.isfinite():
             raise ValueError(f"step {self.step}: expected finite errors, got NaN or infinity: of the writes, or of lr")
         self.errors.zero_()
 

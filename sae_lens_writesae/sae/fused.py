@@ -117,8 +117,8 @@ def step_on_writes(
         chosen = _chosen(p, keys, values, biases, ks)
         by_error = chosen.code * (2 / N)
         decoded = _decoded(p, keys, values, chosen, by_error)
-        by_shift = _by_atom(chosen.atoms, decoded.by_code, M, p)
-        by_product = _by_atom(chosen.atoms, by_error, M, p)
+        by_shift = _by_atom(chosen.atoms, decoded.by_code, p)
+        by_product = _by_atom(chosen.atoms, by_error, p)
         sides = [*decoded.by_atom.split([keys.shape[3], values.shape[3]], 1)]
         sides += _encoder_gradients(p, keys, values, chosen, decoded.by_code)
         # An atom meets the bias in the error, with its coefficient; its encoder meets it in the shift, less it.
@@ -332,12 +332,9 @@ def with_aux(
     if cfg.apply_b_dec_to_input:
         shift = shift - (_times(v_enc, bias) * w_enc).sum((2, 3))
     acts = of_rows(v_enc, w_enc) + shift[:, None]
-    ranked = acts.detach()
-    if cfg.rescale_acts_by_decoder_norm:
-        ranked = ranked * _norms(v, w).detach()[:, None]
-    is_dead = dead.atoms.gather(1, index)[:, None].expand_as(ranked)
-    top = ranked.masked_fill(~is_dead, -torch.inf).topk(min(wanted, dead.most), sorted=False).indices
-    code = acts * (torch.zeros_like(ranked).scatter(-1, top, 1) * is_dead)
+    norms = _norms(v, w).detach() if cfg.rescale_acts_by_decoder_norm else torch.ones_like(shift)
+    is_dead = dead.atoms.gather(1, index)
+    code = acts * _most_active(acts.detach() * norms[:, None], is_dead, min(wanted, dead.most))
     if (F / N + 1) * (cfg.d_k + cfg.d_v) + k + dead.most < cfg.d_in:  # by a factor of 3 to 14, one way or the other
         explained = _explained(p, step, v, w)
         without_bias = of_rows(v, w) - (_times(v, bias.detach()) * w).sum((2, 3))[:, None]
@@ -350,6 +347,14 @@ def with_aux(
     aux = (dead.atoms.sum(1).to(errors) / wanted).clamp_max(1) * errors.mean(1)
     (cfg.aux_loss_coefficient * aux).sum().backward()
     return step._replace(aux=aux.detach())
+
+
+def _most_active(scores: Tensor, is_dead: Tensor, count: int) -> Tensor:
+    """[M,N,D] 1 at the `count` largest scores of each row among atoms where `is_dead` [M,D], else 0."""
+    is_dead = is_dead[:, None].expand_as(scores)
+    top = scores.masked_fill(~is_dead, -torch.inf).topk(count, sorted=False).indices
+    # With fewer dead atoms than that, living ones were taken too.
+    return torch.zeros_like(scores).scatter(-1, top, 1) * is_dead
 
 
 def _explained(p: dict[str, Tensor], step: Step, v: Tensor, w: Tensor) -> Tensor:
@@ -414,10 +419,11 @@ def _of_terms(x: Tensor, R: int) -> Tensor:
     return x if R == 1 else x.repeat_interleave(R, 1)
 
 
-def _by_atom(atoms: Tensor, x: Tensor, M: int, p: dict[str, Tensor]) -> Tensor:
+def _by_atom(atoms: Tensor, x: Tensor, p: dict[str, Tensor]) -> Tensor:
     """[M,F,1,1] sums of x [M N,k] over the rows that have the atom."""
-    F = p["v"].shape[1]
-    return x.new_zeros(M * F).index_add_(0, atoms.flatten(), x.flatten()).view(M, F, 1, 1)
+    sums = torch.zeros_like(p["b_enc"])
+    sums.view(-1).index_add_(0, atoms.flatten(), x.flatten())
+    return sums[..., None, None]
 
 
 def _joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:

@@ -12,8 +12,7 @@ others, and `fold` then moves the roots into its weights. What is left is an ord
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -72,7 +71,7 @@ class Metric:
     @property
     def inverse(self) -> Metric:
         """What moves transformed matrices back."""
-        return dataclasses.replace(
+        return replace(
             self,
             key_root=self.key_inverse,
             value_root=self.value_inverse,
@@ -109,7 +108,7 @@ class Metric:
             changes |= {name: value for name, value in off.items() if hasattr(cfg, name)}
         if cfg.encoder == "tied":
             changes["encoder"] = "bilinear" if cfg.decoder == "rank" else "dense"
-        folded = type(sae)(dataclasses.replace(cfg, **changes))  # pyright: ignore[reportArgumentType]
+        folded = type(sae)(replace(cfg, **changes))  # pyright: ignore[reportArgumentType]
         folded.load_state_dict(self._folded_state(sae))
         return folded.train(sae.training)
 

@@ -6,8 +6,7 @@ dictionary. The optimizer's moments are not touched; those of a dead atom have d
 """
 
 # No postponed annotations here: SAELens' command line evaluates those of config fields in another module.
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -142,7 +141,7 @@ class MatrixTrainingSAE(TrainingSAE[Any], MatrixSAE):
         resampled = self._upkeep(x, step_input.n_training_steps, step_input.dead_neuron_mask)  # pyright: ignore
         self._built = {}
         try:
-            output = super().training_forward_pass(dataclasses.replace(step_input, sae_in=x))
+            output = super().training_forward_pass(replace(step_input, sae_in=x))
             if cfg.loss != "mse":
                 loss = self._loss(output, x, columns)
                 output.losses[f"{cfg.loss}_loss"] = loss
