@@ -31,7 +31,7 @@ from sae_lens_writesae.sae.fast import train_many_on_writes
 from writesae import Substitution, write_report
 from writesae.page.report import find_results
 
-TITLE = "The whole way at real size"
+TITLE = "Collect, and the whole way at real size"
 QUICK = {
     "tokens": 512,
     "context": 128,
@@ -371,13 +371,7 @@ def lines(found: dict[str, Any]) -> list[Line]:
     ]
 
 
-def text(found: dict[str, Any]) -> str:
-    """Where the rest is."""
-    return "[At real size](real_size.md) has the stages, what bounds them, and the paper's table by these rates.\n"
-
-
-PAGE = """# At real size
-
+TEXT = """\
 Made by `benchmarks/real_size.py`, not by hand. A model in the shape of Qwen3.5-0.8B ({parameters:.0f} M parameters,
 bf16) with random weights goes the whole way on {device}: all heads of layer {layer} are collected, {dictionaries}
 dictionaries (F = {F}, k = {k}, batch {batch}) are trained at once on the writes of one head, and {firings} firings of
@@ -395,7 +389,7 @@ seconds begin after imports. Tokens of `train` are rows of all dictionaries. Tho
 edited run, and pay for the plain passes, the search for firings and the fit of controls too. Other programs shared the
 machine: where seconds exceed those of CPU, the stage waited.
 
-## What bounds a stage
+### What bounds a stage
 
 Microseconds a token, on one thread. *At least* are counts of what the method cannot do without, over rates that this
 machine reached: matrix products {bf16:.0f} GFLOP/s in bf16 and {fp32:.0f} in float32, copies
@@ -405,7 +399,7 @@ machine reached: matrix products {bf16:.0f} GFLOP/s in bf16 and {fp32:.0f} in fl
 |---|---|---|---|---|---|---|
 {bounds}
 
-## The paper's table
+### The paper's table
 
 Hours for {paper_tokens:,} tokens, {paper_dictionaries} dictionaries and {paper_firings:,} firings of each: on one core
 by the rates above, with what a stage does once; on an H100 by operations and bytes, at {share:.0%} of 989 TFLOP/s
@@ -421,8 +415,8 @@ Disk: {disk_one:.2f} GB for one head, {disk_all:.2f} GB for all.
 """
 
 
-def page(found: dict[str, Any]) -> str:
-    """docs/real_size.md."""
+def text(found: dict[str, Any]) -> str:
+    """The stages, what bounds them, and the paper's table."""
     options, stages, rate, table = found["options"], found["stages"], found["rates"], found["paper"]
     rows = []
     for name, row in stages.items():
@@ -466,7 +460,7 @@ def page(found: dict[str, Any]) -> str:
         "disk_one": table["disk"]["one"] / 1e9,
         "disk_all": table["disk"]["all"] / 1e9,
     }
-    return PAGE.format(**options | named)
+    return TEXT.format(**options | named)
 
 
 if __name__ == "__main__":

@@ -79,11 +79,8 @@ def page(folder: Path, names: tuple[str, ...] = NAMES) -> str:
 
 
 def write(docs: Path, names: tuple[str, ...] = NAMES) -> None:
-    """The page, and pages of their own that benchmarks have."""
+    """The page."""
     atomic_text(docs / "benchmarks.md", page(docs / "benchmarks", names))
-    for name, record in records(docs / "benchmarks", names).items():
-        if made := getattr(benchmark(name), "page", None):
-            atomic_text(docs / f"{name}.md", made(record["found"]))
 
 
 def run(names: tuple[str, ...], docs: Path, quick: bool) -> list[str]:

@@ -135,17 +135,6 @@ def state_step() -> SimpleNamespace:
     return SimpleNamespace(TITLE="State dictionaries", QUICK={"rounds": 1}, measure=measure, lines=lines)
 
 
-def real_size() -> SimpleNamespace:
-    """The whole way; what the file has as a page is a section."""
-    import real_size as own
-
-    def text(found: Found) -> str:
-        return own.page(found).partition("\n")[2].replace("\n## ", "\n### ")
-
-    title = "Collect, and the whole way at real size"
-    return SimpleNamespace(TITLE=title, QUICK=own.QUICK, measure=own.measure, lines=own.lines, text=text)
-
-
 def busy() -> SimpleNamespace:
     """Threads beside other programs."""
 
@@ -168,5 +157,5 @@ def busy() -> SimpleNamespace:
 
 
 SUBJECTS: dict[str, Callable[[], SimpleNamespace]] = {
-    each.__name__: each for each in (hooks, recurrence, substitution, sae_step, state_step, real_size, busy)
+    each.__name__: each for each in (hooks, recurrence, substitution, sae_step, state_step, busy)
 }
