@@ -1,14 +1,10 @@
 """What the threads of torch cost where other programs run: training steps and edited rows with the default settings, as
 a ratio to one thread, alone and with two processes that compute without end.
 
-    python benchmarks/busy.py [--steps 60 --rows 120 --rounds 3 --before --out DIR]
-
 Each setting has its own process, and the processes take turns. *torch first* has loaded torch before
-hookpoints, as a notebook may have. With --before there is also *spinning*: as many threads as cores, which
-wait as OpenMP's do unless told otherwise. That takes minutes. Ratios are medians over the rounds.
+hookpoints, as a notebook may have. Ratios are medians over the rounds.
 """
 
-import argparse
 import importlib
 import json
 import os
@@ -20,17 +16,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
+from frame import Line, main
 from sae_step import ask, embedded_config
 
 SETTINGS = {
     "one thread": {"OMP_NUM_THREADS": "1"},
     "default": {},
     "torch first": {},
-    "spinning": {"OMP_NUM_THREADS": str(os.cpu_count()), "GOMP_SPINCOUNT": "300000"},
 }
 """Environment variables, in an environment without any other about threads."""
-BASELINE, BEFORE = "one thread", "spinning"
+BASELINE = "one thread"
 PARTS = ("training steps", "edited rows")
+TITLE = "Beside busy processes"
+QUICK = {"steps": 2, "rows": 2, "rounds": 1}
 
 
 def work(setting: str) -> None:
@@ -89,15 +87,16 @@ def ratio(taken: list[dict[str, dict[str, float]]], setting: str, part: str) -> 
     return median(each[setting][part] / (1 if setting == BASELINE else each[BASELINE][part]) for each in taken)
 
 
-def measure(settings: list[str], rounds: int, amounts: str) -> dict[str, dict[str, dict[str, float]]]:
+def measure(steps: int = 60, rows: int = 120, rounds: int = 3) -> dict[str, dict[str, dict[str, float]]]:
     """Ratios to one thread, by what else runs and by setting; for one thread, seconds."""
-    workers = {setting: start(setting) for setting in settings}
+    workers = {setting: start(setting) for setting in SETTINGS}
+    amounts = f"{steps} {rows}"
     found: dict[str, dict[str, dict[str, float]]] = {}
     try:
         for label, others in (("alone", 0), ("beside two busy processes", 2)):
             with beside(others):
                 taken = [{s: json.loads(ask(worker, amounts)) for s, worker in workers.items()} for _ in range(rounds)]
-            found[label] = {s: {part: ratio(taken, s, part) for part in PARTS} for s in settings}
+            found[label] = {s: {part: ratio(taken, s, part) for part in PARTS} for s in SETTINGS}
     finally:
         for worker in workers.values():
             worker.kill()
@@ -105,30 +104,16 @@ def measure(settings: list[str], rounds: int, amounts: str) -> dict[str, dict[st
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("steps", 60), ("rows", 120), ("rounds", 3)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--before", action="store_true", help=f"also {BEFORE!r}, which takes minutes")
-    parser.add_argument("--out", type=Path, help="folder for busy.json")
-    parser.add_argument("--worker", choices=SETTINGS, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.worker:
-        work(options.worker)
-        return
-    settings = [setting for setting in SETTINGS if setting != BEFORE or options.before]
-    found = measure(settings, options.rounds, f"{options.steps} {options.rows}")
-    print(f"{options.steps} training steps, {options.rows} edited rows: time / one thread; of one thread: seconds")
-    print(f"median of {options.rounds}, {os.cpu_count()} cores")
-    for label, rows in found.items():
-        print(f"\n{label}")
-        for setting, row in rows.items():
-            print(f"  {setting:12s}" + "".join(f"  {part} {value:6.2f}" for part, value in row.items()))
-    print("\n" + json.dumps(found))
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "busy.json").write_text(json.dumps(found, indent=1))
+def lines(found: dict[str, dict[str, dict[str, float]]]) -> list[Line]:
+    """Ratios."""
+    return [
+        Line(f"{others}: {part}, {setting} / {BASELINE}", value, goal=2.0)
+        for others, rows in found.items()
+        for setting, row in rows.items()
+        for part, value in row.items()
+        if setting != BASELINE
+    ]
 
 
 if __name__ == "__main__":
-    main()
+    work(sys.argv[2]) if sys.argv[1:2] == ["--worker"] else main(sys.modules[__name__])

@@ -63,7 +63,7 @@ def lines(benchmark: Any, found: dict[str, Any]) -> list[Line]:
     """What the page says of a benchmark's numbers."""
     if hasattr(benchmark, "lines"):
         return benchmark.lines(found)
-    return [Line(", ".join(names), value) for names, value in leaves(found)]
+    return rest(found)
 
 
 def leaves(x: Any, names: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], float]]:
@@ -73,6 +73,11 @@ def leaves(x: Any, names: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...
             yield from leaves(each, (*names, name))
     elif isinstance(x, int | float):
         yield names, x
+
+
+def rest(found: Any, unit: str = "") -> list[Line]:
+    """Every number by its names, without a goal."""
+    return [Line(", ".join(names), value, unit) for names, value in leaves(found)]
 
 
 def number(x: float) -> str:

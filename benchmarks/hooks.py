@@ -1,6 +1,6 @@
 """What hooks cost: an attached model with no hooks, and hooks that read one head, against the plain model.
 
-Run ``python benchmarks/hooks.py [--rounds n] [--out folder]``. All ways are timed in turn, round after round, in one
+All ways are timed in turn, round after round, in one
 process of one thread, by its own CPU time; a number is the median over rounds of the ratio in one round. The plain
 model has the same weights, and outputs with no hooks attached must be the same to the bit. Then what
 collecting the factors of every head costs, in time and on disk, and what it costs to get rows of one head back.
@@ -8,19 +8,18 @@ collecting the factors of every head costs, in time and on disk, and what it cos
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from frame import Line, main, rest
 from torch import Tensor
 
 from hookpoints import HookedRecurrent, attach, embedded
@@ -33,6 +32,10 @@ HF = Any
 """A model of transformers, whose outputs depend on its class."""
 Ratios = dict[str, float]
 PROMPT, STEPS = 64, 12
+TITLE = "Hooks: time over that of the plain model, and bytes of what is collected"
+QUICK = {"tokens": 32, "rounds": 1}
+GOALS = {"decode": 1.03, "generate": 1.03, "prefill": 1.05}
+"""Of a model without hooks, over the plain one."""
 
 
 def qwen(layers: int, width: int, heads: int, dim: int) -> HF:
@@ -184,7 +187,8 @@ def collecting(hf: HF, tokens: Tensor, rounds: int) -> Ratios:
     return found | sizes
 
 
-def measure(tokens: int, rounds: int) -> dict[str, Ratios]:
+@torch.no_grad()
+def measure(tokens: int = 256, rounds: int = 7) -> dict[str, Ratios]:
     """Everything: ratios, and bytes of what is collected."""
     text = torch.randint(0, 512, (4, tokens), generator=torch.Generator().manual_seed(0))
     wide = qwen(4, 512, 16, 128)
@@ -194,25 +198,14 @@ def measure(tokens: int, rounds: int) -> dict[str, Ratios]:
     return found | {"collecting: 16 heads 128 x 128 in 3 layers": collecting(wide, text, max(3, rounds // 3))}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=Path, help="folder for hooks.json")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    with torch.no_grad():
-        found = measure(options.tokens, options.rounds)
-    print(f"CPU time over that of the plain model, T = {options.tokens}, median of {options.rounds} rounds")
-    for label, row in found.items():
-        print(f"\n{label}")
-        for name, value in row.items():
-            print(f"  {name:36s} {value:8.3f}")
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "hooks.json").write_text(json.dumps(found, indent=2))
+def lines(found: dict[str, Ratios]) -> list[Line]:
+    """What has a goal, and then the rest."""
+    own = {label: row for label, row in found.items() if label.startswith("no hooks attached")}
+    said = [
+        Line(f"{label}: {kind}", row[kind], goal=goal) for label, row in own.items() for kind, goal in GOALS.items()
+    ]
+    return said + rest({label: row for label, row in found.items() if label not in own})
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.modules[__name__])

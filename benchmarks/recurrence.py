@@ -1,53 +1,28 @@
 """Speed, memory and accuracy of the recurrence: chunked against step by step and against transformers' torch ops.
 
-Run ``python benchmarks/recurrence.py [--quick] [--out folder]``. All ways of doing one thing are timed in turn,
-round after round, in one process; times are each way's best, ratios the median over rounds. With one thread the clock
-is the process's own CPU time, which other programs on the machine disturb least; with more it is the wall's. Memory is
+All ways of doing one thing are timed in turn, round after round, in one process. Memory is
 the growth of the peak resident size of a separate process, read from Linux's /proc, since Python cannot see torch's
 allocations.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import re
-import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from frame import Line, Way, apart, main, rest, timed
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from recurrences import FORMS, random_recurrence
 from scan import upstream_of
 
-Way = Callable[[], object]
+TITLE = "States of a recurrence"
+QUICK = {"tokens": 128, "widths": (64,), "rounds": 3}
 GROWTH = ("gdn", "kda", "rwkv7")
-
-
-def timed(ways: dict[str, Way], rounds: int) -> dict[str, dict[str, float]]:
-    """Best milliseconds of each way, and its median ratio to the first."""
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for way in ways.values():
-        way()
-    for _ in range(rounds):
-        for name, way in ways.items():
-            start = clock()
-            way()
-            times[name].append(1e3 * (clock() - start))
-    first = times[next(iter(ways))]
-    return {
-        name: {"ms": min(own), "ratio": statistics.median(a / b for a, b in zip(own, first))}
-        for name, own in times.items()
-    }
 
 
 def operations(sizes: dict[str, Any], rounds: int) -> dict[str, Any]:
@@ -146,44 +121,13 @@ def _kilobytes(field: str) -> int:
 
 def memory(length: int) -> dict[str, float]:
     """Peak over result for all states of one head of 128 x 128, each form in its own process."""
-    found = {}
-    for form in ("gdn", "kda", "rwkv7"):
-        command = [sys.executable, __file__, "--memory-of", form, "--T", str(length)]
-        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        found[form] = float(printed.splitlines()[-1])
-    return found
+    return {form: apart(memory_here, form, length) for form in GROWTH}
 
 
-def show(title: str, rows: dict[str, dict[str, dict[str, float]]]) -> None:
-    """Print milliseconds and, in brackets, the ratio to the first way."""
-    print(f"\n{title}")
-    for form, row in rows.items():
-        for name, value in row.items():
-            print(f"  {form:10s} {name:32s} {value['ms']:9.2f} ms   x {value['ratio']:.2f}")
-
-
-def plot(results: dict[str, Any], path: Path) -> None:
-    """Time per form and way, and growth with length."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    sizes, rows = next(iter(results["operations"].items()))
-    for i, way in enumerate(("chunked", "transformers", "step by step")):
-        places = [j + 0.27 * (i - 1) for j, row in enumerate(rows.values()) if way in row]
-        left.bar(places, [row[way]["ms"] for row in rows.values() if way in row], 0.25, label=way)
-    left.set(yscale="log", ylabel="ms", title=f"outputs and final state, {sizes}")
-    left.set_xticks(range(len(rows)), list(rows))
-    left.legend()
-    for form, line in results["growth"].items():
-        right.loglog(list(line), list(line.values()), "o-", label=form)
-    right.set(xlabel="tokens", ylabel="ms", title="chunked, by length")
-    right.legend()
-    figure.savefig(path, dpi=150)
-
-
-def measure(T: int, widths: list[int], rounds: int) -> dict[str, Any]:
+@torch.no_grad()
+def measure(tokens: int = 1024, widths: tuple[int, ...] = (64, 128), rounds: int = 15) -> dict[str, Any]:
     """Everything, for heads of each width and one sequence of four heads."""
+    T = tokens
     results: dict[str, Any] = {"T": T, "threads": torch.get_num_threads(), "torch": torch.__version__}
     for part in ("operations", "training", "states"):
         results[part] = {}
@@ -192,7 +136,6 @@ def measure(T: int, widths: list[int], rounds: int) -> dict[str, Any]:
         label = f"T = {T}, 4 heads {width} x {width}"
         for part, function in (("operations", operations), ("training", training), ("states", states)):
             results[part][label] = function(sizes, rounds)
-            show(f"{part}: {label}", results[part][label])
     sizes: dict[str, Any] = {"T": T, "H": 4, "K": widths[-1], "V": widths[-1]}
     results["growth"] = growth(sizes, rounds)
     results["accuracy"] = accuracy(sizes)
@@ -200,33 +143,19 @@ def measure(T: int, widths: list[int], rounds: int) -> dict[str, Any]:
     return results
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--T", type=int, default=1024)
-    parser.add_argument("--quick", action="store_true", help="heads of 64 x 64 only, few rounds")
-    parser.add_argument("--out", type=Path, help="folder for recurrence.json and recurrence.png")
-    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.memory_of:
-        print(memory_here(options.memory_of, options.T))
-        return
-    torch.set_num_threads(options.threads)
-    transformers.logging.set_verbosity_error()
-    with torch.no_grad():
-        results = measure(options.T, [64] if options.quick else [64, 128], 4 if options.quick else 15)
-    print("\nmilliseconds of the chunked scan by length")
-    for form, line in results["growth"].items():
-        print(f"  {form:10s} " + "  ".join(f"{length}: {ms:.1f}" for length, ms in line.items()))
-    print("\nfloat32 outputs, relative rms error against the float64 reference")
-    print("  " + "  ".join(f"{form} {error:.1e}" for form, error in results["accuracy"].items()))
-    print("\npeak memory of all states of one head of 128 x 128, over the result's size")
-    print("  " + "  ".join(f"{form} {ratio:.3f}" for form, ratio in results["memory"].items()))
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "recurrence.json").write_text(json.dumps(results, indent=2))
-        plot(results, options.out / "recurrence.png")
+def lines(found: dict[str, Any]) -> list[Line]:
+    """States of one head over the first touch of their memory, and numbers without a goal."""
+    name = "states of one head, 64 MB"
+    said = [
+        Line(f"{size}, {form}: {name} / the first touch of their memory", row[name]["ratio"], goal=1.5)
+        for size, forms in found["states"].items()
+        for form, row in forms.items()
+        if name in row
+    ]
+    names = {"training": "with the backward pass, time of", "accuracy": "relative error of outputs"}
+    names |= {"memory": "peak memory of all states of one head / their size"}
+    return said + [line for part, what in names.items() for line in rest({what: found[part]})]
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.modules[__name__])

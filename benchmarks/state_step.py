@@ -1,26 +1,28 @@
 """What a training step on states costs: in chunks (`sae.chunks`), against SAELens' trainer on rows [N,K*V].
 
-    python benchmarks/state_step.py [--quick] [--rounds 5]
-
 Both sides read factors, make what they train on, and make one step of Adam; they take turns, and a ratio is the median
 over rounds of CPU time. SAELens' side is spared its mixing buffer.
 """
 
-import argparse
+import sys
 import time
 from collections.abc import Callable
 from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
+from frame import Line, main
+
 SIZES = ((64, 32, 512, 8), (64, 64, 1024, 16), (128, 128, 2048, 32))
 """K, V, F, k."""
+TITLE = "State dictionaries"
+QUICK = {"rounds": 1}
 
 
-def measure(sizes: tuple[tuple[int, int, int, int], ...] = SIZES, batch: int = 128, rounds: int = 5) -> dict[str, Any]:
+def measure(batch: int = 128, rounds: int = 5) -> dict[str, Any]:
     """Milliseconds of both, and how many times the chunks are faster, for one decay a head and one a key channel."""
     found: dict[str, Any] = {}
-    for K, V, F, k in sizes:
+    for K, V, F, k in SIZES:
         for channels in (False, True):
             ways = steps(K, V, F, k, batch, channels)
             times: dict[str, list[float]] = {name: [] for name in ways}
@@ -78,15 +80,11 @@ def steps(K: int, V: int, F: int, k: int, batch: int, channels: bool) -> dict[st
     return {"rows": on_rows, "chunks": lambda: stack.take([stack.rows(0, next(order))])}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the smallest heads, one round")
-    parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
-    small = {"sizes": SIZES[:1], "rounds": 1} if options.quick else {"rounds": options.rounds}
-    for name, each in measure(**small).items():
-        print(f"{name}: {each['rows']:.0f} ms on rows, {each['chunks']:.0f} ms in chunks, {each['ratio']:.1f} times")
+def lines(found: dict[str, Any]) -> list[Line]:
+    """Ratios."""
+    what = "in chunks, times as fast as SAELens' trainer on rows"
+    return [Line(f"{name}: {what}", row["ratio"], " ×") for name, row in found.items()]
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.modules[__name__])

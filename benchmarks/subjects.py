@@ -9,64 +9,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from frame import Line, leaves
+from frame import Line, rest
 
 Found = dict[str, Any]
 LARGEST = 2**27
 """Parameters of SAELens' dictionary beside which a step on factors is measured: one of 2^28 takes 12 GB."""
-
-
-def rest(found: Found, unit: str = "") -> list[Line]:
-    """Numbers without a goal."""
-    return [Line(", ".join(names), value, unit) for names, value in leaves(found)]
-
-
-def hooks() -> SimpleNamespace:
-    """Time over that of the plain model."""
-
-    def measure(tokens: int = 256, rounds: int = 7) -> Found:
-        import hooks
-        import torch
-
-        with torch.no_grad():
-            return hooks.measure(tokens, rounds)
-
-    def lines(found: Found) -> list[Line]:
-        goals = {"decode": 1.03, "generate": 1.03, "prefill": 1.05}
-        own = {label: row for label, row in found.items() if label.startswith("no hooks attached")}
-        said = [
-            Line(f"{label}: {kind}", row[kind], "", goal) for label, row in own.items() for kind, goal in goals.items()
-        ]
-        return said + rest({label: row for label, row in found.items() if label not in own})
-
-    title = "Hooks: time over that of the plain model, and bytes of what is collected"
-    return SimpleNamespace(TITLE=title, QUICK={"tokens": 32, "rounds": 1}, measure=measure, lines=lines)
-
-
-def recurrence() -> SimpleNamespace:
-    """States of one head over the first touch of their memory."""
-
-    def measure(tokens: int = 1024, widths: tuple[int, ...] = (64, 128), rounds: int = 15) -> Found:
-        import recurrence
-        import torch
-
-        with torch.no_grad():
-            return recurrence.measure(tokens, list(widths), rounds)
-
-    def lines(found: Found) -> list[Line]:
-        name = "states of one head, 64 MB"
-        rows = [(size, form, row) for size, forms in found["states"].items() for form, row in forms.items()]
-        said = [
-            Line(f"{size}, {form}: {name} / the first touch of their memory", row[name]["ratio"], "", 1.5)
-            for size, form, row in rows
-            if name in row
-        ]
-        names = {"training": "with the backward pass, time of", "accuracy": "relative error of outputs"}
-        names |= {"memory": "peak memory of all states of one head / their size"}
-        return said + [line for part, what in names.items() for line in rest({what: found[part]})]
-
-    quick = {"tokens": 128, "widths": (64,), "rounds": 3}
-    return SimpleNamespace(TITLE="States of a recurrence", QUICK=quick, measure=measure, lines=lines)
 
 
 def substitution() -> SimpleNamespace:
@@ -120,42 +67,4 @@ def sae_step() -> SimpleNamespace:
     return SimpleNamespace(TITLE="Training steps", QUICK={"steps": 1, "d_sae": 256}, measure=measure, lines=lines)
 
 
-def state_step() -> SimpleNamespace:
-    """A training step on states."""
-
-    def measure(batch: int = 128, rounds: int = 5) -> Found:
-        import state_step
-
-        return state_step.measure(batch=batch, rounds=rounds)
-
-    def lines(found: Found) -> list[Line]:
-        what = "in chunks, times as fast as SAELens' trainer on rows"
-        return [Line(f"{name}: {what}", row["ratio"], " ×") for name, row in found.items()]
-
-    return SimpleNamespace(TITLE="State dictionaries", QUICK={"rounds": 1}, measure=measure, lines=lines)
-
-
-def busy() -> SimpleNamespace:
-    """Threads beside other programs."""
-
-    def measure(steps: int = 60, rows: int = 120, rounds: int = 3) -> Found:
-        import busy
-
-        return busy.measure([each for each in busy.SETTINGS if each != busy.BEFORE], rounds, f"{steps} {rows}")
-
-    def lines(found: Found) -> list[Line]:
-        return [
-            Line(f"{beside}: {part}, {setting} / one thread", value, "", 2.0)
-            for beside, rows in found.items()
-            for setting, row in rows.items()
-            for part, value in row.items()
-            if setting != "one thread"
-        ]
-
-    quick = {"steps": 2, "rows": 2, "rounds": 1}
-    return SimpleNamespace(TITLE="Beside busy processes", QUICK=quick, measure=measure, lines=lines)
-
-
-SUBJECTS: dict[str, Callable[[], SimpleNamespace]] = {
-    each.__name__: each for each in (hooks, recurrence, substitution, sae_step, state_step, busy)
-}
+SUBJECTS: dict[str, Callable[[], SimpleNamespace]] = {each.__name__: each for each in (substitution, sae_step)}
