@@ -115,5 +115,4 @@ def test_readme_counts_answers_as_the_page_does() -> None:
     counts = r"there are (\d+) answers. The claims hold in (\d+), and\s(\d+) more .*\. (\d+) other"
     ((answers, hold, lack, others),) = re.findall(counts, page)
     said = f"Of {answers} answers about atoms {hold} hold** with all controls; {lack} lack them. {others} others"
-    readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("atoms one holds", "atoms 1 hold")
-    assert said in readme
+    assert said in (ROOT / "README.md").read_text(encoding="utf-8")
