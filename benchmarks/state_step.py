@@ -58,7 +58,7 @@ def steps(K: int, V: int, F: int, k: int, batch: int, channels: bool) -> dict[st
         b = x * (log if channels else log[..., None]).exp()
         return Recurrence(q=x, k=x, u=u[chosen], log_decay=log, b=b, beta=beta[chosen])
 
-    collection: Any = SimpleNamespace(context_size=T, n_sequences=S, recurrence=recurrence)
+    collection: Any = SimpleNamespace(context_size=T, n_sequences=S, recurrence=recurrence, sha256="none")
     cfg = LanguageModelSAERunnerConfig(
         sae=WriteTopKTrainingSAEConfig(d_in=K * V, d_k=K, d_sae=F, k=k),
         training_tokens=10**6,
