@@ -249,11 +249,13 @@ def test_an_interrupt_is_one_line_that_says_what_it_left(
     assert arguments[0] in COMMANDS
     out = [] if arguments[0] in ("hooks", "models", "push", "prompt") else ["--out", tmp_path / "out"]
     capsys.readouterr()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     sys.setprofile(interrupt)
     try:
         done = run(capsys, *(sae_folder if word == "SAE" else word for word in arguments), *out)
     finally:
         sys.setprofile(None)
+        signal.signal(signal.SIGINT, before)
     assert done.status == 130
     assert re.fullmatch(r"stopped; [^\n]+\n", done.err)
     assert ("the same command resumes" in done.err) == (arguments[0] in ("demo", "collect", "train", "reproduce"))
