@@ -29,16 +29,16 @@ if TYPE_CHECKING:
 RECIPES: dict[str, MetricName] = {"write-trained": "frobenius", "write-trained, metric": "gauss_newton"}
 """The dictionaries, and what errors are measured by: their squares, or the KL divergence that they cause."""
 FACTS = "facts.json"
-METHODS = {
+SHOWN_METHODS = {
     "writesae_product": "an atom",
     "product quantizer (k-means of k and of u)": "codes of two quantizers",
     "null: another pair's write": "another pair's write",
     "null: untrained writesae_product": "an untrained atom",
 }
 """What replaces a write that holds a fact: a row of `writesae zoo`, and its name."""
-RIVALS: tuple[Control, ...] = ("random", "shuffled", "pair_mean", "drawn", "quantised", "pca")
+SHOWN_CONTROLS: tuple[Control, ...] = ("random", "shuffled", "pair_mean", "drawn", "quantised", "pca")
 """What is written instead of an atom: directions, and the baselines that recover most."""
-PASSES = 4400
+DEMO_PASSES = 4400
 """What the demo takes, in the time that a pass over a sequence does."""
 SENTENCES = {
     "recall": "One atom writes a fact into the memory, and the model recalls it",
@@ -110,7 +110,7 @@ class Demo:
         from hookpoints.files import atomic_text
         from sae_lens_writesae.sae.collecting import collect
         from sae_lens_writesae.sae.load import load_sae
-        from writesae.dictionary.quality import START, quality_of_heads
+        from writesae.dictionary.quality import HEAD_SEQUENCES, quality_of_heads
         from writesae.evaluations import load_result
         from writesae.evaluations.substitution import Substitution
         from writesae.experiment.terms import Terms
@@ -122,10 +122,10 @@ class Demo:
         tokens = sample_sequences(model, embedded.text("test"), self.context_size, self.eval_sequences)
         text = sample_sequences(model, embedded.text("train"), self.context_size, self.train_sequences)
         with taken(self.out, say):
-            say_time(model, text, PASSES, self.out, say)
+            say_time(model, text, DEMO_PASSES, self.out, say)
             kept = self.out / FACTS
             opening = read_facts(kept) if kept.exists() else write_facts(self.facts, say)
-            *place, half_life, nats = self.choose_head(model, text[:START])
+            *place, half_life, nats = self.choose_head(model, text[:HEAD_SEQUENCES])
             layer, head = place
             say(
                 f"model {self.model!r}: head {head} of layer {layer} ({model.cfg.layer(layer).rule}); half-life of a "
@@ -151,7 +151,7 @@ class Demo:
                         firings_per_atom=self.firings_per_atom,
                         atom_choice=("dominant",),
                         scales=("coefficient",),
-                        controls=RIVALS,
+                        controls=SHOWN_CONTROLS,
                         seed=self.seed,
                         label=label,
                     )
@@ -216,8 +216,8 @@ def read_facts(file: Path) -> list[Opening]:
 
 
 def write_facts(n: int, say: Callable[[str], object]) -> list[Opening]:
-    """Write n facts (or attributes of facts) into memories by each of `METHODS`, and ask the model for them: a panel
-    for each model of `SENTENCES`."""
+    """Write n facts (or attributes of facts) into memories by each of `SHOWN_METHODS`, and ask the model for them: a
+    panel for each model of `SENTENCES`."""
     from writesae.known.board import board
     from writesae.page.report import Opening
     from writesae.page.template import share_text
@@ -234,7 +234,7 @@ def write_facts(n: int, say: Callable[[str], object]) -> list[Opening]:
             f"An atom, {n} facts of `{name}`: " + ", ".join(f"{kind} {rate}" for kind, rate in atom.items()) + "."
         )
         rows: list[tuple[str, float, float, float]] = []
-        for method, label in METHODS.items():
+        for method, label in SHOWN_METHODS.items():
             changed = rates[method]["changed"]
             mean, low, high = (changed["mean"] if x is None else x for x in changed.values())
             rows.append((label, mean, low, high))

@@ -127,9 +127,9 @@ class Export(OfOne):
         """
         from hookpoints.files import atomic_text
         from writesae.page.atoms.export import neuronpedia_batch
-        from writesae.page.atoms.measure import Facts
+        from writesae.page.atoms.measure import AtomFacts
 
-        facts = Facts(pages, *self.load(pages, 1.7, 3.7), progress=progress)
+        facts = AtomFacts(pages, *self.load(pages, 1.7, 3.7), progress=progress)
         return atomic_text(
             self.out / "batch-0.json", json.dumps(neuronpedia_batch(facts, self.dataset), allow_nan=False)
         )

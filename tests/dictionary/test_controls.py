@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent
 from writesae.dictionary.controls import (
-    Control,
+    ControlKind,
     against_controls,
     answers,
     control_dictionaries,
@@ -45,7 +45,8 @@ def claim(outcome: Outcome, text: str = "atoms do it", measured: str = "80 %") -
 def test_what_an_untrained_dictionary_reaches_is_confounded(
     trained: Outcome, untrained: Outcome, native: Outcome, outcome: Outcome
 ) -> None:
-    controls: dict[Control, Claim] = {"untrained": claim(untrained, measured="79 %"), "native writes": claim(native)}
+    by_untrained = claim(untrained, measured="79 %")
+    controls: dict[ControlKind, Claim] = {"untrained": by_untrained, "native writes": claim(native)}
     judged = against_controls(claim(trained), controls)
     assert judged.outcome == outcome
     assert f"79 % ({untrained})" in judged.controls and judged.controls.startswith("random 50 %; ")
@@ -53,7 +54,7 @@ def test_what_an_untrained_dictionary_reaches_is_confounded(
     assert against_controls(claim(trained), {}) == claim(trained)
 
 
-def of_control(result: Result, control: Control, trained: Result) -> Result:
+def of_control(result: Result, control: ControlKind, trained: Result) -> Result:
     info = {"label": f"{trained.label}, {control}", "control": control, "control_of": trained.label}
     return replace(result, info=result.info | info)
 

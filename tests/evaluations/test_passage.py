@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from hookpoints import HookedRecurrent
-from writesae.evaluations.passage import CONTROLS, Passage
+from writesae.evaluations.passage import CONTROL_NAMES, Passage
 from writesae.experiment.evaluation import Result
 
 
@@ -41,7 +41,7 @@ NOISE = 0.02 * np.random.default_rng(3).standard_normal(20)
 
 
 def sampled(n: int = 20, **costs: float) -> Result:
-    all_costs = {name: 0.0 for name in ("deleted", *CONTROLS)} | costs
+    all_costs = {name: 0.0 for name in ("deleted", *CONTROL_NAMES)} | costs
     rows = [
         {"sequence": i, "class": "register", "condition": name, "bits": bits * (1 + NOISE[i])}
         | {"native_bits": 2.0, "tokens_edited": 9, "norm": 0.5}

@@ -27,7 +27,7 @@ from writesae.dictionary.quality import dictionary_quality
 from writesae.page.atoms import AtomPagesData, write_atom_pages
 from writesae.page.atoms.collect import memory
 from writesae.page.atoms.data import TokenValue
-from writesae.page.atoms.measure import Facts
+from writesae.page.atoms.measure import AtomFacts
 from writesae.page.atoms.pages import heatmap
 from writesae.page.atoms.text import TokenTexts, token_bytes, visible
 from writesae.show import run_show
@@ -115,7 +115,7 @@ def test_effect_is_the_derivative_that_autograd_finds(
 ) -> None:
     """One firing, all first-order paths, at every listed token."""
     monkeypatch.setattr("writesae.page.atoms.measure.STEP", 1e-3)
-    facts = Facts(replace(SMALL, atoms=(0,), effect_firings=1), model, planted, tokens, progress=False)
+    facts = AtomFacts(replace(SMALL, atoms=(0,), effect_firings=1), model, planted, tokens, progress=False)
     (mean,), n = facts.effects
     ((s, [(_, t, _)]),) = facts._sample(1, SMALL.effect_horizon, stream=1)
     amount = torch.zeros((), dtype=torch.float64, requires_grad=True)
@@ -148,7 +148,7 @@ def test_half_life_is_that_of_the_atoms_own_key_side(
     model: HookedRecurrent, planted: WriteTopKSAE, tokens: Tensor
 ) -> None:
     """Against the state that the atom alone leaves, on one atom whose firings are all followed."""
-    facts = Facts(replace(SMALL, half_life_firings=1000), model, planted, tokens, progress=False)
+    facts = AtomFacts(replace(SMALL, half_life_firings=1000), model, planted, tokens, progress=False)
     recurrence = model.recurrence(tokens, LAYER).select(heads=slice(HEAD, HEAD + 1))
     _, cache = model.run_with_cache(tokens, names_filter=[HOOK])
     with torch.no_grad():

@@ -15,7 +15,7 @@ from page.planted_atoms import SMALL
 from sae_lens_writesae.sae import WriteTopKSAE
 from writesae.page.atoms import AtomPagesData, collect
 from writesae.page.atoms.export import neuronpedia_batch
-from writesae.page.atoms.measure import Facts
+from writesae.page.atoms.measure import AtomFacts
 from writesae.show import Export
 
 _INTS = ("feature_index", "n_prompts_total", "n_tokens_in_prompt")
@@ -49,7 +49,7 @@ def fits(value: dict[str, Any], schema: str) -> dict[str, Any]:
 def test_neuronpedia_gets_the_numbers_of_the_pages(
     model: HookedRecurrent, planted: WriteTopKSAE, tokens: Tensor, data: AtomPagesData
 ) -> None:
-    facts = Facts(SMALL, model, planted, tokens, progress=False)
+    facts = AtomFacts(SMALL, model, planted, tokens, progress=False)
     batch = fits(json.loads(json.dumps(neuronpedia_batch(facts, "speeches"), allow_nan=False)), "batch")
     assert batch["model_id"] == data.info["model"] and batch["layer"] == data.info["layer"]
     for page, feature in zip(data.atoms, batch["features"], strict=True):

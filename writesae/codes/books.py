@@ -23,7 +23,7 @@ _BLOCK = 16_000_000
 
 
 @torch.no_grad()
-def nearest(native: LowRank, book: LowRank, *, positive: bool = False) -> Tensor:
+def best_code(native: LowRank, book: LowRank, *, positive: bool = False) -> Tensor:
     """[N] the code of a book with the largest |cosine| with each matrix, or with the largest cosine."""
     size = book.norm()
     step = max(1, _BLOCK // len(book))
@@ -38,7 +38,7 @@ def pursued(native: LowRank, books: Sequence[LowRank], *, positive: bool = False
     left = native
     taken = list[LowRank]()
     for book in books:
-        code = book.rows(nearest(left, book, positive=positive))
+        code = book.rows(best_code(left, book, positive=positive))
         size = left.inner(code) / code.inner(code)
         taken.append(code * (size.relu() if positive else size))
         left = LowRank.cat([left, taken[-1] * -1.0])
@@ -59,7 +59,7 @@ def lloyd(writes: LowRank, start: LowRank, passes: int = 10) -> LowRank:
     square = writes.inner(writes)
     for _ in range(passes):
         codes = LowRank.rank_one(*sides)
-        chosen = nearest(writes, codes)
+        chosen = best_code(writes, codes)
         left = square - writes.inner(codes.rows(chosen)).square()
         for side, factors in enumerate((writes.keys, writes.values)):
             x, y = ((own * code[chosen][:, None]).sum(-1) for own, code in zip((writes.keys, writes.values), sides))

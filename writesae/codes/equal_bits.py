@@ -126,7 +126,7 @@ def untrained(writes: HeadWrites, n: int) -> Code:
     return of_books(f"{NULL}: untrained atoms", 16.0 * n, [noise] * n)
 
 
-def another(writes: HeadWrites, n: int) -> Code:
+def another_write(writes: HeadWrites, n: int) -> Code:
     """What the quantizer has for another write."""
     return Code(
         name=f"{NULL}: code of another write",
@@ -201,7 +201,7 @@ CODES: tuple[Callable[[HeadWrites, int], Code | None], ...] = (
     topk,
     quantizer,
     untrained,
-    another,
+    another_write,
     components,
     components_of_sides,
     pursuit,

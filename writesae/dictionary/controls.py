@@ -27,9 +27,9 @@ from writesae.experiment.terms import Terms
 from writesae.head.matrices import matrices_of
 from writesae.verdict.finding import Claim
 
-Control = Literal["untrained", "native writes"]
+ControlKind = Literal["untrained", "native writes"]
 """Atoms of random directions, and atoms that are writes of the model drawn at random."""
-CONTROLS: tuple[Control, ...] = get_args(Control)
+CONTROL_KINDS: tuple[ControlKind, ...] = get_args(ControlKind)
 
 _TOKENS = 4096
 """Tokens of the reference text on which b_dec and thresholds of control dictionaries are set, in sequences spread over
@@ -39,7 +39,7 @@ all of it: a head with a long memory adds up what the mean of too little text is
 @torch.no_grad()
 def control_dictionaries(
     model: HookedRecurrent, saes: Mapping[str, SAE], reference: Tensor | Terms, *, seed: int = 0
-) -> dict[Control, dict[str, SAE]]:
+) -> dict[ControlKind, dict[str, SAE]]:
     """For each dictionary an untrained one and one of native writes, by the same labels. Each has another seed.
     Dictionaries of other packages have none; where the head writes nothing, there is none of native writes.
 
@@ -50,7 +50,7 @@ def control_dictionaries(
     Cost: a forward of each sequence up to the layer for each dictionary, and what `control_dictionary` says.
     """
     terms = Terms(model, reference) if isinstance(reference, Tensor) else reference
-    made: dict[Control, dict[str, SAE]] = {control: {} for control in CONTROLS}
+    made: dict[ControlKind, dict[str, SAE]] = {control: {} for control in CONTROL_KINDS}
     for n, (label, sae) in enumerate(saes.items()):
         if not isinstance(sae, MatrixSAE):
             continue
@@ -121,12 +121,12 @@ class Answer(NamedTuple):
 
 def answers(results: Sequence[Result]) -> list[Answer]:
     """Every answer of trained dictionaries, compared with those of their controls where these are among the results."""
-    controlled = {control: _answers_of(results, control) for control in CONTROLS}
+    controlled = {control: _answers_of(results, control) for control in CONTROL_KINDS}
 
-    def same_claim(place: tuple[object, ...], claim: Claim) -> dict[Control, Claim]:
+    def same_claim(place: tuple[object, ...], claim: Claim) -> dict[ControlKind, Claim]:
         return {
             control: other.claim
-            for control in CONTROLS
+            for control in CONTROL_KINDS
             for other in controlled[control].get(place, [])
             if (other.claim.number, other.claim.claim) == (claim.number, claim.claim)
         }
@@ -138,7 +138,7 @@ def answers(results: Sequence[Result]) -> list[Answer]:
     ]
 
 
-def against_controls(claim: Claim, controls: Mapping[Control, Claim]) -> Claim:
+def against_controls(claim: Claim, controls: Mapping[ControlKind, Claim]) -> Claim:
     """The claim of a trained dictionary, with what the same rule says of its control dictionaries.
 
     What holds for an untrained dictionary too is confounded. What holds for native writes as well is named: drawing
@@ -158,7 +158,7 @@ def against_controls(claim: Claim, controls: Mapping[Control, Claim]) -> Claim:
     )
 
 
-def _answers_of(results: Sequence[Result], control: Control | None) -> dict[tuple[object, ...], list[Answer]]:
+def _answers_of(results: Sequence[Result], control: ControlKind | None) -> dict[tuple[object, ...], list[Answer]]:
     """Answers of one kind of dictionary by what they are about, which its controls share."""
     made: dict[tuple[object, ...], list[Answer]] = defaultdict(list)
     measured: dict[str, list[Result]] = defaultdict(list)

@@ -22,7 +22,7 @@ from writesae.verdict.judge import MIN_OBSERVATIONS, Verdict, judge
 from writesae.verdict.paper import Outcome
 from writesae.verdict.statistics import Estimate
 
-KINDS = ("register", "bundle")
+ATOM_KINDS = ("register", "bundle")
 KIND_RATES: dict[str, str] = {
     "scale": "scale of the substitution test",
     "kind": "register or bundle",
@@ -49,8 +49,8 @@ def compare_kinds(
     """
     wins = wide[["written_atom"]].assign(win=wide[f"atom/{scale}"] < wide["delete"])
     wins = wins.join(atoms.set_index("atom")["kind"], on="written_atom", how="inner")
-    register, bundle = (Paired(wins[wins["kind"] == kind], ("written_atom",), seed) for kind in KINDS)
-    rows = [(scale, kind, *paired.mean("win")) for kind, paired in zip(KINDS, (register, bundle))]
+    register, bundle = (Paired(wins[wins["kind"] == kind], ("written_atom",), seed) for kind in ATOM_KINDS)
+    rows = [(scale, kind, *paired.mean("win")) for kind, paired in zip(ATOM_KINDS, (register, bundle))]
     gap = register.lead("win", bundle)
     p_value = stats.permutation_test(
         register["win"], bundle["win"], register["written_atom"], bundle["written_atom"], seed=seed
@@ -69,7 +69,7 @@ def alike(result: Result, controls: Sequence[str]) -> Finding:
     table = result.tables["substitution"]
     if table.empty:
         counts = result.tables["atoms"]["kind"].value_counts()
-        listed = " and ".join(f"{counts.get(kind, 0)} {kind}" for kind in KINDS)
+        listed = " and ".join(f"{counts.get(kind, 0)} {kind}" for kind in ATOM_KINDS)
         return Finding.untested(
             claim, f"It needs two tested atoms of each kind; of the alive atoms there are {listed}.", 4, "firings"
         )

@@ -33,7 +33,7 @@ SEQUENCES = 64
 """Sequences of the text that are looked at, the first ones."""
 LASTING = 16.0
 """Half-life of a write, in tokens, from which on a head remembers for a while; that of `writesae demo`."""
-START = 8
+HEAD_SEQUENCES = 8
 """Sequences on which a head is chosen."""
 _HALF_LIVES = 4
 """Sequences from which half-lives are taken: each costs a vector recurrence for two dozen writes of each head."""

@@ -14,11 +14,11 @@ from hookpoints import HookedRecurrent
 from hookpoints.files import check_folder, content_hash
 from sae_lens_writesae.sae.factors import model_hash
 from sae_lens_writesae.sae.target import HeadHook
-from writesae.dictionary.controls import Control, control_dictionaries
+from writesae.dictionary.controls import ControlKind, control_dictionaries
 from writesae.dictionary.quality import quality_of_heads
 from writesae.dictionary.traits import objective, variant
 from writesae.experiment.evaluation import Evaluation, Result, Scope, result_files
-from writesae.experiment.lab import Place
+from writesae.experiment.lab import LayerHead
 from writesae.experiment.terms import Terms
 from writesae.files import Json
 
@@ -26,7 +26,7 @@ from writesae.files import Json
 def evaluate_all(
     evaluations: Sequence[Evaluation],
     model: HookedRecurrent,
-    saes: Mapping[str, SAE] | Place,
+    saes: Mapping[str, SAE] | LayerHead,
     tokens: Tensor,
     out: Path,
     *,
@@ -76,7 +76,7 @@ def evaluate_all(
     results: list[Result] = []
 
     def one(
-        evaluation: Evaluation, group: dict[str, SAE] | Place, control: Control | None = None, of: str = ""
+        evaluation: Evaluation, group: dict[str, SAE] | LayerHead, control: ControlKind | None = None, of: str = ""
     ) -> Result:
         """Run an evaluation, unless its result is there; `of`: the label of the result that has this control."""
         tested = {} if isinstance(group, tuple) else group
@@ -141,7 +141,9 @@ def _folder(out: Path, kind: str, label: str) -> Path:
     return out / kind / name
 
 
-def _runs(scope: Scope, saes: Mapping[str, SAE] | Place, single: bool) -> Iterator[tuple[str, dict[str, SAE] | Place]]:
+def _runs(
+    scope: Scope, saes: Mapping[str, SAE] | LayerHead, single: bool
+) -> Iterator[tuple[str, dict[str, SAE] | LayerHead]]:
     """What each run of an evaluation is about, with its label: `groups`, or a head without dictionaries."""
     if not isinstance(saes, tuple):
         yield from groups(scope, saes, single=single)

@@ -31,7 +31,7 @@ from writesae.verdict.format import signed
 from writesae.verdict.judge import one_is_enough
 from writesae.verdict.statistics import Estimate
 
-CONTROLS = {
+CONTROL_NAMES = {
     "random": "random directions of the same norm at the same firings",
     "other": "the atoms of the other tokens",
 }
@@ -245,7 +245,7 @@ class Amplify(Evaluation):
         fires = table.query("condition == 'nothing'")["fires"].mean()
         n_tokens = atoms["token"].nunique()
         scaled = f"{len(atoms) / n_tokens:.3g} atoms of {atoms['head'].nunique()} heads a token"
-        controls = {shown: at_headline.mean(name, "nothing") for name, shown in CONTROLS.items()}
+        controls = {shown: at_headline.mean(name, "nothing") for name, shown in CONTROL_NAMES.items()}
         native = at_headline["nothing"]
         amplified = at_headline["atom"]
         moves = f"{native.mean():.2f} to {amplified.mean():.2f}"
@@ -254,8 +254,8 @@ class Amplify(Evaluation):
             claim="amplifying an atom moves its token in generation",
             effect=effect,
             what="the change of the count",
-            null=CONTROLS["random"],
-            against=at_headline.beaten("atom", CONTROLS),
+            null=CONTROL_NAMES["random"],
+            against=at_headline.beaten("atom", CONTROL_NAMES),
             typical=float((amplified - native).abs().mean()),
             less=effect.mean < 0,  # in the direction that it has: the paper's feature made fewer newlines
             relevant=RELEVANT * float(native.mean()),
@@ -306,7 +306,7 @@ def _single(counts: Paired, atoms: pd.DataFrame, effect: Estimate) -> Finding:
     texts = atoms[["token", "text"]].drop_duplicates()
     for (token, text), rows in counts.wide.merge(texts).groupby(["token", "text"]):
         p_values[str(token)] = max(
-            stats.sign_flip_test(rows["atom"], rows[n], rows["sequence"]) for n in ("nothing", *CONTROLS)
+            stats.sign_flip_test(rows["atom"], rows[n], rows["sequence"]) for n in ("nothing", *CONTROL_NAMES)
         )
         words[str(token)] = f"{text!r} {said(replace(counts, wide=rows).mean('atom', 'nothing'), signed)}"
     moved = [words[token] for token, p in stats.holm(p_values).items() if p < 0.05]
@@ -314,7 +314,7 @@ def _single(counts: Paired, atoms: pd.DataFrame, effect: Estimate) -> Finding:
     measured = f"{len(moved)} of {n_tokens} tokens (Holm-adjusted p < 0.05)"
     return Finding(
         claim="single atoms move their token in generation",
-        null=CONTROLS["random"],
+        null=CONTROL_NAMES["random"],
         ruled=one_is_enough(
             len(moved),
             effect,

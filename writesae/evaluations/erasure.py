@@ -30,7 +30,7 @@ from writesae.verdict.finding import Finding, Paired, said
 from writesae.verdict.format import percent, signed
 from writesae.verdict.judge import one_is_enough
 
-CONTROLS: dict[str, str] = {
+CONTROL_NAMES: dict[str, str] = {
     "elsewhere": "other writes, same norm",
     "random": "random directions, each with its own token",
     "wrong": "other tokens of similar probability",
@@ -173,7 +173,7 @@ class Erasure(OfHalves):
         firings = by_firing.join(wide).join(table[table["condition"] == "effect"].set_index("firing")["wrong"])
         of_atom = firings.groupby("column")
         ids = tokens["effect"][:, 0].tolist()
-        summary = of_atom[["effect", *CONTROLS]].mean()
+        summary = of_atom[["effect", *CONTROL_NAMES]].mean()
         summary = summary.assign(
             atom=atoms,
             token=ids,
@@ -192,7 +192,7 @@ class Erasure(OfHalves):
         for column, rows in firings.groupby("column"):
             effect = rows["effect"]
             sequences = rows["sequence"]
-            tests = (stats.sign_flip_test(effect, rows[name], sequences, seed=self.seed) for name in CONTROLS)
+            tests = (stats.sign_flip_test(effect, rows[name], sequences, seed=self.seed) for name in CONTROL_NAMES)
             largest[str(column)] = max(tests)
         return list(stats.holm(largest).values())
 
@@ -302,25 +302,25 @@ class Erasure(OfHalves):
             claim="erasing an atom lowers its token",
             effect=effect,
             what="the mean effect on sequences that the token was not chosen on",
-            null=CONTROLS["random"],
-            against=erased.beaten("effect", CONTROLS),
+            null=CONTROL_NAMES["random"],
+            against=erased.beaten("effect", CONTROL_NAMES),
             typical=float(firings["effect"].abs().median()),
             floor=result.fact("floor"),
             less=True,
             relevant=RELEVANT,
-            shown={"atom ablated": effect} | erased.means(CONTROLS),
+            shown={"atom ablated": effect} | erased.means(CONTROL_NAMES),
             write=signed,
             axis="nats",
             measured=f"falls on {said(falls, percent)} of firings; {signed(float(selected))} on the half that the "
             "token was chosen on",
             of=f"firings of {firings['atom'].nunique()} atoms in {firings['sequence'].nunique()} sequences",
         )
-        lower = atoms["effect"] < atoms[list(CONTROLS)].min(axis=1) - RELEVANT
+        lower = atoms["effect"] < atoms[list(CONTROL_NAMES)].min(axis=1) - RELEVANT
         n_single = int((lower & (atoms["p"] < 0.05)).sum())
         beaten = f"atom lowers its token {RELEVANT:g} nats more than every control."
         single = Finding(
             claim="single atoms have their own token",
-            null=CONTROLS["random"],
+            null=CONTROL_NAMES["random"],
             ruled=one_is_enough(n_single, effect, f"At least one {beaten}", f"No {beaten}"),
             measured=f"{n_single} of {len(atoms)} atoms (Holm-adjusted p < 0.05 and {RELEVANT:g} nats against every "
             "control)",
@@ -338,14 +338,14 @@ class Erasure(OfHalves):
         largest = doses.pop(most)
         rows = largest.wide
         raised = largest.mean("effect")
-        rivals = {name: CONTROLS[name] for name in ("random", "wrong")}
+        rivals = {name: CONTROL_NAMES[name] for name in ("random", "wrong")}
         smaller = {f"m = {m:g}": paired.mean("effect") for m, paired in doses.items()}
         return Finding(
             number=24,
             claim="an atom inserted where it is silent raises its token",
             effect=raised,
             what="the effect where the atom is silent",
-            null=CONTROLS["random"],
+            null=CONTROL_NAMES["random"],
             against=largest.beaten("effect", rivals),
             typical=float(rows["effect"].abs().median()),
             floor=result.fact("floor"),

@@ -23,15 +23,15 @@ from writesae.experiment.at_firings import OfFirings
 from writesae.experiment.evaluation import Result
 from writesae.experiment.firings import Integers
 from writesae.experiment.lab import EditedRows, Lab, Site, Trial
-from writesae.experiment.predictors import DEFINITIONS, PREDICTORS, ReadGradients, predict
+from writesae.experiment.predictors import FORMULAS, PREDICTORS, ReadGradients, predict
 from writesae.verdict import fits
 from writesae.verdict.finding import Against, Finding, Paired
-from writesae.verdict.fits import CONTROL
+from writesae.verdict.fits import CONTROL_COLUMN
 from writesae.verdict.format import r_squared
 from writesae.verdict.judge import Verdict, judge
 from writesae.verdict.statistics import Estimate
 
-SCORED = (*PREDICTORS, CONTROL)
+SCORED = (*PREDICTORS, CONTROL_COLUMN)
 """What is scored: the formulas, and F2's prediction for another firing."""
 
 BAR = {"F0": 0.5, "F1": 0.5, "F2": 0.95, "one scale": 0.9, "linear": 0.5}
@@ -118,8 +118,8 @@ class LogitChange(OfFirings):
             "native_rank": "rank of that token in the unedited model, from 1",
             "eps": "size of what is added, in units",
             "measured": "change of the logit (raw, not centered) in the edited model",
-            **{name: f"predicted change, {DEFINITIONS[name]}" for name in PREDICTORS},
-            CONTROL: "control: F2 of another firing at the same horizon, rank group and eps",
+            **{name: f"predicted change, {FORMULAS[name]}" for name in PREDICTORS},
+            CONTROL_COLUMN: "control: F2 of another firing at the same horizon, rank group and eps",
         },
         "scores": fits.SCORES,
     }
@@ -226,14 +226,15 @@ class LogitChange(OfFirings):
         rows = cells[cells["eps"] == min(self.eps)]
         measured = rows["measured"].to_numpy(float)
         sequence = rows["sequence"]
-        predictions: dict[str, tuple[ArrayLike, ...]] = {name: (rows[name], rows[CONTROL]) for name in PREDICTORS}
+        control = rows[CONTROL_COLUMN]
+        predictions: dict[str, tuple[ArrayLike, ...]] = {name: (rows[name], control) for name in PREDICTORS}
         predictions["one scale"] = tuple(
-            fits.cross_fitted(measured, rows[[name]].to_numpy(float), sequence) for name in ("F0", CONTROL)
+            fits.cross_fitted(measured, rows[[name]].to_numpy(float), sequence) for name in ("F0", CONTROL_COLUMN)
         )
         if result.info["rule"] == "Mamba-2":
             predictions["linear"] = tuple(
                 fits.cross_fitted(measured, rows[names].to_numpy(float), sequence, rows["horizon"])
-                for names in (["F0", "F1"], [CONTROL])
+                for names in (["F0", "F1"], [CONTROL_COLUMN])
             )
         n_positions = len(rows[["sequence", "position"]].drop_duplicates())
         size = "" if n_positions >= REBUTTAL_POSITIONS else f" of the rebuttal's {REBUTTAL_POSITIONS:,}"
@@ -279,7 +280,7 @@ class LogitChange(OfFirings):
     def _paper(self, result: Result, unfitted: Finding, one_scale: Estimate) -> Finding:
         """Claim 7, with the paper's own statistic, which may be what any prediction reaches."""
         own = fits.cell_r2(result.tables["cells"], "F0")
-        shuffled = fits.cell_r2(result.tables["cells"], CONTROL)
+        shuffled = fits.cell_r2(result.tables["cells"], CONTROL_COLUMN)
         # Both fits are the best line through 0; rounding must not decide which of them is better.
         cells = Paired(own.assign(shuffled=shuffled["r2"], lead=(own["r2"] - shuffled["r2"]).round(9)), seed=self.seed)
         median = cells.median("r2")

@@ -14,7 +14,7 @@ import pandas as pd
 
 from writesae.choices import AtLeast
 from writesae.dictionary.cosines import SIDES, firing_cosines, first_component
-from writesae.dictionary.kinds import KIND_RATES, KINDS, alike, by_rule, compare_kinds
+from writesae.dictionary.kinds import ATOM_KINDS, KIND_RATES, alike, by_rule, compare_kinds
 from writesae.evaluations.substitution import Substitution
 from writesae.experiment.at_firings import OfAlive, wide_firings
 from writesae.experiment.conditions import Rival
@@ -25,7 +25,7 @@ from writesae.verdict.finding import Against, Claim, Figure, Finding, Paired, sa
 from writesae.verdict.format import number, percent, points, signed
 from writesae.verdict.judge import Verdict, judge
 
-SAMPLES: dict[str, str] = {"cosine": "atoms", "shuffled": "shuffled", "random": "random"}
+COSINE_SAMPLES: dict[str, str] = {"cosine": "atoms", "shuffled": "shuffled", "random": "random"}
 """Columns of the table `atoms` that hold medians of cosines, and the names of these samples in the other tables."""
 
 STRONG = 10.0
@@ -42,7 +42,7 @@ cosine from which on the paper calls an atom a register."""
 UNTRAINED = "an untrained dictionary at its own firings"
 """The null of every claim here, as a reader sees it."""
 
-RELEVANT_SHARE = 0.1
+RELEVANT_REGISTERS = 0.1
 """Gain in the share of registers over shuffled positions that matters."""
 
 RULES = ("Gated DeltaNet", "RWKV-7", "Mamba-2")
@@ -166,10 +166,10 @@ class Partition(OfAlive):
             f"{self.min_firings} times; give more tokens, or lower min_firings",
         )
         cosines = firing_cosines(lab, alive, directions={"pca": first_component(lab, self.pca_writes)})
-        grouped = cosines.groupby("atom")[[*SAMPLES, "untrained", *SIDES, "pca"]]
+        grouped = cosines.groupby("atom")[[*COSINE_SAMPLES, "untrained", *SIDES, "pca"]]
         atoms = grouped.median().assign(firings=grouped.size()).reset_index()
         atoms = atoms.assign(
-            z=mixtures.fisher_z(atoms["cosine"]), kind=np.where(atoms["cosine"] >= self.threshold, *KINDS)
+            z=mixtures.fisher_z(atoms["cosine"]), kind=np.where(atoms["cosine"] >= self.threshold, *ATOM_KINDS)
         )
         lab.skipped[f"atoms that fire fewer than {self.min_firings} times"] += len(ever) - len(alive)
         by_kind = self._tested(lab, atoms)
@@ -180,7 +180,7 @@ class Partition(OfAlive):
     def mixture_table(self, atoms: pd.DataFrame) -> pd.DataFrame:
         """Mixtures of each sample and space."""
         tables = []
-        for column, sample in SAMPLES.items():
+        for column, sample in COSINE_SAMPLES.items():
             for space, values in {"cosine": atoms[column], "z": mixtures.fisher_z(atoms[column])}.items():
                 fits = mixtures.fit_mixtures(values, self.components, restarts=self.restarts, seed=self.seed)
                 tables.append(fits.assign(sample=sample, space=space))
@@ -193,7 +193,7 @@ class Partition(OfAlive):
         settings = self.substitution
         inside = firings.between(settings.first_position, firings.n_positions - settings.horizon - 1)
         testable = atoms[atoms["atom"].isin(firings.atom[inside])]
-        of_kinds = [testable.loc[testable["kind"] == kind, "atom"].to_numpy() for kind in KINDS]
+        of_kinds = [testable.loc[testable["kind"] == kind, "atom"].to_numpy() for kind in ATOM_KINDS]
         if min(self.tested_atoms, *map(len, of_kinds)) < 2:
             return pd.DataFrame(columns=list(self.columns["substitution"]))
         rng = lab.rng(4)
@@ -265,7 +265,7 @@ class Partition(OfAlive):
         atoms = result.tables["atoms"]
         fitted = _lowest_bic(result.tables["mixtures"])
         registers = atoms[atoms["kind"] == "register"]
-        above = atoms[[*SAMPLES, "untrained"]].ge(self.threshold).astype(float).assign(atom=atoms["atom"])
+        above = atoms[[*COSINE_SAMPLES, "untrained"]].ge(self.threshold).astype(float).assign(atom=atoms["atom"])
         counts = f"{len(registers)} register / {len(atoms) - len(registers)} bundle / {result.info['dead']} dead"
         median = number(float(registers["cosine"].median()))
         share = percent(float(registers["firings"].sum() / atoms["firings"].sum()))
@@ -302,7 +302,7 @@ class Partition(OfAlive):
         excess = shares.mean("cosine", "shuffled")
         rival = {UNTRAINED: Against(shares.mean("cosine", "untrained"))}
         ladder = judge(
-            excess, rival, relevant=RELEVANT_SHARE, what="the share of registers beyond that at shuffled positions"
+            excess, rival, relevant=RELEVANT_REGISTERS, what="the share of registers beyond that at shuffled positions"
         )
         difference = f"[{points(excess.low)}, {points(excess.high)}] points"
         share = f"{percent(above['cosine'].mean())} of atoms reach {self.threshold:g}"
@@ -332,7 +332,7 @@ class Partition(OfAlive):
         colours = {"atoms": "atom", "shuffled": "control", "random": "soft"}
         shares = np.linspace(0, 1, 21)
         lines = []
-        for column, sample in SAMPLES.items():
+        for column, sample in COSINE_SAMPLES.items():
             cosines = np.quantile(result.tables["atoms"][column], 1 - shares)
             lines.append(figures.Line(sample, shares.tolist(), cosines.tolist(), colours[sample]))
         title = "Cosine of each atom with the writes it fires on"

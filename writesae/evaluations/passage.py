@@ -20,11 +20,11 @@ from writesae.choices import AtLeast
 from writesae.experiment.evaluation import Evaluation, Result
 from writesae.experiment.firings import Integers, halves
 from writesae.experiment.lab import Lab, Site, Trial
-from writesae.experiment.readout import added_bits, bits
+from writesae.experiment.readout import added_bits, bits_per_token
 from writesae.verdict.finding import Finding, Paired
 from writesae.verdict.format import signed
 
-CONTROLS: dict[str, str] = {
+CONTROL_NAMES: dict[str, str] = {
     "own": "same writes ablated by the same norm",
     "removed": "other writes ablated by the same norm",
     "inserted": "other writes inserted",
@@ -102,7 +102,7 @@ class Passage(Evaluation):
             ]
             if trials:
                 rows = lab.read(site, trials, added_bits(tokens), None)
-                tables.append(rows.assign(native_bits=bits(site.session.logits[0], tokens)))
+                tables.append(rows.assign(native_bits=bits_per_token(site.session.logits[0], tokens)))
         lab.require(bool(tables), f"no class fires on the passages: {', '.join(classes)}; give more sequences")
         table = pd.concat(tables)
         table = table[table.groupby("class")["sequence"].transform("nunique") >= 2]
@@ -205,15 +205,15 @@ class Passage(Evaluation):
         members = result.tables["classes"]
         of_class = table[table["class"] == name]
         bits = Paired.of(of_class, "bits", seed=self.seed)
-        costs = bits.means({"deleted": "class ablated"} | CONTROLS)
+        costs = bits.means({"deleted": "class ablated"} | CONTROL_NAMES)
         n_tokens = of_class.loc[of_class["condition"] == "deleted", "tokens_edited"].mean()
         return Finding(
             number=19 if name == first else None,
             claim=f"ablating class {name} costs less than inserting random directions",
             effect=bits.mean("deleted", "random"),
             what="the cost of ablating the atoms, minus that of inserting random directions,",
-            null=CONTROLS["removed"],
-            against=bits.beaten("deleted", {"removed": CONTROLS["removed"]}),
+            null=CONTROL_NAMES["removed"],
+            against=bits.beaten("deleted", {"removed": CONTROL_NAMES["removed"]}),
             less=True,
             relevant=RELEVANT,
             typical=max(abs(cost.mean) for cost in costs.values()),

@@ -26,7 +26,7 @@ from writesae.verdict.finding import Against, Finding, Paired
 from writesae.verdict.format import percent, r_squared
 from writesae.verdict.judge import Verdict
 
-DIRECTIONS = ("direct", "gradient", "random", "wrong")
+VALUE_SIDES = ("direct", "gradient", "random", "wrong")
 """Value sides of the writes: two that aim at the target, and two controls."""
 
 RELEVANT = 0.1
@@ -135,7 +135,7 @@ class Sign(Evaluation):
             "random": random_unit(direct, rng),
             "wrong": value_direction(lab.model, lab.hook.layer, lab.hook.head, target.wrong),
         }
-        kinds = [(name, sign * m) for name in DIRECTIONS for m in self.sizes for sign in (1, -1)]
+        kinds = [(name, sign * m) for name in VALUE_SIDES for m in self.sizes for sign in (1, -1)]
         size = site.at([t]).norm()
         key = torch.nn.functional.normalize(site.writes.keys[t, 0], dim=0)
         values = torch.stack([m * size * sides[name].to(key) for name, m in kinds])

@@ -27,7 +27,7 @@ from hookpoints import HookedRecurrent
 from hookpoints.files import CHECKSUMS, SealedFolder, atomic_folder, read_json, sealed_names, write_checksums
 from sae_lens_writesae.errors import NothingToMeasureError
 from writesae.choices import AtLeast, at_least, expect, once_each
-from writesae.experiment.lab import Lab, Place
+from writesae.experiment.lab import Lab, LayerHead
 from writesae.experiment.terms import Terms
 from writesae.files import Json
 from writesae.verdict.finding import Claim, Figure, Finding
@@ -178,7 +178,7 @@ class Evaluation(ABC):
     def run(
         self,
         model: HookedRecurrent,
-        saes: SAE | Mapping[str, SAE] | Place,
+        saes: SAE | Mapping[str, SAE] | LayerHead,
         tokens: Tensor,
         *,
         reference: Tensor | Terms | None = None,

@@ -26,7 +26,7 @@ from writesae.experiment.terms import Terms
 from writesae.files import Json
 from writesae.head.writes import head_writes, joined
 
-Place: TypeAlias = tuple[int, int]
+LayerHead: TypeAlias = tuple[int, int]
 """Layer and head."""
 T = TypeVar("T")
 M = TypeVar("M", bound=LowRank | None)
@@ -149,7 +149,7 @@ class Lab:
     def __init__(
         self,
         model: HookedRecurrent,
-        saes: Mapping[str, SAE] | Place,
+        saes: Mapping[str, SAE] | LayerHead,
         tokens: Tensor,
         *,
         reference: Tensor | Terms | None = None,

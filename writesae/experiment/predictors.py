@@ -32,7 +32,7 @@ from sae_lens_writesae.atom.low_rank import LowRank
 PREDICTORS = ("F0", "F1", "F2")
 """The formulas, from the coarsest to the exact derivative."""
 
-DEFINITIONS = {
+FORMULAS = {
     "F0": "the paper's: decay only, direct path, no norms",
     "F1": "exact propagation, direct path with its local Jacobian",
     "F2": "all first-order paths: every read, every later block",

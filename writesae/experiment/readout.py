@@ -94,7 +94,7 @@ def log_prob_change(rows: EditedRows) -> Tensor:
     return rows.window.float().log_softmax(-1).mean(1) - native_log_prob(rows)
 
 
-def bits(logits: Tensor, tokens: Tensor) -> float:
+def bits_per_token(logits: Tensor, tokens: Tensor) -> float:
     """Mean of -log2 p(next token) over a sequence: logits [T,vocab], tokens [T]."""
     return nats(logits, tokens) / math.log(2)
 
@@ -103,8 +103,8 @@ def added_bits(tokens: Tensor) -> Readout:
     """`bits`: bits per token of the whole sequence `tokens` [T], more than without edits. Runs must go to the end."""
 
     def read(rows: EditedRows) -> Mapping[str, NDArray[np.float64]]:
-        plain = bits(rows.native, tokens)
+        plain = bits_per_token(rows.native, tokens)
         head = rows.native[: rows.start]
-        return {"bits": np.array([bits(torch.cat([head, logits]), tokens) - plain for logits in rows.logits])}
+        return {"bits": np.array([bits_per_token(torch.cat([head, logits]), tokens) - plain for logits in rows.logits])}
 
     return read

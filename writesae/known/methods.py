@@ -89,7 +89,7 @@ def by_side(job: Job, fit: Callable[[Tensor, int, int], Side]) -> list[HeadCode]
 
 def equal_bits_svd(job: Job) -> list[HeadCode]:
     """Singular vectors, whose coefficients have as many bits as a code of the values."""
-    return by_side(job, partial(sides.svd, bits_most=sides.bits(job.value.atoms, job.value.active)))
+    return by_side(job, partial(sides.svd, bits_most=sides.code_bits(job.value.atoms, job.value.active)))
 
 
 def product(job: Job, start: str = "native", steps: int | None = None) -> list[HeadCode]:
@@ -104,7 +104,7 @@ def product(job: Job, start: str = "native", steps: int | None = None) -> list[H
     return found
 
 
-def topk(job: Job, times: int, k: int | None) -> list[HeadCode]:
+def matrix_topk(job: Job, times: int, k: int | None) -> list[HeadCode]:
     """Dictionaries of matrices, `times` as many atoms as have as many parameters; k None: that of the values."""
     n = times * job.n_atoms
     active = min(job.value.active if k is None else k, n)
@@ -113,7 +113,7 @@ def topk(job: Job, times: int, k: int | None) -> list[HeadCode]:
     return [of_atoms(sae, job.keys, job.values, active) for sae in saes]
 
 
-def truth(job: Job, permuted: bool = False) -> list[HeadCode]:
+def of_facts(job: Job, permuted: bool = False) -> list[HeadCode]:
     """Vectors fitted to the symbols, or to those of other writes."""
     labels = one_hot(job.world.key_symbols).float()
     parts = job.world.parts(job.world.value_symbols)
@@ -124,9 +124,9 @@ def truth(job: Job, permuted: bool = False) -> list[HeadCode]:
     return [of_sides(of_labels(job.keys, labels), of_labels(job.values, parts))]
 
 
-def another(job: Job) -> list[HeadCode]:
+def another_pair(job: Job) -> list[HeadCode]:
     """The truth of another write."""
-    (code,) = truth(job)
+    (code,) = of_facts(job)
     order = _mixed(len(code.written))
     return [
         code._replace(
@@ -150,14 +150,14 @@ METHODS: dict[str, Fit] = {
     "SVD of keys and of values, equal bits": equal_bits_svd,
     "writesae_product": product,
     "null: untrained writesae_product": partial(product, start="random", steps=1),
-    "writesae_topk, equal parameters, k 1": partial(topk, times=1, k=1),
-    "writesae_topk, equal parameters, k 4": partial(topk, times=1, k=4),
-    "writesae_topk, equal parameters, k 32": partial(topk, times=1, k=32),
-    "writesae_topk, 16 times the atoms, k 1": partial(topk, times=16, k=1),
-    "writesae_topk, 16 times the atoms, k of the value side": partial(topk, times=16, k=None),
-    "truth: vectors fitted to the symbols": truth,
-    "null: vectors fitted to permuted symbols": partial(truth, permuted=True),
-    "null: another pair's write": another,
+    "writesae_topk, equal parameters, k 1": partial(matrix_topk, times=1, k=1),
+    "writesae_topk, equal parameters, k 4": partial(matrix_topk, times=1, k=4),
+    "writesae_topk, equal parameters, k 32": partial(matrix_topk, times=1, k=32),
+    "writesae_topk, 16 times the atoms, k 1": partial(matrix_topk, times=16, k=1),
+    "writesae_topk, 16 times the atoms, k of the value side": partial(matrix_topk, times=16, k=None),
+    "truth: vectors fitted to the symbols": of_facts,
+    "null: vectors fitted to permuted symbols": partial(of_facts, permuted=True),
+    "null: another pair's write": another_pair,
 }
 """In the order of the board."""
 BRIEF = (

@@ -79,7 +79,7 @@ class Size(NamedTuple):
     seed: int = 0
 
 
-def bits(n: int, k: int) -> float:
+def code_bits(n: int, k: int) -> float:
     """Of k active ones of n atoms, with their coefficients."""
     return math.log2(math.comb(n, k)) + 8 * k
 
@@ -125,7 +125,7 @@ def vector_topk(
     sides = []
     for m, size in enumerate(sizes):
         code = codes[m, :, : size.atoms]
-        sides.append(Side(code, atoms[m, : size.atoms].detach(), bits(size.atoms, size.active)))
+        sides.append(Side(code, atoms[m, : size.atoms].detach(), code_bits(size.atoms, size.active)))
     return sides
 
 
@@ -256,7 +256,7 @@ def of_atoms(sae: Any, keys: Tensor, values: Tensor, active: int) -> HeadCode:
         values=w,
         written=sae.decode(acts).view(len(keys), keys.shape[1], -1),
         parameters=v.numel() + w.numel(),
-        bits=bits(len(v), active),
+        bits=code_bits(len(v), active),
     )
 
 
@@ -267,6 +267,6 @@ def of_product(sae: Any, keys: Tensor, values: Tensor) -> HeadCode:
     key, value = sae.code(LowRank.rank_one(keys, values))
     sign = (key.rows * keys).sum(1, keepdim=True).sign()
     usual = torch.where(sign.mean() < 0, -1.0, 1.0)  # atoms that stand for -k and -u are turned, not their codes
-    key_side = Side(sign * usual * key.acts, usual * sae.key_atoms.detach(), bits(cfg.f_key, cfg.k_key))
-    value_side = Side(sign * usual * value.acts, usual * sae.value_atoms.detach(), bits(cfg.f_value, cfg.k_value))
+    key_side = Side(sign * usual * key.acts, usual * sae.key_atoms.detach(), code_bits(cfg.f_key, cfg.k_key))
+    value_side = Side(sign * usual * value.acts, usual * sae.value_atoms.detach(), code_bits(cfg.f_value, cfg.k_value))
     return of_sides(key_side, value_side)

@@ -20,7 +20,7 @@ from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae.matrix import MatrixSAE
 from writesae.codes.books import lloyd, residual_quantizer
 from writesae.codes.components import fit_pca
-from writesae.dictionary.quality import START, head_effects, strongest_head
+from writesae.dictionary.quality import HEAD_SEQUENCES, head_effects, strongest_head
 from writesae.experiment.terms import Terms
 from writesae.experiment.tokens import sample_sequences
 
@@ -54,7 +54,7 @@ class HeadTerms(Terms):
     def __init__(self, name: str, sequences: int, n_atoms: int, rows: int):
         model = HookedRecurrent.from_pretrained(name)
         super().__init__(model, sample_sequences(model, embedded.text("train"), CONTEXT, sequences))
-        layer, head, _, nats = strongest_head(head_effects(model, self.tokens[:START], progress=True))
+        layer, head, _, nats = strongest_head(head_effects(model, self.tokens[:HEAD_SEQUENCES], progress=True))
         self.place = (layer, head)
         self.nats = nats
         """KL per token of deleting all writes of the head."""

@@ -171,7 +171,7 @@ def tokens_read(m: int) -> dict[str, float]:
     }
 
 
-CONTROLS: dict[str, Operation] = {
+CONTROL_OPERATIONS: dict[str, Operation] = {
     "writes alone": writes_deleted,
     "control: another span": without(0, ELSEWHERE),
     "control: noise of equal norm": noise(without(0)),
@@ -181,7 +181,7 @@ CONTROLS: dict[str, Operation] = {
 def cut_at_once(model: HookedRecurrent, n: int) -> Shares:
     """The span is the last thing that was read."""
     tokens = sequences(model, STOP + AFTER, n)
-    operations = {"without": without(0), "states alone": states_alone(without(0)), **CONTROLS}
+    operations = {"without": without(0), "states alone": states_alone(without(0)), **CONTROL_OPERATIONS}
     reference = model.memory(tokens[:, :START])
     return Judge(model, reference, tokens[:, STOP:]).shares(operations, model.memory(tokens[:, :STOP]))
 
@@ -195,7 +195,7 @@ def cut_later(model: HookedRecurrent, n: int, m: int) -> Shares:
     if any(name.startswith("attention/") for name in memory.kept):
         operations["reread 4, keys not moved"] = keys_not_moved(without(4))
     reference = model.memory(torch.cat([read[:, :START], read[:, STOP:]], 1))
-    return Judge(model, reference, tokens[:, STOP + m :]).shares({**operations, **CONTROLS}, memory)
+    return Judge(model, reference, tokens[:, STOP + m :]).shares({**operations, **CONTROL_OPERATIONS}, memory)
 
 
 def keys_not_moved(operation: Operation) -> Operation:

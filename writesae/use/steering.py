@@ -30,7 +30,7 @@ QUICK = {
 }
 PROMPT = 16
 """Tokens after which text is generated."""
-Way = Callable[[int, float], Steering]
+SteeringWay = Callable[[int, float], Steering]
 """Steers toward the n-th target at a strength."""
 
 
@@ -43,7 +43,7 @@ def targets(terms: HeadTerms, n: int, often: int) -> list[int]:
 
 
 @torch.no_grad()
-def ways(terms: HeadTerms, codes: dict[str, Features], chosen: list[int]) -> dict[str, Way]:
+def ways(terms: HeadTerms, codes: dict[str, Features], chosen: list[int]) -> dict[str, SteeringWay]:
     """Each way to steer: a value side that is added to every write, or a vector that is added to the residual stream.
     Sizes are relative to what they are added to."""
     model = terms.model
@@ -63,10 +63,10 @@ def ways(terms: HeadTerms, codes: dict[str, Features], chosen: list[int]) -> dic
         values = codes[label].values
         return values[(toward @ normalize(values, dim=1).T).abs().argmax(1)]
 
-    def by_write(sides: Sequence[Tensor] | Tensor) -> Way:
+    def by_write(sides: Sequence[Tensor] | Tensor) -> SteeringWay:
         return lambda n, strength: steer(model, layer, head, toward=sides[n], strength=strength)
 
-    def by_residual(vectors: Sequence[Tensor] | Tensor) -> Way:
+    def by_residual(vectors: Sequence[Tensor] | Tensor) -> SteeringWay:
         def way(n: int, strength: float) -> Steering:
             unit = strength * normalize(vectors[n], dim=0)
 
@@ -114,7 +114,7 @@ def effects(text: tuple[Tensor, Tensor], target: int, steering: Steering) -> tup
 
 
 def strength_for(
-    way: Way, n: int, target: int, text: tuple[Tensor, Tensor], nats: float, strengths: tuple[float, ...]
+    way: SteeringWay, n: int, target: int, text: tuple[Tensor, Tensor], nats: float, strengths: tuple[float, ...]
 ) -> float:
     """The signed strength at which the side effect is `nats`, of the sign with the larger effect. Both are
     interpolated between strengths, on a log scale."""

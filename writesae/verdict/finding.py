@@ -80,7 +80,7 @@ class Figure(NamedTuple):
         return f"<figure><b>{html.escape(self.title)}</b>{self.svg}{caption}</figure>"
 
 
-class Size(TypedDict):
+class EffectSize(TypedDict):
     """How large what is measured is, and what a no-op moves."""
 
     typical: float
@@ -163,7 +163,7 @@ class Paired:
         """The controls `names` as rivals of `a`, by their paired differences."""
         return {shown: Against(self.mean(a, name)) for name, shown in names.items()}
 
-    def size_of(self, name: str, no_op: str = "native") -> Size:
+    def size_of(self, name: str, no_op: str = "native") -> EffectSize:
         """The typical size of a condition and what a no-op measures, as a `Finding` takes them."""
         return {"typical": float(self[name].abs().median()), "floor": float(self[no_op].abs().quantile(0.95))}
 

@@ -18,7 +18,7 @@ from sklearn.metrics import r2_score
 
 from writesae.verdict.statistics import Array, Estimate, estimate
 
-CONTROL = "shuffled"
+CONTROL_COLUMN = "shuffled"
 """Name of the control: a formula's prediction for another firing."""
 CELL = ["firing", "horizon", "rank"]
 """What the paper calls a cell: one prompt, feature and token. The sizes eps are its points."""
@@ -79,7 +79,7 @@ def with_control(cells: pd.DataFrame, of: str, seed: int) -> pd.DataFrame:
     firings = np.random.default_rng(seed).permutation(np.unique(cells["firing"]))
     partner = dict(zip(firings, np.roll(firings, 1)))
     keys = ["horizon", "rank", "eps", "partner"]
-    lent = cells.rename(columns={"firing": "partner", of: CONTROL})[[*keys, CONTROL]]
+    lent = cells.rename(columns={"firing": "partner", of: CONTROL_COLUMN})[[*keys, CONTROL_COLUMN]]
     return cells.assign(partner=cells["firing"].map(partner)).merge(lent, on=keys).drop(columns="partner")
 
 

@@ -20,7 +20,7 @@ from hookpoints import HookedRecurrent
 from writesae.dictionary.quality import qualities
 from writesae.experiment.firings import Integers
 from writesae.page.atoms import data, parts
-from writesae.page.atoms.measure import AtomSettings, Facts, Trace
+from writesae.page.atoms.measure import AtomFacts, AtomSettings, Trace
 from writesae.page.atoms.text import short
 
 
@@ -42,10 +42,10 @@ class AtomPages(AtomSettings):
         `half_life_firings` vector recurrences and `effect_firings` pairs of short edited runs; then as `qualities`, if
         `quality` is set.
 
-        Raises: as `Facts`.
+        Raises: as `AtomFacts`.
         """
         started = time.perf_counter()
-        facts = Facts(self, model, sae, tokens, progress=progress)
+        facts = AtomFacts(self, model, sae, tokens, progress=progress)
         pages = [_page(facts, column) for column in range(len(facts.number))]
         info = facts.lab.describe(self.label)
         info["settings"] = asdict(self)
@@ -54,7 +54,7 @@ class AtomPages(AtomSettings):
         return data.AtomPagesData(info, pages)
 
 
-def _page(facts: Facts, column: int) -> data.AtomPage:
+def _page(facts: AtomFacts, column: int) -> data.AtomPage:
     sign = facts.sign(column)
     rows = facts.rows(column)
     traces = facts.traces[column]
@@ -80,8 +80,8 @@ def _page(facts: Facts, column: int) -> data.AtomPage:
         bands=list(parts.bands(facts, rows)),
         positions=parts.bars(rows["position"].to_numpy(float), low=0.0, high=facts.ids.shape[1]),
         cosines=_cosines(whole, spots) if written else None,
-        keys=data.Side(_by_token(facts, sign * sides[0]), key),
-        values=data.Side(parts.vocabulary(facts, direct), value),
+        keys=data.AtomSide(_by_token(facts, sign * sides[0]), key),
+        values=data.AtomSide(parts.vocabulary(facts, direct), value),
         effect=_effect(facts, column, direct),
         memory=memory([trace.life for trace in traces]),
         lags=_lags(traces) if traces else None,
@@ -89,7 +89,7 @@ def _page(facts: Facts, column: int) -> data.AtomPage:
     )
 
 
-def _timeline(facts: Facts, trace: Trace) -> data.Context:
+def _timeline(facts: AtomFacts, trace: Trace) -> data.Context:
     """A firing and the tokens after it, with what the head reads of it at each."""
     n = min(len(trace.reads), facts.settings.before + facts.settings.after + 1)
     ids = facts.ids[trace.sequence, trace.position :][:n]
@@ -98,7 +98,7 @@ def _timeline(facts: Facts, trace: Trace) -> data.Context:
     )
 
 
-def _terms(facts: Facts, column: int, sign: float) -> list[data.Term]:
+def _terms(facts: AtomFacts, column: int, sign: float) -> list[data.Term]:
     keys = facts.terms.keys[column].double().cpu()
     values = facts.terms.values[column].double().cpu()
     sizes = keys.norm(dim=-1) * values.norm(dim=-1)
@@ -112,14 +112,14 @@ def _terms(facts: Facts, column: int, sign: float) -> list[data.Term]:
     return terms
 
 
-def memory(lives: Sequence[tuple[int, bool]]) -> data.Memory:
+def memory(lives: Sequence[tuple[int, bool]]) -> data.AtomMemory:
     """Median over firings (`Trace.life`). Sequences end before some writes have faded, so it is the median of the
     Kaplan-Meier curve; leaving those firings out would make memories look short."""
     if not lives:
-        return data.Memory(half_life=None, longest=0, ended=0, n=0)
+        return data.AtomMemory(half_life=None, longest=0, ended=0, n=0)
     tokens, ended = (np.array(each) for each in zip(*lives))
     survival = stats.ecdf(stats.CensoredData.right_censored(tokens, ended)).sf
-    return data.Memory(
+    return data.AtomMemory(
         half_life=next(map(float, survival.quantiles[survival.probabilities <= 0.5]), None),
         longest=int(tokens.max()),
         ended=int(ended.sum()),
@@ -127,7 +127,7 @@ def memory(lives: Sequence[tuple[int, bool]]) -> data.Memory:
     )
 
 
-def _effect(facts: Facts, column: int, direct: NDArray[np.float32]) -> data.Effect | None:
+def _effect(facts: AtomFacts, column: int, direct: NDArray[np.float32]) -> data.Effect | None:
     """None where it was not measured. An atom's sign changes its direct path, not its effect."""
     mean = facts.effects[0][column]
     n = int(facts.effects[1][column])
@@ -137,7 +137,7 @@ def _effect(facts: Facts, column: int, direct: NDArray[np.float32]) -> data.Effe
     return data.Effect(parts.vocabulary(facts, mean), float(np.nan_to_num(correlation)), n)
 
 
-def _fires_near(facts: Facts, rows: pd.DataFrame, back: int) -> list[data.TokenValue]:
+def _fires_near(facts: AtomFacts, rows: pd.DataFrame, back: int) -> list[data.TokenValue]:
     """The tokens `back` positions before most firings, with their share of the firings."""
     near = rows[rows["position"] >= back]
     ids, counts = np.unique(facts.ids[near["sequence"], near["position"] - back], return_counts=True)
@@ -145,7 +145,7 @@ def _fires_near(facts: Facts, rows: pd.DataFrame, back: int) -> list[data.TokenV
     return parts.listed(facts, ids[order], counts[order] / len(rows), counts[order])
 
 
-def _by_token(facts: Facts, cosines: NDArray[np.float64]) -> data.Ends:
+def _by_token(facts: AtomFacts, cosines: NDArray[np.float64]) -> data.Ends:
     """The mean of [N T] `cosines` over the occurrences of tokens that have three or more; NaN is none."""
     table = pd.Series(cosines).groupby(facts.ids.reshape(-1)).agg(["mean", "count"]).query("count >= 3")
     return parts.ends(facts, table.index.to_numpy(), table["mean"].to_numpy(), table["count"].to_numpy())

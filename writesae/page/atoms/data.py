@@ -83,7 +83,7 @@ class Cosines:
 
 
 @dataclass(frozen=True)
-class Side:
+class AtomSide:
     """One side of the leading term v w^T of the atom."""
 
     tokens: Ends
@@ -104,7 +104,7 @@ class Effect:
 
 
 @dataclass(frozen=True)
-class Memory:
+class AtomMemory:
     """How long what the atom writes stays in the state, under decay and erase."""
 
     half_life: float | None
@@ -159,14 +159,14 @@ class AtomPage:
     """Share of its firings by position."""
     cosines: Cosines | None
     """None where every native write at a firing is zero."""
-    keys: Side
+    keys: AtomSide
     """v: `tokens` has the mean of cos(v, k_t) over all occurrences of a token, firing or not."""
-    values: Side
+    values: AtomSide
     """w, along the direct path: `tokens` has w^T W_O^h W_U, |w| = 1, minus its mean over the vocabulary. Norms and gate
     of the head, later layers and the final norm are not in it."""
     effect: Effect | None
     """None where it was not measured."""
-    memory: Memory
+    memory: AtomMemory
     lags: Bars | None
     """What the head reads of the atom (`Context.values`) by tokens since the write: mean over the firings that were
     followed. None where none was."""

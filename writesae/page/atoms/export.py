@@ -11,12 +11,12 @@ import torch
 from writesae.files import Json
 from writesae.page.atoms import parts
 from writesae.page.atoms.data import Bars, Context
-from writesae.page.atoms.measure import Facts
+from writesae.page.atoms.measure import AtomFacts
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def neuronpedia_batch(facts: Facts, dataset: str = "") -> dict[str, Json]:
+def neuronpedia_batch(facts: AtomFacts, dataset: str = "") -> dict[str, Json]:
     """The atoms of `facts` as SAEDashboard's `NeuronpediaDashboardBatch`; only what it holds is measured.
 
     Logits are those of `AtomPage.effect`, or along the direct path where it was not measured. Lists about neurons of
@@ -32,7 +32,7 @@ def neuronpedia_batch(facts: Facts, dataset: str = "") -> dict[str, Json]:
     }
 
 
-def _feature(facts: Facts, column: int, dataset: str) -> dict[str, Json]:
+def _feature(facts: AtomFacts, column: int, dataset: str) -> dict[str, Json]:
     correlated = [f"correlated_{of}_{what}" for of in ("neurons", "features") for what in ("indices", "l1", "pearson")]
     rows = facts.rows(column).assign(cosine=np.nan)
     change = facts.change(column)

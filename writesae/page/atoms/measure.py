@@ -93,7 +93,7 @@ class Trace(NamedTuple):
     """[S] |a S^T q| / |o| at the firing and the tokens after it (`data.Context.values`)."""
 
 
-class Facts:
+class AtomFacts:
     """The atoms of a dictionary that get a page, and what is measured of them on held-out text.
 
     Args:

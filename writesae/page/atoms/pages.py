@@ -29,7 +29,7 @@ def write_atom_pages(data: AtomPagesData, folder: str | Path) -> Path:
         ValueError: a file of such a name is there and is no page (`check_pages`).
     """
     check_pages(Path(folder))
-    templates = environment(pct=percent, num=number, signed=signed, visible=visible, inked=inked, heatmap=heatmap)
+    templates = environment(pct=percent, num=number, signed=with_sign, visible=visible, inked=inked, heatmap=heatmap)
     numbers = [page.atom for page in data.atoms]
     target = Path(folder)
     shared = {"info": data.info, "label": data.info["label"], "shown": numbers}
@@ -45,7 +45,7 @@ def check_pages(folder: Path) -> None:
     check_ours(folder / "index.html", folder / "data.json", *folder.glob("atom-*.html"))
 
 
-def signed(value: float, how: str = "+.2f") -> str:
+def with_sign(value: float, how: str = "+.2f") -> str:
     """A number with its sign, as a minus instead of a hyphen; what rounds to 0 has no sign."""
     written = format(value, how)
     return written.replace("-", "−") if float(written) else written.lstrip("+-")

@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 
 from writesae.experiment.firings import Integers
 from writesae.page.atoms import data
-from writesae.page.atoms.measure import Facts
+from writesae.page.atoms.measure import AtomFacts
 from writesae.page.atoms.text import short
 
 
-def _contexts(facts: Facts, shown: pd.DataFrame, rows: pd.DataFrame) -> list[data.Context]:
+def _contexts(facts: AtomFacts, shown: pd.DataFrame, rows: pd.DataFrame) -> list[data.Context]:
     """A context for each firing of `shown`; `rows` has all firings of the atom."""
     activations = np.zeros(facts.ids.shape)
     before = facts.settings.before
@@ -29,7 +29,7 @@ def _contexts(facts: Facts, shown: pd.DataFrame, rows: pd.DataFrame) -> list[dat
     return contexts
 
 
-def top(facts: Facts, rows: pd.DataFrame) -> list[data.Context]:
+def top(facts: AtomFacts, rows: pd.DataFrame) -> list[data.Context]:
     """Largest activations first, without firings that a context already shows."""
     settings = facts.settings
     shown = np.zeros(facts.ids.shape, dtype=bool)
@@ -42,7 +42,7 @@ def top(facts: Facts, rows: pd.DataFrame) -> list[data.Context]:
     return _contexts(facts, ordered.iloc[chosen], rows)
 
 
-def bands(facts: Facts, rows: pd.DataFrame) -> Iterator[data.Band]:
+def bands(facts: AtomFacts, rows: pd.DataFrame) -> Iterator[data.Band]:
     """Random contexts from equal shares of the firings, strongest share first."""
     n_bands = facts.settings.bands
     per_band = facts.settings.per_band
@@ -59,18 +59,18 @@ def bands(facts: Facts, rows: pd.DataFrame) -> Iterator[data.Band]:
             yield data.Band(b / n_bands, (b + 1) / n_bands, low, high, contexts)
 
 
-def listed(facts: Facts, ids: Integers, values: NDArray[np.floating], n: Integers) -> list[data.TokenValue]:
+def listed(facts: AtomFacts, ids: Integers, values: NDArray[np.floating], n: Integers) -> list[data.TokenValue]:
     return [*map(data.TokenValue, ids.tolist(), facts.texts.many(ids), map(short, values.tolist()), n.tolist())]
 
 
-def ends(facts: Facts, ids: Integers, values: NDArray[np.floating], counts: Integers) -> data.Ends:
+def ends(facts: AtomFacts, ids: Integers, values: NDArray[np.floating], counts: Integers) -> data.Ends:
     n = min(facts.settings.n_tokens, len(ids) // 2)
     order = np.argsort(-values, kind="stable")
     both = (order[:n], order[len(order) - n :][::-1])
     return data.Ends(*(listed(facts, ids[end], values[end], counts[end]) for end in both))
 
 
-def vocabulary(facts: Facts, values: NDArray[np.float32]) -> data.Ends:
+def vocabulary(facts: AtomFacts, values: NDArray[np.float32]) -> data.Ends:
     """All tokens of the vocabulary by `values` [vocab], without rows of W_U that pad it."""
     ids = np.arange(facts.texts.size)
     return ends(facts, ids, values[: len(ids)], np.zeros_like(ids))
