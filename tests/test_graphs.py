@@ -173,7 +173,7 @@ NO_RUN = {
     *("all_head_labels", "tokens_to_residual_directions", "to_tokens", "to_string", "to_str_tokens", "tokenize"),
     *("to_single_token", "n_params_total", "cfg", "position_of", "first_token", "check_edits", "check_hook_name"),
     *("add_hook", "hooks", "edits", "saes", "get_caching_hooks", "setup", "add_sae", "reset_saes", "acts_to_saes"),
-    *("from_pretrained_no_processing",),
+    *("from_pretrained_no_processing", "require_weights", "Cost", "cost"),
     *("HOOKS", "RULES", "EditError", "EditRow", "HookpointsError", "Recurrence", "UnknownHookError", "zoo", "errors"),
     *("UnknownModelError", "UnsupportedModelError", "WriteEdit", "cached", "embedded", "model_types"),
     *("PAPER_RUNNER", "VARIANTS", "LowRank", "MatrixSAE", "MatrixTrainingSAE", "Metric", "Collection", "load_sae"),

@@ -27,7 +27,14 @@ from transformers import (
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from hookpoints import embedded, zoo
-from hookpoints.errors import HookpointsError, UnknownModelError, UnsupportedModelError, nearest, require_whole
+from hookpoints.errors import (
+    HookpointsError,
+    InputError,
+    UnknownModelError,
+    UnsupportedModelError,
+    nearest,
+    require_whole,
+)
 from hookpoints.files import SealedFolder, read_json
 from hookpoints.fla.checkpoints import split_gates, weight_files
 from hookpoints.fla.importing import MODEL_TYPES, import_fla, restore_auto_classes
@@ -78,6 +85,7 @@ def load(
     "meta" no weights are read: the model has its shapes, and cannot run.
 
     Raises:
+        InputError: the device is not there.
         UnknownModelError: no such model; names the nearest, and what is at hand.
         UnsupportedModelError: a checkpoint without a causal language model, in the format of the mamba_ssm package
             (names the converted one), or with tensors missing, unknown or of another shape (names them).
@@ -87,6 +95,7 @@ def load(
     rooms = [room for room in (embedded, zoo) if name_or_path in room.names()]
     source = str(rooms[0].path(name_or_path)) if rooms else name_or_path
     _refuse_unknown(name_or_path)
+    _check_device(device)
     without_weights = device is not None and torch.device(device).type == "meta"
     hf_kwargs = refuse_arguments(hf_kwargs)
     with _errors_name_the_model(name_or_path):
@@ -100,6 +109,17 @@ def load(
     if hf_kwargs.get("device_map") is None:
         model = model.to(device or default_device())
     return Loaded(model, _tokenizer(source, revision))
+
+
+def _check_device(device: str | torch.device | None) -> None:
+    """Raise InputError for a device that is not there, before anything is loaded."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        told = str(error).partition("\n")[0]
+        raise InputError(
+            f"device: expected one of this machine ({default_device()}, say), got {device!r}: {told}"
+        ) from error
 
 
 def empty(config: PreTrainedConfig) -> nn.Module:

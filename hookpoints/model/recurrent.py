@@ -324,6 +324,14 @@ class HookedRecurrent(Tokens, Weights):
             return directions.squeeze(0)
         return directions
 
+    def require_weights(self) -> None:
+        """Raise InputError where the model is on the device "meta" and can run nothing."""
+        if self.cfg.device.type == "meta":
+            raise InputError(
+                f"model: expected one with weights, got {self.cfg.model_name} on the device 'meta', which has shapes "
+                "alone: load it without device='meta'"
+            )
+
     # -- helpers
 
     def _token_batch(
@@ -335,6 +343,7 @@ class HookedRecurrent(Tokens, Weights):
         memory: Memory | None,
     ) -> TokenBatch:
         """Checked tokens; text that is read after a memory begins with bos only where that is asked for."""
+        self.require_weights()
         if isinstance(input, str) or (isinstance(input, list) and input and isinstance(input[0], str)):
             bos = prepend_bos if memory is None else bool(prepend_bos)
             batch = self.tokenize(cast("str | list[str]", input), bos, padding_side)

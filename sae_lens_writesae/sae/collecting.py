@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -96,7 +97,7 @@ def collect(
 
     The same call resumes where an earlier one was stopped or killed, which loses a minute or a batch. The files are
     those of a run that was never stopped, bit for bit. A shard that was damaged since is renamed, with a DamageWarning,
-    and collected again.
+    and collected again. A batch for which memory runs out is run in halves, with a warning.
 
     Args:
         text: token ids [N,T], or a dataset with a column `text` (tokenized and joined, as SAELens does it), `tokens` or
@@ -126,6 +127,7 @@ def collect(
     and the token ids.
     """
     folder = Path(folder)
+    model.require_weights()
     if not layers or not targets or dtype not in ("auto", *get_args(FactorDtype)):
         raise ValueError(
             f"layers, targets, dtype={(list(layers), list(targets), dtype)!r}: must be one layer or more, "
@@ -199,7 +201,7 @@ def _index(
     if index:
         return index
     index = {"batch_size": size} | asked | {"model_name": model.cfg.model_name}
-    index |= _describe(model, ids[:size], asked)
+    index |= _describe_first(model, ids[:size], asked)
     # Whole batches, so that a batch is the same in every run.
     batches = int(shard_bytes / sequence_bytes(index) // size)
     index["sequences_per_shard"] = max(1, batches) * size
@@ -267,12 +269,24 @@ def check_own(folder: Path) -> None:
         return
     file = folder / INDEX
     foreign = [path for path in folder.iterdir() if not path.name.endswith(".aside") and path.name not in _LOCKS]
-    if file.is_file() and not file.is_symlink() and "format" in read_json(file):
+    if file.is_file() and not file.is_symlink() and "format" in _read_index(file):
         foreign = []
     if foreign:
         raise CollectionError(
             f"{folder}: expected an empty folder or a collection, got {min(foreign).name}; name another folder"
         )
+
+
+def _read_index(file: Path) -> CollectionIndex:
+    """What the index of a folder says. Without it nothing tells how its shards are to be read, so it is not made again
+    on its own."""
+    try:
+        return read_json(file)
+    except ValueError as error:
+        raise CollectionError(
+            f"{file} is damaged ({error}), and nothing else says what its shards hold: move {file.parent} away, and "
+            "the same command collects it again"
+        ) from error
 
 
 # ------------------------------------------------------------------------------------------------ shards
@@ -287,7 +301,7 @@ def _write_shard(model: HookedRecurrent, ids: Tensor, index: CollectionIndex, fi
     collected = sum(len(part["tokens"]) for part in parts)
     bar.update(collected * ids.shape[1])
     for start in range(collected, len(ids), size):
-        part = _stored(model, ids[start : start + size], index)
+        part = _stored_by_halves(model, ids[start : start + size], index)
         parts.append(part)
         bar.update(part["tokens"].numel())
         is_last = start + size >= len(ids)
@@ -317,6 +331,22 @@ def _whole(file: Path) -> bool:
         set_aside(file, "its numbers are not those of its checksum")
         return False
     return True
+
+
+def _stored_by_halves(model: HookedRecurrent, ids: Tensor, index: CollectionIndex) -> dict[str, Tensor]:
+    """What a shard has of a batch. Where memory runs out, the batch is run in halves; Python shows the warning once."""
+    try:
+        return _stored(model, ids, index)
+    except torch.OutOfMemoryError:
+        if len(ids) == 1:
+            raise
+    half = len(ids) // 2
+    warnings.warn(
+        f"collect: no memory for {len(ids)} sequences at once, so they run in halves; batch_size={half} asks for that",
+        stacklevel=2,
+    )
+    halves = [_stored_by_halves(model, part, index) for part in (ids[:half], ids[half:])]
+    return {name: torch.cat([part[name] for part in halves]) for name in halves[0]}
 
 
 def _stored(model: HookedRecurrent, ids: Tensor, index: CollectionIndex) -> dict[str, Tensor]:
@@ -381,6 +411,16 @@ def _recorded(model: HookedRecurrent, ids: Tensor, asked: CollectionIndex) -> di
     with suppress(_Enough), torch.no_grad(), model.recording(heads) as record, model.hooks(hooks):
         model(ids.long().to(model.cfg.device), return_type=None)
     return recurrences
+
+
+def _describe_first(model: HookedRecurrent, ids: Tensor, asked: CollectionIndex) -> CollectionIndex:
+    """`_describe` of as many sequences as there is memory for."""
+    try:
+        return _describe(model, ids, asked)
+    except torch.OutOfMemoryError:
+        if len(ids) == 1:
+            raise
+    return _describe_first(model, ids[: len(ids) // 2], asked)
 
 
 def _describe(model: HookedRecurrent, ids: Tensor, asked: CollectionIndex) -> CollectionIndex:

@@ -13,6 +13,7 @@ from conftest import make_hf
 from saes import HOOK, STATE, make_sae
 
 from hookpoints import HookedRecurrent
+from hookpoints.errors import DamageWarning
 from sae_lens_writesae.errors import NothingToMeasureError
 from writesae.dictionary.controls import answers, control_dictionaries
 from writesae.dictionary.suite import comparable, evaluate_all, groups
@@ -24,6 +25,7 @@ from writesae.evaluations.sign import Sign
 from writesae.evaluations.substitution import Substitution
 from writesae.experiment.evaluation import Result, Scope
 from writesae.experiment.terms import Terms
+from writesae.page.report import find_results
 
 TEXT = torch.randint(1, 64, (8, 24), generator=torch.Generator().manual_seed(1))
 TESTED, OTHER = TEXT[:4], TEXT[4:]
@@ -87,6 +89,10 @@ def test_results_are_saved_and_taken_again_where_nothing_changed(
     assert not capsys.readouterr().out
     suite([replace(small, seed=1)], saes, resume=True)
     assert capsys.readouterr().out  # saved with other settings
+    (tmp_path / "objectives" / "L1H2" / "dictionaries.parquet").write_bytes(b"")
+    with pytest.warns(DamageWarning, match=r"dictionaries.parquet.* it is L1H2.damaged now"):
+        suite([replace(small, seed=1)], saes, resume=True)
+    assert len(find_results([tmp_path])) == 1
     with pytest.raises(ValueError, match="two"):
         suite([small], {"write": saes["write"]}, single=True)
 

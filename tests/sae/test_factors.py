@@ -268,6 +268,17 @@ def test_a_damaged_shard_is_named_set_aside_and_collected_again(model, copy, who
     assert all((copy / name).stat().st_mtime_ns == was for name, was in times.items())
 
 
+def test_a_batch_for_which_memory_runs_out_is_run_in_halves(model, tmp_path, whole):
+    def few(value, hook):
+        if len(value) > 1:
+            raise torch.OutOfMemoryError
+
+    model.add_hook("hook_embed", few)
+    with pytest.warns(UserWarning, match="no memory for .* so they run in halves"):
+        small(model, tmp_path)
+    assert contents(tmp_path) == contents(whole)
+
+
 def test_a_folder_that_is_in_use_is_refused(model, tmp_path):
     with FileLock(tmp_path / ".lock"), pytest.raises(Timeout):
         small(model, tmp_path)
@@ -303,11 +314,13 @@ def test_another_models_collection_is_refused(hf, copy, whole):
     assert contents(copy) == contents(whole)
 
 
-def test_folders_of_earlier_formats_are_refused(model, copy):
+def test_folders_of_earlier_formats_and_without_an_index_are_refused(model, copy):
     (copy / INDEX).write_text(json.dumps({"contents": {"format": 1}, "shards": []}))
     refused("format", small, model, copy)
     write_checksums(copy, [INDEX])
     refused("format", Collection.open, copy)
+    (copy / INDEX).write_bytes(b"{")  # damaged: nothing else says what the shards hold
+    refused("is damaged .* the same command collects it again", small, model, copy)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from sae_lens import SAE
 from torch import Tensor
 
 from hookpoints import HookedRecurrent
-from hookpoints.files import check_folder, content_hash
+from hookpoints.files import check_folder, content_hash, set_aside
 from sae_lens_writesae.sae.factors import model_hash
 from sae_lens_writesae.sae.target import HeadHook
 from writesae.dictionary.controls import ControlKind, control_dictionaries
@@ -55,7 +55,7 @@ def evaluate_all(
             these dictionaries.
         resume: results that are saved with the same settings, and are of the same weights, dictionaries, texts and
             baselines (`inputs` in their info), are taken as they are. Others are measured again and replaced, and `say`
-            is told why.
+            is told why. One that is damaged is renamed, with a DamageWarning, and measured again.
 
     Raises:
         OSError: the folder of a result holds something that no result has; before any work.
@@ -112,13 +112,18 @@ def evaluate_all(
 
 
 def _saved(out: Path, evaluation: Evaluation, inputs: Mapping[str, str], say: Callable[[str], object]) -> Result | None:
-    """The saved result of these settings and inputs. Where one of others is there, `say` is told what differs."""
+    """The saved result of these settings and inputs. Where one of others is there, `say` is told what differs; one that
+    is damaged is set aside."""
     if not evaluation.label:
         return None
     folder = _folder(out, evaluation.kind, evaluation.label)
     if not folder.exists():
         return None
-    saved = Result.load(folder, {evaluation.kind: type(evaluation)})
+    try:
+        saved = Result.load(folder, {evaluation.kind: type(evaluation)})
+    except ValueError as error:
+        set_aside(folder, str(error))
+        return None
     known = cast("Mapping[str, Json]", saved.info.get("inputs") or {})
     changed = [name for name in inputs if known.get(name) != inputs[name]]
     if saved.evaluation == evaluation and not changed:

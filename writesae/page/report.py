@@ -42,8 +42,8 @@ def find_results(paths: Sequence[str | Path]) -> list[Result]:
         inside = [
             file.parent
             for file in sorted(path.rglob("info.json"))
-            # Results that are still being written are in hidden folders.
-            if not any(part.startswith(".") for part in file.relative_to(path).parts)
+            # Results that are still being written are in hidden folders, and damaged ones were renamed.
+            if not any(part.startswith(".") or ".damaged" in part for part in file.relative_to(path).parts)
         ]
         if not inside:
             raise ValueError(f"results: expected folders with saved results (info.json), got none in or below {path}")

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hookpoints import HookedRecurrent, UnknownModelError, UnsupportedModelError
+from hookpoints.errors import InputError
 from hookpoints.model import loading
 from hookpoints.model.config import RecurrentLayer
 
@@ -120,6 +121,10 @@ def test_without_weights_a_model_has_its_shapes_and_hooks(tmp_path, model_type):
     )
     assert shapes.cfg.layers == model.cfg.layers and shapes.hook_dict.keys() == model.hook_dict.keys()
     assert all(parameter.is_meta for parameter in shapes.parameters())
+    with pytest.raises(InputError, match="expected one with weights"):
+        shapes("text")
+    with pytest.raises(InputError, match=r"device: expected one of this machine .* got 'xpu:99'"):
+        HookedRecurrent.from_pretrained(str(tmp_path), device="xpu:99")
 
 
 def test_multimodal_checkpoint_gives_its_text_model(tmp_path, tokens):
