@@ -80,12 +80,12 @@ def train_on_writes(
             config's; NaN or infinite values.
     """
     writes = LowRank.rank_one(keys, values) if keys.ndim == values.ndim == 2 else LowRank(keys, values)
-    if shape_of(cfg) is not None:
-        return train_many_on_writes([cfg], [writes], [metric], checkpoint=checkpoint)[0]
     shape = (writes.keys.shape[2], writes.values.shape[2])
     wanted = (cfg.sae.d_k, cfg.sae.d_v)
     if shape != wanted:
         raise ValueError(f"keys, values={shape!r}: must be of K, V = {wanted} (d_k, d_v of cfg.sae).")
+    if shape_of(cfg) is not None:
+        return train_many_on_writes([cfg], [writes], [metric], checkpoint=checkpoint)[0]
     inputs = "" if checkpoint is None else content_hash([writes.keys, writes.values, metric and vars(metric)])
     return train_on_rows(cfg, ShuffledWrites(cfg, writes), metric, checkpoint, len(writes), inputs)
 

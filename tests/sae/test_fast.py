@@ -316,7 +316,8 @@ def test_what_does_not_fit_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=match):
             train_many_on_writes(configs, each, metrics)
-    with pytest.raises(ValueError, match="keys, values"):
-        train_on_writes(dense, swapped.keys, swapped.values)
+    for cfg in (dense, config()):
+        with pytest.raises(ValueError, match="keys, values"):
+            train_on_writes(cfg, swapped.keys, swapped.values)
     with pytest.raises(ValueError, match="NaN"):
         train_on_writes(config(), rows.keys * torch.nan, rows.values)
