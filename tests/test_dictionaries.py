@@ -55,7 +55,6 @@ def test_a_name_of_none_is_refused(name: str) -> None:
         ({"training_tokens": -5}, "training_tokens"),
         ({"names": ("writ-seed0",)}, "writ-seed0"),
         ({"metric": "gauss_newton", "targets": ("state",)}, "state-gauss_newton"),
-        ({"metric": "gauss_newton", "model": None, "collection": Path("collection")}, "--model"),
     ],
 )
 def test_wrong_arguments_are_said_before_any_work(changes: dict, word: str) -> None:

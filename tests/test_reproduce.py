@@ -258,7 +258,7 @@ settings.sign = { n_positions = 4 }
 
 [[run]]
 heads = ["one"]
-train = { default = ["write-seed0"], paper = ["write-seed0"] }
+train = { default = ["write-gauss_newton-seed0"], paper = ["write-seed0"] }
 ask = [{ name = "paper-last", of = ["write-seed0"], controls = false, kinds = ["sign"], text = "last" }]
 
 [[null]]

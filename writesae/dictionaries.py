@@ -209,7 +209,7 @@ class Train:
     """Seeds of weights and data order."""
     metric: MetricName = "frobenius"
     """What errors are measured by: their squares, or the KL divergence that they cause in the model (gauss_newton, for
-    writes alone). The latter is fitted to the model, so that it takes --model."""
+    writes alone). The latter is fitted to the model, which is loaded for it."""
     names: tuple[str, ...] = ()
     """Dictionaries by name, instead of targets, losses, variants, seeds and the metric: write-seed0
     state-reads-seed0 write-gauss_newton-seed0."""
@@ -245,14 +245,14 @@ class Train:
         once_each(self, ("layers", "heads"), ("targets", "losses", "variants", "seeds"))
         at_least(self, dict.fromkeys((*_SIZES, "context_size"), 1) | {"seeds": 0})
         own = [each for each in self.dictionaries() if each.metric != "frobenius"]
-        refused = [str(each) for each in own if self.model is None or not each.on_factors]
+        refused = [str(each) for each in own if not each.on_factors]
         one_source = (self.model is None) != (self.collection is None)
         expect(
             self, {"model": (one_source, "a model to be run over text, or a collection that it left; one of the two")}
         )
         has_heads = self.model is None or bool(self.layers and self.heads)
         expect(self, {"heads": (has_heads, "layers and heads of the model")})
-        expect(self, {"metric": (not refused, f"frobenius, or --model and its writes for {', '.join(refused)}")})
+        expect(self, {"metric": (not refused, f"frobenius, or writes instead of {', '.join(refused)}")})
 
     def dictionaries(self) -> list[DictionaryName]:
         """What is trained on each head."""
@@ -366,8 +366,10 @@ class Train:
 
         heads = {_head(each) for each in configs if each.sae.metric != "frobenius"}
         few = collection.tokens[: max(1, _METRIC_TOKENS // collection.context_size)]
-        name = cast(str, self.model)
-        return fit_metrics(HookedRecurrent.from_pretrained(name, dtype=self.dtype), few, sorted(heads)) if heads else {}
+        if not heads:
+            return {}
+        model = HookedRecurrent.from_pretrained(collection.model_name, dtype=self.dtype)
+        return fit_metrics(model, few, sorted(heads))
 
     def training_config(self, collection: Collection, layer: int, head: int, name: DictionaryName) -> RunnerConfig:
         """SAELens' config for one dictionary. Raises what `head_target` and the configs raise."""

@@ -63,7 +63,7 @@ def commands(out: Path) -> Iterator[list[str]]:
 def training(out: Path, place: Place, recipe: str, names: Sequence[str]) -> list[str]:
     """The command that trains dictionaries of one head."""
     saes = out / "saes" / place.model
-    flags = RUNS["recipes"][recipe].format(model=place.model, saes=saes).split()
+    flags = RUNS["recipes"][recipe].format(saes=saes).split()
     sizes = [word for name, size in RUNS["sizes"].items() for word in (f"--{name}", str(size))]
     where = ["--layers", str(place.layer), "--heads", str(place.head), "--out", str(saes / recipe)]
     return ["train", *flags, "--names", *names, *where, *sizes]
