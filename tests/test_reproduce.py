@@ -253,7 +253,7 @@ def test_published_runs_have_their_own_settings(tmp_path):
 FEW = """
 collect.embedded = { layers = [2], heads = [0] }
 heads.one = ["embedded:2:0"]
-sizes = { d-sae = 16, training-tokens = 512, train-batch-size-tokens = 64 }
+sizes = { d-sae = 64, training-tokens = 512, train-batch-size-tokens = 64 }
 settings.sign = { n_positions = 4 }
 
 [[run]]
