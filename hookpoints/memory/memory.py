@@ -407,8 +407,8 @@ class Memory:
         return {layer: state_of(cache, layer, form.value_first) for layer, form in self.forms.items()}
 
     def _scan(self, kept: Kept, states: LayerStates | None = None) -> LayerStates:
-        """States after what the tokens of ``kept`` wrote, made on ``states`` (None: zeros). Layers of one shape are
-        rows of one recurrence, so that a GPU launches its steps once."""
+        """States after what the tokens of ``kept`` wrote, made on ``states`` (None: zeros). Layers of one shape on
+        one device are rows of one recurrence, so that a GPU launches its steps once."""
         parts = {layer: self._recurrence(kept, layer) for layer in self.forms}
         if states is not None:
             parts = {layer: part.replace(initial_state=states[layer]) for layer, part in parts.items()}
@@ -416,7 +416,7 @@ class Memory:
             return {layer: part.starting_state() for layer, part in parts.items()}
         alike: dict[object, list[int]] = {}
         for layer, part in parts.items():
-            alike.setdefault((self.forms[layer], _shapes(part)), []).append(layer)
+            alike.setdefault((self.forms[layer], part.device, _shapes(part)), []).append(layer)
         after: LayerStates = {}
         for layers in alike.values():
             count = max(_TOGETHER // parts[layers[0]].k.numel(), 1)

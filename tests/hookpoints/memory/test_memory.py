@@ -285,6 +285,13 @@ def test_a_cut_cache_holds_the_first_tokens(whole):
             assert_close(places[place], expected, rtol=0, atol=0)
 
 
+def test_layers_of_one_shape_on_two_devices_are_scanned_apart(model, tokens):
+    memory = model.memory(tokens)
+    there = {name: x.to("meta") for name, x in memory.kept.items() if name.startswith("factor/1/")}
+    states = memory._scan(memory.kept | there)
+    assert states[1].is_meta > states[0].is_meta
+
+
 def test_a_file_of_another_model_or_a_damaged_one_is_refused(read, tmp_path):
     _, memory = read
     file = tmp_path / "memory.safetensors"
