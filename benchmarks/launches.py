@@ -12,6 +12,8 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +34,14 @@ from writesae import Substitution, sample_sequences
 TITLE = "Costs on a GPU, counted"
 QUICK = {"length": 32, "wide": False}
 LAYER, HEAD = 4, 2
+SUBSTITUTION = "substitution of 20 firings"
 MICROSECONDS = {"launch": 5, "sync": 20, "to_device": 20, "to_host": 20, "bus": 1 / 25e3, "bytes": 1 / 2e6}
 """A plain model of an H100: 5 us a launch, 20 us a wait, 25 GB/s of the bus, 2 TB/s of memory."""
+EXPLAINED = """No GPU ran this. The counts are exact: PyTorch ran the operations on a pretended device, and each
+operation that is no view counts as one launch, of this package, of the model and of other tools alike. *Native* is
+transformers without this package. A *sync* is a wait for a number or a shape; a copy to the host is a wait as well. A step is one of
+training once it is steady. The last column is a plain model: 5 us a launch, 20 us a sync or copy, 25 GB/s between host
+and device, 2 TB/s of memory."""
 Counts = dict[str, float]
 
 
@@ -50,12 +58,16 @@ def of_passes(seen: Any, length: int) -> dict[str, Counts]:
     works: dict[str, Callable[[], object]] = {
         "native forward": lambda: native(input_ids=ids, use_cache=False),
         "idle hooks": lambda: model(ids),
+        "a mixer's output read": lambda: model.run_with_cache(ids, names_filter=f"blocks.{LAYER}.hook_mixer_out"),
+        "the same with nnsight": lambda: of_nnsight(native, ids),
         "one head's writes read": lambda: model.run_with_cache(ids, names_filter=f"{place}.hook_write"),
         "one head's states read": lambda: model.run_with_cache(ids, names_filter=f"{place}.hook_state"),
         "one head's write edited": lambda: model.run_with_hooks(ids, fwd_hooks=[(f"{place}.hook_write", _cut)]),
         "all hooks": lambda: model.run_with_cache(ids),
         "memory": lambda: model.memory(ids),
     }
+    if find_spec("nnsight") is None:
+        del works["the same with nnsight"]
     costs = {name: seen.of(work) for name, work in works.items()}
     for name, runs in (("native decode", native), ("decode, attached", model.hf_model)):
         past = runs(input_ids=ids, use_cache=True).past_key_values
@@ -75,6 +87,15 @@ def of_passes(seen: Any, length: int) -> dict[str, Counts]:
         session = model.edit_session(ids)
         costs[f"session of 64 replaces, {name}"] = seen.of(partial(session.run, [[edit] for edit in edits]))
     return costs
+
+
+def of_nnsight(native: Any, ids: torch.Tensor) -> None:
+    """Read a mixer's output with nnsight, where it is installed."""
+    from nnsight import NNsight
+
+    traced = NNsight(copy.deepcopy(native))
+    with traced.trace(input_ids=ids, use_cache=False):
+        traced.model.layers[LAYER].linear_attn.output.save()
 
 
 def _cut(value: torch.Tensor, hook: object) -> torch.Tensor:
@@ -149,9 +170,11 @@ def measure(length: int = 128, wide: bool = True) -> dict[str, Any]:
     if wide:
         sizes["SAE step, F 4096, N 4096, k 32"] = (4096, 4096, {})
     with device.pretended() as seen:
-        costs = of_passes(seen, length) | of_steps(seen, sizes)
+        costs: dict[str, Any] = of_passes(seen, length) | of_steps(seen, sizes)
         if wide:
-            costs["substitution of 20 firings"] = of_substitution(seen)
+            costs[SUBSTITUTION] = of_substitution(seen)
+    if "the same with nnsight" in costs:
+        costs["versions"] = {"nnsight": version("nnsight")}
     return costs
 
 
@@ -164,10 +187,16 @@ def microseconds(costs: Counts) -> float:
     return sum(weight * costs[kind] for kind, weight in MICROSECONDS.items())
 
 
-def lines(found: dict[str, Counts]) -> list[frame.Line]:
+def lines(found: dict[str, Any]) -> list[frame.Line]:
     native, read = found["native forward"], found["one head's writes read"]
     memory, reread = found["memory"]["launch"], found["memory without it, 4 tokens reread"]["launch"]
     step = found["SAE step, F 1024, N 128, k 32"]
+    of_tests = []
+    if test := found.get(SUBSTITUTION):
+        of_tests = [
+            frame.Line(f"{SUBSTITUTION}, launches", test["launch"], goal=60_000),
+            frame.Line(f"{SUBSTITUTION}, syncs", test["sync"], goal=200),
+        ]
     return [
         frame.Line("idle hooks, launches beside native", found["idle hooks"]["launch"] - native["launch"], goal=1),
         frame.Line("idle hooks, waits beside native", waits(found["idle hooks"]) - waits(native), goal=1),
@@ -175,24 +204,24 @@ def lines(found: dict[str, Counts]) -> list[frame.Line]:
         frame.Line("memory without a span, 4 tokens reread, launches over a memory's", reread / memory, goal=1.2),
         frame.Line("session of 64 replaces, syncs", found["session of 64 replaces, 64 positions"]["sync"], goal=1),
         frame.Line("SAE step at F 1024, launches", step["launch"], goal=110),
+        *of_tests,
     ]
 
 
-def text(found: dict[str, Counts]) -> str:
-    head = ("work", "launches", "syncs", "copies to the device", "to the host", "model of an H100, ms")
+def text(found: dict[str, Any]) -> str:
+    head = ("work", "launches", "syncs", "copies to the device", "to the host", "MB read and written", "H100 model, ms")
     rows = [
         (
             name,
             *(f"{x[kind]:,.0f}" for kind in ("launch", "sync", "to_device", "to_host")),
+            f"{x['bytes'] / 1e6:,.0f}",
             f"{microseconds(x) / 1e3:,.1f}",
         )
         for name, x in found.items()
+        if name != "versions"
     ]
-    model = (
-        "The last column is no measurement but a plain model: 5 us a launch, 20 us a wait or copy, 25 GB/s between "
-        "host and device, 2 TB/s of memory."
-    )
-    return f"{table(head, rows)}\n\n{model}"
+    others = "".join(f" {name} {number}." for name, number in found.get("versions", {}).items())
+    return f"{table(head, rows)}\n\n{EXPLAINED}{others}"
 
 
 if __name__ == "__main__":

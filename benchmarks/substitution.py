@@ -241,7 +241,7 @@ def many_positions(n_tokens: int, n: int, rounds: int, python: str | None, folde
         found["parted"] = model.run_with_edits(tokens, rows).logits
 
     def together() -> None:
-        with patch.object(sessions, "_CALL", 2**62), patch.object(sessions, "_ROOM", {}):
+        with patch.object(sessions, "_CALL", {"cpu": 2**62}), patch.object(sessions, "_ROOM", {}):
             found["together"] = model.run_with_edits(tokens, rows).logits
 
     ways = {"parted": timed(parted), "together": timed(together)}

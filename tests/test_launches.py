@@ -40,6 +40,14 @@ def test_hooks_cost_what_the_page_says(costs: Costs) -> None:
     assert costs["memory without a span"]["launch"] <= costs["memory"]["launch"]
 
 
+@pytest.mark.slow
+def test_a_substitution_stays_below_its_ceilings() -> None:
+    with device.pretended() as seen:
+        costs = launches.of_substitution(seen)
+    assert costs["launch"] <= 60_000 and costs["sync"] <= 200
+    assert launches.waits(costs) <= 500 and costs["to_device"] <= 600
+
+
 def test_a_step_waits_for_nothing(costs: Costs) -> None:
     step, aux = costs["SAE step, F 1024, N 128, k 32"], costs["the same, with dead atoms"]
     assert step["launch"] <= costs["the same, SAELens' own TopK"]["launch"]

@@ -240,25 +240,30 @@ def changes_of(
         yield from stack.changes(current)
 
 
-class _Slot:
-    """Rank-1 terms that do not collide, at most one for each token.
+class _Slots:
+    """Rank-1 terms, at most one for each token in each slot.
 
     Where they are is known on the host, and all are gathered at once: on a device no edit waits for another.
     """
 
     def __init__(self, r: CanonicalForm):
         self.r = r
-        self.which = torch.zeros(r.B, r.T, dtype=torch.long)
-        """[B,T] the number of a token's term in `terms`, from 1 on; 0 where none is."""
+        self.which: list[Tensor] = []
+        """[B,T] for each slot: the number of a token's term in `terms`, from 1 on; 0 where none is."""
         self.terms: list[tuple[Tensor, Tensor]] = []
 
     def put(self, rows: slice, at: slice, key: Tensor, value: Tensor) -> None:
+        """Put a term into the first slot that is free at these tokens."""
+        free = next((which for which in self.which if not which[rows, at].any()), None)
+        if free is None:
+            free = torch.zeros(self.r.B, self.r.T, dtype=torch.long)
+            self.which.append(free)
         self.terms.append((key, value))
-        self.which[rows, at] = len(self.terms)
+        free[rows, at] = len(self.terms)
 
     def sides(self) -> Iterator[Tensor]:
-        """Keys [B,T,K] and values [B,T,V], 0 where no term is."""
-        which = self.which.to(self.r.device)
+        """Keys [B,T,S,K] and values [B,T,S,V] of S slots, or without their axis of one; 0 where no term is."""
+        which = torch.stack(self.which, -1).squeeze(-1).to(self.r.device)
         for side in zip(*self.terms):
             if len({x.device for x in side}) > 1:  # vectors of one device cross at once
                 side = [x.to(self.r.device) for x in side]
@@ -274,7 +279,7 @@ class _HeadChanges:
         self.head = head
         self.removed: dict[Loop, Tensor] = {}
         """[B,T] on the host, by loop; a write is removed once, in one of them."""
-        self.slots: dict[Loop, list[_Slot]] = {}
+        self.slots: dict[Loop, _Slots] = {}
 
     def remove(self, rows: slice, at: slice, edit: WriteEdit) -> None:
         if any(removed[rows, at].any() for removed in self.removed.values()):
@@ -286,17 +291,11 @@ class _HeadChanges:
         self.removed.setdefault(edit.loop, none)[rows, at] = True
 
     def add(self, rows: slice, at: slice, key: Tensor, value: Tensor, loop: Loop) -> None:
-        slots = self.slots.setdefault(loop, [])
-        slot = next((slot for slot in slots if not slot.which[rows, at].any()), None)
-        if slot is None:  # the token has a term in each slot so far
-            slots.append(slot := _Slot(self.r))
-        slot.put(rows, at, key, value)
+        self.slots.setdefault(loop, _Slots(self.r)).put(rows, at, key, value)
 
     def changes(self, current: Sequence[LowRankChange]) -> Iterator[LowRankChange]:
         for loop, slots in self.slots.items():  # one pass for all terms of an edit
-            keys, values = zip(*(slot.sides() for slot in slots))
-            keys = torch.stack(keys, 2).squeeze(2)
-            values = torch.stack(values, 2).squeeze(2)
+            keys, values = slots.sides()
             yield LowRankChange(self.head, keys, values, loop)
         # A removal takes away the native write and what hooks and outer edits made of it.
         native = LowRankChange(self.head, self.r.k[:, :, self.head], self.r.u[:, :, self.head])

@@ -13,15 +13,16 @@ from transformers import Cache, DynamicCache
 from hookpoints.edits.edit import EditPlan, EditRow, as_edits
 from hookpoints.errors import EditError, UnsupportedModelError
 from hookpoints.fla.scope import is_fla
-from hookpoints.layer.context import Backend, Recorded, current, scope
+from hookpoints.layer.context import Backend, Recorded, all_left, current, scope
 from hookpoints.memory.caches import attention_of, cut, put_state, state_of, tensors_of
 from hookpoints.model.hooked import HookedModel
 from hookpoints.model.inputs import as_tokens, cache_of, check_tokens, continuing
 from hookpoints.recurrence.recurrence import Recurrence
 from hookpoints.scopes import threads_for
 
-_CALL = 64
-"""Tokens of one row that cost as much as a further pass, in which rows are run apart."""
+_CALL = {"cpu": 64}
+"""Tokens of one row that cost as much as a further pass, in which rows are run apart. 512 elsewhere: in the time of so
+many a GPU reads its weights."""
 _ROOM = {"cpu": 4096}
 """Tokens of one pass by device: on a CPU, runs of 40,000, which no cache holds, took 2.5 times as long a token."""
 
@@ -66,17 +67,17 @@ class EditSession:
     """
 
     def __init__(self, model: HookedModel, tokens: Tensor):
-        tokens = as_tokens(tokens, model.cfg.device)
+        tokens = as_tokens(tokens)
         if tokens.ndim != 2 or tokens.shape[0] != 1:
             raise EditError(f"a session is about one sequence [1,T], got tokens of shape {list(tokens.shape)}")
         check_tokens(tokens, model.cfg)
         self.model = model
-        self.tokens = tokens
+        self.tokens = tokens.to(model.cfg.device)
         self._outer_plans = current(model.attachment).plans
         names = [name for layer in model.cfg.recurrent_layers if (name := _entering(layer)) in model.hook_dict]
         self._weights = sum(weight.numel() for weight in model.hf_model.parameters())
         held = _recording_cache(model)
-        inputs: dict[str, Any] = {} if held is None else continuing(model.hf_model, held, 0, tokens)
+        inputs: dict[str, Any] = {} if held is None else continuing(model.hf_model, held, 0, self.tokens)
         with torch.no_grad(), threads_for(tokens.numel() * self._weights), model.recording() as self._record:
             self.logits, cache = model.run_with_cache(tokens, names_filter=names, **inputs)
         """[1,T,vocab] logits of the plain pass."""
@@ -196,7 +197,7 @@ class EditSession:
                 count = len(batch) + 1
                 wasted = wasted + ahead if window is None else ahead * count
                 length = stop - positions[batch[0]] if window is None else ahead + window
-                if wasted > _CALL or count * length > room or count > most:
+                if wasted > _CALL.get(self.tokens.device.type, 512) or count * length > room or count > most:
                     yield batch
                     batch = []
                     wasted = 0
@@ -293,4 +294,4 @@ def _has_all(cache: Cache, record: dict[int, Recorded], tokens: int) -> bool:
     except UnsupportedModelError:
         return False
     lengths = {x.shape[-1] for place, x in tensors_of(cache).items() if "/conv_states/" in place}
-    return lengths <= {tokens} and all(record[layer].left(state) for layer, state in states.items())
+    return lengths <= {tokens} and all_left(record, states)

@@ -44,11 +44,17 @@ class Recorded(NamedTuple):
         native = OpResult(outputs.detach(), None if state is None else state.detach())
         return self._replace(recurrence=self.recurrence.detached(), native=native)
 
-    def left(self, state: Tensor) -> bool:
-        """Whether the op left the ``state`` [B,H,K,V] of a cache, so that the factors explain it: an edit, or a hook
-        on writes or states, is not in them."""
-        final = self.native.final_state
-        return final is not None and torch.equal(state, final.to(state.dtype))
+
+def all_left(record: Mapping[int, Recorded], states: Mapping[int, Tensor]) -> bool:
+    """Whether ops left the ``states`` [B,H,K,V] of a cache, by layer, so that the factors explain them: an edit, or a
+    hook on writes or states, is not in them. Costs one look at each device."""
+    sides: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
+    for layer, recorded in record.items():
+        state, final = states[layer], recorded.native.final_state
+        if final is None:
+            return False
+        sides.setdefault(state.device, []).append((state.flatten(), final.to(state.dtype).flatten()))
+    return all(torch.equal(*(torch.cat(side) for side in zip(*pairs))) for pairs in sides.values())
 
 
 class Reading(NamedTuple):

@@ -32,7 +32,7 @@ from transformers import Cache
 from hookpoints.errors import InputError, UnsupportedModelError
 from hookpoints.files import atomic_write
 from hookpoints.hooks.guard import Hook, HookSpecs
-from hookpoints.layer.context import Reading, Recorded, count_tokens, drop_sources, scope
+from hookpoints.layer.context import Reading, Recorded, all_left, count_tokens, drop_sources, scope
 from hookpoints.memory.caches import (
     attends_and_convolves,
     attention_of,
@@ -507,7 +507,7 @@ class Memory:
         if not reread:
             return _Passed(cache, attention, _cut(later, 0, 0), states, False)
         left = self._states_of(cache)
-        edited = not all(record.left(left[layer]) for layer, record in recorded.items())
+        edited = not all_left(recorded, left)
         kept = given | _factors_of(recorded)
         kept["tokens"] = again
         kept["inexact"] = before["inexact"].any(1, keepdim=True).expand(-1, reread)
@@ -554,7 +554,7 @@ def read(model: HookedModel, tokens: Tensor, before: Memory | None = None) -> Me
     for layer, record in recorded.items():
         r = record.recurrence
         forms[layer] = Form(record.value_first, r.scale, r.read_before_write)
-        edited |= not record.left(state_of(cache, layer, record.value_first))
+    edited |= not all_left(recorded, {layer: state_of(cache, layer, form.value_first) for layer, form in forms.items()})
     attention = attention_of(cache, position + tokens.shape[1])
     kept |= {f"unmoved/{place.split('/')[0]}": torch.zeros_like(kept["inexact"]) for place in attention}
     kept = kept if before is None else _joined(before.kept, kept)

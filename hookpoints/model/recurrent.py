@@ -349,10 +349,10 @@ class HookedRecurrent(Tokens, Weights):
             batch = self.tokenize(cast("str | list[str]", input), bos, padding_side)
             check_tokens(batch.tokens, self.cfg)
             return batch if mask is None else TokenBatch(batch.tokens, mask)
-        tokens = as_tokens(input, self.cfg.device)
+        tokens = as_tokens(input)  # where they are: of ids on the host nobody waits for a GPU
         tokens = tokens.unsqueeze(0) if tokens.ndim == 1 else tokens
         check_tokens(tokens, self.cfg)
-        return TokenBatch(tokens, mask)
+        return TokenBatch(tokens.to(self.cfg.device), mask)
 
     def _layer_index(self, layer: int | None, default: int) -> int:
         if layer is None:

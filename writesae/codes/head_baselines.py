@@ -55,8 +55,7 @@ class HeadBaselines:
     metric: Metric | None
     """None: squared errors."""
     writes: LowRank
-    """The N writes that all is fitted on, in the metric, as the fields below are; these and their mean on the
-    host."""
+    """The N writes that all is fitted on, in the metric, as the fields below are. All is on the host."""
     mean: Tensor
     """[K,V]"""
     tokens: dict[int, Integers]
@@ -107,9 +106,17 @@ class HeadBaselines:
         strength_of_token = _strength(host, [everything], of_tokens)
         strength_of_pair = _strength(host, of_tokens, list(by_pair.values()))
         codes = lloyd(directions * (1 / directions.norm()), drawn)
-        pca = fit_pca(writes, components)
-        strengths = (strength_of_token, strength_of_pair)
-        return cls(metric, host, _mean(host, everything), by_token, by_pair, strengths, drawn, codes, pca)
+        return cls(
+            metric=None if metric is None else metric.to(host.values.device),
+            writes=host,
+            mean=_mean(host, everything),
+            tokens=by_token,
+            pairs=by_pair,
+            strengths=(strength_of_token, strength_of_pair),
+            drawn=drawn.to(host.values),
+            codes=codes.to(host.values),
+            components=fit_pca(host, components),
+        )
 
     def written(self, name: str, native: LowRank, tokens: Integers) -> LowRank:
         """What a baseline writes instead of N native writes, at its own size.

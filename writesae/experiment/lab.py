@@ -21,7 +21,7 @@ from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.sae.matrix import MatrixSAE
 from sae_lens_writesae.sae.target import HeadHook, atoms_of, check_hook, check_plain_activations, head_target
 from writesae.codes.head_baselines import HeadBaselines
-from writesae.experiment.firings import Firings, bar, collect_firings, folds
+from writesae.experiment.firings import Firings, bar, collect_firings, folds, in_one_pass
 from writesae.experiment.terms import Terms
 from writesae.files import Json
 from writesae.head.writes import head_writes, joined
@@ -71,13 +71,13 @@ class EditedRows(NamedTuple):
 
     @property
     def positions(self) -> Tensor:
-        """[n,W] tokens of each trial's window, on the device of the logits."""
+        """[n,W] tokens of each trial's window, on the host."""
         first = torch.tensor([trial.position for trial in self.trials])
-        return (first[:, None] + torch.arange(self.width)).to(self.logits.device)
+        return first[:, None] + torch.arange(self.width)
 
     def windows(self, run: Tensor) -> Tensor:
         """[n,W,...] of values [n,S,...] of the edited runs, at the tokens of each trial's own window."""
-        columns = self.positions.to(run.device) - self.start
+        columns = (self.positions - self.start).to(run.device)
         rows = torch.arange(len(columns), device=run.device)[:, None]
         return run[rows, columns]
 
@@ -123,6 +123,31 @@ class Site(NamedTuple):
         answer: where a head forgets, the top direction of the state after the write is the write itself."""
         after = self.state_after(positions)
         return after - self.at(positions).dense().to(after)
+
+    def on_host(self) -> Site:
+        """With factors and writes on the host, where what is made of a few matrices launches nothing."""
+        recurrence = recurrence_on_host(self.recurrence)
+        return self._replace(recurrence=recurrence, writes=head_writes(recurrence, 0))
+
+
+def on_host(*tensors: Tensor) -> list[Tensor]:
+    """Tensors of one device on the host; they cross together, so that a GPU is waited for once."""
+    if all(x.device.type == "cpu" for x in tensors):
+        return list(tensors)
+    flat = torch.cat([x.flatten() for x in tensors]).cpu()
+    parts = flat.split([x.numel() for x in tensors])
+    return [part.view(x.shape).to(x.dtype) for part, x in zip(parts, tensors)]
+
+
+def matrices_on_host(matrices: LowRank) -> LowRank:
+    """The same on the host."""
+    return LowRank(*on_host(matrices.keys, matrices.values))
+
+
+def recurrence_on_host(recurrence: Recurrence) -> Recurrence:
+    """The same on the host."""
+    fields = {name: x for name, x in vars(recurrence).items() if isinstance(x, Tensor)}
+    return recurrence.replace(**dict(zip(fields, on_host(*fields.values()))))
 
 
 class Lab:
@@ -192,6 +217,8 @@ class Lab:
         self.counts: Counter[str] = Counter()
         """`runs`: edited runs so far, without those that measured a floor."""
         self._firings: dict[str, Firings] = {}
+        self.typical: dict[tuple[object, ...], tuple[LowRank, float]] = {}
+        """A head's mean write and its half-life, by head and number of sequences."""
         # Shared by the runs that have these terms: a fit costs seconds.
         self._baselines = {} if self.reference is None else self.reference.fitted
 
@@ -272,6 +299,16 @@ class Lab:
         return self.model.recurrence(self.tokens[[sequence]], self.hook.layer).select(
             heads=slice(self.hook.head, self.hook.head + 1)
         )
+
+    def recurrences(self, count: int) -> list[Recurrence]:
+        """The same on each of the first sequences, B = 1, on the host. Cost: as `recurrence`, some at a time."""
+        some = self.tokens[:count]
+        head = slice(self.hook.head, self.hook.head + 1)
+        batches = [
+            recurrence_on_host(self.model.recurrence(some[rows], self.hook.layer).select(heads=head))
+            for rows in in_one_pass(some, self.model.cfg.device)
+        ]
+        return [batch.select(rows=slice(row, row + 1)) for batch in batches for row in range(batch.B)]
 
     @torch.no_grad()
     def baselines(self, sequence: int, *, n_codes: int | None = None, components: int = 4) -> HeadBaselines:

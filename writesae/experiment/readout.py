@@ -38,24 +38,25 @@ def divergences(native: Tensor, positions: Tensor, edited: Tensor) -> Divergence
 
     Args:
         native: [T,vocab] logits of the plain run.
-        positions: [N,P] where in the sequence; what rows share is widened once.
+        positions: [N,P] where in the sequence, best on the host; what rows share is widened once.
         edited: [N,P,vocab] logits of edited run n at positions[n].
     """
     wide = torch.float32 if edited.device.type == "mps" else torch.float64
-    distinct, which = positions.unique(return_inverse=True)
-    log_native = native[distinct].to(wide).log_softmax(-1)
+    distinct, which = positions.cpu().unique(return_inverse=True)
+    log_native = native[distinct.to(native.device)].to(wide).log_softmax(-1)
     share_native = log_native.exp()
-    which = which.flatten()
+    which = which.flatten().to(native.device)
     rows = edited.flatten(0, 1)
-    forward, reverse = (torch.empty(len(rows), dtype=wide) for _ in range(2))
+    both = torch.empty(2, len(rows), dtype=wide, device=edited.device)
     step = max(1, _BLOCK_FLOATS // edited.shape[-1])
     for i in range(0, len(rows), step):
         block = slice(i, i + step)
         log_edited = rows[block].to(wide).log_softmax(-1)
         gap = log_native[which[block]] - log_edited
-        forward[block] = torch.linalg.vecdot(share_native[which[block]], gap).cpu()
-        reverse[block] = -torch.linalg.vecdot(log_edited.exp_(), gap).cpu()  # in place: read last
-    return Divergences(forward.clamp_min(0).view(positions.shape), reverse.clamp_min(0).view(positions.shape))
+        both[0, block] = torch.linalg.vecdot(share_native[which[block]], gap)
+        both[1, block] = -torch.linalg.vecdot(log_edited.exp_(), gap)  # in place: read last
+    forward, reverse = both.clamp_min_(0).cpu().view(2, *positions.shape)
+    return Divergences(forward, reverse)
 
 
 _KL = {

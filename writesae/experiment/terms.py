@@ -23,7 +23,7 @@ from sae_lens_writesae.sae.factors import Collection
 from sae_lens_writesae.sae.metric import DAMPING, Metric
 from sae_lens_writesae.sae.metric_fit import fit_metrics
 from sae_lens_writesae.sae.target import HeadHook
-from writesae.experiment.firings import Integers
+from writesae.experiment.firings import Integers, in_one_pass
 from writesae.files import Json
 from writesae.head.writes import head_writes, joined
 
@@ -58,7 +58,8 @@ class Terms:
         if isinstance(self._text, Collection):
             place = self.model.cfg.device, self.model.cfg.dtype
             return LowRank(*(side[:].to(*place) for side in self._text.factors(layer, head)))
-        return joined([head_writes(self.model.recurrence(row[None], layer), head) for row in self.tokens])
+        stretches = in_one_pass(self.tokens, self.model.cfg.device)
+        return joined([head_writes(self.model.recurrence(self.tokens[some], layer), head) for some in stretches])
 
     def _metric(self, layer: int, head: int, n_sequences: int = 64, damping: float = DAMPING) -> Metric:
         """The metric of a head's writes from the first sequences. Cost: as of `fit_metrics`."""

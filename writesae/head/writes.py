@@ -46,12 +46,12 @@ def random_units(like: LowRank, n: int, seed: int) -> LowRank:
 
 
 def head_writes(recurrence: Recurrence, head: int) -> LowRank:
-    """The T native writes of one head on batch row 0, in the dtype of the recurrence.
+    """The B T native writes of one head, row after row, in the dtype of the recurrence.
 
     A token that takes R delta steps writes a matrix of rank R.
     """
-    one = recurrence.select(rows=slice(0, 1), heads=slice(head, head + 1))
-    keys, values = (side[0, :, 0].to(one.dtype) for side in (one.k, one.u))
+    sides = (recurrence.k, recurrence.u)
+    keys, values = (side[:, :, head].flatten(0, 1).to(recurrence.dtype) for side in sides)
     return LowRank(keys, values) if keys.ndim == 3 else LowRank.rank_one(keys, values)
 
 
