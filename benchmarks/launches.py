@@ -39,9 +39,9 @@ MICROSECONDS = {"launch": 5, "sync": 20, "to_device": 20, "to_host": 20, "bus": 
 """A plain model of an H100: 5 us a launch, 20 us a wait, 25 GB/s of the bus, 2 TB/s of memory."""
 EXPLAINED = """No GPU ran this. The counts are exact: PyTorch ran the operations on a pretended device, and each
 operation that is no view counts as one launch, of this package, of the model and of other tools alike. *Native* is
-transformers without this package. A *sync* is a wait for a number or a shape; a copy to the host is a wait as well. A step is one of
-training once it is steady. The last column is a plain model: 5 us a launch, 20 us a sync or copy, 25 GB/s between host
-and device, 2 TB/s of memory."""
+transformers without this package. A *sync* is a wait for a number or a shape; a copy to the host is
+a wait as well. A step is one of training once it is steady. The last column is a plain model: 5 us a launch, 20 us a
+sync or copy, 25 GB/s between host and device, 2 TB/s of memory."""
 Counts = dict[str, float]
 
 

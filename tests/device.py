@@ -114,6 +114,9 @@ class _Function(TorchFunctionMode):
         if func in (Tensor.__getitem__, Tensor.__setitem__):
             at = tuple(map(index_of, args[1])) if isinstance(args[1], tuple) else index_of(args[1])
             return func(first, at, *args[2:])
+        if func == Tensor.data.__set__ and isinstance(args[1], Dev):  # as modules do that change their dtype
+            first.held = args[1].held
+            return func(*args)
         if func in (Tensor.data_ptr, Tensor.untyped_storage):
             return func(first.held)
         if func is Tensor.tolist:
