@@ -202,9 +202,9 @@ def lines(found: dict[str, Any]) -> list[frame.Line]:
             frame.Line(f"{SUBSTITUTION}, syncs", test["sync"], goal=200),
         ]
     return [
-        frame.Line("idle hooks, launches beside native", found["idle hooks"]["launch"] - native["launch"], goal=1),
-        frame.Line("idle hooks, waits beside native", waits(found["idle hooks"]) - waits(native), goal=1),
-        frame.Line("one head's writes read, launches beside native", read["launch"] - native["launch"], goal=20),
+        frame.Line("idle hooks, launches more than native", found["idle hooks"]["launch"] - native["launch"], goal=1),
+        frame.Line("idle hooks, waits more than native", waits(found["idle hooks"]) - waits(native), goal=1),
+        frame.Line("one head's writes read, launches more than native", read["launch"] - native["launch"], goal=20),
         frame.Line("memory without a span, 4 tokens reread, launches over a memory's", reread / memory, goal=1.2),
         frame.Line("session of 64 replaces, syncs", found["session of 64 replaces, 64 positions"]["sync"], goal=1),
         frame.Line("SAE step at F 1024, launches", step["launch"], goal=110),

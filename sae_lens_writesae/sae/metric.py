@@ -68,7 +68,7 @@ class Metric:
         """A^1/2 W B^1/2 of writes W, in their dtype."""
         return LowRank(_moved(writes.keys, self.key_root), _moved(writes.values, self.value_root))
 
-    def to(self, device: torch.device) -> Metric:
+    def to(self, device: torch.device | str) -> Metric:
         """The same on another device."""
         roots = (self.key_root, self.value_root, self.key_inverse, self.value_inverse)
         return Metric(*(root.to(device) for root in roots), self.scale, self.damping, self.n_sequences)

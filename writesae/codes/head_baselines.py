@@ -102,19 +102,19 @@ class HeadBaselines:
         of_tokens = list(by_token.values())
         directions = writes.rows(torch.tensor(nonzero))
         drawn = writes.rows(torch.tensor(np.sort(rng.permutation(nonzero)[:n_codes])))
-        host = writes.to(torch.device("cpu"))  # means of thousands of small groups, for each of which a GPU would wait
+        host = writes.on_host()  # means of thousands of small groups, for each of which a GPU would wait
         strength_of_token = _strength(host, [everything], of_tokens)
         strength_of_pair = _strength(host, of_tokens, list(by_pair.values()))
         codes = lloyd(directions * (1 / directions.norm()), drawn)
         return cls(
-            metric=None if metric is None else metric.to(host.values.device),
+            metric=metric and metric.to("cpu"),
             writes=host,
             mean=_mean(host, everything),
             tokens=by_token,
             pairs=by_pair,
             strengths=(strength_of_token, strength_of_pair),
-            drawn=drawn.to(host.values),
-            codes=codes.to(host.values),
+            drawn=drawn.on_host(),
+            codes=codes.on_host(),
             components=fit_pca(host, components),
         )
 

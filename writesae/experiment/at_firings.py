@@ -37,7 +37,7 @@ from writesae.experiment.firings import (
     halves,
     sample_firings,
 )
-from writesae.experiment.lab import Lab, Site, Trial, matrices_on_host, trials_at
+from writesae.experiment.lab import Lab, Site, Trial, trials_at
 from writesae.head.writes import HALF_LIFE_LIMIT, half_lives, head_writes, joined, mean_write
 
 MEAN_ENERGY = 0.99
@@ -188,28 +188,20 @@ class Exchanging(OfFirings):
 
     def exchanges(self, lab: Lab, draw: FiringDraw, scales: Sequence[Scale]) -> Iterator[Exchange]:
         """The conditions of each sequence that has firings, one sequence at a time. Cost: one plain forward each."""
-        mean, lab.facts["half_life"] = self._typical(lab)
+        recurrences = lab.recurrences(self.mean_write_sequences)
+        writes = joined([head_writes(recurrence, 0) for recurrence in recurrences])
+        mean = mean_write(writes.keys[:, 0], writes.values[:, 0], MEAN_ENERGY)
+        lab.facts["half_life"] = float(torch.cat([half_lives(recurrence) for recurrence in recurrences]).median())
         lab.facts["half_life_limit"] = min(HALF_LIFE_LIMIT, lab.tokens.shape[1] // 2)
         for site in map(Site.on_host, lab.sites(draw.table, self.kind)):
             native = site.at(site.rows["position"].tolist())
-            atom = matrices_on_host(lab.atoms(site.rows["written_atom"].to_numpy())).to(native.values)
+            atom = lab.atoms(site.rows["written_atom"].to_numpy()).on_host().to(native.values)
             atom = atom * torch.tensor(site.rows["activation"].to_numpy()).to(native.values)
             fitted = None
             if set(self.controls) & set(BASELINES):
                 fitted = lab.baselines(site.sequence, n_codes=self.n_codes, components=self.pca_components)
             controls = controls_at(lab, site, atom, self.controls, alive=draw.alive, mean=mean, baselines=fitted)
             yield Exchange(site, native, atom, conditions(native, atom, controls, scales))
-
-    def _typical(self, lab: Lab) -> tuple[LowRank, float]:
-        """The head's mean write, and its half-life in tokens; measured once in a laboratory."""
-        key = (lab.hook.cell, self.mean_write_sequences)
-        if key not in lab.typical:
-            recurrences = lab.recurrences(self.mean_write_sequences)
-            writes = joined([head_writes(recurrence, 0) for recurrence in recurrences])
-            mean = mean_write(writes.keys[:, 0], writes.values[:, 0], MEAN_ENERGY)
-            half_life = torch.cat([half_lives(recurrence) for recurrence in recurrences]).median()
-            lab.typical[key] = mean, float(half_life)
-        return lab.typical[key]
 
 
 def wide_firings(result: Result, choice: str | None = None) -> pd.DataFrame:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from sae_lens_writesae.atom.low_rank import LowRank
 from writesae.codes.head_baselines import BASELINES, Baseline, HeadBaselines
-from writesae.experiment.lab import Lab, Site, matrices_on_host
+from writesae.experiment.lab import Lab, Site
 from writesae.experiment.terms import tokens_and_before
 from writesae.head.writes import state_direction
 
@@ -121,7 +121,7 @@ def controls_at(
                 ]
                 needed = "'shuffled' needs an alive atom that does not fire there"
                 others = lab.atoms(_others(lab, rngs["shuffled"], alive, taken, needed))
-                made[name] = matrices_on_host(others).to(atom.values)
+                made[name] = others.on_host().to(atom.values)
             case "elsewhere":
                 written = np.flatnonzero(site.writes.norm().cpu().numpy())
                 needed = "'elsewhere' needs a write at another position"

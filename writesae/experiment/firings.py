@@ -39,7 +39,7 @@ def in_one_pass(tokens: Tensor, device: torch.device) -> list[slice]:
     """Stretches of the sequences [N,T] that a plain pass takes at once. On a CPU one sequence, which caches hold; a GPU
     would wait between the launches of passes so short."""
     count = max(_ROOM.get(device.type, 2**13) // tokens.shape[1], 1)
-    return [slice(first, min(first + count, len(tokens))) for first in range(0, len(tokens), count)]
+    return [slice(first, first + count) for first in range(0, len(tokens), count)]
 
 
 @dataclass(frozen=True)
@@ -104,10 +104,10 @@ def collect_firings(model: HookedRecurrent, sae: SAE, layer: int, tokens: Tensor
     for some in bar(in_one_pass(tokens, model.cfg.device), "firings", progress):
         _, cache = model.run_with_cache(tokens[some], names_filter=[hook_name], stop_at_layer=layer + 1)
         activations = sae.encode(cache[hook_name].flatten(0, 1).to(place.device, place.dtype))
-        finite = activations.isfinite().all(1)
-        if not bool(finite.all()):
-            first = some.start + int((~finite).nonzero()[0]) // tokens.shape[1]
-            raise NothingToMeasureError(f"the SAE gives NaN or infinite activations on sequence {first} of {hook_name}")
+        if not bool(activations.isfinite().all()):
+            raise NothingToMeasureError(
+                f"the SAE gives NaN or infinite activations of {hook_name}, in sequence {some.start} or soon after"
+            )
         places = (activations > 0).nonzero()
         values = activations[places[:, 0], places[:, 1]].float().cpu().numpy()
         row, atom = places.cpu().numpy().T

@@ -126,28 +126,8 @@ class Site(NamedTuple):
 
     def on_host(self) -> Site:
         """With factors and writes on the host, where what is made of a few matrices launches nothing."""
-        recurrence = recurrence_on_host(self.recurrence)
+        recurrence = self.recurrence.on_host()
         return self._replace(recurrence=recurrence, writes=head_writes(recurrence, 0))
-
-
-def on_host(*tensors: Tensor) -> list[Tensor]:
-    """Tensors of one device on the host; they cross together, so that a GPU is waited for once."""
-    if all(x.device.type == "cpu" for x in tensors):
-        return list(tensors)
-    flat = torch.cat([x.flatten() for x in tensors]).cpu()
-    parts = flat.split([x.numel() for x in tensors])
-    return [part.view(x.shape).to(x.dtype) for part, x in zip(parts, tensors)]
-
-
-def matrices_on_host(matrices: LowRank) -> LowRank:
-    """The same on the host."""
-    return LowRank(*on_host(matrices.keys, matrices.values))
-
-
-def recurrence_on_host(recurrence: Recurrence) -> Recurrence:
-    """The same on the host."""
-    fields = {name: x for name, x in vars(recurrence).items() if isinstance(x, Tensor)}
-    return recurrence.replace(**dict(zip(fields, on_host(*fields.values()))))
 
 
 class Lab:
@@ -217,8 +197,6 @@ class Lab:
         self.counts: Counter[str] = Counter()
         """`runs`: edited runs so far, without those that measured a floor."""
         self._firings: dict[str, Firings] = {}
-        self.typical: dict[tuple[object, ...], tuple[LowRank, float]] = {}
-        """A head's mean write and its half-life, by head and number of sequences."""
         # Shared by the runs that have these terms: a fit costs seconds.
         self._baselines = {} if self.reference is None else self.reference.fitted
 
@@ -294,20 +272,17 @@ class Lab:
         """Native writes of some sequences of the text, one after the other. Cost: a forward each up to the layer."""
         return joined([head_writes(self.recurrence(n), 0) for n in self.bar(sequences, "writes")])
 
-    def recurrence(self, sequence: int) -> Recurrence:
-        """The head's recurrence on one sequence of the text. Cost: a forward up to the layer."""
-        return self.model.recurrence(self.tokens[[sequence]], self.hook.layer).select(
+    def recurrence(self, sequence: int | slice) -> Recurrence:
+        """The head's recurrence on one sequence of the text, or on some. Cost: a forward up to the layer."""
+        rows = sequence if isinstance(sequence, slice) else [sequence]
+        return self.model.recurrence(self.tokens[rows], self.hook.layer).select(
             heads=slice(self.hook.head, self.hook.head + 1)
         )
 
     def recurrences(self, count: int) -> list[Recurrence]:
-        """The same on each of the first sequences, B = 1, on the host. Cost: as `recurrence`, some at a time."""
-        some = self.tokens[:count]
-        head = slice(self.hook.head, self.hook.head + 1)
-        batches = [
-            recurrence_on_host(self.model.recurrence(some[rows], self.hook.layer).select(heads=head))
-            for rows in in_one_pass(some, self.model.cfg.device)
-        ]
+        """The same of each of the first sequences, B = 1, on the host."""
+        stretches = in_one_pass(self.tokens[:count], self.model.cfg.device)
+        batches = [self.recurrence(rows).on_host() for rows in stretches]
         return [batch.select(rows=slice(row, row + 1)) for batch in batches for row in range(batch.B)]
 
     @torch.no_grad()

@@ -42,8 +42,8 @@ def divergences(native: Tensor, positions: Tensor, edited: Tensor) -> Divergence
         edited: [N,P,vocab] logits of edited run n at positions[n].
     """
     wide = torch.float32 if edited.device.type == "mps" else torch.float64
-    distinct, which = positions.cpu().unique(return_inverse=True)
-    log_native = native[distinct.to(native.device)].to(wide).log_softmax(-1)
+    distinct, which = positions.unique(return_inverse=True)
+    log_native = native[distinct].to(wide).log_softmax(-1)
     share_native = log_native.exp()
     which = which.flatten().to(native.device)
     rows = edited.flatten(0, 1)
@@ -55,8 +55,7 @@ def divergences(native: Tensor, positions: Tensor, edited: Tensor) -> Divergence
         gap = log_native[which[block]] - log_edited
         both[0, block] = torch.linalg.vecdot(share_native[which[block]], gap)
         both[1, block] = -torch.linalg.vecdot(log_edited.exp_(), gap)  # in place: read last
-    forward, reverse = both.clamp_min_(0).cpu().view(2, *positions.shape)
-    return Divergences(forward, reverse)
+    return Divergences(*both.clamp_min_(0).cpu().view(2, *positions.shape))
 
 
 _KL = {
