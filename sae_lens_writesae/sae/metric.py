@@ -70,8 +70,13 @@ class Metric:
 
     def to(self, device: torch.device | str) -> Metric:
         """The same on another device."""
-        roots = (self.key_root, self.value_root, self.key_inverse, self.value_inverse)
-        return Metric(*(root.to(device) for root in roots), self.scale, self.damping, self.n_sequences)
+        return replace(
+            self,
+            key_root=self.key_root.to(device),
+            value_root=self.value_root.to(device),
+            key_inverse=self.key_inverse.to(device),
+            value_inverse=self.value_inverse.to(device),
+        )
 
     @property
     def inverse(self) -> Metric:
