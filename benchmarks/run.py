@@ -41,7 +41,8 @@ What do hooks, edits, memories and training cost? `python benchmarks/run.py` mea
 records in `docs/benchmarks`; no other page has such numbers. Unless a section says otherwise, one process with one
 thread times the ways of doing one thing in turn, round after round, by its own clock. A ratio is the median over
 rounds of the ratio in one round. Other programs shared the machine, so trust ratios more than times, and not the
-second digit. {goals}
+second digit. All times and ratios of times are those of a CPU, and a GPU has others: the first section counts what
+work would cost there. {goals}
 """
 FOOT = """*{date}, {cpu}, {cores} cores under a load of {load:.0f}, threads: {threads}; Python {python}, torch {torch},
 transformers {transformers}, SAELens {sae-lens}. `python benchmarks/run.py {name}` took {seconds:.0f} s.*

@@ -60,7 +60,7 @@ def sae_step() -> SimpleNamespace:
     def lines(found: Found) -> list[Line]:
         said = []
         for title, (base, own) in {title: tuple(rows.values()) for title, rows in found.items()}.items():
-            said.append(Line(f"{title}: a step on factors / SAELens' TopK, time", own["ratio"], "", 0.045))
+            said.append(Line(f"{title}: a step on factors / SAELens' TopK, time on a CPU", own["ratio"], "", 0.045))
             said.append(Line(f"{title}: memory that it adds", own["added_mb"] / base["added_mb"], "", 0.11))
         return said
 
