@@ -40,7 +40,14 @@ TOKENS_APART = 16
 """Tokens between two rows of a chunk in one batch, about. Nearer rows are faster and resemble each other more, which
 costs explained variance."""
 STATE_BLOCK = 2**18
-"""Numbers of one block: of states, or of probes."""
+"""Numbers of one block: of states, or of probes. On a CPU a block stays in the cache."""
+STATE_BLOCK_ON_DEVICE = 2**26
+"""The same on a device, where each block costs its launches, and memory bounds it (256 MB)."""
+
+
+def chunks_in_block(numbers: int, device: torch.device) -> int:
+    """How many chunks of so many ``numbers`` are one block."""
+    return max(1, (STATE_BLOCK if device.type == "cpu" else STATE_BLOCK_ON_DEVICE) // numbers)
 
 
 class States(NamedTuple):
@@ -58,8 +65,9 @@ class States(NamedTuple):
     """[G,P,W,1 or K], what each write has met; 0 for those that come later."""
 
     def blocks(self, width: int) -> Iterator[Self]:
-        """The same in order, so many chunks at a time that `width` numbers a chunk are about `STATE_BLOCK`."""
-        yield from (type(self)(*part) for part in zip(*(x.split(max(1, STATE_BLOCK // width)) for x in self)))
+        """The same in order, so many chunks at a time as make a block with `width` numbers a chunk."""
+        count = chunks_in_block(width, self.start.device)
+        yield from (type(self)(*part) for part in zip(*(x.split(count) for x in self)))
 
     def dense(self) -> Tensor:
         """[N,K,V]. Costs W K V a row."""
@@ -162,7 +170,7 @@ def step_on_states(p: dict[str, Tensor], rows: States, cfg: Config, dead: Dead |
     with torch.no_grad():
         scores, atoms = _selected(p, rows, cfg)
     P = rows.since.shape[1]
-    split = partial(torch.split, split_size_or_sections=P * max(1, STATE_BLOCK // (P * cfg.d_in)))
+    split = partial(torch.split, split_size_or_sections=P * chunks_in_block(P * cfg.d_in, scores.device))
     errors = list[Tensor]()
     codes = list[Tensor]()
     for part, part_atoms, part_scores in zip(rows.blocks(P * cfg.d_in), split(atoms), split(scores)):
