@@ -36,7 +36,6 @@ def test_hooks_cost_what_the_page_says(costs: Costs) -> None:
     read, native = costs["one head's writes read"], costs["native forward"]
     assert launches.waits(read) <= launches.waits(native) + 2  # ids, and where the span of a write is looked for
     assert launches.waits(costs["session of 64 replaces, one position"]) <= 3
-    assert costs["memory without it, 4 tokens reread"]["launch"] <= 1.2 * costs["memory"]["launch"]
 
 
 @pytest.mark.slow

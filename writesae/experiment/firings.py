@@ -38,7 +38,7 @@ def bar(items: Sequence[T], name: str, progress: bool = True) -> Iterable[T]:
 def in_one_pass(tokens: Tensor, device: torch.device) -> list[slice]:
     """Stretches of the sequences [N,T] that a plain pass takes at once. On a CPU one sequence, which caches hold; a GPU
     would wait between the launches of passes so short."""
-    count = max(_ROOM.get(device.type, 2**13) // tokens.shape[1], 1)
+    count = max(_ROOM.get(device.type, 8192) // tokens.shape[1], 1)
     return [slice(first, first + count) for first in range(0, len(tokens), count)]
 
 
@@ -105,9 +105,7 @@ def collect_firings(model: HookedRecurrent, sae: SAE, layer: int, tokens: Tensor
         _, cache = model.run_with_cache(tokens[some], names_filter=[hook_name], stop_at_layer=layer + 1)
         activations = sae.encode(cache[hook_name].flatten(0, 1).to(place.device, place.dtype))
         if not bool(activations.isfinite().all()):
-            raise NothingToMeasureError(
-                f"the SAE gives NaN or infinite activations of {hook_name}, in sequence {some.start} or soon after"
-            )
+            raise NothingToMeasureError(f"the SAE gives NaN or infinite activations of {hook_name}")
         places = (activations > 0).nonzero()
         values = activations[places[:, 0], places[:, 1]].float().cpu().numpy()
         row, atom = places.cpu().numpy().T

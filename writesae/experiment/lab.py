@@ -274,15 +274,13 @@ class Lab:
 
     def recurrence(self, sequence: int | slice) -> Recurrence:
         """The head's recurrence on one sequence of the text, or on some. Cost: a forward up to the layer."""
-        rows = sequence if isinstance(sequence, slice) else [sequence]
-        return self.model.recurrence(self.tokens[rows], self.hook.layer).select(
-            heads=slice(self.hook.head, self.hook.head + 1)
-        )
+        tokens = self.tokens[sequence].view(-1, self.tokens.shape[1])
+        return self.model.recurrence(tokens, self.hook.layer).select(heads=slice(self.hook.head, self.hook.head + 1))
 
     def recurrences(self, count: int) -> list[Recurrence]:
         """The same of each of the first sequences, B = 1, on the host."""
-        stretches = in_one_pass(self.tokens[:count], self.model.cfg.device)
-        batches = [self.recurrence(rows).on_host() for rows in stretches]
+        parts = in_one_pass(self.tokens[:count], self.model.cfg.device)
+        batches = [self.recurrence(part).on_host() for part in parts]
         return [batch.select(rows=slice(row, row + 1)) for batch in batches for row in range(batch.B)]
 
     @torch.no_grad()

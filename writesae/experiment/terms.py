@@ -58,8 +58,8 @@ class Terms:
         if isinstance(self._text, Collection):
             place = self.model.cfg.device, self.model.cfg.dtype
             return LowRank(*(side[:].to(*place) for side in self._text.factors(layer, head)))
-        stretches = in_one_pass(self.tokens, self.model.cfg.device)
-        return joined([head_writes(self.model.recurrence(self.tokens[some], layer), head) for some in stretches])
+        parts = in_one_pass(self.tokens, self.model.cfg.device)
+        return joined([head_writes(self.model.recurrence(self.tokens[part], layer), head) for part in parts])
 
     def _metric(self, layer: int, head: int, n_sequences: int = 64, damping: float = DAMPING) -> Metric:
         """The metric of a head's writes from the first sequences. Cost: as of `fit_metrics`."""
