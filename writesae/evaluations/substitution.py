@@ -194,7 +194,7 @@ class Substitution(Exchanging):
         """Claim 3: the paired ratio of the atom's KL to that of deletion, of other atoms and of baselines."""
         size = Paired(wide, seed=self.seed).size_of("delete")
         moved = Paired(wide[wide["delete"] > 0], seed=self.seed)
-        names = {"delete": "delete"} | others | {f"{name}/{scale}": NAMES[name] for name in rivals}
+        names = {"delete": "delete", **others} | {f"{name}/{scale}": NAMES[name] for name in rivals}
         names = {c: n for c, n in names.items() if (moved[c] > 0).any()}
         ratios = {n: moved.median((moved[f"atom/{scale}"] / moved[c]).where(moved[c] > 0)) for c, n in names.items()}
         medians = [number(float(moved[c].median())) for c in (f"atom/{scale}", "delete", *others)]

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -90,11 +89,13 @@ def asking(out: Path, place: Place, question: Mapping[str, Any]) -> list[str]:
 def published_results() -> Iterator[tuple[str, Place, Evaluation]]:
     """Folder, head and question of every result that the rows give."""
     for run in RUNS["run"]:
-        for place, row in product(places(run["heads"]), run["ask"]):
-            yield from ((row["name"], place, question(kind)) for kind in row["kinds"])
+        for place in places(run["heads"]):
+            for row in run["ask"]:
+                yield from ((row["name"], place, question(kind)) for kind in row["kinds"])
     for row in RUNS["null"]:
-        for place, null, kind in product(places(row["heads"]), RUNS["nulls"], row["kinds"]):
-            yield null, place, question(kind)
+        for place in places(row["heads"]):
+            for null in RUNS["nulls"]:
+                yield from ((null, place, question(kind)) for kind in row["kinds"])
     for row in RUNS["bits"]:
         for place in places(row["heads"]):
             yield row["name"], place, codes_of(place, row["settings"])
@@ -141,8 +142,6 @@ def at_equal_bits(out: Path, place: Place, name: str, test: Evaluation) -> None:
     """Codes that are fitted to 320 sequences of 128 tokens, and replace all writes of a head on 64 others. A result
     that exists stays. Some minutes of one core."""
     from hookpoints import HookedRecurrent, embedded
-    from sae_lens_writesae import training_config
-    from sae_lens_writesae.sae.rows import new_sae
     from writesae import sample_sequences
     from writesae.experiment.terms import Terms
 
@@ -154,9 +153,7 @@ def at_equal_bits(out: Path, place: Place, name: str, test: Evaluation) -> None:
     model = HookedRecurrent.from_pretrained(model_name).requires_grad_(False)
     fitted = sample_sequences(model, embedded.text("train"), 128, 320)
     measured = sample_sequences(model, embedded.text("test"), 128, 64)
-    # Only to name the head: the evaluation trains its own dictionaries.
-    cfg = training_config(model, layer, head, d_sae=8, training_tokens=128, context_size=8, verbose=False)
-    test.run(model, new_sae(cfg), measured, reference=Terms(model, fitted)).save(folder)
+    test.run(model, (layer, head), measured, reference=Terms(model, fitted)).save(folder)
 
 
 def without_learning(out: Path, place: Place, tests: Sequence[Evaluation]) -> None:

@@ -166,4 +166,4 @@ def _cosines(cosines: NDArray[np.float64], spots: Integers) -> data.Cosines:
     silent = pd.Series(np.delete(cosines, spots)).dropna().to_numpy()
     low = np.floor(10 * np.nanmin(cosines)) / 10
     high = np.ceil(10 * np.nanmax(cosines)) / 10
-    return data.Cosines(short(np.median(firings)), parts.bars(firings, low, high), parts.bars(silent, low, high))
+    return data.Cosines(short(float(np.median(firings))), parts.bars(firings, low, high), parts.bars(silent, low, high))
