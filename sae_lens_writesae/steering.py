@@ -58,7 +58,9 @@ def value_direction(model: HookedRecurrent, layer: int, head: int, token: int) -
     Source: WriteSAE (arXiv 2605.12770), the sign and install tests. It leaves out later layers, and the gains of head
     norm, gate and final norm.
     """
-    return normalize((model.layer_W_O(layer)[head] @ model.W_U[:, token]).detach(), dim=0)
+    W_O = model.layer_W_O(layer)[head]
+    logit = model.W_U[:, token].to(W_O.device)  # layers and unembedding may lie on two devices
+    return normalize((W_O @ logit).detach(), dim=0)
 
 
 @dataclass(frozen=True, eq=False)

@@ -119,6 +119,8 @@ class _Function(TorchFunctionMode):
             return func(*args)
         if func in (Tensor.data_ptr, Tensor.untyped_storage):
             return func(first.held)
+        if func is Tensor.__deepcopy__:  # which clones the storage of others
+            return args[1].setdefault(id(first), first.detach().clone())
         if func is Tensor.tolist:
             seen.note("sync", "tolist")
             return first.held.tolist()

@@ -142,5 +142,6 @@ def turned(model: nn.Module, backbone: nn.Module | None, keys: Tensor, by: int) 
         return keys
     positions = torch.full((keys.shape[0], 1), by, device=keys.device)
     scaling = getattr(rotary, "attention_scaling", 1.0)  # once in the keys already
-    cos, sin = rotary(keys, positions)
-    return apply(keys, keys, cos / scaling, sin / scaling, unsqueeze_dim=2)[1]
+    # accelerate gives them on the device of the embedding
+    cos, sin = (angle.to(keys.device) / scaling for angle in rotary(keys, positions))
+    return apply(keys, keys, cos, sin, unsqueeze_dim=2)[1]

@@ -340,8 +340,8 @@ class Memory:
 
     @classmethod
     def load(cls, path: str | Path, model: HookedModel) -> Memory:
-        """Read what `save` wrote, onto the model's device. No code is run. Cost: a reading of the model's weights
-        (`fingerprint`), and a pass over one token, which tells the names and shapes that the file has to have.
+        """Read what `save` wrote, onto the devices of the model's layers. No code is run. Cost: a reading of the model's
+        weights (`fingerprint`), and a pass over one token, which tells the names and shapes that the file has to have.
 
         Raises:
             InputError: the file is damaged or not a memory, or was saved for another model, dtype or version.
@@ -359,10 +359,10 @@ class Memory:
             raise InputError(f"{path}: expected {here}, got {wrong}: saved for another model or version, or damaged")
         if said.pop("sha256", None) != seal(named, said):
             raise InputError(f"{path}: damaged, its SHA-256 is not that of what was saved: save the memory again")
-        cache, forms = _checked(model, named, str(path))
-        kept = {name: x.to(model.cfg.device) for name, x in named.items() if not name.startswith("cache/")}
-        kept |= {f"attention/{place}": x for place, x in attention_of(cache, kept["tokens"].shape[1]).items()}
-        return cls(model, cache, kept, forms, model.cfg.dtype, said.get("edited") is not False)
+        first = _checked(model, named, str(path))
+        kept = {name: x.to(first.kept[name].device) for name, x in named.items() if not name.startswith("cache/")}
+        kept |= {f"attention/{place}": x for place, x in attention_of(first.cache, kept["tokens"].shape[1]).items()}
+        return replace(first, kept=kept, edited=said.get("edited") is not False)
 
     # -- helpers
 
@@ -567,8 +567,8 @@ def _said(model: HookedModel) -> dict[str, object]:
     return {"format": 2, "model": fingerprint(model.hf_model), "dtype": str(model.cfg.dtype)}
 
 
-def _checked(model: HookedModel, named: Mapping[str, Tensor], path: str) -> tuple[Cache, dict[int, Form]]:
-    """The cache that a file holds, and the forms of the layers, which a pass over its first token tells.
+def _checked(model: HookedModel, named: Mapping[str, Tensor], path: str) -> Memory:
+    """The memory of a file's first token, which tells names, shapes and devices, with the cache that the file holds.
 
     Raises:
         InputError: its tensors are not those of a memory of this model, by name, dtype or shape.
@@ -591,7 +591,7 @@ def _checked(model: HookedModel, named: Mapping[str, Tensor], path: str) -> tupl
             raise InputError(f"{path}: expected {name} to be {x.dtype} {shape}, got {got.dtype} {list(got.shape)}")
     fill(first.cache, {place: named[f"cache/{place}"].to(x.device) for place, x in places.items()})
     count_tokens(first.cache, count)
-    return first.cache, dict(first.forms)
+    return first
 
 
 def _kind(state: Tensor) -> list[object]:
