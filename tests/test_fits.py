@@ -5,12 +5,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import make_hf
+from safetensors.torch import load_file
 
-from hookpoints import HookedRecurrent, UnsupportedModelError, cost
+from hookpoints import HookedRecurrent, UnknownHookError, UnknownModelError, UnsupportedModelError, cost
+from hookpoints.errors import InputError
+from sae_lens_writesae import collect
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 
@@ -40,3 +44,27 @@ def test_the_page_has_what_is_counted_today() -> None:
     written = fits.PAGE.read_text(encoding="utf-8")
     for line in fits.page({name: fits.counted(name)}).splitlines():
         assert line.removesuffix(" |") in written or line.startswith("|---")
+
+
+@pytest.mark.parametrize(
+    ("model", "asked", "error", "words"),
+    [
+        ("embedded", {"tokens": 0}, InputError, "tokens: expected 1 or more, got 0"),
+        ("embeded", {"tokens": 8}, UnknownModelError, "embedded"),
+        ("embedded", {"tokens": 8, "names_filter": "blocks.1.mixer.hook_rite"}, UnknownHookError, "hook_write"),
+    ],
+)
+def test_what_cannot_be_counted_says_why(model: str, asked: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        cost(model, **asked)
+
+
+@pytest.mark.parametrize("heads", [[0], [0, 1]], ids=str)
+def test_a_collection_takes_what_the_page_says(embedded: HookedRecurrent, heads: list[int], tmp_path: Path) -> None:
+    """On disk: the factors of each head's writes, and the ids of tokens once."""
+    tokens = torch.arange(2, 66).reshape(4, 16)
+    collect(embedded, tokens, [2], heads, tmp_path / "text", targets=("write",), progress=False)
+    shards = [load_file(file) for file in sorted((tmp_path / "text").glob("*.safetensors"))]
+    held = sum(x.nbytes for shard in shards for x in shard.values())
+    shape = embedded.cfg.layer(2)
+    assert held == tokens.numel() * (len(heads) * fits.write_bytes(shape.K, shape.V) + 4)

@@ -340,8 +340,8 @@ class Memory:
 
     @classmethod
     def load(cls, path: str | Path, model: HookedModel) -> Memory:
-        """Read what `save` wrote, onto the devices of the model's layers. No code is run. Cost: a reading of the model's
-        weights (`fingerprint`), and a pass over one token, which tells the names and shapes that the file has to have.
+        """Read what `save` wrote, onto the devices of the model's layers. No code is run. Cost: a reading of the
+        model's weights (`fingerprint`), and a pass over one token, which tells what names and shapes the file needs.
 
         Raises:
             InputError: the file is damaged or not a memory, or was saved for another model, dtype or version.
