@@ -39,7 +39,8 @@ def in_one_pass(tokens: Tensor, device: torch.device) -> list[slice]:
     """Stretches of the sequences [N,T] that a plain pass takes at once. On a CPU one sequence, which caches hold; a GPU
     would wait between the launches of passes so short."""
     count = max(_ROOM.get(device.type, 8192) // tokens.shape[1], 1)
-    return [slice(first, first + count) for first in range(0, len(tokens), count)]
+    # Ends stay within, since callers slice a longer text with them.
+    return [slice(first, min(first + count, len(tokens))) for first in range(0, len(tokens), count)]
 
 
 @dataclass(frozen=True)
