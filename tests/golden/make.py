@@ -11,8 +11,10 @@ import zipfile
 from functools import cache
 from pathlib import Path
 
+import device
 import pandas as pd
 
+from hookpoints import HookedRecurrent
 from writesae.evaluations import EVALUATIONS
 from writesae.experiment.evaluation import Result
 
@@ -25,14 +27,21 @@ FIRST = {case.kind: case.name for case in reversed(CASES)}
 
 
 @cache
-def result_of(name: str) -> Result:
-    """The result of a case, measured once; of an evaluation without one, by its kind, with its own settings."""
+def result_of(name: str, *, on_device: bool = False) -> Result:
+    """The result of a case, measured once, on the host or on the pretended device; of an evaluation without one, by its
+    kind, with its own settings."""
     found = [case for case in CASES if case.name == name]
     case = found[0] if found else Case(name, name, "embedded", QUICK.get(name, {}), {"sae": WRITE})
     saes = {label: make_dictionary(case.model, **recipe) for label, recipe in case.dictionaries.items()}  # type: ignore[arg-type]
     n, length = case.shape
+    tokens = sequences(case.model, length)[:n]
     evaluation = EVALUATIONS[case.kind].from_dict(case.settings)
-    return evaluation.run(load_model(case.model), saes, sequences(case.model, length)[:n], progress=False)
+    if not on_device:
+        return evaluation.run(load_model(case.model), saes, tokens, progress=False)
+    with device.pretended():
+        model = HookedRecurrent.from_pretrained(case.model, device="npu", self_check=False)
+        there = {label: sae.to("npu") for label, sae in saes.items()}
+        return evaluation.run(model, there, tokens, progress=False)
 
 
 def save(name: str) -> None:
