@@ -103,12 +103,15 @@ def users_folder(folder: Path) -> Path:
 EMBEDDED = ["--model", "embedded", "--layers", "2", "--heads", "1"]
 TINY = ["--d-sae", "8", "--training-tokens", "256", "--context-size", "64", "--no-summary"]
 ATOMS = ["--sequences", "4", "--context-size", "48", "--n-atoms", "1", "--min-firings", "1"]
+SIGN = ["--kinds", "sign", "--set", "n_positions=2", "--sequences", "6", "--context-size", "48"]
+SIGN += ["--no-control-dictionaries"]
 COMMANDS: dict[str, list[str]] = {
     "collect": ["collect", *EMBEDDED, "--n-tokens", "256", "--context-size", "64", "--out", "OUT"],
     "train": ["train", *EMBEDDED, *TINY, "--out", "OUT"],
     "demo": ["demo", "--out", "OUT"],
     "report": ["report", "RESULT", "--out", "OUT"],
     "eval": ["eval", "install", "SAE", "--sequences", "4", "--context-size", "48", "--out", "OUT"],
+    "eval --resume": ["eval", "all", "SAE", *SIGN, "--resume", "--out", "OUT"],
     "show": ["show", "SAE", *ATOMS, "--out", "OUT"],
     "export": ["export", "SAE", *ATOMS, "--out", "OUT"],
     "zoo": ["zoo", "--out", "OUT"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import accelerate
 import device
@@ -26,7 +27,7 @@ LAYERS = (2, 4)
 """One on each device."""
 
 
-def moved_by_hand(model: nn.Module, first: int) -> nn.Module:
+def moved_by_hand(model: Any, first: int) -> nn.Module:
     """With the blocks from ``first`` on on the device; each block, and the norm after them, takes its inputs there."""
     for number, block in enumerate(model.model.layers):
         follow(block.to("npu" if number >= first else "cpu"))
@@ -43,12 +44,14 @@ def follow(module: nn.Module) -> None:
     module.register_forward_pre_hook(move, with_kwargs=True)
 
 
-def dispatched(model: nn.Module, first: int) -> nn.Module:
+def dispatched(model: Any, first: int) -> nn.Module:
     """The same by a ``device_map`` of two devices. Without ``main_device`` all would run on the other one."""
     blocks = {f"model.layers.{number}": "npu:0" for number in range(first, len(model.model.layers))}
     others = [name for name, child in model.named_modules() if next(child.parameters(recurse=False), None) is not None]
     host = {name: "cpu" for name in others if not any(name.startswith(f"{block}.") for block in blocks)}
-    return accelerate.dispatch_model(model, host | {"model.rotary_emb": "cpu"} | blocks, main_device="cpu")
+    main: Any = "cpu"  # which accelerate compares as a string
+    places: Any = host | {"model.rotary_emb": "cpu"} | blocks
+    return accelerate.dispatch_model(model, places, main_device=main)
 
 
 SPREADS = [moved_by_hand, dispatched]
