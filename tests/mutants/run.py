@@ -9,7 +9,8 @@ the tests that mirror its module: ``hookpoints/edits/edit.py`` has the folder ``
 ``writesae/push.py`` has ``tests/test_push.py``, and a module without either has the test files that import it.
 These run once unchanged, which shows the tests that execute each line; a mutant gets those alone (of a line that runs
 as its module is imported, those that execute anything of the module), those of its own file first, then the quick ones,
-up to `--seconds` of them. It is *killed* if one of them fails, or if they take four times as long as they did.
+up to `--seconds` of them. It is *killed* if one of them fails, or if they take four times as long as they did. Seconds
+are those of the processor, so that a busy machine tries the same tests.
 
 Every run is a fork of this process, which has imported torch and the other upstreams, and none of the packages. A
 mutant then costs about a second more than its tests.
@@ -39,9 +40,11 @@ import difflib
 import functools
 import importlib
 import json
+import math
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import sys
@@ -74,7 +77,9 @@ UPSTREAM = ("hypothesis", "torch", "transformers", "transformer_lens", "sae_lens
 UPSTREAM += ("scipy.stats", "sklearn.cluster", "matplotlib.pyplot", "jinja2", "pydantic", "peft", "huggingface_hub")
 """What tests import besides the packages: loaded once, before the forks."""
 SLACK = 20.0
-"""Seconds of a run beyond those of its tests: imports, collection, a busy machine."""
+"""Seconds of a run beyond those of its tests: imports, collection."""
+BUSY = 20
+"""Times as many seconds as those of the processor a run may take on the clock."""
 ALSO = {"layer": "hooks"}
 """Rooms whose tests are those of another one, too: hooks fire in layers."""
 LEFT_OUT = (cst.Annotation, cst.Decorator, cst.Import, cst.ImportFrom, cst.Raise)
@@ -206,6 +211,11 @@ def mirror(file: str) -> tuple[str, ...]:
     return tuple(str(test.relative_to(ROOT)) for test in found)
 
 
+def processor_seconds() -> float:
+    """Of this process and of those that it waited for."""
+    return sum(os.times()[:4])
+
+
 class Watch:
     """What each test executes of the packages and how many seconds it takes, of the tests that pass."""
 
@@ -224,9 +234,9 @@ class Watch:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item):
         self.switch(item.nodeid)
-        begin = time.monotonic()
+        begin = processor_seconds()
         result = yield
-        self.seconds[item.nodeid] = round(time.monotonic() - begin, 3)
+        self.seconds[item.nodeid] = round(processor_seconds() - begin, 3)
         self.switch("")
         return result
 
@@ -249,7 +259,7 @@ def forked(root: Path, arguments: list[str], limit: float, watch: Watch | None =
     """Whether pytest passes in a copy, and what it says. Examples are derandomized: kills can be repeated.
 
     Whatever status pytest ends with, a module that cannot be imported counts as a failure, and so does a run that
-    takes longer than `limit` seconds.
+    takes longer than `limit` seconds of the processor.
     """
     options = ["-q", "--tb=line", "-p", "no:cacheprovider", "-p", "_hypothesis_pytestplugin"]
     options += ["--hypothesis-profile=ci", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
@@ -259,6 +269,7 @@ def forked(root: Path, arguments: list[str], limit: float, watch: Watch | None =
         status = 1
         try:
             os.setpgid(0, 0)
+            resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(limit), math.ceil(limit) + 1))
             output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(output, 1)
             os.dup2(output, 2)
@@ -283,7 +294,7 @@ def forked(root: Path, arguments: list[str], limit: float, watch: Watch | None =
             sys.stderr.flush()
             os._exit(status)
     begin, done = time.monotonic(), (0, 0)
-    while not done[0] and time.monotonic() - begin < limit:
+    while not done[0] and time.monotonic() - begin < BUSY * limit:
         time.sleep(0.02)
         done = os.waitpid(child, os.WNOHANG)
     if not done[0]:
