@@ -110,7 +110,7 @@ def _damaged(kind: str) -> Callable[[Path, int], Iterator[Comparison]]:
 
 
 for _kind in KINDS:
-    _off = {"SHA-256 is not compared": [Change(FILE, "found == expected", "True")]}
+    _off = {"SHA-256 is not compared": [Change(FILE, "got != expected", "False")]}
     check("Damaged folders", _off, few=60, many=220)(_damaged(_kind))
 
 

@@ -87,7 +87,7 @@ def interrupts(work, rounds):
 _GLOBAL = {
     "scopes of one thread are in force in all": [
         Change("hookpoints.layer.context:current", "_SCOPES.get()", "globals().get('_ALL', ())"),
-        Change("hookpoints.layer.context:Scope.active", "_SCOPES.get()", "globals().get('_ALL', ())"),
+        Change("hookpoints.layer.context:HookScope.active", "_SCOPES.get()", "globals().get('_ALL', ())"),
         Change(SCOPE, "_SCOPES.get()", "globals().get('_ALL', ())"),
         Change(SCOPE, "_SCOPES.set(", "globals().__setitem__('_ALL', "),
     ]

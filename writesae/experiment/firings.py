@@ -105,8 +105,10 @@ def collect_firings(model: HookedRecurrent, sae: SAE, layer: int, tokens: Tensor
     for some in bar(in_one_pass(tokens, model.cfg.device), "firings", progress):
         _, cache = model.run_with_cache(tokens[some], names_filter=[hook_name], stop_at_layer=layer + 1)
         activations = sae.encode(cache[hook_name].flatten(0, 1).to(place.device, place.dtype))
-        if not bool(activations.isfinite().all()):
-            raise NothingToMeasureError(f"the SAE gives NaN or infinite activations of {hook_name}")
+        finite = activations.isfinite().all(-1)
+        if not bool(finite.all()):
+            sequence = some.start + int(finite.int().argmin()) // tokens.shape[1]
+            raise NothingToMeasureError(f"the SAE gives NaN or infinite activations of {hook_name} in sequence {sequence}")
         places = (activations > 0).nonzero()
         values = activations[places[:, 0], places[:, 1]].float().cpu().numpy()
         row, atom = places.cpu().numpy().T
