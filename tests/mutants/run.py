@@ -261,7 +261,19 @@ def forked(root: Path, arguments: list[str], limit: float, watch: Watch | None =
     Whatever status pytest ends with, a module that cannot be imported counts as a failure, and so does a run that
     takes longer than `limit` seconds of the processor.
     """
-    options = ["-q", "--tb=line", "-p", "no:cacheprovider", "-p", "_hypothesis_pytestplugin"]
+    # One process, whose coverage is seen: xdist is not loaded, and knows its options no more.
+    options = [
+        "-o",
+        "addopts=",
+        "-m",
+        "not slow and not nightly",
+        "-q",
+        "--tb=line",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "_hypothesis_pytestplugin",
+    ]
     options += ["--hypothesis-profile=ci", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
     said = root / "output.txt"
     sys.stdout.flush()

@@ -108,7 +108,9 @@ def collect_firings(model: HookedRecurrent, sae: SAE, layer: int, tokens: Tensor
         finite = activations.isfinite().all(-1)
         if not bool(finite.all()):
             sequence = some.start + int(finite.int().argmin()) // tokens.shape[1]
-            raise NothingToMeasureError(f"the SAE gives NaN or infinite activations of {hook_name} in sequence {sequence}")
+            raise NothingToMeasureError(
+                f"the SAE gives NaN or infinite activations of {hook_name} in sequence {sequence}"
+            )
         places = (activations > 0).nonzero()
         values = activations[places[:, 0], places[:, 1]].float().cpu().numpy()
         row, atom = places.cpu().numpy().T
