@@ -18,16 +18,16 @@ PACKAGES = ("hookpoints", "sae_lens_writesae", "writesae")
 """Each knows only those before it."""
 CEILINGS = {
     "hookpoints": 34_800,
-    "sae_lens_writesae": 17_300,
-    "writesae": 56_500,
+    "sae_lens_writesae": 16_900,
+    "writesae": 57_000,
     "tests": 106_500,
-    "scripts + benchmarks": 29_800,
+    "scripts + benchmarks": 25_800,
 }
 """Expression nodes of folders. A smoke alarm and no target: a commit that needs more says what a reader gains."""
 OFFENDERS = {
-    "hookpoints + sae_lens_writesae + writesae": {"statement": 38, "joined": 64, "function": 7},
-    "tests": {"statement": 48, "joined": 144, "function": 4},
-    "scripts + benchmarks": {"statement": 46, "joined": 44, "function": 3},
+    "hookpoints + sae_lens_writesae + writesae": {"statement": 3, "joined": 0, "function": 3},
+    "tests": {"statement": 48, "joined": 140, "function": 3},
+    "scripts + benchmarks": {"statement": 38, "joined": 31, "function": 1},
 }
 """How many places of each kind folders have. A ratchet: only ever fewer."""
 STATEMENT = 30
