@@ -40,6 +40,8 @@ SHOWN_CONTROLS: tuple[Control, ...] = ("random", "shuffled", "pair_mean", "drawn
 """What is written instead of an atom: directions, and the baselines that recover most."""
 DEMO_PASSES = 4400
 """What the demo takes, in the time that a pass over a sequence does."""
+RIVAL_SENTENCE = "Additive quantizers, which take longer to fit, write as many (`writesae zoo`)."
+"""What the panels leave out: see docs/zoo_board.md."""
 SENTENCES = {
     "recall": "One atom writes a fact into the memory, and the model recalls it",
     "composition": "One atom changes one attribute of a fact, and the others stay",
@@ -230,9 +232,8 @@ def write_facts(n: int, say: Callable[[str], object]) -> list[Opening]:
         rates = {row["method"]: row for row in found["rows"]}
         atom = {kind: share_text(rate) for kind, rate in rates["writesae_product"].items() if isinstance(rate, dict)}
         example = f"{' '.join(text)} → {old}. One atom replaces one write: → {new}."
-        sentence = (
-            f"An atom, {n} facts of `{name}`: " + ", ".join(f"{kind} {rate}" for kind, rate in atom.items()) + "."
-        )
+        shares = ", ".join(f"{kind} {rate}" for kind, rate in atom.items())
+        sentence = f"An atom, {n} facts of `{name}`: {shares}. {RIVAL_SENTENCE}"
         rows: list[tuple[str, float, float, float]] = []
         for method, label in SHOWN_METHODS.items():
             changed = rates[method]["changed"]
