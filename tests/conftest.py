@@ -24,6 +24,7 @@ logging.set_verbosity_error()
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(optionalhook=True)  # xdist may not be loaded
 def pytest_xdist_auto_num_workers(config) -> int | None:
     """One process where files are named: workers import torch again, which takes longer than few tests do."""
     return 0 if any(".py" in name for name in config.args) else None

@@ -325,6 +325,8 @@ def unchanged(root: Path, tests: tuple[str, ...]) -> tuple[coverage.CoverageData
     if not (root / "seconds.json").is_file():
         raise SystemExit(f"the tests {tests} do not run without any mutant:\n{said[-3000:]}")
     seconds, failed = json.loads((root / "seconds.json").read_text())
+    if not seconds:
+        raise SystemExit(f"none of the tests {tests} runs without any mutant:\n{said[-3000:]}")
     for test in failed:
         print(f"         fails without any mutant, and is left out: {test}", flush=True)
     data = coverage.CoverageData(no_disk=True)
