@@ -272,7 +272,7 @@ settings = { budgets = [16], steps = 2, tune_steps = 1, seed = 0 }
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # four minutes of whole commands
 def test_published_runs_are_done_once(tmp_path, monkeypatch):
     """All kinds of rows, at tiny sizes; another call changes no result."""
     small = tomllib.loads(FEW)
