@@ -130,7 +130,7 @@ class Recurrence(CanonicalForm):
         self._check_transition()
         count = self.T * self.R
         past = 0 if past_keys is None else past_keys.shape[-1]
-        # With a channel of its own, each write leaves in a read the weight with which it is read.
+        # Each write gets a separate channel, and so leaves in a read the weight with which it is read.
         ones = torch.eye(count, dtype=self.dtype, device=self.device)
         values = F.pad(ones, (past, 0)).view(self.T, 1, self.R, -1).expand(self.B, -1, self.H, -1, -1)
         state = None if past_keys is None else F.pad(past_keys.to(self.dtype), (0, count))

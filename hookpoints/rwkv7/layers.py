@@ -178,7 +178,7 @@ class RWKV7Attention(nn.Module):
         w = _SLOWEST * decay.to(torch.promote_types(decay.dtype, torch.float32)).sigmoid()
         rate = self.a_lora(xa).sigmoid()
         k = self.k_proj(xk)
-        # The erase has a key of its own, taken before the written one is scaled by the rate.
+        # The erase has a separate key, taken before the written one is scaled by the rate.
         erase = F.normalize(self._heads(k * self.k_k), dim=-1)
         k = k * (1 + (rate - 1) * self.k_a)
         r = self._heads(r)

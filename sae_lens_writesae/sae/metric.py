@@ -127,7 +127,7 @@ class Metric:
         cfg = sae.cfg
         state = dict(sae.state_dict())
         scale = state.pop("encoder_scale", None)
-        # A tied encoder reads the atoms, which move the other way: it gets weights of its own.
+        # A tied encoder reads the atoms, which move the other way: it gets separate weights.
         if scale is not None and cfg.decoder == "rank":
             state |= {"v_enc": sae.v * scale[:, None, None], "w_enc": sae.w}
         elif scale is not None:
