@@ -17,11 +17,11 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("hookpoints", "sae_lens_writesae", "writesae")
 """Each knows only those before it."""
 CEILINGS = {
-    "hookpoints": 34_800,
-    "sae_lens_writesae": 16_900,
-    "writesae": 57_000,
-    "tests": 106_500,
-    "scripts + benchmarks": 25_800,
+    "hookpoints": 37_600,
+    "sae_lens_writesae": 17_900,
+    "writesae": 59_500,
+    "tests": 114_000,
+    "scripts + benchmarks": 27_000,
 }
 """Expression nodes of folders. A smoke alarm and no target: a commit that needs more says what a reader gains."""
 OFFENDERS = {
