@@ -11,16 +11,18 @@ from collections.abc import Container, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from hookpoints.edits.edit import EditPlan
-from hookpoints.recurrence.recurrence import Recurrence
 from hookpoints.rules.base import OpResult
 from hookpoints.scopes import scoped
+
+if TYPE_CHECKING:
+    from hookpoints.recurrence.recurrence import Recurrence
 
 Backend = Literal["auto", "torch", "recurrence"]
 """Who computes the native pass: upstream's op for the device, upstream's torch op, or hookpoints' own kernel (the only

@@ -31,13 +31,11 @@ from transformers import Cache
 
 from hookpoints.errors import InputError, UnsupportedModelError
 from hookpoints.files import atomic_write
-from hookpoints.hooks.guard import Hook, HookSpecs
-from hookpoints.layer.context import Reading, Recorded, all_left, count_tokens, drop_sources, scope
+from hookpoints.layer.context import all_left, count_tokens
 from hookpoints.memory.caches import (
     attends_and_convolves,
     attention_of,
     fill,
-    put_state,
     reach,
     repeated,
     state_of,
@@ -45,23 +43,30 @@ from hookpoints.memory.caches import (
     turned,
     window,
 )
+from hookpoints.memory.passes import (
+    Form,
+    Kept,
+    LayerStates,
+    TokenReader,
+    by_place,
+    concatenated,
+    factors_of,
+    is_stored,
+    put_last,
+    recorded_streams,
+    run_tokens,
+    span_of,
+)
 from hookpoints.memory.sealing import fingerprint, seal
 from hookpoints.model.hooked import HookedModel
-from hookpoints.model.inputs import cache_of, check_tokens, continuing
+from hookpoints.model.inputs import check_tokens
 from hookpoints.model.selfcheck import relative_error, tolerance
-from hookpoints.recurrence.canonical import over_time, tensors, terms
+from hookpoints.recurrence.canonical import tensors, terms
 from hookpoints.recurrence.recurrence import Recurrence
 from hookpoints.rules.base import compute_dtype
 
-LayerStates = dict[int, Tensor]
-"""States [B,H,K,V], or differences of states, by recurrent layer."""
 TokenSpan = slice | tuple[int, int]
 """Tokens start <= t < stop of a memory; negative numbers count from its end."""
-Kept = Mapping[str, Tensor]
-"""What a memory keeps of each token, [B,T,...]: ``tokens``, ``factor/{layer}/{field}``, ``stream/{hook}``,
-``attention/{place in the cache}``; and two kinds of booleans, ``inexact`` (it was read with other tokens in view, or
-after one that was) and ``unmoved/{layer}`` (its attention key has an old position)."""
-
 
 _TOGETHER = 2**24
 """Numbers of a factor up to which layers run together: their factors are copied into one tensor."""
@@ -74,28 +79,6 @@ class WriteTerms(NamedTuple):
     """[B,T,(H,)(R,)K], P_t k_t: the key of each write as the tokens since have left it."""
     values: Tensor
     """[B,T,(H,)(R,)V], u_t."""
-
-
-class _Passed(NamedTuple):
-    """What a pass over some tokens left."""
-
-    cache: Cache
-    attention: dict[str, Tensor]
-    """Keys and values by place, [B,T,H,D], of the tokens of the pass as well."""
-    kept: Kept
-    """Of the tokens that were read."""
-    states: LayerStates
-    """After them."""
-    edited: bool
-
-
-class Form(NamedTuple):
-    """What a recurrent layer has besides the factors of its tokens."""
-
-    value_first: bool
-    """Whether the cache has its state turned, [B,H,V,K]."""
-    scale: float
-    read_before_write: bool
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -128,7 +111,7 @@ class Memory:
         """What differs from the memory of a run over the same tokens; None: nothing but rounding."""
         notes = ["states were set by hand, or written under edits"] if self.edited else []
         notes += [f"{tokens} were read with other tokens in view" for tokens in _stretches(self.kept["inexact"])]
-        for layer, unmoved in _among(self.kept, "unmoved/").items():
+        for layer, unmoved in by_place(self.kept, "unmoved/").items():
             notes += [f"attention of layer {layer} keeps old positions of {tokens}" for tokens in _stretches(unmoved)]
         return "; ".join(notes) or None
 
@@ -213,7 +196,7 @@ class Memory:
         if position == self.T:
             return self
         self._check_explained()
-        kept = _cut(self.kept, 0, position)
+        kept = span_of(self.kept, 0, position)
         return self._read_on(kept, self._scan(kept))
 
     def without(self, span: TokenSpan, reread: int | None = None) -> Memory:
@@ -245,7 +228,7 @@ class Memory:
         if not rest:
             return self.rewind(start)
         self._check_explained()
-        before = _cut(self.kept, 0, start)
+        before = span_of(self.kept, 0, start)
         states = self._scan(before)
         return self._read_on(before, states, self.tokens[:, stop : stop + reread], (self, stop + reread, self.T))
 
@@ -303,7 +286,7 @@ class Memory:
         """
         self._check_states(states)
         cache = copy.deepcopy(self.cache)
-        self._fill(cache, {}, states)
+        self._reader.store(cache, {}, states)
         return replace(self, cache=cache, edited=True)
 
     # -- reading on, and files
@@ -397,14 +380,14 @@ class Memory:
         if self.edited:
             raise InputError("expected a memory whose tokens wrote its states, got one edited by hand: cut before")
 
+    @property
+    def _reader(self) -> TokenReader:
+        return TokenReader(self.model, self.cache, self.forms)
+
     def _recurrence(self, kept: Kept, layer: int) -> Recurrence:
         form = self.forms[layer]
-        factors = _among(kept, f"factor/{layer}/")
+        factors = by_place(kept, f"factor/{layer}/")
         return Recurrence(**factors, scale=form.scale, read_before_write=form.read_before_write)
-
-    def _states_of(self, cache: Cache) -> LayerStates:
-        """Views of the states in a cache."""
-        return {layer: state_of(cache, layer, form.value_first) for layer, form in self.forms.items()}
 
     def _scan(self, kept: Kept, states: LayerStates | None = None) -> LayerStates:
         """States after what the tokens of ``kept`` wrote, made on ``states`` (None: zeros). Layers of one shape on
@@ -435,7 +418,9 @@ class Memory:
         inexact: bool = True,
     ) -> Memory:
         """The memory of the tokens of ``before``, which left ``states``; then those that are read ``again`` [B,T'];
-        then those of another memory (from a token, to a token), whose factors are stored. Cost: one pass (`_pass`).
+        then those of another memory (from a token, to a token), whose factors are stored.
+
+        Cost: one pass (`TokenReader.read_again`).
 
         Args:
             inexact: whether the later tokens were read with others in view.
@@ -446,7 +431,7 @@ class Memory:
             reader = self._read_on(before, states, again)
             return reader._read_on(reader.kept, reader._states(), None, later, inexact)
         other, first, stop = (self, 0, 0) if later is None else later
-        tail = _cut(other.kept, first, stop)
+        tail = span_of(other.kept, first, stop)
         moved_by = before["tokens"].shape[1] + again.shape[1] - first
         moved = stop > first and moved_by
         unmoved = {name: x for name, x in tail.items() if moved and name.startswith("attention/")}
@@ -457,70 +442,20 @@ class Memory:
         if inexact:
             tail["inexact"] = torch.ones_like(tail["inexact"])
         if apart and not again.shape[1]:  # the last tokens have to attend to all others
-            passed = self._pass(_joined(before, tail), states, again, _cut(tail, 0, 0))
+            passed = self._reader.read_again(concatenated(before, tail), states, again, span_of(tail, 0, 0))
         else:
-            passed = self._pass(before, states, again, tail)
-        kept = _joined(before, passed.kept, tail)
+            passed = self._reader.read_again(before, states, again, tail)
+        kept = concatenated(before, passed.kept, tail)
         for name, x in unmoved.items():
             fresh = passed.attention[name.removeprefix("attention/")]
             count = min(window(self.cache), x.shape[1])  # the last ones of the pass
             error = relative_error(fresh[:, -count:], kept[name][:, -count:])
             if not error <= tolerance(x.dtype):  # NaN is an error
-                _put_last(kept, name, x)
-                _put_last(kept, f"unmoved/{name.split('/')[1]}", torch.ones_like(tail["inexact"]))
-        self._fill(passed.cache, kept, self._scan(tail, passed.states))
+                put_last(kept, name, x)
+                put_last(kept, f"unmoved/{name.split('/')[1]}", torch.ones_like(tail["inexact"]))
+        self._reader.store(passed.cache, kept, self._scan(tail, passed.states))
         count_tokens(passed.cache, kept["tokens"].shape[1])
         return replace(self, cache=passed.cache, kept=kept, edited=self.edited or passed.edited)
-
-    def _pass(self, before: Kept, states: LayerStates, again: Tensor, later: Kept) -> _Passed:
-        """The pass that reads tokens ``again`` [B,T'], after those of ``before`` and their ``states``.
-
-        With them it takes the last tokens of ``before`` and of ``later``, as many as convolutions hold. What blocks
-        were given for these is known, and recurrent layers leave them out. So it also leaves the convolutions of the
-        last tokens, and shows which keys attention gives them.
-        """
-        start = before["tokens"].shape[1]
-        reread = again.shape[1]
-        rest = later["tokens"].shape[1]
-        ending = min(window(self.cache), rest)
-        leading = min(window(self.cache) - (0 if reread else ending), start)
-        begin = start - leading
-        end = start + reread + rest
-        place = slice(leading, leading + reread)
-        cache = copy.deepcopy(self.cache) if begin else None
-        if cache is not None:
-            self._fill(cache, _cut(before, 0, begin), {})
-        given: dict[str, Tensor] = {}
-        first = _cut(before, begin, start)
-        last = _cut(later, rest - ending, rest)
-        hooks = [
-            (name.removeprefix("stream/"), _putting(given, name, x, place, last[name]))
-            for name, x in first.items()
-            if name.startswith("stream/")
-        ]
-        tokens = torch.cat([first["tokens"], again, last["tokens"]], 1)
-        positions = torch.tensor([*range(begin, start + reread), *range(end - ending, end)])
-        reading = scope(self.model.attachment, reading=Reading(place, states))
-        with self.model.recording(None if reread else ()) as recorded, reading:
-            cache = _run(self.model, tokens, begin, cache, hooks, positions)
-        attention = attention_of(cache, begin + tokens.shape[1])
-        if not reread:
-            return _Passed(cache, attention, _cut(later, 0, 0), states, False)
-        left = self._states_of(cache)
-        edited = not all_left(recorded, left)
-        kept = given | _factors_of(recorded)
-        kept["tokens"] = again
-        kept["inexact"] = before["inexact"].any(1, keepdim=True).expand(-1, reread)
-        kept |= {f"attention/{name}": x[:, start : start + reread] for name, x in attention.items()}
-        kept |= {name: torch.zeros_like(again, dtype=torch.bool) for name in before if name.startswith("unmoved/")}
-        return _Passed(cache, attention, kept, left, edited)
-
-    def _fill(self, cache: Cache, kept: Kept, states: Mapping[int, Tensor]) -> None:
-        """Put attention's keys and values, and states, into ``cache``."""
-        fill(cache, {place: x.transpose(1, 2) for place, x in _among(kept, "attention/").items()})
-        for layer, state in states.items():
-            put_state(cache, layer, state, self.forms[layer].value_first)
-        drop_sources(cache)
 
 
 def read(model: HookedModel, tokens: Tensor, before: Memory | None = None) -> Memory:
@@ -541,14 +476,14 @@ def read(model: HookedModel, tokens: Tensor, before: Memory | None = None) -> Me
     if before is not None:
         position = before.T
         cache = before.branch(model, tokens)
-    streams, keeping, _ = model.get_caching_hooks(_streams(model))
+    streams, keeping, _ = model.get_caching_hooks(recorded_streams(model))
     with model.recording() as recorded:
-        cache = _run(model, tokens, position, cache, keeping)
-    kept = {"tokens": tokens, **{f"stream/{name}": x for name, x in streams.items() if _is_read(name, cache)}}
+        cache = run_tokens(model, tokens, position, cache, keeping)
+    kept = {"tokens": tokens, **{f"stream/{name}": x for name, x in streams.items() if is_stored(name, cache)}}
     kept["inexact"] = torch.zeros_like(tokens, dtype=torch.bool)
     if before is not None:  # what is read after such tokens is made of what they left
         kept["inexact"] |= before.kept["inexact"].any(1, keepdim=True)
-    kept |= _factors_of(recorded)
+    kept |= factors_of(recorded)
     forms: dict[int, Form] = {}
     edited = before is not None and before.edited
     for layer, record in recorded.items():
@@ -557,7 +492,7 @@ def read(model: HookedModel, tokens: Tensor, before: Memory | None = None) -> Me
     edited |= not all_left(recorded, {layer: state_of(cache, layer, form.value_first) for layer, form in forms.items()})
     attention = attention_of(cache, position + tokens.shape[1])
     kept |= {f"unmoved/{place.split('/')[0]}": torch.zeros_like(kept["inexact"]) for place in attention}
-    kept = kept if before is None else _joined(before.kept, kept)
+    kept = kept if before is None else concatenated(before.kept, kept)
     kept |= {f"attention/{place}": x for place, x in attention.items()}
     return Memory(model, cache, kept, forms, model.cfg.dtype, edited)
 
@@ -604,87 +539,12 @@ def _grows(place: str) -> bool:
     return place.endswith(("/keys/", "/values/"))
 
 
-def _streams(model: HookedModel) -> list[str]:
-    """Hooks that tell what blocks were given, and what mixers added to it."""
-    names: list[str] = []
-    for layer, block in enumerate(model.attachment.layout.blocks):
-        names.append(f"blocks.{layer}.hook_resid_pre")
-        if block.mixer_out is not None:
-            names.append(f"blocks.{layer}.hook_mixer_out")
-    return names
-
-
-def _is_read(stream: str, cache: Cache) -> bool:
-    """Whether what a block keeps of its past is made of this stream: its input, or, where it has a second token shift
-    (RWKV's channel mix), what its mixer adds to that."""
-    layer = stream.split(".")[1]
-    places = [place for place in tensors_of(cache) if place.startswith(f"{layer}/")]
-    if stream.endswith("hook_mixer_out"):
-        return f"{layer}/conv_states/1" in places
-    return bool(places)
-
-
 def _stretches(flags: Tensor) -> list[str]:
     """Where ``flags`` [B,T] are set in some row, in words."""
     edges = F.pad(flags.any(0).long(), (1, 1)).diff()
     starts = (edges == 1).nonzero().flatten().tolist()
     stops = (edges == -1).nonzero().flatten().tolist()
     return [f"tokens {start} to {stop - 1}" for start, stop in zip(starts, stops, strict=True)]
-
-
-def _run(
-    model: HookedModel,
-    tokens: Tensor,
-    position: int,
-    cache: Cache | None,
-    hooks: HookSpecs = (),
-    positions: Tensor | None = None,
-) -> Cache:
-    """The cache after a pass over ``tokens`` [B,T], the first of which stands at ``position``, from ``cache`` on.
-    ``positions`` [T]: of all tokens, where they do not follow one another."""
-    inputs = continuing(model.hf_model, cache, position, tokens)
-    if positions is not None and "position_ids" in inputs:
-        inputs["position_ids"] = positions.to(tokens.device).expand_as(tokens)
-    with torch.no_grad(), scope(model.attachment, first_token=position), model.hooks(hooks):
-        return cache_of(model.hf_model(input_ids=tokens, logits_to_keep=1, **inputs))
-
-
-def _among(tensors: Kept, kind: str) -> dict[str, Tensor]:
-    return {name.removeprefix(kind): x for name, x in tensors.items() if name.startswith(kind)}
-
-
-def _cut(kept: Kept, start: int, stop: int) -> dict[str, Tensor]:
-    return {name: x[:, start:stop] for name, x in kept.items()}
-
-
-def _joined(*parts: Kept) -> dict[str, Tensor]:
-    """Stretches of tokens one after the other; those without tokens are left out."""
-    some = [part for part in parts if part["tokens"].shape[1]]
-    if len(some) == 1:
-        return dict(some[0])
-    return {name: torch.cat([part[name] for part in some], 1) for name in some[-1]}
-
-
-def _put_last(kept: dict[str, Tensor], name: str, x: Tensor) -> None:
-    """Replace what a memory keeps of the last tokens."""
-    kept[name] = torch.cat([kept[name][:, : -x.shape[1]], x], 1)
-
-
-def _factors_of(recorded: Mapping[int, Recorded]) -> dict[str, Tensor]:
-    """What `Kept` names factors, of a recorded pass."""
-    layers = recorded.items()
-    return {f"factor/{layer}/{name}": x for layer, record in layers for name, x in over_time(record.recurrence)}
-
-
-def _putting(given: dict[str, Tensor], name: str, before: Tensor, place: slice, after: Tensor) -> Hook:
-    """A hook that gives a block what it was given ``before`` the tokens at ``place`` and ``after`` them; notes what it
-    is given at these."""
-
-    def put(value: Tensor, hook: object) -> Tensor:
-        given[name] = value[:, place]
-        return torch.cat([before, given[name], after], 1)
-
-    return put
 
 
 def _shapes(r: Recurrence) -> tuple[tuple[str, torch.Size], ...]:
