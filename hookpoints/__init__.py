@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from hookpoints.model.attach import attach
     from hookpoints.model.attribution import check_attribution, source_attribution, write_attribution
     from hookpoints.model.cost import Cost, cost
-    from hookpoints.model.loading import cached, model_types
+    from hookpoints.model.loading import cached, default_device, model_types
     from hookpoints.model.recurrent import HookedRecurrent
     from hookpoints.recurrence.recurrence import Recurrence
     from hookpoints.rules import RULES
@@ -39,7 +39,7 @@ _HOMES = {
     "model.attach": ("attach",),
     "model.attribution": ("check_attribution", "source_attribution", "write_attribution"),
     "model.cost": ("Cost", "cost"),
-    "model.loading": ("cached", "model_types"),
+    "model.loading": ("cached", "default_device", "model_types"),
     "model.recurrent": ("HookedRecurrent",),
     "recurrence.recurrence": ("Recurrence",),
     "rules": ("RULES",),
@@ -66,6 +66,7 @@ __all__ = [
     "cached",
     "check_attribution",
     "cost",
+    "default_device",
     "embedded",
     "errors",
     "model_types",

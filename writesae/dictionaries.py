@@ -373,9 +373,9 @@ class Train:
 
     def training_config(self, collection: Collection, layer: int, head: int, name: DictionaryName) -> RunnerConfig:
         """SAELens' config for one dictionary. Raises what `head_target` and the configs raise."""
-        import torch
         from sae_lens.registry import get_sae_training_class
 
+        from hookpoints import default_device
         from sae_lens_writesae.choices import VARIANTS
         from sae_lens_writesae.sae.runner import training_config
         from writesae.dictionary.traits import matched_flat, sparsity_fields
@@ -400,7 +400,7 @@ class Train:
             architecture=self.architecture,
             d_sae=d_sae,
             sae=sparsity | {name: getattr(self, name) for name in ("normalize_activations", "decoder_init")} | variant,
-            device="cuda" if torch.cuda.is_available() else "cpu",
+            device=default_device(),
             training_tokens=self.training_tokens,
             train_batch_size_tokens=batch,
             store_batch_size_prompts=max(1, buffered // 4),

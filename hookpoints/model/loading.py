@@ -66,7 +66,7 @@ class Loaded(NamedTuple):
 
 
 def default_device() -> str:
-    """Where a model goes of which nothing is said."""
+    """Where a model goes of which nothing is said: "cuda" if there is one, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 

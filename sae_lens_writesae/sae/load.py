@@ -36,7 +36,8 @@ def load_sae(path: str | Path, device: str = "cpu", dtype: str | None = None, *,
 
     Args:
         path: folder with cfg.json and sae_weights.safetensors.
-        device, dtype: as in `SAE.load_from_disk`; by default the dtype of the config.
+        device: by default the CPU, as in `SAE.load_from_disk`; a model goes to `hookpoints.default_device()`.
+        dtype: by default that of the config.
 
     Raises:
         CheckpointError: something is missing, truncated, not finite, belongs to another architecture, is a field that

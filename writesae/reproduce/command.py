@@ -69,16 +69,14 @@ class Reproduce:
                 raise ValueError("published: expected no other flag but --out; its rows have all settings")
             run_published(self.out)
             return
-        import torch
-
-        from hookpoints import HookedRecurrent
+        from hookpoints import HookedRecurrent, default_device
         from writesae.dictionary.traits import sparsity_fields
         from writesae.evaluate import EvalAll, Subjects
 
         EvalAll(subjects=Subjects(saes=()), kinds=self.config.evaluations, set=self.config.set or None).evaluations()
         check_text(self.config.model, self.config.dataset)
         sparsity_fields(self.config.architecture, self.config.k)  # raises where there is no such architecture
-        profile = profile_folder(self.profile or ("gpu" if torch.cuda.is_available() else "laptop"))
+        profile = profile_folder(self.profile or ("laptop" if default_device() == "cpu" else "gpu"))
         if importlib.util.find_spec("snakemake") is None:
             raise ValueError(
                 'the protocol runs on Snakemake: in the clone of the repository, pip install -e ".[study]"'
