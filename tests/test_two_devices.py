@@ -168,3 +168,12 @@ def test_public_calls(worlds: tuple[World, World], name: str) -> None:
     assert len(got) == len(expected)
     for one, other in zip(got, expected):
         assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_dictionary_of_the_other_device_is_refused(worlds: tuple[World, World]) -> None:
+    """SAELens attaches it, and its first pass fails in the middle of the layer."""
+    model = worlds[1].model
+    with pytest.raises(ValueError, match=r"expected one on npu:0, as blocks\.1\..*, got one on cpu; move it: sae\.to"):
+        model.run_with_saes(TOKENS, saes=[random_sae(model)])
+    assert not model.acts_to_saes
+    assert [str(model.layer_device(layer)) for layer in range(2)] == ["cpu", "npu:0"]

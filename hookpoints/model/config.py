@@ -107,13 +107,14 @@ class HookedRecurrentConfig:
             )
 
 
-def device_of(embed: nn.Module) -> torch.device:
-    """Where token ids go: the embedding's device, or where accelerate brings its offloaded weight for the call."""
-    device = cast(torch.Tensor, embed.weight).device
-    execution = getattr(getattr(embed, "_hf_hook", None), "execution_device", None)
-    if device.type != "meta" or execution is None:
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module computes: the device of its weights, or the one to which accelerate brings them for the call."""
+    device = next(module.parameters()).device
+    if device.type != "meta":
         return device
-    return torch.device(execution)
+    hooks = [getattr(part, "_hf_hook", None) for part in module.modules()]
+    places = [getattr(hook, "execution_device", None) for hook in hooks]
+    return torch.device(next((place for place in places if place is not None), device))
 
 
 def describe(model: nn.Module, layout: ModelLayout, name: str | None, backend: str) -> HookedRecurrentConfig:

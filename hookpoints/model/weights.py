@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hookpoints.errors import UnsupportedModelError
+from hookpoints.model.config import device_of
 from hookpoints.model.hooked import HookedModel
 from hookpoints.model.layout import Added, Part, out_projection
 
@@ -122,6 +123,10 @@ class Weights(HookedModel):
                 "model.layer_W_O(layer), those of one layer"
             )
         return torch.stack(weights)
+
+    def layer_device(self, layer: int) -> torch.device:
+        """Where a block computes. Blocks of a model that is spread over several devices have different ones."""
+        return device_of(self.attachment.layout.blocks[layer].block)
 
     def layer_W_O(self, layer: int, part: Part | None = None) -> Tensor:
         """[H, V, d_model]: how each head of a layer reaches the residual stream, the block's own multiplier included.

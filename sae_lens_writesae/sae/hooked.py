@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, cast
 
 from sae_lens import HookedSAETransformer
@@ -47,12 +48,24 @@ class HookedSAERecurrent(HookedRecurrent):
 
         Raises:
             UnknownHookError: this model lacks the SAE's hook.
-            ValueError: the hook carries matrices of another size.
+            ValueError: the hook carries matrices of another size, or its layer is on another device than the SAE, which
+                stays where it is, as in SAELens.
         """
         name = str(sae.cfg.metadata.hook_name)
         if name not in self._acts_to_saes:
             check_hook(self, name, sae.cfg)
+        self._check_device(sae, name)
         HookedSAETransformer.add_sae(cast(Any, self), sae, *args, **kwargs)
+
+    def _check_device(self, sae: Dictionary, name: str) -> None:
+        """Raise ValueError unless an SAE is where its hook fires, before a pass fails in the middle of a layer."""
+        layer = re.match(r"blocks\.(\d+)\.", name)
+        expected = self.cfg.device if layer is None else self.layer_device(int(layer[1]))
+        got = next(sae.parameters()).device
+        if got != expected and expected.type != "meta":
+            raise ValueError(
+                f"sae: expected one on {expected}, as {name}, got one on {got}; move it: sae.to('{expected}')"
+            )
 
     def forward(self, input: Any, *args: Any, **kwargs: Any) -> Any:
         """`HookedRecurrent.forward` with the attached SAEs."""
