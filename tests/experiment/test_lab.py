@@ -10,7 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from saes import HEAD, LAYER, logits_with_write, random_sae
-from torch import Tensor
+from torch import Tensor, nn
 
 from hookpoints import HookedRecurrent, UnknownHookError
 from writesae.experiment.lab import EditedRows, Lab, Trial
@@ -139,6 +139,17 @@ def test_sites_have_the_head_and_the_rows_of_each_sequence(model64: HookedRecurr
     assert part.writes.keys.shape[0] == 6
     both = lab.native_writes([2, 0])
     torch.testing.assert_close(both.rows(slice(T, None)).dense(), sites[0].writes.dense())
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_a_recurrence_runs_the_model_up_to_its_layer(model64: HookedRecurrent) -> None:
+    finished: list[nn.Module] = []
+    blocks = model64.hf_model.model.layers
+    handles = [block.register_forward_hook(lambda block, *_: finished.append(block)) for block in blocks]
+    make_lab(model64).recurrence(0)
+    for handle in handles:
+        handle.remove()
+    assert finished == list(blocks)[: LAYER + 1]
 
 
 @pytest.mark.parametrize(
