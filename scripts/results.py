@@ -50,6 +50,8 @@ Asked = tuple[str, str, str]
 """Number and words of a claim, and a model."""
 UNREAD = ("kl_at", "kl_next", "reverse_kl_window", "reverse_kl_at", "reverse_kl_next", "norm")
 """Columns of substitution that no finding reads."""
+ANSWER = ("number", "claim", "model", "head", "dictionary", "estimate", "n", "controls", "verdict")
+"""Columns of an answer to a question."""
 FEW = 100
 """Different values in a column of measurements. A column with fewer may hold settings, and is saved as it is."""
 
@@ -121,8 +123,7 @@ def strongest(controls: str) -> str:
 
 
 def answered(found: dict[str, list[Result]], kind: str) -> list[list[str]]:
-    """A row for each answer to a question: number of the claim, claim, model, head, dictionary, estimate, n, controls,
-    verdict."""
+    """A row for each answer to a question, with the columns of `ANSWER`."""
     return sorted(
         [
             f"{claim.number:>2}" if claim.number else "–",
@@ -135,6 +136,16 @@ def answered(found: dict[str, list[Result]], kind: str) -> list[list[str]]:
         for label, claim in answers([each for each in found[recipe] if each.kind == kind])
         if kind != "bits" or ";" not in label  # heads are in a table of their own
     )
+
+
+def by_model(answers: list[list[str]]) -> str:
+    """A table with a row for each claim and model: how many answers there are, and how many have which verdict."""
+    verdicts = sorted({answer[-1] for answer in answers}, key=lambda verdict: (verdict != "holds", verdict))
+    asked = defaultdict(Counter[str])
+    for claim_number, claim, model, *_, verdict in answers:
+        asked[claim_number, claim, model][verdict] += 1
+    rows = [[*claim, counts.total(), *(counts[verdict] for verdict in verdicts)] for claim, counts in asked.items()]
+    return table(["", "claim", "model", "answers", *verdicts], rows)
 
 
 def uncontrolled(kind: str, claim: Claim) -> bool:
@@ -204,12 +215,13 @@ def side(lead: Estimate) -> str:
     return "ahead" if lead.low > 0 else "behind" if lead.high < 0 else "neither"
 
 
-def pages(folder: Path) -> dict[str, str]:
-    """The pages of results and of dictionaries by name, from the tables in a folder."""
+def pages(folder: Path) -> tuple[dict[str, str], pd.DataFrame]:
+    """The pages of results and of dictionaries by name, from the tables in a folder; and all answers, one in a row."""
     nulls = [*NULLS.values(), UNTRAINED]
     words = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE / "results"), undefined=jinja2.StrictUndefined)
     words.globals |= {
         "table": table,
+        "by_model": by_model,
         "said": said,
         "number": number,
         "percent": percent,
@@ -236,7 +248,7 @@ def pages(folder: Path) -> dict[str, str]:
                 [*claim, f"{sum(row[-1] in ('holds', UNCONTROLLED) for row in own)} of {len(own)}", *counts]
             )
             anyhow += own
-    return {
+    rendered = {
         name: words.get_template(name).render(
             found=found,
             questions=questions,
@@ -246,6 +258,9 @@ def pages(folder: Path) -> dict[str, str]:
         )
         for name in ("results.md", "dictionaries.md")
     }
+    every = [[question, *row] for question, rows in questions.items() for row in rows]
+    every += [["any direction", *row] for row in anyhow]
+    return rendered, pd.DataFrame(every, columns=["question", *ANSWER])
 
 
 def zoo_page() -> str:
@@ -263,7 +278,9 @@ def main() -> None:
         return
     for folder in sys.argv[1:]:
         pack(Path(folder) / "runs", DOCS / "results")
-    for name, text in (pages(DOCS / "results") | {"zoo_board.md": zoo_page()}).items():
+    rendered, every = pages(DOCS / "results")
+    every.to_parquet(DOCS / "results" / "answers.parquet", index=False, compression="zstd", compression_level=19)
+    for name, text in (rendered | {"zoo_board.md": zoo_page()}).items():
         (DOCS / name).write_text(text, encoding="utf-8")
 
 

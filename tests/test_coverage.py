@@ -106,8 +106,10 @@ def test_a_claim_needs_control_dictionaries_and_is_counted_apart_where_nothing_w
 
 @pytest.mark.slow
 def test_the_pages_of_results_follow_from_the_tables() -> None:
-    for name, made in results.pages(ROOT / "docs" / "results").items():
+    pages, answers = results.pages(ROOT / "docs" / "results")
+    for name, made in pages.items():
         assert made == (ROOT / "docs" / name).read_text(encoding="utf-8")
+    pd.testing.assert_frame_equal(answers, pd.read_parquet(ROOT / "docs/results/answers.parquet"))
 
 
 def test_readme_counts_answers_as_the_page_does() -> None:
