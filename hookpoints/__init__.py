@@ -17,13 +17,13 @@ import hookpoints._waiting  # before torch loads  # noqa: F401
 
 if TYPE_CHECKING:
     from hookpoints import embedded, errors, zoo
+    from hookpoints.circuit.nodes import write_attribution
     from hookpoints.edits.edit import EditRow, WriteEdit
     from hookpoints.edits.session import EditSession
     from hookpoints.errors import EditError, HookpointsError, UnknownHookError, UnknownModelError, UnsupportedModelError
     from hookpoints.hooks.table import HOOKS
     from hookpoints.memory.memory import Memory
     from hookpoints.model.attach import attach
-    from hookpoints.model.attribution import check_attribution, source_attribution, write_attribution
     from hookpoints.model.cost import Cost, cost
     from hookpoints.model.loading import cached, default_device, model_types
     from hookpoints.model.recurrent import HookedRecurrent
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
     from hookpoints.rules import RULES
 
 _HOMES = {
+    "circuit.nodes": ("write_attribution",),
     "edits.edit": ("EditRow", "WriteEdit"),
     "edits.session": ("EditSession",),
     "errors": ("EditError", "HookpointsError", "UnknownHookError", "UnknownModelError", "UnsupportedModelError"),
     "hooks.table": ("HOOKS",),
     "memory.memory": ("Memory",),
     "model.attach": ("attach",),
-    "model.attribution": ("check_attribution", "source_attribution", "write_attribution"),
     "model.cost": ("Cost", "cost"),
     "model.loading": ("cached", "default_device", "model_types"),
     "model.recurrent": ("HookedRecurrent",),
@@ -64,13 +64,11 @@ __all__ = [
     "WriteEdit",
     "attach",
     "cached",
-    "check_attribution",
     "cost",
     "default_device",
     "embedded",
     "errors",
     "model_types",
-    "source_attribution",
     "write_attribution",
     "zoo",
 ]

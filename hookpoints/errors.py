@@ -57,6 +57,10 @@ class BridgeWarning(UserWarning):
     """Some hooks of a TransformerBridge do not fire while hook points are attached to its model."""
 
 
+class PredictionWarning(UserWarning):
+    """A prediction of what an edit does is worse than usual. The message says why."""
+
+
 class DamageWarning(UserWarning):
     """A file that an unfinished run left is damaged. It was renamed, and what it held is made again."""
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
 import torch
 from conftest import VOCAB, make_hf
@@ -95,11 +94,6 @@ def questioned(world: World) -> dict[str, Any]:
     return {"Substitution": writesae.Substitution(**settings).run(world.model, world.sae, TOKENS)}
 
 
-def checked(world: World) -> Any:
-    table = pd.DataFrame([{"layer": LAYER, "head": HEAD, "position": t, "attribution": t / 10} for t in (3, 5)])
-    return hookpoints.check_attribution(world.model, TOKENS[:1], metric, table)
-
-
 CALLS: dict[str, Callable[[World], Any]] = {
     "HookedRecurrent.from_hf": lambda w: HookedSAERecurrent.from_hf(make_hf()),
     "HookedRecurrent.from_pretrained": lambda w: HookedRecurrent.from_pretrained("recall"),
@@ -130,8 +124,6 @@ CALLS: dict[str, Callable[[World], Any]] = {
     "Memory.recurrence": lambda w: w.model.memory(TOKENS).recurrence(0),
     "Memory.load": saved,
     "attach": attached,
-    "check_attribution": checked,
-    "source_attribution": lambda w: hookpoints.source_attribution(w.model, TOKENS[:1], LAYER, 3),
     "write_attribution": lambda w: hookpoints.write_attribution(w.model, TOKENS[:1], metric),
     "collect": collected,
     "fit_metrics": lambda w: sae_lens_writesae.fit_metrics(w.model, TOKENS, [(LAYER, HEAD)]),
@@ -148,7 +140,7 @@ CALLS: dict[str, Callable[[World], Any]] = {
 """Public calls that run a model."""
 
 BACKWARD = {
-    *("source_attribution", "write_attribution", "fit_metrics", "train"),
+    *("write_attribution", "fit_metrics", "train"),
     *("HookedRecurrent.recording", "HookedRecurrent.run_with_cache (cache)"),
     "HookedRecurrent.run_with_cache_with_saes (cache)",
 }

@@ -64,7 +64,7 @@ def attributed(world: World, n: int = 16) -> dict[str, float]:
         def lead(logits: Tensor, answer: int = answer) -> Tensor:
             return logits[0, -1, answer] - logits[0, -1].mean()
 
-        table = write_attribution(world.model, text, lead)
+        table = write_attribution(world.model, text, lead, frozen=True)  # these answers are saturated
         top = table.loc[table.attribution.abs().nlargest(n_heads).index]
         held = (top.layer == holder.layer) & top["head"].isin(holder.heads) & (top.position == int(facts.at[b]))
         hits += held.mean() / n

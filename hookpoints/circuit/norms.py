@@ -1,0 +1,170 @@
+"""Norms to autograd: with their scale held fixed, or with their scale apart, so that a change goes through exactly.
+
+Both are function modes of torch, so that they need no code for a family: a norm is what takes a root of a mean square.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+_ROOTS = (torch.sqrt, Tensor.sqrt)
+_INVERSE_ROOTS = (torch.rsqrt, Tensor.rsqrt)
+_NORMS = (F.layer_norm, F.group_norm, F.rms_norm)
+Arguments = tuple[object, ...]
+
+
+class Normed(NamedTuple):
+    """What a norm function of torch makes of its input, in parts."""
+
+    square: Tensor
+    """The mean square that it divides by the root of, its eps included."""
+    direction: Tensor
+    """The input, its mean taken off by LayerNorm and GroupNorm: [...,G,D/G] for G groups."""
+    centered: bool
+    weight: Tensor | None
+    bias: Tensor | None
+
+    def scaled(self, scale: Tensor) -> Tensor:
+        """The norm's output with ``scale`` [...,G,1] for one over the root."""
+        value = (self.direction * scale).flatten(-2)
+        value = value if self.weight is None else value * self.weight
+        return value if self.bias is None else value + self.bias
+
+
+def _norm_of(func: Callable[..., Tensor], args: Arguments, kwargs: Mapping[str, object]) -> Normed:
+    """The parts of a call of one of ``_NORMS`` over the last axis."""
+    names = ("input", "num_groups" if func is F.group_norm else "normalized_shape", "weight", "bias", "eps")
+    if func is F.rms_norm:
+        names = ("input", "normalized_shape", "weight", "eps")
+    given = {**dict(zip(names, args)), **kwargs}
+    x = given["input"]
+    weight = given.get("weight")
+    bias = given.get("bias")
+    eps = given.get("eps")
+    groups = given.get("num_groups", 1)
+    assert isinstance(x, Tensor) and isinstance(groups, int)
+    if eps is None:
+        eps = torch.finfo(x.dtype).eps if func is F.rms_norm else 1e-5
+    assert isinstance(eps, float)
+    direction = x.unflatten(-1, (groups, -1))
+    centered = func is not F.rms_norm
+    if centered:
+        direction = direction - direction.mean(-1, keepdim=True)
+    square = direction.square().mean(-1, keepdim=True) + eps
+    weight = weight if isinstance(weight, Tensor) else None
+    return Normed(square, direction, centered, weight, bias if isinstance(bias, Tensor) else None)
+
+
+class FrozenNorms(TorchFunctionMode):
+    """While this is on, norms are to autograd what they are at a fixed scale: gain * (x - mean) / scale + bias. Values
+    do not change."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Tensor],
+        types: Iterable[type],
+        args: Arguments = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> Tensor:
+        value = func(*args, **(kwargs or {}))
+        if func in _ROOTS or func in _INVERSE_ROOTS:
+            return value.detach()
+        if func is F.normalize and value.requires_grad:
+            return _at_fixed_length(value, args[0])
+        if func not in _NORMS or not value.requires_grad:
+            return value
+        norm = _norm_of(func, args, kwargs or {})
+        linear = norm.scaled(norm.square.rsqrt().detach())
+        return value.detach() + (linear - linear.detach())
+
+
+def _at_fixed_length(value: Tensor, x: object) -> Tensor:
+    """What ``F.normalize`` made of x [...,D] over its last axis, its length a constant."""
+    assert isinstance(x, Tensor)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12).detach()
+    return value.detach() + (x - x.detach()) / length
+
+
+class Constants(FrozenNorms):
+    """`FrozenNorms`, and patterns of softmax attention are constants: where an answer is saturated, gradients of norms
+    and gates point the wrong way, and what the values carry is left."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Tensor],
+        types: Iterable[type],
+        args: Arguments = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> Tensor:
+        if func is F.scaled_dot_product_attention:
+            query, key, *rest = args
+            assert isinstance(query, Tensor) and isinstance(key, Tensor)
+            return func(query.detach(), key.detach(), *rest, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+class HeadNorm(NamedTuple):
+    """One norm between a head's read and what the head hands on."""
+
+    square: Tensor
+    """The mean square that it takes a root of; differentiable by the reads."""
+    level: Tensor
+    """Ones: its scale is a constant times this."""
+    centered: bool
+    """Whether it takes the mean off."""
+    sign: int
+    """Power of `level` in the output: 1, or -1 where the norm divides by it."""
+
+
+class ScalesApart(TorchFunctionMode):
+    """Between `begin` and `end` each norm is linear in its input and in its scale, a constant times ``level``. What the
+    norms were is in the list that `begin` returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._norms: list[HeadNorm] | None = None
+
+    def begin(self) -> list[HeadNorm]:
+        """Collect norms from here on."""
+        self._norms = []
+        return self._norms
+
+    def end(self) -> None:
+        """Leave norms alone from here on."""
+        self._norms = None
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Tensor],
+        types: Iterable[type],
+        args: Arguments = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> Tensor:
+        norms = self._norms
+        if norms is None or not (func in _NORMS or func in _ROOTS or func in _INVERSE_ROOTS):
+            return func(*args, **(kwargs or {}))
+        self._norms = None  # the norm's own roots are no further norms
+        try:
+            return _apart(norms, func, args, kwargs or {})
+        finally:
+            self._norms = norms
+
+
+def _apart(norms: list[HeadNorm], func: Callable[..., Tensor], args: Arguments, kwargs: Mapping[str, object]) -> Tensor:
+    if func in _NORMS:
+        norm = _norm_of(func, args, kwargs)
+        level = torch.ones_like(norm.square, requires_grad=True)
+        norms.append(HeadNorm(norm.square, level, norm.centered, 1))
+        return norm.scaled(norm.square.rsqrt().detach() * level)
+    square = args[0]
+    assert isinstance(square, Tensor)
+    value = func(*args, **kwargs).detach()
+    level = torch.ones_like(value, requires_grad=True)
+    norms.append(HeadNorm(square, level, False, 1 if func in _INVERSE_ROOTS else -1))
+    return value * level

@@ -1,0 +1,122 @@
+"""Predicted effects of writes: exact through recurrence and norm in every family, derivatives to first order."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from conftest import MAKERS, VOCAB, KeepFloat64, hooked_in_float64, make_hf
+from torch import Tensor
+
+from hookpoints import HookedRecurrent, WriteEdit, write_attribution
+from hookpoints.circuit.nodes import read_gradients, record
+from hookpoints.errors import InputError, PredictionWarning
+
+SEQUENCE = torch.randint(1, VOCAB, (1, 24), generator=torch.Generator().manual_seed(3))
+OTHER = torch.randint(1, VOCAB, (1, 24), generator=torch.Generator().manual_seed(4))
+
+
+def metric(logits: Tensor) -> Tensor:
+    return logits[0, -1, 5] - logits[0, -1].log_softmax(-1)[9]
+
+
+def at(table, layer: int, head: int, position: int) -> float:
+    (value,) = table.query("layer == @layer and head == @head and position == @position")["attribution"]
+    return value
+
+
+@pytest.mark.parametrize("corrupt", [None, OTHER], ids=["deleted", "replaced"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_write_goes_exactly_through_recurrence_and_norm(
+    hooked64: HookedRecurrent, corrupt: Tensor | None, frozen: bool
+) -> None:
+    """What an edited run hands on, times the gradient there, in every family."""
+    model = hooked64
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PredictionWarning)
+        table = write_attribution(model, SEQUENCE, metric, corrupt=corrupt, frozen=frozen)
+    assert len(table) == SEQUENCE.shape[1] * sum(model.cfg.layer(layer).H for layer in model.cfg.recurrent_layers)
+    gradients = read_gradients(model, SEQUENCE, metric, frozen).handed_on
+    donors = None if corrupt is None else record(model, corrupt)
+    for layer in (model.cfg.recurrent_layers[0], model.cfg.recurrent_layers[-1]):
+        name = f"blocks.{layer}.mixer.hook_z"
+        with torch.no_grad():
+            _, plain = model.run_with_cache(SEQUENCE, names_filter=name)
+        for head, position in ((0, 3), (model.cfg.layer(layer).H - 1, 17)):
+            edit = WriteEdit(layer, head, position, mode="delete")
+            if donors is not None:
+                r = donors[layer]
+                edit = WriteEdit(
+                    layer, head, position, keys=r.k[0, position, head], values=r.u[0, position, head], mode="replace"
+                )
+            with torch.no_grad(), model.edits(edit):
+                _, edited = model.run_with_cache(SEQUENCE, names_filter=name)
+            expected = float(((plain[name] - edited[name]) * gradients[layer]).sum())
+            found = at(table, layer, head, position)
+            assert found == pytest.approx(expected, rel=1e-6, abs=1e-10), (layer, head, position)
+            assert abs(expected) > 1e-9
+
+
+def test_first_order_is_a_derivative(hooked64: HookedRecurrent) -> None:
+    """A write made a little smaller takes off its share of the metric."""
+    table = write_attribution(hooked64, SEQUENCE, metric, through=None)
+    layers = hooked64.cfg.recurrent_layers
+    for layer, head, position in ((layers[0], hooked64.cfg.layer(layers[0]).H // 2, 3), (layers[-1], 0, 20)):
+
+        def shrunk(step, layer=layer, head=head, position=position):
+            def hook(u, hook):
+                u[:, position, head] *= 1 - step
+
+            name = f"blocks.{layer}.mixer.hook_write_value"
+            with torch.no_grad():
+                return float(metric(hooked64.run_with_hooks(SEQUENCE, fwd_hooks=[(name, hook)])))
+
+        slope = (shrunk(-1e-4) - shrunk(1e-4)) / 2e-4
+        assert at(table, layer, head, position) == pytest.approx(slope, rel=1e-3, abs=1e-7)
+
+
+def test_a_layer_that_bends_its_reads_is_predicted_to_first_order(tokens: Tensor) -> None:
+    hf: Any = make_hf()
+    norm = hf.model.layers[1].linear_attn.norm
+
+    class Bent(torch.nn.Module):
+        def forward(self, reads, gate):
+            return norm(reads, gate).tanh()
+
+    hf.model.layers[1].linear_attn.norm = Bent()
+    model = HookedRecurrent.from_hf(hf)
+    with pytest.warns(PredictionWarning, match="layer 1: a function that bends"):
+        table = write_attribution(model, tokens[:1], metric)
+    first_order = write_attribution(model, tokens[:1], metric, through=None)
+    same = (table.attribution - first_order.attribution).abs() < 1e-9
+    assert same[table.layer == 1].all() and not same[table.layer == 0].all()
+    assert not any(point.fwd_hooks for point in model.hook_dict.values())
+
+
+def test_a_head_without_a_norm_is_linear() -> None:
+    """Mamba-1 hands its reads on through a gate alone, so that both kinds of prediction agree."""
+    model = hooked_in_float64("mamba")
+    with KeepFloat64():
+        tables = [write_attribution(model, SEQUENCE, metric, through=through) for through in ("norm", None)]
+    torch.testing.assert_close(*(torch.tensor(table.attribution.to_numpy()) for table in tables), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda model, tokens: write_attribution(model, tokens, metric), "one sequence"),
+        (lambda model, tokens: write_attribution(model, tokens[:1], metric, corrupt=tokens[:1, 1:]), "as many as"),
+        (lambda model, tokens: write_attribution(training(model), tokens[:1], metric), "training mode"),
+    ],
+)
+def test_bad_input_is_named(tokens: Tensor, ask, message: str) -> None:
+    assert "qwen3_5" in MAKERS
+    with pytest.raises(InputError, match=message):
+        ask(HookedRecurrent.from_hf(make_hf()), tokens)
+
+
+def training(model: HookedRecurrent) -> HookedRecurrent:
+    model.train()
+    return model
