@@ -50,8 +50,7 @@ four published models. For any other model, `writesae models --cost NAME --token
   `torch.cuda.max_memory_allocated()`.
 * An edit of a matrix hook (`hook_write`, `hook_state`) builds the matrix twice more while its layer runs.
 * No GPU was used. Bytes are counted in a pass over shapes alone; `tests/test_cost.py` compares them
-  with real runs of tiny models of every family that loads, to the byte. Two families cannot be counted: `glm5_next`
-  and `qwen4_exp`.
+  with real runs of tiny models of every family that loads, to the byte.
 * Weights are in bfloat16. Factors, writes, states and patterns of recurrent layers are float32 whatever the weights
   are.
 * All numbers are of one sequence. B sequences take B times as many.

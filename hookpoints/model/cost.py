@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental import _config as of_shapes
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig
 
@@ -89,7 +90,9 @@ def cost(
         raise InputError(f"tokens: expected 1 or more, got {tokens}")
     empty = _empty(model, dtype)
     ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
-    with torch.no_grad(), _NoNumbers():
+    # Attention that picks tokens by their scores (GLM-5-Next, Qwen4) is taken to pick all: hooks hold the same.
+    picks_all = of_shapes.patch(meta_nonzero_assume_all_nonzero=True)  # pyright: ignore[reportAttributeAccessIssue]
+    with torch.no_grad(), _NoNumbers(), picks_all:
         try:
             every = _kept(empty, ids, lambda name: True)
         except (NotImplementedError, RuntimeError) as error:
