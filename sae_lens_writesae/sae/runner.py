@@ -27,7 +27,7 @@ from sae_lens import (
 from torch import Tensor
 from transformer_lens import HookedRootModule
 
-from hookpoints import HookedRecurrent, Recurrence
+from hookpoints import HookedRecurrent, Recurrence, default_device
 from sae_lens_writesae.choices import Loss, MetricName
 from sae_lens_writesae.sae.architectures import training_config_class
 from sae_lens_writesae.sae.chunks import StateStack
@@ -112,7 +112,8 @@ def training_config(
         loss: `reads` or `write` mix in what queries read, or atoms along the write, with the share `loss_weight` (see
             `sae.losses`). These two need a collection, because SAELens' own runner lacks what they compare with.
         sae: further fields of the SAE's config, such as `{"k": 32, "encoder": "tied"}`.
-        runner: further fields of `LanguageModelSAERunnerConfig`, such as `training_tokens`.
+        runner: further fields of `LanguageModelSAERunnerConfig`, such as `training_tokens`. By default `device` is that
+            of the model, and with a collection `hookpoints.default_device()`.
 
     Raises:
         ValueError: a metric of states, and what `training_config_class`, `head_target` and the configs raise.
@@ -131,7 +132,7 @@ def training_config(
         "sequence_separator_token": None,
         "streaming": False,
         "is_dataset_tokenized": False,
-        "device": "cpu" if collected else str(model.cfg.device),
+        "device": default_device() if collected else str(model.cfg.device),
         "logger": LoggingConfig(log_to_wandb=False),
         "n_checkpoints": 0,
         "checkpoint_path": None,
