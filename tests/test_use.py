@@ -15,6 +15,7 @@ from writesae.demo import Demo
 from writesae.dictionary.quality import LASTING
 from writesae.use import detection, steering
 from writesae.use.features import HeadTerms, features_of
+from writesae.use.memory import LATER, tokens_read, ways_to_cut
 
 
 def test_the_pages_are_made_of_the_records(tmp_path):
@@ -59,6 +60,21 @@ def test_explanations_find_what_tokens_decide_and_nothing_in_random_firings():
     seen, fires = (torch.stack([x.flatten() == 3, at], 1).float() for x, at in zip((tokens, new), noise))
     found = detection.scores(*detection.predicted(tokens, seen, new, 9), fires)["balanced accuracy"]
     assert found[0] == 1 and abs(found[1] - 0.5) < 0.03
+
+
+def test_scores_of_predictions_by_hand():
+    """Two atoms: 3 of 4 predictions are hits of 5 firings, and 1 of 2 of 2. Means of 0.4 are passed five times."""
+    fires = torch.tensor([[1, 1, 1, 1, 1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0, 0, 0, 0]]).T.float()
+    rates = torch.tensor([[9, 8, 7, 0, 0, 6, 5, 0, 0, 0], [0, 9, 8, 0, 0, 0, 0, 0, 0, 0]]).T / 10
+    found = detection.scores(rates, torch.tensor([0.4, 0.4]), fires)
+    assert found["F1"] == pytest.approx([2 * 3 / (4 + 5), 2 * 1 / (2 + 2)], abs=1e-3)
+    assert found["balanced accuracy"] == pytest.approx([(3 / 5 + 3 / 5) / 2, (1 / 2 + 7 / 8) / 2], abs=1e-3)
+
+
+def test_ways_to_cut_read_the_share_of_the_later_tokens_that_their_names_say():
+    for m in LATER:
+        shares = {"without": 0, "reread 4": 4 / m, "reread m/4": 0.25, "reread m/8, and the last m/8": 0.25}
+        assert tokens_read(m) == shares | {"reread m (exact)": 1} and tokens_read(m).keys() == ways_to_cut(m).keys()
 
 
 @torch.no_grad()

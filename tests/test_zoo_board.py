@@ -18,6 +18,7 @@ from writesae.cli import main
 from writesae.known import board as boards
 from writesae.known import sides
 from writesae.known.board import scored
+from writesae.known.scores import attributed, purity
 from writesae.known.sides import HeadCode, of_labels, of_product, of_sides
 from writesae.known.states import pursue_pairs, share_held
 from writesae.known.world import Facts, World
@@ -67,6 +68,19 @@ def test_a_broken_scorer_is_caught(
     monkeypatch.setattr(owner, name, broken)
     with pytest.raises(AssertionError):
         check(*board(world))
+
+
+def test_purity_by_hand() -> None:
+    """Atom 0 has three rows of symbol 0 and one of symbol 1; atom 1 three of symbol 2; atom 2 too few rows."""
+    atoms = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2])
+    symbols = one_hot(torch.tensor([0, 0, 0, 1, 2, 2, 2, 3, 3])).float()
+    assert purity(atoms, symbols) == (pytest.approx((3 / 4 + 1) / 2), pytest.approx(1 / 4))
+    assert purity(torch.zeros(9, dtype=torch.long), symbols) == (pytest.approx(1 / 3), 0)
+
+
+def test_attribution_finds_the_writes_that_hold_a_fact(world: World) -> None:
+    found = attributed(world, 3)
+    assert found["writes found"] > 0.9 > 10 * found["null"]
 
 
 def test_a_state_is_read_back_as_its_facts() -> None:

@@ -65,6 +65,7 @@ def test_means_are_shrunk_as_by_hand(rank: int) -> None:
     of = LowRank(keys, of.values + by_token.values[tokens[:, 1]])
     made = fitted(of, tokens)
     assert all(0 < strength < np.inf for strength in made.strengths)
+    close(torch.tensor(fitted(of * 1e-4, tokens).strengths), torch.tensor(made.strengths))  # ratios have no unit
     for depth, expected in shrunk_by_hand(of, tokens).items():
         for pair, mean in zip(tokens.tolist(), expected.to_numpy()):
             close(made.shrunk_mean(*pair, depth).flatten(), torch.tensor(mean))

@@ -9,17 +9,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from saes import LAYER, random_sae
+from saes import random_sae
 from torch import Tensor
 
 from hookpoints import HookedRecurrent
 from sae_lens_writesae import scale_atoms
 from sae_lens_writesae.errors import NothingToMeasureError
-from writesae.dictionary.selectivity import alignment
 from writesae.evaluations import amplify
 from writesae.evaluations.amplify import Amplify, counts_at
 from writesae.experiment.evaluation import Result
-from writesae.experiment.firings import collect_firings, halves
+from writesae.experiment.firings import halves
 from writesae.experiment.generation import sample_continuations
 
 SMALL: dict[str, Any] = {
@@ -78,11 +77,6 @@ def test_atoms_of_all_heads_of_a_layer_are_scaled_together(model64: HookedRecurr
             assert rows[condition].tolist() == (text == token).sum(1).tolist()
     assert not all(alone)  # the second head matters
     assert "2 heads" in result.claims()[0].unit and result.label == "L1, 2 heads"
-
-
-def test_a_token_that_is_nowhere_is_aligned_with_nothing(model64: HookedRecurrent, prompt_text: Tensor) -> None:
-    firings = collect_firings(model64, random_sae(model64), LAYER, prompt_text)
-    assert (alignment(firings, prompt_text, np.arange(6), [64]).phi == 0).all()
 
 
 def test_tokens_without_an_atom(model64: HookedRecurrent, prompt_text: Tensor) -> None:

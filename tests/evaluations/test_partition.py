@@ -19,7 +19,7 @@ from writesae.evaluations.substitution import Substitution
 from writesae.experiment.at_firings import wide_firings
 from writesae.experiment.evaluation import Result
 from writesae.experiment.lab import Lab
-from writesae.verdict.mixtures import fisher_z, fit_mixtures
+from writesae.verdict.mixtures import fisher_z
 
 run = runner(Partition, **{"min_firings": 2, "restarts": 1})
 
@@ -53,15 +53,6 @@ def test_the_first_component_is_that_of_the_dense_writes(model: Any, tokens: Any
         top = torch.linalg.svd(rows - rows.mean(0)).Vh[0]
     assert component.norm().item() == pytest.approx(1, abs=1e-4)
     assert (component @ top).abs().item() == pytest.approx(1, abs=1e-3) and component @ rows.mean(0) > 0
-
-
-# -- mixtures
-
-
-@pytest.mark.parametrize("values, fitted", [([0.3] * 50, 0), ([0.1, 0.2, 0.3], 0), (np.linspace(0, 1, 7), 1)])
-def test_few_values_have_few_mixtures(values: Any, fitted: int) -> None:
-    fits = fit_mixtures(values)
-    assert fits["components"].nunique() == fitted and not fits.isna().to_numpy().any()
 
 
 # -- verdicts

@@ -42,6 +42,8 @@ def test_r2_of_a_cell_by_hand() -> None:
     cell = pd.DataFrame({"firing": 0, "horizon": 0, "rank": "1", "sequence": 7, "F1": 0.0, "F2": [1.0, 2.0]})
     both = pd.concat([cell.assign(measured=[1.0, 3.0]), cell.assign(firing=1, measured=2.0)], ignore_index=True)
     assert cell_r2(both, "F2").to_numpy().tolist() == [[pytest.approx(1 - 0.2 / 2), 7]]  # the other one is constant
+    small = both.assign(F2=both["F2"] / 100)  # the scale takes up the unit of a prediction
+    assert cell_r2(small, "F2")["r2"].tolist() == [pytest.approx(1 - 0.2 / 2)]
     assert cell_r2(both, "F1")["r2"].tolist() == [pytest.approx(1 - 10 / 2)]  # nothing to scale
 
 

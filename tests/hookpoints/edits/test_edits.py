@@ -175,6 +175,15 @@ def test_generation_and_sessions_inside_a_scope(model64, sequence):
 
 
 @torch.no_grad()
+def test_an_edit_behind_the_last_token_never_acts(model64, sequence):
+    last = sequence.shape[1] - 1
+    assert not torch.equal(edited(model64, sequence, edit_of("add", last)), model64(sequence))
+    for position in (last + 1, last + 9):
+        with pytest.raises(EditError, match="never acted"):
+            edited(model64, sequence, edit_of("add", position))
+
+
+@torch.no_grad()
 def test_rows_have_edits_of_their_own(model64, sequence):
     rows = [[], edit_of("delete", 10), [edit_of("add", 12, layer=0), edit_of("replace", 22)]]
     batch = sequence[:, :20].expand(3, -1)

@@ -151,16 +151,3 @@ def test_what_is_fed_is_what_the_op_uses(rule, own):
         again = rule.factors(rule.arguments(given, edited, frozenset(names)))
         for name in rule.factor_names:
             assert_close(getattr(again, name), getattr(edited, name), rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize(("name", "runs"), [("chunk_delta_rule", False), ("fused_recurrent_delta_rule", True)])
-def test_the_chunk_op_of_deltanet_takes_no_float32(name, runs):
-    """On a GPU, that is; hookpoints' own kernel steps in."""
-
-    def op():
-        raise AssertionError
-
-    op.__name__ = name
-    assert FLA_DELTA.runs(op, {"v": torch.empty(1, device="meta")}) is runs
-    assert FLA_DELTA.runs(op, {"v": torch.empty(1, device="meta", dtype=torch.bfloat16)})
-    assert not FLA_DELTA.runs(op, {"v": torch.empty(1)})

@@ -83,7 +83,7 @@ def test_terms_and_holdings_sum_to_the_state(whole):
 
 def test_rewind_is_the_memory_as_it_was(whole):
     model, memory = whole
-    for position in (3, STOP):
+    for position in (1, 3, STOP):
         same(memory.rewind(position), model.memory(READ[:, :position]))
 
 

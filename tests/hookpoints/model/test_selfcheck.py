@@ -45,13 +45,20 @@ def without_token_5(write, hook):
     return write
 
 
-def test_self_check_refuses_a_wrong_formula(monkeypatch):
+@pytest.mark.parametrize(("dtype", "factor"), [(torch.float32, 1.001), (torch.bfloat16, 1.5), (torch.float16, 1.1)])
+def test_self_check_refuses_a_wrong_formula(monkeypatch, dtype, factor):
+    """Outputs are off by this factor: more than the rounding of the dtype."""
     from hookpoints.rules import Rule
 
+    def form(self, f, arguments):
+        true = true_form(self, f, arguments)
+        return true.replace(scale=factor * true.scale)
+
+    HookedRecurrent.from_hf(make_hf().to(dtype))
     true_form = Rule.form
-    monkeypatch.setattr(Rule, "form", lambda self, f, arguments: true_form(self, f, arguments).replace(scale=1.0))
+    monkeypatch.setattr(Rule, "form", form)
     with pytest.raises(SelfCheckError, match=r"layer 0 .*differ by"):
-        HookedRecurrent.from_hf(make_hf())
+        HookedRecurrent.from_hf(make_hf().to(dtype))
 
 
 def test_upstreams_own_difference_is_told():

@@ -23,7 +23,7 @@ from hookpoints.rules.delta_product import GATED_DELTA_PRODUCT
 from hookpoints.rules.mamba1 import MAMBA1
 from hookpoints.rules.mamba2 import MAMBA2
 from hookpoints.rules.rwkv7 import FLA_RWKV7, RWKV7
-from hookpoints.rules.tables import FLA_COMBA, FLA_RWKV6, GATED_DELTA, KIMI_DELTA
+from hookpoints.rules.tables import FLA_COMBA, FLA_DELTA, FLA_RWKV6, GATED_DELTA, KIMI_DELTA
 from hookpoints.rwkv7 import rwkv7_recurrence
 
 B, T, H, K, V, R = 2, 45, 4, 8, 6, 3
@@ -336,3 +336,16 @@ def test_other_calls_of_the_scan():
     r = Recurrence.of(rule.form(rule.factors(half), half))
     assert r.dtype == rule.output_dtype(half) == op(**half).dtype == torch.float32
     assert_close(r.outputs(), op(**half), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "runs"), [("chunk_delta_rule", False), ("fused_recurrent_delta_rule", True)])
+def test_the_chunk_op_of_deltanet_takes_no_float32(name, runs):
+    """On a GPU, that is; hookpoints' own kernel steps in."""
+
+    def op():
+        raise AssertionError
+
+    op.__name__ = name
+    assert FLA_DELTA.runs(op, {"v": torch.empty(1, device="meta")}) is runs
+    assert FLA_DELTA.runs(op, {"v": torch.empty(1, device="meta", dtype=torch.bfloat16)})
+    assert not FLA_DELTA.runs(op, {"v": torch.empty(1)})

@@ -65,10 +65,13 @@ def test_every_parameter_learns(tokens):
 
 
 def test_decays_begin_slow_and_fast():
-    """Per head and channel, with fla's and the paper's initial weights."""
+    """Per head and channel, with fla's and the paper's initial weights: w0 goes from -6 to 0 over all channels, and
+    0.5 + 2.5 z |z| is added, where z goes from -1 to 1 inside of each head."""
     torch.manual_seed(0)
     model = HookedRecurrent.from_hf(RWKV7ForCausalLM(RWKV7Config(vocab_size=VOCAB, hidden_size=128, head_dim=32)))
     with torch.no_grad():
         decay = model.recurrence(torch.tensor([[1, 2, 3]]), 1).log_decay.exp().mean((0, 1))
     assert decay.max() > 0.999 and 0.545 < decay.min() < 0.6
     assert (decay.mean(-1).diff() < 0).all()  # the first heads are the slow ones
+    w0 = model.hf_model.model.layers[1].attn.w_lora.lora[2].bias.detach()
+    assert w0[[0, 31, 96, 127]].tolist() == pytest.approx([-6 - 2, -6 * 96 / 127 + 3, -6 * 31 / 127 - 2, 3], abs=1e-5)

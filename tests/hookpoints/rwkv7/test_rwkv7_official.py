@@ -38,6 +38,15 @@ def test_a_file_has_the_logits_and_states_of_the_official_package(wide, tokens, 
     assert from_pth(path, torch.bfloat16).dtype == torch.bfloat16
 
 
+@torch.no_grad()
+def test_a_model_of_one_block_has_no_first_values_to_mix_in(tokens):
+    """So its file does not tell the rank of that mix, which later blocks have."""
+    one = make_hf("rwkv7", hidden_size=128, head_dim=64, value_dim=128, num_hidden_layers=1)
+    weights = official_weights(one)
+    assert not [name for name in weights if ".att.v1" in name]
+    assert_close(from_official(weights)(tokens).logits, one(tokens).logits)
+
+
 @pytest.mark.parametrize(
     ("name", "change"),
     [
