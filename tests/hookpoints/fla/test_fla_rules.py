@@ -14,7 +14,6 @@ from torch.testing import assert_close
 from hookpoints import Recurrence
 from hookpoints.rules.base import l2_normalise
 from hookpoints.rules.tables import (
-    FLA_DELTA,
     FLA_GATED_DELTA,
     FLA_GATED_DELTA_2,
     FLA_GLA,

@@ -74,4 +74,5 @@ def test_decays_begin_slow_and_fast():
     assert decay.max() > 0.999 and 0.545 < decay.min() < 0.6
     assert (decay.mean(-1).diff() < 0).all()  # the first heads are the slow ones
     w0 = model.hf_model.model.layers[1].attn.w_lora.lora[2].bias.detach()
-    assert w0[[0, 31, 96, 127]].tolist() == pytest.approx([-6 - 2, -6 * 96 / 127 + 3, -6 * 31 / 127 - 2, 3], abs=1e-5)
+    ends = [-6 - 2, -6 * 96 / 127 + 3, -6 * 31 / 127 - 2, 3]
+    assert w0[[0, 31, 96, 127]].tolist() == pytest.approx(ends, abs=1e-5)
