@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+ALONE = "hookpoints/pyproject.toml"
+"""Of the distribution that has hookpoints and no SAELens."""
 PACKAGES = ("hookpoints", "sae_lens_writesae", "writesae")
 """Each knows only those before it."""
 CEILINGS = {
@@ -296,6 +298,25 @@ def test_every_package_that_is_imported_is_declared():
         for top in {*outside(file)} - {*PACKAGES, *sys.stdlib_module_names}:
             known = for_study if name.startswith("writesae") else declared
             assert names.get(top, top.replace("_", "-")) in known, f"{file} imports {top}"
+
+
+def test_hookpoints_alone_is_declared_as_in_the_whole():
+    """Of both distributions version, Python, adapters and bounds are equal; TransformerLens may be newer in one."""
+    whole, alone = (tomllib.loads((ROOT / path).read_text("utf-8")) for path in ("pyproject.toml", ALONE))
+    for field in ("version", "requires-python", "license", "entry-points"):
+        assert alone["project"][field] == whole["project"][field]
+    bounds = {re.sub(r"(transformer-lens\S+),<4", r"\1", bound) for bound in whole["project"]["dependencies"]}
+    assert set(alone["project"]["dependencies"]) <= bounds
+    declared = {
+        re.split(r"[^\w-]", bound)[0] for bound in (*alone["project"]["dependencies"], "flash-linear-attention")
+    }
+    names = {"fla": "flash-linear-attention"}
+    for name, file in MODULES.items():
+        if name.startswith("hookpoints"):
+            for top in {*outside(file)} - {*PACKAGES, *sys.stdlib_module_names}:
+                assert names.get(top, top.replace("_", "-")) in declared, f"{file} imports {top}"
+    data = "package-data"
+    assert alone["tool"]["setuptools"][data]["hookpoints"] == whole["tool"]["setuptools"][data]["hookpoints"]
 
 
 def test_few_untyped_places():

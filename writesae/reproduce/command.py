@@ -79,7 +79,7 @@ class Reproduce:
         profile = profile_folder(self.profile or ("laptop" if default_device() == "cpu" else "gpu"))
         if importlib.util.find_spec("snakemake") is None:
             raise ValueError(
-                'the protocol runs on Snakemake: in the clone of the repository, pip install -e ".[study]"'
+                'the protocol runs on Snakemake: in the clone of the repository, pip install -e ".[reproduce]"'
             )
         model = HookedRecurrent.from_pretrained(self.config.model, dtype=self.config.dtype)
         config = for_model(self.config, model)
