@@ -17,6 +17,7 @@ from sae_lens_writesae.sae.hooked import HookedSAERecurrent
 from sae_lens_writesae.sae.load import load_sae
 from sae_lens_writesae.sae.metric import Metric
 from sae_lens_writesae.sae.metric_fit import fit_metrics
+from sae_lens_writesae.sae.rows import train_on_states
 from sae_lens_writesae.sae.runner import text_dataset, train, training_config
 from sae_lens_writesae.sae.target import head_target
 from sae_lens_writesae.sae.training import PAPER_RUNNER, calibrate_threshold
@@ -46,6 +47,7 @@ __all__ = [
     "text_dataset",
     "train",
     "train_many_on_writes",
+    "train_on_states",
     "train_on_writes",
     "training_config",
 ]

@@ -49,6 +49,8 @@ class MatrixSAEConfig(SAEConfig):
 
     _name: ClassVar[str]
     """The architecture's name in SAELens' registry, set where the class is registered."""
+    _encoders: ClassVar[Any] = Encoder
+    """The words of `encoder`."""
 
     d_k: int = 0
     """K, the key side (rows) of the matrices. 0: `d_in // d_v`. At least one of the two must be given."""
@@ -77,7 +79,7 @@ class MatrixSAEConfig(SAEConfig):
         k = getattr(self, "k", 1)  # BatchTopK's is a mean, and may be a fraction
         if not 0 < k <= self.d_sae:
             raise ValueError(f"k={k!r}: must be above 0 and at most d_sae={self.d_sae}.")
-        check_words(self, encoder=Encoder, decoder=Decoder)
+        check_words(self, encoder=self._encoders, decoder=Decoder)
         limit = min(self.d_k, self.d_v)
         if not 1 <= self.rank <= limit:
             raise ValueError(f"rank={self.rank!r}: must be between 1 and min(d_k, d_v) = {limit}.")
@@ -170,6 +172,10 @@ class MatrixSAE(SAE[Any]):
         if self.cfg.encoder == "tied":
             return self._once("W_enc", lambda: self.W_dec.T * self.encoder_scale)
         return self._once("W_enc", lambda: khatri_rao(self.v_enc, self.w_enc).T)
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """Sums of all atoms [...,K*V] with weights [...,F]."""
+        return weights @ self.W_dec
 
     def _once(self, name: str, build: Callable[[], Tensor]) -> Tensor:
         if self._built is None or not torch.is_grad_enabled():

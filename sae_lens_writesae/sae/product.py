@@ -15,13 +15,24 @@ Training needs writes of rank one, and has a squared error for each side, in uni
 
 To first order this is |k u^T - k^ u^^T|^2, and it is the same for every factorization of a write. (The joint error
 diverged in training with several active atoms a side.) b_dec has no part in it: running means set it.
+
+That is the encoder `topk`. With `pursuit`, any matrix is coded, a state above all: as a sum of at most `n_pairs` pairs,
+which matching pursuit takes (`sae.pursuit`). The parameters are the atoms of both sides, whose norms have no effect: an
+activation is the coefficient of a pair of norm 1, and has a sign. The loss is the squared error of the sum, whose
+gradient flows to both sides. (Coefficients are those of least squares, so that nothing is lost by holding them fixed.)
+Atoms that are hardly used, and the less used one of two that are alike, are replaced by singular vectors of what is
+left. With half as many atoms again as a side has directions, all of these are found; with as many, two share an atom
+here and there.
+
+Activations [N,d_sae] are indexed by pair, since then SAELens' evaluations, hooks and `decode` work as they are. No
+matrix [d_sae,K*V] is built in training, `encode` or `decode`: both sides are multiplied one after the other.
 """
 
 # No postponed annotations here: SAELens' command line evaluates those of config fields in another module.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput
@@ -30,6 +41,7 @@ from torch.nn.functional import normalize
 
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae.matrix import MatrixSAE, MatrixSAEConfig
+from sae_lens_writesae.sae.pursuit import LEAST_STOP, Pairs, pair_scores, pursue
 from sae_lens_writesae.sae.training import (
     MAX_COSINE,
     START_STEPS,
@@ -37,7 +49,10 @@ from sae_lens_writesae.sae.training import (
     MatrixTrainingSAEConfig,
     StartBias,
     draw_rows,
+    sizes,
 )
+
+ProductEncoder = Literal["topk", "pursuit"]
 
 _RANK_ONE = 1e-2
 """Norm of what a rank-one matrix leaves of a row, as a share of the row's, up to which it counts as a write. It is
@@ -46,6 +61,10 @@ above the rounding of half precision."""
 START_ROWS = 1024
 """Rows on which atoms are put. With 48 planted keys and values and as many atoms, 1024 rows find all of them; 128
 rows find 40 to 45."""
+UNUSED = 0.15
+"""An atom whose contribution is below this share of its side's mean is replaced."""
+ALIKE = 0.95
+"""Two atoms of a side whose cosine, of either sign, is above this are one; the less used one is replaced."""
 
 
 @dataclass(kw_only=True)
@@ -57,6 +76,11 @@ class WriteProductSAEConfig(MatrixSAEConfig):
             products of sides cannot have.
     """
 
+    _encoders: ClassVar[Any] = ProductEncoder
+    encoder: ProductEncoder = "topk"  # pyright: ignore[reportIncompatibleVariableOverride]
+    """`topk`: the strongest atoms of both sides, for writes. `pursuit`: at most `n_pairs` pairs, one after the other,
+    for any matrix."""
+
     f_key: int = 0
     """F_key, the number of key atoms. 0: `d_sae // f_value`, and if that is 0 too the root of d_sae, rounded down."""
     f_value: int = 0
@@ -65,6 +89,10 @@ class WriteProductSAEConfig(MatrixSAEConfig):
     """Active key atoms per matrix."""
     k_value: int = 1
     """Active value atoms per matrix; L0 is k_key * k_value."""
+    n_pairs: int = 4
+    """Most pairs of a matrix with `pursuit`."""
+    stop: float = 0.05
+    """Share of a matrix's norm: `pursuit` takes no pair whose inner product with what is left is not above it."""
     apply_b_dec_to_input: bool = False
     """Must be False: a write less b_dec has no sides."""
 
@@ -78,9 +106,15 @@ class WriteProductSAEConfig(MatrixSAEConfig):
             k = getattr(self, name)
             if not 1 <= k <= most:
                 raise ValueError(f"{name}={k!r}: must be between 1 and {most}.")
-        fixed = {"encoder": "bilinear", "decoder": "rank", "rank": 1, "apply_b_dec_to_input": False, "loss": "mse"}
+        if not 1 <= self.n_pairs <= self.d_sae:
+            raise ValueError(f"n_pairs={self.n_pairs!r}: must be between 1 and d_sae={self.d_sae}.")
+        if not LEAST_STOP <= self.stop < 1:
+            raise ValueError(f"stop={self.stop!r}: must be at least {LEAST_STOP} and below 1.")
+        fixed: dict[str, object] = {"decoder": "rank", "rank": 1, "apply_b_dec_to_input": False, "loss": "mse"}
         # b_dec is set by the means of training, and norms in the encoder would change which atoms are on top.
         fixed |= {"b_dec_init": "zeros", "unit_norm_every": 0}
+        if self.encoder == "pursuit":
+            fixed |= {"normalize_activations": "none", "metric": "frobenius"}
         for name, only in fixed.items():
             value = getattr(self, name, only)
             if value != only:
@@ -89,12 +123,14 @@ class WriteProductSAEConfig(MatrixSAEConfig):
 
     @property
     def k(self) -> int:
-        """Active atoms per matrix."""
+        """Active atoms per matrix, at most."""
+        if self.encoder == "pursuit":
+            return self.n_pairs
         return self.k_key * self.k_value
 
 
 @dataclass
-class WriteProductTrainingSAEConfig(WriteProductSAEConfig, MatrixTrainingSAEConfig):
+class WriteProductTrainingSAEConfig(WriteProductSAEConfig, MatrixTrainingSAEConfig):  # pyright: ignore  (encoder)
     """Training config of `writesae_product`."""
 
     unit_norm_every: int = 0
@@ -128,19 +164,49 @@ class _Product(MatrixSAE):
     and [d_sae,1,V]."""
 
     cfg: WriteProductSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
-    v: Any = property(lambda self: self._pairs(self.key_atoms[:, None]))
-    w: Any = property(lambda self: self._pairs(self.value_atoms))
-    v_enc: Any = property(lambda self: self._pairs(self.key_encoder[:, None]))
-    w_enc: Any = property(lambda self: self._pairs(self.value_encoder))
+    v: Any = property(lambda self: self._pairs(self.directions[0][:, None]))
+    w: Any = property(lambda self: self._pairs(self.directions[1]))
+    v_enc: Any = property(lambda self: self._pairs(self._readers[0][:, None]))
+    w_enc: Any = property(lambda self: self._pairs(self._readers[1]))
 
     def _pairs(self, side: Tensor) -> Tensor:
         """A side [F_key,1,K] or [F_value,V], repeated for every pair: [d_sae,1,D]."""
         return side.expand(self.cfg.f_key, self.cfg.f_value, -1).reshape(self.cfg.d_sae, 1, -1)
 
     @property
-    def sides(self) -> tuple[tuple[nn.Parameter, nn.Parameter], tuple[nn.Parameter, nn.Parameter]]:
-        """Atoms and encoder of the keys, and of the values."""
+    def sides(self) -> tuple[tuple[nn.Parameter, ...], tuple[nn.Parameter, ...]]:
+        """Atoms of the keys, and of the values; and behind each its encoder, which `pursuit` does not have."""
+        if self.cfg.encoder == "pursuit":
+            return (self.key_atoms,), (self.value_atoms,)
         return (self.key_atoms, self.key_encoder), (self.value_atoms, self.value_encoder)
+
+    @property
+    def directions(self) -> tuple[Tensor, Tensor]:
+        """Atoms [F_key,K] and [F_value,V] as they are decoded: with `pursuit` of norm 1."""
+        if self.cfg.encoder == "pursuit":
+            return normalize(self.key_atoms, dim=1), normalize(self.value_atoms, dim=1)
+        return self.key_atoms, self.value_atoms
+
+    @property
+    def _readers(self) -> tuple[Tensor, Tensor]:
+        """What a matrix is multiplied by on both sides: [F_key,K] and [F_value,V]."""
+        if self.cfg.encoder == "pursuit":
+            return self.directions
+        return self.key_encoder, self.value_encoder
+
+    def decoder_norm(self) -> Tensor:
+        keys, values = self.directions
+        return torch.outer(keys.norm(dim=1), values.norm(dim=1)).flatten()
+
+    def encoder_norm(self) -> Tensor:
+        keys, values = self._readers
+        return torch.outer(keys.norm(dim=1), values.norm(dim=1)).flatten()
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """Sums of all pairs [...,K*V] with weights [...,d_sae]. Costs F_value K (F_key + V)."""
+        keys, values = self.directions
+        grid = weights.unflatten(-1, (self.cfg.f_key, self.cfg.f_value))
+        return (keys.T @ grid @ values).flatten(-2)
 
     @property
     def n_factors(self) -> int:
@@ -152,15 +218,21 @@ class _Product(MatrixSAE):
         keys = math.sqrt(norm) * normalize(torch.randn(cfg.f_key, cfg.d_k, **like), dim=1)
         values = math.sqrt(norm) * normalize(torch.randn(cfg.f_value, cfg.d_v, **like), dim=1)
         self.key_atoms = nn.Parameter(keys)
-        self.key_encoder = nn.Parameter(keys.clone())
         self.value_atoms = nn.Parameter(values)
-        self.value_encoder = nn.Parameter(values.clone())
+        if cfg.encoder == "topk":
+            self.key_encoder = nn.Parameter(keys.clone())
+            self.value_encoder = nn.Parameter(values.clone())
 
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Activations and pre-activations [...,d_sae] of [...,K*V]."""
         cfg = self.cfg
-        pre = self.hook_sae_acts_pre(self.process_sae_in(x) @ self.W_enc)
+        matrices = self.process_sae_in(x).unflatten(-1, (cfg.d_k, cfg.d_v))
+        pre = self.hook_sae_acts_pre(pair_scores(matrices, *self._readers).flatten(-2))
         grid = pre.unflatten(-1, (cfg.f_key, cfg.f_value))
+        if cfg.encoder == "pursuit":
+            pairs = self.pursue(matrices.reshape(-1, cfg.d_k, cfg.d_v), grid.reshape(-1, cfg.f_key, cfg.f_value))
+            acts = pairs.acts(cfg.f_key, cfg.f_value).view(pre.shape)
+            return self.hook_sae_acts_post(acts), pre
         # Without factors of x at hand, scores of its two sides are read off the grid: the column and the row of the
         # strongest pair are both, each times a positive number.
         strongest_pair = pre.argmax(-1, keepdim=True)[..., None]
@@ -171,6 +243,10 @@ class _Product(MatrixSAE):
         active = key_is_active[..., None] & value_is_active[..., None, :]
         acts = torch.where(active, grid, 0).clamp_min(0).flatten(-2)
         return self.hook_sae_acts_post(acts), pre
+
+    def pursue(self, matrices: Tensor, scores: Tensor | None = None) -> Pairs:
+        """The pairs of matrices [N,K,V]; `scores` are `pair_scores`, where they are at hand."""
+        return pursue(matrices, *self.directions, self.cfg.n_pairs, self.cfg.stop, scores)
 
     @torch.no_grad()
     def replace_atoms(self, indices: Tensor, atoms: LowRank, alive: Tensor) -> None:
@@ -191,7 +267,11 @@ class _Product(MatrixSAE):
             parameter.data[indices] = normalize(rows.to(parameter), dim=1) * size
 
     def _scaled(self, decoder: Tensor, encoder: Tensor) -> dict[str, Tensor]:
-        """As in the base, for scales that are products of one for each side, which those of norms are."""
+        """As in the base, for scales that are products of one for each side, which those of norms are. With `pursuit`
+        norms have no effect, and become 1."""
+        if self.cfg.encoder == "pursuit":
+            keys, values = self.directions
+            return {"key_atoms": keys.detach(), "value_atoms": values.detach()}
         scaled: dict[str, Tensor] = {}
         for kind, scales in (("atoms", decoder), ("encoder", encoder)):
             logs = scales.log().expand(self.cfg.d_sae)
@@ -201,6 +281,15 @@ class _Product(MatrixSAE):
             scaled[f"value_{kind}"] = getattr(self, f"value_{kind}") * (grid.mean(0) - half).exp()[:, None]
         return scaled
 
+    def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
+        """Refused with `pursuit`, which is trained on inputs as they are."""
+        if self.cfg.encoder == "pursuit":
+            raise NotImplementedError(
+                "writesae_product with pursuit has atoms of norm 1, and the code of s X is s times that of X: give it "
+                "inputs as they are."
+            )
+        super().fold_activation_norm_scaling_factor(scaling_factor)
+
     def fold_and_get_W_dec_norm(self) -> Tensor:
         """Refused: norms in the encoder change which atoms are on top."""
         raise NotImplementedError(
@@ -209,20 +298,31 @@ class _Product(MatrixSAE):
         )
 
 
+def _decode(self: _Product, feature_acts: Tensor) -> Tensor:
+    """Reconstructions [...,K*V] of activations [...,d_sae], with the hooks of SAELens' own."""
+    acts = feature_acts.to_dense() if feature_acts.is_sparse else feature_acts
+    out = self.hook_sae_recons(self.weighted_sum(acts) + self.b_dec)
+    return self.reshape_fn_out(self.run_time_activation_norm_fn_out(out), self.d_head)
+
+
 class WriteProductSAE(_Product):
     """Products of key atoms and value atoms, for inference."""
 
-    # SAELens has them in training alone.
-    encode = cast(Any, TrainingSAE.encode)
-    decode = cast(Any, TrainingSAE.decode)
+    encode = cast(Any, TrainingSAE.encode)  # which SAELens has in training alone
+    decode = cast(Any, _decode)
 
 
 class _SideStep(TrainingSAE[Any]):
-    """The training step with the errors of both sides, on rows [N,K*V] of rank one."""
+    """The training step: with the errors of both sides, on rows [N,K*V] of rank one; or with that of pairs."""
+
+    decode = cast(Any, _decode)
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         x = step_input.sae_in
-        key, value = cast(WriteProductTrainingSAE, self).code(rank_one_rows(self, x))
+        sae = cast(WriteProductTrainingSAE, self)
+        if sae.cfg.encoder == "pursuit":
+            return sae.pursuit_step(x)
+        key, value = sae.code(rank_one_rows(self, x))
         key_loss = (value.size() * key.error()).mean()
         value_loss = (key.size() * value.error()).mean()
         # Of pairs, for counts of dead atoms and running means; gradients go through the sides alone.
@@ -245,6 +345,24 @@ class WriteProductTrainingSAE(_Product, MatrixTrainingSAE, _SideStep):  # pyrigh
     """Of the batches so far, until atoms have been put on them."""
 
     get_coefficients = calculate_aux_loss = cast(Any, lambda self, *args, **kwargs: {})  # the step has both losses
+
+    def pursuit_step(self, x: Tensor) -> TrainStepOutput:
+        """The step of `pursuit` on rows [N,K*V]."""
+        cfg = self.cfg
+        matrices = x.to(self.dtype).unflatten(1, (cfg.d_k, cfg.d_v))
+        with torch.no_grad():
+            pairs = self.pursue(matrices)
+        out = pairs.dense(*self.directions)
+        loss = (matrices - out).square().sum((1, 2)).mean()
+        acts = pairs.acts(cfg.f_key, cfg.f_value)
+        return TrainStepOutput(
+            sae_in=x,
+            sae_out=out.flatten(1) + self.b_dec.detach(),
+            feature_acts=acts,
+            hidden_pre=acts,
+            loss=loss,
+            losses={"mse_loss": loss},
+        )
 
     def code(self, writes: LowRank) -> tuple[SideCode, SideCode]:
         """Both sides of writes of rank one. Their outer product is what `encode` gives."""
@@ -284,7 +402,13 @@ class WriteProductTrainingSAE(_Product, MatrixTrainingSAE, _SideStep):  # pyrigh
         all are brought into one orientation (`_oriented`); a direction near to an earlier one is left out.
 
         The rows that wait are in no checkpoint. A run that resumes before they are enough keeps its first start.
+
+        With `pursuit` it is done with the first batch alone, on singular vectors of its rows.
         """
+        if self.cfg.encoder == "pursuit":
+            if first:
+                self._start_on_singular_vectors(x)
+            return int(self.n_started)
         writes = rank_one_rows(self, x)
         if first:
             self._first_rows = [writes]
@@ -296,6 +420,20 @@ class WriteProductTrainingSAE(_Product, MatrixTrainingSAE, _SideStep):  # pyrigh
         if enough:
             self._first_rows = []
         return int(self.n_started)
+
+    def _start_on_singular_vectors(self, x: Tensor | LowRank) -> None:
+        """Put the atoms of both sides on singular vectors of rows: the strongest of each row first."""
+        rows = _dense_rows(x)
+        drawn = draw_rows(sizes(rows), max(1, START_ROWS // self.cfg.n_pairs))
+        vectors = _singular_vectors(rows[drawn].view(-1, self.cfg.d_k, self.cfg.d_v))
+        self.n_started.fill_(self.cfg.d_sae)
+        for side, of_rows in enumerate(vectors):
+            by_strength = of_rows[:, : self.cfg.n_pairs].transpose(0, 1).flatten(0, 1)
+            n_atoms = len(self.sides[side][0])
+            directions = _distinct(by_strength, either_sign=True, count=n_atoms)
+            everywhere = torch.ones(n_atoms, dtype=torch.bool, device=self.device)
+            self._put(side, torch.arange(len(directions), device=self.device), directions, everywhere)
+            self.n_started.clamp_max_(len(directions))
 
     def _start_sides(self, batches: Sequence[LowRank]) -> None:
         """Put the atoms of both sides on sides of these writes, and begin the running means anew."""
@@ -315,7 +453,12 @@ class WriteProductTrainingSAE(_Product, MatrixTrainingSAE, _SideStep):  # pyrigh
     @torch.no_grad()
     def resample(self, x: Tensor | LowRank, dead: Tensor) -> int:
         """Put dead atoms of a side on that side of rows of a batch [N,K*V], drawn in proportion to its squared error;
-        returns how many. A key atom or a value atom is dead where all its pairs are (`dead` [d_sae])."""
+        returns how many. A key atom or a value atom is dead where all its pairs are (`dead` [d_sae]).
+
+        With `pursuit` see `_replace_spare`."""
+        if self.cfg.encoder == "pursuit":
+            self._turn_to_positive()
+            return self._replace_spare(_dense_rows(x).to(self.dtype))
         grid = dead.view(self.cfg.f_key, self.cfg.f_value)
         codes = self.code(rank_one_rows(self, x))
         count = 0
@@ -329,6 +472,62 @@ class WriteProductTrainingSAE(_Product, MatrixTrainingSAE, _SideStep):  # pyrigh
             count += len(rows)
         return count
 
+    def _turn_to_positive(self) -> None:
+        """Turn atoms to their negative, so that most of the contributions are positive: s_i t_j sum_n c_nij is made
+        large by turns."""
+        grid = self.mean_contribution.view(self.cfg.f_key, -1)
+        of_values = torch.ones_like(grid[0])
+        of_keys = torch.ones_like(grid[:, 0])
+        for _ in range(8):
+            of_keys = torch.where(grid @ of_values < 0, -1.0, 1.0).to(grid)
+            of_values = torch.where(of_keys @ grid < 0, -1.0, 1.0).to(grid)
+        self.key_atoms.data.mul_(of_keys[:, None])
+        self.value_atoms.data.mul_(of_values[:, None])
+        grid.mul_(torch.outer(of_keys, of_values))
+
+    def _replace_spare(self, rows: Tensor) -> int:
+        """Put atoms that are hardly used, and the less used of those that are alike, on singular vectors of what is
+        left of rows [N,K*V], those first of which most is left; returns how many. Costs N SVDs."""
+        cfg = self.cfg
+        matrices = rows.unflatten(1, (cfg.d_k, cfg.d_v))
+        directions = self.directions
+        left = matrices - self.pursue(matrices).dense(*directions)
+        left = left[left.square().sum((1, 2)).argsort(descending=True)[:START_ROWS]]
+        vectors = _singular_vectors(left)
+        grid = self.mean_contribution.view(cfg.f_key, cfg.f_value)
+        batches = self.mean_batches.view(cfg.f_key, cfg.f_value)
+        count = 0
+        for side, of_rows in enumerate(vectors):
+            used = grid.abs().sum(1 - side)
+            spare = _spare(directions[side], used)
+            new = _distinct(of_rows[:, 0], either_sign=True)[: int(spare.sum())]
+            replaced = torch.nonzero(spare).flatten()[: len(new)]
+            self._put(side, replaced, new, ~spare)
+            for means in (grid, batches):
+                means.index_fill_(side, replaced, 0)
+            count += len(new)
+        return count
+
+
+def _spare(directions: Tensor, used: Tensor) -> Tensor:
+    """[F] which atoms of a side, of norm 1, are hardly `used` [F] or are the less used one of two that are alike."""
+    spare = used < UNUSED * used.mean()
+    alike = (directions @ directions.T).abs().triu(1) > ALIKE
+    one, other = alike.nonzero().T
+    spare[torch.where(used[one] < used[other], one, other)] = True
+    return spare
+
+
+def _dense_rows(x: Tensor | LowRank) -> Tensor:
+    """Rows [N,K*V] of matrices that may be of low rank."""
+    return x.dense().flatten(1) if isinstance(x, LowRank) else x
+
+
+def _singular_vectors(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Left and right singular vectors [N,R,K] and [N,R,V] of matrices, those of the largest singular value first."""
+    left, _, right = torch.linalg.svd(matrices.to(torch.promote_types(matrices.dtype, torch.float32)), False)
+    return left.mT, right
+
 
 def rank_one_rows(sae: _Product | _SideStep, rows: Tensor | LowRank) -> LowRank:
     """Rows [N,K*V] of rank one as k u^T: u is the row of the matrix with the largest entry, k the projections on it.
@@ -336,8 +535,7 @@ def rank_one_rows(sae: _Product | _SideStep, rows: Tensor | LowRank) -> LowRank:
     Raises:
         ValueError: a matrix of a higher rank; names the first one.
     """
-    if isinstance(rows, LowRank):
-        rows = rows.dense().flatten(1)
+    rows = _dense_rows(rows)
     matrices = rows.unflatten(1, (sae.cfg.d_k, sae.cfg.d_v))
     # Every row of k u^T is a multiple of u; that with the largest entry is the least rounded.
     largest_row = matrices.abs().amax(2).argmax(1)
@@ -350,8 +548,8 @@ def rank_one_rows(sae: _Product | _SideStep, rows: Tensor | LowRank) -> LowRank:
     if of_higher_rank.any():
         first = int(of_higher_rank.nonzero()[0])
         raise ValueError(
-            f"row {first}: expected a write of rank one, which writesae_product is trained on, got a "
-            "higher rank; train it on the writes of a head, and states with another architecture"
+            f"row {first}: expected a write of rank one, which encoder='topk' is trained on, got a higher rank; train "
+            "it on the writes of a head, and on states with encoder='pursuit'"
         )
     return writes
 

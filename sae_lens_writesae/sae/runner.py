@@ -83,6 +83,11 @@ RUNNER: dict[str, float | int | str] = {
 no other rate, start, number of steps or centering was better on any head."""
 
 
+PURSUIT: dict[str, float | int] = {"lr": 1e-2, "train_batch_size_tokens": 96}
+"""What differs for pairs by pursuit, which are replaced every `PURSUIT_RESAMPLES` steps."""
+PURSUIT_RESAMPLES = 25
+
+
 def training_config(
     model: HookedRecurrent | Collection,
     layer: int,
@@ -123,6 +128,7 @@ def training_config(
     collected = isinstance(model, Collection)
     place = model.head_target(layer, head, target) if collected else head_target(model, layer, head, target)
     config_class = training_config_class(architecture)
+    by_pursuit = architecture == "writesae_product" and (sae or {}).get("encoder") == "pursuit"
     defaults: dict[str, Any] = {
         "model_name": model.model_name if collected else model.cfg.model_name,
         "model_class_name": MODEL_CLASS_NAME,
@@ -138,6 +144,7 @@ def training_config(
         "checkpoint_path": None,
         "output_path": None,
         **RUNNER,
+        **(PURSUIT if by_pursuit else {}),
     }
     if collected:
         defaults |= {
@@ -158,6 +165,7 @@ def training_config(
         "metric": metric,
         "decoder_init": "native",
         **({"k": 1} if architecture == "writesae_topk" else {}),
+        **({"resample_every": PURSUIT_RESAMPLES} if by_pursuit else {}),
         **(sae or {}),
     }
     cfg = LanguageModelSAERunnerConfig(sae=config_class(**fields), **(defaults | runner))

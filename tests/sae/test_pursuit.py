@@ -1,0 +1,291 @@
+"""`writesae_product` with pursuit: pairs of atoms that matrices are sums of, as an autoencoder and as training finds
+them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracles.pursuit import pursued_pairs
+from sae_lens import SAE, LanguageModelSAERunnerConfig, LoggingConfig
+from sae_lens.saes.sae import TrainStepInput
+from test_metric import normal
+from torch import Tensor
+from torch.nn.functional import normalize
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from hookpoints import embedded as shipped
+from sae_lens_writesae import collect, load_sae, train, train_on_states, training_config
+from sae_lens_writesae.sae import WriteProductSAE, WriteProductTrainingSAE, WriteProductTrainingSAEConfig
+from sae_lens_writesae.sae.pursuit import pursue
+from sae_lens_writesae.sae.rows import new_sae
+from writesae.experiment.tokens import sample_sequences
+
+K, V, N = 5, 7, 13
+SHAPE: dict[str, Any] = {"d_in": K * V, "d_k": K, "d_v": V, "d_sae": 24, "f_key": 4, "f_value": 6, "dtype": "float64"}
+
+
+def build(n_pairs: int = 3, **fields: Any) -> Any:
+    """Random atoms, of any norm."""
+    torch.manual_seed(0)
+    options: dict[str, Any] = SHAPE | {"encoder": "pursuit", "n_pairs": n_pairs, "resample_every": 0} | fields
+    sae = WriteProductTrainingSAE(WriteProductTrainingSAEConfig(**options))
+    for parameter in sae.parameters():
+        parameter.data.copy_(0.6 * torch.randn_like(parameter))
+    return sae
+
+
+def step(sae: Any, x: Tensor, at: int = 1) -> Any:
+    dead = torch.zeros(sae.cfg.d_sae, dtype=torch.bool)
+    return sae.training_forward_pass(TrainStepInput(x, {}, dead, at, False))
+
+
+# ---------------------------------------------------------------------------------------- the code
+
+
+@pytest.mark.parametrize("stop", [1e-3, 0.3, 0.6])
+@pytest.mark.parametrize("n", [1, 5])
+def test_pairs_are_those_of_pursuit_step_by_step(n: int, stop: float) -> None:
+    keys = normalize(normal(9, K), dim=1)
+    values = normalize(normal(11, V, seed=2), dim=1)
+    matrices = normal(N, K, V, seed=3)
+    matrices[3] = 0
+    matrices[4] = 2 * torch.outer(keys[2], values[3])
+    pairs = pursue(matrices, keys, values, n, stop)
+    counts = []
+    for row, matrix in enumerate(matrices):
+        wanted = pursued_pairs(matrix, keys, values, n, stop)
+        counts.append(len(wanted))
+        assert (pairs.coefficients[row] != 0).sum() == len(wanted)
+        for at, (i, j, coefficient) in enumerate(wanted):
+            assert (int(pairs.keys[row, at]), int(pairs.values[row, at])) == (i, j)
+            assert_close(float(pairs.coefficients[row, at]), coefficient, rtol=1e-10, atol=1e-10)
+    assert counts[3:5] == [0, 1]
+
+
+def test_an_activation_is_the_coefficient_of_its_pair() -> None:
+    sae = build()
+    x = normal(2, N, K * V)
+    acts, pre = sae.encode_with_hidden_pre(x)
+    keys, values = sae.directions
+    assert_close(keys.norm(dim=1), torch.ones(4).double())
+    for row, matrix in enumerate(x.flatten(0, 1).view(-1, K, V)):
+        wanted = torch.zeros(4, 6).double()
+        for i, j, coefficient in pursued_pairs(matrix, keys, values, 3, sae.cfg.stop):
+            wanted[i, j] = coefficient
+        assert_close(acts.flatten(0, 1)[row], wanted.flatten(), rtol=1e-10, atol=1e-10)
+    assert (acts < 0).any()
+    assert_close(pre, x @ sae.W_enc)
+    assert_close(sae.decode(acts), acts @ sae.W_dec + sae.b_dec)
+    assert_close(sae.decode(acts.to_sparse()), sae.decode(acts))
+    assert_close(sae.encode(-3 * x), -3 * acts)
+    assert_close(sae.decoder_norm(), sae.W_dec.norm(dim=1))
+    assert_close(sae.atoms().dense().flatten(1), sae.W_dec.data)
+    ablated = sae.run_with_hooks(x, fwd_hooks=[("hook_sae_acts_post", lambda a, hook: a * 0)])
+    assert_close(ablated, sae.b_dec.expand_as(ablated))
+    assert sum(p.numel() for p in sae.parameters()) == 4 * K + 6 * V + K * V
+
+
+def test_gradients_are_those_of_the_best_error() -> None:
+    """Of the least squares over the chosen pairs as a function of the atoms; and in the matrices."""
+    sae = build()
+    x = normal(N, K * V)
+    out = step(sae, x)
+    total = torch.zeros(()).double()
+    for matrix in x.view(-1, K, V):
+        keys, values = sae.directions
+        chosen = pursued_pairs(matrix, keys, values, 3, 0.05)
+        columns = [torch.outer(keys[i], values[j]).flatten() for i, j, _ in chosen]
+        basis = torch.linalg.qr(torch.stack(columns, 1)).Q
+        total = total + matrix.square().sum() - (basis.T @ matrix.flatten()).square().sum()
+    assert_close(out.loss, total / N, rtol=1e-10, atol=1e-10)
+    sides = (sae.key_atoms, sae.value_atoms)
+    wanted = torch.autograd.grad(total / N, sides)
+    out.loss.backward()
+    for side, gradient in zip(sides, wanted):
+        assert_close(side.grad, gradient, rtol=1e-8, atol=1e-10)
+    assert_close(out.sae_out, (sae.encode(x) @ sae.W_dec + sae.b_dec).detach(), rtol=1e-10, atol=1e-10)
+    assert torch.autograd.gradcheck(lambda y: sae.decode(sae.encode(y)), (x.requires_grad_(),))
+
+
+class Largest(TorchDispatchMode):
+    """How many numbers the largest tensor has that is made inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        self.numel = max(self.numel, *(leaf.numel() for leaf in tree_leaves(made) if isinstance(leaf, Tensor)), 0)
+        return made
+
+
+@pytest.mark.parametrize("encoder", ["topk", "pursuit"])
+def test_at_128_by_128_no_matrix_of_all_pairs_is_built(encoder: str) -> None:
+    n, sides, size = 6, 96, 128
+    shape: dict[str, Any] = {"d_in": size**2, "d_k": size, "d_sae": sides**2, "encoder": encoder}
+    sae: Any = WriteProductTrainingSAE(WriteProductTrainingSAEConfig(**shape, resample_every=1, decoder_init="native"))
+    x = (normal(n, size, 1) @ normal(n, 1, size, seed=2)).float().flatten(1)
+    with Largest() as largest:
+        for at in (0, 1):
+            step(sae, x, at).loss.backward()
+        sae(x)
+        sae.settle_b_dec()
+    # Pairs of a side are views; scores and activations of all rows are as large as anything.
+    assert largest.numel <= max(n * sides**2, n * size**2, sides * sides * size)
+
+
+# ---------------------------------------------------------------------------------------- configs and files
+
+
+@pytest.mark.parametrize(
+    "fields, name",
+    [
+        ({"encoder": "tied"}, "encoder"),
+        ({"n_pairs": 0}, "n_pairs"),
+        ({"n_pairs": 25}, "n_pairs"),
+        ({"stop": 0.0}, "stop"),
+        ({"stop": 1.0}, "stop"),
+        ({"normalize_activations": "expected_average_only_in"}, "normalize_activations"),
+        ({"metric": "gauss_newton"}, "metric"),
+    ],
+)
+def test_what_pursuit_cannot_be_is_refused(fields: dict[str, Any], name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name}="):
+        WriteProductTrainingSAEConfig(**{**SHAPE, "encoder": "pursuit", **fields})
+
+
+def test_an_export_has_atoms_of_norm_one_and_the_same_code(tmp_path: Path) -> None:
+    sae = build()
+    x = normal(N, K * V)
+    sae.save_inference_model(tmp_path / "export")
+    for loaded in (SAE.load_from_disk(tmp_path / "export"), load_sae(tmp_path / "export")):
+        assert type(loaded) is WriteProductSAE
+        assert_close(loaded(x), sae(x))
+        assert_close(loaded.encode(x), sae.encode(x))
+        assert_close(loaded.key_atoms.norm(dim=1), torch.ones(4).double())
+    with pytest.raises(NotImplementedError):
+        sae.fold_activation_norm_scaling_factor(2.0)
+    with pytest.raises(NotImplementedError):
+        sae.fold_W_dec_norm()
+
+
+# ---------------------------------------------------------------------------------------- training
+
+
+def test_spare_atoms_are_put_on_what_is_left() -> None:
+    """One that nothing uses, and the less used one of two that are alike up to their sign."""
+    keys = normalize(normal(4, K), dim=1)
+    values = normalize(normal(6, V, seed=2), dim=1)
+    which = torch.Generator().manual_seed(0)
+    chosen = torch.randint(24, (200,), generator=which)
+    x = (keys[chosen // 6, :, None] * values[chosen % 6, None]).flatten(1)
+    sae = build(1, resample_every=2, stop=0.01)
+    sae.key_atoms.data.copy_(3 * keys)
+    sae.value_atoms.data.copy_(values)
+    sae.key_atoms.data[1] = -keys[0]  # so that key 1 and value 2 are missing
+    sae.value_atoms.data[2] = values[3]
+    before = step(sae, x, 1).loss
+    out = step(sae, x, 2)
+    assert out.metrics["resampled_atoms"] == 2 and out.loss < 0.8 * before
+    for side, kept in zip(sae.directions, (keys[[0, 2, 3]], values[[0, 1, 3, 4, 5]])):
+        assert (side @ side.T).abs().fill_diagonal_(0).max() < 0.95
+        assert_close((kept @ side.T).abs().amax(1), torch.ones(len(kept)).double())
+    assert step(sae, x, 4).metrics["resampled_atoms"] == 0
+
+
+class World:
+    """States of three pairs of 24 planted keys and 24 planted values, with noise."""
+
+    def __init__(self, seed: int):
+        self.seed = seed
+        g = torch.Generator().manual_seed(seed)
+        self.keys = normalize(torch.randn(24, 16, generator=g), dim=1)
+        self.values = normalize(torch.randn(24, 16, generator=g), dim=1)
+
+    def draw(self, n: int, part: int) -> tuple[Tensor, Tensor]:
+        """[n,16,16] states, and the numbers of their facts [n,3]."""
+        g = torch.Generator().manual_seed(1000 * self.seed + part)
+        k = torch.rand(n, 24, generator=g).argsort(1)[:, :3]
+        v = torch.randint(24, (n, 3), generator=g)
+        sizes = 0.5 + torch.rand(n, 3, generator=g)
+        states = torch.einsum("np,npk,npv->nkv", sizes, self.keys[k], self.values[v])
+        return states + 0.02 * torch.randn(n, 16, 16, generator=g), k * 24 + v
+
+    def scores(self, keys: Tensor, values: Tensor) -> tuple[float, float]:
+        """Share of the planted pairs that are among those of atoms, and of the facts that are read from new states."""
+        of_keys = self.keys @ keys.T
+        of_values = self.values @ values.T
+        cosines = torch.outer(of_keys.abs().amax(1), of_values.abs().amax(1))
+        states, facts = self.draw(512, 2)
+        pairs = pursue(states, keys, values, 3, 0.01)
+        read = of_keys.abs().argmax(0)[pairs.keys] * 24 + of_values.abs().argmax(0)[pairs.values]
+        return float((cosines > 0.9).float().mean()), float((facts[:, :, None] == read[:, None]).any(2).float().mean())
+
+
+def config(steps: int, seed: int = 0, size: int = 16, atoms: int = 36, **fields: Any) -> Any:
+    """A runner's config for states [size,size]."""
+    options: dict[str, Any] = {"encoder": "pursuit", "decoder_init": "native", "resample_every": 25, "n_pairs": 3}
+    shape: dict[str, Any] = {"d_in": size**2, "d_k": size, "d_sae": atoms**2}
+    return LanguageModelSAERunnerConfig(
+        sae=WriteProductTrainingSAEConfig(**shape | options | fields),
+        seed=seed,
+        lr=1e-2,
+        lr_scheduler_name="cosineannealing",
+        training_tokens=steps * 96,
+        train_batch_size_tokens=96,
+        n_checkpoints=0,
+        checkpoint_path=None,
+        verbose=False,
+        logger=LoggingConfig(log_to_wandb=False),
+        device="cpu",
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_planted_pairs_are_found_in_states_alone(seed: int) -> None:
+    world = World(seed)
+    states, _ = world.draw(1000, 1)
+    sae: Any = train_on_states(config(400, seed), states)
+    found, read = world.scores(*(side.detach() for side in sae.directions))
+    assert found >= 0.95 and read >= 0.95
+    acts = sae.encode(states.flatten(1))
+    assert (acts > 0).sum() > 0.9 * acts.count_nonzero()
+    g = torch.Generator().manual_seed(100 + seed)
+    random = [normalize(torch.randn(24, 16, generator=g), dim=1) for _ in range(2)]
+    assert world.scores(*random)[1] <= 0.16
+
+
+def test_states_of_another_shape_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"states=\(4, 16, 15\).*\(16, 16\)"):
+        train_on_states(config(1), torch.zeros(4, 16, 15))
+    with pytest.raises(ValueError, match="finite"):
+        train_on_states(config(1), torch.full((96, 16, 16), torch.nan))
+
+
+def test_a_collection_of_states_trains_it(embedded: Any, tmp_path: Path) -> None:
+    text = sample_sequences(embedded, shipped.text("train"), 16, 32)
+    collection = collect(embedded, text, [2], [1], tmp_path / "collection", targets=["state"])
+    options: dict[str, Any] = {"encoder": "pursuit", "n_pairs": 6}
+    cfg = training_config(
+        collection,
+        2,
+        1,
+        target="state",
+        architecture="writesae_product",
+        d_sae=32**2,
+        sae=options,
+        training_tokens=96 * 60,
+        verbose=False,
+    )
+    assert (cfg.lr, cfg.sae.resample_every) == (1e-2, 25)
+    sae = train(cfg)
+    rows = collection.rows(2, 1, "state")
+    total = (rows - rows.mean(0)).square().sum()
+    assert (sae(rows) - rows).square().sum() < 0.8 * total
+    assert (new_sae(cfg)(rows) - rows).square().sum() > 0.95 * total
