@@ -90,6 +90,17 @@ def train_on_writes(
     return train_on_rows(cfg, ShuffledWrites(cfg, writes), metric, checkpoint, len(writes), inputs)
 
 
+def train_on_states(cfg: RunnerConfig, states: Tensor, *, checkpoint: Path | None = None) -> MatrixTrainingSAE:
+    """Train a dictionary on matrices in memory [N,K,V], and return it, still of its training class: `train_on_writes`,
+    with the rows of a state as its values.
+
+    Raises:
+        ValueError: what `train_on_writes` raises.
+    """
+    keys = torch.eye(states.shape[1], dtype=states.dtype, device=states.device)
+    return train_on_writes(cfg, keys.expand(len(states), -1, -1), states, checkpoint=checkpoint)
+
+
 def train_many_on_writes(
     configs: Sequence[RunnerConfig],
     writes: Sequence[LowRank],

@@ -192,11 +192,11 @@ class MatrixSAE(SAE[Any]):
 
     def encoder_norm(self) -> Tensor:
         """Norm of every encoder atom [F]."""
-        if self.cfg.encoder == "bilinear":
-            return LowRank(self.v_enc, self.w_enc).norm()
+        if self.cfg.encoder == "tied":
+            return self.decoder_norm() * self.encoder_scale
         if self.cfg.encoder == "dense":
             return self.encoder_matrix.norm(dim=0)
-        return self.decoder_norm() * self.encoder_scale
+        return LowRank(self.v_enc, self.w_enc).norm()
 
     @torch.no_grad()
     def get_W_dec_norm(self) -> Tensor:

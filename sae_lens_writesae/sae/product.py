@@ -41,7 +41,7 @@ from torch.nn.functional import normalize
 
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae.matrix import MatrixSAE, MatrixSAEConfig
-from sae_lens_writesae.sae.pursuit import LEAST_STOP, Pairs, pair_scores, pursue
+from sae_lens_writesae.sae.pursuit import LEAST_STOP, Pairs, pursue
 from sae_lens_writesae.sae.training import (
     MAX_COSINE,
     START_STEPS,
@@ -49,7 +49,7 @@ from sae_lens_writesae.sae.training import (
     MatrixTrainingSAEConfig,
     StartBias,
     draw_rows,
-    sizes,
+    exact_dtype,
 )
 
 ProductEncoder = Literal["topk", "pursuit"]
@@ -198,10 +198,6 @@ class _Product(MatrixSAE):
         keys, values = self.directions
         return torch.outer(keys.norm(dim=1), values.norm(dim=1)).flatten()
 
-    def encoder_norm(self) -> Tensor:
-        keys, values = self._readers
-        return torch.outer(keys.norm(dim=1), values.norm(dim=1)).flatten()
-
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """Sums of all pairs [...,K*V] with weights [...,d_sae]. Costs F_value K (F_key + V)."""
         keys, values = self.directions
@@ -227,12 +223,13 @@ class _Product(MatrixSAE):
         """Activations and pre-activations [...,d_sae] of [...,K*V]."""
         cfg = self.cfg
         matrices = self.process_sae_in(x).unflatten(-1, (cfg.d_k, cfg.d_v))
-        pre = self.hook_sae_acts_pre(pair_scores(matrices, *self._readers).flatten(-2))
-        grid = pre.unflatten(-1, (cfg.f_key, cfg.f_value))
         if cfg.encoder == "pursuit":
-            pairs = self.pursue(matrices.reshape(-1, cfg.d_k, cfg.d_v), grid.reshape(-1, cfg.f_key, cfg.f_value))
-            acts = pairs.acts(cfg.f_key, cfg.f_value).view(pre.shape)
-            return self.hook_sae_acts_post(acts), pre
+            pairs = self.pursue(matrices.flatten(0, -3))
+            pre = self.hook_sae_acts_pre(pairs.scores.view(*x.shape[:-1], -1))
+            return self.hook_sae_acts_post(pairs.acts().view_as(pre)), pre
+        grid = self.key_encoder @ matrices @ self.value_encoder.T
+        pre = self.hook_sae_acts_pre(grid.flatten(-2))
+        grid = pre.unflatten(-1, (cfg.f_key, cfg.f_value))
         # Without factors of x at hand, scores of its two sides are read off the grid: the column and the row of the
         # strongest pair are both, each times a positive number.
         strongest_pair = pre.argmax(-1, keepdim=True)[..., None]
@@ -244,9 +241,9 @@ class _Product(MatrixSAE):
         acts = torch.where(active, grid, 0).clamp_min(0).flatten(-2)
         return self.hook_sae_acts_post(acts), pre
 
-    def pursue(self, matrices: Tensor, scores: Tensor | None = None) -> Pairs:
-        """The pairs of matrices [N,K,V]; `scores` are `pair_scores`, where they are at hand."""
-        return pursue(matrices, *self.directions, self.cfg.n_pairs, self.cfg.stop, scores)
+    def pursue(self, matrices: Tensor, n: int | None = None) -> Pairs:
+        """The pairs of matrices [N,K,V], at most n, or `cfg.n_pairs`."""
+        return pursue(matrices, *self.directions, n or self.cfg.n_pairs, self.cfg.stop)
 
     @torch.no_grad()
     def replace_atoms(self, indices: Tensor, atoms: LowRank, alive: Tensor) -> None:
@@ -267,13 +264,9 @@ class _Product(MatrixSAE):
             parameter.data[indices] = normalize(rows.to(parameter), dim=1) * size
 
     def _scaled(self, decoder: Tensor, encoder: Tensor) -> dict[str, Tensor]:
-        """As in the base, for scales that are products of one for each side, which those of norms are. With `pursuit`
-        norms have no effect, and become 1."""
-        if self.cfg.encoder == "pursuit":
-            keys, values = self.directions
-            return {"key_atoms": keys.detach(), "value_atoms": values.detach()}
+        """As in the base, for scales that are products of one for each side, which those of norms are."""
         scaled: dict[str, Tensor] = {}
-        for kind, scales in (("atoms", decoder), ("encoder", encoder)):
+        for kind, scales in (("atoms", decoder), ("encoder", encoder))[: len(self.sides[0])]:
             logs = scales.log().expand(self.cfg.d_sae)
             grid = logs.view(self.cfg.f_key, -1)
             half = logs.mean() / 2  # the mean log belongs to the pair; each side takes half of it
@@ -299,9 +292,8 @@ class _Product(MatrixSAE):
 
 
 def _decode(self: _Product, feature_acts: Tensor) -> Tensor:
-    """Reconstructions [...,K*V] of activations [...,d_sae], with the hooks of SAELens' own."""
-    acts = feature_acts.to_dense() if feature_acts.is_sparse else feature_acts
-    out = self.hook_sae_recons(self.weighted_sum(acts) + self.b_dec)
+    """Reconstructions [...,K*V] of activations [...,d_sae], with SAELens' hooks. b_dec is not learned."""
+    out = self.hook_sae_recons(self.weighted_sum(feature_acts) + self.b_dec.detach())
     return self.reshape_fn_out(self.run_time_activation_norm_fn_out(out), self.d_head)
 
 
@@ -321,7 +313,7 @@ class _SideStep(TrainingSAE[Any]):
         x = step_input.sae_in
         sae = cast(WriteProductTrainingSAE, self)
         if sae.cfg.encoder == "pursuit":
-            return sae.pursuit_step(x)
+            return super().training_forward_pass(step_input)
         key, value = sae.code(rank_one_rows(self, x))
         key_loss = (value.size() * key.error()).mean()
         value_loss = (key.size() * value.error()).mean()
@@ -345,24 +337,6 @@ class WriteProductTrainingSAE(_Product, MatrixTrainingSAE, _SideStep):  # pyrigh
     """Of the batches so far, until atoms have been put on them."""
 
     get_coefficients = calculate_aux_loss = cast(Any, lambda self, *args, **kwargs: {})  # the step has both losses
-
-    def pursuit_step(self, x: Tensor) -> TrainStepOutput:
-        """The step of `pursuit` on rows [N,K*V]."""
-        cfg = self.cfg
-        matrices = x.to(self.dtype).unflatten(1, (cfg.d_k, cfg.d_v))
-        with torch.no_grad():
-            pairs = self.pursue(matrices)
-        out = pairs.dense(*self.directions)
-        loss = (matrices - out).square().sum((1, 2)).mean()
-        acts = pairs.acts(cfg.f_key, cfg.f_value)
-        return TrainStepOutput(
-            sae_in=x,
-            sae_out=out.flatten(1) + self.b_dec.detach(),
-            feature_acts=acts,
-            hidden_pre=acts,
-            loss=loss,
-            losses={"mse_loss": loss},
-        )
 
     def code(self, writes: LowRank) -> tuple[SideCode, SideCode]:
         """Both sides of writes of rank one. Their outer product is what `encode` gives."""
@@ -403,11 +377,13 @@ class WriteProductTrainingSAE(_Product, MatrixTrainingSAE, _SideStep):  # pyrigh
 
         The rows that wait are in no checkpoint. A run that resumes before they are enough keeps its first start.
 
-        With `pursuit` it is done with the first batch alone, on singular vectors of its rows.
+        With `pursuit` it is done with the first batch alone, on the first singular vectors of its rows.
         """
         if self.cfg.encoder == "pursuit":
             if first:
-                self._start_on_singular_vectors(x)
+                atoms = self.key_atoms, self.value_atoms
+                everywhere = [torch.ones_like(side[:, 0], dtype=torch.bool) for side in atoms]
+                self._put_in(everywhere, _singular_vectors(self._matrices(x)), either_sign=True)
             return int(self.n_started)
         writes = rank_one_rows(self, x)
         if first:
@@ -420,20 +396,6 @@ class WriteProductTrainingSAE(_Product, MatrixTrainingSAE, _SideStep):  # pyrigh
         if enough:
             self._first_rows = []
         return int(self.n_started)
-
-    def _start_on_singular_vectors(self, x: Tensor | LowRank) -> None:
-        """Put the atoms of both sides on singular vectors of rows: the strongest of each row first."""
-        rows = _dense_rows(x)
-        drawn = draw_rows(sizes(rows), max(1, START_ROWS // self.cfg.n_pairs))
-        vectors = _singular_vectors(rows[drawn].view(-1, self.cfg.d_k, self.cfg.d_v))
-        self.n_started.fill_(self.cfg.d_sae)
-        for side, of_rows in enumerate(vectors):
-            by_strength = of_rows[:, : self.cfg.n_pairs].transpose(0, 1).flatten(0, 1)
-            n_atoms = len(self.sides[side][0])
-            directions = _distinct(by_strength, either_sign=True, count=n_atoms)
-            everywhere = torch.ones(n_atoms, dtype=torch.bool, device=self.device)
-            self._put(side, torch.arange(len(directions), device=self.device), directions, everywhere)
-            self.n_started.clamp_max_(len(directions))
 
     def _start_sides(self, batches: Sequence[LowRank]) -> None:
         """Put the atoms of both sides on sides of these writes, and begin the running means anew."""
@@ -455,58 +417,56 @@ class WriteProductTrainingSAE(_Product, MatrixTrainingSAE, _SideStep):  # pyrigh
         """Put dead atoms of a side on that side of rows of a batch [N,K*V], drawn in proportion to its squared error;
         returns how many. A key atom or a value atom is dead where all its pairs are (`dead` [d_sae]).
 
-        With `pursuit` see `_replace_spare`."""
+        With `pursuit`, put spare atoms (`_spare`) on singular vectors of what is left of the rows, those first of which
+        most is left. Costs N SVDs.
+        """
         if self.cfg.encoder == "pursuit":
             self._turn_to_positive()
-            return self._replace_spare(_dense_rows(x).to(self.dtype))
+            used = self.mean_contribution.view(self.cfg.f_key, -1).abs()
+            spare = [_spare(side, used.sum(1 - number)) for number, side in enumerate(self.directions)]
+            matrices = self._matrices(x)
+            left = matrices - self._matrices(self.weighted_sum(self.encode(matrices.flatten(1))))
+            by_size = left.square().sum((1, 2)).argsort(descending=True)
+            return self._put_in(spare, _singular_vectors(left[by_size]), either_sign=True)
         grid = dead.view(self.cfg.f_key, self.cfg.f_value)
         codes = self.code(rank_one_rows(self, x))
-        count = 0
-        for side, dead_side in enumerate((grid.all(1), grid.all(0))):
+        dead_sides = grid.all(1), grid.all(0)
+        candidates = list[Tensor]()
+        for side, dead_side in enumerate(dead_sides):
             code = codes[side]
             errors = codes[1 - side].size() * code.error()  # in units of the write, as the loss is
-            drawn = draw_rows(errors, int(dead_side.sum()))
-            rows = _distinct(code.rows[drawn], either_sign=side == 0)
-            replaced = torch.nonzero(dead_side).flatten()[: len(rows)]
-            self._put(side, replaced, rows, ~dead_side)
-            count += len(rows)
-        return count
+            candidates.append(code.rows[draw_rows(errors, int(dead_side.sum()))])
+        return self._put_in(dead_sides, candidates, either_sign=False)
 
-    def _turn_to_positive(self) -> None:
-        """Turn atoms to their negative, so that most of the contributions are positive: s_i t_j sum_n c_nij is made
-        large by turns."""
-        grid = self.mean_contribution.view(self.cfg.f_key, -1)
-        of_values = torch.ones_like(grid[0])
-        of_keys = torch.ones_like(grid[:, 0])
-        for _ in range(8):
-            of_keys = torch.where(grid @ of_values < 0, -1.0, 1.0).to(grid)
-            of_values = torch.where(of_keys @ grid < 0, -1.0, 1.0).to(grid)
-        self.key_atoms.data.mul_(of_keys[:, None])
-        self.value_atoms.data.mul_(of_values[:, None])
-        grid.mul_(torch.outer(of_keys, of_values))
-
-    def _replace_spare(self, rows: Tensor) -> int:
-        """Put atoms that are hardly used, and the less used of those that are alike, on singular vectors of what is
-        left of rows [N,K*V], those first of which most is left; returns how many. Costs N SVDs."""
-        cfg = self.cfg
-        matrices = rows.unflatten(1, (cfg.d_k, cfg.d_v))
-        directions = self.directions
-        left = matrices - self.pursue(matrices).dense(*directions)
-        left = left[left.square().sum((1, 2)).argsort(descending=True)[:START_ROWS]]
-        vectors = _singular_vectors(left)
-        grid = self.mean_contribution.view(cfg.f_key, cfg.f_value)
-        batches = self.mean_batches.view(cfg.f_key, cfg.f_value)
+    def _put_in(self, spare: Sequence[Tensor], candidates: Sequence[Tensor], either_sign: bool) -> int:
+        """Put distinct directions among `candidates` [n,D] of each side into the atoms that are `spare` [F_side], as
+        many as there are; returns how many. Keys are distinct in either sign anyway."""
         count = 0
-        for side, of_rows in enumerate(vectors):
-            used = grid.abs().sum(1 - side)
-            spare = _spare(directions[side], used)
-            new = _distinct(of_rows[:, 0], either_sign=True)[: int(spare.sum())]
-            replaced = torch.nonzero(spare).flatten()[: len(new)]
-            self._put(side, replaced, new, ~spare)
-            for means in (grid, batches):
-                means.index_fill_(side, replaced, 0)
+        for side, (of_side, rows) in enumerate(zip(spare, candidates)):
+            new = _distinct(rows, either_sign=either_sign or side == 0)[: int(of_side.sum())]
+            replaced = torch.nonzero(of_side).flatten()[: len(new)]
+            self._put(side, replaced, new, ~of_side)
+            if either_sign:  # with pursuit: their means begin anew
+                for means in (self.mean_contribution, self.mean_batches):
+                    means.view(self.cfg.f_key, -1).index_fill_(side, replaced, 0)
             count += len(new)
         return count
+
+    def _matrices(self, x: Tensor | LowRank) -> Tensor:
+        """Rows [N,K*V] as matrices [N,K,V] in the dtype of the atoms."""
+        return _dense_rows(x).to(self.dtype).unflatten(1, (self.cfg.d_k, self.cfg.d_v))
+
+    def _turn_to_positive(self) -> None:
+        """Turn atoms to their negative, so that most contributions are positive: by the signs of the first singular
+        vectors of the mean contributions. Where signs of all pairs follow from those of their sides, this gives them
+        (Perron and Frobenius)."""
+        grid = self.mean_contribution.view(self.cfg.f_key, -1)
+        left, _, right = torch.linalg.svd(grid, full_matrices=False)
+        of_keys = torch.where(left[:, :1] < 0, -1, 1).to(grid)
+        of_values = torch.where(right[0] < 0, -1, 1).to(grid)
+        self.key_atoms.data.mul_(of_keys)
+        self.value_atoms.data.mul_(of_values[:, None])
+        grid.mul_(of_keys * of_values)
 
 
 def _spare(directions: Tensor, used: Tensor) -> Tensor:
@@ -524,9 +484,9 @@ def _dense_rows(x: Tensor | LowRank) -> Tensor:
 
 
 def _singular_vectors(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """Left and right singular vectors [N,R,K] and [N,R,V] of matrices, those of the largest singular value first."""
-    left, _, right = torch.linalg.svd(matrices.to(torch.promote_types(matrices.dtype, torch.float32)), False)
-    return left.mT, right
+    """The first left and right singular vectors [N,K] and [N,V]."""
+    left, _, right = torch.linalg.svd(matrices.to(exact_dtype(matrices)), full_matrices=False)
+    return left[..., 0], right[:, 0]
 
 
 def rank_one_rows(sae: _Product | _SideStep, rows: Tensor | LowRank) -> LowRank:

@@ -34,7 +34,6 @@ from hookpoints.files import (
     SealedFolder,
     atomic_folder,
     check_folder,
-    content_hash,
     set_aside,
     write_checksums,
 )
@@ -243,25 +242,6 @@ def train_on_rows(
     for folder in filter(None, (checkpoint, part)):
         shutil.rmtree(folder, ignore_errors=True)
     return metric.fold(sae) if metric else sae
-
-
-def train_on_states(cfg: RunnerConfig, states: Tensor, *, checkpoint: Path | None = None) -> MatrixTrainingSAE:
-    """Train a dictionary on matrices in memory [N,K,V], and return it, still of its training class.
-
-    The config is used as in `train_on_writes`, and the same seed gives bitwise the same dictionary. `checkpoint` is
-    that of `train_on_rows`.
-
-    Raises:
-        ValueError: matrices of another shape than the config's; NaN or infinite numbers.
-    """
-    wanted = (cfg.sae.d_k, cfg.sae.d_v)
-    if states.ndim != 3 or states.shape[1:] != wanted:
-        raise ValueError(
-            f"states={tuple(states.shape)!r}: must be N matrices of K, V = {wanted} (d_k, d_v of cfg.sae)."
-        )
-    rows_of_unit = torch.eye(wanted[0], dtype=states.dtype, device=states.device).expand(len(states), -1, -1)
-    inputs = "" if checkpoint is None else content_hash(states)
-    return train_on_rows(cfg, ShuffledWrites(cfg, LowRank(rows_of_unit, states)), None, checkpoint, len(states), inputs)
 
 
 _SOURCE = "source.pt"
