@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import cycle
 from pathlib import Path
 from types import FrameType, SimpleNamespace
@@ -34,6 +34,7 @@ from writesae.evaluations import ASKED, EVALUATIONS, load_result
 from writesae.experiment.evaluation import Evaluation, Scope
 from writesae.experiment.tokens import sample_sequences
 from writesae.files import run_folder, sae_folders
+from writesae.models import summary
 from writesae.page.template import share_text
 from writesae.settings import settings_of
 
@@ -490,3 +491,12 @@ def test_no_hint_names_an_index_that_lacks_the_package() -> None:
 def test_costs_of_a_model_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     listed = run(capsys, "models", "--cost", "embedded", "--tokens", "64").out
     assert "blocks.{l}.mixer.hook_write                     4         32,768       2 MB       8 MB" in listed
+
+
+def test_a_summary_tells_layers_of_several_steps_apart(embedded: HookedRecurrent) -> None:
+    first = min(embedded.cfg.layers)
+    layers = {n: replace(layer, R=1 if n == first else 3) for n, layer in embedded.cfg.layers.items()}
+    stepped = SimpleNamespace(cfg=replace(embedded.cfg, layers=layers))
+    assert "rank" not in summary(embedded)
+    alike, several, *_ = summary(stepped).split("; ")
+    assert several == f"{alike}, rank 3"

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize, one_hot
 
+from hookpoints import zoo
 from sae_lens_writesae import training_config
 from sae_lens_writesae.sae.rows import new_sae
 from writesae.cli import main
@@ -22,6 +23,7 @@ from writesae.known.scores import attributed, purity
 from writesae.known.sides import HeadCode, of_labels, of_product, of_sides
 from writesae.known.states import pursue_pairs, share_held
 from writesae.known.world import Facts, World
+from writesae.zoo import Zoo
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +83,10 @@ def test_purity_by_hand() -> None:
 def test_attribution_finds_the_writes_that_hold_a_fact(world: World) -> None:
     found = attributed(world, 3)
     assert found["writes found"] > 0.9 > 10 * found["null"]
+
+
+def test_the_models_of_a_board_are_in_the_zoo_by_default() -> None:
+    assert Zoo().models and {*Zoo().models} <= {*zoo.names()}
 
 
 def test_a_state_is_read_back_as_its_facts() -> None:

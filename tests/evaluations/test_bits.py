@@ -41,6 +41,15 @@ def test_streams_are_replaced_as_by_hand_and_tuning_lowers_their_divergence(mode
     assert all(each.grad is None for each in model.parameters())
 
 
+def test_codes_have_no_more_bits_than_their_budget_and_what_is_no_code_has_none(model: HookedRecurrent) -> None:
+    few = Bits(budgets=(16,), steps=1, tune_steps=0)
+    found = few.run(model, (LAYER, HEAD), TEXT, reference=Terms(model, TEXT.flip(1)), progress=False).tables["codes"]
+    bits = found.groupby("code")["bits"].max()
+    assert bits[["native", "delete"]].tolist() == [0, 0]
+    coded = bits.drop(["native", "delete"])
+    assert len(coded) > 5 and (coded <= 16).all() and (coded > 0).all()
+
+
 def made(head: int, lead: float, rows: int = 100, *, noise: float = 0.0) -> Result:
     """Shares of 0.8 of the rival, and more by `lead` of the dictionary; with `noise`, each varies by itself."""
     rng = np.random.default_rng(head)

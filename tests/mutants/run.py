@@ -198,11 +198,12 @@ def mirror(file: str) -> tuple[str, ...]:
     """The test files of a module, those with its name first."""
     package, *names = Path(file).with_suffix("").parts
     home = ROOT / "tests" / ("hookpoints" if package == "hookpoints" else "")
+    homes = dict.fromkeys((home, ROOT / "tests"))
     rooms = dict.fromkeys((names[0], ALSO.get(names[0], names[0])))
     importing = re.compile(rf"\b{package}\.{names[0]}\b|from {package} import .*\b{names[0]}\b")
     found = (
         [test for room in rooms if len(names) > 1 for test in sorted((home / room).glob("test_*.py"))]
-        or sorted({test for name in names for test in home.glob(f"test_{name}*.py")})
+        or sorted({test for name in names for folder in homes for test in folder.glob(f"test_{name}*.py")})
         or [test for test in sorted(home.rglob("test_*.py")) if importing.search(test.read_text("utf-8"))]
         or sorted(home.glob("layer/test_*.py" if package == "hookpoints" else "test_cli.py"))
     )

@@ -153,7 +153,9 @@ def test_half_life_is_that_of_the_atoms_own_key_side(
     _, cache = model.run_with_cache(tokens, names_filter=[HOOK])
     with torch.no_grad():
         traces = facts.traces[2]
-        active = (planted.encode(cache[HOOK].float())[..., 2] > 0)[:, :-1].nonzero().tolist()
+        fires = (planted.encode(cache[HOOK].float()) > 0)[:, :-1]  # a token comes after
+        assert list(map(len, facts.traces)) == fires.sum((0, 1)).tolist()
+        active = fires[..., 2].nonzero().tolist()
         lives = []
         for s, t in active:
             states = written_alone(recurrence, planted, 2, s, t).states()[s, t : t + SMALL.half_life_limit + 1, 0]

@@ -152,6 +152,13 @@ def test_a_batch_is_what_its_memory_holds_and_one_that_has_none_is_refused(model
     assert not contents(tmp_path / "c")
 
 
+def test_a_wider_mlp_leaves_room_for_fewer_sequences(monkeypatch):
+    monkeypatch.setattr(module, "BATCH_BYTES", {"cpu": 1e7})
+    models = [HookedRecurrent.from_hf(make_hf(intermediate_size=width)) for width in (16, 1024)]
+    narrow, wide = (1e7 / module._batch_size(model, 1, T, None) for model in models)
+    assert wide - narrow == pytest.approx(T * 4 * 3 * (1024 - 16), rel=0.05)  # float32; gate, up, their product
+
+
 def test_a_pass_ends_at_the_op_of_the_last_layer_that_is_asked_for(model, tmp_path):
     fired: list[str | None] = []
     model.add_hook(lambda name: True, lambda _, hook: fired.append(hook.name))

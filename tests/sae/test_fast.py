@@ -113,6 +113,12 @@ def test_losses_and_gradients_are_those_of_the_dense_step(
     assert torch.equal(counts.view(3, F), active.float())
 
 
+def test_rows_stay_where_they_are_if_a_device_does_not_tell_its_memory() -> None:
+    rows = [writes()]
+    assert not hasattr(torch.mps, "mem_get_info")
+    assert fast._held(rows, torch.device("mps")) == fast._held(rows, torch.device("cpu")) == rows
+
+
 @pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("F, k", [(512, 3), (1024, 16), (96, 5), (40, 1)])
 def test_atoms_on_top_are_exact(F: int, k: int, ordered: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import make_hf
-from recurrences import normal
+from recurrences import normal, random_recurrence
 from torch.testing import assert_close
 from transformer_lens import ActivationCache
 
@@ -42,6 +42,18 @@ def test_each_row_fires_in_prefill_and_decode_with_its_shape(model, tokens, row)
     prefill = (shape_of(row.axes, **attention), name)
     steps = [(shape_of(row.axes, **attention, T=1, S=SIZES["T"] + n), name) for n in (1, 2)]
     assert seen == [prefill, prefill, *steps]  # forward; generate: prompt, then two steps make three tokens
+
+
+def test_factors_of_tokens_that_take_two_steps_have_the_axes_of_the_table():
+    r = random_recurrence("gated_deltaproduct", T=5)
+    assert r.R == 2
+    of_names = {"hook_write_key": r.k, "hook_write_value": r.u}
+    of_factors = {"q": r.q, "k": r.k, "v": r.u, "beta": r.beta, "log_decay": r.log_decay, "a": r.a, "b": r.b}
+    for row in HOOKS:
+        factor = of_names.get(row.name, of_factors.get(row.factor or ""))
+        if row.scope == "mixer" and factor is not None:
+            sizes = {"B": r.B, "T": r.T, "H": r.H, "R": r.R, "K": r.K, "V": r.V}
+            assert factor.shape == shape_of(row.axes_of(r.R), **sizes), row.name
 
 
 def test_the_table_is_the_model(model):

@@ -14,7 +14,7 @@ import transformers.models.qwen3_5.modeling_qwen3_5 as upstream
 from conftest import continuing, make_hf
 from torch.testing import assert_close
 
-from hookpoints import HookedRecurrent, HookpointsError
+from hookpoints import HookedRecurrent, HookpointsError, WriteEdit
 from hookpoints.layer import intercept
 from hookpoints.layer.intercept import running, wrap_ops
 from hookpoints.model.inputs import cache_argument, cache_of
@@ -259,3 +259,16 @@ def test_a_changed_write_reaches_the_next_pass_once(model, tokens):
         whole, out = model(tokens[:, :21]), model.hf_model(tokens[:, :20], use_cache=True)
         step = model.hf_model(tokens[:, 20:21], **continuing(model.hf_model, out)).logits
     assert_close(step, whole[:, 20:], rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_5", "mamba2", "rwkv7"])
+@torch.no_grad()
+def test_an_edit_leaves_the_dtype_that_the_layer_computes_in(model_type, tokens):
+    model = HookedRecurrent.from_hf(make_hf(model_type).bfloat16())
+    layer = model.cfg.recurrent_layers[0]
+    dtypes = []
+    read = [(f"blocks.{layer}.mixer.hook_read", lambda x, hook: dtypes.append(x.dtype))]
+    plain = model.run_with_hooks(tokens, fwd_hooks=read)
+    with model.edits(WriteEdit(layer, 0, 3, mode="delete")):
+        edited = model.run_with_hooks(tokens, fwd_hooks=read)
+    assert dtypes[0] == dtypes[1] and edited.dtype == plain.dtype

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import struct
 from dataclasses import replace
 from random import Random
 from typing import cast
@@ -315,6 +316,21 @@ def test_every_weight_counts(read, tmp_path):
                 Memory.load(tmp_path / "memory", model)
             weight.data.view(-1)[place] = value
     same(Memory.load(tmp_path / "memory", model), memory, exact=True)
+
+
+def test_a_sum_of_bits_is_that_of_whole_numbers():
+    """Saved memories name these sums, so that another way to mix would refuse all of them."""
+
+    def signed(x: int) -> int:
+        return (x + 2**63) % 2**64 - 2**63
+
+    numbers = torch.randn(33, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    total = 0
+    for place, word in enumerate(struct.unpack("<33q", numbers.numpy().tobytes()), 1):
+        mixed = signed(word + place * sealing._ODD[0])
+        mixed = signed((mixed ^ (mixed >> 32)) * sealing._ODD[1])
+        total += mixed ^ (mixed >> 29)
+    assert sealing.sum_of_bits(numbers) == signed(total)
 
 
 def test_sums_of_bits_depend_on_each_place_and_not_on_the_layout(monkeypatch):
