@@ -52,7 +52,8 @@ The test suite runs the same checks with fewer rounds (`tests/reliability`).
 FOOT = """## Mutants
 
 The test suite notices {noticed:.1%} of {sample} random changes of the packages ({date}, seed {seed}; 95% interval \
-{low:.0%} to {high:.0%}): {by_package}. `mutants.json` lists the {left} that it does not. {remark}
+{low:.0%} to {high:.0%}): {by_package}. `mutants.json` lists the {left} that it does not. {alike} of these change \
+nothing that a user sees, and each says why; of the other {others} changes it notices {of_others:.1%}.
 
 It notices all changes of `tests/mutants/definitions.toml`, each of which gives a number another meaning."""
 
@@ -114,11 +115,15 @@ def page(saved: dict[str, dict]) -> str:
     known = [check for check in CHECKS if check.name in saved]
     parts = [section(list(each), saved) for _, each in groupby(known, lambda check: check.section)]
     left, sample = len(told["survivors"]), told["sample"]
+    alike = sum("equivalent" in row for row in told["survivors"])
     by_package = [f"{tried - lost} of {tried} in {name}" for name, (tried, lost) in told["packages"].items()]
     interval = binomtest(sample - left, sample).proportion_ci(method="wilson")
     foot = FOOT.format(
-        **{"remark": ""} | told,
+        **told,
         left=left,
+        alike=alike,
+        others=sample - alike,
+        of_others=1 - (left - alike) / (sample - alike),
         noticed=1 - left / sample,
         low=interval.low,
         high=interval.high,

@@ -333,3 +333,11 @@ def test_no_folder_of_tests_hides_an_installed_package():
     for file in (ROOT / "tests").rglob("test_*.py"):
         hidden = {each.name for each in file.parent.iterdir() if each.is_dir()} & {"fla", "sae_lens", "transformers"}
         assert not hidden, f"{file}: move it into a folder of its own"
+
+
+def test_each_defined_mutant_changes_one_place_and_its_test_is_there():
+    for row in tomllib.loads((ROOT / "tests/mutants/definitions.toml").read_text("utf-8"))["mutant"]:
+        assert (ROOT / row["file"]).read_text("utf-8").count(row["code"]) == 1, row["definition"]
+        file, _, test = row["test"].partition("::")
+        name = test.partition("[")[0]
+        assert f"def {name}(" in (ROOT / file).read_text("utf-8"), row["definition"]

@@ -16,8 +16,10 @@ Every run is a fork of this process, which has imported torch and the other upst
 mutant then costs about a second more than its tests.
 
 ``mutants.json`` gets the rates and the survivors. A survivor is named by its file, its function and its diff, so that
-it is found again after lines have moved: ``--again docs/mutants.json`` tries the survivors of an earlier run. Needs the
-extra ``nightly``, which is apart from ``test`` because mutmut brings a terminal interface.
+it is found again after lines have moved: ``--again docs/mutants.json`` tries the survivors of an earlier run, of which
+it keeps the sample and those that survive again. One that changes nothing which a user sees may have the entry
+``equivalent``, a line that says why. It counts as a survivor, and is not tried again. Needs the extra ``nightly``,
+which is apart from ``test`` because mutmut brings a terminal interface.
 
 ``--definitions`` tries the mutants of ``definitions.toml`` instead: each changes what a number means, where a test by
 the formula must fail, and not only a stored result. None of them may survive.
@@ -181,11 +183,16 @@ def draw(files: list[str], n: int, seed: int) -> tuple[list[Mutant], int]:
     return [Places(file).mutant(i, which) for file, i, which in drawn], sum(map(sum, counts.values()))
 
 
+def name_of(row: dict) -> tuple[str, str, tuple[str, ...]]:
+    """The name of a survivor in mutants.json."""
+    return row["file"], row["function"], tuple(row["diff"])
+
+
 def listed(rows: list[dict]) -> list[Mutant]:
     """The mutants of an earlier run that their files still have."""
     mutants = []
     for row in rows:
-        name = row["file"], row["function"], tuple(row["diff"])
+        name = name_of(row)
         places = Places(row["file"]).mutants(row["function"]) if (ROOT / row["file"]).is_file() else ()
         same = next((mutant for mutant in places if mutant.name == name), None)
         mutants += [same] if same else []
@@ -421,7 +428,7 @@ def main(
         sample: mutants to try
         seed: of the sample (default: today)
         only: files with this text in their path
-        again: try the survivors that this file names, and no sample
+        again: try the survivors that this file names, and no sample; the rates of its sample follow
         seconds: of tests for a mutant
         definitions: try the mutants of definitions.toml, and no sample
         out: folder for mutants.json
@@ -429,8 +436,9 @@ def main(
     files = [str(file.relative_to(ROOT)) for name in PACKAGES for file in sorted((ROOT / name).rglob("*.py"))]
     files = [file for file in files if only in file and (find_spec("fla") or "points/fla/" not in file)]
     mutants, n = draw([] if definitions else files, 0 if again else sample, seed)
+    earlier = json.loads(again.read_text("utf-8")) if again else {}
     if again:
-        mutants = listed(json.loads(again.read_text("utf-8"))["survivors"])
+        mutants = listed([row for row in earlier["survivors"] if "equivalent" not in row])
     # Neighbors share their unchanged run, whose result is then at hand.
     mutants.sort(key=lambda mutant: (mutant.file, mutant.first))
     os.environ |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "TOKENIZERS_PARALLELISM": "0"}
@@ -455,8 +463,21 @@ def main(
         "operators": counts(mutants, left, lambda mutant: mutant.operator),
         "survivors": [{"file": x.file, "function": x.function, "operator": x.operator, "diff": x.diff} for x in left],
     }
+    if again:
+        result = without(earlier, {mutant.name for mutant in mutants} - {mutant.name for mutant in left})
     (out / "mutants.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     print(f"{len(mutants) - len(left)} of {len(mutants)} mutants were killed")
+
+
+def without(earlier: dict, killed: set[tuple[str, str, tuple[str, ...]]]) -> dict:
+    """An earlier run without the survivors that are killed since."""
+    left = [row for row in earlier["survivors"] if name_of(row) not in killed]
+    lost = Counter(row["file"].partition("/")[0] for row in left) + Counter(row["operator"] for row in left)
+    rates = {
+        kind: {name: [tried, lost[name]] for name, (tried, _) in earlier[kind].items()}
+        for kind in ("packages", "operators")
+    }
+    return earlier | rates | {"survivors": left}
 
 
 def counts(mutants: list[Mutant], left: list[Mutant], kind: Callable[[Mutant], str]) -> dict[str, list[int]]:
