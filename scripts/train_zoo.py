@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
@@ -38,7 +38,7 @@ from transformers import (
 
 from hookpoints import HookedRecurrent, WriteEdit, zoo
 from hookpoints.rwkv7 import RWKV7Config, RWKV7ForCausalLM
-from hookpoints.zoo.tasks import Composition, Recall
+from hookpoints.zoo.tasks import Composition, Facts, Recall
 
 ROOT = Path(__file__).parents[1]
 HELD = 0.9
@@ -96,7 +96,7 @@ PAIRS = COMMON | dict(hidden_size=64, num_hidden_layers=2)
 """What the models that are asked for pairs have in common."""
 
 
-def gated_delta(vocabulary: int, **changes: int) -> PreTrainedModel:
+def gated_delta(vocabulary: int, **changes: Any) -> PreTrainedModel:
     """Qwen3.5 with linear attention alone: two Gated DeltaNet layers of two heads, 32 x 32."""
     own = PAIRS | dict(
         vocab_size=vocabulary,
@@ -118,21 +118,65 @@ def gated_delta(vocabulary: int, **changes: int) -> PreTrainedModel:
     return model
 
 
-def mamba2(vocabulary: int) -> PreTrainedModel:
-    """Two Mamba-2 layers of four heads, 64 x 32."""
-    return Mamba2ForCausalLM(
-        Mamba2Config(
-            vocab_size=vocabulary,
-            num_heads=4,
-            head_dim=32,
-            state_size=64,
-            n_groups=1,
-            expand=2,
-            conv_kernel=4,
-            chunk_size=32,
-            **PAIRS,
-        )
+def one_memory(vocabulary: int) -> PreTrainedModel:
+    """Qwen3.5 with linear attention alone: one Gated DeltaNet layer of one head, 64 x 32, so that one state holds all
+    facts. Weights of names start together (`start_with_names`)."""
+    one_head = {"linear_num_key_heads": 1, "linear_num_value_heads": 1, "linear_key_head_dim": 64}
+    model = gated_delta(vocabulary, **one_head, num_hidden_layers=1, layer_types=["linear_attention"])
+    mixer = "model.layers.0.linear_attn."
+    projection = model.get_parameter(f"{mixer}in_proj_qkv.weight")
+    start_with_names(
+        projection.data, model.get_parameter(f"{mixer}conv1d.weight").data[:, 0], first_key=64, first_query=0
     )
+    return model
+
+
+def start_with_names(projection: Tensor, taps: Tensor, first_key: int, first_query: int, width: int = 64) -> None:
+    """Queries and keys get the same weights. The convolution of a key sees the tokens at t-3 and t-2, that of a query
+    those at t-2 and t-1, which is where name and verb stand, and the rest the token at t. Training is then shorter.
+
+    Args:
+        projection: rows [D,hidden] of what the convolution sees.
+        taps: of the convolution [D,4], that of t last.
+        first_key, first_query: the first of so many rows of the keys, and of the queries.
+    """
+    keys = slice(first_key, first_key + width)
+    queries = slice(first_query, first_query + width)
+    projection.normal_(std=projection.shape[1] ** -0.5)
+    projection[queries] = projection[keys]
+    taps.normal_(std=0.02)
+    taps[:, 3] = 1.0
+    for rows, (first, second) in ((keys, (0, 1)), (queries, (1, 2))):
+        taps[rows, 3] = 0.0
+        taps[rows, first] = 1.0
+        taps[rows, second] = 1.0
+
+
+def mamba2(vocabulary: int, **changes: int) -> PreTrainedModel:
+    """Two Mamba-2 layers of four heads, 64 x 32."""
+    own = PAIRS | dict(
+        vocab_size=vocabulary,
+        num_heads=4,
+        head_dim=32,
+        state_size=64,
+        n_groups=1,
+        expand=2,
+        conv_kernel=4,
+        chunk_size=32,
+    )
+    return Mamba2ForCausalLM(Mamba2Config(**own | changes))
+
+
+def mamba2_with_names(vocabulary: int) -> PreTrainedModel:
+    """One Mamba-2 layer of four heads, 64 x 32. Weights of names start together (`start_with_names`)."""
+    model = mamba2(vocabulary, num_hidden_layers=1)
+    mixer = "backbone.layers.0.mixer."
+    width = 128
+    seen = slice(width, 3 * width)  # behind the gate: x, B (keys), C (queries)
+    projection = model.get_parameter(f"{mixer}in_proj.weight").data[seen]
+    taps = model.get_parameter(f"{mixer}conv1d.weight").data[:, 0]
+    start_with_names(projection, taps, first_key=width, first_query=width + 64)
+    return model
 
 
 def rwkv7(vocabulary: int) -> PreTrainedModel:
@@ -206,19 +250,23 @@ def train(
     queries: int = 16,
     lr: float = 3e-3,
     weight_decay: float = 0.1,
+    rest: float = 0.0,
+    warmup: int = 100,
 ) -> PreTrainedModel:
-    """A trained model: AdamW, a warmup of 100 steps, then a cosine to zero. A progress bar has the loss.
+    """A trained model: AdamW, a warmup, then a cosine to zero. A progress bar has the loss.
 
     Args:
         build: from the size of the vocabulary
         sequences: in a step
         queries: in a sequence
+        rest: weight of the loss at all tokens, beside the loss at the answers
+        warmup: steps
     """
     torch.manual_seed(seed)
     model, generator = build(len(task.vocabulary)), torch.Generator().manual_seed(seed + 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+        optimizer, lambda step: min(1, (step + 1) / warmup) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
     )
     for _ in (progress := tqdm(range(steps), mininterval=5)):
         size = task.sizes[int(torch.randint(len(task.sizes), (), generator=generator))]
@@ -226,6 +274,8 @@ def train(
         logits = model(input_ids=batch.tokens, use_cache=False).logits
         asked = logits.gather(1, batch.positions[..., None].expand(-1, -1, logits.shape[2]))
         loss = F.cross_entropy(asked.flatten(0, 1), batch.answers.flatten())
+        if rest:
+            loss = loss + rest * F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.tokens[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -236,9 +286,13 @@ def train(
 
 
 def save(model: PreTrainedModel, task: zoo.Task, folder: Path) -> None:
-    """Weights in bf16, which load in float32, and a tokenizer of whole words, which begins with <bos>."""
+    """Weights in bf16, which load in float32, and a tokenizer of whole words, which begins with <bos>. Where sentences
+    end in a period, it is a word of its own."""
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(task.vocabulary)}, unk_token="<bos>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if "." in task.vocabulary:
+        words.pre_tokenizer = pre_tokenizers.Whitespace()
+        words.decoder = decoders.WordPiece()
     words.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
     special = {f"{kind}_token": "<bos>" for kind in ("bos", "eos", "pad")}
     PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
@@ -257,14 +311,20 @@ def draw(task: zoo.Task, n: int, seed: int) -> Case:
     generator, count = torch.Generator().manual_seed(seed), task.sizes[2 * len(task.sizes) // 3]["pairs"]
     drawn = task.batch(n, generator, pairs=count + 1).symbols
     keys, values, asked = drawn["keys"][:, :count], drawn["values"][:, :count], drawn["asked"] % (count - 1)
+    new_keys = task.strangers(keys, asked, generator) if isinstance(task, Facts) else drawn["keys"][:, count:]
     changes = {
         "asked": {},
         "next": {"asked": asked + 1},
-        "keys": {"keys": keys.scatter(1, asked, drawn["keys"][:, count:])},
+        "keys": {"keys": keys.scatter(1, asked, new_keys)},
         "values": {"values": values.scatter(1, asked, task.others(values.gather(1, asked), generator))},
     }
     same = {**drawn, "keys": keys, "values": values, "asked": asked}
     return {name: task.spell(same | change) for name, change in changes.items()}
+
+
+def apart(batch: zoo.Batch) -> int:
+    """Tokens from a key to its value."""
+    return int(batch.places["values"][0, 0] - batch.places["keys"][0, 0])
 
 
 def sides(model: HookedRecurrent, batch: zoo.Batch, layer: int, heads: Sequence[int], offset: int) -> list[Tensor]:
@@ -322,15 +382,17 @@ def rates(model: HookedRecurrent, case: Case, layer: int, heads: Sequence[int], 
 
 
 def table(model: HookedRecurrent, case: Case) -> Iterator[dict[str, Any]]:
-    """Rates of every set of heads of a layer, at 0 to 3 tokens after the key."""
-    for (layer, shape), offset, count in product(model.cfg.layers.items(), range(4), range(1, 9)):
+    """Rates of every set of heads of a layer, at the key and 3 tokens after it, or up to the one after the value."""
+    offsets = range(max(4, apart(case["asked"]) + 2))
+    for (layer, shape), offset, count in product(model.cfg.layers.items(), offsets, range(1, 9)):
         for heads in combinations(range(shape.H), count):
             yield {"layer": layer, "heads": heads, "offset": offset, **rates(model, case, layer, heads, offset)}
 
 
-def holders(rows: Sequence[Mapping[str, Any]]) -> Iterator[zoo.Holder]:
-    """The smallest sets of heads whose exchange decides what a symbol is, with the side that decides it."""
-    for kind, after in (("keys", 0), ("values", 1)):
+def holders(rows: Sequence[Mapping[str, Any]], value_after: int) -> Iterator[zoo.Holder]:
+    """The smallest sets of heads whose exchange decides what a symbol is, with the side that decides it. A value stands
+    so many tokens after its key."""
+    for kind, after in (("keys", 0), ("values", value_after)):
         held = [row for row in rows if row[f"{kind}, exchanged"] >= HELD]
         for row in (row for row in held if len(row["heads"]) == min(len(each["heads"]) for each in held)):
             side = max(("key", "value"), key=lambda side: row[f"{kind}, {side} side"])
@@ -348,12 +410,12 @@ def explained(side: Tensor, features: Tensor) -> tuple[float, Tensor]:
 
 def facts(model: HookedRecurrent, name: str, case: Case, found: Sequence[zoo.Holder]) -> Iterator[tuple[str, float]]:
     """How well symbols explain the sides that hold them; of composition, also the attributes, and what adding the
-    difference of two attribute vectors to a value side changes; of recall, right answers with more pairs; right answers
-    without one tap of a convolution."""
+    difference of two attribute vectors to a value side changes; of recall and of facts, right answers with more pairs;
+    right answers without one tap of a convolution."""
     task = zoo.task(name)
     many = task.batch(2_048, torch.Generator().manual_seed(3), queries=4, pairs=task.sizes[-1]["pairs"])
     for each in found:
-        where = each.layer, each.heads, each.offset + (each.holds == "values")
+        where = each.layer, each.heads, each.offset + apart(many) * (each.holds == "values")
         side = sides(model, many, *where)[each.side == "value"]
         symbols = many.symbols[each.holds].gather(1, many.symbols["asked"]).flatten()
         told = f"the {each.side} side of layer {each.layer}, heads {str(each.heads).strip('(,)')}"
@@ -371,9 +433,15 @@ def facts(model: HookedRecurrent, name: str, case: Case, found: Sequence[zoo.Hol
             }
             for about, question in asked.items():
                 yield f"one attribute changed: {about}", share(model, case, question, *where, writes, "add")
-    for more in (24, 32, 48, 64) if isinstance(task, Recall) else ():
+    further = {Recall: (24, 32, 48, 64), Facts: (12, 16, 24, 32)}
+    for more in further.get(type(task), ()):
         generator = torch.Generator().manual_seed(4)
         yield f"right with {more} pairs", right(model, task.batch(128, generator, pairs=more, queries=4))
+    yield from without_taps(model, name)
+
+
+def without_taps(model: HookedRecurrent, name: str) -> Iterator[tuple[str, float]]:
+    """Right answers without one tap of a convolution."""
     convolutions = [(at, module) for at, module in model.hf_model.named_modules() if isinstance(module, nn.Conv1d)]
     for (at, module), tap in product(convolutions, (1, 2, 3)):
         kept = module.weight.clone()
@@ -394,7 +462,7 @@ def pairs(model: HookedRecurrent, name: str, n: int) -> Found:
     """
     case = draw(zoo.task(name), n, seed=5)
     rows = list(table(model, case))
-    found = list(holders(rows))
+    found = list(holders(rows, apart(case["asked"])))
     return found, rows, dict(facts(model, name, case, found))
 
 
@@ -472,11 +540,14 @@ class Recipe:
     """Of `train`."""
 
 
+OF_FACTS = {"sequences": 16, "queries": 8, "rest": 0.1, "warmup": 30}
 RECIPES = {
     "recall": Recipe(gated_delta, pairs, {"steps": 1_500, "sequences": 32}),
     "recall-mamba2": Recipe(mamba2, pairs, {"steps": 2_000, "sequences": 32}),
     "recall-rwkv7": Recipe(rwkv7, pairs, {"steps": 3_000, "sequences": 32}),
     "composition": Recipe(gated_delta, pairs, {"steps": 2_500, "sequences": 64, "queries": 12}),
+    "facts": Recipe(one_memory, pairs, {"steps": 400, **OF_FACTS}),
+    "facts-mamba2": Recipe(mamba2_with_names, pairs, {"steps": 400, **OF_FACTS}),
     "induction": Recipe(induction, looks, {"steps": 400, "sequences": 64}),
     "parity": Recipe(parity, flips, {"steps": 600, "sequences": 64, "lr": 1e-2, "weight_decay": 0.0}),
 }

@@ -22,11 +22,11 @@ from torch import Tensor
 
 from hookpoints.files import read_json
 from hookpoints.zoo.circuits import Induction, Parity
-from hookpoints.zoo.tasks import Batch, Composition, Recall
+from hookpoints.zoo.tasks import Batch, Composition, Facts, Recall
 
 __all__ = ["Batch", "Holder", "Task", "Truth", "accuracy", "names", "path", "task", "truth"]
 
-Task = Recall | Composition | Induction | Parity
+Task = Recall | Composition | Facts | Induction | Parity
 """``vocabulary``: names of the token ids, the first is "<bos>". ``batch(n, generator, **size)``: n fresh sequences,
 with ``queries`` for Q questions in each; ``sizes``: all that a model learns, equally frequent in training.
 ``spell(symbols)``: the sequences that symbols spell. ``others(values, generator)``: for each value another one, whose
@@ -37,6 +37,8 @@ _TASKS: dict[str, Task] = {
     "recall-mamba2": Recall(),
     "recall-rwkv7": Recall(),
     "composition": Composition(),
+    "facts": Facts(),
+    "facts-mamba2": Facts(),
     "induction": Induction(),
     "parity": Parity(),
 }

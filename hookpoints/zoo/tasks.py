@@ -41,6 +41,16 @@ ATTRIBUTES = (
     "cup key box ring lamp boat drum coat",
 )
 """Words for the attributes of a value, by slot: color, material, thing."""
+TRADES = "baker sailor miller doctor painter farmer tailor singer writer barber weaver hunter pilot nurse judge mason"
+PETS = "cat dog horse goat parrot rabbit turtle pony snake canary ferret hamster"
+COLORS = "red green blue black white brown gray golden"
+RELATIONS = (
+    ("lives in", CITIES.split()[:32]),
+    ("is a", TRADES.split()),
+    ("keeps a", PETS.split()),
+    ("dresses in", COLORS.split()),
+)
+"""What a fact says about a name, with the values that it can have: home, trade, pet, color."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +143,71 @@ class Composition:
         old = self.attributes(values)
         new = (old + torch.randint(1, self.n_attributes, old.shape, generator=generator)) % self.n_attributes
         return new @ torch.tensor([self.n_attributes**2, self.n_attributes, 1])
+
+
+class Facts:
+    """Facts about names, each told once in a sentence, then some of them again: ``<bos> Ben lives in Rome . Ada keeps a
+    parrot . ... Ben lives in`` asks for ``Rome``. A key is a name and one of four relations: home, trade, pet, color. A
+    name has half as many facts as it can have, in the mean, and none of them twice."""
+
+    n_names = 36
+    n_keys = 4 * n_names
+    n_values = sum(len(values) for _, values in RELATIONS)
+    sizes: tuple[Mapping[str, int], ...] = tuple({"pairs": pairs} for pairs in range(2, 11))
+    _words = ("lives", "is", "keeps", "dresses", "in", "a")
+    _counts = torch.tensor([len(values) for _, values in RELATIONS])
+    """Values of each relation."""
+    _firsts = _counts.cumsum(0) - _counts
+    """The first value of each relation."""
+
+    @property
+    def vocabulary(self) -> tuple[str, ...]:
+        """``<bos>``, ``.``, the words of the relations, 36 names, 68 values by relation."""
+        values = chain.from_iterable(values for _, values in RELATIONS)
+        return ("<bos>", ".", *self._words, *PEOPLE.split()[: self.n_names], *values)
+
+    def batch(self, n: int, generator: Generator, pairs: int = 4, queries: int = 1) -> Batch:
+        """n fresh sequences of 1 + 5 (pairs + queries) tokens. Symbols: keys (4 name + relation), values [B,P]; asked
+        [B,Q]. The keys are about half as many names as pairs, at least two."""
+        n_told = max(2, (pairs + 1) // 2)
+        names = torch.rand(n, self.n_names, generator=generator).argsort(dim=1)[:, :n_told]
+        chosen = torch.rand(n, 4 * n_told, generator=generator).argsort(dim=1)[:, :pairs]
+        keys = 4 * names.gather(1, chosen // 4) + chosen % 4
+        count = self._counts[keys % 4]
+        values = self._firsts[keys % 4] + (torch.rand(n, pairs, generator=generator) * count).long()
+        asked = torch.randint(pairs, (n, queries), generator=generator)
+        return self.spell({"keys": keys, "values": values, "asked": asked})
+
+    def spell(self, symbols: Mapping[str, Tensor]) -> Batch:
+        """The sequences that keys, values [B,P] and asked [B,Q] spell. The place of a key is that of its name."""
+        vocabulary = self.vocabulary
+        words = torch.tensor([[vocabulary.index(word) for word in form.split()] for form, _ in RELATIONS])
+        asked = symbols["asked"]
+        keys, values = (
+            torch.cat([symbols[kind], symbols[kind].gather(1, asked)], dim=1) for kind in ("keys", "values")
+        )
+        names = 2 + len(self._words) + keys // 4
+        answers = 2 + len(self._words) + self.n_names + values
+        verb, article = words[keys % 4].unbind(dim=-1)
+        sentences = torch.stack([names, verb, article, answers, torch.ones_like(names)], dim=-1).flatten(1)
+        told = symbols["keys"].shape[1]
+        first = 1 + 5 * torch.arange(told).expand(len(keys), told)
+        positions = 3 + 5 * torch.arange(told, keys.shape[1]).expand_as(asked)
+        tokens = torch.cat([torch.zeros_like(sentences[:, :1]), sentences], dim=1)
+        return Batch(tokens, positions, answers[:, told:], symbols, {"keys": first, "values": first + 3})
+
+    def others(self, values: Tensor, generator: Generator) -> Tensor:
+        """For each value another one of its relation."""
+        relation = torch.bucketize(values, self._firsts, right=True) - 1
+        count = self._counts[relation]
+        first = self._firsts[relation]
+        step = 1 + (torch.rand(values.shape, generator=generator) * (count - 1)).long()
+        return first + (values - first + step) % count
+
+    def strangers(self, keys: Tensor, asked: Tensor, generator: Generator) -> Tensor:
+        """For the keys [B,Q] that are asked for, of keys [B,P], the same relation of a name that no key has."""
+        score = torch.rand(len(keys), self.n_names, generator=generator).scatter(1, keys // 4, -1.0)
+        return 4 * score.argmax(dim=1, keepdim=True) + keys.gather(1, asked) % 4
 
 
 def _drawn(n: int, generator: Generator, counts: tuple[int, int], pairs: int, queries: int) -> dict[str, Tensor]:

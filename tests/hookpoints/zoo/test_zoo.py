@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hookpoints import HookedRecurrent, UnknownModelError, zoo
-from hookpoints.zoo.tasks import Composition, Recall
+from hookpoints.zoo.tasks import RELATIONS, Composition, Facts, Recall
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "scripts"))
 
@@ -65,7 +65,8 @@ def near(found: float, measured: float, n: int) -> bool:
 def test_every_holder_does_what_its_evidence_says(models, name, case):
     holders = zoo.truth(name).holders
     assert {(each.holds, each.side) for each in holders} == {("keys", "key"), ("values", "value")}
-    rows = {(each.layer, tuple(each.heads), each.offset + (each.holds == "values")): each.evidence for each in holders}
+    after = {"keys": 0, "values": script.apart(case["asked"])}
+    rows = {(each.layer, tuple(each.heads), each.offset + after[each.holds]): each.evidence for each in holders}
     for where, evidence in rows.items():
         found = script.rates(models[name], case, *where)
         assert not [told for told, rate in evidence.items() if not near(found[told], rate, N)]
@@ -73,7 +74,9 @@ def test_every_holder_does_what_its_evidence_says(models, name, case):
 
 def test_another_head_or_token_does_nothing(models, name, case):
     holder, rows = zoo.truth(name).holders[0], zoo.truth(name).table
-    row = next(row for row in rows if row["layer"] != holder.layer and row["offset"] == holder.offset)
+    elsewhere = [row for row in rows if row["layer"] != holder.layer and row["offset"] == holder.offset]
+    at_the_key = [row for row in rows if row["offset"] == 0]  # where there is one layer
+    row = (elsewhere or at_the_key)[0]
     found = script.rates(models[name], case, row["layer"], row["heads"], row["offset"])
     assert found["ablated"] > 0.9
     assert found["values, exchanged"] < 0.1
@@ -88,3 +91,57 @@ def test_answers_follow_from_symbols(task):
     assert (changed.answers != batch.answers).all()
     for kind, first in (("keys", 1), ("values", 1 + task.n_keys)):
         assert (batch.tokens.gather(1, batch.places[kind]) == batch.symbols[kind] + first).all()
+
+
+def test_facts_are_sentences_whose_answers_follow_from_symbols():
+    task = Facts()
+    generator = torch.Generator().manual_seed(0)
+    batch = task.batch(64, generator, pairs=6, queries=3)
+    assert (batch.tokens.gather(1, batch.positions + 1) == batch.answers).all()
+    values = batch.symbols["values"]
+    changed = task.spell(batch.symbols | {"values": task.others(values, generator)})
+    assert (changed.answers != batch.answers).all()
+    assert (changed.tokens == batch.tokens).float().mean() > 0.8  # all the other words are the same
+    forms = {tuple(form.split()): set(values) for form, values in RELATIONS}
+    for text in (batch, changed):
+        words = [[task.vocabulary[token] for token in row] for row in text.tokens]
+        sentences = [row[i : i + 5] for row in words for i in range(1, len(row), 5)]
+        assert all(value in forms[verb, article] and end == "." for _, verb, article, value, end in sentences)
+        told = [tuple(tuple(row[i : i + 3]) for i in range(1, 31, 5)) for row in words]
+        assert all(len(set(facts)) == 6 and len({fact[0] for fact in facts}) <= 3 for facts in told)
+    keys = batch.symbols["keys"]
+    asked = batch.symbols["asked"][:, :1]
+    others = task.strangers(keys, asked, generator)
+    assert (others % 4 == keys.gather(1, asked) % 4).all()
+    assert not (others // 4 == keys // 4).any()
+
+
+@pytest.mark.parametrize("name", [name for name in zoo.names() if name.startswith("facts")])
+def test_a_text_is_told_and_asked_in_english(models, name):
+    """Also sixteen facts, which no text of the training had."""
+    model = models[name]
+    text = "Ben lives in Rome. Ada keeps a parrot. Ben is a baker. Ada lives in Oslo. Ada keeps a"
+    assert model.to_str_tokens("Ben lives in Rome.") == ["<bos>", "Ben", "lives", "in", "Rome", "."]
+    assert model.to_string(model(text)[0, -1].argmax()) == "parrot"
+    assert model.to_string(model.to_tokens(text)[0, 1:]) == text
+    many = zoo.task(name).batch(64, torch.Generator().manual_seed(1), pairs=16, queries=4)
+    assert script.right(model, many) > 0.9
+
+
+def test_the_page_has_what_was_measured_of_facts():
+    page = (Path(__file__).parents[3] / "docs" / "zoo.md").read_text()
+    truth = zoo.truth("facts")
+
+    def percent(rate: float) -> str:
+        return "100%" if rate == 1 else f"{rate:.1%}"
+
+    sizes = [truth.accuracy[f"{n} pairs"] for n in (2, 4, 8, 10)]
+    further = [truth.facts[f"right with {n} pairs"] for n in (12, 16, 24, 32)]
+    assert f"| right | {' | '.join(map(percent, sizes + further))} |" in page
+    evidence = truth.holders[1].evidence
+    sides = f"{percent(evidence['values, key side'])}, {percent(evidence['values, value side'])}"
+    for rate in (percent(evidence["values, exchanged"]), sides, percent(evidence["keys, exchanged"])):
+        assert f"| {rate} |" in page
+    ablated = [percent(row["ablated"]) for row in truth.table]
+    assert f"right | {ablated[3]} |" in page
+    assert f"right | {', '.join(ablated[:3] + ablated[4:])} |" in page
