@@ -82,14 +82,16 @@ def test_what_was_left_out_is_noted() -> None:
 def test_other_rules_are_said_where_they_give_another_verdict_or_number(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the rules compute counts, and neither their source nor their words."""
     made = made_up(HOLDS, scales=("matched",), controls=("state", "shuffled"))
-    measured = replace(made, info=made.info | {"rules": made.judged()})
+    measured = made.info | {"rules": made.judged()}
 
-    def said() -> bool:
-        return any("the rules of verdicts gave other" in note for note in measured.notes())
+    def judged_now() -> tuple[Result, bool]:
+        result = replace(made, info=measured)
+        return result, any("the rules of verdicts gave other" in note for note in result.notes())
 
-    assert not said()
+    assert not judged_now()[1]
     with monkeypatch.context() as context:
         context.setitem(NAMES, "shuffled", "a second atom")
-        assert any("a second atom" in claim.controls for claim in measured.claims()) and not said()
+        renamed, others = judged_now()
+        assert any("a second atom" in claim.controls for claim in renamed.claims()) and not others
     monkeypatch.setattr(substitution, "RELEVANT_SHARE", 0.99)
-    assert said()
+    assert judged_now()[1]

@@ -22,7 +22,7 @@ from writesae.experiment.evaluation import Result
 from writesae.page import report
 from writesae.page.report import find_results, in_order, write_report
 from writesae.page.template import control_rows, markdown
-from writesae.verdict.finding import said
+from writesae.verdict.finding import Finding, said
 from writesae.verdict.format import percent
 from writesae.verdict.paper import PAPER_CLAIMS
 
@@ -89,6 +89,19 @@ def test_every_answer_is_on_the_page_and_in_json(saved: Path, html: Path, text: 
         Substitution.from_dict(numbers["results"][0]["settings"])
         == load_result(saved / "1" / "substitution").evaluation
     )
+
+
+def test_findings_are_made_once_for_each_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Counter[str]()
+    findings = Substitution.findings
+
+    def counted(evaluation: Substitution, result: Result) -> list[Finding]:
+        made[result.label] += 1
+        return findings(evaluation, result)
+
+    monkeypatch.setattr(Substitution, "findings", counted)
+    write_report([made_up(HOLDS, label=label, **FEW) for label in ("one", "other")], tmp_path / "page")
+    assert made == {"one": 1, "other": 1}
 
 
 def test_every_table_is_written_with_the_page(saved: Path, html: Path) -> None:

@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from enum import Enum
+from functools import cached_property
 from operator import methodcaller
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self, cast, get_args, get_origin, get_type_hints
@@ -101,12 +102,13 @@ class Evaluation(ABC):
         cls.kind = cls.__module__.rpartition(".")[2]
 
     def __post_init__(self) -> None:
-        for each in fields(self):
-            value = getattr(self, each.name)
+        for setting in fields(self):
+            value = getattr(self, setting.name)
             if isinstance(value, list | tuple):
-                entries = (tuple(entry) if isinstance(entry, list) else entry for entry in value)  # JSON gives lists
-                object.__setattr__(self, each.name, tuple(entries))
-                once_each(self, [each.name])
+                # Settings from JSON are lists; as tuples they are equal to those given in Python, and hashable.
+                entries = (tuple(entry) if isinstance(entry, list) else entry for entry in value)
+                object.__setattr__(self, setting.name, tuple(entries))
+                once_each(self, [setting.name])
         at_least(self, self.bounds())
         for name, allowed in self.choices().items():
             value = getattr(self, name)
@@ -120,15 +122,22 @@ class Evaluation(ABC):
         """Smallest allowed value of each setting that is a whole number, or some of them: what its type says, or 1."""
         plain = get_type_hints(cls)
         full = get_type_hints(cls, include_extras=True)
-        whole = [name for name, each in plain.items() if each in (int, int | None, tuple[int, ...])]
-        return {name: next((bound.least for bound in getattr(full[name], "__metadata__", ())), 1) for name in whole}
+        smallest = {}
+        for name, hint in plain.items():
+            if hint in (int, int | None, tuple[int, ...]):
+                bounds = getattr(full[name], "__metadata__", ())  # of `Annotated`
+                smallest[name] = bounds[0].least if bounds else 1
+        return smallest
 
     @classmethod
     def choices(cls) -> dict[str, tuple[str, ...]]:
         """Allowed values of each setting that is a word, or a tuple of words: those that its type names."""
-        hints = get_type_hints(cls).items()
-        words = {name: get_args(each)[0] if get_origin(each) is tuple else each for name, each in hints}
-        return {name: get_args(word) for name, word in words.items() if get_origin(word) is Literal}
+        allowed = {}
+        for name, hint in get_type_hints(cls).items():
+            word = get_args(hint)[0] if get_origin(hint) is tuple else hint
+            if get_origin(word) is Literal:
+                allowed[name] = get_args(word)
+        return allowed
 
     def rules(self) -> dict[str, tuple[bool, str]]:
         """For each setting that must fit others, whether it does, and what is expected (`choices.expect`)."""
@@ -207,6 +216,7 @@ class Evaluation(ABC):
         begin = time.perf_counter()
         if isinstance(saes, tuple) and self.scope is not Scope.HEAD:
             raise ValueError(f"{self.kind}, {self.scope.value}: expected a dictionary, got layer and head {saes}")
+        # Readouts take gradients of their own, so that a caller's inference mode must not reach them.
         with torch.inference_mode(False), torch.no_grad():
             lab = Lab(
                 model,
@@ -243,7 +253,8 @@ class Evaluation(ABC):
             name: tables[name].reindex(columns=list(columns)).reset_index(drop=True)
             for name, columns in self.columns.items()
         }
-        result = Result(self, lab.describe(label) | {"seconds": round(time.perf_counter() - begin, 3)}, tables)
+        seconds = round(time.perf_counter() - begin, 3)
+        result = Result(self, lab.describe(label) | {"seconds": seconds}, tables)
         return replace(result, info=result.info | {"rules": result.judged()})
 
 
@@ -252,6 +263,7 @@ class Result:
     """The result of one evaluation of one dictionary, of a head, or of several dictionaries that are compared.
 
     Claims and figures are made from the tables alone, so that a loaded result gives the same page as a fresh one.
+    They are made once: a table is not changed after it was measured; another one makes another result (`replace`).
     """
 
     evaluation: Evaluation
@@ -281,7 +293,12 @@ class Result:
         return float(cast(float, self.info[name]))
 
     def findings(self) -> list[Finding]:
-        """The findings, one for every claim that the evaluation answers."""
+        """The findings, one for every claim that the evaluation answers. Cost: resamples, the first time."""
+        return list(self._findings)
+
+    @cached_property
+    def _findings(self) -> list[Finding]:
+        # A page asks for them a dozen times: for claims, panels, comparisons and notes.
         if self.skipped is None:
             return self.evaluation.findings(self)
         question = self.evaluation.question
@@ -295,11 +312,13 @@ class Result:
     def judged(self) -> str:
         """A hash of what the rules of today make of the tables: the verdict and the effect of each finding, to four
         digits. It changes with the rules and not with their source text or their words."""
-        found = []
+        judged = []
         for finding in self.findings():
             effect = finding.effect[:3] if finding.effect is not None else ()
-            found.append([finding.number, finding.verdict.outcome, *(f"{number:.4g}" for number in effect)])
-        return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:12]
+            # Four digits: another version of scipy may round the last ones differently.
+            digits = [f"{number:.4g}" for number in effect]
+            judged.append([finding.number, finding.verdict.outcome, *digits])
+        return hashlib.sha256(json.dumps(judged).encode()).hexdigest()[:12]
 
     def figures(self) -> list[Figure]:
         """Panels for the report: of findings, then the evaluation's own; none where nothing was measured."""
@@ -310,14 +329,15 @@ class Result:
         """Sentences that a reader needs besides the numbers."""
         if self.skipped is not None:
             return [self.skipped]
+        notes = []
+        if self.info.get("rules") != self.judged():
+            notes.append("When this was measured, the rules of verdicts gave other verdicts or other numbers.")
+        notes += self.evaluation.notes(self)
         left_out = cast(Mapping[str, int], self.info["n_skipped"])
-        other = self.info.get("rules") != self.judged()
-        changed = ["When this was measured, the rules of verdicts gave other verdicts or other numbers."] * other
-        return [
-            *changed,
-            *self.evaluation.notes(self),
-            *(f"Left out: {n:,} ({why})." for why, n in left_out.items() if n),
-        ]
+        for why, n in left_out.items():
+            if n:
+                notes.append(f"Left out: {n:,} ({why}).")
+        return notes
 
     @property
     def pace(self) -> str:
@@ -371,15 +391,17 @@ class Result:
         file = sealed.file(_INFO)
         head = cast(dict, read_json(file))
         if head.get("format") != _FORMAT or head.get("kind") not in known:
-            found = f"format {head.get('format')!r} of the kind {head.get('kind')!r}"
-            raise ValueError(f"{file}: expected format {_FORMAT} of a kind among {', '.join(known)}, got {found}")
+            got = f"format {head.get('format')!r} of the kind {head.get('kind')!r}"
+            raise ValueError(f"{file}: expected format {_FORMAT} of a kind among {', '.join(known)}, got {got}")
         sealed.require()
         kind = known[head["kind"]]
         try:
             # Names in files are data: only declared tables are read, so that no path leaves the folder.
-            names = {} if head["skipped"] is not None else kind.columns
-            tables = {name: pd.read_parquet(sealed.file(f"{name}.parquet")) for name in names}
-            lacking = [f"{name}.{each}" for name, table in tables.items() for each in names[name] if each not in table]
+            columns = {} if head["skipped"] is not None else kind.columns
+            tables = {name: pd.read_parquet(sealed.file(f"{name}.parquet")) for name in columns}
+            lacking = []
+            for name, table in tables.items():
+                lacking += [f"{name}.{column}" for column in columns[name] if column not in table]
             if lacking:
                 raise ValueError(f"tables lack the columns {', '.join(lacking)}")
             return cls(kind.from_dict(head["settings"]), head["info"], tables, head["skipped"])
