@@ -12,7 +12,7 @@ from typing import cast
 import pandas as pd
 from scipy.stats import mannwhitneyu
 
-from writesae.experiment.at_firings import RELEVANT
+from writesae.experiment.at_firings import RELEVANT_RATE
 from writesae.experiment.evaluation import Result, described
 from writesae.files import Json
 from writesae.verdict import statistics as stats
@@ -49,8 +49,10 @@ def compare_kinds(
     """
     wins = wide[["written_atom"]].assign(win=wide[f"atom/{scale}"] < wide["delete"])
     wins = wins.join(atoms.set_index("atom")["kind"], on="written_atom", how="inner")
-    register, bundle = (Paired(wins[wins["kind"] == kind], ("written_atom",), seed) for kind in ATOM_KINDS)
-    rows = [(scale, kind, *paired.mean("win")) for kind, paired in zip(ATOM_KINDS, (register, bundle))]
+    by_kind = {kind: Paired(wins[wins["kind"] == kind], ("written_atom",), seed) for kind in ATOM_KINDS}
+    rows = [(scale, kind, *paired.mean("win")) for kind, paired in by_kind.items()]
+    register = by_kind["register"]
+    bundle = by_kind["bundle"]
     gap = register.lead("win", bundle)
     p_value = stats.permutation_test(
         register["win"], bundle["win"], register["written_atom"], bundle["written_atom"], seed=seed
@@ -76,17 +78,17 @@ def alike(result: Result, controls: Sequence[str]) -> Finding:
     compared = cast(Mapping[str, Mapping[str, float]], result.info["compared"])
     gap = compared["difference"]
     test = cast(Mapping[str, str], compared["verdict"])
-    rates = {
-        str(row["kind"]): Estimate(row["rate"], row["low"], row["high"], row["n"], row["n_atoms"])
-        for row in table.to_dict("records")
-    }
+    rates = {}
+    for row in table.to_dict("records"):
+        rates[str(row["kind"])] = Estimate(row["rate"], row["low"], row["high"], row["n"], row["n_atoms"])
     interval = f"[{points(gap['low'])}, {points(gap['high'])}] points"
-    verdict = _same(Verdict(cast(Outcome, test["outcome"]), test["sentence"]), rates, gap, interval)
+    of_test = Verdict(cast(Outcome, test["outcome"]), test["sentence"])
+    verdict = _same(of_test, rates, gap, interval)
     atoms = ", ".join(f"{rate.n_clusters} {kind} atoms" for kind, rate in rates.items())
     return Finding(
         number=4,
         claim=claim,
-        null=f"two kinds that differ by {percent(RELEVANT)}",
+        null=f"two kinds that differ by {percent(RELEVANT_RATE)}",
         ruled=verdict,
         chance=0.5,
         shown=rates,
@@ -107,8 +109,11 @@ def _same(test: Verdict, rates: Mapping[str, Estimate], gap: Mapping[str, float]
         rates: win rate against deletion, by kind.
         gap: difference of the rates, with its interval, which `interval` has in words.
     """
-    what = "the win rate of {} atoms against deletion".format
-    of_kinds = {kind: judge(rate, chance=0.5, relevant=RELEVANT, what=what(kind)) for kind, rate in rates.items()}
+    of_kinds = {}
+    for kind, rate in rates.items():
+        what = f"the win rate of {kind} atoms against deletion"
+        of_kinds[kind] = judge(rate, chance=0.5, relevant=RELEVANT_RATE, what=what)
+    # The worst outcome first: a test that cannot be believed as a whole says nothing of its kinds.
     for outcome in ("below the floor", "inconclusive", "confounded", "undecided"):
         for verdict in (test, *of_kinds.values()):
             if verdict.outcome == outcome:
@@ -116,16 +121,16 @@ def _same(test: Verdict, rates: Mapping[str, Estimate], gap: Mapping[str, float]
     failed = [kind for kind, verdict in of_kinds.items() if verdict.outcome == "fails"]
     if failed:
         return Verdict("fails", f"Deletion is not beaten by {' and '.join(failed)} atoms.")
-    if gap["low"] >= -RELEVANT and gap["high"] <= RELEVANT:
-        return Verdict("holds", f"Both kinds beat deletion, and differ by no more than {percent(RELEVANT)}.")
-    if gap["low"] > RELEVANT or gap["high"] < -RELEVANT:
+    if gap["low"] >= -RELEVANT_RATE and gap["high"] <= RELEVANT_RATE:
+        return Verdict("holds", f"Both kinds beat deletion, and differ by no more than {percent(RELEVANT_RATE)}.")
+    if gap["low"] > RELEVANT_RATE or gap["high"] < -RELEVANT_RATE:
         return Verdict(
-            "fails", f"Both kinds beat deletion, but not alike: they differ by more than {percent(RELEVANT)}."
+            "fails", f"Both kinds beat deletion, but not alike: they differ by more than {percent(RELEVANT_RATE)}."
         )
     return Verdict(
         "inconclusive",
         f"Both kinds beat deletion, but their difference {interval} shows neither sameness nor a difference of "
-        f"{percent(RELEVANT)}.",
+        f"{percent(RELEVANT_RATE)}.",
     )
 
 
@@ -141,8 +146,11 @@ def by_rule(tables: Mapping[str, pd.DataFrame]) -> Finding:
         return tests
 
     def medians(column: str) -> str:
-        of_registers = {rule: table.loc[table["kind"] == "register", column] for rule, table in atoms.items()}
-        return ", ".join(f"{rule} {number(float(values.median()))}" for rule, values in of_registers.items())
+        words = []
+        for rule, table in atoms.items():
+            of_registers = table.loc[table["kind"] == "register", column]
+            words.append(f"{rule} {number(float(of_registers.median()))}")
+        return ", ".join(words)
 
     of_cosines = p_values("cosine")
     tests = ", ".join(f"{pair} p = {p:.2g}" for pair, p in of_cosines.items())

@@ -7,6 +7,7 @@ prompt is taken from.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -127,41 +128,45 @@ class Amplify(Evaluation):
 
     def measure(self, lab: Lab) -> dict[str, pd.DataFrame]:
         split = halves(len(lab.tokens), self.seed)
-        teams = self.choose_teams(lab, split.select, [token_id(lab.model, token) for token in self.tokens])
+        asked = [token_id(lab.model, token) for token in self.tokens]
+        teams = self.choose_teams(lab, split.select, asked)
         sequences = split.test[: self.prompts]
-        counts, fires = self._counted(lab, lab.tokens[sequences, : self.prompt_tokens], teams)
+        prompts = lab.tokens[sequences, : self.prompt_tokens]
+        counts, fires = self._counted(lab, prompts, teams)
         lab.facts["split"] = (
             "half of the sequences, at random, for the choice of atoms; prompts begin sequences of the other half"
         )
+        # Firings were collected with the first dictionary, and its best atom stands for the token.
         lead = {token: next(iter(team.values()))[0] for token, team in teams.items()}
-        places = zip(counts["prompt"], counts["token"])
-        counts = counts.assign(
-            sequence=sequences[counts["prompt"]],
-            text=[token_text(lab.model, token) for token in counts["token"]],
-            fires=[float(fires.get((prompt, lead[token]), 0)) for prompt, token in places],
-        )
+        lead_fires = []
+        for prompt, token in zip(counts["prompt"], counts["token"]):
+            lead_fires.append(float(fires.get((prompt, lead[token]), 0)))
+        texts = [token_text(lab.model, token) for token in counts["token"]]
+        counts = counts.assign(sequence=sequences[counts["prompt"]], text=texts, fires=lead_fires)
         return {"atoms": _alignments(lab, teams, split), "counts": counts}
 
     def _counted(self, lab: Lab, prompts: Tensor, teams: Mapping[int, Team]) -> tuple[pd.DataFrame, pd.Series]:
         """Counts by token, prompt and condition; and new tokens of the unedited continuations at which an atom fires,
         by prompt and atom."""
-        conditions = [
-            ("nothing", 1.0, -1),
-            *((name, factor, token) for factor in self.factors for token in teams for name in ("atom", "random")),
-        ]
+        conditions = [("nothing", 1.0, -1)]
+        for factor, token in itertools.product(self.factors, teams):
+            conditions += [("atom", factor, token), ("random", factor, token)]
         frames = []
         fires = pd.Series(dtype=float)
         finite = np.ones(len(prompts), dtype=bool)
         for name, factor, scaled in lab.bar(conditions, self.kind):
-            new = self._continuations(lab, prompts, name, factor, teams.get(scaled, {}), scaled)
-            finite &= (new >= 0).all(1).numpy()
-            counts = pd.DataFrame({token: (new == token).sum(1).numpy() for token in teams}).rename_axis("prompt")
-            frame = counts.reset_index().melt("prompt", var_name="token", value_name="count")
+            team = teams.get(scaled, {})
+            new = self._continuations(lab, prompts, name, factor, team, scaled)
+            finite &= (new >= 0).all(1).numpy()  # a row is -1 where its logits were not finite
+            by_token = {token: (new == token).sum(1).numpy() for token in teams}
+            counts = pd.DataFrame(by_token).rename_axis("prompt").reset_index()
+            frame = counts.melt("prompt", var_name="token", value_name="count")
             frames.append(frame.assign(condition=name, factor=factor, scaled=scaled))
             if name == "nothing":
                 text = torch.cat([prompts.cpu(), new.clamp_min(0)], 1)
-                fired = collect_firings(lab.model, lab.sae, lab.hook.layer, text)
-                fires = fired.frame(fired.position >= self.prompt_tokens).groupby(["sequence", "atom"]).size()
+                firings = collect_firings(lab.model, lab.sae, lab.hook.layer, text)
+                at_new_tokens = firings.frame(firings.position >= self.prompt_tokens)
+                fires = at_new_tokens.groupby(["sequence", "atom"]).size()
         lab.counts["runs"] += len(conditions) * len(prompts)
         n_grown = int((~finite).sum())
         dtype = str(lab.model.cfg.dtype).removeprefix("torch.")
@@ -183,26 +188,32 @@ class Amplify(Evaluation):
             NothingToMeasureError: fewer than two tokens have one.
         """
         ids, counts = np.unique(lab.tokens[sequences].cpu().numpy(), return_counts=True)
-        frequent = set(ids[counts >= self.min_count].tolist()) - (set() if asked else special_tokens(lab.model))
+        frequent = set(ids[counts >= self.min_count].tolist())
+        if not asked:
+            frequent -= special_tokens(lab.model)
         wanted = list(asked) or sorted(frequent)
         able = {}
         for label in lab.saes:
             fit = alignment(lab.firings(label), lab.tokens, sequences, wanted)
             able[label] = np.where(fit.both >= self.min_firings, fit.phi, 0.0)  # [N,F]
         first = next(iter(able.values())).copy()
+        best_aligned_first = np.argsort(-first.max(1), kind="stable").tolist()
         teams: dict[int, Team] = {}
-        for n in range(len(wanted)) if asked else np.argsort(-first.max(1), kind="stable").tolist():
-            best = {label: np.argsort(-phi[n], kind="stable")[: self.atoms_per_token] for label, phi in able.items()}
-            team = {label: [i for i in atoms.tolist() if able[label][n, i] > 0] for label, atoms in best.items()}
+        for n in range(len(wanted)) if asked else best_aligned_first:
+            token = wanted[n]
+            team: Team = {}
+            for label, phi in able.items():
+                best = np.argsort(-phi[n], kind="stable")[: self.atoms_per_token]
+                team[label] = [atom for atom in best.tolist() if phi[n, atom] > 0]
             lead = next(iter(team.values()))[:1]
             # A token whose best atom another token has already gets none, unless it was asked for.
-            if wanted[n] in frequent and lead and (asked or lead[0] == first[n].argmax()):
-                teams[wanted[n]] = team
+            if token in frequent and lead and (asked or lead[0] == first[n].argmax()):
+                teams[token] = team
                 for label, atoms in team.items():
                     able[label][:, atoms] = 0.0  # no atom belongs to two tokens
             elif asked:
                 raise ValueError(
-                    f"token {token_text(lab.model, wanted[n])!r} does not occur {self.min_count} times in the "
+                    f"token {token_text(lab.model, token)!r} does not occur {self.min_count} times in the "
                     f"selection half, or no atom left for it fires there {self.min_firings} times; give more "
                     "sequences, or lower min_count and min_firings"
                 )
@@ -225,8 +236,9 @@ class Amplify(Evaluation):
                 like = None
                 if name == "random":
                     decoder = lab.atoms(atoms, label)
-                    drawn = torch.Generator().manual_seed(self.seed + token + 1_000_003 * n)
-                    like = decoder.random_like(drawn).with_norm(decoder.norm())
+                    # A separate seed for each token and dictionary, so that directions of two heads are independent.
+                    noise = torch.Generator().manual_seed(self.seed + token + 1_000_003 * n)
+                    like = decoder.random_like(noise).with_norm(decoder.norm())
                 scopes.enter_context(scale_atoms(lab.model, lab.saes[label], atoms, factor, like=like))
             return sample_continuations(lab.model, prompts, self.new_tokens, self.seed, batch_size=self.rows_per_run)
 
@@ -272,9 +284,12 @@ class Amplify(Evaluation):
 def _with_other(counts: pd.DataFrame) -> pd.DataFrame:
     """Counts of tokens whose atoms are scaled, or where nothing is, and the control `other`: the mean count of a token
     while the atoms of another one are scaled."""
-    aimed = counts[counts["scaled"].isin([-1]) | (counts["scaled"] == counts["token"])]
-    foreign = counts[(counts["condition"] == "atom") & (counts["scaled"] != counts["token"])]
-    other = foreign.groupby(["prompt", "token", "factor"], as_index=False)["count"].mean().assign(condition="other")
+    nothing = counts["scaled"] == -1
+    same = counts["scaled"] == counts["token"]
+    aimed = counts[nothing | same]
+    foreign = counts[(counts["condition"] == "atom") & ~same]
+    means = foreign.groupby(["prompt", "token", "factor"], as_index=False)["count"].mean()
+    other = means.assign(condition="other")
     return pd.concat([aimed.astype({"count": float}), other]).astype({"token": int})
 
 
@@ -282,7 +297,8 @@ def _alignments(lab: Lab, teams: Mapping[int, Team], split: Halves) -> pd.DataFr
     """The table `atoms`: how well each atom of a team is aligned with its token, on both halves."""
     rows = []
     for label in lab.saes:
-        chosen, tested = (alignment(lab.firings(label), lab.tokens, half, list(teams)) for half in split)
+        chosen = alignment(lab.firings(label), lab.tokens, split.select, list(teams))
+        tested = alignment(lab.firings(label), lab.tokens, split.test, list(teams))
         for n, (token, team) in enumerate(teams.items()):
             for atom in team[label]:
                 row = {
@@ -305,10 +321,12 @@ def _single(counts: Paired, atoms: pd.DataFrame, effect: Estimate) -> Finding:
     p_values, words = {}, {}
     texts = atoms[["token", "text"]].drop_duplicates()
     for (token, text), rows in counts.wide.merge(texts).groupby(["token", "text"]):
-        p_values[str(token)] = max(
-            stats.sign_flip_test(rows["atom"], rows[n], rows["sequence"]) for n in ("nothing", *CONTROL_NAMES)
-        )
-        words[str(token)] = f"{text!r} {said(replace(counts, wide=rows).mean('atom', 'nothing'), signed)}"
+        tests = []
+        for rival in ("nothing", *CONTROL_NAMES):
+            tests.append(stats.sign_flip_test(rows["atom"], rows[rival], rows["sequence"]))
+        p_values[str(token)] = max(tests)  # the token has to differ from all of them
+        change = replace(counts, wide=rows).mean("atom", "nothing")
+        words[str(token)] = f"{text!r} {said(change, signed)}"
     moved = [words[token] for token, p in stats.holm(p_values).items() if p < 0.05]
     n_tokens = atoms["token"].nunique()
     measured = f"{len(moved)} of {n_tokens} tokens (Holm-adjusted p < 0.05)"

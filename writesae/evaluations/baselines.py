@@ -136,17 +136,16 @@ class Baselines(Evaluation):
         written, directions = [], []
         for site in lab.sites(pd.DataFrame({"sequence": tested}), "writes"):
             positions = self._positions(lab, site)
-            lab.skipped["positions with a zero native write, or no room for the window"] += (
-                self.positions_per_sequence - len(positions)
-            )
+            n_lacking = self.positions_per_sequence - len(positions)
+            lab.skipped["positions with a zero native write, or no room for the window"] += n_lacking
             if not positions:
                 continue
             written.append(exchanged(lab, site, positions, basis, self.pca_ranks, self.scale, self.horizon + 1))
             native = site.at(positions)
-            atoms = {
-                label: of_dictionary(lab, label, matrices_of(site.recurrence, hook.target)[positions], native)[ATOM]
-                for label, hook in lab.hooks.items()
-            }
+            atoms = {}
+            for label, hook in lab.hooks.items():
+                matrices = matrices_of(site.recurrence, hook.target)[positions]
+                atoms[label] = of_dictionary(lab, label, matrices, native)[ATOM]
             directions.append(direction_selectivity(lab, site, positions, atoms, self.top_tokens))
         lab.require(len(written) > 1, "the head writes nothing at the drawn positions of all but one sequence")
         costs = [
@@ -164,8 +163,10 @@ class Baselines(Evaluation):
     def _positions(self, lab: Lab, site: Site) -> list[int]:
         """A uniform draw of the positions with a write that leave room for the window, in order."""
         written = np.flatnonzero((site.writes.norm() > 0).cpu().numpy())
-        able = written[(written >= self.first_position) & (written < len(site.writes) - self.horizon)]
-        drawn = lab.rng(9, site.sequence).choice(able, min(self.positions_per_sequence, len(able)), replace=False)
+        stop = len(site.writes) - self.horizon
+        able = written[(written >= self.first_position) & (written < stop)]
+        count = min(self.positions_per_sequence, len(able))
+        drawn = lab.rng(9, site.sequence).choice(able, count, replace=False)
         return sorted(drawn.tolist())
 
     # -- judging
@@ -174,12 +175,15 @@ class Baselines(Evaluation):
         """Claims 15 to 17, whether whole replacement measures anything, claim 28."""
         table = result.tables["dictionaries"]
         same = near = None
-        named = result.tables["writes"].assign(name=lambda writes: writes["sae"] + "/" + writes["condition"])
+        writes = result.tables["writes"]
+        # "dictionary/condition": a condition that needs no dictionary begins with the slash.
+        named = writes.assign(name=writes["sae"] + "/" + writes["condition"])
         kl = Paired.of(named, "kl", "sequence", "position", by="name", seed=self.seed)
         ours = _first(table, variant="WriteSAE")
         if ours is not None:
             same = _first(table, variant="FlatSAE", d_sae=ours["d_sae"])
-            near = _first(table[(table["parameters"] / ours["parameters"] - 1).abs() <= SAME_SIZE], variant="FlatSAE")
+            size = table["parameters"] / ours["parameters"]
+            near = _first(table[(size - 1).abs() <= SAME_SIZE], variant="FlatSAE")
         return [
             self._against_flat(kl, ours, same, "as many atoms", (ATOM, ATOM_SVD)),
             self._against_flat(kl, ours, same, "as many atoms", (SVD, SVD)),
@@ -205,17 +209,23 @@ class Baselines(Evaluation):
             return Finding.untested(claim, f"It needs a WriteSAE and a FlatSAE with {size}{match}.", number)
         mine = f"{ours['sae']}/{conditions[0]}"
         theirs = f"{flat['sae']}/{conditions[1]}"
-        nearer = {c: kl[c] < kl["/delete"] for c in map(str, kl.wide) if "/" in c}
+        written = [column for column in map(str, kl.wide) if "/" in column]  # the others say which position
+        nearer = {column: kl[column] < kl["/delete"] for column in written}
         wins = Paired(kl.wide.assign(**nearer), seed=self.seed)
-        free = {f"/{c}": shown_name(c) for c in (*DICTIONARY_FREE, *(f"pca {rank}" for rank in ranks))}
         gap = wins.mean(mine, theirs)
+        components = [f"pca {rank}" for rank in ranks]
+        free = {f"/{name}": shown_name(name) for name in (*DICTIONARY_FREE, *components)}
+        against = {}
+        for column, shown in free.items():
+            above_chance = wins.mean(column).beyond(0.5)
+            against[shown] = Against(wins.mean(mine, column), above_chance)
         return Finding(
             number=number,
             claim=claim,
             effect=gap,
             what="the difference of win rates",
             null="FlatSAE",
-            against={shown: Against(wins.mean(mine, c), wins.mean(c).beyond(0.5)) for c, shown in free.items()},
+            against=against,
             relevant=RELEVANT,
             **kl.size_of("/delete", "/native"),
             shown=wins.means({mine: "WriteSAE", theirs: "flat SAE"} | free | {"/state_after": NAMES["state_after"]}),
@@ -313,11 +323,12 @@ class Baselines(Evaluation):
     def _selective(self, result: Result, ours: pd.Series | None) -> Finding:
         claim = "an atom moves other tokens than a random direction of its norm"
         table = result.tables["selectivity"]
-        rows = table[table["sae"] == (None if ours is None else ours["sae"])]
-        if len(rows) < 2:
+        of_ours = table[table["sae"] == (None if ours is None else ours["sae"])]
+        if len(of_ours) < 2:
             return Finding.untested(claim, "It needs a WriteSAE whose atoms fire at two positions or more.", 28)
-        moved = Paired(rows, seed=self.seed)
+        moved = Paired(of_ours, seed=self.seed)
         lead = moved.mean("selectivity", "chance")
+        of_random_sets = 1 - self.top_tokens / result.fact("d_vocab")
         return Finding(
             number=28,
             claim=claim,
@@ -329,7 +340,7 @@ class Baselines(Evaluation):
             write="{:.4f}".format,
             axis=f"selectivity at K = {self.top_tokens}",
             measured=f"lead {said(lead)}",
-            controls=f"two random sets of tokens {1 - self.top_tokens / result.fact('d_vocab'):.4f}",
+            controls=f"two random sets of tokens {of_random_sets:.4f}",
             of="positions in {} sequences",
         )
 

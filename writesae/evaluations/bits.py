@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from typing import Annotated, Any, ClassVar, cast
+from typing import Annotated, ClassVar, cast
 
 import pandas as pd
 import torch
@@ -22,8 +22,9 @@ from writesae.experiment.evaluation import Evaluation, Result, Scope, described
 from writesae.experiment.lab import Lab
 from writesae.experiment.terms import Terms, require_equal
 from writesae.head.upper import UpperModel
+from writesae.head.writes import head_writes
 from writesae.verdict import statistics as stats
-from writesae.verdict.finding import Against, Claim, Finding, Paired
+from writesae.verdict.finding import Against, Claim, EffectSize, Finding, Paired
 from writesae.verdict.format import percent
 from writesae.verdict.statistics import Estimate
 
@@ -97,8 +98,10 @@ class Bits(Evaluation):
         split = len(lab.tokens) // 2 if lab.reference is None else 0
         terms = lab.reference or Terms(lab.model, lab.tokens[:split])
         lab.facts["terms"] = terms.facts()
-        uppers = [UpperModel.of(lab.model, [layer], tokens)[layer] for tokens in lab.tokens[split:].split(8)]
-        texts = [(upper, upper().log_softmax(-1)) for upper in uppers]
+        texts = []
+        for tokens in lab.tokens[split:].split(8):
+            upper = UpperModel.of(lab.model, [layer], tokens)[layer]
+            texts.append((upper, upper().log_softmax(-1)))
         rows = list[tuple[object, ...]]()
 
         def measured(code: Code, budget: int = 0, way: str = "") -> None:
@@ -116,11 +119,8 @@ class Bits(Evaluation):
         measured(Code("native", 0.0, LowRank.dense, []))
         measured(Code("delete", 0.0, lambda native: 0 * native.dense(), []))
         squared_errors, in_metric, tuned = WAYS
-        metrics = {
-            squared_errors: None,
-            in_metric: terms.metric(layer, head, min(METRIC, len(terms.tokens))),
-        }
-        for way, metric in metrics.items():
+        fitted_metric = terms.metric(layer, head, min(METRIC, len(terms.tokens)))
+        for way, metric in {squared_errors: None, in_metric: fitted_metric}.items():
             for budget, code in self.codes(lab, terms.writes(layer, head), metric):
                 measured(code, budget, way)
                 compared = code.name in (contender(budget), f"{RIVAL} {budget // 16}")
@@ -143,21 +143,24 @@ class Bits(Evaluation):
     def paired(self, result: Result, budget: int, way: str) -> tuple[Paired, list[str]]:
         """Sequences by code, of one budget and way to fit; and the names of codes, the dictionary first."""
         table = result.tables["codes"]
-        rows = table[(table["budget"] == budget) & (table["way"] == way) | (table["budget"] == 0)]
+        is_bound = table["budget"] == 0  # native and delete
+        of_budget = (table["budget"] == budget) & (table["way"] == way)
         ours = contender(budget)
-        first = {"native", "delete"}
-        return Paired.of(rows, "kl", by="code"), [ours, *sorted({*rows["code"]} - {ours, *first})]
+        others = sorted({*table.loc[of_budget, "code"]} - {ours})
+        return Paired.of(table[of_budget | is_bound], "kl", by="code"), [ours, *others]
 
     def findings(self, result: Result) -> list[Finding]:
         """The dictionary of each budget and way to fit, compared with every other code."""
-        found = []
+        findings = []
         for way, budget in product(WAYS[: 3 if self.tune_steps else 2], self.budgets):
-            kl, names = self.paired(result, budget, way)
-            shares = {name: kl.recovered(name) for name in names}
-            shares = dict(sorted(shares.items(), key=lambda each: (each[0] != names[0], -each[1].mean)))
-            leads = {name: kl.recovered(names[0], than=name) for name in names[1:]}
-            found.append(claimed(f"{names[0]} of {budget} bits ({way})", shares[names[0]], leads, shares, result))
-        return found
+            kl, (ours, *others) = self.paired(result, budget, way)
+            share = kl.recovered(ours)
+            rivals = {name: kl.recovered(name) for name in others}
+            strongest_first = sorted(rivals.items(), key=lambda rival: -rival[1].mean)
+            leads = {name: kl.recovered(ours, than=name) for name in others}
+            shown = {ours: share} | dict(strongest_first)
+            findings.append(claimed(f"{ours} of {budget} bits ({way})", share, leads, shown, result))
+        return findings
 
     @classmethod
     def across(cls, results: list[Result]) -> list[tuple[str, Claim]]:
@@ -169,12 +172,12 @@ class Bits(Evaluation):
         heads = [f"{result.info['model']} {result.info['hook_name']}" for result in results]
         if len(set(heads)) < 2:
             return []
-        require_equal(
-            result.evaluation.to_dict()
-            | {"seed": 0, "label": ""}
-            | {name: result.info[name] for name in ("n_sequences", "n_positions")}
-            for result in results
-        )
+        terms = []
+        for result in results:
+            settings = result.evaluation.to_dict() | {"seed": 0, "label": ""}  # these may differ
+            size = {name: result.info[name] for name in ("n_sequences", "n_positions")}
+            terms.append(settings | size)
+        require_equal(terms)
         test = cast(Bits, results[0].evaluation)
         claims = []
         for way, budget in product(WAYS[: 3 if test.tune_steps else 2], test.budgets):
@@ -183,10 +186,12 @@ class Bits(Evaluation):
             n = sum(len(kl.wide) for kl, _ in tables)
             leads = dict[str, Estimate]()
             for name in others:
-                lead = stats.estimate([kl.recovered(ours, than=name).mean for kl, _ in tables], heads)
+                of_heads = [kl.recovered(ours, than=name).mean for kl, _ in tables]
+                lead = stats.estimate(of_heads, heads)
                 leads[f"more than {name}"] = lead._replace(n=n)
             rival = f"more than {RIVAL} {budget // 16}"
-            shown = dict(sorted(leads.items(), key=lambda each: (each[0] != rival, each[1].mean)))
+            closest_first = sorted(leads.items(), key=lambda lead: (lead[0] != rival, lead[1].mean))
+            shown = dict(closest_first)
             finding = claimed(f"{ours} of {budget} bits ({way}), over heads", leads[rival], leads, shown, None)
             claims.append((f"{len(set(heads))} heads", finding.row()))
         return claims
@@ -201,15 +206,18 @@ def claimed(
     what: str, effect: Estimate, leads: Mapping[str, Estimate], shown: Mapping[str, Estimate], result: Result | None
 ) -> Finding:
     """That a code recovers more than others; `result`: of one head."""
-    size: Any = {} if result is None else Paired.of(result.tables["codes"], "kl", by="code").size_of("delete")
+    size: EffectSize | None = None
+    if result is not None:
+        size = Paired.of(result.tables["codes"], "kl", by="code").size_of("delete")
     return Finding(
         claim=f"{what} recovers more than other codes",
         effect=effect,
         null=f"{NULL}: untrained atoms",
         what="the typical share" if result else "the lead over the residual quantizer",
-        against={name: Against(each) for name, each in leads.items()},
+        against={name: Against(lead) for name, lead in leads.items()},
         relevant=RELEVANT,
-        **size,
+        typical=size["typical"] if size else None,
+        floor=size["floor"] if size else 0.0,
         shown=shown,
         write=percent,
         axis="of KL recovered" if result else f"of KL ahead of the {RIVAL}",
@@ -221,7 +229,6 @@ def claimed(
 def divergence(upper: UpperModel, plain: Tensor, head: int, code: Code) -> Tensor:
     """[B] KL(native || all writes of a head replaced), mean over tokens, differentiable. `plain`: log p of the native
     model, [B T,vocab]."""
-    sides = (x[:, :, head].flatten(0, 1) for x in (upper.recurrence.k, upper.recurrence.u))
-    native = LowRank(*(side if side.ndim == 3 else side[:, None] for side in sides))
+    native = head_writes(upper.recurrence, head)
     edited = upper(head, "write", code.written(native)).log_softmax(-1)
     return (plain.exp() * (plain - edited)).sum(-1).view(upper.tokens.shape).mean(1)

@@ -37,7 +37,7 @@ SCORED = (*PREDICTORS, CONTROL_COLUMN)
 BAR = {"F0": 0.5, "F1": 0.5, "F2": 0.95, "one scale": 0.9, "linear": 0.5}
 """R^2 at the smallest eps that each prediction must exceed: half of the variance for formulas that leave paths out,
 nearly all of it for the exact derivative; 0.9 for F0 with one cross-fitted scale (the rebuttal reports 0.97)."""
-RELEVANT = {"F0": 0.1, "F1": 0.1, "F2": 0.04, "one scale": 0.05, "linear": 0.1}
+RELEVANT_R2 = {"F0": 0.1, "F1": 0.1, "F2": 0.04, "one scale": 0.05, "linear": 0.1}
 """Distance above the bar from which on an R^2 matters. Also the margin by which the shuffled predictions may be worse
 and still count as equal."""
 PAPER_R2 = 0.9
@@ -146,7 +146,8 @@ class LogitChange(OfFirings):
         if highest > d_vocab:
             raise ValueError(f"ranks asks for rank {highest}, but the vocabulary has {d_vocab} tokens; change ranks")
         draw = self.drawn(lab, max(1, *self.horizons))
-        parts = [x for site in lab.sites(draw.table, self.kind) if len(x := self._sequence(lab, site))]
+        measured = [self._sequence(lab, site) for site in lab.sites(draw.table, self.kind)]
+        parts = [part for part in measured if len(part)]
         lab.require(
             len(parts) >= 2,
             f"firings that could be measured lie in {len(parts)} sequence(s), and intervals need two or more: give "
@@ -177,12 +178,19 @@ class LogitChange(OfFirings):
         def changes(rows: EditedRows) -> Mapping[str, ArrayLike]:
             """Against the run without edits of the same batch; `floor`: its distance from the plain pass."""
             assert rows.plain is not None
+            device = rows.logits.device
             index = np.array([trial.row["index"] for trial in rows.trials])
-            at, wanted = (torch.tensor(each[index], device=rows.logits.device) for each in (positions, tokens))
-            each = torch.arange(len(index), device=rows.logits.device)[:, None]
-            sources = (rows.logits[each, at - rows.start], rows.plain[at - rows.start], rows.native[at])
-            edited, unedited, native = (logits.gather(-1, wanted).double() for logits in sources)
-            return {"measured": (edited - unedited).cpu().numpy(), "floor": (unedited - native).abs().cpu().numpy()}
+            wanted = torch.tensor(tokens[index], device=device)  # [n,Z,G]
+            read_at = torch.tensor(positions[index], device=device)  # [n,Z]
+            column = read_at - rows.start
+            row = torch.arange(len(index), device=device)[:, None]
+            edited = rows.logits[row, column].gather(-1, wanted).double()
+            unedited = rows.plain[column].gather(-1, wanted).double()
+            native = rows.native[read_at].gather(-1, wanted).double()
+            # Against the same batch: its arithmetic differs from that of the plain pass by more than a small eps does.
+            measured = edited - unedited
+            floor = (unedited - native).abs()
+            return {"measured": measured.cpu().numpy(), "floor": floor.cpu().numpy()}
 
         trials = [
             Trial({"index": i}, start, lab.add(start, added.rows([i]) * size))
@@ -191,7 +199,8 @@ class LogitChange(OfFirings):
         ]
         runs = lab.read(site, trials, changes, max(self.horizons) + 1, plain=True)
         slopes = _slopes(lab, site, added, starts, positions, tokens)
-        i, e, z, g = (n.ravel() for n in np.indices((len(starts), len(self.eps), *tokens.shape[1:])))
+        cells = np.indices((len(starts), len(self.eps), *tokens.shape[1:]))
+        i, e, z, g = cells.reshape(4, -1)
         names = np.array([str(low) if low == high else f"{low}-{high}" for low, high in self.ranks])
         eps = np.array(self.eps)[e]
         return firings.iloc[i].assign(
@@ -214,9 +223,11 @@ class LogitChange(OfFirings):
         unit = native.norm() if self.unit == "write" else activation * size
         usable = (size > 0) & (unit != 0)
         lab.skipped["the atom or the native write is zero, so that eps has no unit"] += int((~usable).sum())
-        added = (atom * (unit / size.clamp_min(torch.finfo(size.dtype).tiny))).rows(usable)
+        smallest = torch.finfo(size.dtype).tiny  # where the size is 0; such rows are dropped
+        added = (atom * (unit / size.clamp_min(smallest))).rows(usable)
         firings = site.rows.loc[usable.cpu().numpy(), ["firing", "sequence", "position", "atom"]]
-        return firings.assign(unit=added.norm().cpu().numpy().astype(float)), added
+        units = added.norm().cpu().numpy().astype(float)
+        return firings.assign(unit=units), added
 
     # -- judging
 
@@ -224,32 +235,43 @@ class LogitChange(OfFirings):
         """Claim 7 for the paper's formula, whether F1 and F2 predict the change, and the rebuttal's two numbers."""
         cells = result.tables["cells"]
         rows = cells[cells["eps"] == min(self.eps)]
-        measured = rows["measured"].to_numpy(float)
-        sequence = rows["sequence"]
-        control = rows[CONTROL_COLUMN]
-        predictions: dict[str, tuple[ArrayLike, ...]] = {name: (rows[name], control) for name in PREDICTORS}
-        predictions["one scale"] = tuple(
-            fits.cross_fitted(measured, rows[[name]].to_numpy(float), sequence) for name in ("F0", CONTROL_COLUMN)
-        )
+
+        def fitted(names: Sequence[str], groups: pd.Series | None = None) -> ArrayLike:
+            """Predictions by columns whose coefficients come from the other half of the sequences."""
+            measured = rows["measured"].to_numpy(float)
+            return fits.cross_fitted(measured, rows[list(names)].to_numpy(float), rows["sequence"], groups)
+
+        # Of each prediction also what the control gets by the same fit.
+        predictions: dict[str, tuple[ArrayLike, ArrayLike]] = {}
+        for name in PREDICTORS:
+            predictions[name] = (rows[name], rows[CONTROL_COLUMN])
+        predictions["one scale"] = (fitted(["F0"]), fitted([CONTROL_COLUMN]))
         if result.info["rule"] == "Mamba-2":
-            predictions["linear"] = tuple(
-                fits.cross_fitted(measured, rows[names].to_numpy(float), sequence, rows["horizon"])
-                for names in (["F0", "F1"], [CONTROL_COLUMN])
-            )
+            horizon = rows["horizon"]
+            predictions["linear"] = (fitted(["F0", "F1"], horizon), fitted([CONTROL_COLUMN], horizon))
         n_positions = len(rows[["sequence", "position"]].drop_duplicates())
         size = "" if n_positions >= REBUTTAL_POSITIONS else f" of the rebuttal's {REBUTTAL_POSITIONS:,}"
-        found: dict[str, Finding] = {}
+        by_name: dict[str, Finding] = {}
         for name, (predicted, control) in predictions.items():
             axis = "R² unfitted" if name in PREDICTORS else f"R² at {n_positions:,}{size} positions"
-            found[name] = self._predicts(result, name, rows, predicted, control, axis)
-        seen = rows[rows["measured"].abs().groupby(rows["horizon"]).transform("median") > result.fact("floor")]
-        by_horizon = {h: r2_score(part["measured"], part["F2"]) for h, part in seen.groupby("horizon")}
-        worst = min(by_horizon, key=lambda h: by_horizon[h], default=None)
-        if worst is not None and by_horizon[worst] < BAR["F2"]:
-            low = Verdict("fails", f"R² is {by_horizon[worst]:.4f} at horizon {worst}, and exceeds the bar over all.")
-            found["F2"] = replace(found["F2"], unless=low)
-        found["F0"] = self._paper(result, found["F0"], found["one scale"].shown["one scale"])
-        return list(found.values())
+            by_name[name] = self._predicts(result, name, rows, predicted, control, axis)
+        low = self._low_horizon(rows, result.fact("floor"))
+        if low is not None:
+            by_name["F2"] = replace(by_name["F2"], unless=low)
+        one_scale = by_name["one scale"].shown["one scale"]
+        by_name["F0"] = self._paper(result, by_name["F0"], one_scale)
+        return list(by_name.values())
+
+    def _low_horizon(self, rows: pd.DataFrame, floor: float) -> Verdict | None:
+        """The verdict of F2 where it misses its bar at one horizon whose changes exceed the floor."""
+        typical = rows["measured"].abs().groupby(rows["horizon"]).transform("median")
+        by_horizon = {}
+        for horizon, part in rows[typical > floor].groupby("horizon"):
+            by_horizon[horizon] = r2_score(part["measured"], part["F2"])
+        worst = min(by_horizon, key=lambda horizon: by_horizon[horizon], default=None)
+        if worst is None or by_horizon[worst] >= BAR["F2"]:
+            return None
+        return Verdict("fails", f"R² is {by_horizon[worst]:.4f} at horizon {worst}, and exceeds the bar over all.")
 
     def _predicts(
         self, result: Result, name: str, rows: pd.DataFrame, predicted: ArrayLike, control: ArrayLike, axis: str
@@ -269,7 +291,7 @@ class LogitChange(OfFirings):
             typical=float(rows["measured"].abs().median()),
             floor=result.fact("floor"),
             chance=BAR[name],
-            relevant=RELEVANT[name],
+            relevant=RELEVANT_R2[name],
             shown={name: effect, SHUFFLED: r2(control, sequence)},
             write=r_squared,
             axis=axis,
@@ -279,10 +301,11 @@ class LogitChange(OfFirings):
 
     def _paper(self, result: Result, unfitted: Finding, one_scale: Estimate) -> Finding:
         """Claim 7, with the paper's own statistic, which may be what any prediction reaches."""
-        own = fits.cell_r2(result.tables["cells"], "F0")
-        shuffled = fits.cell_r2(result.tables["cells"], CONTROL_COLUMN)
+        of_formula = fits.cell_r2(result.tables["cells"], "F0")
+        shuffled = fits.cell_r2(result.tables["cells"], CONTROL_COLUMN)["r2"]
         # Both fits are the best line through 0; rounding must not decide which of them is better.
-        cells = Paired(own.assign(shuffled=shuffled["r2"], lead=(own["r2"] - shuffled["r2"]).round(9)), seed=self.seed)
+        lead = (of_formula["r2"] - shuffled).round(9)
+        cells = Paired(of_formula.assign(shuffled=shuffled, lead=lead), seed=self.seed)
         median = cells.median("r2")
         control = cells.median("shuffled")
         of_paper = " (Mamba-2; the paper reports -0.07 there)" if result.info["rule"] == "Mamba-2" else ""
@@ -292,7 +315,8 @@ class LogitChange(OfFirings):
             f"scale per cell{of_paper}",
             controls=f"shuffled, with a scale per cell {r_squared(control.mean)}",
         )
-        fitted = judge(median, {SHUFFLED: Against(cells.median("lead"), control)}, chance=PAPER_R2, relevant=ALIKE)
+        rival = Against(cells.median("lead"), control)
+        fitted = judge(median, {SHUFFLED: rival}, chance=PAPER_R2, relevant=ALIKE)
         if unfitted.verdict.outcome != "fails" or fitted.outcome != "confounded":
             return unfitted
         sentence = (

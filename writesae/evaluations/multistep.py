@@ -15,7 +15,7 @@ from transformer_lens.hook_points import HookPoint
 
 from sae_lens_writesae.atom.low_rank import LowRank
 from writesae.evaluations.substitution import Substitution
-from writesae.experiment.at_firings import RELEVANT, Exchange
+from writesae.experiment.at_firings import RELEVANT_RATE, Exchange
 from writesae.experiment.conditions import CONTROLS, DIRECTIONS, REFERENCES, Control
 from writesae.experiment.evaluation import Evaluation, Result, described
 from writesae.experiment.lab import EditedRows, Lab
@@ -106,7 +106,8 @@ class Multistep(Evaluation):
     def _residual_cosines(self, lab: Lab, exchange: Exchange) -> pd.DataFrame:
         """One row per condition and firing; the column `residual_cosine` holds an array [S] each."""
         name = f"blocks.{lab.model.cfg.n_layers - 1}.hook_resid_post"
-        native = lab.model.run_with_cache(exchange.site.session.tokens, names_filter=[name])[1][name][0]
+        _, cache = lab.model.run_with_cache(exchange.site.session.tokens, names_filter=[name])
+        native = cache[name][0]
         newest: dict[str, Tensor] = {}
 
         def keep(value: Tensor, hook: HookPoint) -> None:
@@ -128,10 +129,12 @@ class Multistep(Evaluation):
         far = Paired.of(steps, "distance", "firing", "sequence", seed=self.seed)
         gaps = Paired.of(steps, "state_gap", "firing", "sequence", seed=self.seed)
         wins = {name: far.wins(name, "delete") for name in ("atom", *self.controls)}
-        against = {
-            NAMES[n]: Against(far.wins("atom", n), wins[n], chance=0.5) for n in self.controls if n not in REFERENCES
-        }
+        against = {}
+        for name in self.controls:
+            if name not in REFERENCES:
+                against[NAMES[name]] = Against(far.wins("atom", name), wins[name], chance=0.5)
         gap = {name: gaps.mean(name) for name in ("atom", "delete", *self.controls) if name in gaps}
+        small_gaps = (gaps["atom"] < SMALL_GAP).mean()
         small = Verdict("confounded", "Deletion leaves the state within 5% of its norm as well.", ("delete",))
         return [
             Finding(
@@ -141,7 +144,7 @@ class Multistep(Evaluation):
                 null=next(iter(against), ""),
                 against=against,
                 chance=0.5,
-                relevant=RELEVANT,
+                relevant=RELEVANT_RATE,
                 **far.size_of("delete"),
                 shown={NAMES[name]: rate for name, rate in wins.items()},
                 write=percent,
@@ -163,7 +166,7 @@ class Multistep(Evaluation):
                 shown={NAMES[name]: mean for name, mean in gap.items()},
                 write=percent,
                 axis="of the norm of the native state",
-                measured=f"below {percent(SMALL_GAP)} at {percent((gaps['atom'] < SMALL_GAP).mean())} of firings",
+                measured=f"below {percent(SMALL_GAP)} at {percent(small_gaps)} of firings",
                 of="firings in {} sequences",
             ),
         ]
@@ -180,15 +183,21 @@ def _state_gaps(exchange: Exchange, length: int) -> NDArray[np.generic]:
     gaps = []
     for n, start in enumerate(exchange.site.rows["position"].tolist()):
         stop = start + length
+        # What is written minus the native write: of higher rank, but never dense.
         ablated = exchange.native.rows([n]) * -1.0
-        changes = [
-            ablated if condition.written is None else LowRank.cat([condition.written.rows([n]), ablated])
-            for condition in exchange.conditions
-        ]
+        changes = []
+        for condition in exchange.conditions:
+            written = condition.written
+            changes.append(ablated if written is None else LowRank.cat([written.rows([n]), ablated]))
         recurrence = exchange.site.recurrence.select(tokens=slice(0, stop))
-        native = torch.linalg.matrix_norm(recurrence.states(positions=list(range(start, stop)))[0, :, 0])  # [S]
-        keys = recurrence.propagate(torch.cat([change.keys[0] for change in changes]), start, 0)[0]  # [R,S,K]
-        for change, carried in zip(changes, keys.split([change.rank for change in changes])):
-            moved = LowRank(carried.transpose(0, 1), change.values.expand(length, -1, -1))
+        states = recurrence.states(positions=list(range(start, stop)))[0, :, 0]
+        native = torch.linalg.matrix_norm(states)  # [S]
+        # The keys of all conditions are carried at once, as rows of one batch.
+        keys = torch.cat([change.keys[0] for change in changes])
+        ranks = [change.rank for change in changes]
+        carried = recurrence.propagate(keys, start, 0)[0].split(ranks)  # [R,S,K] each
+        for change, later_keys in zip(changes, carried):
+            moved = LowRank(later_keys.transpose(0, 1), change.values.expand(length, -1, -1))
             gaps.append(moved.norm() / native)
-    return torch.stack(gaps).view(-1, len(exchange.conditions), length).transpose(0, 1).cpu().numpy()
+    by_firing = torch.stack(gaps).view(-1, len(exchange.conditions), length)
+    return by_firing.transpose(0, 1).cpu().numpy()

@@ -21,6 +21,7 @@ from writesae.experiment.evaluation import Evaluation, Result
 from writesae.experiment.firings import Integers, halves
 from writesae.experiment.lab import Lab, Site, Trial
 from writesae.experiment.readout import added_bits, bits_per_token
+from writesae.head.writes import torch_generator
 from writesae.verdict.finding import Finding, Paired
 from writesae.verdict.format import signed
 
@@ -95,14 +96,14 @@ class Passage(Evaluation):
         tables = []
         for site in lab.sites(pd.DataFrame({"sequence": split.test[: self.passages]}), self.kind):
             tokens = lab.tokens[site.sequence]
-            trials = [
-                trial
-                for number, (name, atoms) in enumerate(classes.items())
-                for trial in self._trials(lab, site, name, atoms, lab.rng(6, site.sequence, number))
-            ]
+            trials: list[Trial] = []
+            for number, (name, atoms) in enumerate(classes.items()):
+                rng = lab.rng(6, site.sequence, number)
+                trials += self._trials(lab, site, name, atoms, rng)
             if trials:
                 rows = lab.read(site, trials, added_bits(tokens), None)
-                tables.append(rows.assign(native_bits=bits_per_token(site.session.logits[0], tokens)))
+                native_bits = bits_per_token(site.session.logits[0], tokens)
+                tables.append(rows.assign(native_bits=native_bits))
         lab.require(bool(tables), f"no class fires on the passages: {', '.join(classes)}; give more sequences")
         table = pd.concat(tables)
         table = table[table.groupby("class")["sequence"].transform("nunique") >= 2]
@@ -114,11 +115,14 @@ class Passage(Evaluation):
 
     def _classes(self, lab: Lab, sequences: Integers) -> dict[str, Integers]:
         """The atoms that are registers and bundles by the median cosine on some sequences."""
+        # An empty table first, so that columns have their types where nothing fires.
         cosines = [pd.DataFrame({"atom": np.array([], int), "cosine": np.array([], float)})]
         for sequence, rows in lab.firings().of_sequences(sequences).frame().groupby("sequence"):
             atoms = lab.atoms(rows["atom"].to_numpy())
-            writes = lab.native_writes([int(str(sequence))]).rows(rows["position"].tolist()).to(atoms.keys)
-            cosines.append(rows[["atom"]].assign(cosine=atoms.cosine(writes).double().cpu().numpy()))
+            writes = lab.native_writes([int(str(sequence))])
+            at_firings = writes.rows(rows["position"].tolist()).to(atoms.keys)
+            cosine = atoms.cosine(at_firings).double().cpu().numpy()
+            cosines.append(rows[["atom"]].assign(cosine=cosine))
         of_atom = pd.concat(cosines).groupby("atom")["cosine"].agg(["size", "median"])
         often = of_atom[of_atom["size"] >= self.min_firings]
         lab.skipped["atoms with too few firings for a class"] += len(of_atom) - len(often)
@@ -127,7 +131,9 @@ class Passage(Evaluation):
             f"no atom fires {self.min_firings} times on the half of the sequences that classes are made on",
         )
         is_register = often["median"] >= self.threshold
-        classes = {"register": often.index[is_register].to_numpy(), "bundle": often.index[~is_register].to_numpy()}
+        registers = often.index[is_register].to_numpy()
+        bundles = often.index[~is_register].to_numpy()
+        classes = {"register": registers, "bundle": bundles}
         return {name: members for name, members in classes.items() if len(members)}
 
     def _trials(self, lab: Lab, site: Site, name: str, atoms: Integers, rng: np.random.Generator) -> list[Trial]:
@@ -141,7 +147,10 @@ class Passage(Evaluation):
         components = atom * -torch.tensor(firings.activation[inside]).to(atom.values)
         fired_at = firings.position[inside]
         positions = np.unique(fired_at).tolist()
-        sums = [components.rows(np.flatnonzero(fired_at == t).tolist()).total() for t in positions]
+        sums = []
+        for t in positions:
+            of_token = np.flatnonzero(fired_at == t).tolist()
+            sums.append(components.rows(of_token).total())
         native = site.at(positions)
         size = torch.tensor([float(change.norm()) for change in sums]).to(native.values)
         edits = {"deleted": [lab.add(t, change) for t, change in zip(positions, sums)]}
@@ -153,11 +162,12 @@ class Passage(Evaluation):
             "tokens_edited": len(positions),
             "norm": float((size / native.norm().clamp_min(1e-30)).mean()),
         }
-        return [
-            Trial({**described, "condition": condition}, min(edit.position or 0 for edit in row), row)
-            for condition, row in edits.items()
-            if row
-        ]
+        trials = []
+        for condition, edits_of_passage in edits.items():
+            if edits_of_passage:
+                first = min(edit.position or 0 for edit in edits_of_passage)
+                trials.append(Trial({**described, "condition": condition}, first, edits_of_passage))
+        return trials
 
     def _controls(
         self,
@@ -176,10 +186,10 @@ class Passage(Evaluation):
         native = site.at(positions)
         others = rng.choice(written, len(positions), replace=len(written) < len(positions)).tolist()
         elsewhere = [int(rng.choice(written[written != t])) for t in positions]
-        noise = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        first = native.terms(slice(0, 1))
+        noise = torch_generator(rng)
+        first = native.terms(slice(0, 1))  # of one rank, as what is inserted
         usable = first.norm() > 0
-        usable_positions = [t for t, keep in zip(positions, usable.tolist()) if keep]
+        usable_positions = [t for t, is_usable in zip(positions, usable.tolist()) if is_usable]
         changed = {  # condition: where, what is added in which direction, at which signed norm
             "own": (usable_positions, first.rows(usable), -size[usable]),
             "removed": (others, site.at(others), -size),
@@ -198,7 +208,8 @@ class Passage(Evaluation):
         """Claim 19 for registers, or the first class where there are none; then the other classes."""
         names = result.tables["passages"]["class"].unique().tolist()
         first = "register" if "register" in names else names[0]
-        return [self._cost(result, name, first) for name in sorted(names, key=lambda name: name != first)]
+        first_then_others = sorted(names, key=lambda name: name != first)
+        return [self._cost(result, name, first) for name in first_then_others]
 
     def _cost(self, result: Result, name: str, first: str) -> Finding:
         table = result.tables["passages"]

@@ -6,6 +6,7 @@ fitted.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
@@ -94,9 +95,11 @@ class Sign(Evaluation):
         candidates = np.arange(self.first_position, length - 1)
         share = np.full(n, self.n_positions // n)  # as evenly spread over sequences as can be
         share[rng.permutation(n)[: self.n_positions % n]] += 1
-        drawn = [np.sort(rng.choice(candidates, min(k, len(candidates)), replace=False)) for k in share]
-        sequence = np.repeat(np.arange(n), [len(positions) for positions in drawn])
-        places = pd.DataFrame({"sequence": sequence, "position": np.concatenate(drawn)})
+        places_of = []
+        for sequence, count in enumerate(share.clip(max=len(candidates))):
+            drawn = np.sort(rng.choice(candidates, count, replace=False))
+            places_of.append(pd.DataFrame({"sequence": sequence, "position": drawn}))
+        places = pd.concat(places_of, ignore_index=True)
         tables = []
         for site in lab.sites(places, self.kind):
             positions = site.rows["position"].tolist()
@@ -105,7 +108,8 @@ class Sign(Evaluation):
                 lab.facts["floor"] = lab.floor(logit_noise, "logit", 1 + delay)
             reads = [t + delay for t in positions]
             gradients = ReadGradients(lab.model, site.session, lab.hook.layer, lab.hook.head, reads)
-            written = [t for t, size in zip(positions, site.at(positions).norm().tolist()) if size > 0]
+            sizes = site.at(positions).norm().tolist()
+            written = [t for t, size in zip(positions, sizes) if size > 0]
             lab.skipped["positions with a zero write"] += len(positions) - len(written)
             for t in written:
                 rng = lab.rng(5, site.sequence, t)
@@ -135,13 +139,15 @@ class Sign(Evaluation):
             "random": random_unit(direct, rng),
             "wrong": value_direction(lab.model, lab.hook.layer, lab.hook.head, target.wrong),
         }
-        kinds = [(name, sign * m) for name in VALUE_SIDES for m in self.sizes for sign in (1, -1)]
+        kinds = [(name, sign * m) for name, m, sign in itertools.product(VALUE_SIDES, self.sizes, (1, -1))]
         size = site.at([t]).norm()
         key = torch.nn.functional.normalize(site.writes.keys[t, 0], dim=0)
         values = torch.stack([m * size * sides[name].to(key) for name, m in kinds])
         added = LowRank.rank_one(key.expand(len(values), -1), values)
-        (f0, _, f2), (f0_wrong, *_) = predict(site.recurrence, added, t, [of_target, of_wrong]).mT.cpu().numpy()
-        rows = pd.DataFrame(kinds, columns=["direction", "m"]).assign(
+        for_target, for_wrong = predict(site.recurrence, added, t, [of_target, of_wrong]).mT.cpu().numpy()  # [P,N]
+        f0, _, f2 = for_target
+        rows = pd.DataFrame(kinds, columns=["direction", "m"])
+        rows = rows.assign(
             sequence=site.sequence,
             position=t,
             token=target.token,
@@ -149,7 +155,7 @@ class Sign(Evaluation):
             text=token_text(lab.model, target.token),
             f0=f0,
             f2=f2,
-            aimed=lambda table: np.sign(np.where(table["direction"] == "wrong", f0_wrong, f0)),
+            aimed=np.sign(np.where(rows["direction"] == "wrong", for_wrong[0], f0)),
         )
         return trials_at(rows, lab.add, added)
 
@@ -157,12 +163,13 @@ class Sign(Evaluation):
 
     def findings(self, result: Result) -> list[Finding]:
         """Claim 9 by F0, and how far F2 predicts signs and sizes."""
-        moved = result.tables["writes"].assign(
-            written=lambda table: table["m"],
-            shuffled=lambda table: table["f2"].sample(frac=1, random_state=self.seed).to_numpy(),
-        )
-        predicted = ("aimed", "f0", "f2", "written", "shuffled")
-        table = moved.assign(**{by: np.sign(moved["measured"]) == np.sign(moved[by]) for by in predicted})
+        writes = result.tables["writes"]
+        # F2 of other writes has F2's share of each sign, and knows nothing of the write.
+        shuffled = writes["f2"].sample(frac=1, random_state=self.seed).to_numpy()
+        moved = writes.assign(written=writes["m"], shuffled=shuffled)
+        sign = np.sign(moved["measured"])
+        is_right = {by: sign == np.sign(moved[by]) for by in ("aimed", "f0", "f2", "written", "shuffled")}
+        table = moved.assign(**is_right)
         by_direction = {direction: Paired(rows) for direction, rows in table.groupby("direction")}
         direct = by_direction["direct"]
         paired = Paired.of(table, "written", "sequence", "position", "token", "m", by="direction", seed=self.seed)
@@ -170,7 +177,9 @@ class Sign(Evaluation):
         written = direct.mean("written")
         by_f0 = direct.mean("aimed")
         by_f2 = direct.mean("f2")
-        small = moved[(moved["direction"] == "direct") & (moved["m"].abs() == moved["m"].abs().min())]
+        sizes = moved["m"].abs()
+        of_direct = moved[moved["direction"] == "direct"]
+        small = of_direct[of_direct["m"].abs() == sizes.min()]
         f0 = r2_score(small["measured"], small["f0"])
         f2 = r2_score(small["measured"], small["f2"])
         # Judged by the sign that was written: F0's right signs also ask about the sign of <k, q>.
@@ -183,7 +192,7 @@ class Sign(Evaluation):
             against=paired.beaten("direct", rivals),
             chance=0.5,
             relevant=RELEVANT,
-            typical=float(moved.loc[moved["direction"] == "direct", "measured"].abs().median()),
+            typical=float(of_direct["measured"].abs().median()),
             floor=result.fact("floor"),
             shown={
                 "as written": written,

@@ -12,7 +12,7 @@ from typing import ClassVar, cast
 import pandas as pd
 
 from writesae.codes.head_baselines import BASELINES
-from writesae.experiment.at_firings import CHOICES, RELEVANT, Exchanging, wide_firings
+from writesae.experiment.at_firings import CHOICES, RELEVANT_RATE, Exchanging, wide_firings
 from writesae.experiment.conditions import REFERENCES
 from writesae.experiment.evaluation import Result, described
 from writesae.experiment.lab import Lab
@@ -23,6 +23,7 @@ from writesae.verdict.format import number, percent
 from writesae.verdict.judge import Verdict
 from writesae.verdict.names import DEFINITIONS, NAMES, SCALE_DEFINITIONS, SCALE_NAMES
 from writesae.verdict.paper import Outcome
+from writesae.verdict.statistics import Estimate
 
 RELEVANT_SHARE = 0.05
 """Recovered share that an atom has to exceed, and margin by which a control's may be smaller and still count as equal.
@@ -108,49 +109,63 @@ class Substitution(Exchanging):
 
     def findings(self, result: Result) -> list[Finding]:
         """Claim 1 for every choice of atom and scale; claims 2 and 3 for the headline."""
-        found = []
-        rule = str(result.info["rule"])
-        headline = 14 if "Qwen3.5-4B" in str(result.info["model"]) else _CLAIM_OF_RULE.get(rule, 1)
+        findings = []
+        headline = _CLAIM_OF_RULE.get(str(result.info["rule"]), 1)
+        if "Qwen3.5-4B" in str(result.info["model"]):
+            headline = 14  # the paper reports its larger model by itself
         for choice in self.atom_choice:
             wide = wide_firings(result, choice=choice)
             for scale in self.scales_of(choice):
-                named = [] if choice == self.atom_choice[0] else [CHOICES[choice]]
-                named += [] if scale == self.scales[0] else [f"at {SCALE_NAMES[scale]}"]
-                found.append(self.nearer(wide, scale, None if named else headline, named))
-        found += self._at_matched_norm(wide_firings(result, choice=self.atom_choice[0]))
-        return [on_equal_terms(finding, result) for finding in found]
+                variation = []
+                if choice != self.atom_choice[0]:
+                    variation.append(CHOICES[choice])
+                if scale != self.scales[0]:
+                    variation.append(f"at {SCALE_NAMES[scale]}")
+                findings.append(self.nearer(wide, scale, None if variation else headline, variation))
+        findings += self._at_matched_norm(wide_firings(result, choice=self.atom_choice[0]))
+        return [on_equal_terms(finding, result) for finding in findings]
 
-    def nearer(self, wide: pd.DataFrame, scale: str, number_: int | None = None, named: Sequence[str] = ()) -> Finding:
-        """Claim 1 of one choice of atom at one scale; `named` says which, where it is not the headline. `shown` has the
-        total that the atom and each control recovers; nothing where no deletion has an effect."""
+    def nearer(
+        self, wide: pd.DataFrame, scale: str, number_: int | None = None, variation: Sequence[str] = ()
+    ) -> Finding:
+        """Claim 1 of one choice of atom at one scale; `variation` says which, where it is not the headline. `shown` has
+        the total that the atom and each control recovers; nothing where no deletion has an effect."""
         kl = Paired(wide, seed=self.seed)
         atom = f"atom/{scale}"
         wins = kl.wins(atom, "delete")
+        measured = [f"wins {said(wins, percent)} of firings"]
         size = kl.size_of("delete")
-        small = f", below {number(PRACTICAL_FLOOR)}: of no practical size" * (size["typical"] < PRACTICAL_FLOOR)
-        totals, against, typical = {}, {}, ""
+        remark = f"A deletion moves the model by a median of {number(size['typical'])} nats"
+        remark += f" (a no-op: {number(size['floor'])})"
+        if size["typical"] < PRACTICAL_FLOOR:
+            remark += f", below {number(PRACTICAL_FLOOR)}: of no practical size"
+        rivals = [name for name in self.controls if name not in REFERENCES]
+        effect = wins._replace(mean=0.0, low=0.0, high=0.0)  # of nothing, nothing is recovered
+        totals: dict[str, Estimate] = {}
+        against: dict[str, Against] = {}
         if (wide["delete"] > 0).any():
-            totals = {NAMES[name]: kl.total(f"{name}/{scale}") for name in self.controls}
-            totals = {"atom": kl.total(atom)} | dict(sorted(totals.items(), key=lambda each: -each[1].mean))
-            rivals = [name for name in self.controls if name not in REFERENCES]
+            effect = kl.total(atom)
+            controls = {NAMES[name]: kl.total(f"{name}/{scale}") for name in self.controls}
+            strongest_first = sorted(controls.items(), key=lambda control: -control[1].mean)
+            totals = {"atom": effect} | dict(strongest_first)
             against = {NAMES[name]: Against(kl.total(atom, than=f"{name}/{scale}")) for name in rivals}
-            typical = f"{said(kl.recovered(atom), percent)} in a typical sequence"
+            typical = said(kl.recovered(atom), percent)
+            measured.insert(0, f"{typical} in a typical sequence")
         return Finding(
             number=number_,
-            claim=", ".join(["an atom is nearer to the native write than deletion", *named]),
-            effect=totals.get("atom", wins._replace(mean=0.0, low=0.0, high=0.0)),  # of nothing, nothing is recovered
+            claim=", ".join(["an atom is nearer to the native write than deletion", *variation]),
+            effect=effect,
             what="the total recovered",
-            null=next((NAMES[name] for name in self.controls if name not in REFERENCES), ""),
+            null=NAMES[rivals[0]] if rivals else "",
             against=against,
             relevant=RELEVANT_SHARE,
             **size,
-            remark=f"A deletion moves the model by a median of {number(size['typical'])} nats (a no-op: "
-            f"{number(size['floor'])}){small}.",
+            remark=f"{remark}.",
             shown=totals,
             write=percent,
             axis="of deletion's total effect recovered",
             least=-0.5,
-            measured="; ".join(filter(None, [typical, f"wins {said(wins, percent)} of firings"])),
+            measured="; ".join(measured),
             of="firings in {} sequences",
         )
 
@@ -158,31 +173,38 @@ class Substitution(Exchanging):
         """Claims 2 and 3, at matched norm: the strict order, and the paired ratio of KLs."""
         scale = "matched" if "matched" in self.scales else self.scales[0]
         others = {f"{name}/{scale}": NAMES[name] for name in ("shuffled", "random") if name in self.controls}
-        rivals = [name for name in self.controls if name in BASELINES and others]
-        ratio = self._medians(wide, scale, others, rivals)
-        return [self._chain(wide, scale, others, rivals), ratio] if others else [ratio]
+        if not others:  # the strict order ends with another atom
+            return [self._medians(wide, scale, {}, [])]
+        rivals = [name for name in self.controls if name in BASELINES]
+        return [self._chain(wide, scale, others, rivals), self._medians(wide, scale, others, rivals)]
 
     def _chain(self, wide: pd.DataFrame, scale: str, others: Mapping[str, str], rivals: Sequence[str]) -> Finding:
         """Claim 2: atom < deletion < another atom; `others` has at least one."""
         kl = Paired(wide, seed=self.seed)
         atom = kl[f"atom/{scale}"]
         deleted = kl["delete"]
-        chains = {f"atom < delete < {n}": kl.mean((atom < deleted) & (deleted < kl[c])) for c, n in others.items()}
+        chains = {}
+        for column, shown in others.items():
+            chains[f"atom < delete < {shown}"] = kl.mean((atom < deleted) & (deleted < kl[column]))
         first, *_ = chains
         rival, *_ = others
 
         def in_order(name: str) -> pd.Series:
             return (kl[f"{name}/{scale}"] < deleted) & (deleted < kl[rival])
 
+        against = {}
+        for name in rivals:
+            of_rival = in_order(name)
+            against[NAMES[name]] = Against(kl.mean(in_order("atom"), of_rival), kl.mean(of_rival))
         return Finding(
             number=2,
             claim=f"strict chain {first}, at {SCALE_NAMES[scale]}",
             effect=chains[first],
             what="the rate of the strict order",
             chance=0.5,
-            relevant=RELEVANT,
+            relevant=RELEVANT_RATE,
             null=others[rival],
-            against={NAMES[n]: Against(kl.mean(in_order("atom"), in_order(n)), kl.mean(in_order(n))) for n in rivals},
+            against=against,
             **kl.size_of("delete"),
             shown=chains,
             write=percent,
@@ -194,20 +216,24 @@ class Substitution(Exchanging):
         """Claim 3: the paired ratio of the atom's KL to that of deletion, of other atoms and of baselines."""
         size = Paired(wide, seed=self.seed).size_of("delete")
         moved = Paired(wide[wide["delete"] > 0], seed=self.seed)
+        atom = moved[f"atom/{scale}"]
         names = {"delete": "delete", **others} | {f"{name}/{scale}": NAMES[name] for name in rivals}
-        names = {c: n for c, n in names.items() if (moved[c] > 0).any()}
-        ratios = {n: moved.median((moved[f"atom/{scale}"] / moved[c]).where(moved[c] > 0)) for c, n in names.items()}
-        medians = [number(float(moved[c].median())) for c in (f"atom/{scale}", "delete", *others)]
+        ratios = {}
+        for column, shown in names.items():
+            has_effect = moved[column] > 0  # nothing can be divided by the others
+            if has_effect.any():
+                ratios[shown] = moved.median((atom / moved[column]).where(has_effect))
+        medians = [number(float(moved[column].median())) for column in (f"atom/{scale}", "delete", *others)]
         return Finding(
             number=3,
             claim=f"median KL of {' / '.join(['atom', 'delete', *others.values()])}, at {SCALE_NAMES[scale]}",
             effect=ratios.get("delete"),
             what="the median ratio of the atom's KL to deletion's",
             null=next(iter(others.values()), ""),
-            against={name: Against(each, chance=1.0) for name, each in ratios.items() if name != "delete"},
+            against={name: Against(ratio, chance=1.0) for name, ratio in ratios.items() if name != "delete"},
             chance=1.0,
             less=True,
-            relevant=RELEVANT,
+            relevant=RELEVANT_RATE,
             **size,
             ruled=None if ratios else Verdict("below the floor", "Every deletion has an effect of exactly 0."),
             shown=ratios,
@@ -226,33 +252,41 @@ class Substitution(Exchanging):
         after the fact."""
         layers: dict[tuple[str, ...], list[Result]] = {}
         for result in results:
-            layers.setdefault(tuple(str(result.info[name]) for name in ("model", "layer", "target")), []).append(result)
+            layer_of_target = tuple(str(result.info[name]) for name in ("model", "layer", "target"))
+            layers.setdefault(layer_of_target, []).append(result)
         claims = []
         for (_, layer, target), of_layer in layers.items():
-            if len(of_layer) < 2 or len({str(result.info["head"]) for result in of_layer}) < len(of_layer):
+            heads = {str(result.info["head"]) for result in of_layer}
+            if len(of_layer) < 2 or len(heads) < len(of_layer):
                 continue
-            tests = [(wide_firings(result), cast(Substitution, result.evaluation)) for result in of_layer]
-            found = [
-                on_equal_terms(test.nearer(wide, test.scales[0]), result)
-                for (wide, test), result in zip(tests, of_layer)
-            ]
-            shares = pd.Series([each.shown["atom"].mean for each in found if each.shown])
-            wins = pd.Series([(wide[f"atom/{test.scales[0]}"] < wide["delete"]).mean() for wide, test in tests])
-            outcomes: list[Outcome] = [each.verdict.outcome for each in found]
+            tests, win_rates = [], []
+            for result in of_layer:
+                test = cast(Substitution, result.evaluation)
+                scale = test.scales[0]
+                wide = wide_firings(result)
+                tests.append(on_equal_terms(test.nearer(wide, scale), result))
+                win_rates.append((wide[f"atom/{scale}"] < wide["delete"]).mean())
+            totals = [test.shown["atom"].mean for test in tests if test.shown]
+            outcomes: list[Outcome] = [test.verdict.outcome for test in tests]
             worst = min(outcomes, key=lambda outcome: (*_WORST_FIRST, outcome).index(outcome))
-            spread = [f"{percent(float(x.mean()))} ± {percent(float(x.std()))}" for x in (shares, wins)]
             finding = Finding(
                 number=5,
                 claim="all heads of a layer",
-                null=found[0].null,
-                ruled=Verdict(worst, f"Claim 1 holds on {outcomes.count('holds')} of {len(found)} heads."),
-                measured=f"recovers {spread[0]}; wins {spread[1]} (SD over heads)",
+                null=tests[0].null,
+                ruled=Verdict(worst, f"Claim 1 holds on {outcomes.count('holds')} of {len(tests)} heads."),
+                measured=f"recovers {_spread(totals)}; wins {_spread(win_rates)} (SD over heads)",
                 controls=f"confounded by a control on {outcomes.count('confounded')}",
-                n=len(found),
+                n=len(tests),
                 of="heads",
             )
             claims.append((f"L{layer} {target}-trained", finding.row()))
         return claims
+
+
+def _spread(shares: Sequence[float]) -> str:
+    """Mean and standard deviation over heads."""
+    over_heads = pd.Series(shares)
+    return f"{percent(float(over_heads.mean()))} ± {percent(float(over_heads.std()))}"
 
     def notes(self, result: Result) -> list[str]:
         """Definitions of conditions and scales, and how long the head remembers."""

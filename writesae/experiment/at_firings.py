@@ -42,7 +42,7 @@ from writesae.head.writes import HALF_LIFE_LIMIT, half_lives, head_writes, joine
 
 MEAN_ENERGY = 0.99
 """The mean write has the fewest rank-1 terms that hold this share of its squared norm."""
-RELEVANT = 0.1
+RELEVANT_RATE = 0.1
 """Distance of a win rate from 1/2 from which on it matters, and margin by which a control may be worse."""
 
 Choice = Literal["dominant", "own"]

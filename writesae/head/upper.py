@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, Self
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Self, TypeAlias
 
 import torch
 from torch import Tensor
 
 from hookpoints import HookedRecurrent, Recurrence
+
+HookOfName: TypeAlias = tuple[str | Callable[..., bool], Callable[..., Tensor]]
+"""As `run_with_hooks` of TransformerLens takes them: a name, and what returns another value than it is given."""
 
 
 class UpperModel(NamedTuple):
@@ -39,20 +42,23 @@ class UpperModel(NamedTuple):
                 is what its own reads see, while the recurrence resumes from the native one.
             matrices: [B T,K,V] that replace all of the head's; None: nothing is replaced.
         """
-        name = f"blocks.{self.layer}.mixer.heads.{head}.hook_{target}_vec"
-        hooks = [] if matrices is None else [(name, lambda x, hook: matrices.flatten(1).view_as(x).to(x))]
+        hooks: list[HookOfName] = []
+        if matrices is not None:
+            name = f"blocks.{self.layer}.mixer.heads.{head}.hook_{target}_vec"
+            hooks.append((name, lambda x, hook: matrices.flatten(1).view_as(x).to(x)))
         return self._run(len(self.tokens), hooks).flatten(0, 1)
 
     def without(self, heads: Sequence[int]) -> Tensor:
         """Logits [1+n,T,vocab]: of nothing replaced, and of all writes of each of n heads deleted, which is a head that
         reads zeros. Cost: a forward from the layer on, of 1 + n rows."""
-
         mask = self.stream.new_ones(1 + len(heads), 1, self.recurrence.H, 1)
-        mask[range(1, len(mask)), 0, list(heads)] = 0
-        return self._run(len(mask), [(f"blocks.{self.layer}.mixer.hook_read", lambda read, hook: read * mask.to(read))])
+        mask[range(1, len(mask)), 0, list(heads)] = 0  # row 0 keeps all heads
+        name = f"blocks.{self.layer}.mixer.hook_read"
+        return self._run(len(mask), [(name, lambda read, hook: read * mask.to(read))])
 
-    def _run(self, rows: int, hooks: list) -> Tensor:
-        stream, tokens = (x.expand(rows, *x.shape[1:]) for x in (self.stream, self.tokens))
+    def _run(self, rows: int, hooks: list[HookOfName]) -> Tensor:
+        stream = self.stream.expand(rows, *self.stream.shape[1:])
+        tokens = self.tokens.expand(rows, *self.tokens.shape[1:])
         return self.model.run_with_hooks(stream, fwd_hooks=hooks, start_at_layer=self.layer, tokens=tokens)
 
 

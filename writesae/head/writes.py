@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,9 +35,11 @@ def mean_write(keys: Tensor, values: Tensor, energy: float = 1.0) -> LowRank:
 def compact(matrices: Tensor, energy: float) -> LowRank:
     """Matrices [N,K,V] as the fewest singular terms that hold the share `energy` of each one's squared norm."""
     terms = LowRank.svd(matrices)
-    square = terms.keys.square().sum(-1)
-    held = square.cumsum(1) / square.sum(1, keepdim=True).clamp_min(torch.finfo(square.dtype).tiny)
-    return terms.terms(slice(int((held < energy).sum(1).max()) + 1))
+    square = terms.keys.square().sum(-1)  # values have norm 1
+    whole = square.sum(1, keepdim=True).clamp_min(torch.finfo(square.dtype).tiny)
+    share = square.cumsum(1) / whole
+    count = int((share < energy).sum(1).max()) + 1
+    return terms.terms(slice(count))
 
 
 def random_units(like: LowRank, n: int, seed: int) -> LowRank:
@@ -45,13 +48,19 @@ def random_units(like: LowRank, n: int, seed: int) -> LowRank:
     return drawn.with_norm(torch.ones(n).to(drawn.values))
 
 
+def torch_generator(rng: np.random.Generator) -> torch.Generator:
+    """Random numbers of torch that a stream of numpy seeds: numpy's streams are separate by their names, torch's are
+    not."""
+    return torch.Generator().manual_seed(int(rng.integers(2**62)))
+
+
 def head_writes(recurrence: Recurrence, head: int) -> LowRank:
     """The B T native writes of one head, row after row, in the dtype of the recurrence.
 
     A token that takes R delta steps writes a matrix of rank R.
     """
-    sides = (recurrence.k, recurrence.u)
-    keys, values = (side[:, :, head].flatten(0, 1).to(recurrence.dtype) for side in sides)
+    keys = recurrence.k[:, :, head].flatten(0, 1).to(recurrence.dtype)
+    values = recurrence.u[:, :, head].flatten(0, 1).to(recurrence.dtype)
     return LowRank(keys, values) if keys.ndim == 3 else LowRank.rank_one(keys, values)
 
 
@@ -71,10 +80,16 @@ def half_lives(recurrence: Recurrence, limit: int = HALF_LIFE_LIMIT, n_starts: i
     starts = torch.linspace(0, recurrence.T - 1 - limit, n_starts).long().unique()
     keys = recurrence.k[0, starts].to(recurrence.dtype)  # [n,H,K]
     keys = keys if keys.ndim == 3 else keys[:, :, 0]
-    over_time = {n: x for n, x in vars(recurrence).items() if isinstance(x, Tensor) and x.shape[1:2] == (recurrence.T,)}
-    later = {name: x[0, starts[:, None] + 1 + torch.arange(limit)] for name, x in over_time.items() if x.ndim > 2}
-    nothing = torch.zeros_like(later["u"][..., :1])
+    after = starts[:, None] + 1 + torch.arange(limit)  # [n,limit]
+    later = {}
+    for name, x in vars(recurrence).items():
+        if isinstance(x, Tensor) and x.ndim > 2 and x.shape[1] == recurrence.T:
+            later[name] = x[0, after]
+    later["u"] = torch.zeros_like(later["u"][..., :1])
     # A vector is the only column of a state to which nothing is written.
-    idle = dataclasses.replace(recurrence, **later | {"u": nothing, "initial_state": keys[..., None]})
-    norms = torch.cat([keys.norm(dim=-1)[:, None], idle.states()[..., 0].norm(dim=-1)], 1)  # [n,1+limit,H]
-    return (norms >= norms[:, :1] / 2).long().cumprod(1).sum(1).clamp_max(limit)
+    idle = dataclasses.replace(recurrence, **later | {"initial_state": keys[..., None]})
+    at_start = keys.norm(dim=-1)[:, None]
+    norms = torch.cat([at_start, idle.states()[..., 0].norm(dim=-1)], 1)  # [n,1+limit,H]
+    # A norm that rises again later does not count.
+    not_yet_half = (norms >= at_start / 2).long().cumprod(1)
+    return not_yet_half.sum(1).clamp_max(limit)
