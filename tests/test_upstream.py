@@ -33,7 +33,8 @@ def patched(patch: Path, module: str, folder: Path) -> ModuleType:
     return made
 
 
-def finds_entry_points(patch: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def finds_entry_points(patch: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[object, object]:
+    """The classes that are found by an entry point, and those that it declares."""
     registry = patched(patch, "sae_lens.registry", folder)
     monkeypatch.setitem(sys.modules, "sae_lens.registry", registry)
     registry.register_sae_class("topk", int, float)
@@ -45,8 +46,9 @@ def finds_entry_points(patch: Path, folder: Path, monkeypatch: pytest.MonkeyPatc
     (info / "METADATA").write_text("Name: declares\nVersion: 1")
     (info / "entry_points.txt").write_text(ENTRY_POINT)
     monkeypatch.syspath_prepend(folder)
-    assert registry.get_sae_class("found_by_name") == (int, float)
+    found = registry.get_sae_class("found_by_name")
     monkeypatch.delitem(sys.modules, "declares")
+    return found, (int, float)
 
 
 class Loader:
@@ -65,8 +67,9 @@ class Loader:
         return torch.arange(10 * self.n, 10 * self.n + 10.0)[:, None]
 
 
-def resumes_mixing(patch: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a generator it draws as the installed one."""
+def resumes_mixing(patch: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[object, object]:
+    """Batches of a buffer that was resumed, and of one that was not; then, without a generator, those of the patched
+    module and of the installed one."""
     mixing_buffer = patched(patch, "sae_lens.training.mixing_buffer", folder).mixing_buffer
     whole = list(mixing_buffer(40, 8, Loader(), generator=torch.Generator().manual_seed(3)))
     loader = Loader()
@@ -74,12 +77,11 @@ def resumes_mixing(patch: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -
     first = [next(buffer) for _ in range(7)]
     resumed = mixing_buffer(40, 8, Loader(loader.n), generator=torch.Generator())
     resumed.load_state_dict(buffer.state_dict())
-    assert torch.equal(torch.stack(first + list(resumed)), torch.stack(whole))
     drawn = []
     for mix in (mixing_buffer, installed.mixing_buffer):
         torch.manual_seed(0)
-        drawn.append(torch.stack(list(mix(40, 8, Loader()))))
-    assert torch.equal(*drawn)
+        drawn.append(torch.stack(list(mix(40, 8, Loader()))).tolist())
+    return [torch.stack(first + list(resumed)).tolist(), drawn[0]], [torch.stack(whole).tolist(), drawn[1]]
 
 
 DOES = {"saelens-entry-points": finds_entry_points, "saelens-mixing-buffer": resumes_mixing}
@@ -87,7 +89,8 @@ DOES = {"saelens-entry-points": finds_entry_points, "saelens-mixing-buffer": res
 
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.stem)
 def test_a_patch_does_what_its_text_says(patch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    DOES[patch.stem](patch, tmp_path, monkeypatch)
+    got, wanted = DOES[patch.stem](patch, tmp_path, monkeypatch)
+    assert got == wanted
 
 
 @pytest.mark.parametrize("file", sorted(WORKFLOWS.glob("*.yml")), ids=lambda file: file.stem)

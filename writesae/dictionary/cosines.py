@@ -16,7 +16,7 @@ from writesae.codes.components import fit_pca
 from writesae.experiment.firings import Integers
 from writesae.experiment.lab import Lab
 from writesae.head.matrices import matrices_of
-from writesae.head.writes import head_writes, random_units
+from writesae.head.writes import head_writes, random_units, torch_generator
 
 SIDES = ("key", "value", "shuffled_key", "shuffled_value")
 """Columns that hold |cosines| of one side."""
@@ -51,12 +51,15 @@ def firing_cosines(
     decoded = lab.atoms(atoms, label)
     rng = lab.rng(len(atoms))
     # The noise has its own seed: a dictionary initialized under `lab.seed` would otherwise be its own null.
-    noise = decoded.random_like(torch.Generator().manual_seed(int(rng.integers(2**62))))
-    untrained = random_units(decoded, firings.n_atoms, int(lab.rng(len(atoms), 1).integers(2**62)))
+    noise = decoded.random_like(torch_generator(rng))
+    seed = int(lab.rng(len(atoms), 1).integers(2**62))
+    untrained = random_units(decoded, firings.n_atoms, seed)
     tables = []
     for sequence in range(len(lab.tokens)):
         table = firings.frame(firings.sequence == sequence)
-        table["place"] = table.groupby("position")["activation"].rank(method="first", ascending=False).astype(int) - 1
+        # The place of each activation among all that fire there, before atoms are left out.
+        by_size = table.groupby("position")["activation"].rank(method="first", ascending=False)
+        table["place"] = by_size.astype(int) - 1
         table = table[table["atom"].isin(atoms)]
         order = rng.permutation(firings.n_positions)
         if table.empty:
@@ -67,7 +70,8 @@ def firing_cosines(
         shuffled = order[position]
         column = pd.Index(atoms).get_indexer(pd.Index(table["atom"]))
         fires = _by_product(untrained, writes, recurrence, hook.target)
-        drawn = untrained.rows(fires[torch.tensor(position), torch.tensor(table["place"].to_numpy())])
+        place = torch.tensor(table["place"].to_numpy())
+        drawn = untrained.rows(fires[torch.tensor(position), place])
         cosines = writes.cosines(decoded).cpu().numpy()
         key, value = (side.cpu().numpy() for side in side_cosines(writes, decoded))
         of_firings = table.drop(columns=["activation", "place"]).assign(
@@ -81,7 +85,8 @@ def firing_cosines(
             shuffled_value=value[shuffled, column],
         )
         for name, direction in (directions or {}).items():
-            of_firings[name] = writes.cosines(direction.to(writes.values))[position, 0].cpu().numpy()
+            to_writes = writes.cosines(direction.to(writes.values))
+            of_firings[name] = to_writes[position, 0].cpu().numpy()
         tables.append(of_firings)
     return pd.concat(tables, ignore_index=True)
 
@@ -101,10 +106,12 @@ def first_component(lab: Lab, n_writes: int) -> LowRank:
     """The first principal component (N = 1) of up to `n_writes` native writes of the first 16 sequences, turned so that
     its mean inner product with them is positive; zero where the writes do not vary."""
     writes = lab.native_writes(range(min(16, len(lab.tokens))))
-    drawn = np.sort(lab.rng(12).choice(len(writes), min(n_writes, len(writes)), replace=False)).tolist()
+    count = min(n_writes, len(writes))
+    drawn = np.sort(lab.rng(12).choice(len(writes), count, replace=False)).tolist()
     pca = fit_pca(writes.rows(drawn), 1)
     component = pca.components.sum(0)  # of one, or of none
-    return LowRank.svd((component * torch.sign(component @ pca.mean)).view(1, *lab.key_value))
+    sign = torch.sign(component @ pca.mean)  # that of a component means nothing
+    return LowRank.svd((component * sign).view(1, *lab.key_value))
 
 
 def side_cosines(one: LowRank, other: LowRank) -> tuple[Tensor, Tensor]:

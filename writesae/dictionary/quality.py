@@ -6,9 +6,11 @@ scale or a control, and is the median over sequences of what SAELens' own evalua
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -73,7 +75,8 @@ class DictionaryQuality:
         plain = dict(vars(self))
         for name, value in plain.items():
             if isinstance(value, Estimate):
-                plain[name] = {end: None if number != number else number for end, number in value._asdict().items()}
+                numbers = value._asdict().items()
+                plain[name] = {end: None if math.isnan(number) else number for end, number in numbers}
         return plain
 
 
@@ -85,10 +88,10 @@ def dictionary_quality(model: HookedRecurrent, sae: SAE, tokens: Tensor) -> Dict
         NothingToMeasureError: its activations are not finite.
     """
     check_plain_activations(sae)
-    found = qualities(Lab(model, {"": sae}, tokens))
-    if not found:
+    by_label = qualities(Lab(model, {"": sae}, tokens))
+    if not by_label:
         raise NothingToMeasureError("the SAE gives NaN or infinite activations on this text")
-    return found[""]
+    return by_label[""]
 
 
 @torch.no_grad()
@@ -101,73 +104,114 @@ def qualities(lab: Lab) -> dict[str, DictionaryQuality]:
     Cost: per sequence a forward up to the layer, and from the layer on two, one for each target and one for each
     dictionary; an encode and decode of each matrix.
     """
-    measured: dict[str, list[dict]] = {label: [] for label, sae in lab.saes.items() if has_plain_activations(sae)}
+    measured: dict[str, list[OnSequence]] = {}
+    for label, sae in lab.saes.items():
+        if has_plain_activations(sae):
+            measured[label] = []
+    layer = lab.hook.layer
+    head = lab.hook.head
     for sequence in lab.bar(range(min(SEQUENCES, len(lab.tokens))), "dictionary quality"):
-        layer = lab.hook.layer
-        head = lab.hook.head
         upper = UpperModel.of(lab.model, [layer], lab.tokens[[sequence]])[layer]
         recurrence = upper.recurrence.select(heads=slice(head, head + 1))
         native, silent = upper.without([head])
         writes = head_writes(recurrence, 0)
+        deleted = float(_kl(native, silent[None]))
         for target in {lab.hooks[label].target for label in measured}:
             x = matrices_of(recurrence, target)
-            flat = x.flatten(1).double()
-            shared = {
-                "sum": flat.sum(0),
-                "square": float(flat.square().sum()),
-                "deleted": float(_kl(native, silent[None])),
-                "itself": float(_kl(native, upper(head, target, x)[None])),
-            }
-            for label in [label for label in measured if lab.hooks[label].target == target]:
+            itself = float(_kl(native, upper(head, target, x)[None]))
+            of_target = [label for label in measured if lab.hooks[label].target == target]
+            for label in of_target:
                 activations = encoded(lab.saes[label], x)
                 if not bool(activations.isfinite().all()):
                     del measured[label]
                     continue
-                rebuilt, sums = _of_sequence(lab, label, x, activations, writes)
+                rebuilt = decoded(lab.saes[label], activations, x)
                 kl = float(_kl(native, upper(head, target, rebuilt)[None]))
-                measured[label].append(shared | sums | {"kl": kl})
-    return {label: _quality(lab.hooks[label].target, rows, lab.tokens.shape[1]) for label, rows in measured.items()}
+                cosine = _cosines(lab, label, activations, writes)
+                measured[label].append(OnSequence.of(x, rebuilt, activations, cosine, deleted, itself, kl))
+    n_positions = lab.tokens.shape[1]
+    return {label: _quality(lab.hooks[label].target, rows, n_positions) for label, rows in measured.items()}
 
 
-def _of_sequence(lab: Lab, label: str, x: Tensor, activations: Tensor, writes: LowRank) -> tuple[Tensor, dict]:
-    """The reconstructions of the matrices [T,K,V] of one sequence, and what is added up of them."""
-    sae = lab.saes[label]
-    rebuilt = decoded(sae, activations, x)
-    on = activations > 0
-    fires = on.any(1)
-    strongest, which = dominant(sae, activations)[fires].unique(return_inverse=True)
-    atoms = lab.atoms(strongest.cpu().numpy(), label).to(writes.keys).rows(which.to(writes.keys.device))
-    return rebuilt, {
-        "error": float((x - rebuilt).double().square().sum()),
-        "active": int(on.sum()),
-        "covered": int(fires.sum()),
-        "fired": on.any(0).cpu(),
-        "cosine": atoms.cosine(writes.rows(fires.to(writes.keys.device))).cpu(),
-    }
+class OnSequence(NamedTuple):
+    """What is measured of one dictionary on one sequence, and added up over sequences."""
+
+    sum: Tensor
+    """[K*V] of the matrices, in float64."""
+    square: float
+    """Of all their entries."""
+    error: float
+    """Squares of what the reconstruction leaves."""
+    active: int
+    """Activations above 0."""
+    covered: int
+    """Tokens at which an atom fires."""
+    fired: Tensor
+    """[F] whether each atom fires."""
+    cosine: Tensor
+    """Of the dominant atom and the write, at covered tokens."""
+    deleted: float
+    """KL in nats per token, as `itself` and `kl`: of all writes deleted, replaced by themselves, reconstructed."""
+    itself: float
+    kl: float
+
+    @classmethod
+    def of(
+        cls, x: Tensor, rebuilt: Tensor, activations: Tensor, cosine: Tensor, deleted: float, itself: float, kl: float
+    ) -> OnSequence:
+        """From matrices and reconstructions [T,K,V] and activations [T,F]."""
+        flat = x.flatten(1).double()  # squares of 8,192 float32 tokens lose digits that the variance needs
+        is_active = activations > 0
+        return cls(
+            sum=flat.sum(0),
+            square=float(flat.square().sum()),
+            error=float((x - rebuilt).double().square().sum()),
+            active=int(is_active.sum()),
+            covered=int(is_active.any(1).sum()),
+            fired=is_active.any(0).cpu(),
+            cosine=cosine,
+            deleted=deleted,
+            itself=itself,
+            kl=kl,
+        )
 
 
-def _quality(target: HookTarget, rows: Sequence[dict], n_positions: int) -> DictionaryQuality:
+def _cosines(lab: Lab, label: str, activations: Tensor, writes: LowRank) -> Tensor:
+    """Cosines of the dominant atoms with the writes, at the tokens at which an atom fires."""
+    fires = (activations > 0).any(1)
+    # Distinct atoms are decoded once: an atom of 128 x 128 is the dominant one of many tokens.
+    strongest, which = dominant(lab.saes[label], activations)[fires].unique(return_inverse=True)
+    device = writes.keys.device
+    atoms = lab.atoms(strongest.cpu().numpy(), label).to(writes.keys).rows(which.to(device))
+    return atoms.cosine(writes.rows(fires.to(device))).cpu()
+
+
+def _quality(target: HookTarget, rows: Sequence[OnSequence], n_positions: int) -> DictionaryQuality:
     """From what was measured on each sequence."""
-    columns = {name: [row[name] for row in rows] for name in rows[0]}
     n = len(rows) * n_positions
     sequences = np.arange(len(rows))
-    total = torch.stack(columns["sum"]).sum(0)
-    squares = sum(columns["square"])
+    total = torch.stack([row.sum for row in rows]).sum(0)
+    squares = sum(row.square for row in rows)
     variance = squares - float(total @ total) / n
-    cosines = torch.cat(columns["cosine"])
-    deleted = columns["deleted"]
-    floor = float(np.mean(columns["itself"]))
+    error = sum(row.error for row in rows)
+    fired = torch.stack([row.fired for row in rows]).any(0)
+    cosines = torch.cat([row.cosine for row in rows])
+    deleted = [row.deleted for row in rows]
+    floor = float(np.mean([row.itself for row in rows]))
+    recovered = None
+    if np.mean(deleted) > floor:
+        recovered = recovered_share([row.kl for row in rows], deleted, sequences)
     return DictionaryQuality(
         target=target,
         n_tokens=n,
-        explained=1 - sum(columns["error"]) / variance if variance > ROUNDING * squares else None,
-        l0=sum(columns["active"]) / n,
-        alive=float(torch.stack(columns["fired"]).any(0).float().mean()),
-        coverage=sum(columns["covered"]) / n,
+        explained=1 - error / variance if variance > ROUNDING * squares else None,
+        l0=sum(row.active for row in rows) / n,
+        alive=float(fired.float().mean()),
+        coverage=sum(row.covered for row in rows) / n,
         cosine=float(cosines.mean()) if len(cosines) else None,
         deleted=estimate(deleted, sequences),
         floor=floor,
-        recovered=recovered_share(columns["kl"], deleted, sequences) if np.mean(deleted) > floor else None,
+        recovered=recovered,
     )
 
 
@@ -184,8 +228,8 @@ def quality_of_heads(
         return qualities(Lab(model, of_cell, tokens, progress=progress))
 
     def of(label: str) -> Json:
-        found = of_head(HeadHook.of(saes[label]).cell).get(label)
-        return None if found is None else found.to_dict()
+        quality = of_head(HeadHook.of(saes[label]).cell).get(label)
+        return None if quality is None else quality.to_dict()
 
     return of
 
@@ -211,11 +255,11 @@ def head_effects(
 
     Cost: per sequence a forward, and for each layer one from it on with a row for each head.
     """
-    places = {
-        layer: list(range(model.cfg.layer(layer).H) if heads is None else heads)
-        for layer in (model.cfg.recurrent_layers if layers is None else layers)
-    }
-    nats, lives = ({layer: list[Tensor]() for layer in places} for _ in range(2))
+    places: dict[int, list[int]] = {}
+    for layer in model.cfg.recurrent_layers if layers is None else layers:
+        places[layer] = list(range(model.cfg.layer(layer).H) if heads is None else heads)
+    nats = {layer: list[Tensor]() for layer in places}
+    lives = {layer: list[Tensor]() for layer in places}
     for n, sequence in enumerate(bar(tokens.split(1), "what heads' writes do", progress)):
         for layer, upper in UpperModel.of(model, list(places), sequence).items():
             native, *silent = upper.without(places[layer])
@@ -238,7 +282,8 @@ def strongest_head(effects: pd.DataFrame, half_life: float = LASTING) -> tuple[i
     """Of rows of `head_effects`: layer, head, half-life and nats of the head whose writes do most, of those whose
     writes last so many tokens, or where none does of all."""
     lasting = effects[effects["half_life"] >= half_life]
-    return next((effects if lasting.empty else lasting).itertuples(index=False, name=None))
+    candidates = effects if lasting.empty else lasting
+    return next(candidates.itertuples(index=False, name=None))
 
 
 def _kl(native: Tensor, edited: Tensor) -> Tensor:

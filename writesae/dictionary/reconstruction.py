@@ -23,7 +23,7 @@ from writesae.experiment.lab import Lab, Site, trials_at
 from writesae.experiment.readout import kl_window
 from writesae.head.matrices import decoded, dominant, encoded, matrices_of
 from writesae.head.upper import UpperModel, nats
-from writesae.head.writes import ROUNDING, head_writes, joined, mean_write, state_direction
+from writesae.head.writes import ROUNDING, head_writes, joined, mean_write, state_direction, torch_generator
 from writesae.verdict.finding import Paired
 from writesae.verdict.statistics import Estimate
 
@@ -78,29 +78,52 @@ def reconstruction(lab: Lab, sequences: Sequence[int]) -> pd.DataFrame:
     each matrix by each dictionary.
     """
     rows, sums = [], []
-    for i in lab.bar(list(sequences), "reconstruction"):
-        recurrence = lab.recurrence(i)
+    for sequence in lab.bar(list(sequences), "reconstruction"):
+        recurrence = lab.recurrence(sequence)
         queries = read_queries(recurrence)[0, :, 0]
         for label, hook in lab.hooks.items():
             x = matrices_of(recurrence, hook.target)
             activations = encoded(lab.saes[label], x)
             lost = x - decoded(lab.saes[label], activations, x)
-            read_lost, read = (torch.einsum("tkv,tk->tv", m, queries.to(x.dtype)) for m in (lost, x))
-            squares = [float(part.double().square().sum()) for part in (lost, x, read_lost, read)]
-            rows.append((label, hook.target, i, *squares, float((activations > 0).sum(1).float().mean())))
+            row = {
+                "sae": label,
+                "target": hook.target,
+                "sequence": sequence,
+                "lost": _square(lost),
+                "square": _square(x),
+                "lost_read": _square(_read(lost, queries)),
+                "read": _square(_read(x, queries)),
+                "l0": float((activations > 0).sum(1).float().mean()),
+            }
+            rows.append(row)
             sums.append(x.flatten(1).double().sum(0))
-    table = pd.DataFrame(rows, columns=["sae", "target", "sequence", "lost", "square", "lost_read", "read", "l0"])
+    table = pd.DataFrame(rows)
     n_tokens = lab.tokens.shape[1]
     totals = torch.stack(sums)
-    variance = table["square"].copy()  # about 0, and below about the mean
+    # The mean is that of all sequences, which is known after the last of them: sum |x - m|^2 of each sequence is
+    # sum |x|^2 - 2 <sum x, m> + T |m|^2.
+    variance = table["square"].copy()
     for label in lab.saes:
         of_sae = np.flatnonzero(table["sae"] == label)
         mean = totals[of_sae].mean(0) / n_tokens
-        variance[of_sae] += (n_tokens * (mean @ mean) - 2 * totals[of_sae] @ mean).cpu().numpy()
-    still = (variance <= ROUNDING * table["square"]) | (table["read"] == 0)
-    lab.skipped[NO_VARIANCE] += len(table[still].drop_duplicates(["target", "sequence"]))
-    table = table.assign(explained=1 - table["lost"] / variance, reads=1 - table["lost_read"] / table["read"])[~still]
-    return table[["sae", "sequence", "explained", "reads", "l0"]].reset_index(drop=True)
+        about_mean = n_tokens * (mean @ mean) - 2 * totals[of_sae] @ mean
+        variance[of_sae] += about_mean.cpu().numpy()
+    is_still = (variance <= ROUNDING * table["square"]) | (table["read"] == 0)
+    lab.skipped[NO_VARIANCE] += len(table[is_still].drop_duplicates(["target", "sequence"]))
+    explained = 1 - table["lost"] / variance
+    reads = 1 - table["lost_read"] / table["read"]
+    moving = table.assign(explained=explained, reads=reads)[~is_still]
+    return moving[["sae", "sequence", "explained", "reads", "l0"]].reset_index(drop=True)
+
+
+def _square(x: Tensor) -> float:
+    """Sum of all squares, in float64."""
+    return float(x.double().square().sum())
+
+
+def _read(matrices: Tensor, queries: Tensor) -> Tensor:
+    """[T,V] what queries [T,K] read of matrices [T,K,V]."""
+    return torch.einsum("tkv,tk->tv", matrices, queries.to(matrices.dtype))
 
 
 def dictionaries(lab: Lab, sequences: Sequence[int], alive_tokens: int) -> pd.DataFrame:
@@ -152,13 +175,17 @@ class Basis(NamedTuple):
         writes, drawn, means = [], [], []
         for sequence in sequences:
             recurrence = lab.recurrence(sequence)
-            writes.append(head_writes(recurrence, 0))
-            rows = rng.choice(len(writes[-1]), min(per_sequence, len(writes[-1])), replace=False)
-            drawn.append(writes[-1].rows(np.sort(rows).tolist()))
-            means.append(matrices_of(recurrence, lab.hook.target).flatten(1).double().mean(0))
+            of_sequence = head_writes(recurrence, 0)
+            writes.append(of_sequence)
+            rows = rng.choice(len(of_sequence), min(per_sequence, len(of_sequence)), replace=False)
+            drawn.append(of_sequence.rows(np.sort(rows).tolist()))
+            matrices = matrices_of(recurrence, lab.hook.target)
+            means.append(matrices.flatten(1).double().mean(0))
         pca = fit_pca(joined(drawn).rows(slice(n_writes)), n_components)
         every_write = joined(writes)
-        mean = mean_write(every_write.keys.flatten(0, 1), every_write.values.flatten(0, 1), MEAN_ENERGY)
+        keys = every_write.keys.flatten(0, 1)
+        values = every_write.values.flatten(0, 1)
+        mean = mean_write(keys, values, MEAN_ENERGY)
         return cls(pca, mean, torch.stack(means).mean(0).to(pca.mean))
 
 
@@ -168,11 +195,15 @@ def of_dictionary(lab: Lab, label: str, matrices: Tensor, native: LowRank) -> di
     sae = lab.saes[label]
     activations = encoded(sae, matrices)
     strongest = dominant(sae, activations)
+    size = activations.gather(1, strongest[:, None])[:, 0]
     atoms = lab.atoms(strongest.cpu().numpy(), label)
-    written = {ATOM: (atoms * activations.gather(1, strongest[:, None])[:, 0].to(atoms.values)).to(native.values)}
+    atom = (atoms * size.to(atoms.values)).to(native.values)
+    written = {ATOM: atom}
     if atoms.rank > 1:
-        written[ATOM_SVD] = LowRank.svd(written[ATOM].dense(), 1, balanced=True)
-    return written | {SVD: LowRank.svd(decoded(sae, activations, matrices), 1, balanced=True)}
+        written[ATOM_SVD] = LowRank.svd(atom.dense(), 1, balanced=True)
+    rebuilt = decoded(sae, activations, matrices)
+    written[SVD] = LowRank.svd(rebuilt, 1, balanced=True)
+    return written
 
 
 def exchanged(
@@ -187,26 +218,25 @@ def exchanged(
     Cost: per position 2 edited rows and one for each baseline, of `window` tokens.
     """
     native = site.at(positions)
-    noise = torch.Generator().manual_seed(int(lab.rng(10, site.sequence).integers(2**62)))
+    noise = torch_generator(lab.rng(10, site.sequence))
     directions = {
         "random": native.random_like(noise),
         "mean": basis.mean.expand(len(native)),
         "state": state_direction(site.state_before(positions)),
         "state_after": state_direction(site.state_after(positions)),
     }
-    best = "least_squares" if scale == "coefficient" else scale
-    written = {
-        ("", "native"): native,
-        ("", "delete"): native * 0.0,
-        **{("", name): scaled(direction, native, best) for name, direction in directions.items()},
-    }
+    best = "least_squares" if scale == "coefficient" else scale  # a direction has no coefficient of its own
+    written = {("", "native"): native, ("", "delete"): native * 0.0}
+    for name, direction in directions.items():
+        written["", name] = scaled(direction, native, best)
     dense = native.dense()
     for rank in pca_ranks:
         projected = basis.pca.project(dense.flatten(1), rank).view_as(dense)
         written["", f"pca {rank}"] = scaled(LowRank.svd(projected, balanced=True), native, scale)
     for label, hook in lab.hooks.items():
-        atoms = of_dictionary(lab, label, matrices_of(site.recurrence, hook.target)[positions], native)
-        written |= {(label, name): scaled(atom, native, scale) for name, atom in atoms.items()}
+        matrices = matrices_of(site.recurrence, hook.target)[positions]
+        for name, atom in of_dictionary(lab, label, matrices, native).items():
+            written[label, name] = scaled(atom, native, scale)
     places = pd.DataFrame({"sequence": site.sequence, "position": positions})
     trials = []
     for (sae, condition), matrices in written.items():
@@ -228,28 +258,29 @@ def replacement_costs(
 
     Cost: a forward from the layer on for each row, and an SVD of each state.
     """
-    upper = UpperModel.of(lab.model, [lab.hook.layer], lab.tokens[[sequence]])[lab.hook.layer]
-    recurrence = upper.recurrence.select(heads=slice(lab.hook.head, lab.hook.head + 1))
+    _, layer, head, target = lab.hook
+    upper = UpperModel.of(lab.model, [layer], lab.tokens[[sequence]])[layer]
+    recurrence = upper.recurrence.select(heads=slice(head, head + 1))
     tokens = lab.tokens[sequence]
-    target = lab.hook.target
     native = nats(upper(), tokens)
     x = matrices_of(recurrence, target)
-    methods = [
-        ("", target, "itself", x),
-        *((label, target, "dictionary", decoded(sae, encoded(sae, x), x)) for label, sae in lab.saes.items()),
-        ("", target, "mean", basis.target_mean.to(x).view(x.shape[1:]).expand_as(x)),
-        ("", target, "zero", torch.zeros_like(x)),
-    ]
+    methods = [("", target, "itself", x)]
+    for label, sae in lab.saes.items():
+        methods.append((label, target, "dictionary", decoded(sae, encoded(sae, x), x)))
+    mean = basis.target_mean.to(x).view(x.shape[1:])
+    methods.append(("", target, "mean", mean.expand_as(x)))
+    methods.append(("", target, "zero", torch.zeros_like(x)))
     if target == "write":
-        methods += [("", target, f"pca {rank}", basis.pca.project(x.flatten(1), rank).view_as(x)) for rank in pca_ranks]
+        for rank in pca_ranks:
+            projected = basis.pca.project(x.flatten(1), rank).view_as(x)
+            methods.append(("", target, f"pca {rank}", projected))
     states = LowRank.svd(matrices_of(recurrence, "state"))
-    # A rank that is full cuts nothing.
-    methods += [
-        ("", "state", f"rank {rank}", states.terms(slice(rank)).dense()) for rank in state_ranks if rank < states.rank
-    ]
+    for rank in state_ranks:
+        if rank < states.rank:  # a full rank cuts nothing
+            methods.append(("", "state", f"rank {rank}", states.terms(slice(rank)).dense()))
     rows = []
     for label, hook, method, matrices in methods:
-        added = nats(upper(lab.hook.head, hook, matrices), tokens) - native
+        added = nats(upper(head, hook, matrices), tokens) - native
         rows.append((sequence, label, hook, method, added, native))
     return pd.DataFrame(rows, columns=list(REPLACEMENT))
 

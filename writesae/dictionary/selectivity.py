@@ -13,13 +13,13 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from sae_lens_writesae.atom.low_rank import LowRank
 from writesae.experiment.firings import Firings, Integers
 from writesae.experiment.lab import EditedRows, Lab, Site, Trial
+from writesae.head.writes import torch_generator
 
 SELECTIVITY: dict[str, str] = {
     "sae": "label of the dictionary",
@@ -61,13 +61,15 @@ def direction_selectivity(
     """
 
     def moved(rows: EditedRows) -> Mapping[str, Integers]:
-        change = rows.window[:, 0].log_softmax(-1) - rows.native_window[:, 0].log_softmax(-1)
-        return {"moved": change.abs().topk(min(k, change.shape[1])).indices.cpu().numpy()}
+        edited = rows.window[:, 0].log_softmax(-1)
+        native = rows.native_window[:, 0].log_softmax(-1)
+        change = (edited - native).abs()
+        return {"moved": change.topk(min(k, change.shape[1])).indices.cpu().numpy()}
 
     native = site.at(positions)
     first = next(iter(atoms.values()))
-    generator = torch.Generator().manual_seed(int(lab.rng(13, site.sequence).integers(2**62)))
-    directions = {("", name): first.random_like(generator) for name in ("random", "other")}
+    noise = torch_generator(lab.rng(13, site.sequence))
+    directions = {("", name): first.random_like(noise) for name in ("random", "other")}
     directions |= {(label, "atom"): atom for label, atom in atoms.items()}
     trials = []
     for key, direction in directions.items():
@@ -75,18 +77,19 @@ def direction_selectivity(
         factors = native.norm() / sizes
         for n, t in enumerate(positions):
             if sizes[n] > 0:
-                trials.append(Trial({"key": (*key, t)}, t, lab.add(t, direction.rows([n]) * factors[n])))
-    top = {key: set(ids) for key, ids in lab.read(site, trials, moved, 1)[["key", "moved"]].to_numpy()}
+                added = direction.rows([n]) * factors[n]
+                trials.append(Trial({"key": (*key, t)}, t, lab.add(t, added)))
+    table = lab.read(site, trials, moved, 1)
+    top = {key: set(ids) for key, ids in zip(table["key"], table["moved"])}
 
     def apart(label: str, name: str, t: int) -> float:
         random = top["", "random", t]
         return 1 - len(random & top[label, name, t]) / len(random)
 
-    rows = [
-        (label, site.sequence, t, apart(label, name, t), apart("", "other", t))
-        for label, name, t in top
-        if name == "atom"
-    ]
+    rows = []
+    for label, name, t in top:
+        if name == "atom":
+            rows.append((label, site.sequence, t, apart(label, name, t), apart("", "other", t)))
     return pd.DataFrame(rows, columns=list(SELECTIVITY))
 
 
@@ -100,8 +103,10 @@ def alignment(firings: Firings, tokens: Tensor, sequences: Integers, wanted: Seq
     fired = np.bincount(inside.atom, minlength=n_atoms)
     both = np.array([np.bincount(inside.atom[fired_at == token], minlength=n_atoms) for token in wanted])
     present = np.array([(places == token).sum() for token in wanted])
-    n = float(len(places))
+    # phi of a 2 x 2 table by its counts: (n_11 n - n_1. n_.1) / sqrt(n_1. n_0. n_.1 n_.0)
+    n = float(len(places))  # in float: products of four counts exceed 64 bits
     column = present[:, None].astype(float)
     scale = np.sqrt(fired * (n - fired) * column * (n - column))
-    phi = np.where(scale > 0, (both * n - fired * column) / np.maximum(scale, 1), 0.0)
+    covariance = both * n - fired * column
+    phi = np.where(scale > 0, covariance / np.maximum(scale, 1), 0.0)
     return Alignment(both, fired, present, phi)

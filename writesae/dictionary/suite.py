@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -65,50 +65,91 @@ def evaluate_all(
         names = [evaluation.label or label for label, _ in _runs(evaluation.scope, saes, single)]
         for name in filter(None, names):
             check_folder(_folder(out, evaluation.kind, name), result_files)
-    fitted = reference or (Terms(model, controls) if isinstance(controls, Tensor) else controls)
+    fitted = Terms(model, controls) if isinstance(controls, Tensor) else controls
+    if reference is not None:
+        fitted = reference
     dictionaries = {} if isinstance(saes, tuple) else dict(saes)
-    beside = {} if controls is None else control_dictionaries(model, dictionaries, controls)
+    by_control = {} if controls is None else control_dictionaries(model, dictionaries, controls)
     everything = dictionaries.copy()
-    for control, made in beside.items():
+    for control, made in by_control.items():
         everything |= {f"{label}, {control}": sae for label, sae in made.items()}
-    texts = {"model": model_hash(model), "tokens": content_hash(tokens), "reference": _reference(fitted)}
-    quality = quality_of_heads(model, everything, tokens, progress=progress)
+    suite = _Suite(
+        model=model,
+        tokens=tokens,
+        out=out,
+        reference=fitted,
+        quality=quality_of_heads(model, everything, tokens, progress=progress),
+        texts={"model": model_hash(model), "tokens": content_hash(tokens), "reference": _reference(fitted)},
+        single=single,
+        resume=resume,
+        progress=progress,
+        say=say,
+    )
     results: list[Result] = []
-
-    def one(
-        evaluation: Evaluation, group: dict[str, SAE] | LayerHead, control: ControlKind | None = None, of: str = ""
-    ) -> Result:
-        """Run an evaluation, unless its result is there; `of`: the label of the result that has this control."""
-        tested = {} if isinstance(group, tuple) else group
-        weights = {label: [sae.cfg.to_dict(), sae.state_dict()] for label, sae in tested.items()}
-        inputs = texts | {"dictionaries": content_hash(weights)}
-        saved = _saved(out, evaluation, inputs, say) if resume else None
-        if saved is not None:
-            results.append(saved)
-            return saved
-        result = evaluation.run(
-            model, group, tokens, reference=fitted, progress=progress, or_skip=not single or control is not None
-        )
-        labels = [label if control is None else f"{label}, {control}" for label in tested]
-        facts: dict[str, Json] = {} if control is None else {"control": control, "control_of": of}
-        measured: dict[str, Json] = {"quality": {label: quality(label) for label in labels}, "inputs": inputs}
-        result = replace(result, info=result.info | facts | measured)
-        result.save(_folder(out, result.kind, result.label))
-        how = result.pace if result.skipped is None else f"skipped: {result.skipped}"
-        say(f"{result.kind}: {result.label} ({how})")
-        results.append(result)
-        return result
-
     for evaluation in evaluations:
         for label, group in _runs(evaluation.scope, saes, single):
-            trained = one(evaluation if evaluation.label else replace(evaluation, label=label), group)
+            trained = suite.run(evaluation if evaluation.label else replace(evaluation, label=label), group)
+            results.append(trained)
+            # Where trained dictionaries give nothing to measure, no control has to be compared with them.
             if evaluation.scope is Scope.HEAD or trained.skipped is not None:
                 continue
-            for control, made in beside.items():
+            for control, made in by_control.items():
                 if set(group) <= made.keys():
-                    other = replace(evaluation, label=f"{trained.label}, {control}")
-                    one(other, {label: made[label] for label in dictionaries if label in group}, control, trained.label)
+                    of_control = {label: made[label] for label in dictionaries if label in group}
+                    named = replace(evaluation, label=f"{trained.label}, {control}")
+                    results.append(suite.run(named, of_control, control, trained.label))
     return results
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Suite:
+    """What all runs of `evaluate_all` share; fields are its arguments."""
+
+    model: HookedRecurrent
+    tokens: Tensor
+    out: Path
+    reference: Terms | None
+    quality: Callable[[str], Json]
+    """That of a dictionary, by its label."""
+    texts: Mapping[str, str]
+    """Hashes of the model, and of what is tested and fitted on."""
+    single: bool
+    resume: bool
+    progress: bool
+    say: Callable[[str], object]
+
+    def run(
+        self,
+        evaluation: Evaluation,
+        group: dict[str, SAE] | LayerHead,
+        control: ControlKind | None = None,
+        control_of: str = "",
+    ) -> Result:
+        """Run an evaluation, unless its result is there; `control_of`: the label of the result that has this
+        control."""
+        tested = {} if isinstance(group, tuple) else group
+        weights = {label: [sae.cfg.to_dict(), sae.state_dict()] for label, sae in tested.items()}
+        inputs = {**self.texts, "dictionaries": content_hash(weights)}
+        if self.resume:
+            saved = _saved(self.out, evaluation, inputs, self.say)
+            if saved is not None:
+                return saved
+        # Only a single question about trained dictionaries raises where there is nothing to measure.
+        or_skip = not self.single or control is not None
+        result = evaluation.run(
+            self.model, group, self.tokens, reference=self.reference, progress=self.progress, or_skip=or_skip
+        )
+        facts: dict[str, Json] = {}
+        labels = list(tested)
+        if control is not None:
+            facts = {"control": control, "control_of": control_of}
+            labels = [f"{label}, {control}" for label in tested]
+        measured: dict[str, Json] = {"quality": {label: self.quality(label) for label in labels}, "inputs": inputs}
+        result = replace(result, info=result.info | facts | measured)
+        result.save(_folder(self.out, result.kind, result.label))
+        how = result.pace if result.skipped is None else f"skipped: {result.skipped}"
+        self.say(f"{result.kind}: {result.label} ({how})")
+        return result
 
 
 def _saved(out: Path, evaluation: Evaluation, inputs: Mapping[str, str], say: Callable[[str], object]) -> Result | None:
@@ -173,10 +214,13 @@ def groups(scope: Scope, saes: Mapping[str, SAE], *, single: bool = False) -> It
         yield from ((label, {label: sae}) for label, sae in saes.items())
     elif scope.compares and single:
         yield "", dict(saes)
+    elif scope is Scope.HEAD:
+        for cell, of_head in heads.items():
+            yield cell, dict(list(of_head.items())[:1])  # any dictionary says which head is meant
     else:
         for cell, of_head in heads.items():
-            group = dict(list(of_head.items())[:1]) if scope is Scope.HEAD else comparable(scope, of_head)
-            if scope is Scope.HEAD or len(group) > 1:
+            group = comparable(scope, of_head)
+            if len(group) > 1:
                 yield cell, group
 
 
@@ -186,12 +230,14 @@ def comparable(scope: Scope, saes: Mapping[str, SAE]) -> dict[str, SAE]:
     are seeds, which a comparison of variants joins, and of which one of targets takes the first."""
     traits: dict[str, dict[Scope, object]] = {}
     for label, sae in saes.items():
-        traits[label] = {Scope.TARGETS: objective(sae), Scope.VARIANTS: (variant(sae), int(sae.cfg.d_sae))}
+        architecture = (variant(sae), int(sae.cfg.d_sae))
+        traits[label] = {Scope.TARGETS: objective(sae), Scope.VARIANTS: architecture}
     first = next(iter(traits.values()))
     fixed = [trait for trait in first if trait is not scope]
     alike = [label for label in saes if all(traits[label][trait] == first[trait] for trait in fixed)]
     one_of_each: dict[object, str] = {}
     for label in alike:
-        one_of_each.setdefault(label if scope is Scope.SEEDS else traits[label][scope], label)
+        trait = label if scope is Scope.SEEDS else traits[label][scope]
+        one_of_each.setdefault(trait, label)
     labels = alike if scope is Scope.VARIANTS and len(one_of_each) > 1 else one_of_each.values()
     return {label: saes[label] for label in labels}

@@ -22,7 +22,7 @@ from writesae.choices import AtLeast
 from writesae.experiment.at_firings import OfFirings
 from writesae.experiment.evaluation import Result
 from writesae.experiment.firings import Integers
-from writesae.experiment.lab import EditedRows, Lab, Site, Trial
+from writesae.experiment.lab import EditedRows, Lab, Readout, Site, Trial
 from writesae.experiment.predictors import FORMULAS, PREDICTORS, ReadGradients, predict
 from writesae.verdict import fits
 from writesae.verdict.finding import Against, Finding, Paired
@@ -174,29 +174,11 @@ class LogitChange(OfFirings):
         ranks = lab.rng(site.sequence).integers(low, high + 1, (*positions.shape, len(low)))  # [I,Z,G]
         best = site.session.logits[0].topk(int(high.max())).indices.cpu().numpy()
         tokens = best[positions[..., None], ranks - 1]
-
-        def changes(rows: EditedRows) -> Mapping[str, ArrayLike]:
-            """Against the run without edits of the same batch; `floor`: its distance from the plain pass."""
-            assert rows.plain is not None
-            device = rows.logits.device
-            index = np.array([trial.row["index"] for trial in rows.trials])
-            wanted = torch.tensor(tokens[index], device=device)  # [n,Z,G]
-            read_at = torch.tensor(positions[index], device=device)  # [n,Z]
-            column = read_at - rows.start
-            row = torch.arange(len(index), device=device)[:, None]
-            edited = rows.logits[row, column].gather(-1, wanted).double()
-            unedited = rows.plain[column].gather(-1, wanted).double()
-            native = rows.native[read_at].gather(-1, wanted).double()
-            # Against the same batch: its arithmetic differs from that of the plain pass by more than a small eps does.
-            measured = edited - unedited
-            floor = (unedited - native).abs()
-            return {"measured": measured.cpu().numpy(), "floor": floor.cpu().numpy()}
-
-        trials = [
-            Trial({"index": i}, start, lab.add(start, added.rows([i]) * size))
-            for i, start in enumerate(starts)
-            for size in self.eps
-        ]
+        trials = []
+        for i, start in enumerate(starts):
+            for size in self.eps:
+                trials.append(Trial({"index": i}, start, lab.add(start, added.rows([i]) * size)))
+        changes = _changes(positions, tokens)
         runs = lab.read(site, trials, changes, max(self.horizons) + 1, plain=True)
         slopes = _slopes(lab, site, added, starts, positions, tokens)
         cells = np.indices((len(starts), len(self.eps), *tokens.shape[1:]))
@@ -324,6 +306,29 @@ class LogitChange(OfFirings):
             f"reach {r_squared(control.mean)} as well. {unfitted.verdict.sentence}"
         )
         return replace(unfitted, ruled=Verdict("confounded", sentence, (SHUFFLED,)))
+
+
+def _changes(positions: Integers, tokens: Integers) -> Readout:
+    """`measured`: change of the logits of `tokens` [I,Z,G] at `positions` [I,Z], against the run without edits of the
+    same batch; `floor`: the distance of that from the plain pass."""
+
+    def read(rows: EditedRows) -> Mapping[str, ArrayLike]:
+        assert rows.plain is not None
+        device = rows.logits.device
+        index = np.array([trial.row["index"] for trial in rows.trials])
+        wanted = torch.tensor(tokens[index], device=device)  # [n,Z,G]
+        read_at = torch.tensor(positions[index], device=device)  # [n,Z]
+        column = read_at - rows.start
+        row = torch.arange(len(index), device=device)[:, None]
+        edited = rows.logits[row, column].gather(-1, wanted).double()
+        unedited = rows.plain[column].gather(-1, wanted).double()
+        native = rows.native[read_at].gather(-1, wanted).double()
+        # A batch rounds otherwise than the plain pass, which would drown the effect of a small eps.
+        measured = edited - unedited
+        floor = (unedited - native).abs()
+        return {"measured": measured.cpu().numpy(), "floor": floor.cpu().numpy()}
+
+    return read
 
 
 def _slopes(

@@ -146,8 +146,8 @@ class Exchange(NamedTuple):
 
     def trials(self, lab: Lab) -> list[Trial]:
         """An edited run for each condition and firing, firings in their order within each condition."""
-        sizes = {"cosine": self.atom.cosine(self.native).cpu().numpy(), "write_norm": self.native.norm().cpu().numpy()}
-        rows = self.site.rows.assign(**sizes)
+        cosine = self.atom.cosine(self.native).cpu().numpy()
+        rows = self.site.rows.assign(cosine=cosine, write_norm=self.native.norm().cpu().numpy())
         trials = []
         for name, scale, written in self.conditions:
             norm = 0.0 if written is None else written.norm().cpu().numpy()
@@ -195,12 +195,13 @@ class Exchanging(OfFirings):
         lab.facts["half_life_limit"] = min(HALF_LIFE_LIMIT, lab.tokens.shape[1] // 2)
         for site in map(Site.on_host, lab.sites(draw.table, self.kind)):
             native = site.at(site.rows["position"].tolist())
-            atom = lab.atoms(site.rows["written_atom"].to_numpy()).on_host().to(native.values)
-            atom = atom * torch.tensor(site.rows["activation"].to_numpy()).to(native.values)
-            fitted = None
+            decoded = lab.atoms(site.rows["written_atom"].to_numpy()).on_host().to(native.values)
+            activation = torch.tensor(site.rows["activation"].to_numpy()).to(native.values)
+            atom = decoded * activation
+            baselines = None
             if set(self.controls) & set(BASELINES):
-                fitted = lab.baselines(site.sequence, n_codes=self.n_codes, components=self.pca_components)
-            controls = controls_at(lab, site, atom, self.controls, alive=draw.alive, mean=mean, baselines=fitted)
+                baselines = lab.baselines(site.sequence, n_codes=self.n_codes, components=self.pca_components)
+            controls = controls_at(lab, site, atom, self.controls, alive=draw.alive, mean=mean, baselines=baselines)
             yield Exchange(site, native, atom, conditions(native, atom, controls, scales))
 
 

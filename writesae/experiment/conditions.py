@@ -17,7 +17,7 @@ from sae_lens_writesae.atom.low_rank import LowRank
 from writesae.codes.head_baselines import BASELINES, Baseline, HeadBaselines
 from writesae.experiment.lab import Lab, Site
 from writesae.experiment.terms import tokens_and_before
-from writesae.head.writes import state_direction
+from writesae.head.writes import state_direction, torch_generator
 
 Scale = Literal["coefficient", "matched", "least_squares"]
 """How the atom is scaled. The paper names the first two, and contradicts itself about which; the third is ours."""
@@ -56,8 +56,12 @@ def scaled(matrix: LowRank, native: LowRank, scale: str) -> LowRank:
     if scale == "coefficient":
         return matrix
     square = matrix.inner(matrix).clamp_min(0)
-    wanted = native.norm() * square.sqrt() if scale == "matched" else matrix.inner(native)
-    return matrix * torch.where(square > 0, wanted / square.clamp_min(torch.finfo(square.dtype).tiny), 0)
+    if scale == "matched":
+        product = native.norm() * square.sqrt()
+    else:
+        product = matrix.inner(native)
+    smallest = torch.finfo(square.dtype).tiny
+    return matrix * torch.where(square > 0, product / square.clamp_min(smallest), 0)
 
 
 def conditions(
@@ -112,20 +116,21 @@ def controls_at(
     for name in names:
         match name:
             case "random":
-                made[name] = atom.random_like(torch.Generator().manual_seed(int(rngs["random"].integers(2**62))))
+                made[name] = atom.random_like(torch_generator(rngs["random"]))
             case "shuffled":
                 active = lab.firings().of_sequences(np.array([site.sequence]))
-                taken = [
-                    np.append(active.atom[active.position == t], written)
-                    for t, written in zip(positions, site.rows["written_atom"])
-                ]
+                taken = []
+                for t, written in zip(positions, site.rows["written_atom"]):
+                    # Where nothing fires, atom 0 is written with an activation of 0; it is no control either.
+                    taken.append(np.append(active.atom[active.position == t], written))
                 needed = "'shuffled' needs an alive atom that does not fire there"
                 others = lab.atoms(_others(lab, rngs["shuffled"], alive, taken, needed))
                 made[name] = others.on_host().to(atom.values)
             case "elsewhere":
                 written = np.flatnonzero(site.writes.norm().cpu().numpy())
+                own_positions = [np.array([t]) for t in positions]
                 needed = "'elsewhere' needs a write at another position"
-                others = _others(lab, rngs["elsewhere"], written, list(np.array(positions)[:, None]), needed)
+                others = _others(lab, rngs["elsewhere"], written, own_positions, needed)
                 made[name] = site.writes.rows(torch.tensor(others))
             case "state":
                 made[name] = state_direction(site.state_before(positions))

@@ -78,7 +78,8 @@ class Firings:
     def alive(self, n_tokens: int, min_firings: int = 1) -> Integers:
         """Atoms with at least `min_firings` among the first `n_tokens` tokens, read sequence by sequence."""
         early = self.sequence * self.n_positions + self.position < n_tokens
-        return np.flatnonzero(np.bincount(self.atom[early], minlength=self.n_atoms) >= min_firings)
+        counts = np.bincount(self.atom[early], minlength=self.n_atoms)
+        return np.flatnonzero(counts >= min_firings)
 
     def strongest(self, at: pd.DataFrame) -> pd.DataFrame:
         """The most active atom at each (sequence, position) of `at`: columns atom and activation, index of `at`; NaN
@@ -86,7 +87,8 @@ class Firings:
         places = at[["sequence", "position"]]
         firings = self.frame().merge(places.drop_duplicates()).sort_values("activation")
         top = firings.drop_duplicates(["sequence", "position"], keep="last")
-        return places.merge(top, how="left").set_index(at.index)[["atom", "activation"]]
+        in_order = places.merge(top, how="left").set_index(at.index)  # a merge loses the index
+        return in_order[["atom", "activation"]]
 
 
 @torch.no_grad()
@@ -101,22 +103,24 @@ def collect_firings(model: HookedRecurrent, sae: SAE, layer: int, tokens: Tensor
     """
     hook_name = str(sae.cfg.metadata.hook_name)
     place = next(sae.parameters())
+    length = tokens.shape[1]
     parts: list[tuple[NDArray[np.generic], ...]] = []
     for some in bar(in_one_pass(tokens, model.cfg.device), "firings", progress):
         _, cache = model.run_with_cache(tokens[some], names_filter=[hook_name], stop_at_layer=layer + 1)
         activations = sae.encode(cache[hook_name].flatten(0, 1).to(place.device, place.dtype))
         finite = activations.isfinite().all(-1)
         if not bool(finite.all()):
-            sequence = some.start + int(finite.int().argmin()) // tokens.shape[1]
+            sequence = some.start + int(finite.int().argmin()) // length
             raise NothingToMeasureError(
                 f"the SAE gives NaN or infinite activations of {hook_name} in sequence {sequence}"
             )
         places = (activations > 0).nonzero()
         values = activations[places[:, 0], places[:, 1]].float().cpu().numpy()
         row, atom = places.cpu().numpy().T
-        parts.append((some.start + row // tokens.shape[1], row % tokens.shape[1], atom, values))
+        sequence, position = np.divmod(row, length)
+        parts.append((some.start + sequence, position, atom, values))
     sequence, position, atom, values = map(np.concatenate, zip(*parts))
-    return Firings(sequence, position, atom, values, tokens.shape[0], tokens.shape[1], int(sae.cfg.d_sae))
+    return Firings(sequence, position, atom, values, len(tokens), length, int(sae.cfg.d_sae))
 
 
 def sample_firings(
@@ -206,9 +210,9 @@ def draw_atoms(
 
     chosen = counts(split.select)
     tested = counts(split.test)
-    able = chosen.index[chosen["size"] >= min_firings].intersection(
-        tested.index[(tested["size"] >= min_firings) & (tested["nunique"] >= 2)]
-    )
+    can_be_chosen = chosen["size"] >= min_firings
+    can_be_tested = (tested["size"] >= min_firings) & (tested["nunique"] >= 2)
+    able = chosen.index[can_be_chosen].intersection(tested.index[can_be_tested])
     needed = f"each must fire {min_firings} times in both halves of the sequences, in two sequences of the test half"
     return picked(np.sort(able.to_numpy(np.int64)), atoms, n_atoms, rng, needed, firings)
 
@@ -277,15 +281,22 @@ def draw_firings(
     chosen = picked(testable, atoms, n_atoms, rng, needed, firings)
     table = sample_firings(firings, chosen, firings_per_atom, first=first_position, last=last, rng=rng)
     if written == "dominant" and atoms is None:
-        able = firings.n_sequences * (last + 1 - first_position)
-        drawn = np.sort(rng.choice(able, min(len(chosen) * firings_per_atom, able), replace=False))
-        sequence, position = np.divmod(drawn, last + 1 - first_position)
+        per_sequence = last + 1 - first_position
+        n_able = firings.n_sequences * per_sequence
+        count = min(len(chosen) * firings_per_atom, n_able)
+        drawn = np.sort(rng.choice(n_able, count, replace=False))
+        sequence, position = np.divmod(drawn, per_sequence)
         table = pd.DataFrame({"sequence": sequence, "position": position + first_position})
     if written == "own":
         table = table.assign(written_atom=table["atom"])
     else:
+        # Where nothing fires, an activation of 0 writes nothing, whichever atom it belongs to.
         strongest = firings.strongest(table).fillna(0).astype({"atom": int})
-        named = {"atom": table.get("atom", strongest["atom"]), "written_atom": strongest["atom"]}
-        table = table.assign(**named, activation=strongest["activation"]).drop_duplicates(["sequence", "position"])
+        table = table.assign(
+            atom=table.get("atom", strongest["atom"]),
+            written_atom=strongest["atom"],
+            activation=strongest["activation"],
+        )
+        table = table.drop_duplicates(["sequence", "position"])  # two atoms that were picked may fire at one place
     table = table.reset_index(drop=True).rename_axis("firing").reset_index()
     return FiringDraw(table, alive)

@@ -51,7 +51,10 @@ class Trial(NamedTuple):
 def trials_at(rows: pd.DataFrame, edit: Callable[[int, M, int], WriteEdit], matrices: M) -> list[Trial]:
     """An edited run for each row of a table: at its `position`, `edit` (`Lab.add` or `Lab.replace`) of its matrix."""
     records = cast(list[dict[str, object]], rows.to_dict("records"))
-    return [Trial(row, t, edit(t, matrices, n)) for n, (row, t) in enumerate(zip(records, rows["position"].tolist()))]
+    trials = []
+    for n, (row, position) in enumerate(zip(records, rows["position"].tolist())):
+        trials.append(Trial(row, position, edit(position, matrices, n)))
+    return trials
 
 
 class EditedRows(NamedTuple):
@@ -116,7 +119,8 @@ class Site(NamedTuple):
     def state_after(self, positions: Sequence[int]) -> Tensor:
         """[N,K,V] states of the head after the write at each position. Cost: the states at the distinct positions."""
         distinct, which = np.unique(np.asarray(positions), return_inverse=True)
-        return self.recurrence.states(positions=distinct.tolist())[0, :, 0][torch.tensor(which)]
+        states = self.recurrence.states(positions=distinct.tolist())[0, :, 0]
+        return states[torch.tensor(which)]
 
     def state_before(self, positions: Sequence[int]) -> Tensor:
         """The same before the write: S_t - W_t, decay and erase of token t included. A control must not contain the
@@ -188,8 +192,11 @@ class Lab:
             expected = "of one head" if one_head else "of different heads of one layer"
             listed = "; ".join(f"{label}: {hook.name}" for label, hook in self.hooks.items())
             raise ValueError(f"expected dictionaries {expected}, got {listed or 'none'}")
-        self.model, self.tokens = model, tokens
-        self.seed, self.rows_per_run, self.progress = seed, rows_per_run, progress
+        self.model = model
+        self.tokens = tokens
+        self.seed = seed
+        self.rows_per_run = rows_per_run
+        self.progress = progress
         self.skipped: Counter[str] = Counter()
         """Units that could not be measured, by reason."""
         self.facts: dict[str, Json] = {}
@@ -257,6 +264,7 @@ class Lab:
     def sites(self, units: pd.DataFrame, name: str) -> Iterator[Site]:
         """The sequences that `units` (with a column `sequence`) name, one plain pass each, in order."""
         groups = [(int(cast(int, key)), rows) for key, rows in units.groupby("sequence")]
+        # A generator: a site holds the cache of a whole pass, and one at a time is enough.
         return (self.site(sequence, rows) for sequence, rows in self.bar(groups, name))
 
     def site(self, sequence: int, rows: pd.DataFrame | None = None, span: slice = slice(None)) -> Site:
@@ -265,8 +273,13 @@ class Lab:
         Cost: one plain forward, whose cache edited runs branch off from.
         """
         session = self.model.edit_session(self.tokens[[sequence], span])
-        recurrence = session.recurrence(self.hook.layer).select(heads=slice(self.hook.head, self.hook.head + 1))
-        return Site(sequence, pd.DataFrame() if rows is None else rows, session, recurrence, head_writes(recurrence, 0))
+        recurrence = self._of_head(session.recurrence(self.hook.layer))
+        units = pd.DataFrame() if rows is None else rows
+        return Site(sequence, units, session, recurrence, head_writes(recurrence, 0))
+
+    def _of_head(self, recurrence: Recurrence) -> Recurrence:
+        """The evaluated head of a layer's recurrence, H = 1."""
+        return recurrence.select(heads=slice(self.hook.head, self.hook.head + 1))
 
     def native_writes(self, sequences: Sequence[int]) -> LowRank:
         """Native writes of some sequences of the text, one after the other. Cost: a forward each up to the layer."""
@@ -275,13 +288,15 @@ class Lab:
     def recurrence(self, sequence: int | slice) -> Recurrence:
         """The head's recurrence on one sequence of the text, or on some. Cost: a forward up to the layer."""
         tokens = self.tokens[sequence].view(-1, self.tokens.shape[1])
-        return self.model.recurrence(tokens, self.hook.layer).select(heads=slice(self.hook.head, self.hook.head + 1))
+        return self._of_head(self.model.recurrence(tokens, self.hook.layer))
 
     def recurrences(self, count: int) -> list[Recurrence]:
         """The same of each of the first sequences, B = 1, on the host."""
-        parts = in_one_pass(self.tokens[:count], self.model.cfg.device)
-        batches = [self.recurrence(part).on_host() for part in parts]
-        return [batch.select(rows=slice(row, row + 1)) for batch in batches for row in range(batch.B)]
+        recurrences = []
+        for part in in_one_pass(self.tokens[:count], self.model.cfg.device):
+            batch = self.recurrence(part).on_host()
+            recurrences += [batch.select(rows=slice(row, row + 1)) for row in range(batch.B)]
+        return recurrences
 
     @torch.no_grad()
     def baselines(self, sequence: int, *, n_codes: int | None = None, components: int = 4) -> HeadBaselines:
@@ -302,12 +317,16 @@ class Lab:
         """
         if n_codes is None:
             n_codes = self.sae.n_factors if isinstance(self.sae, MatrixSAE) else int(self.sae.cfg.d_sae)
-        half = folds(np.arange(len(self.tokens)), self.seed)
-        fold = -1 if self.reference else int(half[sequence])
-        terms = self.reference or Terms(self.model, self.tokens[[n for n in half if half[n] != fold]])
+        fold = -1
+        terms = self.reference
+        if terms is None:
+            half = folds(np.arange(len(self.tokens)), self.seed)
+            fold = int(half[sequence])
+            other_half = [n for n in half if half[n] != fold]
+            terms = Terms(self.model, self.tokens[other_half])
         self.facts["unequal"] = terms.unequal(self.sae)
-        about = [self.sae.cfg.metadata.get(name) for name in ("metric", "metric_sequences", "metric_damping")]
-        key = (self.hook.cell, self.seed, n_codes, components, fold, *about)
+        metric = [self.sae.cfg.metadata.get(name) for name in ("metric", "metric_sequences", "metric_damping")]
+        key = (self.hook.cell, self.seed, n_codes, components, fold, *metric)
         if key not in self._baselines:
             self.require(
                 len(terms.tokens) > 0,
@@ -357,9 +376,11 @@ class Lab:
         positions = [trial.position for trial in trials]
         room = _LOGIT_FLOATS // vocabulary
         for batch in site.session.batches(positions, length, self.rows_per_run, window=window, room=room):
-            last = trials[batch[-1]].position
+            last = trials[batch[-1]].position  # batches are in the order of positions
             stop = length if window is None else last + window
-            edits = [trials[n].edits for n in batch] + ([[]] if plain else [])
+            edits = [trials[n].edits for n in batch]
+            if plain:
+                edits.append([])
             run = site.session.run(edits, stop=stop, batch_size=len(edits), apart=False)
             rows = EditedRows(
                 trials=[trials[n] for n in batch],
@@ -369,10 +390,13 @@ class Lab:
                 width=stop - last,
                 plain=run.logits[-1] if plain else None,
             )
-            values = {name: np.asarray(column) for name, column in readout(rows).items()}
-            columns = {name: column if column.ndim == 1 else list(column) for name, column in values.items()}
+            columns = {}
+            for name, values in readout(rows).items():
+                column = np.asarray(values)
+                columns[name] = column if column.ndim == 1 else list(column)  # an array a row
             parts.append(pd.DataFrame(columns, index=batch))
             self.counts["runs"] += len(batch)
+        # The index of a part is the number of its trial, so that rows come back in the order of the trials.
         return pd.DataFrame([trial.row for trial in trials]).join(pd.concat(parts))
 
     def floor(
@@ -392,9 +416,11 @@ class Lab:
         last = self.tokens.shape[1] - window
         for sequence in rng.permutation(len(self.tokens))[:4].tolist():
             site = self.site(sequence)
-            positions = np.sort(rng.choice(np.arange(min(1, last), last + 1), _NO_OPS // 4)).tolist()
+            candidates = np.arange(min(1, last), last + 1)
+            positions = np.sort(rng.choice(candidates, _NO_OPS // 4)).tolist()
             trials = [Trial({}, t, self.replace(t, site.writes, t)) for t in positions]
-            values.append(self.read(site, trials, readout, window, plain=plain)[column].abs())
+            table = self.read(site, trials, readout, window, plain=plain)
+            values.append(table[column].abs())
         self.counts["runs"] = before  # a reader counts conditions, not this
         return float(pd.concat(values).quantile(quantile))
 
@@ -408,7 +434,9 @@ class Lab:
         """Raise NothingToMeasureError with `message`, and what was left out so far, unless `condition` holds."""
         if not condition:
             counts = "; ".join(f"{n} ({why})" for why, n in self.skipped.items() if n)
-            raise NothingToMeasureError(message + (f". Left out: {counts}" if counts else ""))
+            if counts:
+                message += f". Left out: {counts}"
+            raise NothingToMeasureError(message)
 
     def describe(self, label: str = "") -> dict[str, Json]:
         """The part of a result's `info` that all evaluations share."""

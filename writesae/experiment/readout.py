@@ -104,7 +104,8 @@ def added_bits(tokens: Tensor) -> Readout:
 
     def read(rows: EditedRows) -> Mapping[str, NDArray[np.float64]]:
         plain = bits_per_token(rows.native, tokens)
-        head = rows.native[: rows.start]
-        return {"bits": np.array([bits_per_token(torch.cat([head, logits]), tokens) - plain for logits in rows.logits])}
+        before = rows.native[: rows.start]
+        bits = [bits_per_token(torch.cat([before, logits]), tokens) for logits in rows.logits]
+        return {"bits": np.array(bits) - plain}
 
     return read

@@ -56,7 +56,8 @@ def draw_target(
 
 def random_unit(like: Tensor, rng: np.random.Generator) -> Tensor:
     """A random direction of norm 1, of the shape and dtype of `like` [V]."""
-    return torch.nn.functional.normalize(torch.tensor(rng.standard_normal(like.shape)).to(like), dim=0)
+    drawn = torch.tensor(rng.standard_normal(like.shape)).to(like)
+    return torch.nn.functional.normalize(drawn, dim=0)
 
 
 def target_change(rows: EditedRows) -> Mapping[str, NDArray[np.generic]]:
@@ -65,19 +66,24 @@ def target_change(rows: EditedRows) -> Mapping[str, NDArray[np.generic]]:
     `measured`: change of its logit. `log_prob_change`: change of its log-probability, nats, in at least float32.
     `edited_rank`: its rank, from 1, after the edit.
     """
-    target = torch.tensor([[cast(int, trial.row["token"])] for trial in rows.trials], device=rows.logits.device)
+    ids = [[cast(int, trial.row["token"])] for trial in rows.trials]
+    target = torch.tensor(ids, device=rows.logits.device)  # [n,1]
     edited = rows.window[:, -1]
     native = rows.native_window[:, -1]
     wide = torch.promote_types(edited.dtype, torch.float32)
 
     def change(after: Tensor, before: Tensor) -> NDArray[np.generic]:
         """Of the target's number, in float64: the difference of two float32 numbers is exact there."""
-        return (after.gather(1, target).double() - before.gather(1, target).double())[:, 0].cpu().numpy()
+        difference = after.gather(1, target).double() - before.gather(1, target).double()
+        return difference[:, 0].cpu().numpy()
 
+    ahead = edited > edited.gather(1, target)
+    log_p_edited = edited.to(wide).log_softmax(-1)
+    log_p_native = native.to(wide).log_softmax(-1)
     return {
         "measured": change(edited, native),
-        "log_prob_change": change(edited.to(wide).log_softmax(-1), native.to(wide).log_softmax(-1)),
-        "edited_rank": 1 + (edited > edited.gather(1, target)).sum(1).cpu().numpy(),
+        "log_prob_change": change(log_p_edited, log_p_native),
+        "edited_rank": 1 + ahead.sum(1).cpu().numpy(),
     }
 
 

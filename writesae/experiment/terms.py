@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ from sae_lens_writesae.sae.target import HeadHook
 from writesae.experiment.firings import Integers, in_one_pass
 from writesae.files import Json
 from writesae.head.writes import head_writes, joined
+
+if TYPE_CHECKING:
+    from writesae.codes.head_baselines import HeadBaselines
 
 
 class TermsError(ValueError):
@@ -49,7 +52,7 @@ class Terms:
         self.collection = text if isinstance(text, Collection) else None
         self.writes = lru_cache(1)(self._writes)
         self.metric = lru_cache(16)(self._metric)
-        self.fitted: dict[tuple[object, ...], Any] = {}
+        self.fitted: dict[tuple[object, ...], HeadBaselines] = {}
         """What a laboratory fitted to this text, by head, seed and settings."""
 
     @torch.no_grad()
@@ -57,9 +60,13 @@ class Terms:
         """The N = M S writes of a head. Cost: a forward up to the layer for each sequence, or of a collection none."""
         if isinstance(self._text, Collection):
             place = self.model.cfg.device, self.model.cfg.dtype
-            return LowRank(*(side[:].to(*place) for side in self._text.factors(layer, head)))
-        parts = in_one_pass(self.tokens, self.model.cfg.device)
-        return joined([head_writes(self.model.recurrence(self.tokens[part], layer), head) for part in parts])
+            keys, values = self._text.factors(layer, head)
+            return LowRank(keys[:].to(*place), values[:].to(*place))
+        writes = []
+        for part in in_one_pass(self.tokens, self.model.cfg.device):
+            recurrence = self.model.recurrence(self.tokens[part], layer)
+            writes.append(head_writes(recurrence, head))
+        return joined(writes)
 
     def _metric(self, layer: int, head: int, n_sequences: int = 64, damping: float = DAMPING) -> Metric:
         """The metric of a head's writes from the first sequences. Cost: as of `fit_metrics`."""
@@ -81,8 +88,8 @@ class Terms:
     def unequal(self, sae: SAE) -> str:
         """Why baselines that are fitted to this text are at a disadvantage to a dictionary, or nothing."""
         rows = sae.cfg.metadata.get("n_training_rows")
-        few = sae.cfg.metadata.get("metric_sequences") or 0
-        if rows is not None and rows <= self.tokens.numel() and few <= len(self.tokens):
+        metric_sequences = sae.cfg.metadata.get("metric_sequences") or 0
+        if rows is not None and rows <= self.tokens.numel() and metric_sequences <= len(self.tokens):
             return ""
         seen = "a number of writes that its metadata does not name" if rows is None else f"{rows:,} writes"
         return (
@@ -100,10 +107,10 @@ def require_equal(terms: Iterable[Mapping[str, Json]]) -> None:
     """Raise TermsError unless all terms are the same."""
     first, *others = terms
     for other in others:
-        names = [name for name in {**first, **other} if first.get(name) != other.get(name)]
-        if names:
-            told = "; ".join(f"{name}: {first.get(name)}, {other.get(name)}" for name in names)
-            raise TermsError(f"expected results of equal terms, got {told}; measure them again together")
+        differing = [name for name in {**first, **other} if first.get(name) != other.get(name)]
+        if differing:
+            got = "; ".join(f"{name}: {first.get(name)}, {other.get(name)}" for name in differing)
+            raise TermsError(f"expected results of equal terms, got {got}; measure them again together")
 
 
 def tokens_and_before(tokens: Tensor) -> Integers:

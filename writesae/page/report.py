@@ -12,7 +12,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from textwrap import fill
@@ -39,12 +38,12 @@ def find_results(paths: Sequence[str | Path]) -> list[Result]:
     """
     folders = list[Path]()
     for path in map(Path, paths):
-        inside = [
-            file.parent
-            for file in sorted(path.rglob("info.json"))
+        inside = []
+        for file in sorted(path.rglob("info.json")):
+            parts = file.relative_to(path).parts
             # Results that are still being written are in hidden folders, and damaged ones were renamed.
-            if not any(part.startswith(".") or ".damaged" in part for part in file.relative_to(path).parts)
-        ]
+            if not any(part.startswith(".") or ".damaged" in part for part in parts):
+                inside.append(file.parent)
         if not inside:
             raise ValueError(f"results: expected folders with saved results (info.json), got none in or below {path}")
         folders += inside
@@ -113,10 +112,12 @@ def write_report(
 
 def in_order(results: Sequence[Result]) -> list[Result]:
     """By kind as in `EVALUATIONS`; what could not be measured last; then dictionaries of writes first."""
-    return sorted(
-        results,
-        key=lambda r: (r.skipped is not None, list(EVALUATIONS).index(r.kind), r.info.get("target") != "write"),
-    )
+    kinds = list(EVALUATIONS)
+
+    def place(result: Result) -> tuple[bool, int, bool]:
+        return result.skipped is not None, kinds.index(result.kind), result.info.get("target") != "write"
+
+    return sorted(results, key=place)
 
 
 def claim_rows(results: Sequence[Result]) -> list[Answer]:
@@ -161,14 +162,17 @@ def lead(results: Sequence[Result], rows: Sequence[Answer]) -> dict[str, object]
     the claim of it, and among how many it was chosen; empty where none shows a finding."""
     candidates: list[tuple[float, Result, Finding]] = []
     for result in results:
-        first = next(iter(result.findings()), None) if result.kind == results[0].kind else None
+        if result.kind != results[0].kind:
+            continue
+        first = next(iter(result.findings()), None)
         if first is not None and first.shown and first.effect:
             mean = first.effect.mean
             candidates.append((-mean if first.less else mean, result, first))
     if not candidates:
         return {}
     _, result, first = max(candidates, key=itemgetter(0))
-    claim = next(row.claim for row in rows if (row.label, row.claim.claim) == (result.label, first.claim))
+    # The row's claim, and not the finding's: it was compared with control dictionaries.
+    claim = next(row.claim for row in rows if row.label == result.label and row.claim.claim == first.claim)
     return {"result": result, "finding": first, "claim": claim, "n": len(candidates)}
 
 
@@ -188,29 +192,30 @@ def compared(results: Sequence[Result]) -> Iterator[Figure]:
             first = next(iter(finding.shown.values()))
             colour = "control" if finding.verdict.unbeaten_controls else "atom"
             rows.append(Row(label, first.mean, first.low, first.high, colour))
-        first = group[0][1]
+        _, finding = group[0]  # all have the same axis
         title = f"{claim}: all dictionaries"
-        svg = intervals(rows, first.axis, title, chance=first.chance, write=first.write, least=first.least)
+        svg = intervals(rows, finding.axis, title, chance=finding.chance, write=finding.write, least=finding.least)
         yield Figure(claim[0].upper() + claim[1:], svg, "Orange: not shown to exceed every control.")
 
 
 def _shown(results: Sequence[Result], rows: Sequence[Answer]) -> dict[str, object]:
     """What the template shows of results and claims."""
     trained = [result for result in results if result.info.get("control") is None]  # tables/ has those of the controls
-    sections = {
-        kind: list(group) for kind, group in groupby(trained, key=lambda r: r.kind if r.skipped is None else "skipped")
-    }
+    sections: dict[str, list[Result]] = {}
+    for result in trained:
+        section = result.kind if result.skipped is None else "skipped"
+        sections.setdefault(section, []).append(result)
     groups: dict[int | str, list[Answer]] = {}
     for row in rows:
         groups.setdefault(row.claim.number or row.claim.claim, []).append(row)
     measured = [row.claim.measured for row in rows]
+    has_interval = re.compile(r"\[[^]]*\d").search  # an interval of NaN is none
     return {
         "results": results,
         "lead": lead(trained, rows),
         "outcomes": Counter(row.claim.outcome for row in rows).most_common(),
         "n_answers": len(rows),
-        # an interval of NaN is none
-        "n_intervals": sum(re.search(r"\[[^]]*\d", words) is not None for words in measured),
+        "n_intervals": sum(has_interval(words) is not None for words in measured),
         "groups": [(PAPER_CLAIMS.get(group[0].claim.number or 0), group) for group in groups.values()],
         "sections": sections,
         "shared": {kind: _shared_notes(group) for kind, group in sections.items()},
@@ -226,4 +231,6 @@ def _shown(results: Sequence[Result], rows: Sequence[Answer]) -> dict[str, objec
 def _shared_notes(results: Sequence[Result]) -> list[str]:
     """Notes that all of several results have."""
     first, *others = (result.notes() for result in results)
-    return [note for note in first if all(note in notes for notes in others)] if others else []
+    if not others:
+        return []
+    return [note for note in first if all(note in notes for notes in others)]

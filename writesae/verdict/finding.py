@@ -112,7 +112,8 @@ class Paired:
         """From a table with one row for each unit and condition; a unit that was measured several times under one
         condition gets the mean."""
         index = list(dict.fromkeys([*units, *clusters]))
-        return cls(table.pivot_table(index=index, columns=by, values=value).reset_index(), clusters, seed)
+        wide = table.pivot_table(index=index, columns=by, values=value)
+        return cls(wide.reset_index(), clusters, seed)
 
     def __getitem__(self, condition: str) -> pd.Series:
         return self.wide[condition]
@@ -165,7 +166,9 @@ class Paired:
 
     def size_of(self, name: str, no_op: str = "native") -> EffectSize:
         """The typical size of a condition and what a no-op measures, as a `Finding` takes them."""
-        return {"typical": float(self[name].abs().median()), "floor": float(self[no_op].abs().quantile(0.95))}
+        typical = float(self[name].abs().median())
+        floor = float(self[no_op].abs().quantile(0.95))
+        return {"typical": typical, "floor": floor}
 
     def _whole(self, *names: str) -> tuple[pd.DataFrame, list[pd.Series]]:
         """The units that have all of these conditions, and their clusters."""
@@ -173,8 +176,11 @@ class Paired:
         return units, [units[name] for name in self.clusters]
 
     def _values(self, a: Values, minus: Values | None) -> tuple[pd.Series, list[pd.Series]]:
-        x, y = (self.wide[each] if isinstance(each, str) else each for each in (a, a if minus is None else minus))
-        values = (x if minus is None else x.astype(float) - y.astype(float)).dropna()
+        values = self.wide[a] if isinstance(a, str) else a
+        if minus is not None:
+            subtracted = self.wide[minus] if isinstance(minus, str) else minus
+            values = values.astype(float) - subtracted.astype(float)  # truth values have no difference
+        values = values.dropna()
         return values, [self.wide.loc[values.index, name] for name in self.clusters]
 
 
@@ -248,9 +254,14 @@ class Finding:
 
     def row(self) -> Claim:
         """The claim in words."""
-        subject, *others = [said(each, self.write) for each in self.shown.values()] or [""]
-        beside = map(" ".join, zip(list(self.shown)[1:], others))
-        n, clusters = (0, 0) if self.effect is None else (self.effect.n, self.effect.n_clusters)
+        numbers = {name: said(estimate, self.write) for name, estimate in self.shown.items()}
+        subject = next(iter(numbers.values()), "")
+        beside = [f"{name} {control}" for name, control in list(numbers.items())[1:]]
+        n = clusters = 0
+        if self.effect is not None:
+            n = self.effect.n
+            clusters = self.effect.n_clusters
+        verdict = self.verdict
         return Claim(
             number=self.number,
             claim=self.claim,
@@ -258,8 +269,8 @@ class Finding:
             n=n if self.n is None else self.n,
             unit=self.of.format(clusters),
             controls="; ".join(filter(None, [*beside, self.controls])),
-            outcome=self.verdict.outcome,
-            sentence=f"{self.verdict.sentence} {self.remark}".strip(),
+            outcome=verdict.outcome,
+            sentence=f"{verdict.sentence} {self.remark}".strip(),
             null=self.null,
         )
 
@@ -267,10 +278,12 @@ class Finding:
         """Subject and controls with their intervals; a control that is not beaten is orange."""
         unbeaten = self.verdict.unbeaten_controls
         subject = next(iter(self.shown))
-        rows = [
-            figures.Row(name, *each[:3], "atom" if name == subject else "control" if name in unbeaten else "soft")
-            for name, each in self.shown.items()
-        ]
+        rows = []
+        for name, estimate in self.shown.items():
+            colour = "control" if name in unbeaten else "soft"
+            if name == subject:
+                colour = "atom"
+            rows.append(figures.Row(name, estimate.mean, estimate.low, estimate.high, colour))
         svg = figures.intervals(
             rows, self.axis, f"{self.claim}: {label}", chance=self.chance, write=self.write, least=self.least
         )
@@ -281,14 +294,15 @@ class Finding:
         )
 
 
-def said(each: Estimate, write: Callable[[float], str] = text.number) -> str:
+def said(estimate: Estimate, write: Callable[[float], str] = text.number) -> str:
     """A number with its interval, where it has one: "0.55 [0.51, 0.6]". A share recovered below -100% has no lower end:
     the ratio of the KLs is written in its stead."""
-    if write is text.percent and each.mean < -1:
-        ratio = Estimate(1 - each.mean, 1 - each.high, 1 - each.low, each.n, each.n_clusters)
+    mean, low, high, *_ = estimate
+    if write is text.percent and mean < -1:
+        ratio = estimate._replace(mean=1 - mean, low=1 - high, high=1 - low)
         return f"none (KL {said(ratio)} times that of deletion)"
-    bounds = "" if math.isnan(each.low) else f" [{write(each.low)}, {write(each.high)}]"
-    return f"{write(each.mean)}{bounds}"
+    bounds = "" if math.isnan(low) else f" [{write(low)}, {write(high)}]"
+    return f"{write(mean)}{bounds}"
 
 
 def medians(
@@ -296,15 +310,17 @@ def medians(
 ) -> Figure:
     """Medians of the column `value` over `x`, one line for each condition of `names`, by the name that a reader
     sees. A range of more than ten is drawn on a log scale."""
-    wide = table.groupby(["condition", x])[value].median().unstack(x).reindex(list(names)).dropna().clip(lower=1e-16)
-    x_values = [float(each) for each in wide.columns]
+    by_condition = table.groupby(["condition", x])[value].median().unstack(x)
+    wide = by_condition.reindex(list(names)).dropna().clip(lower=1e-16)  # a log scale has no 0
+    x_values = [float(column) for column in wide.columns]
     colours = {"atom": "atom", "delete": "ink"}
-    lines = [
-        figures.Line(names[str(name)], x_values, row.tolist(), colours.get(str(name), "soft"))
-        for name, row in wide.iterrows()
-    ]
+    lines = []
+    for name, row in wide.iterrows():
+        colour = colours.get(str(name), "soft")
+        lines.append(figures.Line(names[str(name)], x_values, row.tolist(), colour))
     log_y = bool(wide.to_numpy().max() > 10 * wide.to_numpy().min())
-    return Figure(title.split(":")[0], figures.curves(lines, label, title, log_x=log_x, log_y=log_y), "Medians.")
+    svg = figures.curves(lines, label, title, log_x=log_x, log_y=log_y)
+    return Figure(title.split(":")[0], svg, "Medians.")
 
 
 __all__ = ["Against", "Claim", "Figure", "Finding", "Paired", "medians", "said"]

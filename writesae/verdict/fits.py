@@ -49,15 +49,18 @@ def r2_estimate(
     p = np.asarray(predicted, float)
     codes = pd.factorize(np.asarray(clusters), sort=True)[0]
     # With a rival, 1 - a/s - (1 - b/s) = 0 - (a - b)/s.
-    excess = (m - p) ** 2 - (0.0 if rival is None else (m - np.asarray(rival, float)) ** 2)
-    sums = np.stack([np.bincount(codes, column) for column in (np.ones_like(m), m, m**2, excess)], 1)  # [C,4]
+    excess = (m - p) ** 2
+    if rival is not None:
+        excess -= (m - np.asarray(rival, float)) ** 2
+    columns = (np.ones_like(m), m, m**2, excess)
+    sums = np.stack([np.bincount(codes, column) for column in columns], 1)  # [C,4]
 
     def statistic(_values: Array, weights: Array) -> Array:
         count, total, square, residual = (weights @ sums).T
         return float(rival is None) - residual / (square - total**2 / count)
 
-    each = np.arange(len(sums))
-    return estimate(each, each, statistic=statistic, seed=seed)._replace(n=len(m))
+    clusters = np.arange(len(sums))  # the statistic takes its values from `sums`
+    return estimate(clusters, clusters, statistic=statistic, seed=seed)._replace(n=len(m))
 
 
 def cross_fitted(measured: Array, features: Array, clusters: ArrayLike, groups: ArrayLike | None = None) -> Array:
@@ -70,7 +73,8 @@ def cross_fitted(measured: Array, features: Array, clusters: ArrayLike, groups: 
     for group, side in itertools.product(np.unique(labels), (0, 1)):
         fitted = (labels == group) & (half == 1 - side)
         scored = (labels == group) & (half == side)
-        predicted[scored] = features[scored] @ np.linalg.lstsq(features[fitted], measured[fitted], rcond=None)[0]
+        coefficients, *_ = np.linalg.lstsq(features[fitted], measured[fitted], rcond=None)
+        predicted[scored] = features[scored] @ coefficients
     return predicted
 
 
@@ -79,8 +83,9 @@ def with_control(cells: pd.DataFrame, of: str, seed: int) -> pd.DataFrame:
     firings = np.random.default_rng(seed).permutation(np.unique(cells["firing"]))
     partner = dict(zip(firings, np.roll(firings, 1)))
     keys = ["horizon", "rank", "eps", "partner"]
-    lent = cells.rename(columns={"firing": "partner", of: CONTROL_COLUMN})[[*keys, CONTROL_COLUMN]]
-    return cells.assign(partner=cells["firing"].map(partner)).merge(lent, on=keys).drop(columns="partner")
+    predictions = cells.rename(columns={"firing": "partner", of: CONTROL_COLUMN})[[*keys, CONTROL_COLUMN]]
+    paired = cells.assign(partner=cells["firing"].map(partner))
+    return paired.merge(predictions, on=keys).drop(columns="partner")
 
 
 def scores_table(cells: pd.DataFrame, predictors: Sequence[str], seed: int = 0) -> pd.DataFrame:
@@ -93,24 +98,25 @@ def scores_table(cells: pd.DataFrame, predictors: Sequence[str], seed: int = 0) 
         for levels, part in cells.groupby([*split, np.zeros(len(cells))]):
             if part["measured"].nunique() == 1:
                 continue
-            names = {axis: x if isinstance(x, str) else f"{x:g}" for axis, x in zip(split, levels)}
+            names = {}
+            for axis, level in zip(split, levels):
+                names[axis] = level if isinstance(level, str) else f"{level:g}"
             measured = part["measured"].to_numpy(float)
             sequence = part["sequence"].to_numpy()
             for predictor in predictors:
                 predicted = part[predictor].to_numpy(float)
                 unfitted = r2_estimate(measured, predicted, sequence, seed=seed)
-                scaled = r2_score(measured, cross_fitted(measured, predicted[:, None], sequence))
-                rows.append(
-                    {
-                        "predictor": predictor,
-                        **names,
-                        "r2": unfitted.mean,
-                        "r2_low": unfitted.low,
-                        "r2_high": unfitted.high,
-                        "r2_global_scale": scaled,
-                        "n": len(part),
-                    }
-                )
+                scaled = cross_fitted(measured, predicted[:, None], sequence)
+                row = {
+                    "predictor": predictor,
+                    **names,
+                    "r2": unfitted.mean,
+                    "r2_low": unfitted.low,
+                    "r2_high": unfitted.high,
+                    "r2_global_scale": r2_score(measured, scaled),
+                    "n": len(part),
+                }
+                rows.append(row)
     return pd.DataFrame(rows, columns=list(SCORES)).fillna({"horizon": "all", "rank": "all", "eps": "all"})
 
 
@@ -120,8 +126,11 @@ def cell_r2(cells: pd.DataFrame, predictor: str) -> pd.DataFrame:
     measured = cells["measured"]
     predicted = cells[predictor]
     square = (predicted**2).groupby(keys).transform("sum")
-    scale = (predicted * measured).groupby(keys).transform("sum") / square.where(square > 0, np.inf)
+    product = (predicted * measured).groupby(keys).transform("sum")
+    scale = product / square.where(square > 0, np.inf)  # 0 where nothing is predicted
     residual = ((measured - scale * predicted) ** 2).groupby(keys).sum()
-    total = measured.groupby(keys).var(ddof=0) * measured.groupby(keys).size()
-    table = pd.DataFrame({"r2": 1 - residual / total, "sequence": cells["sequence"].groupby(keys).first()})
+    by_cell = measured.groupby(keys)
+    total = by_cell.var(ddof=0) * by_cell.size()
+    sequence = cells["sequence"].groupby(keys).first()
+    table = pd.DataFrame({"r2": 1 - residual / total, "sequence": sequence})
     return table[total > 0]

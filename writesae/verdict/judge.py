@@ -89,27 +89,38 @@ def judge(
         return Verdict(
             "below the floor", f"The typical size, {typical:.2g}, is no larger than what a no-op moves, {floor:.2g}."
         )
-    sign, side = (-1.0, "below") if less else (1.0, "above")
+    sign = -1.0 if less else 1.0
+    side = "below" if less else "above"
     low, high = _beyond(effect, chance, sign)
     far = chance + sign * relevant
     if not low > relevant:
-        share = _UNSEEN / effect.n_clusters if low == high else 0.0
+        # An interval without width says nothing of units that were not seen.
+        unseen = _UNSEEN / effect.n_clusters if low == high else 0.0
         alike = (
-            f"All {effect.n_clusters} units have the same value; up to {share:.2g} of all such units may have another."
+            f"All {effect.n_clusters} units have the same value; up to {unseen:.2g} of all such units may have another."
         )
-        if high + share > relevant:
+        if high + unseen > relevant:
             missed = f"The interval of {what} contains {far:g}, from which on it matters."
-            return Verdict("inconclusive", f"{alike} An effect of {far:g} could be missed so." if share else missed)
-        few = f" It is over {effect.n_clusters} units only." * (effect.n_clusters < FEW_CLUSTERS)
-        return Verdict("fails", f"The interval of {what} does not lie {side} {far:g}.{f' {alike}' if share else few}")
-    found: list[tuple[float, str, bool]] = []
+            return Verdict("inconclusive", f"{alike} An effect of {far:g} could be missed so." if unseen else missed)
+        sentence = f"The interval of {what} does not lie {side} {far:g}."
+        if unseen:
+            sentence += f" {alike}"
+        elif effect.n_clusters < FEW_CLUSTERS:
+            sentence += f" It is over {effect.n_clusters} units only."
+        return Verdict("fails", sentence)
+    leads: list[tuple[float, str]] = []  # of controls that are not beaten
+    equals: set[str] = set()
     for name, control in (against or {}).items():
         worst, best = _beyond(control.contrast, control.chance, sign)
-        if worst > _ROUNDING or (control.own is not None and _beyond(control.own, chance, sign)[1] <= relevant):
+        is_small = control.own is not None and _beyond(control.own, chance, sign)[1] <= relevant
+        if worst > _ROUNDING or is_small:
             continue
-        found.append((sign * (control.contrast.mean - control.chance), name, best <= relevant))
-    unbeaten = tuple(name for _, name, _ in sorted(found))
-    alike, worse = (_listed([name for _, name, equal in sorted(found) if equal == same]) for same in (True, False))
+        leads.append((sign * (control.contrast.mean - control.chance), name))
+        if best <= relevant:
+            equals.add(name)
+    unbeaten = tuple(name for _, name in sorted(leads))
+    alike = _listed([name for name in unbeaten if name in equals])
+    worse = _listed([name for name in unbeaten if name not in equals])
     if alike:
         more = f" Not beaten, perhaps worse: {worse}." if worse else ""
         return Verdict("confounded", f"Not beaten, and not shown to be worse: {alike}.{more}", unbeaten)

@@ -35,15 +35,20 @@ def fit_mixtures(values: ArrayLike, largest: int = 4, *, restarts: int = 3, seed
     """
     x = np.asarray(values, dtype=float)[:, None]
     rows = []
-    for c in range(1, min(largest, len(np.unique(x)) // VALUES_PER_COMPONENT) + 1):
-        # The regularisation is relative to the variance, so that the answer does not depend on the unit.
-        fit = GaussianMixture(c, n_init=restarts, reg_covar=1e-4 * float(x.var()), random_state=seed).fit(x)
+    most = min(largest, len(np.unique(x)) // VALUES_PER_COMPONENT)
+    # Relative to the variance, so that the answer does not depend on the unit.
+    regularization = 1e-4 * float(x.var())
+    for c in range(1, most + 1):
+        fit = GaussianMixture(c, n_init=restarts, reg_covar=regularization, random_state=seed).fit(x)
         means = np.asarray(fit.means_)[:, 0]
         deviations = np.sqrt(np.asarray(fit.covariances_)[:, 0, 0])
+        bic = fit.bic(x)
         parts = sorted(zip(means, np.asarray(fit.weights_), deviations))
-        rows += [(c, n, weight, mean, sd, fit.bic(x)) for n, (mean, weight, sd) in enumerate(parts, 1)]
+        for n, (mean, weight, sd) in enumerate(parts, 1):
+            rows.append((c, n, weight, mean, sd, bic))
+    table = pd.DataFrame(rows, columns=[*COLUMNS][:-1])
     # Without rows the columns would hold objects, and so would those of tables that it is joined to.
-    table = pd.DataFrame(rows, columns=[*COLUMNS][:-1]).astype(float).astype({"components": int, "component": int})
+    table = table.astype(float).astype({"components": int, "component": int})
     return table.assign(best=table["bic"] == table["bic"].min())
 
 

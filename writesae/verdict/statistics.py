@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -63,7 +63,8 @@ def estimate(
     smaller of the two numbers of clusters that were resampled.
     """
     if statistic is None and len(clusters) == 1:
-        return _interval(*_mean(values, *clusters, seed))
+        mean = _mean(values, *clusters, seed)
+        return _interval(mean.point, mean.resampled, mean.n, mean.n_clusters)
     return _resampled(values, clusters, statistic or weighted_mean, seed)
 
 
@@ -76,10 +77,11 @@ def estimate_difference(
     ignores what a and b have in common. `n` counts both samples, `n_clusters` is that of the sample with fewer; the
     interval is NaN where either sample is a single cluster.
     """
-    (mean_a, of_a, n_a, ids_a), (mean_b, of_b, n_b, ids_b) = (
-        _mean(sample, ids, seed + i) for i, (sample, ids) in enumerate(((a, clusters_a), (b, clusters_b)))
-    )
-    return _interval(mean_a - mean_b, of_a - of_b, n_a + n_b, min(ids_a, ids_b))
+    first = _mean(a, clusters_a, seed)
+    second = _mean(b, clusters_b, seed + 1)  # the same draws would pair what is not paired
+    point = first.point - second.point
+    resampled = first.resampled - second.resampled
+    return _interval(point, resampled, first.n + second.n, min(first.n_clusters, second.n_clusters))
 
 
 def recovered_share(kl: ArrayLike, deleted: ArrayLike, clusters: ArrayLike) -> Estimate:
@@ -137,13 +139,16 @@ def total(above: ArrayLike, below: ArrayLike, clusters: ArrayLike, *, seed: int 
         return Estimate(point, math.nan, math.nan, len(x), 1)
     ratio, error = _ratios(np.ones((1, n_clusters)), sums, sizes)
     drawn, errors = _ratios(_draws(n_clusters, seed), sums, sizes)
-    far = np.abs(drawn - ratio)[errors > 0] / errors[errors > 0]
-    half = float(error[0] * np.quantile(far, 0.95)) if len(far) else 0.0
-    seen = sums[sizes > 0] / sizes[sizes > 0]
+    has_error = errors > 0
+    t = np.abs(drawn - ratio)[has_error] / errors[has_error]
+    half = float(error[0] * np.quantile(t, 0.95)) if len(t) else 0.0
+    has_size = sizes > 0
+    seen = sums[has_size] / sizes[has_size]
     unseen = UNSEEN_SIZE * float(sizes.max())
-    moved = (np.quantile(seen, [0.05, 0.95]) - point) * unseen / (whole + unseen)
-    low = point - half + min(0.0, float(moved[0]))
-    high = point + half + max(0.0, float(moved[1]))
+    # How far one more cluster of that size moves the ratio, if its own ratio is at either end of those that were seen.
+    down, up = (np.quantile(seen, [0.05, 0.95]) - point) * unseen / (whole + unseen)
+    low = point - half + min(0.0, float(down))
+    high = point + half + max(0.0, float(up))
     return Estimate(point, low, high, len(x), n_clusters)
 
 
@@ -191,16 +196,15 @@ def sign_flip_test(a: ArrayLike, b: ArrayLike, clusters: ArrayLike, *, n_resampl
     sums = np.bincount(codes, x) / len(x)
     if len(sums) == 1:
         return 1.0
-    return float(
-        stats.permutation_test(
-            (sums,),
-            np.sum,
-            permutation_type="samples",
-            vectorized=True,
-            n_resamples=n_resamples,
-            rng=np.random.default_rng(seed),
-        ).pvalue
+    test = stats.permutation_test(
+        (sums,),
+        np.sum,
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=n_resamples,
+        rng=np.random.default_rng(seed),
     )
+    return float(test.pvalue)
 
 
 def permutation_test(
@@ -211,19 +215,23 @@ def permutation_test(
     The statistic is mean(a) - mean(b). Whole clusters change sides (a cluster lies in one sample: atoms of two kinds,
     say), which keeps the level right under dependence; the means stay those over observations.
     """
-    sides = [_sample(sample, ids) for sample, ids in ((a, clusters_a), (b, clusters_b))]
-    total = np.concatenate([np.bincount(codes, x) for x, codes in sides])
-    size = np.concatenate([np.bincount(codes) for _, codes in sides]).astype(float)
+    x, x_codes = _sample(a, clusters_a)
+    y, y_codes = _sample(b, clusters_b)
+    total = np.concatenate([np.bincount(x_codes, x), np.bincount(y_codes, y)])
+    size = np.concatenate([np.bincount(x_codes), np.bincount(y_codes)]).astype(float)
+
+    def mean(clusters: NDArray[np.int64], axis: int) -> Array:
+        return total[clusters].sum(axis) / size[clusters].sum(axis)
 
     def difference(left: NDArray[np.int64], right: NDArray[np.int64], axis: int = -1) -> Array:
-        return total[left].sum(axis) / size[left].sum(axis) - total[right].sum(axis) / size[right].sum(axis)
+        return mean(left, axis) - mean(right, axis)
 
-    clusters = np.split(np.arange(len(total)), [int(sides[0][1].max()) + 1])
-    return float(
-        stats.permutation_test(
-            clusters, difference, vectorized=True, n_resamples=n_resamples, rng=np.random.default_rng(seed)
-        ).pvalue
-    )
+    # scipy permutes numbers of clusters, and `difference` looks up what they hold.
+    n_left = int(x_codes.max()) + 1
+    sides = np.split(np.arange(len(total)), [n_left])
+    rng = np.random.default_rng(seed)
+    test = stats.permutation_test(sides, difference, vectorized=True, n_resamples=n_resamples, rng=rng)
+    return float(test.pvalue)
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
@@ -251,12 +259,15 @@ def weighted_median(values: Array, weights: Array) -> Array:
     return (low + high) / 2
 
 
-def _ratios(weights: NDArray[Any], sums: Array, sizes: Array) -> tuple[Array, Array]:
+def _ratios(weights: NDArray[np.floating] | NDArray[np.int64], sums: Array, sizes: Array) -> tuple[Array, Array]:
     """The ratio of two sums over clusters under each row of weights [S,C], and its linearized standard error."""
     n_clusters = weights.shape[1]
     below = weights @ sizes
     ratio = np.divide(weights @ sums, below, out=np.zeros_like(below), where=below > 0)
-    squares = weights @ sums**2 - 2 * ratio * (weights @ (sums * sizes)) + ratio**2 * (weights @ sizes**2)
+    # sum w (s - r z)^2, the residuals of the linearized ratio, multiplied out: one matrix product for each term.
+    cross = weights @ (sums * sizes)
+    squares = weights @ sums**2 - 2 * ratio * cross + ratio**2 * (weights @ sizes**2)
+    # Rounding can leave a sum of squares below 0.
     spread = np.sqrt(n_clusters / (n_clusters - 1) * squares.clip(min=0))
     return ratio, np.divide(spread, below, out=np.zeros_like(below), where=below > 0)
 
@@ -270,31 +281,50 @@ def _median_of_ratios(above: ArrayLike, below: ArrayLike, clusters: ArrayLike) -
     sizes = np.bincount(codes, y)
     if not (sizes > 0).any():
         raise ValueError("the recovered share needs a deletion with an effect above 0, found none")
-    ratios = np.sort(np.bincount(codes, x)[sizes > 0] / sizes[sizes > 0])
+    has_size = sizes > 0
+    ratios = np.sort(np.bincount(codes, x)[has_size] / sizes[has_size])
     rank = int(stats.binom.ppf(0.025, len(ratios), 0.5))
-    low, high = (ratios[rank - 1], ratios[-rank]) if rank else (math.nan, math.nan)
+    low = high = math.nan  # of fewer than 6 clusters not even the extremes cover 95%
+    if rank:
+        low = ratios[rank - 1]
+        high = ratios[-rank]
     return Estimate(float(np.median(ratios)), float(low), float(high), len(x), len(ratios))
 
 
-def _mean(values: ArrayLike, clusters: ArrayLike, seed: int) -> tuple[float, Array, int, int]:
-    """A mean over clusters as `_interval` takes it: it needs no more than the sum and the size of each cluster."""
+class _Bootstrap(NamedTuple):
+    """A statistic as `_interval` takes it."""
+
+    point: float
+    resampled: Array
+    """[S]"""
+    n: int
+    n_clusters: int
+
+
+def _mean(values: ArrayLike, clusters: ArrayLike, seed: int) -> _Bootstrap:
+    """A mean over clusters: it needs no more than the sum and the size of each."""
     x, codes = _sample(values, clusters)
     draws = _draws(int(codes.max()) + 1, seed)
-    return float(x.mean()), (draws @ np.bincount(codes, x)) / (draws @ np.bincount(codes)), len(x), draws.shape[1]
+    sums = draws @ np.bincount(codes, x)
+    sizes = draws @ np.bincount(codes)
+    return _Bootstrap(float(x.mean()), sums / sizes, len(x), draws.shape[1])
 
 
 def _resampled(values: ArrayLike, ways: Sequence[ArrayLike], statistic: WeightedStatistic, seed: int) -> Estimate:
     """A statistic with its interval over one or more ways to cluster the same values, each resampled by itself; one
     that has a single cluster is not."""
     samples = [_sample(values, ids) for ids in ways]
-    x = samples[0][0]
-    several = [codes for _, codes in samples if codes.any()] or [samples[0][1]]
-    draws = [_draws(int(codes.max()) + 1, seed + i) for i, codes in enumerate(several)]
+    x, first_codes = samples[0]
+    resampled_codes = [codes for _, codes in samples if codes.any()] or [first_codes]
+    draws = [_draws(int(codes.max()) + 1, seed + i) for i, codes in enumerate(resampled_codes)]
     step = max(1, _CHUNK_FLOATS // len(x))
     resampled = []
-    for i in range(0, N_RESAMPLES, step):
-        weights = np.prod([draw[i : i + step, codes] for draw, codes in zip(draws, several)], axis=0, dtype=float)
-        resampled.append(statistic(x, weights[weights.any(axis=1)]))  # sparse tables can miss every cell
+    for start in range(0, N_RESAMPLES, step):
+        weights = np.ones(1)
+        for draw, codes in zip(draws, resampled_codes):
+            weights = weights * draw[start : start + step, codes]
+        is_drawn = weights.any(axis=1)  # sparse tables can miss every cell
+        resampled.append(statistic(x, weights[is_drawn]))
     point = float(statistic(x, np.ones((1, len(x))))[0])
     return _interval(point, np.concatenate(resampled), len(x), min(draw.shape[1] for draw in draws))
 
@@ -303,8 +333,9 @@ def _resampled(values: ArrayLike, ways: Sequence[ArrayLike], statistic: Weighted
 def _draws(n_clusters: int, seed: int) -> NDArray[np.int64]:
     """How often each cluster is drawn in each resample: [n_resamples,n_clusters]. Kept, since a report asks for the
     same draws a hundred times."""
-    draws = np.random.default_rng(seed).multinomial(n_clusters, np.full(n_clusters, 1 / n_clusters), size=N_RESAMPLES)
-    draws.flags.writeable = False
+    shares = np.full(n_clusters, 1 / n_clusters)
+    draws = np.random.default_rng(seed).multinomial(n_clusters, shares, size=N_RESAMPLES)
+    draws.flags.writeable = False  # all callers share the array
     return draws
 
 
@@ -315,7 +346,9 @@ def _interval(point: float, resampled: Array, n: int, n_clusters: int) -> Estima
     and 90.5%."""
     if n_clusters == 1:
         return Estimate(point, math.nan, math.nan, n, 1)
-    tail = float(stats.norm.sf(math.sqrt(n_clusters / (n_clusters - 1)) * stats.t.isf(0.025, n_clusters - 1)))
+    degrees = n_clusters - 1
+    expansion = math.sqrt(n_clusters / degrees)
+    tail = float(stats.norm.sf(expansion * stats.t.isf(0.025, degrees)))
     low, high = np.quantile(resampled, [tail, 1 - tail])
     return Estimate(point, float(low), float(high), n, n_clusters)
 
@@ -323,10 +356,10 @@ def _interval(point: float, resampled: Array, n: int, n_clusters: int) -> Estima
 def _sample(values: ArrayLike, clusters: ArrayLike) -> tuple[Array, NDArray[np.int64]]:
     """Observations, and the number of the cluster of each."""
     x = np.asarray(values, dtype=float)
-    codes = pd.factorize(np.asarray(clusters))[0]
-    if len(x) == 0 or x.shape != codes.shape or np.isnan(x).any() or (codes < 0).any():
-        n_nan = int(np.isnan(x).sum())
-        n_missing = int((codes < 0).sum())
+    codes = pd.factorize(np.asarray(clusters))[0]  # -1 for a missing id
+    n_nan = int(np.isnan(x).sum())
+    n_missing = int((codes < 0).sum())
+    if len(x) == 0 or x.shape != codes.shape or n_nan or n_missing:
         raise ValueError(
             f"expected numbers [N] and a cluster for each of them, got numbers of shape {x.shape} with {n_nan} NaN and "
             f"{len(codes)} clusters, {n_missing} of them missing; leave those out first"

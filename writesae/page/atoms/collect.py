@@ -63,8 +63,12 @@ def _page(facts: AtomFacts, column: int) -> data.AtomPage:
     rows["cosine"] = whole[spots]
     activations = rows["activation"].to_numpy(float)
     direct = sign * facts.direct[column]
-    written = not np.isnan(whole[spots]).all()
-    key, value = (short(sign * np.nanmedian(side[spots])) if written else None for side in sides)
+    change = facts.change(column)[: facts.texts.size]  # W_U may have rows that no token has
+    strongest = sorted(traces, key=lambda trace: -trace.activation)[:3]
+    has_writes = not np.isnan(whole[spots]).all()
+    key = value = None
+    if has_writes:
+        key, value = (short(sign * np.nanmedian(side[spots])) for side in sides)
     return data.AtomPage(
         atom=int(facts.number[column]),
         terms=_terms(facts, column, sign),
@@ -73,19 +77,19 @@ def _page(facts: AtomFacts, column: int) -> data.AtomPage:
         max_activation=float(activations.max()),
         mean_activation=float(activations.mean()),
         density=parts.bars(activations, low=0.0),
-        logits=parts.bars(facts.change(column)[: facts.texts.size]),
+        logits=parts.bars(change),
         fires_on=_fires_near(facts, rows, 0),
         fires_after=_fires_near(facts, rows, 1),
         top=parts.top(facts, rows),
         bands=list(parts.bands(facts, rows)),
         positions=parts.bars(rows["position"].to_numpy(float), low=0.0, high=facts.ids.shape[1]),
-        cosines=_cosines(whole, spots) if written else None,
+        cosines=_cosines(whole, spots) if has_writes else None,
         keys=data.AtomSide(_by_token(facts, sign * sides[0]), key),
         values=data.AtomSide(parts.vocabulary(facts, direct), value),
         effect=_effect(facts, column, direct),
         memory=memory([trace.life for trace in traces]),
         lags=_lags(traces) if traces else None,
-        timelines=[_timeline(facts, trace) for trace in sorted(traces, key=lambda trace: -trace.activation)[:3]],
+        timelines=[_timeline(facts, trace) for trace in strongest],
     )
 
 
@@ -93,9 +97,8 @@ def _timeline(facts: AtomFacts, trace: Trace) -> data.Context:
     """A firing and the tokens after it, with what the head reads of it at each."""
     n = min(len(trace.reads), facts.settings.before + facts.settings.after + 1)
     ids = facts.ids[trace.sequence, trace.position :][:n]
-    return data.Context(
-        trace.sequence, trace.position, 0, facts.texts.many(ids), [*map(short, trace.reads[: len(ids)])]
-    )
+    reads = [short(read) for read in trace.reads[: len(ids)]]
+    return data.Context(trace.sequence, trace.position, 0, facts.texts.many(ids), reads)
 
 
 def _terms(facts: AtomFacts, column: int, sign: float) -> list[data.Term]:
@@ -104,11 +107,13 @@ def _terms(facts: AtomFacts, column: int, sign: float) -> list[data.Term]:
     sizes = keys.norm(dim=-1) * values.norm(dim=-1)
     whole = float(facts.matrices.rows([column]).norm()) ** 2
     terms = []
-    for n in (sizes > 1e-6 * sizes[0]).nonzero()[:, 0].tolist():
+    is_term = sizes > 1e-6 * sizes[0]  # an SVD in float32 leaves terms of rounding
+    for n in is_term.nonzero()[:, 0].tolist():
         key = (sign * normalize(keys[n], dim=-1)).numpy().round(4)
         value = (sign * normalize(values[n], dim=-1)).numpy().round(4)
         size = float(sizes[n])
-        terms.append(data.Term(size, min(1.0, size**2 / whole), key.tolist(), value.tolist()))
+        share = min(1.0, size**2 / whole)  # rounding can take it above 1
+        terms.append(data.Term(size, share, key.tolist(), value.tolist()))
     return terms
 
 
@@ -117,10 +122,11 @@ def memory(lives: Sequence[tuple[int, bool]]) -> data.AtomMemory:
     Kaplan-Meier curve; leaving those firings out would make memories look short."""
     if not lives:
         return data.AtomMemory(half_life=None, longest=0, ended=0, n=0)
-    tokens, ended = (np.array(each) for each in zip(*lives))
+    tokens, ended = (np.array(column) for column in zip(*lives))
     survival = stats.ecdf(stats.CensoredData.right_censored(tokens, ended)).sf
+    gone = survival.quantiles[survival.probabilities <= 0.5]
     return data.AtomMemory(
-        half_life=next(map(float, survival.quantiles[survival.probabilities <= 0.5]), None),
+        half_life=float(gone[0]) if len(gone) else None,
         longest=int(tokens.max()),
         ended=int(ended.sum()),
         n=len(lives),
@@ -147,16 +153,19 @@ def _fires_near(facts: AtomFacts, rows: pd.DataFrame, back: int) -> list[data.To
 
 def _by_token(facts: AtomFacts, cosines: NDArray[np.float64]) -> data.Ends:
     """The mean of [N T] `cosines` over the occurrences of tokens that have three or more; NaN is none."""
-    table = pd.Series(cosines).groupby(facts.ids.reshape(-1)).agg(["mean", "count"]).query("count >= 3")
+    by_token = pd.Series(cosines).groupby(facts.ids.reshape(-1))
+    table = by_token.agg(["mean", "count"]).query("count >= 3")
     return parts.ends(facts, table.index.to_numpy(), table["mean"].to_numpy(), table["count"].to_numpy())
 
 
 def _lags(traces: Sequence[Trace]) -> data.Bars:
     """Mean over all followed firings by tokens since the write, in bins that double."""
-    table = np.array([*itertools.zip_longest(*(t.reads for t in traces), fillvalue=np.nan)])  # NaN: the sequence ended
-    edges = [0, 1, *(2**i for i in range(1, 64) if 2**i < len(table)), len(table)]
-    means = (float(np.nanmean(table[a:b])) for a, b in itertools.pairwise(edges))
-    return data.Bars([*map(float, edges)], [*map(short, means)])
+    reads = [trace.reads for trace in traces]
+    table = np.array([*itertools.zip_longest(*reads, fillvalue=np.nan)])  # NaN: the sequence ended
+    doubling = [2**i for i in range(1, 64) if 2**i < len(table)]
+    edges = [0, 1, *doubling, len(table)]
+    means = [short(float(np.nanmean(table[a:b]))) for a, b in itertools.pairwise(edges)]
+    return data.Bars([float(edge) for edge in edges], means)
 
 
 def _cosines(cosines: NDArray[np.float64], spots: Integers) -> data.Cosines:
@@ -164,6 +173,8 @@ def _cosines(cosines: NDArray[np.float64], spots: Integers) -> data.Cosines:
     cosines = cosines.clip(-1, 1)
     firings = pd.Series(cosines[spots]).dropna().to_numpy()
     silent = pd.Series(np.delete(cosines, spots)).dropna().to_numpy()
+    # One axis for both, with ends that a reader can say.
     low = np.floor(10 * np.nanmin(cosines)) / 10
     high = np.ceil(10 * np.nanmax(cosines)) / 10
-    return data.Cosines(short(float(np.median(firings))), parts.bars(firings, low, high), parts.bars(silent, low, high))
+    median = short(float(np.median(firings)))
+    return data.Cosines(median, parts.bars(firings, low, high), parts.bars(silent, low, high))

@@ -33,17 +33,25 @@ def neuronpedia_batch(facts: AtomFacts, dataset: str = "") -> dict[str, Json]:
 
 
 def _feature(facts: AtomFacts, column: int, dataset: str) -> dict[str, Json]:
-    correlated = [f"correlated_{of}_{what}" for of in ("neurons", "features") for what in ("indices", "l1", "pearson")]
+    # Lists about neurons, which no atom has.
+    empty = ["decoder_weights_dist", "vector"]
+    empty += [f"neuron_alignment_{what}" for what in ("indices", "values", "l1")]
+    for of in ("neurons", "features"):
+        empty += [f"correlated_{of}_{what}" for what in ("indices", "l1", "pearson")]
     rows = facts.rows(column).assign(cosine=np.nan)
     change = facts.change(column)
     activations = rows["activation"].to_numpy(float)
     ends = parts.vocabulary(facts, change)
     density = parts.bars(activations, low=0.0)
     logits = parts.bars(change[: facts.texts.size])
+    strongest = float(activations.max())
+    contexts = [_activation(context, -1, strongest, -1) for context in parts.top(facts, rows)]
+    for band in parts.bands(facts, rows):
+        share = band.share_high - band.share_low
+        contexts += [_activation(context, band.low, band.high, share) for context in band.contexts]
     return {
         "feature_index": int(facts.number[column]),
-        **{f"neuron_alignment_{what}": [] for what in ("indices", "values", "l1")},
-        **{name: [] for name in (*correlated, "decoder_weights_dist", "vector")},
+        **{name: [] for name in empty},
         "neg_str": [token.text for token in ends.low],
         "neg_values": [token.value for token in ends.low],
         "pos_str": [token.text for token in ends.high],
@@ -56,14 +64,7 @@ def _feature(facts: AtomFacts, column: int, dataset: str) -> dict[str, Json]:
         "n_prompts_total": facts.ids.shape[0],
         "n_tokens_in_prompt": facts.ids.shape[1],
         "dataset": dataset,
-        "activations": [
-            *(_activation(context, -1, float(activations.max()), -1) for context in parts.top(facts, rows)),
-            *(
-                _activation(context, band.low, band.high, band.share_high - band.share_low)
-                for band in parts.bands(facts, rows)
-                for context in band.contexts
-            ),
-        ],
+        "activations": contexts,
     }
 
 

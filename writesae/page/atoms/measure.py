@@ -71,13 +71,9 @@ class AtomSettings:
     """Name of the dictionary on the pages; by default the head and the target."""
 
     def __post_init__(self) -> None:
-        at_least(
-            self,
-            {
-                **dict.fromkeys(("min_firings", "top", "bands", "n_tokens", "half_life_firings", "half_life_limit"), 1),
-                **dict.fromkeys(("effect_horizon", "n_atoms", "per_band", "before", "after", "effect_firings"), 0),
-            },
-        )
+        positive = ("min_firings", "top", "bands", "n_tokens", "half_life_firings", "half_life_limit")
+        may_be_zero = ("effect_horizon", "n_atoms", "per_band", "before", "after", "effect_firings")
+        at_least(self, {**dict.fromkeys(positive, 1), **dict.fromkeys(may_be_zero, 0)})
 
 
 class Trace(NamedTuple):
@@ -122,14 +118,14 @@ class AtomFacts:
         self.firings = lab.firings()
         alive = self.firings.alive(tokens.numel(), 1)
         often = self.firings.alive(tokens.numel(), settings.min_firings)
-        often = often[(lab.atoms(often).norm() > 0).cpu().numpy()]
+        has_size = (lab.atoms(often).norm() > 0).cpu().numpy()  # an atom that is zero has no sides to show
+        often = often[has_size]
         lab.skipped["atoms with fewer firings than min_firings, or zero"] = len(alive) - len(often)
         lab.facts = {"n_alive": len(alive), "n_frequent": len(often)}
         needed = f"each must fire {settings.min_firings} times on this text"
         rng = np.random.default_rng(settings.seed)
-        self.number: Integers = np.unique(
-            picked(often, settings.atoms, settings.n_atoms or None, rng, needed, self.firings)
-        )
+        atoms = picked(often, settings.atoms, settings.n_atoms or None, rng, needed, self.firings)
+        self.number: Integers = np.unique(atoms)
         """The n atoms, ascending."""
         self.matrices = lab.atoms(self.number)
 
@@ -153,7 +149,8 @@ class AtomFacts:
         """
         hook = self.lab.hook
         unembed = self.lab.model.W_U
-        path = self.sides[1].to(unembed) @ self.lab.model.layer_W_O(hook.layer)[hook.head].to(unembed) @ unembed
+        out = self.lab.model.layer_W_O(hook.layer)[hook.head].to(unembed)
+        path = self.sides[1].to(unembed) @ out @ unembed
         return (path - path.mean(-1, keepdim=True)).float().cpu().numpy()
 
     @cached_property
@@ -168,18 +165,23 @@ class AtomFacts:
         Cost: one forward up to the layer per sequence, and one vector recurrence for each of these firings.
         """
         settings = self.settings
-        found = [list[Trace]() for _ in self.number]
+        of_atoms = [list[Trace]() for _ in self.number]
         for s, rows in self.lab.bar(self._sample(settings.half_life_firings, 1, stream=2), "memory"):
             recurrence = self.lab.recurrence(s)
             total = recurrence.outputs()[0, :, 0].norm(dim=-1)
+            smallest = torch.finfo(total.dtype).tiny
             for column, t, activation in rows:
                 until = recurrence.select(tokens=slice(0, t + settings.half_life_limit + 1))
-                left, reads = follow(until, self.matrices.rows([column]), t)
-                gone = (left < left[0] / 2).nonzero()
-                life = (int(gone[0]) if len(gone) else len(left) - 1, not len(gone))
-                reads = activation * reads / total[t : t + len(reads)].clamp_min(torch.finfo(total.dtype).tiny)
-                found[column].append(Trace(s, t, activation, life, reads.double().cpu().numpy()))
-        return found
+                norms, reads = follow(until, self.matrices.rows([column]), t)
+                below_half = (norms < norms[0] / 2).nonzero()
+                if len(below_half):
+                    life = (int(below_half[0]), False)
+                else:
+                    life = (len(norms) - 1, True)
+                # The write has the size of the activation, while `follow` was given the atom alone.
+                shares = activation * reads / total[t : t + len(reads)].clamp_min(smallest)
+                of_atoms[column].append(Trace(s, t, activation, life, shares.double().cpu().numpy()))
+        return of_atoms
 
     def _sample(self, per_atom: int, room: int, stream: int) -> list[tuple[int, list[tuple[int, int, float]]]]:
         """By sequence: column, position and activation of up to `per_atom` firings of each atom, with `room` tokens
@@ -188,23 +190,28 @@ class AtomFacts:
         rng = self.lab.rng(stream)
         table = sample_firings(self.firings, self.number, per_atom, first=0, last=last, rng=rng)
         table["column"] = np.searchsorted(self.number, table["atom"])
-        return [
-            (cast(int, n), list(rows[["column", "position", "activation"]].itertuples(index=False, name=None)))
-            for n, rows in table.groupby("sequence")
-        ]
+        by_sequence = []
+        for sequence, rows in table.groupby("sequence"):
+            firings = rows[["column", "position", "activation"]].itertuples(index=False, name=None)
+            by_sequence.append((cast(int, sequence), list(firings)))
+        return by_sequence
 
     def cosines(self, column: int) -> NDArray[np.float64]:
         """[3,N T] signed cosines of one atom with every native write: of the matrices, of the key sides and of the
         value sides (mean over the terms of a write); NaN where the native write is zero."""
         writes = self.writes
-        pairs = zip((writes.keys, writes.values), self.sides)
-        sides = ((normalize(native, dim=-1) @ own[column]).mean(-1) for native, own in pairs)
-        cosines = torch.stack([writes.cosines(self.matrices.rows([column]))[:, 0], *sides])
+        key, value = (side[column] for side in self.sides)
+        of_matrices = writes.cosines(self.matrices.rows([column]))[:, 0]
+        of_keys = (normalize(writes.keys, dim=-1) @ key).mean(-1)
+        of_values = (normalize(writes.values, dim=-1) @ value).mean(-1)
+        cosines = torch.stack([of_matrices, of_keys, of_values])
         return cosines.where(writes.norm() > 0, torch.nan).double().cpu().numpy()
 
     def sign(self, column: int) -> float:
         """v w^T and (-v)(-w)^T are one atom; the pages take the sign for which v agrees with keys at its firings."""
-        return -1.0 if pd.Series(self.cosines(column)[1][self.rows(column)["spot"]]).median() < 0 else 1.0
+        of_keys = self.cosines(column)[1]
+        at_firings = pd.Series(of_keys[self.rows(column)["spot"]])
+        return -1.0 if at_firings.median() < 0 else 1.0
 
     def rows(self, column: int) -> pd.DataFrame:
         """The firings of one atom: sequence, position, atom, activation, and spot, the place in the N T tokens."""
@@ -230,16 +237,20 @@ class AtomFacts:
         unit = self.matrices.with_norm(torch.ones_like(self.matrices.norm()))
 
         def add_up(rows: EditedRows) -> Mapping[str, ArrayLike]:
+            # In place: the window is a copy, as large as all logits of the batch.
             moved = rows.window.sub_(rows.native_window).float().mean(1).cpu().numpy()  # [n,vocab]
             for trial, change in zip(rows.trials, moved):
                 total[cast(int, trial.row["column"])] += cast(float, trial.row["sign"]) * change
             return {}
 
-        for sequence, firings in lab.bar(self._sample(settings.effect_firings, settings.effect_horizon, 1), "effects"):
+        drawn = self._sample(settings.effect_firings, settings.effect_horizon, 1)
+        for sequence, firings in lab.bar(drawn, "effects"):
             site = lab.site(sequence)
             trials = list[Trial]()
             size = site.writes.norm()
-            for column, t in [(column, t) for column, t, _ in firings if size[t] > 0]:
+            for column, t, _ in firings:
+                if not size[t] > 0:
+                    continue
                 added = unit.rows([column]).to(size) * (STEP * size[[t]])
                 for sign in (1.0, -1.0):
                     trials.append(Trial({"column": column, "sign": sign}, t, lab.add(t, added * sign)))
@@ -259,10 +270,12 @@ def follow(recurrence: Recurrence, atom: LowRank, start: int) -> tuple[Tensor, T
 
     Cost: a vector recurrence for each term.
     """
-    keys = recurrence.propagate(atom.keys[0].to(recurrence.dtype), start, 0)[0].movedim(0, 1)  # [S,R,K]
-    left = LowRank(keys, atom.values.to(keys).expand(len(keys), -1, -1))
+    carried = recurrence.propagate(atom.keys[0].to(recurrence.dtype), start, 0)[0]
+    keys = carried.movedim(0, 1)  # [S,R,K]
+    matrices = LowRank(keys, atom.values.to(keys).expand(len(keys), -1, -1))
     queries = (read_queries(recurrence)[0, start:, 0] * recurrence.scale).to(keys)
-    read = ((keys @ queries[..., None])[..., 0] @ left.values[0]).norm(dim=-1)
+    weights = (keys @ queries[..., None])[..., 0]  # [S,R]
+    read = (weights @ matrices.values[0]).norm(dim=-1)
     if recurrence.read_before_write:  # the state after token t is read at token t + 1
         read = torch.cat([torch.zeros_like(read[:1]), read[:-1]])
-    return left.norm(), read
+    return matrices.norm(), read

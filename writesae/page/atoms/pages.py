@@ -33,11 +33,14 @@ def write_atom_pages(data: AtomPagesData, folder: str | Path) -> Path:
     numbers = [page.atom for page in data.atoms]
     target = Path(folder)
     shared = {"info": data.info, "label": data.info["label"], "shown": numbers}
+    of_atom = templates.get_template("atoms/atom.html")
     for page, previous, following in zip(data.atoms, [None, *numbers], [*numbers[1:], None]):
         shown = {"page": page, "previous": previous, "following": following, **shared}
-        atomic_text(target / f"atom-{page.atom}.html", templates.get_template("atoms/atom.html").render(shown))
+        atomic_text(target / f"atom-{page.atom}.html", of_atom.render(shown))
     data.save(target / "data.json")
-    return atomic_text(target / "index.html", templates.get_template("atoms/index.html").render(data=data, **shared))
+    # The index last: what it links to is there.
+    index = templates.get_template("atoms/index.html").render(data=data, **shared)
+    return atomic_text(target / "index.html", index)
 
 
 def check_pages(folder: Path) -> None:
@@ -54,8 +57,9 @@ def with_sign(value: float, how: str = "+.2f") -> str:
 def heatmap(terms: Sequence[Term]) -> Markup:
     """The matrix of singular terms [K,V] as a picture of K x V pixels: blue above 0, orange below, opaque at the
     largest entry. For 128 x 128 it is a few kB, where elements of a page would be a megabyte."""
-    matrix = np.sum([t.size * np.outer(t.key, t.value) for t in terms], axis=0)
-    shades = 17 * np.rint(15 * np.abs(matrix) / max(float(np.abs(matrix).max()), 1e-30))  # 15 opacities
+    matrix = np.sum([term.size * np.outer(term.key, term.value) for term in terms], axis=0)
+    largest = max(float(np.abs(matrix).max()), 1e-30)
+    shades = 17 * np.rint(15 * np.abs(matrix) / largest)  # 16 opacities, which PNG packs into a few kB
     color = np.where(matrix[..., None] < 0, (0xE8, 0x6A, 0x2C), (0x3D, 0x7F, 0xF0))
     png = io.BytesIO()
     imsave(png, np.dstack([color, shades]).astype(np.uint8), format="png")

@@ -25,7 +25,8 @@ def _contexts(facts: AtomFacts, shown: pd.DataFrame, rows: pd.DataFrame) -> list
         window = slice(max(0, t - before), t + after + 1)
         tokens = facts.texts.many(facts.ids[s, window])
         values = [short(x) for x in activations[s, window]]
-        contexts.append(data.Context(s, t, min(t, before), tokens, values, None if np.isnan(cosine) else short(cosine)))
+        shown_cosine = None if np.isnan(cosine) else short(cosine)
+        contexts.append(data.Context(s, t, min(t, before), tokens, values, shown_cosine))
     return contexts
 
 
@@ -52,22 +53,29 @@ def bands(facts: AtomFacts, rows: pd.DataFrame) -> Iterator[data.Band]:
     for b in reversed(range(n_bands)):
         band = ordered.iloc[edges[b] : edges[b + 1]]
         if len(band) and per_band:
-            drawn = np.sort(rng.choice(len(band), min(per_band, len(band)), replace=False))[::-1]
-            contexts = _contexts(facts, band.iloc[drawn], rows)
+            drawn = rng.choice(len(band), min(per_band, len(band)), replace=False)
+            strongest_first = np.sort(drawn)[::-1]
+            contexts = _contexts(facts, band.iloc[strongest_first], rows)
             low = short(band["activation"].min())
             high = short(band["activation"].max())
             yield data.Band(b / n_bands, (b + 1) / n_bands, low, high, contexts)
 
 
 def listed(facts: AtomFacts, ids: Integers, values: NDArray[np.floating], n: Integers) -> list[data.TokenValue]:
-    return [*map(data.TokenValue, ids.tolist(), facts.texts.many(ids), map(short, values.tolist()), n.tolist())]
+    """Tokens with their texts, a value and a count each."""
+    shown = [short(value) for value in values.tolist()]
+    return list(map(data.TokenValue, ids.tolist(), facts.texts.many(ids), shown, n.tolist()))
 
 
 def ends(facts: AtomFacts, ids: Integers, values: NDArray[np.floating], counts: Integers) -> data.Ends:
-    n = min(facts.settings.n_tokens, len(ids) // 2)
+    """The tokens with the largest and with the smallest values, the furthest out first."""
+    n = min(facts.settings.n_tokens, len(ids) // 2)  # no token is at both ends
     order = np.argsort(-values, kind="stable")
-    both = (order[:n], order[len(order) - n :][::-1])
-    return data.Ends(*(listed(facts, ids[end], values[end], counts[end]) for end in both))
+    high = order[:n]
+    low = order[len(order) - n :][::-1]  # not [-n:], which is everything for n = 0
+    return data.Ends(
+        listed(facts, ids[high], values[high], counts[high]), listed(facts, ids[low], values[low], counts[low])
+    )
 
 
 def vocabulary(facts: AtomFacts, values: NDArray[np.float32]) -> data.Ends:
@@ -80,5 +88,8 @@ def bars(values: NDArray[np.floating], low: float | None = None, high: float | N
     """Shares of `values` in 32 bars from `low` (None: the smallest) to `high` (None: the largest)."""
     start = float(values.min()) if low is None else low
     stop = float(values.max()) if high is None else high
-    counts, edges = np.histogram(values, 32, (start, stop if stop > start else start + 1))
-    return data.Bars([short(x) for x in edges], [short(x) for x in counts / max(len(values), 1)])
+    if not stop > start:
+        stop = start + 1
+    counts, edges = np.histogram(values, 32, (start, stop))
+    shares = counts / max(len(values), 1)
+    return data.Bars([short(edge) for edge in edges], [short(share) for share in shares])
