@@ -27,21 +27,26 @@ def best_code(native: LowRank, book: LowRank, *, positive: bool = False) -> Tens
     """[N] the code of a book with the largest |cosine| with each matrix, or with the largest cosine."""
     size = book.norm()
     step = max(1, _BLOCK // len(book))
-    cosines = (native.rows(slice(i, i + step)).inners(book) / size for i in range(0, len(native), step))
-    return torch.cat([(each if positive else each.abs()).argmax(1) for each in cosines])
+    best = []
+    for start in range(0, len(native), step):
+        # By the code's norm alone: a matrix has one norm, which does not change which code is best.
+        cosines = native.rows(slice(start, start + step)).inners(book) / size
+        best.append((cosines if positive else cosines.abs()).argmax(1))
+    return torch.cat(best)
 
 
 def pursued(native: LowRank, books: Sequence[LowRank], *, positive: bool = False) -> LowRank:
     """N matrices as sums of one code of each book, each at its least-squares coefficient for what the books before it
     leave (`positive`: a coefficient below 0 becomes 0). Gradients pass through the coefficients and the codes. Costs
     N n R (K + V) a book."""
-    left = native
+    rest = native
     taken = list[LowRank]()
     for book in books:
-        code = book.rows(best_code(left, book, positive=positive))
-        size = left.inner(code) / code.inner(code)
-        taken.append(code * (size.relu() if positive else size))
-        left = LowRank.cat([left, taken[-1] * -1.0])
+        code = book.rows(best_code(rest, book, positive=positive))
+        size = rest.inner(code) / code.inner(code)
+        term = code * (size.relu() if positive else size)
+        taken.append(term)
+        rest = LowRank.cat([rest, term * -1.0])  # more terms, and never a matrix
     return LowRank.cat(taken)
 
 
@@ -60,18 +65,24 @@ def lloyd(writes: LowRank, start: LowRank, passes: int = 10) -> LowRank:
     for _ in range(passes):
         codes = LowRank.rank_one(*sides)
         chosen = best_code(writes, codes)
-        left = square - writes.inner(codes.rows(chosen)).square()
+        unexplained = square - writes.inner(codes.rows(chosen)).square()
         for side, factors in enumerate((writes.keys, writes.values)):
-            x, y = ((own * code[chosen][:, None]).sum(-1) for own, code in zip((writes.keys, writes.values), sides))
+            # <k_r, a> and <u_r, b> of the terms of each write and the code a b^T that it is given to.
+            x = (writes.keys * sides[0][chosen][:, None]).sum(-1)  # [N,R]
+            y = (writes.values * sides[1][chosen][:, None]).sum(-1)
             gain = (x * y).sum(1, keepdim=True) * (y if side == 0 else x)
-            moved = torch.zeros_like(sides[side]).index_add_(0, chosen, (factors * gain[..., None]).sum(1))
+            # The power method on sum_n <W_n, C>^2: a code's side becomes sum_n <W_n, C> W_n b, or W_n^T a.
+            step = (factors * gain[..., None]).sum(1)
+            moved = torch.zeros_like(sides[side]).index_add_(0, chosen, step)
             size = moved.norm(dim=1, keepdim=True)
-            sides[side] = torch.where(size > 0, moved / size.clamp_min(torch.finfo(size.dtype).tiny), sides[side])
+            unit = moved / size.clamp_min(torch.finfo(size.dtype).tiny)
+            sides[side] = torch.where(size > 0, unit, sides[side])
         empty = (torch.bincount(chosen, minlength=len(start)) == 0).nonzero()[:, 0]
         if len(empty):
-            worst = LowRank.svd(writes.rows(left.topk(len(empty)).indices).dense(), 1)
-            for side, own in zip(sides, (worst.keys, worst.values)):
-                side[empty] = normalize(own[:, 0], dim=1)
+            worst = writes.rows(unexplained.topk(len(empty)).indices)
+            top = LowRank.svd(worst.dense(), 1)
+            sides[0][empty] = normalize(top.keys[:, 0], dim=1)
+            sides[1][empty] = normalize(top.values[:, 0], dim=1)
     return LowRank.rank_one(*sides)
 
 
@@ -90,18 +101,21 @@ def residual_quantizer(writes: LowRank, n: int, stages: int, seed: int) -> list[
     """A book of n codes for each stage (fewer of fewer matrices), from Lloyd's algorithm on what the books before it
     leave. It starts from matrices that are drawn in proportion to their squared norm."""
     generator = torch.Generator().manual_seed(seed)
-    left = writes
+    rest = writes
     books = list[LowRank]()
     for _ in range(stages):
-        square = left.inner(left).clamp_min(0)
-        drawn = torch.multinomial(square.cpu(), min(n, int(square.count_nonzero())), generator=generator)
-        books.append(lloyd(left, left.rows(drawn)))
-        left = LowRank.cat([left, pursued(left, books[-1:]) * -1.0])
+        square = rest.inner(rest).clamp_min(0)  # rounding can leave a norm of 0 below it
+        count = min(n, int(square.count_nonzero()))
+        drawn = torch.multinomial(square.cpu(), count, generator=generator)
+        book = lloyd(rest, rest.rows(drawn))
+        books.append(book)
+        rest = LowRank.cat([rest, pursued(rest, [book]) * -1.0])
     return books
 
 
 def of_books(name: str, bits: float, books: Sequence[LowRank], *, positive: bool = False) -> Code:
     """The code of a (residual) quantizer, or of a pursuit, whose books are one."""
+    # By identity: a pursuit has one book for all of its steps, and an optimizer takes no tensor twice.
     sides = {id(side): side.requires_grad_() for book in books for side in (book.keys, book.values)}
     return Code(name, bits, lambda x: pursued(x, books, positive=positive).dense(), list(sides.values()))
 
@@ -109,11 +123,14 @@ def of_books(name: str, bits: float, books: Sequence[LowRank], *, positive: bool
 def centered(code: Code, writes: LowRank) -> Code:
     """The code with a bias with which what it writes is right on average: an error that all writes share adds up in the
     state."""
+    K = writes.keys.shape[-1]
+    V = writes.values.shape[-1]
+    error = writes.values.new_zeros(K, V)
     with torch.no_grad():
-        error = sum(
-            (x.dense() - code.written(x)).sum(0) for x in map(writes.rows, torch.arange(len(writes)).split(4096))
-        )
-    bias = (torch.as_tensor(error) / len(writes)).requires_grad_()
+        for numbers in torch.arange(len(writes)).split(4096):  # 4,096 matrices of 128 x 128 are 256 MB
+            x = writes.rows(numbers)
+            error = error + (x.dense() - code.written(x)).sum(0)
+    bias = (error / len(writes)).requires_grad_()
     return code._replace(written=lambda x: code.written(x) + bias, parameters=[*code.parameters, bias])
 
 

@@ -42,17 +42,24 @@ def fit_pca(writes: LowRank, rank: int) -> MatrixPca:
     mean = keys.T @ values / len(writes)
 
     def scores(axis: np.ndarray) -> np.ndarray:
+        """[N] <W_n - mean, axis>: of each term k u^T it is k^T axis u."""
         matrix = axis.reshape(mean.shape)
-        return ((keys @ matrix) * values).reshape(len(writes), -1).sum(1) - (mean * matrix).sum()
+        of_terms = ((keys @ matrix) * values).reshape(len(writes), -1)
+        return of_terms.sum(1) - (mean * matrix).sum()
 
     def sums(weights: np.ndarray) -> np.ndarray:
-        return ((keys * weights.repeat(writes.rank)[:, None]).T @ values - weights.sum() * mean).ravel()
+        """[D] sum_n weights_n (W_n - mean)."""
+        of_terms = keys * weights.repeat(writes.rank)[:, None]
+        return (of_terms.T @ values - weights.sum() * mean).ravel()
 
     square = float(exact.inner(exact).sum())
+    variance = square - len(writes) * (mean**2).sum()
     centred = LinearOperator((len(writes), mean.size), matvec=scores, rmatvec=sums, dtype=np.float64)  # pyright: ignore
     components = np.empty((0, mean.size))
-    if square - len(writes) * (mean**2).sum() > _NO_VARIANCE * square:
-        _, sizes, axes = svds(centred, min(rank, len(writes) - 1, mean.size - 1), random_state=0)  # pyright: ignore
-        order = np.argsort(-sizes)
-        components = axes[order[sizes[order] ** 2 > _NO_VARIANCE * square]]
+    if variance > _NO_VARIANCE * square:
+        count = min(rank, len(writes) - 1, mean.size - 1)
+        _, sizes, axes = svds(centred, count, random_state=0)  # pyright: ignore
+        order = np.argsort(-sizes)  # svds gives the smallest first
+        has_variance = sizes[order] ** 2 > _NO_VARIANCE * square
+        components = axes[order[has_variance]]
     return MatrixPca(torch.from_numpy(mean.ravel()).to(writes.values), torch.from_numpy(components).to(writes.values))

@@ -23,7 +23,8 @@ from writesae.codes.books import lloyd, pursued
 from writesae.codes.components import MatrixPca, fit_pca
 from writesae.head.writes import compact
 
-Integers = NDArray[np.int64]
+Places = NDArray[np.int64]
+"""Numbers of some of the N writes."""
 Baseline = Literal["head_mean", "token_mean", "pair_mean", "drawn", "quantised", "pca"]
 BASELINES: tuple[Baseline, ...] = get_args(Baseline)
 """Names of the baselines, as conditions of an experiment."""
@@ -58,9 +59,9 @@ class HeadBaselines:
     """The N writes that all is fitted on, in the metric, as the fields below are. All is on the host."""
     mean: Tensor
     """[K,V]"""
-    tokens: dict[int, Integers]
+    tokens: dict[int, Places]
     """Positions of each token among the N writes."""
-    pairs: dict[tuple[int, int], Integers]
+    pairs: dict[tuple[int, int], Places]
     """The same of each token and the one before it."""
     strengths: tuple[float, float]
     """m of tokens and m' of pairs."""
@@ -74,7 +75,7 @@ class HeadBaselines:
     def fit(
         cls,
         native: LowRank,
-        tokens: Integers,
+        tokens: NDArray[np.int64],
         *,
         n_codes: int,
         components: int,
@@ -97,11 +98,12 @@ class HeadBaselines:
         nonzero = np.flatnonzero(writes.norm().cpu().numpy())
         table = pd.DataFrame(tokens, columns=["before", "token"])
         everything = np.arange(len(writes))
-        by_token = cast(dict[int, Integers], table.groupby("token").indices)
-        by_pair = cast(dict[tuple[int, int], Integers], table.groupby(["before", "token"]).indices)
+        by_token = cast(dict[int, Places], table.groupby("token").indices)
+        by_pair = cast(dict[tuple[int, int], Places], table.groupby(["before", "token"]).indices)
         of_tokens = list(by_token.values())
         directions = writes.rows(torch.tensor(nonzero))
-        drawn = writes.rows(torch.tensor(np.sort(rng.permutation(nonzero)[:n_codes])))
+        chosen = np.sort(rng.permutation(nonzero)[:n_codes])
+        drawn = writes.rows(torch.tensor(chosen))
         host = writes.on_host()  # means of thousands of small groups, for each of which a GPU would wait
         strength_of_token = _strength(host, [everything], of_tokens)
         strength_of_pair = _strength(host, of_tokens, list(by_pair.values()))
@@ -118,27 +120,30 @@ class HeadBaselines:
             components=fit_pca(host, components),
         )
 
-    def written(self, name: str, native: LowRank, tokens: Integers) -> LowRank:
+    def written(self, name: str, native: LowRank, tokens: NDArray[np.int64]) -> LowRank:
         """What a baseline writes instead of N native writes, at its own size.
 
         Args:
             tokens: [N,2] the token before (-1 at the start) and the token itself.
         """
-        x = self.metric.move(native) if self.metric else native
-        found = self._written(name, x, tokens)
-        return self.metric.inverse.move(found) if self.metric else found
+        if self.metric is None:
+            return self._written(name, native, tokens)
+        written = self._written(name, self.metric.move(native), tokens)
+        return self.metric.inverse.move(written)
 
-    def _written(self, name: str, x: LowRank, tokens: Integers) -> LowRank:
+    def _written(self, name: str, x: LowRank, tokens: NDArray[np.int64]) -> LowRank:
         if name in ("drawn", "quantised"):
             return pursued(x, [self.drawn if name == "drawn" else self.codes])
         if name == "pca":
             dense = x.dense()
             projected = self.components.project(dense.flatten(1), len(self.components.components))
             return compact(projected.view_as(dense), _ENERGY)
+        # A pair of tokens occurs many times in a text, and a mean and its SVD cost the same each time.
         distinct, which = np.unique(tokens, axis=0, return_inverse=True)
         depth = ("head_mean", "token_mean", "pair_mean").index(name)
         means = [self.shrunk_mean(before, token, depth) for before, token in distinct.tolist()]
-        return compact(torch.stack(means), _ENERGY).rows(torch.tensor(which.ravel())).to(x.values)
+        of_pairs = compact(torch.stack(means), _ENERGY)
+        return of_pairs.rows(torch.tensor(which.ravel())).to(x.values)
 
     def shrunk_mean(self, before: int, token: int, depth: int) -> Tensor:
         """[K,V] the head's mean write (depth 0), that of a token, shrunk towards it (1), or that of a token pair,
@@ -152,13 +157,13 @@ class HeadBaselines:
         return mean
 
 
-def _mean(writes: LowRank, members: Integers) -> Tensor:
+def _mean(writes: LowRank, members: Places) -> Tensor:
     """[K,V] mean of some writes."""
     chosen = writes.rows(torch.tensor(members))
     return chosen.keys.flatten(0, 1).T @ chosen.values.flatten(0, 1) / len(members)
 
 
-def _strength(writes: LowRank, outer: Sequence[Integers], inner: Sequence[Integers]) -> float:
+def _strength(writes: LowRank, outer: Sequence[Places], inner: Sequence[Places]) -> float:
     """Variance of the writes within the `inner` groups over the variance of the groups' means within the `outer` ones,
     by the moments of a nested analysis of variance. Infinite where the means vary no more than chance makes them."""
     n = len(writes)
@@ -169,11 +174,15 @@ def _strength(writes: LowRank, outer: Sequence[Integers], inner: Sequence[Intege
     outer_size = np.empty(n)
     for members in outer:
         outer_size[members] = len(members)
+
+    def explained(groups: Sequence[Places]) -> float:
+        """Sum over groups of their size times the square of their mean."""
+        return sum(len(members) * float(_mean(writes, members).double().square().sum()) for members in groups)
+
+    # E[explained by inner - by outer] = (n_inner - n_outer) within + spread between, also where sizes differ.
     spread = n - sum(len(members) ** 2 / outer_size[members[0]] for members in inner)
-    above, below = (
-        sum(len(members) * float(_mean(writes, members).double().square().sum()) for members in groups)
-        for groups in (outer, inner)
-    )
-    noise = max(float(writes.inner(writes).double().sum()) - below, 0.0) / (n - n_inner)
-    varied = (below - above - (n_inner - n_outer) * noise) / spread
-    return float(noise / varied) if varied > 0 else np.inf
+    of_inner = explained(inner)
+    total = float(writes.inner(writes).double().sum())
+    within = max(total - of_inner, 0.0) / (n - n_inner)
+    between = (of_inner - explained(outer) - (n_inner - n_outer) * within) / spread
+    return float(within / between) if between > 0 else np.inf

@@ -56,8 +56,9 @@ def control_dictionaries(
             continue
         lab = Lab(model, {label: sae}, terms.tokens)
         n_sequences, length = terms.tokens.shape
-        some = torch.linspace(0, n_sequences - 1, min(n_sequences, -(-_TOKENS // length))).long().tolist()
-        x = torch.cat([matrices_of(lab.recurrence(i), lab.hook.target).flatten(1) for i in some])
+        count = min(n_sequences, math.ceil(_TOKENS / length))
+        spread = torch.linspace(0, n_sequences - 1, count).long().tolist()
+        x = torch.cat([matrices_of(lab.recurrence(n), lab.hook.target).flatten(1) for n in spread])
         made["untrained"][label] = control_dictionary(sae, x, seed=seed + n)
         writes = terms.writes(lab.hook.layer, lab.hook.head)
         if writes.norm().any():
@@ -87,19 +88,21 @@ def control_dictionary(sae: MatrixSAE, matrices: Tensor, writes: LowRank | None 
         torch.manual_seed(seed)
         new = type(sae)(cfg).to(sae.b_dec.device, sae.b_dec.dtype).eval()
     new._scale_in_place(1 / new.decoder_norm(), 1 / new.encoder_norm())
-    if (cfg.metadata.training_architecture_details or {}).get("b_dec_init", "mean") == "mean":
+    details = cfg.metadata.training_architecture_details or {}
+    if details.get("b_dec_init", "mean") == "mean":
         new.b_dec.data.copy_(matrices.float().mean(0))
     if writes is not None:
         n_atoms = new.n_factors
         written = torch.nonzero(writes.norm() > 0).flatten().cpu()
         order = torch.randperm(len(written), generator=torch.Generator().manual_seed(seed))
-        drawn = written[order.repeat(math.ceil(n_atoms / len(written)))[:n_atoms]]
+        rounds = math.ceil(n_atoms / len(written))
+        drawn = written[order.repeat(rounds)[:n_atoms]]
         atoms = writes.rows(drawn.to(writes.keys.device)).to(torch.float32)
         if cfg.decoder == "rank" and atoms.rank != cfg.rank:
             atoms = LowRank.svd(atoms.dense(), cfg.rank, balanced=True)
         atoms = atoms.with_norm(atoms.norm().new_ones(n_atoms)).to(new.b_dec.device)
-        everywhere = torch.arange(n_atoms, device=new.b_dec.device)
-        new.replace_atoms(everywhere, atoms, torch.ones_like(everywhere, dtype=torch.bool))
+        all_atoms = torch.arange(n_atoms, device=new.b_dec.device)
+        new.replace_atoms(all_atoms, atoms, torch.ones_like(all_atoms, dtype=torch.bool))
     x = matrices.to(new.b_dec)
     wanted = int((sae.encode(x) > 0).sum())
     if {"threshold", "topk_threshold"} & {*new.state_dict()}:
@@ -108,7 +111,8 @@ def control_dictionary(sae: MatrixSAE, matrices: Tensor, writes: LowRank | None 
         # Standard and Gated, which have no threshold, get one bias for all atoms, between the last one in and the next.
         top = (new.process_sae_in(x) @ new.W_enc).flatten().topk(wanted + 1).values
         between = top[-2:].mean() if wanted else 2 * top[0]
-        new.get_parameter("b_gate" if hasattr(new, "b_gate") else "b_enc").data.fill_(-max(float(between), 0.0))
+        bias = new.get_parameter("b_gate" if hasattr(new, "b_gate") else "b_enc")
+        bias.data.fill_(-max(float(between), 0.0))
     return new
 
 
@@ -121,21 +125,22 @@ class Answer(NamedTuple):
 
 def answers(results: Sequence[Result]) -> list[Answer]:
     """Every answer of trained dictionaries, compared with those of their controls where these are among the results."""
-    controlled = {control: _answers_of(results, control) for control in CONTROL_KINDS}
+    by_control = {control: _answers_of(results, control) for control in CONTROL_KINDS}
 
     def same_claim(place: tuple[object, ...], claim: Claim) -> dict[ControlKind, Claim]:
-        return {
-            control: other.claim
-            for control in CONTROL_KINDS
-            for other in controlled[control].get(place, [])
-            if (other.claim.number, other.claim.claim) == (claim.number, claim.claim)
-        }
+        same: dict[ControlKind, Claim] = {}
+        for control in CONTROL_KINDS:
+            for answer in by_control[control].get(place, []):
+                # By both: claims of this project have no number.
+                if (answer.claim.number, answer.claim.claim) == (claim.number, claim.claim):
+                    same[control] = answer.claim
+        return same
 
-    return [
-        Answer(label, against_controls(claim, same_claim(place, claim)))
-        for place, trained in _answers_of(results, None).items()
-        for label, claim in trained
-    ]
+    compared = []
+    for place, trained in _answers_of(results, None).items():
+        for label, claim in trained:
+            compared.append(Answer(label, against_controls(claim, same_claim(place, claim))))
+    return compared
 
 
 def against_controls(claim: Claim, controls: Mapping[ControlKind, Claim]) -> Claim:
@@ -163,12 +168,13 @@ def _answers_of(results: Sequence[Result], control: ControlKind | None) -> dict[
     made: dict[tuple[object, ...], list[Answer]] = defaultdict(list)
     measured: dict[str, list[Result]] = defaultdict(list)
     for result in results:
-        if result.info.get("control") == control:
-            label = result.label if control is None else result.info["control_of"]
-            place = (*(result.info.get(name) for name in ("model", "layer", "head")), result.kind, label)
-            made[place] += [Answer(result.label, claim) for claim in result.claims()]
-            if result.skipped is None:
-                measured[result.kind].append(result)
+        if result.info.get("control") != control:
+            continue
+        label = result.label if control is None else result.info["control_of"]
+        head = [result.info.get(name) for name in ("model", "layer", "head")]
+        made[*head, result.kind, label] += [Answer(result.label, claim) for claim in result.claims()]
+        if result.skipped is None:
+            measured[result.kind].append(result)
     for kind, group in measured.items():
         for label, claim in type(group[0].evaluation).across(group):
             made[kind, label].append(Answer(label, claim))

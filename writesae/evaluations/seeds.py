@@ -22,6 +22,7 @@ from writesae.experiment.at_firings import OfAlive
 from writesae.experiment.evaluation import Result, Scope
 from writesae.experiment.firings import Integers
 from writesae.experiment.lab import Lab
+from writesae.head.writes import torch_generator
 from writesae.verdict.finding import Against, Finding, Paired
 from writesae.verdict.format import percent
 from writesae.verdict.judge import Verdict, too_little
@@ -100,7 +101,8 @@ class Seeds(OfAlive):
         n_tokens = min(self.alive_tokens, lab.tokens.numel())
         for label in lab.saes:
             firings = lab.firings(label)
-            numbers[label] = alive = firings.alive(n_tokens, self.min_firings)
+            alive = firings.alive(n_tokens, self.min_firings)
+            numbers[label] = alive
             lab.require(
                 len(alive) > 0, f"{label} has no atom that fires {self.min_firings} times on {n_tokens:,} tokens"
             )
@@ -108,15 +110,16 @@ class Seeds(OfAlive):
             n_dead = firings.n_atoms - len(firings.alive(n_tokens))
             counts.append((label, len(alive), int((medians >= self.threshold).sum()), n_dead))
         pools = []
-        needed = math.ceil(max(map(len, numbers.values())) / lab.tokens.shape[1]) + 1  # one more: some writes are zero
-        for start in (0, 1):  # native writes of even and of odd sequences
+        most = max(map(len, numbers.values()))
+        needed = math.ceil(most / lab.tokens.shape[1]) + 1  # one more: some writes are zero
+        for start in (0, 1):  # even and odd sequences: the same write on both sides would match itself
             writes = lab.native_writes(range(start, len(lab.tokens), 2)[:needed])
             pools.append(writes.rows(writes.norm() > 0))
         rng = np.random.default_rng(self.seed)
         pairs = []
         for a, b in itertools.combinations(lab.saes, 2):
             atoms = [lab.atoms(numbers[label], label) for label in (a, b)]
-            noise = torch.Generator().manual_seed(int(rng.integers(2**62)))
+            noise = torch_generator(rng)
             random = [alive.random_like(noise) for alive in atoms]
             writes = []
             for pool, alive in zip(pools, atoms):
@@ -124,15 +127,12 @@ class Seeds(OfAlive):
                 writes.append(pool.rows(torch.tensor(drawn)))
             for sample, (of_a, of_b) in zip(SAMPLES, (atoms, random, writes)):
                 size = of_a.cosines(of_b).abs().cpu().double().numpy()
-                first, second = linear_sum_assignment(size, maximize=True)
-                columns = {
-                    "a": a,
-                    "b": b,
-                    "sample": sample,
-                    "first": numbers[a][first] if sample == "atoms" else first,
-                    "second": numbers[b][second] if sample == "atoms" else second,
-                    "cosine": size[first, second],
-                }
+                first, second = linear_sum_assignment(size, maximize=True)  # the Hungarian method
+                cosine = size[first, second]
+                if sample == "atoms":
+                    first = numbers[a][first]
+                    second = numbers[b][second]
+                columns = {"a": a, "b": b, "sample": sample, "first": first, "second": second, "cosine": cosine}
                 pairs.append(pd.DataFrame(columns))
         table = pd.concat(pairs, ignore_index=True)
         return {
@@ -151,7 +151,8 @@ class Seeds(OfAlive):
             for sample in SAMPLES:
                 cosines = samples[sample]["cosine"]
                 excess = samples["atoms"].lead("cosine", samples[sample])
-                rows.append((a, b, sample, len(cosines), cosines.median(), (cosines > SAME).mean(), *excess[:3]))
+                is_same = cosines > SAME
+                rows.append((a, b, sample, len(cosines), cosines.median(), is_same.mean(), *excess[:3]))
         return pd.DataFrame(rows, columns=list(self.columns["matches"]))
 
     # -- judging
@@ -186,8 +187,11 @@ class Seeds(OfAlive):
     def _same_kinds(self, result: Result, beyond: Finding) -> Finding:
         """Claim 20, with whether atoms match beyond chance."""
         counts = result.tables["counts"]
-        spread = {name: float(np.ptp(counts[name]) / max(counts[name].mean(), 1)) for name in ("alive", "register")}
-        same = {name: float(rows["share_same"].max()) for name, rows in result.tables["matches"].groupby("sample")}
+        spread = {}
+        for name in ("alive", "register"):
+            spread[name] = float(np.ptp(counts[name]) / max(counts[name].mean(), 1))
+        by_sample = result.tables["matches"].groupby("sample")
+        same = {name: float(rows["share_same"].max()) for name, rows in by_sample}
         faults = []
         if max(spread.values()) > SPREAD:
             faults.append(f"counts vary by more than {percent(SPREAD)}")
