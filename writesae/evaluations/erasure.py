@@ -163,14 +163,16 @@ class Erasure(OfHalves):
         lab.facts["floor"] = lab.floor(floor, "change", self.horizon + 1)
         lab.facts["split"] = "a random half of the sequences for the choice of tokens, the other half for the test"
         typical = torch.tensor(test.groupby("column")["activation"].median().to_numpy())
-        table = pd.concat(
-            lab.read(site, self._trials(lab, site, directions, typical), changes, self.horizon + 1)
-            for site in lab.sites(test, self.kind)
-        )
+        tables = []
+        for site in lab.sites(test, self.kind):
+            trials = self._trials(lab, site, directions, typical)
+            tables.append(lab.read(site, trials, changes, self.horizon + 1))
+        table = pd.concat(tables)
         by_firing = test.set_index("firing")
         is_insertion = table["condition"].isin(["injected", RANDOM_IN])
         wide = table[~is_insertion].pivot(index="firing", columns="condition", values="change")
-        firings = by_firing.join(wide).join(table[table["condition"] == "effect"].set_index("firing")["wrong"])
+        erased = table[table["condition"] == "effect"].set_index("firing")
+        firings = by_firing.join(wide).join(erased["wrong"])
         of_atom = firings.groupby("column")
         ids = tokens["effect"][:, 0].tolist()
         summary = of_atom[["effect", *CONTROL_NAMES]].mean()
@@ -226,10 +228,11 @@ class Erasure(OfHalves):
         drawn = random_units(atoms, lab.firings().n_atoms, self.seed)
         products = torch.zeros(len(atoms), len(drawn)).to(drawn.values)
         for sequence, rows in firings.groupby("sequence"):
-            writes = lab.native_writes([int(str(sequence))]).rows(rows["position"].tolist()).to(drawn.values)
+            of_sequence = lab.native_writes([int(str(sequence))])
+            writes = of_sequence.rows(rows["position"].tolist()).to(drawn.values)
             column = torch.tensor(rows["column"].tolist(), device=products.device)
             products.index_add_(0, column, writes.cosines(drawn) * writes.norm()[:, None])
-        return drawn.rows(products.argmax(1))
+        return drawn.rows(products.argmax(1))  # the sums of an atom are over the same firings, as their means are
 
     def _choose(
         self, lab: Lab, select: pd.DataFrame, directions: Directions
@@ -244,10 +247,10 @@ class Erasure(OfHalves):
             native = native_log_prob(rows)
             column, is_random = _columns(rows)
             parts = {"effect": (change, ~is_random), "random": (change, is_random), "native": (native, ~is_random)}
-            for name, (values, summed) in parts.items():
+            for name, (values, is_summed) in parts.items():
                 total = sums[name]
-                total.index_add_(0, column[summed].to(total.device), values[summed].to(total))
-            return {}
+                total.index_add_(0, column[is_summed].to(total.device), values[is_summed].to(total))
+            return {}  # sums over firings, for the logits of all of them are gigabytes
 
         for site in lab.sites(select, f"{self.kind}: tokens"):
             lab.read(site, self._trials(lab, site, directions), add, self.horizon + 1)
@@ -275,7 +278,8 @@ class Erasure(OfHalves):
         if typical is not None:
             other = site.at(rows["elsewhere_position"].tolist())
             other_size = other.norm()
-            added["elsewhere", 0.0] = other * torch.where(other_size > 0, -size / other_size.clamp_min(1e-30), 0)
+            factor = torch.where(other_size > 0, -size / other_size.clamp_min(1e-30), 0)
+            added["elsewhere", 0.0] = other * factor
             for m in self.injected:
                 inserted = atom * (m * typical[column]).to(atom.values)
                 added["injected", m] = inserted
@@ -315,8 +319,9 @@ class Erasure(OfHalves):
             "token was chosen on",
             of=f"firings of {firings['atom'].nunique()} atoms in {firings['sequence'].nunique()} sequences",
         )
-        lower = atoms["effect"] < atoms[list(CONTROL_NAMES)].min(axis=1) - RELEVANT
-        n_single = int((lower & (atoms["p"] < 0.05)).sum())
+        lowest_control = atoms[list(CONTROL_NAMES)].min(axis=1)
+        is_lower = atoms["effect"] < lowest_control - RELEVANT
+        n_single = int((is_lower & (atoms["p"] < 0.05)).sum())
         beaten = f"atom lowers its token {RELEVANT:g} nats more than every control."
         single = Finding(
             claim="single atoms have their own token",

@@ -99,7 +99,8 @@ class Install(Evaluation):
         rng = lab.rng(2)
         strata = [*STRATA]
         if self.semantic:
-            strata.append(Stratum("semantic", among=tuple(token_id(lab.model, target) for target in self.semantic)))
+            meant = tuple(token_id(lab.model, target) for target in self.semantic)
+            strata.append(Stratum("semantic", among=meant))
         windows = self._windows(lab, len(strata), rng)
         tables, prompts, edits = [], [], []
         for n, (sequence, start) in enumerate(lab.bar(windows, self.kind)):
@@ -123,7 +124,9 @@ class Install(Evaluation):
             sides = {"target": direction, "random": random_unit(direction, lab.rng(3, len(tables)))}
             trials = self._trials(lab, site, row, sides)
             nothing = row | {"condition": "nothing", "m": 0.0, "log_prob_change": 0.0, "edited_rank": target.rank}
-            tables.append(pd.concat([pd.DataFrame([nothing]), lab.read(site, trials, target_change, self.n_positions)]))
+            edited = lab.read(site, trials, target_change, self.n_positions)
+            tables.append(pd.concat([pd.DataFrame([nothing]), edited]))
+            # Continuations of all prompts run together below, in the order of the rows.
             edits += [[], *(trial.edits for trial in trials)]
             prompts += [lab.tokens[sequence, span]] * (1 + len(trials))
         lab.require(bool(tables), f"no stratum has two tokens: the vocabulary has {lab.model.W_U.shape[1]}")
@@ -131,10 +134,11 @@ class Install(Evaluation):
         new = greedy_rows(
             lab.model, torch.stack(prompts), edits, self.new_tokens, batch_size=self.rows_per_run, progress=lab.progress
         )
-        table = pd.concat(tables, ignore_index=True).assign(
-            hit=lambda t: [token in row for token, row in zip(t["token"], new)],
-            wrong_hit=lambda t: [wrong in row for wrong, row in zip(t["wrong"], new)],
-            first=lambda t: [row.index(token) if token in row else -1 for token, row in zip(t["token"], new)],
+        table = pd.concat(tables, ignore_index=True)
+        table = table.assign(
+            hit=[token in row for token, row in zip(table["token"], new)],
+            wrong_hit=[wrong in row for wrong, row in zip(table["wrong"], new)],
+            first=[row.index(token) if token in row else -1 for token, row in zip(table["token"], new)],
         )
         return {"continuations": table}
 
@@ -173,12 +177,14 @@ class Install(Evaluation):
         """Claim 10 in the paper's stratum, then the same of the other strata; claim 25 over all of them."""
         table = result.tables["continuations"]
         rows = table[table["m"].isin([0.0, self.headline])]
-        by_paper = sorted(rows["stratum"].unique(), key=lambda stratum: stratum != "100-1000")
-        return [*(self._hits(stratum, rows[rows["stratum"] == stratum]) for stratum in by_paper), self._ranks(rows)]
+        papers_first = sorted(rows["stratum"].unique(), key=lambda stratum: stratum != "100-1000")
+        of_strata = [self._hits(stratum, rows[rows["stratum"] == stratum]) for stratum in papers_first]
+        return [*of_strata, self._ranks(rows)]
 
     def _hits(self, stratum: str, rows: pd.DataFrame) -> Finding:
         """Whether the target is in the continuation; `wrong`: the wrong target, while the target is installed."""
         installed = rows[rows["condition"] == "target"]
+        # The control `wrong` is the installed continuation, asked for another token.
         wrong = installed.assign(condition="wrong", hit=installed["wrong_hit"])
         wide = pd.concat([rows, wrong]).pivot(index=["pair", "sequence"], columns="condition", values="hit")
         hits = Paired(wide.astype(bool).reset_index(), seed=self.seed)

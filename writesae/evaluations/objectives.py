@@ -156,17 +156,19 @@ class Objectives(OfAlive):
         tests: dict[str, Tested] = {}
         test = self.substitution()
         for label in lab.saes:
-            view = lab.only(label)
+            view = lab.only(label)  # with facts of its own: each dictionary has another number of alive atoms
             wide = wide_firings(Result(test, {}, test.measure(view)))
             lab.require(
                 wide["written_atom"].nunique() > 1,
                 f"{label}: only one atom can be tested, and an interval needs two; give more tokens",
             )
             tests[label] = Tested(wide, int(str(view.facts["n_alive"])))
-        rows = [
-            {"sae": label, **objective(sae)._asdict(), "d_sae": int(sae.cfg.d_sae)} for label, sae in lab.saes.items()
-        ]
-        dictionaries = pd.DataFrame(rows).assign(l0=fits.groupby("sae")["l0"].mean().reindex(list(tests)).to_numpy())
+        l0 = fits.groupby("sae")["l0"].mean()
+        rows = []
+        for label, sae in lab.saes.items():
+            row = {"sae": label, **objective(sae)._asdict(), "d_sae": int(sae.cfg.d_sae), "l0": l0[label]}
+            rows.append(row)
+        dictionaries = pd.DataFrame(rows)
         lab.facts["target"] = ", ".join(dictionaries["target"].unique())
         return self.tables(dictionaries, tests, fits)
 
@@ -184,7 +186,8 @@ class Objectives(OfAlive):
         scales = {f"atom/{scale}": scale for scale in TESTED_SCALES}
         for label, d_sae in zip(dictionaries["sae"], dictionaries["d_sae"]):
             wide, n_alive = tests[label]
-            samples[label] = self._samples(wide, fits[fits["sae"] == label], np.arange(d_sae) < n_alive)
+            is_alive = np.arange(d_sae) < n_alive  # intervals resample atoms, and only their number is known
+            samples[label] = self._samples(wide, fits[fits["sae"] == label], is_alive)
             verdict = self.substitution().nearer(wide, self.scale).verdict
             row = {
                 "tested_atoms": wide["written_atom"].nunique(),
@@ -213,11 +216,14 @@ class Objectives(OfAlive):
         rates |= {control: f"{control}/{self.scale}" for control in self.controls}
         wins = pd.DataFrame({name: wide[column] < wide["delete"] for name, column in rates.items()})
         # Rates are to hold for the dictionary's atoms, so that these are the units.
-        of_atoms = Paired(wins.assign(cosine=wide["cosine"], atom=wide["written_atom"]), ("atom",), self.seed)
+        of_firings = wins.assign(cosine=wide["cosine"], atom=wide["written_atom"])
+        of_atoms = Paired(of_firings, ("atom",), self.seed)
+        of_sequences = Paired(fits.reset_index(drop=True), seed=self.seed)
+        every_atom = pd.DataFrame({"alive": alive}).reset_index(names="atom")
         return {
             **dict.fromkeys(("cosine", *rates), of_atoms),
-            **dict.fromkeys(WITHIN_TARGET, Paired(fits.reset_index(drop=True), seed=self.seed)),
-            "alive": Paired(pd.DataFrame({"alive": alive}).reset_index(names="atom"), ("atom",), self.seed),
+            **dict.fromkeys(WITHIN_TARGET, of_sequences),
+            "alive": Paired(every_atom, ("atom",), self.seed),
         }
 
     # -- judging
@@ -238,12 +244,15 @@ class Objectives(OfAlive):
         b = str(base["sae"])
         mine = value(result, a, self.scale)
         theirs = value(result, b, self.scale)
-        table = result.tables["contrasts"]
-        pair = table[(table["measure"] == self.scale) & (table["a"] == a) & (table["b"] == b)]
-        mean, low, high = pair[["difference", "low", "high"]].to_numpy(float)[0].tolist()
-        gap = Estimate(mean, low, high, mine.n + theirs.n, min(mine.n_clusters, theirs.n_clusters))
-        below = [tested for tested in (row, base) if tested["outcome"] == "below the floor"]
-        floor = Verdict("below the floor", f"{below[0]['sae']}: {below[0]['sentence']}") if below else None
+        contrasts = result.tables["contrasts"]
+        is_pair = (contrasts[["measure", "a", "b"]] == [self.scale, a, b]).all(axis=1)
+        pair = contrasts[is_pair].iloc[0]
+        n = mine.n + theirs.n
+        gap = Estimate(pair["difference"], pair["low"], pair["high"], n, min(mine.n_clusters, theirs.n_clusters))
+        floor = None
+        for tested in (base, row):
+            if tested["outcome"] == "below the floor":
+                floor = Verdict("below the floor", f"{tested['sae']}: {tested['sentence']}")
         sure = "It is ahead, and beats deletion and every control that beats deletion."
         short = f"It is ahead; its atoms compared with deletion: {row['sentence']}"
         loss = "mse" if row["loss"] == "mse" else f"{row['loss']} loss"

@@ -168,9 +168,8 @@ class Partition(OfAlive):
         cosines = firing_cosines(lab, alive, directions={"pca": first_component(lab, self.pca_writes)})
         grouped = cosines.groupby("atom")[[*COSINE_SAMPLES, "untrained", *SIDES, "pca"]]
         atoms = grouped.median().assign(firings=grouped.size()).reset_index()
-        atoms = atoms.assign(
-            z=mixtures.fisher_z(atoms["cosine"]), kind=np.where(atoms["cosine"] >= self.threshold, *ATOM_KINDS)
-        )
+        kind = np.where(atoms["cosine"] >= self.threshold, *ATOM_KINDS)
+        atoms = atoms.assign(z=mixtures.fisher_z(atoms["cosine"]), kind=kind)
         lab.skipped[f"atoms that fire fewer than {self.min_firings} times"] += len(ever) - len(alive)
         by_kind = self._tested(lab, atoms)
         # After the substitution test, which counts an atom as alive from its first firing on.
@@ -198,7 +197,8 @@ class Partition(OfAlive):
             return pd.DataFrame(columns=list(self.columns["substitution"]))
         rng = lab.rng(4)
         drawn = [rng.choice(ids, min(len(ids), self.tested_atoms), replace=False) for ids in of_kinds]
-        settings = replace(settings, atoms=tuple(np.sort(np.concatenate(drawn)).tolist()))
+        tested = np.sort(np.concatenate(drawn)).tolist()
+        settings = replace(settings, atoms=tuple(tested))
         wide = wide_firings(Result(settings, {}, settings.measure(lab)))
         verdict = settings.nearer(wide, settings.scales[0]).verdict
         table, lab.facts["compared"] = compare_kinds(wide, settings.scales[0], verdict, atoms, self.seed)
@@ -213,7 +213,7 @@ class Partition(OfAlive):
         sides = [f"{side} sides {medians[side]} (shuffled {medians[f'shuffled_{side}']})" for side in ("key", "value")]
         atoms = Paired(table, ("atom",), self.seed)
         gain = atoms.median("cosine", "shuffled")
-        few = Verdict("not tested", f"{len(table)} alive atoms are too few.")
+        too_few = Verdict("not tested", f"{len(table)} alive atoms are too few.")
         aligned = Finding(
             claim="atoms point along the writes they fire on",
             effect=gain,
@@ -221,7 +221,7 @@ class Partition(OfAlive):
             null=UNTRAINED,
             against={UNTRAINED: Against(atoms.median("cosine", "untrained"))},
             relevant=RELEVANT_COSINE,
-            ruled=few if len(table) < self.min_atoms else None,
+            ruled=too_few if len(table) < self.min_atoms else None,
             shown={
                 "atoms": atoms.median("cosine"),
                 "shuffled null": atoms.median("shuffled"),
@@ -297,7 +297,9 @@ class Partition(OfAlive):
         on_z, _ = fitted.get(("atoms", "z"), nothing)
         fits = result.tables["mixtures"]
         two = fits[(fits["sample"] == "atoms") & (fits["space"] == "cosine") & (fits["components"] == 2)]
-        apart = float(np.ptp(two["mean"]) / np.sqrt((two["sd"] ** 2).mean())) if len(two) else 0.0
+        apart = 0.0
+        if len(two):
+            apart = float(np.ptp(two["mean"]) / np.sqrt((two["sd"] ** 2).mean()))  # Ashman's D
         shares = Paired(above, ("atom",), self.seed)
         excess = shares.mean("cosine", "shuffled")
         rival = {UNTRAINED: Against(shares.mean("cosine", "untrained"))}

@@ -130,7 +130,8 @@ def noise(toward: Operation) -> Operation:
         changes = {}
         for layer, change in (toward(memory) - memory).items():
             random = torch.randn(change.shape, generator=generator)
-            changes[layer] = random * change.norm(dim=(-1, -2), keepdim=True) / random.norm(dim=(-1, -2), keepdim=True)
+            size = change.norm(dim=(-1, -2), keepdim=True)
+            changes[layer] = random * size / random.norm(dim=(-1, -2), keepdim=True)
         return memory + changes
 
     return operate
@@ -182,8 +183,8 @@ def cut_at_once(model: HookedRecurrent, n: int) -> Shares:
     """The span is the last thing that was read."""
     tokens = sequences(model, STOP + AFTER, n)
     operations = {"without": without(0), "states alone": states_alone(without(0)), **CONTROL_OPERATIONS}
-    reference = model.memory(tokens[:, :START])
-    return Judge(model, reference, tokens[:, STOP:]).shares(operations, model.memory(tokens[:, :STOP]))
+    judge = Judge(model, model.memory(tokens[:, :START]), tokens[:, STOP:])
+    return judge.shares(operations, model.memory(tokens[:, :STOP]))
 
 
 def cut_later(model: HookedRecurrent, n: int, m: int) -> Shares:
@@ -194,8 +195,9 @@ def cut_later(model: HookedRecurrent, n: int, m: int) -> Shares:
     operations = {**ways_to_cut(m), "states alone": states_alone(without(0))}
     if any(name.startswith("attention/") for name in memory.kept):
         operations["reread 4, keys not moved"] = keys_not_moved(without(4))
-    reference = model.memory(torch.cat([read[:, :START], read[:, STOP:]], 1))
-    return Judge(model, reference, tokens[:, STOP + m :]).shares({**operations, **CONTROL_OPERATIONS}, memory)
+    never_read = torch.cat([read[:, :START], read[:, STOP:]], 1)
+    judge = Judge(model, model.memory(never_read), tokens[:, STOP + m :])
+    return judge.shares({**operations, **CONTROL_OPERATIONS}, memory)
 
 
 def keys_not_moved(operation: Operation) -> Operation:
@@ -234,17 +236,18 @@ def pasted(model: HookedRecurrent, n: int) -> Shares:
     tokens = sequences(model, STOP + AFTER, n)
     span = tokens[:, START:STOP]
     reference = model.memory(tokens[:, :STOP])
+    # Each row's beginning, and in `wrong` its span, is that of the row before it: text of the same kind.
     other_beginning = tokens[:, :START].roll(1, 0)
-    other = model.memory(torch.cat([other_beginning, span], 1))
+    elsewhere = model.memory(torch.cat([other_beginning, span], 1))
     wrong = model.memory(torch.cat([other_beginning, span.roll(1, 0)], 1))
 
     def paste(source: Memory) -> Operation:
         return lambda memory: memory.paste(source, (START, STOP))
 
     operations = {
-        "paste": paste(other),
+        "paste": paste(elsewhere),
         "paste from the same beginning": paste(reference),
-        "states alone": states_alone(paste(other)),
+        "states alone": states_alone(paste(elsewhere)),
         "control: another span": paste(wrong),
         "control: noise of equal norm": noise(lambda memory: reference),
     }
@@ -255,14 +258,16 @@ def compressed(model: HookedRecurrent, n: int) -> dict[str, dict[str, float]]:
     """KL per token of truncated and of mixed states; "empty" are zeros."""
     tokens = sequences(model, 128 + AFTER, n)
     memory = model.memory(tokens[:, :128])
-    other = model.memory(tokens[:, :128].roll(1, 0))
+    of_other_text = model.memory(tokens[:, :128].roll(1, 0))
     judge = Judge(model, memory, tokens[:, 128:])
-    judge_of_other = Judge(model, other, tokens[:, 128:])
-    empty = memory.with_states({layer: torch.zeros_like(memory.state(layer)) for layer in memory.forms})
-    truncated = {f"rank {rank}": memory.truncate(rank) for rank in (1, 2, 4, 8, 16, 32)}
-    divergences = {name: {"kl": float(judge.kl(x).mean())} for name, x in {"empty": empty, **truncated}.items()}
+    judge_of_other = Judge(model, of_other_text, tokens[:, 128:])
+    zeros = {layer: torch.zeros_like(memory.state(layer)) for layer in memory.forms}
+    memories = {"empty": memory.with_states(zeros)}
+    for rank in (1, 2, 4, 8, 16, 32):
+        memories[f"rank {rank}"] = memory.truncate(rank)
+    divergences = {name: {"kl": float(judge.kl(x).mean())} for name, x in memories.items()}
     for t in (0.25, 0.5, 0.75, 1.0):
-        mixed = memory.lerp(other, t)
+        mixed = memory.lerp(of_other_text, t)
         to_other = float(judge_of_other.kl(mixed).mean())
         divergences[f"t {t}"] = {"kl": float(judge.kl(mixed).mean()), "kl to the other": to_other}
     return divergences
@@ -279,22 +284,23 @@ def cut_facts(name: str, n: int) -> dict[str, dict[str, tuple[int, int]]]:
     places = range(1, PAIRS - 2)
     for pair in places:
         batch = task.batch(n, generator, PAIRS)
+        # `<bos>`, then pairs of a key and a value.
         memory = model.memory(batch.tokens[:, : 1 + 2 * PAIRS])
         start = 1 + 2 * pair
         stop = 3 + 2 * pair
         never_read = torch.cat([memory.tokens[:, :start], memory.tokens[:, stop:]], 1)
-        memories = {
-            "not cut": memory,
-            **{f"`reread={count}`": memory.without((start, stop), reread=count) for count in (0, 1, 3)},
-            "the default": memory.without((start, stop)),
-            "never read": model.memory(never_read),
-        }
+        memories = {"not cut": memory}
+        for count in (0, 1, 3):
+            memories[f"`reread={count}`"] = memory.without((start, stop), reread=count)
+        memories["the default"] = memory.without((start, stop))
+        memories["never read"] = model.memory(never_read)
         questions = {"the cut pair": pair, "the pair before": pair - 1, "another": (pair + 2) % PAIRS}
         for question, asked in questions.items():
             symbols = {**batch.symbols, "asked": torch.full_like(batch.symbols["asked"], asked)}
             spelled = task.spell(symbols)
-            for label, given in memories.items():
-                answers = model.logits_after(given, spelled.tokens[:, -2:-1])[:, -1].argmax(-1)
+            for label, asked_memory in memories.items():
+                logits = model.logits_after(asked_memory, spelled.tokens[:, -2:-1])
+                answers = logits[:, -1].argmax(-1)
                 counts = right.setdefault(label, dict.fromkeys(questions, 0))
                 counts[question] += int((answers == spelled.answers[:, 0]).sum())
     return {label: {q: (count, n * len(places)) for q, count in counts.items()} for label, counts in right.items()}
