@@ -51,6 +51,7 @@ class WriteEdit:
             raise EditError(f"loop must be closed or open, not {self.loop!r}")
         for name in ("layer", "head", "position"):
             if name != "position" or self.position is not None:
+                # Whole numbers of numpy and torch become Python's; a float raises instead of being rounded.
                 object.__setattr__(self, name, operator.index(getattr(self, name)))
         if self.position is not None and self.position < 0:
             raise EditError(f"position must be >= 0 or None for every token, not {self.position}")
@@ -225,7 +226,7 @@ def changes_of(
                     "position cannot be placed: fill the cache with this model, or run the whole sequence"
                 )
             token = edit.position - first_token
-            if not 0 <= token < r.T:
+            if not 0 <= token < r.T:  # of another pass: a generation runs one token at a time
                 continue
             at = slice(token, token + 1)
         plan.acted.add(id(placed))  # by identity: two equal edits are two

@@ -225,7 +225,7 @@ def _rebind(namespace: ModuleType, *wrappers: tuple[Iterable[str], Callable[...,
 
     def unwrap() -> None:
         with _LOCK:
-            while bound:
+            while bound:  # emptied as it goes: called twice, it undoes nothing twice
                 name, wrapper = bound.pop()
                 _USES[id(wrapper)].pop()
                 if not _USES[id(wrapper)]:
@@ -269,6 +269,7 @@ def _wrap_op(op: Function, on_device: bool = True) -> Function:
         if not handlers:
             return op(*args, **kwargs)
         positional = tuple(names[: len(args)])
+        # The rule reads factors by name, and the layer may give any of them by position or leave them out.
         named = {name: value for name, value in kwargs.items() if known is None or name in known}
         arguments = defaults | dict(zip(positional, args)) | named
         for_device = _on_device(op, plain, args, kwargs) if on_device else op

@@ -23,6 +23,7 @@ class Padding:
         """A packed tensor [1,N,...] in the batch's rows, zero at padding; one that has these already, as it is."""
         if self.mask is None or x.shape[:2] == self.mask.shape:
             return x
+        # Not in place, so that gradients pass from the batch's rows to the packed tensor.
         return x.new_zeros(*self.mask.shape, *x.shape[2:]).index_put((self.mask,), x[0])
 
     def packed(self, x: Tensor) -> Tensor:

@@ -156,6 +156,7 @@ class Memory:
             InputError: the state was set by hand, so that no token wrote it.
         """
         r = self.recurrence(layer)
+        # With each write as its own column of values, the last state has their keys as its columns.
         by_source = r.by_source().states(positions=-1)[:, 0].movedim(-1, 1)  # [B,T*R,H,K]
         keys = by_source.unflatten(1, (r.T, r.R)).movedim(2, 3).reshape(r.k.shape)
         heads = slice(None) if head is None else head
@@ -176,6 +177,7 @@ class Memory:
         back = r.adjoint(torch.zeros_like(values[0])).replace(initial_state=state)
         inner = torch.zeros(())
         for key, value in zip(terms(r.k.to(r.dtype)), values):
+            # The adjoint runs from the last token to the first, so that its tokens are flipped on both sides.
             held = back.replace(q=key.flip(1)).outputs().flip(1)  # [B,T,H,V], S^T P k
             inner = inner + (held * value).sum(-1)
         shares = inner / state.square().sum((-1, -2))[:, None]
@@ -273,6 +275,7 @@ class Memory:
             raise InputError(f"rank: expected a whole number from 1 on, got {rank!r}")
         states = self._states()
         for layer, state in states.items():
+            # torch has no SVD of half precision.
             left, sizes, right = torch.linalg.svd(state.to(compute_dtype(state)), full_matrices=False)
             states[layer] = left[..., :rank] * sizes[..., None, :rank] @ right[..., :rank, :]
         return self.with_states(states)
@@ -285,7 +288,7 @@ class Memory:
             UnsupportedModelError: a layer has no recurrence.
         """
         self._check_states(states)
-        cache = copy.deepcopy(self.cache)
+        cache = copy.deepcopy(self.cache)  # this memory stays as it is
         self._reader.store(cache, {}, states)
         return replace(self, cache=cache, edited=True)
 
@@ -316,6 +319,7 @@ class Memory:
         """
         named = {name: x for name, x in self.kept.items() if not name.startswith("attention/")}  # in the cache, too
         named |= {f"cache/{place}": x for place, x in tensors_of(self.cache).items()}
+        # Clones: safetensors refuses tensors that share memory, as views of one factor do.
         copies = {name: x.detach().clone(memory_format=torch.contiguous_format).cpu() for name, x in named.items()}
         said = {**_said(self.model), "edited": self.edited}
         said["sha256"] = seal(copies, said)
@@ -427,6 +431,8 @@ class Memory:
         """
         again = self.tokens[:, :0] if again is None else again
         apart = attends_and_convolves(self.cache)
+        # Convolutions of the last tokens depend on what these attend to, which has to be there: first the tokens that
+        # are read again, then the stored ones.
         if apart and again.shape[1] and later is not None:
             reader = self._read_on(before, states, again)
             return reader._read_on(reader.kept, reader._states(), None, later, inexact)
@@ -450,6 +456,7 @@ class Memory:
             fresh = passed.attention[name.removeprefix("attention/")]
             count = min(window(self.cache), x.shape[1])  # the last ones of the pass
             error = relative_error(fresh[:, -count:], kept[name][:, -count:])
+            # Whether the model turns its keys so is seen at the keys that the pass made itself.
             if not error <= tolerance(x.dtype):  # NaN is an error
                 put_last(kept, name, x)
                 put_last(kept, f"unmoved/{name.split('/')[1]}", torch.ones_like(tail["inexact"]))
@@ -513,6 +520,7 @@ def _checked(model: HookedModel, named: Mapping[str, Tensor], path: str) -> Memo
         raise InputError(f"{path}: expected token ids [B,T] under 'tokens', got none")
     check_tokens(tokens, model.cfg)
     count = tokens.shape[1]
+    # Names, shapes and devices are those of a real memory: nothing is taken from the file unchecked.
     first = read(model, tokens[:, :1].to(model.cfg.device))
     wanted = {name: (x, 1) for name, x in first.kept.items() if not name.startswith("attention/")}
     places = tensors_of(first.cache)
