@@ -11,6 +11,7 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -22,13 +23,14 @@ sys.path += [str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts")]
 
 import device
 import frame
+import state_step
 import torch
 from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.training.sae_trainer import SAETrainer
 from tables import table
 
 from hookpoints import HookedRecurrent, WriteEdit, embedded
-from sae_lens_writesae import collect, train, train_on_writes, training_config
+from sae_lens_writesae import collect, steer, train, train_on_writes, training_config
 from writesae import Substitution, sample_sequences
 
 TITLE = "Costs on a GPU, counted"
@@ -69,9 +71,16 @@ def of_passes(seen: Any, length: int) -> dict[str, Counts]:
         traced = of_nnsight(native)
         works["a mixer's output read with nnsight"] = lambda: traced_output(traced, ids)
     costs = {name: seen.of(work) for name, work in works.items()}
-    for name, runs in (("native decode", native), ("decode, attached", model.hf_model)):
-        past = runs(input_ids=ids, use_cache=True).past_key_values
-        costs[name] = seen.of(lambda runs=runs, past=past: runs(input_ids=one, past_key_values=past, use_cache=True))
+    steering = steer(model, LAYER, HEAD, toward=5)
+    decoding = {
+        "native decode": (native, nullcontext()),
+        "decode, attached": (model.hf_model, nullcontext()),
+        "decode, steered toward a token": (model.hf_model, steering),
+    }
+    for name, (runs, scope) in decoding.items():
+        with scope:
+            past = runs(input_ids=ids, use_cache=True).past_key_values
+            costs[name] = seen.of(partial(runs, input_ids=one, past_key_values=past, use_cache=True))
     memory, span = model.memory(ids), (length // 4, length // 2)
     costs["memory without a span"] = seen.of(lambda: memory.without(span, reread=0))
     costs["memory without it, 4 tokens reread"] = seen.of(lambda: memory.without(span, reread=4))
@@ -129,6 +138,15 @@ def of_steps(seen: Any, sizes: dict[str, tuple[int, int, dict[str, Any]]]) -> di
     return costs
 
 
+def of_states(seen: Any, warm: int = 20, counted: int = 8) -> Counts:
+    """A step on states, whose factors are on the host and cross the bus."""
+    step = state_step.steps(64, 64, 1024, 16, 128, False, device="npu")["chunks"]
+    for _ in range(warm):
+        step()
+    counts = seen.of(lambda: [step() for _ in range(counted)])
+    return {kind: count / counted for kind, count in counts.items()}
+
+
 def saelens(steps: int, n_atoms: int, batch: int, d_in: int) -> None:
     """SAELens' own TopK, trained by its own trainer on rows of the device."""
     from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
@@ -175,6 +193,7 @@ def measure(length: int = 128, wide: bool = True) -> dict[str, Any]:
         sizes["SAE step, F 4096, N 4096, k 32"] = (4096, 4096, {})
     with device.pretended() as seen:
         costs: dict[str, Any] = of_passes(seen, length) | of_steps(seen, sizes)
+        costs["step on states of 64 x 64, F 1024, N 128, k 16"] = of_states(seen)
         if wide:
             costs[SUBSTITUTION] = of_substitution(seen)
     if "a mixer's output read with nnsight" in costs:

@@ -179,9 +179,13 @@ def scopes_of(point: nn.Module) -> list[HookScope]:
     return point.__dict__.setdefault("hookpoints_scopes", [])
 
 
-def watch(value: Tensor, fire: Callable[[Tensor], Tensor]) -> tuple[Tensor, bool]:
+def watch(value: Tensor, fire: Callable[[Tensor], Tensor], *, seen_later: bool = False) -> tuple[Tensor, bool]:
     """Fire a hook on ``value``: what it returned, and whether that differs from what it was given. Edits in place
-    count, through numpy and ``.data`` too, of which PyTorch takes no note. Costs a copy of ``value``.
+    count, through numpy and ``.data`` too, of which PyTorch takes no note. Costs a copy of ``value``, and a wait for a
+    device.
+
+    ``seen_later``: the caller looks at the difference itself, so that another tensor than ``value`` counts as changed
+    without a wait.
 
     In grad mode the hook is given its own view and counts as changed, so that a gradient taken at the hook
     sees everything downstream of it.
@@ -190,4 +194,5 @@ def watch(value: Tensor, fire: Callable[[Tensor], Tensor]) -> tuple[Tensor, bool
         return fire(value.view_as(value)), True
     before = value.clone()
     returned = fire(value)
-    return returned, returned.requires_grad or not torch.equal(before, returned)
+    changed = returned.requires_grad or (seen_later and returned is not value)
+    return returned, changed or not torch.equal(before, returned)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hookpoints.edits.edit import LowRankChange, changes_of
+from hookpoints.edits.edit import changes_of
 from hookpoints.errors import UnsupportedModelError
 from hookpoints.hooks.points import HookSet, MixerHooks, watch
 from hookpoints.layer.context import (
@@ -210,9 +209,10 @@ class LayerCall:
     def _edited(self, recurrence: Recurrence, native: OpResult) -> OpResult:
         """What hooks on writes, states and the pattern, and the plans of edits, make of the native result."""
         response = EditResponse(recurrence)
-        written = self._fire_sides(recurrence, hook_write_key="k", hook_write_value="u")  # the erase stays as it is
-        for change in _changes_of_sides(recurrence, written):
-            response.add_low_rank(change)
+        # The erase stays as it is. What hooks change is looked at in the response.
+        written = self._fire_sides(recurrence, seen_later=True, hook_write_key="k", hook_write_value="u")
+        for keys, values in _changes_of_sides(recurrence, written):
+            response.add_of_heads(keys, values)
         for plan in self.run.plans:
             # Each plan edits what those before it and the hooks left, so a plan's changes are complete before any acts.
             edits = plan.by_layer.get(self.mixer.layer, [])
@@ -243,19 +243,22 @@ class LayerCall:
                 changes[name] = fired
         return replace(factors, **changes), frozenset(changes)
 
-    def _fire_copy(self, hook: str, value: Tensor | None) -> Tensor | None:
+    def _fire_copy(self, hook: str, value: Tensor | None, *, seen_later: bool = False) -> Tensor | None:
         """What a hook makes of ``value``, or None where it changes nothing. It is given a copy: ``value`` may be a view
-        of what the layer still uses."""
+        of what the layer still uses. ``seen_later``: as in `watch`."""
         if value is None or not self.hooks.listens(hook):
             return None
-        fired = self.hooks.fire(hook, value.clone())  # so ``value`` itself tells, in place or not, whether it changed
+        given = value.clone()  # so ``value`` itself tells, in place or not, whether it changed
+        fired = self.hooks.fire(hook, given)
         graph = fired.requires_grad or (torch.is_grad_enabled() and value.requires_grad)
-        return fired if graph or not torch.equal(value, fired) else None
+        if graph or (seen_later and fired is not given):
+            return fired
+        return None if torch.equal(value, fired) else fired
 
-    def _fire_sides(self, r: Recurrence, **hooks: str) -> Recurrence:
+    def _fire_sides(self, r: Recurrence, *, seen_later: bool = False, **hooks: str) -> Recurrence:
         """The recurrence with what ``hooks`` made of the fields that they show; ``r`` itself where nothing changed."""
         for hook, side in hooks.items():
-            fired = self._fire_copy(hook, getattr(r, side))
+            fired = self._fire_copy(hook, getattr(r, side), seen_later=seen_later)
             r = r if fired is None else r.replace(**{side: fired})
         return r
 
@@ -267,7 +270,7 @@ class LayerCall:
         sets = cast(Sequence[HookSet], self.hooks.heads)
         heads = [head for head, hooks in enumerate(sets) if hooks.listens(matrix, vector)]
         if self.hooks.listens(matrix):  # all heads at once; then those with hooks of their own
-            value, changed = watch(build(slice(None)), partial(self.hooks.fire, matrix))
+            value, changed = watch(build(slice(None)), partial(self.hooks.fire, matrix), seen_later=True)
             for head in heads:
                 fired = _fire_head(sets[head], matrix, value[:, :, head])
                 if fired is not None:
@@ -319,23 +322,20 @@ def _fire_head(hooks: HookSet, matrix: str, value: Tensor) -> Tensor | None:
     after_matrix = value
     by_matrix = False
     if hooks.listens(matrix):
-        after_matrix, by_matrix = watch(value, partial(hooks.fire, matrix))
+        after_matrix, by_matrix = watch(value, partial(hooks.fire, matrix), seen_later=True)
     vector = f"{matrix}_vec"
     if not hooks.listens(vector):
         return after_matrix if by_matrix else None
-    after_vector, by_vector = watch(after_matrix.flatten(2), partial(hooks.fire, vector))
+    after_vector, by_vector = watch(after_matrix.flatten(2), partial(hooks.fire, vector), seen_later=True)
     return after_vector.view_as(value) if by_matrix or by_vector else None
 
 
-def _changes_of_sides(native: Recurrence, written: Recurrence) -> Iterator[LowRankChange]:
-    """The change of every head's writes, exactly zero where nothing changed.
+def _changes_of_sides(native: Recurrence, written: Recurrence) -> Iterator[tuple[Tensor, Tensor]]:
+    """Keys and values of the change of all heads' writes, exactly zero where nothing changed.
 
     k'u'^T - k u^T = (k'-k) u'^T + k (u'-u)^T.
     """
-    terms = list[tuple[Tensor, Tensor]]()
     if written.k is not native.k:
-        terms.append((written.k - native.k, written.u))
+        yield written.k - native.k, written.u
     if written.u is not native.u:
-        terms.append((native.k, written.u - native.u))
-    for head, (keys, values) in itertools.product(range(native.H), terms):
-        yield LowRankChange(head, keys[:, :, head], values[:, :, head])
+        yield native.k, written.u - native.u

@@ -40,20 +40,42 @@ class EditResponse:
         """Cost: one chunked pass over one head, from the first changed token on. Many terms are added up at the tokens
         that change, and are dense there."""
         span = _span(change.size(), change.keys, change.values)
-        if span is None:
-            return
-        self.low_rank.append(change)
-        one = slice(change.head, change.head + 1)
-        answer = self._answer(change)
+        if span is not None:
+            self.low_rank.append(change)
+            self._add_answer(slice(change.head, change.head + 1), self._answer(change), span)
+
+    def add_of_heads(self, keys: Tensor, values: Tensor) -> None:
+        """A change of the writes of all heads, keys [B,T,H,K] or [B,T,H,R,K] and values likewise. Cost: a look at the
+        device for all heads, then as `add_low_rank` for each head that changes. Of one token on a device there is no
+        look, and all heads are one pass."""
+        changes = [LowRankChange(head, keys[:, :, head], values[:, :, head]) for head in range(keys.shape[2])]
+        if _is_unseen(keys):
+            self.low_rank += changes
+            self._add_answer(slice(None), self.recurrence.with_write(keys, values), slice(0, 1))
+        elif torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
+            for change in changes:
+                self.add_low_rank(change)
+        else:
+            terms = keys.abs().amax(-1) * values.abs().amax(-1)
+            changed = (terms != 0).any(0).cpu()
+            for change in changes:
+                tokens = changed[:, change.head].reshape(len(changed), -1).any(1).nonzero()
+                if len(tokens):
+                    self.low_rank.append(change)
+                    span = slice(int(tokens[0]), int(tokens[-1]) + 1)
+                    self._add_answer(slice(change.head, change.head + 1), self._answer(change), span)
+
+    def _add_answer(self, heads: slice, answer: Recurrence, span: slice) -> None:
+        """What ``answer``, that of ``heads`` to a change at the tokens ``span``, gives is added."""
         if answer.R > _TERMS:
             keys = answer.k[:, span]
             values = answer.u[:, span]
-            self._add_writes(one, answer, span, lambda rows, at: keys[rows, at].mT @ values[rows, at])
+            self._add_writes(heads, answer, span, lambda rows, at: keys[rows, at].mT @ values[rows, at])
             return
         if span.start:
             answer = answer.select(tokens=slice(span.start, None), initial_state=answer.starting_state())
         outputs, final_state = answer.scan()
-        self._add(one, span.start, outputs, final_state)
+        self._add(heads, span.start, outputs, final_state)
 
     def add_dense(self, heads: slice, change: Tensor) -> None:
         """``change`` [B,T,H',K,V] is added to the writes of ``heads``.
@@ -64,7 +86,8 @@ class EditResponse:
         if span is None:
             return
         # Also kept as K terms of rank 1, for hooks that ask later what the writes have become.
-        keys = torch.eye(change.shape[-2]).to(change).expand(*change.shape[:2], -1, -1)
+        eye = torch.eye(change.shape[-2], dtype=change.dtype, device=change.device)
+        keys = eye.expand(*change.shape[:2], -1, -1)
         for i, head in enumerate(range(self.recurrence.H)[heads]):
             self.low_rank.append(LowRankChange(head, keys, change[:, :, i]))
         r = self.recurrence.select(heads=heads).replace(initial_state=None)
@@ -169,10 +192,18 @@ def _span(size: Tensor, *sources: Tensor) -> slice | None:
     """Tokens where ``size`` [B,T] is not zero; all of them where a gradient may be asked for; None where none is."""
     if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
         return slice(0, size.shape[1])
+    if _is_unseen(size):
+        return slice(0, 1)
     changed = (size != 0).any(0).cpu().nonzero()  # one look at the device
     if len(changed):
         return slice(int(changed[0]), int(changed[-1]) + 1)
     return None
+
+
+def _is_unseen(change: Tensor) -> bool:
+    """Whether a change [B,T,...] is of one token on a device: it is answered without a look, for which the host would
+    wait at each generated token. The answer to nothing is zero."""
+    return change.shape[1] == 1 and change.device.type != "cpu"
 
 
 def _size(change: Tensor) -> Tensor:
