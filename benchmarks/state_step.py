@@ -37,8 +37,10 @@ def measure(batch: int = 128, rounds: int = 5) -> dict[str, Any]:
     return found
 
 
-def steps(K: int, V: int, F: int, k: int, batch: int, channels: bool) -> dict[str, Callable[[], object]]:
-    """One step of each side, on the states of a gated delta rule with random factors."""
+def steps(
+    K: int, V: int, F: int, k: int, batch: int, channels: bool, device: str = "cpu", **runner: Any
+) -> dict[str, Callable[[], object]]:
+    """One step of each side, on the states of a gated delta rule with random factors, which are on the host."""
     import torch
     from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig, SAETrainer
 
@@ -65,14 +67,16 @@ def steps(K: int, V: int, F: int, k: int, batch: int, channels: bool) -> dict[st
         train_batch_size_tokens=batch,
         logger=LoggingConfig(log_to_wandb=False),
         checkpoint_path=None,
-        device="cpu",
+        device=device,
+        **runner,
     )
     cfg.hook_name = "blocks.0.mixer.heads.0.hook_state_vec"
     trainer = SAETrainer(cfg.to_sae_trainer_config(), new_sae(cfg), iter(()))
     sequences, at = torch.arange(max(1, batch // T)), -(-batch // max(1, batch // T))
 
     def on_rows() -> None:
-        trainer.step(head_rows(recurrence(0, 0, sequences), "state", "mse", slice(T - at, T)).flatten(0, 1)[:batch])
+        states = head_rows(recurrence(0, 0, sequences), "state", "mse", slice(T - at, T))
+        trainer.step(states.flatten(0, 1)[:batch].to(device))
         trainer.n_training_steps += 1
 
     stack: Any = StateStack(cfg, collection)

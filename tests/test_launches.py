@@ -31,8 +31,11 @@ def costs() -> Costs:
 
 def test_hooks_cost_what_the_page_says(costs: Costs) -> None:
     assert [line.what for line in launches.lines(costs) if line.missed] == []
+    native_decode, steered = costs["native decode"], costs["decode, steered toward a token"]
     for kind in ("launch", "sync", "to_device", "to_host"):
-        assert costs["decode, attached"][kind] == costs["native decode"][kind], kind
+        assert costs["decode, attached"][kind] == native_decode[kind], kind
+        assert kind == "launch" or steered[kind] == native_decode[kind], kind
+    assert steered["launch"] <= native_decode["launch"] + 50
     read, native = costs["one head's writes read"], costs["native forward"]
     assert launches.waits(read) <= launches.waits(native) + 2  # ids, and where the span of a write is looked for
     assert launches.waits(costs["session of 64 replaces, one position"]) <= 3
@@ -51,6 +54,8 @@ def test_a_step_waits_for_nothing(costs: Costs) -> None:
     assert aux["launch"] <= 260
     for of_step in (step, aux):
         assert launches.waits(of_step) <= 0.1 and of_step["to_device"] <= 0.1
+    of_states = costs["step on states of 64 x 64, F 1024, N 128, k 16"]
+    assert launches.waits(of_states) == 0 and of_states["to_device"] <= 8  # its factors, and which tokens
 
 
 def config(place: str, **settings: Any) -> Any:

@@ -120,11 +120,15 @@ class StateStack(Stack):
     def rows(self, m: int, index: Tensor) -> Any:
         """`States` of some units, in the order of their chunks."""
         like = self.p["b_dec"]
-        units = self.units[index % len(self.units)].to(like.device)
+        units = self.units[index % len(self.units)]
+        # Sorted and counted on the host, so that no device is waited for to say how many are of a chunk.
+        numbers = units[:, 0] // self.span
+        order = numbers.argsort(stable=True)
+        places = torch.cat([order[:, None], units[order] % self.span], dim=1).to(like.device)
         parts = list[States]()
-        for chunk in self.read(index // len(self.units)).chunks(SPAN, like):
-            in_chunk = (units[:, 0] // self.span == chunk.first // self.span).nonzero().flatten()
-            parts.append(_states(chunk, in_chunk, units[in_chunk] - chunk.first, self.scales[m]))
+        chunks = self.read(index // len(self.units)).chunks(SPAN, like)
+        for chosen, chunk in zip(places.split(numbers.bincount().tolist()), chunks):
+            parts.append(_states(chunk, chosen[:, 0], chosen[:, 1:], self.scales[m]))
         return States(*(torch.cat(side).to(like) for side in zip(*parts)))
 
     def losses(self, p: dict[str, Tensor], batch: Sequence[Any], ks: Sequence[int], dead: Dead | None = None) -> Step:
@@ -153,7 +157,7 @@ def _units(tokens: Tensor, P: int) -> Tensor:
 def _states(chunk: Chunk, sequences: Tensor, tokens: Tensor, scale: float) -> States:
     """`scale` times the states of G `sequences` of a chunk after some of its tokens [G,P]."""
     edges = chunk.span.decay.edges[sequences, chunk.place]  # [G,W+1,1 or K], logs of D(0->t)
-    since = edges[torch.arange(len(sequences))[:, None], tokens + 1]
+    since = edges[torch.arange(len(sequences), device=tokens.device)[:, None], tokens + 1]
     between = since[:, :, None] - edges[:, None, 1:]
     is_later = tokens[..., None] < torch.arange(between.shape[2], device=tokens.device)
     between = between.masked_fill(is_later[..., None], -torch.inf).exp()

@@ -30,15 +30,13 @@ from sae_lens_writesae.sae.fused import Dead, Step, step_on_writes
 from sae_lens_writesae.sae.metric import Metric
 from sae_lens_writesae.sae.rows import ShuffledWrites, new_sae, seeded, shuffled, train_on_rows, wandb_run
 from sae_lens_writesae.sae.target import RunnerConfig
-from sae_lens_writesae.sae.training import START_STEPS, MatrixTrainingSAE, is_due, mean_row, sizes
+from sae_lens_writesae.sae.training import LOOK, START_STEPS, MatrixTrainingSAE, is_due, mean_row, sizes
 
 if TYPE_CHECKING:
     from sae_lens_writesae.sae.architectures import WriteTopKTrainingSAEConfig as Config
 
 MAX_STACK = 32
 """Dictionaries of one stack: more save nothing, and would hold their scores all at once."""
-LOOK = 64
-"""Steps between two looks of the host at a device, each of which waits for it."""
 NEVER = 2**60
 """Steps that no run has."""
 STATES_FROM = 64 * 64

@@ -164,7 +164,9 @@ class MatrixTrainingSAE(TrainingSAE[Any], MatrixSAE):
     def _upkeep(self, x: Tensor | LowRank, step: int, dead: Tensor | None) -> int:
         """What is due before this step; returns how many atoms were resampled. Kept out of compiled graphs."""
         cfg = self.cfg
-        if not torch.isfinite(mean_row(x).sum() + self.b_dec.sum()):
+        # Weights that are not finite stay so until the next look.
+        is_looked_at = self.b_dec.device.type == "cpu" or step < START_STEPS or step % LOOK == 0
+        if is_looked_at and not torch.isfinite(mean_row(x).sum() + self.b_dec.sum()):
             raise ValueError(
                 "sae_in, b_dec='NaN or infinity': must be finite: check the model's dtype and the learning rate."
             )
@@ -337,6 +339,8 @@ def exact_dtype(t: Tensor) -> torch.dtype:
     return torch.promote_types(t.dtype, torch.float32)
 
 
+LOOK = 64
+"""Steps between two looks of the host at a device, each of which waits for it."""
 START_STEPS = 16
 """Steps in which atoms are still put on rows of their batches, where one batch has too few distinct ones."""
 MAX_COSINE = 0.9
