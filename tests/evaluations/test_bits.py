@@ -8,11 +8,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from saes import HEAD, LAYER, logits_with_write
+from saes import HEAD, LAYER, logits_with_write, random_low_rank
+from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.sae.rows import shuffled
-from writesae.codes.books import centered, descend, of_books, residual_quantizer
+from writesae.codes.books import centered, descend, of_books, pursued, residual_quantizer
 from writesae.evaluations.bits import RIVAL, WAYS, Bits, contender, divergence
 from writesae.experiment.evaluation import Result
 from writesae.experiment.terms import Terms, TermsError
@@ -48,6 +49,15 @@ def test_codes_have_no_more_bits_than_their_budget_and_what_is_no_code_has_none(
     assert bits[["native", "delete"]].tolist() == [0, 0]
     coded = bits.drop(["native", "delete"])
     assert len(coded) > 5 and (coded <= 16).all() and (coded > 0).all()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_book_has_no_codes_of_rounding(seed: int) -> None:
+    """Of fewer matrices than codes each is a code, and what rounding leaves of it depends on the device."""
+    writes = random_low_rank(1, seed, n=40).to(torch.zeros(()))
+    first, second, third = residual_quantizer(writes, 64, 3, seed)
+    assert len(first) == 40 and second is first and third is first
+    assert_close(pursued(writes, [first, second, third]).dense(), writes.dense(), rtol=1e-4, atol=1e-5)
 
 
 def made(head: int, lead: float, rows: int = 100, *, noise: float = 0.0) -> Result:

@@ -99,14 +99,20 @@ class Code(NamedTuple):
 
 def residual_quantizer(writes: LowRank, n: int, stages: int, seed: int) -> list[LowRank]:
     """A book of n codes for each stage (fewer of fewer matrices), from Lloyd's algorithm on what the books before it
-    leave. It starts from matrices that are drawn in proportion to their squared norm."""
+    leave. It starts from matrices that are drawn in proportion to their squared norm. Of matrices that are codes
+    themselves only rounding is left, which is no matrix to draw; where that holds for all, the book stays the same."""
     generator = torch.Generator().manual_seed(seed)
+    rounding = 100 * torch.finfo(writes.keys.dtype).eps * writes.inner(writes)
     rest = writes
     books = list[LowRank]()
     for _ in range(stages):
-        square = rest.inner(rest).clamp_min(0)  # rounding can leave a norm of 0 below it
-        count = min(n, int(square.count_nonzero()))
-        drawn = torch.multinomial(square.cpu(), count, generator=generator)
+        square = rest.inner(rest)
+        weights = torch.where(square > rounding, square, 0).cpu()
+        if books and not weights.any():
+            books.append(books[-1])
+            continue
+        count = min(n, int(weights.count_nonzero()))
+        drawn = torch.multinomial(weights, count, generator=generator)
         book = lloyd(rest, rest.rows(drawn))
         books.append(book)
         rest = LowRank.cat([rest, pursued(rest, [book]) * -1.0])
