@@ -187,7 +187,8 @@ class _Where(NamedTuple):
 
 def _along(where: _Where, head: int, unit: Tensor, strength: float) -> list[NamedHook]:
     """Add a matrix [K,V] of norm 1 to the writes."""
-    unit = unit.to(where.model.layer_device(where.layer))
+    name = f"blocks.{where.layer}.mixer.heads.{head}.hook_write"
+    unit = unit.to(where.model.hook_device(name))
 
     def steer_write(writes: Tensor, hook: HookPoint) -> Tensor | None:
         steered = where.tokens(writes, lambda: writes)
@@ -197,12 +198,11 @@ def _along(where: _Where, head: int, unit: Tensor, strength: float) -> list[Name
         size = strength * torch.linalg.matrix_norm(writes) * steered
         return writes + size[..., None, None] * unit.to(writes)
 
-    return [(f"blocks.{where.layer}.mixer.heads.{head}.hook_write", steer_write)]
+    return [(name, steer_write)]
 
 
 def _toward(where: _Where, head: int, direction: Tensor, strength: float) -> list[NamedHook]:
     """Add a value side [V] of norm 1 to the values, along each token's own key."""
-    direction = direction.to(where.model.layer_device(where.layer))
     keys = list[Tensor]()
 
     def see_key(key: Tensor, hook: HookPoint) -> None:

@@ -161,29 +161,16 @@ DIFFERENTIABLE: dict[str, Callable[[World], Any]] = {
 """Calls whose purpose is gradients, or whose logits have one, as those of any torch model."""
 
 NO_RUN = {
-    *(
-        "embed",
-        "unembed",
-        "W_E",
-        "W_O",
-        "W_U",
-        "b_O",
-        "b_U",
-        "layer_W_O",
-        "layer_device",
-        "head_outputs",
-        "head_labels",
-        "loss_fn",
-    ),
+    *("embed", "unembed", "W_E", "W_O", "W_U", "b_O", "b_U", "layer_W_O", "head_outputs", "head_labels", "loss_fn"),
     *("all_head_labels", "tokens_to_residual_directions", "to_tokens", "to_string", "to_str_tokens", "tokenize"),
     *("to_single_token", "n_params_total", "cfg", "position_of", "first_token", "check_edits", "check_hook_name"),
     *("add_hook", "hooks", "edits", "saes", "get_caching_hooks", "setup", "add_sae", "reset_saes", "acts_to_saes"),
-    *("from_pretrained_no_processing", "require_weights", "Cost", "cost"),
+    *("from_pretrained_no_processing", "require_weights", "Cost", "cost", "hook_device"),
     *("HOOKS", "RULES", "EditError", "EditRow", "HookpointsError", "Recurrence", "UnknownHookError", "zoo", "errors"),
     *("UnknownModelError", "UnsupportedModelError", "WriteEdit", "cached", "default_device", "embedded", "model_types"),
     *("PAPER_RUNNER", "VARIANTS", "LowRank", "MatrixSAE", "MatrixTrainingSAE", "Metric", "Collection", "load_sae"),
     *("calibrate_threshold", "head_target", "text_dataset", "training_config"),
-    *("train_many_on_writes", "train_on_writes"),
+    *("train_many_on_writes", "train_on_states", "train_on_writes"),
     *("EVALUATIONS", "Evaluation", "Result", "half_lives", "load_result", "sample_sequences", "write_report"),
 }
 """Public names that run no model, or scopes in which others do."""

@@ -176,4 +176,4 @@ def test_a_dictionary_of_the_other_device_is_refused(worlds: tuple[World, World]
     with pytest.raises(ValueError, match=r"expected one on npu:0, as blocks\.1\..*, got one on cpu; move it: sae\.to"):
         model.run_with_saes(TOKENS, saes=[random_sae(model)])
     assert not model.acts_to_saes
-    assert [str(model.layer_device(layer)) for layer in range(2)] == ["cpu", "npu:0"]
+    assert [str(model.hook_device(f"blocks.{layer}.hook_resid_pre")) for layer in range(2)] == ["cpu", "npu:0"]

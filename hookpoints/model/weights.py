@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple, cast
 
 import torch
@@ -124,9 +125,12 @@ class Weights(HookedModel):
             )
         return torch.stack(weights)
 
-    def layer_device(self, layer: int) -> torch.device:
-        """Where a block computes. Blocks of a model that is spread over several devices have different ones."""
-        return device_of(self.attachment.layout.blocks[layer].block)
+    def hook_device(self, name: str) -> torch.device:
+        """Where a hook fires: on the device of its block. A model may be spread over several."""
+        layer = re.match(r"blocks\.(\d+)\.", name)
+        if layer is None:
+            return self.cfg.device
+        return device_of(self.attachment.layout.blocks[int(layer[1])].block)
 
     def layer_W_O(self, layer: int, part: Part | None = None) -> Tensor:
         """[H, V, d_model]: how each head of a layer reaches the residual stream, the block's own multiplier included.

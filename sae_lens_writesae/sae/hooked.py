@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any, cast
 
 from sae_lens import HookedSAETransformer
@@ -54,18 +53,11 @@ class HookedSAERecurrent(HookedRecurrent):
         name = str(sae.cfg.metadata.hook_name)
         if name not in self._acts_to_saes:
             check_hook(self, name, sae.cfg)
-        self._check_device(sae, name)
-        HookedSAETransformer.add_sae(cast(Any, self), sae, *args, **kwargs)
-
-    def _check_device(self, sae: Dictionary, name: str) -> None:
-        """Raise ValueError unless an SAE is where its hook fires, before a pass fails in the middle of a layer."""
-        layer = re.match(r"blocks\.(\d+)\.", name)
-        expected = self.cfg.device if layer is None else self.layer_device(int(layer[1]))
+        place = self.hook_device(name)
         got = next(sae.parameters()).device
-        if got != expected and expected.type != "meta":
-            raise ValueError(
-                f"sae: expected one on {expected}, as {name}, got one on {got}; move it: sae.to('{expected}')"
-            )
+        if got != place and place.type != "meta":
+            raise ValueError(f"sae: expected one on {place}, as {name}, got one on {got}; move it: sae.to('{place}')")
+        HookedSAETransformer.add_sae(cast(Any, self), sae, *args, **kwargs)
 
     def forward(self, input: Any, *args: Any, **kwargs: Any) -> Any:
         """`HookedRecurrent.forward` with the attached SAEs."""
