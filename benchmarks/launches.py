@@ -55,7 +55,6 @@ def of_passes(seen: Any, length: int) -> dict[str, Counts]:
     for module in native.modules():  # without hooks
         vars(module).pop("forward", None)
     ids = torch.randint(0, 500, (1, length), generator=torch.Generator().manual_seed(0)).to("npu")
-    one = ids[:, :1]
     place = f"blocks.{LAYER}.mixer.heads.{HEAD}"
     works: dict[str, Callable[[], object]] = {
         "native forward": lambda: native(input_ids=ids, use_cache=False),
@@ -71,16 +70,7 @@ def of_passes(seen: Any, length: int) -> dict[str, Counts]:
         traced = of_nnsight(native)
         works["a mixer's output read with nnsight"] = lambda: traced_output(traced, ids)
     costs = {name: seen.of(work) for name, work in works.items()}
-    steering = steer(model, LAYER, HEAD, toward=5)
-    decoding = {
-        "native decode": (native, nullcontext()),
-        "decode, attached": (model.hf_model, nullcontext()),
-        "decode, steered toward a token": (model.hf_model, steering),
-    }
-    for name, (runs, scope) in decoding.items():
-        with scope:
-            past = runs(input_ids=ids, use_cache=True).past_key_values
-            costs[name] = seen.of(partial(runs, input_ids=one, past_key_values=past, use_cache=True))
+    costs |= of_decoding(seen, model, native, ids)
     memory, span = model.memory(ids), (length // 4, length // 2)
     costs["memory without a span"] = seen.of(lambda: memory.without(span, reread=0))
     costs["memory without it, 4 tokens reread"] = seen.of(lambda: memory.without(span, reread=4))
@@ -95,6 +85,22 @@ def of_passes(seen: Any, length: int) -> dict[str, Counts]:
         ]
         session = model.edit_session(ids)
         costs[f"session of 64 replaces, {name}"] = seen.of(partial(session.run, [[edit] for edit in edits]))
+    return costs
+
+
+def of_decoding(seen: Any, model: HookedRecurrent, native: Any, ids: torch.Tensor) -> dict[str, Counts]:
+    """The pass of one token after those of ids."""
+    costs = {}
+    steering = steer(model, LAYER, HEAD, toward=5)
+    decoding = {
+        "native decode": (native, nullcontext()),
+        "decode, attached": (model.hf_model, nullcontext()),
+        "decode, steered toward a token": (model.hf_model, steering),
+    }
+    for name, (runs, scope) in decoding.items():
+        with scope:
+            past = runs(input_ids=ids, use_cache=True).past_key_values
+            costs[name] = seen.of(partial(runs, input_ids=ids[:, :1], past_key_values=past, use_cache=True))
     return costs
 
 

@@ -121,14 +121,12 @@ class StateStack(Stack):
         """`States` of some units, in the order of their chunks."""
         like = self.p["b_dec"]
         units = self.units[index % len(self.units)]
-        # Sorted and counted on the host, so that no device is waited for to say how many are of a chunk.
-        numbers = units[:, 0] // self.span
-        order = numbers.argsort(stable=True)
-        places = torch.cat([order[:, None], units[order] % self.span], dim=1).to(like.device)
         parts = list[States]()
-        chunks = self.read(index // len(self.units)).chunks(SPAN, like)
-        for chosen, chunk in zip(places.split(numbers.bincount().tolist()), chunks):
-            parts.append(_states(chunk, chosen[:, 0], chosen[:, 1:], self.scales[m]))
+        for chunk in self.read(index // len(self.units)).chunks(SPAN, like):
+            # On the host, so that no device is waited for to say how many there are.
+            in_chunk = (units[:, 0] // self.span == chunk.first // self.span).nonzero().flatten()
+            tokens = units[in_chunk] - chunk.first
+            parts.append(_states(chunk, in_chunk.to(like.device), tokens.to(like.device), self.scales[m]))
         return States(*(torch.cat(side).to(like) for side in zip(*parts)))
 
     def losses(self, p: dict[str, Tensor], batch: Sequence[Any], ks: Sequence[int], dead: Dead | None = None) -> Step:

@@ -239,7 +239,7 @@ def train_on_rows(
         if checkpoint is not None and _is_whole(checkpoint):
             _resume(trainer, checkpoint, cast(Batches, rows), inputs)
         trainer.fit()
-    if not all(bool(weights.isfinite().all()) for weights in sae.parameters()):
+    if not torch.nn.utils.get_total_norm(sae.parameters()).isfinite():
         raise ValueError("weights: expected finite numbers after training, got NaN or infinity: of the rows, or of lr")
     for folder in filter(None, (checkpoint, part)):
         shutil.rmtree(folder, ignore_errors=True)

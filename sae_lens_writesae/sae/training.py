@@ -165,7 +165,7 @@ class MatrixTrainingSAE(TrainingSAE[Any], MatrixSAE):
         """What is due before this step; returns how many atoms were resampled. Kept out of compiled graphs."""
         cfg = self.cfg
         # Weights that are not finite stay so until the next look.
-        is_looked_at = self.b_dec.device.type == "cpu" or step < START_STEPS or step % LOOK == 0
+        is_looked_at = self.b_dec.is_cpu or step < START_STEPS or step % LOOK == 0
         if is_looked_at and not torch.isfinite(mean_row(x).sum() + self.b_dec.sum()):
             raise ValueError(
                 "sae_in, b_dec='NaN or infinity': must be finite: check the model's dtype and the learning rate."
