@@ -6,8 +6,12 @@ hookpoints can catch it.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, TypeVar, cast
+
+T = TypeVar("T")
 
 
 class HookpointsError(Exception):
@@ -79,3 +83,16 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """``"; nearest: a, b"`` for the names closest to ``name``, or an empty string."""
     matches = difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
     return f"; nearest: {', '.join(matches)}" if matches else ""
+
+
+def with_fields(kind: Callable[..., T], fields: Mapping[str, Any]) -> T:
+    """An object of a dataclass from its fields by name.
+
+    Raises:
+        ValueError: the dataclass has no such field; names the nearest.
+    """
+    known = [field.name for field in dataclasses.fields(cast(Any, kind))]
+    for name in fields:
+        if name not in known:
+            raise ValueError(f"{name}: expected a field of {kind.__name__}{nearest(name, known)}")
+    return kind(**fields)

@@ -49,12 +49,16 @@ _ARGUMENTS: dict[str, tuple[object, str]] = {
     "n_devices": (1, 'device_map="auto" spreads a model over devices'),
     "move_to_device": (True, "device= says where it goes"),
     **dict.fromkeys(("checkpoint_index", "checkpoint_value", "checkpoint_label"), (None, _CHECKPOINT)),
+    **dict.fromkeys(
+        ("load_in_4bit", "load_in_8bit"), (False, "quantization_config=BitsAndBytesConfig(...) of transformers has it")
+    ),
     "first_n_layers": (None, "model(tokens, stop_at_layer=n) runs the first n"),
     "n_ctx": (None, "a recurrence has no longest context"),
     "default_prepend_bos": (None, "model.cfg.default_prepend_bos sets it"),
     "default_padding_side": (None, "model.tokenizer.padding_side sets it"),
 }
-"""Argument of HookedTransformer.from_pretrained -> the value that asks for nothing, and what to do instead."""
+"""Argument of HookedTransformer.from_pretrained, or of older transformers -> the value that asks for nothing, and what
+to do instead."""
 _FREQUENCY = "repetition_penalty= or a logits_processor= of transformers makes tokens that were there less likely"
 
 

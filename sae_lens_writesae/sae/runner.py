@@ -28,6 +28,7 @@ from torch import Tensor
 from transformer_lens import HookedRootModule
 
 from hookpoints import HookedRecurrent, Recurrence, default_device
+from hookpoints.errors import with_fields
 from sae_lens_writesae.choices import Loss, MetricName
 from sae_lens_writesae.sae.architectures import training_config_class
 from sae_lens_writesae.sae.chunks import StateStack
@@ -121,7 +122,8 @@ def training_config(
             of the model, and with a collection `hookpoints.default_device()`.
 
     Raises:
-        ValueError: a metric of states, and what `training_config_class`, `head_target` and the configs raise.
+        ValueError: a metric of states, a field that a config lacks, and what `training_config_class`, `head_target` and
+            the configs raise.
     """
     if metric != "frobenius" and target != "write":
         raise ValueError(f"metric={metric!r}: must be frobenius for {target}.")
@@ -168,7 +170,7 @@ def training_config(
         **({"resample_every": PURSUIT_RESAMPLES} if by_pursuit else {}),
         **(sae or {}),
     }
-    cfg = LanguageModelSAERunnerConfig(sae=config_class(**fields), **(defaults | runner))
+    cfg = with_fields(LanguageModelSAERunnerConfig, {"sae": with_fields(config_class, fields), **defaults, **runner})
     if "lr_warm_up_steps" not in runner:  # a short run would end in its warm-up
         steps = cfg.training_tokens // cfg.train_batch_size_tokens
         cfg.lr_warm_up_steps = min(cfg.lr_warm_up_steps, steps // 10)

@@ -181,6 +181,8 @@ def test_wandb_logging_offline(embedded, dataset, tmp_path, monkeypatch):
         ({"head": 7}, UnknownHookError, "head 7"),
         ({"target": "reads"}, ValueError, "reads"),
         ({"target": "state", "metric": "gauss_newton"}, ValueError, "metric"),
+        ({"training_token": 5}, ValueError, "training_token: expected a field .*nearest: training_tokens"),
+        ({"sae": {"loss_wight": 1}}, ValueError, "loss_wight: expected a field .*nearest: loss_weight"),
     ],
 )
 def test_a_config_that_the_model_cannot_have_is_refused(embedded, changes, error, match):

@@ -38,7 +38,8 @@ def test_arguments_of_its_loading_are_taken_where_they_ask_for_nothing_and_refus
     names = inspect.signature(THEIRS.from_pretrained).parameters if THEIRS else {}
     ours = inspect.signature(HookedRecurrent.from_pretrained).parameters
     assert refuse_arguments({"fold_ln": False, "n_ctx": None, "device_map": "cpu"}) == {"device_map": "cpu"}
-    for name in names.keys() - ours.keys() - {"model_name", "from_pretrained_kwargs"}:
+    old = {"load_in_4bit", "load_in_8bit"}  # of transformers before quantization_config
+    for name in old | names.keys() - ours.keys() - {"model_name", "from_pretrained_kwargs"}:
         with pytest.raises(InputError, match=name):
             HookedRecurrent.from_pretrained("embedded", **{name: "something"})
     with pytest.raises(TypeError, match="no_such_argument"):  # transformers', as it stands
