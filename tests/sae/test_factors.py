@@ -127,6 +127,17 @@ def test_the_dtype_is_the_first_with_room_and_little_rounding(numbers, dtype):
     assert module._smallest_dtype([torch.tensor(numbers), torch.ones(3)]) == dtype
 
 
+def test_some_heads_of_a_layer_are_stored_under_their_own_numbers(model, whole):
+    found = Collection.open(whole)
+    for layer in LAYERS:
+        with torch.no_grad():
+            own = model.recurrence(TOKENS, layer)
+        for head in HEADS:
+            read = found.recurrence(layer, head)
+            for name in ("k", "u", "log_decay"):
+                torch.testing.assert_close(getattr(read, name), getattr(own, name)[:, :, head : head + 1])
+
+
 def test_the_size_is_said_and_a_small_disk_is_refused(model, whole, tmp_path, monkeypatch):
     said: list[str] = []
     found = Collection.open(whole)

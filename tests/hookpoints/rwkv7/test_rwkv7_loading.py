@@ -94,6 +94,8 @@ def test_the_first_version_of_the_format(checkpoint, tokens, sharded):
         index = {"metadata": {}, "weight_map": of_file}
         (path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert torch.equal(loaded(path)(tokens), hf(tokens).logits)
+    with pytest.raises(ValueError, match="state_dict"):  # of two sources of weights none is chosen
+        RWKV7ForCausalLM.from_pretrained(str(path), state_dict=hf.state_dict())
 
 
 def test_tied_embeddings(tmp_path, tokens):
