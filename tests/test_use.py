@@ -15,7 +15,7 @@ from writesae.demo import Demo
 from writesae.dictionary.quality import LASTING
 from writesae.use import detection, steering
 from writesae.use.features import HeadTerms, features_of
-from writesae.use.memory import LATER, tokens_read, ways_to_cut
+from writesae.use.memory import LATER, PAIRS, compressed, cut_facts, tokens_read, ways_to_cut
 
 
 def test_the_pages_are_made_of_the_records(tmp_path):
@@ -86,3 +86,35 @@ def test_the_side_effect_of_steering_is_the_divergence_of_the_other_tokens(embed
     kl = float((others[0].exp() * (others[0] - others[1])).sum(-1).mean())
     found = steering.effects((tokens, embedded(tokens).log_softmax(-1)), 7, steered)
     assert found[1] == pytest.approx(kl, rel=1e-3) and found[1] > 1e-3 and found[0] > 0
+
+
+@torch.no_grad()
+def test_the_strength_of_steering_is_the_one_with_the_side_effect_that_is_asked_for(embedded):
+    tokens = torch.arange(1, 25)[None]
+    text = tokens, embedded(tokens).log_softmax(-1)
+
+    def way(n, strength):
+        return steer(embedded, 4, 0, toward=7, strength=strength)
+
+    nats = steering.effects(text, 7, way(0, 2.0))[1]
+    assert steering.strength_for(way, 0, 7, text, nats, (1.0, 2.0, 4.0)) == pytest.approx(2)
+    between = steering.strength_for(way, 0, 7, text, nats, (1.5, 3.0))
+    assert steering.effects(text, 7, way(0, between))[1] == pytest.approx(nats, rel=0.05)
+
+
+@torch.no_grad()
+def test_states_of_full_rank_lose_nothing_and_mixed_ones_go_over_to_the_other(embedded):
+    found = compressed(embedded, 2)
+    assert found["rank 32"]["kl"] < 1e-6 < found["rank 1"]["kl"] < found["empty"]["kl"]
+    kept, away = ([found[f"t {t}"][name] for t in (0.25, 0.5, 0.75, 1.0)] for name in ("kl to the other", "kl"))
+    assert kept == sorted(kept, reverse=True) and away == sorted(away)
+
+
+@torch.no_grad()
+def test_a_fact_that_is_cut_is_forgotten_and_no_other():
+    found = cut_facts("recall", 4)
+    asked = 4 * (PAIRS - 3)  # not the first pair, nor the last two
+    assert set(found["not cut"].values()) == {(asked, asked)}
+    forgotten, *kept = found["the default"].values()
+    assert forgotten[0] < 0.2 * asked and all(right > 0.95 * asked for right, _ in kept)
+    assert found["never read"]["the cut pair"][0] < 0.2 * asked
