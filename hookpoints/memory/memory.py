@@ -43,6 +43,7 @@ from hookpoints.memory.caches import (
     turned,
     window,
 )
+from hookpoints.memory.facts import Fact, PairDictionary, joined, place_of, read_memory, rewritten
 from hookpoints.memory.passes import (
     Form,
     Kept,
@@ -182,6 +183,61 @@ class Memory:
             inner = inner + (held * value).sum(-1)
         shares = inner / state.square().sum((-1, -2))[:, None]
         return shares if head is None else shares[:, :, head]
+
+    def facts(
+        self,
+        dictionaries: PairDictionary | Sequence[PairDictionary],
+        *,
+        layer: int | None = None,
+        head: int | None = None,
+        n: int | None = None,
+        row: int = 0,
+    ) -> list[Fact]:
+        """What a head holds after a row's tokens, as facts, strongest first: at most ``n``, or as many as are strong.
+
+        Of several dictionaries, the facts are `joined`. ``layer`` and ``head`` are those of the dictionary, and may be
+        left out where it names them.
+
+        Raises:
+            InputError: what `read_memory` raises, the dictionary is one of another head, or there is no such row.
+        """
+        if not 0 <= row < self.tokens.shape[0]:
+            raise InputError(f"row: expected 0 to {self.tokens.shape[0] - 1}, got {row}")
+        several = dictionaries if isinstance(dictionaries, Sequence) else [dictionaries]
+        heads = list[list[Fact]]()
+        for dictionary in several:
+            state = self._head_state(*place_of(dictionary, layer, head))
+            heads += read_memory(state[row : row + 1], dictionary, n)
+        return joined(heads, n) if isinstance(dictionaries, Sequence) else heads[0]
+
+    def with_fact(
+        self,
+        dictionaries: PairDictionary | Sequence[PairDictionary],
+        key: str,
+        value: str | None,
+        *,
+        instead_of: str | None = None,
+        layer: int | None = None,
+        head: int | None = None,
+    ) -> Memory:
+        """With another fact, in every head of the dictionaries: a ``value`` ``instead_of`` another; one fact more,
+        without ``instead_of``; one less, with ``value`` None. Words are those of the dictionaries (see `rewritten`).
+
+        Raises:
+            InputError: no head holds the old fact, a word names no atom, or what `facts` raises.
+        """
+        several = dictionaries if isinstance(dictionaries, Sequence) else [dictionaries]
+        states: LayerStates = {}
+        held = False
+        for dictionary in several:
+            of_layer, of_head = place_of(dictionary, layer, head)
+            before = self._head_state(of_layer, of_head)
+            changed, had_it = rewritten(before, dictionary, key, value, instead_of)
+            held |= had_it
+            states.setdefault(of_layer, self.state(of_layer))[:, of_head] = changed
+        if not held:
+            raise InputError(f"instead_of: expected a value that {key!r} has here, got {instead_of!r}; see `facts`")
+        return self.with_states(states)
 
     # -- cutting and joining
 
@@ -352,6 +408,12 @@ class Memory:
         return replace(first, kept=kept, edited=said.get("edited") is not False)
 
     # -- helpers
+
+    def _head_state(self, layer: int, head: int) -> Tensor:
+        """[B,K,V], of a head that there is."""
+        if not 0 <= head < self.model.cfg.layer(layer).H:
+            raise InputError(f"head: expected 0 to {self.model.cfg.layer(layer).H - 1} in layer {layer}, got {head}")
+        return self.state(layer, head)
 
     def _check_peer(self, other: Memory) -> None:
         if other.model is not self.model or other.tokens.shape[0] != self.tokens.shape[0]:

@@ -241,9 +241,12 @@ class _Product(MatrixSAE):
         acts = torch.where(active, grid, 0).clamp_min(0).flatten(-2)
         return self.hook_sae_acts_post(acts), pre
 
-    def pursue(self, matrices: Tensor, n: int | None = None) -> Pairs:
-        """The pairs of matrices [N,K,V], at most n, or `cfg.n_pairs`."""
-        return pursue(matrices, *self.directions, n or self.cfg.n_pairs, self.cfg.stop)
+    def pursue(self, matrices: Tensor, n: int | None = None, stop: float | None = None) -> Pairs:
+        """The pairs of matrices [N,K,V]; `n` and `stop` instead of those of the config."""
+        keys, values = self.directions
+        keys = normalize(keys, dim=1)
+        values = normalize(values, dim=1)
+        return pursue(matrices, keys, values, n or self.cfg.n_pairs, stop or self.cfg.stop)
 
     @torch.no_grad()
     def replace_atoms(self, indices: Tensor, atoms: LowRank, alive: Tensor) -> None:
@@ -457,11 +460,11 @@ class WriteProductTrainingSAE(_Product, MatrixTrainingSAE, _SideStep):  # pyrigh
         return _dense_rows(x).to(self.dtype).unflatten(1, (self.cfg.d_k, self.cfg.d_v))
 
     def _turn_to_positive(self) -> None:
-        """Turn atoms to their negative, so that most contributions are positive: by the signs of the first singular
-        vectors of the mean contributions. Where signs of all pairs follow from those of their sides, this gives them
-        (Perron and Frobenius)."""
+        """Turn atoms to their negative, so that most contributions are positive: by the first singular vectors of
+        the signs of mean contributions. Where the signs of all pairs follow from those of their sides, this gives them
+        (Perron and Frobenius). Sizes are left out: a pair that all states have would outweigh the others."""
         grid = self.mean_contribution.view(self.cfg.f_key, -1)
-        left, _, right = torch.linalg.svd(grid, full_matrices=False)
+        left, _, right = torch.linalg.svd(grid.sign(), full_matrices=False)
         of_keys = torch.where(left[:, :1] < 0, -1, 1).to(grid)
         of_values = torch.where(right[0] < 0, -1, 1).to(grid)
         self.key_atoms.data.mul_(of_keys)

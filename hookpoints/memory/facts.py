@@ -1,0 +1,305 @@
+"""What a memory holds, as a list of facts, and memories with other facts.
+
+A state is a sum of writes k u^T. A dictionary of pairs writes it as sum_n c_n p_n v_n^T, with key atoms p and value
+atoms v that it learned from states alone. Each pair is a `Fact`; words name its atoms (`label_atoms`).
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from hookpoints.errors import InputError, nearest
+
+_HOOK = re.compile(r"blocks\.(\d+)\.mixer\.heads\.(\d+)\.hook_(\w+)_vec")
+MOST_FACTS = 32
+"""Facts that are read from a state where the number is not given, at most."""
+FACT_SHARE = 0.2
+"""Share of a state's norm above which a pair is read as a fact where the number is not given. In `recall` with four
+facts .998 of them are read and .87 of what is read is one; with eight facts .93 and .93."""
+LEAST_SHARE = 1e-3
+"""The same where the number is given."""
+LEAST_NAMED = 0.2
+"""Correlation from which a word names an atom."""
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A pair of a state. Prints as `Ben → Tokyo 0.93`."""
+
+    key: str
+    value: str
+    coefficient: float
+    """Of atoms of norm 1, as a share of the state's norm, with a sign. Of several heads: the sum of |coefficient| times
+    `named`."""
+    key_atom: int
+    value_atom: int
+    """Numbers of the atoms; of several heads, in the dictionary in which the fact is strongest."""
+    named: float
+    """How well words name its atoms: the product of both correlations, 0 where an atom has no word."""
+
+    def __str__(self) -> str:
+        return f"{self.key} → {self.value} {self.coefficient:.2f}"
+
+
+class Side(NamedTuple):
+    """Words of the atoms of one side."""
+
+    words: list[str | None]
+    """The word that names each atom."""
+    correlations: list[float]
+    """Over states, of the atom's presence and the word's in the text before; 0 without a word."""
+    sizes: list[float]
+    """Mean coefficient where the atom is present, with its sign."""
+
+    def atoms(self, word: str) -> list[int]:
+        """Those that a word names, the best named first.
+
+        Raises:
+            InputError: there is none.
+        """
+        named = [atom for atom, own in enumerate(self.words) if own == word]
+        if not named:
+            known = {own for own in self.words if own}
+            raise InputError(f"expected a word that names an atom, got {word!r}, which has none{nearest(word, known)}")
+        return sorted(named, key=lambda atom: -self.correlations[atom])
+
+
+class SumOfPairs(Protocol):
+    """States [N,K,V] as sums of at most n pairs: numbers of atoms and coefficients [N,n], which are 0 behind the last
+    pair."""
+
+    @property
+    def keys(self) -> Tensor: ...
+    @property
+    def values(self) -> Tensor: ...
+    @property
+    def coefficients(self) -> Tensor: ...
+    def acts(self) -> Tensor:
+        """[N,F_key*F_value], the coefficient of each pair of atoms."""
+        ...
+
+
+class PairDictionary(Protocol):
+    """A dictionary of pairs, such as `sae_lens_writesae` trains."""
+
+    @property
+    def cfg(self) -> Any:
+        """Has `metadata` with `hook_name` and `labels`."""
+        ...
+
+    @property
+    def directions(self) -> tuple[Tensor, Tensor]:
+        """Key atoms [F_key,K] and value atoms [F_value,V]."""
+        ...
+
+    def pursue(self, matrices: Tensor, n: int, stop: float) -> SumOfPairs:
+        """At most n pairs of each of the matrices [N,K,V], the strongest first; none below a share of the norm."""
+        ...
+
+
+def read_memory(states: Tensor, dictionary: PairDictionary, n: int | None = None) -> list[list[Fact]]:
+    """The facts of each of the states [N,K,V], strongest first.
+
+    Args:
+        n: how many facts of each state, at most. None: as many as stand out from what is left by `FACT_SHARE` of the
+            norm of the state.
+
+    A dictionary of writes reads states too, with a warning: its pairs were not fitted to them.
+
+    Raises:
+        InputError: n is below 1, the dictionary has no pairs or atoms of another size, or its labels are damaged.
+    """
+    key_side, value_side = _side(dictionary, 0), _side(dictionary, 1)
+    pairs = _pairs(states, dictionary, n)
+    shares = pairs.coefficients / states.flatten(1).norm(dim=1).clamp_min(1e-30)[:, None]
+    found = list[list[Fact]]()
+    for i_row, j_row, row in zip(pairs.keys.tolist(), pairs.values.tolist(), shares.tolist()):
+        facts = list[Fact]()
+        for i, j, share in zip(i_row, j_row, row):
+            key = key_side.words[i] or f"key {i}"
+            value = value_side.words[j] or f"value {j}"
+            named = key_side.correlations[i] * value_side.correlations[j]
+            facts.append(Fact(key, value, share, i, j, named))
+        held = [fact for fact in facts if fact.coefficient]
+        found.append(sorted(held, key=lambda fact: -abs(fact.coefficient)))
+    return found
+
+
+def joined(heads: Sequence[Sequence[Fact]], n: int | None = None) -> list[Fact]:
+    """The facts of several heads as one list, at most n, strongest first: of one fact, |coefficient| times `named` adds
+    up."""
+    sums: dict[tuple[str, str], Fact] = {}
+    for fact in sorted((fact for facts in heads for fact in facts), key=_strength, reverse=True):
+        first = sums.setdefault((fact.key, fact.value), replace(fact, coefficient=0.0))
+        sums[fact.key, fact.value] = replace(first, coefficient=first.coefficient + _strength(fact))
+    return sorted(sums.values(), key=lambda fact: -fact.coefficient)[:n]
+
+
+def _strength(fact: Fact) -> float:
+    return abs(fact.coefficient) * fact.named
+
+
+# ------------------------------------------------------------------------------------------------ words
+
+
+def label_atoms(
+    dictionary: PairDictionary,
+    states: Tensor,
+    texts: Sequence[Collection[str]],
+    *,
+    key_words: Collection[str] | None = None,
+    value_words: Collection[str] | None = None,
+    n: int | None = None,
+) -> None:
+    """Name the atoms of a dictionary by words, and keep the names in its metadata, which are saved with it.
+
+    An atom's word is the one whose presence in the text correlates most, over states, with the atom's presence in the
+    pairs of the state. Labels do not change what is read, only what it is called.
+
+    Args:
+        states: [N,K,V], after N texts.
+        texts: the words or tokens of each text up to its state.
+        key_words, value_words: the words that are tried for a side; None: all of the texts.
+        n: pairs of a state, as in `read_memory`.
+
+    Cost: N F_key F_value (V + n) for the pairs, N F W for W words.
+
+    Raises:
+        InputError: as of `read_memory`, or not as many texts as states.
+    """
+    if len(texts) != len(states):
+        raise InputError(f"texts: expected one of each of the {len(states)} states, got {len(texts)}")
+    pairs = _pairs(states, dictionary, n)
+    labels = dict[str, dict[str, list[Any]]]()
+    for name, numbers, atoms, words in (
+        ("keys", pairs.keys, dictionary.directions[0], key_words),
+        ("values", pairs.values, dictionary.directions[1], value_words),
+    ):
+        sums = pairs.coefficients.new_zeros(len(states), len(atoms)).scatter_add(1, numbers, pairs.coefficients)
+        active = (sums != 0).to(sums)
+        tried = sorted(set[str]().union(*texts) if words is None else words)
+        present = torch.tensor([[word in text for word in tried] for text in map(set, texts)]).to(sums)
+        r, best = _correlations(active, present).max(1)
+        is_named = (r >= LEAST_NAMED).tolist()
+        labels[name] = Side(
+            words=[tried[word] if named else None for word, named in zip(best.tolist(), is_named)],
+            correlations=[cosine if named else 0.0 for cosine, named in zip(r.tolist(), is_named)],
+            sizes=(sums.sum(0) / active.sum(0).clamp_min(1)).tolist(),
+        )._asdict()
+    dictionary.cfg.metadata.labels = labels
+
+
+def _correlations(active: Tensor, present: Tensor) -> Tensor:
+    """[F,W] of columns [N,F] and [N,W]; 0 of those that do not vary."""
+    one = normalize(active - active.mean(0), dim=0)
+    other = normalize(present - present.mean(0), dim=0)
+    return one.T @ other
+
+
+def _side(dictionary: PairDictionary, number: int) -> Side:
+    """Words of the key atoms (0) or of the value atoms (1). Files of strangers have them, too."""
+    count = len(_directions(dictionary)[number])
+    labels = dictionary.cfg.metadata.labels
+    unnamed = Side([None] * count, [0.0] * count, [0.0] * count)
+    if labels is None:
+        return unnamed
+    try:
+        side = Side(**labels[("keys", "values")[number]])
+        numbers = torch.tensor([side.correlations, side.sizes])
+        is_whole = len(side.words) == count and all(isinstance(word, str | None) for word in side.words)
+        is_whole &= numbers.shape == (2, count) and bool(numbers.isfinite().all())
+    except (KeyError, TypeError, ValueError):
+        side = unnamed
+        is_whole = False
+    if not is_whole:
+        raise InputError(
+            f"labels: expected words, correlations and sizes of {count} atoms, got others; call label_atoms again"
+        )
+    return side
+
+
+# ------------------------------------------------------------------------------------------------ other facts
+
+
+def rewritten(
+    states: Tensor, dictionary: PairDictionary, key: str, value: str | None, instead_of: str | None
+) -> tuple[Tensor, bool]:
+    """States [N,K,V] in which a key has a value `instead_of` another (None: besides those it has), or loses that one
+    (`value` None); and whether some state held the old fact.
+
+    What leaves is all that a state has along the pairs with the old words: their coefficients, and what is left of the
+    state along them. What comes has the same keys, with coefficients that differ by the ratio of the usual sizes of
+    both value atoms, so that what a query reads is as large as what it usually reads of the new value.
+
+    Raises:
+        InputError: no atom of the dictionary has one of the words, or neither value is given.
+    """
+    if value is None and instead_of is None:
+        raise InputError("value: expected a word, or instead_of, the value that the key loses; got neither")
+    value_side = _side(dictionary, 1)
+    key_atoms = _side(dictionary, 0).atoms(key)
+    keys, values = (normalize(side.detach(), dim=1).to(states) for side in _directions(dictionary))
+    sizes = torch.tensor(value_side.sizes).to(states)
+    new = value_side.atoms(value)[0] if value is not None else None
+    if instead_of is None:
+        return states + sizes[new] * torch.outer(keys[key_atoms[0]], values[new].flatten()), True
+    value_atoms = value_side.atoms(instead_of)
+    grid = _pairs(states, dictionary, None).acts().view(len(states), len(keys), len(values))
+    left = states - keys.T @ grid @ values
+    found = grid[:, key_atoms][:, :, value_atoms]
+    old = found + keys[key_atoms] @ left @ values[value_atoms].T  # [N,i,j]
+    change = -old @ values[value_atoms]
+    if new is not None:
+        change = change + (old / sizes[value_atoms]).sum(-1, keepdim=True) * sizes[new] * values[new]
+    return states + keys[key_atoms].T @ change, bool(found.any())
+
+
+# ------------------------------------------------------------------------------------------------ helpers
+
+
+def _pairs(states: Tensor, dictionary: PairDictionary, n: int | None) -> SumOfPairs:
+    if n is not None and n < 1:
+        raise InputError(f"n: expected a number of facts from 1 on, or None, got {n}")
+    sides = _directions(dictionary)
+    wanted = (sides[0].shape[1], sides[1].shape[1])
+    if states.ndim != 3 or states.shape[1:] != wanted:
+        raise InputError(f"states: expected [N,K,V] with K, V = {wanted} of the atoms, got {tuple(states.shape)}")
+    if "hook_write" in str(dictionary.cfg.metadata.hook_name):
+        warnings.warn(
+            "a dictionary of writes reads states: its pairs were fitted to single writes, not to sums", stacklevel=3
+        )
+    least = FACT_SHARE if n is None else LEAST_SHARE
+    with torch.no_grad():
+        return dictionary.pursue(states.to(sides[0]), min(n or MOST_FACTS, len(sides[0]) * len(sides[1])), least)
+
+
+def _directions(dictionary: PairDictionary) -> tuple[Tensor, Tensor]:
+    if not hasattr(dictionary, "pursue"):
+        raise InputError(
+            f"dictionary: expected one of pairs (writesae_product, encoder='pursuit'), got {type(dictionary).__name__}"
+        )
+    return dictionary.directions
+
+
+def place_of(dictionary: PairDictionary, layer: int | None, head: int | None) -> tuple[int, int]:
+    """The layer and the head of a dictionary, which its metadata names, or else the caller.
+
+    Raises:
+        InputError: it is one of another head than the caller names, or neither names one.
+    """
+    _directions(dictionary)
+    match = _HOOK.fullmatch(str(dictionary.cfg.metadata.hook_name))
+    own = (int(match[1]), int(match[2])) if match else (layer, head)
+    if own[0] is None or own[1] is None:
+        raise InputError("layer, head: expected both, because the dictionary names no head; got none")
+    if layer not in (None, own[0]) or head not in (None, own[1]):
+        raise InputError(f"layer, head: expected {own}, the head of the dictionary, got {(layer, head)}")
+    return own[0], own[1]

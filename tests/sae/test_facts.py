@@ -1,0 +1,254 @@
+"""What a memory of `recall` holds, in words, by a dictionary of its mean writes; and what the model answers after other
+facts were written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from sae_lens import SAE
+from sae_lens.saes.sae import SAEMetadata
+from saes import tied_sae
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from hookpoints import HookedRecurrent, zoo
+from hookpoints.errors import InputError
+from hookpoints.memory.facts import joined
+from sae_lens_writesae import Fact, label_atoms, load_sae, read_memory
+from sae_lens_writesae.sae import WriteProductSAE, WriteProductSAEConfig
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+LAYER, HEAD = 1, 1
+HOOK = f"blocks.{LAYER}.mixer.heads.{HEAD}.hook_state_vec"
+
+
+class World(NamedTuple):
+    """The model, a dictionary of its mean writes by symbol, and texts."""
+
+    model: HookedRecurrent
+    dictionary: Any
+    words: list[str]
+    """Of all tokens."""
+
+    def texts(self, pairs: int, count: int, seed: int) -> Tensor:
+        """[count,2 pairs + 2] tokens: the first says nothing, keys and values follow one another, the last says that
+        questions follow."""
+        batch = zoo.task("recall").batch(count, torch.Generator().manual_seed(seed), pairs=pairs, queries=1)
+        return batch.tokens[:, : 2 * pairs + 2]
+
+    def states(self, tokens: Tensor) -> Tensor:
+        return self.model.recurrence(tokens, LAYER).final_state()[:, HEAD]
+
+    def facts(self, text: Tensor) -> list[tuple[str, str]]:
+        """What a text says."""
+        said = [self.words[token] for token in text.tolist()][1:-1]
+        return list(zip(said[::2], said[1::2]))
+
+    def answer(self, memory: Any, key: str) -> str:
+        """What the model says after a key."""
+        logits = self.model.logits_after(memory, torch.tensor([[self.words.index(key)]]))
+        return self.words[int(logits[0, -1].argmax())]
+
+
+def dictionary(keys: Tensor, values: Tensor, hook: str | None = HOOK, **fields: Any) -> Any:
+    shape: dict[str, Any] = {"d_in": keys.shape[1] * values.shape[1], "d_k": keys.shape[1], "encoder": "pursuit"}
+    sizes = {"d_sae": len(keys) * len(values), "f_key": len(keys), "f_value": len(values)}
+    sae = WriteProductSAE(WriteProductSAEConfig(**{**shape, **sizes, **fields}, metadata=SAEMetadata(hook_name=hook)))
+    sae.key_atoms.copy_(keys)
+    sae.value_atoms.copy_(values)
+    return sae
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    with torch.no_grad():
+        task = zoo.task("recall")
+        model = HookedRecurrent.from_pretrained("recall")
+        words = [model.tokenizer.decode([token]).strip() for token in range(model.cfg.d_vocab)]
+        batch = task.batch(512, torch.Generator().manual_seed(9), pairs=12)
+        factors = model.recurrence(batch.tokens, LAYER)
+        at = batch.places["keys"][:, :-1] + 2  # where the head writes a pair
+        rows = torch.arange(512)[:, None]
+        sides = []
+        for side, kind in ((factors.k, "keys"), (factors.u, "values")):
+            symbols = batch.symbols[kind][:, :-1].flatten()
+            vectors = side[rows, at, HEAD].flatten(0, 1)
+            sides.append(normalize(torch.stack([vectors[symbols == n].mean(0) for n in range(64)]), dim=1))
+        made = World(model, dictionary(*sides), words)
+        tokens = made.texts(4, 1000, 1)
+        label_atoms(made.dictionary, made.states(tokens), [[words[t] for t in text] for text in tokens.tolist()])
+    return made
+
+
+# ---------------------------------------------------------------------------------------- reading
+
+
+def test_words_name_the_atoms(world: World) -> None:
+    labels = world.dictionary.cfg.metadata.labels
+    for side, first in (("keys", 1), ("values", 65)):
+        right = [word == world.words[first + atom] for atom, word in enumerate(labels[side]["words"])]
+        assert sum(right) >= 62
+        assert all(cosine > 0.5 for cosine, named in zip(labels[side]["correlations"], right) if named)
+
+
+@pytest.mark.parametrize("pairs", [4, 8])
+def test_the_facts_of_a_text_are_read_from_its_state(world: World, pairs: int) -> None:
+    tokens = world.texts(pairs, 100, 50 + pairs)
+    states = world.states(tokens)
+    found = read_memory(states, world.dictionary, pairs)
+    said = [set(world.facts(text)) for text in tokens]
+    read = [{(fact.key, fact.value) for fact in facts} for facts in found]
+    assert sum(len(a & b) for a, b in zip(said, read)) >= 0.95 * 100 * pairs
+    assert sum(len(a & b) for a, b in zip(said, read[1:] + read[:1])) <= 0.1 * 100 * pairs
+    for facts in found:
+        sizes = [abs(fact.coefficient) for fact in facts]
+        assert len(facts) == pairs and sizes == sorted(sizes, reverse=True)
+    strong = read_memory(states, world.dictionary)
+    right = [(fact.key, fact.value) in facts for own, facts in zip(strong, said) for fact in own]
+    assert sum(right) >= 0.9 * len(right) and sum(right) >= 0.9 * 100 * pairs
+    first = found[0][0]
+    keys, values = world.dictionary.directions
+    projection = keys[first.key_atom] @ states[0] @ values[first.value_atom] / states[0].norm()
+    assert first.coefficient == pytest.approx(float(projection), abs=0.15)
+
+
+def test_a_memory_says_what_it_holds(world: World) -> None:
+    text = world.texts(4, 1, 7)
+    memory = world.model.memory(text)
+    facts = memory.facts(world.dictionary, layer=LAYER, head=HEAD, n=4)
+    assert {(fact.key, fact.value) for fact in facts} == set(world.facts(text[0]))
+    assert facts == memory.facts(world.dictionary, n=4)
+    assert str(facts[0]) == f"{facts[0].key} → {facts[0].value} {facts[0].coefficient:.2f}"
+    both = memory.facts([world.dictionary, world.dictionary], n=4)
+    assert [(fact.key, fact.value) for fact in both] == [
+        (fact.key, fact.value) for fact in sorted(facts, key=lambda fact: -abs(fact.coefficient) * fact.named)
+    ]
+    assert both[0].coefficient == pytest.approx(2 * max(abs(fact.coefficient) * fact.named for fact in facts))
+
+
+def test_facts_of_several_heads_add_up() -> None:
+    one = [Fact("Ben", "Rome", -0.5, 1, 2, 0.8), Fact("Ada", "Oslo", 0.6, 3, 4, 0.9)]
+    other = [Fact("Ben", "Rome", 0.4, 7, 8, 1.0), Fact("key 3", "value 1", 0.9, 3, 1, 0.0)]
+    facts = joined([one, other])
+    assert [str(fact) for fact in facts] == ["Ben → Rome 0.80", "Ada → Oslo 0.54", "key 3 → value 1 0.00"]
+    assert (facts[0].key_atom, facts[0].value_atom) in ((1, 2), (7, 8))
+    assert joined([one, other], 1) == facts[:1]
+
+
+def test_labels_are_saved_with_the_dictionary(world: World, tmp_path: Path) -> None:
+    states = world.states(world.texts(4, 5, 3))
+    world.dictionary.save_model(tmp_path)
+    for loaded in (load_sae(tmp_path), SAE.load_from_disk(tmp_path)):
+        found: Any = loaded
+        assert read_memory(states, found, 4) == read_memory(states, world.dictionary, 4)
+
+
+# ---------------------------------------------------------------------------------------- what cannot be read
+
+
+def test_what_is_asked_wrongly_has_an_answer(world: World) -> None:
+    text = world.texts(4, 2, 7)
+    memory = world.model.memory(text)
+    states = world.states(text)
+    with pytest.raises(InputError, match=r"^n: expected a number of facts from 1 on, or None, got 0"):
+        memory.facts(world.dictionary, n=0)
+    with pytest.raises(InputError, match=r"^layer, head: expected \(1, 1\), the head of the dictionary, got \(1, 0\)"):
+        memory.facts(world.dictionary, layer=1, head=0)
+    with pytest.raises(InputError, match=r"^row: expected 0 to 1, got 2"):
+        memory.facts(world.dictionary, row=2)
+    with pytest.raises(InputError, match=r"^states: expected \[N,K,V\] with K, V = \(32, 32\).*got \(2, 32, 31\)"):
+        read_memory(states[..., :31], world.dictionary)
+    with pytest.raises(InputError, match=r"^texts: expected one of each of the 2 states, got 1"):
+        label_atoms(world.dictionary, states, [["Ada"]])
+    rank_one: Any = tied_sae(torch.eye(32), torch.eye(32), 3, target="state")
+    with pytest.raises(InputError, match=r"^dictionary: expected one of pairs .*got WriteTopKSAE"):
+        memory.facts(rank_one)
+    nowhere = dictionary(*world.dictionary.directions, hook=None)
+    with pytest.raises(InputError, match=r"^layer, head: expected both"):
+        memory.facts(nowhere)
+    with pytest.raises(InputError, match=r"^head: expected 0 to 1 in layer 1, got 5"):
+        memory.facts(nowhere, layer=1, head=5)
+    assert memory.facts(nowhere, layer=1, head=1, n=1)[0].key.startswith("key ")
+    assert read_memory(torch.zeros(1, 32, 32), world.dictionary) == [[]]
+    assert read_memory(states[:0], world.dictionary) == []
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        "words",
+        {"keys": {}},
+        {"keys": {"words": ["Ada"], "correlations": [1.0], "sizes": [1.0]}},
+        {"keys": {"words": [1] * 64, "correlations": [1.0] * 64, "sizes": [1.0] * 64}},
+        {"keys": {"words": ["Ada"] * 64, "correlations": ["high"] * 64, "sizes": [1.0] * 64}},
+        {"keys": {"words": ["Ada"] * 64, "correlations": [float("nan")] * 64, "sizes": [1.0] * 64}},
+    ],
+    ids=str,
+)
+def test_damaged_labels_are_refused(world: World, labels: Any) -> None:
+    damaged = dictionary(*world.dictionary.directions)
+    damaged.cfg.metadata.labels = labels
+    with pytest.raises(InputError, match=r"^labels: expected words, correlations and sizes of 64 atoms"):
+        read_memory(torch.zeros(1, 32, 32), damaged)
+
+
+@pytest.mark.parametrize("encoder", ["topk", "pursuit"])
+def test_a_dictionary_of_writes_reads_states_and_says_so(world: World, encoder: str) -> None:
+    text = world.texts(4, 1, 7)
+    hook = HOOK.replace("state", "write")
+    of_writes = dictionary(*(3 * side for side in world.dictionary.directions), hook=hook, encoder=encoder)
+    of_writes.cfg.metadata.labels = world.dictionary.cfg.metadata.labels
+    with pytest.warns(UserWarning, match="a dictionary of writes reads states"):
+        facts = world.model.memory(text).facts(of_writes, n=4)
+    assert {(fact.key, fact.value) for fact in facts} == set(world.facts(text[0]))
+
+
+# ---------------------------------------------------------------------------------------- writing
+
+
+def test_the_model_answers_what_was_written(world: World) -> None:
+    """Another value for one key: the new answer, the answers about all others, and nothing of it for another key."""
+    n = 30
+    new, others, null = [], [], []
+    values = torch.randint(65, 129, (n,), generator=torch.Generator().manual_seed(2)).tolist()
+    for text, token in zip(world.texts(4, n, 11), values):
+        memory = world.model.memory(text[None])
+        before = memory.state(LAYER)
+        (key, old), *rest = world.facts(text)
+        if (value := world.words[token]) in {old, *(other for _, other in rest)}:
+            continue
+        changed = memory.with_fact(world.dictionary, key, value, instead_of=old)
+        assert changed.edited and not memory.edited and torch.equal(memory.state(LAYER), before)
+        assert torch.equal(changed.state(LAYER, 1 - HEAD), memory.state(LAYER, 1 - HEAD))
+        new.append(world.answer(changed, key) == value)
+        others += [world.answer(changed, other) == right for other, right in rest]
+        elsewhere = memory.with_fact(world.dictionary, rest[0][0], value, instead_of=rest[0][1])
+        null.append(world.answer(elsewhere, key) == value)
+    assert sum(new) >= 0.95 * len(new) and sum(others) >= 0.98 * len(others) and sum(null) <= 0.1 * len(null)
+
+
+def test_a_fact_comes_and_goes(world: World) -> None:
+    gone, come = [], []
+    for text in world.texts(4, 20, 12):
+        memory = world.model.memory(text[None])
+        key, value = world.facts(text)[1]
+        without = memory.with_fact([world.dictionary], key, None, instead_of=value)
+        gone.append((key, value) not in {(fact.key, fact.value) for fact in without.facts(world.dictionary)})
+        again = without.with_fact(world.dictionary, key, value)
+        come.append(world.answer(again, key) == value)
+    assert sum(gone) == len(gone) and sum(come) >= 0.95 * len(come)
+
+
+def test_what_cannot_be_written_says_why(world: World) -> None:
+    text = world.texts(4, 1, 7)
+    memory = world.model.memory(text)
+    (key, value), (other, _), *_ = world.facts(text[0])
+    with pytest.raises(InputError, match=r"^expected a word that names an atom, got 'Tokio', .*nearest: Tokyo"):
+        memory.with_fact(world.dictionary, key, "Tokio", instead_of=value)
+    with pytest.raises(InputError, match=rf"^instead_of: expected a value that '{other}' has here, got '{value}'"):
+        memory.with_fact(world.dictionary, other, None, instead_of=value)
+    with pytest.raises(InputError, match=r"^value: expected a word, or instead_of"):
+        memory.with_fact(world.dictionary, key, None)
