@@ -102,12 +102,10 @@ class WriteProductSAEConfig(MatrixSAEConfig):
         self.f_value = self.f_value or self.d_sae // max(self.f_key, 1)
         if self.f_key * self.f_value != self.d_sae:
             raise ValueError(f"d_sae={self.d_sae!r}: must be f_key * f_value.")
-        for name, most in (("k_key", self.f_key), ("k_value", self.f_value)):
+        for name, most in (("k_key", self.f_key), ("k_value", self.f_value), ("n_pairs", self.d_sae)):
             k = getattr(self, name)
             if not 1 <= k <= most:
                 raise ValueError(f"{name}={k!r}: must be between 1 and {most}.")
-        if not 1 <= self.n_pairs <= self.d_sae:
-            raise ValueError(f"n_pairs={self.n_pairs!r}: must be between 1 and d_sae={self.d_sae}.")
         if not LEAST_STOP <= self.stop < 1:
             raise ValueError(f"stop={self.stop!r}: must be at least {LEAST_STOP} and below 1.")
         fixed: dict[str, object] = {"decoder": "rank", "rank": 1, "apply_b_dec_to_input": False, "loss": "mse"}
@@ -243,9 +241,7 @@ class _Product(MatrixSAE):
 
     def pursue(self, matrices: Tensor, n: int | None = None, stop: float | None = None) -> Pairs:
         """The pairs of matrices [N,K,V]; `n` and `stop` instead of those of the config."""
-        keys, values = self.directions
-        keys = normalize(keys, dim=1)
-        values = normalize(values, dim=1)
+        keys, values = (normalize(side, dim=1) for side in self.directions)
         return pursue(matrices, keys, values, n or self.cfg.n_pairs, stop or self.cfg.stop)
 
     @torch.no_grad()
@@ -384,8 +380,7 @@ class WriteProductTrainingSAE(_Product, MatrixTrainingSAE, _SideStep):  # pyrigh
         """
         if self.cfg.encoder == "pursuit":
             if first:
-                atoms = self.key_atoms, self.value_atoms
-                everywhere = [torch.ones_like(side[:, 0], dtype=torch.bool) for side in atoms]
+                everywhere = [atoms.isfinite().all(1) for atoms in (self.key_atoms, self.value_atoms)]
                 self._put_in(everywhere, _singular_vectors(self._matrices(x)), either_sign=True)
             return int(self.n_started)
         writes = rank_one_rows(self, x)
@@ -465,8 +460,9 @@ class WriteProductTrainingSAE(_Product, MatrixTrainingSAE, _SideStep):  # pyrigh
         (Perron and Frobenius). Sizes are left out: a pair that all states have would outweigh the others."""
         grid = self.mean_contribution.view(self.cfg.f_key, -1)
         left, _, right = torch.linalg.svd(grid.sign(), full_matrices=False)
-        of_keys = torch.where(left[:, :1] < 0, -1, 1).to(grid)
-        of_values = torch.where(right[0] < 0, -1, 1).to(grid)
+        one = torch.ones_like(grid[0, 0])
+        of_keys = one.copysign(left[:, :1])
+        of_values = one.copysign(right[0])
         self.key_atoms.data.mul_(of_keys)
         self.value_atoms.data.mul_(of_values[:, None])
         grid.mul_(of_keys * of_values)

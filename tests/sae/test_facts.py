@@ -36,7 +36,8 @@ class World(NamedTuple):
     def texts(self, pairs: int, count: int, seed: int) -> Tensor:
         """[count,2 pairs + 2] tokens: the first says nothing, keys and values follow one another, the last says that
         questions follow."""
-        batch = zoo.task("recall").batch(count, torch.Generator().manual_seed(seed), pairs=pairs, queries=1)
+        task: Any = zoo.task("recall")
+        batch = task.batch(count, torch.Generator().manual_seed(seed), pairs=pairs, queries=1)
         return batch.tokens[:, : 2 * pairs + 2]
 
     def states(self, tokens: Tensor) -> Tensor:
@@ -65,9 +66,10 @@ def dictionary(keys: Tensor, values: Tensor, hook: str | None = HOOK, **fields: 
 @pytest.fixture(scope="module")
 def world() -> World:
     with torch.no_grad():
-        task = zoo.task("recall")
+        task: Any = zoo.task("recall")
         model = HookedRecurrent.from_pretrained("recall")
-        words = [model.tokenizer.decode([token]).strip() for token in range(model.cfg.d_vocab)]
+        tokenizer: Any = model.tokenizer
+        words = [tokenizer.decode([token]).strip() for token in range(model.cfg.d_vocab)]
         batch = task.batch(512, torch.Generator().manual_seed(9), pairs=12)
         factors = model.recurrence(batch.tokens, LAYER)
         at = batch.places["keys"][:, :-1] + 2  # where the head writes a pair
