@@ -125,10 +125,9 @@ def test_a_memory_says_what_it_holds(world: World) -> None:
     assert facts == memory.facts(world.dictionary, n=4)
     assert str(facts[0]) == f"{facts[0].key} → {facts[0].value} {facts[0].coefficient:.2f}"
     both = memory.facts([world.dictionary, world.dictionary], n=4)
-    assert [(fact.key, fact.value) for fact in both] == [
-        (fact.key, fact.value) for fact in sorted(facts, key=lambda fact: -abs(fact.coefficient) * fact.named)
-    ]
-    assert both[0].coefficient == pytest.approx(2 * max(abs(fact.coefficient) * fact.named for fact in facts))
+    strength = {(fact.key, fact.value): 2 * abs(fact.coefficient) * fact.named for fact in facts}
+    assert {(fact.key, fact.value): pytest.approx(fact.coefficient) for fact in both} == strength
+    assert [fact.coefficient for fact in both] == sorted((fact.coefficient for fact in both), reverse=True)
 
 
 def test_facts_of_several_heads_add_up() -> None:
