@@ -88,7 +88,7 @@ class SumOfPairs(Protocol):
 
 
 class PairDictionary(Protocol):
-    """A dictionary of pairs, such as `sae_lens_writesae` trains."""
+    """A dictionary of sums of pairs."""
 
     @property
     def cfg(self) -> Any:
@@ -284,7 +284,7 @@ def _pairs(states: Tensor, dictionary: PairDictionary, n: int | None) -> SumOfPa
 def _directions(dictionary: PairDictionary) -> tuple[Tensor, Tensor]:
     if not hasattr(dictionary, "pursue"):
         raise InputError(
-            f"dictionary: expected one of pairs (writesae_product, encoder='pursuit'), got {type(dictionary).__name__}"
+            f"dictionary: expected one of pairs (with `pursue` and `directions`), got {type(dictionary).__name__}"
         )
     return dictionary.directions
 
