@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from hookpoints.edits.session import EditSession
     from hookpoints.errors import EditError, HookpointsError, UnknownHookError, UnknownModelError, UnsupportedModelError
     from hookpoints.hooks.table import HOOKS
+    from hookpoints.memory.facts import Fact, label_atoms, read_memory
     from hookpoints.memory.memory import Memory
     from hookpoints.model.attach import attach
     from hookpoints.model.cost import Cost, cost
@@ -36,6 +37,7 @@ _HOMES = {
     "edits.session": ("EditSession",),
     "errors": ("EditError", "HookpointsError", "UnknownHookError", "UnknownModelError", "UnsupportedModelError"),
     "hooks.table": ("HOOKS",),
+    "memory.facts": ("Fact", "label_atoms", "read_memory"),
     "memory.memory": ("Memory",),
     "model.attach": ("attach",),
     "model.cost": ("Cost", "cost"),
@@ -54,6 +56,7 @@ __all__ = [
     "EditError",
     "EditRow",
     "EditSession",
+    "Fact",
     "HookedRecurrent",
     "HookpointsError",
     "Memory",
@@ -68,7 +71,9 @@ __all__ = [
     "default_device",
     "embedded",
     "errors",
+    "label_atoms",
     "model_types",
+    "read_memory",
     "write_attribution",
     "zoo",
 ]

@@ -7,8 +7,8 @@ take them like its own. These are the names that most programs need; the classes
 
 from importlib.metadata import PackageNotFoundError, version
 
-import hookpoints  # noqa: F401  (first: it settles how threads wait, before torch loads)
-from hookpoints.memory.facts import Fact, label_atoms, read_memory
+# First: it settles how threads wait, before torch loads.
+from hookpoints import Fact, label_atoms, read_memory
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae import VARIANTS, MatrixSAE, MatrixTrainingSAE
 from sae_lens_writesae.sae.collecting import collect
