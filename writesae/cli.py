@@ -99,14 +99,14 @@ STOPPED = {name: RESUMED for name in ("demo", "collect", "train", "reproduce")} 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the console script. An error that says what to mend ends with status 2 and no traceback, an
     interrupt with status 130 and a line that says what it left."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
     if callable(signal.getsignal(signal.SIGINT)):  # SAELens' runner leaves its own handler, with its own exception
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        _run(given)
+        _run(words)
     except KeyboardInterrupt as interrupt:
-        print(f"stopped; {STOPPED.get(given[0] if given else '', LOST)}", file=sys.stderr)
-        raise SystemExit(130) from interrupt
+        print(f"stopped; {STOPPED.get(words[0] if words else '', LOST)}", file=sys.stderr)
+        raise SystemExit(130) from interrupt  # as shells have it: 128 + SIGINT
     except BrokenPipeError:
         raise
     except Exception as error:
@@ -118,16 +118,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(2) from error
 
 
-def _run(given: Sequence[str]) -> None:
-    name = choose("writesae", given, {name: text for name, (text, _) in COMMANDS.items()})
+def _run(words: Sequence[str]) -> None:
+    name = choose("writesae", words, {name: text for name, (text, _) in COMMANDS.items()})
     module, _, attribute = COMMANDS[name][1].partition(":")
     target = getattr(importlib.import_module(module), attribute)
+    arguments = words[1:]
     if isinstance(target, type):
         from_arguments = getattr(target, "from_arguments", None)
-        command = from_arguments(given[1:]) if from_arguments else parse(target, f"writesae {name}", given[1:])
+        command = from_arguments(arguments) if from_arguments else parse(target, f"writesae {name}", arguments)
         written = command.run()
     else:
-        written = target(given[1:])
+        written = target(arguments)
     if written is not None:
         print(written)
 
@@ -143,7 +144,7 @@ def choose(program: str, arguments: Sequence[str], names: Mapping[str, str]) -> 
     if name in names:
         return name
     if name == "--version":
-        installed = {each.name: each.version for each in distributions()}
+        installed = {distribution.name: distribution.version for distribution in distributions()}
         print("\n".join(f"{package:26}{installed.get(package, 'not installed')}" for package in PACKAGES))
         raise SystemExit(0)
     if name not in ("-h", "--help"):
@@ -174,10 +175,11 @@ def parse(command: type[T], program: str, arguments: Sequence[str], default: T |
 
 def parse_with(command: type[T], settings: type[S], program: str, arguments: Sequence[str]) -> tuple[T, S]:
     """The command line as a value of `command` and one of `settings`, whose docstring the help shows."""
-    parts = [(name, tyro.conf.OmitArgPrefixes[each]) for name, each in (("command", command), ("settings", settings))]
+    # One parser for both, so that help lists all flags and each of them may come anywhere.
+    parts = [("command", tyro.conf.OmitArgPrefixes[command]), ("settings", tyro.conf.OmitArgPrefixes[settings])]
     both = make_dataclass("Command", parts, frozen=True, namespace={"__doc__": command.__doc__})
-    given = parse(both, program, arguments)
-    return given.command, given.settings
+    parsed = parse(both, program, arguments)
+    return parsed.command, parsed.settings
 
 
 def _told(event: object, command: type) -> str | None:
@@ -192,7 +194,7 @@ def _told(event: object, command: type) -> str | None:
         case _errors.BadValue(argument=argument):
             return f"{argument.display_name()}: expected {argument.lowered.metavar}, got no value"
         case _errors.MissingArgs(missing_arguments=missing, unrecognized_tokens=tokens):
-            names = ", ".join(each.arg.display_name().rpartition(".")[2] for each in missing)
+            names = ", ".join(argument.arg.display_name().rpartition(".")[2] for argument in missing)
             return f"missing {names}" + (f"; unknown {' '.join(tokens)}" if tokens else "")
         case _errors.UnrecognizedArgs(tokens=tokens):
             flags = dict(_flags(command))

@@ -135,13 +135,14 @@ def enough(texts: Iterable[str], n_tokens: int | None, model: HookedRecurrent) -
     """The first texts that have `n_tokens` tokens between them, or all."""
     from datasets import Dataset
 
-    kept, total = [], 0
+    first_texts = []
+    total = 0
     for text in texts:
-        kept.append(text)
+        first_texts.append(text)
         total += model.to_tokens(text, prepend_bos=False, truncate=False).shape[1]
         if n_tokens is not None and total >= n_tokens:
-            break
-    return Dataset.from_dict({"text": kept})
+            break  # a dataset on the hub is streamed, and may have no end that is worth waiting for
+    return Dataset.from_dict({"text": first_texts})
 
 
 @contextmanager
@@ -173,10 +174,10 @@ def quality_table(qualities: Mapping[str, object]) -> str:
     from writesae.page.template import share_text
 
     columns = {"explained": "explained variance (1 - error)", "alive": "alive atoms", "recovered": "recovered KL"}
-    rows = [
-        ("held-out text", *columns.values()),
-        *((k, *(share_text(cast(dict, found or {}).get(x)) for x in columns)) for k, found in qualities.items()),
-    ]
+    rows = [("held-out text", *columns.values())]
+    for label, quality in qualities.items():
+        shares = cast(dict, quality or {})
+        rows.append((label, *(share_text(shares.get(name)) for name in columns)))
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
@@ -244,8 +245,8 @@ class Train:
     def __post_init__(self) -> None:
         once_each(self, ("layers", "heads"), ("targets", "losses", "variants", "seeds"))
         at_least(self, dict.fromkeys((*_SIZES, "context_size"), 1) | {"seeds": 0})
-        own = [each for each in self.dictionaries() if each.metric != "frobenius"]
-        refused = [str(each) for each in own if not each.on_factors]
+        in_metric = [name for name in self.dictionaries() if name.metric != "frobenius"]
+        refused = [str(name) for name in in_metric if not name.on_factors]
         one_source = (self.model is None) != (self.collection is None)
         expect(
             self, {"model": (one_source, "a model to be run over text, or a collection that it left; one of the two")}
@@ -258,10 +259,11 @@ class Train:
         """What is trained on each head."""
         if self.names:
             return [DictionaryName.parse(name) for name in self.names]
-        return [
-            DictionaryName.parse(str(DictionaryName(*each, metric=self.metric)))
-            for each in itertools.product(self.targets, self.losses, self.variants, self.seeds)
-        ]
+        names = []
+        for combination in itertools.product(self.targets, self.losses, self.variants, self.seeds):
+            name = DictionaryName(*combination, metric=self.metric)
+            names.append(DictionaryName.parse(str(name)))  # which refuses a variant that is not there
+        return names
 
     def run(self, say: Say = print) -> Path:
         """Train what is missing.
@@ -289,9 +291,9 @@ class Train:
             folder = self.out / f"L{layer}H{head}" / str(name)
             check_settings(folder, settings, _WRITTEN)
             configs[folder] = self.training_config(collection, layer, head, name)
-        left = [folder for folder in configs if not (folder / "sae").exists()]
-        say(f"{len(configs)} dictionaries, {len(configs) - len(left)} of them trained already")
-        groups = [group for group in _groups(configs, collection) if not {*left}.isdisjoint(group)]
+        untrained = [folder for folder in configs if not (folder / "sae").exists()]
+        say(f"{len(configs)} dictionaries, {len(configs) - len(untrained)} of them trained already")
+        groups = [group for group in _groups(configs, collection) if not {*untrained}.isdisjoint(group)]
         metrics = self._metrics([configs[folder] for group in groups for folder in group], collection)
         for group in groups:
             with taken(group[0], say):
@@ -301,7 +303,8 @@ class Train:
                 if missing:
                     _train(collection, {folder: configs[folder] for folder in group}, metrics)
                     names = ", ".join(str(folder.relative_to(self.out)) for folder in missing)
-                    say(f"{names}  {sum((folder / 'sae').exists() for folder in left)} of {len(left)}")
+                    n_trained = sum((folder / "sae").exists() for folder in untrained)
+                    say(f"{names}  {n_trained} of {len(untrained)}")
         if self.summary:
             say(self._summary(collection.model_name, [folder / "sae" for folder in configs]))
         return self.out
@@ -364,12 +367,12 @@ class Train:
         from hookpoints import HookedRecurrent
         from sae_lens_writesae.sae.metric_fit import fit_metrics
 
-        heads = {_head(each) for each in configs if each.sae.metric != "frobenius"}
-        few = collection.tokens[: max(1, _METRIC_TOKENS // collection.context_size)]
+        heads = {_head(config) for config in configs if config.sae.metric != "frobenius"}
         if not heads:
             return {}
+        n_sequences = max(1, _METRIC_TOKENS // collection.context_size)
         model = HookedRecurrent.from_pretrained(collection.model_name, dtype=self.dtype)
-        return fit_metrics(model, few, sorted(heads))
+        return fit_metrics(model, collection.tokens[:n_sequences], sorted(heads))
 
     def training_config(self, collection: Collection, layer: int, head: int, name: DictionaryName) -> RunnerConfig:
         """SAELens' config for one dictionary. Raises what `head_target` and the configs raise."""
@@ -434,10 +437,15 @@ def _groups(configs: Mapping[Path, RunnerConfig], collection: Collection) -> lis
     heads = list(dict.fromkeys(map(_head, configs.values())))
     groups: dict[object, list[Path]] = {}
     for folder, config in configs.items():
-        size = 4 * collection.n_sequences * collection.context_size * (config.sae.d_k + config.sae.d_v)
+        size = 4 * collection.n_sequences * collection.context_size * (config.sae.d_k + config.sae.d_v)  # bytes
         stack = heads.index(_head(config)) // max(1, _WRITES_IN_MEMORY // size)
-        groups.setdefault((shape, stack) if (shape := _shape(config)) else folder, []).append(folder)
-    return [each[i : i + MAX_STACK] for each in groups.values() for i in range(0, len(each), MAX_STACK)]
+        shape = _shape(config)
+        key = folder if shape is None else (shape, stack)
+        groups.setdefault(key, []).append(folder)
+    stacks = []
+    for group in groups.values():
+        stacks += [group[start : start + MAX_STACK] for start in range(0, len(group), MAX_STACK)]
+    return stacks
 
 
 def _train(collection: Collection, group: Mapping[Path, RunnerConfig], metrics: Mapping[Head, Metric]) -> None:
@@ -447,14 +455,18 @@ def _train(collection: Collection, group: Mapping[Path, RunnerConfig], metrics: 
     from sae_lens_writesae.sae.runner import train
 
     configs = list(group.values())
-    checkpoint = next(iter(group)) / "checkpoint"
-    wanted = [metrics[_head(each)] if each.sae.metric != "frobenius" else None for each in configs]
+    checkpoint = next(iter(group)) / "checkpoint"  # one of the whole group, in the folder of its first
+    of_configs = [metrics[_head(config)] if config.sae.metric != "frobenius" else None for config in configs]
     with quiet():
         if _shape(configs[0]):
-            writes = {head: LowRank(*(side[:] for side in collection.factors(*head))) for head in map(_head, configs)}
-            saes = train_many_on_writes(configs, [writes[_head(x)] for x in configs], wanted, checkpoint=checkpoint)
+            writes = {}
+            for head in map(_head, configs):
+                keys, values = collection.factors(*head)
+                writes[head] = LowRank(keys[:], values[:])
+            of_heads = [writes[_head(config)] for config in configs]
+            saes = train_many_on_writes(configs, of_heads, of_configs, checkpoint=checkpoint)
         else:
-            saes = [train(configs[0], metric=wanted[0], checkpoint=checkpoint)]
+            saes = [train(configs[0], metric=of_configs[0], checkpoint=checkpoint)]
     for folder, sae in zip(group, saes):
         if not (folder / "sae").exists():
             save_dictionary(sae, folder)

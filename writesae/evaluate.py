@@ -93,7 +93,9 @@ class EvalAll:
 
         if unknown := [kind for kind in self.kinds if kind not in EVALUATIONS]:
             raise ValueError(f"there is no evaluation {', '.join(unknown)}; there are {', '.join(EVALUATIONS)}")
-        fields = {kind: [field.name for field in dataclasses.fields(each)] for kind, each in EVALUATIONS.items()}
+        fields: dict[str, list[str]] = {}
+        for kind, evaluation in EVALUATIONS.items():
+            fields[kind] = [field.name for field in dataclasses.fields(evaluation)]
         settings: dict[str, dict[str, object]] = {kind: {"seed": self.seed} for kind in EVALUATIONS}
         pairs = () if self.set is None else self.set or ("",)
         for pair in sorted(pairs, key=lambda pair: "." in pair.partition("=")[0]):  # those of one kind win
@@ -102,7 +104,8 @@ class EvalAll:
             having = [kind for kind in EVALUATIONS if of_kind in ("", kind) and field in fields[kind]]
             if not (equals and having):
                 having = [kind for kind in fields if of_kind in ("", kind)]
-                known = list(dict.fromkeys([each for kind in having for each in fields[kind]] or fields))
+                # The fields that there are; or, where the kind is unknown, the kinds.
+                known = list(dict.fromkeys([name for kind in having for name in fields[kind]] or fields))
                 raise ValueError(
                     f"--set {pair}: expected FIELD=VALUE, FIELD of {', '.join(known)}{nearest(field, known)}"
                 )
@@ -110,7 +113,9 @@ class EvalAll:
                 settings[kind][field] = _value(EVALUATIONS[kind], field, value)
         places = {Scope.EACH: ("dictionary",), Scope.LAYER: ("dictionary", "layer")}
         evaluations = []
-        for kind in [kind for kind in EVALUATIONS if kind in (self.kinds or fields)]:
+        for kind in EVALUATIONS:
+            if kind not in (self.kinds or fields):
+                continue
             evaluation = EVALUATIONS[kind]
             if self.per is None or self.per in places.get(evaluation.scope, ("head",)):
                 evaluations.append(evaluation.from_dict(settings[kind]))
@@ -206,27 +211,33 @@ def evaluate(
     models = {subjects.model or str(sae.cfg.metadata.model_name) for sae in saes.values()}
     if subjects.place and subjects.model:
         models.add(subjects.model)
-    if len(models) != 1:
+    if not models:
         raise ValueError(
-            "saes: expected folders of dictionaries of one model, got "
-            + (
-                ", ".join(sorted(models))
-                or "none; writesae train makes some, and some questions need only --model, --layer and --head"
-            )
+            "saes: expected folders of dictionaries of one model, got none; writesae train makes some, and some "
+            "questions need only --model, --layer and --head"
         )
+    if len(models) > 1:
+        raise ValueError(f"saes: expected folders of dictionaries of one model, got {', '.join(sorted(models))}")
     held_out = text_of(subjects.text)
     model = HookedRecurrent.from_pretrained(models.pop(), dtype=subjects.dtype)
     if subjects.place:
         head_target(model, *subjects.place)  # raises where there is no such head, before any work
     tokens = sample_sequences(model, held_out, subjects.context_size, subjects.sequences)
     runs = [subjects.collection] if subjects.collection else filter(None, map(run_folder, folders))
-    there = next((run / "collection" for run in runs if (run / "collection" / INDEX).is_file()), subjects.collection)
-    few = (embedded.text("train"), subjects.context_size, _REFERENCE)
-    terms = Terms(model, Collection.open(there, model=model) if there else sample_sequences(model, *few))
-    firings = sum((getattr(x, "n_atoms", 0) or 0) * (getattr(x, "firings_per_atom", 1) or 1) for x in evaluations)
+    collections = [run / "collection" for run in runs if (run / "collection" / INDEX).is_file()]
+    collection = collections[0] if collections else subjects.collection
+    if collection:
+        terms = Terms(model, Collection.open(collection, model=model))
+    else:
+        terms = Terms(model, sample_sequences(model, embedded.text("train"), subjects.context_size, _REFERENCE))
+    firings = 0
+    for evaluation in evaluations:
+        # Not every question has these settings, and None stands for all.
+        firings += (getattr(evaluation, "n_atoms", 0) or 0) * (getattr(evaluation, "firings_per_atom", 1) or 1)
     passes = _PASSES * (len(tokens) * len(evaluations) + firings * EDITED / tokens.shape[1])
+    n_dictionaries = max(1, len(saes)) * (3 if subjects.control_dictionaries else 1)
     with taken(subjects.out):
-        say_time(model, tokens, passes * max(1, len(saes)) * (1 + 2 * subjects.control_dictionaries), subjects.out)
+        say_time(model, tokens, passes * n_dictionaries, subjects.out)
         results = evaluate_all(
             evaluations,
             model,

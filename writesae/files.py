@@ -33,15 +33,17 @@ def check_settings(folder: Path, settings: Mapping[str, object], names: Sequence
     if not file.exists():
         check_absent(folder / name for name in names)
         return
-    own = json.loads(json.dumps(settings))
+    wanted = json.loads(json.dumps(settings))  # lists for tuples, as the file has them
     try:
-        there = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(
             f"{file}: expected the settings of a run, got no JSON ({error}); name another --out"
         ) from error
-    saved = there if isinstance(there, dict) else {}
-    differing = [f"{key}: {saved.get(key)!r}, now {own[key]!r}" for key in own if saved.get(key) != own[key]]
+    saved = content if isinstance(content, dict) else {}
+    differing = [
+        f"{key}: {saved.get(key)!r}, now {value!r}" for key, value in wanted.items() if saved.get(key) != value
+    ]
     if differing:
         raise ValueError(
             f"{folder} holds a run with other settings ({'; '.join(differing)}); give another --out, or the same "
@@ -81,12 +83,12 @@ def check_ours(*files: Path) -> None:
 
 def check_writable(folder: Path) -> None:
     """Raise ValueError unless `folder` can be made or written to. Commands call this before any work."""
-    there = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
+    existing = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
     try:  # because permission alone does not tell: some of a system's folders refuse later
-        tempfile.TemporaryFile(dir=there).close()
+        tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
-        reason = "is a file" if there.is_file() else f"takes no files ({error.strerror})"
-        raise ValueError(f"{folder} cannot be written: {there} {reason}; name another --out") from error
+        reason = "is a file" if existing.is_file() else f"takes no files ({error.strerror})"
+        raise ValueError(f"{folder} cannot be written: {existing} {reason}; name another --out") from error
 
 
 @contextmanager
@@ -113,12 +115,15 @@ def sae_folders(path: Path) -> list[Path]:
         ValueError: there is none.
     """
     files = [path / "cfg.json"] if (path / "cfg.json").is_file() else sorted(path.rglob("cfg.json"))
-    unfinished = ("checkpoint", "checkpoints")
-    hidden = {file for file in files for p in file.relative_to(path).parts if p[0] == "." or p in unfinished}
-    found = [file.parent for file in files if file not in hidden]
-    if not found:
+    folders = []
+    for file in files:
+        # Dictionaries that are still being written are in hidden folders, and checkpoints are of unfinished ones.
+        parts = file.relative_to(path).parts
+        if not any(part.startswith(".") or part in ("checkpoint", "checkpoints") for part in parts):
+            folders.append(file.parent)
+    if not folders:
         raise ValueError(f"{path / 'cfg.json'} does not exist, and no dictionary is inside it; give another folder")
-    return found
+    return folders
 
 
 def run_folder(sae: Path) -> Path | None:
@@ -146,6 +151,8 @@ def check_saes(arguments: Sequence[str]) -> None:
 def folder_labels(folders: Sequence[Path]) -> list[str]:
     """Names for the SAEs in folders; one called `sae` is named after the folder that it is in. Where two of these have
     one name, as those of two heads may, the folder above is in all names."""
-    own = [folder.parent if folder.name == "sae" else folder for folder in map(Path.resolve, folders)]
-    names = [folder.name for folder in own]
-    return names if len(set(names)) == len(names) else [f"{folder.parent.name}/{folder.name}" for folder in own]
+    named = [folder.parent if folder.name == "sae" else folder for folder in map(Path.resolve, folders)]
+    names = [folder.name for folder in named]
+    if len(set(names)) == len(names):
+        return names
+    return [f"{folder.parent.name}/{folder.name}" for folder in named]

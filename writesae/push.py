@@ -109,12 +109,11 @@ class Push:
             if self.dry_run:
                 files = sorted(str(file.relative_to(folder)) for file in Path(folder).rglob("*") if file.is_file())
                 return "\n".join([*files, "", text])
-            HfApi().create_repo(self.repo, private=self.private or None, exist_ok=True)
-            return (
-                HfApi()
-                .upload_folder(repo_id=self.repo, folder_path=folder, commit_message=f"Upload {', '.join(saes)}")
-                .commit_url
-            )
+            hub = HfApi()
+            hub.create_repo(self.repo, private=self.private or None, exist_ok=True)  # None: the default of the owner
+            message = f"Upload {', '.join(saes)}"
+            commit = hub.upload_folder(repo_id=self.repo, folder_path=folder, commit_message=message)
+            return commit.commit_url
 
 
 def saved_anew(folder: Path, fresh: Path) -> dict[str, SAE]:
@@ -129,22 +128,22 @@ def saved_anew(folder: Path, fresh: Path) -> dict[str, SAE]:
     from sae_lens_writesae.sae.load import load_sae
     from sae_lens_writesae.sae.target import HeadHook
 
-    found: dict[str, SAE] = {}
+    saes: dict[str, SAE] = {}
     for place in sae_folders(folder):
         parts = place.relative_to(folder).parts
         sae = load_sae(place)
         HeadHook.of(sae)  # raises where it is not of a head
         sae.cfg.metadata = _told(sae)
-        own = (place.parent if place.name == "sae" else place).resolve()  # a run calls its result `sae`
-        name = "/".join(parts[:-1] if parts[-1:] == ("sae",) else parts) or own.name
-        if name in found:
-            raise ValueError(f"{own} and another folder would both be {name}: push them apart")
+        named = (place.parent if place.name == "sae" else place).resolve()  # a run calls its result `sae`
+        name = "/".join(parts[:-1] if parts[-1:] == ("sae",) else parts) or named.name
+        if name in saes:
+            raise ValueError(f"{named} and another folder would both be {name}: push them apart")
         if not re.fullmatch(r"[\w./=+, -]+", name):
-            raise ValueError(f"{own}: expected a name of letters and digits, got {name!r}; rename the folder")
+            raise ValueError(f"{named}: expected a name of letters and digits, got {name!r}; rename the folder")
         sae.save_model(fresh / name)
         write_checksums(fresh / name, ("cfg.json", "sae_weights.safetensors"))
-        found[name] = sae
-    return found
+        saes[name] = sae
+    return saes
 
 
 def _told(sae: SAE) -> SAEMetadata:
@@ -155,18 +154,19 @@ def _told(sae: SAE) -> SAEMetadata:
     from sae_lens_writesae.sae.matrix import REQUIRES
 
     metadata = sae.cfg.metadata
-    given = metadata.to_dict()
+    values = metadata.to_dict()
     forms = _FORMS | {"requires": re.escape(REQUIRES)}
     forms["model_name"] = "|".join([forms["model_name"], *map(re.escape, embedded.names())])
-    fields = _of_form(given, forms)
+    fields = _of_form(values, forms)
     for name in _HUB_NAMES:
+        # A folder of this machine is private, and its name means nothing elsewhere.
         if name in fields and fields[name] not in embedded.names() and Path(fields[name]).exists():
             del fields[name]
-    fields["model_from_pretrained_kwargs"] = _of_form(given.get("model_from_pretrained_kwargs"), _LOADING)
+    fields["model_from_pretrained_kwargs"] = _of_form(values.get("model_from_pretrained_kwargs"), _LOADING)
     training = SAE_TRAINING_CLASS_REGISTRY.get(fields.get("training_architecture", ""))
     if training is not None:
         settings = {field.name: f"{_NUMBERS}|{_NAME}" for field in dataclasses.fields(training[1])}
-        fields["training_architecture_details"] = _of_form(given.get("training_architecture_details"), settings)
+        fields["training_architecture_details"] = _of_form(values.get("training_architecture_details"), settings)
     return type(metadata)(**fields)
 
 
@@ -174,8 +174,12 @@ def _of_form(values: object, forms: Mapping[str, str]) -> dict[str, Any]:
     """The entries that have the form that is given for their name."""
     if not isinstance(values, Mapping):
         return {}
-    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
-    return {name: value for name, value in values.items() if name in forms and re.fullmatch(forms[name], texts[name])}
+    fitting = {}
+    for name, value in values.items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        if name in forms and re.fullmatch(forms[name], text):
+            fitting[name] = value
+    return fitting
 
 
 def card(repo: str, saes: Mapping[str, SAE]) -> str:
@@ -186,13 +190,17 @@ def card(repo: str, saes: Mapping[str, SAE]) -> str:
     configs = {name: sae.cfg for name, sae in saes.items()}
     metadata = configs[first].metadata
     models = sorted({cfg.metadata.model_name or "a local model" for cfg in configs.values()})
+    data = ModelCardData(
+        library_name="saelens",
+        tags=["sparse-autoencoder", "saelens", "writesae"],
+        # Only OWNER/NAME is a page of the hub.
+        base_model=models[0] if len(models) == 1 and "/" in models[0] else None,
+    )
+    registers = "import sae_lens_writesae  # registers the architectures in SAELens (package sae-lens-writesae)"
+    needs_plugin = any("requires" in cfg.metadata for cfg in configs.values())
     lines = [
         "---",
-        ModelCardData(
-            library_name="saelens",
-            tags=["sparse-autoencoder", "saelens", "writesae"],
-            base_model=models[0] if len(models) == 1 and "/" in models[0] else None,
-        ).to_yaml(),
+        data.to_yaml(),
         "---",
         "",
         f"# Dictionaries of what recurrent heads of {', '.join(models)} write",
@@ -201,8 +209,7 @@ def card(repo: str, saes: Mapping[str, SAE]) -> str:
         "such matrices (or the states), flattened key-first [K*V], at the hooks below.",
         "",
         "```python",
-        *["import sae_lens_writesae  # registers the architectures in SAELens (package sae-lens-writesae)"]
-        * any("requires" in cfg.metadata for cfg in configs.values()),
+        *([registers] if needs_plugin else []),
         "from sae_lens import SAE",
         f"sae = SAE.from_pretrained({repo!r}, {first!r})",
         "```",

@@ -172,14 +172,17 @@ class Prompt:
 def _run(command: type[Show] | type[Export], program: str, arguments: Sequence[str]) -> str:
     """A command on each dictionary of the folder that it names, with the settings of `AtomPages` as flags."""
     check_saes(arguments)
-    given, settings = parse_with(command, settings_of("writesae.page.atoms.collect", "AtomPages"), program, arguments)
+    flags = settings_of("writesae.page.atoms.collect", "AtomPages")
+    of_all, settings = parse_with(command, flags, program, arguments)
     from writesae.page.atoms.collect import AtomPages
 
     pages = AtomPages(**vars(settings))
-    folders = sae_folders(given.sae)
-    outs = [given.out / label for label in folder_labels(folders)] if len(folders) > 1 else [given.out]
-    commands = [dataclasses.replace(given, sae=folder, out=out) for folder, out in zip(folders, outs)]
-    for command_of_one in commands:
+    folders = sae_folders(of_all.sae)
+    outs = [of_all.out]
+    if len(folders) > 1:
+        outs = [of_all.out / label for label in folder_labels(folders)]
+    commands = [dataclasses.replace(of_all, sae=folder, out=out) for folder, out in zip(folders, outs)]
+    for command_of_one in commands:  # all of them before the first, which may take an hour
         command_of_one.check_out()
     return "\n".join(str(command_of_one.run(pages)) for command_of_one in commands)
 

@@ -61,7 +61,7 @@ def firing_cosines(
         by_size = table.groupby("position")["activation"].rank(method="first", ascending=False)
         table["place"] = by_size.astype(int) - 1
         table = table[table["atom"].isin(atoms)]
-        order = rng.permutation(firings.n_positions)
+        order = rng.permutation(firings.n_positions)  # drawn also where nothing fires: no draw depends on the atoms
         if table.empty:
             continue
         recurrence = lab.recurrence(sequence)

@@ -24,6 +24,7 @@ def objective(sae: SAE) -> Objective:
     """Target and loss of a trained SAE, from its metadata."""
     metadata = sae.cfg.metadata
     target = HeadHook.of(sae).target
+    # SAELens' own field: a slice from -1 on takes the last token of each sequence.
     last = target == "state" and tuple(metadata.get("seqpos_slice") or ())[:1] == (-1,)
     return Objective("last_state" if last else target, metadata.get("loss") or "mse")
 
@@ -32,8 +33,11 @@ def variant(sae: SAE) -> str:
     """Name in `VARIANTS`, "product", or "other". The rank says nothing about a dictionary without factors."""
     if hasattr(sae.cfg, "f_key"):
         return "product"
-    fields = {name: getattr(sae.cfg, name, "flat" if name == "decoder" else "dense") for name in ("encoder", "decoder")}
-    fields["rank"] = 1 if fields == {"encoder": "dense", "decoder": "flat"} else getattr(sae.cfg, "rank", 1)
+    # SAELens' own classes have neither field: dense encoders and flat atoms.
+    encoder = getattr(sae.cfg, "encoder", "dense")
+    decoder = getattr(sae.cfg, "decoder", "flat")
+    is_flat = encoder == "dense" and decoder == "flat"
+    fields = {"encoder": encoder, "decoder": decoder, "rank": 1 if is_flat else getattr(sae.cfg, "rank", 1)}
     return next((name for name, known in VARIANTS.items() if known == fields), "other")
 
 

@@ -177,6 +177,7 @@ class Evaluation(ABC):
 
     def to_dict(self) -> dict[str, Json]:
         """Settings as plain JSON values; `from_dict` gives the evaluation back."""
+        # Through JSON, so that settings are equal before and after they are saved: it has lists for tuples.
         return json.loads(json.dumps(asdict(self)))
 
     @classmethod
@@ -216,7 +217,7 @@ class Evaluation(ABC):
         begin = time.perf_counter()
         if isinstance(saes, tuple) and self.scope is not Scope.HEAD:
             raise ValueError(f"{self.kind}, {self.scope.value}: expected a dictionary, got layer and head {saes}")
-        # Readouts take gradients of their own, so that a caller's inference mode must not reach them.
+        # Some questions take gradients (`torch.enable_grad`), which a caller's inference mode would forbid.
         with torch.inference_mode(False), torch.no_grad():
             lab = Lab(
                 model,
@@ -330,6 +331,7 @@ class Result:
         if self.skipped is not None:
             return [self.skipped]
         notes = []
+        # Tables are saved and verdicts are not: a page of an old result has the verdicts of today's rules.
         if self.info.get("rules") != self.judged():
             notes.append("When this was measured, the rules of verdicts gave other verdicts or other numbers.")
         notes += self.evaluation.notes(self)

@@ -102,15 +102,15 @@ def collect_firings(model: HookedRecurrent, sae: SAE, layer: int, tokens: Tensor
     Cost: N forwards up to the hook's layer; memory T (K V + F) floats a sequence, and 28 bytes per firing.
     """
     hook_name = str(sae.cfg.metadata.hook_name)
-    place = next(sae.parameters())
+    place = next(sae.parameters())  # a dictionary may be on another device than its layer
     length = tokens.shape[1]
     parts: list[tuple[NDArray[np.generic], ...]] = []
-    for some in bar(in_one_pass(tokens, model.cfg.device), "firings", progress):
-        _, cache = model.run_with_cache(tokens[some], names_filter=[hook_name], stop_at_layer=layer + 1)
+    for stretch in bar(in_one_pass(tokens, model.cfg.device), "firings", progress):
+        _, cache = model.run_with_cache(tokens[stretch], names_filter=[hook_name], stop_at_layer=layer + 1)
         activations = sae.encode(cache[hook_name].flatten(0, 1).to(place.device, place.dtype))
         finite = activations.isfinite().all(-1)
         if not bool(finite.all()):
-            sequence = some.start + int(finite.int().argmin()) // length
+            sequence = stretch.start + int(finite.int().argmin()) // length
             raise NothingToMeasureError(
                 f"the SAE gives NaN or infinite activations of {hook_name} in sequence {sequence}"
             )
@@ -118,7 +118,7 @@ def collect_firings(model: HookedRecurrent, sae: SAE, layer: int, tokens: Tensor
         values = activations[places[:, 0], places[:, 1]].float().cpu().numpy()
         row, atom = places.cpu().numpy().T
         sequence, position = np.divmod(row, length)
-        parts.append((some.start + sequence, position, atom, values))
+        parts.append((stretch.start + sequence, position, atom, values))
     sequence, position, atom, values = map(np.concatenate, zip(*parts))
     return Firings(sequence, position, atom, values, len(tokens), length, int(sae.cfg.d_sae))
 
@@ -152,7 +152,7 @@ def silent_positions(
     positions = []
     for key in zip(sample["sequence"], sample["atom"]):
         silent = np.setdiff1d(choices, list(busy[key]))
-        positions.append(rng.choice(silent) if len(silent) else -1)
+        positions.append(rng.choice(silent) if len(silent) else -1)  # -1 is dropped below
     moved = sample.assign(position=positions)
     return moved.query("position >= 0").sort_values(["sequence", "position", "atom"], ignore_index=True)
 
@@ -174,6 +174,7 @@ def halves(n_sequences: int, seed: int) -> Halves:
         raise NothingToMeasureError(
             f"choosing on one half and testing on the other needs at least 4 sequences, got {n_sequences}"
         )
+    # A stream of its own (17; that of `folds` is 19), so that no draw of an evaluation depends on the split.
     order = np.random.default_rng([seed, 17]).permutation(n_sequences)
     return Halves(np.sort(order[: n_sequences // 2]), np.sort(order[n_sequences // 2 :]))
 

@@ -70,13 +70,13 @@ def sample_continuations(
 
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for start, batch in zip(range(0, len(tokens), batch_size), tokens.split(batch_size)):
-            torch.manual_seed(seed + start)
+            torch.manual_seed(seed + start)  # the same numbers for a batch under every condition
             lost.clear()
             whole = model.generate(
                 batch,
                 do_sample=True,
                 temperature=1.0,
-                top_k=0,
+                top_k=0,  # with top_p and the penalty, what a checkpoint's generation_config may set otherwise
                 top_p=1.0,
                 repetition_penalty=1.0,
                 max_new_tokens=new_tokens,

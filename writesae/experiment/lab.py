@@ -170,6 +170,7 @@ class Lab:
         self.reference = Terms(model, reference) if isinstance(reference, Tensor) else reference
         if self.reference is not None:
             fitted_on = self.reference.tokens
+            # Of both the beginnings: a text that is cut to another length is the same text.
             length = min(tokens.shape[1], fitted_on.shape[1])
             tested = set(map(tuple, tokens[:, :length].tolist()))
             shared = sum(tuple(row) in tested for row in fitted_on[:, :length].tolist())
@@ -210,7 +211,7 @@ class Lab:
     def only(self, label: str) -> Lab:
         """A view of this laboratory with one of its dictionaries. Firings, baselines, counts of runs, and what is left
         out are shared; the facts are the view's own."""
-        view = copy.copy(self)
+        view = copy.copy(self)  # shallow: counters and what is kept are the same objects
         view.saes = {label: self.saes[label]}
         view.hooks = {label: self.hooks[label]}
         view.facts = {}
@@ -416,6 +417,7 @@ class Lab:
         last = self.tokens.shape[1] - window
         for sequence in rng.permutation(len(self.tokens))[:4].tolist():
             site = self.site(sequence)
+            # Not at token 0, where there is another: its state holds nothing but the write itself.
             candidates = np.arange(min(1, last), last + 1)
             positions = np.sort(rng.choice(candidates, _NO_OPS // 4)).tolist()
             trials = [Trial({}, t, self.replace(t, site.writes, t)) for t in positions]

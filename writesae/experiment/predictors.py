@@ -69,7 +69,7 @@ class ReadGradients:
     def __init__(self, model: HookedRecurrent, session: EditSession, layer: int, head: int, positions: Sequence[int]):
         self.model, self.layer, self.head = model, layer, head
         self._index = {position: i for i, position in enumerate(sorted(set(positions)))}
-        stop = max(self._index) + 1
+        stop = max(self._index) + 1  # later tokens have no part in these logits
         names = (
             f"blocks.{layer}.mixer.hook_read",
             f"blocks.{layer}.hook_mixer_out",
@@ -78,6 +78,7 @@ class ReadGradients:
         seen: dict[str | None, Tensor] = {}
 
         def keep(value: Tensor, hook: HookPoint) -> Tensor:
+            # The graph begins at the reads: what is below them has no part in the gradient.
             seen[hook.name] = value.detach().requires_grad_() if hook.name == names[0] else value
             return seen[hook.name]
 
@@ -102,7 +103,8 @@ class ReadGradients:
         column = self.model.W_U[:, token].detach()
         wide = torch.promote_types(out.dtype, torch.float32)
         naive = out.to(wide) @ column.to(out.device, wide)
-        return Gradient(position, through_all[0, : position + 1, self.head], direct[0, position, self.head], naive)
+        reads = through_all[0, : position + 1, self.head]
+        return Gradient(position, reads, direct[0, position, self.head], naive)
 
 
 def predict(recurrence: Recurrence, added: LowRank, start: int, gradients: Sequence[Gradient]) -> Tensor:

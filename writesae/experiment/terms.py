@@ -50,6 +50,7 @@ class Terms:
         self.tokens = text.tokens if isinstance(text, Collection) else text
         """[M,S]"""
         self.collection = text if isinstance(text, Collection) else None
+        # Of this object and not of the class, whose cache would keep every text alive.
         self.writes = lru_cache(1)(self._writes)
         self.metric = lru_cache(16)(self._metric)
         self.fitted: dict[tuple[object, ...], HeadBaselines] = {}

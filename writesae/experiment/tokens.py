@@ -54,12 +54,13 @@ def say_time(
     model: HookedRecurrent, tokens: Tensor, passes: float, out: Path, say: Callable[[str], object] = print
 ) -> None:
     """Say how long work takes that takes as long as so many passes over a sequence of `tokens`. Times a pass."""
-    few = tokens[:8]
-    model(few)
+    sample = tokens[:8]
+    model(sample)  # a first pass allocates, and on a GPU compiles
     begin = time.perf_counter()
     with threads_for(0):  # as most of the work
-        model(few)
-    seconds = 5 * math.ceil(passes / len(few) / 5 * (time.perf_counter() - begin))
+        model(sample)
+    of_a_pass = (time.perf_counter() - begin) / len(sample)
+    seconds = 5 * math.ceil(passes * of_a_pass / 5)  # no more digits than the estimate has
     say(f"about {seconds} s on this machine, all stages; writes to {out}")
 
 
@@ -71,9 +72,10 @@ def token_text(model: HookedRecurrent, token: int) -> str:
 def special_tokens(model: HookedRecurrent) -> set[int]:
     """Ids that text does not consist of: padding, begin and end."""
     config = model.hf_model.config
-    found = [
-        getattr(model.tokenizer, "all_special_ids", None),
-        *(getattr(config, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")),
-    ]
-    lists = (each if isinstance(each, (list, tuple)) else [each] for each in found)
-    return {token for each in lists for token in each if token is not None}
+    fields = [getattr(config, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")]
+    special: set[int] = set()
+    for ids in (getattr(model.tokenizer, "all_special_ids", None), *fields):
+        # A model may end at one of several tokens, or have none of a kind.
+        several = ids if isinstance(ids, (list, tuple)) else [ids]
+        special |= {token for token in several if token is not None}
+    return special

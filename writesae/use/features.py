@@ -120,13 +120,13 @@ class HeadTerms(Terms):
 
         def encode(keys: Tensor, values: Tensor) -> Tensor:
             # Inner products with all codes are updated by their Gram matrix, so that no matrix is subtracted.
-            left = self.in_metric.move(LowRank.rank_one(keys, values)).inners(codes)
-            activations = torch.zeros_like(left)
+            products = self.in_metric.move(LowRank.rank_one(keys, values)).inners(codes)
+            activations = torch.zeros_like(products)
             for first in [*range(0, len(codes), n)] * rounds:
-                best = first + left[:, first : first + n].abs().argmax(1, keepdim=True)
-                gain = left.gather(1, best)
+                best = first + products[:, first : first + n].abs().argmax(1, keepdim=True)
+                gain = products.gather(1, best)
                 activations.scatter_add_(1, best, gain)
-                left = left - gain * gram[best[:, 0]]
+                products = products - gain * gram[best[:, 0]]
             return activations
 
         return Features(encode, codes.values[:, 0] @ self.in_metric.value_inverse.to(codes.values))
@@ -148,10 +148,13 @@ def features_of(sae: SAE, k: int) -> Features:
     if not isinstance(sae, MatrixSAE):
         raise TypeError(f"expected a dictionary of matrices, got {type(sae).__name__}")
     encoder = LowRank(sae.v_enc.detach(), sae.w_enc.detach())
-    bias = sae.b_enc.detach() - (sae.b_dec @ sae.W_enc if sae.cfg.apply_b_dec_to_input else 0)
+    bias = sae.b_enc.detach()
+    if sae.cfg.apply_b_dec_to_input:
+        bias = bias - sae.b_dec @ sae.W_enc  # (x - b_dec) W_enc + b_enc
 
     def encode(keys: Tensor, values: Tensor) -> Tensor:
         top = (LowRank.rank_one(keys, values).inners(encoder) + bias).topk(k)
-        return torch.zeros(len(keys), len(bias)).scatter(1, top.indices, top.values.clamp_min(0))
+        activations = top.values.clamp_min(0)
+        return torch.zeros(len(keys), len(bias)).scatter(1, top.indices, activations)
 
     return Features(encode, sae.atoms().values[:, 0])

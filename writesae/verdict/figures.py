@@ -104,12 +104,14 @@ def intervals(
         low = row.low if least is None else max(row.low, least)
         high = row.high if least is None else max(row.high, least)
         lines = axes.plot([low, high], [y, y], color=colour, lw=2.0, alpha=0.55)
-        lines += axes.plot(mean, y, "o" if mean == row.mean else "<", color=colour, ms=5, mec=PAPER, mew=0.7)
+        mark = "o" if mean == row.mean else "<"
+        lines += axes.plot(mean, y, mark, color=colour, ms=5, mec=PAPER, mew=0.7)
+        words = f"{row.name}: {write(row.mean)} [{write(row.low)}, {write(row.high)}]"
         for line in lines:
-            line.set_gid(f"{_HOVER}{row.name}: {write(row.mean)} [{write(row.low)}, {write(row.high)}]")
+            line.set_gid(_HOVER + words)
     axes.axvline(chance, color=MUTED, lw=0.8, ls=_DASHED)
     axes.set_yticks(range(len(rows)), [row.name for row in rows])
-    axes.set_ylim(len(rows) - 0.45, -0.55)
+    axes.set_ylim(len(rows) - 0.45, -0.55)  # the first row at the top
     axes.locator_params(axis="x", nbins=4)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: write(value)))
     axes.set_xlabel(label, loc="right")
@@ -141,9 +143,9 @@ def curves(
         strong = line.colour in ("atom", "control", "ink")
         if line.band is not None:
             axes.fill_between(line.x, *line.band, color=colour, alpha=0.16, lw=0)
-        axes.plot(
-            line.x, line.y, "o-", color=colour, lw=1.9 if strong else 0.9, ms=3.5 if strong else 2.5, label=line.name
-        )
+        width = 1.9 if strong else 0.9
+        size = 3.5 if strong else 2.5
+        axes.plot(line.x, line.y, "o-", color=colour, lw=width, ms=size, label=line.name)
     if chance is not None:
         axes.axhline(chance, color=MUTED, lw=0.8, ls=_DASHED)
     if log_x:
@@ -158,7 +160,7 @@ def curves(
     if percent:
         axes.set_ylim(0.0, 1.05)
     names = [(ticks or {}).get(x, number(x)) for x in points]
-    step = max(1, math.ceil(len(points) / 8))
+    step = max(1, math.ceil(len(points) / 8))  # a phone has room for eight
     axes.set_xticks(points[::step], names[::step])
     axes.minorticks_off()
     axes.set_xlabel(label, loc="left")
@@ -200,9 +202,11 @@ def _svg(figure: Figure, title: str) -> str:
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": title}):  # pyright: ignore[reportArgumentType]
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = buffer.getvalue()
-    text = text[text.index("<svg") :]
+    text = text[text.index("<svg") :]  # inline: an XML declaration is no part of HTML
     text = re.sub("|".join(_VARIABLES), lambda colour: f"var(--{_VARIABLES[colour[0]]},{colour[0]})", text)
+    # As wide as its column; the viewBox keeps the proportions.
     text = re.sub(r' width="[^"]*" height="[^"]*"', ' role="img" width="100%"', text, count=1)
     text = re.sub(rf"<g id=([\"']){_HOVER}(.*?)\1>", r"<g><title>\2</title>", text)
+    # The page's own font, at matplotlib's size.
     text = re.sub(r"font: ([^;\"]*?)px [^;\"]*", r"font-size: \1px", text)
     return re.sub(r"(<svg[^>]*>)", lambda tag: f"{tag[1]}<title>{html.escape(title)}</title>", text, count=1)

@@ -177,6 +177,7 @@ def share(hits: ArrayLike, clusters: ArrayLike) -> Estimate:
     effective = float(n_clusters)
     t = float(stats.norm.ppf(0.975))
     if variance > 0:
+        # n / deff, where deff = variance / (p (1 - p) / n) is at least 1.
         effective = min(float(n), p * (1 - p) / variance)
         t = float(stats.t.ppf(0.975, n_clusters - 1))
     # Wilson's interval of a share p of `effective` observations, with t for the quantile.
