@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -115,9 +115,9 @@ def cache_argument(model: nn.Module) -> str:
     return next(name for name in _CACHE_NAMES if name in inspect.signature(model.forward).parameters)
 
 
-def cache_of(output: Mapping[str, Any]) -> Cache:
+def cache_of(output: Mapping[str, object]) -> Cache:
     """The cache that a model returned; its name there need not be the argument's."""
-    return next(output[name] for name in _CACHE_NAMES if name in output)
+    return next(cast(Cache, output[name]) for name in _CACHE_NAMES if name in output)
 
 
 def continuing(model: nn.Module, cache: Cache | None, position: int, tokens: Tensor) -> dict[str, object]:
