@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -111,10 +111,7 @@ class Demo:
         from hookpoints import HookedRecurrent, embedded
         from hookpoints.files import atomic_text
         from sae_lens_writesae.sae.collecting import collect
-        from sae_lens_writesae.sae.load import load_sae
-        from writesae.dictionary.quality import HEAD_SEQUENCES, quality_of_heads
-        from writesae.evaluations import load_result
-        from writesae.evaluations.substitution import Substitution
+        from writesae.dictionary.quality import HEAD_SEQUENCES
         from writesae.experiment.terms import Terms
         from writesae.experiment.tokens import sample_sequences, say_time
         from writesae.page.report import write_report
@@ -125,43 +122,54 @@ class Demo:
         text = sample_sequences(model, embedded.text("train"), self.context_size, self.train_sequences)
         with taken(self.out, say):
             say_time(model, text, DEMO_PASSES, self.out, say)
-            kept = self.out / FACTS
-            opening = read_facts(kept) if kept.exists() else write_facts(self.facts, say)
-            *place, half_life, nats = self.choose_head(model, text[:HEAD_SEQUENCES])
-            layer, head = place
-            say(
-                f"model {self.model!r}: head {head} of layer {layer} ({model.cfg.layer(layer).rule}); half-life of a "
-                f"write {half_life:.0f} tokens; without its writes the model is off by {nats:.3f} nats per token"
-            )
+            facts = self.out / FACTS
+            opening = read_facts(facts) if facts.exists() else write_facts(self.facts, say)
+            layer, head, half_life, nats = self.choose_head(model, text[:HEAD_SEQUENCES])
+            place = f"head {head} of layer {layer} ({model.cfg.layer(layer).rule})"
+            effect = f"without its writes the model is off by {nats:.3f} nats per token"
+            say(f"model {self.model!r}: {place}; half-life of a write {half_life:.0f} tokens; {effect}")
             keep_settings(self.out, settings, names)
-            atomic_text(kept, json.dumps([dataclasses.asdict(panel) for panel in opening]))
-            collection = collect(model, text, place[:1], place[1:], self.out / "collection", dtype="float32")
+            atomic_text(facts, json.dumps([dataclasses.asdict(panel) for panel in opening]))
+            collection = collect(model, text, [layer], [head], self.out / "collection", dtype="float32")
             folders = {label: self.out / _folder_name(label) for label in RECIPES}
             terms = Terms(model, collection)
             missing = [label for label in RECIPES if not (folders[label] / "sae").exists()]
             say("\n".join(f"{'training' if label in missing else 'kept'}: {label}" for label in RECIPES))
             for label in missing:
-                save_dictionary(self._trained(terms, collection, place, RECIPES[label]), folders[label])
-            saes = {label: load_sae(folders[label] / "sae") for label in RECIPES}
-            quality = quality_of_heads(model, saes, tokens, progress=True)
-            results = []
-            for label, sae in saes.items():
-                folder = folders[label] / "substitution"
-                if not folder.exists():
-                    test = Substitution(
-                        n_atoms=self.n_atoms,
-                        firings_per_atom=self.firings_per_atom,
-                        atom_choice=("dominant",),
-                        scales=("coefficient",),
-                        controls=SHOWN_CONTROLS,
-                        seed=self.seed,
-                        label=label,
-                    )
-                    result = test.run(model, sae, tokens, reference=terms)
-                    dataclasses.replace(result, info=result.info | {"quality": {label: quality(label)}}).save(folder)
-                results.append(load_result(folder))
+                save_dictionary(self._trained(terms, collection, (layer, head), RECIPES[label]), folders[label])
+            results = self._results(model, folders, tokens, terms)
             say(first_screen(results))
             return write_report(results, self.out / "report.html", opening=opening)
+
+    def _results(
+        self, model: HookedRecurrent, folders: Mapping[str, Path], tokens: Tensor, terms: Terms
+    ) -> list[Result]:
+        """The substitution test of each dictionary, by label in its folder; those that are saved are read."""
+        from sae_lens_writesae.sae.load import load_sae
+        from writesae.dictionary.quality import quality_of_heads
+        from writesae.evaluations import load_result
+        from writesae.evaluations.substitution import Substitution
+
+        saes = {label: load_sae(folder / "sae") for label, folder in folders.items()}
+        quality = quality_of_heads(model, saes, tokens, progress=True)
+        results = []
+        for label, sae in saes.items():
+            folder = folders[label] / "substitution"
+            if not folder.exists():
+                test = Substitution(
+                    n_atoms=self.n_atoms,
+                    firings_per_atom=self.firings_per_atom,
+                    atom_choice=("dominant",),
+                    scales=("coefficient",),
+                    controls=SHOWN_CONTROLS,
+                    seed=self.seed,
+                    label=label,
+                )
+                result = test.run(model, sae, tokens, reference=terms)
+                measured = result.info | {"quality": {label: quality(label)}}
+                dataclasses.replace(result, info=measured).save(folder)
+            results.append(load_result(folder))
+        return results
 
     def check_head(self, model: HookedRecurrent) -> None:
         """Raise UnsupportedModelError or ValueError where the layer or the head that is named is not there."""
@@ -227,9 +235,9 @@ def write_facts(n: int, say: Callable[[str], object]) -> list[Opening]:
     openings = []
     for name, title in SENTENCES.items() if n else ():
         with quiet():
-            found = board(name, 1, 1024, n, 500, brief=True)
-        *text, old, new = found["example"]
-        rates = {row["method"]: row for row in found["rows"]}
+            scores = board(name, 1, 1024, n, 500, brief=True)
+        *text, old, new = scores["example"]
+        rates = {row["method"]: row for row in scores["rows"]}
         atom = {kind: share_text(rate) for kind, rate in rates["writesae_product"].items() if isinstance(rate, dict)}
         example = f"{' '.join(text)} → {old}. One atom replaces one write: → {new}."
         shares = ", ".join(f"{kind} {rate}" for kind, rate in atom.items())
@@ -237,7 +245,7 @@ def write_facts(n: int, say: Callable[[str], object]) -> list[Opening]:
         rows: list[tuple[str, float, float, float]] = []
         for method, label in SHOWN_METHODS.items():
             changed = rates[method]["changed"]
-            mean, low, high = (changed["mean"] if x is None else x for x in changed.values())
+            mean, low, high = (changed["mean"] if end is None else end for end in changed.values())
             rows.append((label, mean, low, high))
         openings.append(Opening(title, example, sentence, "facts that are answered with the new value", tuple(rows)))
         controls = ["{}: changed {:.0%} [{:.0%}, {:.0%}]".format(*row) for row in rows[1:]]
@@ -247,15 +255,11 @@ def write_facts(n: int, say: Callable[[str], object]) -> list[Opening]:
 
 def first_screen(results: list[Result]) -> str:
     """What a reader should see first: quality, and one atom against what needs no training."""
-    found = {each.label: cast(dict, each.info["quality"])[each.label] for each in results}
-    claims = {each.label: each.claims()[0] for each in results}
-    lines = [
-        "",
-        "Every write is replaced at once:",
-        quality_table(found),
-        "",
-        "One atom replaces one write:",
-        *(f"  {label:24} {each.measured}: {each.outcome}. {each.sentence}" for label, each in claims.items()),
-        f"  {'controls of the first':24} {next(iter(claims.values())).controls}",
-    ]
+    qualities = {result.label: cast(dict, result.info["quality"])[result.label] for result in results}
+    claims = {result.label: result.claims()[0] for result in results}
+    lines = ["", "Every write is replaced at once:", quality_table(qualities), "", "One atom replaces one write:"]
+    for label, claim in claims.items():
+        lines.append(f"  {label:24} {claim.measured}: {claim.outcome}. {claim.sentence}")
+    first, *_ = claims.values()
+    lines.append(f"  {'controls of the first':24} {first.controls}")
     return "\n".join(lines)

@@ -77,11 +77,10 @@ def asking(out: Path, place: Place, question: Mapping[str, Any]) -> list[str]:
     results = ["--out", str(out / "runs" / question["name"] / place.model / place.cell)]
     text = ["--text", question["text"]] if "text" in question else []
     controls = "--control-dictionaries" if question["controls"] else "--no-control-dictionaries"
-    settings = [
-        f"{kind}.{field}={json.dumps(value)}"
-        for kind in question["kinds"]
-        for field, value in RUNS["settings"].get(kind, {}).items()
-    ]
+    settings = []
+    for kind in question["kinds"]:
+        for field, value in RUNS["settings"].get(kind, {}).items():
+            settings.append(f"{kind}.{field}={json.dumps(value)}")
     asked = ["--kinds", *question["kinds"], controls, *(["--set", *settings] if settings else [])]
     return ["eval", "all", *of, "--resume", "--sequences", str(_SEQUENCES), *where, *results, *text, *asked]
 
