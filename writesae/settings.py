@@ -47,6 +47,7 @@ class Words(dict[str, object]):
     def __missing__(self, name: str) -> object:
         match definitions(self.module).get(name):
             case ast.ImportFrom(module=str(home)):
+                # Modules of this project are read and not imported, but for the one that is written to be cheap.
                 loads_torch = home.partition(".")[0] in _PACKAGES and home != "writesae.choices"
                 return Words(home)[name] if loads_torch else getattr(importlib.import_module(home), name)
             case ast.Assign(value=expression) | ast.AnnAssign(value=ast.expr() as expression):
@@ -55,6 +56,7 @@ class Words(dict[str, object]):
 
     def value(self, expression: ast.expr) -> object:
         """What an expression of the module stands for."""
+        # The source is this project's own: nothing that a user gives is evaluated.
         return eval(compile(ast.Expression(expression), self.module, "eval"), {}, self)
 
 
@@ -94,6 +96,7 @@ def _fields(module: str, name: str) -> dict[str, tuple[str, object, object]]:
         with contextlib.suppress(KeyError):
             fields |= _fields(home, ast.unparse(base))
     documented = {}
+    # A field's docstring is the statement after it; the last field may have none.
     for statement, following in itertools.pairwise([*definition.body, ast.Pass()]):
         match statement, following:
             case ast.AnnAssign(), ast.Expr(value=ast.Constant(value=str(text))):

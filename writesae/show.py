@@ -95,7 +95,8 @@ class Show(OfOne):
         from sae_lens_writesae.errors import NothingToMeasureError
         from writesae.page.atoms.pages import write_atom_pages
 
-        loaded = self.load(pages, 3.4 + 8 * pages.quality * min(1, 64 / self.sequences), 5.3)
+        of_quality = 8 * min(1, 64 / self.sequences) if pages.quality else 0  # of 64 sequences at most
+        loaded = self.load(pages, 3.4 + of_quality, 5.3)
         with taken(self.out):
             try:
                 return write_atom_pages(pages.collect(*loaded, progress=progress), self.out)

@@ -49,11 +49,13 @@ class HeadWrites:
         self.K = native.keys.shape[-1]
         self.V = native.values.shape[-1]
         x = metric.move(native) if metric else native
+        # So that one learning rate serves every head, whatever the size of its writes.
         self.scale = (self.K * self.V) ** 0.5 / float(x.norm().mean())
         self.x = x * self.scale
         self.books = residual_quantizer(self.x, BOOK, most, seed)
         """One for each of `most` steps."""
         self.components = fit_pca(self.x, 2 * most)
+        # k u^T is the same for (k / c) (c u)^T: a code of one side needs a choice of c.
         size = self.x.keys.norm(dim=-1, keepdim=True).clamp_min(1e-30)
         self.sides = _vectors(self.x.keys / size), _vectors(self.x.values * size)
         """Keys of norm 1, and the values that belong to them."""
@@ -131,7 +133,7 @@ def another_write(writes: HeadWrites, n: int) -> Code:
     return Code(
         name=f"{NULL}: code of another write",
         bits=16.0 * n,
-        written=lambda x: pursued(x, writes.books[:n]).dense().roll(len(x) // 2, 0),
+        written=lambda x: pursued(x, writes.books[:n]).dense().roll(len(x) // 2, 0),  # half a batch away
         parameters=[],
     )
 
@@ -177,7 +179,7 @@ def pursuit(writes: HeadWrites, n: int) -> Code | None:
 
 def product_quantizer(writes: HeadWrites, n: int) -> Code | None:
     """Quantizers of keys and of values, with m steps each and one coefficient that both share."""
-    m = (16 * n + 8) // 32
+    m = (16 * n + 8) // 32  # the largest with 32 m - 8 <= 16 n: 2 m steps of 16 bits, less the coefficient shared
     if m == 0:
         return None
     keys, values = writes.sides

@@ -87,7 +87,7 @@ def control_dictionary(sae: MatrixSAE, matrices: Tensor, writes: LowRank | None 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         new = type(sae)(cfg).to(sae.b_dec.device, sae.b_dec.dtype).eval()
-    new._scale_in_place(1 / new.decoder_norm(), 1 / new.encoder_norm())
+    new._scale_in_place(1 / new.decoder_norm(), 1 / new.encoder_norm())  # unit norms, as training leaves them
     details = cfg.metadata.training_architecture_details or {}
     if details.get("b_dec_init", "mean") == "mean":
         new.b_dec.data.copy_(matrices.float().mean(0))

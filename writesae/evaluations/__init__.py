@@ -39,6 +39,7 @@ def _asked() -> dict[str, Asked]:
                 answers = ast.literal_eval(constants.get("answers", ast.Tuple([])))
                 of_head = "scope" in constants and ast.unparse(constants["scope"]) == "Scope.HEAD"
                 asked[file.stem] = Asked(name, ast.literal_eval(question), answers, not of_head)
+    # Questions of this project, which answer no claim, come last.
     return dict(sorted(asked.items(), key=lambda entry: min(entry[1].answers, default=99)))
 
 

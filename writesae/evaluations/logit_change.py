@@ -173,7 +173,7 @@ class LogitChange(OfFirings):
         low, high = np.array(self.ranks).T
         ranks = lab.rng(site.sequence).integers(low, high + 1, (*positions.shape, len(low)))  # [I,Z,G]
         best = site.session.logits[0].topk(int(high.max())).indices.cpu().numpy()
-        tokens = best[positions[..., None], ranks - 1]
+        tokens = best[positions[..., None], ranks - 1]  # ranks count from 1
         trials = []
         for i, start in enumerate(starts):
             for size in self.eps:

@@ -114,6 +114,7 @@ class Multistep(Evaluation):
             newest[name] = value
 
         def read(rows: EditedRows) -> Mapping[str, NDArray[np.generic]]:
+            # The laboratory runs batch by batch and reads each at once, so that the hook holds one batch.
             window = rows.windows(newest[name])  # of the batch that has just run
             cosines = torch.cosine_similarity(window, native[rows.positions], dim=-1)
             return {"residual_cosine": cosines.cpu().numpy()}

@@ -191,7 +191,7 @@ class Partition(OfAlive):
         firings = lab.firings()
         settings = self.substitution
         inside = firings.between(settings.first_position, firings.n_positions - settings.horizon - 1)
-        testable = atoms[atoms["atom"].isin(firings.atom[inside])]
+        testable = atoms[atoms["atom"].isin(firings.atom[inside])]  # hand-picked ones that never fire there would raise
         of_kinds = [testable.loc[testable["kind"] == kind, "atom"].to_numpy() for kind in ATOM_KINDS]
         if min(self.tested_atoms, *map(len, of_kinds)) < 2:
             return pd.DataFrame(columns=list(self.columns["substitution"]))

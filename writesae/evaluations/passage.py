@@ -184,6 +184,7 @@ class Passage(Evaluation):
             written: positions of the passage whose write is not zero.
         """
         native = site.at(positions)
+        # Without repetition where the passage has enough writes, so that none is changed twice.
         others = rng.choice(written, len(positions), replace=len(written) < len(positions)).tolist()
         elsewhere = [int(rng.choice(written[written != t])) for t in positions]
         noise = torch_generator(rng)

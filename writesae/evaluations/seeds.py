@@ -165,6 +165,7 @@ class Seeds(OfAlive):
     def _beyond(self, result: Result) -> Finding:
         """Whether seeds share atoms beyond chance, by the pair of dictionaries that matches worst."""
         matches = dict(list(result.tables["matches"].groupby("sample")))
+        # By the lower end: of all pairs the claim has to hold for the one that shows it least.
         random = matches["random"].nsmallest(1, "excess_low").iloc[0]
         writes = matches["writes"].nsmallest(1, "excess_low").iloc[0]
         n = int(matches["atoms"]["n"].min())

@@ -112,6 +112,7 @@ class Sign(Evaluation):
             written = [t for t, size in zip(positions, sizes) if size > 0]
             lab.skipped["positions with a zero write"] += len(positions) - len(written)
             for t in written:
+                # By place: a position has the same targets whichever others are tested.
                 rng = lab.rng(5, site.sequence, t)
                 trials: list[Trial] = []
                 for stratum in strata:

@@ -76,6 +76,7 @@ def conditions(
     """
     listed = [Condition("native", "none", native), Condition("delete", "none", None)]
     for scale in scales:
+        # Directions have no size of their own: at every scale they get that of the atom.
         written = scaled(atom, native, scale)
         listed.append(Condition("atom", scale, written))
         for name, control in controls.items():

@@ -42,6 +42,7 @@ def divergences(native: Tensor, positions: Tensor, edited: Tensor) -> Divergence
         edited: [N,P,vocab] logits of edited run n at positions[n].
     """
     wide = torch.float32 if edited.device.type == "mps" else torch.float64
+    # Trials of one sequence share most of their window, and a softmax over the vocabulary is what costs.
     distinct, which = positions.unique(return_inverse=True)
     log_native = native[distinct].to(wide).log_softmax(-1)
     share_native = log_native.exp()

@@ -45,7 +45,7 @@ def draw_target(
 
     Returns: None where the stratum has fewer than two tokens.
     """
-    ranks = 1 + logits.argsort(descending=True).argsort().cpu().numpy()
+    ranks = 1 + logits.argsort(descending=True).argsort().cpu().numpy()  # the inverse of an order is the ranks
     of_ranks = np.flatnonzero((ranks >= stratum.low) & (ranks <= stratum.high))
     candidates = np.setdiff1d(stratum.among or of_ranks, list(special_tokens(model)))
     if len(candidates) < 2:

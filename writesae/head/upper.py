@@ -64,4 +64,5 @@ class UpperModel(NamedTuple):
 
 def nats(logits: Tensor, tokens: Tensor) -> float:
     """Mean of -log p(next token) over a sequence: logits [T,vocab], tokens [T]."""
+    # In float64: what an edit costs is a small difference of two of these.
     return float(torch.nn.functional.cross_entropy(logits[:-1].double(), tokens[1:].to(logits.device)))

@@ -97,6 +97,7 @@ def write_report(
         "quality": quality_rows(results),
         "results": [{"kind": r.kind, "settings": r.evaluation.to_dict(), "info": r.info} for r in results],
     }
+    # The page last: what it links to is there.
     for name, table in joined_tables(results).items():
         atomic_write(target.parent / "tables" / f"{name}.parquet", lambda f, t=table: t.to_parquet(f, index=False))
     atomic_text(target.with_suffix(".json"), json.dumps(numbers, indent=1, allow_nan=False))
@@ -130,7 +131,7 @@ def quality_rows(results: Sequence[Result]) -> list[dict[str, Json]]:
     """The quality of every dictionary that a result names, once each: model, head, dictionary, and the fields of
     `DictionaryQuality`."""
     rows: dict[tuple[Json, ...], dict[str, Json]] = {}
-    for result in results:
+    for result in results:  # a dictionary is measured once, and all of its results say so
         model = result.info["model"]
         head = head_of(result)
         qualities = cast("dict[str, dict[str, Json]]", result.info.get("quality") or {})

@@ -42,6 +42,7 @@ def scores(rates: Tensor, mean: Tensor, fires: Tensor) -> dict[str, list[float]]
     """Balanced accuracy and F1 of each atom, of rates [N,F] as predictions of firings [N,F]."""
     hits = fires.bool()
     n = fires.sum(0)
+    # Balanced accuracy weighs firings and silence alike, so that its threshold is the base rate, and not 1/2.
     above = rates > mean
     likely = rates > 0.5
     balanced = ((above & hits).sum(0) / n + (~above & ~hits).sum(0) / (len(fires) - n)) / 2
@@ -70,7 +71,7 @@ def measure(
             often = (seen.sum(0) >= least) & (new.sum(0) >= least)
             rates, mean = predicted(terms.tokens, seen[:, often], test, terms.model.cfg.d_vocab)
             of_codes[label] = scores(rates, mean, new[:, often])
-            if label == ONE:
+            if label == ONE:  # the same predictions, each compared with the next atom's firings
                 of_codes[NULL] = scores(rates.roll(1, 1), mean.roll(1), new[:, often])
         heads[name] = terms.describe() | {"held out": len(tested), "codes": of_codes}
     return {"least": least, "heads": heads}

@@ -70,7 +70,8 @@ class Judge:
 
     def kl(self, memory: Memory) -> Tensor:
         """[n,AFTER] nats."""
-        return (self.reference.exp() * (self.reference - self.log_p(memory))).sum(-1).double()
+        change = self.reference - self.log_p(memory)
+        return (self.reference.exp() * change).sum(-1).double()
 
     def shares(self, operations: Mapping[str, Operation], memory: Memory) -> Shares:
         """Recovered share of each operation on a memory, by tokens after it; and of doing nothing the KL, and the share
@@ -217,7 +218,7 @@ def familiar(model: HookedRecurrent, n: int, m: int) -> dict[str, Share]:
     memory = model.memory(tokens)
 
     def loss(given: Memory) -> NDArray[np.float64]:
-        """[n] nats per token of the span but its first."""
+        """[n] nats per token of the span but its first, which follows other text in every memory."""
         log_p = model.logits_after(given, span[:, :-1]).log_softmax(-1)
         return -log_p.gather(-1, span[:, 1:, None])[..., 0].double().mean(1).numpy()
 

@@ -106,6 +106,8 @@ def effects(text: tuple[Tensor, Tensor], target: int, steering: Steering) -> tup
     p = native.exp()
     # Log-probabilities that another token is next; a probability of 1 is rounding.
     other_native, other_steered = (torch.log1p(-x[..., target].exp().clamp_max(1 - 1e-6)) for x in (native, steered))
+    # KL of the others' distributions, p_o / (1 - p_T) and q_o / (1 - q_T):
+    # sum_o p_o (log p_o - log q_o) / (1 - p_T) - log (1 - p_T) + log (1 - q_T)
     of_others = (p * change).sum(-1) - (p * change)[..., target]
     side_effect = of_others / other_native.exp() - other_native + other_steered
     following = tokens[:, 1:]
@@ -121,6 +123,7 @@ def strength_for(
     sides: list[tuple[float, float]] = []
     for sign in (1, -1):
         curve = np.array([effects(text, target, way(n, sign * strength))[:2] for strength in strengths])
+        # Rising: where a side effect falls again, the smallest strength that has it counts.
         side_effect = np.log(np.maximum.accumulate(curve[:, 1].clip(1e-9)))
         effect = np.interp(np.log(nats), side_effect, curve[:, 0])
         strength = np.exp(np.interp(np.log(nats), side_effect, np.log(strengths)))

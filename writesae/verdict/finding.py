@@ -125,6 +125,7 @@ class Paired:
         """The mean under a condition, or of the paired difference of two. Truth values without `minus` are a share,
         whose interval is another one (`statistics.share`)."""
         values, clusters = self._values(a, minus)
+        # Wilson's interval is of one way to cluster; two are resampled.
         if len(clusters) == 1 and values.dtype == bool:
             return stats.share(values, *clusters)
         return stats.estimate(values, *clusters, seed=self.seed)
@@ -142,7 +143,7 @@ class Paired:
 
     def wins(self, a: str, b: str) -> Estimate:
         """The share of units at which `a` is smaller than `b` (of KL: nearer to the native model). A tie is no win."""
-        both = self.wide.dropna(subset=[a, b])
+        both = self.wide.dropna(subset=[a, b])  # a comparison with NaN would be a loss
         return self.mean(both[a] < both[b])
 
     def recovered(self, a: str, than: str = "delete") -> Estimate:
