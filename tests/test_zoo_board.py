@@ -89,6 +89,15 @@ def test_the_models_of_a_board_are_in_the_zoo_by_default() -> None:
     assert Zoo().models and {*Zoo().models} <= {*zoo.names()}
 
 
+def test_rows_are_put_into_a_board_of_the_same_settings_alone(tmp_path: Path) -> None:
+    command = Zoo(only="writesae_product", out=tmp_path)
+    settings = {"models": ("recall",), "seeds": 2}
+    (tmp_path / "zoo.json").write_text(json.dumps({"settings": settings, "boards": []}))
+    assert command._saved(settings)["boards"] == []
+    with pytest.raises(ValueError, match=r"only: expected .*zoo\.json of the settings"):
+        command._saved(settings | {"seeds": 3})
+
+
 def test_a_state_is_read_back_as_its_facts() -> None:
     g = torch.Generator().manual_seed(0)
     keys, values = (normalize(torch.randn(40, 32, generator=g), dim=1) for _ in range(2))
