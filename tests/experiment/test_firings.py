@@ -157,6 +157,15 @@ def test_halves_share_no_sequence() -> None:
         F.halves(3, seed=0)
 
 
+def test_folds_are_two_halves_of_the_distinct_sequences() -> None:
+    sequences = np.array([7, 7, 3, 5, 9, 3, 1])
+    found = F.folds(sequences, seed=0)
+    assert sorted(found) == [1, 3, 5, 7, 9] and sorted(found.values()) == [0, 0, 0, 1, 1]
+    assert found == F.folds(sequences[::-1], seed=0)
+    assert any(F.folds(sequences, seed=seed) != found for seed in (1, 2, 3))
+    assert sorted(F.folds(np.array([4, 2]), seed=0).values()) == [0, 1]
+
+
 def test_atoms_of_both_halves(firings: F.Firings) -> None:
     split = F.halves(N, seed=0)
 

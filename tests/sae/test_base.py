@@ -176,3 +176,9 @@ def test_configs_refuse_what_matrix_atoms_cannot_be(fields: dict, message: str) 
     shape = {"d_in": D_IN, "d_sae": F, "d_k": K, "d_v": V}
     with pytest.raises(ValueError, match=message):
         S.WriteTopKTrainingSAEConfig(**(shape | {"k": 4} | fields))
+
+
+def test_one_width_of_a_matrix_is_enough() -> None:
+    for given in ({"d_k": K}, {"d_v": V}, {"d_k": K, "d_v": V}):
+        cfg = S.WriteTopKTrainingSAEConfig(d_in=D_IN, d_sae=F, k=4, **given)
+        assert (cfg.d_k, cfg.d_v) == (K, V)
