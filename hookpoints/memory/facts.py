@@ -119,7 +119,8 @@ def read_memory(states: Tensor, dictionary: PairDictionary, n: int | None = None
     """
     key_side, value_side = _side(dictionary, 0), _side(dictionary, 1)
     pairs = _pairs(states, dictionary, n)
-    shares = pairs.coefficients / states.flatten(1).norm(dim=1).clamp_min(1e-30)[:, None]
+    sizes = states.flatten(1).norm(dim=1).clamp_min(1e-30)
+    shares = pairs.coefficients / sizes.to(pairs.coefficients)[:, None]
     found = list[list[Fact]]()
     for i_row, j_row, row in zip(pairs.keys.tolist(), pairs.values.tolist(), shares.tolist()):
         facts = list[Fact]()
@@ -252,7 +253,7 @@ def rewritten(
     if instead_of is None:
         return states + sizes[new] * torch.outer(keys[key_atoms[0]], values[new].flatten()), True
     value_atoms = value_side.atoms(instead_of)
-    grid = _pairs(states, dictionary, None).acts().view(len(states), len(keys), len(values))
+    grid = _pairs(states, dictionary, None).acts().to(states).view(len(states), len(keys), len(values))
     left = states - keys.T @ grid @ values
     found = grid[:, key_atoms][:, :, value_atoms]
     old = found + keys[key_atoms] @ left @ values[value_atoms].T  # [N,i,j]

@@ -12,9 +12,11 @@ import pytest
 import torch
 from recurrences import FORMS, random_recurrence
 from sae_lens import SAE
+from sae_lens.saes.sae import SAEMetadata
 
-from hookpoints import HookedRecurrent
+from hookpoints import HookedRecurrent, read_memory
 from page.planted_atoms import HEAD, LAYER
+from sae_lens_writesae.sae import WriteProductSAE, WriteProductSAEConfig
 from writesae.page.prompt import MAX_BYTES, MAX_TOKENS, PromptServer, held_shares, read_shares
 from writesae.show import Prompt
 
@@ -65,6 +67,30 @@ def test_a_text_is_read(embedded: HookedRecurrent, server: PromptServer, folder:
     assert [dict(shown) for shown in reading["atoms"]] == expected
     other = ask(server, "POST", "/read", {"text": text, "layer": LAYER, "head": HEAD - 1})[1]
     assert other["atoms"] is None and other["shares"] != reading["shares"]
+
+
+@torch.no_grad()
+def test_facts_are_those_of_the_state_at_each_token(embedded: HookedRecurrent, tmp_path: Path) -> None:
+    """By a dictionary of the first singular vectors of these states."""
+    text = "The war between the States was over."
+    states = embedded.recurrence(embedded.to_tokens(text, prepend_bos=False), LAYER).states()[0, :, HEAD]
+    shape = embedded.cfg.layer(LAYER)
+    hook = f"blocks.{LAYER}.mixer.heads.{HEAD}.hook_state_vec"
+    metadata = SAEMetadata(hook_name=hook, model_name="embedded")
+    sizes: dict[str, Any] = {"d_in": shape.K * shape.V, "d_k": shape.K, "d_sae": 64, "encoder": "pursuit"}
+    sae = WriteProductSAE(WriteProductSAEConfig(**sizes, metadata=metadata))
+    left, _, right = torch.linalg.svd(states[-8:])
+    sae.key_atoms.copy_(left[..., 0])
+    sae.value_atoms.copy_(right[:, 0])
+    words = {"words": [f"<b>{atom}" for atom in range(8)], "correlations": [1.0] * 8, "sizes": [1.0] * 8}
+    sae.cfg.metadata.labels = {"keys": words, "values": words}
+    sae.save_model(tmp_path / "sae")
+    with Prompt(sae=tmp_path / "sae", port=0).server() as server:
+        reading: Any = server.read(text, LAYER, HEAD)
+        other: Any = server.read(text, LAYER, HEAD - 1)
+    wanted = [[f"{fact.key} → {fact.value}" for fact in facts] for facts in read_memory(states, sae)]
+    assert [[name for name, _ in shown] for shown in reading["facts"]] == wanted and any(wanted)
+    assert other["facts"] is None
 
 
 def test_other_sites_and_other_requests_are_refused(server: PromptServer) -> None:

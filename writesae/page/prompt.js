@@ -32,7 +32,7 @@ function fillHeads() {
 
 function choose(token) {
   at = token;
-  const { tokens, shares, held, atoms, writes } = reading, row = (form.elements.shade.value === "held" ? held : shares)[at];
+  const { tokens, shares, held, atoms, facts, writes } = reading, row = (form.elements.shade.value === "held" ? held : shares)[at];
   const most = Math.max(1e-12, ...row.map(Math.abs)), percent = (x) => `${(100 * x).toFixed(1)}%`;
   part("text").replaceChildren(...tokens.map((piece, s) => {
     const share = s < row.length ? row[s] : 0;
@@ -47,6 +47,11 @@ function choose(token) {
   }
   part("reads").textContent = `The largest shares of what the head reads at token ${at}, ${tokens[at]}.`;
   part("holds").textContent = `The largest shares of the state after token ${at}, ${tokens[at]}.`;
+  const known = facts ? facts[at] : [], before = new Set(facts && at ? facts[at - 1].map(([name]) => name) : []), now = new Set(known.map(([name]) => name));
+  part("known").textContent = !facts ? "No dictionary of pairs of this head's states is loaded." : known.length ? `Pairs of a key and a value in the state after token ${at}, as shares of its norm.` : "No pair stands out here.";
+  meter(part("facts"), known.map(([name, value]) => ({ name, value, shown: String(value) })));
+  const came = [...now].filter((name) => !before.has(name)), left = [...before].filter((name) => !now.has(name));
+  part("changed").textContent = [came.length ? `New here: ${came.join(", ")}.` : "", left.length ? `No longer here: ${left.join(", ")}.` : ""].join(" ").trim();
   const here = atoms ? atoms[at] : [];
   part("none").textContent = atoms ? (here.length ? "" : "No atom fires here.") : "No dictionary of this head is loaded.";
   meter(part("atoms"), here.slice(0, 20).map(([atom, value]) => ({ name: `atom ${atom}`, value, shown: String(value) })));

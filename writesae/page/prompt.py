@@ -17,8 +17,9 @@ from pathlib import Path
 
 import torch
 
-from hookpoints import HookedRecurrent, Recurrence
+from hookpoints import HookedRecurrent, Recurrence, read_memory
 from hookpoints.errors import HookpointsError
+from sae_lens_writesae.sae import WriteProductSAE
 from sae_lens_writesae.sae.load import load_sae
 from sae_lens_writesae.sae.target import HeadHook, check_hook
 from writesae.files import sae_folders
@@ -82,7 +83,8 @@ class PromptServer(ThreadingHTTPServer):
 
         Returns: `tokens` [T]; `writes` [H][T], the size |k_t u_t^T| of each head's write; `shares` [T][S], S = t + 1,
         of `read_shares`, and `held` likewise of `held_shares`; `atoms` [T], active atoms with their activation,
-        strongest first, None for a head without a dictionary.
+        strongest first, None for a head without a dictionary; `facts` [T], pairs of the state, strongest first, None
+        for a head without a dictionary of pairs of states.
 
         Cost: one forward up to the layer, a second one for atoms, and T / V times the cost of the head's reads.
 
@@ -102,6 +104,13 @@ class PromptServer(ThreadingHTTPServer):
             active = sae.encode(cache[hook][0].to(next(sae.parameters()))).sort(descending=True)
             rows = zip(active.indices.tolist(), active.values.tolist())
             atoms = [[(atom, short(value)) for atom, value in zip(*row) if value] for row in rows]
+        facts = None
+        if isinstance(sae, WriteProductSAE) and HeadHook.of(sae).target == "state":
+            states = recurrence.states()[0, :, head].float()
+            facts = [
+                [(f"{fact.key} → {fact.value}", short(fact.coefficient)) for fact in held]
+                for held in read_memory(states, sae)
+            ]
         one = recurrence.select(heads=slice(head, head + 1))
         found = {"shares": read_shares(one), "held": held_shares(one)}
         return {
@@ -112,6 +121,7 @@ class PromptServer(ThreadingHTTPServer):
                 for name, each in found.items()
             },
             "atoms": atoms,
+            "facts": facts,
         }
 
 
