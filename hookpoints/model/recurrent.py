@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from inspect import signature
 from typing import Any, Literal, NamedTuple, Self, cast
 
 import torch
@@ -21,7 +22,7 @@ from hookpoints.model import loading
 from hookpoints.model.attachment import Attachment, StopForward
 from hookpoints.model.inputs import as_tokens, cache_argument, check_loss, check_mask, check_tokens, continuing
 from hookpoints.model.layout import find_layout
-from hookpoints.model.refused import REFUSED_NAMES, generation_arguments
+from hookpoints.model.refused import REFUSED_NAMES, check_forward_arguments, generation_arguments
 from hookpoints.model.selfcheck import self_check as run_self_check
 from hookpoints.model.tokens import PaddingSide, TokenBatch, Tokens
 from hookpoints.model.weights import Weights
@@ -154,7 +155,13 @@ class HookedRecurrent(Tokens, Weights):
             memory: read on from here (see `memory`); it stays as it is. Text is then given no first token (bos), unless
                 asked for. Not with padding, nor with your own cache.
             hf_kwargs: for the Hugging Face forward (a cache, position_ids ...).
+
+        Raises:
+            InputError: an argument of TransformerLens' that there is none of, or a name that is nearly one of these.
         """
+        if hf_kwargs:
+            takes = [signature(forward).parameters for forward in (HookedRecurrent.forward, self.hf_model.forward)]
+            check_forward_arguments(hf_kwargs, {name for parameters in takes for name in parameters})
         start = self._layer_index(start_at_layer, 0)
         stop = self._layer_index(stop_at_layer, self.cfg.n_layers)
         residual = None

@@ -3,7 +3,8 @@ arguments of ``from_pretrained``."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from difflib import get_close_matches
 
 from hookpoints.errors import InputError
 
@@ -59,6 +60,11 @@ _ARGUMENTS: dict[str, tuple[object, str]] = {
 }
 """Argument of HookedTransformer.from_pretrained, or of older transformers -> the value that asks for nothing, and what
 to do instead."""
+_FORWARD = {
+    "past_kv_cache": "past_key_values= takes a cache of transformers, and memory= a memory",
+    "shortformer_pos_embed": "a recurrence has no positions to embed",
+}
+"""Argument of HookedTransformer.forward -> what to do instead."""
 _FREQUENCY = "repetition_penalty= or a logits_processor= of transformers makes tokens that were there less likely"
 
 
@@ -73,6 +79,17 @@ def refuse_arguments(arguments: Mapping[str, object]) -> dict[str, object]:
         if arguments[name] is not None and arguments[name] != nothing:
             raise InputError(f"from_pretrained takes no {name}={arguments[name]!r}: {instead}")
     return {name: value for name, value in arguments.items() if name not in _ARGUMENTS}
+
+
+def check_forward_arguments(arguments: Collection[str], known: Collection[str]) -> None:
+    """Raise InputError for an argument of TransformerLens' ``forward`` that there is none of, or one that is nearly a
+    ``known`` name. Models of transformers take any name, and nothing would come of it."""
+    for name in arguments:
+        if name in _FORWARD:
+            raise InputError(f"the model takes no {name}: {_FORWARD[name]}")
+        near = get_close_matches(name, known, n=1, cutoff=0.8)
+        if near and name not in known:
+            raise InputError(f"the model takes no {name}; nearest: {near[0]}")
 
 
 def generation_arguments(arguments: Mapping[str, object]) -> dict[str, object]:
