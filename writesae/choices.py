@@ -92,9 +92,9 @@ class DictionaryName:
     """What errors are measured by."""
 
     def __str__(self) -> str:
-        told = (self.loss, self.variant, self.metric)
-        own = [word for word in told if word not in ("mse", "WriteSAE", "frobenius")]
-        return "-".join([self.target, *own, f"seed{self.seed}"])
+        usual = ("mse", "WriteSAE", "frobenius")  # not said, so that names are short
+        unusual = [word for word in (self.loss, self.variant, self.metric) if word not in usual]
+        return "-".join([self.target, *unusual, f"seed{self.seed}"])
 
     @classmethod
     def parse(cls, name: str) -> DictionaryName:
@@ -109,8 +109,14 @@ class DictionaryName:
                 f"{name!r} names no dictionary; names are TARGET[-LOSS][-VARIANT][-gauss_newton]-seedN, with targets "
                 f"{', '.join(targets)}, losses {', '.join(losses)} and variants {', '.join(variants)}"
             )
-        metric = cast(MetricName, match[4] or "frobenius")
-        return cls(cast(Target, match[1]), cast(Loss, match[2] or "mse"), match[3] or "WriteSAE", int(match[5]), metric)
+        target, loss, variant, metric, seed = match.groups()
+        return cls(
+            target=cast(Target, target),
+            loss=cast(Loss, loss or "mse"),
+            variant=variant or "WriteSAE",
+            seed=int(seed),
+            metric=cast(MetricName, metric or "frobenius"),
+        )
 
     @property
     def on_factors(self) -> bool:

@@ -145,11 +145,11 @@ class Install(Evaluation):
     def _windows(self, lab: Lab, n_strata: int, rng: np.random.Generator) -> list[tuple[int, int]]:
         """Sequence and first token of each prompt, dealt over sequences."""
         n_sequences, length = lab.tokens.shape
-        windows = [
-            (int(sequence), int(window) * self.prompt_tokens)
-            for window in rng.permutation(length // self.prompt_tokens)
-            for sequence in rng.permutation(n_sequences)
-        ]
+        windows = []
+        # One window of every sequence before a second of any: pairs of one sequence are not independent.
+        for window in rng.permutation(length // self.prompt_tokens):
+            for sequence in rng.permutation(n_sequences):
+                windows.append((int(sequence), int(window) * self.prompt_tokens))
         needed = self.pairs * n_strata
         lab.require(
             len(windows) >= needed,

@@ -340,5 +340,6 @@ def _slopes(
     slopes = np.empty((*tokens.shape, len(PREDICTORS)))
     for (i, z), position in np.ndenumerate(positions):
         reads = [gradients.at(int(position), token) for token in tokens[i, z].tolist()]
-        slopes[i, z] = predict(site.recurrence, added.rows([i]), starts[i], reads)[:, 0].cpu().numpy()
+        predicted = predict(site.recurrence, added.rows([i]), starts[i], reads)  # [G,1,P]
+        slopes[i, z] = predicted[:, 0].cpu().numpy()
     return slopes

@@ -321,5 +321,7 @@ def _spread(shares: Sequence[float]) -> str:
 def on_equal_terms(finding: Finding, result: Result) -> Finding:
     """The finding, which cannot hold where the dictionary was fitted to more than its baselines (`Terms.unequal`)."""
     why = result.info.get("unequal", "It is not known what baselines were fitted to.")
-    needed = bool(why) and any(NAMES[name] in finding.against for name in BASELINES)
-    return replace(finding, unless=Verdict("undecided", str(why))) if needed else finding
+    has_baselines = any(NAMES[name] in finding.against for name in BASELINES)
+    if why and has_baselines:
+        return replace(finding, unless=Verdict("undecided", str(why)))
+    return finding

@@ -46,7 +46,9 @@ def share_text(value: float | Mapping[str, float | None] | None) -> str:
     low = value["low"]
     high = value["high"]
     share = percent(value["mean"] or 0)
-    return share if low is None or high is None else f"{share} [{100 * low:.1f}, {100 * high:.1f}]"
+    if low is None or high is None:
+        return share
+    return f"{share} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def control_rows(text: str) -> list[tuple[str, str]]:

@@ -304,7 +304,11 @@ def cut_facts(name: str, n: int) -> dict[str, dict[str, tuple[int, int]]]:
                 answers = logits[:, -1].argmax(-1)
                 counts = right.setdefault(label, dict.fromkeys(questions, 0))
                 counts[question] += int((answers == spelled.answers[:, 0]).sum())
-    return {label: {q: (count, n * len(places)) for q, count in counts.items()} for label, counts in right.items()}
+    n_questions = n * len(places)
+    shares = {}
+    for label, counts in right.items():
+        shares[label] = {question: (count, n_questions) for question, count in counts.items()}
+    return shares
 
 
 def measure(sequences: int = 32) -> dict[str, object]:

@@ -9,13 +9,19 @@ _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 def percent(x: float) -> str:
     """A share in percent, one decimal; a dash for NaN. What is below -100% is not spelled out."""
-    return "–" if math.isnan(x) else "below -100%" if x < -1 else f"{100 * x:.1f}%"
+    if math.isnan(x):
+        return "–"
+    if x < -1:  # a share of a small effect has no lower end
+        return "below -100%"
+    return f"{100 * x:.1f}%"
 
 
 def number(x: float) -> str:
     """Three significant digits; powers of ten below 0.001; a dash for NaN."""
-    if x == 0 or math.isnan(x):
-        return "0" if x == 0 else "–"
+    if math.isnan(x):
+        return "–"
+    if x == 0:
+        return "0"  # which has no logarithm
     if abs(x) < 1e-3:
         exponent = math.floor(math.log10(abs(x)))
         return f"{x / 10**exponent:.1f}·10{str(exponent).translate(_SUPERSCRIPT)}"
