@@ -44,7 +44,7 @@ class AttentionCall:
             UnsupportedModelError: the function takes masks of another form.
         """
         pattern = _pattern(arguments)
-        outputs, *others = cast(tuple[Tensor, ...], op(**arguments))
+        outputs, *weights = cast(tuple[Tensor, ...], op(**arguments))
         # A copy: a hook may write into what it is given, and the difference below needs the pattern as it was.
         fired, changed = watch(pattern.clone(), partial(self.hooks.fire, "hook_pattern"))
         if changed:
@@ -52,7 +52,7 @@ class AttentionCall:
             # Of grouped queries: H heads read from fewer heads of values.
             values = value.repeat_interleave(pattern.shape[1] // value.shape[1], 1)
             outputs = outputs + ((fired - pattern) @ values).transpose(1, 2)
-        return (outputs, *others)
+        return (outputs, *weights)
 
 
 def _pattern(arguments: Mapping[str, object]) -> Tensor:

@@ -81,11 +81,11 @@ class TokenReader(NamedTuple):
         cache = copy.deepcopy(self.cache) if begin else None
         if cache is not None:
             self.store(cache, span_of(before, 0, begin), {})
-        given: dict[str, Tensor] = {}
+        entered: dict[str, Tensor] = {}
         first = span_of(before, begin, start)
         last = span_of(later, rest - ending, rest)
         hooks = [
-            (name.removeprefix("stream/"), _putting(given, name, x, place, last[name]))
+            (name.removeprefix("stream/"), _putting(entered, name, x, place, last[name]))
             for name, x in first.items()
             if name.startswith("stream/")
         ]
@@ -98,14 +98,14 @@ class TokenReader(NamedTuple):
         attention = attention_of(cache, begin + tokens.shape[1])
         if not reread:
             return Passed(cache, attention, span_of(later, 0, 0), states, False)
-        left = self.states_of(cache)
-        edited = not all_left(recorded, left)
-        kept = given | factors_of(recorded)
+        after = self.states_of(cache)
+        edited = not all_left(recorded, after)
+        kept = entered | factors_of(recorded)
         kept["tokens"] = again
         kept["inexact"] = before["inexact"].any(1, keepdim=True).expand(-1, reread)
         kept |= {f"attention/{name}": x[:, start : start + reread] for name, x in attention.items()}
         kept |= {name: torch.zeros_like(again, dtype=torch.bool) for name in before if name.startswith("unmoved/")}
-        return Passed(cache, attention, kept, left, edited)
+        return Passed(cache, attention, kept, after, edited)
 
     def store(self, cache: Cache, kept: Kept, states: Mapping[int, Tensor]) -> None:
         """Put attention's keys and values, and states, into ``cache``."""
@@ -183,12 +183,12 @@ def factors_of(recorded: Mapping[int, Recorded]) -> dict[str, Tensor]:
     return {f"factor/{layer}/{name}": x for layer, record in layers for name, x in over_time(record.recurrence)}
 
 
-def _putting(given: dict[str, Tensor], name: str, before: Tensor, place: slice, after: Tensor) -> Hook:
+def _putting(entered: dict[str, Tensor], name: str, before: Tensor, place: slice, after: Tensor) -> Hook:
     """A hook that gives a block what it was given ``before`` the tokens at ``place`` and ``after`` them; notes what it
     is given at these."""
 
     def put(value: Tensor, hook: object) -> Tensor:
-        given[name] = value[:, place]
-        return torch.cat([before, given[name], after], 1)
+        entered[name] = value[:, place]
+        return torch.cat([before, entered[name], after], 1)
 
     return put
