@@ -14,10 +14,11 @@ import re
 import shutil
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import jinja2
 import numpy as np
@@ -28,6 +29,8 @@ from writesae.dictionary.controls import answers
 from writesae.evaluations import EVALUATIONS, load_result
 from writesae.evaluations.bits import RELEVANT, RIVAL, WAYS, Bits
 from writesae.experiment.evaluation import Result, Scope
+from writesae.known.readers import NAMING, STATES_ALONE
+from writesae.known.states import TERMS
 from writesae.page.template import environment
 from writesae.reproduce.published import RUNS
 from writesae.verdict.finding import Claim, said
@@ -264,11 +267,40 @@ def pages(folder: Path) -> tuple[dict[str, str], pd.DataFrame]:
 
 
 def zoo_page() -> str:
-    """What methods find in models whose mechanism is known, from the numbers of `writesae zoo`."""
+    """What methods find in models whose mechanism is known, from the numbers of `writesae zoo`. Until the second table
+    is measured, the page has the states that the first one was measured with."""
     boards = json.loads((DOCS / "zoo_board.json").read_text(encoding="utf-8"))
-    words = (HERE / "results" / "zoo_board.md").read_text(encoding="utf-8")
-    tables = environment().get_template("zoo_table.html").render(boards)
-    return words.replace("{{ zoo_table }}", tables)
+    measured = DOCS / "zoo_states.json"
+    states = json.loads(measured.read_text(encoding="utf-8")) if measured.exists() else {"settings": {}, "readings": []}
+    readings = states["readings"]
+    words = jinja2.Environment(trim_blocks=True).from_string(
+        (HERE / "results" / "zoo_board.md").read_text(encoding="utf-8")
+    )
+    return words.render(
+        zoo_table=environment().get_template("zoo_table.html").render(boards),
+        states_table=environment().get_template("states_table.html").render(readings=readings),
+        states_words="\n".join(map(read_best, readings)),
+        readings=readings,
+        terms=TERMS,
+        naming=f"{NAMING:,}",
+        **states["settings"],
+    )
+
+
+def read_best(reading: Mapping[str, Any]) -> str:
+    """What pairs read in the states of a model, and the best of the other readers that know states alone."""
+    rows = {row["reader"]: row for row in reading["rows"] if "times the atoms" not in row["reader"]}
+    learned, *others = [row for reader, row in rows.items() if reader in STATES_ALONE]
+    best = max(others, key=lambda row: row["4 pairs"]["mean"])
+    nulls = [row["4 pairs"]["mean"] for reader, row in rows.items() if reader.startswith("null")]
+
+    def read(row: Mapping[str, Any]) -> str:
+        return f"{percent(row['4 pairs']['mean'])} of the facts of 4 pairs and {percent(row['8 pairs']['mean'])} of 8"
+
+    return (
+        f"* `{reading['model']}`: pairs read {read(learned)}. Of the other readers that know states alone, the best "
+        f"({best['reader']}) reads {read(best)}. Nulls read at most {percent(max(nulls))} of 4."
+    )
 
 
 def main() -> None:

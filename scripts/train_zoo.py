@@ -152,7 +152,7 @@ def start_with_names(projection: Tensor, taps: Tensor, first_key: int, first_que
         taps[rows, second] = 1.0
 
 
-def mamba2(vocabulary: int, **changes: int) -> PreTrainedModel:
+def mamba2(vocabulary: int, **changes: Any) -> PreTrainedModel:
     """Two Mamba-2 layers of four heads, 64 x 32."""
     own = PAIRS | dict(
         vocab_size=vocabulary,
@@ -167,15 +167,15 @@ def mamba2(vocabulary: int, **changes: int) -> PreTrainedModel:
     return Mamba2ForCausalLM(Mamba2Config(**own | changes))
 
 
-def mamba2_with_names(vocabulary: int) -> PreTrainedModel:
-    """One Mamba-2 layer of four heads, 64 x 32. Weights of names start together (`start_with_names`)."""
-    model = mamba2(vocabulary, num_hidden_layers=1)
+def one_mamba2_memory(vocabulary: int) -> PreTrainedModel:
+    """One Mamba-2 layer of one head, 64 x 64, so that one state holds all facts. Weights of names start together
+    (`start_with_names`)."""
+    width = 64
+    model = mamba2(vocabulary, num_hidden_layers=1, num_heads=1, head_dim=width, expand=1)
     mixer = "backbone.layers.0.mixer."
-    width = 128
-    seen = slice(width, 3 * width)  # behind the gate: x, B (keys), C (queries)
-    projection = model.get_parameter(f"{mixer}in_proj.weight").data[seen]
+    projection = model.get_parameter(f"{mixer}in_proj.weight").data[width : 4 * width]  # x, keys (B), queries (C)
     taps = model.get_parameter(f"{mixer}conv1d.weight").data[:, 0]
-    start_with_names(projection, taps, first_key=width, first_query=width + 64)
+    start_with_names(projection, taps, first_key=width, first_query=2 * width)
     return model
 
 
@@ -547,7 +547,7 @@ RECIPES = {
     "recall-rwkv7": Recipe(rwkv7, pairs, {"steps": 3_000, "sequences": 32}),
     "composition": Recipe(gated_delta, pairs, {"steps": 2_500, "sequences": 64, "queries": 12}),
     "facts": Recipe(one_memory, pairs, {"steps": 400, **OF_FACTS}),
-    "facts-mamba2": Recipe(mamba2_with_names, pairs, {"steps": 400, **OF_FACTS}),
+    "facts-mamba2": Recipe(one_mamba2_memory, pairs, {"steps": 300, **OF_FACTS}),
     "induction": Recipe(induction, looks, {"steps": 400, "sequences": 64}),
     "parity": Recipe(parity, flips, {"steps": 600, "sequences": 64, "lr": 1e-2, "weight_decay": 0.0}),
 }

@@ -105,7 +105,7 @@ TINY = ["--d-sae", "8", "--training-tokens", "256", "--context-size", "64", "--n
 ATOMS = ["--sequences", "4", "--context-size", "48", "--n-atoms", "1", "--min-firings", "1"]
 SIGN = ["--kinds", "sign", "--set", "n_positions=2", "--sequences", "6", "--context-size", "48"]
 SIGN += ["--no-control-dictionaries"]
-ZOO = ["--models", "recall", "--seeds", "1", "--sequences", "128", "--facts", "16", "--steps", "2"]
+ZOO = ["--models", "recall", "--seeds", "1", "--sequences", "128", "--facts", "16", "--steps", "2", "--no-states"]
 COMMANDS: dict[str, list[str]] = {
     "collect": ["collect", *EMBEDDED, "--n-tokens", "256", "--context-size", "64", "--out", "OUT"],
     "train": ["train", *EMBEDDED, *TINY, "--out", "OUT"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from sae_lens_writesae import training_config
 from sae_lens_writesae.sae.rows import new_sae
 from writesae.cli import main
 from writesae.known import board as boards
-from writesae.known import sides
+from writesae.known import readers, sides
 from writesae.known.board import scored
+from writesae.known.readers import READERS, WRONG_SIZES, Job
 from writesae.known.scores import attributed, purity
 from writesae.known.sides import HeadCode, of_labels, of_product, of_sides
-from writesae.known.states import pursue_pairs, share_held
+from writesae.known.states import HeadReader, Read, Reader, Told, pursue
 from writesae.known.world import Facts, World
 from writesae.zoo import Zoo
 
@@ -98,19 +100,108 @@ def test_rows_are_put_into_a_board_of_the_same_settings_alone(tmp_path: Path) ->
         command._saved(settings | {"seeds": 3})
 
 
-def test_a_state_is_read_back_as_its_facts() -> None:
+Sides = tuple[torch.Tensor, torch.Tensor]
+
+
+def directions(g: torch.Generator) -> Sides:
+    """24 keys and 24 values of norm 1 in 16 dimensions."""
+    keys, values = normalize(torch.randn(2, 24, 16, generator=g), dim=2)
+    return keys, values
+
+
+def products(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """[24,24,256] of all pairs."""
+    return (keys[:, None, :, None] * values[:, None]).flatten(2)
+
+
+def planted(n: int, pairs: int, seed: int) -> tuple[Told, list[Sides]]:
+    """States of two heads that are sums of pairs of 24 keys and 24 values, and these."""
     g = torch.Generator().manual_seed(0)
-    keys, values = (normalize(torch.randn(40, 32, generator=g), dim=1) for _ in range(2))
-    held = (
-        torch.stack([torch.randperm(40, generator=g)[:8] for _ in range(20)]),
-        torch.randint(40, (20, 8), generator=g),
-    )
-    sizes = 0.5 + torch.rand(20, 8, generator=g)
-    states = torch.einsum("bn,bnk,bnv->bkv", sizes, keys[held[0]], values[held[1]])
-    facts = 40 * held[0] + held[1]
-    found = (pursue_pairs(states, keys, torch.arange(40), values, 8, refit=refit) for refit in (True, False))
-    pursuit, strongest = (share_held(40 * k + v, facts) for k, v in found)
-    assert pursuit > 0.95 and strongest < pursuit
+    books = [directions(g), directions(g)]
+    g.manual_seed(seed)
+    key = torch.rand(n, 24, generator=g).argsort(1)[:, :pairs]
+    value = torch.randint(24, (n, pairs), generator=g)
+    sizes = 0.5 + torch.rand(n, pairs, 2, generator=g)
+    atoms = torch.stack([products(*book)[key, value] for book in books], dim=2)
+    states = (sizes[..., None] * atoms).sum(1)
+    noisy = states + 0.02 * torch.randn(states.shape, generator=g)
+    facts = torch.zeros(n, 24 * 24, dtype=torch.bool).scatter(1, 24 * key + value, True)
+    return Told(noisy.unflatten(-1, (16, 16)), facts.unflatten(1, (24, 24))), books
+
+
+def read(books: Sequence[Sides]) -> Read:
+    """Of the heads whose books these are, or of the first of them."""
+    naming, _ = planted(1500, 3, 1)
+    reader = Reader.of_heads([HeadReader.of_pairs(*book) for book in books], naming)
+    return Read.of(reader, planted(200, 4, 2)[0])
+
+
+def test_the_atoms_of_states_read_their_facts_and_others_do_not() -> None:
+    _, books = planted(1, 1, 0)
+    told = read(books)
+    assert told.recall.mean() > 0.97
+    assert told.recall_above.mean() > 0.95
+    assert told.precision_above.mean() > 0.9
+    assert told.other.mean() < 0.05
+    assert read(books[:1]).recall.mean() <= told.recall.mean()
+    g = torch.Generator().manual_seed(3)
+    order = torch.randperm(16, generator=g)
+    mixed = [(keys[:, order], values[:, order.flip(0)]) for keys, values in books]
+    for null in ([directions(g), directions(g)], mixed):
+        assert read(null).recall.mean() < 0.35
+
+
+def test_pairs_as_atoms_of_their_own_are_coded_as_they_are_as_pairs() -> None:
+    told, books = planted(50, 3, 5)
+    keys, values = books[0]
+    every = products(keys, values).flatten(0, 1)
+    as_pairs = HeadReader.of_pairs(keys, values)
+    as_atoms = HeadReader.of_atoms(every, every.numel(), as_pairs.bits)
+    assert as_atoms.bits == pytest.approx(as_pairs.bits)
+    states = told.states[:, 0]
+    pairs, code = as_pairs.code(states), as_atoms.code(states)
+    assert (24 * pairs.keys + pairs.values == code.keys)[:, :3].float().mean() > 0.99
+    first = pursue(states.flatten(1), every, 3)
+    found = torch.zeros(50, 576, dtype=torch.bool).scatter(1, first[0], True)
+    assert (found & told.facts.flatten(1)).sum() > 0.97 * 150
+    sums = (first[1][:, None] @ every[first[0]])[:, 0]
+    assert (states.flatten(1) - sums).square().mean() < 1.05 * 0.02**2  # the noise
+
+
+@pytest.mark.parametrize(("name", "facts", "end"), [("recall", 4, 10), ("composition", 12, 10), ("facts", 4, 20)])
+def test_texts_have_the_facts_that_they_tell(name: str, facts: int, end: int) -> None:
+    """Written with the words of the texts."""
+    world = World.of(name, 128)
+    told = Told.of(world, 4, 3, seed=8)
+    assert told.facts.sum((1, 2)).tolist() == [facts] * 3
+    batch = world.task.batch(3, torch.Generator().manual_seed(8), pairs=4)
+    vocabulary = world.task.vocabulary
+    for text, held in zip(batch.tokens, told.facts):
+        words = [vocabulary[token] for token in text]
+        for subject, value in held.nonzero().tolist():
+            name_of = vocabulary.index("Ada") + subject
+            word = vocabulary[-held.shape[1] + value] if name != "recall" else vocabulary[65 + value]
+            at = words.index(vocabulary[name_of])
+            assert any(word in after for after in words[at:])
+    state = world.model.recurrence(batch.tokens[:, :end], world.holder.layer).final_state()
+    torch.testing.assert_close(told.states, state[:, list(world.holder.heads)])
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", READERS)
+def test_every_reader_scores_every_fact_in_the_bits_of_the_pairs(
+    world: World, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "PROBED", 200)
+    monkeypatch.setattr(readers, "PRINCIPAL", 16)
+    job = Job(world, Told.of(world, 4, 200, 1), Told.of(world, 4, 100, 2), steps=2, seed=0, times=0.5)
+    reader = READERS[name](job)
+    scores = reader.scores(job.naming.states[:8])
+    assert scores.shape == (8, 64, 64) and scores.isfinite().all()
+    if not name.startswith("labels"):  # whose number of atoms is that of the symbols
+        assert reader.bits <= 1.05 * job.bits
+    if "pairs" in name or "equal numbers" in name:
+        assert reader.numbers == pytest.approx(job.numbers, rel=0.05)
 
 
 def test_additive_books_find_the_parts_of_sums_and_one_book_is_enough_for_whole_values() -> None:
@@ -135,14 +226,21 @@ def test_additive_books_find_the_parts_of_sums_and_one_book_is_enough_for_whole_
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_the_command_writes_its_page_and_its_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sides, "GRID", (8,))
-    tiny = ["--seeds", "2", "--sequences", "128", "--facts", "16", "--steps", "3", "--out", str(tmp_path / "zoo")]
+    few = ("pairs (writesae_product)", "null: random pairs")
+    monkeypatch.setattr(boards, "READERS", {name: READERS[name] for name in few})
+    monkeypatch.setattr(readers, "FITTED", 200)
+    monkeypatch.setattr(readers, "NAMING", 100)
+    tiny = ["--seeds", "2", "--sequences", "128", "--facts", "16", "--steps", "5", "--out", str(tmp_path / "zoo")]
     main(["zoo", "--models", "recall", *tiny])
     written = json.loads((tmp_path / "zoo" / "zoo.json").read_text())
     page, table = ((tmp_path / "zoo" / name).read_text() for name in ("index.html", "zoo.md"))
     (of_recall,) = written["boards"]
     assert {"writesae_product", "null: another pair's write"} < {row["method"] for row in of_recall["rows"]}
     assert of_recall["attribution"]["writes found"] > 0.9 > 10 * of_recall["attribution"]["null"]
-    assert [row["pairs"] for row in of_recall["states"]] == [4, 8, 12, 16]
+    (read_of_recall,) = written["readings"]
+    assert [row["reader"] for row in read_of_recall["rows"]][:2] == [*few]
+    assert len(read_of_recall["rows"]) == 2 + len(WRONG_SIZES)
+    assert all(row["reader"].split(" (")[0] in page and row["reader"] in table for row in read_of_recall["rows"])
     assert all(row["method"].split(" (")[0] in page and row["method"] in table for row in of_recall["rows"][:1])
     one = ["--only", "additive quantizers of k and of u"]
     main(["zoo", "--models", "recall", *tiny, *one])  # the same rows, of which one was measured again

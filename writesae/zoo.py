@@ -10,13 +10,17 @@ from typing import Any
 from writesae.choices import at_least
 from writesae.files import GENERATOR, check_absent, check_ours, check_writable
 
+HOW = ("writes", "states", "only", "out")
+"""Fields that no number depends on."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Zoo:
     """Measure what dictionaries, quantizers and attributions find in small models whose mechanism is known.
 
-    Every method is fitted, without labels, to the same writes of the heads that hold a fact. Then its atoms write facts
-    into the memory, and the model is asked.
+    The first table: every method is fitted, without labels, to the same writes of the heads that hold a fact. Then its
+    atoms write facts into the memory, and the model is asked. The second: every reader is fitted to the same states of
+    these heads, and reads the facts that other texts have told.
     """
 
     models: tuple[str, ...] = ("recall", "composition")
@@ -29,6 +33,10 @@ class Zoo:
     """Facts that are written, and states that are read."""
     steps: int = 1500
     """Training steps of dictionaries."""
+    writes: bool = True
+    """Measure the first table."""
+    states: bool = True
+    """Measure the second table."""
     only: str | None = None
     """One quantizer, by its name on the page: its rows are put into the zoo.json that `out` has, whose settings must be
     these. None: every method."""
@@ -37,6 +45,8 @@ class Zoo:
 
     def __post_init__(self) -> None:
         at_least(self, {"seeds": 1, "sequences": 128, "facts": 16, "steps": 2})
+        if not (self.writes or self.states):
+            raise ValueError("writes, states=False: must be True for one of the tables at least.")
 
     def run(self) -> Path:
         """Measure, write zoo.json, zoo.md and index.html, and return the page.
@@ -47,24 +57,29 @@ class Zoo:
         """
         from hookpoints.files import atomic_text
         from writesae.dictionaries import quiet
-        from writesae.known.board import board
+        from writesae.known.board import board, readings
         from writesae.page.template import environment
 
         check_writable(self.out)
         check_ours(self.out / "index.html", self.out / "zoo.json")
         if not (self.out / "zoo.json").exists():  # which is written first
             check_absent([self.out / "zoo.md"])
-        settings = {name: value for name, value in asdict(self).items() if name not in ("out", "only")}
+        settings = {name: value for name, value in asdict(self).items() if name not in HOW}
         saved = self._saved(settings) if self.only is not None else {}
+        sizes = (self.seeds, self.sequences, self.facts, self.steps)
+        boards = []
+        read = saved.get("readings", [])
         with quiet():
-            boards = [
-                board(name, self.seeds, self.sequences, self.facts, self.steps, only=self.only) for name in self.models
-            ]
+            if self.writes:
+                boards = [board(name, *sizes, only=self.only) for name in self.models]
+            if self.states and self.only is None:
+                read = [readings(name, *sizes) for name in self.models]
         for old, new in zip(saved.get("boards", []), boards):
             new |= old | {"rows": with_rows(old["rows"], new["rows"])}
-        content = GENERATOR | {"settings": settings, "boards": boards}
+        content = GENERATOR | {"settings": settings, "boards": boards, "readings": read}
         atomic_text(self.out / "zoo.json", json.dumps(content, indent=1, allow_nan=False))
-        atomic_text(self.out / "zoo.md", environment().get_template("zoo_table.html").render(content))
+        tables = [environment().get_template(f"{name}_table.html").render(content) for name in ("zoo", "states")]
+        atomic_text(self.out / "zoo.md", "".join(tables))
         return atomic_text(self.out / "index.html", environment().get_template("zoo.html").render(content))
 
     def _saved(self, settings: dict[str, Any]) -> dict[str, Any]:

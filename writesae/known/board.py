@@ -1,9 +1,10 @@
-"""The rows of one model: for each method what it finds, and how often its atoms write a fact."""
+"""The rows of one model: for each method what it finds, and how often its atoms write a fact; and for each reader which
+facts it finds in states."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -11,18 +12,30 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from writesae.known import readers
 from writesae.known.methods import fits
+from writesae.known.readers import FITTED_PAIRS, FIXED, READERS, WRONG_SIZES, Job
 from writesae.known.scores import attributed, features, purity
 from writesae.known.sides import HeadCode
-from writesae.known.states import read_states
+from writesae.known.states import Read, Reader, Told
 from writesae.known.world import Facts, World
 from writesae.verdict.statistics import estimate
+
+READ_PAIRS = (4, 8)
+"""Pairs that the texts tell whose states are read."""
+COLUMNS = {
+    "": "recall",
+    ", number unknown": "recall_above",
+    ", precision": "precision_above",
+    ", another text": "other",
+}
+"""Columns of the second table, for each of `READ_PAIRS`, and their fields of `Read`."""
 
 
 def board(
     name: str, seeds: int, sequences: int, facts: int, steps: int, brief: bool = False, only: str | None = None
 ) -> dict[str, Any]:
-    """All of one model. `brief`: without attribution and states, and with the methods of `methods.BRIEF`; "example" is
+    """The first table of one model. `brief`: without attribution, and with the methods of `methods.BRIEF`; "example" is
     the first fact in words. `only`: the rows of one method."""
     world = World.of(name, sequences)
     drawn = Facts.draw(world, facts)
@@ -39,8 +52,40 @@ def board(
     }
     if not brief and only is None:
         found["attribution"] = attributed(world)
-        found["states"] = [] if "slots" in drawn.base.symbols else read_states(world, facts)
     return found
+
+
+def readings(name: str, seeds: int, sequences: int, facts: int, steps: int) -> dict[str, Any]:
+    """The second table of one model.
+
+    Args:
+        sequences: whose writes those readers are fitted to that know writes.
+        facts: texts of each size that are read.
+    """
+    world = World.of(name, sequences)
+    fitted = Told.of(world, FITTED_PAIRS, readers.FITTED, seed=1)
+    naming = Told.of(world, FITTED_PAIRS, readers.NAMING, seed=2)
+    texts = {pairs: Told.of(world, pairs, facts, seed=2 + pairs) for pairs in READ_PAIRS}
+    jobs = [Job(world, fitted, naming, steps, seed) for seed in range(seeds)]
+    rows = [read_by(reader, fit, jobs[:1] if reader in FIXED else jobs, texts) for reader, fit in READERS.items()]
+    learned, fit = next(iter(READERS.items()))
+    for times in WRONG_SIZES:
+        rows.append(read_by(f"{learned}, {times:g} times the atoms", fit, [jobs[0]._replace(times=times)], texts))
+    return {"model": name, "heads": len(world.holder.heads), "rows": rows}
+
+
+def read_by(name: str, fit: Callable[[Job], Reader], jobs: Sequence[Job], texts: dict[int, Told]) -> dict[str, Any]:
+    """One row: shares with intervals over texts and fits."""
+    fits = [fit(job) for job in jobs]
+    row: dict[str, Any] = {"reader": name, "parameters": fits[0].numbers, "bits": fits[0].bits}
+    if math.isnan(row["bits"]):
+        row["bits"] = None
+    for pairs, told in texts.items():
+        reads = [Read.of(reader, told) for reader in fits]
+        text = torch.arange(len(told.facts))
+        for what, column in COLUMNS.items():
+            row[f"{pairs} pairs{what}"] = rate([(getattr(read, column), text) for read in reads])
+    return row
 
 
 def in_words(world: World, facts: Facts) -> list[str]:

@@ -1,117 +1,221 @@
-"""Which facts can be read from a state."""
+"""Which facts readers find in states, which are sums of writes whose factors nobody gave them.
+
+A *reader* is fitted to states alone. It codes a state as terms of a key atom, a value atom and a coefficient. An atom
+is named by the symbol whose presence in a text correlates most with its |coefficient|, in texts that no reader is
+scored on. The score of a fact is the sum over terms, and over the heads that hold facts together, of |coefficient|
+times both correlations. Read are the n facts with the highest scores, or all whose score is above a threshold, which
+is set on the texts that name the atoms.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, one_hot
+from torch.nn.functional import normalize
 
-from hookpoints import zoo
-from writesae.known.sides import kmeans
+from sae_lens_writesae.sae import pursuit
 from writesae.known.world import World
 
-
-def pursue_pairs(
-    states: Tensor, keys: Tensor, labels: Tensor, values: Tensor, pairs: int, *, refit: bool = True
-) -> tuple[Tensor, Tensor]:
-    """The pairs of a key atom and a value atom, [B,P] each, that states [B,K,V] are sums of: orthogonal matching
-    pursuit (Pati et al. 1993) on p_i v_j^T, which takes the pair with the largest product with what is left and fits
-    all coefficients again. Of atoms with one label [F] one is taken. Without `refit`, the P largest p_i^T S v_j."""
-    keys = normalize(keys, dim=1)
-    values = normalize(values, dim=1)
-    free = torch.ones(len(states), len(keys), dtype=torch.bool)  # atoms whose label was not taken
-    i = j = states.new_zeros(len(states), 0).long()
-    left = states
-    for _ in range(pairs):
-        scores = torch.einsum("ik,bkv,jv->bij", keys, left, values).masked_fill(~free[..., None], -torch.inf)
-        best = scores.flatten(1).argmax(1, keepdim=True)
-        i = torch.cat([i, best // len(values)], 1)
-        j = torch.cat([j, best % len(values)], 1)
-        free &= labels[i[:, -1:]] != labels
-        if refit:
-            left = states - _projection(states, keys[i], values[j])
-    return i, j
+TERMS = 12
+"""Pairs of atoms with which a state is read. Other atoms are as many as take as many bits."""
+BLOCK = 512
+"""Texts of a pass."""
 
 
-def _projection(states: Tensor, p: Tensor, v: Tensor) -> Tensor:
-    """States [B,K,V] on the span of p_n v_n^T [B,n,K], [B,n,V]."""
-    gram = (p @ p.mT) * (v @ v.mT) + 1e-4 * torch.eye(p.shape[1])
-    sizes = torch.linalg.solve(gram, torch.einsum("bnk,bkv,bnv->bn", p, states, v))
-    return torch.einsum("bn,bnk,bnv->bkv", sizes, p, v)
+class Told(NamedTuple):
+    """N texts that tell facts: the states of the heads that hold them, and which facts these are."""
+
+    states: Tensor
+    """[N,H,K,V]"""
+    facts: Tensor
+    """[N,S,S'] whether the text tells that subject S has value S' (of composition: an attribute)."""
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, world: World, pairs: int, n: int, seed: int) -> Told:
+        """Fresh texts of so many pairs, and their states after the write of the last pair."""
+        batch = world.task.batch(n, torch.Generator().manual_seed(seed), pairs=pairs)
+        end = int(batch.places[world.holder.holds].max()) + world.holder.offset + 1
+        texts = batch.tokens[:, :end].split(BLOCK)
+        states = [world.model.recurrence(text, world.holder.layer).final_state() for text in texts]
+        subjects = world.subjects(batch.symbols["keys"])
+        parts = world.parts(batch.symbols["values"])
+        facts = torch.zeros(n, world.n_subjects, parts.shape[-1])
+        facts.index_put_((torch.arange(n)[:, None], subjects), parts, accumulate=True)
+        return cls(torch.cat(states)[:, list(world.holder.heads)], facts > 0)
 
 
-class Reader:
-    """Codes of keys and values, with the symbols that most of their writes have, and a probe that was given labels."""
+class Code(NamedTuple):
+    """Terms of N states of one head."""
 
-    def __init__(self, world: World):
-        self.world = world
-        self.head = world.holder.heads[0]
-        self.n_keys = world.task.n_keys
-        self.n_values = world.task.n_values
-        value = kmeans(world.values[0], self.n_values, 0)
-        self.values = value.atoms
-        self.value_symbols = _usual(value.code, world.value_symbols)
-        self.keys = [kmeans(world.keys[0], size, 0) for size in (self.n_keys, 4 * self.n_keys)]
-
-    def held(self, pairs: int, count: int, seed: int) -> tuple[zoo.Batch, Tensor, Tensor]:
-        """Sequences, their last states [B,K,V], and the facts in these [B,P]."""
-        batch = self.world.task.batch(count, torch.Generator().manual_seed(seed), pairs=pairs, queries=pairs)
-        recurrence = self.world.model.recurrence(batch.tokens[:, : 2 * pairs + 2], self.world.holder.layer)
-        facts = self.fact(batch.symbols["keys"], batch.symbols["values"])
-        return batch, recurrence.final_state()[:, self.head], facts
-
-    def fact(self, keys: Tensor, values: Tensor) -> Tensor:
-        """The number of a fact."""
-        return keys * self.n_values + values
-
-    def by_atoms(self, states: Tensor, pairs: int, which: int, refit: bool) -> Tensor:
-        """[B,P] facts that `pursue_pairs` reads, with one of the codes of keys."""
-        key = self.keys[which]
-        symbols = _usual(key.code, self.world.key_symbols)
-        i, j = pursue_pairs(states, key.atoms, symbols, self.values, pairs, refit=refit)
-        return self.fact(symbols[i], self.value_symbols[j])
-
-    def by_probe(self, states: Tensor, pairs: int) -> Tensor:
-        """[B,P] facts that a linear probe reads; it is fitted to eight times as many other states."""
-        _, seen, facts = self.held(pairs, 8 * len(states), 99)
-        wanted = torch.zeros(len(seen), self.n_keys * self.n_values).scatter(1, facts, 1.0)
-        x = seen.flatten(1)
-        gram = x.T @ x
-        ridge = gram.diagonal().mean() * torch.eye(len(gram))
-        probe = torch.linalg.solve(gram + ridge, x.T @ wanted)
-        best = (states.flatten(1) @ probe).view(len(states), -1, self.n_values).max(2)  # the best value of each key
-        keys = best.values.topk(pairs).indices
-        return self.fact(keys, best.indices.gather(1, keys))
+    keys: Tensor
+    """[N,n] key atoms."""
+    values: Tensor
+    """[N,n] value atoms."""
+    sizes: Tensor
+    """[N,n] coefficients."""
 
 
-def _usual(code: Tensor, symbols: Tensor) -> Tensor:
-    """[F] the most frequent symbol [N] of the writes of each atom."""
-    return (one_hot(code.argmax(1)).T @ one_hot(symbols)).argmax(1)
+class HeadReader(NamedTuple):
+    """What codes the states of one head."""
+
+    code: Callable[[Tensor], Code]
+    """Of states [N,K,V]."""
+    n_atoms: tuple[int, int]
+    """Key atoms and value atoms."""
+    numbers: int
+    """Of which the atoms are made."""
+    bits: float
+    """Of the code of a state: log2 of the number of atoms, and 8 for the coefficient of each term."""
+
+    @classmethod
+    def of_pairs(cls, keys: Tensor, values: Tensor) -> HeadReader:
+        """By pursuit over all pairs of a key atom [F,K] and a value atom [F',V], with `TERMS` pairs."""
+        keys = normalize(keys, dim=1)
+        values = normalize(values, dim=1)
+        counts = (len(keys), len(values))
+
+        def code(states: Tensor) -> Code:
+            found = pursuit.pursue(states, keys, values, TERMS, pursuit.LEAST_STOP)
+            return Code(found.keys, found.values, found.coefficients)
+
+        bits = TERMS * (sum(map(math.log2, counts)) + 8)
+        return cls(code, counts, keys.numel() + values.numel(), bits)
+
+    @classmethod
+    def of_atoms(cls, atoms: Tensor, numbers: int, bits: float) -> HeadReader:
+        """By pursuit over atoms [F,K*V], with as many terms as take so many bits."""
+        atoms = normalize(atoms, dim=1)
+        terms = terms_of(len(atoms), bits)
+
+        def code(states: Tensor) -> Code:
+            chosen, sizes = pursue(states.flatten(1), atoms, terms)
+            return Code(chosen, chosen, sizes)
+
+        return cls(code, (len(atoms), len(atoms)), numbers, terms * term_bits(len(atoms)))
+
+
+def term_bits(n_atoms: int) -> float:
+    """Of one of so many atoms and its coefficient."""
+    return math.log2(n_atoms) + 8
+
+
+def terms_of(n_atoms: int, bits: float) -> int:
+    """Terms that take so many bits, or one of every atom."""
+    return min(n_atoms, round(bits / term_bits(n_atoms)))
 
 
 @torch.no_grad()
-def read_states(world: World, n: int, sizes: Sequence[int] = (4, 8, 12, 16)) -> list[dict[str, float]]:
-    """Share of the facts that a state holds which are read from it, by number of pairs: with four times as many key
-    codes as symbols and without, by a linear probe that was given labels, and the model's own answers."""
-    reader = Reader(world)
-    rows = []
-    for pairs in sizes:
-        batch, states, facts = reader.held(pairs, n, pairs)
-        found = {
-            "strongest reads": reader.by_atoms(states, pairs, which=0, refit=False),
-            "pursuit": reader.by_atoms(states, pairs, which=0, refit=True),
-            "pursuit, four times the key codes": reader.by_atoms(states, pairs, which=1, refit=True),
-            "linear probe, with labels": reader.by_probe(states, pairs),
-        }
-        answers = world.model(batch.tokens).argmax(-1).gather(1, batch.positions)
-        shares = {name: share_held(read, facts) for name, read in found.items()}
-        right = float((answers == batch.answers).float().mean())
-        rows.append({"pairs": float(pairs), **shares, "the model's own answers": right})
-    return rows
+def pursue(rows: Tensor, atoms: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """The n atoms [N,n], of atoms [F,D] of norm 1, that rows [N,D] are sums of, and their coefficients [N,n]: the
+    orthogonal matching pursuit of `sae.pursuit`, whose atoms are pairs."""
+    gram = atoms @ atoms.T + 1e-4 * torch.eye(len(atoms))
+    along = rows @ atoms.T
+    left = along
+    chosen = torch.zeros(len(rows), 0, dtype=torch.long)
+    sizes = torch.zeros(len(rows), 0)
+    for _ in range(n):
+        best = left.abs().scatter(1, chosen, -1.0).argmax(1, keepdim=True)
+        chosen = torch.cat([chosen, best], 1)
+        among = gram[chosen[:, :, None], chosen[:, None]]
+        sizes = torch.linalg.solve(among, along.gather(1, chosen)[..., None])[..., 0]
+        left = along - (sizes[:, None] @ gram[chosen])[:, 0]
+    return chosen, sizes
 
 
-def share_held(found: Tensor, facts: Tensor) -> float:
-    """Share of facts [B,P] that are among those found [B,P]."""
-    return float((found[:, :, None] == facts[:, None]).any(1).float().mean())
+class Names(NamedTuple):
+    """Symbols of the atoms of one side, and how well each is named."""
+
+    symbol: Tensor
+    """[F]"""
+    fit: Tensor
+    """[F] correlation, at least 0."""
+
+    @classmethod
+    def of(cls, atoms: Tensor, n_atoms: int, sizes: Tensor, present: Tensor) -> Names:
+        """Of atoms [N,n] with coefficients, from symbols that are present [N,S] in texts."""
+        fires = torch.zeros(len(atoms), n_atoms).scatter_add(1, atoms, sizes.abs())
+        fit, symbol = (_standard(fires).T @ _standard(present.float()) / len(atoms)).max(1)
+        return cls(symbol, fit.clamp_min(0))
+
+
+def _standard(x: Tensor) -> Tensor:
+    """Columns of mean 0 and variance 1; a column that is constant is 0."""
+    return (x - x.mean(0)) / x.std(0).clamp_min(1e-6)
+
+
+class Reader(NamedTuple):
+    """What gives every fact a score."""
+
+    scores: Callable[[Tensor], Tensor]
+    """[N,S,S'] of states [N,H,K,V]."""
+    numbers: int
+    bits: float
+    """Of the code of a state."""
+    threshold: float
+    """Score from which on a fact is read where the number of facts is unknown."""
+
+    @classmethod
+    def of_heads(cls, heads: Sequence[HeadReader], naming: Told) -> Reader:
+        """Facts that several heads share are joined."""
+        named = list[tuple[Names, Names]]()
+        for head, reader in enumerate(heads):
+            code = reader.code(naming.states[:, head])
+            keys = Names.of(code.keys, reader.n_atoms[0], code.sizes, naming.facts.any(2))
+            values = Names.of(code.values, reader.n_atoms[1], code.sizes, naming.facts.any(1))
+            named.append((keys, values))
+        n_values = naming.facts.shape[2]
+
+        def scores(states: Tensor) -> Tensor:
+            total = torch.zeros(len(states), naming.facts[0].numel())
+            for head, (keys, values) in enumerate(named):
+                code = heads[head].code(states[:, head])
+                weight = code.sizes.abs() * keys.fit[code.keys] * values.fit[code.values]
+                fact = keys.symbol[code.keys] * n_values + values.symbol[code.values]
+                total.scatter_add_(1, fact, weight)
+            return total.view(len(states), -1, n_values)
+
+        numbers = sum(head.numbers for head in heads)
+        return cls.of_scores(scores, naming, numbers, sum(head.bits for head in heads))
+
+    @classmethod
+    def of_scores(cls, scores: Callable[[Tensor], Tensor], naming: Told, numbers: int, bits: float) -> Reader:
+        """The threshold is that of the largest F1 in the texts that name the atoms."""
+        found = scores(naming.states).flatten()
+        order = found.argsort(descending=True)
+        right = naming.facts.flatten()[order].cumsum(0)
+        read = torch.arange(1, len(order) + 1)
+        best = (2 * right / (read + naming.facts.sum())).argmax()
+        return cls(scores, numbers, bits, float(found[order[best]].clamp_min(1e-9)))
+
+
+class Read(NamedTuple):
+    """Shares, one a text [N]."""
+
+    recall: Tensor
+    """Of the facts told, among as many facts with the highest scores; this is also the precision."""
+    other: Tensor
+    """The same of the facts of another text."""
+    recall_above: Tensor
+    """Of the facts told, among those above the threshold."""
+    precision_above: Tensor
+
+    @classmethod
+    def of(cls, reader: Reader, told: Told) -> Read:
+        """What a reader reads of texts, which all tell equally many facts."""
+        scores = reader.scores(told.states).flatten(1)
+        facts = told.facts.flatten(1)
+        n = int(facts[0].sum())
+        top = scores.topk(n, dim=1)
+        highest = torch.zeros_like(facts).scatter(1, top.indices, top.values > 0)
+        above = scores >= reader.threshold
+        return cls(
+            recall=(highest & facts).sum(1) / n,
+            other=(highest & facts.roll(1, 0)).sum(1) / n,
+            recall_above=(above & facts).sum(1) / n,
+            precision_above=(above & facts).sum(1) / above.sum(1).clamp_min(1),
+        )

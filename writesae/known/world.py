@@ -58,6 +58,15 @@ class World(NamedTuple):
             value_symbols=batch.symbols["values"][:, :-1].flatten(),
         )
 
+    @property
+    def n_subjects(self) -> int:
+        """Subjects of facts: names. A key is one, or one with a relation."""
+        return getattr(self.task, "n_names", self.task.n_keys)
+
+    def subjects(self, keys: Tensor) -> Tensor:
+        """Of keys [...]."""
+        return keys // (self.task.n_keys // self.n_subjects)
+
     def parts(self, values: Tensor) -> Tensor:
         """Which of S symbols values [...] are made of [...,S], 0 or 1: itself, or an attribute of each slot."""
         if not hasattr(self.task, "attributes"):
