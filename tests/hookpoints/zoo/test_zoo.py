@@ -135,9 +135,11 @@ def test_the_page_has_what_was_measured_of_facts():
     def percent(rate: float) -> str:
         return "100%" if rate == 1 else f"{rate:.1%}"
 
-    sizes = [truth.accuracy[f"{n} pairs"] for n in (2, 4, 8, 10)]
-    further = [truth.facts[f"right with {n} pairs"] for n in (12, 16, 24, 32)]
-    assert f"| right | {' | '.join(map(percent, sizes + further))} |" in page
+    for name in ("facts", "facts-mamba2"):
+        measured = zoo.truth(name)
+        sizes = [measured.accuracy[f"{n} pairs"] for n in (2, 4, 8, 10)]
+        further = [measured.facts[f"right with {n} pairs"] for n in (12, 16, 24, 32)]
+        assert f"| `{name}`, right | {' | '.join(map(percent, sizes + further))} |" in page
     evidence = truth.holders[1].evidence
     sides = f"{percent(evidence['values, key side'])}, {percent(evidence['values, value side'])}"
     for rate in (percent(evidence["values, exchanged"]), sides, percent(evidence["keys, exchanged"])):
