@@ -34,8 +34,7 @@ class World(NamedTuple):
     """Of all tokens."""
 
     def texts(self, pairs: int, count: int, seed: int) -> Tensor:
-        """[count,2 pairs + 2] tokens: the first says nothing, keys and values follow one another, the last says that
-        questions follow."""
+        """[count,2 pairs + 2] tokens: a start, keys and values one after the other, and a key that is asked."""
         task: Any = zoo.task("recall")
         batch = task.batch(count, torch.Generator().manual_seed(seed), pairs=pairs, queries=1)
         return batch.tokens[:, : 2 * pairs + 2]
