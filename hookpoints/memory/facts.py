@@ -22,8 +22,11 @@ _HOOK = re.compile(r"blocks\.(\d+)\.mixer\.heads\.(\d+)\.hook_(\w+)_vec")
 MOST_FACTS = 32
 """Facts that are read from a state where the number is not given, at most."""
 FACT_SHARE = 0.2
-"""Share of a state's norm above which a pair is read as a fact where the number is not given. In `recall` with four
-facts .998 of them are read and .87 of what is read is one; with eight facts .93 and .93."""
+"""Strength from which a pair is read as a fact where the number is not given, and the share of a state's norm at which
+atoms are present to `label_atoms`."""
+DEEPER = 0.1
+"""Share of the norm down to which pairs are looked for where the number is not given: those that words name badly
+stand between those that are facts."""
 LEAST_SHARE = 1e-3
 """The same where the number is given."""
 LEAST_NAMED = 0.2
@@ -32,7 +35,7 @@ LEAST_NAMED = 0.2
 
 @dataclass(frozen=True)
 class Fact:
-    """A pair of a state. Prints as `Ben → Tokyo 0.93`."""
+    """A pair of a state. Prints as `Ben → Tokyo 0.93`, without its sign."""
 
     key: str
     value: str
@@ -43,10 +46,16 @@ class Fact:
     value_atom: int
     """Numbers of the atoms; of several heads, in the dictionary in which the fact is strongest."""
     named: float
-    """How well words name its atoms: the product of both correlations, 0 where an atom has no word."""
+    """How well words name its atoms: the product of both correlations, 0 where an atom has no word, and 1 in a
+    dictionary without words."""
 
     def __str__(self) -> str:
-        return f"{self.key} → {self.value} {self.coefficient:.2f}"
+        return f"{self.key} → {self.value} {abs(self.coefficient):.2f}"
+
+    @property
+    def strength(self) -> float:
+        """|coefficient| times how well words name the pair."""
+        return abs(self.coefficient) * self.named
 
 
 class Side(NamedTuple):
@@ -109,8 +118,11 @@ def read_memory(states: Tensor, dictionary: PairDictionary, n: int | None = None
     """The facts of each of the states [N,K,V], strongest first.
 
     Args:
-        n: how many facts of each state, at most. None: as many as stand out from what is left by `FACT_SHARE` of the
-            norm of the state.
+        n: how many facts of each state, at most, of twice as many pairs. None: as many as have a strength of
+            `FACT_SHARE`.
+
+    Where words name atoms, a fact is as strong as its coefficient times how well it is named, and a pair without a name
+    is none: what all states have in common takes pairs, too. Where none are named, coefficients alone count.
 
     A dictionary of writes reads states too, with a warning: its pairs were not fitted to them.
 
@@ -118,7 +130,10 @@ def read_memory(states: Tensor, dictionary: PairDictionary, n: int | None = None
         InputError: n is below 1, the dictionary has no pairs or atoms of another size, or its labels are damaged.
     """
     key_side, value_side = _side(dictionary, 0), _side(dictionary, 1)
-    pairs = _pairs(states, dictionary, n)
+    _check_count(n)
+    wanted = (MOST_FACTS, DEEPER) if n is None else (2 * n, LEAST_SHARE)
+    pairs = _pairs(states, dictionary, *wanted)
+    is_named = any((*key_side.words, *value_side.words))
     sizes = states.flatten(1).norm(dim=1).clamp_min(1e-30)
     shares = pairs.coefficients / sizes.to(pairs.coefficients)[:, None]
     found = list[list[Fact]]()
@@ -127,10 +142,11 @@ def read_memory(states: Tensor, dictionary: PairDictionary, n: int | None = None
         for i, j, share in zip(i_row, j_row, row):
             key = key_side.words[i] or f"key {i}"
             value = value_side.words[j] or f"value {j}"
-            named = key_side.correlations[i] * value_side.correlations[j]
+            named = key_side.correlations[i] * value_side.correlations[j] if is_named else 1.0
             facts.append(Fact(key, value, share, i, j, named))
-        held = [fact for fact in facts if fact.coefficient]
-        found.append(sorted(held, key=lambda fact: -abs(fact.coefficient)))
+        least = FACT_SHARE if n is None else LEAST_SHARE
+        held = [fact for fact in facts if fact.strength >= least]
+        found.append(sorted(held, key=lambda fact: -fact.strength)[:n])
     return found
 
 
@@ -138,14 +154,10 @@ def joined(heads: Sequence[Sequence[Fact]], n: int | None = None) -> list[Fact]:
     """The facts of several heads as one list, at most n, strongest first: of one fact, |coefficient| times `named` adds
     up."""
     sums: dict[tuple[str, str], Fact] = {}
-    for fact in sorted((fact for facts in heads for fact in facts), key=_strength, reverse=True):
+    for fact in sorted((fact for facts in heads for fact in facts), key=lambda fact: -fact.strength):
         first = sums.setdefault((fact.key, fact.value), replace(fact, coefficient=0.0))
-        sums[fact.key, fact.value] = replace(first, coefficient=first.coefficient + _strength(fact))
+        sums[fact.key, fact.value] = replace(first, coefficient=first.coefficient + fact.strength)
     return sorted(sums.values(), key=lambda fact: -fact.coefficient)[:n]
-
-
-def _strength(fact: Fact) -> float:
-    return abs(fact.coefficient) * fact.named
 
 
 # ------------------------------------------------------------------------------------------------ words
@@ -178,24 +190,31 @@ def label_atoms(
     """
     if len(texts) != len(states):
         raise InputError(f"texts: expected one of each of the {len(states)} states, got {len(texts)}")
-    pairs = _pairs(states, dictionary, n)
-    labels = dict[str, dict[str, list[Any]]]()
-    for name, numbers, atoms, words in (
-        ("keys", pairs.keys, dictionary.directions[0], key_words),
-        ("values", pairs.values, dictionary.directions[1], value_words),
-    ):
-        sums = pairs.coefficients.new_zeros(len(states), len(atoms)).scatter_add(1, numbers, pairs.coefficients)
-        active = (sums != 0).to(sums)
-        tried = sorted(set[str]().union(*texts) if words is None else words)
-        present = torch.tensor([[word in text for word in tried] for text in map(set, texts)]).to(sums)
-        r, best = _correlations(active, present).max(1)
-        is_named = (r >= LEAST_NAMED).tolist()
-        labels[name] = Side(
-            words=[tried[word] if named else None for word, named in zip(best.tolist(), is_named)],
-            correlations=[cosine if named else 0.0 for cosine, named in zip(r.tolist(), is_named)],
-            sizes=(sums.sum(0) / active.sum(0).clamp_min(1)).tolist(),
-        )._asdict()
-    dictionary.cfg.metadata.labels = labels
+    _check_count(n)
+    pairs = _pairs(states, dictionary, n or MOST_FACTS, LEAST_SHARE if n else FACT_SHARE)
+    keys, values = dictionary.directions
+    sides = {
+        "keys": _named(pairs.keys, pairs.coefficients, len(keys), texts, key_words),
+        "values": _named(pairs.values, pairs.coefficients, len(values), texts, value_words),
+    }
+    dictionary.cfg.metadata.labels = {name: side._asdict() for name, side in sides.items()}
+
+
+def _named(
+    atoms: Tensor, coefficients: Tensor, n_atoms: int, texts: Sequence[Collection[str]], words: Collection[str] | None
+) -> Side:
+    """Words of the atoms of one side, of which states have ``atoms`` [N,n] with coefficients [N,n]."""
+    sums = coefficients.new_zeros(len(atoms), n_atoms).scatter_add(1, atoms, coefficients)
+    active = (sums != 0).to(sums)
+    tried = sorted(set[str]().union(*texts) if words is None else words)
+    present = torch.tensor([[word in text for word in tried] for text in map(set, texts)]).to(sums)
+    correlations, best = _correlations(active, present).max(1)
+    named = (correlations >= LEAST_NAMED).tolist()
+    return Side(
+        words=[tried[word] if is_named else None for word, is_named in zip(best.tolist(), named)],
+        correlations=correlations.where(correlations >= LEAST_NAMED, 0).tolist(),
+        sizes=(sums.sum(0) / active.sum(0).clamp_min(1)).tolist(),
+    )
 
 
 def _correlations(active: Tensor, present: Tensor) -> Tensor:
@@ -253,7 +272,7 @@ def rewritten(
     if instead_of is None:
         return states + sizes[new] * torch.outer(keys[key_atoms[0]], values[new].flatten()), True
     value_atoms = value_side.atoms(instead_of)
-    grid = _pairs(states, dictionary, None).acts().to(states).view(len(states), len(keys), len(values))
+    grid = _pairs(states, dictionary, MOST_FACTS, DEEPER).acts().to(states).view(len(states), len(keys), len(values))
     left = states - keys.T @ grid @ values
     found = grid[:, key_atoms][:, :, value_atoms]
     old = found + keys[key_atoms] @ left @ values[value_atoms].T  # [N,i,j]
@@ -266,9 +285,13 @@ def rewritten(
 # ------------------------------------------------------------------------------------------------ helpers
 
 
-def _pairs(states: Tensor, dictionary: PairDictionary, n: int | None) -> SumOfPairs:
+def _check_count(n: int | None) -> None:
     if n is not None and n < 1:
         raise InputError(f"n: expected a number of facts from 1 on, or None, got {n}")
+
+
+def _pairs(states: Tensor, dictionary: PairDictionary, n: int, least: float) -> SumOfPairs:
+    """At most n pairs of each state, down to a share of its norm."""
     sides = _directions(dictionary)
     wanted = (sides[0].shape[1], sides[1].shape[1])
     if states.ndim != 3 or states.shape[1:] != wanted:
@@ -277,9 +300,8 @@ def _pairs(states: Tensor, dictionary: PairDictionary, n: int | None) -> SumOfPa
         warnings.warn(
             "a dictionary of writes reads states: its pairs were fitted to single writes, not to sums", stacklevel=3
         )
-    least = FACT_SHARE if n is None else LEAST_SHARE
     with torch.no_grad():
-        return dictionary.pursue(states.to(sides[0]), min(n or MOST_FACTS, len(sides[0]) * len(sides[1])), least)
+        return dictionary.pursue(states.to(sides[0]), min(n, len(sides[0]) * len(sides[1])), least)
 
 
 def _directions(dictionary: PairDictionary) -> tuple[Tensor, Tensor]:

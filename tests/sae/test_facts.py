@@ -105,8 +105,8 @@ def test_the_facts_of_a_text_are_read_from_its_state(world: World, pairs: int) -
     assert sum(len(a & b) for a, b in zip(said, read)) >= 0.95 * 100 * pairs
     assert sum(len(a & b) for a, b in zip(said, read[1:] + read[:1])) <= 0.1 * 100 * pairs
     for facts in found:
-        sizes = [abs(fact.coefficient) for fact in facts]
-        assert len(facts) == pairs and sizes == sorted(sizes, reverse=True)
+        strengths = [fact.strength for fact in facts]
+        assert len(facts) == pairs and strengths == sorted(strengths, reverse=True)
     strong = read_memory(states, world.dictionary)
     right = [(fact.key, fact.value) in facts for own, facts in zip(strong, said) for fact in own]
     assert sum(right) >= 0.9 * len(right) and sum(right) >= 0.9 * 100 * pairs
