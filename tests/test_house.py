@@ -19,11 +19,11 @@ ALONE = "hookpoints/pyproject.toml"
 PACKAGES = ("hookpoints", "sae_lens_writesae", "writesae")
 """Each knows only those before it."""
 CEILINGS = {
-    "hookpoints": 37_600,
+    "hookpoints": 45_600,
     "sae_lens_writesae": 17_900,
-    "writesae": 59_500,
-    "tests": 114_000,
-    "scripts + benchmarks": 27_000,
+    "writesae": 60_500,
+    "tests": 118_000,
+    "scripts + benchmarks": 27_800,
 }
 """Expression nodes of folders. A smoke alarm and no target: a commit that needs more says what a reader gains."""
 OFFENDERS = {
