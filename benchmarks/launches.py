@@ -23,8 +23,10 @@ sys.path += [str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts")]
 
 import device
 import frame
+import real_size
 import state_step
 import torch
+import transformers
 from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.training.sae_trainer import SAETrainer
 from tables import table
@@ -37,6 +39,18 @@ TITLE = "Costs on a GPU, counted"
 QUICK = {"length": 32, "wide": False}
 LAYER, HEAD = 4, 2
 SUBSTITUTION = "substitution of 20 firings"
+DEEP_LAYER = 9
+DEEP = "substitution, a firing at layer 9 of 24"
+COLLECTING = "a pass of collect over 1,024 tokens, up to layer 9 of 24"
+NARROW = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "vocab_size": 2048,
+    "head_dim": 16,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+"""Launches do not depend on widths."""
 MICROSECONDS = {"launch": 5, "sync": 20, "to_device": 20, "to_host": 20, "bus": 1 / 25e3, "bytes": 1 / 2e6}
 """A plain model of an H100: 5 us a launch, 20 us a wait, 25 GB/s of the bus, 2 TB/s of memory."""
 EXPLAINED = """No GPU ran this. The counts are exact: PyTorch ran the operations on a pretended device, and each
@@ -179,16 +193,49 @@ def per_step(seen: Any, run: Callable[[int], object], few: int = 24, many: int =
     return {kind: (long[kind] - short[kind]) / (many - few) for kind in long}
 
 
-def of_substitution(seen: Any, n_atoms: int = 10) -> Counts:
-    """Of twenty firings of an atom."""
+def deep_model() -> HookedRecurrent:
+    """24 layers, narrow and random: the same each time."""
+    torch.manual_seed(0)
+    config = transformers.Qwen3_5TextConfig(**real_size.SHAPE | NARROW)
+    hf_model = transformers.Qwen3_5ForCausalLM(config).eval()
+    return HookedRecurrent.from_hf(hf_model.to("npu"), name="random", self_check=False)
+
+
+def of_collecting(seen: Any, few: int = 1, many: int = 3) -> Counts:
+    """A pass over 1,024 tokens that collects the writes of a layer: the difference of two runs."""
+    model = deep_model()
+    ids = torch.randint(0, 500, (many, 1024), generator=torch.Generator().manual_seed(0))
+    how: dict[str, Any] = {"targets": ("write",), "progress": False, "batch_size": 1, "dtype": "float32"}
+    with tempfile.TemporaryDirectory() as folder:
+
+        def counted(n: int) -> Counts:
+            return seen.of(lambda: collect(model, ids[:n], [DEEP_LAYER], None, Path(folder) / str(n), **how))
+
+        short = counted(few)
+        long = counted(many)
+    return {kind: (long[kind] - short[kind]) / (many - few) for kind in long}
+
+
+def of_substitution(seen: Any, n_atoms: int = 10, deep: bool = False) -> Counts:
+    """Of twenty firings of atoms of the embedded model's last layer; `deep`: a firing, the mean of those that there are
+    at layer 9 of 24, narrow and random."""
+    layer = LAYER
     model = HookedRecurrent.from_pretrained("embedded", device="npu", self_check=False)
     tokens = sample_sequences(model, embedded.text("test"), context_size=48, n_sequences=24)
+    if deep:
+        layer = DEEP_LAYER
+        model = deep_model()
     with tempfile.TemporaryDirectory() as folder:
-        text = collect(model, tokens, [LAYER], None, Path(folder) / "text", targets=("write",), progress=False)
+        text = collect(model, tokens, [layer], None, Path(folder) / "text", targets=("write",), progress=False)
         sizes: dict[str, Any] = {"d_sae": 64, "training_tokens": 4096, "train_batch_size_tokens": 128}
-        sae = train(training_config(text, LAYER, HEAD, device="npu", verbose=False, **sizes))
+        sae = train(training_config(text, layer, HEAD, device="npu", verbose=False, **sizes))
     question = Substitution(n_atoms=n_atoms, firings_per_atom=2)
-    return seen.of(lambda: question.run(model, sae, tokens, progress=False))
+    results = list[Any]()
+    counts = seen.of(lambda: results.append(question.run(model, sae, tokens, progress=False)))
+    if not deep:
+        return counts
+    firings = results[0].tables["firings"][["atom", "sequence", "position"]].drop_duplicates()
+    return {kind: count / len(firings) for kind, count in counts.items()}
 
 
 def measure(length: int = 128, wide: bool = True) -> dict[str, Any]:
@@ -202,6 +249,8 @@ def measure(length: int = 128, wide: bool = True) -> dict[str, Any]:
         costs["step on states of 64 x 64, F 1024, N 128, k 16"] = of_states(seen)
         if wide:
             costs[SUBSTITUTION] = of_substitution(seen)
+            costs[DEEP] = of_substitution(seen, deep=True)
+            costs[COLLECTING] = of_collecting(seen)
     if "a mixer's output read with nnsight" in costs:
         costs["versions"] = {"nnsight": version("nnsight")}
     return costs

@@ -66,6 +66,12 @@ TABLE_LAYERS = (1, 9, 17)
 H100 = {"bfloat16": 989e12, "float32": 67e12, "bytes": 3.35e12, "share": 0.4}
 """Dense bf16, float32 and HBM3 of the data sheet, a second, and the share that is assumed. Nothing was run on one."""
 
+LAUNCHES = {"collect": 2012 / 5120, "train": 107 / 4096, "substitution": 5894}
+"""Per token, token and firing: of a pass over the five sequences that `collect` takes at once on a GPU, of a step of
+4,096 writes, and of a test at layer 9. `launches.py` counts them."""
+LAUNCH = 5e-6
+"""Seconds."""
+
 Row = dict[str, float]
 
 
@@ -324,6 +330,16 @@ def paper(stages: dict[str, Row], options: dict[str, Any]) -> dict[str, Row]:
     return found
 
 
+def with_launches(stage: str, hours: Row) -> Row:
+    """Hours of a stage, with those of its launches on an H100."""
+    dictionaries = PAPER["dictionaries"]
+    units = {"collect": PAPER["tokens"], "train": PAPER["tokens"] * dictionaries}
+    units["substitution"] = dictionaries * PAPER["firings"]
+    launches = units[stage] * LAUNCHES[stage] * LAUNCH / 3600
+    times = hours["h100_all"] / hours["h100"]
+    return hours | {"h100": hours["h100"] + launches, "h100_all": hours["h100_all"] + times * launches}
+
+
 def measure(
     device: str = "cpu",
     layer: int = 9,
@@ -402,11 +418,10 @@ machine reached: matrix products {bf16:.0f} GFLOP/s in bf16 and {fp32:.0f} in fl
 ### The paper's table
 
 Hours for {paper_tokens:,} tokens, {paper_dictionaries} dictionaries and {paper_firings:,} firings of each: on one core
-by the rates above, with what a stage does once; on an H100 by operations and bytes, at {share:.0%} of 989 TFLOP/s
-(bf16, dense), 67 TFLOP/s (float32, for training) and 3.35 TB/s. That share is assumed, and nothing was run there. The
-hours leave out launches, which the first section counts: 2,200 a firing of a substitution test on a model of five
-layers, 11 ms at 5 us each. The table has a head of each of layers {table_layers}; one pass of the model
-serves all.
+by the rates above, with what a stage does once. Nothing was run on an H100. Its hours come from counts: operations and
+bytes at {share:.0%} (assumed) of 989 TFLOP/s (bf16, dense), 67 TFLOP/s (float32, for training) and 3.35 TB/s, and
+5 us more for each launch that the first section counts, {launches:,} a firing of a substitution test. The table has a
+head of each of layers {table_layers}; one pass of the model serves all.
 
 | stage | one head, one core | one head, H100 | all heads, one core | all heads, H100 |
 |---|---|---|---|---|
@@ -433,7 +448,8 @@ def text(found: dict[str, Any]) -> str:
         cells = [name, *(f"{1e6 * x:,.1f}" for x in (*least.values(), row["measured"]))]
         cells += [f"{least[most] / row['measured']:.0%}", most]
         bounds.append(f"| {' | '.join(cells)} |")
-    columns, hours = ("core", "h100", "core_all", "h100_all"), {n: r for n, r in table.items() if n != "disk"}
+    columns = ("core", "h100", "core_all", "h100_all")
+    hours = {name: with_launches(name, row) for name, row in table.items() if name != "disk"}
     hours["together"] = {each: sum(row[each] for row in hours.values()) for each in columns}
     named = {
         "table": "\n".join(rows),
@@ -457,6 +473,7 @@ def text(found: dict[str, Any]) -> str:
         "paper_dictionaries": PAPER["dictionaries"],
         "paper_firings": PAPER["firings"],
         "share": H100["share"],
+        "launches": LAUNCHES["substitution"],
         "table_layers": ", ".join(map(str, TABLE_LAYERS)),
         "disk_one": table["disk"]["one"] / 1e9,
         "disk_all": table["disk"]["all"] / 1e9,
