@@ -21,7 +21,7 @@ from writesae.known import board as boards
 from writesae.known import readers, sides
 from writesae.known.board import scored
 from writesae.known.readers import READERS, WRONG_SIZES, Job
-from writesae.known.scores import attributed, purity
+from writesae.known.scores import attributed, features, purity
 from writesae.known.sides import HeadCode, of_labels, of_product, of_sides
 from writesae.known.states import HeadReader, Read, Reader, Told, pursue
 from writesae.known.world import Facts, World
@@ -80,6 +80,20 @@ def test_purity_by_hand() -> None:
     symbols = one_hot(torch.tensor([0, 0, 0, 1, 2, 2, 2, 3, 3])).float()
     assert purity(atoms, symbols) == (pytest.approx((3 / 4 + 1) / 2), pytest.approx(1 / 4))
     assert purity(torch.zeros(9, dtype=torch.long), symbols) == (pytest.approx(1 / 3), 0)
+
+
+def test_features_follow_the_parts_of_values_among_the_writes_of_a_key(world: World) -> None:
+    """An atom for each value of each key, which is active at no other key."""
+    parts = world.parts(world.value_symbols)
+    n_parts = parts.shape[1]
+    n_atoms = (int(world.key_symbols.max()) + 1) * n_parts
+    atoms = world.key_symbols * n_parts + parts.argmax(1)
+    axes = torch.eye(n_atoms)
+    code = HeadCode(atoms, atoms, axes[atoms], axes, axes[:0], 0, 0.0)
+    share, vectors = features(code, world)
+    there = atoms.unique()
+    assert share == pytest.approx(len(there) / n_atoms)
+    assert torch.allclose(vectors.flatten(0, 1)[there], axes[there])
 
 
 def test_attribution_finds_the_writes_that_hold_a_fact(world: World) -> None:
