@@ -17,6 +17,8 @@ import hookpoints._waiting  # before torch loads  # noqa: F401
 
 if TYPE_CHECKING:
     from hookpoints import embedded, errors, zoo
+    from hookpoints.circuit.attribute import attribute
+    from hookpoints.circuit.graph import Graph
     from hookpoints.circuit.nodes import write_attribution
     from hookpoints.edits.edit import EditRow, WriteEdit
     from hookpoints.edits.session import EditSession
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from hookpoints.rules import RULES
 
 _HOMES = {
+    "circuit.attribute": ("attribute",),
+    "circuit.graph": ("Graph",),
     "circuit.nodes": ("write_attribution",),
     "edits.edit": ("EditRow", "WriteEdit"),
     "edits.session": ("EditSession",),
@@ -57,6 +61,7 @@ __all__ = [
     "EditRow",
     "EditSession",
     "Fact",
+    "Graph",
     "HookedRecurrent",
     "HookpointsError",
     "Memory",
@@ -66,6 +71,7 @@ __all__ = [
     "UnsupportedModelError",
     "WriteEdit",
     "attach",
+    "attribute",
     "cached",
     "cost",
     "default_device",

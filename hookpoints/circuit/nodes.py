@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from hookpoints.circuit.norms import Constants, HeadNorm, ScalesApart
+from hookpoints.circuit.norms import Constants, FrozenNorms, HeadNorm, ScalesApart
 from hookpoints.errors import InputError, PredictionWarning
 from hookpoints.recurrence.canonical import terms
 from hookpoints.recurrence.recurrence import Recurrence
@@ -76,7 +76,7 @@ def write_attribution(
     tokens = one_sequence(model, input)
     donors = None if corrupt is None else record(model, same_length(model, corrupt, tokens))
     gradients = read_gradients(model, tokens, metric, frozen)
-    ways = {} if through is None else ways_out(model, tokens)
+    ways = {} if through is None else spans(model, tokens).ways
     tables = []
     for layer, r in gradients.recurrences.items():
         swap = Swap(r, None if donors is None else donors[layer])
@@ -122,7 +122,10 @@ def read_gradients(
     names = {f"blocks.{layer}.mixer.{hook}": None for layer in layers for hook in ("hook_read", "hook_z")}
 
     def begin(x: Tensor, hook: HookPoint) -> Tensor:
-        return x.detach().requires_grad_()
+        x = x.detach().requires_grad_()
+        if str(hook.name) in further:
+            kept[str(hook.name)] = x
+        return x
 
     def keep(x: Tensor, hook: HookPoint) -> None:
         kept[str(hook.name)] = x
@@ -131,7 +134,7 @@ def read_gradients(
         return x.detach()
 
     hooks: list[tuple[str, Callable[..., Tensor | None]]] = [("hook_embed", begin)]
-    hooks += [(name, keep) for name in (*names, *further)]
+    hooks += [(name, keep) for name in (*names, *further) if name != "hook_embed"]
     with ExitStack() as scopes:
         record = scopes.enter_context(model.recording())
         if frozen:
@@ -212,6 +215,9 @@ class WayOut:
     handed_on: Tensor
     """[1,T,H,V]."""
     norm: HeadNorm | None
+    added: Tensor
+    """[1,T,D], what the block adds; or what is handed on, where no more was asked for."""
+    n_norms: int = 1
 
     def effects(self, swap: Swap, gradient: Tensor) -> Tensor | None:
         """[T,H], sum_t <gradient_t, z_t - z_t'> for each write, where z' is without it. ``gradient`` [1,T,H,V], of what
@@ -259,7 +265,7 @@ def _slope_and_curve(norm: HeadNorm, reads: Tensor) -> tuple[Tensor, Tensor]:
     (slope,) = torch.autograd.grad(norm.square.sum(), reads, create_graph=True)
     if norm.centered:
         return slope, torch.full_like(reads, 2 / reads.shape[-1])
-    (curve,) = torch.autograd.grad(slope.sum(), reads)
+    (curve,) = torch.autograd.grad(slope.sum(), reads, retain_graph=True)
     return slope, curve
 
 
@@ -297,46 +303,78 @@ class _Part(NamedTuple):
         return values - values.mean(-1, keepdim=True) if self.centered else values
 
 
-def ways_out(model: HookedRecurrent, tokens: Tensor) -> dict[int, WayOut]:
-    """By layer. Warns of layers where what lies between reads and ``hook_z`` is of no known form, and leaves them out.
+class Spans(NamedTuple):
+    """Stretches of blocks as linear maps, on one text."""
 
-    Cost: one pass; graphs reach no further than from a layer's reads to what it hands on.
+    ways: dict[int, WayOut]
+    """From what recurrent heads read to what the block adds, by layer; without layers of unknown form."""
+    attention: dict[int, tuple[Tensor, Tensor]]
+    """From what softmax heads hand on [1,T,H,V], a leaf, to what the block adds [1,T,D]."""
+
+
+def spans(model: HookedRecurrent, tokens: Tensor, added: bool = False) -> Spans:
+    """The stretches of every block. Warns of layers whose heads hand on their reads in no known way.
+
+    Args:
+        added: follow heads to what their block adds, and softmax heads as well.
+
+    Cost: one pass; graphs reach no further than these stretches.
     """
     scales = ScalesApart()
-    reads: dict[str, Tensor] = {}
+    kept: dict[str, Tensor] = {}
     norms: dict[str, list[HeadNorm]] = {}
-    ends: dict[str, Tensor] = {}
+    layers = model.cfg.recurrent_layers
 
     def begin(x: Tensor, hook: HookPoint) -> Tensor:
-        layer = str(hook.name).split(".")[1]
+        name = str(hook.name)
         torch.set_grad_enabled(True)
-        norms[layer] = scales.begin()
-        reads[layer] = x = x.detach().requires_grad_()
+        if name.endswith("hook_read"):
+            norms[name] = scales.begin()
+        kept[name] = x = x.detach().requires_grad_()
         return x
 
+    def middle(x: Tensor, hook: HookPoint) -> None:
+        scales.end()
+        kept[str(hook.name)] = x
+
     def finish(x: Tensor, hook: HookPoint) -> Tensor:
-        layer = str(hook.name).split(".")[1]
         scales.end()
         torch.set_grad_enabled(False)
-        ends[layer] = x
+        kept[str(hook.name)] = x
         return x.detach()
 
-    layers = model.cfg.recurrent_layers
-    hooks = []
+    hooks: list[tuple[str, Callable[..., Tensor | None]]] = []
     for layer in layers:
-        hooks += [(f"blocks.{layer}.mixer.hook_read", begin), (f"blocks.{layer}.mixer.hook_z", finish)]
-    with torch.no_grad(), scales, model.hooks(hooks):
+        hooks += [(f"blocks.{layer}.mixer.hook_read", begin)]
+        hooks += [(f"blocks.{layer}.mixer.hook_z", middle if added else finish)]
+        hooks += [(f"blocks.{layer}.hook_mixer_out", finish)] if added else []
+    softmax = sorted(model.cfg.attention) if added else []
+    for layer in softmax:
+        hooks += [(f"blocks.{layer}.attn.hook_z", begin), (f"blocks.{layer}.hook_attn_out", finish)]
+    with torch.no_grad(), FrozenNorms(), scales, model.hooks(hooks):
         model(tokens)
     ways: dict[int, WayOut] = {}
-    unknown: dict[int, str] = {}
     for layer in layers:
-        between = norms[str(layer)]
-        way = WayOut(reads[str(layer)], ends[str(layer)], between[0] if between else None)
-        cause = f"{len(between)} norms" if len(between) > 1 else _bend(way)
+        reads = f"blocks.{layer}.mixer.hook_read"
+        handed_on = kept[f"blocks.{layer}.mixer.hook_z"]
+        between = norms[reads]
+        end = kept[f"blocks.{layer}.hook_mixer_out"] if added else handed_on
+        ways[layer] = WayOut(kept[reads], handed_on, between[0] if between else None, end, len(between))
+    _check(model, ways)
+    attention = {
+        layer: (kept[f"blocks.{layer}.attn.hook_z"], kept[f"blocks.{layer}.hook_attn_out"]) for layer in softmax
+    }
+    return Spans(ways, attention)
+
+
+def _check(model: HookedRecurrent, ways: dict[int, WayOut]) -> None:
+    """Warn of ways that are no linear map but for one norm, and take them out."""
+    unknown: dict[int, str] = {}
+    for layer, way in list(ways.items()):
+        cause = f"{way.n_norms} norms" if way.n_norms > 1 else _bend(way)
         if cause:
             unknown[layer] = cause
-        else:
-            ways[layer] = way
+            del ways[layer]
     if unknown:
         said = "; ".join(f"layer {layer}: {cause}" for layer, cause in unknown.items())
         warnings.warn(
@@ -344,9 +382,8 @@ def ways_out(model: HookedRecurrent, tokens: Tensor) -> dict[int, WayOut]:
             f"their heads read is not handed on by one norm, gates and projections of torch ({said}). With fla "
             "installed on a GPU, run on the CPU",
             PredictionWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
-    return ways
 
 
 @torch.enable_grad()

@@ -109,6 +109,35 @@ class Constants(FrozenNorms):
         return super().__torch_function__(func, types, args, kwargs)
 
 
+_SECANTS = (F.silu, F.gelu, F.relu, torch.relu, Tensor.relu)
+"""Activations that are their input times a gate."""
+_GATES = (torch.sigmoid, Tensor.sigmoid, F.sigmoid, F.softplus, torch.tanh, Tensor.tanh, F.tanh, torch.exp, Tensor.exp)
+"""What gates, decays and strengths are made with."""
+
+
+class Affine(Constants):
+    """`Constants`, activations are their input times a constant, and gates are constants: what a block makes of the
+    residual stream is then linear in it but for biases, and parts of the stream add up."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Tensor],
+        types: Iterable[type],
+        args: Arguments = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> Tensor:
+        value = super().__torch_function__(func, types, args, kwargs)
+        if func in _GATES:
+            return value.detach()
+        if func not in _SECANTS or not value.requires_grad:
+            return value
+        x = args[0]
+        assert isinstance(x, Tensor)
+        flat = x.abs() < 1e-9
+        gate = torch.where(flat, torch.full_like(x, 0.5), value / torch.where(flat, torch.ones_like(x), x)).detach()
+        return value.detach() + gate * (x - x.detach())
+
+
 class HeadNorm(NamedTuple):
     """One norm between a head's read and what the head hands on."""
 

@@ -13,6 +13,7 @@ from transformers import Cache, DynamicCache
 from hookpoints.edits.edit import EditPlan, EditRow, as_edits
 from hookpoints.errors import EditError, UnsupportedModelError
 from hookpoints.fla.scope import is_fla
+from hookpoints.hooks.guard import HookSpecs
 from hookpoints.layer.context import Backend, Recorded, all_left, current, scope
 from hookpoints.memory.caches import attention_of, cut, put_state, state_of, tensors_of
 from hookpoints.model.hooked import HookedModel
@@ -204,13 +205,33 @@ class EditSession:
             batch.append(row)
         yield batch
 
-    def _run_batch(self, rows: Sequence[EditRow], start: int, stop: int, whole: bool) -> Tensor:
-        """Logits [N,stop-start,vocab] of a pass over some tokens, through all blocks (``whole``) or from the first
-        edited one on."""
+    @torch.no_grad()
+    def run_hooked(self, rows: int, layer: int, start: int, fwd_hooks: HookSpecs) -> EditedRun:
+        """Run the sequence ``rows`` times with hooks that change block ``layer`` or those above, at tokens from
+        ``start`` on. They see [rows,T',...], the tokens from `EditedRun.start` on, which is 0 for Mamba-1."""
+        if any(mixer.rule.starts_from_zero for mixer in self.model.attachment.mixers.values()):
+            start = 0
+        lowest = max((recurrent for recurrent in self.model.cfg.recurrent_layers if recurrent <= layer), default=0)
+        stop = self.tokens.shape[1]
+        logits = self._run_batch([[]] * rows, start, stop, False, lowest, fwd_hooks)
+        return EditedRun(logits, start, stop)
+
+    def _run_batch(
+        self,
+        rows: Sequence[EditRow],
+        start: int,
+        stop: int,
+        whole: bool,
+        lowest: int | None = None,
+        fwd_hooks: HookSpecs = (),
+    ) -> Tensor:
+        """Logits [N,stop-start,vocab] of a pass over some tokens, through all blocks (``whole``), from the first edited
+        one on, or from ``lowest`` on."""
         model = self.model
         plan = EditPlan.for_rows(rows)
         layout = self.model.attachment.layout
-        layer = 0 if whole or not layout.is_chain or layout.first_block_feeds_all else min(plan.by_layer, default=0)
+        lowest = min(plan.by_layer, default=0) if lowest is None else lowest
+        layer = 0 if whole or not layout.is_chain or layout.first_block_feeds_all else lowest
         residual = None if whole else self._residual.get(_entering(layer))
         if residual is not None:
             residual = residual[:, start:stop].expand(len(rows), -1, -1)
@@ -226,6 +247,7 @@ class EditSession:
             threads_for(tokens.numel() * self._weights),
             scope(model.attachment, plans=plans, first_token=start, backend=backend),
             model.attachment.passing(layer, None, residual),
+            model.hooks(fwd_hooks),
         ):
             logits = model.hf_model(**inputs).logits
         plan.check_acted()

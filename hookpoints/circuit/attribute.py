@@ -1,0 +1,513 @@
+"""From a text to a graph: predict all nodes, measure the largest, and take apart what made these."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from hookpoints.circuit.graph import EDGE_COLUMNS, NODE_COLUMNS, Graph, largest
+from hookpoints.circuit.measure import Change, Measure
+from hookpoints.circuit.nodes import (
+    Gradients,
+    LogitMetric,
+    Swap,
+    Token,
+    one_sequence,
+    read_gradients,
+    same_length,
+    spans,
+)
+from hookpoints.circuit.norms import FrozenNorms
+from hookpoints.circuit.ports import Blocks, Node, Port, PortName, change_for, ports_of, reach_of
+from hookpoints.circuit.stream import Decomposition, FeatureType, read_text
+from hookpoints.errors import InputError, PredictionWarning
+
+if TYPE_CHECKING:
+    from transformer_lens.hook_points import HookPoint
+
+    from hookpoints.hooks.guard import Hook, Name
+    from hookpoints.model.recurrent import HookedRecurrent
+
+_LISTED = 24
+"""Sources of a port that are listed."""
+_MEASURED = 4
+"""Of those, how many are measured."""
+_STREAMS = 8
+"""Last tokens of a window whose whole stream is a source, too."""
+
+
+class WriteSAE(Protocol):
+    """SAELens' interface of a dictionary of the writes of one head."""
+
+    W_dec: Tensor
+
+    def encode(self, x: Tensor) -> Tensor: ...
+
+    def decode(self, feature_acts: Tensor) -> Tensor: ...
+
+
+def attribute(
+    text: str | Tensor,
+    model: HookedRecurrent,
+    attribution_targets: Sequence[Token] | Token | None = None,
+    against: Token | Sequence[Token] | None = None,
+    measure: int = 50,
+    *,
+    metric: LogitMetric | None = None,
+    corrupt: str | Tensor | None = None,
+    saes: Sequence[WriteSAE] = (),
+    frozen: bool = False,
+    targets: int = 8,
+) -> Graph:
+    """Why a model says something: the writes that made it, and what made those writes.
+
+    Gradients predict what deleting each write, softmax head, MLP and embedding takes off the metric
+    (`write_attribution` says how); the largest are then deleted, each in its own run. Of the writes that matter most,
+    every source of the key, the value and the query is predicted by a linear map of one block, and the largest are
+    measured: the block is run again without that source, exactly, and the write is replaced by what it becomes.
+
+    Args:
+        text: one sequence, a string or tokens [1,T].
+        attribution_targets: tokens whose mean logit after the last token is explained. None: the most likely one.
+        against: the token or tokens whose logit is taken off. None: the mean of all logits.
+        measure: how many writes are deleted in runs of their own, and a fifth as many heads, MLPs and embeddings each.
+        metric: a function of logits [1,T,vocab] instead of targets.
+        corrupt: another text of as many tokens; nodes are replaced by those of the corrupt text instead of deleted.
+            The best first thing to try, since predictions then hold best.
+        saes: dictionaries of writes (SAELens' interface). Writes of their heads are taken apart into atoms, an error
+            and the dictionary's bias.
+        frozen: as of `write_attribution`, for saturated answers.
+        targets: so many of the measured writes get edges.
+
+    Raises:
+        InputError: several sequences, training mode, a target that the tokenizer splits or that is no token, a corrupt
+            text of another length, or targets and a metric together.
+        UnsupportedModelError: the blocks add to no one residual stream.
+
+    Warns (`PredictionWarning`) of layers with a norm of unknown form, and of quantized weights.
+
+    Cost: five passes for the nodes, about 0.2 for each measurement; `graph.check` tells how far to believe predictions.
+    """
+    tokens = one_sequence(model, text)
+    wanted = _metric(model, tokens, attribution_targets, against, metric)
+    if measure < 1 or targets < 0:
+        raise InputError(f"measure and targets: expected at least 1 and 0, got {measure} and {targets}")
+    if getattr(model.hf_model, "is_quantized", False):
+        warnings.warn(
+            f"{model.cfg.model_name} has quantized weights: gradients are those of rounded weights, and some backends "
+            "give none. Load it in bfloat16 to compare",
+            PredictionWarning,
+            stacklevel=2,
+        )
+    donor = None if corrupt is None else same_length(model, corrupt, tokens)
+    heads = [_head_of(sae) for sae in saes]
+    tracing = Tracing.of(model, tokens, wanted, donor, frozen)
+    nodes = tracing.nodes(measure)
+    best = [_node(row) for row in largest(nodes[nodes.feature_type == "write"], targets).itertuples()]
+    edges = [tracing.direct(nodes), *map(tracing.edges_into, best)]
+    atoms = []
+    for sae, head in zip(saes, heads):
+        for node in best:
+            if (node.layer, node.head) == head:
+                atoms.append(tracing.atoms_of(sae, node))
+    tables = [nodes, *(table for table, _ in atoms)]
+    edges += [table for _, table in atoms]
+    return Graph(
+        nodes=pd.concat(tables, ignore_index=True).astype(NODE_COLUMNS),
+        edges=pd.concat(edges, ignore_index=True).astype(EDGE_COLUMNS),
+        metadata=tracing.metadata(),
+        tracer=tracing,
+    )
+
+
+class Wanted(NamedTuple):
+    """What is explained."""
+
+    metric: LogitMetric
+    targets: tuple[int, ...] = ()
+    against: tuple[int, ...] = ()
+
+    @property
+    def last(self) -> bool:
+        """Whether logits after the last token alone are asked for."""
+        return bool(self.targets)
+
+
+def _metric(
+    model: HookedRecurrent,
+    tokens: Tensor,
+    targets: Sequence[Token] | Token | None,
+    against: Sequence[Token] | Token | None,
+    metric: LogitMetric | None,
+) -> Wanted:
+    if metric is not None:
+        if targets is not None or against is not None:
+            raise InputError("metric: expected a metric or attribution_targets, got both; give one of them")
+        return Wanted(metric)
+    if targets is None:
+        with torch.no_grad():
+            targets = int(model(tokens)[0, -1].argmax())
+    ids = _ids(model, targets, "attribution_targets")
+    others = () if against is None else _ids(model, against, "against")
+
+    def lead(logits: Tensor) -> Tensor:
+        last = logits[0, -1]
+        return last[list(ids)].mean() - (last[list(others)] if others else last).mean()
+
+    return Wanted(lead, ids, others)
+
+
+def _ids(model: HookedRecurrent, tokens: Sequence[Token] | Token, name: str) -> tuple[int, ...]:
+    ids = []
+    for token in [tokens] if isinstance(tokens, str | int) else tokens:
+        try:
+            index = model.to_single_token(token) if isinstance(token, str) else token
+        except ValueError as error:
+            raise InputError(f"{name}: expected single tokens, got {error}; name one of these") from error
+        if not 0 <= index < model.cfg.d_vocab:
+            raise InputError(f"{name}: expected token ids 0 to {model.cfg.d_vocab - 1}, got {token}")
+        ids.append(index)
+    if not ids:
+        raise InputError(f"{name}: expected at least one token, got none")
+    return tuple(ids)
+
+
+@dataclass(eq=False)
+class Tracing:
+    """One text, its linear maps, its gradients and its runs."""
+
+    model: HookedRecurrent
+    wanted: Wanted
+    blocks: Blocks
+    gradients: Gradients
+    runs: Measure
+    frozen: bool
+    completeness: dict[str, float] = field(default_factory=dict)
+    """Sum of the parts less the whole, by port."""
+
+    @classmethod
+    def of(
+        cls, model: HookedRecurrent, tokens: Tensor, wanted: Wanted, corrupt: Tensor | None, frozen: bool
+    ) -> Tracing:
+        """Read the texts, and follow the metric back."""
+        runs = Measure(model, tokens, wanted.metric, wanted.last)
+        clean = read_text(model, tokens)
+        decomposition = Decomposition(model, clean, spans(model, tokens, added=True))
+        other = None if corrupt is None else read_text(model, corrupt)
+        further = tuple(name for name in clean.values if _kind(model, name) is not None)
+        gradients = read_gradients(model, tokens, wanted.metric, frozen, further)
+        blocks = Blocks(decomposition, other, reach_of(model, tokens))
+        return cls(model, wanted, blocks, gradients, runs, frozen)
+
+    # ------------------------------------------------------------------------------------ nodes
+
+    def nodes(self, measure: int) -> pd.DataFrame:
+        """Every node with its prediction, and the largest of each kind measured."""
+        nodes = pd.concat(list(self._predicted()), ignore_index=True)
+        for kind, rows in nodes.groupby("feature_type"):
+            tried = rows.loc[_order(rows.predicted)[: measure if kind == "write" else max(1, measure // 5)]]
+            changes = [self._without(_node(row)) for row in tried.itertuples()]
+            nodes.loc[tried.index, "measured"] = self.runs.effects(changes)
+        return nodes
+
+    def _predicted(self) -> Iterator[pd.DataFrame]:
+        """Tables of nodes, by block and kind."""
+        text = self.blocks.text
+        corrupt = self.blocks.corrupt
+        for layer, r in text.recurrences.items():
+            swap = Swap(r, None if corrupt is None else corrupt.recurrences[layer])
+            way = self.blocks.decomposition.spans.ways.get(layer)
+            effect = None if way is None else way.effects(swap, self.gradients.handed_on[layer])
+            if effect is None:
+                effect = swap.first_order(self.gradients.reads[layer])
+            yield _node_table("write", layer, effect)
+        for name, gradient in self.gradients.other.items():
+            kind = _kind(self.model, name)
+            layer = -1 if kind == "embedding" else int(name.split(".")[1])
+            effect = ((text.at(name) - self.blocks.other(name)) * gradient[0]).sum(-1)
+            if kind is not None:
+                yield _node_table(kind, layer, effect)
+
+    def _without(self, node: Node) -> Change:
+        """A run without a node, or with that of the corrupt text instead."""
+        block = f"blocks.{node.layer}"
+        attention = "hook_attn_out" if node.head < 0 else "attn.hook_z"
+        names: dict[FeatureType, list[str]] = {
+            "embedding": ["hook_embed", "blocks.0.hook_resid_pre"],
+            "write": [f"{block}.mixer.hook_write_value", f"{block}.mixer.hook_write_key"],
+            "mlp": [f"{block}.hook_mlp_out"],
+            "attn": [f"{block}.{attention}"],
+        }
+        wanted = names[node.feature_type]
+        if node.feature_type == "write" and self.blocks.corrupt is None:
+            del wanted[1]
+        values = {name: self.blocks.other(name)[node.position] for name in wanted}
+        if node.head >= 0:
+            values = {name: value[node.head] for name, value in values.items()}
+        return Change(node.layer, node.position, values, node.head)
+
+    # ------------------------------------------------------------------------------------ edges
+
+    def direct(self, nodes: pd.DataFrame) -> pd.DataFrame:
+        """Edges into the logit: what each measured node gives on its direct path with the final norm's scale as it is,
+        and what taking that off the last stream does."""
+        text = self.blocks.text
+        n_layers = self.model.cfg.n_layers
+        stream = text.values[f"blocks.{n_layers - 1}.hook_resid_post"].clone().requires_grad_()
+        with torch.enable_grad(), FrozenNorms():
+            value = self.wanted.metric(self._logits(stream)).reshape(())
+        (direction,) = torch.autograd.grad(value, stream)
+        stream = stream.detach()
+        sources, bias = self._sources("logit", direction, n_layers, stream[0], float(value.detach()))
+        tried = {*largest(nodes, 4 * _LISTED).node_id}
+        sources = {source: given for source, given in sources.items() if source.node_id in tried}
+        measured = np.full(len(sources), np.nan)
+        if self.wanted.last:
+            at = stream.shape[1] - 1
+            with torch.no_grad():
+                given = self.blocks.given(list(sources), range(at, at + 1))
+                left = [self.wanted.metric(self._logits(stream[:, -1:] - row)) for row in given]
+            measured = self.runs.plain - np.array([float(metric) for metric in left])
+        return _edges({**sources, Node("bias"): bias}, "logit", "direct", -1, measured)
+
+    def _logits(self, stream: Tensor) -> Tensor:
+        final = self.model.attachment.layout.final_norm
+        return self.model.unembed(stream if final is None else self.model.ln_final(stream))
+
+    def _sources(
+        self, port: str, direction: Tensor, layer: int, entered: Tensor, whole: float
+    ) -> tuple[dict[Node, float], float]:
+        """What each node below a block gives to <stream, direction> (with a corrupt text, how much more than there),
+        and the bias that is left of the ``whole`` port. Notes how far the parts miss their sum.
+
+        Args:
+            direction: [1,T,D].
+            entered: [T,D], the stream.
+        """
+        decomposition = self.blocks.decomposition
+        parts, rest = decomposition.parts(direction, layer, self.blocks.text)
+        linear = float((entered * direction[0]).sum())
+        total = sum(float(part.given.sum()) for part in parts) + float(rest)
+        self.completeness[port] = total - linear
+        if self.blocks.corrupt is not None:
+            others, _ = decomposition.parts(direction, layer, self.blocks.corrupt)
+            pairs = zip(parts, others, strict=True)
+            parts = [part._replace(given=part.given - other.given) for part, other in pairs]
+        sources: dict[Node, float] = {}
+        for part in parts:
+            for position, head in part.given[0].nonzero().tolist():
+                node = Node(part.feature_type, part.layer, head if part.has_heads else -1, position)
+                sources[node] = float(part.given[0, position, head])
+        return sources, whole - linear + float(rest)
+
+    def edges_into(self, node: Node, read: int | None = None) -> pd.DataFrame:
+        """Edges into the ports of a write: the largest sources predicted, of which some are measured, and what the
+        stream holds at each token that the block looks at."""
+        r = self.blocks.text.recurrences[node.layer]
+        ports = ports_of(node, r, self.gradients.reads[node.layer], read)
+        return pd.concat([self._into(port) for port in ports], ignore_index=True)
+
+    def _into(self, port: Port) -> pd.DataFrame:
+        text = self.blocks.text
+        layer = port.node.layer
+        name = f"blocks.{layer}.hook_resid_pre"
+        maps = self.blocks.maps(port)
+        again = (maps.embedded * text.at("hook_embed")).sum()
+        label = f"{port.node.node_id} {port.name}"
+        whole = maps.whole - float(again)
+        sources, bias = self._sources(label, maps.stream[None], layer, text.at(name), whole)
+        embedded = (maps.embedded * (text.at("hook_embed") - self.blocks.other("hook_embed"))).sum(-1)
+        for position in embedded.nonzero().flatten().tolist():
+            token = Node("embedding", position=position)
+            sources[token] = sources.get(token, 0.0) + float(embedded[position])
+        listed = dict(sorted(sources.items(), key=lambda source: -abs(source[1]))[:_LISTED])
+        known = [source for source in listed if source.feature_type != "skip"][:_MEASURED]
+        held = (maps.stream * (text.at(name) - self.blocks.other(name))).sum(-1)
+        for position in self.blocks.window(layer, port.at)[-_STREAMS:]:
+            stream = Node("stream", layer, -1, position)
+            listed[stream] = float(held[position])
+            known.append(stream)
+        effects = dict(zip(known, self._effects(port, known)))
+        measured = np.array([effects.get(source, np.nan) for source in listed])
+        read = port.at if port.name == "query" else -1
+        return _edges({**listed, Node("bias"): bias}, port.node.node_id, port.name, read, measured)
+
+    @torch.no_grad()
+    def _effects(self, port: Port, sources: Sequence[Node]) -> np.ndarray:
+        """[N], what the metric loses if the port is as it would be without each source; NaN where that is not known."""
+        changed = self.blocks.factors_without(port.node.layer, port.at, sources)
+        changes = change_for(port, self.blocks.text, changed)
+        rows = [row for row, change in enumerate(changes) if all(x.isfinite().all() for x in change.values.values())]
+        effects = np.full(len(sources), np.nan)
+        effects[rows] = self.runs.effects([changes[row] for row in rows])
+        return effects
+
+    # ------------------------------------------------------------------------------------ atoms
+
+    @torch.no_grad()
+    def atoms_of(self, sae: WriteSAE, node: Node) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Nodes of what a dictionary makes of a write: atoms, an error and its bias; and their edges to the write."""
+        r = self.blocks.text.recurrences[node.layer].select(heads=node.head)
+        reads = self.gradients.reads[node.layer][:, :, node.head : node.head + 1]
+        gradient = r.adjoint(reads).states(positions=[r.T - 1 - node.position])[0, 0, 0]
+        write = r.write(positions=node.position)[0, 0, 0]
+        predicted: dict[Node, float] = {}
+        changes = []
+        for kind, feature, part in _parts_of(sae, write.flatten()):
+            matrix = part.view_as(write)
+            predicted[Node(kind, node.layer, node.head, node.position, feature)] = float((matrix * gradient).sum())
+            name = f"blocks.{node.layer}.mixer.heads.{node.head}.hook_write"
+            changes.append(Change(node.layer, node.position, {name: write - matrix}))
+        measured = self.runs.effects(changes)
+        table = pd.DataFrame(list(predicted), columns=list(Node._fields))
+        ids = [part.node_id for part in predicted]
+        table = table.assign(node_id=ids, predicted=list(predicted.values()), measured=measured)
+        return table[list(NODE_COLUMNS)], _edges(predicted, node.node_id, "value", -1, measured)
+
+    # ------------------------------------------------------------------------------------ questions of a graph
+
+    def why(self, layer: int, head: int, read: int, source: int) -> pd.DataFrame:
+        """`Graph.why`."""
+        n_heads = self.model.cfg.layer(layer).H
+        length = self.blocks.text.tokens.shape[1]
+        if not (0 <= head < n_heads and 0 <= source <= read < length):
+            raise InputError(
+                f"head, read and source: expected a head below {n_heads} and tokens 0 <= source <= read < {length}, "
+                f"got {head}, {read} and {source}"
+            )
+        table = self.edges_into(Node("write", layer, head, source), read)
+        return table.loc[_order(table.measured.fillna(table.predicted))].sort_values("port", kind="stable")
+
+    @torch.no_grad()
+    def sufficient(self, keep: Sequence[Node]) -> tuple[float, float, bool]:
+        """`Tracer.sufficient`."""
+        text = self.blocks.text
+        logits = [self.model.run_with_hooks(text.tokens, fwd_hooks=self._only(nodes)) for nodes in (keep, ())]
+        alone, without = (float(self.wanted.metric(x)) for x in logits)
+        targets = self.wanted.targets or (int(text.logits[0, -1].argmax()),)
+        return alone, without, int(logits[0][0, -1].argmax()) in targets
+
+    def _only(self, keep: Sequence[Node]) -> list[tuple[Name, Hook]]:
+        """Hooks that leave these writes alone; the others are those of the corrupt text, or none."""
+        hooks: list[tuple[Name, Hook]] = []
+        for layer in self.model.cfg.recurrent_layers:
+            kept = [(node.position, node.head) for node in keep if node.layer == layer]
+            for side in ("value", "key")[: 1 if self.blocks.corrupt is None else 2]:
+                name = f"blocks.{layer}.mixer.hook_write_{side}"
+                hooks.append((name, partial(_kept, kept=kept, other=self.blocks.other(name))))
+        return hooks
+
+    def metadata(self) -> dict[str, object]:
+        """`Graph.metadata`."""
+        text = self.blocks.text
+        corrupt = self.blocks.corrupt
+        targets = self._names(self.wanted.targets)
+        against = self._names(self.wanted.against)
+        title = " ".join(targets) + ("" if not against else f" − {' '.join(against)}")
+        return {
+            "model": self.model.cfg.model_name,
+            "n_layers": self.model.cfg.n_layers,
+            "tokens": self._names(text.tokens[0].tolist()),
+            "targets": targets,
+            "against": against,
+            "title": title or "metric",
+            "probability": float(text.logits[0, -1].float().softmax(-1)[list(self.wanted.targets)].sum()),
+            "metric": self.runs.plain,
+            "corrupt": None if corrupt is None else self._names(corrupt.tokens[0].tolist()),
+            "frozen": self.frozen,
+            "completeness": self.completeness,
+            "runs": self.runs.runs,
+        }
+
+    def _names(self, ids: Sequence[int]) -> list[str]:
+        return [str(token) if self.model.tokenizer is None else str(self.model.to_string(token)) for token in ids]
+
+
+def _kept(x: Tensor, hook: HookPoint, *, kept: Sequence[tuple[int, int]], other: Tensor) -> Tensor:
+    """``x`` [1,T,H,...] at ``kept`` tokens and heads, ``other`` [T,H,...] elsewhere."""
+    left = other[None].to(x).clone()
+    for position, head in kept:
+        left[:, position, head] = x[:, position, head]
+    return left
+
+
+def _kind(model: HookedRecurrent, name: str) -> FeatureType | None:
+    """What nodes a hook has the values of, writes aside; None: of none."""
+    if name == "hook_embed":
+        return "embedding"
+    layer = int(name.split(".")[1])
+    if name.endswith("hook_attn_out"):  # where it is no recurrence's, and not told apart by heads
+        return None if layer in model.cfg.layers or layer in model.cfg.attention else "attn"
+    if name.endswith("hook_mlp_out"):
+        return "mlp"
+    return "attn" if name.endswith("attn.hook_z") else None
+
+
+def _order(effects: pd.Series) -> pd.Index:
+    """Rows by the size of their effect, largest first."""
+    return effects.abs().sort_values(ascending=False, kind="stable").index
+
+
+def _node_table(kind: FeatureType, layer: int, effect: Tensor) -> pd.DataFrame:
+    """Nodes of one kind in one block, with predictions [T,H] or [T]."""
+    values = effect.detach().double().cpu().reshape(len(effect), -1)
+    nodes = []
+    for position, head in np.ndindex(*values.shape):
+        nodes.append(Node(kind, layer, head if effect.ndim == 2 else -1, position))
+    table = pd.DataFrame(nodes, columns=list(Node._fields))
+    ids = [node.node_id for node in nodes]
+    return table.assign(node_id=ids, predicted=values.flatten().numpy(), measured=np.nan)[list(NODE_COLUMNS)]
+
+
+def _node(row: object) -> Node:
+    """The node of a row of a table."""
+    return Node(*(getattr(row, name) for name in Node._fields))
+
+
+def _edges(sources: Mapping[Node, float], target: str, port: PortName, read: int, measured: np.ndarray) -> pd.DataFrame:
+    """A row for each source; the last ones may have no measurement."""
+    table = {
+        "source": [source.node_id for source in sources],
+        "target": target,
+        "port": port,
+        "read": read,
+        "predicted": list(sources.values()),
+        "measured": np.pad(measured, (0, len(sources) - len(measured)), constant_values=np.nan),
+    }
+    return pd.DataFrame(table)
+
+
+def _head_of(sae: WriteSAE) -> tuple[int, int]:
+    """Layer and head whose writes a dictionary is of."""
+    metadata = getattr(getattr(sae, "cfg", None), "metadata", None)
+    name = str(getattr(metadata, "hook_name", None))
+    match = re.fullmatch(r"blocks\.(\d+)\.mixer\.heads\.(\d+)\.hook_write_vec", name)
+    if match is None:
+        raise InputError(
+            f"saes: expected dictionaries of one head's writes (blocks.L.mixer.heads.H.hook_write_vec), got {name!r}"
+        )
+    return int(match[1]), int(match[2])
+
+
+def _parts_of(sae: WriteSAE, write: Tensor) -> Iterator[tuple[FeatureType, int, Tensor]]:
+    """Parts [K V] of a write: its active atoms by number, the error, and what the dictionary adds to all."""
+    x = write.to(sae.W_dec)
+    activations = sae.encode(x[None])[0]
+    base = sae.decode(torch.zeros_like(activations)[None])[0]
+    rest = x - base
+    for feature in activations.nonzero().flatten().tolist():
+        part = activations[feature] * sae.W_dec[feature]
+        rest = rest - part
+        yield "atom", feature, part.to(write)
+    yield "error", -1, rest.to(write)
+    if bool(base.any()):
+        yield "bias", -1, base.to(write)

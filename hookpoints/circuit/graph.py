@@ -1,0 +1,304 @@
+"""An attribution graph as a value: nodes, edges, and how far to believe them."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple, Protocol, cast
+
+import numpy as np
+import pandas as pd
+
+from hookpoints.circuit.draw import svg
+from hookpoints.circuit.ports import Node
+from hookpoints.errors import InputError, PredictionWarning
+from hookpoints.files import atomic_text, read_json
+
+SCHEMA = 1
+"""Version of the format of `Graph.save`."""
+MAX_BYTES = 200_000_000
+"""Largest file that `Graph.load` reads."""
+NODE_COLUMNS = {
+    "node_id": "str",
+    "feature_type": "str",
+    "layer": "int64",
+    "head": "int64",
+    "position": "int64",
+    "feature": "int64",
+    "predicted": "float64",
+    "measured": "float64",
+}
+EDGE_COLUMNS = {
+    "source": "str",
+    "target": "str",
+    "port": "str",
+    "read": "int64",
+    "predicted": "float64",
+    "measured": "float64",
+}
+
+
+class Check(NamedTuple):
+    """How far predictions carry, and whether parts add up."""
+
+    n: int
+    """Writes that were deleted (or replaced) one by one."""
+    r: float
+    """Pearson's correlation of their predicted and measured effects."""
+    slope: float
+    """Of measured by predicted, by least squares: 1 where predictions are right."""
+    edges_r: float
+    """The correlation over edges into keys, values and queries; NaN for fewer than three."""
+    covered: float
+    """Share of the predicted |effect| of all writes that was measured."""
+    completeness: float
+    """Largest difference between a logit difference, or a port, and the sum of its parts, in units of the metric."""
+
+    def __str__(self) -> str:
+        nodes = f"{self.n} writes measured: r {self.r:.3f}, slope {self.slope:.2f}; edges r {self.edges_r:.2f}"
+        return f"{nodes}; {self.covered:.0%} of |effect| measured; parts add up to {self.completeness:.0e}"
+
+
+class Sufficiency(NamedTuple):
+    """What is left of a metric if only some writes are kept."""
+
+    n: int
+    kept: float
+    """Share of what all writes together do to the metric: 1 as the model, 0 as without any write. Near 0 in the
+    denominator (writes that do nothing together) it is NaN."""
+    same_answer: bool
+    """Whether the most likely next token is the target still."""
+    metric: float
+    """With these writes alone."""
+
+
+class Tracer(Protocol):
+    """What answers questions about the model that a graph is of."""
+
+    def why(self, layer: int, head: int, read: int, source: int) -> pd.DataFrame: ...
+
+    def sufficient(self, keep: Sequence[Node]) -> tuple[float, float, bool]:
+        """The metric with these writes alone, and without any; whether the answer is the target."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """Why a model said something: which nodes made a metric, and what made those.
+
+    ``nodes`` has a row for each embedding, write, softmax head and MLP: ``predicted`` is what deleting it would take
+    off the metric by gradients, ``measured`` what deleting it took off in its own run (NaN: not measured). With a
+    corrupt text a node is replaced by that of the corrupt text instead. ``edges`` has for each measured node what its
+    ports are made of; ``port`` is "value", "key" or "query" of a write, or "direct" of the logit, ``read`` the token
+    whose query it is (-1: none). A source "stream@t" is all that the residual stream holds at t, so that its effect is
+    that of all sources there together.
+    """
+
+    nodes: pd.DataFrame
+    """Columns node_id, feature_type, layer, head, position, feature (the number of an atom), predicted, measured."""
+    edges: pd.DataFrame
+    """Columns source, target (node ids), port, read, predicted, measured."""
+    metadata: Mapping[str, object]
+    """model, tokens (texts), targets and against (texts), metric (its value), corrupt (texts or None), frozen,
+    completeness (by port)."""
+    tracer: Tracer | None = None
+    """None of a graph that was loaded: it has no model."""
+
+    # ------------------------------------------------------------------------------------ how far to believe it
+
+    def check(self) -> Check:
+        """Compare predictions with measurements, and parts with their sums.
+
+        Warns (`PredictionWarning`) where r is below 0.9: then believe ``measured`` alone, and measure more.
+
+        Raises:
+            InputError: fewer than three writes were measured.
+        """
+        writes = self.nodes[self.nodes.feature_type == "write"]
+        tried = writes[writes.measured.notna()]
+        if len(tried) < 3:
+            raise InputError(
+                f"graph: expected at least 3 measured writes to compare, got {len(tried)}; attribute with measure=50"
+            )
+        r, slope = _fit(tried)
+        inner = self.edges[(self.edges.port != "direct") & self.edges.predicted.notna()]
+        size = writes.predicted.abs().sum()
+        completeness = cast(Mapping[str, float], self.metadata["completeness"])
+        covered = float(tried.predicted.abs().sum() / size) if size else 0.0
+        edges_r, _ = _fit(inner[inner.measured.notna()])
+        if not r >= 0.9:
+            warnings.warn(
+                f"predicted and measured effects of {len(tried)} writes have a correlation of {r:.2f}: believe "
+                "measured numbers alone. A corrupt text (corrupt=) predicts best; frozen=True is for saturated answers",
+                PredictionWarning,
+                stacklevel=2,
+            )
+        return Check(len(tried), r, slope, edges_r, covered, max(map(abs, completeness.values()), default=0.0))
+
+    def sufficient(self, n: int) -> Sufficiency:
+        """Keep the n writes that help most, take all other writes out in one run, and look what is left.
+
+        Cost: two passes.
+        """
+        writes = self.nodes[self.nodes.feature_type == "write"]
+        if not 1 <= n <= len(writes):
+            raise InputError(f"n: expected 1 to {len(writes)} writes, got {n}")
+        best = writes.assign(effect=writes.measured.fillna(-np.inf)).nlargest(n, ["effect", "predicted"])
+        keep = [Node("write", *row) for row in best[["layer", "head", "position"]].to_numpy().tolist()]
+        alone, without, same = self._model().sufficient(keep)
+        whole = cast(float, self.metadata["metric"])
+        effect = whole - without
+        kept = (alone - without) / effect if abs(effect) > 1e-9 else float("nan")
+        return Sufficiency(n, kept, same, alone)
+
+    def why(self, layer: int, head: int, read: int, source: int) -> pd.DataFrame:
+        """Why head ``head`` of ``layer`` reads at token ``read`` what it wrote at token ``source``: the sources of the
+        write's key and value, and of the query there, with what each does to the metric.
+
+        Returns: rows of `edges`, largest first in each port.
+        """
+        return self._model().why(layer, head, read, source)
+
+    def _model(self) -> Tracer:
+        if self.tracer is None:
+            raise InputError("graph: expected one that attribute made, got a loaded one, which has no model; call it")
+        return self.tracer
+
+    # ------------------------------------------------------------------------------------ parts and files
+
+    def prune(self, nodes: int = 12) -> Graph:
+        """The graph of the nodes with the largest measured effect, and of the sources of their ports."""
+        targets = {*largest(self.nodes, nodes).node_id, "logit"}
+        edges = self.edges[self.edges.target.isin(targets)]
+        direct = edges.port == "direct"
+        edges = edges[~direct | edges.source.isin(targets)]
+        named = {*targets, *edges.source}
+        return replace(self, nodes=self.nodes[self.nodes.node_id.isin(named)], edges=edges)
+
+    def save(self, path: str | Path) -> Path:
+        """Write JSON, whole or not at all."""
+        content = {
+            "schema": SCHEMA,
+            "metadata": dict(self.metadata),
+            "nodes": _rows(self.nodes),
+            "edges": _rows(self.edges),
+        }
+        return atomic_text(Path(path), json.dumps(content, allow_nan=False, ensure_ascii=False))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Graph:
+        """Read what `save` wrote. The graph has no model: `why` and `sufficient` need one from `attribute`.
+
+        Raises:
+            ValueError: the file is no graph, damaged, of another version or larger than 200 MB; names it.
+        """
+        file = Path(path)
+        if (size := file.stat().st_size) > MAX_BYTES:
+            raise ValueError(f"{file}: expected at most {MAX_BYTES:,} bytes, got {size:,}; prune the graph")
+        content = read_json(file)
+        if content.get("schema") != SCHEMA or not isinstance(content.get("metadata"), dict):
+            raise ValueError(
+                f"{file}: expected a graph of schema {SCHEMA}, got schema {content.get('schema')!r}; attribute again"
+            )
+        nodes = _table(file, content.get("nodes"), NODE_COLUMNS)
+        edges = _table(file, content.get("edges"), EDGE_COLUMNS)
+        return cls(nodes, edges, cast("dict[str, object]", content["metadata"]))
+
+    def to_neuronpedia(self, path: str | Path, slug: str = "writes") -> Path:
+        """Write the graph in the format that Neuronpedia's graph page uploads (that of circuit-tracer 0.5,
+        ``circuit_tracer.frontend.graph_models``). Weights are measured effects, or predicted ones where none was
+        measured; ports are in no field of that format, and nodes of tokens' streams are left out."""
+        metadata = self.metadata
+        tokens = cast("list[str]", metadata["tokens"])
+        named = self.nodes[self.nodes.feature_type != "bias"]
+        edges = self.edges[self.edges.source.isin(named.node_id) & self.edges.target.isin({*named.node_id, "logit"})]
+        weighted = edges.assign(weight=edges.measured.fillna(edges.predicted))
+        links = weighted.groupby(["source", "target"], sort=False)["weight"].sum().reset_index()
+        top = cast(int, metadata["n_layers"]) + 1
+        logit = {
+            "node_id": "logit",
+            "feature": -1,
+            "layer": str(top),
+            "ctx_idx": len(tokens) - 1,
+            "feature_type": "logit",
+            "token_prob": metadata["probability"],
+            "is_target_logit": True,
+            "jsNodeId": "logit",
+            "clerp": str(metadata["title"]),
+        }
+        content = {
+            "metadata": {
+                "slug": slug,
+                "scan": metadata["model"],
+                "transcoder_list": [],
+                "prompt_tokens": tokens,
+                "prompt": "".join(tokens),
+                "node_threshold": None,
+                "schema_version": 1,
+            },
+            "qParams": {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""},
+            "nodes": [_neuronpedia_node(row) for row in _rows(named)] + [logit],
+            "links": _rows(links),
+        }
+        return atomic_text(Path(path), json.dumps(content, allow_nan=False, ensure_ascii=False))
+
+    def draw(self, nodes: int = 12, width: int = 960) -> str:
+        """One SVG without network: tokens below, blocks upward. Blue helps, red hurts; a line is as thick as the
+        measured effect, dotted into a key, dashed into a query, solid into a value. It follows the viewer's light or
+        dark theme."""
+        pruned = self.prune(nodes)
+        return svg(pruned.nodes, pruned.edges, self.metadata, width)
+
+    def _repr_svg_(self) -> str:
+        return self.draw()
+
+
+def largest(nodes: pd.DataFrame, n: int) -> pd.DataFrame:
+    """The n rows with the largest measured effect."""
+    return nodes.loc[nodes.measured.abs().nlargest(n).index]
+
+
+def _fit(table: pd.DataFrame) -> tuple[float, float]:
+    """Correlation and slope of measured by predicted effects; NaN where there are fewer than three."""
+    predicted = table.predicted
+    if len(table) < 3 or predicted.std() == 0:
+        return float("nan"), float("nan")
+    slope, _ = np.polyfit(predicted, table.measured, 1)
+    return float(predicted.corr(table.measured)), float(slope)
+
+
+def _rows(table: pd.DataFrame) -> list[dict[str, object]]:
+    """Rows for JSON: NaN is null."""
+    rows = cast("list[dict[str, object]]", table.to_dict("records"))
+    return [{name: None if value != value else value for name, value in row.items()} for row in rows]
+
+
+def _table(file: Path, rows: object, columns: Mapping[str, str]) -> pd.DataFrame:
+    """A table of a file of strangers, with the columns that it must have."""
+    if not isinstance(rows, list) or any(not isinstance(row, dict) or row.keys() != columns.keys() for row in rows):
+        raise ValueError(f"{file}: expected rows with {', '.join(columns)}; the file is damaged or of something else")
+    try:
+        return pd.DataFrame(rows, columns=list(columns)).astype(dict(columns))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file}: expected numbers and texts in {', '.join(columns)}: {error}") from error
+
+
+def _neuronpedia_node(row: Mapping[str, object]) -> dict[str, object]:
+    """A node as circuit-tracer's front end has it."""
+    kinds = {"atom": "cross layer transcoder", "error": "mlp reconstruction error"}
+    kind = str(row["feature_type"])
+    layer = cast(int, row["layer"])
+    return {
+        "node_id": row["node_id"],
+        "feature": row["feature"],
+        "layer": "E" if kind == "embedding" else str(layer),
+        "ctx_idx": max(cast(int, row["position"]), 0),
+        "feature_type": kinds.get(kind, kind),
+        "jsNodeId": row["node_id"],
+        "clerp": row["node_id"],
+        "influence": row["measured"],
+        "activation": row["predicted"],
+    }

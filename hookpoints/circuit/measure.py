@@ -1,0 +1,103 @@
+"""Runs of one text that differ in a few values, and what they take off a metric."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hookpoints.circuit.nodes import LogitMetric
+from hookpoints.edits.session import EditSession
+from hookpoints.errors import InputError
+
+if TYPE_CHECKING:
+    from transformer_lens.hook_points import HookPoint
+
+    from hookpoints.model.recurrent import HookedRecurrent
+
+_ROWS = 64
+_ROOM = 2**26
+"""Logits of runs at once."""
+
+
+class Change(NamedTuple):
+    """What one run has other than the plain pass: values of hooks at one token."""
+
+    layer: int
+    """Lowest block that changes; -1: the embedding."""
+    position: int
+    values: Mapping[str, Tensor]
+    """By the name of the hook, what its value [B,T,...] is at the token."""
+    head: int = -1
+    """The value of this head alone; -1: of all."""
+
+
+class Measure:
+    """The plain pass of one text, kept, so that each other run costs only what differs.
+
+    Args:
+        tokens: [1,T].
+        last: the metric depends on the logits after the last token alone.
+
+    Raises:
+        InputError: the metric is not one finite number.
+    """
+
+    def __init__(self, model: HookedRecurrent, tokens: Tensor, metric: LogitMetric, last: bool):
+        self.session = EditSession(model, tokens)
+        self.metric = metric
+        self.last = last
+        value = metric(self.session.logits)
+        if value.numel() != 1 or not bool(torch.isfinite(value).all()):
+            raise InputError(f"metric: expected one finite number, got {value!r:.80}")
+        self.plain = float(value)
+        self.runs = 0
+        """Runs so far."""
+
+    def effects(self, changes: Sequence[Change]) -> np.ndarray:
+        """[N], what each change takes off the metric."""
+        effects = np.zeros(len(changes))
+        _, length, vocab = self.session.logits.shape
+        order = sorted(range(len(changes)), key=lambda row: changes[row][:2])
+        for _, rows_of_layer in groupby(order, key=lambda row: changes[row].layer):
+            rows = list(rows_of_layer)
+            while rows:
+                start = changes[rows[0]].position
+                count = max(1, min(_ROWS, _ROOM // ((length - start) * vocab)))
+                effects[rows[:count]] = self._run([changes[row] for row in rows[:count]])
+                rows = rows[count:]
+        return effects
+
+    def _run(self, changes: Sequence[Change]) -> list[float]:
+        """Of changes of one layer, ordered by position."""
+        start = changes[0].position
+        names = sorted({name for change in changes for name in change.values})
+        length = self.session.logits.shape[1]
+        hooks = [(name, _putting(changes, length)) for name in names]
+        run = self.session.run_hooked(len(changes), changes[0].layer, start, hooks)
+        before = self.session.logits[0, : run.start]
+        self.runs += len(changes)
+        rows = (logits if self.last else torch.cat([before, logits]) for logits in run.logits)
+        values = torch.stack([self.metric(row[None]).reshape(()) for row in rows])
+        return (self.plain - values).tolist()
+
+
+def _putting(changes: Sequence[Change], length: int) -> Callable[[Tensor, HookPoint], Tensor]:
+    """A hook that gives each row its value at its token, of the last tokens of a text of ``length``."""
+
+    def put(x: Tensor, hook: HookPoint) -> Tensor:
+        x = x.clone()
+        begin = length - x.shape[1]
+        for row, change in enumerate(changes):
+            value = change.values.get(str(hook.name))
+            if value is not None:
+                at = x[row, change.position - begin]
+                at = at if change.head < 0 else at[change.head]
+                at.copy_(value)
+        return x
+
+    return put

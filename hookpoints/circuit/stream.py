@@ -1,0 +1,198 @@
+"""What the residual stream is the sum of, and what each part gives to a direction: parts add up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hookpoints.circuit.nodes import Spans
+from hookpoints.errors import UnsupportedModelError
+from hookpoints.recurrence.recurrence import Recurrence
+
+if TYPE_CHECKING:
+    from hookpoints.model.recurrent import HookedRecurrent
+
+FeatureType = Literal["embedding", "write", "attn", "mlp", "skip", "bias", "atom", "error", "stream", "logit"]
+"""What a node is: a token's embedding, the write of a recurrent head, the output of a softmax head, of an MLP, what a
+recurrent head hands on besides its state (Mamba-2's D x, RWKV's bonus), what biases add, a part of a write, all that
+the stream holds at a token, a logit."""
+_ROOM = 2**24
+"""Gradients of reads [N,T,H,V] at once."""
+
+
+class Text(NamedTuple):
+    """One text through the model."""
+
+    tokens: Tensor
+    """[1,T]."""
+    values: Mapping[str, Tensor]
+    """What hooks saw, [1,T,...], by name."""
+    recurrences: Mapping[int, Recurrence]
+    logits: Tensor
+    """[1,T,vocab]."""
+
+    def at(self, name: str) -> Tensor:
+        """[T,...]."""
+        return self.values[name][0]
+
+
+@torch.no_grad()
+def read_text(model: HookedRecurrent, tokens: Tensor) -> Text:
+    """One pass.
+
+    Raises:
+        UnsupportedModelError: the blocks are no chain along one residual stream.
+    """
+    if not model.attachment.layout.is_chain:
+        raise UnsupportedModelError(
+            f"{model.cfg.model_name}: expected blocks that add to one residual stream, got others (several streams "
+            "side by side), whose parts do not add up; write_attribution works on this model"
+        )
+    ends = ("hook_resid_pre", "hook_mixer_out", "hook_attn_out", "hook_mlp_out", "hook_resid_post")
+    ends += ("mixer.hook_read", "mixer.hook_z", "mixer.hook_write_key", "mixer.hook_write_value", "attn.hook_z")
+    names = [name for name in model.hook_dict if name.startswith("blocks.") and name.split(".", 2)[-1] in ends]
+    with model.recording() as record:
+        logits, cache = model.run_with_cache(tokens, names_filter=["hook_embed", *names])
+    recurrences = {layer: recorded.recurrence for layer, recorded in record.items()}
+    return Text(tokens, dict(cache.items()), recurrences, logits)
+
+
+class Part(NamedTuple):
+    """What the nodes of one kind in one block give to N directions."""
+
+    feature_type: FeatureType
+    layer: int
+    given: Tensor
+    """[N,T,H]; H is 1 where there are no heads."""
+    has_heads: bool = False
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """Takes the residual stream of a text apart, by linear maps that hold norms, gates and patterns fixed."""
+
+    model: HookedRecurrent
+    clean: Text
+    """The text whose norms, gates and patterns are held fixed."""
+    spans: Spans
+
+    def parts(self, directions: Tensor, layer: int, text: Text) -> tuple[list[Part], Tensor]:
+        """What each node below block ``layer`` gives to <x, direction>, x [T,D] the stream that enters the block.
+
+        Args:
+            directions: [N,T,D].
+            text: whose values are given; the clean one, or a corrupt one through the clean one's maps.
+
+        Returns: the parts, and [N], what output projections add as biases.
+        """
+        embedding = torch.einsum("ntd,td->nt", directions, text.at("blocks.0.hook_resid_pre"))
+        parts = [Part("embedding", -1, embedding[..., None])]
+        bias = directions.new_zeros(len(directions))
+        for block in range(layer):
+            if block in self.spans.ways:
+                recurrent, rest = self._of_mixer(directions, block, text)
+                parts += recurrent
+                bias = bias + rest
+            elif block in self.model.cfg.layers:
+                parts.append(self._whole("skip", directions, block, text.at(f"blocks.{block}.hook_mixer_out")))
+            if block in self.spans.attention:
+                softmax, rest = self._of_attention(directions, block, text)
+                parts.append(softmax)
+                bias = bias + rest
+            elif block not in self.model.cfg.layers and f"blocks.{block}.hook_attn_out" in text.values:
+                parts.append(self._whole("attn", directions, block, text.at(f"blocks.{block}.hook_attn_out")))
+            parts.append(self._whole("mlp", directions, block, self.mlp_out(block, text)))
+        return parts, bias
+
+    def mlp_out(self, block: int, text: Text) -> Tensor:
+        """[T,D], what the MLP adds; in a block with several, what it adds besides its heads."""
+        name = f"blocks.{block}.hook_mlp_out"
+        if name in text.values:
+            return text.at(name)
+        added = text.at(f"blocks.{block}.hook_resid_post") - text.at(f"blocks.{block}.hook_resid_pre")
+        outs = {"hook_mixer_out": block in self.model.cfg.layers}
+        outs["hook_attn_out"] = block in self.model.cfg.attention or block not in self.model.cfg.layers
+        for hook, counts in outs.items():
+            if counts and f"blocks.{block}.{hook}" in text.values:
+                added = added - text.at(f"blocks.{block}.{hook}")
+        return added
+
+    def _whole(self, feature_type: FeatureType, directions: Tensor, block: int, added: Tensor) -> Part:
+        return Part(feature_type, block, torch.einsum("ntd,td->nt", directions, added)[..., None])
+
+    def _of_mixer(self, directions: Tensor, block: int, text: Text) -> tuple[list[Part], Tensor]:
+        """Writes and skips of a recurrent block, and the bias of its projection."""
+        way = self.spans.ways[block]
+        at_z, at_reads = back(way.added, (way.handed_on, way.reads), directions)
+        heads = (at_z * text.at(f"blocks.{block}.mixer.hook_z")).sum(-1)
+        reads = (at_reads * text.at(f"blocks.{block}.mixer.hook_read")).sum(-1)
+        writes = of_writes(self.clean.recurrences[block], text.recurrences[block], at_reads)
+        out = torch.einsum("ntd,td->n", directions, text.at(f"blocks.{block}.hook_mixer_out"))
+        parts = [Part("write", block, writes, True), Part("skip", block, heads - reads, True)]
+        return parts, out - heads.sum((1, 2))
+
+    def _of_attention(self, directions: Tensor, block: int, text: Text) -> tuple[Part, Tensor]:
+        """Softmax heads of a block, and the bias of their projection."""
+        z, added = self.spans.attention[block]
+        (at_z,) = back(added, (z,), directions)
+        heads = (at_z * text.at(f"blocks.{block}.attn.hook_z")).sum(-1)
+        out = torch.einsum("ntd,td->n", directions, text.at(f"blocks.{block}.hook_attn_out"))
+        return Part("attn", block, heads, True), out - heads.sum((1, 2))
+
+
+def back(end: Tensor, starts: tuple[Tensor, ...], directions: Tensor) -> list[Tensor]:
+    """Gradients [N,T,...] of <end, direction> by each of ``starts`` [1,T,...], for directions [N,T,D]."""
+    rows = [
+        torch.autograd.grad(end, starts, direction[None].to(end), retain_graph=True, allow_unused=True)
+        for direction in directions
+    ]
+    return [
+        torch.cat([torch.zeros_like(start) if gradient is None else gradient for gradient in gradients])
+        for start, gradients in zip(starts, zip(*rows))
+    ]
+
+
+@torch.no_grad()
+def of_writes(clean: Recurrence, text: Recurrence, at_reads: Tensor) -> Tensor:
+    """[N,S,H], what each write of ``text`` gives to <reads, at_reads>, carried by the transitions of ``clean``.
+
+    Args:
+        at_reads: [N,T,H,V].
+
+    Cost: value channels are independent of each other, so N gradients are one scan with N V channels.
+    """
+    carried = clean.with_write(text.k, text.u)
+    n_rows = len(at_reads)
+    if clean.rates is not None:
+        each = [_of_values(text, carried.value_gradients(row[None]), 1) for row in at_reads]
+        return torch.cat(each)
+    step = max(1, _ROOM // at_reads[0].numel())
+    given = []
+    for first in range(0, n_rows, step):
+        rows = at_reads[first : first + step]
+        side_by_side = rows.permute(1, 2, 0, 3).flatten(2)[None]  # [1,T,H,N V]
+        given.append(_of_values(text, carried.value_gradients(side_by_side), len(rows)))
+    return torch.cat(given)
+
+
+def _of_values(text: Recurrence, gradients: Tensor, n_rows: int) -> Tensor:
+    """[N,S,H] from gradients [1,S,H,(R,)N V] of the values."""
+    by_row = gradients[0].unflatten(-1, (n_rows, -1))
+    given = (by_row * text.u[0].unsqueeze(-2).to(by_row)).sum(-1)
+    if text.u.ndim == 5:
+        given = given.sum(2)
+    return given.movedim(-1, 0)
+
+
+@torch.no_grad()
+def reads_of(r: Recurrence, writes: Recurrence, head: int, position: int) -> Tensor:
+    """[T,V], what a head of ``r`` reads of one write of ``writes``."""
+    one = r.select(heads=head)
+    written = writes.select(heads=head)
+    alone = torch.zeros_like(written.u)
+    alone[:, position] = written.u[:, position]
+    return one.with_write(written.k, alone).outputs()[0, :, 0]

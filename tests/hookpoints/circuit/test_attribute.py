@@ -1,0 +1,261 @@
+"""Graphs: parts add up in every family, edges are what runs with changed factors do, and bad input is named."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pandas as pd
+import pytest
+import torch
+from conftest import VOCAB, KeepFloat64, hooked_in_float64, make_hf
+from torch import Tensor
+
+from hookpoints import Graph, HookedRecurrent, WriteEdit, attribute
+from hookpoints.circuit.graph import Check
+from hookpoints.circuit.nodes import write_attribution
+from hookpoints.circuit.ports import Node, ports_of
+from hookpoints.errors import InputError, PredictionWarning, UnsupportedModelError
+
+SEQUENCE = torch.randint(1, VOCAB, (1, 16), generator=torch.Generator().manual_seed(3))
+OTHER = torch.randint(1, VOCAB, (1, 16), generator=torch.Generator().manual_seed(4))
+SMALL: dict[str, Any] = {"measure": 3, "targets": 1}
+
+
+def difference(logits: Tensor) -> Tensor:
+    return logits[0, -1, 5] - logits[0, -1, 9]
+
+
+def checked(graph: Graph) -> Check:
+    """Predictions of random models need not be good."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PredictionWarning)
+        return graph.check()
+
+
+@pytest.fixture(scope="module")
+def graph(_model64: HookedRecurrent) -> Graph:
+    """Of a Gated DeltaNet model in float64."""
+    with KeepFloat64():
+        return attribute(SEQUENCE, _model64, [5], against=9, measure=40, targets=4)
+
+
+def test_parts_add_up_at_the_logit_and_at_every_port(hooked64: HookedRecurrent) -> None:
+    if not hooked64.attachment.layout.is_chain:
+        with pytest.raises(UnsupportedModelError, match="write_attribution works"):
+            attribute(SEQUENCE, hooked64, [5])
+        return
+    graph = attribute(SEQUENCE, hooked64, [5], against=9, **SMALL)
+    found: Any = graph.metadata["completeness"]
+    has_pattern = f"blocks.{hooked64.cfg.recurrent_layers[0]}.mixer.hook_pattern" in hooked64.hook_dict
+    assert len(found) == 1 + (3 if has_pattern else 2)
+    assert max(map(abs, found.values())) < 1e-10
+    with torch.no_grad():
+        assert graph.metadata["metric"] == pytest.approx(float(difference(hooked64(SEQUENCE))), abs=1e-10)
+    writes = graph.nodes[graph.nodes.feature_type == "write"]
+    expected = write_attribution(hooked64, SEQUENCE, difference)
+    assert writes.predicted.tolist() == pytest.approx(expected.attribution.tolist(), abs=1e-12)
+    assert writes.measured.notna().sum() == 3
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_5", "mamba2", "rwkv7"])
+def test_only_biases_are_left_of_a_port(model_type: str) -> None:
+    """A model without biases has none; Mamba-2's convolution has one, and RWKV-7 has several."""
+    for zeroed, has_bias in (((".bias",), False), ((), model_type != "qwen3_5")):
+        model = hooked_in_float64(model_type, zeroed=zeroed)
+        with KeepFloat64(), torch.no_grad():
+            for name, parameter in model.hf_model.named_parameters():
+                if not zeroed and name.endswith("bias"):
+                    parameter.add_(0.1)
+            edges = attribute(SEQUENCE, model, [5], against=9, **SMALL).edges
+        biases = edges[(edges.source == "bias") & (edges.port != "direct")].predicted.abs()
+        sizes = edges[edges.port != "direct"].predicted.abs()
+        assert (biases.max() > 1e-6 * sizes.max()) == has_bias, (model_type, zeroed)
+
+
+@pytest.mark.parametrize("corrupt", [None, OTHER], ids=["without", "corrupt"])
+def test_nodes_are_measured_by_runs_without_them(model64: HookedRecurrent, corrupt: Tensor | None) -> None:
+    graph = attribute(SEQUENCE, model64, [5], against=9, corrupt=corrupt, measure=20, targets=0)
+    names = {"mlp": "blocks.{l}.hook_mlp_out", "attn": "blocks.{l}.attn.hook_z", "embedding": "hook_embed"}
+    _, values = model64.run_with_cache(SEQUENCE if corrupt is None else corrupt)
+    with torch.no_grad():
+        plain = float(difference(model64(SEQUENCE)))
+    for kind, hook in names.items():
+        rows = graph.nodes[(graph.nodes.feature_type == kind) & graph.nodes.measured.notna()]
+        assert len(rows)
+        for row in rows.head(3).itertuples():
+            name = hook.format(l=row.layer)
+            other = values[name][0, row.position] * (0 if corrupt is None else 1)  # type: ignore[index]
+
+            def put(x: Tensor, hook: object, row: Any = row, other: Tensor = other) -> Tensor:
+                x = x.clone()
+                if row.head < 0:
+                    x[0, row.position] = other
+                else:
+                    x[0, row.position, row.head] = other[row.head]
+                return x
+
+            with torch.no_grad():
+                left = float(difference(model64.run_with_hooks(SEQUENCE, fwd_hooks=[(name, put)])))
+            assert row.measured == pytest.approx(plain - left, abs=1e-9), row.node_id
+
+
+def without_mlp(model: HookedRecurrent, layer: int, token: int) -> Any:
+    """Factors of block ``layer`` without what the MLP below added at a token, everything else as it is."""
+    _, cache = model.run_with_cache(SEQUENCE, names_filter=f"blocks.{layer - 1}.hook_mlp_out")
+    added = cache[f"blocks.{layer - 1}.hook_mlp_out"][0, token]
+
+    def take(x: Tensor, hook: object) -> Tensor:
+        x = x.clone()
+        x[0, token] -= added
+        return x
+
+    with torch.no_grad(), model.recording() as record:
+        model.run_with_hooks(SEQUENCE, fwd_hooks=[(f"blocks.{layer}.hook_resid_pre", take)])
+    return record[layer].recurrence
+
+
+@pytest.mark.parametrize(("layer", "position", "read"), [(1, 5, 9), (2, 7, 15), (2, 15, 15)])
+def test_edges_are_measured_by_runs_with_that_side_changed(
+    model64: HookedRecurrent, graph: Graph, layer: int, position: int, read: int
+) -> None:
+    """Value and key: the write is replaced. Query: its weight in the reading token's pattern is."""
+    tracer: Any = graph.tracer
+    head = 1
+    clean = model64.recurrence(SEQUENCE, layer)
+    for port in ports_of(Node("write", layer, head, position), clean, tracer.gradients.reads[layer], read):
+        found = tracer._effects(port, [Node("mlp", layer - 1, -1, port.at)])
+        changed = without_mlp(model64, layer, port.at)
+        pattern = clean.replace(q=changed.q).attention()
+        at = (0, position, head)
+
+        def put(x: Tensor, hook: object, pattern: Tensor = pattern) -> Tensor:
+            x = x.clone()
+            x[0, head, read, position] = pattern[0, head, read, position]
+            return x
+
+        k = changed.k if port.name == "key" else clean.k
+        u = changed.u if port.name == "value" else clean.u
+        edit = WriteEdit(layer, head, position, keys=k[at], values=u[at], mode="replace")
+        hooks: list[Any] = [(f"blocks.{layer}.mixer.hook_pattern", put)] if port.name == "query" else []
+        with torch.no_grad(), model64.edits(edit if port.name != "query" else ()):
+            logits = model64.run_with_hooks(SEQUENCE, fwd_hooks=hooks)
+        assert found[0] == pytest.approx(tracer.runs.plain - float(difference(logits)), abs=1e-9), port.name
+        assert abs(found[0]) > 1e-8
+
+
+def test_a_graph_is_saved_and_read(graph: Graph, tmp_path: Path) -> None:
+    loaded = Graph.load(graph.save(tmp_path / "graph.json"))
+    pd.testing.assert_frame_equal(loaded.nodes, graph.nodes.reset_index(drop=True))
+    pd.testing.assert_frame_equal(loaded.edges, graph.edges.reset_index(drop=True))
+    assert loaded.metadata == json.loads(json.dumps(dict(graph.metadata))) and checked(loaded) == checked(graph)
+    with pytest.raises(InputError, match="has no model"):
+        loaded.why(1, 0, 5, 3)
+    for content in ("{", '{"schema": 7}', '{"schema": 1, "metadata": {}, "nodes": [{"layer": 1}], "edges": []}'):
+        (tmp_path / "bad.json").write_text(content)
+        with pytest.raises(ValueError, match=r"bad\.json"):
+            Graph.load(tmp_path / "bad.json")
+
+
+_NODE = dict.fromkeys(("node_id", "layer", "feature_type", "jsNodeId", "clerp"), str) | {"feature": int, "ctx_idx": int}
+
+
+def test_neuronpedia_gets_nodes_and_links_in_its_schema(graph: Graph, tmp_path: Path) -> None:
+    """`Model` of circuit_tracer.frontend.graph_models (circuit-tracer 0.5)."""
+    content = json.loads(graph.prune(8).to_neuronpedia(tmp_path / "np.json", slug="why").read_text())
+    assert content.keys() == {"metadata", "qParams", "nodes", "links"}
+    assert content["metadata"]["slug"] == "why" and len(content["metadata"]["prompt_tokens"]) == SEQUENCE.shape[1]
+    assert content["qParams"].keys() == {"pinnedIds", "supernodes", "linkType", "clickedId", "sg_pos"}
+    for node in content["nodes"]:
+        assert all(isinstance(node[name], kind) for name, kind in _NODE.items())
+        assert 0 <= node["ctx_idx"] < SEQUENCE.shape[1]
+    ids = [node["node_id"] for node in content["nodes"]]
+    assert len(ids) == len(set(ids)) and sum(node.get("is_target_logit", False) for node in content["nodes"]) == 1
+    assert content["links"] and all({link["source"], link["target"]} <= {*ids} for link in content["links"])
+    assert all(isinstance(link["weight"], float) for link in content["links"])
+
+
+@pytest.mark.usefixtures("_keep_float64")
+def test_why_asks_for_any_head_and_pair_of_tokens(graph: Graph) -> None:
+    table = graph.why(2, 1, read=12, source=5)
+    assert set(table.port) == {"value", "key", "query"} and set(table.target) == {"L2H1@5"}
+    assert set(table[table.port == "query"].read) == {12}
+    assert Node("write", 2, 1, 5).node_id == "L2H1@5"
+    for arguments, message in (((2, 9, 12, 5), "head"), ((2, 1, 5, 12), "source"), ((2, 1, 99, 5), "read")):
+        with pytest.raises(InputError, match=message):
+            graph.why(*arguments)
+    with pytest.raises(UnsupportedModelError, match="no recurrence"):
+        graph.why(3, 0, 12, 5)
+
+
+@pytest.mark.usefixtures("_keep_float64")
+def test_all_writes_are_sufficient_and_none_are_not(graph: Graph) -> None:
+    writes = int((graph.nodes.feature_type == "write").sum())
+    every = graph.sufficient(writes)
+    assert every.kept == pytest.approx(1, abs=1e-9) and every.metric == pytest.approx(
+        graph.metadata["metric"], abs=1e-9
+    )
+    with pytest.raises(InputError, match="n: expected"):
+        graph.sufficient(0)
+
+
+def test_a_pruned_graph_has_its_nodes_and_their_sources(graph: Graph) -> None:
+    pruned = graph.prune(5)
+    largest = graph.nodes.measured.abs().nlargest(5).index
+    assert {*graph.nodes.loc[largest].node_id} <= {*pruned.nodes.node_id}
+    assert len(pruned.edges) < len(graph.edges)
+    assert {*pruned.edges[pruned.edges.port == "direct"].source} <= {*pruned.nodes.node_id}
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda model: attribute(SEQUENCE.repeat(2, 1), model, [5]), "one sequence"),
+        (lambda model: attribute(SEQUENCE, model, [VOCAB]), "attribution_targets: expected token ids"),
+        (lambda model: attribute(SEQUENCE, model, [-1]), "attribution_targets: expected token ids"),
+        (lambda model: attribute(SEQUENCE, model, []), "at least one token"),
+        (lambda model: attribute(SEQUENCE, model, [5], corrupt=OTHER[:, 1:]), "as many as the text has"),
+        (lambda model: attribute(SEQUENCE, model, [5], metric=difference), "got both"),
+        (lambda model: attribute(SEQUENCE, model, [5], measure=0), "measure"),
+        (lambda model: attribute(SEQUENCE, model, metric=lambda logits: logits[0, -1]), "one finite number"),
+        (lambda model: attribute(SEQUENCE, model, [5], saes=[cast(Any, object())]), "one head's writes"),
+        (lambda model: attribute(SEQUENCE, training(model), [5]), "training mode"),
+    ],
+)
+def test_bad_input_is_named(ask: Callable[[HookedRecurrent], Graph], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        ask(HookedRecurrent.from_hf(make_hf()))
+
+
+def training(model: HookedRecurrent) -> HookedRecurrent:
+    model.train()
+    return model
+
+
+def test_a_target_that_is_split_and_a_corrupt_text_are_spelled_out(embedded: HookedRecurrent) -> None:
+    with pytest.raises(InputError, match=r"attribution_targets: expected single tokens.*is 2 tokens"):
+        attribute("The Secretary of the", embedded, [" Treasury."])
+    with pytest.raises(InputError, match=r"'·?Navy'|Navy"):
+        attribute("The Secretary of the Treasury", embedded, corrupt="The Navy")
+
+
+def test_quantized_weights_warn(model: HookedRecurrent) -> None:
+    model.hf_model.is_quantized = True
+    try:
+        with pytest.warns(PredictionWarning, match="quantized"):
+            attribute(SEQUENCE, model, [5], measure=3, targets=0)
+    finally:
+        del model.hf_model.is_quantized
+
+
+def test_a_metric_of_any_token_is_taken(model64: HookedRecurrent, graph: Graph) -> None:
+    """Of the last token it is the same graph; without direct edges measured."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        other = attribute(SEQUENCE, model64, metric=difference, measure=40, targets=4)
+    pd.testing.assert_series_equal(other.nodes.predicted, graph.nodes.predicted, rtol=1e-8)
+    pd.testing.assert_series_equal(other.nodes.measured, graph.nodes.measured, rtol=1e-7)
+    assert other.edges[other.edges.port == "direct"].measured.isna().all()
