@@ -243,12 +243,9 @@ class EditSession:
         # Upstream's torch ops pad to chunks of 64 tokens: four times the work for the 17 of a substitution test.
         backend: Backend | None = "recurrence" if tokens.device.type == "cpu" and stop - start < 64 else None
         plans = (*self._outer_plans, plan)
-        with (
-            threads_for(tokens.numel() * self._weights),
-            scope(model.attachment, plans=plans, first_token=start, backend=backend),
-            model.attachment.passing(layer, None, residual),
-            model.hooks(fwd_hooks),
-        ):
+        edited = scope(model.attachment, plans=plans, first_token=start, backend=backend)
+        passing = model.attachment.passing(layer, None, residual)
+        with threads_for(tokens.numel() * self._weights), edited, passing, model.hooks(fwd_hooks):
             logits = model.hf_model(**inputs).logits
         plan.check_acted()
         return logits
