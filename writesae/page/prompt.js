@@ -78,15 +78,56 @@ function grid() {
   }));
 }
 
+async function post(path, asked) {
+  const answer = await fetch(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(asked) });
+  const given = await answer.json();
+  if (!answer.ok) throw new Error(given.error);
+  return given;
+}
+
+async function explain() {
+  const { target, against } = part("ask").elements, box = part("picture");
+  part("answer").textContent = "deleting writes, one run each";
+  part("made").hidden = true;
+  try {
+    const width = Math.min(960, part("result").clientWidth - 36);
+    const { svg, said, target: title } = await post("/explain", { text: form.elements.text.value, target: target.value, against: against.value, width });
+    const drawn = document.importNode(new DOMParser().parseFromString(svg, "image/svg+xml").documentElement, true);
+    box.replaceChildren(drawn);
+    box.hidden = false;
+    part("answer").textContent = `${title}. ${said}`;
+    for (const node of drawn.querySelectorAll(".node")) {
+      node.addEventListener("click", () => made(node.dataset.node));
+      node.addEventListener("keydown", (event) => { if (event.key === "Enter") made(node.dataset.node); });
+    }
+  } catch (error) {
+    box.hidden = true;
+    part("answer").textContent = error.message;
+  }
+}
+
+async function made(name) {
+  const write = /^L(\d+)H(\d+)@(\d+)$/.exec(name);
+  part("made").hidden = !write;
+  if (!write) { part("answer").textContent = `${name} is no write: it is one source, and not taken apart.`; return; }
+  const [layer, head, position] = write.slice(1).map(Number);
+  try {
+    const ports = await post("/write", { layer, head, position });
+    part("answer").textContent = `What made ${name}: effects on the logit of each source; those with ~ are predicted, the others measured.`;
+    for (const port of ["value", "key", "query"]) {
+      meter(part(port), (ports[port] ?? []).map(([source, value, measured]) => ({ name: source, value, shown: (measured ? "" : "~") + value })));
+    }
+  } catch (error) {
+    part("made").hidden = true;
+    part("answer").textContent = error.message;
+  }
+}
+
 async function read(token) {
   const { text, layer, head } = form.elements;
   part("said").textContent = "reading";
   try {
-    const body = JSON.stringify({ text: text.value, layer: Number(layer.value), head: Number(head.value) });
-    const answer = await fetch("/read", { method: "POST", headers: { "Content-Type": "application/json" }, body });
-    const given = await answer.json();
-    if (!answer.ok) throw new Error(given.error);
-    reading = given;
+    reading = await post("/read", { text: text.value, layer: Number(layer.value), head: Number(head.value) });
     part("said").textContent = `${reading.tokens.length} tokens`;
     part("result").hidden = false;
     grid();
@@ -105,6 +146,7 @@ part("grid").addEventListener("keydown", (event) => {
   goTo(head, token);
 });
 form.addEventListener("submit", (event) => { event.preventDefault(); read(); });
+part("ask").addEventListener("submit", (event) => { event.preventDefault(); explain(); });
 form.elements.layer.addEventListener("change", () => { fillHeads(); read(at); });
 form.elements.head.addEventListener("change", () => read(at));
 form.elements.shade.addEventListener("change", () => { if (reading) choose(at); });

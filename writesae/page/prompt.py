@@ -9,16 +9,18 @@ from __future__ import annotations
 import json
 import secrets
 import threading
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partialmethod
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import cast
 
 import torch
 
-from hookpoints import HookedRecurrent, Recurrence, read_memory
-from hookpoints.errors import HookpointsError
+from hookpoints import Graph, HookedRecurrent, Recurrence, attribute, read_memory
+from hookpoints.errors import HookpointsError, PredictionWarning
 from sae_lens_writesae.sae import WriteProductSAE
 from sae_lens_writesae.sae.load import load_sae
 from sae_lens_writesae.sae.target import HeadHook, check_hook
@@ -70,6 +72,8 @@ class PromptServer(ThreadingHTTPServer):
         found = [] if sae is None else [load_sae(folder) for folder in reversed(sae_folders(sae))]
         self.saes = {HeadHook.of(each).cell: each for each in found}
         self.lock = threading.Lock()
+        self.graph: Graph | None = None
+        """Of the text that was explained last."""
         super().__init__(("127.0.0.1", port), _Handler)  # a taken port ends this before a model loads
         name = model or next((str(each.cfg.metadata.model_name) for each in found), "embedded")
         self.model = HookedRecurrent.from_pretrained(name, dtype=dtype)
@@ -124,9 +128,50 @@ class PromptServer(ThreadingHTTPServer):
             "facts": facts,
         }
 
+    def explain(self, text: str, target: str, against: str, width: int) -> dict[str, object]:
+        """Why the model says a token after a text: the picture of an attribution graph.
+
+        Args:
+            target, against: the token, and that whose logit is taken off; empty for the most likely one, and the mean.
+            width: of the picture, in pixels.
+
+        Returns: `svg`; `said`, how far predictions hold; `target`.
+
+        Raises:
+            ValueError: the text has no token or more than `MAX_TOKENS`, or a target is not one token.
+        """
+        tokens = self.model.to_tokens(text, prepend_bos=False, truncate=False)
+        if not 0 < tokens.shape[1] <= MAX_TOKENS:
+            raise ValueError(f"text: expected 1 to {MAX_TOKENS} tokens, got {tokens.shape[1]}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PredictionWarning)  # the numbers are shown
+            graph = attribute(tokens, self.model, [target] if target else None, against or None)
+            said = str(graph.check()) if tokens.shape[1] > 1 else ""
+        self.graph = graph
+        picture = graph.draw(width=min(max(width, 320), 1200))
+        return {"svg": picture, "said": said, "target": graph.metadata["title"]}
+
+    def made_of(self, layer: int, head: int, position: int) -> dict[str, list[list[object]]]:
+        """What made a write of the text that was explained last, and the query of its last token: for each port the
+        largest sources, with their effect and whether it was measured.
+
+        Raises:
+            ValueError: no text was explained, or there is no such write.
+        """
+        if self.graph is None:
+            raise ValueError("no text was explained yet: ask why first")
+        last = len(cast("list[str]", self.graph.metadata["tokens"])) - 1
+        table = self.graph.why(layer, head, read=last, source=position)
+        ports: dict[str, list[list[object]]] = {}
+        for row in table[table.source != "bias"].to_dict("records"):
+            is_measured = row["measured"] == row["measured"]
+            effect = short(row["measured"] if is_measured else row["predicted"])
+            ports.setdefault(row["port"], []).append([row["source"], effect, is_measured])
+        return {port: rows[:8] for port, rows in ports.items()}
+
 
 class _Handler(BaseHTTPRequestHandler):
-    """`GET /` is the page, `POST /read` what it asks for; everything else is refused."""
+    """`GET /` is the page, `POST /read`, `/explain` and `/write` what it asks for; everything else is refused."""
 
     server: PromptServer  # type: ignore[assignment]
     timeout = 60
@@ -142,24 +187,31 @@ class _Handler(BaseHTTPRequestHandler):
         if not 0 <= length <= MAX_BYTES:
             raise ValueError(f"request: expected 0 to {MAX_BYTES} bytes, got {length}; send a shorter text")
         asked = json.loads(self.rfile.read(length))
-        with self.server.lock:
-            return json.dumps(self.server.read(str(asked["text"]), int(asked["layer"]), int(asked["head"])))
+        server = self.server
+        with server.lock:
+            if self.path == "/explain":
+                text, target, against = (str(asked[name]) for name in ("text", "target", "against"))
+                return json.dumps(server.explain(text, target, against, int(asked["width"])))
+            if self.path == "/write":
+                layer, head, position = (int(asked[name]) for name in ("layer", "head", "position"))
+                return json.dumps(server.made_of(layer, head, position))
+            return json.dumps(server.read(str(asked["text"]), int(asked["layer"]), int(asked["head"])))
 
-    def _answer(self, path: str, content: Callable[[_Handler, str], str]) -> None:
+    def _answer(self, paths: tuple[str, ...], content: Callable[[_Handler, str], str]) -> None:
         """Send what `content` makes of a nonce. A request is refused if it names another host than this server, comes
-        from a page of another site, or asks for another path than `path`."""
+        from a page of another site, or asks for another path than one of `paths`."""
         hosts = [f"{name}:{self.server.server_address[1]}" for name in ("127.0.0.1", "localhost")]
         is_ours = self.headers.get("Host") in hosts
         is_ours &= self.headers.get("Origin") in {None, *map("http://{}".format, hosts)}
         nonce = secrets.token_urlsafe(16)
-        status = 403 if not is_ours else 404 if self.path != path else 200
-        refusal = f"expected {path} of {hosts[0]}, got {self.path} of {self.headers.get('Host')}"
+        status = 403 if not is_ours else 404 if self.path not in paths else 200
+        refusal = f"expected {paths[0]} of {hosts[0]}, got {self.path} of {self.headers.get('Host')}"
         try:
             body = content(self, nonce) if status == 200 else json.dumps({"error": refusal})
         except (ValueError, KeyError, TypeError, RecursionError, HookpointsError) as error:
             status = 400
             body = json.dumps({"error": str(error)})
-        is_page = (status, path) == (200, "/")
+        is_page = (status, self.path) == (200, "/")
         headers = {
             "Content-Type": "text/html; charset=utf-8" if is_page else "application/json",
             "Content-Length": str(len(body.encode())),
@@ -175,8 +227,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(body.encode())
 
-    do_GET = partialmethod(_answer, "/", _page)
-    do_POST = partialmethod(_answer, "/read", _reading)
+    do_GET = partialmethod(_answer, ("/",), _page)
+    do_POST = partialmethod(_answer, ("/read", "/explain", "/write"), _reading)
 
     def log_message(self, format: str, *args: object) -> None:
         """Log nothing: texts are private."""
