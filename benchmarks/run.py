@@ -32,7 +32,7 @@ from hookpoints.files import atomic_text  # noqa: E402
 
 NAMES = (
     *("launches", "scan", "hooks", "recurrence", "substitution", "sae_step", "state_step", "real_size", "busy"),
-    "memory_surgery",
+    *("memory_surgery", "circuits"),
 )
 """The benchmarks, as the page has them."""
 HEAD = """# Benchmarks

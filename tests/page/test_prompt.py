@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import socket
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,22 @@ def test_facts_are_those_of_the_state_at_each_token(embedded: HookedRecurrent, t
     wanted = [[f"{fact.key} → {fact.value}" for fact in facts] for facts in read_memory(states, sae)]
     assert [[name for name, _ in shown] for shown in reading["facts"]] == wanted and any(wanted)
     assert other["facts"] is None
+
+
+def test_why_a_token_is_drawn_and_a_write_is_taken_apart(server: PromptServer) -> None:
+    asked = {"text": "The Secretary of the Treasury and the Secretary of the", "against": "", "width": 390}
+    assert ask(server, "POST", "/write", {"layer": 4, "head": 0, "position": 3})[0] == 400  # nothing was explained
+    status, why = ask(server, "POST", "/explain", asked | {"target": " Treasury"})
+    assert status == 200 and why["svg"].startswith("<svg") and "writes measured" in why["said"]
+    name = re.search(r'data-node="L(\d+)H(\d+)@(\d+)"', why["svg"])
+    assert name is not None
+    place = dict(zip(("layer", "head", "position"), map(int, name.groups())))
+    status, ports = ask(server, "POST", "/write", place)
+    assert status == 200 and {"value", "key", "query"} == ports.keys()
+    assert all(len(row) == 3 for rows in ports.values() for row in rows)
+    for wrong in ({"target": "two tokens of"}, {"target": " Treasury", "text": ""}):
+        status, said = ask(server, "POST", "/explain", asked | wrong)
+        assert status == 400 and "expected" in said["error"]
 
 
 def test_other_sites_and_other_requests_are_refused(server: PromptServer) -> None:

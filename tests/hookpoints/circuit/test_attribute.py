@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
+from xml.etree import ElementTree
 
 import pandas as pd
 import pytest
@@ -259,3 +262,50 @@ def test_a_metric_of_any_token_is_taken(model64: HookedRecurrent, graph: Graph) 
     pd.testing.assert_series_equal(other.nodes.predicted, graph.nodes.predicted, rtol=1e-8)
     pd.testing.assert_series_equal(other.nodes.measured, graph.nodes.measured, rtol=1e-7)
     assert other.edges[other.edges.port == "direct"].measured.isna().all()
+
+
+class OneAtom:
+    """A dictionary in SAELens' interface: atom 0 is half of a write, atom 1 never fires."""
+
+    def __init__(self, write: Tensor, layer: int, head: int):
+        self.W_dec = torch.stack([write, torch.ones_like(write)])
+        self.base = torch.full_like(write, 0.01)
+        hook = f"blocks.{layer}.mixer.heads.{head}.hook_write_vec"
+        self.cfg = SimpleNamespace(metadata=SimpleNamespace(hook_name=hook))
+
+    def encode(self, x: Tensor) -> Tensor:
+        return torch.tensor([[0.5, 0.0]]).to(x)
+
+    def decode(self, feature_acts: Tensor) -> Tensor:
+        return feature_acts @ self.W_dec + self.base
+
+
+def test_a_write_is_taken_apart_into_atoms_an_error_and_a_bias(model64: HookedRecurrent, graph: Graph) -> None:
+    writes = graph.nodes[(graph.nodes.feature_type == "write") & graph.nodes.measured.notna()]
+    best = writes.loc[writes.measured.abs().idxmax()]
+    layer, head, position = int(best.layer), int(best["head"]), int(best.position)
+    write = model64.recurrence(SEQUENCE, layer).write(heads=head, positions=position)[0, 0, 0]
+    sae: Any = OneAtom(write.flatten(), layer, head)
+    found = attribute(SEQUENCE, model64, [5], against=9, measure=40, targets=1, saes=[sae])
+    parts = found.nodes[found.nodes.node_id.str.startswith(f"{best.node_id} ")].set_index("feature_type")
+    assert sorted(parts.index) == ["atom", "bias", "error"] and parts.loc["atom"].feature == 0
+    first_order = write_attribution(model64, SEQUENCE, difference, through=None)
+    place = (first_order.layer == layer) & (first_order["head"] == head) & (first_order.position == position)
+    assert parts.predicted.sum() == pytest.approx(first_order[place].attribution.item(), abs=1e-10)
+    unit = torch.eye(write.shape[1], dtype=write.dtype)
+    half = WriteEdit(layer, head, position, keys=-0.5 * write.T, values=unit)
+    with torch.no_grad(), model64.edits(half):
+        left = float(difference(model64(SEQUENCE)))
+    assert parts.loc["atom"].measured == pytest.approx(float(str(found.metadata["metric"])) - left, abs=1e-9)
+    assert {*found.edges[found.edges.source.isin(parts.node_id)].target} == {best.node_id}
+
+
+def test_a_picture_is_one_file_without_network(graph: Graph) -> None:
+    for width in (390, 960):
+        picture = graph.draw(width=width)
+        root = ElementTree.fromstring(picture)
+        assert root.attrib["viewBox"].split()[2] == str(width)
+        assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)|<script|url\(", picture)
+        names = [element.attrib["data-node"] for element in root.iter() if "data-node" in element.attrib]
+        assert {*graph.nodes.loc[[graph.nodes.measured.abs().idxmax()]].node_id} <= {*names}
+        assert {"key", "query"} & {word for element in root.iter() for word in element.get("class", "").split()}
