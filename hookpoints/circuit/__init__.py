@@ -1,5 +1,6 @@
 """Why did the model say this? Which writes made a logit, and what made those writes.
 
-``norms`` holds norms fixed or splits them into scale and direction, ``nodes`` predicts what deleting a write does,
-``measure`` deletes, ``ports`` and ``edges`` say what made a write, ``graph`` is the result and ``draw`` its picture.
+``norms`` holds norms fixed or splits off their scale; ``nodes`` predicts what deleting a write does; ``stream`` takes
+the residual stream apart; ``measure`` runs the model without a node; ``ports`` says what the key, value and query of a
+write are made of; ``attribute`` puts these together; ``graph`` is the result and ``draw`` its picture.
 """

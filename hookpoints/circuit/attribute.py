@@ -79,7 +79,7 @@ def attribute(
         text: one sequence, a string or tokens [1,T].
         attribution_targets: tokens whose mean logit after the last token is explained. None: the most likely one.
         against: the token or tokens whose logit is taken off. None: the mean of all logits.
-        measure: how many writes are deleted in runs of their own, and a fifth as many heads, MLPs and embeddings each.
+        measure: how many writes are deleted, one run each, and a fifth as many heads, MLPs and embeddings each.
         metric: a function of logits [1,T,vocab] instead of targets.
         corrupt: another text of as many tokens; nodes are replaced by those of the corrupt text instead of deleted.
             The best first thing to try, since predictions then hold best.

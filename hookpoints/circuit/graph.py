@@ -63,7 +63,7 @@ class Check(NamedTuple):
 
 
 class Sufficiency(NamedTuple):
-    """What is left of a metric if only some writes are kept."""
+    """What is left of a metric without all writes but some."""
 
     n: int
     kept: float
