@@ -7,6 +7,7 @@ import statistics
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from frame import Line
 from tables import table
 
-from hookpoints import Graph, HookedRecurrent, attribute, embedded, write_attribution, zoo
+from hookpoints import Graph, HookedRecurrent, WriteEdit, attribute, embedded, write_attribution, zoo
 
 TITLE = "Circuits"
 QUICK = {"passages": 1, "sequences": 1, "length": 16}
@@ -31,7 +32,6 @@ PAIRS = (
 )
 """A text, the word in it, and that of the corrupt text; the word is what the model is to say."""
 SIZES = {"composition": {"pairs": 5}, "induction": {"words": 10}, "facts": {"pairs": 4}}
-LEADS = {"recall": {"pairs": 8}}
 
 
 def fit(rows: pd.DataFrame) -> dict[str, float]:
@@ -91,63 +91,52 @@ def costs(model: HookedRecurrent, tokens: torch.Tensor) -> dict[str, float]:
     with torch.no_grad():
         forward = clock(lambda: model(tokens))
     graph = attribute(tokens, model, [5])
-    tracer: Any = graph.tracer
-    nodes = [row for row in graph.nodes[graph.nodes.measured.notna()].itertuples() if row.feature_type == "write"]
-    from hookpoints.circuit.attribute import _node
-
-    changes = [tracer._without(_node(row)) for row in nodes]
-    port = graph.why(model.cfg.recurrent_layers[-1], 0, tokens.shape[1] - 1, tokens.shape[1] - 8)
-    count = int(port.measured.notna().sum())
+    places = (model.cfg.recurrent_layers[-1], 0, tokens.shape[1] - 1, tokens.shape[1] - 8)
+    count = int(graph.why(*places).measured.notna().sum())
+    session = model.edit_session(tokens)
+    writes = graph.nodes[(graph.nodes.feature_type == "write") & graph.nodes.measured.notna()]
+    edits = [WriteEdit(*place, mode="delete") for place in writes[["layer", "head", "position"]].to_numpy().tolist()]
     return {
         "nodes, forwards": clock(lambda: write_attribution(model, tokens, metric)) / forward,
-        "a measured write, forwards": clock(lambda: tracer.runs.effects(changes)) / forward / len(changes),
-        "a measured edge, forwards": clock(
-            lambda: graph.why(model.cfg.recurrent_layers[-1], 0, tokens.shape[1] - 1, tokens.shape[1] - 8)
-        )
-        / forward
-        / count,
+        "a measured write, forwards": clock(lambda: session.run(edits)) / forward / len(edits),
+        "a measured edge, forwards": clock(lambda: graph.why(*places)) / forward / count,
         "graph of 15 tokens, seconds": clock(lambda: attribute(tokens[:, :15], model, [5])),
     }
 
 
 def of_zoo(name: str, sequences: int) -> dict[str, float]:
-    """What graphs of one model find of its truth table."""
+    """What graphs of one model find of its truth table: mean rates."""
     model = HookedRecurrent.from_pretrained(name, device="cpu")
-    size = SIZES.get(name, LEADS["recall"])
-    batch = zoo.task(name).batch(sequences, torch.Generator().manual_seed(11), **size)
-    holder = next(holder for holder in zoo.truth(name).holders if holder.holds == "values")
+    batch = zoo.task(name).batch(sequences, torch.Generator().manual_seed(11), **SIZES.get(name, {"pairs": 8}))
     rates: dict[str, list[float]] = {}
     for row in range(sequences):
-        last = int(batch.positions[row, 0])
-        asked = int(batch.symbols["asked"][row, 0])
-        value = int(batch.places["values"][row, asked])
-        answer = int(batch.answers[row, 0])
-        graph = attribute(batch.tokens[row : row + 1, : last + 1], model, [answer], frozen=True, measure=24, targets=4)
-        writes = graph.nodes[graph.nodes.feature_type == "write"]
-        truth = [f"L{holder.layer}H{head}@{value + holder.offset}" for head in holder.heads]
-        first = writes.loc[writes.predicted.abs().nlargest(len(truth)).index].node_id
-        rates.setdefault("holder", []).append(float(first.isin(truth).mean()))
-        streams = graph.edges[graph.edges.source.str.startswith("stream") & graph.edges.target.isin(truth)]
-        wanted = {"value": value, "key": int(batch.places["keys"][row, asked])}
-        if name == "induction":  # the key of the second layer's write comes from the first layer's
-            wanted.pop("key")
-            edges = graph.edges[(graph.edges.target == truth[0]) & (graph.edges.port == "key")]
-            edges = edges[~edges.source.str.startswith("stream")]
-            found = edges.measured.abs().max() if len(edges) else 0.0
-            is_largest = len(edges) and edges.loc[edges.measured.abs().idxmax()].source == f"L0H0@{value - 1}"
-            rates.setdefault("induction's edge", []).append(float(is_largest))
-            rates.setdefault("its logits", []).append(float(found))
-        for port, token in wanted.items():
-            for _, rows in streams[streams.port == port].groupby("target"):
-                largest = rows.loc[rows.measured.idxmax()].source
-                rates.setdefault(f"{port}: its token", []).append(float(largest == f"stream@{token}"))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            check = graph.check()
-        rates.setdefault("r", []).append(check.r)
-        left = graph.sufficient(8)
-        rates.setdefault("8 writes keep the answer", []).append(float(left.same_answer))
+        for what, rate in of_question(model, name, batch, row):
+            rates.setdefault(what, []).append(float(rate))
     return {what: statistics.mean(values) for what, values in rates.items()}
+
+
+def of_question(model: HookedRecurrent, name: str, batch: Any, row: int) -> Iterator[tuple[str, float]]:
+    """Rates of one question."""
+    holder = next(holder for holder in zoo.truth(name).holders if holder.holds == "values")
+    asked = int(batch.symbols["asked"][row, 0])
+    places = {port: int(batch.places[f"{port}s"][row, asked]) for port in ("value", "key")}
+    tokens = batch.tokens[row : row + 1, : int(batch.positions[row, 0]) + 1]
+    graph = attribute(tokens, model, [int(batch.answers[row, 0])], frozen=True, measure=24, targets=4)
+    truth = [f"L{holder.layer}H{head}@{places['value'] + holder.offset}" for head in holder.heads]
+    writes = graph.nodes[graph.nodes.feature_type == "write"]
+    first = writes.loc[writes.predicted.abs().nlargest(len(truth)).index].node_id
+    yield "holder", float(first.isin(truth).mean())
+    sources = {port: f"stream@{token}" for port, token in places.items()}
+    if name == "induction":  # the key of the second layer's write comes from the first layer's
+        sources["key"] = f"L0H0@{places['value'] - 1}"
+    edges = graph.edges[graph.edges.target.isin(truth) & graph.edges.measured.notna()]
+    for port, source in sources.items():
+        kind = edges[(edges.port == port) & (edges.source.str.startswith("stream") == source.startswith("stream"))]
+        for _, rows in kind.groupby("target"):
+            order = rows.sort_values("measured", ascending=False)
+            yield f"{port}: its source", order.source.iloc[0] == source
+    yield "r", graph.check().r
+    yield "8 writes keep the answer", graph.sufficient(8).same_answer
 
 
 def measure(passages: int = 3, sequences: int = 6, length: int = 32) -> dict[str, Any]:

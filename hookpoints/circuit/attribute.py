@@ -296,7 +296,7 @@ class Tracing:
         decomposition = self.blocks.decomposition
         parts, rest = decomposition.parts(direction, layer, self.blocks.text)
         linear = float((entered * direction[0]).sum())
-        total = sum(float(part.given.sum()) for part in parts) + float(rest)
+        total = float(torch.stack([part.given.sum() for part in parts]).sum() + rest.sum())
         self.completeness[port] = total - linear
         if self.blocks.corrupt is not None:
             others, _ = decomposition.parts(direction, layer, self.blocks.corrupt)
@@ -304,9 +304,10 @@ class Tracing:
             parts = [part._replace(given=part.given - other.given) for part, other in pairs]
         sources: dict[Node, float] = {}
         for part in parts:
-            for position, head in part.given[0].nonzero().tolist():
+            given = part.given[0].cpu()
+            for position, head in given.nonzero().tolist():
                 node = Node(part.feature_type, part.layer, head if part.has_heads else -1, position)
-                sources[node] = float(part.given[0, position, head])
+                sources[node] = float(given[position, head])
         return sources, whole - linear + float(rest)
 
     def edges_into(self, node: Node, read: int | None = None) -> pd.DataFrame:
@@ -325,13 +326,13 @@ class Tracing:
         label = f"{port.node.node_id} {port.name}"
         whole = maps.whole - float(again)
         sources, bias = self._sources(label, maps.stream[None], layer, text.at(name), whole)
-        embedded = (maps.embedded * (text.at("hook_embed") - self.blocks.other("hook_embed"))).sum(-1)
+        embedded = (maps.embedded * (text.at("hook_embed") - self.blocks.other("hook_embed"))).sum(-1).cpu()
         for position in embedded.nonzero().flatten().tolist():
             token = Node("embedding", position=position)
             sources[token] = sources.get(token, 0.0) + float(embedded[position])
         listed = dict(sorted(sources.items(), key=lambda source: -abs(source[1]))[:_LISTED])
         known = [source for source in listed if source.feature_type != "skip"][:_MEASURED]
-        held = (maps.stream * (text.at(name) - self.blocks.other(name))).sum(-1)
+        held = (maps.stream * (text.at(name) - self.blocks.other(name))).sum(-1).cpu()
         for position in self.blocks.window(layer, port.at)[-_STREAMS:]:
             stream = Node("stream", layer, -1, position)
             listed[stream] = float(held[position])

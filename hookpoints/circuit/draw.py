@@ -172,7 +172,9 @@ def _path(line: Line, layout: Layout, most: float) -> str:
     (x1, y1), (x2, y2) = layout.places[line.source], layout.places[line.target]
     side = {"key": 10, "query": -10}.get(line.port, 0)  # lines from one source lie side by side
     bend = 0.35 * (y2 - y1)
-    way = f"M{x1:.1f} {y1:.1f}C{x1 + side:.1f} {y1 + bend:.1f} {x2 + side:.1f} {y2 - bend:.1f} {x2:.1f} {y2:.1f}"
+    points = ((x1, y1), (x1 + side, y1 + bend), (x2 + side, y2 - bend), (x2, y2))
+    start, *rest = (f"{x:.1f} {y:.1f}" for x, y in points)
+    way = f"M{start}C{' '.join(rest)}"
     said = _tag("title", f"{line.source} into the {line.port} of {line.target}: {line.effect:+.2f} measured")
     wide = 1 + 6 * abs(line.effect) / most
     sign = "help" if line.effect > 0 else "hurt"

@@ -281,13 +281,13 @@ class OneAtom:
 
 
 def test_a_write_is_taken_apart_into_atoms_an_error_and_a_bias(model64: HookedRecurrent, graph: Graph) -> None:
-    writes = graph.nodes[(graph.nodes.feature_type == "write") & graph.nodes.measured.notna()]
-    best = writes.loc[writes.measured.abs().idxmax()]
-    layer, head, position = int(best.layer), int(best["head"]), int(best.position)
+    writes: Any = graph.nodes[(graph.nodes.feature_type == "write") & graph.nodes.measured.notna()]
+    best: Any = writes.loc[writes.measured.abs().idxmax()]
+    layer, head, position = map(int, best[["layer", "head", "position"]])
     write = model64.recurrence(SEQUENCE, layer).write(heads=head, positions=position)[0, 0, 0]
     sae: Any = OneAtom(write.flatten(), layer, head)
     found = attribute(SEQUENCE, model64, [5], against=9, measure=40, targets=1, saes=[sae])
-    parts = found.nodes[found.nodes.node_id.str.startswith(f"{best.node_id} ")].set_index("feature_type")
+    parts: Any = found.nodes[found.nodes.node_id.str.startswith(f"{best.node_id} ")].set_index("feature_type")
     assert sorted(parts.index) == ["atom", "bias", "error"] and parts.loc["atom"].feature == 0
     first_order = write_attribution(model64, SEQUENCE, difference, through=None)
     place = (first_order.layer == layer) & (first_order["head"] == head) & (first_order.position == position)

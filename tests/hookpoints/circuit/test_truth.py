@@ -40,8 +40,8 @@ class Question:
 
 def largest(graph: Graph, target: str, port: str, streams: bool) -> str:
     edges = graph.edges[(graph.edges.target == target) & (graph.edges.port == port) & graph.edges.measured.notna()]
-    edges = edges[edges.source.str.startswith("stream") == streams]
-    return "" if edges.empty else str(edges.loc[edges.measured.idxmax()].source)
+    of_kind: Any = edges[edges.source.str.startswith("stream") == streams]
+    return "" if of_kind.empty else str(of_kind.loc[of_kind.measured.idxmax()].source)
 
 
 @pytest.mark.parametrize("name", KNOWN)
@@ -69,7 +69,7 @@ def test_induction_shows_both_layers() -> None:
         question = Question("induction", seed)
         graph = question.graph(model, measure=12, targets=0)
         edges = graph.why(1, 0, read=question.tokens.shape[1] - 1, source=question.value)
-        keys = edges[(edges.port == "key") & edges.measured.notna() & ~edges.source.str.startswith("stream")]
+        keys: Any = edges[(edges.port == "key") & edges.measured.notna() & ~edges.source.str.startswith("stream")]
         best = keys.loc[keys.measured.idxmax()]
         assert best.source == f"L0H0@{question.value - 1}" and best.measured > 3
 
