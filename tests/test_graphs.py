@@ -109,6 +109,9 @@ CALLS: dict[str, Callable[[World], Any]] = {
     "HookedRecurrent.run_with_edits": lambda w: w.model.run_with_edits(TOKENS[:1], [DELETE, []]),
     "HookedRecurrent.edit_session": lambda w: w.model.edit_session(TOKENS[:1]),
     "EditSession.run": lambda w: EditSession(w.model, TOKENS[:1]).run([DELETE]),
+    "EditSession.run_hooked": lambda w: EditSession(w.model, TOKENS[:1]).run_hooked(
+        2, LAYER, 5, [(HOOK, lambda x, hook: x)]
+    ),
     "EditSession.recurrence": lambda w: EditSession(w.model, TOKENS[:1]).recurrence(LAYER),
     "EditSession.residual": lambda w: EditSession(w.model, TOKENS[:1]).residual(LAYER),
     "Memory.without": lambda w: w.model.memory(TOKENS).without((3, 6)),
@@ -147,6 +150,7 @@ BACKWARD = {
 """Those that run a backward pass themselves, or return logits beside what they keep. The others build no graph."""
 
 DIFFERENTIABLE: dict[str, Callable[[World], Any]] = {
+    "attribute": lambda w: hookpoints.attribute(TOKENS[:1], w.model, [3], measure=3, targets=1),
     "HookedRecurrent.forward": lambda w: w.model(TOKENS),
     "HookedRecurrent.run_with_hooks": lambda w: w.model.run_with_hooks(TOKENS, fwd_hooks=[(HOOK, lambda x, hook: x)]),
     "HookedRecurrent.run_with_cache": lambda w: w.model.run_with_cache(TOKENS),
@@ -166,7 +170,18 @@ NO_RUN = {
     *("to_single_token", "n_params_total", "cfg", "position_of", "first_token", "check_edits", "check_hook_name"),
     *("add_hook", "hooks", "edits", "saes", "get_caching_hooks", "setup", "add_sae", "reset_saes", "acts_to_saes"),
     *("from_pretrained_no_processing", "require_weights", "Cost", "cost", "hook_device"),
-    *("HOOKS", "RULES", "EditError", "EditRow", "HookpointsError", "Recurrence", "UnknownHookError", "zoo", "errors"),
+    *(
+        "Graph",
+        "HOOKS",
+        "RULES",
+        "EditError",
+        "EditRow",
+        "HookpointsError",
+        "Recurrence",
+        "UnknownHookError",
+        "zoo",
+        "errors",
+    ),
     *("UnknownModelError", "UnsupportedModelError", "WriteEdit", "cached", "default_device", "embedded", "model_types"),
     *("PAPER_RUNNER", "VARIANTS", "LowRank", "MatrixSAE", "MatrixTrainingSAE", "Metric", "Collection", "load_sae"),
     *("calibrate_threshold", "head_target", "text_dataset", "training_config"),

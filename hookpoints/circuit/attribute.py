@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from hookpoints.circuit.graph import EDGE_COLUMNS, NODE_COLUMNS, Graph, largest
-from hookpoints.circuit.measure import Change, Measure
+from hookpoints.circuit.measure import Measure
+from hookpoints.circuit.node import Change, FeatureType, Node, PortName
 from hookpoints.circuit.nodes import (
     Gradients,
     LogitMetric,
@@ -27,8 +28,8 @@ from hookpoints.circuit.nodes import (
     spans,
 )
 from hookpoints.circuit.norms import FrozenNorms
-from hookpoints.circuit.ports import Blocks, Node, Port, PortName, change_for, ports_of, reach_of
-from hookpoints.circuit.stream import Decomposition, FeatureType, read_text
+from hookpoints.circuit.ports import Blocks, Port, change_for, ports_of, reach_of
+from hookpoints.circuit.stream import Decomposition, read_text
 from hookpoints.errors import InputError, PredictionWarning
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from hookpoints.circuit.draw import svg
-from hookpoints.circuit.ports import Node
+from hookpoints.circuit.node import Node
 from hookpoints.errors import InputError, PredictionWarning
 from hookpoints.files import atomic_text, read_json
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hookpoints.circuit.node import Change
 from hookpoints.circuit.nodes import LogitMetric
 from hookpoints.edits.session import EditSession
 from hookpoints.errors import InputError
@@ -22,18 +23,6 @@ if TYPE_CHECKING:
 _ROWS = 64
 _ROOM = 2**26
 """Logits of runs at once."""
-
-
-class Change(NamedTuple):
-    """What one run has other than the plain pass: values of hooks at one token."""
-
-    layer: int
-    """Lowest block that changes; -1: the embedding."""
-    position: int
-    values: Mapping[str, Tensor]
-    """By the name of the hook, what its value [B,T,...] is at the token."""
-    head: int = -1
-    """The value of this head alone; -1: of all."""
 
 
 class Measure:

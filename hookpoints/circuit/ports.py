@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from hookpoints.circuit.measure import Change
+from hookpoints.circuit.node import Change, FeatureType, Node, PortName
 from hookpoints.circuit.norms import Affine
-from hookpoints.circuit.stream import Decomposition, FeatureType, Text, reads_of
+from hookpoints.circuit.stream import Decomposition, Text, reads_of
 from hookpoints.layer.context import scope
 from hookpoints.memory.caches import reach
 from hookpoints.model.inputs import cache_of, continuing
@@ -27,39 +27,6 @@ if TYPE_CHECKING:
 
     from hookpoints.hooks.guard import HookSpecs
     from hookpoints.model.recurrent import HookedRecurrent
-
-PortName = Literal["value", "key", "query", "direct"]
-"""Where an edge enters: the value or the key of a write, the query that reads it, or a logit."""
-
-
-class Node(NamedTuple):
-    """One entry of a graph."""
-
-    feature_type: FeatureType
-    layer: int = -1
-    head: int = -1
-    position: int = -1
-    feature: int = -1
-    """Number of an atom."""
-
-    @property
-    def node_id(self) -> str:
-        """A name, unique in a graph: "L4H0@13" a write, "L0A1@13" a softmax head, "MLP2@13", "E@13"."""
-        head = "" if self.head < 0 else f"H{self.head}"
-        place = f"L{self.layer}{head}@{self.position}"
-        names: dict[FeatureType, str] = {
-            "embedding": f"E@{self.position}",
-            "write": place,
-            "attn": place.replace("H", "A") if head else f"L{self.layer}A@{self.position}",
-            "mlp": f"MLP{self.layer}@{self.position}",
-            "skip": f"{place} skip",
-            "atom": f"{place} atom {self.feature}",
-            "error": f"{place} error",
-            "stream": f"stream@{self.position}",
-            "bias": "bias" if self.position < 0 else f"{place} bias",
-            "logit": "logit",
-        }
-        return names[self.feature_type]
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from hookpoints.circuit.node import FeatureType
 from hookpoints.circuit.nodes import Spans
 from hookpoints.errors import UnsupportedModelError
 from hookpoints.recurrence.recurrence import Recurrence
@@ -16,10 +17,6 @@ from hookpoints.recurrence.recurrence import Recurrence
 if TYPE_CHECKING:
     from hookpoints.model.recurrent import HookedRecurrent
 
-FeatureType = Literal["embedding", "write", "attn", "mlp", "skip", "bias", "atom", "error", "stream", "logit"]
-"""What a node is: a token's embedding, the write of a recurrent head, the output of a softmax head, of an MLP, what a
-recurrent head hands on besides its state (Mamba-2's D x, RWKV's bonus), what biases add, a part of a write, all that
-the stream holds at a token, a logit."""
 _ROOM = 2**24
 """Gradients of reads [N,T,H,V] at once."""
 

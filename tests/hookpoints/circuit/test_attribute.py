@@ -19,8 +19,9 @@ from torch import Tensor
 
 from hookpoints import Graph, HookedRecurrent, WriteEdit, attribute
 from hookpoints.circuit.graph import Check
+from hookpoints.circuit.node import Node
 from hookpoints.circuit.nodes import write_attribution
-from hookpoints.circuit.ports import Node, ports_of
+from hookpoints.circuit.ports import ports_of
 from hookpoints.errors import InputError, PredictionWarning, UnsupportedModelError
 
 SEQUENCE = torch.randint(1, VOCAB, (1, 16), generator=torch.Generator().manual_seed(3))
