@@ -172,7 +172,7 @@ def _path(line: Line, layout: Layout, most: float) -> str:
     (x1, y1), (x2, y2) = layout.places[line.source], layout.places[line.target]
     side = {"key": 10, "query": -10}.get(line.port, 0)  # lines from one source lie side by side
     bend = 0.35 * (y2 - y1)
-    points = ((x1, y1), (x1 + side, y1 + bend), (x2 + side, y2 - bend), (x2, y2))
+    points = [(x1, y1), (x1 + side, y1 + bend), (x2 + side, y2 - bend), (x2, y2)]
     start, *rest = (f"{x:.1f} {y:.1f}" for x, y in points)
     way = f"M{start}C{' '.join(rest)}"
     said = _tag("title", f"{line.source} into the {line.port} of {line.target}: {line.effect:+.2f} measured")
@@ -203,8 +203,8 @@ def _shapes(spots: Sequence[Spot], layout: Layout, most: float, width: int) -> I
             side = 1.5 * radius
             shape = _tag("rect", x=x - side / 2, y=y - side / 2, width=side, height=side, rx=2)
         sign = "hurt" if spot.effect < 0 else "help"
-        said = _tag("title", spot.said) + shape
-        yield _raw("g", said, class_=f"node {sign}", data_node=spot.node_id, tabindex=0)
+        content = _tag("title", spot.said) + shape
+        yield _raw("g", content, class_=f"node {sign}", data_node=spot.node_id, tabindex=0)
     yield from labels
 
 
