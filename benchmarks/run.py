@@ -31,7 +31,18 @@ from tables import table  # noqa: E402
 from hookpoints.files import atomic_text  # noqa: E402
 
 NAMES = (
-    *("launches", "scan", "hooks", "recurrence", "substitution", "sae_step", "state_step", "real_size", "busy"),
+    *(
+        "launches",
+        "scan",
+        "hooks",
+        "recurrence",
+        "substitution",
+        "sae_step",
+        "state_step",
+        "pairs_step",
+        "real_size",
+        "busy",
+    ),
     *("memory_surgery", "circuits"),
 )
 """The benchmarks, as the page has them."""
