@@ -48,6 +48,44 @@ def saved(tutorial: str, words: str, file: Path) -> None:
     file.write_bytes(base64.b64decode("".join(png)))
 
 
+def photographed(page: Path, size: str, file: Path) -> None:
+    """What a browser shows of a page."""
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        raise RuntimeError(f"{file.name}: expected a browser on the PATH, one of {', '.join(BROWSERS)}; got none")
+    command = [browser, "--headless", "--no-sandbox", "--hide-scrollbars", f"--window-size={size}"]
+    subprocess.run([*command, f"--screenshot={file}", page.as_uri()], check=True, capture_output=True)
+
+
+def front(file: Path) -> None:
+    """A text, the facts that its memory holds, one of them replaced, both answers, and the circuit of the first."""
+    import jinja2
+    import torch
+
+    from hookpoints import HookedRecurrent, attribute, zoo
+    from sae_lens_writesae import load_sae
+
+    model = HookedRecurrent.from_pretrained("facts").requires_grad_(False)
+    pairs = load_sae(zoo.path("facts") / "pairs")
+    text = "Ben lives in Rome . Iris keeps a parrot . Ben is a baker . Clara dresses in green ."
+    question, old, new = "Ben lives in", "Rome", "Oslo"
+    memory = model.memory(f"<bos> {text}")
+    edited = memory.with_fact(pairs, question, new, instead_of=old)
+    memories = []
+    for title, own in (("What its memory holds", memory), (f"{old} replaced by {new} in the memory", edited)):
+        chances = model.logits_after(own, question)[0, -1].softmax(-1)
+        answer = model.to_string(chances.argmax(keepdim=True))
+        memories.append((title, own.facts(pairs, n=4), question, answer, float(chances.max())))
+    with torch.enable_grad():
+        graph = attribute(f"<bos> {text} {question}", model, [old], against=new, frozen=True)
+    most = max(fact.strength for _, facts, *_ in memories for fact in facts)
+    template = jinja2.Template((ROOT / "scripts" / "front.html").read_text(encoding="utf-8"))
+    page = template.render(text=text, memories=memories, new=new, most=most, question=question, svg=graph.draw())
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "front.html").write_text(page, encoding="utf-8")
+        photographed(Path(folder) / "front.html", "1180,640", file)
+
+
 def write(file: Path) -> None:
     """A state of the model `recall` before and after one token, and the write between them."""
     import matplotlib.pyplot as plt
@@ -117,9 +155,6 @@ def atom(file: Path) -> None:
     from writesae import sample_sequences
     from writesae.page.atoms import AtomPages, write_atom_pages
 
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser is None:
-        raise RuntimeError(f"atom.png: expected a browser on the PATH, one of {', '.join(BROWSERS)}; got none")
     model = HookedRecurrent.from_pretrained("embedded").requires_grad_(False)
     tokens = sample_sequences(model, embedded.text("test"), 128, 40)
     with tempfile.TemporaryDirectory() as folder:
@@ -129,8 +164,7 @@ def atom(file: Path) -> None:
         data = AtomPages(n_atoms=12, min_firings=30).collect(model, load_sae(folder), tokens, progress=False)
         nearest = max(data.atoms, key=lambda page: page.cosines.median)
         page = write_atom_pages(data, folder).with_name(f"atom-{nearest.atom}.html")
-        command = [browser, "--headless", "--no-sandbox", "--hide-scrollbars", "--window-size=1280,900"]
-        subprocess.run([*command, f"--screenshot={file}", page.as_uri()], check=True, capture_output=True)
+        photographed(page, "1280,900", file)
 
 
 class Picture(NamedTuple):
@@ -147,6 +181,15 @@ class Picture(NamedTuple):
 
 
 PICTURES = {
+    "front.png": Picture(
+        front,
+        (
+            "hookpoints/zoo/facts/model.safetensors",
+            "hookpoints/zoo/facts/pairs/sae_weights.safetensors",
+            "hookpoints/circuit/draw.py",
+            "scripts/front.html",
+        ),
+    ),
     "write.png": Picture(write, ("hookpoints/zoo/recall/model.safetensors",)),
     "fact.png": Picture(fact, (BOARD,)),
     "attention.png": Picture(partial(saved, ATTENTION, "one distance of one layer ablated"), (ATTENTION,)),

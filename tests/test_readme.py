@@ -47,7 +47,8 @@ def test_blocks_print_what_their_comments_say_and_change_what_the_model_does(tmp
         assert_comments_hold(code, printed[heading])
     native, deleted = numbers(printed["Quickstart"])[-2:]
     assert native - deleted > 0.1
-    assert [line.split()[-1] for line in printed["Write a fact"].splitlines()] == ["Rome", "Tokyo"]
+    first = printed["# hookpoints and sae_lens_writesae"].splitlines()
+    assert [line.split()[-1] for line in first[-2:]] == ["Rome", "Oslo"]
     assert 20 < numbers(printed["Train a sparse autoencoder"])[0] < 100
 
 

@@ -21,9 +21,10 @@ from hookpoints.errors import InputError, nearest
 _HOOK = re.compile(r"blocks\.(\d+)\.mixer\.heads\.(\d+)\.hook_(\w+)_vec")
 MOST_FACTS = 32
 """Facts that are read from a state where the number is not given, at most."""
-FACT_SHARE = 0.2
-"""Strength from which a pair is read as a fact where the number is not given, and the share of a state's norm at which
-atoms are present to `label_atoms`."""
+FACT_STRENGTH = 0.15
+"""Strength from which a pair is read as a fact where the number is not given (docs/reading.md has what is read)."""
+PRESENT = 0.2
+"""Share of a state's norm from which a pair names its atoms, where the number is not given."""
 DEEPER = 0.1
 """Share of the norm down to which pairs are looked for where the number is not given: those that words name badly
 stand between those that are facts."""
@@ -119,7 +120,7 @@ def read_memory(states: Tensor, dictionary: PairDictionary, n: int | None = None
 
     Args:
         n: how many facts of each state, at most, of twice as many pairs. None: as many as have a strength of
-            `FACT_SHARE`.
+            `FACT_STRENGTH`.
 
     Where words name atoms, a fact is as strong as its coefficient times how well it is named, and a pair without a name
     is none: what all states have in common takes pairs, too. Where none are named, coefficients alone count.
@@ -144,7 +145,7 @@ def read_memory(states: Tensor, dictionary: PairDictionary, n: int | None = None
             value = value_side.words[j] or f"value {j}"
             named = key_side.correlations[i] * value_side.correlations[j] if is_named else 1.0
             facts.append(Fact(key, value, share, i, j, named))
-        least = FACT_SHARE if n is None else LEAST_SHARE
+        least = FACT_STRENGTH if n is None else LEAST_SHARE
         held = [fact for fact in facts if fact.strength >= least]
         found.append(sorted(held, key=lambda fact: -fact.strength)[:n])
     return found
@@ -191,7 +192,7 @@ def label_atoms(
     if len(texts) != len(states):
         raise InputError(f"texts: expected one of each of the {len(states)} states, got {len(texts)}")
     _check_count(n)
-    pairs = _pairs(states, dictionary, n or MOST_FACTS, LEAST_SHARE if n else FACT_SHARE)
+    pairs = _pairs(states, dictionary, n or MOST_FACTS, LEAST_SHARE if n else PRESENT)
     keys, values = dictionary.directions
     sides = {
         "keys": _named(pairs.keys, pairs.coefficients, len(keys), texts, key_words),

@@ -196,6 +196,17 @@ class Facts:
         tokens = torch.cat([torch.zeros_like(sentences[:, :1]), sentences], dim=1)
         return Batch(tokens, positions, answers[:, told:], symbols, {"keys": first, "values": first + 3})
 
+    def told(self, symbols: Mapping[str, Tensor]) -> list[dict[str, str]]:
+        """The facts of each sequence in words, "Ben lives in" -> "Rome"."""
+        vocabulary = self.vocabulary
+        people = vocabulary[2 + len(self._words) :]
+        values = people[self.n_names :]
+        texts = list[dict[str, str]]()
+        for keys, told in zip(symbols["keys"].tolist(), symbols["values"].tolist()):
+            phrases = (f"{people[key // 4]} {RELATIONS[key % 4][0]}" for key in keys)
+            texts.append(dict(zip(phrases, (values[value] for value in told))))
+        return texts
+
     def others(self, values: Tensor, generator: Generator) -> Tensor:
         """For each value another one of its relation."""
         relation = torch.bucketize(values, self._firsts, right=True) - 1

@@ -65,7 +65,10 @@ def pursue(matrices: Tensor, key_atoms: Tensor, value_atoms: Tensor, n: int, sto
     keys = values = numbers
     coefficients = scores[:, 0, :0]
     left = scores
-    for _ in range(n):
+    for step in range(n):
+        if step:
+            taken = key_gram[keys] * coefficients[..., None]
+            left = torch.baddbmm(scores, taken.mT, value_gram[values], alpha=-1)
         best = left.flatten(1).abs().argmax(1, keepdim=True)
         takes = left.flatten(1).gather(1, best).abs() > least
         active = torch.cat([active, takes & active.all(1, keepdim=True)], 1)
@@ -74,8 +77,6 @@ def pursue(matrices: Tensor, key_atoms: Tensor, value_atoms: Tensor, n: int, sto
         values = numbers % len(value_atoms)
         gram = key_gram[keys[:, :, None], keys[:, None]] * value_gram[values[:, :, None], values[:, None]]
         coefficients = _least_squares(gram, scores.flatten(1).gather(1, numbers), active)
-        taken = key_gram[keys] * coefficients[..., None]
-        left = torch.baddbmm(scores, taken.mT, value_gram[values], alpha=-1)
     return Pairs(keys, values, coefficients, scores)
 
 

@@ -17,6 +17,7 @@ from torch.nn.functional import normalize
 from hookpoints import HookedRecurrent, zoo
 from hookpoints.errors import InputError
 from hookpoints.memory.facts import joined
+from hookpoints.zoo.tasks import RELATIONS, Facts
 from sae_lens_writesae import Fact, label_atoms, load_sae, read_memory
 from sae_lens_writesae.sae import WriteProductSAE, WriteProductSAEConfig
 
@@ -252,3 +253,45 @@ def test_what_cannot_be_written_says_why(world: World) -> None:
         memory.with_fact(world.dictionary, other, None, instead_of=value)
     with pytest.raises(InputError, match=r"^value: expected a word, or instead_of"):
         memory.with_fact(world.dictionary, key, None)
+
+
+# ---------------------------------------------------------------------------------------- the dictionary that ships
+
+
+def states_of_facts(pairs: int, count: int, seed: int) -> tuple[HookedRecurrent, Tensor, list[dict[str, str]]]:
+    """The model `facts`, tokens of texts [N,1 + 5 pairs], and what they tell."""
+    model = HookedRecurrent.from_pretrained("facts")
+    batch = Facts().batch(count, torch.Generator().manual_seed(seed), pairs=pairs)
+    return model, batch.tokens[:, : 1 + 5 * pairs], Facts().told(batch.symbols)
+
+
+@pytest.mark.parametrize("pairs", [4, 8])
+def test_the_shipped_dictionary_reads_english_facts_from_states(pairs: int) -> None:
+    model, tokens, told = states_of_facts(pairs, 200, seed=pairs)
+    sae = load_sae(zoo.path("facts") / "pairs")
+    states = model.recurrence(tokens, 0).final_state()[:, 0]
+    right = [set(facts.items()) for facts in told]
+    for n, least in ((pairs, 0.98), (None, 0.95)):
+        read = [{(fact.key, fact.value) for fact in facts} for facts in read_memory(states, sae, n)]
+        hits = sum(len(a & b) for a, b in zip(right, read))
+        assert hits >= 0.98 * 200 * pairs and hits >= least * sum(map(len, read))
+        assert sum(len(a & b) for a, b in zip(right, read[1:] + read[:1])) <= 0.1 * 200 * pairs
+
+
+def test_a_replaced_english_fact_is_answered_and_others_stay() -> None:
+    model, tokens, told = states_of_facts(4, 20, seed=5)
+    sae = load_sae(zoo.path("facts") / "pairs")
+    values = {value for facts in told for value in facts.values()}
+    new, others = [], []
+    for text, facts in zip(tokens, told):
+        key, old = next(iter(facts.items()))
+        verb = key.partition(" ")[2]
+        options = sorted(value for value in values if value != old and value in dict(RELATIONS)[verb])
+        memory = model.memory(text[None]).with_fact(sae, key, options[0], instead_of=old)
+        answers = {
+            asked: model.generate(asked, memory=memory, max_new_tokens=1, do_sample=False).split()[-1]
+            for asked in facts
+        }
+        new.append(answers.pop(key) == options[0])
+        others += [answer == facts[asked] for asked, answer in answers.items()]
+    assert sum(new) >= 0.95 * len(new) and sum(others) >= 0.98 * len(others)
