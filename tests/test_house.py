@@ -19,11 +19,11 @@ ALONE = "hookpoints/pyproject.toml"
 PACKAGES = ("hookpoints", "sae_lens_writesae", "writesae")
 """Each knows only those before it."""
 CEILINGS = {
-    "hookpoints": 45_600,
-    "sae_lens_writesae": 17_900,
-    "writesae": 60_500,
-    "tests": 118_000,
-    "scripts + benchmarks": 27_800,
+    "hookpoints": 45_500,
+    "sae_lens_writesae": 18_000,
+    "writesae": 59_300,
+    "tests": 117_500,
+    "scripts + benchmarks": 28_600,
 }
 """Expression nodes of folders. A smoke alarm and no target: a commit that needs more says what a reader gains."""
 OFFENDERS = {
