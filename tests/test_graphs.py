@@ -22,7 +22,7 @@ from transformer_lens import HookedRootModule
 import hookpoints
 import sae_lens_writesae
 import writesae
-from hookpoints import EditSession, HookedRecurrent, Memory, WriteEdit, attach
+from hookpoints import EditSession, HookedRecurrent, Memory, WriteEdit, attach, zoo
 from sae_lens_writesae import HookedSAERecurrent
 from writesae.evaluations import EVALUATIONS
 from writesae.experiment.lab import Lab
@@ -89,6 +89,24 @@ def scaled(world: World) -> Any:
     return scaling
 
 
+def of_facts() -> tuple[Memory, Any]:
+    """A memory of the model `facts`, and its dictionary of pairs."""
+    model = HookedRecurrent.from_pretrained("facts")
+    with torch.no_grad():
+        pairs = sae_lens_writesae.load_sae(zoo.path("facts") / "pairs")
+    return model.memory("<bos> Ben lives in Rome ."), pairs
+
+
+def read(world: World) -> list[hookpoints.Fact]:
+    memory, pairs = of_facts()
+    return memory.facts(pairs)
+
+
+def rewritten(world: World) -> Memory:
+    memory, pairs = of_facts()
+    return memory.with_fact(pairs, "Ben lives in", "Oslo", instead_of="Rome")
+
+
 def questioned(world: World) -> dict[str, Any]:
     settings: dict[str, Any] = {"n_atoms": 2, "firings_per_atom": 2, "horizon": 2, "mean_write_sequences": 2}
     return {"Substitution": writesae.Substitution(**settings).run(world.model, world.sae, TOKENS)}
@@ -115,6 +133,8 @@ CALLS: dict[str, Callable[[World], Any]] = {
     "EditSession.recurrence": lambda w: EditSession(w.model, TOKENS[:1]).recurrence(LAYER),
     "EditSession.residual": lambda w: EditSession(w.model, TOKENS[:1]).residual(LAYER),
     "Memory.without": lambda w: w.model.memory(TOKENS).without((3, 6)),
+    "Memory.facts": read,
+    "Memory.with_fact": rewritten,
     "Memory.rewind": lambda w: w.model.memory(TOKENS).rewind(5),
     "Memory.paste": lambda w: w.model.memory(TOKENS).paste(w.model.memory(TOKENS), (0, 3)),
     "Memory.lerp": lambda w: w.model.memory(TOKENS).lerp(w.model.memory(MORE), 0.5),
@@ -184,7 +204,7 @@ NO_RUN = {
     ),
     *("UnknownModelError", "UnsupportedModelError", "WriteEdit", "cached", "default_device", "embedded", "model_types"),
     *("PAPER_RUNNER", "VARIANTS", "LowRank", "MatrixSAE", "MatrixTrainingSAE", "Metric", "Collection", "load_sae"),
-    *("calibrate_threshold", "head_target", "text_dataset", "training_config"),
+    *("Fact", "read_memory", "label_atoms", "calibrate_threshold", "head_target", "text_dataset", "training_config"),
     *("train_many_on_writes", "train_on_states", "train_on_writes"),
     *("EVALUATIONS", "Evaluation", "Result", "half_lives", "load_result", "sample_sequences", "write_report"),
 }

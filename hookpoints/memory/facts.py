@@ -115,6 +115,7 @@ class PairDictionary(Protocol):
         ...
 
 
+@torch.no_grad()
 def read_memory(states: Tensor, dictionary: PairDictionary, n: int | None = None) -> list[list[Fact]]:
     """The facts of each of the states [N,K,V], strongest first.
 
@@ -164,6 +165,7 @@ def joined(heads: Sequence[Sequence[Fact]], n: int | None = None) -> list[Fact]:
 # ------------------------------------------------------------------------------------------------ words
 
 
+@torch.no_grad()
 def label_atoms(
     dictionary: PairDictionary,
     states: Tensor,
@@ -250,6 +252,7 @@ def _side(dictionary: PairDictionary, number: int) -> Side:
 # ------------------------------------------------------------------------------------------------ other facts
 
 
+@torch.no_grad()
 def rewritten(
     states: Tensor, dictionary: PairDictionary, key: str, value: str | None, instead_of: str | None
 ) -> tuple[Tensor, bool]:
@@ -267,7 +270,7 @@ def rewritten(
         raise InputError("value: expected a word, or instead_of, the value that the key loses; got neither")
     value_side = _side(dictionary, 1)
     key_atoms = _side(dictionary, 0).atoms(key)
-    keys, values = (normalize(side.detach(), dim=1).to(states) for side in _directions(dictionary))
+    keys, values = (normalize(side, dim=1).to(states) for side in _directions(dictionary))
     sizes = torch.tensor(value_side.sizes).to(states)
     new = value_side.atoms(value)[0] if value is not None else None
     if instead_of is None:
@@ -301,10 +304,10 @@ def _pairs(states: Tensor, dictionary: PairDictionary, n: int, least: float) -> 
         warnings.warn(
             "a dictionary of writes reads states: its pairs were fitted to single writes, not to sums", stacklevel=3
         )
-    with torch.no_grad():
-        return dictionary.pursue(states.to(sides[0]), min(n, len(sides[0]) * len(sides[1])), least)
+    return dictionary.pursue(states.to(sides[0]), min(n, len(sides[0]) * len(sides[1])), least)
 
 
+@torch.no_grad()
 def _directions(dictionary: PairDictionary) -> tuple[Tensor, Tensor]:
     if not hasattr(dictionary, "pursue"):
         raise InputError(
