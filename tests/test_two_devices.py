@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from torch.utils._pytree import tree_map
 
 from hookpoints import HookedRecurrent, Memory, WriteEdit
-from hookpoints.errors import InputError
+from hookpoints.errors import InputError, UnsupportedModelError
 from hookpoints.model import loading
 from sae_lens_writesae import HookedSAERecurrent
 
@@ -160,14 +160,21 @@ def worlds(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 LONG = ("train", "Substitution", "head_effects", "dictionary_quality")
+REFUSED = ("attribute",)
 
 
-@pytest.mark.parametrize("name", [name for name in PUBLIC if name not in LONG])
+@pytest.mark.parametrize("name", [name for name in PUBLIC if name not in LONG + REFUSED])
 def test_public_calls(worlds: tuple[World, World], name: str) -> None:
     expected, got = (tensors(PUBLIC[name](world)) for world in worlds)
     assert len(got) == len(expected)
     for one, other in zip(got, expected):
         assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_calls_of_one_device(worlds: tuple[World, World], name: str) -> None:
+    with pytest.raises(UnsupportedModelError, match="expected a model on one device, got one on cpu, npu:0"):
+        PUBLIC[name](worlds[1])
 
 
 def test_a_dictionary_of_the_other_device_is_refused(worlds: tuple[World, World]) -> None:

@@ -30,7 +30,7 @@ from hookpoints.circuit.nodes import (
 from hookpoints.circuit.norms import FrozenNorms
 from hookpoints.circuit.ports import Blocks, Port, change_for, ports_of, reach_of
 from hookpoints.circuit.stream import Decomposition, read_text
-from hookpoints.errors import InputError, PredictionWarning
+from hookpoints.errors import InputError, PredictionWarning, UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformer_lens.hook_points import HookPoint
@@ -92,13 +92,19 @@ def attribute(
     Raises:
         InputError: several sequences, training mode, a target that the tokenizer splits or that is no token, a corrupt
             text of another length, or targets and a metric together.
-        UnsupportedModelError: the blocks add to no one residual stream.
+        UnsupportedModelError: the blocks add to no one residual stream, or are on several devices.
 
     Warns (`PredictionWarning`) of layers with a norm of unknown form, and of quantized weights.
 
     Cost: five passes for the nodes, about 0.2 for each measurement; `graph.check` tells how far to believe predictions.
     """
     tokens = one_sequence(model, text)
+    devices = {str(parameter.device) for parameter in model.hf_model.parameters()}
+    if len(devices) > 1:
+        raise UnsupportedModelError(
+            f"attribute: expected a model on one device, got one on {', '.join(sorted(devices))}; load it on one, or "
+            "take write_attribution, which works on several"
+        )
     wanted = _metric(model, tokens, attribution_targets, against, metric)
     if measure < 1 or targets < 0:
         raise InputError(f"measure and targets: expected at least 1 and 0, got {measure} and {targets}")

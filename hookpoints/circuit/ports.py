@@ -222,7 +222,7 @@ def factor_of(r: Recurrence, name: PortName, head: int) -> Tensor:
 def reach_of(model: HookedRecurrent, tokens: Tensor) -> int | None:
     """How many tokens before a token its factors depend on, from what a cache keeps after one token; None where it
     does not tell."""
-    one = tokens[:, :1]
+    one = tokens[:, :1].to(model.hf_model.device)
     inputs = model.attachment.new_cache() | continuing(model.hf_model, None, 0, one)
     return reach(cache_of(model.hf_model(input_ids=one, **inputs))) or None
 

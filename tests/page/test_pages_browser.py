@@ -32,6 +32,7 @@ REACHED = """(() => {
 """Marks what has the focus; whether that can be seen."""
 ZOO: Any = {
     "settings": {"models": ["recall"], "seeds": 1},
+    "readings": [],
     "boards": [
         {
             "model": "recall",

@@ -75,7 +75,7 @@ def interrupts(work, rounds):
         run(model, tokens)  # the first run fills caches
         calls.run(run, model, tokens)
         places = list(calls.places)
-        scopes = [place for place in places if place[3] == "next"][:1]
+        scopes = [place for place in places if place[3] == "next"]
         for place in [*scopes, *random.Random(0).sample(places, min(rounds, len(places)))]:
             try:
                 _Calls(place).run(run, model, tokens)
