@@ -259,7 +259,7 @@ def train(
         build: from the size of the vocabulary
         sequences: in a step
         queries: in a sequence
-        rest: weight of the loss at all tokens, beside the loss at the answers
+        rest: weight of the loss at all tokens; the loss at the answers has weight 1
         warmup: steps
     """
     torch.manual_seed(seed)

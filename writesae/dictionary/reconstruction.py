@@ -225,7 +225,7 @@ def exchanged(
         "state": state_direction(site.state_before(positions)),
         "state_after": state_direction(site.state_after(positions)),
     }
-    best = "least_squares" if scale == "coefficient" else scale  # a direction has no coefficient of its own
+    best = "least_squares" if scale == "coefficient" else scale  # a direction alone has no coefficient
     written = {("", "native"): native, ("", "delete"): native * 0.0}
     for name, direction in directions.items():
         written["", name] = scaled(direction, native, best)

@@ -156,7 +156,7 @@ class Objectives(OfAlive):
         tests: dict[str, Tested] = {}
         test = self.substitution()
         for label in lab.saes:
-            view = lab.only(label)  # with facts of its own: each dictionary has another number of alive atoms
+            view = lab.only(label)  # facts follow the dictionary: each has another number of alive atoms
             wide = wide_firings(Result(test, {}, test.measure(view)))
             lab.require(
                 wide["written_atom"].nunique() > 1,

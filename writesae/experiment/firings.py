@@ -174,7 +174,7 @@ def halves(n_sequences: int, seed: int) -> Halves:
         raise NothingToMeasureError(
             f"choosing on one half and testing on the other needs at least 4 sequences, got {n_sequences}"
         )
-    # A stream of its own (17; that of `folds` is 19), so that no draw of an evaluation depends on the split.
+    # A separate stream (17; that of `folds` is 19), so that no draw of an evaluation depends on the split.
     order = np.random.default_rng([seed, 17]).permutation(n_sequences)
     return Halves(np.sort(order[: n_sequences // 2]), np.sort(order[n_sequences // 2 :]))
 
