@@ -14,6 +14,7 @@ import transformers
 from huggingface_hub.constants import HF_HUB_CACHE
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -157,7 +158,11 @@ def _model(
     configs, models = _OWN_CLASSES.get(saved.get("model_type", ""), _AUTO_CLASSES)
     # Without a word on trust, the Auto classes ask on the terminal whether to run the code that a config names.
     trust = {} if is_own else {"trust_remote_code": False}
-    config = configs.from_pretrained(source, revision=revision, **trust)
+    try:
+        config = configs.from_pretrained(source, revision=revision, **trust)
+    except ValueError as error:
+        _refuse_unknown_type(name, saved.get("model_type"), error)
+        raise
     _refuse(name, config.model_type)
     if not is_own and type(config) not in AutoModelForCausalLM._model_mapping:
         raise UnsupportedModelError(
@@ -253,6 +258,14 @@ def _unknown(name: str, reason: str) -> str:
 def _refuse(name: str, model_type: object) -> None:
     if isinstance(model_type, str) and model_type in REFUSED:
         raise UnsupportedModelError(f"{name!r} cannot be hooked: {REFUSED[model_type]}")
+
+
+def _refuse_unknown_type(name: str, model_type: object, error: ValueError) -> None:
+    if isinstance(model_type, str) and model_type not in CONFIG_MAPPING:
+        raise UnsupportedModelError(
+            f"{name!r} cannot be loaded: expected a model type that transformers {transformers.__version__} has, got "
+            f"{model_type!r}; upgrade transformers, if a later release has it (no code from a checkpoint is run)"
+        ) from error
 
 
 def _refuse_mamba_ssm(name: str, config: Mapping[str, Any]) -> None:

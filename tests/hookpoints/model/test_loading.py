@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -92,6 +93,14 @@ def test_a_checkpoint_that_is_not_whole_is_refused_by_name(checkpoint, change, n
 def test_a_broken_file_is_named(checkpoint, name, text):
     (checkpoint / name).write_text(text)
     with pytest.raises(UnsupportedModelError, match=name):
+        loading.load(str(checkpoint))
+
+
+def test_a_model_type_that_transformers_lacks_is_named_with_the_installed_version(checkpoint):
+    """Not a damaged file: a later release may have it."""
+    (checkpoint / "config.json").write_text('{"model_type": "qwen9_next"}')
+    expected = f"expected a model type that transformers {re.escape(transformers.__version__)} has, got 'qwen9_next'"
+    with pytest.raises(UnsupportedModelError, match=f"{expected}; upgrade transformers"):
         loading.load(str(checkpoint))
 
 
