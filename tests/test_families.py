@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import MAKERS
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from hookpoints.fla import MODEL_TYPES as FLA_TYPES
 
@@ -22,7 +23,9 @@ OURS = [row for row in ROWS if row["source"] == "transformers"]
 
 
 def test_every_model_type_has_a_row_and_the_page_has_every_row():
-    names = [(row["source"] == "fla", row["model_type"]) for row in ROWS]
+    not_installed = {row["model_type"] for row in OURS} - CONFIG_MAPPING_NAMES.keys() - MAKERS.keys()
+    rows = [row for row in ROWS if row not in OURS or row["model_type"] not in not_installed]
+    names = [(row["source"] == "fla", row["model_type"]) for row in rows]
     assert names == sorted([(False, name) for name in MAKERS] + [(True, name) for name in FLA_TYPES])
     assert families.PAGE.read_text(encoding="utf-8") == families.page(ROWS)
 

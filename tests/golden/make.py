@@ -11,7 +11,6 @@ import zipfile
 from functools import cache
 from pathlib import Path
 
-import device
 import pandas as pd
 
 from hookpoints import HookedRecurrent
@@ -38,6 +37,8 @@ def result_of(name: str, *, on_device: bool = False) -> Result:
     evaluation = EVALUATIONS[case.kind].from_dict(case.settings)
     if not on_device:
         return evaluation.run(load_model(case.model), saes, tokens, progress=False)
+    import device  # which an old torch does not have
+
     with device.pretended():
         model = HookedRecurrent.from_pretrained(case.model, device="npu", self_check=False)
         there = {label: sae.to("npu") for label, sae in saes.items()}

@@ -11,7 +11,7 @@ from typing import cast
 
 import pytest
 import torch
-from conftest import VOCAB, KeepFloat64, hooked_in_float64, make_hf
+from conftest import MAKERS, VOCAB, KeepFloat64, hooked_in_float64, make_hf
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
@@ -426,10 +426,7 @@ def test_padding_and_models_that_cannot_continue_are_refused(embedded):
         with pytest.raises(InputError, match="padding"):
             ask(texts, memory=memory)
     assert torch.equal(embedded.memory(" of", memory=embedded.memory("one")).tokens, embedded.to_tokens("one of"))
-    for model_type in (
-        "jamba",
-        "lara_mini",
-        "mamba",
-    ):  # a sliding window; an op that begins with zeros whatever the cache holds
+    # A sliding window; an op that begins with zeros whatever the cache holds.
+    for model_type in MAKERS.keys() & {"jamba", "lara_mini", "mamba"}:
         with pytest.raises(UnsupportedModelError, match="cache"):
             HookedRecurrent.from_hf(make_hf(model_type), self_check=False).memory(READ)
