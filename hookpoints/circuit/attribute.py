@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain, groupby
+from math import isnan
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
@@ -29,7 +31,7 @@ from hookpoints.circuit.nodes import (
 )
 from hookpoints.circuit.norms import FrozenNorms
 from hookpoints.circuit.ports import Blocks, Port, change_for, ports_of, reach_of
-from hookpoints.circuit.stream import Decomposition, read_text
+from hookpoints.circuit.stream import Decomposition, Part, read_text
 from hookpoints.errors import InputError, PredictionWarning, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -38,8 +40,10 @@ if TYPE_CHECKING:
     from hookpoints.hooks.guard import Hook, Name
     from hookpoints.model.recurrent import HookedRecurrent
 
-_LISTED = 24
+_LISTED = 16
 """Sources of a port that are listed."""
+_DIRECT = 96
+"""Measured nodes whose direct edges are looked at."""
 _MEASURED = 4
 """Of those, how many are measured."""
 _STREAMS = 8
@@ -73,8 +77,8 @@ def attribute(
 
     Gradients predict what deleting each write, softmax head, MLP and embedding takes off the metric
     (`write_attribution` says how); the largest are then deleted, each in its own run. Of the writes that matter most,
-    every source of the key, the value and the query is predicted by a linear map of one block, and the largest are
-    measured: the block is run again without that source, exactly, and the write is replaced by what it becomes.
+    gradients through one block choose sources of the key, the value and the query. The block is run again without each,
+    exactly, which predicts its edge; of the largest, the write is replaced by what it becomes, which measures it.
 
     Args:
         text: one sequence, a string or tokens [1,T].
@@ -274,9 +278,10 @@ class Tracing:
             value = self.wanted.metric(self._logits(stream)).reshape(())
         (direction,) = torch.autograd.grad(value, stream)
         stream = stream.detach()
-        sources, bias = self._sources("logit", direction, n_layers, stream[0], float(value.detach()))
-        tried = {*largest(nodes, 4 * _LISTED).node_id}
-        sources = {source: given for source, given in sources.items() if source.node_id in tried}
+        parts, left = self._parts(["logit"], direction, n_layers, stream[0])
+        known = map(_node, largest(nodes, _DIRECT).itertuples())
+        sources = {node: given for node in known if (given := _given_by(parts, node))}
+        bias = float(value.detach() + left[0])
         measured = np.full(len(sources), np.nan)
         if self.wanted.last:
             at = stream.shape[1] - 1
@@ -290,74 +295,88 @@ class Tracing:
         final = self.model.attachment.layout.final_norm
         return self.model.unembed(stream if final is None else self.model.ln_final(stream))
 
-    def _sources(
-        self, port: str, direction: Tensor, layer: int, entered: Tensor, whole: float
-    ) -> tuple[dict[Node, float], float]:
+    def _parts(
+        self, labels: Sequence[str], directions: Tensor, layer: int, entered: Tensor
+    ) -> tuple[list[Part], Tensor]:
         """What each node below a block gives to <stream, direction> (with a corrupt text, how much more than there),
-        and the bias that is left of the ``whole`` port. Notes how far the parts miss their sum.
+        and [N], biases less the whole. Notes how far the parts of the first directions, ``labels``, miss their sum.
 
         Args:
-            direction: [1,T,D].
+            directions: [N,T,D].
             entered: [T,D], the stream.
         """
         decomposition = self.blocks.decomposition
-        parts, rest = decomposition.parts(direction, layer, self.blocks.text)
-        linear = float((entered * direction[0]).sum())
-        total = float(torch.stack([part.given.sum() for part in parts]).sum() + rest.sum())
-        self.completeness[port] = total - linear
+        parts, rest = decomposition.parts(directions, layer, self.blocks.text)
+        whole = torch.einsum("ntd,td->n", directions, entered)
+        total = rest + sum(part.given.sum((1, 2)) for part in parts)
+        self.completeness |= dict(zip(labels, (total - whole).tolist()))
         if self.blocks.corrupt is not None:
-            others, _ = decomposition.parts(direction, layer, self.blocks.corrupt)
+            others, _ = decomposition.parts(directions, layer, self.blocks.corrupt)
             pairs = zip(parts, others, strict=True)
             parts = [part._replace(given=part.given - other.given) for part, other in pairs]
-        sources: dict[Node, float] = {}
-        for part in parts:
-            given = part.given[0].cpu()
-            for position, head in given.nonzero().tolist():
-                node = Node(part.feature_type, part.layer, head if part.has_heads else -1, position)
-                sources[node] = float(given[position, head])
-        return sources, whole - linear + float(rest)
+        return [part._replace(given=part.given.cpu()) for part in parts], (rest - whole).cpu()
 
     def edges_into(self, node: Node, read: int | None = None) -> pd.DataFrame:
-        """Edges into the ports of a write: the largest sources predicted, of which some are measured, and what the
-        stream holds at each token that the block looks at."""
+        """Edges into the ports of a write: the largest sources, of which some are measured, and what the stream holds
+        at each token that the block looks at."""
         r = self.blocks.text.recurrences[node.layer]
         ports = ports_of(node, r, self.gradients.reads[node.layer], read)
-        return pd.concat([self._into(port) for port in ports], ignore_index=True)
-
-    def _into(self, port: Port) -> pd.DataFrame:
-        text = self.blocks.text
-        layer = port.node.layer
-        name = f"blocks.{layer}.hook_resid_pre"
-        maps = self.blocks.maps(port)
-        again = (maps.embedded * text.at("hook_embed")).sum()
-        label = f"{port.node.node_id} {port.name}"
-        whole = maps.whole - float(again)
-        sources, bias = self._sources(label, maps.stream[None], layer, text.at(name), whole)
-        embedded = (maps.embedded * (text.at("hook_embed") - self.blocks.other("hook_embed"))).sum(-1).cpu()
-        for position in embedded.nonzero().flatten().tolist():
-            token = Node("embedding", position=position)
-            sources[token] = sources.get(token, 0.0) + float(embedded[position])
-        listed = dict(sorted(sources.items(), key=lambda source: -abs(source[1]))[:_LISTED])
-        known = [source for source in listed if source.feature_type != "skip"][:_MEASURED]
-        held = (maps.stream * (text.at(name) - self.blocks.other(name))).sum(-1).cpu()
-        for position in self.blocks.window(layer, port.at)[-_STREAMS:]:
-            stream = Node("stream", layer, -1, position)
-            listed[stream] = float(held[position])
-            known.append(stream)
-        effects = dict(zip(known, self._effects(port, known)))
-        measured = np.array([effects.get(source, np.nan) for source in listed])
-        read = port.at if port.name == "query" else -1
-        return _edges({**listed, Node("bias"): bias}, port.node.node_id, port.name, read, measured)
+        tables = [self._into(list(group)) for _, group in groupby(ports, key=lambda port: port.at)]
+        return pd.concat(tables, ignore_index=True)
 
     @torch.no_grad()
-    def _effects(self, port: Port, sources: Sequence[Node]) -> np.ndarray:
-        """[N], what the metric loses if the port is as it would be without each source; NaN where that is not known."""
-        changed = self.blocks.factors_without(port.node.layer, port.at, sources)
-        changes = change_for(port, self.blocks.text, changed)
-        rows = [row for row, change in enumerate(changes) if all(x.isfinite().all() for x in change.values.values())]
-        effects = np.full(len(sources), np.nan)
-        effects[rows] = self.runs.effects([changes[row] for row in rows])
-        return effects
+    def _into(self, ports: Sequence[Port]) -> pd.DataFrame:
+        """Edges into ports of one write at one token. Gradients choose sources; the block is run again without each,
+        and what a port is then is worth its product with the gradient by the port: a prediction that is to first order
+        in what follows the write alone."""
+        node, _, at, _ = ports[0]
+        blocks = self.blocks
+        found, biases = self._candidates(ports)
+        streams = [Node("stream", node.layer, -1, token) for token in blocks.window(node.layer, at)[-_STREAMS:]]
+        rows = {source: row for row, source in enumerate(dict.fromkeys([*chain(*found), *streams]))}
+        changed = blocks.factors_without(node.layer, at, list(rows))
+        clean = blocks.text.recurrences[node.layer].select(tokens=slice(at + 1))
+        predicted: list[dict[Node, float]] = []
+        tried: list[list[Node]] = []
+        changes = []
+        for port, candidates in zip(ports, found):
+            factors = port.factors(changed)
+            worth = (port.worth(port.factors(clean)) - port.worth(factors)).tolist()
+            exact = {source: worth[rows[source]] for source in [*candidates, *streams]}
+            known = [source for source in candidates if not isnan(exact[source])]
+            tried.append([*sorted(known, key=lambda source: -abs(exact[source]))[:_MEASURED], *streams])
+            predicted.append({source: candidates[source] if isnan(x) else x for source, x in exact.items()})
+            changes += change_for(port, blocks.text, factors[[rows[source] for source in tried[-1]]])
+        effects = iter(self.runs.effects(changes))
+        tables = []
+        for port, sources, measured, bias in zip(ports, predicted, tried, biases):
+            by_source = dict(zip(measured, effects))
+            column = np.array([by_source.get(source, np.nan) for source in sources])
+            read = at if port.name == "query" else -1
+            tables.append(_edges({**sources, Node("bias"): bias}, node.node_id, port.name, read, column))
+        return pd.concat(tables, ignore_index=True)
+
+    def _candidates(self, ports: Sequence[Port]) -> tuple[list[dict[Node, float]], list[float]]:
+        """Of each port, the sources that give most by the gradient through the block, and what biases add to it with
+        norms, gates and activations held fixed."""
+        text = self.blocks.text
+        node = ports[0].node
+        fixed = self.blocks.maps(ports, live=False)
+        live = self.blocks.maps(ports, live=True)
+        directions = torch.stack([maps.stream for maps in [*fixed, *live]])
+        labels = [f"{node.node_id} {port.name}" for port in ports]
+        entered = text.at(f"blocks.{node.layer}.hook_resid_pre")
+        parts, left = self._parts(labels, directions, node.layer, entered)
+        embedded = text.at("hook_embed")
+        differs = embedded - self.blocks.other("hook_embed")
+        found = []
+        biases = []
+        for row, (fixed_maps, live_maps) in enumerate(zip(fixed, live)):
+            biases.append(float(fixed_maps.whole - (fixed_maps.embedded * embedded).sum() + left[row]))
+            own = [part._replace(given=part.given[len(ports) + row]) for part in parts]
+            own[0].given[:, 0] += (live_maps.embedded * differs).sum(-1).cpu()
+            found.append(_largest_sources(own))
+        return found, biases
 
     # ------------------------------------------------------------------------------------ atoms
 
@@ -458,6 +477,30 @@ def _kind(model: HookedRecurrent, name: str) -> FeatureType | None:
     if name.endswith("hook_mlp_out"):
         return "mlp"
     return "attn" if name.endswith("attn.hook_z") else None
+
+
+def _given_by(parts: Sequence[Part], node: Node) -> float:
+    """What a node gives to the first direction."""
+    for part in parts:
+        if (part.feature_type, part.layer) == (node.feature_type, node.layer):
+            return float(part.given[0, node.position, max(node.head, 0)])
+    return 0.0
+
+
+def _largest_sources(parts: Sequence[Part]) -> dict[Node, float]:
+    """The nodes of parts [T,H] that give most, largest first, and the largest skips, which are not measured."""
+    sources: dict[Node, float] = {}
+    for part in parts:
+        given = part.given.flatten()
+        top = given.abs().topk(min(_LISTED, len(given))).indices
+        for index, value in zip(top.tolist(), given[top].tolist()):
+            position, head = divmod(index, part.given.shape[1])
+            if value:
+                sources[Node(part.feature_type, part.layer, head if part.has_heads else -1, position)] = value
+    ordered = sorted(sources, key=lambda source: -abs(sources[source]))
+    skips = [source for source in ordered if source.feature_type == "skip"]
+    others = [source for source in ordered if source.feature_type != "skip"]
+    return {source: sources[source] for source in [*others[:_LISTED], *skips[:_MEASURED]]}
 
 
 def _order(effects: pd.Series) -> pd.Index:

@@ -54,11 +54,10 @@ class Measure:
         order = sorted(range(len(changes)), key=lambda row: changes[row][:2])
         for _, rows_of_layer in groupby(order, key=lambda row: changes[row].layer):
             rows = list(rows_of_layer)
-            while rows:
-                start = changes[rows[0]].position
-                count = max(1, min(_ROWS, _ROOM // ((length - start) * vocab)))
-                effects[rows[:count]] = self._run([changes[row] for row in rows[:count]])
-                rows = rows[count:]
+            positions = [changes[row].position for row in rows]
+            for batch in self.session.batches(positions, length, _ROWS, room=_ROOM // vocab):
+                tried = [rows[index] for index in batch]
+                effects[tried] = self._run([changes[row] for row in tried])
         return effects
 
     def _run(self, changes: Sequence[Change]) -> list[float]:

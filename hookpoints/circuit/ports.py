@@ -7,7 +7,7 @@ sees. So a block is run again on these tokens alone, with parts of the stream ta
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
@@ -29,8 +29,7 @@ if TYPE_CHECKING:
     from hookpoints.model.recurrent import HookedRecurrent
 
 
-@dataclass(frozen=True, eq=False)
-class Port:
+class Port(NamedTuple):
     """One side of a write, as a number: the product of that factor with ``direction``, which is what the factor gives
     to the metric to first order."""
 
@@ -41,9 +40,18 @@ class Port:
     direction: Tensor
     """Like the factor: [K], [V], or [R,K], [R,V]."""
 
+    def factors(self, r: Recurrence) -> Tensor:
+        """[N,...], the factor at the last token of ``r``."""
+        factor = {"value": r.u, "key": r.k, "query": r.q}[cast(Literal["value", "key", "query"], self.name)]
+        return factor[:, -1, self.node.head]
+
+    def worth(self, factors: Tensor) -> Tensor:
+        """[N], what factors [N,...] give to the metric."""
+        return (factors * self.direction).flatten(1).sum(1)
+
 
 class Maps(NamedTuple):
-    """A port as a linear map of what enters its block, norms, gates and activations held fixed; a bias is left."""
+    """The gradient of a port by what enters its block."""
 
     stream: Tensor
     """[T,D], by the stream."""
@@ -104,21 +112,26 @@ class Blocks:
             self.model(entering, start_at_layer=layer, stop_at_layer=layer + 1, tokens=tokens)
         return seen[layer].recurrence
 
-    def maps(self, port: Port) -> Maps:
-        """The linear map to a port. Cost: one block on a few tokens, and back."""
-        layer = port.node.layer
-        window = self.window(layer, port.at)
+    def maps(self, ports: Sequence[Port], live: bool) -> list[Maps]:
+        """Gradients of ports at one token, ``live`` or with norms, gates and activations held fixed: the port is then
+        linear but for biases, and parts of the stream add up. Cost: one block on a few tokens, and back for each."""
+        node, _, at, _ = ports[0]
+        window = self.window(node.layer, at)
         stretch = slice(window.start, window.stop)
-        names = (f"blocks.{layer}.hook_resid_pre", "hook_embed")
+        names = (f"blocks.{node.layer}.hook_resid_pre", "hook_embed")
         leaves = [self.text.at(name)[stretch][None].clone().requires_grad_() for name in names]
-        with torch.enable_grad(), Affine():
-            factors = self.run(layer, leaves[0], window, gradients=True, embedded=leaves[1])
-            whole = (factor_of(factors, port.name, port.node.head)[0] * port.direction).sum()
-        maps = [torch.zeros_like(self.text.at(name)) for name in names]
-        for target, gradient in zip(maps, torch.autograd.grad(whole, leaves, allow_unused=True)):
-            if gradient is not None:
-                target[stretch] = gradient[0]
-        return Maps(maps[0], maps[1], float(whole.detach()))
+        with torch.enable_grad(), nullcontext() if live else Affine():
+            factors = self.run(node.layer, leaves[0], window, gradients=True, embedded=leaves[1])
+            wholes = [port.worth(port.factors(factors)).sum() for port in ports]
+        found = []
+        for whole in wholes:
+            maps = [torch.zeros_like(self.text.at(name)) for name in names]
+            gradients = torch.autograd.grad(whole, leaves, allow_unused=True, retain_graph=True)
+            for target, gradient in zip(maps, gradients):
+                if gradient is not None:
+                    target[stretch] = gradient[0]
+            found.append(Maps(maps[0], maps[1], float(whole.detach())))
+        return found
 
     # ------------------------------------------------------------------------------------ exact changes
 
@@ -179,14 +192,17 @@ class Blocks:
         """[N,W,D], what each write gives through its head's norm: the block's output less that without the write."""
         first = self.window(layer, window.start).start
         longer = range(first, window.stop)
-        reads = self.text.at(f"blocks.{layer}.mixer.hook_read")[longer.start : longer.stop]
+        stretch = slice(longer.start, longer.stop)
+        reads = self.text.at(f"blocks.{layer}.mixer.hook_read")[stretch]
         without = reads[None].repeat(len(sources), 1, 1, 1)
+        rows = list(range(len(sources)))
+        heads = [source.head for source in sources]
+        positions = [source.position for source in sources]
         r = self.text.recurrences[layer]
-        for row, source in enumerate(sources):
-            for sign, text in ((1, self.text), (-1, self.corrupt)):
-                if text is not None:
-                    reads = reads_of(r, text.recurrences[layer], source.head, source.position)
-                    without[row, :, source.head] -= sign * reads[longer.start : longer.stop].to(without)
+        for sign, text in ((1, self.text), (-1, self.corrupt)):
+            if text is not None:
+                taken = reads_of(r, text.recurrences[layer], heads, positions)[stretch]
+                without[rows, :, heads] -= sign * taken.movedim(1, 0).to(without)
         outs: list[Tensor] = []
 
         def put(x: Tensor, hook: HookPoint) -> Tensor:
@@ -198,7 +214,7 @@ class Blocks:
         hooks = [(f"blocks.{layer}.mixer.hook_read", put), (f"blocks.{layer}.hook_mixer_out", keep)]
         entering = self.entering(layer, longer)[None].expand(len(sources), -1, -1)
         self.run(layer, entering, longer, hooks)
-        plain = self.text.at(f"blocks.{layer}.hook_mixer_out")[longer.start : longer.stop]
+        plain = self.text.at(f"blocks.{layer}.hook_mixer_out")[stretch]
         return (plain[None] - outs[0])[:, window.start - first :]
 
 
@@ -210,12 +226,6 @@ def _embedding(module: nn.Module, embedded: Tensor) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def factor_of(r: Recurrence, name: PortName, head: int) -> Tensor:
-    """[N,...], the factor that a port is of, at the last token."""
-    factor = {"value": r.u, "key": r.k, "query": r.q}[cast(Literal["value", "key", "query"], name)]
-    return factor[:, -1, head]
 
 
 @torch.no_grad()
@@ -263,11 +273,10 @@ def carried_key(r: Recurrence, node: Node) -> Tensor:
     return r.propagate(keys, node.position, node.head)[0]
 
 
-def change_for(port: Port, clean: Text, changed: Recurrence) -> list[Change]:
-    """For each row of ``changed``, what gives the port the factor of that row and leaves the other ports alone."""
+def change_for(port: Port, clean: Text, rows: Tensor) -> list[Change]:
+    """For each of the factors ``rows`` [N,...], what gives it to the port and leaves the other ports alone."""
     node = port.node
     mixer = f"blocks.{node.layer}.mixer"
-    rows = factor_of(changed, port.name, node.head)
     name = {"value": f"{mixer}.hook_write_value", "key": f"{mixer}.hook_write_key"}.get(port.name)
     if name is None:  # another query reads the write with another weight
         name = f"{mixer}.hook_read"

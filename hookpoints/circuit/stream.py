@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from hookpoints.model.recurrent import HookedRecurrent
 
 _ROOM = 2**24
-"""Gradients of reads [N,T,H,V] at once."""
+"""What writes give to reads [N,T,S,H] at once."""
 
 
 class Text(NamedTuple):
@@ -160,36 +160,34 @@ def of_writes(clean: Recurrence, text: Recurrence, at_reads: Tensor) -> Tensor:
     Args:
         at_reads: [N,T,H,V].
 
-    Cost: value channels are independent of each other, so N gradients are one scan with N V channels.
+    Cost: a scan with one channel for each token whose read counts; where each value channel has its own decay, a scan
+    for each row.
     """
     carried = clean.with_write(text.k, text.u)
-    n_rows = len(at_reads)
     if clean.rates is not None:
-        each = [_of_values(text, carried.value_gradients(row[None]), 1) for row in at_reads]
-        return torch.cat(each)
-    step = max(1, _ROOM // at_reads[0].numel())
-    given = []
-    for first in range(0, n_rows, step):
-        rows = at_reads[first : first + step]
-        side_by_side = rows.permute(1, 2, 0, 3).flatten(2)[None]  # [1,T,H,N V]
-        given.append(_of_values(text, carried.value_gradients(side_by_side), len(rows)))
-    return torch.cat(given)
+        return torch.cat([(carried.value_gradients(row[None])[0] * text.u[0]).sum(-1)[None] for row in at_reads])
+    values = _by_term(text.u[0]).to(at_reads)
+    given = at_reads.new_zeros(len(at_reads), clean.T, clean.H)
+    tokens = at_reads.abs().sum((0, 2, 3)).nonzero().flatten()
+    for some in tokens.split(max(1, _ROOM // given.numel())):
+        single = at_reads.new_zeros(1, clean.T, clean.H, len(some))
+        single[0, some, :, torch.arange(len(some), device=some.device)] = 1
+        weights = _by_term(carried.value_gradients(single)[0])
+        gains = torch.einsum("nthv,shrv->nshrt", at_reads[:, some], values)
+        given += (gains * weights).sum((3, 4))
+    return given
 
 
-def _of_values(text: Recurrence, gradients: Tensor, n_rows: int) -> Tensor:
-    """[N,S,H] from gradients [1,S,H,(R,)N V] of the values."""
-    by_row = gradients[0].unflatten(-1, (n_rows, -1))
-    given = (by_row * text.u[0].unsqueeze(-2).to(by_row)).sum(-1)
-    if text.u.ndim == 5:
-        given = given.sum(2)
-    return given.movedim(-1, 0)
+def _by_term(x: Tensor) -> Tensor:
+    """[S,H,R,V], what each rank-1 term of a write has, from [S,H,V] for one term."""
+    return x if x.ndim == 4 else x.unsqueeze(2)
 
 
 @torch.no_grad()
-def reads_of(r: Recurrence, writes: Recurrence, head: int, position: int) -> Tensor:
-    """[T,V], what a head of ``r`` reads of one write of ``writes``."""
-    one = r.select(heads=head)
-    written = writes.select(heads=head)
+def reads_of(r: Recurrence, writes: Recurrence, heads: Sequence[int], positions: Sequence[int]) -> Tensor:
+    """[T,N,V], what a head of ``r`` reads of one write of ``writes``, for N heads and positions of writes."""
+    written = writes.select(heads=heads)
     alone = torch.zeros_like(written.u)
-    alone[:, position] = written.u[:, position]
-    return one.with_write(written.k, alone).outputs()[0, :, 0]
+    rows = range(len(heads))
+    alone[:, positions, rows] = written.u[:, positions, rows]
+    return r.select(heads=heads).with_write(written.k, alone).outputs()[0]

@@ -21,7 +21,7 @@ from hookpoints import Graph, HookedRecurrent, WriteEdit, attribute
 from hookpoints.circuit.graph import Check
 from hookpoints.circuit.node import Node
 from hookpoints.circuit.nodes import write_attribution
-from hookpoints.circuit.ports import ports_of
+from hookpoints.circuit.ports import change_for, ports_of
 from hookpoints.errors import InputError, PredictionWarning, UnsupportedModelError
 
 SEQUENCE = torch.randint(1, VOCAB, (1, 16), generator=torch.Generator().manual_seed(3))
@@ -122,17 +122,34 @@ def without_mlp(model: HookedRecurrent, layer: int, token: int) -> Any:
     return record[layer].recurrence
 
 
+def gradient_at(model: HookedRecurrent, name: str) -> Tensor:
+    """The metric's gradient by what a hook sees."""
+    leaves: list[Tensor] = []
+
+    def begin(x: Tensor, hook: object) -> Tensor:
+        leaves.append(x.detach().requires_grad_())
+        return leaves[-1]
+
+    value = difference(model.run_with_hooks(SEQUENCE, fwd_hooks=[(name, begin)]))
+    return torch.autograd.grad(value, leaves)[0]
+
+
 @pytest.mark.parametrize(("layer", "position", "read"), [(1, 5, 9), (2, 7, 15), (2, 15, 15)])
 def test_edges_are_measured_by_runs_with_that_side_changed(
     model64: HookedRecurrent, graph: Graph, layer: int, position: int, read: int
 ) -> None:
-    """Value and key: the write is replaced. Query: its weight in the reading token's pattern is."""
+    """Value and key: the write is replaced. Query: its weight in the reading token's pattern is. The prediction is the
+    change of that side times the metric's gradient by it."""
     tracer: Any = graph.tracer
     head = 1
     clean = model64.recurrence(SEQUENCE, layer)
     for port in ports_of(Node("write", layer, head, position), clean, tracer.gradients.reads[layer], read):
-        found = tracer._effects(port, [Node("mlp", layer - 1, -1, port.at)])
+        factors = port.factors(tracer.blocks.factors_without(layer, port.at, [Node("mlp", layer - 1, -1, port.at)]))
+        found = tracer.runs.effects(change_for(port, tracer.blocks.text, factors))
         changed = without_mlp(model64, layer, port.at)
+        if port.name != "query":
+            gradient = gradient_at(model64, f"blocks.{layer}.mixer.hook_write_{port.name}")[0, position, head]
+            torch.testing.assert_close(port.direction, gradient, rtol=1e-9, atol=1e-12)
         pattern = clean.replace(q=changed.q).attention()
         at = (0, position, head)
 
