@@ -14,11 +14,10 @@ from unittest import mock
 
 import torch
 from backend import NPU, Generator, is_npu, load
-from counted import INDEXES, Seen
+from counted import INDEXES, Seen, mapped, tensors_of
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 _NO_SCALARS = "cat stack mm bmm addmm baddbmm index_select gather embedding scatter scatter_ scatter_add_ dot"
 NO_SCALARS = set(_NO_SCALARS.split())
@@ -51,13 +50,13 @@ class Dev(Tensor):
 
 def held_of(tree):
     """A tree with the data of its tensors of the device."""
-    return tree_map(lambda x: x.held if isinstance(x, Dev) else x, tree)
+    return mapped(lambda x: x.held if isinstance(x, Dev) else x, tree)
 
 
 def run(func, args, kwargs):
     """One op, as the dispatcher calls it."""
     name, place = func.overloadpacket.__name__, kwargs.get("device")
-    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    tensors = tensors_of((args, kwargs))
     ours = [x for x in tensors if isinstance(x, Dev)]
     to_npu = is_npu(place) if place is not None else bool(ours)
     options = dict(held_of(kwargs))
@@ -85,7 +84,7 @@ def run(func, args, kwargs):
     if not to_npu:
         return out
     written = {id(x.held): x for x in ours}  # what is written in place is given back itself
-    return tree_map(lambda x: (written[id(x)] if id(x) in written else Dev(x)) if isinstance(x, Tensor) else x, out)
+    return mapped(lambda x: written[id(x)] if id(x) in written else Dev(x), out)
 
 
 class _Dispatch(TorchDispatchMode):
