@@ -186,7 +186,6 @@ def _panel(height: float, grid: str = "x") -> tuple[Figure, Axes]:
     style = _STYLE | {"axes.grid.axis": grid, "ytick.labelcolor": INK if grid == "x" else MUTED}
     with matplotlib.rc_context(style):  # pyright: ignore[reportArgumentType]  # matplotlib types keys as literals
         figure = Figure(figsize=(3.9, height), layout="constrained")
-        FigureCanvasSVG(figure)
         axes = figure.add_subplot()
     figure.patch.set_alpha(0)
     axes.patch.set_alpha(0)
@@ -200,7 +199,8 @@ def _svg(figure: Figure, title: str) -> str:
     """
     buffer = io.StringIO()
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": title}):  # pyright: ignore[reportArgumentType]
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        # Drawn once; `savefig` draws a figure of this layout twice.
+        FigureCanvasSVG(figure).print_svg(buffer, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     text = buffer.getvalue()
     text = text[text.index("<svg") :]  # inline: an XML declaration is no part of HTML
     text = re.sub("|".join(_VARIABLES), lambda colour: f"var(--{_VARIABLES[colour[0]]},{colour[0]})", text)
