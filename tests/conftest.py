@@ -278,10 +278,10 @@ def hf():
 
 @pytest.fixture
 def model(hf):
-    """A hooked Qwen3.5 model; hooks are taken off afterwards."""
+    """A hooked Qwen3.5 model; hooks are taken off afterwards. That hooks see what it does is checked with `hooked`."""
     from hookpoints import HookedRecurrent
 
-    hooked = HookedRecurrent.from_hf(hf)
+    hooked = HookedRecurrent.from_hf(hf, self_check=False)
     yield hooked
     hooked.attachment.detach()
 
@@ -301,12 +301,13 @@ class KeepFloat64(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.Tensor.float:  # positions and frequencies of rotary embeddings, too
             return args[0].double()
-        double = bool(args) and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64
-        if double and func is torch.Tensor.to and (torch.float32 in args or kwargs.get("dtype") == torch.float32):
+        if kwargs.get("dtype") != torch.float32 and (func is not torch.Tensor.to or torch.float32 not in args[1:]):
+            return func(*args, **kwargs)  # nearly all calls
+        if not args or not isinstance(args[0], torch.Tensor) or args[0].dtype != torch.float64:
+            return func(*args, **kwargs)
+        if func is torch.Tensor.to:
             return args[0]
-        if double and kwargs.get("dtype") == torch.float32:  # softmax(x, dtype=torch.float32) and the like
-            kwargs = {**kwargs, "dtype": torch.float64}
-        return func(*args, **kwargs)
+        return func(*args, **{**kwargs, "dtype": torch.float64})  # softmax(x, dtype=torch.float32) and the like
 
 
 def hooked_in_float64(model_type: str, seed: int = 0, zeroed: tuple[str, ...] = (), **how):
