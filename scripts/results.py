@@ -89,17 +89,21 @@ def pack(runs: Path, folder: Path) -> None:
 
 def packed(folder: Path) -> list[tuple[str, Result]]:
     """Each result with its recipe, as it was saved."""
-    tables = {file.stem: pd.read_parquet(file) for file in folder.glob("*-*.parquet")}
+    tables = {file.stem: of_each_result(pd.read_parquet(file)) for file in folder.glob("*-*.parquet")}
     found = []
     for n, (recipe, name, settings, about, skipped) in pd.read_parquet(folder / "results.parquet").iterrows():
         kind = EVALUATIONS[name]
         own = {}
         for each in kind.columns if not skipped else ():
-            joined = tables[f"{name}-{each}"]
-            own[each] = joined[joined["result"] == n].reset_index(drop=True)
+            own[each] = tables[f"{name}-{each}"][n].reset_index(drop=True)
         result = Result(kind.from_dict(json.loads(settings)), json.loads(about), own, skipped or None)
         found.append((recipe, result))
     return found
+
+
+def of_each_result(joined: pd.DataFrame) -> Mapping[Any, pd.DataFrame]:
+    """The rows of each result, by its number."""
+    return defaultdict(lambda: joined.iloc[:0], joined.groupby("result"))
 
 
 def restore(folder: Path, runs: Path) -> None:

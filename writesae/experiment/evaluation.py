@@ -12,7 +12,7 @@ import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
 from functools import cached_property
 from operator import methodcaller
@@ -256,7 +256,8 @@ class Evaluation(ABC):
         }
         seconds = round(time.perf_counter() - begin, 3)
         result = Result(self, lab.describe(label) | {"seconds": seconds}, tables)
-        return replace(result, info=result.info | {"rules": result.judged()})
+        result.info["rules"] = result.judged()  # in place, so that its findings are made once
+        return result
 
 
 @dataclass(frozen=True)
