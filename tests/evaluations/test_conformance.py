@@ -126,7 +126,7 @@ def test_writes_of_zero_are_left_out_and_counted(
             {"n_tokens": 2, "min_count": 2, "min_firings": 2, "prompts": 3, "prompt_tokens": 5, "new_tokens": 6},
             ["token", "atom", "count", "phi"],
         ),
-        ("erasure", {"n_atoms": None, "horizon": 3, "min_firings": 2}, ["atom", "token", "n_select", "selected"]),
+        ("erasure", {"n_atoms": 6, "horizon": 3, "min_firings": 2}, ["atom", "token", "n_select", "selected"]),
     ],
 )
 def test_what_is_chosen_never_sees_the_test_half(
