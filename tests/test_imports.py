@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import subprocess
 import sys
 
@@ -12,30 +13,34 @@ import pytest
 import hookpoints
 
 COUNT = """
-import sys
-before = set(sys.modules)
-exec(sys.argv[1])
-before |= set(sys.modules)
-exec(sys.argv[2])
-new = set(sys.modules) - before
-print(len(new), *(name for name in ("torch", "transformers", "transformer_lens", "sae_lens") if name in new))
+import json, sys
+for first, then in json.loads(sys.argv[1]):
+    exec(first)
+    before = set(sys.modules)
+    exec(then)
+    print(*(set(sys.modules) - before))
 """
+LIBRARIES = {"torch", "transformers", "transformer_lens", "sae_lens"}
+STEPS = {
+    ("", "import hookpoints; from hookpoints import HOOKS, EditError, embedded"): (80, set()),
+    ("", "from hookpoints import RULES, Recurrence, WriteEdit, zoo"): (2_000, {"torch"}),
+    ("import transformer_lens", "from hookpoints import HookedRecurrent, Memory, attach, cost"): (80, set()),
+    ("import sae_lens; from hookpoints import HookedRecurrent", "import sae_lens_writesae"): (60, set()),
+    ("", "from writesae.evaluations import EVALUATIONS; EVALUATIONS['sign']"): (1_000, set()),
+}
+"""What is imported first, and then: how many modules the second loads at most, and which libraries."""
 
 
-@pytest.mark.parametrize(
-    ("first", "then", "most", "libraries"),
-    [
-        ("", "import hookpoints; from hookpoints import HOOKS, EditError, embedded", 80, []),
-        ("", "from hookpoints import RULES, Recurrence, WriteEdit, zoo", 2_000, ["torch"]),
-        ("import transformer_lens", "from hookpoints import HookedRecurrent, Memory, attach, cost", 120, []),
-        ("import sae_lens; from hookpoints import HookedRecurrent", "import sae_lens_writesae", 60, []),
-    ],
-)
-def test_a_name_loads_what_it_needs(first: str, then: str, most: int, libraries: list[str]) -> None:
-    """``then``, in a fresh program, after ``first``."""
-    run = subprocess.run([sys.executable, "-c", COUNT, first, then], capture_output=True, text=True, check=True)
-    n, *loaded = run.stdout.split()
-    assert int(n) <= most and loaded == libraries
+def test_names_load_what_they_need() -> None:
+    """In a process of its own, one step after the other: a library takes seconds to load. Of the evaluations, only the
+    one that is asked for is loaded."""
+    command = [sys.executable, "-c", COUNT, json.dumps([*STEPS])]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    for (step, (most, libraries)), line in zip(STEPS.items(), lines, strict=True):
+        loaded = line.split()
+        assert len(loaded) <= most and LIBRARIES.intersection(loaded) == libraries, step
+    evaluations = [name for name in lines[-1].split() if name.startswith("writesae.evaluations.")]
+    assert evaluations == ["writesae.evaluations.sign"]
 
 
 def test_names_for_type_checkers_are_those_that_are_imported_when_asked_for() -> None:
