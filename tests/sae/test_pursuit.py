@@ -127,7 +127,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("encoder", ["topk", "pursuit"])
 def test_at_128_by_128_no_matrix_of_all_pairs_is_built(encoder: str) -> None:
-    n, sides, size = 6, 96, 128
+    n, sides, size = 6, 32, 128
     shape: dict[str, Any] = {"d_in": size**2, "d_k": size, "d_sae": sides**2, "encoder": encoder}
     sae: Any = WriteProductTrainingSAE(WriteProductTrainingSAEConfig(**shape, resample_every=1, decoder_init="native"))
     x = (normal(n, size, 1) @ normal(n, 1, size, seed=2)).float().flatten(1)

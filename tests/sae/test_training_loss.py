@@ -154,32 +154,33 @@ def test_training_lowers_the_loss_and_saves_an_ordinary_sae(
     assert all(torch.equal(p, q) for p, q in zip(trained.parameters(), again.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("kill_at", [2, 31, 59])
 @pytest.mark.parametrize("target, loss", [("write", "write"), ("state", "mse"), ("last_state", "mse")])
 def test_a_killed_run_ends_with_the_same_weights(
-    collection: Any, tmp_path: Path, target: Any, loss: Any, kill_at: int, monkeypatch: pytest.MonkeyPatch
+    collection: Any, tmp_path: Path, target: Any, loss: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In SAELens' trainer, with dead atoms that are replaced by rows before the kill and after it."""
     upkeep = {"k": 2, "resample_every": 5, "unit_norm_every": 7, "normalize_activations": "expected_average_only_in"}
     sizes = {"training_tokens": 60 * 32, "train_batch_size_tokens": 32, "n_batches_in_buffer": 40}
     runner = sizes | {"dead_feature_window": 3, "n_batches_for_norm_estimate": 2}
     cfg = config(collection, target=target, loss=loss, sae=upkeep, **runner)
-    whole, steps, step_of_adam = train(cfg).state_dict(), itertools.count(), torch.optim.Adam.step
+    whole, step_of_adam = train(cfg).state_dict(), torch.optim.Adam.step
+    for kill_at in (2, 31, 59):
+        steps = itertools.count()
 
-    def killing(*arguments: Any) -> Any:
-        if next(steps) == kill_at:
-            raise InterruptedError
-        return step_of_adam(*arguments)
+        def killing(*arguments: Any, steps: Any = steps, kill_at: int = kill_at) -> Any:
+            if next(steps) == kill_at:
+                raise InterruptedError
+            return step_of_adam(*arguments)
 
-    monkeypatch.setattr(torch.optim.Adam, "step", killing)
-    with pytest.raises(InterruptedError):
-        train(cfg, checkpoint=tmp_path / "checkpoint")
-    assert (tmp_path / "checkpoint").exists() == (kill_at > 2)
-    resumed = train(cfg, checkpoint=tmp_path / "checkpoint").state_dict()
-    assert next(steps) - kill_at - 1 in ((60,) if kill_at == 2 else range(60 - kill_at, 64 - kill_at))
-    for name, value in whole.items():
-        assert torch.equal(value, resumed[name]), name
-    assert not list(tmp_path.iterdir())
+        monkeypatch.setattr(torch.optim.Adam, "step", killing)
+        with pytest.raises(InterruptedError):
+            train(cfg, checkpoint=tmp_path / "checkpoint")
+        assert (tmp_path / "checkpoint").exists() == (kill_at > 2)
+        resumed = train(cfg, checkpoint=tmp_path / "checkpoint").state_dict()
+        assert next(steps) - kill_at - 1 in ((60,) if kill_at == 2 else range(60 - kill_at, 64 - kill_at))
+        for name, value in whole.items():
+            assert torch.equal(value, resumed[name]), (kill_at, name)
+        assert not list(tmp_path.iterdir())
 
 
 def test_a_checkpoint_of_other_rows_or_one_that_is_damaged_is_not_taken_up(
