@@ -106,12 +106,37 @@ def test_the_models_of_a_board_are_in_the_zoo_by_default() -> None:
 
 
 def test_rows_are_put_into_a_board_of_the_same_settings_alone(tmp_path: Path) -> None:
-    command = Zoo(only="writesae_product", out=tmp_path)
-    settings = {"models": ("recall",), "seeds": 2}
-    (tmp_path / "zoo.json").write_text(json.dumps({"settings": settings, "boards": []}))
-    assert command._saved(settings)["boards"] == []
-    with pytest.raises(ValueError, match=r"only: expected .*zoo\.json of the settings"):
-        command._saved(settings | {"seeds": 3})
+    command = Zoo(models=("recall",), only="writesae_product", out=tmp_path)
+    of_recall = {"model": "recall", "rows": []}
+    content = {"settings": {"seeds": 2}, "boards": [of_recall], "readings": []}
+    (tmp_path / "zoo.json").write_text(json.dumps(content))
+    assert command._saved({"seeds": 2}) == ({"recall": of_recall}, {})
+    with pytest.raises(ValueError, match=r"only: expected .*zoo\.json of the models .'recall',. with the settings"):
+        command._saved({"seeds": 3})
+
+
+def test_models_that_were_measured_are_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[str] = []
+
+    def read(name: str, *sizes: int) -> dict[str, object]:
+        measured.append(name)
+        if name == "facts" and len(measured) == 2:
+            raise KeyboardInterrupt
+        return {"model": name, "rows": [{"reader": "pairs"}], "heads": 1}
+
+    monkeypatch.setattr(boards, "readings", read)
+    command = Zoo(models=("recall", "facts"), writes=False, out=tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        command.run()
+    page = command.run()
+    assert measured == ["recall", "facts", "facts"]
+    assert [reading["model"] for reading in json.loads((tmp_path / "zoo.json").read_text())["readings"]] == [
+        "recall",
+        "facts",
+    ]
+    assert "facts" in page.read_text()
+    Zoo(models=("recall",), writes=False, seeds=2, out=tmp_path).run()
+    assert measured[3:] == ["recall"]
 
 
 Sides = tuple[torch.Tensor, torch.Tensor]

@@ -10,8 +10,8 @@ from typing import Any
 from writesae.choices import at_least
 from writesae.files import GENERATOR, check_absent, check_ours, check_writable
 
-HOW = ("writes", "states", "only", "out")
-"""Fields that no number depends on."""
+HOW = ("models", "writes", "states", "only", "out")
+"""Fields that no number of a model depends on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,8 @@ class Zoo:
     """One quantizer, by its name on the page: its rows are put into the zoo.json that `out` has, whose settings must be
     these. None: every method."""
     out: Path = Path("writesae-out/zoo")
-    """Folder for index.html, zoo.json and zoo.md."""
+    """Folder for index.html, zoo.json and zoo.md. Models that its zoo.json has with these settings are not measured
+    again: a command that was stopped resumes."""
 
     def __post_init__(self) -> None:
         at_least(self, {"seeds": 1, "sequences": 128, "facts": 16, "steps": 2})
@@ -65,30 +66,36 @@ class Zoo:
         if not (self.out / "zoo.json").exists():  # which is written first
             check_absent([self.out / "zoo.md"])
         settings = {name: value for name, value in asdict(self).items() if name not in HOW}
-        saved = self._saved(settings) if self.only is not None else {}
+        boards, read = self._saved(settings)
         sizes = (self.seeds, self.sequences, self.facts, self.steps)
-        boards = []
-        read = saved.get("readings", [])
         with quiet():
-            if self.writes:
-                boards = [board(name, *sizes, only=self.only) for name in self.models]
-            if self.states and self.only is None:
-                read = [readings(name, *sizes) for name in self.models]
-        for old, new in zip(saved.get("boards", []), boards):
-            new |= old | {"rows": with_rows(old["rows"], new["rows"])}
-        content = GENERATOR | {"settings": settings, "boards": boards, "readings": read}
-        atomic_text(self.out / "zoo.json", json.dumps(content, indent=1, allow_nan=False))
+            for name in self.models:
+                if self.writes and (self.only or name not in boards):
+                    new = board(name, *sizes, only=self.only)
+                    old = boards.get(name, new)
+                    boards[name] = new | old | {"rows": with_rows(old["rows"], new["rows"])}
+                if self.states and not self.only and name not in read:
+                    read[name] = readings(name, *sizes)
+                content = GENERATOR | {"settings": settings}
+                content |= {"boards": [*boards.values()], "readings": [*read.values()]}
+                atomic_text(self.out / "zoo.json", json.dumps(content, indent=1, allow_nan=False))
         tables = [environment().get_template(f"{name}_table.html").render(content) for name in ("zoo", "states")]
         atomic_text(self.out / "zoo.md", "".join(tables))
         return atomic_text(self.out / "index.html", environment().get_template("zoo.html").render(content))
 
-    def _saved(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """The zoo.json that is there, of the same settings."""
+    def _saved(self, settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The boards and the readings of the zoo.json that is there, by model, if it has the same settings."""
         file = self.out / "zoo.json"
         saved = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        if saved.get("settings") != json.loads(json.dumps(settings)):
-            raise ValueError(f"only: expected {file} of the settings {settings}, got {saved.get('settings')}")
-        return saved
+        boards, read = ({}, {})
+        if saved.get("settings") == settings:
+            boards, read = ({each["model"]: each for each in saved[name]} for name in ("boards", "readings"))
+        if self.only is not None and not boards.keys() >= set(self.models):
+            raise ValueError(
+                f"only: expected {file} of the models {self.models} with the settings {settings}, got "
+                f"{saved.get('settings')} of {list(boards)}"
+            )
+        return boards, read
 
 
 def with_rows(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -101,6 +101,7 @@ class Job(NamedTuple):
 # ------------------------------------------------------------------------------------------------ of pairs
 
 
+@lru_cache(maxsize=16)  # a null has the same atoms
 def learned_sides(job: Job, head: int) -> list[Tensor]:
     """Key atoms and value atoms of `writesae_product`, which codes states by pursuit over pairs."""
     f_key, f_value = job.counts
