@@ -233,7 +233,7 @@ def test_every_reader_scores_every_fact_in_the_bits_of_the_pairs(
 ) -> None:
     monkeypatch.setattr(readers, "PROBED", 200)
     monkeypatch.setattr(readers, "PRINCIPAL", 16)
-    job = Job(world, Told.of(world, 4, 200, 1), Told.of(world, 4, 100, 2), steps=2, seed=0, times=0.5)
+    job = Job(world, Told.of(world, 4, 200, 1), Told.of(world, 4, 100, 2), steps=2, seed=0, sides={}, times=0.5)
     reader = READERS[name](job)
     scores = reader.scores(job.naming.states[:8])
     assert scores.shape == (8, 64, 64) and scores.isfinite().all()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +43,8 @@ class Job(NamedTuple):
     """Texts that name the atoms."""
     steps: int
     seed: int
+    sides: dict[int, list[Tensor]]
+    """Of each head: the key atoms and value atoms of pairs, once they are learned."""
     times: float = 1.0
     """How many times as many atoms of a side there are as symbols."""
 
@@ -101,13 +103,14 @@ class Job(NamedTuple):
 # ------------------------------------------------------------------------------------------------ of pairs
 
 
-@lru_cache(maxsize=16)  # a null has the same atoms
 def learned_sides(job: Job, head: int) -> list[Tensor]:
     """Key atoms and value atoms of `writesae_product`, which codes states by pursuit over pairs."""
-    f_key, f_value = job.counts
-    sizes = {"f_key": f_key, "f_value": f_value, "n_pairs": FITTED_TERMS}
-    sae = job.trained(head, "writesae_product", f_key * f_value, encoder="pursuit", **sizes)
-    return [side.detach() for side in sae.directions]
+    if head not in job.sides:
+        f_key, f_value = job.counts
+        sizes = {"f_key": f_key, "f_value": f_value, "n_pairs": FITTED_TERMS}
+        sae = job.trained(head, "writesae_product", f_key * f_value, encoder="pursuit", **sizes)
+        job.sides[head] = [side.detach() for side in sae.directions]
+    return job.sides[head]
 
 
 def learned(job: Job, head: int) -> HeadReader:
