@@ -29,7 +29,7 @@ from writesae.dictionary.controls import answers
 from writesae.evaluations import EVALUATIONS, load_result
 from writesae.evaluations.bits import RELEVANT, RIVAL, WAYS, Bits
 from writesae.experiment.evaluation import Result, Scope
-from writesae.known.readers import NAMING, STATES_ALONE
+from writesae.known.readers import NAMING, OF_STATES
 from writesae.known.states import TERMS
 from writesae.page.template import environment
 from writesae.reproduce.published import RUNS
@@ -294,7 +294,7 @@ def zoo_page() -> str:
 def read_best(reading: Mapping[str, Any]) -> str:
     """What pairs read in the states of a model, and the best of the other readers that know states alone."""
     rows = {row["reader"]: row for row in reading["rows"] if "times the atoms" not in row["reader"]}
-    learned, *others = [row for reader, row in rows.items() if reader in STATES_ALONE]
+    learned, *others = [row for reader, row in rows.items() if reader in OF_STATES]
     best = max(others, key=lambda row: row["4 pairs"]["mean"])
     nulls = [row["4 pairs"]["mean"] for reader, row in rows.items() if reader.startswith("null")]
 

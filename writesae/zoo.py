@@ -68,6 +68,7 @@ class Zoo:
         settings = {name: value for name, value in asdict(self).items() if name not in HOW}
         boards, read = self._saved(settings)
         sizes = (self.seeds, self.sequences, self.facts, self.steps)
+        content: dict[str, Any] = GENERATOR | {"settings": settings}
         with quiet():
             for name in self.models:
                 if self.writes and (self.only or name not in boards):
@@ -76,7 +77,6 @@ class Zoo:
                     boards[name] = new | old | {"rows": with_rows(old["rows"], new["rows"])}
                 if self.states and not self.only and name not in read:
                     read[name] = readings(name, *sizes)
-                content = GENERATOR | {"settings": settings}
                 content |= {"boards": [*boards.values()], "readings": [*read.values()]}
                 atomic_text(self.out / "zoo.json", json.dumps(content, indent=1, allow_nan=False))
         tables = [environment().get_template(f"{name}_table.html").render(content) for name in ("zoo", "states")]

@@ -30,6 +30,8 @@ DEEPER = 0.1
 stand between those that are facts."""
 LEAST_SHARE = 1e-3
 """The same where the number is given."""
+LEAST_APART = 0.1
+"""Singular value of key atoms, as a share of the largest, below which they are taken to be the same."""
 LEAST_NAMED = 0.2
 """Correlation from which a word names an atom."""
 
@@ -261,7 +263,8 @@ def rewritten(
 
     What leaves is all that a state has along the pairs with the old words: their coefficients, and what is left of the
     state along them. What comes has the same keys, with coefficients that differ by the ratio of the usual sizes of
-    both value atoms, so that what a query reads is as large as what it usually reads of the new value.
+    both value atoms, so that what a query reads is as large as what it usually reads of the new value. Where nothing
+    comes, the old values also leave all of the state that no other of its keys reads.
 
     Raises:
         InputError: no atom of the dictionary has one of the words, or neither value is given.
@@ -279,11 +282,23 @@ def rewritten(
     grid = _pairs(states, dictionary, MOST_FACTS, DEEPER).acts().to(states).view(len(states), len(keys), len(values))
     left = states - keys.T @ grid @ values
     found = grid[:, key_atoms][:, :, value_atoms]
+    if new is None:
+        left = states - keys[key_atoms].T @ found @ values[value_atoms]
+        others = grid.any(2)  # [N,F_key]
+        others[:, key_atoms] = False
+        return _cleared(left, keys * others[..., None], values[value_atoms]), bool(found.any())
     old = found + keys[key_atoms] @ left @ values[value_atoms].T  # [N,i,j]
     change = -old @ values[value_atoms]
-    if new is not None:
-        change = change + (old / sizes[value_atoms]).sum(-1, keepdim=True) * sizes[new] * values[new]
+    change = change + (old / sizes[value_atoms]).sum(-1, keepdim=True) * sizes[new] * values[new]
     return states + keys[key_atoms].T @ change, bool(found.any())
+
+
+def _cleared(states: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """States [N,K,V] with nothing along values [n,V] but what keys [N,F,K] read, of which some are 0: a query is not
+    exactly the key atom of its fact, and finds traces of the fact near to it."""
+    along = states @ torch.linalg.pinv(values) @ values
+    shared = torch.linalg.pinv(keys, rtol=LEAST_APART) @ keys @ along
+    return states - along + shared
 
 
 # ------------------------------------------------------------------------------------------------ helpers

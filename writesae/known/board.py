@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
@@ -66,13 +67,11 @@ def readings(name: str, seeds: int, sequences: int, facts: int, steps: int) -> d
     fitted = Told.of(world, FITTED_PAIRS, readers.FITTED, seed=1)
     naming = Told.of(world, FITTED_PAIRS, readers.NAMING, seed=2)
     texts = {pairs: Told.of(world, pairs, facts, seed=2 + pairs) for pairs in READ_PAIRS}
-    jobs = [Job(world, fitted, naming, steps, seed, {}) for seed in range(seeds)]
+    jobs = [Job(world, fitted, naming, steps, seed) for seed in range(seeds)]
     rows = [read_by(reader, fit, jobs[:1] if reader in FIXED else jobs, texts) for reader, fit in READERS.items()]
     learned, fit = next(iter(READERS.items()))
     for times in WRONG_SIZES:
-        rows.append(
-            read_by(f"{learned}, {times:g} times the atoms", fit, [jobs[0]._replace(times=times, sides={})], texts)
-        )
+        rows.append(read_by(f"{learned}, {times:g} times the atoms", fit, [replace(jobs[0], times=times)], texts))
     return {"model": name, "heads": len(world.holder.heads), "rows": rows}
 
 

@@ -65,6 +65,8 @@ class HeadReader(NamedTuple):
 
     code: Callable[[Tensor], Code]
     """Of states [N,K,V]."""
+    decode: Callable[[Code], Tensor]
+    """[N,K V] what the terms add up to."""
     n_atoms: tuple[int, int]
     """Key atoms and value atoms."""
     numbers: int
@@ -73,22 +75,26 @@ class HeadReader(NamedTuple):
     """Of the code of a state: log2 of the number of atoms, and 8 for the coefficient of each term."""
 
     @classmethod
-    def of_pairs(cls, keys: Tensor, values: Tensor) -> HeadReader:
-        """By pursuit over all pairs of a key atom [F,K] and a value atom [F',V], with `TERMS` pairs."""
+    def of_pairs(cls, keys: Tensor, values: Tensor, terms: int) -> HeadReader:
+        """By pursuit over all pairs of a key atom [F,K] and a value atom [F',V], with so many pairs."""
         keys = normalize(keys, dim=1)
         values = normalize(values, dim=1)
         counts = (len(keys), len(values))
 
         def code(states: Tensor) -> Code:
-            found = pursuit.pursue(states, keys, values, TERMS, pursuit.LEAST_STOP)
+            found = pursuit.pursue(states, keys, values, terms, pursuit.LEAST_STOP)
             return Code(found.keys, found.values, found.coefficients)
 
-        bits = TERMS * (sum(map(math.log2, counts)) + 8)
-        return cls(code, counts, keys.numel() + values.numel(), bits)
+        def decode(code: Code) -> Tensor:
+            weighted = code.sizes[..., None] * keys[code.keys]
+            return (weighted.mT @ values[code.values]).flatten(1)
+
+        bits = terms * (sum(map(math.log2, counts)) + 8)
+        return cls(code, decode, counts, keys.numel() + values.numel(), bits)
 
     @classmethod
     def of_atoms(cls, atoms: Tensor, numbers: int, bits: float) -> HeadReader:
-        """By pursuit over atoms [F,K*V], with as many terms as take so many bits."""
+        """By pursuit over atoms [F,K V], with as many terms as take so many bits."""
         atoms = normalize(atoms, dim=1)
         terms = terms_of(len(atoms), bits)
 
@@ -96,7 +102,10 @@ class HeadReader(NamedTuple):
             chosen, sizes = pursue(states.flatten(1), atoms, terms)
             return Code(chosen, chosen, sizes)
 
-        return cls(code, (len(atoms), len(atoms)), numbers, terms * term_bits(len(atoms)))
+        def decode(code: Code) -> Tensor:
+            return (code.sizes[:, None] @ atoms[code.keys])[:, 0]
+
+        return cls(code, decode, (len(atoms), len(atoms)), numbers, terms * term_bits(len(atoms)))
 
 
 def term_bits(n_atoms: int) -> float:
