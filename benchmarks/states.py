@@ -146,7 +146,8 @@ def rewritten(model: HookedRecurrent, dictionaries: list[Any], words: list[str],
         counts.setdefault(what, []).append(right)
 
     for row, text in enumerate(texts.tolist()):
-        keys, held = text[1:-1:2], text[2:-1:2]
+        keys = text[1:-1:2]
+        held = text[2:-1:2]
         new = next(value for value in values[row % len(values) :] + values if value not in held)
         memory = model.memory(texts[row : row + 1])
         edits = {"replaced": (0, new), "null": (1, new), "removed": (0, None), "added": (0, None)}

@@ -23,7 +23,7 @@ CEILINGS = {
     "sae_lens_writesae": 18_000,
     "writesae": 59_300,
     "tests": 117_500,
-    "scripts + benchmarks": 28_600,
+    "scripts + benchmarks": 29_300,
 }
 """Expression nodes of folders. A smoke alarm and no target: a commit that needs more says what a reader gains."""
 OFFENDERS = {

@@ -119,11 +119,12 @@ class Job:
         """The heads that hold the facts together."""
         n_values = self.naming.facts.shape[2]
         counts = (round(self.times * self.world.task.n_keys), round(self.times * n_values))
+        model = self.world.model
         holder = self.world.holder
-        return [
-            HeadStates(self.world.model, holder.layer, head, states.contiguous(), counts, self.steps, self.seed)
-            for head, states in zip(holder.heads, self.fitted.states.unbind(1))
-        ]
+        heads = list[HeadStates]()
+        for head, states in zip(holder.heads, self.fitted.states.unbind(1)):
+            heads.append(HeadStates(model, holder.layer, head, states.contiguous(), counts, self.steps, self.seed))
+        return heads
 
 
 # ------------------------------------------------------------------------------------------------ of pairs
