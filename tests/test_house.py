@@ -19,10 +19,10 @@ ALONE = "hookpoints/pyproject.toml"
 PACKAGES = ("hookpoints", "sae_lens_writesae", "writesae")
 """Each knows only those before it."""
 CEILINGS = {
-    "hookpoints": 45_500,
+    "hookpoints": 46_000,
     "sae_lens_writesae": 18_000,
-    "writesae": 59_300,
-    "tests": 117_500,
+    "writesae": 59_600,
+    "tests": 118_500,
     "scripts + benchmarks": 29_300,
 }
 """Expression nodes of folders. A smoke alarm and no target: a commit that needs more says what a reader gains."""
