@@ -103,7 +103,7 @@ def packed(folder: Path) -> list[tuple[str, Result]]:
 
 def of_each_result(joined: pd.DataFrame) -> Mapping[Any, pd.DataFrame]:
     """The rows of each result, by its number."""
-    return defaultdict(lambda: joined.iloc[:0], joined.groupby("result"))
+    return defaultdict(lambda: joined.iloc[:0], iter(joined.groupby("result")))
 
 
 def restore(folder: Path, runs: Path) -> None:
