@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
+from xml.etree import ElementTree
 
 import pytest
 import torch
 from made_up import HOLDS, made_up
+from tqdm.auto import tqdm
 
 from hookpoints import HookedRecurrent
-from writesae.demo import FACTS, RECIPES, Demo, read_facts
+from writesae.demo import CIRCUIT, FACTS, RECIPES, Demo, one_bar, read_facts, recall
 from writesae.dictionary.quality import head_effects
 from writesae.evaluations import load_result
 from writesae.page.report import write_report
+from writesae.verdict.paper import Outcome
 
 TOKENS = torch.randint(1, 500, (2, 48), generator=torch.Generator().manual_seed(0))
 
@@ -48,20 +54,70 @@ def test_facts_of_a_stranger_are_numbers_and_text(tmp_path: Path) -> None:
             read_facts(file)
 
 
+def test_a_memory_is_read_one_fact_replaced_and_the_answer_follows(tmp_path: Path) -> None:
+    recalled = recall()
+    first, edited = recalled.memories
+    assert (first.answer, edited.answer) == ("Rome", "Oslo") and min(first.share, edited.share) > 0.9
+    facts, others = dict(first.facts), dict(edited.facts)
+    changed = {"Ben lives in → Rome", "Ben lives in → Oslo"}
+    assert facts.keys() ^ others.keys() == changed and len(facts) == len(others) == 4
+    assert all(others[fact] == pytest.approx(facts[fact], abs=0.05) for fact in facts.keys() - changed)
+    lines = recalled.told().splitlines()
+    assert (
+        len(lines) == 5 and "Ben lives in → Rome 0.48" in lines[1] and lines[4] == "answer    Ben lives in Oslo (99%)"
+    )
+    page = write_report([made_up(HOLDS)], tmp_path / "report.html", recalled=recalled).read_text()
+    assert page.index("Ben lives in → Oslo") < page.index(ElementTree.fromstring(recalled.circuit)[-1].text or "-")
+    assert page.index(recalled.circuit) < page.index('<h2 id="claims">')
+
+
+class Terminal(io.StringIO):
+    """Standard error of somebody who looks."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_one_bar_says_the_stage_and_those_of_libraries_are_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    for terminal in (Terminal(), io.StringIO()):
+        said: list[str] = []
+        monkeypatch.setattr(sys, "stderr", terminal)
+        with one_bar(("facts", "training"), said.append) as stages:
+            stages.next()
+            for _ in tqdm(range(3), desc="of a library"):
+                for _ in tqdm(range(3), desc="of another"):
+                    pass
+            print("a warning", file=sys.stderr)
+            stages.next()
+            stages.say("a sentence")
+        drawn = terminal.getvalue()
+        assert sys.stderr is terminal and said == ["a sentence"] and "librar" not in drawn and "another" not in drawn
+        if terminal.isatty():
+            stages_drawn = list(dict.fromkeys(re.findall(r"stage \d of \d: \w+", drawn)))
+            assert stages_drawn == ["stage 1 of 2: facts", "stage 2 of 2: training"] and "a warning\n" in drawn
+        else:
+            assert drawn == "a warning\n"
+
+
 @pytest.mark.slow
-def test_the_demo_leaves_a_report_dictionaries_and_results(tmp_path: Path) -> None:
+def test_the_demo_leaves_a_report_dictionaries_and_results(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     said: list[str] = []
     demo = Demo(layer=4, head=0, training_tokens=64_000, train_sequences=160, out=tmp_path / "out")
     page = demo.run(say=lambda line: said.append(str(line)))
     screen = "\n".join(said)
-    assert re.match(r"about \d+ s on this machine", said[0]) and "half-life" in screen
-    atoms = dict(re.findall(r"`(\w+)`: changed (\d+)", screen))
-    codes, others = (re.findall(rf"{each}: changed (\d+)", screen) for each in ("quantizers", "another pair's write"))
-    assert int(atoms["recall"]) > 80 and int(atoms["composition"]) > 60 and max(map(int, others)) < 10
-    assert int(codes[0]) > 80 and int(codes[1]) < 30 and "One atom writes a fact" in page.read_text()
+    assert re.match(r"about \d+ s on this machine", said[0]) and "half of a write is left" in screen
+    assert "%|" not in capfd.readouterr().err  # a bar of a library
+    assert not [outcome for outcome in get_args(Outcome) if outcome in screen]
+    assert "Ben lives in Oslo (99%)" in said[-1] and said[-1].endswith(f"{demo.out / CIRCUIT}\n\nopen in a browser:")
+    ElementTree.parse(demo.out / CIRCUIT)
+    recall_rows, composition_rows = ({row[0]: row[1] for row in panel.rows} for panel in read_facts(demo.out / FACTS))
+    assert recall_rows["an atom"] > 0.8 and composition_rows["an atom"] > 0.6
+    assert max(recall_rows["another pair's write"], composition_rows["another pair's write"]) < 0.1
+    assert recall_rows["codes of two quantizers"] > 0.8 and composition_rows["codes of two quantizers"] < 0.3
+    assert "One atom writes a fact" in page.read_text()
     whole = {label: next((demo.out / label.replace(", ", "-")).rglob("*.safetensors")) for label in RECIPES}
     before = {label: file.stat().st_mtime_ns for label, file in whole.items()}
-    assert demo.run(say=said.append) == page == tmp_path / "out" / "report.html" and "kept: write-trained" in said[-2]
+    assert demo.run(say=said.append) == page == tmp_path / "out" / "report.html"
     assert before == {label: file.stat().st_mtime_ns for label, file in whole.items()}
     with pytest.raises(ValueError, match="seed: 0, now 1"):
         replace(demo, seed=1).run()

@@ -1,17 +1,22 @@
-"""The main job, end to end, on models that ship with the package: a fact that one atom writes, then dictionaries of a
-language model's writes and states, tested."""
+"""The main job, end to end, on models that ship with the package: facts that atoms write, dictionaries of a language
+model's writes, tested, and a memory that is read as facts."""
 
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from tqdm import tqdm
+
 from writesae.choices import MetricName, at_least
-from writesae.dictionaries import quality_table, quiet, save_dictionary
+from writesae.dictionaries import Say, quiet, save_dictionary
 from writesae.files import check_ours, check_settings, check_writable, keep_settings, taken
 
 if TYPE_CHECKING:
@@ -23,12 +28,25 @@ if TYPE_CHECKING:
     from writesae.experiment.conditions import Control
     from writesae.experiment.evaluation import Result
     from writesae.experiment.terms import Terms
-    from writesae.page.report import Opening
+    from writesae.page.report import Opening, Recalled
 
 
 RECIPES: dict[str, MetricName] = {"write-trained": "frobenius", "write-trained, metric": "gauss_newton"}
 """The dictionaries, and what errors are measured by: their squares, or the KL divergence that they cause."""
 FACTS = "facts.json"
+CIRCUIT = "circuit.svg"
+STAGES = (
+    "facts that atoms write",
+    "what each head's writes do",
+    "writes of one head",
+    "training two dictionaries",
+    "testing their atoms",
+    "a memory read as facts",
+)
+TOLD = "Ben lives in Rome . Iris keeps a parrot . Ben is a baker . Clara dresses in green ."
+ASKED = "Ben lives in"
+REPLACED = ("Rome", "Oslo")
+"""What the model `facts` is told and asked, and the value that another one replaces: those of README."""
 SHOWN_METHODS = {
     "writesae_product": "an atom",
     "product quantizer (k-means of k and of u)": "codes of two quantizers",
@@ -95,9 +113,10 @@ class Demo:
         sizes = ("d_sae", "training_tokens", "context_size", "train_sequences", "eval_sequences", "n_atoms")
         at_least(self, dict.fromkeys((*sizes, "firings_per_atom"), 1) | {"memory": 0, "seed": 0, "facts": 0})
 
-    def run(self, say: Callable[[str], object] = print) -> Path:
-        """Train and test each dictionary, and write everything to `out`: the report, and for each dictionary `sae/` and
-        its result `substitution/`. Nothing is overwritten: the same command resumes where it was stopped.
+    def run(self, say: Say = print) -> Path:
+        """Train and test each dictionary, and write everything to `out`: the report, the picture of a circuit, and for
+        each dictionary `sae/` and its result `substitution/`. Nothing is overwritten but the picture: the same command
+        resumes where it was stopped.
 
         Raises:
             ValueError: the head is not there, or `out` cannot be written or holds a demo with other settings; before
@@ -105,41 +124,57 @@ class Demo:
         """
         settings = {name: value for name, value in dataclasses.asdict(self).items() if name != "out"}
         check_writable(self.out)
-        names = (FACTS, "collection", "report.html", "report.json", *map(_folder_name, RECIPES))
+        names = (FACTS, CIRCUIT, "collection", "report.html", "report.json", *map(_folder_name, RECIPES))
         check_settings(self.out, settings, names)
         check_ours(self.out / "report.html", self.out / "report.json")
         from hookpoints import HookedRecurrent, embedded
         from hookpoints.files import atomic_text
         from sae_lens_writesae.sae.collecting import collect
-        from writesae.dictionary.quality import HEAD_SEQUENCES
         from writesae.experiment.terms import Terms
         from writesae.experiment.tokens import sample_sequences, say_time
         from writesae.page.report import write_report
 
-        model = HookedRecurrent.from_pretrained(self.model)
-        self.check_head(model)
-        tokens = sample_sequences(model, embedded.text("test"), self.context_size, self.eval_sequences)
-        text = sample_sequences(model, embedded.text("train"), self.context_size, self.train_sequences)
-        with taken(self.out, say):
-            say_time(model, text, DEMO_PASSES, self.out, say)
-            facts = self.out / FACTS
-            opening = read_facts(facts) if facts.exists() else write_facts(self.facts, say)
-            layer, head, half_life, nats = self.choose_head(model, text[:HEAD_SEQUENCES])
-            place = f"head {head} of layer {layer} ({model.cfg.layer(layer).rule})"
-            effect = f"without its writes the model is off by {nats:.3f} nats per token"
-            say(f"model {self.model!r}: {place}; half-life of a write {half_life:.0f} tokens; {effect}")
-            keep_settings(self.out, settings, names)
-            atomic_text(facts, json.dumps([dataclasses.asdict(panel) for panel in opening]))
-            collection = collect(model, text, [layer], [head], self.out / "collection", dtype="float32")
-            folders = {label: self.out / _folder_name(label) for label in RECIPES}
-            terms = Terms(model, collection)
-            missing = [label for label in RECIPES if not (folders[label] / "sae").exists()]
-            say("\n".join(f"{'training' if label in missing else 'kept'}: {label}" for label in RECIPES))
-            for label in missing:
-                save_dictionary(self._trained(terms, collection, (layer, head), RECIPES[label]), folders[label])
-            results = self._results(model, folders, tokens, terms)
-            say(first_screen(results))
-            return write_report(results, self.out / "report.html", opening=opening)
+        with one_bar(STAGES, say) as stages:
+            stages.next()
+            model = HookedRecurrent.from_pretrained(self.model)
+            self.check_head(model)
+            tokens = sample_sequences(model, embedded.text("test"), self.context_size, self.eval_sequences)
+            text = sample_sequences(model, embedded.text("train"), self.context_size, self.train_sequences)
+            with taken(self.out, stages.say):
+                say_time(model, text, DEMO_PASSES, self.out, stages.say)
+                facts = self.out / FACTS
+                opening = read_facts(facts) if facts.exists() else write_facts(self.facts)
+                stages.next()
+                place = self._say_head(model, text, stages.say)
+                keep_settings(self.out, settings, names)
+                atomic_text(facts, json.dumps([dataclasses.asdict(panel) for panel in opening]))
+                stages.next()
+                collection = collect(model, text, [place[0]], [place[1]], self.out / "collection", dtype="float32")
+                stages.next()
+                terms = Terms(model, collection)
+                folders = {label: self.out / _folder_name(label) for label in RECIPES}
+                for label, folder in folders.items():
+                    if not (folder / "sae").exists():
+                        save_dictionary(self._trained(terms, collection, place, RECIPES[label]), folder)
+                stages.next()
+                results = self._results(model, folders, tokens, terms)
+                stages.say(f"a dictionary of {self.d_sae} atoms recovers of that cost: {recovered(results)}")
+                stages.next()
+                recalled = recall()
+                atomic_text(self.out / CIRCUIT, recalled.circuit)
+                page = write_report(results, self.out / "report.html", opening=opening, recalled=recalled)
+        say(f"\n{recalled.told()}\ncircuit   {self.out / CIRCUIT}\n\nopen in a browser:")
+        return page
+
+    def _say_head(self, model: HookedRecurrent, text: Tensor, say: Say) -> tuple[int, int]:
+        """The layer and the head that are chosen."""
+        from writesae.dictionary.quality import HEAD_SEQUENCES
+
+        layer, head, half_life, nats = self.choose_head(model, text[:HEAD_SEQUENCES])
+        place = f"head {head} of layer {layer} ({model.cfg.layer(layer).rule})"
+        memory = f"half of a write is left after {half_life:.0f} tokens"
+        say(f"model {self.model!r}, {place}: {memory}; deleting all writes costs {nats:.3f} nats a token")
+        return layer, head
 
     def _results(
         self, model: HookedRecurrent, folders: Mapping[str, Path], tokens: Tensor, terms: Terms
@@ -151,7 +186,7 @@ class Demo:
         from writesae.evaluations.substitution import Substitution
 
         saes = {label: load_sae(folder / "sae") for label, folder in folders.items()}
-        quality = quality_of_heads(model, saes, tokens, progress=True)
+        quality = quality_of_heads(model, saes, tokens)
         results = []
         for label, sae in saes.items():
             folder = folders[label] / "substitution"
@@ -165,7 +200,7 @@ class Demo:
                     seed=self.seed,
                     label=label,
                 )
-                result = test.run(model, sae, tokens, reference=terms)
+                result = test.run(model, sae, tokens, reference=terms, progress=False)
                 measured = result.info | {"quality": {label: quality(label)}}
                 dataclasses.replace(result, info=measured).save(folder)
             results.append(load_result(folder))
@@ -185,7 +220,7 @@ class Demo:
 
         self.check_head(model)
         layers = model.cfg.recurrent_layers if self.layer is None else [self.layer]
-        effects = head_effects(model, tokens, layers, None if self.head is None else [self.head], progress=True)
+        effects = head_effects(model, tokens, layers, None if self.head is None else [self.head])
         return strongest_head(effects, self.memory)
 
     def _trained(
@@ -225,7 +260,7 @@ def read_facts(file: Path) -> list[Opening]:
         ) from error
 
 
-def write_facts(n: int, say: Callable[[str], object]) -> list[Opening]:
+def write_facts(n: int) -> list[Opening]:
     """Write n facts (or attributes of facts) into memories by each of `SHOWN_METHODS`, and ask the model for them: a
     panel for each model of `SENTENCES`."""
     from writesae.known.board import board
@@ -248,18 +283,83 @@ def write_facts(n: int, say: Callable[[str], object]) -> list[Opening]:
             mean, low, high = (changed["mean"] if end is None else end for end in changed.values())
             rows.append((label, mean, low, high))
         openings.append(Opening(title, example, sentence, "facts that are answered with the new value", tuple(rows)))
-        controls = ["{}: changed {:.0%} [{:.0%}, {:.0%}]".format(*row) for row in rows[1:]]
-        say("\n  ".join([f"{title}.", example, sentence, *controls]))
     return openings
 
 
-def first_screen(results: list[Result]) -> str:
-    """What a reader should see first: quality, and one atom against what needs no training."""
+def recovered(results: Sequence[Result]) -> str:
+    """What each dictionary recovers of the cost of deleting all writes, in words."""
+    from writesae.page.template import share_text
+
     qualities = {result.label: cast(dict, result.info["quality"])[result.label] for result in results}
-    claims = {result.label: result.claims()[0] for result in results}
-    lines = ["", "Every write is replaced at once:", quality_table(qualities), "", "One atom replaces one write:"]
-    for label, claim in claims.items():
-        lines.append(f"  {label:24} {claim.measured}: {claim.outcome}. {claim.sentence}")
-    first, *_ = claims.values()
-    lines.append(f"  {'controls of the first':24} {first.controls}")
-    return "\n".join(lines)
+    return ", ".join(f"{share_text(quality['recovered'])} ({label})" for label, quality in qualities.items())
+
+
+def recall() -> Recalled:
+    """Tell the model `facts` a text, read its memory as facts, replace one, ask for it before and after, and find the
+    circuit of the first answer."""
+    import torch
+
+    from hookpoints import HookedRecurrent, attribute, zoo
+    from sae_lens_writesae.sae.load import load_sae
+    from writesae.page.report import Held, Recalled
+
+    with quiet():
+        model = HookedRecurrent.from_pretrained("facts").requires_grad_(False)
+    pairs = load_sae(zoo.path("facts") / "pairs")
+    old, new = REPLACED
+    memory = model.memory(f"<bos> {TOLD}")
+    edited = memory.with_fact(pairs, ASKED, new, instead_of=old)
+    memories = []
+    for title, state in (("What its memory holds", memory), (f"The memory with {new} instead of {old}", edited)):
+        chances = model.logits_after(state, ASKED)[0, -1].softmax(-1)
+        facts = [(f"{fact.key} → {fact.value}", fact.strength) for fact in state.facts(pairs, n=4)]
+        answer = model.to_string(chances.argmax(keepdim=True)).strip()
+        memories.append(Held(title, tuple(facts), answer, float(chances.max())))
+    with torch.enable_grad():
+        graph = attribute(f"<bos> {TOLD} {ASKED}", model, [old], against=new, frozen=True)
+    return Recalled(TOLD, ASKED, tuple(memories), graph.draw())
+
+
+class Stages(io.TextIOBase):
+    """The only bar of a command: which stage it is at. It stands in for standard error. Bars that libraries draw there
+    move its clock and are not shown; other lines appear above it. Where standard error is no terminal, there is none.
+    """
+
+    def __init__(self, names: Sequence[str], say: Say):
+        self._names = iter(names)
+        self._say = say
+        self._stream = sys.stderr
+        shown = "{desc} |{bar:24}| {elapsed}"
+        self.bar = tqdm(total=len(names), disable=None, leave=False, bar_format=shown, miniters=0)
+        self._stage = 0
+
+    def next(self) -> None:
+        """The next stage begins."""
+        self.bar.n = self._stage
+        self._stage += 1
+        self.bar.set_description_str(f"stage {self._stage} of {self.bar.total}: {next(self._names)}")
+
+    def say(self, line: str) -> None:
+        """A line above the bar."""
+        self.bar.clear()
+        self._say(line)
+        self.bar.refresh()
+
+    def write(self, text: str) -> int:
+        """What somebody writes to standard error."""
+        is_bar = text.startswith(("\r", "\x1b["))
+        if is_bar or not text.strip():
+            self.bar.update(0)
+        else:
+            self.bar.clear()
+            print(text.rstrip("\n"), file=self._stream)
+            self.bar.refresh()
+        return len(text)
+
+
+@contextmanager
+def one_bar(stages: Sequence[str], say: Say) -> Iterator[Stages]:
+    """A scope in which `Stages` is all that is drawn."""
+    shown = Stages(stages, say)
+    with shown.bar, redirect_stderr(shown):
+        yield shown

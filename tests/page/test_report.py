@@ -148,7 +148,7 @@ def test_the_first_sentences_compare_the_best_atom_with_its_best_control(
     few = FEW | {"controls": ("state", "shuffled", "quantised")}
     results = [made_up(each, label=name, floor=1e-12, **few) for name, each in (("one", WORST), ("other", medians))]
     results[1].info["unequal"] = unequal
-    first = words(write_report(results, tmp_path / "page")).partition("Dictionaries")[0].partition("Claims 1")[0]
+    _, _, first = words(write_report(results, tmp_path / "page")).partition(" Claims The model")
     found = results[1].findings()[0]
     best = max(found.against, key=lambda name: found.shown[name].mean)
     assert f"The atom recovers {said(found.shown['atom'], percent)} of the effect of deleting the write" in first
@@ -177,13 +177,23 @@ def test_control_dictionaries_are_compared_and_quality_is_at_the_top(tmp_path: P
     control.info["quality"] = {"mine, untrained": quality | {"recovered": None, "explained": None}}
     html = write_report([trained, control], tmp_path / "page")
     text, numbers = words(html), json.loads(html.with_suffix(".json").read_text())
-    assert "59.0% [50.0, 65.0]" in text and text.index("59.0") < text.index("signs and orders")
+    assert "59.0% [50.0%, 65.0%]" in text and text.index("59.0") < text.index("Claims The model")
     assert "mine, untrained" in text and "control dictionaries untrained" in text
     assert {row["label"] for row in numbers["claims"]} == {"mine"}
     assert "confounded" in {row["outcome"] for row in numbers["claims"]}
     assert html.read_text().count("<summary>mine") == 1  # figures are those of the trained one
     labels = pd.read_parquet(html.parent / "tables" / "substitution-firings.parquet")["label"]
     assert set(labels) == {row["dictionary"] for row in numbers["quality"]} == {"mine", "mine, untrained"}
+
+
+def test_numbers_are_in_columns(html: Path) -> None:
+    """In every table, a column whose values are numbers says so in its heading, too."""
+    tables = re.findall(r'<div class="scroll"><table>.*?</table>', html.read_text(), flags=re.DOTALL)
+    assert len(tables) >= 4
+    for table in tables:
+        heading, row = re.findall(r"<tr>(.*?)</tr>", table, flags=re.DOTALL)[:2]
+        assert re.findall(r'<th( class="num")?', heading) == re.findall(r'<td( class="num")?', row)
+        assert {"num" in kind for kind in re.findall("<th(.*?)>", heading)} == {True, False}
 
 
 def test_outcomes_and_intervals_are_counted(tmp_path: Path) -> None:
@@ -201,17 +211,17 @@ def test_outcomes_and_intervals_are_counted(tmp_path: Path) -> None:
     [
         (
             "8 principal components -1.5% [-2%, 1%]; another atom –",
-            [("8 principal components", "-1.5% [-2%, 1%]"), ("another atom", "–")],
+            [("8 principal components", "-1.5%", "[-2%, 1%]"), ("another atom", "–", "")],
         ),
         (
             "untrained dictionary: 0.5 [0, 1] of firings (holds); none",
-            [("untrained dictionary", "0.5 [0, 1] of firings (holds)"), ("", "none")],
+            [("untrained dictionary", "0.5", "[0, 1] of firings (holds)"), ("", "none", "")],
         ),
-        ("mean write below -200% [below -200%, 3%]", [("mean write", "below -200% [below -200%, 3%]")]),
+        ("mean write below -200% [below -200%, 3%]", [("mean write", "below -200%", "[below -200%, 3%]")]),
         ("", []),
     ],
 )
-def test_controls_are_rows_of_names_and_numbers(controls: str, rows: list[tuple[str, str]]) -> None:
+def test_controls_are_rows_of_names_numbers_and_intervals(controls: str, rows: list[tuple[str, str, str]]) -> None:
     assert control_rows(controls) == rows
 
 

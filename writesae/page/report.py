@@ -1,4 +1,4 @@
-"""One page over everything that was evaluated: a picture and three sentences, then claims, controls and definitions.
+"""One page over everything that was evaluated: facts, dictionaries, then claims, controls and definitions.
 
 The page is made from saved results alone. The same numbers are written to a JSON file of its name, and every table of
 one kind, joined over dictionaries, to `tables/<kind>-<table>.parquet`.
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
 from textwrap import fill
-from typing import cast
+from typing import NamedTuple, cast
 
 import pandas as pd
 
@@ -71,8 +71,43 @@ class Opening:
         return intervals(drawn, self.axis, self.title, write=lambda share: f"{share:.0%}")
 
 
+class Held(NamedTuple):
+    """A memory in words."""
+
+    title: str
+    facts: tuple[tuple[str, float], ...]
+    """With their strengths."""
+    answer: str
+    """To the question, and its probability."""
+    share: float
+
+
+@dataclass(frozen=True)
+class Recalled:
+    """A text that a model was told, its memory as facts, and with one of them replaced."""
+
+    text: str
+    question: str
+    memories: tuple[Held, ...]
+    circuit: str
+    """An SVG element, which the page shows as it is: what made the first answer."""
+
+    def told(self) -> str:
+        """As lines of a terminal."""
+        lines = [f"text      {self.text}"]
+        for title, held in zip(("memory", "replaced"), self.memories):
+            facts = ", ".join(f"{fact} {strength:.2f}" for fact, strength in held.facts)
+            lines += [f"{title:8}  {facts}", f"answer    {self.question} {held.answer} ({held.share:.0%})"]
+        return "\n".join(lines)
+
+
 def write_report(
-    results: Sequence[Result], path: str | Path, *, title: str | None = None, opening: Sequence[Opening] = ()
+    results: Sequence[Result],
+    path: str | Path,
+    *,
+    title: str | None = None,
+    opening: Sequence[Opening] = (),
+    recalled: Recalled | None = None,
 ) -> Path:
     """Write the page `path` (.html), its numbers (.json) and `tables/`; returns the page. Each file is written aside
     and renamed.
@@ -80,7 +115,8 @@ def write_report(
     Args:
         results: of any evaluations, dictionaries, heads and models.
         title: heading of the page; by default it names the models.
-        opening: panels after the first picture.
+        opening: panels of facts.
+        recalled: what the page begins with.
 
     Raises:
         ValueError: there is no result, or a file of that name is there and is no page or no numbers of one.
@@ -105,6 +141,7 @@ def write_report(
     heading = {
         "title": title or f"What the atoms of {models} do",
         "opening": opening,
+        "recalled": recalled,
         "numbers": f"{target.stem}.json",
     }
     shown = _shown(results, rows) | heading

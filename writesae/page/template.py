@@ -9,7 +9,7 @@ import jinja2
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
-from writesae.verdict.format import number, percent
+from writesae.verdict.format import interval, number, percent
 
 
 def markdown(text: str) -> Markup:
@@ -46,16 +46,14 @@ def share_text(value: float | Mapping[str, float | None] | None) -> str:
     low = value["low"]
     high = value["high"]
     share = percent(value["mean"] or 0)
-    if low is None or high is None:
-        return share
-    return f"{share} [{100 * low:.1f}, {100 * high:.1f}]"
+    return share if low is None or high is None else share + interval(low, high, percent)
 
 
-def control_rows(text: str) -> list[tuple[str, str]]:
-    """Name and numbers of each control of `Claim.controls`; the name is empty where no number follows one."""
-    named = r"(.+?):? ((?:[-−+<>≤≥]|below |above )*\d.*|–)"
+def control_rows(text: str) -> list[tuple[str, str, str]]:
+    """Name, number and interval of each control of `Claim.controls`; the name is empty where no number follows one."""
+    named = r"(.+?):? ((?:[-−+<>≤≥]|below |above )*\d[^\s\[]*|–) ?(.*)"
     rows = []
     for control in filter(None, text.split("; ")):
         match = re.fullmatch(named, control)
-        rows.append((match[1], match[2]) if match else ("", control))
+        rows.append((match[1], match[2], match[3]) if match else ("", control, ""))
     return rows

@@ -23,7 +23,6 @@ is all that a question has to say.
 from __future__ import annotations
 
 import html
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypedDict
@@ -302,8 +301,7 @@ def said(estimate: Estimate, write: Callable[[float], str] = text.number) -> str
     if write is text.percent and mean < -1:
         ratio = estimate._replace(mean=1 - mean, low=1 - high, high=1 - low)
         return f"none (KL {said(ratio)} times that of deletion)"
-    bounds = "" if math.isnan(low) else f" [{write(low)}, {write(high)}]"
-    return f"{write(mean)}{bounds}"
+    return f"{write(mean)}{text.interval(low, high, write)}"
 
 
 def medians(

@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
+MOST_SHARE = 100
+"""Shares of a small effect have no end: from here on, and below -1, they are not spelled out."""
+
+
 def percent(x: float) -> str:
-    """A share in percent, one decimal; a dash for NaN. What is below -100% is not spelled out."""
+    """A share in percent, one decimal; a dash for NaN."""
     if math.isnan(x):
         return "–"
-    if x < -1:  # a share of a small effect has no lower end
+    if x < -1:
         return "below -100%"
+    if x > MOST_SHARE:
+        return f"above {100 * MOST_SHARE:,}%"
     return f"{100 * x:.1f}%"
+
+
+def interval(low: float, high: float, write: Callable[[float], str]) -> str:
+    """ " [low, high]"; nothing for NaN. Few observations of a share may leave both ends open."""
+    if math.isnan(low):
+        return ""
+    if write is percent and low < -1 and high > MOST_SHARE:
+        return " [not known]"
+    return f" [{write(low)}, {write(high)}]"
 
 
 def number(x: float) -> str:
