@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import itertools
 import json
 import os
 import re
@@ -103,6 +104,22 @@ for status, lines in ((0, {asked!r}), (2, {wrong!r})):
     assert done.stderr.count("error: ") == len(wrong)
 
 
+@pytest.mark.parametrize("command", EACH_COMMAND, ids=" ".join)
+def test_help_has_lines_as_long_as_it_allows(capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
+    """No line ends where a line of the source does: the first word of the next one would not have fitted."""
+
+    def short(lines: list[str], width: int) -> list[str]:
+        pairs = [(line, following.split()) for line, following in itertools.pairwise(lines)]
+        return [line for line, rest in pairs if line and rest and len(f"{line} {rest[0]}") <= width]
+
+    done = run(capsys, *command, "--help")
+    about, _, flags = done.out.partition("\n\nusage: ")
+    plain = [line.replace("│", " ").rstrip() for line in flags.splitlines()]  # a terminal gets a frame
+    texts = [line if line.startswith(" " * 6) else "" for line in plain]
+    assert done.status == 0 and len(about) > 30 and sum(map(bool, texts)) > 1
+    assert not short(about.splitlines(), 80) and not short(texts, 75)
+
+
 CLASSES = [(f"writesae.evaluations.{kind}", asked.class_name) for kind, asked in ASKED.items()]
 
 
@@ -175,11 +192,14 @@ HEAD = ["--model", "embedded", "--layer", "2", "--head", "1"]
         (["reproduce", "--model", str(shipped.path("embedded"))], "dataset"),
         (["reproduce", "--small", "--architecture", "writesae_jumpreluu"], "nearest: writesae_jumprelu"),
         (["show", "SAE", "--n-atoms", "-1"], "n_atoms"),
-        (["train", *HEAD, "--targets", "wrte"], "got 'wrte'"),
-        (["train", *HEAD, "--d-sae"], "--d-sae: expected INT"),
+        (["train", *HEAD, "--targets", "wrte"], "Expected one of ('write', 'state', 'last_state')"),
+        (["train", *HEAD, "--d-sae"], "Missing value for argument '--d-sae'"),
         (["train", *HEAD, "--training-tokens", "-5"], "training_tokens"),
         (["train", *HEAD, "--variants", "Wrong"], "Wrong"),
         (["train", *HEAD, "--architecture", "writesae_topkk"], "nearest: writesae_topk"),
+        (["train", *HEAD, "--architecture", "topk"], "got 'topk'; nearest: writesae_topk"),
+        (["collect", "--model", "embedded"], "Missing from writesae collect: --layer"),
+        (["show"], "Missing from writesae show: PATH"),
         (["train", "--model", "embeded", *HEAD[2:]], "nearest: embedded"),
         (["train", "--modle", "embedded"], "nearest: --model"),
         (["train", *HEAD, "--layers", "two"], "two"),

@@ -9,19 +9,22 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
+import inspect
+import io
+import re
+import shutil
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import is_dataclass, make_dataclass
+from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass
 from importlib.metadata import distributions
+from itertools import dropwhile, takewhile
+from textwrap import fill
 from typing import Annotated, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
-try:
-    from tyro._errors import on_parse_error
-except ImportError:  # no public part of tyro: without it, tyro prints its own messages
-    on_parse_error = contextlib.nullcontext
+from writesae.settings import docstrings_of
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -162,47 +165,78 @@ def parse(command: type[T], program: str, arguments: Sequence[str], default: T |
     Raises:
         ValueError: an argument is unknown, missing or refused; in one line.
     """
+    if not {"-h", "--help"}.isdisjoint(arguments):
+        print(reflowed(command), end="\n\n")
+    start = tyro.MISSING_NONPROP if default is None else default
+    shown = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(shown):
+            form = _documented(command, default)
+            _, unknown = tyro.cli(form, prog=program, args=arguments, description="", return_unknown_args=True)
+            if not unknown:  # then the values are checked
+                return tyro.cli(command, prog=program, args=arguments, default=start)
+        told = _unknown(unknown, command)
+    except SystemExit as end:
+        if not end.code:
+            raise
+        told = _told(shown.getvalue())
+    raise ValueError(f"{told.rstrip('.')}. {program} --help lists the flags")
 
-    def refuse(event: object) -> None:
-        if told := _told(event, command):
-            raise ValueError(f"{' '.join(told.split()).rstrip('.')}. {program} --help lists the flags")
 
-    with on_parse_error(refuse):
-        return tyro.cli(
-            command, prog=program, args=arguments, default=tyro.MISSING_NONPROP if default is None else default
-        )
+def reflowed(command: type) -> str:
+    """The docstring of a command in paragraphs as wide as the terminal, without its errors."""
+    text, *_ = re.split(r"\n+(?:Args|Raises|Cost):", inspect.getdoc(command) or "")
+    width = min(80, shutil.get_terminal_size().columns)
+    paragraphs = re.split(r"\n\s*\n|\n(?=\* )", text)
+    return "\n\n".join(fill(" ".join(part.split()), width) for part in paragraphs)
+
+
+def _documented(command: type, default: object = None) -> type:
+    """The fields of a command for its help, each with its docstring as one paragraph: tyro would keep lines of the
+    source."""
+    documented = docstrings_of(command)
+    hints = get_type_hints(command, include_extras=True)
+    parts = []
+    for part in fields(command):
+        hint = hints[part.name]
+        plain, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        value = part.default if default is None else getattr(default, part.name)
+        if isinstance(plain, type) and is_dataclass(plain):
+            nested = None if value is MISSING else value
+            parts.append((part.name, Annotated[(_documented(plain, nested), *marks)]))
+        else:
+            help_text = tyro.conf.arg(help=documented.get(part.name))
+            parts.append((part.name, Annotated[hint, help_text], field(default=value)))
+    return make_dataclass(command.__name__, parts, kw_only=True, namespace={"__doc__": ""})
 
 
 def parse_with(command: type[T], settings: type[S], program: str, arguments: Sequence[str]) -> tuple[T, S]:
-    """The command line as a value of `command` and one of `settings`, whose docstring the help shows."""
+    """The command line as a value of `command` and one of `settings`, with the docstrings of both as help."""
     # One parser for both, so that help lists all flags and each of them may come anywhere.
     parts = [("command", tyro.conf.OmitArgPrefixes[command]), ("settings", tyro.conf.OmitArgPrefixes[settings])]
-    both = make_dataclass("Command", parts, frozen=True, namespace={"__doc__": command.__doc__})
+    about = f"{inspect.getdoc(command)}\n\n{inspect.getdoc(settings)}"
+    both = make_dataclass("Command", parts, frozen=True, namespace={"__doc__": about})
     parsed = parse(both, program, arguments)
     return parsed.command, parsed.settings
 
 
-def _told(event: object, command: type) -> str | None:
-    """What tyro refuses. None: an event that is not known here, for which tyro prints its own message."""
-    from tyro import _errors
+def _told(shown: str) -> str:
+    """What tyro refuses, in one line: of the box that it draws on standard error, what is between the title and the
+    next line of the frame."""
+    lines = [line.strip(" │╭╮╰╯") for line in shown.splitlines()]
+    text = [line.strip("─-") and line for line in lines if line]
+    message = takewhile(bool, dropwhile(lambda line: not line, text[1:]))
+    return re.sub("^Error parsing (?=[A-Z]).*?: ", "", " ".join(message))
 
-    match event:
-        case _errors.InstantiationFailure(message=message, argument=argument):
-            return f"{argument.display_name()}: {message}" if argument else str(message)
-        case _errors.InvalidChoice(argument=argument, value=value, choices=choices):
-            return f"{argument.display_name()}: expected one of {', '.join(choices)}, got {value!r}"
-        case _errors.BadValue(argument=argument):
-            return f"{argument.display_name()}: expected {argument.lowered.metavar}, got no value"
-        case _errors.MissingArgs(missing_arguments=missing, unrecognized_tokens=tokens):
-            names = ", ".join(argument.arg.display_name().rpartition(".")[2] for argument in missing)
-            return f"missing {names}" + (f"; unknown {' '.join(tokens)}" if tokens else "")
-        case _errors.UnrecognizedArgs(tokens=tokens):
-            flags = dict(_flags(command))
-            if positional := [token for token in tokens if flags.get(token) is False]:
-                return f"unknown {' '.join(tokens)}: {positional[0].lstrip('-')} has no flag, give the value alone"
-            named = [flag for flag, has_flag in flags.items() if has_flag]
-            near = [name for token in tokens for name in difflib.get_close_matches(token, named, 1)]
-            return f"unknown {' '.join(tokens)}" + (f"; nearest: {', '.join(near)}" if near else "")
+
+def _unknown(tokens: Sequence[str], command: type) -> str:
+    """What is said of arguments that a command has not."""
+    flags = dict(_flags(command))
+    if positional := [token for token in tokens if flags.get(token) is False]:
+        return f"unknown {' '.join(tokens)}: {positional[0].lstrip('-')} has no flag, give the value alone"
+    named = [flag for flag, has_flag in flags.items() if has_flag]
+    near = [name for token in tokens for name in difflib.get_close_matches(token, named, 1)]
+    return f"unknown {' '.join(tokens)}" + (f"; nearest: {', '.join(near)}" if near else "")
 
 
 def _flags(command: object) -> Iterator[tuple[str, bool]]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from hookpoints import HookedRecurrent
+    from hookpoints.memory.facts import PairDictionary
     from sae_lens_writesae.sae.factors import Collection
     from sae_lens_writesae.sae.training import MatrixTrainingSAE
     from writesae.experiment.conditions import Control
@@ -305,7 +306,7 @@ def recall() -> Recalled:
 
     with quiet():
         model = HookedRecurrent.from_pretrained("facts").requires_grad_(False)
-    pairs = load_sae(zoo.path("facts") / "pairs")
+    pairs = cast("PairDictionary", load_sae(zoo.path("facts") / "pairs"))
     old, new = REPLACED
     memory = model.memory(f"<bos> {TOLD}")
     edited = memory.with_fact(pairs, ASKED, new, instead_of=old)
@@ -313,7 +314,7 @@ def recall() -> Recalled:
     for title, state in (("What its memory holds", memory), (f"The memory with {new} instead of {old}", edited)):
         chances = model.logits_after(state, ASKED)[0, -1].softmax(-1)
         facts = [(f"{fact.key} → {fact.value}", fact.strength) for fact in state.facts(pairs, n=4)]
-        answer = model.to_string(chances.argmax(keepdim=True)).strip()
+        answer = str(model.to_string(int(chances.argmax()))).strip()
         memories.append(Held(title, tuple(facts), answer, float(chances.max())))
     with torch.enable_grad():
         graph = attribute(f"<bos> {TOLD} {ASKED}", model, [old], against=new, frozen=True)

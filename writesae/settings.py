@@ -77,6 +77,28 @@ def settings_of(module: str, name: str) -> type:
     return make_dataclass(name, _fields(module, name).values(), frozen=True, kw_only=True, namespace=documented)
 
 
+def docstrings(definition: ast.ClassDef) -> dict[str, str]:
+    """The docstring of each field of a class, as one paragraph."""
+    documented = {}
+    # A field's docstring is the statement after it; the last field may have none.
+    for statement, following in itertools.pairwise([*definition.body, ast.Pass()]):
+        match statement, following:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                documented[name] = " ".join(text.split())
+    return documented
+
+
+def docstrings_of(command: type) -> dict[str, str]:
+    """The same of a dataclass with those that it extends, as far as they are of this project."""
+    documented = {}
+    for base in reversed(command.__mro__):
+        in_project = base.__module__.partition(".")[0] in _PACKAGES
+        definition = definitions(base.__module__).get(base.__name__) if in_project else None
+        if isinstance(definition, ast.ClassDef):
+            documented |= docstrings(definition)
+    return documented
+
+
 def _class(module: str, name: str) -> tuple[str, ast.ClassDef]:
     """Where a class of this project is defined, and its definition; KeyError for one that is defined elsewhere."""
     match definitions(module).get(name):
@@ -95,16 +117,11 @@ def _fields(module: str, name: str) -> dict[str, tuple[str, object, object]]:
     for base in reversed(definition.bases):  # the order in which a dataclass has the fields of its bases
         with contextlib.suppress(KeyError):
             fields |= _fields(home, ast.unparse(base))
-    documented = {}
-    # A field's docstring is the statement after it; the last field may have none.
-    for statement, following in itertools.pairwise([*definition.body, ast.Pass()]):
-        match statement, following:
-            case ast.AnnAssign(), ast.Expr(value=ast.Constant(value=str(text))):
-                documented[statement] = " ".join(text.split())
+    documented = docstrings(definition)
     for statement in definition.body:
         if isinstance(statement, ast.AnnAssign) and not ast.unparse(statement.annotation).startswith("ClassVar"):
             setting = ast.unparse(statement.target)
-            kind = Annotated[words.value(statement.annotation), tyro.conf.arg(help=documented.get(statement))]
+            kind = Annotated[words.value(statement.annotation), tyro.conf.arg(help=documented.get(setting))]
             default = field() if statement.value is None else words.value(statement.value)
             fields[setting] = (setting, kind, default)
     return fields
