@@ -18,7 +18,6 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass
 from importlib.metadata import distributions
-from itertools import dropwhile, takewhile
 from textwrap import fill
 from typing import Annotated, TypeVar, get_args, get_origin, get_type_hints
 
@@ -171,11 +170,11 @@ def parse(command: type[T], program: str, arguments: Sequence[str], default: T |
     shown = io.StringIO()
     try:
         with contextlib.redirect_stderr(shown):
-            form = _documented(command, default)
+            form = make_dataclass("Command", _documented(command, default), kw_only=True)
             _, unknown = tyro.cli(form, prog=program, args=arguments, description="", return_unknown_args=True)
             if not unknown:  # then the values are checked
                 return tyro.cli(command, prog=program, args=arguments, default=start)
-        told = _unknown(unknown, command)
+        told = _unknown(unknown, form)
     except SystemExit as end:
         if not end.code:
             raise
@@ -191,23 +190,19 @@ def reflowed(command: type) -> str:
     return "\n\n".join(fill(" ".join(part.split()), width) for part in paragraphs)
 
 
-def _documented(command: type, default: object = None) -> type:
-    """The fields of a command for its help, each with its docstring as one paragraph: tyro would keep lines of the
-    source."""
+def _documented(command: type, default: object) -> Iterator[tuple[str, object, object]]:
+    """Name, type and default of the fields of a command, and of those in its fields, with docstrings as paragraphs:
+    tyro would keep the lines of the source."""
     documented = docstrings_of(command)
     hints = get_type_hints(command, include_extras=True)
-    parts = []
     for part in fields(command):
         hint = hints[part.name]
-        plain, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
         value = part.default if default is None else getattr(default, part.name)
+        plain = get_args(hint)[0] if get_origin(hint) is Annotated else hint
         if isinstance(plain, type) and is_dataclass(plain):
-            nested = None if value is MISSING else value
-            parts.append((part.name, Annotated[(_documented(plain, nested), *marks)]))
+            yield from _documented(plain, None if value is MISSING else value)
         else:
-            help_text = tyro.conf.arg(help=documented.get(part.name))
-            parts.append((part.name, Annotated[hint, help_text], field(default=value)))
-    return make_dataclass(command.__name__, parts, kw_only=True, namespace={"__doc__": ""})
+            yield part.name, Annotated[hint, tyro.conf.arg(help=documented.get(part.name))], field(default=value)
 
 
 def parse_with(command: type[T], settings: type[S], program: str, arguments: Sequence[str]) -> tuple[T, S]:
@@ -221,34 +216,25 @@ def parse_with(command: type[T], settings: type[S], program: str, arguments: Seq
 
 
 def _told(shown: str) -> str:
-    """What tyro refuses, in one line: of the box that it draws on standard error, what is between the title and the
-    next line of the frame."""
-    lines = [line.strip(" │╭╮╰╯") for line in shown.splitlines()]
-    text = [line.strip("─-") and line for line in lines if line]
-    message = takewhile(bool, dropwhile(lambda line: not line, text[1:]))
-    return re.sub("^Error parsing (?=[A-Z]).*?: ", "", " ".join(message))
+    """What tyro refuses, in one line: what its box on standard error has after the title, up to the next rule."""
+    text = re.sub("[│╭╮╰╯]|[─-]{9,}", "", shown).strip()
+    _, _, rest = text.partition("\n")
+    message, *_ = re.split(r"\n\s*\n", rest.strip())
+    return re.sub("^Error parsing (?=[A-Z]).*?: ", "", " ".join(message.split()))
 
 
-def _unknown(tokens: Sequence[str], command: type) -> str:
+def _unknown(tokens: Sequence[str], form: type) -> str:
     """What is said of arguments that a command has not."""
-    flags = dict(_flags(command))
-    if positional := [token for token in tokens if flags.get(token) is False]:
-        return f"unknown {' '.join(tokens)}: {positional[0].lstrip('-')} has no flag, give the value alone"
-    named = [flag for flag, has_flag in flags.items() if has_flag]
-    near = [name for token in tokens for name in difflib.get_close_matches(token, named, 1)]
-    return f"unknown {' '.join(tokens)}" + (f"; nearest: {', '.join(near)}" if near else "")
-
-
-def _flags(command: object) -> Iterator[tuple[str, bool]]:
-    """The fields of a dataclass, and of those in its fields, spelt as flags; and whether they are flags, not values
-    that are given by their position."""
     positional = get_args(tyro.conf.Positional[int])[1]
-    for name, hint in get_type_hints(command, include_extras=True).items():
-        plain, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
-        if is_dataclass(plain):
-            yield from _flags(plain)
-        else:
-            yield f"--{name.replace('_', '-')}", positional not in marks
+    given_alone: dict[str, bool] = {}
+    for part in fields(form):
+        given_alone["--" + part.name.replace("_", "-")] = positional in get_args(part.type)
+    said = f"unknown {' '.join(tokens)}"
+    if alone := [token for token in tokens if given_alone.get(token)]:
+        return f"{said}: {alone[0].lstrip('-')} has no flag, give the value alone"
+    flags = [flag for flag, alone in given_alone.items() if not alone]
+    near = [name for token in tokens for name in difflib.get_close_matches(token, flags, 1)]
+    return said + (f"; nearest: {', '.join(near)}" if near else "")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, cast
 from tqdm import tqdm
 
 from writesae.choices import MetricName, at_least
-from writesae.dictionaries import Say, quiet, save_dictionary
+from writesae.dictionaries import Say, quality_table, quiet, save_dictionary
 from writesae.files import check_ours, check_settings, check_writable, keep_settings, taken
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ class Demo:
                         save_dictionary(self._trained(terms, collection, place, RECIPES[label]), folder)
                 stages.next()
                 results = self._results(model, folders, tokens, terms)
-                stages.say(f"a dictionary of {self.d_sae} atoms recovers of that cost: {recovered(results)}")
+                stages.say(quality_table({result.label: _quality(result) for result in results}))
                 stages.next()
                 recalled = recall()
                 atomic_text(self.out / CIRCUIT, recalled.circuit)
@@ -238,6 +238,10 @@ class Demo:
             return train(cfg, metric=fitted)
 
 
+def _quality(result: Result) -> object:
+    return cast(dict, result.info["quality"])[result.label]
+
+
 def _folder_name(label: str) -> str:
     return label.replace(", ", "-")
 
@@ -285,14 +289,6 @@ def write_facts(n: int) -> list[Opening]:
             rows.append((label, mean, low, high))
         openings.append(Opening(title, example, sentence, "facts that are answered with the new value", tuple(rows)))
     return openings
-
-
-def recovered(results: Sequence[Result]) -> str:
-    """What each dictionary recovers of the cost of deleting all writes, in words."""
-    from writesae.page.template import share_text
-
-    qualities = {result.label: cast(dict, result.info["quality"])[result.label] for result in results}
-    return ", ".join(f"{share_text(quality['recovered'])} ({label})" for label, quality in qualities.items())
 
 
 def recall() -> Recalled:
