@@ -47,6 +47,16 @@ def test_every_hook_and_evaluation_has_a_page_and_every_error_a_section():
     assert sorted(sections) == sorted(exceptions(hookpoints) | exceptions(sae_lens_writesae))
 
 
+def test_pages_of_tables_are_linked_and_not_in_the_navigation():
+    config = (ROOT / "mkdocs.yml").read_text()
+    pages = {page.name: page.read_text() for page in DOCS.glob("*.md")}
+    unlisted = re.findall(r"^  /(\S+)$", config, flags=re.MULTILINE)
+    assert unlisted == ["dictionaries.md", "coverage.md"]
+    assert not any(re.search(rf"^ +- {name}$", config, flags=re.MULTILINE) for name in unlisted)
+    for name in unlisted:
+        assert any(f"({name}" in text for other, text in pages.items() if other != name), name
+
+
 @pytest.mark.parametrize("kind", EVALUATIONS)
 def test_the_page_of_an_evaluation_says_what_its_class_says(kind):
     site_pages = pytest.importorskip("site_pages", reason="needs the extra docs")
