@@ -1,4 +1,4 @@
-"""Dictionaries of one head of the model of conftest: with given atoms, random ones, writes as atoms, exact ones."""
+"""Dictionaries of one head of a tiny model: with given atoms, random ones, writes as atoms, exact ones."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(RECIPE, folder / "writesae" / "evaluations")
     for name in ("hookpoints", "sae_lens_writesae"):
         (folder / name).symlink_to(ROOT / name)
-    names = ("conftest", "fla_families", "saes", "device", "backend", "counted")
+    names = ("conftest", "tiny_models", "fla_families", "saes", "device", "backend", "counted")
     support = [f"tests/{name}.py" for name in names]
     for name in ("pyproject.toml", *support):
         (folder / name).parent.mkdir(exist_ok=True)
