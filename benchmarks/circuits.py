@@ -65,7 +65,8 @@ def of_language_model(name: str, passages: int, length: int) -> dict[str, Any]:
     for way, graphs in (("deleted", deleted), ("replaced", replaced)):
         nodes = pd.concat([graph.nodes for graph in graphs])
         edges = pd.concat([graph.edges for graph in graphs])
-        edges = edges[~edges.source.str.startswith("stream")]
+        edges = edges[~edges.source.str.startswith("stream")].copy()
+        edges.loc[edges.target.str.contains("A"), "port"] += " of softmax heads,"
         kinds = {kind: fit(rows) for kind, rows in nodes.groupby("feature_type")}
         found[way] = kinds | {f"{port} edges": fit(rows) for port, rows in edges.groupby("port")}
     found["ten in twenty"] = statistics.mean(map(ten_in_twenty, deleted))
@@ -161,6 +162,9 @@ def lines(found: dict[str, Any]) -> list[Line]:
             Line(f"{name}: a measured edge", row["a measured edge, forwards"], " forwards", goal=0.2),
             Line(f"{name}: a graph of 15 tokens", row["graph of 15 tokens, seconds"], " s", goal=3.0),
         ]
+        for port in ("key", "value", "query"):
+            r = row["replaced"][f"{port} edges"]["r"]
+            said.append(Line(f"{name}: r of {port} edges, replaced", r, goal=0.95, least=True))
     for name, row in found["zoo"].items():
         said.append(Line(f"{name}: holders found", row["holder"], goal=0.9, least=True))
     return said

@@ -25,12 +25,13 @@ from hookpoints.circuit.nodes import (
     Swap,
     Token,
     one_sequence,
+    predict,
     read_gradients,
     same_length,
     spans,
 )
 from hookpoints.circuit.norms import FrozenNorms
-from hookpoints.circuit.ports import Blocks, Port, change_for, ports_of, reach_of
+from hookpoints.circuit.ports import Blocks, Port, change_for, ports_of, ports_of_head, reach_of
 from hookpoints.circuit.stream import Decomposition, Part, read_text
 from hookpoints.errors import InputError, PredictionWarning, UnsupportedModelError
 
@@ -91,7 +92,7 @@ def attribute(
         saes: dictionaries of writes (SAELens' interface). Writes of their heads are taken apart into atoms, an error
             and the dictionary's bias.
         frozen: as of `write_attribution`, for saturated answers.
-        targets: so many of the measured writes get edges.
+        targets: so many of the measured writes get edges, and a quarter as many softmax heads.
 
     Raises:
         InputError: several sequences, training mode, a target that the tokenizer splits or that is no token, a corrupt
@@ -120,15 +121,18 @@ def attribute(
             stacklevel=2,
         )
     donor = None if corrupt is None else same_length(model, corrupt, tokens)
-    heads = [_head_of(sae) for sae in saes]
+    of_saes = [_head_of(sae) for sae in saes]
     tracing = Tracing.of(model, tokens, wanted, donor, frozen)
     nodes = tracing.nodes(measure)
-    best = [_node(row) for row in largest(nodes[nodes.feature_type == "write"], targets).itertuples()]
+    writes = nodes[nodes.feature_type == "write"]
+    heads = nodes[(nodes.feature_type == "attn") & (nodes["head"] >= 0)]
+    explained = pd.concat([largest(writes, targets), largest(heads, targets // 4)])
+    best = [_node(row) for row in explained.itertuples()]
     edges = [tracing.direct(nodes), *map(tracing.edges_into, best)]
     atoms = []
-    for sae, head in zip(saes, heads):
+    for sae, head in zip(saes, of_saes):
         for node in best:
-            if (node.layer, node.head) == head:
+            if node.feature_type == "write" and (node.layer, node.head) == head:
                 atoms.append(tracing.atoms_of(sae, node))
     tables = [nodes, *(table for table, _ in atoms)]
     edges += [table for _, table in atoms]
@@ -237,10 +241,7 @@ class Tracing:
         for layer, r in text.recurrences.items():
             swap = Swap(r, None if corrupt is None else corrupt.recurrences[layer])
             way = self.blocks.decomposition.spans.ways.get(layer)
-            effect = None if way is None else way.effects(swap, self.gradients.handed_on[layer])
-            if effect is None:
-                effect = swap.first_order(self.gradients.reads[layer])
-            yield _node_table("write", layer, effect)
+            yield _node_table("write", layer, predict(swap, way, self.gradients, layer))
         for name, gradient in self.gradients.other.items():
             kind = _kind(self.model, name)
             layer = -1 if kind == "embedding" else int(name.split(".")[1])
@@ -279,8 +280,12 @@ class Tracing:
         (direction,) = torch.autograd.grad(value, stream)
         stream = stream.detach()
         parts, left = self._parts(["logit"], direction, n_layers, stream[0])
-        known = map(_node, largest(nodes, _DIRECT).itertuples())
-        sources = {node: given for node in known if (given := _given_by(parts, node))}
+        by_kind = {(part.feature_type, part.layer): part.given[0] for part in parts}
+        sources = {}
+        for node in map(_node, largest(nodes, _DIRECT).itertuples()):
+            given = by_kind.get((node.feature_type, node.layer))
+            if given is not None and given[node.position, max(node.head, 0)]:
+                sources[node] = float(given[node.position, max(node.head, 0)])
         bias = float(value.detach() + left[0])
         measured = np.full(len(sources), np.nan)
         if self.wanted.last:
@@ -319,63 +324,68 @@ class Tracing:
     def edges_into(self, node: Node, read: int | None = None) -> pd.DataFrame:
         """Edges into the ports of a write: the largest sources, of which some are measured, and what the stream holds
         at each token that the block looks at."""
-        r = self.blocks.text.recurrences[node.layer]
-        ports = ports_of(node, r, self.gradients.reads[node.layer], read)
+        if node.feature_type == "write":
+            r = self.blocks.text.recurrences[node.layer]
+            ports = ports_of(node, r, self.gradients.reads[node.layer], read)
+        else:
+            ports = ports_of_head(node, self.gradients.other[f"blocks.{node.layer}.attn.hook_z"])
         tables = [self._into(list(group)) for _, group in groupby(ports, key=lambda port: port.at)]
         return pd.concat(tables, ignore_index=True)
 
     @torch.no_grad()
     def _into(self, ports: Sequence[Port]) -> pd.DataFrame:
-        """Edges into ports of one write at one token. Gradients choose sources; the block is run again without each,
+        """Edges into ports of one node at one token. Gradients choose sources; the block is run again without each,
         and what a port is then is worth its product with the gradient by the port: a prediction that is to first order
-        in what follows the write alone."""
-        node, _, at, _ = ports[0]
-        blocks = self.blocks
+        in what follows the node alone."""
+        node = ports[0].node
         found, biases = self._candidates(ports)
-        streams = [Node("stream", node.layer, -1, token) for token in blocks.window(node.layer, at)[-_STREAMS:]]
-        rows = {source: row for row, source in enumerate(dict.fromkeys([*chain(*found), *streams]))}
-        changed = blocks.factors_without(node.layer, at, list(rows))
-        clean = blocks.text.recurrences[node.layer].select(tokens=slice(at + 1))
-        predicted: list[dict[Node, float]] = []
+        rows = {source: row for row, source in enumerate(dict.fromkeys(chain(*found)), start=1)}
+        listed: list[dict[Node, float]] = []
         tried: list[list[Node]] = []
         changes = []
-        for port, candidates in zip(ports, found):
-            factors = port.factors(changed)
-            worth = (port.worth(port.factors(clean)) - port.worth(factors)).tolist()
-            exact = {source: worth[rows[source]] for source in [*candidates, *streams]}
-            known = [source for source in candidates if not isnan(exact[source])]
+        for port, sides, candidates in zip(ports, self.blocks.sides_without(ports, list(rows)), found):
+            worth = port.worth(sides[0] - sides).tolist()
+            exact = {source: worth[rows[source]] for source in candidates}
+            streams = [source for source in candidates if source.feature_type == "stream"]
+            known = [source for source in candidates if source not in streams and not isnan(exact[source])]
             tried.append([*sorted(known, key=lambda source: -abs(exact[source]))[:_MEASURED], *streams])
-            predicted.append({source: candidates[source] if isnan(x) else x for source, x in exact.items()})
-            changes += change_for(port, blocks.text, factors[[rows[source] for source in tried[-1]]])
+            listed.append({source: candidates[source] if isnan(x) else x for source, x in exact.items()})
+            taken = sides[[rows[source] for source in tried[-1]]]
+            changes += change_for(port, self.blocks.text, sides[0], taken)
         effects = iter(self.runs.effects(changes))
         tables = []
-        for port, sources, measured, bias in zip(ports, predicted, tried, biases):
+        for port, sources, measured in zip(ports, listed, tried):
             by_source = dict(zip(measured, effects))
             column = np.array([by_source.get(source, np.nan) for source in sources])
-            read = at if port.name == "query" else -1
-            tables.append(_edges({**sources, Node("bias"): bias}, node.node_id, port.name, read, column))
+            read = port.at if port.name == "query" else -1
+            bias = {Node("bias"): biases[port.name]} if port.name in biases else {}
+            tables.append(_edges({**sources, **bias}, node.node_id, port.name, read, column))
         return pd.concat(tables, ignore_index=True)
 
-    def _candidates(self, ports: Sequence[Port]) -> tuple[list[dict[Node, float]], list[float]]:
-        """Of each port, the sources that give most by the gradient through the block, and what biases add to it with
-        norms, gates and activations held fixed."""
+    def _candidates(self, ports: Sequence[Port]) -> tuple[list[dict[Node, float]], dict[PortName, float]]:
+        """Of each port, the sources and the tokens' streams that give most by the gradient through the block, and what
+        biases add to those that are linear with norms, gates and activations held fixed."""
         text = self.blocks.text
         node = ports[0].node
-        fixed = self.blocks.maps(ports, live=False)
+        linear = [port for port in ports if port.is_linear]
+        fixed = self.blocks.maps(linear, live=False) if linear else []
         live = self.blocks.maps(ports, live=True)
         directions = torch.stack([maps.stream for maps in [*fixed, *live]])
-        labels = [f"{node.node_id} {port.name}" for port in ports]
-        entered = text.at(f"blocks.{node.layer}.hook_resid_pre")
-        parts, left = self._parts(labels, directions, node.layer, entered)
-        embedded = text.at("hook_embed")
-        differs = embedded - self.blocks.other("hook_embed")
+        labels = [f"{node.node_id} {port.name}" for port in linear]
+        name = f"blocks.{node.layer}.hook_resid_pre"
+        parts, left = self._parts(labels, directions, node.layer, text.at(name))
+        biases: dict[PortName, float] = {}
+        for port, maps, rest in zip(linear, fixed, left.tolist()):
+            biases[port.name] = maps.whole - float((maps.embedded * text.at("hook_embed")).sum()) + rest
+        differs = text.at(name) - self.blocks.other(name)
+        embedded = text.at("hook_embed") - self.blocks.other("hook_embed")
         found = []
-        biases = []
-        for row, (fixed_maps, live_maps) in enumerate(zip(fixed, live)):
-            biases.append(float(fixed_maps.whole - (fixed_maps.embedded * embedded).sum() + left[row]))
-            own = [part._replace(given=part.given[len(ports) + row]) for part in parts]
-            own[0].given[:, 0] += (live_maps.embedded * differs).sum(-1).cpu()
-            found.append(_largest_sources(own))
+        for row, maps in enumerate(live, start=len(fixed)):
+            own = [part._replace(given=part.given[row]) for part in parts]
+            own[0].given[:, 0] += (maps.embedded * embedded).sum(-1).cpu()
+            held = (maps.stream * differs).sum(-1, keepdim=True).cpu()
+            streams = _largest_sources([Part("stream", node.layer, held)], _STREAMS)
+            found.append(_largest_sources(own, _LISTED) | streams)
         return found, biases
 
     # ------------------------------------------------------------------------------------ atoms
@@ -479,20 +489,12 @@ def _kind(model: HookedRecurrent, name: str) -> FeatureType | None:
     return "attn" if name.endswith("attn.hook_z") else None
 
 
-def _given_by(parts: Sequence[Part], node: Node) -> float:
-    """What a node gives to the first direction."""
-    for part in parts:
-        if (part.feature_type, part.layer) == (node.feature_type, node.layer):
-            return float(part.given[0, node.position, max(node.head, 0)])
-    return 0.0
-
-
-def _largest_sources(parts: Sequence[Part]) -> dict[Node, float]:
-    """The nodes of parts [T,H] that give most, largest first, and the largest skips, which are not measured."""
+def _largest_sources(parts: Sequence[Part], n: int) -> dict[Node, float]:
+    """The n nodes of parts [T,H] that give most, largest first, and the largest skips, which are not measured."""
     sources: dict[Node, float] = {}
     for part in parts:
         given = part.given.flatten()
-        top = given.abs().topk(min(_LISTED, len(given))).indices
+        top = given.abs().topk(min(n, len(given))).indices
         for index, value in zip(top.tolist(), given[top].tolist()):
             position, head = divmod(index, part.given.shape[1])
             if value:
@@ -500,7 +502,7 @@ def _largest_sources(parts: Sequence[Part]) -> dict[Node, float]:
     ordered = sorted(sources, key=lambda source: -abs(sources[source]))
     skips = [source for source in ordered if source.feature_type == "skip"]
     others = [source for source in ordered if source.feature_type != "skip"]
-    return {source: sources[source] for source in [*others[:_LISTED], *skips[:_MEASURED]]}
+    return {source: sources[source] for source in [*others[:n], *skips[:_MEASURED]]}
 
 
 def _order(effects: pd.Series) -> pd.Index:

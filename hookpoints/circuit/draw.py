@@ -18,7 +18,7 @@ STYLE = """
 .circuit .soft { fill: var(--soft); } .circuit .title { font-weight: 600; font-size: 13px; }
 .circuit line { stroke: var(--line); } .circuit path { fill: none; stroke-linecap: round; opacity: .7; }
 .circuit .help { stroke: var(--help); } .circuit .hurt { stroke: var(--hurt); }
-.circuit .key { stroke-dasharray: 0.1 5; } .circuit .query { stroke-dasharray: 6 5; }
+.circuit .key { stroke-dasharray: 0.1 5; } .circuit :is(.query, .gate) { stroke-dasharray: 6 5; }
 .circuit .node { cursor: pointer; } .circuit .node :is(circle, rect) { stroke: var(--paper); stroke-width: 1.5; }
 .circuit .node.help :is(circle, rect) { fill: var(--help); }
 .circuit .node.hurt :is(circle, rect) { fill: var(--hurt); }
@@ -33,7 +33,7 @@ _LEAST = 0.08
 """Share of the largest effect from which on an edge is drawn."""
 LEGEND = (
     ("Circle: a write. Square: MLP, head or embedding. ", "Size and width: measured effect; blue helps, red hurts."),
-    ("Lines into a value are solid, ", "into a key dotted, into a query dashed."),
+    ("Lines into a value are solid, ", "into a key dotted, into a query or gate dashed."),
 )
 
 

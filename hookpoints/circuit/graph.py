@@ -92,9 +92,9 @@ class Graph:
     ``nodes`` has a row for each embedding, write, softmax head and MLP: ``predicted`` is what deleting it would take
     off the metric by gradients, ``measured`` what deleting it took off in its own run (NaN: not measured). With a
     corrupt text a node is replaced by that of the corrupt text instead. ``edges`` has for each measured node what its
-    ports are made of; ``port`` is "value", "key" or "query" of a write, or "direct" of the logit, ``read`` the token
-    whose query it is (-1: none). A source "stream@t" is all that the residual stream holds at t, so that its effect is
-    that of all sources there together.
+    ports are made of; ``port`` is "value", "key", "query" or "gate" of a write or softmax head, or "direct" of the
+    logit, ``read`` the token whose query it is (-1: none). A source "stream@t" is all that the residual stream holds at
+    t, so that its effect is that of all sources there together.
     """
 
     nodes: pd.DataFrame
@@ -156,7 +156,7 @@ class Graph:
 
     def why(self, layer: int, head: int, read: int, source: int) -> pd.DataFrame:
         """Why head ``head`` of ``layer`` reads at token ``read`` what it wrote at token ``source``: the sources of the
-        write's key and value, and of the query there, with what each does to the metric.
+        write's key, value and gate, and of the query there, with what each does to the metric.
 
         Returns: rows of `edges`, largest first in each port.
         """
@@ -247,8 +247,8 @@ class Graph:
 
     def draw(self, nodes: int = 12, width: int = 960) -> str:
         """One SVG without network: tokens below, blocks upward. Blue helps, red hurts; a line is as thick as the
-        measured effect, dotted into a key, dashed into a query, solid into a value. It follows the viewer's light or
-        dark theme."""
+        measured effect, dotted into a key, dashed into a query or gate, solid into a value. It follows the viewer's
+        light or dark theme."""
         pruned = self.prune(nodes)
         return svg(pruned.nodes, pruned.edges, self.metadata, width)
 

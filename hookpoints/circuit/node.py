@@ -11,8 +11,9 @@ FeatureType = Literal["embedding", "write", "attn", "mlp", "skip", "bias", "atom
 """What a node is: a token's embedding, the write of a recurrent head, the output of a softmax head, of an MLP, what a
 recurrent head hands on besides its state (Mamba-2's D x, RWKV's bonus), what biases add, a part of a write, all that
 the stream holds at a token, a logit."""
-PortName = Literal["value", "key", "query", "direct"]
-"""Where an edge enters: the value or the key of a write, the query that reads it, or a logit."""
+PortName = Literal["value", "key", "query", "gate", "direct"]
+"""Where an edge enters: the value or the key of a write, the query that reads it, its gate (what decay and erase leave
+of the state before it); values, keys, query or gate of a softmax head; or a logit."""
 
 
 class Node(NamedTuple):

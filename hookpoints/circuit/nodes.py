@@ -80,13 +80,15 @@ def write_attribution(
     tables = []
     for layer, r in gradients.recurrences.items():
         swap = Swap(r, None if donors is None else donors[layer])
-        way = ways.get(layer)
-        with torch.no_grad():
-            effect = None if way is None else way.effects(swap, gradients.handed_on[layer])
-            if effect is None:
-                effect = swap.first_order(gradients.reads[layer])
-        tables.append(_table(layer, effect))
+        tables.append(_table(layer, predict(swap, ways.get(layer), gradients, layer)))
     return pd.concat(tables, ignore_index=True)
+
+
+@torch.no_grad()
+def predict(swap: Swap, way: WayOut | None, gradients: Gradients, layer: int) -> Tensor:
+    """[T,H], what each write of a layer takes off the metric: through the norm on its way, or to first order."""
+    effect = None if way is None else way.effects(swap, gradients.handed_on[layer])
+    return swap.first_order(gradients.reads[layer]) if effect is None else effect
 
 
 def _table(layer: int, effect: Tensor) -> pd.DataFrame:

@@ -6,7 +6,7 @@ sees. So a block is run again on these tokens alone, with parts of the stream ta
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple, cast
@@ -26,28 +26,45 @@ if TYPE_CHECKING:
     from transformer_lens.hook_points import HookPoint
 
     from hookpoints.hooks.guard import HookSpecs
+    from hookpoints.layer.context import Recorded
     from hookpoints.model.recurrent import HookedRecurrent
 
 
 class Port(NamedTuple):
-    """One side of a write, as a number: the product of that factor with ``direction``, which is what the factor gives
-    to the metric to first order."""
+    """One side of a node, as a number: the product of that side with ``direction``, which is what it gives to the
+    metric to first order.
+
+    Sides of a write are its value, its key, the query that reads it, and its gate: what decay and erase leave of the
+    state before it. Those of a softmax head are what it hands on where its values, its keys, its query or its gate
+    alone are others; the pattern is computed again.
+    """
 
     node: Node
     name: PortName
     at: int
     """Token whose factor it is."""
     direction: Tensor
-    """Like the factor: [K], [V], or [R,K], [R,V]."""
+    """Like the side: [K], [V], or [R,K], [R,V], or [K,V] of a gate."""
+    before: Tensor | None = None
+    """[K,V], the state before the write, of a gate."""
 
-    def factors(self, r: Recurrence) -> Tensor:
-        """[N,...], the factor at the last token of ``r``."""
-        factor = {"value": r.u, "key": r.k, "query": r.q}[cast(Literal["value", "key", "query"], self.name)]
-        return factor[:, -1, self.node.head]
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is linear in the stream with norms, gates, activations and patterns held fixed."""
+        return self.name == "value" or (self.node.feature_type == "write" and self.name != "gate")
 
-    def worth(self, factors: Tensor) -> Tensor:
-        """[N], what factors [N,...] give to the metric."""
-        return (factors * self.direction).flatten(1).sum(1)
+    def of(self, r: Recurrence) -> Tensor:
+        """[N,...], this side of a write at the last token of ``r`` [N,...]."""
+        if self.before is None:
+            factor = {"value": r.u, "key": r.k, "query": r.q}[cast(Literal["value", "key", "query"], self.name)]
+            return factor[:, -1, self.node.head]
+        states = self.before.expand(r.B, 1, -1, -1)
+        last = r.select(heads=self.node.head, tokens=slice(r.T - 1, r.T), initial_state=states)
+        return last.replace(u=torch.zeros_like(last.u)).final_state()[:, 0]
+
+    def worth(self, sides: Tensor) -> Tensor:
+        """[N], what sides [N,...] give to the metric."""
+        return (sides * self.direction).flatten(1).sum(1)
 
 
 class Maps(NamedTuple):
@@ -59,6 +76,10 @@ class Maps(NamedTuple):
     """[T,D], by the token embeddings; 0 but for blocks that read them again (RWKV-7's first values)."""
     whole: float
     """The port."""
+
+
+_TOKENS = 2**14
+"""Tokens of a block at once."""
 
 
 @dataclass(frozen=True)
@@ -97,32 +118,63 @@ class Blocks:
         fwd_hooks: HookSpecs = (),
         gradients: bool = False,
         embedded: Tensor | None = None,
-    ) -> Recurrence:
-        """Factors of the block given ``entering`` [N,W,D] at the tokens of ``window``, and ``embedded`` [N,W,D] as
+    ) -> Mapping[int, Recorded]:
+        """What the block records given ``entering`` [N,W,D] at the tokens of ``window``, and ``embedded`` [N,W,D] as
         token embeddings where it reads these again."""
         if embedded is None:
             embedded = self.text.at("hook_embed")[window.start : window.stop][None].expand(len(entering), -1, -1)
         tokens = self.text.tokens[:, window.start : window.stop].expand(len(entering), -1)
         attachment = self.model.attachment
-        recording = self.model.recording([layer], gradients=gradients)
+        recurrent = [layer] if layer in self.model.cfg.layers else []
+        recording = self.model.recording(recurrent, gradients=gradients)
         embedding = _embedding(attachment.layout.embed, embedded)
         kernel = scope(attachment, backend="recurrence")
         hooks = self.model.hooks(fwd_hooks)
         with torch.set_grad_enabled(gradients), kernel, recording as seen, embedding, hooks:
             self.model(entering, start_at_layer=layer, stop_at_layer=layer + 1, tokens=tokens)
-        return seen[layer].recurrence
+        return seen
+
+    def sides(
+        self, ports: Sequence[Port], entering: Tensor, embedded: Tensor, window: range, gradients: bool = False
+    ) -> list[Tensor]:
+        """[N,...] of each port of one node at one token, given ``entering`` and ``embedded`` as `run` is."""
+        node = ports[0].node
+        if node.feature_type == "write":
+            r = self.run(node.layer, entering, window, (), gradients, embedded)[node.layer].recurrence
+            return [port.of(r) for port in ports]
+        attn = f"blocks.{node.layer}.attn"
+        names = {"query": f"{attn}.hook_q", "key": f"{attn}.hook_k", "value": f"{attn}.hook_v"}
+        kept: dict[str, Tensor] = {}
+
+        def keep(x: Tensor, hook: HookPoint) -> None:
+            kept[str(hook.name)] = x
+
+        def put(x: Tensor, hook: HookPoint) -> Tensor:
+            return taken[str(hook.name)].to(x).expand_as(x)
+
+        self.run(node.layer, entering, window, [(name, keep) for name in names.values()], gradients, embedded)
+        changed = dict(kept)
+        clean = {name: self.text.values[name][:, window.start : window.stop] for name in names.values()}
+        plain = self.entering(node.layer, window).expand_as(entering)
+        sides = []
+        for port in ports:
+            taken = clean if port.name == "gate" else {names[port.name]: changed[names[port.name]]}
+            hooks = [*((name, put) for name in taken), (f"{attn}.hook_z", keep)]
+            self.run(node.layer, entering if port.name == "gate" else plain, window, hooks, gradients, embedded)
+            sides.append(kept[f"{attn}.hook_z"][:, -1, node.head])
+        return sides
 
     def maps(self, ports: Sequence[Port], live: bool) -> list[Maps]:
         """Gradients of ports at one token, ``live`` or with norms, gates and activations held fixed: the port is then
         linear but for biases, and parts of the stream add up. Cost: one block on a few tokens, and back for each."""
-        node, _, at, _ = ports[0]
-        window = self.window(node.layer, at)
+        node = ports[0].node
+        window = self.window(node.layer, ports[0].at)
         stretch = slice(window.start, window.stop)
         names = (f"blocks.{node.layer}.hook_resid_pre", "hook_embed")
         leaves = [self.text.at(name)[stretch][None].clone().requires_grad_() for name in names]
         with torch.enable_grad(), nullcontext() if live else Affine():
-            factors = self.run(node.layer, leaves[0], window, gradients=True, embedded=leaves[1])
-            wholes = [port.worth(port.factors(factors)).sum() for port in ports]
+            sides = self.sides(ports, leaves[0], leaves[1], window, gradients=True)
+            wholes = [port.worth(side).sum() for port, side in zip(ports, sides)]
         found = []
         for whole in wholes:
             maps = [torch.zeros_like(self.text.at(name)) for name in names]
@@ -135,38 +187,49 @@ class Blocks:
 
     # ------------------------------------------------------------------------------------ exact changes
 
-    def factors_without(self, layer: int, at: int, sources: Sequence[Node]) -> Recurrence:
-        """Factors of the block at ``at``, the last token of the result, row by row without one source: the others are
-        as they are. With a corrupt text a source is replaced by that of the corrupt text instead."""
-        window = self.window(layer, at)
-        entering = self.entering(layer, window)[None] - self.given(sources, window)
-        embedded = self.text.at("hook_embed")[window.start : window.stop][None].repeat(len(sources), 1, 1)
-        for row, source in enumerate(sources):
-            if source.feature_type == "embedding" and source.position in window:
-                embedded[row, source.position - window.start] = self.other("hook_embed")[source.position]
-        return self.run(layer, entering, window, embedded=embedded)
+    @torch.no_grad()
+    def sides_without(self, ports: Sequence[Port], sources: Sequence[Node]) -> list[Tensor]:
+        """[1+N,...] of each port of one node at one token: as it is, and without each source, the others as they are.
+        With a corrupt text a source is replaced by that of the corrupt text instead."""
+        node = ports[0].node
+        window = self.window(node.layer, ports[0].at)
+        stretch = slice(window.start, window.stop)
+        step = max(1, _TOKENS // len(window))
+        rows = []
+        for first in range(0, len(sources) + 1, step):
+            some = [None, *sources][first : first + step]
+            entering = self.entering(node.layer, window)[None] - self.given(some, window)
+            embedded = self.text.at("hook_embed")[stretch][None].repeat(len(some), 1, 1)
+            for row, source in enumerate(some):
+                if source is not None and source.feature_type == "embedding" and source.position in window:
+                    embedded[row, source.position - window.start] = self.other("hook_embed")[source.position]
+            rows.append(self.sides(ports, entering, embedded, window))
+        return [torch.cat(sides) for sides in zip(*rows)]
 
     def other(self, name: str) -> Tensor:
         """[T,...], what replaces the values of a hook: those of the corrupt text, or 0."""
         return torch.zeros_like(self.text.at(name)) if self.corrupt is None else self.corrupt.at(name)
 
     @torch.no_grad()
-    def given(self, sources: Sequence[Node], window: range) -> Tensor:
+    def given(self, sources: Sequence[Node | None], window: range) -> Tensor:
         """[N,W,D], what each source gives to the stream at the tokens of ``window``; less what it gives in the corrupt
-        text, if there is one. NaN where it is not known."""
+        text, if there is one. NaN where it is not known, 0 of None."""
         width = self.text.at("blocks.0.hook_resid_pre").shape[-1]
         given = self.text.logits.new_zeros(len(sources), len(window), width)
-        by_layer: dict[int, list[int]] = {}
+        writes: dict[int, list[tuple[int, Node]]] = {}
         for row, source in enumerate(sources):
+            if source is None:
+                continue
             if source.feature_type == "write":
-                by_layer.setdefault(source.layer, []).append(row)
+                writes.setdefault(source.layer, []).append((row, source))
             elif source.feature_type in ("embedding", "mlp", "attn", "stream"):
                 if source.position in window:
                     given[row, source.position - window.start] = self._added(source)
             else:
                 given[row] = torch.nan
-        for layer, rows in by_layer.items():
-            given[rows] = self._written(layer, [sources[row] for row in rows], window)
+        for layer, of_layer in writes.items():
+            rows, written = zip(*of_layer)
+            given[list(rows)] = self._written(layer, written, window)
         return given
 
     def _added(self, source: Node) -> Tensor:
@@ -242,7 +305,7 @@ def reach_of(model: HookedRecurrent, tokens: Tensor) -> int | None:
 
 @torch.no_grad()
 def ports_of(node: Node, r: Recurrence, at_reads: Tensor, read: int | None = None) -> list[Port]:
-    """The ports of a write: value, key, and the query of the token that reads it.
+    """The ports of a write: value, key, gate, and the query of the token that reads it.
 
     Args:
         r: the layer's factors.
@@ -256,6 +319,9 @@ def ports_of(node: Node, r: Recurrence, at_reads: Tensor, read: int | None = Non
     key = own.k[0, position, 0].to(of_write)
     value = own.u[0, position, 0].to(of_write)
     ports = [Port(node, "value", position, key @ of_write), Port(node, "key", position, value @ of_write.T)]
+    if position > 0:
+        before = own.states(positions=position - 1)[0, 0, 0]
+        ports.append(Port(node, "gate", position, of_write, before))
     if r.rates is not None or r.read_before_write:
         return ports
     carried = carried_key(r, node)  # [R,T-s,K]
@@ -273,16 +339,34 @@ def carried_key(r: Recurrence, node: Node) -> Tensor:
     return r.propagate(keys, node.position, node.head)[0]
 
 
-def change_for(port: Port, clean: Text, rows: Tensor) -> list[Change]:
-    """For each of the factors ``rows`` [N,...], what gives it to the port and leaves the other ports alone."""
+def ports_of_head(node: Node, at_z: Tensor) -> list[Port]:
+    """The ports of a softmax head at a token.
+
+    Args:
+        at_z: [1,T,H,V], gradients of the metric by what heads hand on.
+    """
+    names: tuple[PortName, ...] = ("value", "key", "query", "gate")
+    return [Port(node, name, node.position, at_z[0, node.position, node.head]) for name in names]
+
+
+def change_for(port: Port, clean: Text, plain: Tensor, rows: Tensor) -> list[Change]:
+    """For each of the sides ``rows`` [N,...], what gives it to the port and leaves the other ports alone. ``plain``
+    [...] is the side as it is."""
     node = port.node
+    if node.feature_type == "attn":
+        name = f"blocks.{node.layer}.attn.hook_z"
+        return [Change(node.layer, port.at, {name: row}, node.head) for row in rows]
     mixer = f"blocks.{node.layer}.mixer"
-    name = {"value": f"{mixer}.hook_write_value", "key": f"{mixer}.hook_write_key"}.get(port.name)
-    if name is None:  # another query reads the write with another weight
+    name = f"{mixer}.hook_write_{port.name}"
+    r = clean.recurrences[node.layer]
+    if port.name == "gate":  # what is left of the state is added to what is written
+        name = f"{mixer}.heads.{node.head}.hook_write"
+        write = r.write(heads=node.head, positions=node.position)[0, 0, 0]
+        return [Change(node.layer, port.at, {name: write + row - plain}) for row in rows]
+    if port.name == "query":  # another query reads the write with another weight
         name = f"{mixer}.hook_read"
-        r = clean.recurrences[node.layer]
         carried = carried_key(r, node)[:, port.at - node.position]
-        weights = r.scale * (rows - r.q[0, port.at, node.head]).to(carried) @ carried.T  # [N,R]
-        read = clean.at(name)[port.at, node.head]
-        rows = read + weights @ torch.atleast_2d(r.u[0, node.position, node.head]).to(carried)
+        weights = r.scale * (rows - plain).to(carried) @ carried.T  # [N,R]
+        value = torch.atleast_2d(r.u[0, node.position, node.head])
+        rows = clean.at(name)[port.at, node.head] + weights @ value.to(carried)
     return [Change(node.layer, port.at, {name: row}, node.head) for row in rows]

@@ -50,7 +50,8 @@ def read_text(model: HookedRecurrent, tokens: Tensor) -> Text:
             "side by side), whose parts do not add up; write_attribution works on this model"
         )
     ends = ("hook_resid_pre", "hook_mixer_out", "hook_attn_out", "hook_mlp_out", "hook_resid_post")
-    ends += ("mixer.hook_read", "mixer.hook_z", "mixer.hook_write_key", "mixer.hook_write_value", "attn.hook_z")
+    ends += ("mixer.hook_read", "mixer.hook_z", "mixer.hook_write_key", "mixer.hook_write_value")
+    ends += ("attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_z")
     names = [name for name in model.hook_dict if name.startswith("blocks.") and name.split(".", 2)[-1] in ends]
     with model.recording() as record:
         logits, cache = model.run_with_cache(tokens, names_filter=["hook_embed", *names])

@@ -6,6 +6,7 @@ import json
 import re
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -21,7 +22,7 @@ from hookpoints import Graph, HookedRecurrent, WriteEdit, attribute
 from hookpoints.circuit.graph import Check
 from hookpoints.circuit.node import Node
 from hookpoints.circuit.nodes import write_attribution
-from hookpoints.circuit.ports import change_for, ports_of
+from hookpoints.circuit.ports import change_for, ports_of, ports_of_head
 from hookpoints.errors import InputError, PredictionWarning, UnsupportedModelError
 
 SEQUENCE = torch.randint(1, VOCAB, (1, 16), generator=torch.Generator().manual_seed(3))
@@ -138,34 +139,81 @@ def gradient_at(model: HookedRecurrent, name: str) -> Tensor:
 def test_edges_are_measured_by_runs_with_that_side_changed(
     model64: HookedRecurrent, graph: Graph, layer: int, position: int, read: int
 ) -> None:
-    """Value and key: the write is replaced. Query: its weight in the reading token's pattern is. The prediction is the
-    change of that side times the metric's gradient by it."""
+    """Value and key: the write is replaced. Query: its weight in the reading token's pattern is. Gate: the transition
+    of its token is. The prediction is the change of that side times the metric's gradient by it."""
     tracer: Any = graph.tracer
     head = 1
     clean = model64.recurrence(SEQUENCE, layer)
     for port in ports_of(Node("write", layer, head, position), clean, tracer.gradients.reads[layer], read):
-        factors = port.factors(tracer.blocks.factors_without(layer, port.at, [Node("mlp", layer - 1, -1, port.at)]))
-        found = tracer.runs.effects(change_for(port, tracer.blocks.text, factors))
+        plain, *sides = tracer.blocks.sides_without([port], [Node("mlp", layer - 1, -1, port.at)])[0]
+        (found,) = tracer.runs.effects(change_for(port, tracer.blocks.text, plain, torch.stack(sides)))
         changed = without_mlp(model64, layer, port.at)
-        if port.name != "query":
-            gradient = gradient_at(model64, f"blocks.{layer}.mixer.hook_write_{port.name}")[0, position, head]
-            torch.testing.assert_close(port.direction, gradient, rtol=1e-9, atol=1e-12)
-        pattern = clean.replace(q=changed.q).attention()
         at = (0, position, head)
-
-        def put(x: Tensor, hook: object, pattern: Tensor = pattern) -> Tensor:
-            x = x.clone()
-            x[0, head, read, position] = pattern[0, head, read, position]
-            return x
-
-        k = changed.k if port.name == "key" else clean.k
-        u = changed.u if port.name == "value" else clean.u
-        edit = WriteEdit(layer, head, position, keys=k[at], values=u[at], mode="replace")
-        hooks: list[Any] = [(f"blocks.{layer}.mixer.hook_pattern", put)] if port.name == "query" else []
-        with torch.no_grad(), model64.edits(edit if port.name != "query" else ()):
+        hooks: list[Any] = []
+        edit: Any = ()
+        if port.name in ("value", "key"):
+            gradient = gradient_at(model64, f"blocks.{layer}.mixer.hook_write_{port.name}")[at]
+            torch.testing.assert_close(port.direction, gradient, rtol=1e-9, atol=1e-12)
+            k = changed.k if port.name == "key" else clean.k
+            u = changed.u if port.name == "value" else clean.u
+            edit = WriteEdit(layer, head, position, keys=k[at], values=u[at], mode="replace")
+        elif port.name == "query":
+            pattern = clean.attention()
+            pattern[0, head, read, position] = clean.replace(q=changed.q).attention()[0, head, read, position]
+            hooks = [(f"blocks.{layer}.mixer.hook_pattern", partial(put, value=pattern))]
+        else:
+            fields = {name: getattr(clean, name).clone() for name in ("log_decay", "a", "b")}
+            for name, field in fields.items():
+                field[at] = getattr(changed, name)[at]
+            hooks = [(f"blocks.{layer}.mixer.hook_read", partial(put, value=clean.replace(**fields).outputs()))]
+        with torch.no_grad(), model64.edits(edit):
             logits = model64.run_with_hooks(SEQUENCE, fwd_hooks=hooks)
-        assert found[0] == pytest.approx(tracer.runs.plain - float(difference(logits)), abs=1e-9), port.name
-        assert abs(found[0]) > 1e-8
+        assert found == pytest.approx(tracer.runs.plain - float(difference(logits)), abs=1e-9), port.name
+        assert abs(found) > 1e-8
+
+
+def put(x: Tensor, hook: object, value: Tensor) -> Tensor:
+    return value.to(x)
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value", "gate"])
+def test_edges_into_a_softmax_head_compute_its_pattern_again(model64: HookedRecurrent, graph: Graph, name: str) -> None:
+    """The side of the head is that of a run without what the MLP below added, and the others are as they are."""
+    tracer: Any = graph.tracer
+    layer, head, at = 3, 1, 15
+    token = at if name in ("query", "gate") else 7
+    ports = ports_of_head(Node("attn", layer, head, at), tracer.gradients.other[f"blocks.{layer}.attn.hook_z"])
+    port = next(port for port in ports if port.name == name)
+    plain, *sides = tracer.blocks.sides_without([port], [Node("mlp", layer - 1, -1, token)])[0]
+    (found,) = tracer.runs.effects(change_for(port, tracer.blocks.text, plain, torch.stack(sides)))
+
+    def take(x: Tensor, hook: object) -> Tensor:
+        x = x.clone()
+        x[0, token] -= added
+        return x
+
+    attn = f"blocks.{layer}.attn"
+    letters = {"query": "q", "key": "k", "value": "v"}
+    below = f"blocks.{layer - 1}.hook_mlp_out"
+    _, clean = model64.run_with_cache(SEQUENCE)
+    added = clean[below][0, token]
+    less: Any = (f"blocks.{layer}.hook_resid_pre", take)
+    with torch.no_grad(), model64.hooks([less]):
+        _, changed = model64.run_with_cache(SEQUENCE)
+    hooks: list[Any] = [(f"{attn}.hook_{x}", partial(put, value=clean[f"{attn}.hook_{x}"])) for x in "qkv"]
+    hooks.append(less)
+    if name in letters:
+        hook = f"{attn}.hook_{letters[name]}"
+        hooks = [(hook, partial(put, value=changed[hook]))]
+    with torch.no_grad(), model64.hooks(hooks):
+        _, patched = model64.run_with_cache(SEQUENCE, names_filter=f"{attn}.hook_z")
+    z = clean[f"{attn}.hook_z"].clone()
+    z[0, at, head] = patched[f"{attn}.hook_z"][0, at, head]
+    with torch.no_grad():
+        logits = model64.run_with_hooks(SEQUENCE, fwd_hooks=[(f"{attn}.hook_z", partial(put, value=z))])
+    assert found == pytest.approx(tracer.runs.plain - float(difference(logits)), abs=1e-9)
+    assert abs(found) > 1e-9
+    assert {*graph.edges[graph.edges.target.str.startswith("L3A")].port} == {"query", "key", "value", "gate"}
 
 
 def test_a_graph_is_saved_and_read(graph: Graph, tmp_path: Path) -> None:
@@ -202,7 +250,7 @@ def test_neuronpedia_gets_nodes_and_links_in_its_schema(graph: Graph, tmp_path: 
 @pytest.mark.usefixtures("_keep_float64")
 def test_why_asks_for_any_head_and_pair_of_tokens(graph: Graph) -> None:
     table = graph.why(2, 1, read=12, source=5)
-    assert set(table.port) == {"value", "key", "query"} and set(table.target) == {"L2H1@5"}
+    assert set(table.port) == {"value", "key", "query", "gate"} and set(table.target) == {"L2H1@5"}
     assert set(table[table.port == "query"].read) == {12}
     assert Node("write", 2, 1, 5).node_id == "L2H1@5"
     for arguments, message in (((2, 9, 12, 5), "head"), ((2, 1, 5, 12), "source"), ((2, 1, 99, 5), "read")):
