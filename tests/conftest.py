@@ -15,9 +15,9 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Of the processes of xdist, the first one only deals tests out."""
-    deals = config.getoption("numprocesses", None) and not hasattr(config, "workerinput")
-    if not deals:
+    """Of the processes of xdist, the first one only deals tests out, unless it is to list them."""
+    distributed = config.getoption("numprocesses", None) and not config.option.collectonly
+    if not distributed or hasattr(config, "workerinput"):
         config.pluginmanager.import_plugin("tiny_models")
 
 
