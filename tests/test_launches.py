@@ -14,6 +14,7 @@ import torch
 
 from hookpoints import HookedRecurrent
 from sae_lens_writesae import LowRank, train_on_writes, training_config
+from sae_lens_writesae.sae import fast, training
 from sae_lens_writesae.sae.fast import Stack
 from sae_lens_writesae.sae.fused import Dead
 
@@ -89,6 +90,14 @@ def test_a_dictionary_trains_on_rows_of_the_host() -> None:
     with device.pretended():
         sae = train_on_writes(config("npu"), *writes())
         assert all(x.device == device.NPU and bool(x.isfinite().all()) for x in sae.parameters())
+
+
+def test_weights_that_are_not_finite_are_refused_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device is looked at before the first step, and then at the 64th, which this run does not reach."""
+    for module in (fast, training):
+        monkeypatch.setattr(module, "START_STEPS", 0)
+    with device.pretended(), pytest.raises(ValueError, match="expected finite"):
+        train_on_writes(config("npu", architecture="writesae_topk", lr=1e38, training_tokens=8 * 32), *writes())
 
 
 @pytest.fixture

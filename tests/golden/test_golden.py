@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from golden.cases import (
     CASES,
     KEYS,
@@ -53,7 +54,8 @@ def as_dtype(strings: pd.Series, like: pd.Series) -> pd.Series:
     [pytest.param(case, id=case.name, marks=[] if case.name in FIRST.values() else pytest.mark.slow) for case in CASES],
 )
 def test_tables_are_what_they_were(case: Case) -> None:
-    assert_kept(case, result_of(case.name).tables)
+    # Torch 2.8 rounds float32 sums differently, and an SVD of close singular values magnifies that: 5e-6 in a cosine.
+    assert_kept(case, result_of(case.name).tables, BATCHED if torch.__version__.startswith("2.8.") else 0.0)
 
 
 @pytest.mark.slow
