@@ -193,7 +193,6 @@ def test_edges_into_a_softmax_head_compute_its_pattern_again(model64: HookedRecu
         return x
 
     attn = f"blocks.{layer}.attn"
-    letters = {"query": "q", "key": "k", "value": "v"}
     below = f"blocks.{layer - 1}.hook_mlp_out"
     _, clean = model64.run_with_cache(SEQUENCE)
     added = clean[below][0, token]
@@ -202,8 +201,8 @@ def test_edges_into_a_softmax_head_compute_its_pattern_again(model64: HookedRecu
         _, changed = model64.run_with_cache(SEQUENCE)
     hooks: list[Any] = [(f"{attn}.hook_{x}", partial(put, value=clean[f"{attn}.hook_{x}"])) for x in "qkv"]
     hooks.append(less)
-    if name in letters:
-        hook = f"{attn}.hook_{letters[name]}"
+    if name != "gate":
+        hook = f"{attn}.hook_{name[0]}"
         hooks = [(hook, partial(put, value=changed[hook]))]
     with torch.no_grad(), model64.hooks(hooks):
         _, patched = model64.run_with_cache(SEQUENCE, names_filter=f"{attn}.hook_z")

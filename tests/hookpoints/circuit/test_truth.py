@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,10 @@ class Question:
         self.answer = int(batch.answers[0, 0])
         self.value = int(batch.places["values"][0, asked])
         self.key = int(batch.places["keys"][0, asked])
+        words = task.vocabulary
+        values = batch.tokens[0, batch.places["values"][0]]
+        self.told = sum(words[self.answer] in words[value].split("-") for value in values)
+        """How many values tell the answer: the model falls back to another one."""
         self.others = [int(batch.tokens[0, place]) for place in batch.places["values"][0] if place != self.value]
         self.writes = {f"L{holder.layer}H{head}@{self.value + holder.offset}" for head in holder.heads}
 
@@ -46,20 +51,25 @@ def largest(graph: Graph, target: str, port: str, streams: bool) -> str:
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_the_holder_its_value_and_its_name_are_found(name: str) -> None:
+    """Of questions whose answer one value tells. In Mamba-2 the token of a write sets its strength, dt, so that it is a
+    source of the value as well."""
     model = HookedRecurrent.from_pretrained(name)
     found = []
     tokens = []
-    for seed in (11, 12, 13):
-        question = Question(name, seed)
+    questions = (Question(name, seed) for seed in range(11, 20))
+    for question in islice((question for question in questions if question.told == 1), 3):
         graph = question.graph(model)
         writes = graph.nodes[graph.nodes.feature_type == "write"]
         first = writes.loc[writes.predicted.abs().nlargest(len(question.writes)).index].node_id
         found.append(first.isin(question.writes).mean())
         for write in question.writes & {*graph.edges.target}:
-            tokens.append(largest(graph, write, "value", True) == f"stream@{question.value}")
+            right = {f"stream@{question.value}"}
+            if name.endswith("mamba2"):
+                right.add(f"stream@{write.partition('@')[2]}")
+            tokens.append(largest(graph, write, "value", True) in right)
             if name != "induction":  # whose key comes from the layer below
                 tokens.append(largest(graph, write, "key", True) == f"stream@{question.key}")
-    assert np.mean(found) >= 0.8 and tokens and np.mean(tokens) >= 0.75, (found, tokens)
+    assert np.mean(found) >= 0.8 and np.mean(tokens) >= 0.9, (found, tokens)
 
 
 def test_induction_shows_both_layers() -> None:
