@@ -43,7 +43,7 @@ NAMES = (
         "real_size",
         "busy",
     ),
-    *("memory_surgery", "circuits"),
+    *("memory_surgery", "circuits", "states"),
 )
 """The benchmarks, as the page has them."""
 HEAD = """# Benchmarks

@@ -29,7 +29,7 @@ from writesae.dictionary.controls import answers
 from writesae.evaluations import EVALUATIONS, load_result
 from writesae.evaluations.bits import RELEVANT, RIVAL, WAYS, Bits
 from writesae.experiment.evaluation import Result, Scope
-from writesae.known.readers import NAMING, OF_STATES
+from writesae.known.readers import FITTED, NAMING, OF_STATES
 from writesae.known.states import TERMS
 from writesae.page.template import environment
 from writesae.reproduce.published import RUNS
@@ -271,11 +271,9 @@ def pages(folder: Path) -> tuple[dict[str, str], pd.DataFrame]:
 
 
 def zoo_page() -> str:
-    """What methods find in models whose mechanism is known, from the numbers of `writesae zoo`. Until the second table
-    is measured, the page has the states that the first one was measured with."""
+    """What methods find in models whose mechanism is known, from the numbers of `writesae zoo`."""
     boards = json.loads((DOCS / "zoo_board.json").read_text(encoding="utf-8"))
-    measured = DOCS / "zoo_states.json"
-    states = json.loads(measured.read_text(encoding="utf-8")) if measured.exists() else {"settings": {}, "readings": []}
+    states = json.loads((DOCS / "zoo_states.json").read_text(encoding="utf-8"))
     readings = states["readings"]
     words = jinja2.Environment(trim_blocks=True).from_string(
         (HERE / "results" / "zoo_board.md").read_text(encoding="utf-8")
@@ -284,8 +282,8 @@ def zoo_page() -> str:
         zoo_table=environment().get_template("zoo_table.html").render(boards),
         states_table=environment().get_template("states_table.html").render(readings=readings),
         states_words="\n".join(map(read_best, readings)),
-        readings=readings,
         terms=TERMS,
+        fitted=f"{FITTED:,}",
         naming=f"{NAMING:,}",
         **states["settings"],
     )

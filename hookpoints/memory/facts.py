@@ -6,6 +6,7 @@ atoms v that it learned from states alone. Each pair is a `Fact`; words name its
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Collection, Sequence
@@ -69,7 +70,7 @@ class Side(NamedTuple):
     correlations: list[float]
     """Over states, of the atom's presence and the word's in the text before; 0 without a word."""
     sizes: list[float]
-    """Mean coefficient where the atom is present, with its sign."""
+    """Mean |coefficient| where the atom is present. A pair has the product of both signs."""
 
     def atoms(self, word: str) -> list[int]:
         """Those that a word names, the best named first.
@@ -198,18 +199,31 @@ def label_atoms(
     _check_count(n)
     pairs = _pairs(states, dictionary, n or MOST_FACTS, LEAST_SHARE if n else PRESENT)
     keys, values = dictionary.directions
+    of_keys, of_values = _signs(pairs.acts().sum(0).view(len(keys), len(values)))
+    oriented = pairs.coefficients * of_keys[pairs.keys] * of_values[pairs.values]
     sides = {
-        "keys": _named(pairs.keys, pairs.coefficients, len(keys), texts, key_words),
-        "values": _named(pairs.values, pairs.coefficients, len(values), texts, value_words),
+        "keys": _named(pairs.keys, oriented, of_keys, texts, key_words),
+        "values": _named(pairs.values, oriented, of_values, texts, value_words),
     }
     dictionary.cfg.metadata.labels = {name: side._asdict() for name, side in sides.items()}
 
 
+def _signs(pairs: Tensor) -> tuple[Tensor, Tensor]:
+    """Signs of key atoms [F_key] and of value atoms [F_value], whose products are those of nearly all sums of
+    coefficients [F_key,F_value]: a pair has one sign, its atoms have it only together."""
+    of_values = torch.ones_like(pairs[0])
+    of_keys = torch.ones_like(pairs[:, 0])
+    for _ in range(10):
+        of_keys = torch.where(pairs @ of_values < 0, -1.0, 1.0).to(pairs)
+        of_values = torch.where(of_keys @ pairs < 0, -1.0, 1.0).to(pairs)
+    return of_keys, of_values
+
+
 def _named(
-    atoms: Tensor, coefficients: Tensor, n_atoms: int, texts: Sequence[Collection[str]], words: Collection[str] | None
+    atoms: Tensor, oriented: Tensor, signs: Tensor, texts: Sequence[Collection[str]], words: Collection[str] | None
 ) -> Side:
-    """Words of the atoms of one side, of which states have ``atoms`` [N,n] with coefficients [N,n]."""
-    sums = coefficients.new_zeros(len(atoms), n_atoms).scatter_add(1, atoms, coefficients)
+    """Words of the atoms of one side, of which states have ``atoms`` [N,n] with coefficients [N,n] times both signs."""
+    sums = oriented.new_zeros(len(atoms), len(signs)).scatter_add(1, atoms, oriented)
     active = (sums != 0).to(sums)
     tried = sorted(set[str]().union(*texts) if words is None else words)
     present = torch.tensor([[word in text for word in tried] for text in map(set, texts)]).to(sums)
@@ -218,7 +232,7 @@ def _named(
     return Side(
         words=[tried[word] if is_named else None for word, is_named in zip(best.tolist(), named)],
         correlations=correlations.where(correlations >= LEAST_NAMED, 0).tolist(),
-        sizes=(sums.sum(0) / active.sum(0).clamp_min(1)).tolist(),
+        sizes=(signs * sums.sum(0).abs() / active.sum(0).clamp_min(1)).tolist(),
     )
 
 
@@ -261,36 +275,35 @@ def rewritten(
     """States [N,K,V] in which a key has a value `instead_of` another (None: besides those it has), or loses that one
     (`value` None); and whether some state held the old fact.
 
-    What leaves is all that a state has along the pairs with the old words: their coefficients, and what is left of the
-    state along them. What comes has the same keys, with coefficients that differ by the ratio of the usual sizes of
-    both value atoms, so that what a query reads is as large as what it usually reads of the new value. Where nothing
-    comes, the old values also leave all of the state that no other of its keys reads.
+    What leaves is the pairs of the key with the old value, and all of the state along that value that no other of its
+    keys reads. What comes is a pair of the best named atoms, as large as pairs with this value usually are.
 
     Raises:
         InputError: no atom of the dictionary has one of the words, or neither value is given.
     """
     if value is None and instead_of is None:
         raise InputError("value: expected a word, or instead_of, the value that the key loses; got neither")
+    key_side = _side(dictionary, 0)
     value_side = _side(dictionary, 1)
-    key_atoms = _side(dictionary, 0).atoms(key)
+    key_atoms = key_side.atoms(key)
     keys, values = (normalize(side, dim=1).to(states) for side in _directions(dictionary))
-    sizes = torch.tensor(value_side.sizes).to(states)
-    new = value_side.atoms(value)[0] if value is not None else None
-    if instead_of is None:
-        return states + sizes[new] * torch.outer(keys[key_atoms[0]], values[new].flatten()), True
-    value_atoms = value_side.atoms(instead_of)
-    grid = _pairs(states, dictionary, MOST_FACTS, DEEPER).acts().to(states).view(len(states), len(keys), len(values))
-    left = states - keys.T @ grid @ values
-    found = grid[:, key_atoms][:, :, value_atoms]
-    if new is None:
+    is_held = True
+    changed = states
+    if instead_of is not None:
+        value_atoms = value_side.atoms(instead_of)
+        pairs = _pairs(states, dictionary, MOST_FACTS, DEEPER)
+        grid = pairs.acts().to(states).view(len(states), len(keys), len(values))
+        found = grid[:, key_atoms][:, :, value_atoms]
+        is_held = bool(found.any())
         left = states - keys[key_atoms].T @ found @ values[value_atoms]
         others = grid.any(2)  # [N,F_key]
         others[:, key_atoms] = False
-        return _cleared(left, keys * others[..., None], values[value_atoms]), bool(found.any())
-    old = found + keys[key_atoms] @ left @ values[value_atoms].T  # [N,i,j]
-    change = -old @ values[value_atoms]
-    change = change + (old / sizes[value_atoms]).sum(-1, keepdim=True) * sizes[new] * values[new]
-    return states + keys[key_atoms].T @ change, bool(found.any())
+        changed = _cleared(left, keys * others[..., None], values[value_atoms])
+    if value is not None:
+        new = value_side.atoms(value)[0]
+        size = math.copysign(value_side.sizes[new], key_side.sizes[key_atoms[0]] * value_side.sizes[new])
+        changed = changed + size * torch.outer(keys[key_atoms[0]], values[new])
+    return changed, is_held
 
 
 def _cleared(states: Tensor, keys: Tensor, values: Tensor) -> Tensor:
