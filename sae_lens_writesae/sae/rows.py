@@ -19,13 +19,13 @@ import wandb
 from sae_lens import LanguageModelSAETrainingRunner
 from sae_lens.constants import (
     ACTIVATION_SCALER_CFG_FILENAME,
+    ACTIVATION_WHITENING_FILENAME,
     SAE_CFG_FILENAME,
     SAE_WEIGHTS_FILENAME,
     SPARSITY_FILENAME,
     TRAINER_STATE_FILENAME,
 )
 from sae_lens.saes.sae import TrainingSAE
-from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
@@ -251,7 +251,7 @@ _SOURCE = "source.pt"
 """Of a checkpoint: the random numbers, where the rows are, and what they are made of."""
 _OF_SAELENS = (
     ACTIVATION_SCALER_CFG_FILENAME,
-    "activation_whitening.safetensors",  # SAELens 6.51 neither writes nor names it
+    ACTIVATION_WHITENING_FILENAME,
     SAE_CFG_FILENAME,
     SAE_WEIGHTS_FILENAME,
     SPARSITY_FILENAME,
@@ -279,21 +279,12 @@ def _is_whole(checkpoint: Path) -> bool:
     return True
 
 
-class _KeptScaler(ActivationScaler):
-    """The scale of a checkpoint. SAELens 6.51 estimates it again, on the next rows of the run, which are then lost."""
-
-    def estimate_scaling_factor(self, *args: Any, **options: Any) -> None:
-        if self.scaling_factor is None:
-            super().estimate_scaling_factor(*args, **options)
-
-
 def _resume(trainer: SAETrainer[Any, Any], checkpoint: Path, rows: Batches, inputs: str) -> None:
     """Put trainer, rows and torch's random numbers where they were as `checkpoint` was written."""
     source = torch.load(checkpoint / _SOURCE, weights_only=True)
     if source["inputs"] != inputs:
         raise ValueError(f"{checkpoint}: expected a checkpoint of these rows, got one of others; delete it")
     trainer.sae.load_weights_from_checkpoint(checkpoint)
-    trainer.activation_scaler = _KeptScaler()
     trainer.load_trainer_state(checkpoint)
     trainer.n_training_steps += 1  # SAELens saves before it counts the step
     ahead = [at for at in trainer.checkpoint_thresholds if at >= trainer.n_training_samples]
