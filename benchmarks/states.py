@@ -22,7 +22,7 @@ from sae_lens_writesae import label_atoms, train_on_states, training_config
 from writesae.known.readers import OF_STATES, HeadStates, drawn
 
 TITLE = "Codes of states"
-QUICK = {"fitted": 200, "steps": 5, "texts": 4}
+QUICK = {"fitted": 200, "steps": 5, "fact_steps": 5, "texts": 4}
 HEADS = (("embedded", 4, 2), ("embedded", 1, 0), ("embedded-rwkv7", 2, 0), ("embedded-mamba2", 2, 1))
 CONTEXT = 64
 """Tokens before a state, and twice the tokens after it whose predictions are compared."""
@@ -178,9 +178,9 @@ def answers(model: HookedRecurrent, memory: Memory, keys: list[int]) -> list[int
 # ------------------------------------------------------------------------------------------------ the page
 
 
-def measure(fitted: int = 4000, steps: int = 600, texts: int = 100) -> dict[str, Any]:
+def measure(fitted: int = 4000, steps: int = 400, fact_steps: int = 600, texts: int = 100) -> dict[str, Any]:
     codes = {f"{name} L{layer}H{head}": of_head(name, layer, head, fitted, steps, texts) for name, layer, head in HEADS}
-    facts = {name: of_facts(name, 1000, steps, texts) for name in MODELS}
+    facts = {name: of_facts(name, 1000, fact_steps, texts) for name in MODELS}
     return {"heads": codes, "facts": facts}
 
 

@@ -246,6 +246,19 @@ def test_every_reader_scores_every_fact_in_the_bits_of_the_pairs(
         assert reader.numbers == pytest.approx(head.numbers, rel=0.05)
 
 
+def test_the_page_of_reading_has_the_numbers_of_the_board() -> None:
+    docs = Path(__file__).parents[1] / "docs"
+    readings = json.loads((docs / "zoo_states.json").read_text())["readings"]
+    table = (docs / "reading.md").read_text().split("## On equal terms")[1].split("##")[0]
+    head, _, *lines = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("|")]
+    assert head[1:] == [f"`{reading['model']}`" for reading in readings]
+    for name, *cells in lines:
+        for cell, reading in zip(cells, readings, strict=True):
+            row = {row["reader"]: row for row in reading["rows"]}[name]
+            shown = [float(share) for share in cell.split(" / ")]
+            assert shown == pytest.approx([row[f"{pairs} pairs"]["mean"] for pairs in (4, 8)], abs=0.0051)
+
+
 def test_additive_books_find_the_parts_of_sums_and_one_book_is_enough_for_whole_values() -> None:
     """Three books of four in 8 dimensions, 12 numbers of codes in all: twelve words of k-means cannot name 64 sums."""
     g = torch.Generator().manual_seed(0)
