@@ -12,7 +12,7 @@ import device
 import pytest
 import torch
 
-from hookpoints import HookedRecurrent
+from hookpoints import HookedRecurrent, attribute
 from sae_lens_writesae import LowRank, train_on_writes, training_config
 from sae_lens_writesae.sae import fast, training
 from sae_lens_writesae.sae.fast import Stack
@@ -47,6 +47,19 @@ def test_a_substitution_stays_below_its_ceilings() -> None:
     with device.pretended() as seen:
         costs = launches.of_substitution(seen)
     assert costs["launch"] <= 60_000 and costs["sync"] <= 200
+
+
+@pytest.mark.slow
+def test_a_graph_stays_below_its_ceilings() -> None:
+    """Of 15 tokens: nodes, 50 measured ones, and edges."""
+    model = HookedRecurrent.from_pretrained("embedded", device="cpu", self_check=False)
+    tokens = torch.arange(100, 115)[None]
+    with device.pretended() as seen:
+        model.to("npu")
+        costs = seen.of(lambda: attribute(tokens.to("npu"), model))
+        forward = seen.of(lambda: model(tokens.to("npu")))
+    assert costs["launch"] <= 75 * forward["launch"]  # 33,007 of 474
+    assert costs["sync"] <= 400 and costs["to_device"] <= 900
 
 
 def test_a_step_waits_for_nothing(costs: Costs) -> None:

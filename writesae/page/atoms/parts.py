@@ -92,4 +92,4 @@ def bars(values: NDArray[np.floating], low: float | None = None, high: float | N
         stop = start + 1
     counts, edges = np.histogram(values, 32, (start, stop))
     shares = counts / max(len(values), 1)
-    return data.Bars([short(edge) for edge in edges], [short(share) for share in shares])
+    return data.Bars([short(edge) for edge in edges.tolist()], [short(share) for share in shares.tolist()])
