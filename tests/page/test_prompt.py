@@ -103,7 +103,7 @@ def test_why_a_token_is_drawn_and_a_write_is_taken_apart(server: PromptServer) -
     assert name is not None
     place = dict(zip(("layer", "head", "position"), map(int, name.groups())))
     status, ports = ask(server, "POST", "/write", place)
-    assert status == 200 and {"value", "key", "query"} == ports.keys()
+    assert status == 200 and {"value", "key", "query", "gate"} == ports.keys()
     assert all(len(row) == 3 for rows in ports.values() for row in rows)
     for wrong in ({"target": "two tokens of"}, {"target": " Treasury", "text": ""}):
         status, said = ask(server, "POST", "/explain", asked | wrong)

@@ -114,7 +114,7 @@ async function made(name) {
   try {
     const ports = await post("/write", { layer, head, position });
     part("answer").textContent = `What made ${name}: effects on the logit of each source; those with ~ are predicted, the others measured.`;
-    for (const port of ["value", "key", "query"]) {
+    for (const port of ["value", "key", "query", "gate"]) {
       meter(part(port), (ports[port] ?? []).map(([source, value, measured]) => ({ name: source, value, shown: (measured ? "" : "~") + value })));
     }
   } catch (error) {
