@@ -14,9 +14,8 @@ from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent, UnsupportedModelError, WriteEdit, attach
 
-sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("model", "hooks")]
+sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("model", "hooks", "circuit")]
 
-from test_attribution import test_attributions_are_derivatives  # noqa: F401
 from test_cache import (  # noqa: F401
     run,
     test_parts_add_up_to_the_stream,
@@ -43,6 +42,10 @@ from test_pattern import (  # noqa: F401
 from test_state_in_and_erase import (  # noqa: F401
     test_a_state_that_is_set_is_as_a_cache_that_is_set,
     test_a_token_without_write_decay_and_erase_is_as_if_it_were_not_there,
+)
+from test_write_attribution import (  # noqa: F401
+    test_a_write_goes_exactly_through_recurrence_and_norm,
+    test_first_order_is_a_derivative,
 )
 
 HYBRIDS = {
