@@ -59,13 +59,16 @@ def _sum(x: Tensor, residual: Tensor | None, residual_in_fp32: bool) -> tuple[Te
 def _normalised(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, is_rms_norm: bool, num_groups: int = 1
 ) -> Tensor:
-    shape, x = x.shape, x.unflatten(-1, (num_groups, -1))
+    weight, bias = (None if each is None else each.to(x.dtype) for each in (weight, bias))
+    if is_rms_norm and num_groups == 1:
+        y = F.rms_norm(x, x.shape[-1:], weight, eps)
+        return y if bias is None else y + bias
     if not is_rms_norm:
-        x = x - x.mean(-1, keepdim=True)
-    x = (x / (x.square().mean(-1, keepdim=True) + eps).sqrt()).reshape(shape)
+        return F.group_norm(x.flatten(0, -2), num_groups, weight, bias, eps).view_as(x)
+    y = F.rms_norm(x.unflatten(-1, (num_groups, -1)), (x.shape[-1] // num_groups,), eps=eps).flatten(-2)
     if weight is not None:
-        x = x * weight.to(x.dtype)
-    return x if bias is None else x + bias.to(x.dtype)
+        y = y * weight
+    return y if bias is None else y + bias
 
 
 def layer_norm(
