@@ -25,13 +25,12 @@ TITLE = "Codes of states"
 QUICK = {"fitted": 200, "steps": 5, "fact_steps": 5, "texts": 4}
 HEADS = (("embedded", 4, 2), ("embedded", 1, 0), ("embedded-rwkv7", 2, 0), ("embedded-mamba2", 2, 1))
 CONTEXT = 64
-"""Tokens before a state, and twice the tokens after it whose predictions are compared."""
+"""Tokens before a state. The predictions of half as many after it are compared."""
 ATOMS = 64
 """Of each side."""
 PAIRS = 4
 """In the code of a state."""
 FITS = OF_STATES | {"null: random pairs": drawn}
-PAIRS_LEARNED = "pairs (writesae_product)"
 MODELS = ("recall", "recall-mamba2", "recall-rwkv7")
 TOLD = (4, 8)
 """Facts of a text."""

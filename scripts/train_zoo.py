@@ -287,7 +287,7 @@ def train(
 
 def save(model: PreTrainedModel, task: zoo.Task, folder: Path) -> None:
     """Weights in bf16, which load in float32, and a tokenizer of whole words, which begins with <bos>. Where sentences
-    end in a period, it is a word of its own."""
+    end in a period, the period is a word."""
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(task.vocabulary)}, unk_token="<bos>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     if "." in task.vocabulary:

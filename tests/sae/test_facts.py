@@ -246,6 +246,28 @@ def test_a_fact_comes_and_goes(world: World) -> None:
     assert sum(still) <= 0.1 * len(still) and sum(others) >= 0.98 * len(others)
 
 
+def test_signs_of_atoms_do_not_matter(world: World) -> None:
+    """A pair has one sign, which either atom may carry: sizes are those of positive pairs, and what is written is the
+    same."""
+    g = torch.Generator().manual_seed(4)
+    sides = world.dictionary.directions
+    flips = [torch.randint(2, (len(side), 1), generator=g) * 2 - 1 for side in sides]
+    turned = dictionary(*(side * flip for side, flip in zip(sides, flips)))
+    tokens = world.texts(4, 1000, 1)
+    words = [[world.words[token] for token in text] for text in tokens.tolist()]
+    label_atoms(turned, world.states(tokens), words)
+    for side in ("keys", "values"):
+        sizes, plain = (torch.tensor(each.cfg.metadata.labels[side]["sizes"]) for each in (turned, world.dictionary))
+        torch.testing.assert_close(sizes.abs(), plain.abs())
+    (key, old), *rest = world.facts(tokens[0])
+    value = next(word for word in world.words[65:] if word not in {old, *(other for _, other in rest)})
+    memory = world.model.memory(tokens[:1])
+    changed, plain = (
+        memory.with_fact(pairs, key, value, instead_of=old).state(LAYER) for pairs in (turned, world.dictionary)
+    )
+    torch.testing.assert_close(changed, plain)
+
+
 def test_what_cannot_be_written_says_why(world: World) -> None:
     text = world.texts(4, 1, 7)
     memory = world.model.memory(text)
