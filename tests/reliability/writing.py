@@ -53,7 +53,7 @@ def dictionaries(model: HookedRecurrent, folder: Path) -> None:
     rows = torch.randint(1, 64, (64, 32), generator=torch.Generator().manual_seed(3))
     collected = folder / "writes"
     collect(model, rows, [1], [0, 1], collected, targets=("write", "state"), batch_size=8, shard_bytes=100_000)
-    sizes: dict[str, Any] = {"d_sae": 16, "k": 2, "training_tokens": 256, "train_batch_size_tokens": 64}
+    sizes: dict[str, Any] = {"d_sae": 16, "k": 2, "training_tokens": 1024, "train_batch_size_tokens": 64}
     with patch.object(fast, "SAVE_SECONDS", -1.0):
         Train(collection=collected, out=folder / "saes", targets=("write", "state"), **sizes).run(lambda line: None)
 
