@@ -32,8 +32,9 @@ from hookpoints.circuit.nodes import (
 )
 from hookpoints.circuit.norms import FrozenNorms
 from hookpoints.circuit.ports import Blocks, Port, change_for, ports_of, ports_of_head, reach_of
-from hookpoints.circuit.stream import Decomposition, Part, read_text
+from hookpoints.circuit.stream import Decomposition, Part, Text, read_text
 from hookpoints.errors import InputError, PredictionWarning, UnsupportedModelError
+from hookpoints.memory.facts import pair_names
 
 if TYPE_CHECKING:
     from transformer_lens.hook_points import HookPoint
@@ -51,10 +52,10 @@ _STREAMS = 8
 """Last tokens of a window whose whole stream is a source, too."""
 
 
-class WriteSAE(Protocol):
-    """SAELens' interface of a dictionary of the writes of one head."""
+class HeadSAE(Protocol):
+    """SAELens' interface of a dictionary of the writes or the states of one head."""
 
-    W_dec: Tensor
+    b_dec: Tensor
 
     def encode(self, x: Tensor) -> Tensor: ...
 
@@ -70,7 +71,7 @@ def attribute(
     *,
     metric: LogitMetric | None = None,
     corrupt: str | Tensor | None = None,
-    saes: Sequence[WriteSAE] = (),
+    saes: Sequence[HeadSAE] = (),
     frozen: bool = False,
     targets: int = 8,
 ) -> Graph:
@@ -89,14 +90,16 @@ def attribute(
         metric: a function of logits [1,T,vocab] instead of targets.
         corrupt: another text of as many tokens; nodes are replaced by those of the corrupt text instead of deleted.
             The best first thing to try, since predictions then hold best.
-        saes: dictionaries of writes (SAELens' interface). Writes of their heads are taken apart into atoms, an error
-            and the dictionary's bias.
+        saes: dictionaries of writes or of states (SAELens' interface), one of a head. Of writes, those that get edges
+            are taken apart into atoms, an error and the dictionary's bias; of states, that of the token through whose
+            read the head matters most.
         frozen: as of `write_attribution`, for saturated answers.
         targets: so many of the measured writes get edges, and a quarter as many softmax heads.
 
     Raises:
         InputError: several sequences, training mode, a target that the tokenizer splits or that is no token, a corrupt
-            text of another length, or targets and a metric together.
+            text of another length, targets and a metric together, or two dictionaries of one head.
+        UnknownHookError: a dictionary of a head that the model does not have.
         UnsupportedModelError: the blocks add to no one residual stream, or are on several devices.
 
     Warns (`PredictionWarning`) of layers with a norm of unknown form, and of quantized weights.
@@ -121,7 +124,7 @@ def attribute(
             stacklevel=2,
         )
     donor = None if corrupt is None else same_length(model, corrupt, tokens)
-    of_saes = [_head_of(sae) for sae in saes]
+    wholes = _wholes(model, saes)
     tracing = Tracing.of(model, tokens, wanted, donor, frozen)
     nodes = tracing.nodes(measure)
     writes = nodes[nodes.feature_type == "write"]
@@ -129,17 +132,19 @@ def attribute(
     explained = pd.concat([largest(writes, targets), largest(heads, targets // 4)])
     best = [_node(row) for row in explained.itertuples()]
     edges = [tracing.direct(nodes), *map(tracing.edges_into, best)]
-    atoms = []
-    for sae, head in zip(saes, of_saes):
-        for node in best:
-            if node.feature_type == "write" and (node.layer, node.head) == head:
-                atoms.append(tracing.atoms_of(sae, node))
-    tables = [nodes, *(table for table, _ in atoms)]
-    edges += [table for _, table in atoms]
+    tables = [nodes]
+    labels: dict[str, str] = {}
+    for sae, whole in zip(saes, wholes):
+        for node in tracing.taken_apart(whole, best, writes):
+            parts, into = tracing.atoms_of(sae, node)
+            tables.append(parts)
+            edges.append(into)
+            names = pair_names(sae, parts.feature)
+            labels |= {name: names[atom] for name, atom in zip(parts.node_id, parts.feature) if atom in names}
     return Graph(
         nodes=pd.concat(tables, ignore_index=True).astype(NODE_COLUMNS),
         edges=pd.concat(edges, ignore_index=True).astype(EDGE_COLUMNS),
-        metadata=tracing.metadata(),
+        metadata=tracing.metadata() | {"labels": labels},
         tracer=tracing,
     )
 
@@ -390,25 +395,48 @@ class Tracing:
 
     # ------------------------------------------------------------------------------------ atoms
 
+    def taken_apart(self, whole: Node, explained: Sequence[Node], writes: pd.DataFrame) -> list[Node]:
+        """Which writes or which state of a head a dictionary takes apart: the writes that are explained, or else the
+        one of the largest prediction; the state that is read where the head matters most, to first order."""
+        place = (whole.layer, whole.head)
+        if whole.feature_type == "state":
+            name = f"blocks.{whole.layer}.mixer.hook_read"
+            read = self.blocks.text.at(name) - self.blocks.other(name)
+            effects = (read * self.gradients.reads[whole.layer][0])[:, whole.head].sum(-1)
+            before = self.blocks.text.recurrences[whole.layer].read_before_write
+            return [whole._replace(position=max(0, int(effects.abs().argmax()) - before))]
+        found = [node for node in explained if node.feature_type == "write" and (node.layer, node.head) == place]
+        of_head = writes[(writes.layer == whole.layer) & (writes["head"] == whole.head)]
+        first = of_head.loc[_order(of_head.predicted)[:1]]
+        return found or [_node(row) for row in first.itertuples()]
+
     @torch.no_grad()
-    def atoms_of(self, sae: WriteSAE, node: Node) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Nodes of what a dictionary makes of a write: atoms, an error and its bias; and their edges to the write."""
-        r = self.blocks.text.recurrences[node.layer].select(heads=node.head)
-        reads = self.gradients.reads[node.layer][:, :, node.head : node.head + 1]
-        gradient = r.adjoint(reads).states(positions=[r.T - 1 - node.position])[0, 0, 0]
-        write = r.write(positions=node.position)[0, 0, 0]
-        predicted: dict[Node, float] = {}
-        changes = []
-        for kind, feature, part in _parts_of(sae, write.flatten()):
-            matrix = part.view_as(write)
-            predicted[Node(kind, node.layer, node.head, node.position, feature)] = float((matrix * gradient).sum())
-            name = f"blocks.{node.layer}.mixer.heads.{node.head}.hook_write"
-            changes.append(Change(node.layer, node.position, {name: write - matrix}))
+    def atoms_of(self, sae: HeadSAE, whole: Node) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Nodes of what a dictionary makes of a write or a state: atoms, an error and its bias, and the state itself;
+        and edges from the parts into the whole.
+
+        What is taken off the state after a token and what is taken off that token's write change all that follows
+        alike, so that one gradient and one edit serve both."""
+        r = self.blocks.text.recurrences[whole.layer].select(heads=whole.head)
+        reads = self.gradients.reads[whole.layer][:, :, whole.head : whole.head + 1]
+        gradient = r.adjoint(reads).states(positions=[r.T - 1 - whole.position])[0, 0, 0]
+        write = r.write(positions=whole.position)[0, 0, 0]
+        texts = (self.blocks.text, self.blocks.corrupt)
+        clean, other = ({} if text is None else _parts_of(sae, whole, text) for text in texts)
+        zero = torch.zeros_like(write)
+        differing = {part: clean.get(part, zero) - other.get(part, zero) for part in clean | other}
+        if whole.feature_type == "write":  # which has its node
+            del differing[whole]
+        taken = {part: matrix for part, matrix in differing.items() if bool(matrix.any())}
+        predicted = {part: float((matrix * gradient).sum()) for part, matrix in taken.items()}
+        name = f"blocks.{whole.layer}.mixer.heads.{whole.head}.hook_write"
+        changes = [Change(whole.layer, whole.position, {name: write - matrix}) for matrix in taken.values()]
         measured = self.runs.effects(changes)
-        table = pd.DataFrame(list(predicted), columns=list(Node._fields))
         ids = [part.node_id for part in predicted]
-        table = table.assign(node_id=ids, predicted=list(predicted.values()), measured=measured)
-        return table[list(NODE_COLUMNS)], _edges(predicted, node.node_id, "value", -1, measured)
+        table = pd.DataFrame(list(predicted), columns=list(Node._fields))
+        table = table.assign(node_id=ids, predicted=list(predicted.values()), measured=measured)[list(NODE_COLUMNS)]
+        edges = _edges(predicted, whole.node_id, "part", -1, measured)
+        return table, edges[edges.source != whole.node_id]
 
     # ------------------------------------------------------------------------------------ questions of a graph
 
@@ -539,28 +567,40 @@ def _edges(sources: Mapping[Node, float], target: str, port: PortName, read: int
     return pd.DataFrame(table)
 
 
-def _head_of(sae: WriteSAE) -> tuple[int, int]:
-    """Layer and head whose writes a dictionary is of."""
-    metadata = getattr(getattr(sae, "cfg", None), "metadata", None)
-    name = str(getattr(metadata, "hook_name", None))
-    match = re.fullmatch(r"blocks\.(\d+)\.mixer\.heads\.(\d+)\.hook_write_vec", name)
-    if match is None:
-        raise InputError(
-            f"saes: expected dictionaries of one head's writes (blocks.L.mixer.heads.H.hook_write_vec), got {name!r}"
-        )
-    return int(match[1]), int(match[2])
+def _wholes(model: HookedRecurrent, saes: Sequence[HeadSAE]) -> list[Node]:
+    """What dictionaries take apart: the writes or the states of a head, of no token yet."""
+    wholes: list[Node] = []
+    for sae in saes:
+        metadata = getattr(getattr(sae, "cfg", None), "metadata", None)
+        name = str(getattr(metadata, "hook_name", None))
+        match = re.fullmatch(r"blocks\.(\d+)\.mixer\.heads\.(\d+)\.hook_(write|state)_vec", name)
+        if match is None:
+            raise InputError(
+                "saes: expected dictionaries of one head's writes or states (blocks.L.mixer.heads.H.hook_write_vec or "
+                f"hook_state_vec), got {name!r}"
+            )
+        model.check_hook_name(name)
+        wholes.append(Node("state" if match[3] == "state" else "write", int(match[1]), int(match[2])))
+    heads = [f"L{whole.layer}H{whole.head}" for whole in wholes]
+    if len(heads) > len({*heads}):
+        raise InputError(f"saes: expected one dictionary of each head, got those of {', '.join(heads)}")
+    return wholes
 
 
-def _parts_of(sae: WriteSAE, write: Tensor) -> Iterator[tuple[FeatureType, int, Tensor]]:
-    """Parts [K V] of a write: its active atoms by number, the error, and what the dictionary adds to all."""
-    x = write.to(sae.W_dec)
-    activations = sae.encode(x[None])[0]
+def _parts_of(sae: HeadSAE, whole: Node, text: Text) -> dict[Node, Tensor]:
+    """A write or a state [K,V], its active atoms, the error, and what the dictionary adds to all."""
+    r = text.recurrences[whole.layer].select(heads=whole.head)
+    matrices = r.states if whole.feature_type == "state" else r.write
+    matrix = matrices(positions=whole.position)[0, 0, 0]
+    activations = sae.encode(matrix.flatten()[None].to(sae.b_dec))[0]
     base = sae.decode(torch.zeros_like(activations)[None])[0]
-    rest = x - base
-    for feature in activations.nonzero().flatten().tolist():
-        part = activations[feature] * sae.W_dec[feature]
+    active = activations.nonzero().flatten()
+    alone = torch.nn.functional.one_hot(active, len(activations)) * activations
+    bias = base.to(matrix).view_as(matrix)
+    parts = {whole: matrix}
+    rest = matrix - bias
+    for feature, decoded in zip(active.tolist(), sae.decode(alone)):
+        part = decoded.to(matrix).view_as(matrix) - bias
         rest = rest - part
-        yield "atom", feature, part.to(write)
-    yield "error", -1, rest.to(write)
-    if bool(base.any()):
-        yield "bias", -1, base.to(write)
+        parts[whole._replace(feature_type="atom", feature=feature)] = part
+    return parts | {whole._replace(feature_type="error"): rest, whole._replace(feature_type="bias"): bias}

@@ -92,9 +92,10 @@ class Graph:
     ``nodes`` has a row for each embedding, write, softmax head and MLP: ``predicted`` is what deleting it would take
     off the metric by gradients, ``measured`` what deleting it took off in its own run (NaN: not measured). With a
     corrupt text a node is replaced by that of the corrupt text instead. ``edges`` has for each measured node what its
-    ports are made of; ``port`` is "value", "key", "query" or "gate" of a write or softmax head, or "direct" of the
-    logit, ``read`` the token whose query it is (-1: none). A source "stream@t" is all that the residual stream holds at
-    t, so that its effect is that of all sources there together.
+    ports are made of; ``port`` is "value", "key", "query" or "gate" of a write or softmax head, "part" of a write or a
+    state that a dictionary takes apart, or "direct" of the logit, ``read`` the token whose query it is (-1: none). A
+    source "stream@t" is all that the residual stream holds at t, so that its effect is that of all sources there
+    together.
     """
 
     nodes: pd.DataFrame
@@ -103,7 +104,7 @@ class Graph:
     """Columns source, target (node ids), port, read, predicted, measured."""
     metadata: Mapping[str, object]
     """model, tokens (texts), targets and against (texts), metric (its value), corrupt (texts or None), frozen,
-    completeness (by port)."""
+    completeness (by port), labels (words of atoms, by node id)."""
     tracer: Tracer | None = None
     """None of a graph that was loaded: it has no model."""
 
@@ -124,7 +125,7 @@ class Graph:
                 f"graph: expected at least 3 measured writes to compare, got {len(tried)}; attribute with measure=50"
             )
         r, slope = _fit(tried)
-        inner = self.edges[(self.edges.port != "direct") & self.edges.predicted.notna()]
+        inner = self.edges[~self.edges.port.isin(["direct", "part"]) & self.edges.predicted.notna()]
         size = writes.predicted.abs().sum()
         completeness = cast(Mapping[str, float], self.metadata["completeness"])
         covered = float(tried.predicted.abs().sum() / size) if size else 0.0
@@ -170,8 +171,10 @@ class Graph:
     # ------------------------------------------------------------------------------------ parts and files
 
     def prune(self, nodes: int = 12) -> Graph:
-        """The graph of the nodes with the largest measured effect, and of the sources of their ports."""
-        targets = {*largest(self.nodes, nodes).node_id, "logit"}
+        """The graph of the nodes with the largest measured effect, and of the sources of their ports. Parts of a write
+        or a state are sources, and come with it."""
+        is_part = self.nodes.node_id.isin(self.edges[self.edges.port == "part"].source)
+        targets = {*largest(self.nodes[~is_part], nodes).node_id, "logit"}
         edges = self.edges[self.edges.target.isin(targets)]
         direct = edges.port == "direct"
         edges = edges[~direct | edges.source.isin(targets)]

@@ -7,13 +7,14 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-FeatureType = Literal["embedding", "write", "attn", "mlp", "skip", "bias", "atom", "error", "stream", "logit"]
-"""What a node is: a token's embedding, the write of a recurrent head, the output of a softmax head, of an MLP, what a
-recurrent head hands on besides its state (Mamba-2's D x, RWKV's bonus), what biases add, a part of a write, all that
-the stream holds at a token, a logit."""
-PortName = Literal["value", "key", "query", "gate", "direct"]
+FeatureType = Literal["embedding", "write", "state", "attn", "mlp", "skip", "bias", "atom", "error", "stream", "logit"]
+"""What a node is: a token's embedding, the write of a recurrent head, all that it holds, the output of a softmax head,
+of an MLP, what a recurrent head hands on besides its state (Mamba-2's D x, RWKV's bonus), what biases add, a part of a
+write or a state and what the parts miss, all that the stream holds at a token, a logit."""
+PortName = Literal["value", "key", "query", "gate", "part", "direct"]
 """Where an edge enters: the value or the key of a write, the query that reads it, its gate (what decay and erase leave
-of the state before it); values, keys, query or gate of a softmax head; or a logit."""
+of the state before it); values, keys, query or gate of a softmax head; the write or the state of which the source is a
+part; or a logit."""
 
 
 class Node(NamedTuple):
@@ -34,6 +35,7 @@ class Node(NamedTuple):
         names: dict[FeatureType, str] = {
             "embedding": f"E@{self.position}",
             "write": place,
+            "state": f"{place} state",
             "attn": place.replace("H", "A") if head else f"L{self.layer}A@{self.position}",
             "mlp": f"MLP{self.layer}@{self.position}",
             "skip": f"{place} skip",

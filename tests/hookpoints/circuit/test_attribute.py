@@ -17,13 +17,14 @@ import pytest
 import torch
 from conftest import VOCAB, KeepFloat64, hooked_in_float64, make_hf
 from torch import Tensor
+from torch.nn import functional as F
 
-from hookpoints import Graph, HookedRecurrent, WriteEdit, attribute
+from hookpoints import Graph, HookedRecurrent, Recurrence, WriteEdit, attribute
 from hookpoints.circuit.graph import Check
 from hookpoints.circuit.node import Node
 from hookpoints.circuit.nodes import write_attribution
 from hookpoints.circuit.ports import change_for, ports_of, ports_of_head
-from hookpoints.errors import InputError, PredictionWarning, UnsupportedModelError
+from hookpoints.errors import InputError, PredictionWarning, UnknownHookError, UnsupportedModelError
 
 SEQUENCE = torch.randint(1, VOCAB, (1, 16), generator=torch.Generator().manual_seed(3))
 OTHER = torch.randint(1, VOCAB, (1, 16), generator=torch.Generator().manual_seed(4))
@@ -289,12 +290,17 @@ def test_a_pruned_graph_has_its_nodes_and_their_sources(graph: Graph) -> None:
         (lambda model: attribute(SEQUENCE, model, [5], metric=difference), "got both"),
         (lambda model: attribute(SEQUENCE, model, [5], measure=0), "measure"),
         (lambda model: attribute(SEQUENCE, model, metric=lambda logits: logits[0, -1]), "one finite number"),
-        (lambda model: attribute(SEQUENCE, model, [5], saes=[cast(Any, object())]), "one head's writes"),
+        (lambda model: attribute(SEQUENCE, model, [5], saes=[cast(Any, object())]), "writes or states"),
+        (lambda model: attribute(SEQUENCE, model, [5], saes=atoms("blocks.1.mixer.heads.9.hook_state_vec")), "heads.9"),
+        (
+            lambda model: attribute(SEQUENCE, model, [5], saes=2 * atoms("blocks.1.mixer.heads.1.hook_state_vec")),
+            "of each head",
+        ),
         (lambda model: attribute(SEQUENCE, training(model), [5]), "training mode"),
     ],
 )
 def test_bad_input_is_named(ask: Callable[[HookedRecurrent], Graph], message: str) -> None:
-    with pytest.raises(InputError, match=message):
+    with pytest.raises((InputError, UnknownHookError), match=message):
         ask(HookedRecurrent.from_hf(make_hf()))
 
 
@@ -329,40 +335,97 @@ def test_a_metric_of_any_token_is_taken(model64: HookedRecurrent, graph: Graph) 
     assert other.edges[other.edges.port == "direct"].measured.isna().all()
 
 
-class OneAtom:
-    """A dictionary in SAELens' interface: atom 0 is half of a write, atom 1 never fires."""
+class Atoms:
+    """A dictionary in SAELens' interface, with random atoms, of which the first never fires, and a bias."""
 
-    def __init__(self, write: Tensor, layer: int, head: int):
-        self.W_dec = torch.stack([write, torch.ones_like(write)])
-        self.base = torch.full_like(write, 0.01)
-        hook = f"blocks.{layer}.mixer.heads.{head}.hook_write_vec"
-        self.cfg = SimpleNamespace(metadata=SimpleNamespace(hook_name=hook))
+    def __init__(self, name: str, width: int):
+        random = torch.Generator().manual_seed(7)
+        self.W_dec = torch.randn(6, width, generator=random, dtype=torch.float64) / width
+        self.b_dec = self.W_dec.sum(0)
+        self.cfg = SimpleNamespace(metadata=SimpleNamespace(hook_name=name))
 
     def encode(self, x: Tensor) -> Tensor:
-        return torch.tensor([[0.5, 0.0]]).to(x)
+        return F.pad(x @ self.W_dec[1:].T, (1, 0))
 
     def decode(self, feature_acts: Tensor) -> Tensor:
-        return feature_acts @ self.W_dec + self.base
+        return feature_acts @ self.W_dec + self.b_dec
 
 
-def test_a_write_is_taken_apart_into_atoms_an_error_and_a_bias(model64: HookedRecurrent, graph: Graph) -> None:
-    writes: Any = graph.nodes[(graph.nodes.feature_type == "write") & graph.nodes.measured.notna()]
-    best: Any = writes.loc[writes.measured.abs().idxmax()]
-    layer, head, position = map(int, best[["layer", "head", "position"]])
-    write = model64.recurrence(SEQUENCE, layer).write(heads=head, positions=position)[0, 0, 0]
-    sae: Any = OneAtom(write.flatten(), layer, head)
-    found = attribute(SEQUENCE, model64, [5], against=9, measure=40, targets=1, saes=[sae])
-    parts: Any = found.nodes[found.nodes.node_id.str.startswith(f"{best.node_id} ")].set_index("feature_type")
-    assert sorted(parts.index) == ["atom", "bias", "error"] and parts.loc["atom"].feature == 0
-    first_order = write_attribution(model64, SEQUENCE, difference, through=None)
-    place = (first_order.layer == layer) & (first_order["head"] == head) & (first_order.position == position)
-    assert parts.predicted.sum() == pytest.approx(first_order[place].attribution.item(), abs=1e-10)
-    unit = torch.eye(write.shape[1], dtype=write.dtype)
-    half = WriteEdit(layer, head, position, keys=-0.5 * write.T, values=unit)
-    with torch.no_grad(), model64.edits(half):
-        left = float(difference(model64(SEQUENCE)))
-    assert parts.loc["atom"].measured == pytest.approx(float(str(found.metadata["metric"])) - left, abs=1e-9)
-    assert {*found.edges[found.edges.source.isin(parts.node_id)].target} == {best.node_id}
+def atoms(name: str) -> list[Any]:
+    """A list of one dictionary."""
+    return [Atoms(name, 1)]
+
+
+@pytest.mark.parametrize(("kind", "corrupt"), [("state", None), ("write", OTHER)], ids=["state", "write"])
+def test_writes_and_states_are_taken_apart(hooked64: HookedRecurrent, kind: Any, corrupt: Tensor | None) -> None:
+    """Predictions add up to the gradient's, and a part does what an edit by hand does."""
+    layout = hooked64.attachment.layout
+    if not layout.is_chain or layout.first_block_feeds_all:
+        return
+    layer = hooked64.cfg.recurrent_layers[-1]
+    shape = hooked64.cfg.layer(layer)
+    head = shape.H - 1
+    name = f"blocks.{layer}.mixer.heads.{head}.hook_write"
+    sae: Any = Atoms(name.replace("write", f"{kind}_vec"), shape.K * shape.V)
+    graph = attribute(SEQUENCE, hooked64, [5], against=9, corrupt=corrupt, saes=[sae], measure=3, targets=0)
+    edges = graph.edges[graph.edges.port == "part"]
+    position = graph.nodes[graph.nodes.node_id.isin(edges.source)].position.unique().item()
+    assert {*edges.target} == {Node(kind, layer, head, position).node_id}
+    r = hooked64.recurrence(SEQUENCE, layer)
+    assert kind == "write" or position == largest_read(hooked64, layer, head) - r.read_before_write
+    gradient = gradient_at(hooked64, name)[0]
+    tracer: Any = graph.tracer
+    for at in (position, 9):
+        node = Node(kind, layer, head, at)
+        table, _ = tracer.atoms_of(sae, node)
+        wholes = [matrix_at(hooked64, text, node) for text in (SEQUENCE, corrupt)]
+        weights = sae.encode(wholes[0].flatten()) - sae.encode(wholes[1].flatten())
+        taken = {f"atom {row}": weights[row] * sae.W_dec[row] for row in range(1, 6)}
+        taken["state"] = wholes[0] - wholes[1]
+        parts = table[table.feature_type != "state"]
+        assert parts.predicted.sum() == pytest.approx(float((taken["state"] * gradient[at]).sum()), rel=1e-9, abs=1e-12)
+        assert len(parts) == 7 - (corrupt is not None)  # a bias is the same in both
+        for row in table[table.feature_type.isin(["atom", "state"])].itertuples():
+            matrix = taken[str(row.node_id).partition(" ")[2]].view_as(gradient[at])
+            with torch.no_grad(), hooked64.hooks(taking(r, node, matrix)):
+                left = float(difference(hooked64(SEQUENCE)))
+            assert row.measured == pytest.approx(tracer.runs.plain - left, abs=1e-9) and row.measured
+
+
+def largest_read(model: HookedRecurrent, layer: int, head: int) -> int:
+    """The token whose read by a head does most to the metric, to first order."""
+    gradient = gradient_at(model, f"blocks.{layer}.mixer.hook_read")
+    effects = (gradient * model.recurrence(SEQUENCE, layer).outputs())[0, :, head].sum(-1)
+    return int(effects.abs().argmax())
+
+
+def matrix_at(model: HookedRecurrent, text: Tensor | None, node: Node) -> Tensor:
+    """[K,V], a write or a state; zeros without a text."""
+    r = model.recurrence(SEQUENCE if text is None else text, node.layer).select(heads=node.head)
+    matrices = r.states() if node.feature_type == "state" else r.write()
+    return matrices[0, node.position, 0] * (text is not None)
+
+
+def taking(r: Recurrence, node: Node, matrix: Tensor) -> list[Any]:
+    """Hooks that take a matrix off a write or a state: tokens after it find the state without it, and its own token
+    reads it so, unless it reads before it writes."""
+    mixer = f"blocks.{node.layer}.mixer"
+    head = f"{mixer}.heads.{node.head}"
+    if node.feature_type == "write":
+        return [(f"{head}.hook_write", partial(less, at=node.position, taken=matrix))]
+    hooks = [(f"{head}.hook_state_in", partial(less, at=node.position + 1, taken=matrix))]
+    if not r.read_before_write:
+        read = torch.zeros_like(r.outputs()[0, 0])
+        read[node.head] = matrix.T @ (r.scale * r.q[0, node.position, node.head])
+        hooks.append((f"{mixer}.hook_read", partial(less, at=node.position, taken=read)))
+    return hooks
+
+
+def less(x: Tensor, hook: object, at: int, taken: Tensor) -> Tensor:
+    """``x`` [1,T,...] with so much less at a token, if there is such a token."""
+    x = x.clone()
+    x[0, at : at + 1] -= taken
+    return x
 
 
 def test_a_picture_is_one_file_without_network(graph: Graph) -> None:

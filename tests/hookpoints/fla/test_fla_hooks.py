@@ -16,6 +16,7 @@ from hookpoints import HookedRecurrent, UnsupportedModelError, WriteEdit, attach
 
 sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("model", "hooks", "circuit")]
 
+from test_attribute import test_writes_and_states_are_taken_apart  # noqa: F401
 from test_cache import (  # noqa: F401
     run,
     test_parts_add_up_to_the_stream,
