@@ -28,7 +28,7 @@ MODELS = ("embedded", "embedded-rwkv7", "embedded-mamba2")
 PAIRS = (
     ("The Secretary of the {} will report. The report of the Secretary of the", " Treasury", " Navy"),
     ("The President of the {} will report. The report of the President of the", " Senate", " House"),
-    ("The people of{} and the government of", " Mexico", " Spain"),
+    ("The people of {} and the government of", " Mexico", " Spain"),
 )
 """A text, the word in it, and that of the corrupt text; the word is what the model is to say."""
 SIZES = {"composition": {"pairs": 5}, "induction": {"words": 10}, "facts": {"pairs": 4}}
@@ -54,10 +54,9 @@ def of_language_model(name: str, passages: int, length: int) -> dict[str, Any]:
     deleted = []
     replaced = []
     for text, word, other in PAIRS:
-        filled = [text.format(said if "{} " not in text else said.strip()) for said in (word, other)]
-        deleted.append(attribute(filled[0], model, [word], against=other))
-        if model.to_tokens(filled[0]).shape == model.to_tokens(filled[1]).shape:
-            replaced.append(attribute(filled[0], model, [word], against=other, corrupt=filled[1]))
+        filled, corrupt = (text.format(said.strip()) for said in (word, other))
+        deleted.append(attribute(filled, model, [word], against=other))
+        replaced.append(attribute(filled, model, [word], against=other, corrupt=corrupt))
     ids = model.to_tokens(embedded.text("test")[:60000], prepend_bos=False, truncate=False)[0]
     for start in range(700, 700 + 1500 * passages, 1500):
         deleted.append(attribute(ids[None, start : start + length], model))
@@ -140,7 +139,7 @@ def of_question(model: HookedRecurrent, name: str, batch: Any, row: int) -> Iter
     yield "8 writes keep the answer", graph.sufficient(8).same_answer
 
 
-def measure(passages: int = 3, sequences: int = 6, length: int = 32) -> dict[str, Any]:
+def measure(passages: int = 11, sequences: int = 6, length: int = 32) -> dict[str, Any]:
     """Language models, then the zoo."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
