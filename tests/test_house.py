@@ -19,10 +19,10 @@ ALONE = "hookpoints/pyproject.toml"
 PACKAGES = ("hookpoints", "sae_lens_writesae", "writesae")
 """Each knows only those before it."""
 CEILINGS = {
-    "hookpoints": 46_600,
+    "hookpoints": 46_750,
     "sae_lens_writesae": 18_000,
     "writesae": 59_700,
-    "tests": 119_300,
+    "tests": 119_750,
     "scripts + benchmarks": 29_350,
 }
 """Expression nodes of folders. A smoke alarm and no target: a commit that needs more says what a reader gains."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, groupby
 from math import isnan
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import pandas as pd
@@ -34,7 +34,7 @@ from hookpoints.circuit.norms import FrozenNorms
 from hookpoints.circuit.ports import Blocks, Port, change_for, ports_of, ports_of_head, reach_of
 from hookpoints.circuit.stream import Decomposition, Part, Text, read_text
 from hookpoints.errors import InputError, PredictionWarning, UnsupportedModelError
-from hookpoints.memory.facts import pair_names
+from hookpoints.memory.facts import PairDictionary, pair_name
 
 if TYPE_CHECKING:
     from transformer_lens.hook_points import HookPoint
@@ -56,6 +56,11 @@ class HeadSAE(Protocol):
     """SAELens' interface of a dictionary of the writes or the states of one head."""
 
     b_dec: Tensor
+
+    @property
+    def cfg(self) -> Any:
+        """Has `metadata` with `hook_name`, and with `labels` where words name pairs."""
+        ...
 
     def encode(self, x: Tensor) -> Tensor: ...
 
@@ -139,8 +144,7 @@ def attribute(
             parts, into = tracing.atoms_of(sae, node)
             tables.append(parts)
             edges.append(into)
-            names = pair_names(sae, parts.feature)
-            labels |= {name: names[atom] for name, atom in zip(parts.node_id, parts.feature) if atom in names}
+            labels |= _labels(sae, parts[parts.feature_type == "atom"])
     return Graph(
         nodes=pd.concat(tables, ignore_index=True).astype(NODE_COLUMNS),
         edges=pd.concat(edges, ignore_index=True).astype(EDGE_COLUMNS),
@@ -432,11 +436,8 @@ class Tracing:
         name = f"blocks.{whole.layer}.mixer.heads.{whole.head}.hook_write"
         changes = [Change(whole.layer, whole.position, {name: write - matrix}) for matrix in taken.values()]
         measured = self.runs.effects(changes)
-        ids = [part.node_id for part in predicted]
-        table = pd.DataFrame(list(predicted), columns=list(Node._fields))
-        table = table.assign(node_id=ids, predicted=list(predicted.values()), measured=measured)[list(NODE_COLUMNS)]
         edges = _edges(predicted, whole.node_id, "part", -1, measured)
-        return table, edges[edges.source != whole.node_id]
+        return _rows(list(predicted), list(predicted.values()), measured), edges[edges.source != whole.node_id]
 
     # ------------------------------------------------------------------------------------ questions of a graph
 
@@ -544,9 +545,13 @@ def _node_table(kind: FeatureType, layer: int, effect: Tensor) -> pd.DataFrame:
     nodes = []
     for position, head in np.ndindex(*values.shape):
         nodes.append(Node(kind, layer, head if effect.ndim == 2 else -1, position))
+    return _rows(nodes, values.flatten().tolist(), np.nan)
+
+
+def _rows(nodes: Sequence[Node], predicted: Sequence[float], measured: np.ndarray | float) -> pd.DataFrame:
     table = pd.DataFrame(nodes, columns=list(Node._fields))
     ids = [node.node_id for node in nodes]
-    return table.assign(node_id=ids, predicted=values.flatten().numpy(), measured=np.nan)[list(NODE_COLUMNS)]
+    return table.assign(node_id=ids, predicted=predicted, measured=measured)[list(NODE_COLUMNS)]
 
 
 def _node(row: object) -> Node:
@@ -593,14 +598,21 @@ def _parts_of(sae: HeadSAE, whole: Node, text: Text) -> dict[Node, Tensor]:
     matrices = r.states if whole.feature_type == "state" else r.write
     matrix = matrices(positions=whole.position)[0, 0, 0]
     activations = sae.encode(matrix.flatten()[None].to(sae.b_dec))[0]
-    base = sae.decode(torch.zeros_like(activations)[None])[0]
-    active = activations.nonzero().flatten()
-    alone = torch.nn.functional.one_hot(active, len(activations)) * activations
-    bias = base.to(matrix).view_as(matrix)
-    parts = {whole: matrix}
-    rest = matrix - bias
-    for feature, decoded in zip(active.tolist(), sae.decode(alone)):
-        part = decoded.to(matrix).view_as(matrix) - bias
-        rest = rest - part
-        parts[whole._replace(feature_type="atom", feature=feature)] = part
-    return parts | {whole._replace(feature_type="error"): rest, whole._replace(feature_type="bias"): bias}
+    active = activations.nonzero().flatten().tolist()
+    alone = activations.new_zeros(len(active) + 1, len(activations))
+    for row, feature in enumerate(active):
+        alone[row, feature] = activations[feature]
+    *decoded, bias = sae.decode(alone).to(matrix).view(-1, *matrix.shape)
+    names = [whole._replace(feature_type="atom", feature=feature) for feature in active]
+    parts = {name: atom - bias for name, atom in zip(names, decoded)}
+    parts[whole._replace(feature_type="bias")] = bias
+    rest = matrix - sum(parts.values())
+    return parts | {whole._replace(feature_type="error"): rest, whole: matrix}
+
+
+def _labels(sae: HeadSAE, atoms: pd.DataFrame) -> dict[str, str]:
+    """Names of atoms by node, of a dictionary of pairs with words."""
+    if getattr(sae.cfg.metadata, "labels", None) is None:
+        return {}
+    names = [pair_name(cast(PairDictionary, sae), feature) for feature in atoms.feature.tolist()]
+    return dict(zip(atoms.node_id.tolist(), names))

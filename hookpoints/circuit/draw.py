@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import NamedTuple, cast
@@ -19,15 +20,22 @@ STYLE = """
 .circuit line { stroke: var(--line); } .circuit path { fill: none; stroke-linecap: round; opacity: .7; }
 .circuit .help { stroke: var(--help); } .circuit .hurt { stroke: var(--hurt); }
 .circuit .key { stroke-dasharray: 0.1 5; } .circuit :is(.query, .gate) { stroke-dasharray: 6 5; }
-.circuit .node { cursor: pointer; } .circuit .node :is(circle, rect) { stroke: var(--paper); stroke-width: 1.5; }
-.circuit .node.help :is(circle, rect) { fill: var(--help); }
-.circuit .node.hurt :is(circle, rect) { fill: var(--hurt); }
+.circuit .node { cursor: pointer; }
+.circuit .node path { stroke: var(--paper); stroke-width: 1.5; vector-effect: non-scaling-stroke; opacity: 1; }
+.circuit .node.help path { fill: var(--help); } .circuit .node.hurt path { fill: var(--hurt); }
 .circuit .node:focus-visible { outline: 2px solid var(--ink); }
 """
 _LEFT = 34
 _ROW = 66
 _TOP = 44
-_EDGES = 2
+_PART = 30
+"""Height of a part of a write or a state, which is drawn below it."""
+_CIRCLE = "M-1 0a1 1 0 1 0 2 0a1 1 0 1 0-2 0z"
+_SQUARE = "M-.75-.75h1.5v1.5h-1.5z"
+_DIAMOND = "M0-1.06L1.06 0L0 1.06L-1.06 0z"
+_SHAPES = {"write": _CIRCLE, "state": _CIRCLE, "embedding": _SQUARE, "attn": _SQUARE, "mlp": _SQUARE}
+"""Of nodes that are no parts, of radius 1."""
+_SOURCES = {"direct": 1000, "part": 4}
 """Sources of a port that are drawn."""
 _LEAST = 0.08
 """Share of the largest effect from which on an edge is drawn."""
@@ -35,6 +43,8 @@ LEGEND = (
     ("Circle: a write. Square: MLP, head or embedding. ", "Size and width: measured effect; blue helps, red hurts."),
     ("Lines into a value are solid, ", "into a key dotted, into a query or gate dashed."),
 )
+PARTS = ("Diamonds: atoms of a write or a state, ", "what they miss (error), and the bias.")
+"""The line of the legend of graphs that have some."""
 
 
 class Spot(NamedTuple):
@@ -44,9 +54,14 @@ class Spot(NamedTuple):
     feature_type: str
     layer: int
     position: int
-    effect: float
-    """Measured; 0 where it was not."""
-    said: str
+    predicted: float
+    measured: float
+    """0 where it was not."""
+
+    @property
+    def is_part(self) -> bool:
+        """Whether it is drawn below what it is a part of."""
+        return self.feature_type not in _SHAPES
 
 
 class Line(NamedTuple):
@@ -55,82 +70,92 @@ class Line(NamedTuple):
     source: str
     target: str
     port: str
-    effect: float
+    measured: float
 
 
 class Layout:
     """Columns of the tokens, and rows of the blocks, that a graph has something at."""
 
     def __init__(self, spots: Sequence[Spot], lines: Sequence[Line], last: int, width: int):
-        tokens = {_token(line.source) for line in lines if line.source.startswith("stream@")}
-        tokens |= {spot.position for spot in spots}
-        self.tokens = sorted(tokens | {last})
-        self.blocks = sorted({spot.layer for spot in spots if spot.layer >= 0})
+        self.width = width
+        streams = {_token(line.source) for line in lines if line.source.startswith("stream@")}
+        self.tokens = sorted({last, *streams, *(spot.position for spot in spots)})
         self.column = (width - _LEFT - 14) / len(self.tokens)
-        self.floor = _TOP + _ROW * (len(self.blocks) + 0.55)
-        self.places = {"logit": (self.across(last), _TOP - 10.0)}
-        for token in self.tokens:
-            self.places[f"stream@{token}"] = (self.across(token), self.floor)
-        for spot in spots:
-            self.places[spot.node_id] = self._place(spot, spots)
+        above: dict[int, float] = {}
+        height = 0.0
+        for block in sorted({spot.layer for spot in spots if spot.layer >= 0}):
+            below = Counter(spot.position for spot in spots if spot.is_part and spot.layer == block)
+            height += _ROW + _PART * max(below.values(), default=0)
+            above[block] = height
+        self.floor = _TOP + _ROW * 0.55 + height
+        self.rows = {block: self.floor - height for block, height in above.items()}
+        """The line of each block."""
+        self.places = {f"stream@{token}": (self.across(token), self.floor) for token in self.tokens}
+        self.places |= {spot.node_id: self._place(spot, spots) for spot in spots}
+        self.places["logit"] = (self.across(last), _TOP - 10.0)
 
     def across(self, token: int) -> float:
         """The middle of a token's column."""
         return _LEFT + self.column * (self.tokens.index(token) + 0.5)
 
-    def up(self, layer: int) -> float:
-        """The line of a block."""
-        return self.floor - _ROW * (self.blocks.index(layer) + 1)
+    def away(self, x: float) -> int:
+        """Where a place has more room: 1 on its right, -1 on its left."""
+        return 1 if x < self.width / 2 else -1
 
     def _place(self, spot: Spot, spots: Sequence[Spot]) -> tuple[float, float]:
         x = self.across(spot.position)
         if spot.layer < 0:
             return x, self.floor - 14
+        y = self.rows[spot.layer]
         if spot.feature_type == "mlp":  # above the heads of its block
-            return x, self.up(spot.layer) - 0.3 * _ROW
-        heads = [other.node_id for other in spots if other.layer == spot.layer and other.position == spot.position]
-        heads = [name for name in heads if not name.startswith("MLP")]
-        step = min(self.column / len(heads), 24.0)
-        return x + step * (heads.index(spot.node_id) - (len(heads) - 1) / 2), self.up(spot.layer)
+            return x, y - 0.3 * _ROW
+        there = [other for other in spots if (other.layer, other.position) == (spot.layer, spot.position)]
+        alike = [other for other in there if other.is_part == spot.is_part and other.feature_type != "mlp"]
+        number = alike.index(spot)
+        if spot.is_part:
+            return x + 26 * self.away(x), y + _PART * (number + 1)
+        step = min(self.column / len(alike), 24.0)
+        return x + step * (number - (len(alike) - 1) / 2), y
 
 
 def svg(nodes: pd.DataFrame, edges: pd.DataFrame, metadata: Mapping[str, object], width: int) -> str:
     """The picture of a pruned graph, as wide as so many pixels; tokens and blocks without a node are left out."""
     texts = cast(Sequence[str], metadata["tokens"])
+    words = cast(Mapping[str, str], metadata.get("labels", {}))
     lines = list(_lines(edges))
     spots = list(_spots(nodes, lines))
     layout = Layout(spots, lines, len(texts) - 1, width)
-    most = max([*(abs(spot.effect) for spot in spots), *(abs(line.effect) for line in lines), 1e-12])
-    narrow = width < 560
-    body = [f"<style>{STYLE}</style>", *_grid(layout, texts, width)]
-    body += [_path(line, layout, most) for line in sorted(lines, key=lambda line: abs(line.effect))]
-    body += _shapes(spots, layout, most, width)
+    most = max([abs(shown.measured) for shown in (*spots, *lines)], default=1.0)
+    body = [f"<style>{STYLE}</style>", *_grid(layout, texts)]
+    body += [_path(line, layout, most) for line in reversed(lines)]
+    body += _shapes(spots, layout, most, words)
     title = f"{metadata['title']}: {cast(float, metadata['metric']):+.2f}"
     body.append(_tag("text", title, x=width - 8, y=_TOP - 22.0, class_="title", text_anchor="end"))
-    legend = [part for line in LEGEND for part in (line if narrow else ["".join(line)])]
-    for row, words in enumerate(legend):
-        body.append(_tag("text", words, x=6, y=layout.floor + 66 + 15 * row, class_="soft"))
-    box = f"0 0 {width} {layout.floor + 66 + 15 * len(legend):.0f}"
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" class="circuit" role="img" viewBox="{box}" width="100%"'
-    return f'{head} style="max-width: {width}px">{"".join(body)}</svg>'
+    legend = [*LEGEND, PARTS] if any(spot.is_part for spot in spots) else LEGEND
+    rows = [part for line in legend for part in (line if width < 560 else ["".join(line)])]
+    for row, words_of_row in enumerate(rows):
+        body.append(_tag("text", words_of_row, x=6, y=layout.floor + 66 + 15 * row, class_="soft"))
+    box = f"0 0 {width} {layout.floor + 66 + 15 * len(rows):.0f}"
+    attributes = {"xmlns": "http://www.w3.org/2000/svg", "viewBox": box, "style": f"max-width: {width}px"}
+    return _raw("svg", "".join(body), class_="circuit", role="img", width="100%", **attributes)
 
 
-def _lines(edges: pd.DataFrame) -> Iterator[Line]:
-    """The measured edges that are worth a line: for each port the largest sources, and a token's stream only where
-    nothing that it holds has one."""
-    measured = edges[edges.measured.notna()]
-    measured = measured[measured.measured.abs() >= _LEAST * measured.measured.abs().max()]
+def _lines(edges: pd.DataFrame) -> list[Line]:
+    """The measured edges that are worth a line, largest first: for each port the largest sources, and a token's stream
+    only where nothing that it holds has one."""
+    size = edges.measured.abs()
+    large = edges[(size >= _LEAST * size.max()) | (edges.port == "part")].dropna(subset="measured")
+    lines = sorted(map(Line._make, large[list(Line._fields)].to_numpy().tolist()), key=lambda line: -abs(line.measured))
     by_port: dict[tuple[str, str], list[Line]] = {}
-    columns = [measured[name].tolist() for name in Line._fields[:3]]
-    for line in map(Line, *columns, measured.measured.tolist()):
+    for line in lines:
         by_port.setdefault((line.target, line.port), []).append(line)
-    for (_, port), lines in by_port.items():
-        lines = sorted(lines, key=lambda line: -abs(line.effect))
-        parts = [line for line in lines if not line.source.startswith("stream@")]
-        parts = parts if port == "direct" else parts[:_EDGES]
+    drawn = set[Line]()
+    for (_, port), of_port in by_port.items():
+        parts = [line for line in of_port if not line.source.startswith("stream@")][: _SOURCES.get(port, 2)]
         tokens = {_token(line.source) for line in parts}
-        yield from parts
-        yield from [line for line in lines if line not in parts and _token(line.source) not in tokens][:1]
+        others = [line for line in of_port if _token(line.source) not in tokens]
+        drawn |= {*parts, *others[:1]}
+    return [line for line in lines if line in drawn]
 
 
 def _token(node_id: str) -> int:
@@ -138,22 +163,20 @@ def _token(node_id: str) -> int:
 
 
 def _spots(nodes: pd.DataFrame, lines: Sequence[Line]) -> Iterator[Spot]:
-    """The nodes that have a line, or an effect to speak of."""
+    """The nodes that have a line, or an effect to speak of, the largest first; parts have a line."""
     named = {name for line in lines for name in (line.source, line.target)}
     least = _LEAST * nodes.measured.abs().max()
-    for row in nodes[nodes.feature_type.isin(["embedding", "write", "attn", "mlp"])].to_dict("records"):
-        measured = row["measured"] if row["measured"] == row["measured"] else 0.0
-        if row["node_id"] in named or abs(measured) >= least:
-            known = f"{measured:+.2f} measured" if measured else "not measured"
-            said = f"{row['node_id']}: {known}, {row['predicted']:+.2f} predicted"
-            yield Spot(row["node_id"], row["feature_type"], row["layer"], row["position"], measured, said)
+    known = nodes.fillna({"measured": 0.0})
+    spots = map(Spot._make, known[list(Spot._fields)].to_numpy().tolist())
+    for spot in sorted(spots, key=lambda spot: -abs(spot.measured)):
+        if spot.node_id in named or (not spot.is_part and abs(spot.measured) >= least):
+            yield spot
 
 
-def _grid(layout: Layout, texts: Sequence[str], width: int) -> Iterator[str]:
+def _grid(layout: Layout, texts: Sequence[str]) -> Iterator[str]:
     """Lines of the blocks, and the tokens below."""
-    for block in layout.blocks:
-        y = layout.up(block)
-        yield _tag("line", x1=_LEFT, x2=width - 8, y1=y, y2=y)
+    for block, y in layout.rows.items():
+        yield _tag("line", x1=_LEFT, x2=layout.width - 8, y1=y, y2=y)
         yield _tag("text", f"L{block}", x=6, y=y + 4, class_="soft")
     before = -1
     for token in layout.tokens:
@@ -167,45 +190,47 @@ def _grid(layout: Layout, texts: Sequence[str], width: int) -> Iterator[str]:
 
 
 def _path(line: Line, layout: Layout, most: float) -> str:
-    if line.source not in layout.places or line.target not in layout.places:
-        return ""
     (x1, y1), (x2, y2) = layout.places[line.source], layout.places[line.target]
     side = {"key": 10, "query": -10}.get(line.port, 0)  # lines from one source lie side by side
     bend = 0.35 * (y2 - y1)
     points = [(x1, y1), (x1 + side, y1 + bend), (x2 + side, y2 - bend), (x2, y2)]
     start, *rest = (f"{x:.1f} {y:.1f}" for x, y in points)
-    way = f"M{start}C{' '.join(rest)}"
-    said = _tag("title", f"{line.source} into the {line.port} of {line.target}: {line.effect:+.2f} measured")
-    wide = 1 + 6 * abs(line.effect) / most
-    sign = "help" if line.effect > 0 else "hurt"
+    way = f"M{start}C{' '.join(rest)}" if line.port != "part" else f"M{start}H{x2:.1f}V{y2:.1f}"
+    into = {"direct": "into", "part": "a part of"}.get(line.port, f"into the {line.port} of")
+    said = _tag("title", f"{line.source} {into} {line.target}: {line.measured:+.2f} measured")
+    wide = 1 + 6 * abs(line.measured) / most
+    sign = "help" if line.measured > 0 else "hurt"
     return _raw("path", said, d=way, class_=f"{sign} {line.port}", stroke_width=wide)
 
 
-def _shapes(spots: Sequence[Spot], layout: Layout, most: float, width: int) -> Iterator[str]:
+def _shapes(spots: Sequence[Spot], layout: Layout, most: float, labels: Mapping[str, str]) -> Iterator[str]:
     """Nodes, and as many of their labels as have room, the largest first."""
     taken: list[tuple[float, float, float]] = []
-    labels = []
-    for spot in sorted(spots, key=lambda spot: -abs(spot.effect)):
+    texts = []
+    for spot in spots:
         x, y = layout.places[spot.node_id]
-        radius = 4 + 11 * (abs(spot.effect) / most) ** 0.5
-        name = spot.node_id.split("@")[0]
-        words = f"{name} {spot.effect:+.2f}" if spot.effect else name
+        radius = 4 + 11 * (abs(spot.measured) / most) ** 0.5
+        place, _, kind = spot.node_id.partition(" ")
+        name = labels.get(spot.node_id, kind) if spot.is_part else f"{place.partition('@')[0]} {kind}".strip()
+        words = f"{name} {spot.measured:+.2f}" if spot.measured else name
         half = 2.9 * len(words)
-        middle = min(max(x, half + 4), width - half - 4)
-        for height in (y - radius - 5, y + radius + 12):
+        middle = min(max(x, half + 4), layout.width - half - 4)
+        tried = [(middle, y - radius - 5), (middle, y + radius + 12)]
+        if spot.is_part or spot.feature_type == "state":
+            tried = [(x + layout.away(x) * (radius + 8 + half), y + 4)]
+        for middle, height in tried:
             apart = [abs(middle - left) > half + size + 3 or abs(height - up) > 12 for left, up, size in taken]
             if all(apart):
                 taken.append((middle, height, half))
-                labels.append(_tag("text", words, x=middle, y=height, text_anchor="middle"))
+                texts.append(_tag("text", words, x=middle, y=height, text_anchor="middle"))
                 break
-        shape = _tag("circle", cx=x, cy=y, r=radius)
-        if spot.feature_type != "write":
-            side = 1.5 * radius
-            shape = _tag("rect", x=x - side / 2, y=y - side / 2, width=side, height=side, rx=2)
-        sign = "hurt" if spot.effect < 0 else "help"
-        content = _tag("title", spot.said) + shape
-        yield _raw("g", content, class_=f"node {sign}", data_node=spot.node_id, tabindex=0)
-    yield from labels
+        known = f"{spot.measured:+.2f} measured" if spot.measured else "not measured"
+        title = _tag("title", f"{spot.node_id}: {known}, {spot.predicted:+.2f} predicted")
+        shape = _tag("path", d=_SHAPES.get(spot.feature_type, _DIAMOND), transform=f"scale({radius:.2f})")
+        sign = "hurt" if spot.measured < 0 else "help"
+        place = {"data_node": spot.node_id, "transform": f"translate({x:.1f} {y:.1f})"}
+        yield _raw("g", title + shape, class_=f"node {sign}", tabindex=0, **place)
+    yield from texts
 
 
 def _tag(name: str, text: str = "", **attributes: object) -> str:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -155,21 +155,11 @@ def read_memory(states: Tensor, dictionary: PairDictionary, n: int | None = None
     return found
 
 
-def pair_names(dictionary: object, numbers: Iterable[int]) -> dict[int, str]:
-    """Names, `Ben → Rome`, of those of the numbered pairs of which words name a side; none of a dictionary of other
-    atoms."""
-    metadata = getattr(getattr(dictionary, "cfg", None), "metadata", None)
-    if getattr(metadata, "labels", None) is None or not hasattr(dictionary, "pursue"):
-        return {}
-    of_pairs = cast(PairDictionary, dictionary)
-    keys = _side(of_pairs, 0).words
-    values = _side(of_pairs, 1).words
-    names = {}
-    for number in numbers:
-        i, j = divmod(number, len(values))
-        if number >= 0 and (keys[i] or values[j]):
-            names[number] = f"{keys[i] or f'key {i}'} → {values[j] or f'value {j}'}"
-    return names
+def pair_name(dictionary: PairDictionary, number: int) -> str:
+    """How facts of the pair of that number, key atom * F_value + value atom, are called: `Ben → Rome`."""
+    values = _side(dictionary, 1).words
+    i, j = divmod(number, len(values))
+    return f"{_side(dictionary, 0).words[i] or f'key {i}'} → {values[j] or f'value {j}'}"
 
 
 def joined(heads: Sequence[Sequence[Fact]], n: int | None = None) -> list[Fact]:

@@ -19,12 +19,13 @@ from conftest import VOCAB, KeepFloat64, hooked_in_float64, make_hf
 from torch import Tensor
 from torch.nn import functional as F
 
-from hookpoints import Graph, HookedRecurrent, Recurrence, WriteEdit, attribute
+from hookpoints import Graph, HookedRecurrent, Recurrence, WriteEdit, attribute, zoo
 from hookpoints.circuit.graph import Check
 from hookpoints.circuit.node import Node
 from hookpoints.circuit.nodes import write_attribution
 from hookpoints.circuit.ports import change_for, ports_of, ports_of_head
 from hookpoints.errors import InputError, PredictionWarning, UnknownHookError, UnsupportedModelError
+from sae_lens_writesae import load_sae
 
 SEQUENCE = torch.randint(1, VOCAB, (1, 16), generator=torch.Generator().manual_seed(3))
 OTHER = torch.randint(1, VOCAB, (1, 16), generator=torch.Generator().manual_seed(4))
@@ -426,6 +427,27 @@ def less(x: Tensor, hook: object, at: int, taken: Tensor) -> Tensor:
     x = x.clone()
     x[0, at : at + 1] -= taken
     return x
+
+
+def test_atoms_are_drawn_below_their_state_with_their_words() -> None:
+    """Diamonds, the largest first, as far as they are measured; a pruned graph has the parts of what it has."""
+    pairs: Any = load_sae(zoo.path("facts") / "pairs")
+    text = "<bos> Ben lives in Rome . Iris keeps a parrot . Ben lives in"
+    graph = attribute(
+        text, HookedRecurrent.from_pretrained("facts"), "Rome", frozen=True, measure=4, targets=1, saes=[pairs]
+    )
+    parts: Any = graph.edges[graph.edges.port == "part"]
+    wholes: Any = graph.nodes[~graph.nodes.node_id.isin(parts.source)]
+    first = wholes.loc[wholes.measured.abs().nlargest(6).index].node_id
+    assert {*first, *parts.source} <= {*graph.prune(6).nodes.node_id}
+    root = ElementTree.fromstring(graph.draw())
+    shapes = [element for element in root.iter() if element.get("data-node") in {*parts.source}]
+    largest = parts.loc[parts.measured.abs().nlargest(4).index].source
+    assert [element.attrib["data-node"] for element in shapes] == largest.tolist()
+    heights = [float(element.attrib["transform"].split()[1].rstrip(")")) for element in shapes]
+    assert heights == sorted(heights)
+    texts = [element.text or "" for element in root.iter() if element.tag.endswith("}text")]
+    assert [text for text in texts if text.startswith("Ben lives in → Rome +")] and "Diamonds" in texts[-1]
 
 
 def test_a_picture_is_one_file_without_network(graph: Graph) -> None:

@@ -13,6 +13,7 @@ import transformers
 
 from hookpoints import Graph, HookedRecurrent, attribute, zoo
 from hookpoints.errors import PredictionWarning
+from sae_lens_writesae import load_sae
 
 SIZES = {"composition": {"pairs": 5}, "induction": {"words": 10}, "facts": {"pairs": 4}}
 KNOWN = [name for name in zoo.names() if name != "parity"]
@@ -22,9 +23,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::hookpoints.errors.PredictionWar
 class Question:
     """One question to a model of the zoo, with the places of its truth."""
 
-    def __init__(self, name: str, seed: int = 11):
+    def __init__(self, name: str, seed: int = 11, **sizes: int):
         task: Any = zoo.task(name)
-        batch = task.batch(1, torch.Generator().manual_seed(seed), **SIZES.get(name, {"pairs": 6}))
+        sizes = sizes or SIZES.get(name, {"pairs": 6})
+        batch = task.batch(1, torch.Generator().manual_seed(seed), **sizes)
         holder = next(holder for holder in zoo.truth(name).holders if holder.holds == "values")
         asked = int(batch.symbols["asked"][0, 0])
         self.tokens = batch.tokens[:, : int(batch.positions[0, 0]) + 1]
@@ -100,6 +102,34 @@ def test_an_untrained_model_has_no_sufficient_writes() -> None:
     question = Question("recall")
     left = question.graph(model, targets=0, frozen=False).sufficient(4)
     assert not left.same_answer or not left.kept > 0.5
+
+
+def test_the_largest_atom_of_the_state_is_the_asked_fact() -> None:
+    """Of 24 texts of four facts; with more pairs a state, of twelve texts of eight. Shuffled channels find none."""
+    model = HookedRecurrent.from_pretrained("facts")
+    pairs: Any = load_sae(zoo.path("facts") / "pairs")
+    assert sum(asked_fact(model, pairs, seed, 4) for seed in range(11, 35)) >= 23
+    pairs.cfg.n_pairs = 16
+    assert sum(asked_fact(model, pairs, seed, 8) for seed in range(11, 23)) == 12
+    for side in (pairs.key_atoms, pairs.value_atoms):
+        side.data = side.data[:, torch.randperm(side.shape[1], generator=torch.Generator().manual_seed(0))]
+    assert sum(asked_fact(model, pairs, seed, 4) for seed in range(11, 23)) <= 1
+
+
+def asked_fact(model: HookedRecurrent, pairs: Any, seed: int, told: int) -> bool:
+    """Whether the atom of the largest measured effect is named by the question and its answer, and is most of the
+    state's effect; the state is that of the last token, and its parts add up to it."""
+    question = Question("facts", seed, pairs=told)
+    graph = question.graph(model, saes=[pairs], measure=1, targets=0)
+    state: Any = graph.nodes[graph.nodes.feature_type == "state"].squeeze()
+    parts: Any = graph.nodes[graph.nodes.node_id.isin(graph.edges[graph.edges.target == state.node_id].source)]
+    assert parts.predicted.sum() == pytest.approx(state.predicted, rel=1e-5)
+    assert state.position == question.tokens.shape[1] - 1
+    best = parts.loc[parts[parts.feature_type == "atom"].measured.idxmax()]
+    asked = str(model.to_string(question.tokens[0])).rpartition(". ")[2]
+    labels: Any = graph.metadata["labels"]
+    is_asked = labels.get(best.node_id) == f"{asked} → {zoo.task('facts').vocabulary[question.answer]}"
+    return is_asked and best.measured > 0.5 * state.measured
 
 
 @pytest.mark.filterwarnings("default")
