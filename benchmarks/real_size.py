@@ -1,4 +1,5 @@
-"""The whole way at the size of a published model: load, collect, train, substitute, report.
+"""The whole way at the size of a published model: load, collect, train, substitute, report; and the graph of a long
+text.
 
 The model has the shape of Qwen3.5-0.8B (24 layers, three of four recurrent, 16 heads of 128 x 128, vocabulary 248,320,
 width 1024, tied embeddings, bf16) and random weights; it is made here and saved as a checkpoint, with the tokenizer of
@@ -14,16 +15,18 @@ import sys
 import tempfile
 import time
 import timeit
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
 from frame import Line, apart, main, peak_memory
 
-from hookpoints import HookedRecurrent, embedded
+from hookpoints import HookedRecurrent, attribute, embedded
+from hookpoints.errors import PredictionWarning
 from sae_lens_writesae import Collection, collect, load_sae, text_dataset, training_config
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae.factors import INDEX, read_json
@@ -40,6 +43,7 @@ QUICK = {
     "k": 4,
     "sequences": 1,
     "firings_per_atom": 1,
+    "circuit_tokens": 16,
 }
 SHAPE: dict[str, Any] = {
     "num_hidden_layers": 24,
@@ -59,6 +63,8 @@ SHAPE: dict[str, Any] = {
 N, D, H, K, V = 24, 1024, 16, 128, 128
 GOAL_BYTES, GOAL_MEMORY, GOAL_TIME = 614, 0.3e9, 1.2
 """Bytes a token and head of a collection; bytes above the model, and time over the plain pass, of collecting."""
+GOAL_CIRCUIT = 4e9
+"""Bytes above the model of a graph."""
 PAPER = {"tokens": 5_000_000, "dictionaries": 11, "firings": 1000}
 """The paper's table, for each head."""
 TABLE_LAYERS = (1, 9, 17)
@@ -112,9 +118,7 @@ def collecting(options: dict[str, Any], folder: Path) -> Row:
         return work["cpu"]
 
     before = [plain(), plain()]
-    with suppress(OSError):  # where a system lets nobody begin anew, the peak is that of loading too
-        Path("/proc/self/clear_refs").write_text("5")
-    begin = resident()
+    begin = peak_begins()
     with timed() as work:
         made = collect(
             model, text, [layer], None, folder / "writes", n_tokens=options["tokens"], context_size=options["context"]
@@ -186,6 +190,20 @@ def reporting(options: dict[str, Any], folder: Path) -> Row:
     return {"disk": size(folder / "report")}
 
 
+def explaining(options: dict[str, Any], folder: Path) -> Row:
+    """The graph of a long text, with as few measurements as there can be: memory is that of the text."""
+    model = load(options, folder)
+    n = options["circuit_tokens"]
+    ids = model.to_tokens(embedded.text("test")[: 8 * n], prepend_bos=False, truncate=False)[:, :n]
+    begin = peak_begins()
+    with timed() as work, warnings.catch_warnings():
+        warnings.simplefilter("ignore", PredictionWarning)
+        graph = attribute(ids, model, measure=1, targets=4)
+    above = peak_memory() - begin
+    runs = cast(float, graph.metadata["runs"])
+    return {"tokens": n, **work, "above_model": above, "runs": runs, "edges": len(graph.edges)}
+
+
 STAGES: dict[str, Callable[[dict[str, Any], Path], Row]] = {
     "make": make,
     "load": loading,
@@ -193,12 +211,20 @@ STAGES: dict[str, Callable[[dict[str, Any], Path], Row]] = {
     "train": training,
     "substitution": substituting,
     "report": reporting,
+    "attribute": explaining,
 }
 
 
 def size(folder: Path) -> int:
     """Bytes of all files below a folder."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def peak_begins() -> int:
+    """Begin the peak of memory anew, and return what is resident."""
+    with suppress(OSError):  # where a system lets nobody begin anew, the peak is that of loading too
+        Path("/proc/self/clear_refs").write_text("5")
+    return resident()
 
 
 def resident() -> int:
@@ -353,6 +379,7 @@ def measure(
     training_tokens: int = 32_768,
     sequences: int = 8,
     firings_per_atom: int = 5,
+    circuit_tokens: int = 2048,
 ) -> dict[str, Any]:
     """Each stage, the rates of this machine, what bounds it, and the paper's table by these."""
     options = dict(locals())
@@ -380,10 +407,17 @@ def computed(options: dict[str, Any], machine: Row, rows: dict[str, Row]) -> dic
 def lines(found: dict[str, Any]) -> list[Line]:
     """What has a goal."""
     row, layer = found["stages"]["collect"], found["options"]["layer"]
+    circuit = found["stages"]["attribute"]
     return [
         Line("collected writes, a token and head", row["bytes"], " bytes", GOAL_BYTES),
         Line(f"collecting all heads of layer {layer}, over the plain pass up to it", row["over_plain"], "", GOAL_TIME),
         Line("memory of collecting above the loaded model", row["above_model"] / 1e9, " GB", GOAL_MEMORY / 1e9),
+        Line(
+            f"memory of the graph of {circuit['tokens']:,.0f} tokens above the loaded model",
+            circuit["above_model"] / 1e9,
+            " GB",
+            GOAL_CIRCUIT / 1e9,
+        ),
     ]
 
 
@@ -404,6 +438,9 @@ Each stage has a separate process: memory is its peak resident set, {imported:.0
 seconds begin after imports. Tokens of `train` are rows of all dictionaries. Those of `substitution` are t..t+16 of each
 edited run, and pay for the plain passes, the search for firings and the fit of controls too. Other programs shared the
 machine: where seconds exceed those of CPU, the stage waited.
+
+`attribute` explains the last of {circuit_tokens:,} tokens: {circuit_runs:.0f} measured nodes and edges, the fewest there
+can be, and {circuit_edges:.0f} predicted or measured edges. It takes **{circuit_above:.2f} GB** above the loaded model.
 
 ### What bounds a stage
 
@@ -464,6 +501,9 @@ def text(found: dict[str, Any]) -> str:
         "over_plain": stages["collect"]["over_plain"],
         "above": stages["collect"]["above_model"] / 1e9,
         "batch_size": stages["collect"]["batch"],
+        "circuit_runs": stages["attribute"]["runs"],
+        "circuit_edges": stages["attribute"]["edges"],
+        "circuit_above": stages["attribute"]["above_model"] / 1e9,
         "imported": max(row["imported"] for row in stages.values()) / 1e6,
         "bf16": rate["bfloat16"] / 1e9,
         "fp32": rate["float32"] / 1e9,

@@ -22,17 +22,19 @@ from hookpoints.circuit.node import Change, FeatureType, Node, PortName
 from hookpoints.circuit.nodes import (
     Gradients,
     LogitMetric,
-    Swap,
     Token,
+    Writes,
+    fixed_weights,
+    logits_of,
     one_sequence,
-    predict,
+    predict_writes,
     read_gradients,
+    record,
     same_length,
-    spans,
 )
 from hookpoints.circuit.norms import FrozenNorms
 from hookpoints.circuit.ports import Blocks, Port, change_for, ports_of, ports_of_head, reach_of
-from hookpoints.circuit.stream import Decomposition, Part, Text, read_text
+from hookpoints.circuit.stream import Decomposition, Part, Text, read_text, stretches_of
 from hookpoints.errors import InputError, PredictionWarning, UnsupportedModelError
 from hookpoints.memory.facts import PairDictionary, pair_name
 
@@ -112,6 +114,11 @@ def attribute(
     Cost: five passes for the nodes, about 0.2 for each measurement; `graph.check` tells how far to believe predictions.
     """
     tokens = one_sequence(model, text)
+    if not model.attachment.layout.is_chain:
+        raise UnsupportedModelError(
+            f"{model.cfg.model_name}: expected blocks that add to one residual stream, got others (several streams "
+            "side by side), whose parts do not add up; write_attribution works on this model"
+        )
     devices = {str(parameter.device) for parameter in model.hf_model.parameters()}
     if len(devices) > 1:
         raise UnsupportedModelError(
@@ -179,7 +186,7 @@ def _metric(
         return Wanted(metric)
     if targets is None:
         with torch.no_grad():
-            targets = int(model(tokens)[0, -1].argmax())
+            targets = int(logits_of(model, tokens, last=True)[0, -1].argmax())
     ids = _ids(model, targets, "attribution_targets")
     others = () if against is None else _ids(model, against, "against")
 
@@ -213,6 +220,7 @@ class Tracing:
     wanted: Wanted
     blocks: Blocks
     gradients: Gradients
+    writes: Writes
     runs: Measure
     frozen: bool
     completeness: dict[str, float] = field(default_factory=dict)
@@ -223,14 +231,17 @@ class Tracing:
         cls, model: HookedRecurrent, tokens: Tensor, wanted: Wanted, corrupt: Tensor | None, frozen: bool
     ) -> Tracing:
         """Read the texts, and follow the metric back."""
+        further = tuple(name for name in model.hook_dict if _kind(model, name) is not None)
+        gradients = read_gradients(model, tokens, wanted.metric, frozen, further, wanted.last)
+        donors = {} if corrupt is None else record(model, corrupt)
+        writes = predict_writes(model, tokens, gradients, donors)
+        gradients = gradients._replace(handed_on={})
         runs = Measure(model, tokens, wanted.metric, wanted.last)
-        clean = read_text(model, tokens)
-        decomposition = Decomposition(model, clean, spans(model, tokens, added=True))
-        other = None if corrupt is None else read_text(model, corrupt)
-        further = tuple(name for name in clean.values if _kind(model, name) is not None)
-        gradients = read_gradients(model, tokens, wanted.metric, frozen, further)
-        blocks = Blocks(decomposition, other, reach_of(model, tokens))
-        return cls(model, wanted, blocks, gradients, runs, frozen)
+        recurrences = {layer: runs.session.recurrence(layer) for layer in model.cfg.recurrent_layers}
+        clean = read_text(model, tokens, recurrences, stretches_of(model, writes.unknown))
+        other = None if corrupt is None else read_text(model, corrupt, donors)
+        blocks = Blocks(Decomposition(model, clean), other, reach_of(model, tokens))
+        return cls(model, wanted, blocks, gradients, writes, runs, frozen)
 
     # ------------------------------------------------------------------------------------ nodes
 
@@ -246,11 +257,8 @@ class Tracing:
     def _predicted(self) -> Iterator[pd.DataFrame]:
         """Tables of nodes, by block and kind."""
         text = self.blocks.text
-        corrupt = self.blocks.corrupt
-        for layer, r in text.recurrences.items():
-            swap = Swap(r, None if corrupt is None else corrupt.recurrences[layer])
-            way = self.blocks.decomposition.spans.ways.get(layer)
-            yield _node_table("write", layer, predict(swap, way, self.gradients, layer))
+        for layer, effects in self.writes.effects.items():
+            yield _node_table("write", layer, effects)
         for name, gradient in self.gradients.other.items():
             kind = _kind(self.model, name)
             layer = -1 if kind == "embedding" else int(name.split(".")[1])
@@ -264,14 +272,12 @@ class Tracing:
         attention = "hook_attn_out" if node.head < 0 else "attn.hook_z"
         names: dict[FeatureType, list[str]] = {
             "embedding": ["hook_embed", "blocks.0.hook_resid_pre"],
-            "write": [f"{block}.mixer.hook_write_value", f"{block}.mixer.hook_write_key"],
             "mlp": [f"{block}.hook_mlp_out"],
             "attn": [f"{block}.{attention}"],
         }
-        wanted = names[node.feature_type]
-        if node.feature_type == "write" and self.blocks.corrupt is None:
-            del wanted[1]
-        values = {name: self.blocks.other(name)[node.position] for name in wanted}
+        wanted = {name: self.blocks.other(name) for name in names.get(node.feature_type, [])}
+        wanted = self.blocks.other_writes(node.layer) if node.feature_type == "write" else wanted
+        values = {name: value[node.position] for name, value in wanted.items()}
         if node.head >= 0:
             values = {name: value[node.head] for name, value in values.items()}
         return Change(node.layer, node.position, values, node.head)
@@ -283,11 +289,13 @@ class Tracing:
         and what taking that off the last stream does."""
         text = self.blocks.text
         n_layers = self.model.cfg.n_layers
-        stream = text.values[f"blocks.{n_layers - 1}.hook_resid_post"].clone().requires_grad_()
-        with torch.enable_grad(), FrozenNorms():
-            value = self.wanted.metric(self._logits(stream)).reshape(())
-        (direction,) = torch.autograd.grad(value, stream)
-        stream = stream.detach()
+        stream = text.values[f"blocks.{n_layers - 1}.hook_resid_post"]
+        first = stream.shape[1] - 1 if self.wanted.last else 0
+        read = stream[:, first:].clone().requires_grad_()
+        with torch.enable_grad(), fixed_weights(self.model), FrozenNorms():
+            value = self.wanted.metric(self._logits(read)).reshape(())
+        direction = torch.zeros_like(stream)
+        (direction[:, first:],) = torch.autograd.grad(value, read)
         parts, left = self._parts(["logit"], direction, n_layers, stream[0])
         by_kind = {(part.feature_type, part.layer): part.given[0] for part in parts}
         sources = {}
@@ -298,10 +306,9 @@ class Tracing:
         bias = float(value.detach() + left[0])
         measured = np.full(len(sources), np.nan)
         if self.wanted.last:
-            at = stream.shape[1] - 1
             with torch.no_grad():
-                given = self.blocks.given(list(sources), range(at, at + 1))
-                left = [self.wanted.metric(self._logits(stream[:, -1:] - row)) for row in given]
+                given = self.blocks.given(list(sources), range(first, first + 1))
+                left = [self.wanted.metric(self._logits(stream[:, first:] - row)) for row in given]
             measured = self.runs.plain - np.array([float(metric) for metric in left])
         return _edges({**sources, Node("bias"): bias}, "logit", "direct", -1, measured)
 
@@ -457,9 +464,12 @@ class Tracing:
     def sufficient(self, keep: Sequence[Node]) -> tuple[float, float, bool]:
         """`Tracer.sufficient`."""
         text = self.blocks.text
-        logits = [self.model.run_with_hooks(text.tokens, fwd_hooks=self._only(nodes)) for nodes in (keep, ())]
+        logits = []
+        for nodes in (keep, ()):
+            with self.model.hooks(self._only(nodes)):
+                logits.append(logits_of(self.model, text.tokens, self.wanted.last))
         alone, without = (float(self.wanted.metric(x)) for x in logits)
-        targets = self.wanted.targets or (int(text.logits[0, -1].argmax()),)
+        targets = self.wanted.targets or (int(self.runs.session.logits[0, -1].argmax()),)
         return alone, without, int(logits[0][0, -1].argmax()) in targets
 
     def _only(self, keep: Sequence[Node]) -> list[tuple[Name, Hook]]:
@@ -467,9 +477,8 @@ class Tracing:
         hooks: list[tuple[Name, Hook]] = []
         for layer in self.model.cfg.recurrent_layers:
             kept = [(node.position, node.head) for node in keep if node.layer == layer]
-            for side in ("value", "key")[: 1 if self.blocks.corrupt is None else 2]:
-                name = f"blocks.{layer}.mixer.hook_write_{side}"
-                hooks.append((name, partial(_kept, kept=kept, other=self.blocks.other(name))))
+            for name, other in self.blocks.other_writes(layer).items():
+                hooks.append((name, partial(_kept, kept=kept, other=other)))
         return hooks
 
     def metadata(self) -> dict[str, object]:
@@ -486,7 +495,7 @@ class Tracing:
             "targets": targets,
             "against": against,
             "title": title or "metric",
-            "probability": float(text.logits[0, -1].float().softmax(-1)[list(self.wanted.targets)].sum()),
+            "probability": float(self.runs.session.logits[0, -1].float().softmax(-1)[list(self.wanted.targets)].sum()),
             "metric": self.runs.plain,
             "corrupt": None if corrupt is None else self._names(corrupt.tokens[0].tolist()),
             "frozen": self.frozen,
@@ -508,8 +517,8 @@ def _kept(x: Tensor, hook: HookPoint, *, kept: Sequence[tuple[int, int]], other:
 
 def _kind(model: HookedRecurrent, name: str) -> FeatureType | None:
     """What nodes a hook has the values of, writes aside; None: of none."""
-    if name == "hook_embed":
-        return "embedding"
+    if not name.startswith("blocks."):
+        return "embedding" if name == "hook_embed" else None
     layer = int(name.split(".")[1])
     if name.endswith("hook_attn_out"):  # where it is no recurrence's, and not told apart by heads
         return None if layer in model.cfg.layers or layer in model.cfg.attention else "attn"

@@ -13,7 +13,6 @@ from torch import Tensor
 from hookpoints.circuit.node import Change
 from hookpoints.circuit.nodes import LogitMetric
 from hookpoints.edits.session import EditSession
-from hookpoints.errors import InputError
 
 if TYPE_CHECKING:
     from transformer_lens.hook_points import HookPoint
@@ -23,6 +22,8 @@ if TYPE_CHECKING:
 _ROWS = 64
 _ROOM = 2**26
 """Logits of runs at once."""
+_TOKENS = 2**14
+"""Tokens of runs at once."""
 
 
 class Measure:
@@ -31,31 +32,26 @@ class Measure:
     Args:
         tokens: [1,T].
         last: the metric depends on the logits after the last token alone.
-
-    Raises:
-        InputError: the metric is not one finite number.
     """
 
     def __init__(self, model: HookedRecurrent, tokens: Tensor, metric: LogitMetric, last: bool):
-        self.session = EditSession(model, tokens)
+        self.session = EditSession(model, tokens, logits_to_keep=1 if last else 0)
         self.metric = metric
         self.last = last
-        value = metric(self.session.logits)
-        if value.numel() != 1 or not bool(torch.isfinite(value).all()):
-            raise InputError(f"metric: expected one finite number, got {value!r:.80}")
-        self.plain = float(value)
+        self.plain = float(metric(self.session.logits))
         self.runs = 0
         """Runs so far."""
 
     def effects(self, changes: Sequence[Change]) -> np.ndarray:
         """[N], what each change takes off the metric."""
         effects = np.zeros(len(changes))
-        _, length, vocab = self.session.logits.shape
+        length = self.session.tokens.shape[1]
+        room = _TOKENS if self.last else min(_TOKENS, _ROOM // self.session.logits.shape[-1])
         order = sorted(range(len(changes)), key=lambda row: changes[row][:2])
         for _, rows_of_layer in groupby(order, key=lambda row: changes[row].layer):
             rows = list(rows_of_layer)
             positions = [changes[row].position for row in rows]
-            for batch in self.session.batches(positions, length, _ROWS, room=_ROOM // vocab):
+            for batch in self.session.batches(positions, length, _ROWS, room=room):
                 tried = [rows[index] for index in batch]
                 effects[tried] = self._run([changes[row] for row in tried])
         return effects
@@ -64,7 +60,7 @@ class Measure:
         """Of changes of one layer, ordered by position."""
         start = changes[0].position
         names = sorted({name for change in changes for name in change.values})
-        length = self.session.logits.shape[1]
+        length = self.session.tokens.shape[1]
         hooks = [(name, _putting(changes, length)) for name in names]
         run = self.session.run_hooked(len(changes), changes[0].layer, start, hooks)
         before = self.session.logits[0, : run.start]

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, cast
+from functools import partial
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from hookpoints.circuit.norms import Constants, FrozenNorms, HeadNorm, ScalesApart
 from hookpoints.errors import InputError, PredictionWarning
+from hookpoints.layer.intercept import wrap_forward
 from hookpoints.recurrence.canonical import terms
 from hookpoints.recurrence.recurrence import Recurrence
+from hookpoints.scopes import scoped
 
 if TYPE_CHECKING:
     from transformer_lens.hook_points import HookPoint
@@ -31,6 +35,8 @@ Through = Literal["norm"] | None
 """What a write is deleted exactly through, besides its recurrence."""
 _ROOM = 2**22
 """Weights [T,S] of heads at once."""
+_LONG = 512
+"""Tokens from which on a backward pass costs one pass more and keeps the activations of one block alone."""
 _CONSTANT = ("hook_q", "hook_k", "hook_beta", "hook_log_decay", "hook_erase_a", "hook_erase_b")
 """What of a recurrence does not follow its writes while they are followed alone."""
 
@@ -64,8 +70,9 @@ def write_attribution(
     Returns: one row for each write: ``layer``, ``head``, ``position``, ``attribution`` (in units of the metric).
 
     Raises:
-        InputError: there are several sequences, or the corrupt text has another length.
-        RuntimeError: of torch, where the metric is not one number that depends on the logits.
+        InputError: there are several sequences, the corrupt text has another length, or the metric is not one finite
+            number.
+        RuntimeError: of torch, where the metric does not depend on the logits.
 
     Warns (`PredictionWarning`) where a layer hands on its reads in a way that is no norm, gate and projection of torch:
     its writes are predicted to first order.
@@ -74,21 +81,10 @@ def write_attribution(
     of all heads, T / V times their recurrence.
     """
     tokens = one_sequence(model, input)
-    donors = None if corrupt is None else record(model, same_length(model, corrupt, tokens))
+    donors = {} if corrupt is None else record(model, same_length(model, corrupt, tokens))
     gradients = read_gradients(model, tokens, metric, frozen)
-    ways = {} if through is None else spans(model, tokens).ways
-    tables = []
-    for layer, r in gradients.recurrences.items():
-        swap = Swap(r, None if donors is None else donors[layer])
-        tables.append(_table(layer, predict(swap, ways.get(layer), gradients, layer)))
-    return pd.concat(tables, ignore_index=True)
-
-
-@torch.no_grad()
-def predict(swap: Swap, way: WayOut | None, gradients: Gradients, layer: int) -> Tensor:
-    """[T,H], what each write of a layer takes off the metric: through the norm on its way, or to first order."""
-    effect = None if way is None else way.effects(swap, gradients.handed_on[layer])
-    return swap.first_order(gradients.reads[layer]) if effect is None else effect
+    effects = predict_writes(model, tokens, gradients, donors, through).effects
+    return pd.concat([_table(layer, effect) for layer, effect in effects.items()], ignore_index=True)
 
 
 def _table(layer: int, effect: Tensor) -> pd.DataFrame:
@@ -99,26 +95,34 @@ def _table(layer: int, effect: Tensor) -> pd.DataFrame:
 
 
 class Gradients(NamedTuple):
-    """Of a metric on one text, by layer."""
+    """Of a metric on one text."""
 
     reads: dict[int, Tensor]
-    """[1,T,H,V], with respect to what heads read."""
+    """[1,T,H,V] by layer, with respect to what heads read."""
     handed_on: dict[int, Tensor]
-    """[1,T,H,V], with respect to what heads hand on (``hook_z``)."""
+    """[1,T,H,V] by layer, with respect to what heads hand on (``hook_z``)."""
     other: dict[str, Tensor]
     """With respect to further hooks, by name."""
-    values: dict[str, Tensor]
-    """What these hooks saw."""
-    recurrences: dict[int, Recurrence]
-    logits: Tensor
-    """[1,T,vocab]."""
 
 
 @torch.enable_grad()
 def read_gradients(
-    model: HookedRecurrent, tokens: Tensor, metric: LogitMetric, frozen: bool, further: tuple[str, ...] = ()
+    model: HookedRecurrent,
+    tokens: Tensor,
+    metric: LogitMetric,
+    frozen: bool,
+    further: tuple[str, ...] = (),
+    last: bool = False,
 ) -> Gradients:
-    """One pass and its backward pass. ``further`` are names of hooks whose gradients are wanted as well."""
+    """One pass and its backward pass, in which blocks of a long text run again.
+
+    Args:
+        further: names of hooks whose gradients are wanted as well.
+        last: the metric depends on the logits after the last token alone, and is given no others.
+
+    Raises:
+        InputError: the metric is not one finite number.
+    """
     kept: dict[str, Tensor] = {}
     layers = model.cfg.recurrent_layers
     names = {f"blocks.{layer}.mixer.{hook}": None for layer in layers for hook in ("hook_read", "hook_z")}
@@ -130,7 +134,7 @@ def read_gradients(
         return x
 
     def keep(x: Tensor, hook: HookPoint) -> None:
-        kept[str(hook.name)] = x
+        kept.setdefault(str(hook.name), x)  # a block that runs again fires again
 
     def constant(x: Tensor, hook: HookPoint) -> Tensor:
         return x.detach()
@@ -138,15 +142,18 @@ def read_gradients(
     hooks: list[tuple[str, Callable[..., Tensor | None]]] = [("hook_embed", begin)]
     hooks += [(name, keep) for name in (*names, *further) if name != "hook_embed"]
     with ExitStack() as scopes:
-        record = scopes.enter_context(model.recording())
+        scopes.enter_context(fixed_weights(model))
         if frozen:
             scopes.enter_context(Constants())
             hooks += [(name, constant) for name in _constants(model)]
+        if tokens.shape[1] > _LONG:
+            scopes.enter_context(_blocks_run_again(model, frozen))
         scopes.enter_context(model.hooks(hooks))
-        logits = cast(Tensor, model(tokens))
-    # A metric need not depend on all of them.
-    values = list(kept.values())
-    gradients = torch.autograd.grad(metric(logits).reshape(()), values, allow_unused=True)
+        value = metric(logits_of(model, tokens, last))
+        if value.numel() != 1 or not bool(torch.isfinite(value).all()):
+            raise InputError(f"metric: expected one finite number, got {value.detach()!r:.80}")
+        values = list(kept.values())
+        gradients = torch.autograd.grad(value.reshape(()), values, allow_unused=True)  # it need not depend on all
     filled = {
         name: torch.zeros_like(value) if gradient is None else gradient
         for (name, value), gradient in zip(kept.items(), gradients)
@@ -155,10 +162,43 @@ def read_gradients(
         reads={layer: filled[f"blocks.{layer}.mixer.hook_read"] for layer in layers},
         handed_on={layer: filled[f"blocks.{layer}.mixer.hook_z"] for layer in layers},
         other={name: filled[name] for name in further},
-        values={name: value.detach() for name, value in kept.items()},
-        recurrences={layer: record[layer].recurrence for layer in layers},
-        logits=logits.detach(),
     )
+
+
+def logits_of(model: HookedRecurrent, tokens: Tensor, last: bool) -> Tensor:
+    """[1,T,vocab], or [1,1,vocab] after the ``last`` token: those of a long text alone take gigabytes."""
+    return model(tokens, logits_to_keep=1) if last else model(tokens)
+
+
+@scoped
+def fixed_weights(model: HookedRecurrent) -> Iterator[None]:
+    """In this scope weights take no gradients, so that a pass keeps no activations for these."""
+    trained = [weight for weight in model.hf_model.parameters() if weight.requires_grad]
+    try:
+        for weight in trained:
+            weight.requires_grad_(False)
+        yield
+    finally:
+        for weight in trained:
+            weight.requires_grad_(True)
+
+
+@scoped
+def _blocks_run_again(model: HookedRecurrent, frozen: bool) -> Iterator[None]:
+    """In this scope a block keeps for a backward pass what enters it alone, and runs again there: in this thread, which
+    has the scopes that are open. Only function modes are off during a backward pass."""
+
+    def modes() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
+        return nullcontext(), Constants() if frozen else nullcontext()
+
+    def around(forward: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+        run = partial(forward, *args, **kwargs)
+        return checkpoint(run, use_reentrant=False, preserve_rng_state=False, context_fn=modes)
+
+    with ExitStack() as wrapped, torch.autograd.set_multithreading_enabled(False):
+        for layout in model.attachment.layout.blocks:
+            wrapped.callback(wrap_forward(layout.block, around))
+        yield
 
 
 def _constants(model: HookedRecurrent) -> Iterator[str]:
@@ -216,16 +256,13 @@ class WayOut:
     """[1,T,H,V], a leaf."""
     handed_on: Tensor
     """[1,T,H,V]."""
-    norm: HeadNorm | None
-    added: Tensor
-    """[1,T,D], what the block adds; or what is handed on, where no more was asked for."""
-    n_norms: int = 1
+    norms: list[HeadNorm]
 
     def effects(self, swap: Swap, gradient: Tensor) -> Tensor | None:
         """[T,H], sum_t <gradient_t, z_t - z_t'> for each write, where z' is without it. ``gradient`` [1,T,H,V], of what
         is handed on. None where each value channel has its own decay and the way has a norm."""
         gradient = gradient.to(self.handed_on)
-        norm = self.norm
+        norm = self.norms[0] if self.norms else None
         if norm is None or swap.recurrence.rates is not None:
             (at_reads,) = torch.autograd.grad(self.handed_on, self.reads, gradient, retain_graph=True)
             return swap.first_order(at_reads) if norm is None else None
@@ -247,6 +284,20 @@ class WayOut:
             )
             effects.append(part.effects(swap.changes(heads)))
         return torch.cat(effects).T
+
+    @torch.enable_grad()
+    def cause(self) -> str:
+        """Why this is no linear map but for one norm; an empty string where it is."""
+        if len(self.norms) > 1:
+            return f"{len(self.norms)} norms"
+        try:
+            (gradient,) = torch.autograd.grad(self.handed_on.sum(), self.reads, create_graph=True, allow_unused=True)
+            if gradient is None or not gradient.requires_grad:
+                return ""
+            (change,) = torch.autograd.grad(gradient.sum(), self.reads, allow_unused=True, retain_graph=True)
+        except RuntimeError:  # a kernel whose backward pass has none
+            return "a kernel without second derivatives"
+        return "" if change is None or not change.any() else "a function that bends"
 
 
 def _by_head(x: Tensor, heads: slice) -> Tensor:
@@ -305,100 +356,79 @@ class _Part(NamedTuple):
         return values - values.mean(-1, keepdim=True) if self.centered else values
 
 
-class Spans(NamedTuple):
-    """Stretches of blocks as linear maps, on one text."""
+class Writes(NamedTuple):
+    """What writes take off a metric, predicted."""
 
-    ways: dict[int, WayOut]
-    """From what recurrent heads read to what the block adds, by layer; without layers of unknown form."""
-    attention: dict[int, tuple[Tensor, Tensor]]
-    """From what softmax heads hand on [1,T,H,V], a leaf, to what the block adds [1,T,D]."""
+    effects: dict[int, Tensor]
+    """[T,H] by layer."""
+    unknown: dict[int, str]
+    """Layers whose heads hand on their reads in no known way, with the reason."""
 
 
-def spans(model: HookedRecurrent, tokens: Tensor, added: bool = False) -> Spans:
-    """The stretches of every block. Warns of layers whose heads hand on their reads in no known way.
+@torch.no_grad()
+def predict_writes(
+    model: HookedRecurrent,
+    tokens: Tensor,
+    gradients: Gradients,
+    donors: Mapping[int, Recurrence],
+    through: Through = "norm",
+) -> Writes:
+    """What each write takes off the metric: through the norm of its head, or to first order.
 
     Args:
-        added: follow heads to what their block adds, and softmax heads as well.
+        donors: factors of a corrupt text by layer, whose writes replace those of this one; none: writes are deleted.
 
-    Cost: one pass; graphs reach no further than these stretches.
+    Warns of layers whose heads hand on their reads in no known way. Cost: one pass, which keeps nothing of a layer.
     """
+    if through is None:
+        recurrences = record(model, tokens)
+        swaps = {layer: Swap(r, donors.get(layer)) for layer, r in recurrences.items()}
+        return Writes({layer: swap.first_order(gradients.reads[layer]) for layer, swap in swaps.items()}, {})
     scales = ScalesApart()
-    kept: dict[str, Tensor] = {}
-    norms: dict[str, list[HeadNorm]] = {}
-    layers = model.cfg.recurrent_layers
+    leaves: dict[int, Tensor] = {}
+    norms: dict[int, list[HeadNorm]] = {}
+    writes = Writes({}, {})
 
     def begin(x: Tensor, hook: HookPoint) -> Tensor:
-        name = str(hook.name)
+        layer = _layer(hook)
         torch.set_grad_enabled(True)
-        if name.endswith("hook_read"):
-            norms[name] = scales.begin()
-        kept[name] = x = x.detach().requires_grad_()
-        return x
-
-    def middle(x: Tensor, hook: HookPoint) -> None:
-        scales.end()
-        kept[str(hook.name)] = x
+        norms[layer] = scales.begin()
+        leaves[layer] = x.detach().requires_grad_()
+        return leaves[layer]
 
     def finish(x: Tensor, hook: HookPoint) -> Tensor:
+        layer = _layer(hook)
         scales.end()
         torch.set_grad_enabled(False)
-        kept[str(hook.name)] = x
+        way = WayOut(leaves.pop(layer), x, norms.pop(layer))
+        swap = Swap(recorded.pop(layer).recurrence, donors.get(layer))
+        cause = way.cause()
+        effect = None if cause else way.effects(swap, gradients.handed_on[layer])
+        writes.effects[layer] = swap.first_order(gradients.reads[layer]) if effect is None else effect
+        if cause:
+            writes.unknown[layer] = cause
         return x.detach()
 
-    hooks: list[tuple[str, Callable[..., Tensor | None]]] = []
-    for layer in layers:
-        hooks += [(f"blocks.{layer}.mixer.hook_read", begin)]
-        hooks += [(f"blocks.{layer}.mixer.hook_z", middle if added else finish)]
-        hooks += [(f"blocks.{layer}.hook_mixer_out", finish)] if added else []
-    softmax = sorted(model.cfg.attention) if added else []
-    for layer in softmax:
-        hooks += [(f"blocks.{layer}.attn.hook_z", begin), (f"blocks.{layer}.hook_attn_out", finish)]
-    with torch.no_grad(), FrozenNorms(), scales, model.hooks(hooks):
-        model(tokens)
-    ways: dict[int, WayOut] = {}
-    for layer in layers:
-        reads = f"blocks.{layer}.mixer.hook_read"
-        handed_on = kept[f"blocks.{layer}.mixer.hook_z"]
-        between = norms[reads]
-        end = kept[f"blocks.{layer}.hook_mixer_out"] if added else handed_on
-        ways[layer] = WayOut(kept[reads], handed_on, between[0] if between else None, end, len(between))
-    _check(model, ways)
-    attention = {
-        layer: (kept[f"blocks.{layer}.attn.hook_z"], kept[f"blocks.{layer}.hook_attn_out"]) for layer in softmax
-    }
-    return Spans(ways, attention)
-
-
-def _check(model: HookedRecurrent, ways: dict[int, WayOut]) -> None:
-    """Warn of ways that are no linear map but for one norm, and take them out."""
-    unknown: dict[int, str] = {}
-    for layer, way in list(ways.items()):
-        cause = f"{way.n_norms} norms" if way.n_norms > 1 else _bend(way)
-        if cause:
-            unknown[layer] = cause
-            del ways[layer]
-    if unknown:
-        said = "; ".join(f"layer {layer}: {cause}" for layer, cause in unknown.items())
+    hooks: list[tuple[str, Callable[..., Tensor]]] = []
+    for layer in model.cfg.recurrent_layers:
+        mixer = f"blocks.{layer}.mixer"
+        hooks += [(f"{mixer}.hook_read", begin), (f"{mixer}.hook_z", finish)]
+    with fixed_weights(model), FrozenNorms(), scales, model.recording() as recorded, model.hooks(hooks):
+        logits_of(model, tokens, last=True)
+    if writes.unknown:
+        said = "; ".join(f"layer {layer}: {cause}" for layer, cause in writes.unknown.items())
         warnings.warn(
-            f"writes of {len(unknown)} layer(s) of {model.cfg.model_name} are predicted to first order, since what "
-            f"their heads read is not handed on by one norm, gates and projections of torch ({said}). With fla "
+            f"writes of {len(writes.unknown)} layer(s) of {model.cfg.model_name} are predicted to first order, since "
+            f"what their heads read is not handed on by one norm, gates and projections of torch ({said}). With fla "
             "installed on a GPU, run on the CPU",
             PredictionWarning,
             stacklevel=4,
         )
+    return writes
 
 
-@torch.enable_grad()
-def _bend(way: WayOut) -> str:
-    """Why what is handed on is not linear in the reads; an empty string where it is."""
-    try:
-        (gradient,) = torch.autograd.grad(way.handed_on.sum(), way.reads, create_graph=True, allow_unused=True)
-        if gradient is None or not gradient.requires_grad:
-            return ""
-        (change,) = torch.autograd.grad(gradient.sum(), way.reads, allow_unused=True, retain_graph=True)
-    except RuntimeError:  # a kernel whose backward pass has none
-        return "a kernel without second derivatives"
-    return "" if change is None or not change.any() else "a function that bends"
+def _layer(hook: HookPoint) -> int:
+    return int(str(hook.name).split(".")[1])
 
 
 # ------------------------------------------------------------------------------------------------ texts
@@ -407,7 +437,7 @@ def _bend(way: WayOut) -> str:
 def record(model: HookedRecurrent, tokens: Tensor) -> dict[int, Recurrence]:
     """The factors of every recurrent layer on one text."""
     with torch.no_grad(), model.recording() as recorded:
-        model(tokens)
+        logits_of(model, tokens, last=True)
     return {layer: row.recurrence for layer, row in recorded.items()}
 
 

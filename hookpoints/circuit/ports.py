@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from hookpoints.circuit.node import Change, FeatureType, Node, PortName
+from hookpoints.circuit.nodes import fixed_weights
 from hookpoints.circuit.norms import Affine
 from hookpoints.circuit.stream import Decomposition, Text, reads_of
 from hookpoints.layer.context import scope
 from hookpoints.memory.caches import reach
+from hookpoints.model.attachment import StopForward
 from hookpoints.model.inputs import cache_of, continuing
 from hookpoints.recurrence.recurrence import Recurrence
 
@@ -78,7 +80,16 @@ class Maps(NamedTuple):
     """The port."""
 
 
-_TOKENS = 2**14
+class BlockRun(NamedTuple):
+    """A run of a part of one block."""
+
+    value: Tensor
+    """[N,W,...], what the hook saw at which it ended."""
+    seen: Mapping[int, Recorded]
+    """Of its recurrence, where that came before."""
+
+
+_TOKENS = 2**12
 """Tokens of a block at once."""
 
 
@@ -113,14 +124,19 @@ class Blocks:
     def run(
         self,
         layer: int,
+        until: str,
         entering: Tensor,
         window: range,
         fwd_hooks: HookSpecs = (),
         gradients: bool = False,
         embedded: Tensor | None = None,
-    ) -> Mapping[int, Recorded]:
-        """What the block records given ``entering`` [N,W,D] at the tokens of ``window``, and ``embedded`` [N,W,D] as
-        token embeddings where it reads these again."""
+    ) -> BlockRun:
+        """Run a block as far as the hook ``until``.
+
+        Args:
+            entering: [N,W,D], the stream at the tokens of ``window``.
+            embedded: [N,W,D], the token embeddings there, for blocks that read these again; None: as they are.
+        """
         if embedded is None:
             embedded = self.text.at("hook_embed")[window.start : window.stop][None].expand(len(entering), -1, -1)
         tokens = self.text.tokens[:, window.start : window.stop].expand(len(entering), -1)
@@ -129,39 +145,43 @@ class Blocks:
         recording = self.model.recording(recurrent, gradients=gradients)
         embedding = _embedding(attachment.layout.embed, embedded)
         kernel = scope(attachment, backend="recurrence")
-        hooks = self.model.hooks(fwd_hooks)
+
+        def stop(x: Tensor, hook: HookPoint) -> None:
+            raise StopForward(x)
+
+        hooks = self.model.hooks([*fwd_hooks, (until, stop)])
         with torch.set_grad_enabled(gradients), kernel, recording as seen, embedding, hooks:
-            self.model(entering, start_at_layer=layer, stop_at_layer=layer + 1, tokens=tokens)
-        return seen
+            value = self.model(entering, start_at_layer=layer, stop_at_layer=layer + 1, tokens=tokens)
+        return BlockRun(value, seen)
 
     def sides(
         self, ports: Sequence[Port], entering: Tensor, embedded: Tensor, window: range, gradients: bool = False
     ) -> list[Tensor]:
         """[N,...] of each port of one node at one token, given ``entering`` and ``embedded`` as `run` is."""
         node = ports[0].node
+        block = f"blocks.{node.layer}"
         if node.feature_type == "write":
-            r = self.run(node.layer, entering, window, (), gradients, embedded)[node.layer].recurrence
-            return [port.of(r) for port in ports]
-        attn = f"blocks.{node.layer}.attn"
-        names = {"query": f"{attn}.hook_q", "key": f"{attn}.hook_k", "value": f"{attn}.hook_v"}
-        kept: dict[str, Tensor] = {}
+            seen = self.run(node.layer, f"{block}.mixer.hook_read", entering, window, (), gradients, embedded).seen
+            return [port.of(seen[node.layer].recurrence) for port in ports]
+        z = f"{block}.attn.hook_z"
+        names = {"query": f"{block}.attn.hook_q", "key": f"{block}.attn.hook_k", "value": f"{block}.attn.hook_v"}
+        changed: dict[str, Tensor] = {}
 
         def keep(x: Tensor, hook: HookPoint) -> None:
-            kept[str(hook.name)] = x
+            changed[str(hook.name)] = x
 
         def put(x: Tensor, hook: HookPoint) -> Tensor:
             return taken[str(hook.name)].to(x).expand_as(x)
 
-        self.run(node.layer, entering, window, [(name, keep) for name in names.values()], gradients, embedded)
-        changed = dict(kept)
+        self.run(node.layer, z, entering, window, [(name, keep) for name in names.values()], gradients, embedded)
         clean = {name: self.text.values[name][:, window.start : window.stop] for name in names.values()}
         plain = self.entering(node.layer, window).expand_as(entering)
         sides = []
         for port in ports:
             taken = clean if port.name == "gate" else {names[port.name]: changed[names[port.name]]}
-            hooks = [*((name, put) for name in taken), (f"{attn}.hook_z", keep)]
-            self.run(node.layer, entering if port.name == "gate" else plain, window, hooks, gradients, embedded)
-            sides.append(kept[f"{attn}.hook_z"][:, -1, node.head])
+            entered = entering if port.name == "gate" else plain
+            ran = self.run(node.layer, z, entered, window, [(name, put) for name in taken], gradients, embedded)
+            sides.append(ran.value[:, -1, node.head])
         return sides
 
     def maps(self, ports: Sequence[Port], live: bool) -> list[Maps]:
@@ -172,7 +192,7 @@ class Blocks:
         stretch = slice(window.start, window.stop)
         names = (f"blocks.{node.layer}.hook_resid_pre", "hook_embed")
         leaves = [self.text.at(name)[stretch][None].clone().requires_grad_() for name in names]
-        with torch.enable_grad(), nullcontext() if live else Affine():
+        with torch.enable_grad(), fixed_weights(self.model), nullcontext() if live else Affine():
             sides = self.sides(ports, leaves[0], leaves[1], window, gradients=True)
             wholes = [port.worth(side).sum() for port, side in zip(ports, sides)]
         found = []
@@ -210,12 +230,21 @@ class Blocks:
         """[T,...], what replaces the values of a hook: those of the corrupt text, or 0."""
         return torch.zeros_like(self.text.at(name)) if self.corrupt is None else self.corrupt.at(name)
 
+    def other_writes(self, layer: int) -> dict[str, Tensor]:
+        """[T,H,...] by the names of hooks, what replaces the writes of a layer: the values and keys of those of the
+        corrupt text, or values of 0."""
+        mixer = f"blocks.{layer}.mixer"
+        if self.corrupt is None:
+            return {f"{mixer}.hook_write_value": torch.zeros_like(self.text.recurrences[layer].u[0])}
+        r = self.corrupt.recurrences[layer]
+        return {f"{mixer}.hook_write_value": r.u[0], f"{mixer}.hook_write_key": r.k[0]}
+
     @torch.no_grad()
     def given(self, sources: Sequence[Node | None], window: range) -> Tensor:
         """[N,W,D], what each source gives to the stream at the tokens of ``window``; less what it gives in the corrupt
         text, if there is one. NaN where it is not known, 0 of None."""
-        width = self.text.at("blocks.0.hook_resid_pre").shape[-1]
-        given = self.text.logits.new_zeros(len(sources), len(window), width)
+        stream = self.text.at("blocks.0.hook_resid_pre")
+        given = stream.new_zeros(len(sources), len(window), stream.shape[-1])
         writes: dict[int, list[tuple[int, Node]]] = {}
         for row, source in enumerate(sources):
             if source is None:
@@ -266,19 +295,14 @@ class Blocks:
             if text is not None:
                 taken = reads_of(r, text.recurrences[layer], heads, positions)[stretch]
                 without[rows, :, heads] -= sign * taken.movedim(1, 0).to(without)
-        outs: list[Tensor] = []
 
         def put(x: Tensor, hook: HookPoint) -> Tensor:
             return without.to(x)
 
-        def keep(x: Tensor, hook: HookPoint) -> None:
-            outs.append(x)
-
-        hooks = [(f"blocks.{layer}.mixer.hook_read", put), (f"blocks.{layer}.hook_mixer_out", keep)]
+        added = f"blocks.{layer}.hook_mixer_out"
         entering = self.entering(layer, longer)[None].expand(len(sources), -1, -1)
-        self.run(layer, entering, longer, hooks)
-        plain = self.text.at(f"blocks.{layer}.hook_mixer_out")[stretch]
-        return (plain[None] - outs[0])[:, window.start - first :]
+        ran = self.run(layer, added, entering, longer, [(f"blocks.{layer}.mixer.hook_read", put)])
+        return (self.text.at(added)[None, stretch] - ran.value)[:, window.start - first :]
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -10,15 +10,38 @@ import torch
 from torch import Tensor
 
 from hookpoints.circuit.node import FeatureType
-from hookpoints.circuit.nodes import Spans
-from hookpoints.errors import UnsupportedModelError
+from hookpoints.circuit.nodes import fixed_weights
+from hookpoints.circuit.norms import FrozenNorms
 from hookpoints.recurrence.recurrence import Recurrence
 
 if TYPE_CHECKING:
+    from transformer_lens.hook_points import HookPoint
+
     from hookpoints.model.recurrent import HookedRecurrent
 
 _ROOM = 2**24
 """What writes give to reads [N,T,S,H] at once."""
+
+
+class Stretch(NamedTuple):
+    """A part of a block that is a linear map with its norms fixed; names of hooks."""
+
+    start: str
+    """What recurrent heads read, or softmax heads hand on."""
+    handed_on: str
+    added: str
+    """What the block adds."""
+
+
+class Span(NamedTuple):
+    """What a stretch saw of one text, with the graph in between."""
+
+    start: Tensor
+    """[1,T,H,V], a leaf."""
+    handed_on: Tensor
+    """[1,T,H,V]."""
+    added: Tensor
+    """[1,T,D]."""
 
 
 class Text(NamedTuple):
@@ -26,11 +49,11 @@ class Text(NamedTuple):
 
     tokens: Tensor
     """[1,T]."""
+    recurrences: Mapping[int, Recurrence]
     values: Mapping[str, Tensor]
     """What hooks saw, [1,T,...], by name."""
-    recurrences: Mapping[int, Recurrence]
-    logits: Tensor
-    """[1,T,vocab]."""
+    spans: Mapping[str, Span]
+    """By the hook at their end."""
 
     def at(self, name: str) -> Tensor:
         """[T,...]."""
@@ -38,25 +61,50 @@ class Text(NamedTuple):
 
 
 @torch.no_grad()
-def read_text(model: HookedRecurrent, tokens: Tensor) -> Text:
-    """One pass.
-
-    Raises:
-        UnsupportedModelError: the blocks are no chain along one residual stream.
-    """
-    if not model.attachment.layout.is_chain:
-        raise UnsupportedModelError(
-            f"{model.cfg.model_name}: expected blocks that add to one residual stream, got others (several streams "
-            "side by side), whose parts do not add up; write_attribution works on this model"
-        )
+def read_text(
+    model: HookedRecurrent, tokens: Tensor, recurrences: Mapping[int, Recurrence], stretches: Sequence[Stretch] = ()
+) -> Text:
+    """One pass of a model whose blocks are a chain. ``stretches`` are followed by autograd."""
     ends = ("hook_resid_pre", "hook_mixer_out", "hook_attn_out", "hook_mlp_out", "hook_resid_post")
-    ends += ("mixer.hook_read", "mixer.hook_z", "mixer.hook_write_key", "mixer.hook_write_value")
-    ends += ("attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_z")
+    ends += ("mixer.hook_read", "mixer.hook_z", "attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_z")
     names = [name for name in model.hook_dict if name.startswith("blocks.") and name.split(".", 2)[-1] in ends]
-    with model.recording() as record:
-        logits, cache = model.run_with_cache(tokens, names_filter=["hook_embed", *names])
-    recurrences = {layer: recorded.recurrence for layer, recorded in record.items()}
-    return Text(tokens, dict(cache.items()), recurrences, logits)
+    kept: dict[str, Tensor] = {}
+
+    def begin(x: Tensor, hook: HookPoint) -> Tensor:
+        torch.set_grad_enabled(True)
+        kept[str(hook.name)] = x = x.detach().requires_grad_()
+        return x
+
+    def keep(x: Tensor, hook: HookPoint) -> None:
+        kept[str(hook.name)] = x
+
+    def finish(x: Tensor, hook: HookPoint) -> Tensor:
+        torch.set_grad_enabled(False)
+        kept[str(hook.name)] = x
+        return x.detach()
+
+    hooks: list[tuple[str, Callable[..., Tensor | None]]] = []
+    for stretch in stretches:
+        hooks += [(stretch.start, begin), (stretch.added, finish)]
+        hooks += [(stretch.handed_on, keep)] if stretch.handed_on != stretch.start else []
+    with fixed_weights(model), FrozenNorms(), model.hooks(hooks):
+        _, cache = model.run_with_cache(tokens, names_filter=["hook_embed", *names], logits_to_keep=1)
+    spans = {stretch.added: Span(*(kept[name] for name in stretch)) for stretch in stretches}
+    return Text(tokens, recurrences, dict(cache.items()), spans)
+
+
+def stretches_of(model: HookedRecurrent, unknown: Container[int]) -> list[Stretch]:
+    """From what heads read to what their block adds: of recurrent layers but for ``unknown`` ones, and of softmax
+    layers."""
+    stretches = []
+    for layer in model.cfg.recurrent_layers:
+        if layer not in unknown:
+            block = f"blocks.{layer}"
+            stretches.append(Stretch(f"{block}.mixer.hook_read", f"{block}.mixer.hook_z", f"{block}.hook_mixer_out"))
+    for layer in sorted(model.cfg.attention):
+        z = f"blocks.{layer}.attn.hook_z"
+        stretches.append(Stretch(z, z, f"blocks.{layer}.hook_attn_out"))
+    return stretches
 
 
 class Part(NamedTuple):
@@ -76,7 +124,6 @@ class Decomposition:
     model: HookedRecurrent
     clean: Text
     """The text whose norms, gates and patterns are held fixed."""
-    spans: Spans
 
     def parts(self, directions: Tensor, layer: int, text: Text) -> tuple[list[Part], Tensor]:
         """What each node below block ``layer`` gives to <x, direction>, x [T,D] the stream that enters the block.
@@ -91,18 +138,20 @@ class Decomposition:
         parts = [Part("embedding", -1, embedding[..., None])]
         bias = directions.new_zeros(len(directions))
         for block in range(layer):
-            if block in self.spans.ways:
+            mixer_out = f"blocks.{block}.hook_mixer_out"
+            attn_out = f"blocks.{block}.hook_attn_out"
+            if mixer_out in self.clean.spans:
                 recurrent, rest = self._of_mixer(directions, block, text)
                 parts += recurrent
                 bias = bias + rest
             elif block in self.model.cfg.layers:
-                parts.append(self._whole("skip", directions, block, text.at(f"blocks.{block}.hook_mixer_out")))
-            if block in self.spans.attention:
+                parts.append(self._whole("skip", directions, block, text.at(mixer_out)))
+            if attn_out in self.clean.spans:
                 softmax, rest = self._of_attention(directions, block, text)
                 parts.append(softmax)
                 bias = bias + rest
-            elif block not in self.model.cfg.layers and f"blocks.{block}.hook_attn_out" in text.values:
-                parts.append(self._whole("attn", directions, block, text.at(f"blocks.{block}.hook_attn_out")))
+            elif block not in self.model.cfg.layers and attn_out in text.values:
+                parts.append(self._whole("attn", directions, block, text.at(attn_out)))
             parts.append(self._whole("mlp", directions, block, self.mlp_out(block, text)))
         return parts, bias
 
@@ -124,8 +173,8 @@ class Decomposition:
 
     def _of_mixer(self, directions: Tensor, block: int, text: Text) -> tuple[list[Part], Tensor]:
         """Writes and skips of a recurrent block, and the bias of its projection."""
-        way = self.spans.ways[block]
-        at_z, at_reads = back(way.added, (way.handed_on, way.reads), directions)
+        span = self.clean.spans[f"blocks.{block}.hook_mixer_out"]
+        at_z, at_reads = back(span.added, (span.handed_on, span.start), directions)
         heads = (at_z * text.at(f"blocks.{block}.mixer.hook_z")).sum(-1)
         reads = (at_reads * text.at(f"blocks.{block}.mixer.hook_read")).sum(-1)
         writes = of_writes(self.clean.recurrences[block], text.recurrences[block], at_reads)
@@ -135,8 +184,8 @@ class Decomposition:
 
     def _of_attention(self, directions: Tensor, block: int, text: Text) -> tuple[Part, Tensor]:
         """Softmax heads of a block, and the bias of their projection."""
-        z, added = self.spans.attention[block]
-        (at_z,) = back(added, (z,), directions)
+        span = self.clean.spans[f"blocks.{block}.hook_attn_out"]
+        (at_z,) = back(span.added, (span.start,), directions)
         heads = (at_z * text.at(f"blocks.{block}.attn.hook_z")).sum(-1)
         out = torch.einsum("ntd,td->n", directions, text.at(f"blocks.{block}.hook_attn_out"))
         return Part("attn", block, heads, True), out - heads.sum((1, 2))

@@ -29,7 +29,8 @@ _ROOM = {"cpu": 4096}
 
 
 class EditedRun(NamedTuple):
-    """Logits of N edited runs of one sequence, from the first edited position on (before it nothing differs)."""
+    """Logits of N edited runs of one sequence, from the first edited position on (before it nothing differs); or those
+    after the last tokens, which a session keeps alone."""
 
     logits: Tensor
     """[N, stop-start, vocab]; row n is the run with the n-th entry of ``rows``."""
@@ -65,9 +66,10 @@ class EditSession:
     Args:
         model: the hooked model.
         tokens: [1,T].
+        logits_to_keep: compute and hold the logits after so many last tokens alone, for `run_hooked`; 0: after all.
     """
 
-    def __init__(self, model: HookedModel, tokens: Tensor):
+    def __init__(self, model: HookedModel, tokens: Tensor, *, logits_to_keep: int = 0):
         tokens = as_tokens(tokens)
         if tokens.ndim != 2 or tokens.shape[0] != 1:
             raise EditError(f"a session is about one sequence [1,T], got tokens of shape {list(tokens.shape)}")
@@ -78,13 +80,16 @@ class EditSession:
         names = [name for layer in model.cfg.recurrent_layers if (name := _entering(layer)) in model.hook_dict]
         self._weights = sum(weight.numel() for weight in model.hf_model.parameters())
         held = _recording_cache(model)
+        self._logits: dict[str, Any] = {"logits_to_keep": logits_to_keep} if logits_to_keep else {}
         inputs: dict[str, Any] = {} if held is None else continuing(model.hf_model, held, 0, self.tokens)
-        with torch.no_grad(), threads_for(tokens.numel() * self._weights), model.recording() as self._record:
-            self.logits, cache = model.run_with_cache(tokens, names_filter=names, **inputs)
-        """[1,T,vocab] logits of the plain pass."""
+        with torch.no_grad(), threads_for(tokens.numel() * self._weights), model.recording() as record:
+            self.logits, cache = model.run_with_cache(tokens, names_filter=names, **inputs, **self._logits)
+        """[1,T,vocab] logits of the plain pass, or those that are kept."""
         self._residual = {name: cache[name] for name in names}
-        self._held = held if held is not None and _has_all(held, self._record, tokens.shape[1]) else None
+        self._held = held if held is not None and _has_all(held, record, tokens.shape[1]) else None
         """The cache of the plain pass, if that can be cut at any token."""
+        self._recurrences = {layer: recorded.recurrence for layer, recorded in record.items()}
+        self._value_first = {layer: recorded.value_first for layer, recorded in record.items()}
         self._states: dict[int, tuple[int, Tensor | None]] = {}
         """How many tokens a layer's state [1,H,K,V] is after, and that state, where runs began last."""
         self._prefix: tuple[int, Cache | None] = (0, None)
@@ -93,7 +98,7 @@ class EditSession:
     def recurrence(self, layer: int) -> Recurrence:
         """Canonical factors of a recurrent layer in the plain pass."""
         self.model.cfg.layer(layer)
-        return self._record[layer].recurrence
+        return self._recurrences[layer]
 
     def residual(self, layer: int) -> Tensor:
         """[1,T,D] residual stream entering a recurrent block in the plain pass."""
@@ -126,6 +131,8 @@ class EditSession:
             EditError: an edit does not fit the model or is outside the sequence, there is none at all, or one has a
                 tensor that is being trained though there will be no ``gradients``.
         """
+        if self._logits:
+            raise EditError("run: expected a session of all logits, got one of the last; use run_hooked")
         plan = EditPlan.for_rows(rows)
         self.model.check_edits(plan)
         edits = plan.all()
@@ -239,7 +246,7 @@ class EditSession:
         # Tokens, not the residual stream: some models hand the embeddings to later blocks again.
         branch = self._branch(len(rows), layer, start) if start else None
         inputs = continuing(model.hf_model, branch, start, tokens)
-        inputs |= {"use_cache": start > 0, "input_ids": tokens}
+        inputs |= {"use_cache": start > 0, "input_ids": tokens} | self._logits
         # Upstream's torch ops pad to chunks of 64 tokens: four times the work for the 17 of a substitution test.
         backend: Backend | None = "recurrence" if tokens.device.type == "cpu" and stop - start < 64 else None
         plans = (*self._outer_plans, plan)
@@ -260,8 +267,8 @@ class EditSession:
             branch = cut(self._held, start)
             for recurrent in mixers:
                 if recurrent >= layer:
-                    value_first = self._record[recurrent].value_first
-                    put_state(branch, recurrent, self._state_at(recurrent, start), value_first)
+                    state = self._state_at(recurrent, start)
+                    put_state(branch, recurrent, state, self._value_first[recurrent])
         index = torch.zeros(rows, dtype=torch.long, device=self.tokens.device)
         for cache_layer in branch.layers[layer:]:  # batch_repeat_interleave raises on linear layers; this knows both
             cache_layer.reorder_cache(cast(torch.LongTensor, index))

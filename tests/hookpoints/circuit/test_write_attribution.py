@@ -11,6 +11,7 @@ from conftest import MAKERS, VOCAB, KeepFloat64, hooked_in_float64, make_hf
 from torch import Tensor
 
 from hookpoints import HookedRecurrent, WriteEdit, write_attribution
+from hookpoints.circuit import nodes
 from hookpoints.circuit.nodes import read_gradients, record
 from hookpoints.errors import InputError, PredictionWarning
 
@@ -59,6 +60,22 @@ def test_a_write_goes_exactly_through_recurrence_and_norm(
             assert found == pytest.approx(expected, rel=1e-6, abs=1e-10), (layer, head, position)
             largest = max(largest, abs(expected))
     assert largest > 1e-9
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_blocks_of_a_long_text_run_again(
+    hooked: HookedRecurrent, monkeypatch: pytest.MonkeyPatch, frozen: bool
+) -> None:
+    """The same gradients, in every family, and hooks, scopes and weights are as before."""
+    further = ("hook_embed",)
+    kept = read_gradients(hooked, SEQUENCE, metric, frozen, further)
+    monkeypatch.setattr(nodes, "_LONG", 8)
+    again = read_gradients(hooked, SEQUENCE, metric, frozen, further)
+    for plain, rerun in zip(kept, again):
+        for name, gradient in plain.items():
+            torch.testing.assert_close(rerun[name], gradient, rtol=1e-5, atol=1e-8)
+    assert all(weight.requires_grad for weight in hooked.hf_model.parameters())
+    assert not any(point.fwd_hooks for point in hooked.hook_dict.values())
 
 
 def test_first_order_is_a_derivative(hooked64: HookedRecurrent) -> None:
