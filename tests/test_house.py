@@ -19,11 +19,11 @@ ALONE = "hookpoints/pyproject.toml"
 PACKAGES = ("hookpoints", "sae_lens_writesae", "writesae")
 """Each knows only those before it."""
 CEILINGS = {
-    "hookpoints": 46_750,
+    "hookpoints": 47_050,
     "sae_lens_writesae": 18_000,
     "writesae": 59_700,
-    "tests": 119_750,
-    "scripts + benchmarks": 29_350,
+    "tests": 119_850,
+    "scripts + benchmarks": 29_450,
 }
 """Expression nodes of folders. A smoke alarm and no target: a commit that needs more says what a reader gains."""
 OFFENDERS = {

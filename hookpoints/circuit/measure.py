@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _ROWS = 64
 _ROOM = 2**26
 """Logits of runs at once."""
-_TOKENS = 2**14
+_TOKENS = 2**11
 """Tokens of runs at once."""
 
 
