@@ -439,8 +439,8 @@ seconds begin after imports. Tokens of `train` are rows of all dictionaries. Tho
 edited run, and pay for the plain passes, the search for firings and the fit of controls too. Other programs shared the
 machine: where seconds exceed those of CPU, the stage waited.
 
-`attribute` explains the last of {circuit_tokens:,} tokens: {circuit_runs:.0f} measured nodes and edges, the fewest there
-can be, and {circuit_edges:.0f} predicted or measured edges. It takes **{circuit_above:.2f} GB** above the loaded model.
+`attribute` explains what is said after {circuit_tokens:,} tokens: {circuit_runs:.0f} measured nodes and edges, the
+fewest there can be, and {circuit_edges:.0f} edges. It takes **{circuit_above:.2f} GB** above the loaded model.
 
 ### What bounds a stage
 

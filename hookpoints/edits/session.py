@@ -84,7 +84,7 @@ class EditSession:
         inputs: dict[str, Any] = {} if held is None else continuing(model.hf_model, held, 0, self.tokens)
         with torch.no_grad(), threads_for(tokens.numel() * self._weights), model.recording() as record:
             self.logits, cache = model.run_with_cache(tokens, names_filter=names, **inputs, **self._logits)
-        """[1,T,vocab] logits of the plain pass, or those that are kept."""
+        """[1,T,vocab] logits of the plain pass, or the last of them."""
         self._residual = {name: cache[name] for name in names}
         self._held = held if held is not None and _has_all(held, record, tokens.shape[1]) else None
         """The cache of the plain pass, if that can be cut at any token."""
