@@ -57,7 +57,8 @@ _STREAMS = 8
 class HeadSAE(Protocol):
     """SAELens' interface of a dictionary of the writes or the states of one head."""
 
-    b_dec: Tensor
+    @property
+    def b_dec(self) -> Tensor: ...
 
     @property
     def cfg(self) -> Any:

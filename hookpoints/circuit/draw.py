@@ -133,9 +133,10 @@ def svg(nodes: pd.DataFrame, edges: pd.DataFrame, metadata: Mapping[str, object]
     body.append(_tag("text", title, x=width - 8, y=_TOP - 22.0, class_="title", text_anchor="end"))
     legend = [*LEGEND, PARTS] if any(spot.is_part for spot in spots) else LEGEND
     rows = [part for line in legend for part in (line if width < 560 else ["".join(line)])]
+    below = layout.floor + 74
     for row, words_of_row in enumerate(rows):
-        body.append(_tag("text", words_of_row, x=6, y=layout.floor + 66 + 15 * row, class_="soft"))
-    box = f"0 0 {width} {layout.floor + 66 + 15 * len(rows):.0f}"
+        body.append(_tag("text", words_of_row, x=6, y=below + 15 * row, class_="soft"))
+    box = f"0 0 {width} {below + 15 * len(rows):.0f}"
     attributes = {"xmlns": "http://www.w3.org/2000/svg", "viewBox": box, "style": f"max-width: {width}px"}
     return _raw("svg", "".join(body), class_="circuit", role="img", width="100%", **attributes)
 
@@ -205,24 +206,23 @@ def _path(line: Line, layout: Layout, most: float) -> str:
 
 def _shapes(spots: Sequence[Spot], layout: Layout, most: float, labels: Mapping[str, str]) -> Iterator[str]:
     """Nodes, and as many of their labels as have room, the largest first."""
-    taken: list[tuple[float, float, float]] = []
+    radii = [4 + 11 * (abs(spot.measured) / most) ** 0.5 for spot in spots]
+    taken = [(*layout.places[spot.node_id], radius, radius) for spot, radius in zip(spots, radii)]
+    taken.append((layout.width / 2, layout.floor + 20, layout.width / 2, 12))  # the tokens
     texts = []
-    for spot in spots:
+    for spot, radius in zip(spots, radii):
         x, y = layout.places[spot.node_id]
-        radius = 4 + 11 * (abs(spot.measured) / most) ** 0.5
         place, _, kind = spot.node_id.partition(" ")
         name = labels.get(spot.node_id, kind) if spot.is_part else f"{place.partition('@')[0]} {kind}".strip()
         words = f"{name} {spot.measured:+.2f}" if spot.measured else name
         half = 2.9 * len(words)
         middle = min(max(x, half + 4), layout.width - half - 4)
-        tried = [(middle, y - radius - 5), (middle, y + radius + 12)]
-        if spot.is_part or spot.feature_type == "state":
-            tried = [(x + layout.away(x) * (radius + 8 + half), y + 4)]
-        for middle, height in tried:
-            apart = [abs(middle - left) > half + size + 3 or abs(height - up) > 12 for left, up, size in taken]
+        tried = [(middle, y - radius - 8), (middle, y + radius + 9), (x + layout.away(x) * (radius + 5 + half), y)]
+        for across, up in tried[2 * (spot.is_part or spot.feature_type == "state") :]:
+            apart = [abs(across - x) > half + wide + 3 or abs(up - y) > 6 + tall for x, y, wide, tall in taken]
             if all(apart):
-                taken.append((middle, height, half))
-                texts.append(_tag("text", words, x=middle, y=height, text_anchor="middle"))
+                taken.append((across, up, half, 6))
+                texts.append(_tag("text", words, x=across, y=up + 3, text_anchor="middle"))
                 break
         known = f"{spot.measured:+.2f} measured" if spot.measured else "not measured"
         title = _tag("title", f"{spot.node_id}: {known}, {spot.predicted:+.2f} predicted")

@@ -275,8 +275,8 @@ def _fit(table: pd.DataFrame) -> tuple[float, float]:
 
 def _rows(table: pd.DataFrame) -> list[dict[str, object]]:
     """Rows for JSON: NaN is null."""
-    rows = cast("list[dict[str, object]]", table.to_dict("records"))
-    return [{name: None if value != value else value for name, value in row.items()} for row in rows]
+    known = table.astype(object).where(table.notna(), None)
+    return cast("list[dict[str, object]]", known.to_dict("records"))
 
 
 def _table(file: Path, rows: object, columns: Mapping[str, str]) -> pd.DataFrame:

@@ -160,6 +160,21 @@ def test_a_prompt_is_read_and_stays_text(browser: Browser, server: PromptServer)
         )
 
 
+def test_what_made_a_write_is_shown_when_it_is_chosen(browser: Browser, server: PromptServer) -> None:
+    with opened(browser, f"http://127.0.0.1:{server.server_address[1]}", **PHONE) as page:
+        page.locator("#grid td").first.wait_for()
+        made = page.locator("#made")
+        assert not made.is_visible()
+        page.get_by_label("Text").fill("The Secretary of the Treasury and the Secretary of the")
+        page.get_by_role("button", name="Why this token?").click()
+        page.locator('[data-node^="L4H"]').first.press("Enter")
+        page.locator("#value li").first.wait_for()
+        assert made.is_visible() and page.locator("#gate li").count() and not scrolls_sideways(page)
+        page.locator('[data-node^="MLP"]').first.press("Enter")
+        page.get_by_text("is no write").wait_for()
+        assert not made.is_visible()
+
+
 def listed(page: Page) -> list[int]:
     """Atoms of the rows that can be seen, from top to bottom."""
     rows = page.locator("table.atoms tbody tr:visible")

@@ -89,6 +89,12 @@ def test_facts_are_those_of_the_state_at_each_token(embedded: HookedRecurrent, t
     with Prompt(sae=tmp_path / "sae", port=0).server() as server:
         reading: Any = server.read(text, LAYER, HEAD)
         other: Any = server.read(text, LAYER, HEAD - 1)
+        picture = str(server.explain(text, "", "", 390)["svg"])
+        assert server.graph is not None and (server.graph.edges.port == "part").any() and "<b>" not in picture
+    for fired in reading["atoms"]:
+        strengths = [abs(value) for _, value in fired]
+        assert strengths == sorted(strengths, reverse=True)
+    assert any(value < 0 for _, value in reading["atoms"][-1])
     wanted = [[f"{fact.key} → {fact.value}" for fact in facts] for facts in read_memory(states, sae)]
     assert [[name for name, _ in shown] for shown in reading["facts"]] == wanted and any(wanted)
     assert other["facts"] is None

@@ -109,7 +109,7 @@ async function explain() {
 async function made(name) {
   const write = /^L(\d+)H(\d+)@(\d+)$/.exec(name);
   part("made").hidden = !write;
-  if (!write) { part("answer").textContent = `${name} is no write: it is one source, and not taken apart.`; return; }
+  if (!write) { part("answer").textContent = `${name} is no write: circles named by a layer and a head are, and have a key, a value, a query and a gate.`; return; }
   const [layer, head, position] = write.slice(1).map(Number);
   try {
     const ports = await post("/write", { layer, head, position });

@@ -105,8 +105,9 @@ class PromptServer(ThreadingHTTPServer):
         if (sae := self.saes.get(f"L{layer}H{head}")) is not None:
             hook = HeadHook.of(sae).name
             _, cache = self.model.run_with_cache(tokens, names_filter=[hook], stop_at_layer=layer + 1)
-            active = sae.encode(cache[hook][0].to(next(sae.parameters()))).sort(descending=True)
-            rows = zip(active.indices.tolist(), active.values.tolist())
+            active = sae.encode(cache[hook][0].to(next(sae.parameters())))
+            order = active.abs().argsort(descending=True)  # those of pairs have signs
+            rows = zip(order.tolist(), active.gather(1, order).tolist())
             atoms = [[(atom, short(value)) for atom, value in zip(*row) if value] for row in rows]
         facts = None
         if isinstance(sae, WriteProductSAE) and HeadHook.of(sae).target == "state":
@@ -145,7 +146,8 @@ class PromptServer(ThreadingHTTPServer):
             raise ValueError(f"text: expected 1 to {MAX_TOKENS} tokens, got {tokens.shape[1]}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PredictionWarning)  # the numbers are shown
-            graph = attribute(tokens, self.model, [target] if target else None, against or None)
+            wanted = [target] if target else None
+            graph = attribute(tokens, self.model, wanted, against or None, saes=list(self.saes.values()))
             said = str(graph.check()) if tokens.shape[1] > 1 else ""
         self.graph = graph
         picture = graph.draw(width=min(max(width, 320), 1200))

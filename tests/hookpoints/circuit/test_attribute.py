@@ -432,7 +432,7 @@ def less(x: Tensor, hook: object, at: int, taken: Tensor) -> Tensor:
 def test_atoms_are_drawn_below_their_state_with_their_words() -> None:
     """Diamonds, the largest first, as far as they are measured; a pruned graph has the parts of what it has."""
     pairs: Any = load_sae(zoo.path("facts") / "pairs")
-    text = "<bos> Ben lives in Rome . Iris keeps a parrot . Ben lives in"
+    text = "Ben lives in Rome . Iris keeps a parrot . Ben lives in"
     graph = attribute(
         text, HookedRecurrent.from_pretrained("facts"), "Rome", frozen=True, measure=4, targets=1, saes=[pairs]
     )
@@ -456,6 +456,12 @@ def test_a_picture_is_one_file_without_network(graph: Graph) -> None:
         root = ElementTree.fromstring(picture)
         assert root.attrib["viewBox"].split()[2] == str(width)
         assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)|<script|url\(", picture)
+        places = [element.attrib["transform"][10:-1] for element in root.iter() if "data-node" in element.attrib]
+        centers = torch.tensor([[float(number) for number in place.split()] for place in places])
+        for label in (element for element in root.iter() if element.get("text-anchor") == "middle"):
+            x, y = (float(label.attrib[side]) for side in "xy")
+            room = torch.tensor([2.9 * len(label.text or ""), 6.0])
+            assert not ((centers - torch.tensor([x, y - 3])).abs() < room).all(1).any(), label.text
         names = [element.attrib["data-node"] for element in root.iter() if "data-node" in element.attrib]
         assert {*graph.nodes.loc[[graph.nodes.measured.abs().idxmax()]].node_id} <= {*names}
         assert {"key", "query"} & {word for element in root.iter() for word in element.get("class", "").split()}
