@@ -24,6 +24,8 @@ _ROOM = 2**26
 """Logits of runs at once."""
 _TOKENS = 2**11
 """Tokens of runs at once."""
+_PAST = 2**14
+"""Tokens of the texts of runs at once, each of which has its own memory."""
 
 
 class Measure:
@@ -47,11 +49,12 @@ class Measure:
         effects = np.zeros(len(changes))
         length = self.session.tokens.shape[1]
         room = _TOKENS if self.last else min(_TOKENS, _ROOM // self.session.logits.shape[-1])
+        most = max(1, min(_ROWS, _PAST // length))
         order = sorted(range(len(changes)), key=lambda row: changes[row][:2])
         for _, rows_of_layer in groupby(order, key=lambda row: changes[row].layer):
             rows = list(rows_of_layer)
             positions = [changes[row].position for row in rows]
-            for batch in self.session.batches(positions, length, _ROWS, room=room):
+            for batch in self.session.batches(positions, length, most, room=room):
                 tried = [rows[index] for index in batch]
                 effects[tried] = self._run([changes[row] for row in tried])
         return effects
