@@ -165,17 +165,20 @@ class Blocks:
             return [port.of(seen[node.layer].recurrence) for port in ports]
         z = f"{block}.attn.hook_z"
         names = {"query": f"{block}.attn.hook_q", "key": f"{block}.attn.hook_k", "value": f"{block}.attn.hook_v"}
-        changed: dict[str, Tensor] = {}
+        kept: dict[str, Tensor] = {}
 
         def keep(x: Tensor, hook: HookPoint) -> None:
-            changed[str(hook.name)] = x
+            kept[str(hook.name)] = x
 
         def put(x: Tensor, hook: HookPoint) -> Tensor:
             return taken[str(hook.name)].to(x).expand_as(x)
 
-        self.run(node.layer, z, entering, window, [(name, keep) for name in names.values()], gradients, embedded)
-        clean = {name: self.text.values[name][:, window.start : window.stop] for name in names.values()}
         plain = self.entering(node.layer, window).expand_as(entering)
+        keeping = [(name, keep) for name in names.values()]
+        self.run(node.layer, z, plain[:1], window, keeping, gradients, embedded[:1])
+        clean = dict(kept)
+        self.run(node.layer, z, entering, window, keeping, gradients, embedded)
+        changed = dict(kept)
         sides = []
         for port in ports:
             taken = clean if port.name == "gate" else {names[port.name]: changed[names[port.name]]}

@@ -66,7 +66,7 @@ def read_text(
 ) -> Text:
     """One pass of a model whose blocks are a chain. ``stretches`` are followed by autograd."""
     ends = ("hook_resid_pre", "hook_mixer_out", "hook_attn_out", "hook_mlp_out", "hook_resid_post")
-    ends += ("mixer.hook_read", "mixer.hook_z", "attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_z")
+    ends += ("mixer.hook_read", "mixer.hook_z", "attn.hook_z")
     names = [name for name in model.hook_dict if name.startswith("blocks.") and name.split(".", 2)[-1] in ends]
     kept: dict[str, Tensor] = {}
 

@@ -96,7 +96,8 @@ def cut(cache: Cache, tokens: int) -> Cache:
             cropped[place] = x[..., :tokens, :]
         elif name == "conv_states":  # the last inputs, with zeros before the first token
             size = vars(branch.layers[int(layer)])["conv_kernel_size"][int(key)]
-            cropped[place] = F.pad(x, (size, 0))[..., tokens : tokens + size]
+            seen = x[..., max(0, tokens - size) : tokens]
+            cropped[place] = F.pad(seen, (size - seen.shape[-1], 0))
     fill(branch, cropped)
     count_tokens(branch, tokens)
     drop_sources(branch)
