@@ -19,7 +19,7 @@ ALONE = "hookpoints/pyproject.toml"
 PACKAGES = ("hookpoints", "sae_lens_writesae", "writesae")
 """Each knows only those before it."""
 CEILINGS = {
-    "hookpoints": 47_050,
+    "hookpoints": 47_100,
     "sae_lens_writesae": 18_000,
     "writesae": 59_700,
     "tests": 120_060,

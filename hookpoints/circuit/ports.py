@@ -175,15 +175,16 @@ class Blocks:
 
         plain = self.entering(node.layer, window).expand_as(entering)
         keeping = [(name, keep) for name in names.values()]
-        self.run(node.layer, z, plain[:1], window, keeping, gradients, embedded[:1])
+        self.run(node.layer, z, plain[:1], window, keeping)
         clean = dict(kept)
         self.run(node.layer, z, entering, window, keeping, gradients, embedded)
         changed = dict(kept)
         sides = []
         for port in ports:
             taken = clean if port.name == "gate" else {names[port.name]: changed[names[port.name]]}
-            entered = entering if port.name == "gate" else plain
-            ran = self.run(node.layer, z, entered, window, [(name, put) for name in taken], gradients, embedded)
+            inputs = (entering, embedded) if port.name == "gate" else (plain, None)
+            putting = [(name, put) for name in taken]
+            ran = self.run(node.layer, z, inputs[0], window, putting, gradients, inputs[1])
             sides.append(ran.value[:, -1, node.head])
         return sides
 
