@@ -19,10 +19,10 @@ ALONE = "hookpoints/pyproject.toml"
 PACKAGES = ("hookpoints", "sae_lens_writesae", "writesae")
 """Each knows only those before it."""
 CEILINGS = {
-    "hookpoints": 47_100,
+    "hookpoints": 47_500,
     "sae_lens_writesae": 18_000,
     "writesae": 59_700,
-    "tests": 120_060,
+    "tests": 120_400,
     "scripts + benchmarks": 29_450,
 }
 """Expression nodes of folders. A smoke alarm and no target: a commit that needs more says what a reader gains."""

@@ -22,6 +22,7 @@ from hookpoints.circuit.node import Change, FeatureType, Node, PortName
 from hookpoints.circuit.nodes import (
     Gradients,
     LogitMetric,
+    ThroughNorm,
     Token,
     Writes,
     fixed_weights,
@@ -236,7 +237,6 @@ class Tracing:
         gradients = read_gradients(model, tokens, wanted.metric, frozen, further, wanted.last)
         donors = {} if corrupt is None else record(model, corrupt)
         writes = predict_writes(model, tokens, gradients, donors)
-        gradients = gradients._replace(handed_on={})
         runs = Measure(model, tokens, wanted.metric, wanted.last)
         recurrences = {layer: runs.session.recurrence(layer) for layer in model.cfg.recurrent_layers}
         clean = read_text(model, tokens, recurrences, stretches_of(model, writes.unknown))
@@ -341,19 +341,22 @@ class Tracing:
     def edges_into(self, node: Node, read: int | None = None) -> pd.DataFrame:
         """Edges into the ports of a write: the largest sources, of which some are measured, and what the stream holds
         at each token that the block looks at."""
+        through = None
         if node.feature_type == "write":
             r = self.blocks.text.recurrences[node.layer]
             ports = ports_of(node, r, self.gradients.reads[node.layer], read)
+            if node.layer not in self.writes.unknown:
+                through = self.blocks.through(node, self.gradients.handed_on[node.layer])
         else:
             ports = ports_of_head(node, self.gradients.other[f"blocks.{node.layer}.attn.hook_z"])
-        tables = [self._into(list(group)) for _, group in groupby(ports, key=lambda port: port.at)]
+        tables = [self._into(list(group), through) for _, group in groupby(ports, key=lambda port: port.at)]
         return pd.concat(tables, ignore_index=True)
 
     @torch.no_grad()
-    def _into(self, ports: Sequence[Port]) -> pd.DataFrame:
-        """Edges into ports of one node at one token. Gradients choose sources; the block is run again without each,
-        and what a port is then is worth its product with the gradient by the port: a prediction that is to first order
-        in what follows the node alone."""
+    def _into(self, ports: Sequence[Port], through: ThroughNorm | None) -> pd.DataFrame:
+        """Edges into ports of one node at one token. Gradients choose sources; the block is run again without each, and
+        what a port is then is followed ``through`` the norm of its head: a prediction that is to first order in what
+        follows the head alone."""
         node = ports[0].node
         found, biases = self._candidates(ports)
         rows = {source: row for row, source in enumerate(dict.fromkeys(chain(*found)), start=1)}
@@ -361,14 +364,14 @@ class Tracing:
         tried: list[list[Node]] = []
         changes = []
         for port, sides, candidates in zip(ports, self.blocks.sides_without(ports, list(rows)), found):
-            worth = port.worth(sides[0] - sides).tolist()
-            exact = {source: worth[rows[source]] for source in candidates}
+            taken = sides[0] - sides
+            effects = port.effects(taken, through).tolist()
+            exact = {source: effects[rows[source]] for source in candidates}
             streams = [source for source in candidates if source.feature_type == "stream"]
             known = [source for source in candidates if source not in streams and not isnan(exact[source])]
             tried.append([*sorted(known, key=lambda source: -abs(exact[source]))[:_MEASURED], *streams])
             listed.append({source: candidates[source] if isnan(x) else x for source, x in exact.items()})
-            taken = sides[[rows[source] for source in tried[-1]]]
-            changes += change_for(port, self.blocks.text, sides[0], taken)
+            changes += change_for(port, self.blocks.text, taken[[rows[source] for source in tried[-1]]])
         effects = iter(self.runs.effects(changes))
         tables = []
         for port, sources, measured in zip(ports, listed, tried):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from hookpoints.circuit.norms import Constants, FrozenNorms, HeadNorm, ScalesApart
+from hookpoints.circuit.norms import Constants, HeadNorm, ScalesApart
 from hookpoints.errors import InputError, PredictionWarning
 from hookpoints.layer.intercept import wrap_forward
 from hookpoints.recurrence.canonical import terms
@@ -258,87 +258,86 @@ class WayOut:
     """[1,T,H,V]."""
     norms: list[HeadNorm]
 
-    def effects(self, swap: Swap, gradient: Tensor) -> Tensor | None:
-        """[T,H], sum_t <gradient_t, z_t - z_t'> for each write, where z' is without it. ``gradient`` [1,T,H,V], of what
-        is handed on. None where each value channel has its own decay and the way has a norm."""
-        gradient = gradient.to(self.handed_on)
-        norm = self.norms[0] if self.norms else None
-        if norm is None or swap.recurrence.rates is not None:
-            (at_reads,) = torch.autograd.grad(self.handed_on, self.reads, gradient, retain_graph=True)
-            return swap.first_order(at_reads) if norm is None else None
-        wanted = (self.reads, norm.level)
-        along, total = torch.autograd.grad(self.handed_on, wanted, gradient, retain_graph=True)
-        slope, curve = _slope_and_curve(norm, self.reads)
-        r = swap.recurrence
-        step = max(1, _ROOM // r.T**2)
-        effects = []
-        for first in range(0, r.H, step):
-            heads = slice(first, first + step)
-            part = _Part(
-                along=_by_head(along, heads),
-                total=_per_head(norm.sign * total, r)[heads],
-                slope=_by_head(slope, heads),
-                curve=_by_head(curve, heads),
-                square=_per_head(norm.square, r)[heads],
-                centered=norm.centered,
-            )
-            effects.append(part.effects(swap.changes(heads)))
-        return torch.cat(effects).T
+    def through(self, gradient: Tensor) -> ThroughNorm | None:
+        """What changes of reads do to <gradient, what is handed on>, exactly. None where that is linear.
 
-    @torch.enable_grad()
+        Args:
+            gradient: [1,T,H,V].
+        """
+        norm = self.norms[0] if self.norms else None
+        form = None if norm is None else norm.form(self.reads)
+        if norm is None or form is None:
+            return None
+        wanted = (self.reads, norm.level)
+        gradient = gradient.to(self.handed_on)
+        along, total = torch.autograd.grad(self.handed_on, wanted, gradient, retain_graph=True)
+        along, slope, curve = (x[0].transpose(0, 1) for x in (along, form.slope, form.curve))
+        total, square = (self._by_head(x) for x in (total, norm.square))
+        return ThroughNorm(along, slope, curve, total, square, form.centered)
+
+    def _by_head(self, x: Tensor) -> Tensor:
+        """What a norm over one or several heads has for each token, as [H,T,1]."""
+        _, length, heads, _ = self.reads.shape
+        groups = x.detach().reshape(length, -1)
+        return groups.repeat_interleave(heads // groups.shape[1], 1).T[:, :, None]
+
     def cause(self) -> str:
         """Why this is no linear map but for one norm; an empty string where it is."""
         if len(self.norms) > 1:
             return f"{len(self.norms)} norms"
         try:
-            (gradient,) = torch.autograd.grad(self.handed_on.sum(), self.reads, create_graph=True, allow_unused=True)
-            if gradient is None or not gradient.requires_grad:
-                return ""
-            (change,) = torch.autograd.grad(gradient.sum(), self.reads, allow_unused=True, retain_graph=True)
+            if any(_bends(self.handed_on, x) for x in (self.reads, *(norm.level for norm in self.norms))):
+                return "a function that bends"
+            if any(norm.form(self.reads) is None for norm in self.norms):
+                return "a root of something else than a mean square"
         except RuntimeError:  # a kernel whose backward pass has none
             return "a kernel without second derivatives"
-        return "" if change is None or not change.any() else "a function that bends"
-
-
-def _by_head(x: Tensor, heads: slice) -> Tensor:
-    """[1,T,H,V] as [H',T,V]."""
-    return x.detach()[0, :, heads].transpose(0, 1)
-
-
-def _per_head(x: Tensor, r: Recurrence) -> Tensor:
-    """What a norm over one or several heads has for each token, as [H,T,1]."""
-    groups = x.detach().reshape(r.T, -1)
-    return groups.repeat_interleave(r.H // groups.shape[1], 1).T[:, :, None]
+        return ""
 
 
 @torch.enable_grad()
-def _slope_and_curve(norm: HeadNorm, reads: Tensor) -> tuple[Tensor, Tensor]:
-    """First and second derivatives [1,T,H,V] of the norm's mean square by each entry of the reads. The square of a
-    centered norm is not a sum over entries; along centered directions its second derivative is 2 / V."""
-    (slope,) = torch.autograd.grad(norm.square.sum(), reads, create_graph=True)
-    if norm.centered:
-        return slope, torch.full_like(reads, 2 / reads.shape[-1])
-    (curve,) = torch.autograd.grad(slope.sum(), reads, retain_graph=True)
-    return slope, curve
+def _bends(y: Tensor, x: Tensor) -> bool:
+    """Whether ``y`` is not linear in ``x``."""
+    (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True, allow_unused=True)
+    if slope is None or not slope.requires_grad:
+        return False
+    probe = torch.arange(x.numel(), device=x.device).cos().view_as(x)  # slopes of a centered norm sum to 0
+    (curve,) = torch.autograd.grad((slope * probe).sum(), x, allow_unused=True, retain_graph=True)
+    return curve is not None and bool(((curve * x).abs() > 1e-3 * slope.abs().max()).any())
 
 
-class _Part(NamedTuple):
+class ThroughNorm(NamedTuple):
     """What some heads hand on, times a gradient, and the norm's mean square: both by each entry of the reads."""
 
     along: Tensor
     """[H,T,V], the product's slope at a fixed scale of the norm."""
-    total: Tensor
-    """[H,T,1], the product's slope by the scale."""
     slope: Tensor
     """[H,T,V], of the mean square."""
     curve: Tensor
     """[H,T,V], of the mean square."""
+    total: Tensor
+    """[H,T,1], the product's slope by the scale."""
     square: Tensor
     """[H,T,1]."""
     centered: bool
     """Whether the norm takes the mean off."""
 
-    def effects(self, changes: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def select(self, heads: slice, tokens: slice = slice(None)) -> ThroughNorm:
+        """The same of some heads and tokens."""
+        along, slope, curve, total, square = (x[heads, tokens] for x in self[:5])
+        return ThroughNorm(along, slope, curve, total, square, self.centered)
+
+    def of_writes(self, swap: Swap) -> Tensor:
+        """[T,H], sum_t <gradient_t, z_t - z_t'> for each write, where z' is what is handed on without it."""
+        r = swap.recurrence
+        step = max(1, _ROOM // r.T**2)
+        effects = []
+        for first in range(0, r.H, step):
+            heads = slice(first, first + step)
+            effects.append(self.select(heads)._of_changes(swap.changes(heads)))
+        return torch.cat(effects).T
+
+    def _of_changes(self, changes: list[tuple[Tensor, Tensor]]) -> Tensor:
         """[H,S], the effect of each source, by the mean square that is left without it; `Swap.changes`."""
         linear = torch.zeros_like(changes[0][0])
         left = self.square.to(linear) + linear
@@ -349,8 +348,20 @@ class _Part(NamedTuple):
             for other_weights, other_values in changes:
                 product = self._direction(values) * self._direction(other_values)
                 left = left + weights * other_weights * (self.curve.to(product) @ product.mT) / 2
+        return self._taken_off(linear, left).tril().sum(1)
+
+    def of_reads(self, taken: Tensor) -> Tensor:
+        """[N], the same of one head where ``taken`` [N,T,V] are taken off its reads."""
+        direction = self._direction(taken)
+        linear = torch.einsum("ntv,htv->htn", taken, self.along.to(taken))
+        left = self.square - torch.einsum("ntv,htv->htn", direction, self.slope.to(taken))
+        left = left + torch.einsum("ntv,htv->htn", direction.square(), self.curve.to(taken)) / 2
+        return self._taken_off(linear, left).sum((0, 1))
+
+    def _taken_off(self, linear: Tensor, left: Tensor) -> Tensor:
+        """[H,T,N], what changes take off the product: ``linear`` at a fixed scale; ``left`` is the mean square then."""
         ratio = (self.square / left.clamp_min(1e-12)).sqrt()
-        return (self.total - (self.total - linear) * ratio).tril().sum(1)
+        return self.total - (self.total - linear) * ratio
 
     def _direction(self, values: Tensor) -> Tensor:
         return values - values.mean(-1, keepdim=True) if self.centered else values
@@ -384,36 +395,18 @@ def predict_writes(
         recurrences = record(model, tokens)
         swaps = {layer: Swap(r, donors.get(layer)) for layer, r in recurrences.items()}
         return Writes({layer: swap.first_order(gradients.reads[layer]) for layer, swap in swaps.items()}, {})
-    scales = ScalesApart()
-    leaves: dict[int, Tensor] = {}
-    norms: dict[int, list[HeadNorm]] = {}
     writes = Writes({}, {})
 
-    def begin(x: Tensor, hook: HookPoint) -> Tensor:
-        layer = _layer(hook)
-        torch.set_grad_enabled(True)
-        norms[layer] = scales.begin()
-        leaves[layer] = x.detach().requires_grad_()
-        return leaves[layer]
-
-    def finish(x: Tensor, hook: HookPoint) -> Tensor:
-        layer = _layer(hook)
-        scales.end()
-        torch.set_grad_enabled(False)
-        way = WayOut(leaves.pop(layer), x, norms.pop(layer))
+    def predict(layer: int, way: WayOut) -> None:
         swap = Swap(recorded.pop(layer).recurrence, donors.get(layer))
         cause = way.cause()
-        effect = None if cause else way.effects(swap, gradients.handed_on[layer])
-        writes.effects[layer] = swap.first_order(gradients.reads[layer]) if effect is None else effect
+        through = None if cause or swap.recurrence.rates is not None else way.through(gradients.handed_on[layer])
+        writes.effects[layer] = swap.first_order(gradients.reads[layer]) if through is None else through.of_writes(swap)
         if cause:
             writes.unknown[layer] = cause
-        return x.detach()
 
-    hooks: list[tuple[str, Callable[..., Tensor]]] = []
-    for layer in model.cfg.recurrent_layers:
-        mixer = f"blocks.{layer}.mixer"
-        hooks += [(f"{mixer}.hook_read", begin), (f"{mixer}.hook_z", finish)]
-    with fixed_weights(model), FrozenNorms(), scales, model.recording() as recorded, model.hooks(hooks):
+    ways = ways_out(model, model.cfg.recurrent_layers, predict)
+    with fixed_weights(model), model.recording() as recorded, ways:
         logits_of(model, tokens, last=True)
     if writes.unknown:
         said = "; ".join(f"layer {layer}: {cause}" for layer, cause in writes.unknown.items())
@@ -425,6 +418,31 @@ def predict_writes(
             stacklevel=4,
         )
     return writes
+
+
+@scoped
+def ways_out(model: HookedRecurrent, layers: Sequence[int], use: Callable[[int, WayOut], None]) -> Iterator[None]:
+    """In this scope passes without gradients hand the way out of each layer to ``use``, and keep nothing of it."""
+    starts: dict[int, tuple[Tensor, list[HeadNorm]]] = {}
+
+    def begin(x: Tensor, hook: HookPoint) -> Tensor:
+        reads = x.detach().requires_grad_()
+        inside.enter_context(torch.enable_grad())
+        starts[_layer(hook)] = (reads, inside.enter_context(ScalesApart()).norms)
+        return reads
+
+    def finish(x: Tensor, hook: HookPoint) -> Tensor:
+        inside.close()
+        reads, norms = starts.pop(_layer(hook))
+        use(_layer(hook), WayOut(reads, x, norms))
+        return x.detach()
+
+    hooks: list[tuple[str, Callable[..., Tensor]]] = []
+    for layer in layers:
+        mixer = f"blocks.{layer}.mixer"
+        hooks += [(f"{mixer}.hook_read", begin), (f"{mixer}.hook_z", finish)]
+    with ExitStack() as inside, model.hooks(hooks):
+        yield
 
 
 def _layer(hook: HookPoint) -> int:

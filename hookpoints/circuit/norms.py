@@ -26,7 +26,6 @@ class Normed(NamedTuple):
     """The mean square that it divides by the root of, its eps included."""
     direction: Tensor
     """The input, its mean taken off by LayerNorm and GroupNorm: [...,G,D/G] for G groups."""
-    centered: bool
     weight: Tensor | None
     bias: Tensor | None
 
@@ -53,12 +52,11 @@ def _norm_of(func: Callable[..., Tensor], args: Arguments, kwargs: Mapping[str, 
         eps = torch.finfo(x.dtype).eps if func is F.rms_norm else 1e-5
     assert isinstance(eps, float)
     direction = x.unflatten(-1, (groups, -1))
-    centered = func is not F.rms_norm
-    if centered:
+    if func is not F.rms_norm:
         direction = direction - direction.mean(-1, keepdim=True)
     square = direction.square().mean(-1, keepdim=True) + eps
     weight = weight if isinstance(weight, Tensor) else None
-    return Normed(square, direction, centered, weight, bias if isinstance(bias, Tensor) else None)
+    return Normed(square, direction, weight, bias if isinstance(bias, Tensor) else None)
 
 
 class FrozenNorms(TorchFunctionMode):
@@ -138,6 +136,17 @@ class Affine(Constants):
         return value.detach() + gate * (x - x.detach())
 
 
+class Form(NamedTuple):
+    """A mean square as a function of reads: the sum of squares of their entries, each with its weight."""
+
+    slope: Tensor
+    """[1,T,H,V], its first derivatives by the entries."""
+    curve: Tensor
+    """[1,T,H,V], its second derivatives by the entries, or by these less their mean."""
+    centered: bool
+    """Whether the mean over V is taken off."""
+
+
 class HeadNorm(NamedTuple):
     """One norm between a head's read and what the head hands on."""
 
@@ -145,28 +154,32 @@ class HeadNorm(NamedTuple):
     """The mean square that it takes a root of; differentiable by the reads."""
     level: Tensor
     """Ones: its scale is a constant times this."""
-    centered: bool
-    """Whether it takes the mean off."""
-    sign: int
-    """Power of `level` in the output: 1, or -1 where the norm divides by it."""
+
+    @torch.enable_grad()
+    def form(self, reads: Tensor) -> Form | None:
+        """The mean square by ``reads`` [1,T,H,V]; None where it is none. A centered one has second derivatives 2 / V,
+        which sum to 0."""
+        (slope,) = torch.autograd.grad(self.square.sum(), reads, create_graph=True)
+        (curve,) = torch.autograd.grad(slope.sum(), reads, retain_graph=True)
+        n_values = reads.shape[-1]
+        probe = torch.arange(n_values, device=reads.device).cos().to(reads)
+        (bent,) = torch.autograd.grad((slope * probe).sum(), reads, retain_graph=True)
+        small = 1e-3 * bent.abs().max()
+        centered = bool(curve.abs().max() < small)
+        if centered:
+            curve = torch.full_like(reads, 2 / n_values)
+            probe = probe - probe.mean()
+        fits = torch.allclose(bent, curve * probe, rtol=0, atol=float(small))
+        return Form(slope.detach(), curve, centered) if fits else None
 
 
 class ScalesApart(TorchFunctionMode):
-    """Between `begin` and `end` each norm is linear in its input and in its scale, a constant times ``level``. What the
-    norms were is in the list that `begin` returned."""
+    """In this scope each norm is linear in its input and in its scale, a constant times ``level``."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._norms: list[HeadNorm] | None = None
-
-    def begin(self) -> list[HeadNorm]:
-        """Collect norms from here on."""
-        self._norms = []
-        return self._norms
-
-    def end(self) -> None:
-        """Leave norms alone from here on."""
-        self._norms = None
+        self.norms: list[HeadNorm] = []
+        """The norms so far."""
 
     def __torch_function__(
         self,
@@ -175,25 +188,15 @@ class ScalesApart(TorchFunctionMode):
         args: Arguments = (),
         kwargs: Mapping[str, object] | None = None,
     ) -> Tensor:
-        norms = self._norms
-        if norms is None or not (func in _NORMS or func in _ROOTS or func in _INVERSE_ROOTS):
-            return func(*args, **(kwargs or {}))
-        self._norms = None  # the norm's own roots are no further norms
-        try:
-            return _apart(norms, func, args, kwargs or {})
-        finally:
-            self._norms = norms
-
-
-def _apart(norms: list[HeadNorm], func: Callable[..., Tensor], args: Arguments, kwargs: Mapping[str, object]) -> Tensor:
-    if func in _NORMS:
-        norm = _norm_of(func, args, kwargs)
-        level = torch.ones_like(norm.square, requires_grad=True)
-        norms.append(HeadNorm(norm.square, level, norm.centered, 1))
-        return norm.scaled(norm.square.rsqrt().detach() * level)
-    square = args[0]
-    assert isinstance(square, Tensor)
-    value = func(*args, **kwargs).detach()
-    level = torch.ones_like(value, requires_grad=True)
-    norms.append(HeadNorm(square, level, False, 1 if func in _INVERSE_ROOTS else -1))
-    return value * level
+        value = func(*args, **(kwargs or {}))
+        is_norm = func in _NORMS or func in _ROOTS or func in _INVERSE_ROOTS
+        if not is_norm or not value.requires_grad:
+            return value
+        norm = _norm_of(func, args, kwargs or {}) if func in _NORMS else None
+        square = args[0] if norm is None else norm.square
+        assert isinstance(square, Tensor)
+        level = torch.ones_like(square, requires_grad=True)
+        self.norms.append(HeadNorm(square, level))
+        if norm is not None:
+            return norm.scaled(square.rsqrt().detach() * level)
+        return value.detach() * level if func in _INVERSE_ROOTS else value.detach() / level

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hookpoints.circuit.node import Change, FeatureType, Node, PortName
-from hookpoints.circuit.nodes import fixed_weights
+from hookpoints.circuit.nodes import ThroughNorm, WayOut, fixed_weights, ways_out
 from hookpoints.circuit.norms import Affine
 from hookpoints.circuit.stream import Decomposition, Text, reads_of
 from hookpoints.layer.context import scope
@@ -33,8 +33,7 @@ if TYPE_CHECKING:
 
 
 class Port(NamedTuple):
-    """One side of a node, as a number: the product of that side with ``direction``, which is what it gives to the
-    metric to first order.
+    """One side of a node, and what it does to the metric.
 
     Sides of a write are its value, its key, the query that reads it, and its gate: what decay and erase leave of the
     state before it. Those of a softmax head are what it hands on where its values, its keys, its query or its gate
@@ -45,10 +44,13 @@ class Port(NamedTuple):
     name: PortName
     at: int
     """Token whose factor it is."""
-    direction: Tensor
-    """Like the side: [K], [V], or [R,K], [R,V], or [K,V] of a gate."""
-    before: Tensor | None = None
-    """[K,V], the state before the write, of a gate."""
+    gradient: Tensor
+    """Of the metric by what `given` is."""
+    other: Tensor | None = None
+    """What a side meets: the key [R,K] of a value, the value [R,V] of a key, the state [K,V] before a gate, and for a
+    query the write [K,V] as the transitions since have left it, times the scale of reads."""
+    readers: Tensor | None = None
+    """[T',K], what tokens from ``at`` on read of the state after it, or [1,1] of what a query reads."""
 
     @property
     def is_linear(self) -> bool:
@@ -56,17 +58,36 @@ class Port(NamedTuple):
         return self.name == "value" or (self.node.feature_type == "write" and self.name != "gate")
 
     def of(self, r: Recurrence) -> Tensor:
-        """[N,...], this side of a write at the last token of ``r`` [N,...]."""
-        if self.before is None:
-            factor = {"value": r.u, "key": r.k, "query": r.q}[cast(Literal["value", "key", "query"], self.name)]
-            return factor[:, -1, self.node.head]
-        states = self.before.expand(r.B, 1, -1, -1)
-        last = r.select(heads=self.node.head, tokens=slice(r.T - 1, r.T), initial_state=states)
-        return last.replace(u=torch.zeros_like(last.u)).final_state()[:, 0]
+        """[N,R,K] or [N,R,V], this side of a write at the last token of ``r`` [N,...]; [N,K,V] of a gate."""
+        if self.name == "gate" and self.other is not None:
+            states = self.other.expand(r.B, 1, -1, -1)
+            last = r.select(heads=self.node.head, tokens=slice(r.T - 1, r.T), initial_state=states)
+            return last.replace(u=torch.zeros_like(last.u)).final_state()[:, 0]
+        factor = {"value": r.u, "key": r.k, "query": r.q}[cast(Literal["value", "key", "query"], self.name)]
+        return factor[:, -1, self.node.head].reshape(r.B, -1, factor.shape[-1])
+
+    def given(self, sides: Tensor) -> Tensor:
+        """[N,K,V], what sides give to the state after their token, [N,1,V], what a query reads, or [N,V], what a
+        softmax head hands on."""
+        sides = sides.to(self.gradient)
+        if self.other is None or self.name == "gate":
+            return sides
+        if self.name == "value":
+            return self.other.mT @ sides
+        return (sides.mT if self.name == "key" else sides) @ self.other
 
     def worth(self, sides: Tensor) -> Tensor:
-        """[N], what sides [N,...] give to the metric."""
-        return (sides * self.direction).flatten(1).sum(1)
+        """[N], what sides give to the metric, to first order."""
+        return (self.given(sides) * self.gradient).flatten(1).sum(1)
+
+    def effects(self, taken: Tensor, through: ThroughNorm | None) -> Tensor:
+        """[N], what the metric loses with sides ``taken`` off: exactly ``through`` the norm of the head, which is that
+        from the token of the write on."""
+        if through is None or self.readers is None:
+            return self.worth(taken)
+        reads = self.readers @ self.given(taken)
+        first = self.at - self.node.position
+        return through.select(slice(None), slice(first, first + reads.shape[1])).of_reads(reads)
 
 
 class Maps(NamedTuple):
@@ -209,6 +230,24 @@ class Blocks:
             found.append(Maps(maps[0], maps[1], float(whole.detach())))
         return found
 
+    def through(self, node: Node, gradient: Tensor) -> ThroughNorm | None:
+        """`WayOut.through` of the head of a write from its token on, with the ``gradient`` [1,T,H,V] by what the heads
+        of its layer hand on. Cost: its block on these tokens."""
+        tokens = range(self.window(node.layer, node.position).start, gradient.shape[1])
+        mixer = f"blocks.{node.layer}.mixer"
+        reads = self.text.at(f"{mixer}.hook_read")[None, tokens.start :]
+        ways: list[WayOut] = []
+
+        def put(x: Tensor, hook: HookPoint) -> Tensor:
+            return reads.to(x)
+
+        found = ways_out(self.model, [node.layer], lambda _, way: ways.append(way))
+        with self.model.hooks([(f"{mixer}.hook_read", put)]), found:
+            self.run(node.layer, f"{mixer}.hook_z", self.entering(node.layer, tokens)[None], tokens)
+        through = ways[0].through(gradient[:, tokens.start :])
+        heads = slice(node.head, node.head + 1)
+        return through and through.select(heads, slice(node.position - tokens.start, None))
+
     # ------------------------------------------------------------------------------------ exact changes
 
     @torch.no_grad()
@@ -344,27 +383,33 @@ def ports_of(node: Node, r: Recurrence, at_reads: Tensor, read: int | None = Non
     own = r.select(heads=node.head)
     gradient = at_reads[:, :, node.head : node.head + 1]
     of_write = own.adjoint(gradient).states(positions=[r.T - 1 - position])[0, 0, 0]  # [K,V]
-    key = own.k[0, position, 0].to(of_write)
-    value = own.u[0, position, 0].to(of_write)
-    ports = [Port(node, "value", position, key @ of_write), Port(node, "key", position, value @ of_write.T)]
+    key = torch.atleast_2d(own.k[0, position, 0]).to(of_write)
+    value = torch.atleast_2d(own.u[0, position, 0]).to(of_write)
+    readers = None if r.rates is not None else _readers(own, position)
+    ports = [
+        Port(node, "value", position, of_write, key, readers),
+        Port(node, "key", position, of_write, value, readers),
+    ]
     if position > 0:
         before = own.states(positions=position - 1)[0, 0, 0]
-        ports.append(Port(node, "gate", position, of_write, before))
-    if r.rates is not None or r.read_before_write:
+        ports.append(Port(node, "gate", position, of_write, before, readers))
+    if readers is None or r.read_before_write:
         return ports
-    carried = carried_key(r, node)  # [R,T-s,K]
-    queries = own.q[0, position:, 0].to(carried)
-    weights = own.scale * (carried * queries).sum(-1)  # [R,T-s]
-    gains = torch.atleast_2d(value) @ gradient[0, position:, 0].to(value).T  # [R,T-s]
-    after = int((weights * gains).sum(0).abs().argmax()) if read is None else read - position
-    direction = own.scale * (carried[:, after] * gains[:, after, None]).sum(0)
-    return [*ports, Port(node, "query", position + after, direction)]
+    gradient = gradient[0, position:, 0].to(of_write)
+    if read is None:
+        effects = ((readers @ key.T) * (gradient @ value.T)).sum(1)
+        read = position + int(effects.abs().argmax())
+    carried = own.propagate(key, position, 0)[0, :, read - position]
+    found = own.scale * carried.T @ value
+    return [*ports, Port(node, "query", read, gradient[read - position], found, torch.ones_like(found[:1, :1]))]
 
 
-def carried_key(r: Recurrence, node: Node) -> Tensor:
-    """[R,T-s,K], the key of a write as the transitions since have left it."""
-    keys = torch.atleast_2d(r.k[0, node.position, node.head].to(r.dtype))
-    return r.propagate(keys, node.position, node.head)[0]
+def _readers(own: Recurrence, position: int) -> Tensor:
+    """[T',K], what each token from ``position`` on reads of the state of one head after ``position``."""
+    length = own.T - position
+    single = own.q.new_zeros(1, own.T, 1, length, dtype=own.dtype)
+    single[0, position:, 0] = torch.eye(length)
+    return own.adjoint(single).states(positions=[length - 1])[0, 0, 0].T
 
 
 def ports_of_head(node: Node, at_z: Tensor) -> list[Port]:
@@ -377,24 +422,15 @@ def ports_of_head(node: Node, at_z: Tensor) -> list[Port]:
     return [Port(node, name, node.position, at_z[0, node.position, node.head]) for name in names]
 
 
-def change_for(port: Port, clean: Text, plain: Tensor, rows: Tensor) -> list[Change]:
-    """For each of the sides ``rows`` [N,...], what gives it to the port and leaves the other ports alone. ``plain``
-    [...] is the side as it is."""
+def change_for(port: Port, clean: Text, taken: Tensor) -> list[Change]:
+    """For each of ``taken`` [N,...], what takes it off the side of a port and leaves the other ports alone."""
     node = port.node
-    if node.feature_type == "attn":
-        name = f"blocks.{node.layer}.attn.hook_z"
-        return [Change(node.layer, port.at, {name: row}, node.head) for row in rows]
+    given = port.given(taken)
     mixer = f"blocks.{node.layer}.mixer"
-    name = f"{mixer}.hook_write_{port.name}"
-    r = clean.recurrences[node.layer]
-    if port.name == "gate":  # what is left of the state is added to what is written
+    if node.feature_type == "write" and port.name != "query":
         name = f"{mixer}.heads.{node.head}.hook_write"
-        write = r.write(heads=node.head, positions=node.position)[0, 0, 0]
-        return [Change(node.layer, port.at, {name: write + row - plain}) for row in rows]
-    if port.name == "query":  # another query reads the write with another weight
-        name = f"{mixer}.hook_read"
-        carried = carried_key(r, node)[:, port.at - node.position]
-        weights = r.scale * (rows - plain).to(carried) @ carried.T  # [N,R]
-        value = torch.atleast_2d(r.u[0, node.position, node.head])
-        rows = clean.at(name)[port.at, node.head] + weights @ value.to(carried)
-    return [Change(node.layer, port.at, {name: row}, node.head) for row in rows]
+        write = clean.recurrences[node.layer].write(heads=node.head, positions=node.position)[0, 0, 0]
+        return [Change(node.layer, port.at, {name: write - row}) for row in given]
+    name = f"{mixer}.hook_read" if node.feature_type == "write" else f"blocks.{node.layer}.attn.hook_z"
+    value = clean.at(name)[port.at, node.head]
+    return [Change(node.layer, port.at, {name: value - row}, node.head) for row in given.reshape(-1, len(value))]

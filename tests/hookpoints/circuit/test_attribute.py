@@ -142,20 +142,21 @@ def test_edges_are_measured_by_runs_with_that_side_changed(
     model64: HookedRecurrent, graph: Graph, layer: int, position: int, read: int
 ) -> None:
     """Value and key: the write is replaced. Query: its weight in the reading token's pattern is. Gate: the transition
-    of its token is. The prediction is the change of that side times the metric's gradient by it."""
+    of its token is. To first order, the change of that side counts times the metric's gradient by it."""
     tracer: Any = graph.tracer
     head = 1
     clean = model64.recurrence(SEQUENCE, layer)
     for port in ports_of(Node("write", layer, head, position), clean, tracer.gradients.reads[layer], read):
         plain, *sides = tracer.blocks.sides_without([port], [Node("mlp", layer - 1, -1, port.at)])[0]
-        (found,) = tracer.runs.effects(change_for(port, tracer.blocks.text, plain, torch.stack(sides)))
+        taken = plain - torch.stack(sides)
+        (found,) = tracer.runs.effects(change_for(port, tracer.blocks.text, taken))
         changed = without_mlp(model64, layer, port.at)
         at = (0, position, head)
         hooks: list[Any] = []
         edit: Any = ()
         if port.name in ("value", "key"):
             gradient = gradient_at(model64, f"blocks.{layer}.mixer.hook_write_{port.name}")[at]
-            torch.testing.assert_close(port.direction, gradient, rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(port.worth(taken), taken[:, 0] @ gradient, rtol=1e-9, atol=1e-12)
             k = changed.k if port.name == "key" else clean.k
             u = changed.u if port.name == "value" else clean.u
             edit = WriteEdit(layer, head, position, keys=k[at], values=u[at], mode="replace")
@@ -174,6 +175,43 @@ def test_edges_are_measured_by_runs_with_that_side_changed(
         assert abs(found) > 1e-8
 
 
+def test_an_edge_goes_exactly_through_the_norm_of_its_head(hooked64: HookedRecurrent) -> None:
+    """In every family, of any change of a side: what a run hands on in which the port alone is another, times the
+    gradient there."""
+    if not hooked64.attachment.layout.is_chain:
+        return
+    tracer: Any = attribute(SEQUENCE, hooked64, [5], against=9, measure=3, targets=0).tracer
+    layer = hooked64.cfg.recurrent_layers[-1]
+    name = f"blocks.{layer}.mixer.hook_z"
+    at_z = tracer.gradients.handed_on[layer]
+    reads = tracer.gradients.reads[layer]
+    _, cache = hooked64.run_with_cache(SEQUENCE, names_filter=name)
+    node = Node("write", layer, hooked64.cfg.layer(layer).H - 1, 13)
+    through = tracer.blocks.through(node, at_z)
+    ports = ports_of(node, tracer.blocks.text.recurrences[layer], reads)
+    assert {"value", "key", "gate"} <= {port.name for port in ports}
+    sizes = []
+    for port in ports:
+        (side,) = tracer.blocks.sides_without([port], [])
+        taken = side + side.flip(-1)
+        (change,) = change_for(port, tracer.blocks.text, taken)
+        ((hook, value),) = change.values.items()
+
+        def put(x: Tensor, hook: object, change: Any = change, value: Tensor = value) -> Tensor:
+            x = x.clone()
+            at = x[0, change.position]
+            at = at if change.head < 0 else at[change.head]
+            at.copy_(value)
+            return x
+
+        with torch.no_grad(), hooked64.hooks([(hook, put)]):
+            _, edited = hooked64.run_with_cache(SEQUENCE, names_filter=name)
+        expected = float(((cache[name] - edited[name]) * at_z).sum())
+        assert float(port.effects(taken, through)) == pytest.approx(expected, rel=1e-6, abs=1e-10), port.name
+        sizes.append(abs(expected))
+    assert max(sizes) > 1e-9
+
+
 def put(x: Tensor, hook: object, value: Tensor) -> Tensor:
     return value.to(x)
 
@@ -187,7 +225,7 @@ def test_edges_into_a_softmax_head_compute_its_pattern_again(model64: HookedRecu
     ports = ports_of_head(Node("attn", layer, head, at), tracer.gradients.other[f"blocks.{layer}.attn.hook_z"])
     port = next(port for port in ports if port.name == name)
     plain, *sides = tracer.blocks.sides_without([port], [Node("mlp", layer - 1, -1, token)])[0]
-    (found,) = tracer.runs.effects(change_for(port, tracer.blocks.text, plain, torch.stack(sides)))
+    (found,) = tracer.runs.effects(change_for(port, tracer.blocks.text, plain - torch.stack(sides)))
 
     def take(x: Tensor, hook: object) -> Tensor:
         x = x.clone()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from conftest import MAKERS, VOCAB, KeepFloat64, hooked_in_float64, make_hf
 from torch import Tensor
+from torch.nn import functional as F
 
 from hookpoints import HookedRecurrent, WriteEdit, write_attribution
 from hookpoints.circuit import nodes
@@ -39,6 +41,11 @@ def test_a_write_goes_exactly_through_recurrence_and_norm(
         warnings.simplefilter("error", PredictionWarning)
         table = write_attribution(model, SEQUENCE, metric, corrupt=corrupt, frozen=frozen)
     assert len(table) == SEQUENCE.shape[1] * sum(model.cfg.layer(layer).H for layer in model.cfg.recurrent_layers)
+    assert_exact(model, table, corrupt, frozen)
+
+
+def assert_exact(model: HookedRecurrent, table: Any, corrupt: Tensor | None = None, frozen: bool = False) -> None:
+    """Effects of a few writes are what edited runs hand on, times the gradient there."""
     gradients = read_gradients(model, SEQUENCE, metric, frozen).handed_on
     donors = None if corrupt is None else record(model, corrupt)
     largest = 0.0
@@ -120,6 +127,55 @@ def test_a_head_without_a_norm_is_linear() -> None:
     with KeepFloat64():
         tables = [write_attribution(model, SEQUENCE, metric, through=through) for through in ("norm", None)]
     torch.testing.assert_close(*(torch.tensor(table.attribution.to_numpy()) for table in tables), rtol=1e-9, atol=1e-12)
+
+
+def mean_square(x: Tensor) -> Tensor:
+    return x.square().mean(-1, keepdim=True) + 1e-6
+
+
+def centered(x: Tensor) -> Tensor:
+    return x - x.mean(-1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("form", "is_known"),
+    [
+        pytest.param(lambda x: x * torch.rsqrt(mean_square(x)), True, id="inverse root"),
+        pytest.param(lambda x: x / mean_square(x).sqrt(), True, id="root"),
+        pytest.param(lambda x: x * (1 / torch.sqrt(mean_square(x))), True, id="inverse of a root"),
+        pytest.param(lambda x: x / torch.sqrt(x.var(-1, keepdim=True) + 1e-6), False, id="variance alone"),
+        pytest.param(lambda x: centered(x) / torch.sqrt(x.var(-1, keepdim=True) + 1e-6), False, id="variance by V - 1"),
+        pytest.param(lambda x: centered(x) * torch.rsqrt(mean_square(centered(x))), True, id="centered"),
+        pytest.param(lambda x: x / torch.sqrt(torch.tensor(16.0).to(x)), True, id="constant"),
+        pytest.param(lambda x: x * mean_square(x) ** -0.5, False, id="power"),
+        pytest.param(lambda x: x / x.norm(dim=-1, keepdim=True), False, id="length"),
+        pytest.param(lambda x: F.normalize(x, dim=-1), False, id="normalize"),
+        pytest.param(lambda x: centered(x) / x.std(-1, keepdim=True), False, id="deviation"),
+        pytest.param(lambda x: x / (mean_square(x).sqrt() + 0.1), False, id="root and more"),
+        pytest.param(lambda x: x * torch.sqrt(1 / mean_square(x)), False, id="root of an inverse"),
+    ],
+)
+def test_a_norm_that_is_written_by_hand_is_exact_or_warned_of(form: Callable[[Tensor], Tensor], is_known: bool) -> None:
+    with KeepFloat64():
+        hf: Any = make_hf().double()
+
+        class Norm(torch.nn.Module):
+            def forward(self, reads: Tensor, gate: Tensor) -> Tensor:
+                return form(reads) * F.silu(gate)
+
+        for layer in hf.model.layers:
+            if hasattr(layer, "linear_attn"):
+                layer.linear_attn.norm = Norm()
+        model = HookedRecurrent.from_hf(hf)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            table = write_attribution(model, SEQUENCE, metric)
+        assert any(warning.category is PredictionWarning for warning in seen) != is_known
+        if is_known:
+            assert_exact(model, table)
+        else:
+            first_order = write_attribution(model, SEQUENCE, metric, through=None)
+            assert table.attribution.tolist() == pytest.approx(first_order.attribution.tolist(), abs=1e-12)
 
 
 @pytest.mark.parametrize(
