@@ -19,7 +19,7 @@ ALONE = "hookpoints/pyproject.toml"
 PACKAGES = ("hookpoints", "sae_lens_writesae", "writesae")
 """Each knows only those before it."""
 CEILINGS = {
-    "hookpoints": 47_500,
+    "hookpoints": 47_430,
     "sae_lens_writesae": 18_000,
     "writesae": 59_700,
     "tests": 120_400,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
+from itertools import chain
+from textwrap import wrap
 from typing import NamedTuple, cast
 
 import pandas as pd
@@ -40,11 +42,11 @@ _SOURCES = {"direct": 1000, "part": 4}
 _LEAST = 0.08
 """Share of the largest effect from which on an edge is drawn."""
 LEGEND = (
-    ("Circle: a write. Square: MLP, head or embedding. ", "Size and width: measured effect; blue helps, red hurts."),
-    ("Lines into a value are solid, ", "into a key dotted, into a query or gate dashed."),
+    "Circle: a write. Square: MLP, head or embedding. Size and width: measured effect; blue helps, red hurts.",
+    "Lines into a value are solid, into a key dotted, into a query or gate dashed.",
+    "Diamonds: atoms of a write or a state, what they miss (error), and the bias.",
 )
-PARTS = ("Diamonds: atoms of a write or a state, ", "what they miss (error), and the bias.")
-"""The line of the legend of graphs that have some."""
+"""The last line is of graphs that have some."""
 
 
 class Spot(NamedTuple):
@@ -81,15 +83,13 @@ class Layout:
         streams = {_token(line.source) for line in lines if line.source.startswith("stream@")}
         self.tokens = sorted({last, *streams, *(spot.position for spot in spots)})
         self.column = (width - _LEFT - 14) / len(self.tokens)
-        above: dict[int, float] = {}
-        height = 0.0
-        for block in sorted({spot.layer for spot in spots if spot.layer >= 0}):
-            below = Counter(spot.position for spot in spots if spot.is_part and spot.layer == block)
-            height += _ROW + _PART * max(below.values(), default=0)
-            above[block] = height
-        self.floor = _TOP + _ROW * 0.55 + height
-        self.rows = {block: self.floor - height for block, height in above.items()}
+        self.rows: dict[int, float] = {}
         """The line of each block."""
+        self.floor = _TOP + 0.55 * _ROW
+        for block in sorted({spot.layer for spot in spots if spot.layer >= 0}, reverse=True):
+            self.rows[block] = self.floor
+            below = Counter(spot.position for spot in spots if spot.is_part and spot.layer == block)
+            self.floor += _ROW + _PART * max(below.values(), default=0)
         self.places = {f"stream@{token}": (self.across(token), self.floor) for token in self.tokens}
         self.places |= {spot.node_id: self._place(spot, spots) for spot in spots}
         self.places["logit"] = (self.across(last), _TOP - 10.0)
@@ -122,21 +122,21 @@ def svg(nodes: pd.DataFrame, edges: pd.DataFrame, metadata: Mapping[str, object]
     """The picture of a pruned graph, as wide as so many pixels; tokens and blocks without a node are left out."""
     texts = cast(Sequence[str], metadata["tokens"])
     words = cast(Mapping[str, str], metadata.get("labels", {}))
-    lines = list(_lines(edges))
-    spots = list(_spots(nodes, lines))
+    lines = _lines(edges)
+    spots = _spots(nodes, lines)
     layout = Layout(spots, lines, len(texts) - 1, width)
-    most = max([abs(shown.measured) for shown in (*spots, *lines)], default=1.0)
+    most = max([abs(shown.measured) for shown in (*spots, *lines)], default=0) or 1.0
     body = [f"<style>{STYLE}</style>", *_grid(layout, texts)]
     body += [_path(line, layout, most) for line in reversed(lines)]
     body += _shapes(spots, layout, most, words)
     title = f"{metadata['title']}: {cast(float, metadata['metric']):+.2f}"
     body.append(_tag("text", title, x=width - 8, y=_TOP - 22.0, class_="title", text_anchor="end"))
-    legend = [*LEGEND, PARTS] if any(spot.is_part for spot in spots) else LEGEND
-    rows = [part for line in legend for part in (line if width < 560 else ["".join(line)])]
+    legend = LEGEND if any(spot.is_part for spot in spots) else LEGEND[:-1]
     below = layout.floor + 74
-    for row, words_of_row in enumerate(rows):
-        body.append(_tag("text", words_of_row, x=6, y=below + 15 * row, class_="soft"))
-    box = f"0 0 {width} {below + 15 * len(rows):.0f}"
+    for row in chain.from_iterable(wrap(line, width // 6) for line in legend):
+        body.append(_tag("text", row, x=6, y=below, class_="soft"))
+        below += 15
+    box = f"0 0 {width} {below:.0f}"
     attributes = {"xmlns": "http://www.w3.org/2000/svg", "viewBox": box, "style": f"max-width: {width}px"}
     return _raw("svg", "".join(body), class_="circuit", role="img", width="100%", **attributes)
 
@@ -146,32 +146,31 @@ def _lines(edges: pd.DataFrame) -> list[Line]:
     only where nothing that it holds has one."""
     size = edges.measured.abs()
     large = edges[(size >= _LEAST * size.max()) | (edges.port == "part")].dropna(subset="measured")
-    lines = sorted(map(Line._make, large[list(Line._fields)].to_numpy().tolist()), key=lambda line: -abs(line.measured))
-    by_port: dict[tuple[str, str], list[Line]] = {}
-    for line in lines:
-        by_port.setdefault((line.target, line.port), []).append(line)
-    drawn = set[Line]()
-    for (_, port), of_port in by_port.items():
-        parts = [line for line in of_port if not line.source.startswith("stream@")][: _SOURCES.get(port, 2)]
+    drawn = list[Line]()
+    for (_, port), group in large.groupby(["target", "port"], sort=False):
+        lines = sorted(map(Line._make, group[list(Line._fields)].to_numpy().tolist()), key=_size)
+        parts = [line for line in lines if not line.source.startswith("stream@")][: _SOURCES.get(port, 2)]
         tokens = {_token(line.source) for line in parts}
-        others = [line for line in of_port if _token(line.source) not in tokens]
-        drawn |= {*parts, *others[:1]}
-    return [line for line in lines if line in drawn]
+        drawn += [*parts, *[line for line in lines if _token(line.source) not in tokens][:1]]
+    return sorted(drawn, key=_size)
+
+
+def _size(shown: Spot | Line) -> float:
+    """The largest first."""
+    return -abs(shown.measured)
 
 
 def _token(node_id: str) -> int:
     return int(node_id.split(" ")[0].split("@")[1])
 
 
-def _spots(nodes: pd.DataFrame, lines: Sequence[Line]) -> Iterator[Spot]:
+def _spots(nodes: pd.DataFrame, lines: Sequence[Line]) -> list[Spot]:
     """The nodes that have a line, or an effect to speak of, the largest first; parts have a line."""
     named = {name for line in lines for name in (line.source, line.target)}
     least = _LEAST * nodes.measured.abs().max()
     known = nodes.fillna({"measured": 0.0})
-    spots = map(Spot._make, known[list(Spot._fields)].to_numpy().tolist())
-    for spot in sorted(spots, key=lambda spot: -abs(spot.measured)):
-        if spot.node_id in named or (not spot.is_part and abs(spot.measured) >= least):
-            yield spot
+    spots = sorted(map(Spot._make, known[list(Spot._fields)].to_numpy().tolist()), key=_size)
+    return [s for s in spots if s.node_id in named or (not s.is_part and abs(s.measured) >= least)]
 
 
 def _grid(layout: Layout, texts: Sequence[str]) -> Iterator[str]:
@@ -213,7 +212,8 @@ def _shapes(spots: Sequence[Spot], layout: Layout, most: float, labels: Mapping[
     for spot, radius in zip(spots, radii):
         x, y = layout.places[spot.node_id]
         place, _, kind = spot.node_id.partition(" ")
-        name = labels.get(spot.node_id, kind) if spot.is_part else f"{place.partition('@')[0]} {kind}".strip()
+        head, _, _ = place.partition("@")
+        name = labels.get(spot.node_id, kind) if spot.is_part else f"{head} {kind}".strip()
         words = f"{name} {spot.measured:+.2f}" if spot.measured else name
         half = 2.9 * len(words)
         middle = min(max(x, half + 4), layout.width - half - 4)

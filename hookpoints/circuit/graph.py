@@ -89,13 +89,13 @@ class Tracer(Protocol):
 class Graph:
     """Why a model said something: which nodes made a metric, and what made those.
 
-    ``nodes`` has a row for each embedding, write, softmax head and MLP: ``predicted`` is what deleting it would take
-    off the metric by gradients, ``measured`` what deleting it took off in its own run (NaN: not measured). With a
-    corrupt text a node is replaced by that of the corrupt text instead. ``edges`` has for each measured node what its
-    ports are made of; ``port`` is "value", "key", "query" or "gate" of a write or softmax head, "part" of a write or a
-    state that a dictionary takes apart, or "direct" of the logit, ``read`` the token whose query it is (-1: none). A
-    source "stream@t" is all that the residual stream holds at t, so that its effect is that of all sources there
-    together.
+    ``nodes`` has a row for each embedding, write, softmax head and MLP, for each state that a dictionary takes apart,
+    and for each part of such a write or state: ``predicted`` is what deleting it would take off the metric by
+    gradients, ``measured`` what deleting it took off in its own run (NaN: not measured). With a corrupt text a node is
+    replaced by that of the corrupt text instead. ``edges`` has for each measured node what its ports are made of;
+    ``port`` is "value", "key", "query" or "gate" of a write or softmax head, "part" of a write or a state that a
+    dictionary takes apart, or "direct" of the logit, ``read`` the token whose query it is (-1: none). A source
+    "stream@t" is all that the residual stream holds at t, so that its effect is that of all sources there together.
     """
 
     nodes: pd.DataFrame
