@@ -431,6 +431,18 @@ def test_writes_and_states_are_taken_apart(hooked64: HookedRecurrent, kind: Any,
             assert row.measured == pytest.approx(tracer.runs.plain - left, abs=1e-9) and row.measured
 
 
+def test_the_explained_writes_of_a_head_are_taken_apart(graph: Graph) -> None:
+    """And where none is, the one of the largest prediction."""
+    tracer: Any = graph.tracer
+    writes: Any = graph.nodes[graph.nodes.feature_type == "write"]
+    head = Node("write", 1, 0)
+    nodes = [Node("write", 1, 0, 3), Node("write", 1, 1, 5), Node("attn", 1, 0, 5), Node("write", 1, 0, 7)]
+    assert tracer.taken_apart(head, nodes, writes) == [nodes[0], nodes[3]]
+    of_head = writes[(writes.layer == 1) & (writes["head"] == 0)]
+    position = of_head.loc[of_head.predicted.abs().idxmax()].position
+    assert tracer.taken_apart(head, nodes[1:3], writes) == [head._replace(position=position)]
+
+
 def largest_read(model: HookedRecurrent, layer: int, head: int) -> int:
     """The token whose read by a head does most to the metric, to first order."""
     gradient = gradient_at(model, f"blocks.{layer}.mixer.hook_read")
