@@ -82,7 +82,7 @@ def costs(model: HookedRecurrent, tokens: torch.Tensor) -> dict[str, float]:
 
     def clock(work: Any) -> float:
         best = []
-        for _ in range(2):
+        for _ in range(5):
             start = time.process_time()
             work()
             best.append(time.process_time() - start)
