@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from hookpoints.circuit.norms import Constants, HeadNorm, ScalesApart
+from hookpoints.circuit.norms import Constants, HeadNorm, ScalesApart, rounding
 from hookpoints.errors import InputError, PredictionWarning
 from hookpoints.layer.intercept import wrap_forward
 from hookpoints.recurrence.canonical import terms
@@ -303,7 +303,7 @@ def _bends(y: Tensor, x: Tensor) -> bool:
         return False
     probe = torch.arange(x.numel(), device=x.device).cos().view_as(x)  # slopes of a centered norm sum to 0
     (curve,) = torch.autograd.grad((slope * probe).sum(), x, allow_unused=True, retain_graph=True)
-    return curve is not None and bool(((curve * x).abs() > 1e-3 * slope.abs().max()).any())
+    return curve is not None and bool(((curve * x).abs() > rounding(y) * slope.abs().max()).any())
 
 
 class ThroughNorm(NamedTuple):

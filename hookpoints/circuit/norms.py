@@ -136,6 +136,11 @@ class Affine(Constants):
         return value.detach() + gate * (x - x.detach())
 
 
+def rounding(x: Tensor) -> float:
+    """What a number in the dtype of ``x`` may miss after a few steps, as a share of it."""
+    return max(1e-3, 8 * torch.finfo(x.dtype).eps)
+
+
 class Form(NamedTuple):
     """A mean square as a function of reads: the sum of squares of their entries, each with its weight."""
 
@@ -164,7 +169,7 @@ class HeadNorm(NamedTuple):
         n_values = reads.shape[-1]
         probe = torch.arange(n_values, device=reads.device).cos().to(reads)
         (bent,) = torch.autograd.grad((slope * probe).sum(), reads, retain_graph=True)
-        small = 1e-3 * bent.abs().max()
+        small = rounding(reads) * bent.abs().max()
         centered = bool(curve.abs().max() < small)
         if centered:
             curve = torch.full_like(reads, 2 / n_values)

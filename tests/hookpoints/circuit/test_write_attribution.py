@@ -121,6 +121,15 @@ def test_a_layer_that_bends_its_reads_is_predicted_to_first_order(tokens: Tensor
     assert not any(point.fwd_hooks for point in model.hook_dict.values())
 
 
+@pytest.mark.parametrize("model_type", ["qwen3_5", "mamba2", "rwkv7"])
+def test_a_norm_is_known_in_half_precision(model_type: str) -> None:
+    model = HookedRecurrent.from_hf(make_hf(model_type).bfloat16())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PredictionWarning)
+        tables = [write_attribution(model, SEQUENCE, metric, through=through) for through in ("norm", None)]
+    assert (tables[0].attribution - tables[1].attribution).abs().max() > 0
+
+
 def test_a_head_without_a_norm_is_linear() -> None:
     """Mamba-1 hands its reads on through a gate alone, so that both kinds of prediction agree."""
     model = hooked_in_float64("mamba")
