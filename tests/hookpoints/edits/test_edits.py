@@ -12,8 +12,9 @@ import torch
 from conftest import VOCAB, continuing, make_hf
 from torch.testing import assert_close
 
-from hookpoints import HookedRecurrent, WriteEdit
+from hookpoints import EditSession, HookedRecurrent, WriteEdit
 from hookpoints.errors import EditError, HookpointsError, UnsupportedModelError
+from hookpoints.memory.caches import cut, tensors_of
 from hookpoints.model.inputs import cache_argument, cache_of
 
 sys.path.append(str(Path(__file__).parents[1] / "model"))
@@ -75,6 +76,25 @@ def test_one_row_walks_on_where_the_plain_pass_cannot_be_cut(model64, sequence):
         for t, logits in zip(positions, found):
             assert_close(logits, edited(model64, sequence, edit_of("delete", t))[0, t:], rtol=0, atol=1e-10)
     assert widths == [20, 10, 10]
+
+
+@torch.no_grad()
+def test_a_session_may_keep_the_last_logits_alone(model, sequence):
+    whole = model.edit_session(sequence)
+    session = EditSession(model, sequence, logits_to_keep=1)
+    assert_close(session.logits, whole.logits[:, -1:], rtol=0, atol=1e-6)
+    hooks = [(f"blocks.{LAYER}.mixer.hook_write_value", lambda x, hook: torch.zeros_like(x))]
+    last = session.run_hooked(2, LAYER, 30, hooks).logits
+    assert_close(last, whole.run_hooked(2, LAYER, 30, hooks).logits[:, -1:], rtol=0, atol=1e-6)
+    assert not torch.allclose(last, session.logits)
+    with pytest.raises(EditError, match="all logits"):
+        session.run([edit_of("delete", 30)])
+
+
+def test_a_cut_copies_the_last_inputs_of_convolutions_alone(model, sequence):
+    held = model.edit_session(sequence)._held
+    convolved = [x for place, x in tensors_of(cut(held, 30)).items() if "/conv_states/" in place]
+    assert convolved and all(x.untyped_storage().nbytes() == x.nbytes for x in convolved)
 
 
 @torch.no_grad()
