@@ -101,6 +101,22 @@ class Maps(NamedTuple):
     """The port."""
 
 
+class Inputs(NamedTuple):
+    """What enters a block at some tokens."""
+
+    layer: int
+    window: range
+    stream: Tensor
+    """[N,W,D]."""
+    embedded: Tensor
+    """[N,W,D], the token embeddings, for blocks that read these again."""
+
+    def repeated(self, n: int) -> Inputs:
+        """One row, ``n`` times."""
+        sizes = (n, -1, -1)
+        return self._replace(stream=self.stream.expand(sizes), embedded=self.embedded.expand(sizes))
+
+
 class BlockRun(NamedTuple):
     """A run of a part of one block."""
 
@@ -138,33 +154,20 @@ class Blocks:
             return range(at + 1)
         return range(max(0, at - self.reach), at + 1)
 
-    def entering(self, layer: int, window: range) -> Tensor:
-        """[W,D], the stream that enters a block."""
-        return self.text.at(f"blocks.{layer}.hook_resid_pre")[window.start : window.stop]
+    def inputs(self, layer: int, window: range) -> Inputs:
+        """What enters a block in the text, as one row."""
+        names = (f"blocks.{layer}.hook_resid_pre", "hook_embed")
+        stream, embedded = (self.text.values[name][:, window.start : window.stop] for name in names)
+        return Inputs(layer, window, stream, embedded)
 
-    def run(
-        self,
-        layer: int,
-        until: str,
-        entering: Tensor,
-        window: range,
-        fwd_hooks: HookSpecs = (),
-        gradients: bool = False,
-        embedded: Tensor | None = None,
-    ) -> BlockRun:
-        """Run a block as far as the hook ``until``.
-
-        Args:
-            entering: [N,W,D], the stream at the tokens of ``window``.
-            embedded: [N,W,D], the token embeddings there, for blocks that read these again; None: as they are.
-        """
-        if embedded is None:
-            embedded = self.text.at("hook_embed")[window.start : window.stop][None].expand(len(entering), -1, -1)
-        tokens = self.text.tokens[:, window.start : window.stop].expand(len(entering), -1)
+    def run(self, until: str, inputs: Inputs, fwd_hooks: HookSpecs = (), gradients: bool = False) -> BlockRun:
+        """Run a block as far as the hook ``until``."""
+        layer = inputs.layer
+        tokens = self.text.tokens[:, inputs.window.start : inputs.window.stop].expand(len(inputs.stream), -1)
         attachment = self.model.attachment
         recurrent = [layer] if layer in self.model.cfg.layers else []
         recording = self.model.recording(recurrent, gradients=gradients)
-        embedding = _embedding(attachment.layout.embed, embedded)
+        embedding = _embedding(attachment.layout.embed, inputs.embedded)
         kernel = scope(attachment, backend="recurrence")
 
         def stop(x: Tensor, hook: HookPoint) -> None:
@@ -172,17 +175,15 @@ class Blocks:
 
         hooks = self.model.hooks([*fwd_hooks, (until, stop)])
         with torch.set_grad_enabled(gradients), kernel, recording as seen, embedding, hooks:
-            value = self.model(entering, start_at_layer=layer, stop_at_layer=layer + 1, tokens=tokens)
+            value = self.model(inputs.stream, start_at_layer=layer, stop_at_layer=layer + 1, tokens=tokens)
         return BlockRun(value, seen)
 
-    def sides(
-        self, ports: Sequence[Port], entering: Tensor, embedded: Tensor, window: range, gradients: bool = False
-    ) -> list[Tensor]:
-        """[N,...] of each port of one node at one token, given ``entering`` and ``embedded`` as `run` is."""
+    def sides(self, ports: Sequence[Port], inputs: Inputs, gradients: bool = False) -> list[Tensor]:
+        """[N,...] of each port of one node at the last token of ``inputs``."""
         node = ports[0].node
         block = f"blocks.{node.layer}"
         if node.feature_type == "write":
-            seen = self.run(node.layer, f"{block}.mixer.hook_read", entering, window, (), gradients, embedded).seen
+            seen = self.run(f"{block}.mixer.hook_read", inputs, gradients=gradients).seen
             return [port.of(seen[node.layer].recurrence) for port in ports]
         z = f"{block}.attn.hook_z"
         names = {"query": f"{block}.attn.hook_q", "key": f"{block}.attn.hook_k", "value": f"{block}.attn.hook_v"}
@@ -194,39 +195,36 @@ class Blocks:
         def put(x: Tensor, hook: HookPoint) -> Tensor:
             return taken[str(hook.name)].to(x).expand_as(x)
 
-        plain = self.entering(node.layer, window).expand_as(entering)
         keeping = [(name, keep) for name in names.values()]
-        self.run(node.layer, z, plain[:1], window, keeping)
+        plain = self.inputs(node.layer, inputs.window)
+        self.run(z, plain, keeping)
         clean = dict(kept)
-        self.run(node.layer, z, entering, window, keeping, gradients, embedded)
+        self.run(z, inputs, keeping, gradients)
         changed = dict(kept)
         sides = []
         for port in ports:
             taken = clean if port.name == "gate" else {names[port.name]: changed[names[port.name]]}
-            inputs = (entering, embedded) if port.name == "gate" else (plain, None)
-            putting = [(name, put) for name in taken]
-            ran = self.run(node.layer, z, inputs[0], window, putting, gradients, inputs[1])
+            others = inputs if port.name == "gate" else plain.repeated(len(inputs.stream))
+            ran = self.run(z, others, [(name, put) for name in taken], gradients)
             sides.append(ran.value[:, -1, node.head])
         return sides
 
     def maps(self, ports: Sequence[Port], live: bool) -> list[Maps]:
         """Gradients of ports at one token, ``live`` or with norms, gates and activations held fixed: the port is then
         linear but for biases, and parts of the stream add up. Cost: one block on a few tokens, and back for each."""
-        node = ports[0].node
-        window = self.window(node.layer, ports[0].at)
-        stretch = slice(window.start, window.stop)
-        names = (f"blocks.{node.layer}.hook_resid_pre", "hook_embed")
-        leaves = [self.text.at(name)[stretch][None].clone().requires_grad_() for name in names]
+        layer = ports[0].node.layer
+        plain = self.inputs(layer, self.window(layer, ports[0].at))
+        leaves = [x.clone().requires_grad_() for x in (plain.stream, plain.embedded)]
         with torch.enable_grad(), fixed_weights(self.model), nullcontext() if live else Affine():
-            sides = self.sides(ports, leaves[0], leaves[1], window, gradients=True)
+            sides = self.sides(ports, Inputs(layer, plain.window, *leaves), gradients=True)
             wholes = [port.worth(side).sum() for port, side in zip(ports, sides)]
         found = []
         for whole in wholes:
-            maps = [torch.zeros_like(self.text.at(name)) for name in names]
+            maps = [torch.zeros_like(self.text.at("hook_embed")) for _ in leaves]
             gradients = torch.autograd.grad(whole, leaves, allow_unused=True, retain_graph=True)
             for target, gradient in zip(maps, gradients):
                 if gradient is not None:
-                    target[stretch] = gradient[0]
+                    target[plain.window.start : plain.window.stop] = gradient[0]
             found.append(Maps(maps[0], maps[1], float(whole.detach())))
         return found
 
@@ -243,7 +241,7 @@ class Blocks:
 
         found = ways_out(self.model, [node.layer], lambda _, way: ways.append(way))
         with self.model.hooks([(f"{mixer}.hook_read", put)]), found:
-            self.run(node.layer, f"{mixer}.hook_z", self.entering(node.layer, tokens)[None], tokens)
+            self.run(f"{mixer}.hook_z", self.inputs(node.layer, tokens))
         through = ways[0].through(gradient[:, tokens.start :])
         heads = slice(node.head, node.head + 1)
         return through and through.select(heads, slice(node.position - tokens.start, None))
@@ -254,19 +252,18 @@ class Blocks:
     def sides_without(self, ports: Sequence[Port], sources: Sequence[Node]) -> list[Tensor]:
         """[1+N,...] of each port of one node at one token: as it is, and without each source, the others as they are.
         With a corrupt text a source is replaced by that of the corrupt text instead."""
-        node = ports[0].node
-        window = self.window(node.layer, ports[0].at)
-        stretch = slice(window.start, window.stop)
+        layer = ports[0].node.layer
+        window = self.window(layer, ports[0].at)
         step = max(1, _TOKENS // len(window))
         rows = []
         for first in range(0, len(sources) + 1, step):
             some = [None, *sources][first : first + step]
-            entering = self.entering(node.layer, window)[None] - self.given(some, window)
-            embedded = self.text.at("hook_embed")[stretch][None].repeat(len(some), 1, 1)
+            plain = self.inputs(layer, window).repeated(len(some))
+            embedded = plain.embedded.clone()
             for row, source in enumerate(some):
                 if source is not None and source.feature_type == "embedding" and source.position in window:
                     embedded[row, source.position - window.start] = self.other("hook_embed")[source.position]
-            rows.append(self.sides(ports, entering, embedded, window))
+            rows.append(self.sides(ports, Inputs(layer, window, plain.stream - self.given(some, window), embedded)))
         return [torch.cat(sides) for sides in zip(*rows)]
 
     def other(self, name: str) -> Tensor:
@@ -343,8 +340,8 @@ class Blocks:
             return without.to(x)
 
         added = f"blocks.{layer}.hook_mixer_out"
-        entering = self.entering(layer, longer)[None].expand(len(sources), -1, -1)
-        ran = self.run(layer, added, entering, longer, [(f"blocks.{layer}.mixer.hook_read", put)])
+        inputs = self.inputs(layer, longer).repeated(len(sources))
+        ran = self.run(added, inputs, [(f"blocks.{layer}.mixer.hook_read", put)])
         return (self.text.at(added)[None, stretch] - ran.value)[:, window.start - first :]
 
 
