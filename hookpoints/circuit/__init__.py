@@ -2,5 +2,6 @@
 
 ``norms`` holds norms fixed or splits off their scale; ``nodes`` predicts what deleting a write does; ``stream`` takes
 the residual stream apart; ``measure`` runs the model without a node; ``ports`` says what the key, value and query of a
-write are made of; ``attribute`` puts these together; ``graph`` is the result and ``draw`` its picture.
+write are made of; ``tracing`` follows one text with these, and ``atoms`` takes its writes and states apart;
+``attribute`` puts this together; ``graph`` is the result, ``tables`` are its rows, and ``draw`` is its picture.
 """

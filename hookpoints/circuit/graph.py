@@ -14,6 +14,7 @@ import pandas as pd
 
 from hookpoints.circuit.draw import svg
 from hookpoints.circuit.node import Node
+from hookpoints.circuit.tables import EDGE_COLUMNS, NODE_COLUMNS, largest
 from hookpoints.errors import InputError, PredictionWarning
 from hookpoints.files import atomic_text, read_json
 
@@ -21,24 +22,6 @@ SCHEMA = 1
 """Version of the format of `Graph.save`."""
 MAX_BYTES = 200_000_000
 """Largest file that `Graph.load` reads."""
-NODE_COLUMNS = {
-    "node_id": "str",
-    "feature_type": "str",
-    "layer": "int64",
-    "head": "int64",
-    "position": "int64",
-    "feature": "int64",
-    "predicted": "float64",
-    "measured": "float64",
-}
-EDGE_COLUMNS = {
-    "source": "str",
-    "target": "str",
-    "port": "str",
-    "read": "int64",
-    "predicted": "float64",
-    "measured": "float64",
-}
 
 
 class Check(NamedTuple):
@@ -257,11 +240,6 @@ class Graph:
 
     def _repr_svg_(self) -> str:
         return self.draw()
-
-
-def largest(nodes: pd.DataFrame, n: int) -> pd.DataFrame:
-    """The n rows with the largest measured effect."""
-    return nodes.loc[nodes.measured.abs().nlargest(n).index]
 
 
 def _fit(table: pd.DataFrame) -> tuple[float, float]:

@@ -17,8 +17,6 @@ from hookpoints.edits.session import EditSession
 if TYPE_CHECKING:
     from transformer_lens.hook_points import HookPoint
 
-    from hookpoints.model.recurrent import HookedRecurrent
-
 _ROWS = 64
 _ROOM = 2**26
 """Logits of runs at once."""
@@ -32,14 +30,13 @@ class Measure:
     """The plain pass of one text, kept, so that each other run costs only what differs.
 
     Args:
-        tokens: [1,T].
-        last: the metric depends on the logits after the last token alone.
+        session: of the text; its logits may be the last alone where these are all that the metric depends on.
     """
 
-    def __init__(self, model: HookedRecurrent, tokens: Tensor, metric: LogitMetric, last: bool):
-        self.session = EditSession(model, tokens, logits_to_keep=1 if last else 0)
+    def __init__(self, session: EditSession, metric: LogitMetric):
+        self.session = session
+        self.last = session.logits.shape[1] < session.tokens.shape[1]
         self.metric = metric
-        self.last = last
         self.plain = float(metric(self.session.logits))
         self.runs = 0
         """Runs so far."""

@@ -18,9 +18,8 @@ from hookpoints.circuit.node import Change, FeatureType, Node, PortName
 from hookpoints.circuit.nodes import ThroughNorm, WayOut, fixed_weights, ways_out
 from hookpoints.circuit.norms import Affine
 from hookpoints.circuit.stream import Decomposition, Text, reads_of
-from hookpoints.layer.context import scope
+from hookpoints.layer.context import StopForward, scope
 from hookpoints.memory.caches import reach
-from hookpoints.model.attachment import StopForward
 from hookpoints.model.inputs import cache_of, continuing
 from hookpoints.recurrence.recurrence import Recurrence
 
@@ -157,7 +156,7 @@ class Blocks:
     def inputs(self, layer: int, window: range) -> Inputs:
         """What enters a block in the text, as one row."""
         names = (f"blocks.{layer}.hook_resid_pre", "hook_embed")
-        stream, embedded = (self.text.values[name][:, window.start : window.stop] for name in names)
+        stream, embedded = (self.text.at(name)[None, window.start : window.stop] for name in names)
         return Inputs(layer, window, stream, embedded)
 
     def run(self, until: str, inputs: Inputs, fwd_hooks: HookSpecs = (), gradients: bool = False) -> BlockRun:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,10 +13,12 @@ from hookpoints.circuit.node import FeatureType
 from hookpoints.circuit.nodes import fixed_weights
 from hookpoints.circuit.norms import FrozenNorms
 from hookpoints.recurrence.recurrence import Recurrence
+from hookpoints.scopes import scoped
 
 if TYPE_CHECKING:
     from transformer_lens.hook_points import HookPoint
 
+    from hookpoints.hooks.guard import Hook
     from hookpoints.model.recurrent import HookedRecurrent
 
 _ROOM = 2**24
@@ -51,46 +53,45 @@ class Text(NamedTuple):
     """[1,T]."""
     recurrences: Mapping[int, Recurrence]
     values: Mapping[str, Tensor]
-    """What hooks saw, [1,T,...], by name."""
-    spans: Mapping[str, Span]
+    """What hooks saw, [1,T,...], by name; with graphs inside stretches."""
+    stretches: Mapping[str, Stretch]
     """By the hook at their end."""
 
     def at(self, name: str) -> Tensor:
         """[T,...]."""
-        return self.values[name][0]
+        return self.values[name].detach()[0]
+
+    def span(self, added: str) -> Span:
+        """The stretch that ends at a hook."""
+        return Span(*(self.values[name] for name in self.stretches[added]))
 
 
-@torch.no_grad()
-def read_text(
-    model: HookedRecurrent, tokens: Tensor, recurrences: Mapping[int, Recurrence], stretches: Sequence[Stretch] = ()
-) -> Text:
-    """One pass of a model whose blocks are a chain. ``stretches`` are followed by autograd."""
+@scoped
+def reading(model: HookedRecurrent, stretches: Collection[Stretch] = ()) -> Iterator[dict[str, Tensor]]:
+    """In this scope a pass leaves the values of a `Text`. ``stretches`` are followed by autograd, norms fixed."""
     ends = ("hook_resid_pre", "hook_mixer_out", "hook_attn_out", "hook_mlp_out", "hook_resid_post")
     ends += ("mixer.hook_read", "mixer.hook_z", "attn.hook_z")
-    names = [name for name in model.hook_dict if name.startswith("blocks.") and name.split(".", 2)[-1] in ends]
-    kept: dict[str, Tensor] = {}
+    values: dict[str, Tensor] = {}
+
+    def keep(x: Tensor, hook: HookPoint) -> None:
+        values[str(hook.name)] = x
 
     def begin(x: Tensor, hook: HookPoint) -> Tensor:
         torch.set_grad_enabled(True)
-        kept[str(hook.name)] = x = x.detach().requires_grad_()
-        return x
-
-    def keep(x: Tensor, hook: HookPoint) -> None:
-        kept[str(hook.name)] = x
+        return x.detach().requires_grad_()
 
     def finish(x: Tensor, hook: HookPoint) -> Tensor:
         torch.set_grad_enabled(False)
-        kept[str(hook.name)] = x
         return x.detach()
 
-    hooks: list[tuple[str, Callable[..., Tensor | None]]] = []
-    for stretch in stretches:
-        hooks += [(stretch.start, begin), (stretch.added, finish)]
-        hooks += [(stretch.handed_on, keep)] if stretch.handed_on != stretch.start else []
-    with fixed_weights(model), FrozenNorms(), model.hooks(hooks):
-        _, cache = model.run_with_cache(tokens, names_filter=["hook_embed", *names], logits_to_keep=1)
-    spans = {stretch.added: Span(*(kept[name] for name in stretch)) for stretch in stretches}
-    return Text(tokens, recurrences, dict(cache.items()), spans)
+    hooks: list[tuple[str, Hook]] = [(stretch.start, begin) for stretch in stretches]
+    hooks.append(("hook_embed", keep))
+    for name in model.hook_dict:
+        if name.startswith("blocks.") and name.split(".", 2)[-1] in ends:
+            hooks.append((name, keep))
+    hooks += [(stretch.added, finish) for stretch in stretches]
+    with torch.no_grad(), fixed_weights(model), FrozenNorms(), model.hooks(hooks):
+        yield values
 
 
 def stretches_of(model: HookedRecurrent, unknown: Container[int]) -> list[Stretch]:
@@ -140,13 +141,13 @@ class Decomposition:
         for block in range(layer):
             mixer_out = f"blocks.{block}.hook_mixer_out"
             attn_out = f"blocks.{block}.hook_attn_out"
-            if mixer_out in self.clean.spans:
+            if mixer_out in self.clean.stretches:
                 recurrent, rest = self._of_mixer(directions, block, text)
                 parts += recurrent
                 bias = bias + rest
             elif block in self.model.cfg.layers:
                 parts.append(self._whole("skip", directions, block, text.at(mixer_out)))
-            if attn_out in self.clean.spans:
+            if attn_out in self.clean.stretches:
                 softmax, rest = self._of_attention(directions, block, text)
                 parts.append(softmax)
                 bias = bias + rest
@@ -173,7 +174,7 @@ class Decomposition:
 
     def _of_mixer(self, directions: Tensor, block: int, text: Text) -> tuple[list[Part], Tensor]:
         """Writes and skips of a recurrent block, and the bias of its projection."""
-        span = self.clean.spans[f"blocks.{block}.hook_mixer_out"]
+        span = self.clean.span(f"blocks.{block}.hook_mixer_out")
         at_z, at_reads = back(span.added, (span.handed_on, span.start), directions)
         heads = (at_z * text.at(f"blocks.{block}.mixer.hook_z")).sum(-1)
         reads = (at_reads * text.at(f"blocks.{block}.mixer.hook_read")).sum(-1)
@@ -184,7 +185,7 @@ class Decomposition:
 
     def _of_attention(self, directions: Tensor, block: int, text: Text) -> tuple[Part, Tensor]:
         """Softmax heads of a block, and the bias of their projection."""
-        span = self.clean.spans[f"blocks.{block}.hook_attn_out"]
+        span = self.clean.span(f"blocks.{block}.hook_attn_out")
         (at_z,) = back(span.added, (span.start,), directions)
         heads = (at_z * text.at(f"blocks.{block}.attn.hook_z")).sum(-1)
         out = torch.einsum("ntd,td->n", directions, text.at(f"blocks.{block}.hook_attn_out"))

@@ -109,6 +109,14 @@ class Run:
         return self.start_layer > 0 or self.stop_layer is not None or self.residual is not None
 
 
+class StopForward(Exception):
+    """Raised inside a forward pass to end it at a block; carries the residual stream [B,T,D] that enters the block."""
+
+    def __init__(self, residual: Tensor):
+        super().__init__("forward stopped at a block")
+        self.residual = residual
+
+
 class HookScope:
     """A stretch of a program in which a hooked model runs otherwise. Opened by ``scope``."""
 

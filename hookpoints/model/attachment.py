@@ -18,7 +18,16 @@ from hookpoints.fla.scope import is_fla, wrap_model
 from hookpoints.hooks.points import BlockHooks, HookSet, MixerHooks, fire, is_listening, through_hook
 from hookpoints.layer.attention import hook_pattern
 from hookpoints.layer.call import HookedMixer, hook_layer, hook_projection
-from hookpoints.layer.context import Backend, CountingCache, cache_among, count_pass, current, position_of, scope
+from hookpoints.layer.context import (
+    Backend,
+    CountingCache,
+    StopForward,
+    cache_among,
+    count_pass,
+    current,
+    position_of,
+    scope,
+)
 from hookpoints.layer.intercept import Function, Needed, in_torch, wrap_attention, wrap_forward, wrap_ops
 from hookpoints.model.inputs import cache_argument
 from hookpoints.model.layout import out_projection
@@ -28,14 +37,6 @@ if TYPE_CHECKING:
     from hookpoints.model.layout import BlockLayout, ModelLayout
 
 Through = Callable[[Tensor], Tensor]
-
-
-class StopForward(Exception):
-    """Raised inside a forward pass to end it at a block; carries the residual stream [B,T,D] that enters the block."""
-
-    def __init__(self, residual: Tensor):
-        super().__init__("forward stopped at a block")
-        self.residual = residual
 
 
 class Attachment:

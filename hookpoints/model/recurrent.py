@@ -16,10 +16,10 @@ from transformers import PreTrainedTokenizerBase
 from hookpoints.edits.edit import EditRow, Edits
 from hookpoints.edits.session import EditedRun, EditSession
 from hookpoints.errors import InputError
-from hookpoints.layer.context import Backend, cache_among
+from hookpoints.layer.context import Backend, StopForward, cache_among
 from hookpoints.memory.memory import Memory, read
 from hookpoints.model import loading
-from hookpoints.model.attachment import Attachment, StopForward
+from hookpoints.model.attachment import Attachment
 from hookpoints.model.inputs import as_tokens, cache_argument, check_loss, check_mask, check_tokens, continuing
 from hookpoints.model.layout import find_layout
 from hookpoints.model.refused import REFUSED_NAMES, check_forward_arguments, generation_arguments

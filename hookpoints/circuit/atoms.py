@@ -1,0 +1,125 @@
+"""Atoms as nodes: a write or a state taken apart by a dictionary, with what the dictionary misses."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from hookpoints.circuit.node import Change, Node
+from hookpoints.circuit.stream import Text
+from hookpoints.circuit.tables import by_size, edge_table, node_of, node_table
+from hookpoints.errors import InputError
+from hookpoints.memory.facts import PairDictionary, pair_name
+
+if TYPE_CHECKING:
+    from hookpoints.circuit.tracing import Tracing
+    from hookpoints.model.recurrent import HookedRecurrent
+
+
+class HeadSAE(Protocol):
+    """SAELens' interface of a dictionary of the writes or the states of one head."""
+
+    @property
+    def b_dec(self) -> Tensor: ...
+
+    @property
+    def cfg(self) -> Any:
+        """Has `metadata` with `hook_name`, and with `labels` where words name pairs."""
+        ...
+
+    def encode(self, x: Tensor) -> Tensor: ...
+
+    def decode(self, feature_acts: Tensor) -> Tensor: ...
+
+
+def wholes_of(model: HookedRecurrent, saes: Sequence[HeadSAE]) -> list[Node]:
+    """What dictionaries take apart: the writes or the states of a head, of no token yet."""
+    wholes: list[Node] = []
+    for sae in saes:
+        metadata = getattr(getattr(sae, "cfg", None), "metadata", None)
+        name = str(getattr(metadata, "hook_name", None))
+        match = re.fullmatch(r"blocks\.(\d+)\.mixer\.heads\.(\d+)\.hook_(write|state)_vec", name)
+        if match is None:
+            raise InputError(
+                "saes: expected dictionaries of one head's writes or states (blocks.L.mixer.heads.H.hook_write_vec or "
+                f"hook_state_vec), got {name!r}"
+            )
+        model.check_hook_name(name)
+        wholes.append(Node("state" if match[3] == "state" else "write", int(match[1]), int(match[2])))
+    heads = [f"L{whole.layer}H{whole.head}" for whole in wholes]
+    if len(heads) > len({*heads}):
+        raise InputError(f"saes: expected one dictionary of each head, got those of {', '.join(heads)}")
+    return wholes
+
+
+def taken_apart(tracing: Tracing, whole: Node, explained: Sequence[Node], writes: pd.DataFrame) -> list[Node]:
+    """Which writes or which state of a head a dictionary takes apart: the writes that are explained, or else the
+    one of the largest prediction; the state that is read where the head matters most, to first order."""
+    place = (whole.layer, whole.head)
+    if whole.feature_type == "state":
+        name = f"blocks.{whole.layer}.mixer.hook_read"
+        read = tracing.blocks.text.at(name) - tracing.blocks.other(name)
+        effects = (read * tracing.gradients.reads[whole.layer][0])[:, whole.head].sum(-1)
+        before = tracing.blocks.text.recurrences[whole.layer].read_before_write
+        return [whole._replace(position=max(0, int(effects.abs().argmax()) - before))]
+    found = [node for node in explained if node.feature_type == "write" and (node.layer, node.head) == place]
+    of_head = writes[(writes.layer == whole.layer) & (writes["head"] == whole.head)]
+    first = of_head.loc[by_size(of_head.predicted)[:1]]
+    return found or [node_of(row) for row in first.itertuples()]
+
+
+@torch.no_grad()
+def atoms_of(tracing: Tracing, sae: HeadSAE, whole: Node) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Nodes of what a dictionary makes of a write or a state: atoms, an error and its bias, and the state itself;
+    and edges from the parts into the whole.
+
+    What is taken off the state after a token and what is taken off that token's write change all that follows
+    alike, so that one gradient and one edit serve both."""
+    r = tracing.blocks.text.recurrences[whole.layer].select(heads=whole.head)
+    reads = tracing.gradients.reads[whole.layer][:, :, whole.head : whole.head + 1]
+    gradient = r.adjoint(reads).states(positions=[r.T - 1 - whole.position])[0, 0, 0]
+    write = r.write(positions=whole.position)[0, 0, 0]
+    texts = (tracing.blocks.text, tracing.blocks.corrupt)
+    clean, other = ({} if text is None else _parts_of(sae, whole, text) for text in texts)
+    zero = torch.zeros_like(write)
+    differing = {part: clean.get(part, zero) - other.get(part, zero) for part in clean | other}
+    if whole.feature_type == "write":  # which has its node
+        del differing[whole]
+    taken = {part: matrix for part, matrix in differing.items() if bool(matrix.any())}
+    predicted = {part: float((matrix * gradient).sum()) for part, matrix in taken.items()}
+    name = f"blocks.{whole.layer}.mixer.heads.{whole.head}.hook_write"
+    changes = [Change(whole.layer, whole.position, {name: write - matrix}) for matrix in taken.values()]
+    measured = tracing.runs.effects(changes)
+    edges = edge_table(predicted, whole.node_id, "part", -1, measured)
+    return node_table(list(predicted), list(predicted.values()), measured), edges[edges.source != whole.node_id]
+
+
+def _parts_of(sae: HeadSAE, whole: Node, text: Text) -> dict[Node, Tensor]:
+    """A write or a state [K,V], its active atoms, the error, and what the dictionary adds to all."""
+    r = text.recurrences[whole.layer].select(heads=whole.head)
+    matrices = r.states if whole.feature_type == "state" else r.write
+    matrix = matrices(positions=whole.position)[0, 0, 0]
+    activations = sae.encode(matrix.flatten()[None].to(sae.b_dec))[0]
+    active = activations.nonzero().flatten().tolist()
+    alone = activations.new_zeros(len(active) + 1, len(activations))
+    for row, feature in enumerate(active):
+        alone[row, feature] = activations[feature]
+    *decoded, bias = sae.decode(alone).to(matrix).view(-1, *matrix.shape)
+    names = [whole._replace(feature_type="atom", feature=feature) for feature in active]
+    parts = {name: atom - bias for name, atom in zip(names, decoded)}
+    parts[whole._replace(feature_type="bias")] = bias
+    rest = matrix - sum(parts.values())
+    return parts | {whole._replace(feature_type="error"): rest, whole: matrix}
+
+
+def labels_of(sae: HeadSAE, atoms: pd.DataFrame) -> dict[str, str]:
+    """Names of atoms by node, of a dictionary of pairs with words."""
+    if getattr(sae.cfg.metadata, "labels", None) is None:
+        return {}
+    names = [pair_name(cast(PairDictionary, sae), feature) for feature in atoms.feature.tolist()]
+    return dict(zip(atoms.node_id.tolist(), names))

@@ -1,0 +1,364 @@
+"""One text, followed back from a metric: nodes predicted and measured, and the edges into their ports."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain, groupby
+from math import isnan
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from hookpoints.circuit.measure import Measure
+from hookpoints.circuit.node import Change, FeatureType, Node, PortName
+from hookpoints.circuit.nodes import (
+    Gradients,
+    LogitMetric,
+    ThroughNorm,
+    Writes,
+    fixed_weights,
+    logits_of,
+    predict_writes,
+    read_gradients,
+    record,
+)
+from hookpoints.circuit.norms import FrozenNorms
+from hookpoints.circuit.ports import Blocks, Port, change_for, ports_of, ports_of_head, reach_of
+from hookpoints.circuit.stream import Decomposition, Part, Text, reading, stretches_of
+from hookpoints.circuit.tables import by_size, edge_table, largest, node_of, nodes_of_block
+from hookpoints.edits.session import EditSession
+from hookpoints.errors import InputError
+
+if TYPE_CHECKING:
+    from transformer_lens.hook_points import HookPoint
+
+    from hookpoints.hooks.guard import Hook, Name
+    from hookpoints.model.recurrent import HookedRecurrent
+
+_LISTED = 16
+"""Sources of a port that are listed."""
+_DIRECT = 96
+"""Measured nodes whose direct edges are looked at."""
+_MEASURED = 4
+"""Of those, how many are measured."""
+_STREAMS = 8
+"""Last tokens of a window whose whole stream is a source, too."""
+
+
+class Wanted(NamedTuple):
+    """What is explained."""
+
+    metric: LogitMetric
+    targets: tuple[int, ...] = ()
+    against: tuple[int, ...] = ()
+
+    @property
+    def last(self) -> bool:
+        """Whether logits after the last token alone are asked for."""
+        return bool(self.targets)
+
+
+@dataclass(eq=False)
+class Tracing:
+    """One text, its linear maps, its gradients and its runs."""
+
+    model: HookedRecurrent
+    wanted: Wanted
+    blocks: Blocks
+    gradients: Gradients
+    """By what heads read and hand on."""
+    unknown: Container[int]
+    """Layers whose heads hand on their reads in no known way."""
+    runs: Measure
+    frozen: bool
+    completeness: dict[str, float] = field(default_factory=dict)
+    """Sum of the parts less the whole, by port."""
+
+    @classmethod
+    def of(
+        cls, model: HookedRecurrent, tokens: Tensor, wanted: Wanted, corrupt: Tensor | None, frozen: bool
+    ) -> tuple[Tracing, pd.DataFrame]:
+        """Read the texts, and follow the metric back. Returns all nodes, too, with predictions."""
+        further = tuple(name for name in model.hook_dict if _kind(model, name) is not None)
+        gradients = read_gradients(model, tokens, wanted.metric, frozen, further, wanted.last)
+        donors = {} if corrupt is None else record(model, corrupt)
+        writes = predict_writes(model, tokens, gradients, donors)
+        stretches = {stretch.added: stretch for stretch in stretches_of(model, writes.unknown)}
+        with reading(model, stretches.values()) as values:
+            session = EditSession(model, tokens, logits_to_keep=1 if wanted.last else 0)
+        recurrences = {layer: session.recurrence(layer) for layer in model.cfg.recurrent_layers}
+        clean = Text(tokens, recurrences, values, stretches)
+        other = None
+        if corrupt is not None:
+            with reading(model) as others:
+                logits_of(model, corrupt, last=True)
+            other = Text(corrupt, donors, others, {})
+        blocks = Blocks(Decomposition(model, clean), other, reach_of(model, tokens))
+        predicted = pd.concat(_predicted(blocks, writes, gradients), ignore_index=True)
+        of_heads = {name: gradient for name, gradient in gradients.other.items() if name.endswith("attn.hook_z")}
+        gradients = gradients._replace(other=of_heads)  # others are of no use any more, and as large as the text
+        runs = Measure(session, wanted.metric)
+        return cls(model, wanted, blocks, gradients, writes.unknown, runs, frozen), predicted
+
+    # ------------------------------------------------------------------------------------ nodes
+
+    def measure_nodes(self, nodes: pd.DataFrame, measure: int) -> None:
+        """Fill the column ``measured`` of the largest nodes of each kind: ``measure`` writes, a fifth of the others."""
+        for kind, rows in nodes.groupby("feature_type"):
+            tried = rows.loc[by_size(rows.predicted)[: measure if kind == "write" else max(1, measure // 5)]]
+            changes = [self._without(node_of(row)) for row in tried.itertuples()]
+            nodes.loc[tried.index, "measured"] = self.runs.effects(changes)
+
+    def _without(self, node: Node) -> Change:
+        """A run without a node, or with that of the corrupt text instead."""
+        block = f"blocks.{node.layer}"
+        attention = "hook_attn_out" if node.head < 0 else "attn.hook_z"
+        names: dict[FeatureType, list[str]] = {
+            "embedding": ["hook_embed", "blocks.0.hook_resid_pre"],
+            "mlp": [f"{block}.hook_mlp_out"],
+            "attn": [f"{block}.{attention}"],
+        }
+        wanted = {name: self.blocks.other(name) for name in names.get(node.feature_type, [])}
+        wanted = self.blocks.other_writes(node.layer) if node.feature_type == "write" else wanted
+        values = {name: value[node.position] for name, value in wanted.items()}
+        if node.head >= 0:
+            values = {name: value[node.head] for name, value in values.items()}
+        return Change(node.layer, node.position, values, node.head)
+
+    # ------------------------------------------------------------------------------------ edges
+
+    def direct(self, nodes: pd.DataFrame) -> pd.DataFrame:
+        """Edges into the logit: what each measured node gives on its direct path with the final norm's scale as it is,
+        and what taking that off the last stream does."""
+        text = self.blocks.text
+        n_layers = self.model.cfg.n_layers
+        stream = text.at(f"blocks.{n_layers - 1}.hook_resid_post")[None]
+        first = stream.shape[1] - 1 if self.wanted.last else 0
+        read = stream[:, first:].clone().requires_grad_()
+        with torch.enable_grad(), fixed_weights(self.model), FrozenNorms():
+            value = self.wanted.metric(self._logits(read)).reshape(())
+        direction = torch.zeros_like(stream)
+        (direction[:, first:],) = torch.autograd.grad(value, read)
+        parts, left = self._parts(["logit"], direction, n_layers, stream[0])
+        by_kind = {(part.feature_type, part.layer): part.given[0] for part in parts}
+        sources = {}
+        for node in map(node_of, largest(nodes, _DIRECT).itertuples()):
+            given = by_kind.get((node.feature_type, node.layer))
+            if given is not None and given[node.position, max(node.head, 0)]:
+                sources[node] = float(given[node.position, max(node.head, 0)])
+        bias = float(value.detach() + left[0])
+        measured = np.full(len(sources), np.nan)
+        if self.wanted.last:
+            with torch.no_grad():
+                given = self.blocks.given(list(sources), range(first, first + 1))
+                left = [self.wanted.metric(self._logits(stream[:, first:] - row)) for row in given]
+            measured = self.runs.plain - np.array([float(metric) for metric in left])
+        return edge_table({**sources, Node("bias"): bias}, "logit", "direct", -1, measured)
+
+    def _logits(self, stream: Tensor) -> Tensor:
+        final = self.model.attachment.layout.final_norm
+        return self.model.unembed(stream if final is None else self.model.ln_final(stream))
+
+    def _parts(
+        self, labels: Sequence[str], directions: Tensor, layer: int, entered: Tensor
+    ) -> tuple[list[Part], Tensor]:
+        """What each node below a block gives to <stream, direction> (with a corrupt text, how much more than there),
+        and [N], biases less the whole. Notes how far the parts of the first directions, ``labels``, miss their sum.
+
+        Args:
+            directions: [N,T,D].
+            entered: [T,D], the stream.
+        """
+        decomposition = self.blocks.decomposition
+        parts, rest = decomposition.parts(directions, layer, self.blocks.text)
+        whole = torch.einsum("ntd,td->n", directions, entered)
+        total = rest + sum(part.given.sum((1, 2)) for part in parts)
+        self.completeness |= dict(zip(labels, (total - whole).tolist()))
+        if self.blocks.corrupt is not None:
+            others, _ = decomposition.parts(directions, layer, self.blocks.corrupt)
+            pairs = zip(parts, others, strict=True)
+            parts = [part._replace(given=part.given - other.given) for part, other in pairs]
+        return [part._replace(given=part.given.cpu()) for part in parts], (rest - whole).cpu()
+
+    def edges_into(self, node: Node, read: int | None = None) -> pd.DataFrame:
+        """Edges into the ports of a write: the largest sources, of which some are measured, and what the stream holds
+        at each token that the block looks at."""
+        through = None
+        if node.feature_type == "write":
+            r = self.blocks.text.recurrences[node.layer]
+            ports = ports_of(node, r, self.gradients.reads[node.layer], read)
+            if node.layer not in self.unknown:
+                through = self.blocks.through(node, self.gradients.handed_on[node.layer])
+        else:
+            ports = ports_of_head(node, self.gradients.other[f"blocks.{node.layer}.attn.hook_z"])
+        tables = [self._into(list(group), through) for _, group in groupby(ports, key=lambda port: port.at)]
+        return pd.concat(tables, ignore_index=True)
+
+    @torch.no_grad()
+    def _into(self, ports: Sequence[Port], through: ThroughNorm | None) -> pd.DataFrame:
+        """Edges into ports of one node at one token. Gradients choose sources; the block is run again without each, and
+        what a port is then is followed ``through`` the norm of its head: a prediction that is to first order in what
+        follows the head alone."""
+        node = ports[0].node
+        found, biases = self._candidates(ports)
+        rows = {source: row for row, source in enumerate(dict.fromkeys(chain(*found)), start=1)}
+        listed: list[dict[Node, float]] = []
+        tried: list[list[Node]] = []
+        changes = []
+        for port, sides, candidates in zip(ports, self.blocks.sides_without(ports, list(rows)), found):
+            taken = sides[0] - sides
+            effects = port.effects(taken, through).tolist()
+            exact = {source: effects[rows[source]] for source in candidates}
+            streams = [source for source in candidates if source.feature_type == "stream"]
+            known = [source for source in candidates if source not in streams and not isnan(exact[source])]
+            tried.append([*sorted(known, key=lambda source: -abs(exact[source]))[:_MEASURED], *streams])
+            listed.append({source: candidates[source] if isnan(x) else x for source, x in exact.items()})
+            changes += change_for(port, self.blocks.text, taken[[rows[source] for source in tried[-1]]])
+        effects = iter(self.runs.effects(changes))
+        tables = []
+        for port, sources, measured in zip(ports, listed, tried):
+            by_source = dict(zip(measured, effects))
+            column = np.array([by_source.get(source, np.nan) for source in sources])
+            read = port.at if port.name == "query" else -1
+            bias = {Node("bias"): biases[port.name]} if port.name in biases else {}
+            tables.append(edge_table({**sources, **bias}, node.node_id, port.name, read, column))
+        return pd.concat(tables, ignore_index=True)
+
+    def _candidates(self, ports: Sequence[Port]) -> tuple[list[dict[Node, float]], dict[PortName, float]]:
+        """Of each port, the sources and the tokens' streams that give most by the gradient through the block, and what
+        biases add to those that are linear with norms, gates and activations held fixed."""
+        text = self.blocks.text
+        node = ports[0].node
+        linear = [port for port in ports if port.is_linear]
+        fixed = self.blocks.maps(linear, live=False) if linear else []
+        live = self.blocks.maps(ports, live=True)
+        directions = torch.stack([maps.stream for maps in [*fixed, *live]])
+        labels = [f"{node.node_id} {port.name}" for port in linear]
+        name = f"blocks.{node.layer}.hook_resid_pre"
+        parts, left = self._parts(labels, directions, node.layer, text.at(name))
+        biases: dict[PortName, float] = {}
+        for port, maps, rest in zip(linear, fixed, left.tolist()):
+            biases[port.name] = maps.whole - float((maps.embedded * text.at("hook_embed")).sum()) + rest
+        differs = text.at(name) - self.blocks.other(name)
+        embedded = text.at("hook_embed") - self.blocks.other("hook_embed")
+        found = []
+        for row, maps in enumerate(live, start=len(fixed)):
+            own = [part._replace(given=part.given[row]) for part in parts]
+            own[0].given[:, 0] += (maps.embedded * embedded).sum(-1).cpu()
+            held = (maps.stream * differs).sum(-1, keepdim=True).cpu()
+            streams = _largest_sources([Part("stream", node.layer, held)], _STREAMS)
+            found.append(_largest_sources(own, _LISTED) | streams)
+        return found, biases
+
+    # ------------------------------------------------------------------------------------ questions of a graph
+
+    def why(self, layer: int, head: int, read: int, source: int) -> pd.DataFrame:
+        """`Graph.why`."""
+        n_heads = self.model.cfg.layer(layer).H
+        length = self.blocks.text.tokens.shape[1]
+        if not (0 <= head < n_heads and 0 <= source <= read < length):
+            raise InputError(
+                f"head, read and source: expected a head below {n_heads} and tokens 0 <= source <= read < {length}, "
+                f"got {head}, {read} and {source}"
+            )
+        table = self.edges_into(Node("write", layer, head, source), read)
+        return table.loc[by_size(table.measured.fillna(table.predicted))].sort_values("port", kind="stable")
+
+    @torch.no_grad()
+    def sufficient(self, keep: Sequence[Node]) -> tuple[float, float, bool]:
+        """`Tracer.sufficient`."""
+        text = self.blocks.text
+        logits = []
+        for nodes in (keep, ()):
+            with self.model.hooks(self._only(nodes)):
+                logits.append(logits_of(self.model, text.tokens, self.wanted.last))
+        alone, without = (float(self.wanted.metric(x)) for x in logits)
+        targets = self.wanted.targets or (int(self.runs.session.logits[0, -1].argmax()),)
+        return alone, without, int(logits[0][0, -1].argmax()) in targets
+
+    def _only(self, keep: Sequence[Node]) -> list[tuple[Name, Hook]]:
+        """Hooks that leave these writes alone; the others are those of the corrupt text, or none."""
+        hooks: list[tuple[Name, Hook]] = []
+        for layer in self.model.cfg.recurrent_layers:
+            kept = [(node.position, node.head) for node in keep if node.layer == layer]
+            for name, other in self.blocks.other_writes(layer).items():
+                hooks.append((name, partial(_kept, kept=kept, other=other)))
+        return hooks
+
+    def metadata(self) -> dict[str, object]:
+        """`Graph.metadata`."""
+        text = self.blocks.text
+        corrupt = self.blocks.corrupt
+        targets = self._names(self.wanted.targets)
+        against = self._names(self.wanted.against)
+        title = " ".join(targets) + ("" if not against else f" − {' '.join(against)}")
+        return {
+            "model": self.model.cfg.model_name,
+            "n_layers": self.model.cfg.n_layers,
+            "tokens": self._names(text.tokens[0].tolist()),
+            "targets": targets,
+            "against": against,
+            "title": title or "metric",
+            "probability": float(self.runs.session.logits[0, -1].float().softmax(-1)[list(self.wanted.targets)].sum()),
+            "metric": self.runs.plain,
+            "corrupt": None if corrupt is None else self._names(corrupt.tokens[0].tolist()),
+            "frozen": self.frozen,
+            "completeness": self.completeness,
+            "runs": self.runs.runs,
+        }
+
+    def _names(self, ids: Sequence[int]) -> list[str]:
+        return [str(token) if self.model.tokenizer is None else str(self.model.to_string(token)) for token in ids]
+
+
+def _predicted(blocks: Blocks, writes: Writes, gradients: Gradients) -> list[pd.DataFrame]:
+    """Tables of nodes, by block and kind."""
+    tables = [nodes_of_block("write", layer, effects) for layer, effects in writes.effects.items()]
+    for name, gradient in gradients.other.items():
+        kind = _kind(blocks.model, name)
+        layer = -1 if kind == "embedding" else int(name.split(".")[1])
+        effect = ((blocks.text.at(name) - blocks.other(name)) * gradient[0]).sum(-1)
+        if kind is not None:
+            tables.append(nodes_of_block(kind, layer, effect))
+    return tables
+
+
+def _kept(x: Tensor, hook: HookPoint, *, kept: Sequence[tuple[int, int]], other: Tensor) -> Tensor:
+    """``x`` [1,T,H,...] at ``kept`` tokens and heads, ``other`` [T,H,...] elsewhere."""
+    left = other[None].to(x).clone()
+    for position, head in kept:
+        left[:, position, head] = x[:, position, head]
+    return left
+
+
+def _kind(model: HookedRecurrent, name: str) -> FeatureType | None:
+    """What nodes a hook has the values of, writes aside; None: of none."""
+    if not name.startswith("blocks."):
+        return "embedding" if name == "hook_embed" else None
+    layer = int(name.split(".")[1])
+    if name.endswith("hook_attn_out"):  # where it is no recurrence's, and not told apart by heads
+        return None if layer in model.cfg.layers or layer in model.cfg.attention else "attn"
+    if name.endswith("hook_mlp_out"):
+        return "mlp"
+    return "attn" if name.endswith("attn.hook_z") else None
+
+
+def _largest_sources(parts: Sequence[Part], n: int) -> dict[Node, float]:
+    """The n nodes of parts [T,H] that give most, largest first, and the largest skips, which are not measured."""
+    sources: dict[Node, float] = {}
+    for part in parts:
+        given = part.given.flatten()
+        top = given.abs().topk(min(n, len(given))).indices
+        for index, value in zip(top.tolist(), given[top].tolist()):
+            position, head = divmod(index, part.given.shape[1])
+            if value:
+                sources[Node(part.feature_type, part.layer, head if part.has_heads else -1, position)] = value
+    ordered = sorted(sources, key=lambda source: -abs(sources[source]))
+    skips = [source for source in ordered if source.feature_type == "skip"]
+    others = [source for source in ordered if source.feature_type != "skip"]
+    return {source: sources[source] for source in [*others[:n], *skips[:_MEASURED]]}
