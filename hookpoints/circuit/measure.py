@@ -12,10 +12,11 @@ from torch import Tensor
 
 from hookpoints.circuit.node import Change
 from hookpoints.circuit.nodes import LogitMetric
-from hookpoints.edits.session import EditSession
 
 if TYPE_CHECKING:
     from transformer_lens.hook_points import HookPoint
+
+    from hookpoints.edits.session import EditSession
 
 _ROWS = 64
 _ROOM = 2**26

@@ -220,7 +220,9 @@ class Blocks:
         found = []
         for whole in wholes:
             maps = [torch.zeros_like(self.text.at("hook_embed")) for _ in leaves]
-            gradients = torch.autograd.grad(whole, leaves, allow_unused=True, retain_graph=True)
+            gradients: Sequence[Tensor | None] = ()
+            if whole.requires_grad:  # a key that gates alone make is a constant where they are held fixed
+                gradients = torch.autograd.grad(whole, leaves, allow_unused=True, retain_graph=True)
             for target, gradient in zip(maps, gradients):
                 if gradient is not None:
                     target[plain.window.start : plain.window.stop] = gradient[0]

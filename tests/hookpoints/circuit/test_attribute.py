@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hookpoints import Graph, HookedRecurrent, Recurrence, WriteEdit, attribute, zoo
+from hookpoints.circuit.atoms import atoms_of, taken_apart
 from hookpoints.circuit.graph import Check
 from hookpoints.circuit.node import Node
 from hookpoints.circuit.nodes import write_attribution
@@ -416,7 +417,7 @@ def test_writes_and_states_are_taken_apart(hooked64: HookedRecurrent, kind: Any,
     tracer: Any = graph.tracer
     for at in (position, 9):
         node = Node(kind, layer, head, at)
-        table, _ = tracer.atoms_of(sae, node)
+        table, _ = atoms_of(tracer, sae, node)
         wholes = [matrix_at(hooked64, text, node) for text in (SEQUENCE, corrupt)]
         weights = sae.encode(wholes[0].flatten()) - sae.encode(wholes[1].flatten())
         taken = {f"atom {row}": weights[row] * sae.W_dec[row] for row in range(1, 6)}
@@ -437,10 +438,10 @@ def test_the_explained_writes_of_a_head_are_taken_apart(graph: Graph) -> None:
     writes: Any = graph.nodes[graph.nodes.feature_type == "write"]
     head = Node("write", 1, 0)
     nodes = [Node("write", 1, 0, 3), Node("write", 1, 1, 5), Node("attn", 1, 0, 5), Node("write", 1, 0, 7)]
-    assert tracer.taken_apart(head, nodes, writes) == [nodes[0], nodes[3]]
+    assert taken_apart(tracer, head, nodes, writes) == [nodes[0], nodes[3]]
     of_head = writes[(writes.layer == 1) & (writes["head"] == 0)]
     position = of_head.loc[of_head.predicted.abs().idxmax()].position
-    assert tracer.taken_apart(head, nodes[1:3], writes) == [head._replace(position=position)]
+    assert taken_apart(tracer, head, nodes[1:3], writes) == [head._replace(position=position)]
 
 
 def largest_read(model: HookedRecurrent, layer: int, head: int) -> int:
