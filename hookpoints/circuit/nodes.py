@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from hookpoints.circuit.norms import Constants, HeadNorm, ScalesApart, rounding
+from hookpoints.circuit.norms import Constants, Form, HeadNorm, ScalesApart, rounding
 from hookpoints.errors import InputError, PredictionWarning
 from hookpoints.layer.intercept import wrap_forward
 from hookpoints.recurrence.canonical import terms
@@ -258,16 +258,21 @@ class WayOut:
     """[1,T,H,V]."""
     norms: list[HeadNorm]
 
+    @cached_property
+    def forms(self) -> list[Form | None]:
+        """Of the mean squares of its norms."""
+        return [norm.form(self.reads) for norm in self.norms]
+
     def through(self, gradient: Tensor) -> ThroughNorm | None:
         """What changes of reads do to <gradient, what is handed on>, exactly. None where that is linear.
 
         Args:
             gradient: [1,T,H,V].
         """
-        norm = self.norms[0] if self.norms else None
-        form = None if norm is None else norm.form(self.reads)
-        if norm is None or form is None:
+        form = self.forms[0] if self.forms else None
+        if form is None:
             return None
+        norm = self.norms[0]
         wanted = (self.reads, norm.level)
         gradient = gradient.to(self.handed_on)
         along, total = torch.autograd.grad(self.handed_on, wanted, gradient, retain_graph=True)
@@ -288,7 +293,7 @@ class WayOut:
         try:
             if any(_bends(self.handed_on, x) for x in (self.reads, *(norm.level for norm in self.norms))):
                 return "a function that bends"
-            if any(norm.form(self.reads) is None for norm in self.norms):
+            if None in self.forms:
                 return "a root of something else than a mean square"
         except RuntimeError:  # a kernel whose backward pass has none
             return "a kernel without second derivatives"
