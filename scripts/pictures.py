@@ -69,7 +69,7 @@ def front(file: Path) -> None:
     pairs = load_sae(zoo.path("facts") / "pairs")
     text = "Ben lives in Rome . Iris keeps a parrot . Ben is a baker . Clara dresses in green ."
     question, old, new = "Ben lives in", "Rome", "Oslo"
-    memory = model.memory(f"<bos> {text}")
+    memory = model.memory(text)
     edited = memory.with_fact(pairs, question, new, instead_of=old)
     memories = []
     for title, own in (("What its memory holds", memory), (f"{old} replaced by {new} in the memory", edited)):
@@ -77,7 +77,7 @@ def front(file: Path) -> None:
         answer = model.to_string(chances.argmax(keepdim=True))
         memories.append((title, own.facts(pairs, n=4), question, answer, float(chances.max())))
     with torch.enable_grad():
-        graph = attribute(f"<bos> {text} {question}", model, [old], against=new, frozen=True)
+        graph = attribute(f"{text} {question}", model, [old], against=new, frozen=True)
     most = max(fact.strength for _, facts, *_ in memories for fact in facts)
     template = jinja2.Template((ROOT / "scripts" / "front.html").read_text(encoding="utf-8"))
     page = template.render(text=text, memories=memories, new=new, most=most, question=question, svg=graph.draw())

@@ -94,7 +94,7 @@ def of_facts() -> tuple[Memory, Any]:
     model = HookedRecurrent.from_pretrained("facts")
     with torch.no_grad():
         pairs = sae_lens_writesae.load_sae(zoo.path("facts") / "pairs")
-    return model.memory("<bos> Ben lives in Rome ."), pairs
+    return model.memory("Ben lives in Rome ."), pairs
 
 
 def read(world: World) -> list[hookpoints.Fact]:

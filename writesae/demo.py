@@ -304,7 +304,7 @@ def recall() -> Recalled:
         model = HookedRecurrent.from_pretrained("facts").requires_grad_(False)
     pairs = cast("PairDictionary", load_sae(zoo.path("facts") / "pairs"))
     old, new = REPLACED
-    memory = model.memory(f"<bos> {TOLD}")
+    memory = model.memory(TOLD)
     edited = memory.with_fact(pairs, ASKED, new, instead_of=old)
     memories = []
     for title, state in (("What its memory holds", memory), (f"The memory with {new} instead of {old}", edited)):
@@ -313,7 +313,7 @@ def recall() -> Recalled:
         answer = str(model.to_string(int(chances.argmax()))).strip()
         memories.append(Held(title, tuple(facts), answer, float(chances.max())))
     with torch.enable_grad():
-        graph = attribute(f"<bos> {TOLD} {ASKED}", model, [old], against=new, frozen=True)
+        graph = attribute(f"{TOLD} {ASKED}", model, [old], against=new, frozen=True)
     return Recalled(TOLD, ASKED, tuple(memories), graph.draw())
 
 
