@@ -199,7 +199,7 @@ def explaining(options: dict[str, Any], folder: Path) -> Row:
     begin = peak_begins()
     with timed() as work, warnings.catch_warnings():
         warnings.simplefilter("ignore", PredictionWarning)
-        graph = attribute(ids, model, measure=1, targets=4)
+        graph = attribute(ids, model, measure=1, targets=1)
     above = peak_memory() - begin
     runs = cast(float, graph.metadata["runs"])
     return {"tokens": n, **work, "above_model": above, "runs": runs, "edges": len(graph.edges)}

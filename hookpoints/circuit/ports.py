@@ -205,7 +205,7 @@ class Blocks:
             taken = clean if port.name == "gate" else {names[port.name]: changed[names[port.name]]}
             others = inputs if port.name == "gate" else plain.repeated(len(inputs.stream))
             ran = self.run(z, others, [(name, put) for name in taken], gradients)
-            sides.append(ran.value[:, -1, node.head])
+            sides.append(ran.value[:, -1, node.head].clone())  # a view would hold the whole text's
         return sides
 
     def maps(self, ports: Sequence[Port], live: bool) -> list[Maps]:
