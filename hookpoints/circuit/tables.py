@@ -72,4 +72,4 @@ def edge_table(
 
 def largest(nodes: pd.DataFrame, n: int) -> pd.DataFrame:
     """The n rows with the largest measured effect."""
-    return nodes.loc[nodes.measured.abs().nlargest(n).index]
+    return nodes.loc[nodes.measured.abs().dropna().nlargest(n).index]

@@ -311,6 +311,13 @@ def test_all_writes_are_sufficient_and_none_are_not(graph: Graph) -> None:
         graph.sufficient(0)
 
 
+def test_nodes_that_were_measured_are_explained(model64: HookedRecurrent) -> None:
+    few = attribute(SEQUENCE, model64, [5], measure=1, targets=4)
+    measured = few.nodes[few.nodes.measured.notna()].node_id
+    assert {*few.edges.target} <= {*measured, "logit"}
+    assert {*few.edges[few.edges.port == "direct"].source} <= {*measured, "bias"}
+
+
 def test_a_pruned_graph_has_its_nodes_and_their_sources(graph: Graph) -> None:
     pruned = graph.prune(5)
     largest = graph.nodes.measured.abs().nlargest(5).index
