@@ -19,10 +19,10 @@ ALONE = "hookpoints/pyproject.toml"
 PACKAGES = ("hookpoints", "sae_lens_writesae", "writesae")
 """Each knows only those before it."""
 CEILINGS = {
-    "hookpoints": 47_430,
+    "hookpoints": 47_450,
     "sae_lens_writesae": 18_000,
     "writesae": 59_700,
-    "tests": 120_800,
+    "tests": 121_000,
     "scripts + benchmarks": 29_450,
 }
 """Expression nodes of folders. A smoke alarm and no target: a commit that needs more says what a reader gains."""

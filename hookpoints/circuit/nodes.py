@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
+from inspect import signature
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
@@ -165,9 +166,14 @@ def read_gradients(
     )
 
 
+def keeps_last(model: HookedRecurrent) -> bool:
+    """Whether the model can leave all logits but the last out; those of transformers can."""
+    return "logits_to_keep" in signature(model.hf_model.forward).parameters
+
+
 def logits_of(model: HookedRecurrent, tokens: Tensor, last: bool) -> Tensor:
-    """[1,T,vocab], or [1,1,vocab] after the ``last`` token: those of a long text alone take gigabytes."""
-    return model(tokens, logits_to_keep=1) if last else model(tokens)
+    """[1,T,vocab], or where the ``last`` are enough [1,1,vocab]: those of a long text alone take gigabytes."""
+    return model(tokens, logits_to_keep=1) if last and keeps_last(model) else model(tokens)
 
 
 @scoped

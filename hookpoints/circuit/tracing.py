@@ -22,6 +22,7 @@ from hookpoints.circuit.nodes import (
     ThroughNorm,
     Writes,
     fixed_weights,
+    keeps_last,
     logits_of,
     predict_writes,
     read_gradients,
@@ -90,7 +91,7 @@ class Tracing:
         writes = predict_writes(model, tokens, gradients, donors)
         stretches = {stretch.added: stretch for stretch in stretches_of(model, writes.unknown)}
         with reading(model, stretches.values()) as values:
-            session = EditSession(model, tokens, logits_to_keep=1 if wanted.last else 0)
+            session = EditSession(model, tokens, logits_to_keep=int(wanted.last and keeps_last(model)))
         recurrences = {layer: session.recurrence(layer) for layer in model.cfg.recurrent_layers}
         clean = Text(tokens, recurrences, values, stretches)
         other = None

@@ -180,7 +180,7 @@ def test_an_edge_goes_exactly_through_the_norm_of_its_head(hooked64: HookedRecur
     """In every family, of any change of a side: what a run hands on in which the port alone is another, times the
     gradient there."""
     if not hooked64.attachment.layout.is_chain:
-        return
+        pytest.skip("its blocks are no chain along one residual stream")
     tracer: Any = attribute(SEQUENCE, hooked64, [5], against=9, measure=3, targets=0).tracer
     layer = hooked64.cfg.recurrent_layers[-1]
     name = f"blocks.{layer}.mixer.hook_z"
@@ -311,6 +311,22 @@ def test_all_writes_are_sufficient_and_none_are_not(graph: Graph) -> None:
         graph.sufficient(0)
 
 
+def test_a_model_that_gives_all_logits_has_the_same_graph(model64: HookedRecurrent, monkeypatch: Any) -> None:
+    """One of a class that somebody wrote, whose forward takes what Hugging Face's generate needs."""
+    graphs = [attribute(SEQUENCE, model64, [5], **SMALL)]
+    whole = type(model64.hf_model).forward
+
+    def forward(self, input_ids=None, attention_mask=None, past_key_values=None, inputs_embeds=None, use_cache=None):
+        return whole(self, input_ids, attention_mask, None, past_key_values, inputs_embeds, use_cache=use_cache)
+
+    monkeypatch.setattr(type(model64.hf_model), "forward", forward)
+    other = HookedRecurrent.from_hf(make_hf().double())
+    graphs.append(attribute(SEQUENCE, other, [5], **SMALL))
+    for column in ("predicted", "measured"):
+        first, second = (graph.nodes[column] for graph in graphs)
+        pd.testing.assert_series_equal(first, second, rtol=1e-8, atol=1e-10)
+
+
 def test_nodes_that_were_measured_are_explained(model64: HookedRecurrent) -> None:
     few = attribute(SEQUENCE, model64, [5], measure=1, targets=4)
     measured = few.nodes[few.nodes.measured.notna()].node_id
@@ -408,7 +424,7 @@ def test_writes_and_states_are_taken_apart(hooked64: HookedRecurrent, kind: Any,
     """Predictions add up to the gradient's, and a part does what an edit by hand does."""
     layout = hooked64.attachment.layout
     if not layout.is_chain or layout.first_block_feeds_all:
-        return
+        pytest.skip("its blocks are no chain along one residual stream")
     layer = hooked64.cfg.recurrent_layers[-1]
     shape = hooked64.cfg.layer(layer)
     head = shape.H - 1

@@ -12,7 +12,7 @@ from conftest import VOCAB, KeepFloat64
 from fla_models import MODEL_TYPES, make_fla
 from torch.testing import assert_close
 
-from hookpoints import HookedRecurrent, UnsupportedModelError, WriteEdit, attach
+from hookpoints import HookedRecurrent, UnsupportedModelError, WriteEdit, attach, attribute
 
 sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("model", "hooks", "circuit")]
 
@@ -130,3 +130,13 @@ def test_packed_sequences_are_refused():
     model = HookedRecurrent.from_hf(make_fla("gla"))
     with pytest.raises(UnsupportedModelError, match="cu_seqlens"):
         model.hf_model(torch.ones(1, 70).long(), cu_seqlens=torch.tensor([0, 30, 70]))
+
+
+def test_a_key_that_gates_alone_make_has_edges():
+    """That of HGRN2 is constant where gates are held fixed: parts of the stream give it nothing, and biases all."""
+    model = HookedRecurrent.from_hf(make_fla("hgrn2"))
+    tokens = torch.randint(1, VOCAB, (1, 16), generator=torch.Generator().manual_seed(3))
+    graph = attribute(tokens, model, [5], measure=3, targets=1)
+    keys = graph.edges[graph.edges.port == "key"]
+    assert keys[keys.source == "bias"].predicted.abs().item() > 0 and keys.measured.notna().any()
+    assert max(map(abs, graph.metadata["completeness"].values())) < 1e-5
