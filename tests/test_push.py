@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import constants
 from sae_lens import SAE, StandardSAE, StandardSAEConfig
@@ -22,7 +23,7 @@ from sae_lens.saes.sae import SAEMetadata
 from saes import make_sae
 from sealing import reseal
 
-from hookpoints import HookedRecurrent
+from hookpoints import HookedRecurrent, zoo
 from sae_lens_writesae.sae.load import CheckpointError, load_sae
 from writesae.cli import main
 from writesae.push import Push, card, saved_anew
@@ -115,6 +116,30 @@ def test_what_is_pushed_loads_by_the_lines_of_its_card(folder: Path, hub: dict[s
         f"me/saes/{name}/{file}" for name in names for file in ("cfg.json", "sae_weights.safetensors", "SHA256SUMS")
     }
     assert b"PRIVATE KEY" not in b"".join(hub.values())
+
+
+@pytest.mark.usefixtures("hub")
+def test_words_of_pairs_are_published() -> None:
+    """A state is read and written by the downloaded dictionary as by the one that ships."""
+    Push(zoo.path("facts") / "pairs", "me/saes").run()
+    shipped: Any = load_sae(zoo.path("facts") / "pairs")
+    pairs: Any = SAE.from_pretrained("me/saes", "pairs")
+    memory = HookedRecurrent.from_pretrained("facts").memory("Ben lives in Rome .")
+    assert str(memory.facts(pairs)[0]).startswith("Ben lives in → Rome")
+    changed, wanted = (memory.with_fact(each, "Ben lives in", "Oslo", instead_of="Rome") for each in (pairs, shipped))
+    assert torch.equal(changed.state(0), wanted.state(0))
+
+
+@pytest.mark.parametrize(
+    ("word", "is_published"),
+    [('Ben\'s "é" \n', True), ("/", True), ("/home/me", False), ("C:\\me", False), ("https://me@a", False), (7, False)],
+)
+def test_words_are_no_places(foreign: Path, tmp_path: Path, word: object, is_published: bool) -> None:
+    side = {"words": [word, None], "correlations": [0.5, 0], "sizes": [-1e-7, 2.5]}
+    labels = {"keys": side, "values": side, "seen": [[0, 1], []]}
+    describe(foreign, labels=labels)
+    files, _ = published(foreign, tmp_path / "fresh")
+    assert json.loads(files["cfg.json"])["metadata"].get("labels") == (labels if is_published else None)
 
 
 def test_a_dry_run_shows_the_files_and_the_card(folder: Path) -> None:

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 _NAME = r"[\w-][\w.-]*"
 _NUMBERS = r"[-+\d., e\[\]]*|null|true|false"
 """A number or numbers, as JSON."""
+_WORDS = r'((null|"(/|([^"/\\]|\\[^\\])*)")(, )?)*'
+"""Words of atoms, as JSON. A place on a machine or in a network has a slash or a backslash inside."""
+_SIDE = rf'\{{"correlations": \[({_NUMBERS})\], "sizes": \[({_NUMBERS})\], "words": \[{_WORDS}\]\}}'
 _FORMS = {
     "hook_name": r"[\w.]+",
     "hook_head_index": _NUMBERS,
@@ -57,8 +60,9 @@ _FORMS = {
     "sae_lens_version": _NAME,
     "sae_lens_training_version": _NAME,
     "requires": ".*",
+    "labels": rf'\{{"keys": {_SIDE}, ("seen": ({_NUMBERS}), )?"values": {_SIDE}\}}',
 }
-"""Metadata that is published, and its form as text or JSON. Nothing else is."""
+"""Metadata that is published, and its form as text or JSON with sorted keys. Nothing else is."""
 _LOADING = {
     "dtype": r"(torch\.)?\w{2,10}",
     "revision": _NAME,
@@ -176,7 +180,7 @@ def _of_form(values: object, forms: Mapping[str, str]) -> dict[str, Any]:
         return {}
     fitting = {}
     for name, value in values.items():
-        text = value if isinstance(value, str) else json.dumps(value)
+        text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
         if name in forms and re.fullmatch(forms[name], text):
             fitting[name] = value
     return fitting

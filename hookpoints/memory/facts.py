@@ -21,20 +21,26 @@ from hookpoints.errors import InputError, nearest
 
 _HOOK = re.compile(r"blocks\.(\d+)\.mixer\.heads\.(\d+)\.hook_(\w+)_vec")
 MOST_FACTS = 32
-"""Facts that are read from a state where the number is not given, at most."""
+"""Facts that are read from a state where the number is not given, at most; of twice as many pairs."""
+FACT_SIZE = 0.5
+"""Share of the usual size of a pair from which it is read as a fact where the number is not given: a coefficient nearer
+to the usual one than to none."""
 FACT_STRENGTH = 0.15
-"""Strength from which a pair is read as a fact where the number is not given (docs/reading.md has what is read)."""
+"""The same as a share of the state's norm, for dictionaries without words, whose usual sizes are not known."""
 PRESENT = 0.2
 """Share of a state's norm from which a pair names its atoms, where the number is not given."""
+SMALLEST = 0.05
+"""Share of the norm down to which pairs are looked for where the number is not given: 32 facts have 0.07 and more."""
 DEEPER = 0.1
-"""Share of the norm down to which pairs are looked for where the number is not given: those that words name badly
-stand between those that are facts."""
+"""The same where a fact is replaced: each key that is found keeps its part of the old value."""
 LEAST_SHARE = 1e-3
 """The same where the number is given."""
 LEAST_APART = 0.1
 """Singular value of key atoms, as a share of the largest, below which they are taken to be the same."""
 LEAST_NAMED = 0.2
-"""Correlation from which a word names an atom."""
+"""Correlation from which a word names an atom, if shuffled texts have none as large."""
+SHUFFLES = 99
+"""Times that texts are shuffled: one in a hundred atoms that go with no word is named by chance."""
 
 
 @dataclass(frozen=True)
@@ -73,15 +79,8 @@ class Side(NamedTuple):
     """Mean |coefficient| where the atom is present. A pair has the product of both signs."""
 
     def atoms(self, word: str) -> list[int]:
-        """Those that a word names, the best named first.
-
-        Raises:
-            InputError: there is none.
-        """
+        """Those that a word names, the best named first."""
         named = [atom for atom, own in enumerate(self.words) if own == word]
-        if not named:
-            known = {own for own in self.words if own}
-            raise InputError(f"expected a word that names an atom, got {word!r}, which has none{nearest(word, known)}")
         return sorted(named, key=lambda atom: -self.correlations[atom])
 
 
@@ -123,11 +122,12 @@ def read_memory(states: Tensor, dictionary: PairDictionary, n: int | None = None
     """The facts of each of the states [N,K,V], strongest first.
 
     Args:
-        n: how many facts of each state, at most, of twice as many pairs. None: as many as have a strength of
-            `FACT_STRENGTH`.
+        n: how many facts of each state, at most, of twice as many pairs. None: those whose coefficient times `named`
+            is at least half of the usual size of such pairs (the root of the product of both atoms' sizes).
 
     Where words name atoms, a fact is as strong as its coefficient times how well it is named, and a pair without a name
-    is none: what all states have in common takes pairs, too. Where none are named, coefficients alone count.
+    is none: what all states have in common takes pairs, too. Where none are named, coefficients alone count; without
+    ``n``, those from `FACT_STRENGTH` of the norm.
 
     A dictionary of writes reads states too, with a warning: its pairs were not fitted to them.
 
@@ -136,23 +136,32 @@ def read_memory(states: Tensor, dictionary: PairDictionary, n: int | None = None
     """
     key_side, value_side = _side(dictionary, 0), _side(dictionary, 1)
     _check_count(n)
-    wanted = (MOST_FACTS, DEEPER) if n is None else (2 * n, LEAST_SHARE)
+    wanted = (2 * MOST_FACTS, SMALLEST) if n is None else (2 * n, LEAST_SHARE)
     pairs = _pairs(states, dictionary, *wanted)
     is_named = any((*key_side.words, *value_side.words))
-    sizes = states.flatten(1).norm(dim=1).clamp_min(1e-30)
-    shares = pairs.coefficients / sizes.to(pairs.coefficients)[:, None]
+    sizes = states.flatten(1).norm(dim=1, keepdim=True).clamp_min(1e-30).to(pairs.coefficients)
+    shares = pairs.coefficients / sizes
+    least = torch.full_like(shares, LEAST_SHARE if is_named or n else FACT_STRENGTH)
+    if is_named and n is None:
+        usual = _usual_sizes(key_side, value_side).to(shares)[pairs.keys, pairs.values]
+        least = least.maximum(FACT_SIZE * usual / sizes)
     found = list[list[Fact]]()
-    for i_row, j_row, row in zip(pairs.keys.tolist(), pairs.values.tolist(), shares.tolist()):
-        facts = list[Fact]()
-        for i, j, share in zip(i_row, j_row, row):
+    for pairs_of_one in zip(pairs.keys.tolist(), pairs.values.tolist(), shares.tolist(), least.tolist()):
+        held = list[Fact]()
+        for i, j, share, least_share in zip(*pairs_of_one):
             key = key_side.words[i] or f"key {i}"
             value = value_side.words[j] or f"value {j}"
             named = key_side.correlations[i] * value_side.correlations[j] if is_named else 1.0
-            facts.append(Fact(key, value, share, i, j, named))
-        least = FACT_STRENGTH if n is None else LEAST_SHARE
-        held = [fact for fact in facts if fact.strength >= least]
-        found.append(sorted(held, key=lambda fact: -fact.strength)[:n])
+            fact = Fact(key, value, share, i, j, named)
+            if fact.strength >= least_share:
+                held.append(fact)
+        found.append(sorted(held, key=lambda fact: -fact.strength)[: n or MOST_FACTS])
     return found
+
+
+def _usual_sizes(key_side: Side, value_side: Side) -> Tensor:
+    """[F_key,F_value] of pairs: the root of the product of both atoms' sizes."""
+    return torch.outer(torch.tensor(key_side.sizes), torch.tensor(value_side.sizes)).abs().sqrt()
 
 
 def pair_name(dictionary: PairDictionary, number: int) -> str:
@@ -188,7 +197,9 @@ def label_atoms(
     """Name the atoms of a dictionary by words, and keep the names in its metadata, which are saved with it.
 
     An atom's word is the one whose presence in the text correlates most, over states, with the atom's presence in the
-    pairs of the state. Labels do not change what is read, only what it is called.
+    pairs of the state. An atom has none below a correlation of 0.2, or where some word correlates as much in one of 99
+    shuffles of the texts. So an atom that goes with no word is named with a probability of 1%, at most; of more where
+    several states come from one text.
 
     Args:
         states: [N,K,V], after N texts.
@@ -196,7 +207,7 @@ def label_atoms(
         key_words, value_words: the words that are tried for a side; None: all of the texts.
         n: pairs of a state, as in `read_memory`.
 
-    Cost: N F_key F_value (V + n) for the pairs, N F W for W words.
+    Cost: N F_key F_value (V + n) for the pairs, 100 N F W for W words.
 
     Raises:
         InputError: as of `read_memory`, or not as many texts as states.
@@ -206,13 +217,18 @@ def label_atoms(
     _check_count(n)
     pairs = _pairs(states, dictionary, n or MOST_FACTS, LEAST_SHARE if n else PRESENT)
     keys, values = dictionary.directions
-    of_keys, of_values = _signs(pairs.acts().sum(0).view(len(keys), len(values)))
+    grid = pairs.acts().view(-1, len(keys), len(values))
+    of_keys, of_values = _signs(grid.sum(0))
     oriented = pairs.coefficients * of_keys[pairs.keys] * of_values[pairs.values]
     sides = {
         "keys": _named(pairs.keys, oriented, of_keys, texts, key_words),
         "values": _named(pairs.values, oriented, of_values, texts, value_words),
     }
-    dictionary.cfg.metadata.labels = {name: side._asdict() for name, side in sides.items()}
+    largest = grid.amax(0).maximum(-grid.amin(0))
+    seen = (largest > 0) & (largest >= FACT_SIZE * _usual_sizes(sides["keys"], sides["values"]).to(largest))
+    labels: dict[str, object] = {name: side._asdict() for name, side in sides.items()}
+    labels["seen"] = [row.nonzero().flatten().tolist() for row in seen]
+    dictionary.cfg.metadata.labels = labels
 
 
 def _signs(pairs: Tensor) -> tuple[Tensor, Tensor]:
@@ -235,10 +251,15 @@ def _named(
     tried = sorted(set[str]().union(*texts) if words is None else words)
     present = torch.tensor([[word in text for word in tried] for text in map(set, texts)]).to(sums)
     correlations, best = _correlations(active, present).max(1)
-    named = (correlations >= LEAST_NAMED).tolist()
+    chance = torch.full_like(correlations, LEAST_NAMED)
+    drawn = torch.Generator().manual_seed(0)
+    for _ in range(SHUFFLES):
+        shuffled = present[torch.randperm(len(present), generator=drawn).to(present.device)]
+        chance = chance.maximum(_correlations(active, shuffled).amax(1))
+    named = correlations > chance
     return Side(
-        words=[tried[word] if is_named else None for word, is_named in zip(best.tolist(), named)],
-        correlations=correlations.where(correlations >= LEAST_NAMED, 0).tolist(),
+        words=[tried[word] if is_named else None for word, is_named in zip(best.tolist(), named.tolist())],
+        correlations=correlations.where(named, 0).tolist(),
         sizes=(signs * sums.sum(0).abs() / active.sum(0).clamp_min(1)).tolist(),
     )
 
@@ -285,11 +306,8 @@ def rewritten(
     What leaves is the pairs of the key with the old value, and all of the state along that value that no other of its
     keys reads. What comes is a pair of the best named atoms, as large as pairs with this value usually are.
 
-    Raises:
-        InputError: no atom of the dictionary has one of the words, or neither value is given.
+    Each word has to name an atom (`lacking`).
     """
-    if value is None and instead_of is None:
-        raise InputError("value: expected a word, or instead_of, the value that the key loses; got neither")
     key_side = _side(dictionary, 0)
     value_side = _side(dictionary, 1)
     key_atoms = key_side.atoms(key)
@@ -319,6 +337,39 @@ def _cleared(states: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     along = states @ torch.linalg.pinv(values) @ values
     shared = torch.linalg.pinv(keys, rtol=LEAST_APART) @ keys @ along
     return states - along + shared
+
+
+def lacking(dictionary: PairDictionary, key: str, *values: str | None) -> str:
+    """The words that name no atom of their side, with the nearest that do; empty where all do."""
+    wanted = [(0, key), *((1, value) for value in values if value is not None)]
+    sides = [_side(dictionary, 0), _side(dictionary, 1)]
+    missing = [(side, word) for side, word in wanted if word not in sides[side].words]
+    return ", ".join(repr(word) + nearest(word, {*filter(None, sides[side].words)}) for side, word in missing)
+
+
+def is_usual(dictionary: PairDictionary, key: str, value: str) -> bool:
+    """Whether some state that named the atoms had the value with the key, or with one that shares a value with it; True
+    of dictionaries that were named before this was stored.
+
+    Raises:
+        InputError: the labels are damaged.
+    """
+    key_side, value_side = _side(dictionary, 0), _side(dictionary, 1)
+    seen_values = dictionary.cfg.metadata.labels.get("seen")
+    if seen_values is None:
+        return True
+    seen = torch.zeros(len(key_side.words), len(value_side.words), dtype=torch.bool)
+    try:
+        for atom, held in enumerate(seen_values):
+            seen[atom, torch.tensor(held, dtype=torch.long)] = True
+    except (IndexError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"labels: expected the values of each key under 'seen', got others ({error})") from None
+    # What all states have in common has no words, and every value is seen with it.
+    seen &= torch.tensor([word is not None for word in key_side.words])[:, None]
+    seen &= torch.tensor([word is not None for word in value_side.words])
+    own = seen[key_side.atoms(key)].any(0)
+    alike = (seen & own).any(1)
+    return bool((own | seen[alike].any(0))[value_side.atoms(value)].any())
 
 
 # ------------------------------------------------------------------------------------------------ helpers

@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,7 +44,7 @@ from hookpoints.memory.caches import (
     turned,
     window,
 )
-from hookpoints.memory.facts import Fact, PairDictionary, joined, place_of, read_memory, rewritten
+from hookpoints.memory.facts import Fact, PairDictionary, is_usual, joined, lacking, place_of, read_memory, rewritten
 from hookpoints.memory.passes import (
     Form,
     Kept,
@@ -221,15 +222,38 @@ class Memory:
         head: int | None = None,
     ) -> Memory:
         """With another fact, in every head of the dictionaries: a ``value`` ``instead_of`` another; one fact more,
-        without ``instead_of``; one less, with ``value`` None. Words are those of the dictionaries (see `rewritten`).
+        without ``instead_of``; one less, with ``value`` None. Words are those of the dictionaries (see `rewritten`). A
+        dictionary that lacks one of them is left out, with its head, and a warning says so. Another warning says where
+        no key like this one has the ``value``: it is written, but the model may answer another.
 
         Raises:
-            InputError: no head holds the old fact, a word names no atom, or what `facts` raises.
+            InputError: no head holds the old fact, every dictionary lacks a word, neither value is given, or what
+                `facts` raises.
         """
+        if value is None and instead_of is None:
+            raise InputError("value: expected a word, or instead_of, the value that the key loses; got neither")
         several = dictionaries if isinstance(dictionaries, Sequence) else [dictionaries]
+        known = list[PairDictionary]()
+        unknown = list[str]()
+        for dictionary in several:
+            if words := lacking(dictionary, key, value, instead_of):
+                of_layer, of_head = place_of(dictionary, layer, head)
+                unknown.append(f"L{of_layer}H{of_head} lacks {words}")
+            else:
+                known.append(dictionary)
+        if not known:
+            raise InputError(f"expected words that name atoms, got others: {'; '.join(unknown)}")
+        if unknown:
+            warnings.warn(f"heads whose dictionary lacks a word stay as they are: {'; '.join(unknown)}", stacklevel=2)
+        if value is not None and not any(is_usual(dictionary, key, value) for dictionary in known):
+            warnings.warn(
+                f"value: expected one that {key!r}, or a key that shares a value with it, had where atoms were named, "
+                f"got {value!r}; the model may answer another",
+                stacklevel=2,
+            )
         states: LayerStates = {}
         held = False
-        for dictionary in several:
+        for dictionary in known:
             of_layer, of_head = place_of(dictionary, layer, head)
             before = self._head_state(of_layer, of_head)
             changed, had_it = rewritten(before, dictionary, key, value, instead_of)

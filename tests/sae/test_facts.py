@@ -85,6 +85,24 @@ def world() -> World:
     return made
 
 
+# ---------------------------------------------------------------------------------------- names
+
+
+def test_words_of_other_texts_name_no_atoms(world: World) -> None:
+    """Few states and many words: the largest of many correlations by chance is large."""
+    tokens = world.texts(4, 120, 1)
+    unnamed = dictionary(*world.dictionary.directions)
+    words = [[world.words[token] for token in text] for text in tokens.tolist()]
+    named = []
+    for texts in (words, words[1:] + words[:1]):
+        label_atoms(unnamed, world.states(tokens), texts)
+        labels = unnamed.cfg.metadata.labels
+        named.append([word for side in ("keys", "values") for word in labels[side]["words"] if word])
+    right = [world.words.index(word) - 1 for word in named[0]]
+    assert len(set(right)) >= 0.8 * 128
+    assert len(named[1]) <= 0.03 * 128
+
+
 # ---------------------------------------------------------------------------------------- reading
 
 
@@ -231,6 +249,25 @@ def test_the_model_answers_what_was_written(world: World) -> None:
     assert sum(new) >= 0.95 * len(new) and sum(others) >= 0.98 * len(others) and sum(null) <= 0.1 * len(null)
 
 
+def test_heads_whose_dictionary_lacks_a_word_stay_and_are_named(world: World) -> None:
+    """`recall` with a second dictionary, of the other head, that knows no key."""
+    text = world.texts(4, 1, 7)
+    memory = world.model.memory(text)
+    (key, old), *rest = world.facts(text[0])
+    value = next(word for word in world.words[65:] if word not in {old, *(other for _, other in rest)})
+    partial = dictionary(*world.dictionary.directions, hook=HOOK.replace("heads.1", "heads.0"))
+    labels = world.dictionary.cfg.metadata.labels
+    partial.cfg.metadata.labels = labels | {"keys": labels["keys"] | {"words": [None] * 64}}
+    with pytest.warns(UserWarning, match=rf"lacks a word stay as they are: L1H0 lacks '{key}'$"):
+        changed = memory.with_fact([partial, world.dictionary], key, value, instead_of=old)
+    alone = memory.with_fact(world.dictionary, key, value, instead_of=old)
+    assert torch.equal(changed.state(LAYER), alone.state(LAYER))
+    with pytest.raises(InputError, match=r"got others: L1H0 lacks 'Tokio'; nearest: Tokyo.*; L1H1 lacks 'Tokio'"):
+        both = [dictionary(*world.dictionary.directions, hook=partial.cfg.metadata.hook_name), world.dictionary]
+        both[0].cfg.metadata.labels = labels
+        memory.with_fact(both, key, "Tokio", instead_of=old)
+
+
 def test_a_fact_comes_and_goes(world: World) -> None:
     gone, come, still, others = [], [], [], []
     for text in [*world.texts(4, 20, 12), *world.texts(8, 20, 12)]:
@@ -272,7 +309,9 @@ def test_what_cannot_be_written_says_why(world: World) -> None:
     text = world.texts(4, 1, 7)
     memory = world.model.memory(text)
     (key, value), (other, _), *_ = world.facts(text[0])
-    with pytest.raises(InputError, match=r"^expected a word that names an atom, got 'Tokio', .*nearest: Tokyo"):
+    with pytest.raises(
+        InputError, match=r"^expected words that name atoms, got others: L1H1 .*'Tokio'; nearest: Tokyo"
+    ):
         memory.with_fact(world.dictionary, key, "Tokio", instead_of=value)
     with pytest.raises(InputError, match=rf"^instead_of: expected a value that '{other}' has here, got '{value}'"):
         memory.with_fact(world.dictionary, other, None, instead_of=value)
@@ -288,6 +327,29 @@ def states_of_facts(pairs: int, count: int, seed: int) -> tuple[HookedRecurrent,
     model = HookedRecurrent.from_pretrained("facts")
     batch = Facts().batch(count, torch.Generator().manual_seed(seed), pairs=pairs)
     return model, batch.tokens[:, : 1 + 5 * pairs], Facts().told(batch.symbols)
+
+
+@pytest.mark.parametrize(("pairs", "least"), [(2, 0.99), (16, 0.97), (24, 0.95), (32, 0.9)])
+def test_facts_are_counted_by_what_their_pairs_usually_are(pairs: int, least: float) -> None:
+    """Not by their share of the state, which is the smaller the more facts it holds."""
+    model, tokens, told = states_of_facts(pairs, 40, seed=pairs)
+    sae: Any = load_sae(zoo.path("facts") / "pairs")
+    found = read_memory(model.recurrence(tokens, 0).final_state()[:, 0], sae)
+    read = [{(fact.key, fact.value) for fact in facts} for facts in found]
+    hits = sum(len(own & facts.items()) for own, facts in zip(read, told))
+    assert hits >= least * 40 * pairs and hits >= 0.97 * sum(map(len, read))
+
+
+def test_a_value_of_another_relation_is_written_with_a_warning() -> None:
+    sae: Any = load_sae(zoo.path("facts") / "pairs")
+    memory = HookedRecurrent.from_pretrained("facts").memory("Ben lives in Rome . Ada keeps a parrot .")
+    memory.with_fact(sae, "Ben lives in", "Oslo", instead_of="Rome")
+    with pytest.warns(UserWarning, match=r"^value: expected one that 'Ben lives in', .* got 'parrot'; the model may"):
+        memory.with_fact(sae, "Ben lives in", "parrot", instead_of="Rome")
+    for damaged in ("all", [["Rome"]], [[200]], [[0]] * 161, 3):
+        sae.cfg.metadata.labels |= {"seen": damaged}
+        with pytest.raises(InputError, match=r"^labels: expected the values of each key under 'seen', got others"):
+            memory.with_fact(sae, "Ben lives in", "Oslo", instead_of="Rome")
 
 
 @pytest.mark.parametrize("pairs", [4, 8])
