@@ -29,10 +29,9 @@ FACT_STRENGTH = 0.15
 """The same as a share of the state's norm, for dictionaries without words, whose usual sizes are not known."""
 PRESENT = 0.2
 """Share of a state's norm from which a pair names its atoms, where the number is not given."""
-SMALLEST = 0.05
-"""Share of the norm down to which pairs are looked for where the number is not given: 32 facts have 0.07 and more."""
 DEEPER = 0.1
-"""The same where a fact is replaced: each key that is found keeps its part of the old value."""
+"""Share of the norm down to which pairs are looked for where the number is not given: those that words name badly
+stand between those that are facts. Deeper pairs fit what is left, and change the coefficients of facts."""
 LEAST_SHARE = 1e-3
 """The same where the number is given."""
 LEAST_APART = 0.1
@@ -136,7 +135,7 @@ def read_memory(states: Tensor, dictionary: PairDictionary, n: int | None = None
     """
     key_side, value_side = _side(dictionary, 0), _side(dictionary, 1)
     _check_count(n)
-    wanted = (2 * MOST_FACTS, SMALLEST) if n is None else (2 * n, LEAST_SHARE)
+    wanted = (2 * MOST_FACTS, DEEPER) if n is None else (2 * n, LEAST_SHARE)
     pairs = _pairs(states, dictionary, *wanted)
     is_named = any((*key_side.words, *value_side.words))
     sizes = states.flatten(1).norm(dim=1, keepdim=True).clamp_min(1e-30).to(pairs.coefficients)
