@@ -91,6 +91,8 @@ Edits = WriteEdit | Sequence[WriteEdit]
 
 EditRow = Edits
 """What one row of a batch gets."""
+EditRows = WriteEdit | Sequence[EditRow]
+"""What each row of a batch gets; a WriteEdit alone is one row."""
 
 
 class PlacedEdit(NamedTuple):
@@ -117,8 +119,9 @@ class EditPlan:
         """Identities of those that met their token."""
 
     @classmethod
-    def for_rows(cls, rows: Sequence[EditRow]) -> EditPlan:
+    def for_rows(cls, rows: EditRows) -> EditPlan:
         """Row n of the batch gets ``rows[n]``."""
+        rows = as_rows(rows)
         return cls((PlacedEdit(n, edit) for n, row in enumerate(rows) for edit in as_edits(row)), len(rows))
 
     @classmethod
@@ -147,6 +150,11 @@ class EditPlan:
             raise EditError(
                 f"{len(idle)} edit(s) never acted: no pass reached position {idle[0].position} of layer {idle[0].layer}"
             )
+
+
+def as_rows(rows: EditRows) -> Sequence[EditRow]:
+    """Rows of edits; one edit alone is one row."""
+    return [rows] if isinstance(rows, WriteEdit) else rows
 
 
 def as_edits(edits: Edits) -> list[WriteEdit]:

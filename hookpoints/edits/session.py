@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
-from hookpoints.edits.edit import EditPlan, EditRow, as_edits
+from hookpoints.edits.edit import EditPlan, EditRow, EditRows, as_edits, as_rows
 from hookpoints.errors import EditError, UnsupportedModelError
 from hookpoints.fla.scope import is_fla
 from hookpoints.hooks.guard import HookSpecs
@@ -109,7 +109,7 @@ class EditSession:
 
     def run(
         self,
-        rows: Sequence[EditRow],
+        rows: EditRows,
         stop: int | None = None,
         batch_size: int = 64,
         gradients: bool = False,
@@ -119,6 +119,7 @@ class EditSession:
 
         Args:
             rows: one WriteEdit, several, or none (``[]``: the unedited run, for a baseline with the same arithmetic).
+                A WriteEdit alone is one row.
             stop: run up to this position, exclusive; None: to the end.
             batch_size: rows at once; memory grows with batch_size * (stop - start) * vocab.
             gradients: give logits that can be differentiated, by keys and values of edits and by whatever else a pass
@@ -133,6 +134,7 @@ class EditSession:
         """
         if self._logits:
             raise EditError("run: expected a session of all logits, got one of the last; use run_hooked")
+        rows = as_rows(rows)
         plan = EditPlan.for_rows(rows)
         self.model.check_edits(plan)
         edits = plan.all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -50,6 +51,7 @@ def reachable(names_filter: NamesFilter, start: int | None, stop: int | None, n_
     wanted = _predicate(names_filter)
     first, last, _ = slice(start, stop).indices(n_layers)
 
+    @functools.wraps(wanted)  # errors name the caller's filter
     def inside(name: str) -> bool:
         if not wanted(name):
             return False
@@ -64,5 +66,5 @@ def _predicate(names_filter: NamesFilter) -> Callable[[str], bool]:
     if names_filter is None:
         return lambda name: not is_matrix(name)
     if callable(names_filter):
-        return lambda name: bool(names_filter(name))
+        return names_filter
     return ({names_filter} if isinstance(names_filter, str) else set(names_filter)).__contains__

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint, LensHandle
 
-from hookpoints.errors import HookDidNotFireError, HookShapeError, UnknownHookError, nearest
+from hookpoints.errors import HookDidNotFireError, HookShapeError, InputError, UnknownHookError, nearest
+from hookpoints.hooks.cache import NamesFilter
 from hookpoints.hooks.points import scopes_of
 from hookpoints.scopes import scoped
 
@@ -58,7 +59,8 @@ def find_hooks(model: HookedRootModule, name: Name) -> list[str]:
         matching = [known for known in model.hook_dict if name(known)]
         if not matching:
             raise UnknownHookError(
-                f"the filter {name!r} matches none of the {len(model.hook_dict)} hooks of this model"
+                f"the filter {name!r} matches none of the {len(model.hook_dict)} hooks of this model, or none within "
+                "start_at_layer and stop_at_layer"
             )
         return matching
     name = canonical(name, model.mod_dict)
@@ -68,6 +70,33 @@ def find_hooks(model: HookedRootModule, name: Name) -> list[str]:
         why = f": {block.replace('s.', ' ')} has no recurrence" if absent else nearest(name, model.hook_dict)
         raise UnknownHookError(f"this model has no hook named {name!r}{why}")
     return [name]
+
+
+def find_all_hooks(model: HookedRootModule, names: NamesFilter) -> NamesFilter:
+    """The hooks that a filter means, each as `find_hooks` has it; None stays.
+
+    Raises:
+        UnknownHookError: a name or a predicate that matches none. An empty list asks for none.
+    """
+    if names is None:
+        return None
+    several = [names] if isinstance(names, str) or callable(names) else names
+    return [hook for name in several for hook in find_hooks(model, name)]
+
+
+def named_hooks(model: HookedRootModule, what: str, specs: HookSpecs) -> NamedHooks:
+    """Each hook of ``specs`` with its name, a predicate's with all that it matches.
+
+    Raises:
+        InputError: ``specs`` are no pairs of a name and a function; calls them ``what``.
+        UnknownHookError: as `find_hooks` does.
+    """
+    named: list[tuple[str, Hook]] = []
+    for pair in specs:
+        if not isinstance(pair, tuple | list) or len(pair) != 2 or not callable(pair[1]):
+            raise InputError(f"{what}: expected a list of pairs (name, hook), got {specs!r:.80}; write [(name, hook)]")
+        named += [(name, pair[1]) for name in find_hooks(model, pair[0])]
+    return named
 
 
 @scoped

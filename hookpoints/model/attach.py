@@ -20,6 +20,7 @@ from hookpoints.model import selfcheck
 from hookpoints.model.attachment import Attachment
 from hookpoints.model.hooked import HookedModel
 from hookpoints.model.layout import find_layout
+from hookpoints.model.refused import check_forward_arguments
 from hookpoints.model.wrappers import unwrap
 
 
@@ -77,8 +78,13 @@ class Attached(HookedModel):
             self._hook(attachment, None, backend, self._check if self_check else None)
 
     def forward(self, *args: object, **kwargs: object) -> Any:
-        """The model's own forward: its arguments, its result."""
+        """The model's own forward: its arguments, its result.
+
+        Raises:
+            InputError: an argument that the model lacks; names the nearest, and the call that takes it.
+        """
         self.attachment.require()
+        check_forward_arguments(kwargs, self.hf_model)
         return self.hf_model(*args, **kwargs)
 
     def detach(self) -> None:
@@ -116,8 +122,13 @@ class AttachedBridge(Attached):
         super().__init__(bridge.original_model, backend=backend, self_check=self_check)
 
     def forward(self, *args: object, **kwargs: object) -> Any:
-        """The bridge's own forward: its arguments, its result."""
+        """The bridge's own forward: its arguments, its result.
+
+        Raises:
+            InputError: an argument that neither the bridge nor its model has; names the nearest.
+        """
         self.attachment.require()
+        check_forward_arguments(kwargs, self.hf_model, self.bridge.forward)
         return self.bridge(*args, **kwargs)
 
     def _check(self) -> None:

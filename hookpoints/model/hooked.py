@@ -16,7 +16,7 @@ from transformers import Cache
 from hookpoints.edits.edit import EditPlan, EditRow, Edits
 from hookpoints.errors import EditError, HookpointsError
 from hookpoints.hooks.cache import NamesFilter, Saving, caching_hooks, reachable
-from hookpoints.hooks.guard import ADDING, Hook, HookSpecs, Name, find_hooks, scoped_hooks
+from hookpoints.hooks.guard import ADDING, Hook, HookSpecs, Name, find_all_hooks, find_hooks, named_hooks, scoped_hooks
 from hookpoints.layer.context import Backend, Recorded, current, position_of, scope
 from hookpoints.model.cache import RecurrentCache
 from hookpoints.model.config import HookedRecurrentConfig, describe, device_of
@@ -113,14 +113,15 @@ class HookedModel(HookedRootModule):
 
         Raises:
             UnknownHookError: a name that this model lacks (names the nearest), or a filter that matches nothing.
+            InputError: hooks that are no pairs of a name and a function.
             HookDidNotFireError: the model ran inside the scope and a forward hook never fired, or a backward pass ran
                 and a backward hook never did.
             UnsupportedModelError: gradient checkpointing would compute layers again outside of the scope.
         """
         self.attachment.require()
         self.attachment.require_one_forward()
-        fwd = [(hook_name, hook) for name, hook in fwd_hooks for hook_name in find_hooks(self, name)]
-        bwd = [(hook_name, hook) for name, hook in bwd_hooks for hook_name in find_hooks(self, name)]
+        fwd = named_hooks(self, "fwd_hooks", fwd_hooks)
+        bwd = named_hooks(self, "bwd_hooks", bwd_hooks)
         marks = self.attachment.landmarks()
         stay = not reset_hooks_end
         with scope(self.attachment) as opened, scoped_hooks(opened, self.mod_dict, marks, fwd, bwd, stay):
@@ -147,12 +148,13 @@ class HookedModel(HookedRootModule):
         cached only if named.
 
         Args:
-            names_filter: a name, a list of names, a predicate on names, or None for every vector hook.
+            names_filter: a name, a list of names, a predicate on names, or None for every vector hook. An empty list
+                keeps nothing, as in TransformerLens.
             kwargs: those of TransformerLens' ``run_with_cache`` and of ``forward``.
+
+        Raises:
+            UnknownHookError: a name that this model lacks, or a predicate that matches no hook of the blocks that run.
         """
-        if names_filter is not None and not callable(names_filter):
-            asked = [names_filter] if isinstance(names_filter, str) else names_filter
-            names_filter = [one for name in asked for one in find_hooks(self, name)]
         names = reachable(names_filter, kwargs.get("start_at_layer"), kwargs.get("stop_at_layer"), self.cfg.n_layers)
         out, cache = super().run_with_cache(*args, names_filter=names, remove_batch_dim=remove_batch_dim, **kwargs)
         whole = RecurrentCache(cache, self, has_batch_dim=not remove_batch_dim)
@@ -167,8 +169,13 @@ class HookedModel(HookedRootModule):
         cache: dict[str, Tensor] | None = None,
         pos_slice: SliceInput | Slice = None,
     ) -> tuple[dict[str, Tensor], list[tuple[str, Saving]], list[tuple[str, Saving]]]:
-        """TransformerLens' caching hooks, with the time axis where these activations have it (axis 1)."""
-        return caching_hooks(self.hook_dict, names_filter, incl_bwd, device, remove_batch_dim, cache, pos_slice)
+        """TransformerLens' caching hooks, with the time axis where these activations have it (axis 1).
+
+        Raises:
+            UnknownHookError: a name that this model lacks, or a predicate that matches no hook.
+        """
+        names = find_all_hooks(self, names_filter)
+        return caching_hooks(self.hook_dict, names, incl_bwd, device, remove_batch_dim, cache, pos_slice)
 
     # -- edits
 

@@ -75,7 +75,7 @@ def load(
     name_or_path: str,
     *,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | str = torch.float32,
+    dtype: torch.dtype | str | None = None,
     revision: str | None = None,
     **hf_kwargs: object,
 ) -> Loaded:
@@ -86,7 +86,7 @@ def load(
     "meta" no weights are read: the model has its shapes, and cannot run.
 
     Raises:
-        InputError: the device is not there.
+        InputError: the device is not there, no such dtype, or arguments for transformers where it loads no weights.
         UnknownModelError: no such model; names the nearest, and what is at hand.
         UnsupportedModelError: a checkpoint without a causal language model, in the format of the mamba_ssm package
             (names the converted one), or with tensors missing, unknown or of another shape (names them).
@@ -99,6 +99,12 @@ def load(
     _check_device(device)
     without_weights = device is not None and torch.device(device).type == "meta"
     hf_kwargs = refuse_arguments(hf_kwargs)
+    dtype = _dtype(dtype, hf_kwargs.pop("torch_dtype", None))
+    if hf_kwargs and (without_weights or source.endswith(".pth")):
+        raise InputError(
+            f"from_pretrained takes no {', '.join(hf_kwargs)} here: transformers loads neither a .pth file nor the "
+            "weights of device='meta'"
+        )
     with _errors_name_the_model(name_or_path):
         if (
             Path(name_or_path).is_dir() and not without_weights
@@ -110,6 +116,22 @@ def load(
     if hf_kwargs.get("device_map") is None:
         model = model.to(device or default_device())
     return Loaded(model, _tokenizer(source, revision))
+
+
+def _dtype(asked: object, synonym: object) -> torch.dtype | str:
+    """The dtype that a model gets: "auto", or one of torch.
+
+    Args:
+        synonym: ``torch_dtype``, transformers' older name for it.
+    """
+    names = [str(one).removeprefix("torch.") for one in (asked, synonym) if one is not None] or ["float32"]
+    dtypes = {getattr(torch, name, name) for name in names}
+    if len(dtypes) > 1:
+        raise InputError(f"dtype and torch_dtype: expected one of the two, got {asked!r} and {synonym!r}")
+    dtype = dtypes.pop()
+    if dtype == "auto" or (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        return dtype
+    raise InputError(f"dtype: expected 'auto', 'float32', 'bfloat16', 'float16' or 'float64', got {names[0]!r}")
 
 
 def _check_device(device: str | torch.device | None) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import partial
-from inspect import signature
 from typing import Any, Literal, NamedTuple, Self, cast
 
 import torch
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformer_lens.utilities.lm_utils import lm_cross_entropy_loss
 from transformers import PreTrainedTokenizerBase
 
-from hookpoints.edits.edit import EditRow, Edits
+from hookpoints.edits.edit import EditRow, EditRows, Edits
 from hookpoints.edits.session import EditedRun, EditSession
 from hookpoints.errors import InputError
 from hookpoints.layer.context import Backend, StopForward, cache_among
@@ -58,7 +58,7 @@ class HookedRecurrent(Tokens, Weights):
 
     def __getattr__(self, name: str) -> Any:
         if name in REFUSED_NAMES:
-            raise AttributeError(f"HookedRecurrent has no {name} of HookedTransformer's: {REFUSED_NAMES[name]}")
+            raise AttributeError(f"HookedRecurrent has no {name}: {REFUSED_NAMES[name]}")
         if isinstance(of_class := getattr(type(self), name, None), property) and of_class.fget is not None:
             return of_class.fget(self)  # it raised an AttributeError, which nn.Module would take for an absent name
         return super().__getattr__(name)
@@ -81,10 +81,10 @@ class HookedRecurrent(Tokens, Weights):
     @classmethod
     def from_pretrained(
         cls,
-        name_or_path: str,
+        name_or_path: str | os.PathLike[str],
         *,
         device: str | torch.device | None = None,
-        dtype: torch.dtype | str = torch.float32,
+        dtype: torch.dtype | str | None = None,
         revision: str | None = None,
         backend: Backend = "auto",
         self_check: bool = True,
@@ -95,7 +95,8 @@ class HookedRecurrent(Tokens, Weights):
         Args:
             device: where to put it; default CUDA if there is one. Leave out with ``device_map``. "meta": no weights are
                 read; ``cfg`` and the hooks' names are there, and nothing can be run.
-            dtype: float32 by default, as in TransformerLens; "auto" keeps the checkpoint's own.
+            dtype: one of torch, or its name; "auto" keeps the checkpoint's own. None: float32, as in TransformerLens.
+                ``torch_dtype`` is the same.
             revision: branch, tag or commit on the hub.
             backend: who computes the native pass of recurrent layers: "auto" (upstream's op), "torch" (upstream's torch
                 op on any device) or "recurrence" (hookpoints' own kernel; float64 throughout on a float64 model).
@@ -104,18 +105,22 @@ class HookedRecurrent(Tokens, Weights):
 
         Raises:
             InputError: an argument of TransformerLens' that means nothing here (``fold_ln=True``); says what does it.
+                Also for a dtype or a device that there is not, and for two dtypes.
             UnknownModelError: there is no such model; names the nearest.
             UnsupportedModelError: the model has no recurrence of the canonical form; says why.
             SelfCheckError: the model does not behave as hooks need.
         """
-        loaded = loading.load(name_or_path, device=device, dtype=dtype, revision=revision, **hf_kwargs)
+        name = os.fspath(name_or_path)
+        loaded = loading.load(name, device=device, dtype=dtype, revision=revision, **hf_kwargs)
         self_check = self_check and next(loaded.model.parameters()).device.type != "meta"
-        return cls(loaded.model, loaded.tokenizer, name=name_or_path, backend=backend, self_check=self_check)
+        return cls(loaded.model, loaded.tokenizer, name=name, backend=backend, self_check=self_check)
 
     @classmethod
-    def from_pretrained_no_processing(cls, name_or_path: str, **kwargs: Any) -> HookedRecurrent:
-        """``from_pretrained``, which never processes weights, under TransformerLens' name for that."""
+    def from_pretrained_no_processing(cls, name_or_path: str | os.PathLike[str], **kwargs: Any) -> HookedRecurrent:
+        """``from_pretrained``, which never processes weights, under TransformerLens' names for that."""
         return cls.from_pretrained(name_or_path, **kwargs)
+
+    boot_transformers = from_pretrained_no_processing
 
     @classmethod
     def from_hf(cls, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, **kwargs: Any) -> Self:
@@ -157,11 +162,11 @@ class HookedRecurrent(Tokens, Weights):
             hf_kwargs: for the Hugging Face forward (a cache, position_ids ...).
 
         Raises:
-            InputError: an argument of TransformerLens' that there is none of, or a name that is nearly one of these.
+            InputError: an argument that neither this nor the Hugging Face forward takes; names the nearest, and the
+                call that takes it.
         """
         if hf_kwargs:
-            takes = [signature(forward).parameters for forward in (HookedRecurrent.forward, self.hf_model.forward)]
-            check_forward_arguments(hf_kwargs, {name for parameters in takes for name in parameters})
+            check_forward_arguments(hf_kwargs, self.hf_model, HookedRecurrent.forward)
         start = self._layer_index(start_at_layer, 0)
         stop = self._layer_index(stop_at_layer, self.cfg.n_layers)
         residual = None
@@ -277,12 +282,12 @@ class HookedRecurrent(Tokens, Weights):
         with torch.no_grad():
             return self(input, memory=memory)
 
-    def run_with_edits(self, tokens: Tensor, rows: Sequence[EditRow], **kwargs: Any) -> EditedRun:
+    def run_with_edits(self, tokens: Tensor, rows: EditRows, **kwargs: Any) -> EditedRun:
         """Many edits of one sequence as one batch: row n of the result is the run with ``rows[n]``.
 
         Args:
             tokens: [1,T].
-            rows: for each row one WriteEdit or several.
+            rows: for each row one WriteEdit or several. A WriteEdit alone is one row.
             kwargs: ``stop``, ``batch_size``, ``gradients``, ``apart`` of ``EditSession.run``.
 
         Blocks below the lowest edited layer and tokens before the first edited position run once. For several calls

@@ -3,8 +3,13 @@ arguments of ``from_pretrained``."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from difflib import get_close_matches
+from inspect import Parameter, signature
+from typing import cast
+
+from torch import nn
+from transformers.utils.generic import TransformersKwargs
 
 from hookpoints.errors import InputError
 
@@ -35,6 +40,10 @@ _REASONS: tuple[tuple[str, str], ...] = (
     ("get_token_position to_single_str_token", "to_str_tokens lists the texts of tokens, to_string(token) gives one"),
     ("load_sample_training_dataset sample_datapoint", "no data set belongs to a model here"),
     ("move_model_modules_to_device mps", "model.to(device) moves it"),
+    (
+        "saes add_sae reset_saes acts_to_saes run_with_saes run_with_cache_with_saes run_with_hooks_with_saes",
+        "HookedSAERecurrent of the package sae-lens-writesae has it",
+    ),
 )
 REFUSED_NAMES = {name: reason for names, reason in _REASONS for name in names.split()}
 """Name -> why there is none, and what to use."""
@@ -60,11 +69,19 @@ _ARGUMENTS: dict[str, tuple[object, str]] = {
 }
 """Argument of HookedTransformer.from_pretrained, or of older transformers -> the value that asks for nothing, and what
 to do instead."""
-_FORWARD = {
+_HOOKING = "run_with_hooks takes it, and the scope model.hooks acts on any call"
+_EDITING = "generate takes it, and the scope model.edits acts on any call"
+_ELSEWHERE = {
     "past_kv_cache": "past_key_values= takes a cache of transformers, and memory= a memory",
     "shortformer_pos_embed": "a recurrence has no positions to embed",
+    "fwd_hooks": _HOOKING,
+    "bwd_hooks": _HOOKING,
+    "edits": f"{_EDITING}; run_with_edits(tokens, rows) makes a run of each",
+    "edit_rows": _EDITING,
+    "rows": "run_with_edits takes it",
+    "names_filter": "run_with_cache takes it",
 }
-"""Argument of HookedTransformer.forward -> what to do instead."""
+"""Argument of HookedTransformer.forward, or of other calls here -> what to do instead."""
 _FREQUENCY = "repetition_penalty= or a logits_processor= of transformers makes tokens that were there less likely"
 
 
@@ -81,23 +98,34 @@ def refuse_arguments(arguments: Mapping[str, object]) -> dict[str, object]:
     return {name: value for name, value in arguments.items() if name not in _ARGUMENTS}
 
 
-def check_forward_arguments(arguments: Collection[str], known: Collection[str]) -> None:
-    """Raise InputError for an argument of TransformerLens' ``forward`` that there is none of, or one that is nearly a
-    ``known`` name. Models of transformers take any name, and nothing would come of it."""
-    for name in arguments:
-        if name in _FORWARD:
-            raise InputError(f"the model takes no {name}: {_FORWARD[name]}")
-        near = get_close_matches(name, known, n=1, cutoff=0.8)
-        if near and name not in known:
-            raise InputError(f"the model takes no {name}; nearest: {near[0]}")
+def check_forward_arguments(arguments: Collection[str], model: nn.Module, *others: Callable[..., object]) -> None:
+    """Raise InputError for a name that neither the forward of ``model`` declares, nor one of the ``others``, nor
+    transformers' `TransformersKwargs`. Models of transformers take any name, and ignore what they do not know.
+
+    A model of other code may read names that it does not declare. They are let through, unless they are nearly those of
+    a declared argument or of another call here.
+    """
+    known = {*TransformersKwargs.__annotations__, "return_dict"}
+    backbone = cast(nn.Module, getattr(model, "base_model", model))  # gets the arguments that the head passes on
+    for each in (model.forward, backbone.forward, *others):
+        known |= {name for name, one in signature(each).parameters.items() if one.kind is not Parameter.VAR_KEYWORD}
+    is_declared = type(model).forward.__module__.partition(".")[0] in ("transformers", "hookpoints")
+    for name in [name for name in arguments if name not in known]:
+        near = get_close_matches(name, known | _ELSEWHERE.keys(), n=1, cutoff=0.6 if is_declared else 0.8)
+        if near or is_declared:
+            nearest = "".join(f"; nearest: {word}" for word in near if word != name)
+            instead = "".join(f" ({_ELSEWHERE[word]})" for word in near if word in _ELSEWHERE)
+            raise InputError(f"the model takes no {name}{nearest}{instead}")
 
 
 def generation_arguments(arguments: Mapping[str, object]) -> dict[str, object]:
     """Arguments of TransformerLens' ``generate`` as transformers names them.
 
     Raises:
-        InputError: a ``freq_penalty`` other than 0; says what to do instead.
+        InputError: a ``freq_penalty`` other than 0, or an argument of another call; says what to do instead.
     """
+    for name in arguments.keys() & _ELSEWHERE.keys():
+        raise InputError(f"generate takes no {name}: {_ELSEWHERE[name]}")
     renamed = dict(arguments)
     if "use_past_kv_cache" in renamed:
         renamed["use_cache"] = renamed.pop("use_past_kv_cache")
