@@ -287,8 +287,8 @@ def train(
 
 def save(model: PreTrainedModel, task: zoo.Task, folder: Path) -> None:
     """Weights in bf16, which load in float32, and a tokenizer of whole words, which begins with <bos>. Where sentences
-    end in a period, the period is a word."""
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(task.vocabulary)}, unk_token="<bos>"))
+    end in a period, the period is a word. Other words raise, since no token stands for them."""
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(task.vocabulary)}, unk_token="<none>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     if "." in task.vocabulary:
         words.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, cast, overload
+from typing import Any, Literal, NamedTuple, cast, overload
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from hookpoints.errors import InputError
+from hookpoints.errors import InputError, nearest
 from hookpoints.model.hooked import HookedModel
 from hookpoints.model.inputs import as_tokens
 
@@ -44,6 +44,9 @@ class Tokens(HookedModel):
                 tokens are those that Hugging Face users get.
             padding_side: for lists of unequal length; None: the tokenizer's own.
             truncate: cut to the model's context length.
+
+        Raises:
+            InputError: no text, or a word that a tokenizer of whole words lacks; names the nearest.
         """
         return self.tokenize(input, prepend_bos, padding_side, move_to_device, truncate).tokens
 
@@ -60,7 +63,7 @@ class Tokens(HookedModel):
         texts = [input] if isinstance(input, str) else list(input) if isinstance(input, list | tuple) else []
         if not texts or not all(isinstance(text, str) for text in texts):
             raise InputError(f"text must be a string or a list of strings, got {input!r:.80}")
-        rows = [self._bos(tokenizer(text)["input_ids"], prepend_bos) for text in texts]
+        rows = [self._bos(self._ids(text), prepend_bos) for text in texts]
         if truncate:
             rows = [row[: self.cfg.n_ctx] for row in rows]
         width = max(map(len, rows))
@@ -110,11 +113,25 @@ class Tokens(HookedModel):
         return [str(self.to_string(int(token))) for token in tokens]
 
     def to_single_token(self, string: str) -> int:
-        """The id of a string that is one token; ValueError says how it splits if it is not."""
-        ids = self._bos(self._need_tokenizer()(string, add_special_tokens=False)["input_ids"], None)
+        """The id of a string that is one token; ValueError says how it splits if it is not, or that it is none."""
+        ids = self._bos(self._ids(string, add_special_tokens=False), None)
         if len(ids) != 1:
             raise ValueError(f"{string!r} is {len(ids)} tokens, not one: {[self.to_string(i) for i in ids]}")
         return ids[0]
+
+    def _ids(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Ids of a text, or InputError for a word that a tokenizer of whole words lacks."""
+        tokenizer = self._need_tokenizer()
+        try:
+            return tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+        except Exception as error:  # the tokenizers library raises no narrower one
+            words = tokenizer.get_vocab()
+            split = cast(Any, tokenizer).backend_tokenizer.pre_tokenizer.pre_tokenize_str
+            others = [part for word in text.split() if word not in words for part, _ in split(word)]
+            for word in [part for part in others if part not in words]:
+                some = nearest(word, words) or f"; it has {', '.join(sorted(words)[:5])} ..."
+                raise InputError(f"text: {self.cfg.model_name} has no word {word!r}{some}") from error
+            raise
 
     def _bos(self, ids: list[int], prepend_bos: bool | None) -> list[int]:
         prepend = self.cfg.default_prepend_bos if prepend_bos is None else prepend_bos

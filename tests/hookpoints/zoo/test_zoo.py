@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hookpoints import HookedRecurrent, UnknownModelError, zoo
+from hookpoints import HookedRecurrent, UnknownModelError, attribute, zoo
+from hookpoints.errors import InputError
 from hookpoints.zoo.tasks import RELATIONS, Composition, Facts, Recall
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "scripts"))
@@ -54,6 +55,23 @@ def test_it_does_its_task_and_reads_its_words(models, name):
     assert sum(rates) / len(rates) >= 0.99
     words = list(zoo.task(name).vocabulary)
     assert models[name].to_tokens(" ".join(words[1:]), truncate=False).tolist() == [list(range(len(words)))]
+
+
+def test_a_word_that_a_model_lacks_raises_and_is_no_bos(models):
+    for call in (
+        models["facts"].to_tokens,
+        models["facts"].to_single_token,
+        models["facts"].memory,
+        lambda text: attribute("Ben lives in", models["facts"], [text]),
+    ):
+        with pytest.raises(InputError, match="no word 'Bem'; nearest: Ben"):
+            call("Bem")
+    with pytest.raises(InputError, match="no word 'Timbuktu'; it has "):
+        models["facts"].to_tokens("<bos> Ben lives in Timbuktu.")
+    assert models["facts"].to_tokens("<bos> Ben lives in Rome.", prepend_bos=True)[0].tolist().count(0) == 1
+    for model in models.values():
+        with pytest.raises(Exception, match="UNK"):  # transformers alone finds no token either
+            model.tokenizer("Timbuktu")
 
 
 def near(found: float, measured: float, n: int) -> bool:
