@@ -68,7 +68,6 @@ def test_a_word_that_a_model_lacks_raises_and_is_no_bos(models):
             call("Bem")
     with pytest.raises(InputError, match="no word 'Timbuktu'; it has "):
         models["facts"].to_tokens("<bos> Ben lives in Timbuktu.")
-    assert models["facts"].to_tokens("<bos> Ben lives in Rome.", prepend_bos=True)[0].tolist().count(0) == 1
     for model in models.values():
         with pytest.raises(Exception, match="UNK"):  # transformers alone finds no token either
             model.tokenizer("Timbuktu")
