@@ -474,8 +474,13 @@ def one_sequence(model: HookedRecurrent, input: str | Tensor) -> Tensor:
     """Tokens [1,T] of a text.
 
     Raises:
-        InputError: there are several sequences, or dropout is on.
+        InputError: there is no text, there are several sequences, or dropout is on.
     """
+    if not isinstance(input, str | Tensor):
+        raise InputError(
+            f"text: expected a string or tokens [1,T], got {type(input).__name__}; the order is attribute(text, model) "
+            "and write_attribution(model, text, metric)"
+        )
     tokens = model.to_tokens(input) if isinstance(input, str) else input
     if tokens.ndim != 2 or tokens.shape[0] != 1:
         raise InputError(

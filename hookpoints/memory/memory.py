@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
+from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -364,7 +365,7 @@ class Memory:
         """With other states [B,H,K,V] of the layers that are named.
 
         Raises:
-            InputError: a state has another shape or device.
+            InputError: a state has another shape or device, or a gradient.
             UnsupportedModelError: a layer has no recurrence.
         """
         self._check_states(states)
@@ -419,6 +420,11 @@ class Memory:
                 said = json.loads((file.metadata() or {}).get("hookpoints", "{}"))
                 named = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
         except (SafetensorError, ValueError, RecursionError) as error:
+            if is_zipfile(path):
+                raise InputError(
+                    f"{path}: expected a memory that was saved, got a file of torch.save, as RWKV's states are; load "
+                    "it with torch.load(path, weights_only=True), and hand its states [B,H,K,V] to memory.with_states"
+                ) from error
             raise InputError(f"{path}: expected a memory that was saved, got a damaged file ({error})") from error
         said = said if isinstance(said, dict) else {}
         here = _said(model)
@@ -445,6 +451,8 @@ class Memory:
 
     def _check_states(self, states: Mapping[int, Tensor]) -> None:
         for layer, state in states.items():
+            if state.requires_grad:
+                raise InputError(f"layer {layer}: expected a state without gradient, got one; use state.detach()")
             wanted = _kind(self.state(layer))
             got = _kind(state)
             if got != wanted:
