@@ -18,7 +18,7 @@ from saes import make_sae
 from transformer_lens import patching, utils
 
 from hookpoints import HookedRecurrent
-from sae_lens_writesae import HookedSAERecurrent, training_config
+from sae_lens_writesae import HookedSAERecurrent, text_dataset, training_config
 
 PAGE = Path(__file__).parents[1] / "docs" / "compatibility.md"
 WORKS = ""
@@ -28,7 +28,13 @@ TRANSFORMER_LENS: dict[str, dict[str, str]] = {
         "HookedRecurrent.from_pretrained(NAME, device='cpu')": WORKS,
         "HookedRecurrent.from_pretrained(NAME, dtype=torch.bfloat16)": WORKS,
         "HookedRecurrent.from_pretrained(NAME, dtype='bfloat16')": WORKS,
+        "HookedRecurrent.from_pretrained(NAME, torch_dtype=torch.bfloat16)": WORKS,
+        "HookedRecurrent.from_pretrained(NAME, dtype='bf16')": "'bfloat16'",
+        "HookedRecurrent.from_pretrained(NAME, dtype=torch.int8)": "'bfloat16'",
+        "HookedRecurrent.from_pretrained(NAME, dtype='float32', torch_dtype=torch.bfloat16)": "dtype and torch_dtype",
+        "HookedRecurrent.from_pretrained(Path(NAME))": WORKS,
         "HookedRecurrent.from_pretrained_no_processing(NAME)": WORKS,
+        "HookedRecurrent.boot_transformers(NAME)": WORKS,
         "HookedRecurrent.from_pretrained(NAME, fold_ln=False, center_unembed=False)": WORKS,
         "HookedRecurrent.from_pretrained(NAME, fold_ln=True)": "fold_ln",
         "HookedRecurrent.from_pretrained(NAME, center_writing_weights=True)": "center_writing_weights",
@@ -102,6 +108,7 @@ TRANSFORMER_LENS: dict[str, dict[str, str]] = {
         "model(tokens, prepend_bos=True)": WORKS,
         "model(tokens, past_kv_cache=object())": "past_key_values",
         "model(tokens, return_typ='loss')": "nearest: return_type",
+        "model(tokens, fwd_hooks=[('hook_embed', double)])": "run_with_hooks takes it",
         "model.loss_fn(logits, tokens)": WORKS,
         "utils.lm_cross_entropy_loss(logits, tokens)": WORKS,
         "utils.test_prompt('The people of the United', ' States', model, print_details=False)": WORKS,
@@ -124,6 +131,9 @@ TRANSFORMER_LENS: dict[str, dict[str, str]] = {
         "model.run_with_cache(tokens, names_filter='blocks.1.hook_resid_pre')": WORKS,
         "model.run_with_cache(tokens, names_filter=['hook_embed', 'blocks.1.mlp.hook_post'])": "nearest",
         "model.run_with_cache(tokens, names_filter=lambda name: name.endswith('resid_post'))": WORKS,
+        "model.run_with_cache(tokens, names_filter=lambda name: False)": "matches none",
+        "model.run_with_cache(tokens, names_filter=[])": WORKS,
+        "model.run_with_cache(tokens, name_filter='hook_embed')": "nearest: names_filter",
         "model.run_with_cache(tokens, names_filter=utils.get_act_name('resid_pre', 1))": WORKS,
         "model.run_with_cache(tokens, return_cache_object=False)": WORKS,
         "model.run_with_cache(tokens, device='cpu')": WORKS,
@@ -156,6 +166,11 @@ TRANSFORMER_LENS: dict[str, dict[str, str]] = {
         "model.run_with_hooks(tokens, fwd_hooks=[(utils.get_act_name('resid_pre', 1), double)])": WORKS,
         "model.run_with_hooks(tokens, fwd_hooks=[(lambda name: name.endswith('hook_z'), double)])": WORKS,
         "model.run_with_hooks(tokens, return_type='loss', fwd_hooks=[('hook_embed', partial(double))])": WORKS,
+        "model.run_with_hooks(tokens, fwd_hooks=(('hook_embed', double),))": WORKS,
+        "model.run_with_hooks(tokens, fwd_hooks={'hook_embed': double})": "expected a list of pairs (name, hook)",
+        "model.run_with_hooks(tokens, fwd_hooks=('hook_embed', double))": "expected a list of pairs (name, hook)",
+        "model.run_with_hooks(tokens, fwd_hooks=[('hook_embed', None)])": "expected a list of pairs (name, hook)",
+        "model.run_with_hooks(tokens, fwd_hook=[('hook_embed', double)])": "nearest: fwd_hooks",
         "model.run_with_hooks(tokens, fwd_hooks=[('blocks.1.hook_resid_pree', double)])": "nearest",
         "model.run_with_hooks(tokens, fwd_hooks=[('blocks.9.hook_resid_pre', double)])": "nearest",
         "model.add_hook('blocks.1.hook_resid_pre', double)": WORKS,
@@ -182,10 +197,15 @@ SAE_LENS: dict[str, dict[str, str]] = {
         "sae.cfg.d_in": WORKS,
         "sae.cfg.metadata.hook_name": WORKS,
         "sae.encode(writes)": WORKS,
+        "sae.encode(matrices)": ".flatten(-2)",
+        "sae.encode(matrices.flatten(-2))": WORKS,
         "sae.decode(sae.encode(writes))": WORKS,
         "sae(writes)": WORKS,
         "sae.W_enc": WORKS,
         "sae.W_dec": WORKS,
+        "sae.W_dec.__setitem__(0, 0.0)": "replace_atoms",
+        "sae.W_dec.mul_(2)": "replace_atoms",
+        "sae.W_enc.__setitem__(0, 0.0)": "replace_atoms",
         "sae.b_dec": WORKS,
         "sae.to('cpu')": WORKS,
         "sae.eval()": WORKS,
@@ -202,6 +222,7 @@ SAE_LENS: dict[str, dict[str, str]] = {
         "model.run_with_cache_with_saes(tokens, saes=[sae])": WORKS,
         "model.run_with_cache_with_saes(tokens, saes=[sae])[1][f'{hook}.hook_sae_acts_post']": WORKS,
         "model.run_with_hooks_with_saes(tokens, saes=[sae], fwd_hooks=[(f'{hook}.hook_sae_acts_post', double)])": WORKS,
+        "plain.run_with_saes(tokens, saes=[sae])": "HookedSAERecurrent",
         "model.saes(saes=[sae])": WORKS,
         "model.add_sae(sae)": WORKS,
         "model.acts_to_saes": WORKS,
@@ -215,6 +236,8 @@ SAE_LENS: dict[str, dict[str, str]] = {
         "training_config(model, 2, 1, architecture='writesae_batchtopk')": WORKS,
         "training_config(model, 2, 1, architecture='topk')": "writesae_topk",
         "training_config(model, 2, 1, training_token=4096)": "nearest: training_tokens",
+        "training_config(NAME, 2, 1)": "HookedRecurrent.from_pretrained('embedded')",
+        "text_dataset('nosuch.txt')": "nosuch.txt",
         "training_config(model, 0, 1)": "layer 0",
         "training_config(model, 2, 9)": "head 9",
         "training_config(model, 2, 1).to_sae_trainer_config()": WORKS,
@@ -245,7 +268,9 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "writes": model.run_with_cache(tokens, names_filter=hook)[1][hook],
     }
     own |= {"double": lambda x, hook: 2 * x, "metric": lambda logits: logits[0, -1, 5]}
-    classes = {kind.__name__: kind for kind in (HookedRecurrent, SAE, TrainingSAE)}
+    matrices = model.run_with_cache(tokens, names_filter="blocks.2.mixer.hook_write")[1]["write", 2][:, :, 1]
+    own |= {"plain": HookedRecurrent.from_pretrained("embedded"), "matrices": matrices, "text_dataset": text_dataset}
+    classes = {kind.__name__: kind for kind in (HookedRecurrent, Path, SAE, TrainingSAE)}
     functions = {"copy": copy, "partial": partial, "patching": patching, "torch": torch, "utils": utils}
     return classes | functions | own | {"training_config": training_config}
 
@@ -269,7 +294,8 @@ HEAD = """## Everyday calls
 
 Which calls of TransformerLens and SAELens work on a recurrent model? `tests/test_everyday_calls.py` runs each of these,
 {n} of TransformerLens and {m} of SAELens, on the embedded model. `cache` is that of a default `run_with_cache`, and
-`sae` a dictionary of `hook`, the writes of one head. Of errors a part of the message is quoted.
+`sae` a dictionary of `hook`, the writes of one head, which `writes` holds flattened and `matrices` as K x V. `plain`
+is a model of the class HookedRecurrent, and `model` of HookedSAERecurrent. Of errors a part of the message is quoted.
 """
 
 

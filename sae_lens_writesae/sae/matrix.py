@@ -16,10 +16,11 @@ Example, K = 64, V = 32, F = 256, R = 1: `v` [256,1,64] and `w` [256,1,32] are 2
 # No postponed annotations here: SAELens' command line evaluates those of config fields in another module.
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, NoReturn, get_args
 
 import torch
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
@@ -104,6 +105,25 @@ def check_words(config: SAEConfig, **words: object) -> None:
             raise ValueError(f"{name}={value!r}: must be one of {get_args(type_)}.")
 
 
+class ComputedMatrix(Tensor):
+    """A matrix that is computed from factors. Operations read it like any tensor and give plain ones. Writing to it in
+    place raises TypeError, since the factors would stay as they are. Its `.data` is plain, because SAELens' start of
+    weights writes there."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore
+
+    def _refuse(self, *_: object) -> NoReturn:
+        raise TypeError(
+            "W_dec and W_enc are computed from factors: a write to them would be lost. Write to the parameters "
+            "(sae.named_parameters() lists them), or call sae.replace_atoms(indices, atoms, alive)"
+        )
+
+
+for _name in dir(Tensor):
+    if _name == "__setitem__" or re.fullmatch(r"[a-z]\w*_|__i(add|sub|mul|truediv|pow)__", _name):
+        setattr(ComputedMatrix, _name, ComputedMatrix._refuse)
+
+
 class MatrixSAE(SAE[Any]):
     """The parameters of both sides, the matrices made of them, and the folds. It is the last base of an architecture.
 
@@ -158,8 +178,8 @@ class MatrixSAE(SAE[Any]):
     # SAELens declares these two as parameters.
     @property
     def W_dec(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """[F,K*V], computed from the factors: what is written to its `.data` is lost. Costs F*R*K*V, and F*K*V numbers
-        of memory, once in a training step."""
+        """[F,K*V], computed from the factors. Writing to it raises, and what is written to its `.data` is lost. Costs
+        F*R*K*V, and F*K*V numbers of memory, once in a training step."""
         if self.cfg.decoder == "flat":
             return self.decoder_matrix
         return self._once("W_dec", lambda: khatri_rao(self.v, self.w))
@@ -173,15 +193,24 @@ class MatrixSAE(SAE[Any]):
             return self._once("W_enc", lambda: self.W_dec.T * self.encoder_scale)
         return self._once("W_enc", lambda: khatri_rao(self.v_enc, self.w_enc).T)
 
+    def process_sae_in(self, sae_in: Tensor) -> Tensor:
+        """SAELens' own, of flattened matrices [...,K*V]; raises ValueError for others."""
+        if sae_in.shape[-1] != self.cfg.d_in:
+            raise ValueError(
+                f"sae_in: expected [...,K*V] with K*V = {self.cfg.d_in}, got {list(sae_in.shape)}; flatten matrices "
+                "with .flatten(-2)"
+            )
+        return super().process_sae_in(sae_in)
+
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """Sums of all atoms [...,K*V] with weights [...,F]."""
         return weights @ self.W_dec
 
     def _once(self, name: str, build: Callable[[], Tensor]) -> Tensor:
         if self._built is None or not torch.is_grad_enabled():
-            return build()
+            return build().as_subclass(ComputedMatrix)
         if name not in self._built:
-            self._built[name] = build()
+            self._built[name] = build().as_subclass(ComputedMatrix)
         return self._built[name]
 
     def decoder_norm(self) -> Tensor:

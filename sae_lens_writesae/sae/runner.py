@@ -11,7 +11,7 @@ import functools
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import sae_lens.cache_activations_runner
 import sae_lens.llm_sae_training_runner
@@ -24,6 +24,7 @@ from sae_lens import (
     LanguageModelSAETrainingRunner,
     LoggingConfig,
 )
+from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner
 from torch import Tensor
 from transformer_lens import HookedRootModule
 
@@ -37,8 +38,19 @@ from sae_lens_writesae.sae.fast import shape_of, train_on_writes
 from sae_lens_writesae.sae.losses import read_queries
 from sae_lens_writesae.sae.metric import Metric
 from sae_lens_writesae.sae.rows import COLUMN_SCALE, MixedRows, seeded, train_on_rows
-from sae_lens_writesae.sae.target import HeadHook, HookTarget, RunnerConfig, Target, head_target
+from sae_lens_writesae.sae.target import (
+    Dictionary,
+    HeadHook,
+    HookTarget,
+    RunnerConfig,
+    Target,
+    check_hook,
+    check_sizes,
+    head_target,
+)
 from sae_lens_writesae.sae.training import MatrixTrainingSAE
+
+T = TypeVar("T")
 
 MODEL_CLASS_NAME = "HookedRecurrent"
 """The `model_class_name` with which SAELens' runners load a hookpoints model."""
@@ -70,6 +82,33 @@ for _module in (  # those that bind it by name
     sae_lens.multi_sae_training_runner,
 ):
     _module.load_model = load_model  # type: ignore[attr-defined]
+
+# ------------------------------------------------------------------------------------------------ sizes of heads
+
+
+def _hooked_saes(runner: Any) -> list[tuple[str, Dictionary]]:
+    """The SAEs of a runner, each with its hook."""
+    if isinstance(runner, MultiSAETrainingRunner):
+        return [(runner.cfg.hook_names_per_sae[name], sae) for name, sae in runner.saes.items()]
+    return [(runner.cfg.hook_name, runner.sae)]
+
+
+def _checked(run: Callable[[Any], T]) -> Callable[[Any], T]:
+    """The `run` of a runner, which first compares its SAEs with the heads of the model. SAELens compares `d_in` alone,
+    and nothing else in it knows both the model and the SAE."""
+
+    @functools.wraps(run)
+    def checked(self: Any) -> T:
+        if isinstance(self.model, HookedRecurrent):
+            for hook_name, sae in _hooked_saes(self):
+                check_hook(self.model, hook_name, sae.cfg)
+        return run(self)
+
+    return checked
+
+
+for _runner in (LanguageModelSAETrainingRunner, MultiSAETrainingRunner):
+    _runner.run = _checked(_runner.run)  # type: ignore[method-assign, assignment]
 
 # ------------------------------------------------------------------------------------------------ configs and data
 
@@ -177,10 +216,24 @@ def training_config(
     return cfg
 
 
-def text_dataset(text: str, min_characters: int = 2000) -> Dataset:
-    """Running text as a dataset with a `text` column: documents of whole lines with `min_characters` or more each."""
+def text_dataset(text: str | Path, min_characters: int = 2000) -> Dataset:
+    """Running text as a dataset with a `text` column: documents of whole lines with `min_characters` or more each.
+
+    A path is read (UTF-8), and so is a string that names a file, or ends in `.txt`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    if isinstance(text, Path) or _names_a_file(text):
+        text = Path(text).read_text(encoding="utf-8")
     documents = re.findall(rf"(?s).{{{min_characters - 1},}}?(?:\n|\Z)|.+", text)
     return Dataset.from_dict({"text": [document for document in documents if document.strip()]})
+
+
+def _names_a_file(text: str) -> bool:
+    """Whether a text is none, but the name of one."""
+    is_short = "\n" not in text and len(text) < 256
+    return is_short and (text.endswith(".txt") or Path(text).is_file())
 
 
 # ------------------------------------------------------------------------------------------------ running
@@ -205,7 +258,8 @@ def train(
             the way, from which the same call resumes after a kill. Collections only.
 
     Raises:
-        ValueError: a loss or a metric without a collection, or what the config asks for is not in it.
+        ValueError: a loss or a metric without a collection, what the config asks for is not in it, or `d_k` and `d_v`
+            are not those of the head.
     """
     path = cfg.cached_activations_path
     # Without the index, what is cached is SAELens' own, or nothing.
@@ -217,7 +271,8 @@ def train(
             return cast(MatrixTrainingSAE, runner.run())
     collection = Collection.open(path)
     hook = HeadHook.parse(cfg.hook_name)
-    collection.head_target(hook.layer, hook.head, hook.target)
+    place = collection.head_target(hook.layer, hook.head, hook.target)
+    check_sizes(cfg.sae, place.d_k, place.d_v, f"{hook.name} of {collection.model_name}")
     if cfg.exclude_special_tokens or cfg.context_size != collection.context_size:
         raise ValueError(
             f"context_size={cfg.context_size!r}: must be {collection.context_size}, with exclude_special_tokens=False."

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
@@ -93,6 +94,15 @@ class HeadTarget:
         return {"d_in": self.d_k * self.d_v, "d_k": self.d_k, "d_v": self.d_v}
 
 
+def check_sizes(sae: SAEConfig, d_k: int, d_v: int, place: str, where: str = "the SAE config") -> None:
+    """Raise ValueError unless an SAE of that config is one of matrices [d_k,d_v], as `place` has them; names `where`
+    the SAE is from."""
+    sizes = (getattr(sae, "d_k", d_k), getattr(sae, "d_v", d_v), sae.d_in)
+    wanted = (d_k, d_v, d_k * d_v)
+    if sizes != wanted:
+        raise ValueError(f"{where}: d_k, d_v, d_in={sizes!r}: must be {wanted}, as {place}.")
+
+
 def head_target(model: HookedRecurrent, layer: int, head: int, target: Target = "write") -> HeadTarget:
     """The hook of a head and the sizes that an SAE on it needs.
 
@@ -100,7 +110,10 @@ def head_target(model: HookedRecurrent, layer: int, head: int, target: Target = 
         UnsupportedModelError: the layer has no recurrence or is out of range; the message names those that have one.
         UnknownHookError: the head is out of range.
         ValueError: unknown target.
+        TypeError: no model, but the name of one, say.
     """
+    if isinstance(model, str | Path):
+        raise TypeError(f"model: expected a model, got {model!r}; load it: HookedRecurrent.from_pretrained({model!r})")
     if target not in _HOOKS:
         raise ValueError(f"target={target!r}: must be one of {', '.join(_HOOKS)}.")
     shape = model.cfg.layer(layer)
@@ -119,12 +132,7 @@ def check_hook(model: HookedRecurrent, name: str, sae: SAEConfig, where: str = "
     model.check_hook_name(name)
     if match := _HOOK_NAME.fullmatch(name):
         shape = model.cfg.layer(int(match[1]))
-        sizes = (getattr(sae, "d_k", shape.K), getattr(sae, "d_v", shape.V), sae.d_in)
-        wanted = (shape.K, shape.V, shape.K * shape.V)
-        if sizes != wanted:
-            raise ValueError(
-                f"{where}: d_k, d_v, d_in={sizes!r}: must be {wanted}, as {name} of {model.cfg.model_name}."
-            )
+        check_sizes(sae, shape.K, shape.V, f"{name} of {model.cfg.model_name}", where)
 
 
 def has_plain_activations(sae: Dictionary) -> bool:

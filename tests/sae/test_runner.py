@@ -14,12 +14,14 @@ from sae_lens import (
     LanguageModelSAETrainingRunner,
     LoggingConfig,
 )
+from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner, MultiSAETrainingRunnerConfig
 from saes import exact_sae, make_sae
 from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent, UnknownHookError, UnsupportedModelError
 from hookpoints import embedded as shipped
 from sae_lens_writesae import sae as architectures
+from sae_lens_writesae.sae.collecting import collect
 from sae_lens_writesae.sae.hooked import HookedSAERecurrent
 from sae_lens_writesae.sae.runner import (
     MODEL_CLASS_NAME,
@@ -188,6 +190,41 @@ def test_wandb_logging_offline(embedded, dataset, tmp_path, monkeypatch):
 def test_a_config_that_the_model_cannot_have_is_refused(embedded, changes, error, match):
     with pytest.raises(error, match=match):
         training_config(embedded, **({"layer": LAYER, "head": HEAD} | changes))
+
+
+def test_swapped_sizes_are_refused_before_training(embedded, dataset, tmp_path):
+    """K x V of the head and not V x K, by every runner that has the model or a collection."""
+    swapped = {"d_k": 32, "d_v": 64, "k": 4}
+    cfg = small_config(embedded, sae=swapped)
+    many = MultiSAETrainingRunnerConfig(
+        saes={"a": cfg.sae},
+        hook_names=cfg.hook_name,
+        model_name="embedded",
+        model_class_name=MODEL_CLASS_NAME,
+        **{name: value for name, value in SMALL.items() if name != "verbose"},
+    )
+    collection = collect(embedded, dataset, [LAYER], [HEAD], tmp_path, n_tokens=256, context_size=16, progress=False)
+    for run in (
+        lambda: train(cfg, embedded, dataset),
+        lambda: LanguageModelSAETrainingRunner(cfg, override_model=embedded, override_dataset=dataset).run(),
+        lambda: MultiSAETrainingRunner(many, override_model=embedded, override_dataset=dataset).run(),
+        lambda: train(small_config(collection, sae=swapped, context_size=16)),
+    ):
+        with pytest.raises(ValueError, match=r"d_k, d_v, d_in=\(32, 64, 2048\): must be \(64, 32, 2048\)"):
+            run()
+
+
+def test_a_file_of_text_is_read(tmp_path):
+    (tmp_path / "corpus.txt").write_text("Line of text.\n" * 300, encoding="utf-8")
+    (tmp_path / "corpus.md").write_text("Line of text.\n" * 300, encoding="utf-8")
+    texts = [
+        text_dataset(tmp_path / "corpus.txt"),
+        *(text_dataset(f"{tmp_path}/corpus.{kind}") for kind in ("txt", "md")),
+    ]
+    assert all("".join(text["text"]) == "Line of text.\n" * 300 for text in texts)
+    with pytest.raises(FileNotFoundError, match=r"nosuch\.txt"):
+        text_dataset("nosuch.txt")
+    assert text_dataset("One line.")["text"] == ["One line."]
 
 
 @pytest.mark.parametrize(("steps", "warm_up"), [(1, 0), (8, 0), (10, 1), (60, 6), (500, 20)])
