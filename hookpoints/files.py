@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from uuid import uuid4
 
@@ -349,3 +350,40 @@ def read_json(file: Path) -> dict[str, object]:
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds {type(content).__name__}, not an object of names and values")
     return content
+
+
+def sealed_json(content: Mapping[str, object], indent: int | None = None) -> str:
+    """JSON of ``content`` with one more entry: the SHA-256 of all others, whatever their layout. `read_sealed_json`
+    compares it."""
+    plain = json.loads(json.dumps(content, allow_nan=False))
+    return json.dumps({"sha256": _values_hash(plain)} | plain, indent=indent, ensure_ascii=False)
+
+
+def read_sealed_json(file: Path) -> dict[str, object]:
+    """What `sealed_json` was given, from a file.
+
+    Raises:
+        ValueError: what `read_json` raises, or a value is not the one that was written; names the file.
+        OSError: it cannot be read.
+    """
+    content = read_json(file)
+    said = content.pop("sha256", None)
+    if said != (got := _values_hash(content)):
+        raise ValueError(
+            f"{file}: expected values of the SHA-256 that the file has ({said}), got {got}: it was damaged or edited; "
+            "make or fetch it again"
+        )
+    return content
+
+
+def _values_hash(content: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that numbers depend on, of those that are installed."""
+    installed = {}
+    for package in ("sae-lens-writesae", "hookpoints", "torch", "transformers"):
+        with suppress(PackageNotFoundError):
+            installed[package] = version(package)
+    return installed

@@ -25,6 +25,7 @@ import numpy as np
 import pandas as pd
 from tables import table
 
+from hookpoints.files import read_sealed_json
 from writesae.dictionary.controls import answers
 from writesae.evaluations import EVALUATIONS, load_result
 from writesae.evaluations.bits import RELEVANT, RIVAL, WAYS, Bits
@@ -272,8 +273,8 @@ def pages(folder: Path) -> tuple[dict[str, str], pd.DataFrame]:
 
 def zoo_page() -> str:
     """What methods find in models whose mechanism is known, from the numbers of `writesae zoo`."""
-    boards = json.loads((DOCS / "zoo_board.json").read_text(encoding="utf-8"))
-    states = json.loads((DOCS / "zoo_states.json").read_text(encoding="utf-8"))
+    boards = read_sealed_json(DOCS / "zoo_board.json")
+    states: Any = read_sealed_json(DOCS / "zoo_states.json")
     readings = states["readings"]
     words = jinja2.Environment(trim_blocks=True).from_string(
         (HERE / "results" / "zoo_board.md").read_text(encoding="utf-8")

@@ -17,6 +17,7 @@ from made_up import HOLDS, made_up
 from tqdm.auto import tqdm
 
 from hookpoints import HookedRecurrent
+from hookpoints.files import sealed_json
 from writesae.demo import CIRCUIT, FACTS, RECIPES, Demo, one_bar, read_facts, recall
 from writesae.dictionary.quality import head_effects
 from writesae.evaluations import load_result
@@ -44,12 +45,14 @@ def test_facts_of_a_stranger_are_numbers_and_text(tmp_path: Path) -> None:
     rows = [["an atom", 0.9, 0.8, 1.0], [evil, 0.1, 0.0, 0.2]]
     panel = {"title": evil, "example": evil, "sentence": evil, "axis": evil, "rows": rows}
     file = tmp_path / FACTS
-    file.write_text(json.dumps([panel]))
+    file.write_text(sealed_json({"panels": [panel]}))
     (opening,) = read_facts(file)
     page = write_report([made_up(HOLDS)], tmp_path / "report.html", opening=[opening]).read_text()
     assert evil not in page and "&lt;script&gt;alert(1)&lt;/script&gt;: 10% [0%, 20%]" in page
-    for foreign in ([panel | {"rows": [[evil, evil, 0, 1]]}], [{"svg": evil}], {"svg": evil}, "not JSON"):
-        file.write_text(json.dumps(foreign) if foreign != "not JSON" else foreign)
+    edited = file.read_text().replace("0.9", "0.8")
+    sealed = ([panel | {"rows": [[evil, evil, 0, 1]]}], [{"svg": evil}], {"svg": evil})
+    for foreign in (edited, json.dumps([panel]), "not JSON", *(sealed_json({"panels": each}) for each in sealed)):
+        file.write_text(foreign)
         with pytest.raises(ValueError, match=FACTS):
             read_facts(file)
 

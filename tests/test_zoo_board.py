@@ -7,13 +7,14 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch.nn.functional import normalize, one_hot
 
-from hookpoints import zoo
+from hookpoints import files, zoo
+from hookpoints.files import read_sealed_json, sealed_json
 from sae_lens_writesae import training_config
 from sae_lens_writesae.sae.rows import new_sae
 from writesae.cli import main
@@ -109,9 +110,13 @@ def test_rows_are_put_into_a_board_of_the_same_settings_alone(tmp_path: Path) ->
     command = Zoo(models=("recall",), only="writesae_product", out=tmp_path)
     of_recall = {"model": "recall", "rows": []}
     content = {"settings": {"seeds": 2}, "boards": [of_recall], "readings": []}
-    (tmp_path / "zoo.json").write_text(json.dumps(content))
+    file = tmp_path / "zoo.json"
+    file.write_text(sealed_json(content))
     assert command._saved({"seeds": 2}) == ({"recall": of_recall}, {})
     with pytest.raises(ValueError, match=r"only: expected .*zoo\.json of the models .'recall',. with the settings"):
+        command._saved({"seeds": 3})
+    file.write_text(file.read_text().replace("2}", "3}"))
+    with pytest.raises(ValueError, match=r"zoo\.json: expected values of the SHA-256"):
         command._saved({"seeds": 3})
 
 
@@ -137,6 +142,9 @@ def test_models_that_were_measured_are_not_measured_again(tmp_path: Path, monkey
     assert "facts" in page.read_text()
     Zoo(models=("recall",), writes=False, seeds=2, out=tmp_path).run()
     assert measured[3:] == ["recall"]
+    monkeypatch.setattr(files, "versions", lambda: {"sae-lens-writesae": "another"})
+    Zoo(models=("recall",), writes=False, seeds=2, out=tmp_path).run()
+    assert measured[4:] == ["recall"]
 
 
 Sides = tuple[torch.Tensor, torch.Tensor]
@@ -248,7 +256,7 @@ def test_every_reader_scores_every_fact_in_the_bits_of_the_pairs(
 
 def test_the_page_of_reading_has_the_numbers_of_the_board() -> None:
     docs = Path(__file__).parents[1] / "docs"
-    readings = json.loads((docs / "zoo_states.json").read_text())["readings"]
+    readings = cast(Any, read_sealed_json(docs / "zoo_states.json"))["readings"]
     table = (docs / "reading.md").read_text().split("## On equal terms")[1].split("##")[0]
     head, _, *lines = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("|")]
     assert head[1:] == [f"`{reading['model']}`" for reading in readings]

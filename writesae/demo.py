@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
@@ -129,7 +128,7 @@ class Demo:
         check_settings(self.out, settings, names)
         check_ours(self.out / "report.html", self.out / "report.json")
         from hookpoints import HookedRecurrent, embedded
-        from hookpoints.files import atomic_text
+        from hookpoints.files import atomic_text, sealed_json
         from sae_lens_writesae.sae.collecting import collect
         from writesae.experiment.terms import Terms
         from writesae.experiment.tokens import sample_sequences, say_time
@@ -148,7 +147,7 @@ class Demo:
                 stages.next()
                 place = self._say_head(model, text, stages.say)
                 keep_settings(self.out, settings, names)
-                atomic_text(facts, json.dumps([dataclasses.asdict(panel) for panel in opening]))
+                atomic_text(facts, sealed_json({"panels": [dataclasses.asdict(panel) for panel in opening]}))
                 stages.next()
                 collection = collect(model, text, [place[0]], [place[1]], self.out / "collection", dtype="float32")
                 stages.next()
@@ -250,14 +249,15 @@ def read_facts(file: Path) -> list[Opening]:
     """The panels that an earlier call saved: numbers and text, whoever wrote the file.
 
     Raises:
-        ValueError: the file holds something else; names it.
+        ValueError: the file holds something else, or was damaged or edited; names it.
     """
     from pydantic import TypeAdapter, ValidationError
 
+    from hookpoints.files import read_sealed_json
     from writesae.page.report import Opening
 
     try:
-        return TypeAdapter(list[Opening]).validate_json(file.read_bytes())
+        return TypeAdapter(list[Opening]).validate_python(read_sealed_json(file).get("panels"))
     except ValidationError as error:
         raise ValueError(
             f"{file}: expected the panels of a demo, got {error.error_count()} errors, first "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,8 +40,8 @@ class Zoo:
     """One quantizer, by its name on the page: its rows are put into the zoo.json that `out` has, whose settings must be
     these. None: every method."""
     out: Path = Path("writesae-out/zoo")
-    """Folder for index.html, zoo.json and zoo.md. Models that its zoo.json has with these settings are not measured
-    again: a command that was stopped resumes."""
+    """Folder for index.html, zoo.json and zoo.md. Models that its zoo.json has with these settings, measured by this
+    version of the package, are not measured again: a command that was stopped resumes."""
 
     def __post_init__(self) -> None:
         at_least(self, {"seeds": 1, "sequences": 128, "facts": 16, "steps": 2})
@@ -54,9 +53,9 @@ class Zoo:
 
         Raises:
             ValueError: a name that is not in the zoo, a folder that cannot be written, or with `only` one that holds
-                no zoo.json of these settings.
+                no zoo.json of these settings and this version.
         """
-        from hookpoints.files import atomic_text
+        from hookpoints.files import atomic_text, sealed_json, versions
         from writesae.dictionaries import quiet
         from writesae.known.board import board, readings
         from writesae.page.template import environment
@@ -66,9 +65,10 @@ class Zoo:
         if not (self.out / "zoo.json").exists():  # which is written first
             check_absent([self.out / "zoo.md"])
         settings = {name: value for name, value in asdict(self).items() if name not in HOW}
+        settings["version"] = versions().get("sae-lens-writesae")
         boards, read = self._saved(settings)
         sizes = (self.seeds, self.sequences, self.facts, self.steps)
-        content: dict[str, Any] = GENERATOR | {"settings": settings}
+        content: dict[str, Any] = GENERATOR | {"settings": settings, "versions": versions()}
         with quiet():
             for name in self.models:
                 if self.writes and (self.only or name not in boards):
@@ -78,15 +78,21 @@ class Zoo:
                 if self.states and not self.only and name not in read:
                     read[name] = readings(name, *sizes)
                 content |= {"boards": [*boards.values()], "readings": [*read.values()]}
-                atomic_text(self.out / "zoo.json", json.dumps(content, indent=1, allow_nan=False))
+                atomic_text(self.out / "zoo.json", sealed_json(content, indent=1))
         tables = [environment().get_template(f"{name}_table.html").render(content) for name in ("zoo", "states")]
         atomic_text(self.out / "zoo.md", "".join(tables))
         return atomic_text(self.out / "index.html", environment().get_template("zoo.html").render(content))
 
     def _saved(self, settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The boards and the readings of the zoo.json that is there, by model, if it has the same settings."""
+        """The boards and the readings of the zoo.json that is there, by model, if it has the same settings.
+
+        Raises:
+            ValueError: it was damaged or edited, or has not what `only` needs.
+        """
+        from hookpoints.files import read_sealed_json
+
         file = self.out / "zoo.json"
-        saved = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        saved: dict[str, Any] = read_sealed_json(file) if file.exists() else {}
         boards, read = ({}, {})
         if saved.get("settings") == settings:
             boards, read = ({each["model"]: each for each in saved[name]} for name in ("boards", "readings"))

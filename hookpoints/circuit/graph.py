@@ -16,9 +16,9 @@ from hookpoints.circuit.draw import svg
 from hookpoints.circuit.node import Node
 from hookpoints.circuit.tables import EDGE_COLUMNS, NODE_COLUMNS, largest
 from hookpoints.errors import InputError, PredictionWarning
-from hookpoints.files import atomic_text, read_json
+from hookpoints.files import atomic_text, read_sealed_json, sealed_json, versions
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of the format of `Graph.save`."""
 MAX_BYTES = 200_000_000
 """Largest file that `Graph.load` reads."""
@@ -165,26 +165,27 @@ class Graph:
         return replace(self, nodes=self.nodes[self.nodes.node_id.isin(named)], edges=edges)
 
     def save(self, path: str | Path) -> Path:
-        """Write JSON, whole or not at all."""
+        """Write JSON with its SHA-256, whole or not at all."""
         content = {
             "schema": SCHEMA,
+            "versions": versions(),
             "metadata": dict(self.metadata),
             "nodes": _rows(self.nodes),
             "edges": _rows(self.edges),
         }
-        return atomic_text(Path(path), json.dumps(content, allow_nan=False, ensure_ascii=False))
+        return atomic_text(Path(path), sealed_json(content))
 
     @classmethod
     def load(cls, path: str | Path) -> Graph:
         """Read what `save` wrote. The graph has no model: `why` and `sufficient` need one from `attribute`.
 
         Raises:
-            ValueError: the file is no graph, damaged, of another version or larger than 200 MB; names it.
+            ValueError: the file is no graph, damaged, edited, of another version or larger than 200 MB; names it.
         """
         file = Path(path)
         if (size := file.stat().st_size) > MAX_BYTES:
             raise ValueError(f"{file}: expected at most {MAX_BYTES:,} bytes, got {size:,}; prune the graph")
-        content = read_json(file)
+        content = read_sealed_json(file)
         if content.get("schema") != SCHEMA or not isinstance(content.get("metadata"), dict):
             raise ValueError(
                 f"{file}: expected a graph of schema {SCHEMA}, got schema {content.get('schema')!r}; attribute again"

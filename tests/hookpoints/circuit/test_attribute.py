@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -26,6 +29,7 @@ from hookpoints.circuit.node import Node
 from hookpoints.circuit.nodes import write_attribution
 from hookpoints.circuit.ports import change_for, ports_of, ports_of_head
 from hookpoints.errors import InputError, PredictionWarning, UnknownHookError, UnsupportedModelError
+from hookpoints.files import sealed_json
 from sae_lens_writesae import load_sae
 
 SEQUENCE = torch.randint(1, VOCAB, (1, 16), generator=torch.Generator().manual_seed(3))
@@ -263,10 +267,33 @@ def test_a_graph_is_saved_and_read(graph: Graph, tmp_path: Path) -> None:
     assert loaded.metadata == json.loads(json.dumps(dict(graph.metadata))) and checked(loaded) == checked(graph)
     with pytest.raises(InputError, match="has no model"):
         loaded.why(1, 0, 5, 3)
-    for content in ("{", '{"schema": 7}', '{"schema": 1, "metadata": {}, "nodes": [{"layer": 1}], "edges": []}'):
+    sealed = ({"schema": 7}, {"schema": 2, "metadata": {}, "nodes": [{"layer": 1}], "edges": []})
+    for content in ("{", '{"schema": 2}', *map(sealed_json, sealed)):
         (tmp_path / "bad.json").write_text(content)
         with pytest.raises(ValueError, match=r"bad\.json"):
             Graph.load(tmp_path / "bad.json")
+
+
+def test_a_graph_of_other_numbers_is_refused(graph: Graph, tmp_path: Path) -> None:
+    """A hundred drawn digits, each changed to another one."""
+    file = graph.prune(4).save(tmp_path / "graph.json")
+    text, whole = file.read_text(), json.loads(file.read_text())
+    assert whole["versions"]["torch"] == version("torch")
+    draw = random.Random(0)
+    places = [place for place, letter in enumerate(text) if letter.isdigit()]
+    tried = 0
+    while tried < 100:
+        place = draw.choice(places)
+        changed = f"{text[:place]}{(int(text[place]) + draw.randrange(1, 10)) % 10}{text[place + 1 :]}"
+        with suppress(ValueError):
+            if json.loads(changed) == whole:  # the last of 17 digits may say nothing
+                continue
+        file.write_text(changed)
+        with pytest.raises(ValueError, match=r"graph\.json"):
+            Graph.load(file)
+        tried += 1
+    file.write_text(json.dumps(whole, indent=2))  # another layout
+    assert Graph.load(file).metadata == whole["metadata"]
 
 
 _NODE = dict.fromkeys(("node_id", "layer", "feature_type", "jsNodeId", "clerp"), str) | {"feature": int, "ctx_idx": int}
