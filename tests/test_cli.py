@@ -352,6 +352,45 @@ def test_dictionaries_of_two_models_are_refused(
     assert apart.status == 2 and "another, embedded" in apart.err
 
 
+def test_results_of_two_heads_stand_side_by_side(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    embedded: HookedRecurrent,
+    tmp_path: Path,
+) -> None:
+    """Dictionaries of one name, in folders apart, evaluated one after the other into the default folder."""
+    monkeypatch.chdir(tmp_path)
+    for place, head, seed in (("A/L2H1", 1, 0), ("B/L2H3", 3, 0), ("C/L2H1", 1, 1)):
+        hook = f"blocks.2.mixer.heads.{head}.hook_write_vec"
+        make_sae(embedded, d_sae=16, hook=hook, seed=seed).save_model(tmp_path / place / "write-seed0")
+    few = [*COUNTS, "--n-atoms", "1", "--firings-per-atom", "1", "--n-steps", "2", "--no-control-dictionaries"]
+    asked = ["eval", "multistep", *few]
+    for folder in ("A/L2H1", "B/L2H3"):
+        assert run(capsys, *asked, f"{folder}/write-seed0").status == 0
+    out = tmp_path / "writesae-out" / "eval"
+    labels = ["L2H1/write-seed0", "L2H3/write-seed0"]
+    saved = [load_result(out / "multistep" / label.replace("/", "-")) for label in labels]
+    assert [(result.label, result.info["head"]) for result in saved] == list(zip(labels, (1, 3)))
+    claims = json.loads((out / "report.json").read_text())["claims"]
+    assert {claim["label"] for claim in claims} == {*labels}
+    another = [*asked, "C/L2H1/write-seed0"]
+    refused = run(capsys, *another)
+    assert refused.status == 2 and "eval/multistep/L2H1-write-seed0: expected no result" in refused.err
+    assert "got one of other dictionaries; name another --out, or replace it (--replace)" in refused.err
+    assert run(capsys, *another, "--replace").status == 0
+
+
+def test_pages_of_another_dictionary_are_not_left_among_those_of_the_last(
+    capsys: pytest.CaptureFixture[str], embedded: HookedRecurrent, tmp_path: Path
+) -> None:
+    make_sae(embedded, d_sae=16, hook="blocks.2.mixer.heads.1.hook_write_vec").save_model(tmp_path / "sae")
+    few = ["--min-firings", "1", "--no-quality", "--out", tmp_path / "pages"]
+    for atoms in (["--n-atoms", "3"], ["--n-atoms", "1"]):
+        assert run(capsys, "show", tmp_path / "sae", *COUNTS, *few, *atoms).status == 0
+    shown = json.loads((tmp_path / "pages" / "data.json").read_text())["atoms"]
+    assert [page.name for page in (tmp_path / "pages").glob("atom-*")] == [f"atom-{shown[0]['atom']}.html"]
+
+
 TINY = ["--d-sae", "16", "--k", "4", "--training-tokens", "512", "--context-size", "128"]
 SIGN = ["--n-positions", "2", "--no-control-dictionaries"]
 ONE_ATOM = ["--n-atoms", "1", "--min-firings", "1"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_type_hints
@@ -18,7 +18,7 @@ from writesae.files import check_ours, check_saes, check_writable, folder_labels
 from writesae.settings import settings_of
 
 if TYPE_CHECKING:
-    from writesae.experiment.evaluation import Evaluation
+    from writesae.experiment.evaluation import Evaluation, Result
 
 _REFERENCE = 64
 """Sequences from which control dictionaries are made, and on which baselines are fitted."""
@@ -40,7 +40,9 @@ class Subjects(OnText):
     head: int | None = None
     """The head that is asked about, without SAEs."""
     out: Path = Path("writesae-out/eval")
-    """Folder for results and report."""
+    """Folder for results and report. The page shows all results that it has, those of earlier calls too."""
+    replace: bool = False
+    """Replace results that are there and are of other settings, dictionaries, weights or texts."""
     control_dictionaries: bool = True
     """Evaluate an untrained dictionary and one of native writes with each, by the same rules: three times the work.
     They are made from the text that baselines are fitted on."""
@@ -80,7 +82,8 @@ class EvalAll:
     """Settings as FIELD=VALUE, for every evaluation that has the field, or as KIND.FIELD=VALUE for one. `--set` alone
     lists the fields."""
     resume: bool = False
-    """Take results that are in `out` already as they are, and run the evaluations that are missing."""
+    """Take results that are in `out` already as they are, and run the evaluations that are missing, and those that
+    another version of the package ran."""
 
     def evaluations(self) -> list[Evaluation]:
         """The evaluations, each with those settings that it has.
@@ -184,12 +187,12 @@ def evaluate(
 
     Raises:
         ValueError: SAEs of different models, two folders of one name, a folder that cannot be written, or an evaluation
-            that refuses the SAEs.
+            that refuses the SAEs; a result of others that would be replaced.
     """
     from hookpoints import HookedRecurrent, embedded
     from sae_lens_writesae.sae.factors import INDEX, Collection
     from sae_lens_writesae.sae.load import load_sae
-    from sae_lens_writesae.sae.target import head_target
+    from sae_lens_writesae.sae.target import HeadHook, head_target
     from writesae.dictionary.suite import evaluate_all
     from writesae.experiment.evaluation import Scope
     from writesae.experiment.terms import Terms
@@ -200,7 +203,10 @@ def evaluate(
     page = subjects.out / "report.html"
     check_ours(page, page.with_suffix(".json"))
     folders = [folder for path in subjects.saes for folder in sae_folders(path)]
-    saes = {label: load_sae(folder) for label, folder in zip(folder_labels(folders), folders)}
+    saes = {}
+    for label, sae in zip(folder_labels(folders), map(load_sae, folders)):
+        cell = HeadHook.of(sae).cell  # two heads may have dictionaries of one name
+        saes[label if cell in label else f"{cell}/{label}"] = sae
     if len(saes) < len(folders):
         raise ValueError(f"two of the SAEs' folders have the same name: {', '.join(map(str, folders))}")
     if subjects.place:
@@ -248,5 +254,23 @@ def evaluate(
             reference=terms,
             single=single,
             resume=resume,
+            replaced=subjects.replace,
         )
-        return write_report(results, page)
+        return write_report([*results, *_earlier(subjects.out, results)], page)
+
+
+def _earlier(out: Path, results: Sequence[Result]) -> Iterator[Result]:
+    """The results of earlier calls that a folder has; of one that cannot be read, the reason is printed."""
+    from writesae.evaluations import load_result
+
+    known = {(result.kind, result.label) for result in results}
+    for file in sorted(out.glob("*/*/info.json")):
+        if ".damaged" in file.parent.name:
+            continue
+        try:
+            result = load_result(file.parent)
+        except ValueError as error:
+            print(f"the page leaves out {file.parent}: {error}")
+            continue
+        if (result.kind, result.label) not in known:
+            yield result

@@ -99,11 +99,14 @@ class Show(OfOne):
         loaded = self.load(pages, 3.4 + of_quality, 5.3)
         with taken(self.out):
             try:
-                return write_atom_pages(pages.collect(*loaded, progress=progress), self.out)
+                data = pages.collect(*loaded, progress=progress)
             except NothingToMeasureError as error:
                 if not self.optional:
                     raise
                 return atomic_text(self.out / "nothing-to-show.txt", f"{error}\n")
+            for page in self.out.glob("atom-*.html"):  # those of another dictionary, which `check_out` found to be ours
+                page.unlink()
+            return write_atom_pages(data, self.out)
 
 
 @dataclass(frozen=True, kw_only=True)

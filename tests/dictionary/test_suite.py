@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from saes import HOOK, STATE, make_sae
 from hookpoints import HookedRecurrent
 from hookpoints.errors import DamageWarning
 from sae_lens_writesae.errors import NothingToMeasureError
+from writesae.dictionary import suite as suite_module
 from writesae.dictionary.controls import answers, control_dictionaries
 from writesae.dictionary.suite import comparable, evaluate_all, groups
 from writesae.evaluations import load_result
@@ -87,21 +89,25 @@ def test_results_are_saved_and_taken_again_where_nothing_changed(
     assert loaded.tables["dictionaries"]["sae"].tolist() == ["write", "state"]
     suite([small], saes, resume=True)
     assert not capsys.readouterr().out
-    suite([replace(small, seed=1)], saes, resume=True)
-    assert capsys.readouterr().out  # saved with other settings
+    with pytest.raises(ValueError, match="other settings"):
+        suite([replace(small, seed=1)], saes, resume=True)
+    suite([replace(small, seed=1)], saes, resume=True, replaced=True)
+    assert capsys.readouterr().out
     (tmp_path / "objectives" / "L1H2" / "dictionaries.parquet").write_bytes(b"")
     with pytest.warns(DamageWarning, match=r"dictionaries.parquet.* it is L1H2.damaged now"):
         suite([replace(small, seed=1)], saes, resume=True)
     assert len(find_results([tmp_path])) == 1
     with pytest.raises(ValueError, match="two"):
-        suite([small], {"write": saes["write"]}, single=True)
+        suite([small], {"write": saes["write"]}, single=True, replaced=True)
 
 
 def test_results_of_other_inputs_are_measured_again_and_said(model: HookedRecurrent, tmp_path: Path) -> None:
-    def lines(sae: Any, of: HookedRecurrent = model, tokens: Any = TESTED, reference: Any = OTHER) -> list[str]:
+    def lines(
+        sae: Any, of: HookedRecurrent = model, tokens: Any = TESTED, reference: Any = OTHER, replaced: bool = True
+    ) -> list[str]:
         said: list[str] = []
         how: Any = {"reference": Terms(of, reference), "resume": True, "progress": False, "say": said.append}
-        evaluate_all([STEPS], of, {"a": sae}, tokens, tmp_path, **how)
+        evaluate_all([STEPS], of, {"a": sae}, tokens, tmp_path, replaced=replaced, **how)
         return said
 
     sae = make_sae(model)
@@ -118,6 +124,9 @@ def test_results_of_other_inputs_are_measured_again_and_said(model: HookedRecurr
     }
     for what, how in changes.items():
         lines(sae)
+        with pytest.raises(ValueError, match=f"multistep/a: expected no result, .* of other {what}; .*--replace"):
+            lines(**{"sae": sae} | how, replaced=False)
+        assert not lines(sae)  # it was left as it was
         said = lines(**{"sae": sae} | how)
         assert len(said) == 2 and said[0].endswith(f"is measured again: other {what}")
         assert not lines(**{"sae": sae} | how)
@@ -175,3 +184,14 @@ def test_many_evaluations_resume_after_one_that_has_nothing_to_measure(
     assert load_result(tmp_path / "sign" / "L1H2").label == "L1H2"  # named after the head alone
     with pytest.raises(NothingToMeasureError):  # asked for by itself, it is an error
         suite([STEPS], {"a": dead}, single=True)
+
+
+def test_a_result_of_another_version_is_not_taken_as_done(
+    suite: Suite, model: HookedRecurrent, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (first,) = suite([STEPS], {"a": make_sae(model)})
+    assert cast("dict[str, str]", first.info["versions"])["torch"] == version("torch")
+    monkeypatch.setattr(suite_module, "versions", lambda: {"sae-lens-writesae": "another"})
+    capsys.readouterr()
+    suite([STEPS], {"a": make_sae(model)}, resume=True)
+    assert "is measured again: other version" in capsys.readouterr().out

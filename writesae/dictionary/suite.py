@@ -11,7 +11,7 @@ from sae_lens import SAE
 from torch import Tensor
 
 from hookpoints import HookedRecurrent
-from hookpoints.files import check_folder, content_hash, set_aside
+from hookpoints.files import check_folder, content_hash, set_aside, versions
 from sae_lens_writesae.sae.factors import model_hash
 from sae_lens_writesae.sae.target import HeadHook
 from writesae.dictionary.controls import ControlKind, control_dictionaries
@@ -34,6 +34,7 @@ def evaluate_all(
     reference: Terms | None = None,
     single: bool = False,
     resume: bool = False,
+    replaced: bool = False,
     progress: bool = True,
     say: Callable[[str], object] = print,
 ) -> list[Result]:
@@ -53,21 +54,33 @@ def evaluate_all(
             other half of `tokens`.
         single: one evaluation was asked for by name: it raises where it has nothing to measure, or cannot compare
             these dictionaries.
-        resume: results that are saved with the same settings, and are of the same weights, dictionaries, texts and
-            baselines (`inputs` in their info), are taken as they are. Others are measured again and replaced, and `say`
-            is told why. One that is damaged is renamed, with a DamageWarning, and measured again.
+        resume: results that are saved with the same settings, and are of the same weights, dictionaries, texts,
+            baselines and version of this package (`inputs` in their info), are taken as they are. One of another
+            version is measured again, and `say` is told so. One that is damaged is renamed, with a DamageWarning, and
+            measured again.
+        replaced: results of other settings, weights, dictionaries, texts or baselines are replaced, and `say` is told
+            why.
 
     Raises:
         OSError: the folder of a result holds something that no result has; before any work.
+        ValueError: it holds a result of other settings or inputs, and `replaced` is False; before any work.
         NothingToMeasureError, ValueError: see `single`; sequences of `controls` are tested.
     """
-    for evaluation in evaluations:
-        names = [evaluation.label or label for label, _ in _runs(evaluation.scope, saes, single)]
-        for name in filter(None, names):
-            check_folder(_folder(out, evaluation.kind, name), result_files)
     fitted = Terms(model, controls) if isinstance(controls, Tensor) else controls
     if reference is not None:
         fitted = reference
+    texts = {
+        "model": model_hash(model),
+        "tokens": content_hash(tokens),
+        "reference": _reference(fitted),
+        "version": versions().get("sae-lens-writesae", "unknown"),
+    }
+    for evaluation in evaluations:
+        for label, group in _runs(evaluation.scope, saes, single):
+            named = evaluation if evaluation.label else replace(evaluation, label=label)
+            folder = _folder(out, named.kind, named.label)
+            check_folder(folder, result_files)
+            _Saved.of(folder, named, _inputs(texts, group)).check(replaced)
     dictionaries = {} if isinstance(saes, tuple) else dict(saes)
     by_control = {} if controls is None else control_dictionaries(model, dictionaries, controls)
     everything = dictionaries.copy()
@@ -79,9 +92,10 @@ def evaluate_all(
         out=out,
         reference=fitted,
         quality=quality_of_heads(model, everything, tokens, progress=progress),
-        texts={"model": model_hash(model), "tokens": content_hash(tokens), "reference": _reference(fitted)},
+        texts=texts,
         single=single,
         resume=resume,
+        replaced=replaced,
         progress=progress,
         say=say,
     )
@@ -112,9 +126,10 @@ class _Suite:
     quality: Callable[[str], Json]
     """That of a dictionary, by its label."""
     texts: Mapping[str, str]
-    """Hashes of the model, and of what is tested and fitted on."""
+    """Hashes of the model, and of what is tested and fitted on; the version of this package."""
     single: bool
     resume: bool
+    replaced: bool
     progress: bool
     say: Callable[[str], object]
 
@@ -128,12 +143,13 @@ class _Suite:
         """Run an evaluation, unless its result is there; `control_of`: the label of the result that has this
         control."""
         tested = {} if isinstance(group, tuple) else group
-        weights = {label: [sae.cfg.to_dict(), sae.state_dict()] for label, sae in tested.items()}
-        inputs = {**self.texts, "dictionaries": content_hash(weights)}
-        if self.resume:
-            saved = _saved(self.out, evaluation, inputs, self.say)
-            if saved is not None:
-                return saved
+        inputs = _inputs(self.texts, group)
+        saved = _Saved.of(_folder(self.out, evaluation.kind, evaluation.label), evaluation, inputs)
+        saved.check(self.replaced)
+        if self.resume and saved.result is not None and not saved.differing:
+            return saved.result
+        if saved.differing:
+            self.say(f"{evaluation.kind}: {evaluation.label} is measured again: other {', '.join(saved.differing)}")
         # Only a single question about trained dictionaries raises where there is nothing to measure.
         or_skip = not self.single or control is not None
         result = evaluation.run(
@@ -152,25 +168,44 @@ class _Suite:
         return result
 
 
-def _saved(out: Path, evaluation: Evaluation, inputs: Mapping[str, str], say: Callable[[str], object]) -> Result | None:
-    """The saved result of these settings and inputs. Where one of others is there, `say` is told what differs; one that
-    is damaged is set aside."""
-    if not evaluation.label:
-        return None
-    folder = _folder(out, evaluation.kind, evaluation.label)
-    if not folder.exists():
-        return None
-    try:
-        saved = Result.load(folder, {evaluation.kind: type(evaluation)})
-    except ValueError as error:
-        set_aside(folder, str(error))
-        return None
-    known = cast("Mapping[str, Json]", saved.info.get("inputs") or {})
-    changed = [name for name in inputs if known.get(name) != inputs[name]]
-    if saved.evaluation == evaluation and not changed:
-        return saved
-    say(f"{evaluation.kind}: {evaluation.label} is measured again: other {', '.join(changed) or 'settings'}")
-    return None
+@dataclass(frozen=True)
+class _Saved:
+    """What the folder of a result holds."""
+
+    folder: Path
+    result: Result | None
+    """None where there is none; one that is damaged is set aside."""
+    differing: list[str]
+    """What it was measured with and is not that of today."""
+
+    @classmethod
+    def of(cls, folder: Path, evaluation: Evaluation, inputs: Mapping[str, str]) -> _Saved:
+        """Costs a reading of the result."""
+        if not folder.exists():
+            return cls(folder, None, [])
+        try:
+            saved = Result.load(folder, {evaluation.kind: type(evaluation)})
+        except ValueError as error:
+            set_aside(folder, str(error))
+            return cls(folder, None, [])
+        known = cast("Mapping[str, Json]", saved.info.get("inputs") or {})
+        settings = [] if saved.evaluation == evaluation else ["settings"]
+        return cls(folder, saved, settings + [name for name in inputs if known.get(name) != inputs[name]])
+
+    def check(self, replaced: bool) -> None:
+        """Raise ValueError where a result would be lost. The same of another version of the package is none."""
+        if not replaced and (lost := [name for name in self.differing if name != "version"]):
+            raise ValueError(
+                f"{self.folder}: expected no result, or one of the same settings and inputs, got one of other "
+                f"{', '.join(lost)}; name another --out, or replace it (--replace)"
+            )
+
+
+def _inputs(texts: Mapping[str, str], group: dict[str, SAE] | LayerHead) -> dict[str, str]:
+    """What a result depends on besides its settings, as hashes."""
+    tested = {} if isinstance(group, tuple) else group
+    weights = {label: [sae.cfg.to_dict(), sae.state_dict()] for label, sae in tested.items()}
+    return {**texts, "dictionaries": content_hash(weights)}
 
 
 def _reference(terms: Terms | None) -> str:
@@ -213,7 +248,7 @@ def groups(scope: Scope, saes: Mapping[str, SAE], *, single: bool = False) -> It
     elif scope in (Scope.EACH, Scope.LAYER):
         yield from ((label, {label: sae}) for label, sae in saes.items())
     elif scope.compares and single:
-        yield "", dict(saes)
+        yield next(iter(heads)), dict(saes)
     elif scope is Scope.HEAD:
         for cell, of_head in heads.items():
             yield cell, dict(list(of_head.items())[:1])  # any dictionary says which head is meant

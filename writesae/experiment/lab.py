@@ -16,6 +16,7 @@ from sae_lens import SAE
 from torch import Tensor
 
 from hookpoints import EditSession, HookedRecurrent, Recurrence, WriteEdit
+from hookpoints.files import versions
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.sae.matrix import MatrixSAE
@@ -453,6 +454,7 @@ class Lab:
         return {
             "label": label or default,
             "model": str(self.model.cfg.model_name),
+            "versions": versions(),
             "model_type": str(self.model.cfg.model_type),
             "dtype": str(self.model.cfg.dtype).removeprefix("torch."),
             "rule": str(shape.rule),
