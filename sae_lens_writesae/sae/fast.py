@@ -7,7 +7,6 @@ trained by SAELens' trainer on matrices.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -28,7 +27,15 @@ from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.files import SAVE_SECONDS
 from sae_lens_writesae.sae.fused import Dead, Step, step_on_writes
 from sae_lens_writesae.sae.metric import Metric
-from sae_lens_writesae.sae.rows import ShuffledWrites, new_sae, seeded, shuffled, train_on_rows, wandb_run
+from sae_lens_writesae.sae.rows import (
+    ShuffledWrites,
+    new_sae,
+    seeded,
+    shuffled,
+    step_settings,
+    train_on_rows,
+    wandb_run,
+)
 from sae_lens_writesae.sae.target import RunnerConfig
 from sae_lens_writesae.sae.training import LOOK, START_STEPS, MatrixTrainingSAE, is_due, mean_row, sizes
 
@@ -140,8 +147,7 @@ def shape_of(cfg: RunnerConfig) -> str | None:
     if of_states and sae.d_in < STATES_FROM:
         return None
     # One step has the scores of all dictionaries, and takes of each as many as its own k.
-    shared = dataclasses.replace(sae, k=1, metadata=type(sae.metadata)())
-    return repr((shared, dataclasses.replace(cfg.to_sae_trainer_config(), checkpoint_path=None), cfg.device))
+    return step_settings(cfg, k=1)
 
 
 # ------------------------------------------------------------------------------------------------ the loop

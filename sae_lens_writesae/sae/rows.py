@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,6 +36,7 @@ from hookpoints.files import (
     atomic_folder,
     check_folder,
     set_aside,
+    versions,
     write_checksums,
 )
 from hookpoints.scopes import threads_for
@@ -64,6 +65,13 @@ def new_sae(cfg: RunnerConfig, metric: Metric | None = None) -> MatrixTrainingSA
     LanguageModelSAETrainingRunner._set_sae_metadata(cast(Any, SimpleNamespace(cfg=cfg, sae=sae)))
     sae.in_metric = metric is not None
     return sae
+
+
+def step_settings(cfg: RunnerConfig, **sae: object) -> str:
+    """What a step of training depends on, but for rows and seed. `sae`: other fields of the SAE config."""
+    of_sae = dataclasses.replace(cfg.sae, metadata=type(cfg.sae.metadata)(), **sae)
+    trainer = dataclasses.replace(cfg.to_sae_trainer_config(), checkpoint_path=None)
+    return repr((of_sae, trainer, cfg.device, versions().get("sae-lens-writesae")))
 
 
 @contextmanager
@@ -200,14 +208,15 @@ def train_on_rows(
             and the state of `rows` (for `MixedRows` as large as the buffer). The same call resumes from it, to the
             weights of a run that never stopped.
         n_rows: how many different rows there are, for the metadata.
-        inputs: names what `rows` are made of. A checkpoint of others is refused.
+        inputs: names what `rows` are made of.
 
     Raises:
         OSError: `checkpoint` is a folder of something else.
-        ValueError: it is a checkpoint of other `inputs`. One that is damaged is renamed, with a DamageWarning, and
-            training begins again.
+        ValueError: it is a checkpoint of other `inputs`, settings or another version of this package. One that is
+            damaged is renamed, with a DamageWarning, and training begins again.
     """
     settings = cfg.to_sae_trainer_config()
+    made_with = {"inputs": inputs, "settings": repr((step_settings(cfg), cfg.seed, cfg.hook_name))}
     sae = new_sae(cfg, metric)
     sae.cfg.metadata.n_training_rows = n_rows
     part = None if checkpoint is None else checkpoint.with_name(f".{checkpoint.name}.part")
@@ -215,8 +224,7 @@ def train_on_rows(
     def keep(checkpoint_path: Path | None) -> None:  # whole or absent
         folder = cast(Path, checkpoint_path)
         random = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
-        source = {"random": random, "rows": cast(Batches, rows).state(), "inputs": inputs}
-        torch.save(source, folder / _SOURCE)
+        torch.save({"random": random, "rows": cast(Batches, rows).state(), **made_with}, folder / _SOURCE)
         write_checksums(folder, sorted(file.name for file in folder.iterdir() if file.name != CHECKSUMS))
 
         def move(aside: Path) -> None:
@@ -238,7 +246,7 @@ def train_on_rows(
         threads_for(cfg.train_batch_size_tokens * cfg.sae.d_sae * cfg.sae.d_in),
     ):
         if checkpoint is not None and _is_whole(checkpoint):
-            _resume(trainer, checkpoint, cast(Batches, rows), inputs)
+            _resume(trainer, checkpoint, cast(Batches, rows), made_with)
         trainer.fit()
     if not torch.nn.utils.get_total_norm(sae.parameters()).isfinite():
         raise ValueError("weights: expected finite numbers after training, got NaN or infinity: of the rows, or of lr")
@@ -248,7 +256,7 @@ def train_on_rows(
 
 
 _SOURCE = "source.pt"
-"""Of a checkpoint: the random numbers, where the rows are, and what they are made of."""
+"""Of a checkpoint: the random numbers, where the rows are, what they are made of, and the settings."""
 _OF_SAELENS = (
     ACTIVATION_SCALER_CFG_FILENAME,
     ACTIVATION_WHITENING_FILENAME,
@@ -279,11 +287,14 @@ def _is_whole(checkpoint: Path) -> bool:
     return True
 
 
-def _resume(trainer: SAETrainer[Any, Any], checkpoint: Path, rows: Batches, inputs: str) -> None:
+def _resume(trainer: SAETrainer[Any, Any], checkpoint: Path, rows: Batches, made_with: Mapping[str, str]) -> None:
     """Put trainer, rows and torch's random numbers where they were as `checkpoint` was written."""
     source = torch.load(checkpoint / _SOURCE, weights_only=True)
-    if source["inputs"] != inputs:
-        raise ValueError(f"{checkpoint}: expected a checkpoint of these rows, got one of others; delete it")
+    if differing := [name for name in made_with if source.get(name) != made_with[name]]:
+        raise ValueError(
+            f"{checkpoint}: expected a checkpoint of these rows, settings and version of the package, got one of other "
+            f"{', '.join(differing)}; delete it"
+        )
     trainer.sae.load_weights_from_checkpoint(checkpoint)
     trainer.load_trainer_state(checkpoint)
     trainer.n_training_steps += 1  # SAELens saves before it counts the step

@@ -3,6 +3,7 @@
 import itertools
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,9 @@ def test_a_checkpoint_of_other_rows_or_one_that_is_damaged_is_not_taken_up(
     other = ShuffledWrites(cfg, LowRank(torch.randn(64, 1, cfg.sae.d_k), torch.randn(64, 1, cfg.sae.d_v)))
     with pytest.raises(ValueError, match="checkpoint: expected a checkpoint of these rows"):
         train_on_rows(cfg, other, checkpoint=checkpoint, inputs="others")
+    for other_settings in ({"lr": 0.9}, {"seed": 7}):
+        with pytest.raises(ValueError, match=r"checkpoint: expected a checkpoint .* got one of other settings"):
+            train(replace(cfg, **other_settings), checkpoint=checkpoint)
     for name in ("sae_weights.safetensors", "trainer_state.pt", "source.pt", "SHA256SUMS"):
         shutil.rmtree(checkpoint, ignore_errors=True)
         shutil.copytree(kept, checkpoint)
