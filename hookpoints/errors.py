@@ -61,6 +61,10 @@ class BridgeWarning(UserWarning):
     """Some hooks of a TransformerBridge do not fire while hook points are attached to its model."""
 
 
+class OtherModelWarning(UserWarning):
+    """A dictionary was trained on a model of other weights. The message says on which."""
+
+
 class PredictionWarning(UserWarning):
     """A prediction of what an edit does is worse than usual. The message says why."""
 

@@ -61,6 +61,8 @@ class OnText:
 
     model: str | None = None
     """Model; by default the one named in the metadata of the SAE."""
+    other_model: bool = False
+    """Take dictionaries of other weights than the model's: of the model that it was fine-tuned from, say."""
     dtype: Dtype = "float32"
     """The model's dtype."""
     text: Path | None = None

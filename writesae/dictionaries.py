@@ -306,21 +306,21 @@ class Train:
                     n_trained = sum((folder / "sae").exists() for folder in untrained)
                     say(f"{names}  {n_trained} of {len(untrained)}")
         if self.summary:
-            say(self._summary(collection.model_name, [folder / "sae" for folder in configs]))
+            say(self._summary([folder / "sae" for folder in configs]))
         return self.out
 
-    def _summary(self, model_name: str, folders: Sequence[Path]) -> str:
+    def _summary(self, folders: Sequence[Path]) -> str:
         """What the dictionaries are worth on 8 sequences of 128 tokens of the package's held-out text, as a table. None
         is begun after a minute. A model that cannot be loaded is no error, for the dictionaries are saved."""
-        from hookpoints import HookedRecurrent, HookpointsError, embedded
-        from sae_lens_writesae.sae.load import load_sae
+        from hookpoints import HookpointsError, embedded
+        from sae_lens_writesae.sae.load import load_sae, model_of
         from writesae.dictionary.quality import quality_of_heads
         from writesae.experiment.tokens import sample_sequences
 
         end = time.monotonic() + 60
         saes = {str(each.parent.relative_to(self.out)): load_sae(each) for each in folders}
         try:
-            model = HookedRecurrent.from_pretrained(model_name, dtype=self.dtype)
+            model = model_of([*saes.values()], dtype=self.dtype)
         except (OSError, HookpointsError) as error:
             return f"no summary: {error}"
         quality = quality_of_heads(model, saes, sample_sequences(model, embedded.text("test"), 128, 8))
@@ -341,7 +341,7 @@ class Train:
             return Collection.open(folder)
         with suppress(CollectionError):  # none yet
             name = Collection.open(folder).model_name
-            if name != self.model:
+            if name not in (self.model, str(Path(self.model).resolve())):
                 raise ValueError(f"{folder} is of the model {name}, not {self.model}; name another --out")
         check_text(self.model, self.dataset)
         model = HookedRecurrent.from_pretrained(self.model, dtype=self.dtype)
@@ -371,7 +371,7 @@ class Train:
         if not heads:
             return {}
         n_sequences = max(1, _METRIC_TOKENS // collection.context_size)
-        model = HookedRecurrent.from_pretrained(collection.model_name, dtype=self.dtype)
+        model = HookedRecurrent.from_pretrained(collection.model_name, dtype=self.dtype, revision=collection.revision)
         return fit_metrics(model, collection.tokens[:n_sequences], sorted(heads))
 
     def training_config(self, collection: Collection, layer: int, head: int, name: DictionaryName) -> RunnerConfig:

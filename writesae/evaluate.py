@@ -189,9 +189,9 @@ def evaluate(
         ValueError: SAEs of different models, two folders of one name, a folder that cannot be written, or an evaluation
             that refuses the SAEs; a result of others that would be replaced.
     """
-    from hookpoints import HookedRecurrent, embedded
+    from hookpoints import embedded
     from sae_lens_writesae.sae.factors import INDEX, Collection
-    from sae_lens_writesae.sae.load import load_sae
+    from sae_lens_writesae.sae.load import load_sae, model_of
     from sae_lens_writesae.sae.target import HeadHook, head_target
     from writesae.dictionary.suite import evaluate_all
     from writesae.experiment.evaluation import Scope
@@ -225,7 +225,7 @@ def evaluate(
     if len(models) > 1:
         raise ValueError(f"saes: expected folders of dictionaries of one model, got {', '.join(sorted(models))}")
     held_out = text_of(subjects.text)
-    model = HookedRecurrent.from_pretrained(models.pop(), dtype=subjects.dtype)
+    model = model_of([*saes.values()], subjects.model, dtype=subjects.dtype, other_model=subjects.other_model)
     if subjects.place:
         head_target(model, *subjects.place)  # raises where there is no such head, before any work
     tokens = sample_sequences(model, held_out, subjects.context_size, subjects.sequences)

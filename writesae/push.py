@@ -42,6 +42,7 @@ _FORMS = {
     "hook_head_index": _NUMBERS,
     "model_name": f"{_NAME}/{_NAME}",
     "model_class_name": _NAME,
+    "model_fingerprint": "[0-9a-f]{64}",
     "dataset_path": f"({_NAME}/)?{_NAME}",
     "context_size": r"\d+",
     "seqpos_slice": r"\[(null|-?\d+)(, (null|-?\d+))*\]",

@@ -52,14 +52,13 @@ class OfOne(OnText):
         Raises:
             ValueError: a folder does not hold what it should, or the text is too short.
         """
-        from hookpoints import HookedRecurrent
-        from sae_lens_writesae.sae.load import load_sae
+        from sae_lens_writesae.sae.load import load_sae, model_of
         from writesae.experiment.tokens import sample_sequences, say_time, text_of
 
         self.check_out()
         text = text_of(self.text)
         sae = load_sae(self.sae)
-        model = HookedRecurrent.from_pretrained(self.model or str(sae.cfg.metadata.model_name), dtype=self.dtype)
+        model = model_of([sae], self.model, dtype=self.dtype, other_model=self.other_model)
         tokens = sample_sequences(model, text, self.context_size, self.sequences)
         n_atoms = len(pages.atoms or range(min(pages.n_atoms or sae.cfg.d_sae, sae.cfg.d_sae)))
         say_time(model, tokens, len(tokens) * a_sequence + n_atoms * an_atom, self.out)
@@ -150,6 +149,8 @@ class Prompt:
     """Model; by default the one named in the SAE's metadata, or without an SAE the embedded one."""
     sae: Path | None = None
     """Folder of a dictionary, or one that holds such folders; the atoms of the first of each head are shown."""
+    other_model: bool = False
+    """Take dictionaries of other weights than the model's: of the model that it was fine-tuned from, say."""
     dtype: Dtype = "float32"
     """The model's dtype."""
     port: int = 8765
@@ -170,7 +171,7 @@ class Prompt:
         """The server, bound to its port; raises what `PromptServer` raises."""
         from writesae.page.prompt import PromptServer
 
-        return PromptServer(self.model, self.sae, self.dtype, self.port)
+        return PromptServer(self.model, self.sae, self.dtype, self.port, self.other_model)
 
 
 def _run(command: type[Show] | type[Export], program: str, arguments: Sequence[str]) -> str:

@@ -50,6 +50,7 @@ def wholes_of(model: HookedRecurrent, saes: Sequence[HeadSAE]) -> list[Node]:
                 f"hook_state_vec), got {name!r}"
             )
         model.check_hook_name(name)
+        model.check_dictionary(metadata)
         wholes.append(Node("state" if match[3] == "state" else "write", int(match[1]), int(match[2])))
     heads = [f"L{whole.layer}H{whole.head}" for whole in wholes]
     if len(heads) > len({*heads}):

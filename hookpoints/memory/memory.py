@@ -208,6 +208,7 @@ class Memory:
         several = dictionaries if isinstance(dictionaries, Sequence) else [dictionaries]
         heads = list[list[Fact]]()
         for dictionary in several:
+            self.model.check_dictionary(dictionary.cfg.metadata)
             state = self._head_state(*place_of(dictionary, layer, head))
             heads += read_memory(state[row : row + 1], dictionary, n)
         return joined(heads, n) if isinstance(dictionaries, Sequence) else heads[0]
@@ -255,6 +256,7 @@ class Memory:
         states: LayerStates = {}
         held = False
         for dictionary in known:
+            self.model.check_dictionary(dictionary.cfg.metadata)
             of_layer, of_head = place_of(dictionary, layer, head)
             before = self._head_state(of_layer, of_head)
             changed, had_it = rewritten(before, dictionary, key, value, instead_of)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
@@ -14,10 +16,11 @@ from transformer_lens.utilities.slice import Slice, SliceInput
 from transformers import Cache
 
 from hookpoints.edits.edit import EditPlan, EditRow, Edits
-from hookpoints.errors import EditError, HookpointsError
+from hookpoints.errors import EditError, HookpointsError, InputError, OtherModelWarning
 from hookpoints.hooks.cache import NamesFilter, Saving, caching_hooks, reachable
 from hookpoints.hooks.guard import ADDING, Hook, HookSpecs, Name, find_all_hooks, find_hooks, named_hooks, scoped_hooks
 from hookpoints.layer.context import Backend, Recorded, current, position_of, scope
+from hookpoints.memory.sealing import fingerprint
 from hookpoints.model.cache import RecurrentCache
 from hookpoints.model.config import HookedRecurrentConfig, describe, device_of
 from hookpoints.recurrence.recurrence import Recurrence
@@ -90,6 +93,43 @@ class HookedModel(HookedRootModule):
             f"a {type(self).__name__} cannot be copied or pickled, as its hook points sit on one model. Copy or save "
             "model.hf_model (copies carry no hook points) and hook the copy"
         )
+
+    # -- weights
+
+    def fingerprint(self) -> str | None:
+        """Names the weights as bfloat16 rounds them: equal in float32 and bfloat16. None where that cannot be told: in
+        float16, quantized, or without weights in memory. Cost: a reading of all weights."""
+        model = self.hf_model
+        unknown = self.cfg.dtype == torch.float16 or getattr(model, "is_quantized", False)
+        if unknown or any(parameter.is_meta for parameter in model.parameters()):
+            return None
+        return fingerprint(model, torch.bfloat16)
+
+    @cached_property
+    def _first_fingerprint(self) -> str | None:
+        """As it was when a dictionary first came: many calls bring one, and each would read all weights."""
+        return self.fingerprint()
+
+    def check_dictionary(self, metadata: object, refuse: bool = False) -> None:
+        """Warn (`OtherModelWarning`) where the metadata of a dictionary names other weights (``model_fingerprint``).
+        Metadata without a name is in order. Cost: a reading of all weights, once.
+
+        A warning, because a dictionary on a fine-tuned model is an experiment of its own.
+
+        Raises:
+            InputError: with ``refuse``, as commands do unless ``--other-model`` is given.
+        """
+        theirs = getattr(metadata, "model_fingerprint", None)
+        mine = None if theirs is None else self._first_fingerprint
+        if mine is None or mine == theirs:
+            return
+        told = (
+            f"sae: expected a dictionary of the weights of {self.cfg.model_name} ({mine:.12}), got one of "
+            f"{getattr(metadata, 'model_name', None)} ({theirs:.12})"
+        )
+        if refuse:
+            raise InputError(f"{told}; name its model, or take it on this one, fine-tuned say, by --other-model")
+        warnings.warn(f"{told}; its atoms may mean nothing here", OtherModelWarning, stacklevel=3)
 
     # -- hooks
 

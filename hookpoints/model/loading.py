@@ -240,6 +240,13 @@ def _errors_name_the_model(name: str) -> Iterator[None]:
         ) from error
 
 
+def whole_name(name: str) -> str:
+    """The name of a model that holds in any folder: a folder or a file of this machine as an absolute path, for the hub
+    is not to be asked for its name."""
+    ships = name in embedded.names() or name in zoo.names()
+    return name if ships or not Path(name).exists() else str(Path(name).resolve())
+
+
 def cached() -> list[str]:
     """Names of the models in the hub's cache on this machine. Costs one listing of a folder."""
     names = (folder.name.removeprefix("models--") for folder in Path(HF_HUB_CACHE).glob("models--*"))

@@ -130,6 +130,15 @@ class HookedRecurrent(Tokens, Weights):
         """
         return cls(unwrap(model), tokenizer, **kwargs)
 
+    def origin(self) -> dict[str, str | None]:
+        """Where the model is to be had again, and which it is: ``model_name`` (a folder as an absolute path),
+        ``revision`` (the commit on the hub) and `fingerprint`. Cost: a reading of all weights."""
+        return {
+            "model_name": loading.whole_name(self.cfg.model_name),
+            "revision": getattr(self.hf_model.config, "_commit_hash", None),
+            "fingerprint": self.fingerprint(),
+        }
+
     # -- running
 
     def forward(

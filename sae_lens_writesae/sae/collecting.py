@@ -200,7 +200,7 @@ def _index(
     size = _batch_size(model, len(asked["heads"]), ids.shape[1], index.get("batch_size", batch_size))
     if index:
         return index
-    index = {"batch_size": size} | asked | {"model_name": model.cfg.model_name}
+    index = {"batch_size": size} | asked | model.origin()
     index |= _describe_first(model, ids[:size], asked)
     # Whole batches, so that a batch is the same in every run.
     batches = int(shard_bytes / sequence_bytes(index) // size)

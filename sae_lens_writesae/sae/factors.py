@@ -79,6 +79,8 @@ class Collection:
         self.n_sequences, self.context_size = cast("list[int]", index["shape"])
         self.dtype: FactorDtype = index["dtype"]
         self.model_name: str = index["model_name"]
+        self.revision: str | None = index.get("revision")
+        self.fingerprint: str | None = index.get("fingerprint")
         self.heads: dict[int, list[int]] = {int(layer): heads for layer, heads in index["heads"].items()}
         self.total_bytes = self.n_sequences * sequence_bytes(index)
         self._mapped: dict[str, Mapped] = {}

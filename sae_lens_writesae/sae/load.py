@@ -6,7 +6,7 @@ folder first and then calls them.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,12 +16,35 @@ from sae_lens.saes.sae import SAE, TrainingSAE
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from hookpoints import HookedRecurrent
 from hookpoints.errors import nearest
 from hookpoints.files import SealedFolder, read_json
 from sae_lens_writesae.sae.matrix import CHECKPOINT_ENTRY, MatrixSAE, MatrixSAEConfig
+from sae_lens_writesae.sae.target import Dictionary
 
 _DAMAGE = (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 """What SAELens, torch and Python raise on a damaged config or file."""
+
+
+def model_of(
+    saes: Sequence[Dictionary], name: str | None = None, *, dtype: str = "float32", other_model: bool = False
+) -> HookedRecurrent:
+    """The model that is named, or else the one of dictionaries, by name and commit.
+
+    Raises:
+        InputError: a dictionary was trained on other weights, and `other_model` is False.
+        UnknownModelError: there is no such model; the hub is not asked for a path.
+    """
+    revision = None
+    if name is None:
+        metadata = saes[0].cfg.metadata
+        name = str(metadata.model_name)
+        given = metadata.model_from_pretrained_kwargs
+        revision = given.get("revision") if isinstance(given, Mapping) else None
+    model = HookedRecurrent.from_pretrained(name, dtype=dtype, revision=revision)
+    for sae in saes:
+        model.check_dictionary(sae.cfg.metadata, refuse=not other_model)
+    return model
 
 
 class CheckpointError(ValueError):

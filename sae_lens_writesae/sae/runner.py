@@ -25,6 +25,7 @@ from sae_lens import (
     LoggingConfig,
 )
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner
+from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
 from transformer_lens import HookedRootModule
 
@@ -128,6 +129,10 @@ PURSUIT: dict[str, float | int] = {"lr": 1e-2, "train_batch_size_tokens": 96}
 PURSUIT_RESAMPLES = 25
 
 
+ORIGIN = ("model_name", "revision", "fingerprint")
+"""What `HookedRecurrent.origin` says, and a collection."""
+
+
 def training_config(
     model: HookedRecurrent | Collection,
     layer: int,
@@ -169,9 +174,11 @@ def training_config(
     collected = isinstance(model, Collection)
     place = model.head_target(layer, head, target) if collected else head_target(model, layer, head, target)
     config_class = training_config_class(architecture)
+    origin = {name: getattr(model, name) for name in ORIGIN} if collected else model.origin()
     by_pursuit = architecture == "writesae_product" and (sae or {}).get("encoder") == "pursuit"
     defaults: dict[str, Any] = {
-        "model_name": model.model_name if collected else model.cfg.model_name,
+        "model_name": origin["model_name"],
+        "model_from_pretrained_kwargs": {"revision": origin["revision"]} if origin["revision"] else {},
         "model_class_name": MODEL_CLASS_NAME,
         "hook_name": place.hook_name,
         "seqpos_slice": place.seqpos_slice,
@@ -205,6 +212,7 @@ def training_config(
         "loss_weight": loss_weight,
         "metric": metric,
         "decoder_init": "native",
+        "metadata": SAEMetadata(model_fingerprint=origin["fingerprint"]),
         **({"k": 1} if architecture == "writesae_topk" else {}),
         **({"resample_every": PURSUIT_RESAMPLES} if by_pursuit else {}),
         **(sae or {}),

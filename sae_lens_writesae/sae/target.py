@@ -123,7 +123,8 @@ def head_target(model: HookedRecurrent, layer: int, head: int, target: Target = 
 
 
 def check_hook(model: HookedRecurrent, name: str, sae: SAEConfig, where: str = "the SAE config") -> None:
-    """Raise unless the hook exists on `model` and, if it is one of a head, carries what an SAE of that config expects.
+    """Raise unless the hook exists on `model` and, if it is one of a head, carries what an SAE of that config expects;
+    warn (`hookpoints.errors.OtherModelWarning`) where the SAE was trained on other weights.
 
     Raises:
         UnknownHookError: the model has no such hook; names the nearest.
@@ -133,6 +134,7 @@ def check_hook(model: HookedRecurrent, name: str, sae: SAEConfig, where: str = "
     if match := _HOOK_NAME.fullmatch(name):
         shape = model.cfg.layer(int(match[1]))
         check_sizes(sae, shape.K, shape.V, f"{name} of {model.cfg.model_name}", where)
+    model.check_dictionary(sae.metadata)
 
 
 def has_plain_activations(sae: Dictionary) -> bool:

@@ -19,10 +19,10 @@ from typing import cast
 
 import torch
 
-from hookpoints import Graph, HookedRecurrent, Recurrence, attribute, read_memory
+from hookpoints import Graph, Recurrence, attribute, read_memory
 from hookpoints.errors import HookpointsError, PredictionWarning
 from sae_lens_writesae.sae import WriteProductSAE
-from sae_lens_writesae.sae.load import load_sae
+from sae_lens_writesae.sae.load import load_sae, model_of
 from sae_lens_writesae.sae.target import HeadHook, check_hook
 from writesae.files import sae_folders
 from writesae.head.writes import head_writes
@@ -68,18 +68,22 @@ class PromptServer(ThreadingHTTPServer):
         OSError: the port is taken; before a model is loaded.
     """
 
-    def __init__(self, model: str | None, sae: Path | None, dtype: str, port: int) -> None:
+    def __init__(self, model: str | None, sae: Path | None, dtype: str, port: int, other_model: bool = False) -> None:
         found = [] if sae is None else [load_sae(folder) for folder in reversed(sae_folders(sae))]
         self.saes = {HeadHook.of(each).cell: each for each in found}
         self.lock = threading.Lock()
         self.graph: Graph | None = None
         """Of the text that was explained last."""
         super().__init__(("127.0.0.1", port), _Handler)  # a taken port ends this before a model loads
-        name = model or next((str(each.cfg.metadata.model_name) for each in found), "embedded")
-        self.model = HookedRecurrent.from_pretrained(name, dtype=dtype)
+        try:
+            name = model if model or found else "embedded"
+            self.model = model_of(found, name, dtype=dtype, other_model=other_model)
+            for each in found:
+                check_hook(self.model, HeadHook.of(each).name, each.cfg, f"the SAE in {sae}")
+        except BaseException:
+            self.server_close()
+            raise
         self.texts = TokenTexts(self.model)
-        for each in found:
-            check_hook(self.model, HeadHook.of(each).name, each.cfg, f"the SAE in {sae}")
 
     @torch.no_grad()
     def read(self, text: str, layer: int, head: int) -> dict[str, object]:
