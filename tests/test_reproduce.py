@@ -24,7 +24,7 @@ from writesae.dictionaries import Collect, Train
 from writesae.evaluate import EvalAll
 from writesae.evaluations import EVALUATIONS
 from writesae.reproduce import published
-from writesae.reproduce.command import Reproduce, for_model, own_run, profile_folder
+from writesae.reproduce.command import Reproduce, for_model, move_earlier, own_run, profile_folder
 from writesae.reproduce.config import SMALL, ReproduceConfig
 from writesae.reproduce.published import RUNS, commands, published_results, run_published, shuffled
 from writesae.reproduce.texts import write_texts
@@ -153,6 +153,38 @@ def test_a_dry_run_of_every_profile_plans_every_step_once(tmp_path, profile):
     assert planned(said).items() >= steps
     assert said.count("writesae train --collection collection --layers 2 --heads 3") == 2 * 1
     assert sorted(each.name for each in tmp_path.iterdir() if each.name != ".snakemake") == ["config.json"]
+
+
+@pytest.mark.slow
+def test_a_changed_text_is_planned_anew(tmp_path):
+    """Of a run whose steps are all done, or say so; a dry run moves nothing."""
+    words = shipped.text("train").split()
+    text, out = tmp_path / "text" / "train.jsonl", tmp_path / "run"
+    text.parent.mkdir()
+
+    def dry_run(first: int) -> str:
+        documents = [" ".join(words[n * 60 : n * 60 + 60]) for n in range(first, first + 300)]
+        text.write_text("\n".join(json.dumps({"text": document}) for document in documents))
+        command = [sys.executable, "-m", "writesae", *ARGUMENTS, "--dataset", str(text.parent), "--out", str(out)]
+        done = subprocess.run([*command, "--", "--dry-run"], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    steps = planned(dry_run(0))
+    assert steps["total"] >= 6
+    marks = ("write.trained", "state.trained", "write.evaluated", "state.evaluated", "compared")
+    for place in ("collection/collected", *(f"L2H0/marks/{mark}" for mark in marks), "report/report.html"):
+        file = out / place
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    assert "Nothing to be done" in dry_run(0)
+    assert planned(dry_run(1)) == steps and (out / "report/report.html").exists()
+    (out / "notes.txt").write_text("the user's")
+    assert move_earlier(out) == out / "earlier-1" and move_earlier(out) == out / "earlier-2"
+    assert {path.name for path in out.glob("[!.]*")} == {
+        *("config.json", "inputs.json", "notes.txt", "earlier-1", "earlier-2")
+    }
+    assert (out / "earlier-1/report/report.html").exists()
 
 
 PATIENCE = 1200

@@ -371,7 +371,9 @@ class Train:
         if not heads:
             return {}
         n_sequences = max(1, _METRIC_TOKENS // collection.context_size)
-        model = HookedRecurrent.from_pretrained(collection.model_name, dtype=self.dtype, revision=collection.revision)
+        model = HookedRecurrent.from_pretrained(
+            collection.model_name, dtype=self.dtype, revision=collection.origin()["revision"]
+        )
         return fit_metrics(model, collection.tokens[:n_sequences], sorted(heads))
 
     def training_config(self, collection: Collection, layer: int, head: int, name: DictionaryName) -> RunnerConfig:

@@ -114,22 +114,21 @@ class HookedModel(HookedRootModule):
         """Warn (`OtherModelWarning`) where the metadata of a dictionary names other weights (``model_fingerprint``).
         Metadata without a name is in order. Cost: a reading of all weights, once.
 
-        A warning, because a dictionary on a fine-tuned model is an experiment of its own.
+        A warning, because a dictionary on a fine-tuned model is a usual experiment.
 
         Raises:
             InputError: with ``refuse``, as commands do unless ``--other-model`` is given.
         """
         theirs = getattr(metadata, "model_fingerprint", None)
-        mine = None if theirs is None else self._first_fingerprint
-        if mine is None or mine == theirs:
+        if theirs is None or self._first_fingerprint in (None, theirs):
             return
         told = (
-            f"sae: expected a dictionary of the weights of {self.cfg.model_name} ({mine:.12}), got one of "
-            f"{getattr(metadata, 'model_name', None)} ({theirs:.12})"
+            f"sae: expected a dictionary of the weights of {self.cfg.model_name}, got one of other weights "
+            f"({theirs:.12}); name its model, or take it on this one, fine-tuned say, by --other-model"
         )
         if refuse:
-            raise InputError(f"{told}; name its model, or take it on this one, fine-tuned say, by --other-model")
-        warnings.warn(f"{told}; its atoms may mean nothing here", OtherModelWarning, stacklevel=3)
+            raise InputError(told)
+        warnings.warn(told.partition(";")[0], OtherModelWarning, stacklevel=3)
 
     # -- hooks
 

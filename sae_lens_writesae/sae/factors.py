@@ -79,8 +79,6 @@ class Collection:
         self.n_sequences, self.context_size = cast("list[int]", index["shape"])
         self.dtype: FactorDtype = index["dtype"]
         self.model_name: str = index["model_name"]
-        self.revision: str | None = index.get("revision")
-        self.fingerprint: str | None = index.get("fingerprint")
         self.heads: dict[int, list[int]] = {int(layer): heads for layer, heads in index["heads"].items()}
         self.total_bytes = self.n_sequences * sequence_bytes(index)
         self._mapped: dict[str, Mapped] = {}
@@ -125,6 +123,10 @@ class Collection:
     def tokens(self) -> Tensor:
         """[n_sequences,T] token ids, int64."""
         return self._map("tokens")[:].long()
+
+    def origin(self) -> dict[str, str | None]:
+        """`HookedRecurrent.origin` of the model that was run."""
+        return {name: self._index.get(name) for name in ("model_name", "revision", "fingerprint")}
 
     def head_target(self, layer: int, head: int, target: Target = "write") -> HeadTarget:
         """The hook of a head that was collected, and the sizes that an SAE on it needs.

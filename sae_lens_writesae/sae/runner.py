@@ -129,10 +129,6 @@ PURSUIT: dict[str, float | int] = {"lr": 1e-2, "train_batch_size_tokens": 96}
 PURSUIT_RESAMPLES = 25
 
 
-ORIGIN = ("model_name", "revision", "fingerprint")
-"""What `HookedRecurrent.origin` says, and a collection."""
-
-
 def training_config(
     model: HookedRecurrent | Collection,
     layer: int,
@@ -174,7 +170,7 @@ def training_config(
     collected = isinstance(model, Collection)
     place = model.head_target(layer, head, target) if collected else head_target(model, layer, head, target)
     config_class = training_config_class(architecture)
-    origin = {name: getattr(model, name) for name in ORIGIN} if collected else model.origin()
+    origin = model.origin()
     by_pursuit = architecture == "writesae_product" and (sae or {}).get("encoder") == "pursuit"
     defaults: dict[str, Any] = {
         "model_name": origin["model_name"],

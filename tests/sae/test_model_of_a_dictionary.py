@@ -83,7 +83,7 @@ def test_calls_warn_of_other_weights(
     folder: Path, fine_tuned: HookedRecurrent, use: Callable[[HookedRecurrent, Any], object]
 ) -> None:
     sae = load_sae(folder / "sae")
-    with pytest.warns(OtherModelWarning, match=r"expected a dictionary of the weights of .*recall .* got one of"):
+    with pytest.warns(OtherModelWarning, match=r"expected a dictionary of the weights of .*recall, got one of"):
         use(fine_tuned, sae)
     with warnings.catch_warnings():
         warnings.simplefilter("error", OtherModelWarning)

@@ -80,7 +80,7 @@ def evaluate_all(
             named = evaluation if evaluation.label else replace(evaluation, label=label)
             folder = _folder(out, named.kind, named.label)
             check_folder(folder, result_files)
-            _Saved.of(folder, named, _inputs(texts, group)).check(replaced)
+            _saved(folder, named, _inputs(texts, group), replaced)
     dictionaries = {} if isinstance(saes, tuple) else dict(saes)
     by_control = {} if controls is None else control_dictionaries(model, dictionaries, controls)
     everything = dictionaries.copy()
@@ -144,12 +144,12 @@ class _Suite:
         control."""
         tested = {} if isinstance(group, tuple) else group
         inputs = _inputs(self.texts, group)
-        saved = _Saved.of(_folder(self.out, evaluation.kind, evaluation.label), evaluation, inputs)
-        saved.check(self.replaced)
-        if self.resume and saved.result is not None and not saved.differing:
-            return saved.result
-        if saved.differing:
-            self.say(f"{evaluation.kind}: {evaluation.label} is measured again: other {', '.join(saved.differing)}")
+        folder = _folder(self.out, evaluation.kind, evaluation.label)
+        saved, differing = _saved(folder, evaluation, inputs, self.replaced)
+        if differing:
+            self.say(f"{evaluation.kind}: {evaluation.label} is measured again: other {', '.join(differing)}")
+        elif self.resume and saved is not None:
+            return saved
         # Only a single question about trained dictionaries raises where there is nothing to measure.
         or_skip = not self.single or control is not None
         result = evaluation.run(
@@ -162,43 +162,38 @@ class _Suite:
             labels = [f"{label}, {control}" for label in tested]
         measured: dict[str, Json] = {"quality": {label: self.quality(label) for label in labels}, "inputs": inputs}
         result = replace(result, info=result.info | facts | measured)
-        result.save(_folder(self.out, result.kind, result.label))
+        result.save(folder)
         how = result.pace if result.skipped is None else f"skipped: {result.skipped}"
         self.say(f"{result.kind}: {result.label} ({how})")
         return result
 
 
-@dataclass(frozen=True)
-class _Saved:
-    """What the folder of a result holds."""
+def _saved(
+    folder: Path, evaluation: Evaluation, inputs: Mapping[str, str], replaced: bool
+) -> tuple[Result | None, list[str]]:
+    """The result that a folder has, and what it was measured with that is not that of today. One that is damaged is set
+    aside. Costs a reading of the result.
 
-    folder: Path
-    result: Result | None
-    """None where there is none; one that is damaged is set aside."""
-    differing: list[str]
-    """What it was measured with and is not that of today."""
-
-    @classmethod
-    def of(cls, folder: Path, evaluation: Evaluation, inputs: Mapping[str, str]) -> _Saved:
-        """Costs a reading of the result."""
-        if not folder.exists():
-            return cls(folder, None, [])
-        try:
-            saved = Result.load(folder, {evaluation.kind: type(evaluation)})
-        except ValueError as error:
-            set_aside(folder, str(error))
-            return cls(folder, None, [])
-        known = cast("Mapping[str, Json]", saved.info.get("inputs") or {})
-        settings = [] if saved.evaluation == evaluation else ["settings"]
-        return cls(folder, saved, settings + [name for name in inputs if known.get(name) != inputs[name]])
-
-    def check(self, replaced: bool) -> None:
-        """Raise ValueError where a result would be lost. The same of another version of the package is none."""
-        if not replaced and (lost := [name for name in self.differing if name != "version"]):
-            raise ValueError(
-                f"{self.folder}: expected no result, or one of the same settings and inputs, got one of other "
-                f"{', '.join(lost)}; name another --out, or replace it (--replace)"
-            )
+    Raises:
+        ValueError: a result of other settings or inputs would be lost. The same of another version of the package would
+            be none.
+    """
+    if not folder.exists():
+        return None, []
+    try:
+        saved = Result.load(folder, {evaluation.kind: type(evaluation)})
+    except ValueError as error:
+        set_aside(folder, str(error))
+        return None, []
+    known = cast("Mapping[str, Json]", saved.info.get("inputs") or {})
+    differing = ["settings"] * (saved.evaluation != evaluation)
+    differing += [name for name in inputs if known.get(name) != inputs[name]]
+    if not (replaced or {*differing} <= {"version"}):
+        raise ValueError(
+            f"{folder}: expected no result, or one of the same settings and inputs, got one of other "
+            f"{', '.join(differing)}; name another --out, or replace it (--replace)"
+        )
+    return saved, differing
 
 
 def _inputs(texts: Mapping[str, str], group: dict[str, SAE] | LayerHead) -> dict[str, str]:

@@ -6,7 +6,9 @@ import dataclasses
 import fcntl
 import importlib.util
 import itertools
+import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -21,7 +23,7 @@ from writesae.dictionaries import check_text
 from writesae.files import check_settings, check_writable
 from writesae.reproduce.config import SMALL, WRITTEN, ReproduceConfig
 from writesae.reproduce.published import run_published
-from writesae.reproduce.texts import write_texts
+from writesae.reproduce.texts import text_hash, write_texts
 
 if TYPE_CHECKING:
     from hookpoints import HookedRecurrent
@@ -38,7 +40,8 @@ class Reproduce:
 
     config: tyro.conf.OmitArgPrefixes[ReproduceConfig] = field(default_factory=ReproduceConfig)
     out: Path = Path("writesae-out/reproduce")
-    """Folder of the run; the same folder resumes where it stopped."""
+    """Folder of the run; the same folder resumes where it stopped. Where weights or files of text changed, what is
+    there is moved into `earlier-N`, and all steps are done anew."""
     small: bool = False
     """Small numbers, for a trial on a laptop. Flags that are given win over them."""
     profile: str | None = None
@@ -70,6 +73,8 @@ class Reproduce:
             run_published(self.out)
             return
         from hookpoints import HookedRecurrent, default_device
+        from hookpoints.files import atomic_text, read_json
+        from sae_lens_writesae.sae.factors import model_hash
         from writesae.dictionary.traits import sparsity_fields
         from writesae.evaluate import EvalAll, Subjects
 
@@ -87,12 +92,30 @@ class Reproduce:
         self.out.mkdir(parents=True, exist_ok=True)
         own_run(self.out)
         config.keep_in(self.out)
+        inputs = {"weights": model_hash(model), "text": text_hash(config.dataset)}
+        known = self.out / "inputs.json"
+        changed = known.exists() and read_json(known) != inputs
+        is_dry = not {"-n", "--dry-run", "--dryrun"}.isdisjoint(self.snakemake)
+        if changed and not is_dry:
+            print(f"weights or text changed: what was made of the earlier ones is in {move_earlier(self.out)}")
+        if not (changed and is_dry):
+            atomic_text(known, json.dumps(inputs))
         write_texts(config, self.out / "texts", model)
         engine = [sys.executable, "-m", "snakemake", f"--snakefile={_HERE / 'Snakefile'}", f"--directory={self.out}"]
         if list((self.out / ".snakemake" / "locks").glob("*")):  # of a process that is dead: this one owns the run
             subprocess.run([*engine, "--unlock"], check=True, capture_output=True)
         sys.stdout.flush()
-        os.execv(sys.executable, [*engine, "--profile", str(profile), *self.snakemake])
+        os.execv(sys.executable, [*engine, "--profile", str(profile), *["--forceall"] * changed, *self.snakemake])
+
+
+def move_earlier(folder: Path) -> Path:
+    """Move what a run made of other weights or other text into a new folder `earlier-N` inside; returns that."""
+    earlier = next(each for n in itertools.count(1) if not (each := folder / f"earlier-{n}").exists())
+    earlier.mkdir()
+    for path in [*folder.iterdir()]:
+        if path.name in WRITTEN or re.fullmatch(r"L\d+(H\d+)?", path.name):
+            path.rename(earlier / path.name)
+    return earlier
 
 
 def profile_folder(name: str) -> Path:

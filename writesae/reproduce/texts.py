@@ -13,6 +13,17 @@ if TYPE_CHECKING:
     from hookpoints import HookedRecurrent
 
 
+def text_hash(dataset: str | None) -> str | None:
+    """Names the text in a file or a folder; None: that of the package, or of the hub. Costs a reading."""
+    from hookpoints.files import content_hash, file_hash
+
+    place = Path(dataset or "")
+    if dataset is None or not place.exists():
+        return None
+    files = [place, *sorted(place.rglob("*"))]
+    return content_hash([[file.name, file_hash(file)] for file in files if file.is_file()])
+
+
 def write_texts(config: ReproduceConfig, folder: Path, model: HookedRecurrent) -> None:
     """`held-out.txt`, of the first documents, and `train/train.jsonl`, of those that follow; as much as is needed."""
     from hookpoints import embedded
