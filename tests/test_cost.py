@@ -28,6 +28,12 @@ def test_costs_are_those_of_a_real_run(hooked: HookedRecurrent, dtype: torch.dty
     assert cost(model, tokens=64) == fits.of_a_run(model, 64)
 
 
+@pytest.mark.parametrize("name", ["facts", "composition"])
+def test_a_model_whose_layers_are_all_recurrent_costs_what_a_run_holds(name: str) -> None:
+    """Its class asks the cache for a length, which upstream's cache does not have there."""
+    assert cost(name, tokens=32) == fits.of_a_run(HookedRecurrent.from_pretrained(name), 32)
+
+
 def test_a_filter_costs_the_hooks_that_it_names(model: HookedRecurrent) -> None:
     one = "blocks.1.mixer.heads.0.hook_write"
     shape = model.cfg.layer(1)

@@ -21,6 +21,7 @@ from hookpoints.memory.caches import tensors_of
 from hookpoints.memory.memory import read
 from hookpoints.model import loading
 from hookpoints.model.recurrent import HookedRecurrent
+from hookpoints.model.selfcheck import choose_cache
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,7 @@ def _kept(model: HookedRecurrent, ids: Tensor, names_filter: NamesFilter) -> dic
 
 
 def _memory(model: HookedRecurrent, ids: Tensor) -> int | None:
+    choose_cache(model, ids)
     try:
         memory = read(model, ids)
     except HookpointsError:

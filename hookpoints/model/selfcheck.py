@@ -68,14 +68,20 @@ def self_check(model: HookedModel) -> None:
 
 
 def check_prefill(model: HookedModel, tokens: Tensor) -> dict[int, Recorded]:
-    """One pass over ``tokens`` [1,T], recorded and checked. Tries first whether upstream runs the model with its own
-    cache: some classes cannot where all layers are recurrent, since they ask the cache for its length."""
+    """One pass over ``tokens`` [1,T], recorded and checked."""
+    choose_cache(model, tokens)
+    with torch.no_grad():
+        return _pass(model, tokens, 0, "prefill")[0]
+
+
+def choose_cache(model: HookedModel, tokens: Tensor) -> None:
+    """Try whether upstream runs the model with its own cache: some classes cannot where all layers are recurrent, since
+    they ask the cache for its length. Costs a pass over ``tokens`` [1,T]."""
     with torch.no_grad():
         try:
             model.hf_model(input_ids=tokens, **continuing(model.hf_model, None, 0, tokens))
         except ValueError:
             model.attachment.counts_tokens = True
-        return _pass(model, tokens, 0, "prefill")[0]
 
 
 @scoped
