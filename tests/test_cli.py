@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hookpoints import HookedRecurrent
 from hookpoints import embedded as shipped
+from sae_lens_writesae.sae.factors import Collection
 from sae_lens_writesae.sae.load import load_sae
 from writesae.cli import COMMANDS, main
 from writesae.dictionary.quality import dictionary_quality
@@ -198,6 +199,12 @@ HEAD = ["--model", "embedded", "--layer", "2", "--head", "1"]
         (["train", *HEAD, "--variants", "Wrong"], "Wrong"),
         (["train", *HEAD, "--architecture", "writesae_topkk"], "nearest: writesae_topk"),
         (["train", *HEAD, "--architecture", "topk"], "got 'topk'; nearest: writesae_topk"),
+        (
+            ["train", *HEAD, "--architecture", "writesae_product"],
+            "expected one with an encoder and a decoder",
+        ),
+        (["train", "--model", str(shipped.path("embedded")), *HEAD[2:]], "dataset: expected a text file"),
+        (["zoo", "--models", "recall", "nosuch"], "got 'nosuch'"),
         (["collect", "--model", "embedded"], "Missing from writesae collect: --layer"),
         (["show"], "Missing from writesae show: PATH"),
         (["train", "--model", "embeded", *HEAD[2:]], "nearest: embedded"),
@@ -327,6 +334,7 @@ def test_models_and_hooks_are_listed_with_their_shapes(
     assert (
         models.status == 0
         and "RWKV-7, 6 heads of 32 x 32" in models.out
+        and "Gated DeltaNet, 1 head of 64 x 32" in models.out
         and "gated_deltaproduct" in models.out
         and "qwen3_5_moe" in models.out
     )
@@ -496,6 +504,48 @@ def test_training_ends_with_what_each_dictionary_recovers(
         found = dictionary_quality(embedded, load_sae(folders / "reproduced" / label / "sae"), tokens)
         assert found.explained is not None and found.recovered is not None
         assert line.split()[:4] == [label, *map(share_text, (found.explained, found.alive, found.recovered.mean))]
+
+
+def test_a_text_file_or_a_folder_of_them_is_trained_on(
+    capsys: pytest.CaptureFixture[str], embedded: HookedRecurrent, tmp_path: Path
+) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    texts = [shipped.text("test")[:3000], shipped.text("test")[3000:5000]]
+    for name, text in zip("ab", texts):
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+    of = {"file": (folder / "a.txt", texts[:1]), "folder": (folder, texts)}
+    for name, (dataset, read) in of.items():
+        done = run(capsys, "collect", *HEAD, "--dataset", dataset, "--context-size", "16", "--out", tmp_path / name)
+        assert done.status == 0, done.err
+        tokens = [embedded.to_tokens(text, prepend_bos=False, truncate=False) for text in read]
+        collected = Collection.open(tmp_path / name).tokens.numel()
+        assert 0.9 < collected / sum(each.numel() for each in tokens) <= 1
+    (folder / "a.txt").write_bytes(b"\xff\xfe")
+    done = run(capsys, "collect", *HEAD, "--dataset", folder, "--out", tmp_path / "other")
+    assert done.status == 2 and "a.txt: expected a text in UTF-8" in done.err
+
+
+def test_a_report_is_written_where_its_results_are(
+    capsys: pytest.CaptureFixture[str], folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folders / "reproduced/L2H0", tmp_path / "results")
+    (info,) = (tmp_path / "results/sign").glob("*/info.json")
+    for named, page in (("results", "results/report.html"), (info.parent, "results/sign/report.html")):
+        assert run(capsys, "report", named).status == 0
+        assert (tmp_path / page).is_file()
+    assert "out: expected a page" in run(capsys, "report", "results", "results").err
+    assert [each.name for each in tmp_path.iterdir()] == ["results"] and load_result(info.parent)
+
+
+def test_a_report_has_what_other_evaluations_found(
+    capsys: pytest.CaptureFixture[str], sae_folder: Path, tmp_path: Path
+) -> None:
+    settings = ["--kinds", "sign", "multistep", "--set", "n_positions=2", "n_steps=99", "--no-control-dictionaries"]
+    done = run(capsys, "eval", "all", sae_folder, *settings, *COUNTS, "--out", tmp_path)
+    assert done.status == 2 and "multistep needs" in done.err
+    assert "sign" in (tmp_path / "report.html").read_text() and not (tmp_path / "multistep").exists()
 
 
 def test_a_single_evaluation_with_nothing_to_measure_is_an_error(

@@ -64,8 +64,8 @@ class Collect:
     context_size: int = 128
     """Tokens per sequence."""
     dataset: str | None = None
-    """Dataset on the hub with a column `text`, or a folder of one; by default the held-out text of this package, which
-    is enough for the models that ship with it."""
+    """Text file, folder of `.txt` files, or dataset with a column `text` on the hub or in a folder; by default the
+    held-out text of this package, which is enough for the models that ship with it."""
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
     """Of the stored vectors; auto: the smallest that is safe on a first batch."""
     model_dtype: Dtype = "float32"
@@ -115,20 +115,31 @@ def check_text(model: str, dataset: str | None) -> None:
 
     HookedRecurrent.from_pretrained(model, device="meta")
     if dataset is None and model not in embedded.names():
-        raise ValueError(f"the package's own text is too short for {model}; name a --dataset with a text column")
+        raise ValueError(
+            "dataset: expected a text file, a folder of them, or a dataset with a column `text`, got none; the text of "
+            f"the package is enough for {', '.join(embedded.names())} alone, not for {model}"
+        )
 
 
 def documents(dataset: str | None) -> Iterator[str]:
-    """The texts of a dataset on the hub or in a folder; None: the held-out text of this package."""
+    """The texts of a text file, of the `.txt` files of a folder, or of a dataset on the hub or in a folder; None: the
+    held-out text of this package.
+
+    Raises:
+        ValueError: a file is not in UTF-8.
+    """
     from datasets import load_dataset
 
     from hookpoints import embedded
     from sae_lens_writesae.sae.runner import text_dataset
+    from writesae.experiment.tokens import text_of
 
-    if dataset is None:
-        yield from text_dataset(embedded.text("train"))["text"]
-    else:
+    place = Path(dataset or "")
+    files = [place] if place.is_file() else sorted(place.glob("*.txt")) if dataset else []
+    if dataset and not files:
         yield from (str(row["text"]) for row in load_dataset(dataset, split="train", streaming=True))
+    for text in map(text_of, files) if dataset else [embedded.text("train")]:
+        yield from text_dataset(text)["text"]
 
 
 def enough(texts: Iterable[str], n_tokens: int | None, model: HookedRecurrent) -> Dataset:
@@ -215,8 +226,8 @@ class Train:
     """Dictionaries by name, instead of targets, losses, variants, seeds and the metric: write-seed0
     state-reads-seed0 write-gauss_newton-seed0."""
     dataset: str | None = None
-    """Dataset on the hub with a `text` column, or a folder of one; by default the held-out text of the package, which
-    is enough for the models that ship with it."""
+    """Text file, folder of `.txt` files, or dataset with a column `text` on the hub or in a folder; by default the
+    held-out text of the package, which is enough for the models that ship with it."""
     architecture: str = "writesae_topk"
     """Architecture of the dictionaries, as SAELens names it."""
     d_sae: int = 2048

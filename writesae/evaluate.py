@@ -142,8 +142,8 @@ class Report:
 
     results: tyro.conf.Positional[tuple[Path, ...]]
     """Folders in or below which `writesae eval`, `demo` or `reproduce` left results."""
-    out: Path = Path("report.html")
-    """Page to write, or a folder, which gets a report.html."""
+    out: Path | None = None
+    """Page to write, or a folder, which gets a report.html; by default the folder that is named, if it is one."""
 
     def run(self) -> Path:
         """Find the results and write the page.
@@ -151,10 +151,17 @@ class Report:
         Raises:
             ValueError: there are no results, or the page cannot be written; the latter before any work.
         """
-        page = self.out / "report.html" if self.out.is_dir() else self.out.with_suffix(".html")
         missing = [path for path in self.results if not path.exists()]
         if missing:
             raise ValueError(f"results: expected folders with saved results, got {missing[0]}, which does not exist")
+        if self.out is None and len(self.results) > 1:
+            raise ValueError(
+                f"out: expected a page for the results of {len(self.results)} folders, got none; name --out"
+            )
+        out = self.out or self.results[0]
+        if self.out is None and (out / "info.json").exists():
+            out = out.parent  # a result is sealed, and has its own files alone
+        page = out / "report.html" if out.is_dir() else out.with_suffix(".html")
         check_writable(page.parent)
         check_ours(page, page.with_suffix(".json"))
         from writesae.page.report import find_results, write_report
@@ -242,6 +249,7 @@ def evaluate(
         firings += (getattr(evaluation, "n_atoms", 0) or 0) * (getattr(evaluation, "firings_per_atom", 1) or 1)
     passes = _PASSES * (len(tokens) * len(evaluations) + firings * EDITED / tokens.shape[1])
     n_dictionaries = max(1, len(saes)) * (3 if subjects.control_dictionaries else 1)
+    failures = list[Exception]()
     with taken(subjects.out):
         say_time(model, tokens, passes * n_dictionaries, subjects.out)
         results = evaluate_all(
@@ -255,8 +263,13 @@ def evaluate(
             single=single,
             resume=resume,
             replaced=subjects.replace,
+            failures=None if single else failures,
         )
-        return write_report([*results, *_earlier(subjects.out, results)], page)
+        if results or not failures:
+            write_report([*results, *_earlier(subjects.out, results)], page)
+        if failures:  # after the report, which has what the other evaluations found
+            raise failures[0]
+        return page
 
 
 def _earlier(out: Path, results: Sequence[Result]) -> Iterator[Result]:

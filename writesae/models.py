@@ -138,5 +138,6 @@ def summary(model: HookedRecurrent) -> str:
     kinds = set()
     for layer in cfg.layers.values():
         rank = f", rank {layer.R}" if layer.R > 1 else ""
-        kinds.add(f"{layer.rule}, {layer.H} heads of {layer.K} x {layer.V}{rank}")
+        heads = "1 head" if layer.H == 1 else f"{layer.H} heads"
+        kinds.add(f"{layer.rule}, {heads} of {layer.K} x {layer.V}{rank}")
     return f"{'; '.join(sorted(kinds))}; recurrent layers {', '.join(map(str, cfg.recurrent_layers))} of {cfg.n_layers}"

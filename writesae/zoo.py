@@ -55,11 +55,14 @@ class Zoo:
             ValueError: a name that is not in the zoo, a folder that cannot be written, or with `only` one that holds
                 no zoo.json of these settings and this version.
         """
+        from hookpoints import zoo
         from hookpoints.files import atomic_text, sealed_json, versions
         from writesae.dictionaries import quiet
         from writesae.known.board import board, readings
         from writesae.page.template import environment
 
+        for name in self.models:
+            zoo.task(name)  # raises where there is none, before any work
         check_writable(self.out)
         check_ours(self.out / "index.html", self.out / "zoo.json")
         if not (self.out / "zoo.json").exists():  # which is written first

@@ -20,6 +20,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import index
 from pathlib import Path
 from typing import NamedTuple
 from zipfile import is_zipfile
@@ -461,9 +462,12 @@ class Memory:
                 raise InputError(f"layer {layer}: expected [B,H,K,V], float, device {wanted}, got {got}")
 
     def _range(self, span: TokenSpan) -> tuple[int, int]:
-        tokens = span if isinstance(span, slice) else slice(*span)
-        start = 0 if tokens.start is None else tokens.start
-        stop = self.T if tokens.stop is None else tokens.stop
+        try:
+            tokens = span if isinstance(span, slice) else slice(*span)
+            start = 0 if tokens.start is None else index(tokens.start)
+            stop = self.T if tokens.stop is None else index(tokens.stop)
+        except TypeError as error:
+            raise InputError(f"span: expected a slice or (start, stop) of token numbers, got {span!r}") from error
         # Not `slice.indices`, which moves numbers out of range into it.
         if start < 0:
             start += self.T

@@ -20,6 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from hookpoints.errors import nearest
 from hookpoints.files import read_json
 from hookpoints.zoo.circuits import Induction, Parity
 from hookpoints.zoo.tasks import Batch, Composition, Facts, Recall
@@ -88,7 +89,13 @@ def path(name: str) -> Path:
 
 
 def task(name: str) -> Task:
-    """What a model was trained on."""
+    """What a model was trained on.
+
+    Raises:
+        ValueError: there is no such model; names those that there are.
+    """
+    if name not in _TASKS:
+        raise ValueError(f"expected a model of the zoo ({', '.join(_TASKS)}), got {name!r}{nearest(name, _TASKS)}")
     return _TASKS[name]
 
 

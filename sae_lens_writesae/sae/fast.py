@@ -126,7 +126,8 @@ def train_many_on_writes(
     """
     shapes = {shape_of(cfg) for cfg in configs}
     if len(shapes) != 1 or None in shapes:
-        raise ValueError(f"configs='{len(shapes)} shapes': must be dictionaries on factors that have one `shape_of`.")
+        got = ", ".join(sorted(map(str, shapes))) or "no config"
+        raise ValueError(f"configs: expected dictionaries on factors that have one `shape_of`, got {got}")
     held = _held(writes, torch.device(configs[0].device))
     return Stack(list(zip(configs, held, metrics or [None] * len(configs), strict=True))).train(checkpoint)
 

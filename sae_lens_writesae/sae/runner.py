@@ -269,7 +269,10 @@ def train(
     # Without the index, what is cached is SAELens' own, or nothing.
     if not cfg.use_cached_activations or path is None or not (Path(path) / INDEX).is_file():
         if metric is not None:
-            raise ValueError("metric='one': must be none without a collection: SAELens' runner trains on plain rows.")
+            raise ValueError(
+                "metric: expected none without a collection, got one: SAELens' runner trains on plain rows; give a "
+                "config of `training_config(collection, ...)`"
+            )
         with seeded(cfg.seed, 0):
             runner = LanguageModelSAETrainingRunner(cfg, override_model=model, override_dataset=dataset)
             return cast(MatrixTrainingSAE, runner.run())

@@ -132,6 +132,17 @@ def test_results_of_other_inputs_are_measured_again_and_said(model: HookedRecurr
         assert not lines(**{"sae": sae} | how)
 
 
+def test_an_evaluation_that_fails_loses_no_other(suite: Suite, model: HookedRecurrent, tmp_path: Path) -> None:
+    told: list[str] = []
+    failures: list[Exception] = []
+    short = Substitution(n_atoms=2, firings_per_atom=1, horizon=TESTED.shape[1])  # longer than the sequences
+    results = suite([short, STEPS], {"a": make_sae(model)}, say=told.append, failures=failures)
+    assert [result.kind for result in results] == ["multistep"] == [each.kind for each in find_results([tmp_path])]
+    assert [type(error) for error in failures] == [ValueError] and told[0] == f"substitution: a failed: {failures[0]}"
+    with pytest.raises(ValueError, match="substitution needs"):
+        suite([short, STEPS], {"a": make_sae(model)})
+
+
 def test_controls_and_quality_go_with_every_dictionary(
     suite: Suite, model: HookedRecurrent, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -88,6 +88,8 @@ def test_tokens_without_an_atom(model64: HookedRecurrent, prompt_text: Tensor) -
     with pytest.raises(ValueError, match="'#5'") as error:
         run(model64, prompt_text, random_sae(model64), tokens=(5, 6), min_firings=50)
     assert not isinstance(error.value, NothingToMeasureError)
+    with pytest.raises(NothingToMeasureError):  # no token is as frequent
+        run(model64, prompt_text, random_sae(model64), tokens=(), min_count=prompt_text.numel())
 
 
 LETTERS = "abcdefghijkl"

@@ -101,7 +101,8 @@ def alignment(firings: Firings, tokens: Tensor, sequences: Integers, wanted: Seq
     places = ids[sequences].ravel()
     fired_at = ids[inside.sequence, inside.position]  # the token of each firing
     fired = np.bincount(inside.atom, minlength=n_atoms)
-    both = np.array([np.bincount(inside.atom[fired_at == token], minlength=n_atoms) for token in wanted])
+    counts = [np.bincount(inside.atom[fired_at == token], minlength=n_atoms) for token in wanted]
+    both = np.array(counts, dtype=np.int64).reshape(-1, n_atoms)  # no token may be wanted
     present = np.array([(places == token).sum() for token in wanted])
     # phi of a 2 x 2 table by its counts: (n_11 n - n_1. n_.1) / sqrt(n_1. n_0. n_.1 n_.0)
     n = float(len(places))  # in float: products of four counts exceed 64 bits

@@ -37,6 +37,7 @@ def evaluate_all(
     replaced: bool = False,
     progress: bool = True,
     say: Callable[[str], object] = print,
+    failures: list[Exception] | None = None,
 ) -> list[Result]:
     """Run evaluations on dictionaries, and save each result in `out/<kind>/<label>` as soon as it is there.
 
@@ -60,6 +61,8 @@ def evaluate_all(
             measured again.
         replaced: results of other settings, weights, dictionaries, texts or baselines are replaced, and `say` is told
             why.
+        failures: errors of evaluations, which then stop no other: `say` is told, and they are added here. None: the
+            first one is raised.
 
     Raises:
         OSError: the folder of a result holds something that no result has; before any work.
@@ -99,19 +102,32 @@ def evaluate_all(
         progress=progress,
         say=say,
     )
+
+    def measured(evaluation: Evaluation, group: dict[str, SAE] | LayerHead) -> Iterator[Result]:
+        """The results of one evaluation: of trained dictionaries, and of their controls."""
+        trained = suite.run(evaluation, group)
+        yield trained
+        # Where trained dictionaries give nothing to measure, no control has to be compared with them.
+        if evaluation.scope is Scope.HEAD or trained.skipped is not None:
+            return
+        for control, made in by_control.items():
+            if set(group) <= made.keys():
+                of_control = {label: made[label] for label in dictionaries if label in group}
+                named = replace(evaluation, label=f"{trained.label}, {control}")
+                yield suite.run(named, of_control, control, trained.label)
+
     results: list[Result] = []
     for evaluation in evaluations:
         for label, group in _runs(evaluation.scope, saes, single):
-            trained = suite.run(evaluation if evaluation.label else replace(evaluation, label=label), group)
-            results.append(trained)
-            # Where trained dictionaries give nothing to measure, no control has to be compared with them.
-            if evaluation.scope is Scope.HEAD or trained.skipped is not None:
-                continue
-            for control, made in by_control.items():
-                if set(group) <= made.keys():
-                    of_control = {label: made[label] for label in dictionaries if label in group}
-                    named = replace(evaluation, label=f"{trained.label}, {control}")
-                    results.append(suite.run(named, of_control, control, trained.label))
+            named = evaluation if evaluation.label else replace(evaluation, label=label)
+            try:
+                for result in measured(named, group):
+                    results.append(result)
+            except Exception as error:
+                if failures is None:
+                    raise
+                failures.append(error)
+                say(f"{named.kind}: {named.label} failed: {error}")
     return results
 
 

@@ -233,6 +233,12 @@ def test_states_that_no_factors_explain_are_read_on_from_and_not_cut(read):
             each.holdings(0)
 
 
+@pytest.mark.parametrize("span", ["a text", "ab", (0, 1, 2), (0.0, 2.0), 3, slice("a", None)], ids=repr)
+def test_what_is_no_span_says_what_one_is(small, span):
+    with pytest.raises(InputError, match=r"span: expected .*got "):
+        small[1].without(span)
+
+
 def test_a_saved_memory_is_the_same_bit_for_bit(small, tmp_path):
     model, memory = small
     cut = memory.without(SPAN)

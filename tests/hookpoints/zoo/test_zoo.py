@@ -43,6 +43,8 @@ def test_names_folders_and_sizes():
         assert sum(files.values()) < 500_000
     with pytest.raises(ValueError, match="recall"):
         zoo.path("gdn")
+    with pytest.raises(ValueError, match="got 'recal'; nearest: recall"):
+        zoo.task("recal")
     with pytest.raises(UnknownModelError, match="recall"):
         HookedRecurrent.from_pretrained("recal")
 
