@@ -2,8 +2,9 @@
 damaged or malicious.
 
 What is written is written aside, in a folder `.NAME.<32 hexadecimal digits>.aside` of the same folder, reaches the
-disk, and is renamed. What a killed process left aside is removed by a later one. What another program wrote is not
-replaced, unless it has the name that was asked for and is a regular file.
+disk, and is renamed. What a killed process left aside is removed by a later one; a folder that it was about to replace
+is replaced (`finish`). What another program wrote is not replaced, unless it has the name that was asked for and is a
+regular file. Nothing is written through a folder that is a link.
 
 The file ``SHA256SUMS`` seals a folder: a flipped bit in a weight is a valid number, and nothing else can find it. The
 program ``sha256sum`` has the same format. In any model folder ``sha256sum *.json *.safetensors > SHA256SUMS`` makes the
@@ -38,6 +39,8 @@ CHECKSUMS = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-f]{64}) [ *]([^/\\\0]+)")
 _ASIDE = re.compile(r"\..+\.[0-9a-f]{32}\.aside")
 _LOCK = ".lock"
+_EARLIER = "earlier"
+"""What a folder that is replaced is called aside."""
 _YOUNG = 60.0
 """Seconds for which a folder aside is left alone, whether it is locked or not: its owner locks it after making it."""
 
@@ -55,7 +58,7 @@ def atomic_write(target: Path, write: Callable[[Path], object]) -> Path:
         OSError: it cannot be written, or ``target`` is a link, a folder or a device, which is not replaced; names
             ``target``, which errors of some libraries do not.
     """
-    with named_errors(target), _aside(target) as aside:
+    with named_errors(target), aside_of(target) as aside:
         check_replaceable(target)
         written = aside / target.name
         write(written)
@@ -77,7 +80,7 @@ def atomic_folder(target: Path, write: Callable[[Path], object], names: Callable
         names: of the files in an earlier folder, which is given, that were written by this too. A folder that holds
             anything else is not replaced (`check_folder`).
     """
-    with named_errors(target), _aside(target) as aside:
+    with named_errors(target), aside_of(target) as aside:
         check_folder(target, names)
         written = aside / target.name
         written.mkdir()
@@ -85,7 +88,7 @@ def atomic_folder(target: Path, write: Callable[[Path], object], names: Callable
         for path in (*written.rglob("*"), written):
             _sync(path)
         if target.exists():
-            target.rename(aside / "earlier")
+            target.rename(aside / _EARLIER)  # after a kill here `finish` has both
         written.rename(target)
         _sync(target.parent)
     return target
@@ -99,7 +102,7 @@ def atomic_files(folder: Path, write: Callable[[Path], object]) -> None:
         OSError: as of `atomic_write`, or the folder's ``SHA256SUMS`` seals other files.
     """
     seal = folder / CHECKSUMS
-    with named_errors(folder), _aside(seal) as aside:
+    with named_errors(folder), aside_of(seal) as aside:
         written = aside / "files"
         written.mkdir()
         write(written)
@@ -170,9 +173,19 @@ def set_aside(path: Path, why: str) -> None:
 
 
 @contextmanager
-def _aside(target: Path) -> Iterator[Path]:
+def aside_of(target: Path) -> Iterator[Path]:
     """A folder in that of ``target`` for what is not whole yet. It is locked, so that nobody takes it for one that a
-    killed process left, and removed in any case."""
+    killed process left, and removed in any case.
+
+    Raises:
+        FileExistsError: the folder of ``target`` is a link.
+    """
+    if target.parent.is_symlink():
+        raise FileExistsError(
+            errno.EEXIST,
+            f"expected a folder, got a link, and nothing is written through links; name {target.parent.resolve()}",
+            str(target.parent),
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     _clean(target.parent)
     folder = target.with_name(f".{target.name}.{uuid4().hex}.aside")
@@ -186,13 +199,30 @@ def _aside(target: Path) -> Iterator[Path]:
 
 @cache
 def _clean(parent: Path) -> None:
-    """Remove what killed processes left aside in a folder; once in a process."""
-    for folder in parent.iterdir():
-        if _ASIDE.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink():
-            with suppress(OSError, Timeout):
-                if time.time() - folder.stat().st_mtime > _YOUNG:
-                    with FileLock(folder / _LOCK, timeout=0):
-                        shutil.rmtree(folder)
+    """Finish or remove what killed processes left aside in a folder; once in a process."""
+    finish(parent)
+    for folder in _asides(parent):
+        with suppress(OSError, Timeout):
+            if time.time() - folder.stat().st_mtime > _YOUNG:
+                with FileLock(folder / _LOCK, timeout=0):
+                    shutil.rmtree(folder)
+
+
+def finish(parent: Path) -> None:
+    """Rename the folders that `atomic_folder` was about to rename in ``parent`` when it was killed: the earlier one was
+    aside already, and the new one is whole. What a living process has aside is locked, and left."""
+    for folder in _asides(parent):
+        name = folder.name[1:].rsplit(".", 2)[0]
+        if (folder / _EARLIER).exists() and not os.path.lexists(parent / name):
+            with suppress(OSError, Timeout), FileLock(folder / _LOCK, timeout=0):
+                (folder / name).rename(parent / name)
+
+
+def _asides(parent: Path) -> list[Path]:
+    """The folders aside in ``parent``; none where it is no folder."""
+    inside = parent.iterdir() if parent.is_dir() else ()
+    folders = [path for path in inside if path.is_dir() and not path.is_symlink()]
+    return [path for path in folders if _ASIDE.fullmatch(path.name)]
 
 
 def _sync(path: Path) -> None:
@@ -287,6 +317,8 @@ class SealedFolder:
     ) -> None:
         self.folder = folder
         self.error = error
+        if not folder.exists():
+            finish(folder.parent)
         self.sums = self._read() if sums is None and os.path.lexists(folder / CHECKSUMS) else sums
         self._whole: set[str] = set()
 

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,11 @@ from reliability.folders import KINDS, make_collection, make_dictionary, make_re
 from reliability.runs import fresh, some_tokens
 from saes import make_sae
 
-from hookpoints.files import CHECKSUMS, atomic_text, atomic_write, content_hash
+from hookpoints.files import CHECKSUMS, _clean, atomic_text, atomic_write, content_hash
 from writesae.cli import main
+from writesae.evaluations import load_result
 from writesae.files import check_settings, check_writable, keep_settings
-from writesae.page.report import write_report
+from writesae.page.report import find_results, write_report
 
 
 def test_a_folder_that_takes_no_files_is_refused_and_no_other_is_changed(tmp_path: Path) -> None:
@@ -188,15 +190,15 @@ TAKEN = {
     "collect": ["index.json", "shard-00000.safetensors", CHECKSUMS],
     "train": ["L2H1/write-seed0/sae/cfg.json", "L2H1/write-seed0/config.json"],
     "demo": ["config.json", "facts.json", "report.html", "report.json", "collection/notes"],
-    "report": ["report.html", "report.json"],
-    "eval": ["report.html", "report.json", "install/L2H1/thesis.txt"],
+    "report": ["report.html", "report.json", "tables/substitution-firings.parquet"],
+    "eval": ["report.html", "report.json", "tables/install-continuations.parquet", "install/L2H1/thesis.txt"],
     "show": ["index.html", "data.json", "atom-3.html"],
     "export": ["batch-0.json"],
     "zoo": ["index.html", "zoo.json", "zoo.md"],
     "reproduce": ["config.json", "texts/held-out.txt", "report/report.html"],
     "Result.save": ["info.json", "firings.parquet", ".DS_Store"],
     "save_model": [CHECKSUMS],
-    "write_report": ["page.html", "page.json"],
+    "write_report": ["page.html", "page.json", "tables/substitution-firings.parquet"],
 }
 """Names that a command writes."""
 
@@ -219,6 +221,28 @@ def test_a_name_that_others_took_is_refused_before_any_work(
     start = time.process_time()
     assert run(name, folder) == 2 and entries(tmp_path) == before
     assert time.process_time() - start < 10
+
+
+@pytest.mark.parametrize("name", [*COMMANDS, *METHODS])
+def test_nothing_is_written_through_a_folder_that_is_a_link(
+    name: str, run: Callable[[str, Path], int], tmp_path: Path
+) -> None:
+    folder, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    folder.symlink_to(elsewhere)
+    assert run(name, folder) == 2 and not list(elsewhere.iterdir())
+
+
+def test_a_folder_that_has_the_name_of_a_part_is_the_users(tmp_path: Path) -> None:
+    """Of dictionaries that SAELens' trainer makes, checkpoints are written aside."""
+    folder = tmp_path / "out"
+    users = folder / "L2H1/write-reads-seed0/.checkpoint.part"
+    users.mkdir(parents=True)
+    (users / "thesis.txt").write_text("the user's")
+    main(["train", *EMBEDDED, *TINY, "--loss", "reads", "--out", str(folder)])
+    assert (users / "thesis.txt").read_text() == "the user's"
+    names = {path.name for path in users.parent.iterdir()}
+    assert names >= {"sae", "config.json"} and not [name for name in names if name.endswith(".aside")]
 
 
 @pytest.mark.parametrize("name", STRICT)
@@ -269,6 +293,36 @@ def test_a_write_that_fails_halfway_leaves_what_was_there(tmp_path: Path) -> Non
     with pytest.raises(ZeroDivisionError):
         atomic_write(target, half)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["an earlier one"]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("opened", ["read", "listed", "written beside"])
+def test_a_kill_between_two_renames_loses_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opened: str
+) -> None:
+    """The earlier folder is aside already, and the new one not yet in its place."""
+    folder, rename = tmp_path / "results", Path.rename
+    make_result(folder)
+
+    def killed(self: Path, target: Path) -> Path:
+        if target == folder:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return rename(self, target)
+
+    whole = load_result(folder)
+    newer = replace(whole, info=whole.info | {"label": "newer"})
+    if (process := os.fork()) == 0:
+        monkeypatch.setattr(Path, "rename", killed)
+        newer.save(folder)
+    os.waitpid(process, 0)
+    assert not folder.exists()
+    if opened == "listed":
+        assert [result.label for result in find_results([tmp_path])] == ["newer"]
+    if opened == "written beside":
+        _clean.cache_clear()  # once in a process, of which this is the second
+        atomic_text(tmp_path / "new", "text")
+        assert folder.exists()
+    assert load_result(folder).label == "newer"
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")

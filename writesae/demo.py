@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from writesae.choices import MetricName, at_least
 from writesae.dictionaries import Say, quality_table, quiet, save_dictionary
-from writesae.files import check_ours, check_settings, check_writable, keep_settings, taken
+from writesae.files import check_page, check_settings, check_writable, keep_settings, taken
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -126,7 +126,7 @@ class Demo:
         check_writable(self.out)
         names = (FACTS, CIRCUIT, "collection", "report.html", "report.json", *map(_folder_name, RECIPES))
         check_settings(self.out, settings, names)
-        check_ours(self.out / "report.html", self.out / "report.json")
+        check_page(self.out / "report.html")
         from hookpoints import HookedRecurrent, embedded
         from hookpoints.files import atomic_text, sealed_json
         from sae_lens_writesae.sae.collecting import collect

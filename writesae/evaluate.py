@@ -14,7 +14,7 @@ import tyro
 from writesae.choices import OnText
 from writesae.cli import choose, parse, parse_with
 from writesae.evaluations import ASKED, EVALUATIONS
-from writesae.files import check_ours, check_saes, check_writable, folder_labels, run_folder, sae_folders, taken
+from writesae.files import check_page, check_saes, folder_labels, run_folder, sae_folders, taken
 from writesae.settings import settings_of
 
 if TYPE_CHECKING:
@@ -162,8 +162,7 @@ class Report:
         if self.out is None and (out / "info.json").exists():
             out = out.parent  # a result is sealed, and has its own files alone
         page = out / "report.html" if out.is_dir() else out.with_suffix(".html")
-        check_writable(page.parent)
-        check_ours(page, page.with_suffix(".json"))
+        check_page(page)
         from writesae.page.report import find_results, write_report
 
         return write_report(find_results(self.results), page)
@@ -206,9 +205,8 @@ def evaluate(
     from writesae.experiment.tokens import EDITED, sample_sequences, say_time, text_of
     from writesae.page.report import write_report
 
-    check_writable(subjects.out)
     page = subjects.out / "report.html"
-    check_ours(page, page.with_suffix(".json"))
+    check_page(page)
     folders = [folder for path in subjects.saes for folder in sae_folders(path)]
     saes = {}
     for label, sae in zip(folder_labels(folders), map(load_sae, folders)):

@@ -74,15 +74,25 @@ def check_ours(*files: Path) -> None:
     (`_MARKS`). Commands call this before any work."""
     for file in files:
         if file.is_file() and not file.is_symlink():
-            with file.open(encoding="utf-8", errors="replace") as opened:
-                beginning = opened.read(4096)
-            if any(mark in beginning for mark in _MARKS):
+            content = file.read_bytes()
+            ends = content[:4096] + content[-65_536:]  # a parquet file has what is said of it at its end
+            if any(mark.encode() in ends for mark in _MARKS):
                 continue
         check_absent([file])
 
 
+def check_page(page: Path) -> None:
+    """`check_writable` of the folder of a report, and `check_ours` of the page, its numbers and its tables."""
+    check_writable(page.parent)
+    check_ours(page, page.with_suffix(".json"), *sorted((page.parent / "tables").glob("*-*.parquet")))
+
+
 def check_writable(folder: Path) -> None:
-    """Raise ValueError unless `folder` can be made or written to. Commands call this before any work."""
+    """Raise ValueError where `folder` is a link, or cannot be made or written to. Commands call it before any work."""
+    if folder.is_symlink():
+        raise ValueError(
+            f"{folder}: expected a folder, got a link, and nothing is written through links; name {folder.resolve()}"
+        )
     existing = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
     try:  # because permission alone does not tell: some of a system's folders refuse later
         tempfile.TemporaryFile(dir=existing).close()

@@ -619,16 +619,17 @@ def _checked(model: HookedModel, named: Mapping[str, Tensor], path: str) -> Memo
     if tokens is None or tokens.ndim != 2 or tokens.dtype not in (torch.int32, torch.int64):
         raise InputError(f"{path}: expected token ids [B,T] under 'tokens', got none")
     check_tokens(tokens, model.cfg)
-    count = tokens.shape[1]
-    # Names, shapes and devices are those of a real memory: nothing is taken from the file unchecked.
-    first = read(model, tokens[:, :1].to(model.cfg.device))
+    rows, count = tokens.shape
+    # Names, shapes and devices are those of a real memory: nothing is taken from the file unchecked. One row tells
+    # them, however many the file claims to have.
+    first = read(model, tokens[:1, :1].to(model.cfg.device))
     wanted = {name: (x, 1) for name, x in first.kept.items() if not name.startswith("attention/")}
     places = tensors_of(first.cache)
     wanted |= {f"cache/{place}": (x, x.ndim - 2 if _grows(place) else None) for place, x in places.items()}
     if differing := sorted(named.keys() ^ wanted.keys()):
         raise InputError(f"{path}: expected the tensors of a memory of this model, got others: {differing[:3]}")
     for name, (x, axis) in wanted.items():
-        shape = [count if n == axis else size for n, size in enumerate(x.shape)]
+        shape = [rows, *(count if n == axis else size for n, size in enumerate(x.shape[1:], 1))]
         got = named[name]
         if (got.dtype, list(got.shape)) != (x.dtype, shape):
             raise InputError(f"{path}: expected {name} to be {x.dtype} {shape}, got {got.dtype} {list(got.shape)}")

@@ -77,6 +77,13 @@ def own_weights(
     Raises:
         UnsupportedModelError: tensors are missing, unknown or of another shape; names them.
     """
+    claimed = sum(value.numel() * value.element_size() for value in weights.values())
+    storages = {value.untyped_storage()._cdata: value.untyped_storage().nbytes() for value in weights.values()}
+    if claimed > sum(storages.values()):  # a stride of 0 repeats a number as often as a shape says
+        raise UnsupportedModelError(
+            f"{name!r} is no official RWKV-7 checkpoint: expected tensors that are stored whole, {claimed} bytes, got "
+            f"{sum(storages.values())}; save contiguous copies of them"
+        )
     wanted = {_official(name): (name, parameter) for name, parameter in parameters.items()}
     misshapen = set()
     for official in wanted.keys() & weights.keys():

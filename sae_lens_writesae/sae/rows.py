@@ -33,6 +33,7 @@ from hookpoints.errors import ChecksumError
 from hookpoints.files import (
     CHECKSUMS,
     SealedFolder,
+    aside_of,
     atomic_folder,
     check_folder,
     set_aside,
@@ -219,7 +220,6 @@ def train_on_rows(
     made_with = {"inputs": inputs, "settings": repr((step_settings(cfg), cfg.seed, cfg.hook_name))}
     sae = new_sae(cfg, metric)
     sae.cfg.metadata.n_training_rows = n_rows
-    part = None if checkpoint is None else checkpoint.with_name(f".{checkpoint.name}.part")
 
     def keep(checkpoint_path: Path | None) -> None:  # whole or absent
         folder = cast(Path, checkpoint_path)
@@ -236,22 +236,23 @@ def train_on_rows(
 
     if checkpoint is not None:
         check_folder(checkpoint, _checkpoint_files)
-        shutil.rmtree(cast(Path, part), ignore_errors=True)  # of a run that was killed
-        settings = dataclasses.replace(settings, n_checkpoints=19, checkpoint_path=str(part))
     in_metric = map(metric.apply_rows, rows) if metric else rows
-    trainer = SAETrainer(settings, sae, in_metric, save_checkpoint_fn=keep if part else None)
     with (
+        nullcontext() if checkpoint is None else aside_of(checkpoint) as part,
         seeded(cfg.seed, 0),
         wandb_run(cfg),
         threads_for(cfg.train_batch_size_tokens * cfg.sae.d_sae * cfg.sae.d_in),
     ):
+        if part is not None:
+            settings = dataclasses.replace(settings, n_checkpoints=19, checkpoint_path=str(part))
+        trainer = SAETrainer(settings, sae, in_metric, save_checkpoint_fn=keep if part else None)
         if checkpoint is not None and _is_whole(checkpoint):
             _resume(trainer, checkpoint, cast(Batches, rows), made_with)
         trainer.fit()
     if not torch.nn.utils.get_total_norm(sae.parameters()).isfinite():
         raise ValueError("weights: expected finite numbers after training, got NaN or infinity: of the rows, or of lr")
-    for folder in filter(None, (checkpoint, part)):
-        shutil.rmtree(folder, ignore_errors=True)
+    if checkpoint is not None:
+        shutil.rmtree(checkpoint, ignore_errors=True)
     return metric.fold(sae) if metric else sae
 
 

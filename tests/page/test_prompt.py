@@ -6,6 +6,7 @@ import http.client
 import json
 import re
 import socket
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,7 @@ def test_other_sites_and_other_requests_are_refused(server: PromptServer) -> Non
         (400, "POST", "/read", ["war"], {}),
         (400, "POST", "/read", asked | {"layer": 99}, {}),
         (400, "POST", "/read", asked | {"head": 99}, {}),
+        (400, "POST", "/read", asked | {"head": float("inf")}, {}),
         (400, "POST", "/read", asked | {"text": ""}, {}),
         (400, "POST", "/read", asked | {"text": "war " * (MAX_TOKENS + 1)}, {}),
     ]:
@@ -148,6 +150,14 @@ def test_the_length_that_a_request_claims_is_no_order(server: PromptServer, leng
         connection.sendall(f"POST /read HTTP/1.1\r\nHost: {host}\r\nContent-Length: {length}\r\n\r\n{{".encode())
         said = connection.makefile("rb").read().decode()
     assert " 400 " in said.splitlines()[0] and f"got {length}" in said
+
+
+def test_connections_that_come_at_once_wait_to_be_accepted(folder: Path) -> None:
+    """More than five, which is Python's default: those beyond are reset."""
+    with ExitStack() as opened:
+        busy = opened.enter_context(Prompt(sae=folder, port=0).server())  # accepts none yet
+        for _ in range(60):
+            opened.enter_context(socket.create_connection(busy.server_address[:2], timeout=2))
 
 
 def test_bad_input_ends_before_a_model_is_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

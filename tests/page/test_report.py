@@ -112,6 +112,7 @@ def test_every_table_is_written_with_the_page(saved: Path, html: Path) -> None:
 
 def test_a_docstring_is_markdown_without_html() -> None:
     html = str(markdown("A **win** is:\n\n* one\n* two\n\n<b>no</b> & `a < b`"))
+    assert "<img" not in str(markdown("![a](http://evil.example/x.png)")) and "http" not in html
     assert all(part in html for part in ("<strong>win</strong>", "<li>two</li>", "&lt;b&gt;", "<code>a &lt; b</code>"))
 
 

@@ -21,6 +21,8 @@ from typing import Annotated, ClassVar, Literal, Self, cast, get_args, get_origi
 
 import pandas as pd
 import torch
+from pyarrow.parquet import read_metadata
+from pydantic import TypeAdapter
 from sae_lens import SAE
 from torch import Tensor
 
@@ -36,6 +38,39 @@ from writesae.verdict.finding import Claim, Figure, Finding
 _FORMAT = 3
 """Version of the files."""
 _INFO = "info.json"
+_MOST_CELLS = 20_000_000
+"""Of a table that is read. The largest of docs/results has two millions."""
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What pages read of the `info` of every result. More may be in it."""
+
+    label: str
+    model: str
+    n_skipped: dict[str, int]
+    layer: int = 0
+    head: int = 0
+    rule: str = ""
+    target: str = ""
+    hook_name: str = ""
+    seconds: float = 0.0
+    n_edited_runs: int = 0
+    n_sequences: int = 0
+    n_positions: int = 0
+    quality: dict[str, dict[str, object] | None] | None = None
+    inputs: dict[str, str] | None = None
+    control: str | None = None
+    control_of: str = ""
+
+
+@dataclass(frozen=True)
+class _Head:
+    """What `info.json` holds besides its format and its kind."""
+
+    settings: dict[str, object]
+    info: _Said
+    skipped: str | None
 
 
 _COLUMNS = {
@@ -393,15 +428,16 @@ class Result:
         sealed = SealedFolder(Path(folder), ValueError)
         file = sealed.file(_INFO)
         head = cast(dict, read_json(file))
-        if head.get("format") != _FORMAT or head.get("kind") not in known:
+        if head.get("format") != _FORMAT or head.get("kind") not in [*known]:
             got = f"format {head.get('format')!r} of the kind {head.get('kind')!r}"
             raise ValueError(f"{file}: expected format {_FORMAT} of a kind among {', '.join(known)}, got {got}")
         sealed.require()
         kind = known[head["kind"]]
         try:
+            TypeAdapter(_Head).validate_python(head)
             # Names in files are data: only declared tables are read, so that no path leaves the folder.
             columns = {} if head["skipped"] is not None else kind.columns
-            tables = {name: pd.read_parquet(sealed.file(f"{name}.parquet")) for name in columns}
+            tables = {name: _read_table(sealed.file(f"{name}.parquet")) for name in columns}
             lacking = []
             for name, table in tables.items():
                 lacking += [f"{name}.{column}" for column in columns[name] if column not in table]
@@ -410,6 +446,18 @@ class Result:
             return cls(kind.from_dict(head["settings"]), head["info"], tables, head["skipped"])
         except (KeyError, OSError, TypeError, ValueError) as error:
             raise ValueError(f"{folder} cannot be read as {kind.kind}: {error}") from error
+
+
+def _read_table(file: Path) -> pd.DataFrame:
+    """A table of at most `_MOST_CELLS` cells, which are counted before any is read: a small file can repeat a value as
+    often as it says."""
+    about = read_metadata(file)
+    if about.num_rows * about.num_columns > _MOST_CELLS:
+        raise ValueError(
+            f"{file}: expected at most {_MOST_CELLS:,} cells, got {about.num_rows:,} rows of {about.num_columns}; "
+            "split the result, or read the file with pandas"
+        )
+    return pd.read_parquet(file)
 
 
 def result_files(folder: Path) -> list[str]:

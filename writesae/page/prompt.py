@@ -68,6 +68,9 @@ class PromptServer(ThreadingHTTPServer):
         OSError: the port is taken; before a model is loaded.
     """
 
+    request_queue_size = 128
+    """Connections that wait to be accepted; more are reset."""
+
     def __init__(self, model: str | None, sae: Path | None, dtype: str, port: int, other_model: bool = False) -> None:
         found = [] if sae is None else [load_sae(folder) for folder in reversed(sae_folders(sae))]
         self.saes = {HeadHook.of(each).cell: each for each in found}
@@ -214,7 +217,7 @@ class _Handler(BaseHTTPRequestHandler):
         refusal = f"expected {paths[0]} of {hosts[0]}, got {self.path} of {self.headers.get('Host')}"
         try:
             body = content(self, nonce) if status == 200 else json.dumps({"error": refusal})
-        except (ValueError, KeyError, TypeError, RecursionError, HookpointsError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError, HookpointsError) as error:
             status = 400
             body = json.dumps({"error": str(error)})
         is_page = (status, self.path) == (200, "/")

@@ -19,11 +19,11 @@ from typing import NamedTuple, cast
 
 import pandas as pd
 
-from hookpoints.files import atomic_text, atomic_write
+from hookpoints.files import atomic_text, atomic_write, finish
 from writesae.dictionary.controls import Answer, answers
 from writesae.evaluations import EVALUATIONS, load_result
 from writesae.experiment.evaluation import Result
-from writesae.files import GENERATOR, Json, check_ours
+from writesae.files import GENERATOR, Json, check_page
 from writesae.page.template import environment
 from writesae.verdict.figures import Row, intervals
 from writesae.verdict.finding import Figure, Finding, said
@@ -39,6 +39,8 @@ def find_results(paths: Sequence[str | Path]) -> list[Result]:
     folders = list[Path]()
     for path in map(Path, paths):
         inside = []
+        for aside in path.rglob(".*.aside"):
+            finish(aside.parent)
         for file in sorted(path.rglob("info.json")):
             parts = file.relative_to(path).parts
             # Results that are still being written are in hidden folders, and damaged ones were renamed.
@@ -119,13 +121,13 @@ def write_report(
         recalled: what the page begins with.
 
     Raises:
-        ValueError: there is no result, or a file of that name is there and is no page or no numbers of one.
+        ValueError: there is no result, or a file of that name is there and is no page, or no numbers or table of one.
     """
     if not results:
         raise ValueError("results: expected at least one, got none")
     target = Path(path).with_suffix(".html")
     results = in_order(results)
-    check_ours(target, target.with_suffix(".json"))
+    check_page(target)
     rows = claim_rows(results)
     numbers = {
         **GENERATOR,
@@ -135,6 +137,7 @@ def write_report(
     }
     # The page last: what it links to is there.
     for name, table in joined_tables(results).items():
+        table.attrs |= GENERATOR  # in the file, so that it is known again
         atomic_write(target.parent / "tables" / f"{name}.parquet", lambda f, t=table: t.to_parquet(f, index=False))
     atomic_text(target.with_suffix(".json"), json.dumps(numbers, indent=1, allow_nan=False))
     models = ", ".join(dict.fromkeys(str(result.info["model"]) for result in results))

@@ -13,8 +13,9 @@ from writesae.verdict.format import interval, number, percent
 
 
 def markdown(text: str) -> Markup:
-    """Markdown as HTML. HTML in the text is shown as text, so no docstring or label can insert markup."""
-    return Markup(MarkdownIt("commonmark", {"html": False}).render(text))
+    """Markdown as HTML. HTML in the text is shown as text, so no docstring or label can insert markup, and no picture
+    is shown, so that a page loads nothing."""
+    return Markup(MarkdownIt("commonmark", {"html": False}).disable("image").render(text))
 
 
 def environment(**filters: Callable[..., object]) -> jinja2.Environment:

@@ -250,6 +250,26 @@ def test_a_saved_memory_is_the_same_bit_for_bit(small, tmp_path):
     assert [each.name for each in tmp_path.iterdir()] == ["memory.safetensors"]
 
 
+def test_a_file_of_many_rows_runs_no_model_on_them(small, tmp_path, monkeypatch):
+    """One row tells the shapes that the file needs."""
+    model, memory = small
+    rows: list[int] = []
+    path = tmp_path / "memory.safetensors"
+    memory.save(path)
+    with safe_open(path, "pt") as file:
+        said = json.loads(file.metadata()["hookpoints"])
+        named = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+    named["tokens"] = named["tokens"][:1].repeat(400, 1)
+    said["sha256"] = sealing.seal(named, {name: value for name, value in said.items() if name != "sha256"})
+    save_file(named, path, {"hookpoints": json.dumps(said)})
+    handle = model.hf_model.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    with handle, pytest.raises(InputError, match=r"expected .* to be"):
+        Memory.load(path, model)
+    assert set(rows) == {1}
+
+
 def test_a_memory_says_of_each_token_whether_it_is_exact(small):
     model, memory = small
     cut = memory.without(SPAN, reread=3)

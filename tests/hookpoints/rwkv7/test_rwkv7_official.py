@@ -70,6 +70,13 @@ def test_blocks_that_a_file_lacks_are_not_built(wide, monkeypatch, block, gap):
         from_official(official_weights(wide) | {f"blocks.{block}.ln1.weight": torch.ones(7)})
 
 
+def test_a_number_that_a_stride_repeats_is_no_matrix(wide):
+    weights = official_weights(wide)
+    weights["emb.weight"] = torch.zeros(1).expand(weights["emb.weight"].shape)
+    with pytest.raises(UnsupportedModelError, match="stored whole"):
+        from_official(weights)
+
+
 def test_code_in_a_file_is_not_run(tmp_path):
     torch.save({"emb.weight": print}, tmp_path / "code.pth")
     with pytest.raises(UnsupportedModelError, match=r"code\.pth"):
