@@ -300,6 +300,16 @@ def test_every_package_that_is_imported_is_declared():
             assert names.get(top, top.replace("_", "-")) in known, f"{file} imports {top}"
 
 
+def test_every_dependency_has_a_lower_bound():
+    """But those of tests and pages, which are as new as the others allow."""
+    said = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    asked = [
+        *said["dependencies"],
+        *(each for name in ("fla", "train", "study") for each in said["optional-dependencies"][name]),
+    ]
+    assert not [each for each in asked if ">=" not in each]
+
+
 def test_hookpoints_alone_is_declared_as_in_the_whole():
     """Of both distributions version, Python, adapters and bounds are equal; TransformerLens may be newer in one."""
     whole, alone = (tomllib.loads((ROOT / path).read_text("utf-8")) for path in ("pyproject.toml", ALONE))
@@ -315,6 +325,9 @@ def test_hookpoints_alone_is_declared_as_in_the_whole():
         if name.startswith("hookpoints"):
             for top in {*outside(file)} - {*PACKAGES, *sys.stdlib_module_names}:
                 assert names.get(top, top.replace("_", "-")) in declared, f"{file} imports {top}"
+    assert (ROOT / "hookpoints/LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
+    assert alone["project"]["authors"] == whole["project"]["authors"]
+    assert (ROOT / "hookpoints" / alone["project"]["readme"]).is_file()
     data = "package-data"
     assert alone["tool"]["setuptools"][data]["hookpoints"] == whole["tool"]["setuptools"][data]["hookpoints"]
 

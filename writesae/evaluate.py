@@ -154,11 +154,10 @@ class Report:
         missing = [path for path in self.results if not path.exists()]
         if missing:
             raise ValueError(f"results: expected folders with saved results, got {missing[0]}, which does not exist")
-        if self.out is None and len(self.results) > 1:
-            raise ValueError(
-                f"out: expected a page for the results of {len(self.results)} folders, got none; name --out"
-            )
-        out = self.out or self.results[0]
+        folders = tuple(self.results)
+        if self.out is None and len(folders) != 1:
+            raise ValueError(f"out: expected a page for the results of {len(folders)} folders, got none; name --out")
+        out = self.out or folders[0]
         if self.out is None and (out / "info.json").exists():
             out = out.parent  # a result is sealed, and has its own files alone
         page = out / "report.html" if out.is_dir() else out.with_suffix(".html")
