@@ -1,6 +1,6 @@
 """Matrix-atom sparse autoencoders for SAELens.
 
-Importing this package registers seven architectures in SAELens, after which its runners, metrics and patching utilities
+Importing this package registers its architectures in SAELens, after which its runners, metrics and patching utilities
 take them like its own. These are the names that most programs need; the classes of the architectures are in
 `sae_lens_writesae.sae`. What atoms do is tested by the package `writesae`.
 """

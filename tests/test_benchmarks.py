@@ -27,6 +27,16 @@ def test_the_pages_are_made_of_the_records(tmp_path):
         assert page.read_text() == (run.DOCS / page.name).read_text(), page.name
 
 
+def test_the_page_of_circuits_quotes_its_record():
+    page = (run.DOCS / "circuits.md").read_text()
+    deleted = json.loads((run.DOCS / "benchmarks" / "circuits.json").read_text())["found"]["models"]["embedded"][
+        "deleted"
+    ]
+    kinds = ("embedding", "mlp", "attn", "write")
+    said = "embeddings {:.2f}, MLPs {:.2f}, softmax heads {:.2f}, writes {:.2f}"
+    assert said.format(*(deleted[kind]["r"] for kind in kinds)) in " ".join(page.split())
+
+
 def test_a_benchmark_leaves_a_record_and_a_failed_one_the_former(tmp_path, monkeypatch, capsys):
     (tmp_path / "tiny.py").write_text(TINY)
     monkeypatch.syspath_prepend(tmp_path)

@@ -26,6 +26,7 @@ from test_readme import assert_comments_hold  # noqa: E402
 import hookpoints  # noqa: E402
 import sae_lens_writesae  # noqa: E402
 from hookpoints.hooks.table import HOOKS  # noqa: E402
+from sae_lens_writesae.sae import TRAINING  # noqa: E402
 from writesae import EVALUATIONS  # noqa: E402
 
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)\n```$)?", flags=re.MULTILINE | re.DOTALL)
@@ -82,6 +83,17 @@ def exceptions(package) -> set[str]:
     own = {each.__name__ for each in classes if issubclass(each, Exception)}
     # StopForward ends a pass inside the package; nobody else sees it.
     return {name for name in own if not name.startswith("_")} - {"StopForward"}
+
+
+def test_every_architecture_is_in_the_table_of_saelens_and_no_text_counts_them():
+    """A count in words is not so as soon as one more is registered."""
+    first = (DOCS / "saelens.md").read_text().partition("## ")[0]
+    assert {*re.findall(r"`(writesae_\w+)`", first)} == TRAINING.keys()
+    pages = [page.read_text() for page in (ROOT / "README.md", *DOCS.glob("*.md"))]
+    docstrings = [str(module.__doc__) for module in (sae_lens_writesae, sae_lens_writesae.sae)]
+    assert [
+        text for text in pages + docstrings if re.search(r"\b(?:six|seven|eight|nine|\d+) architectures", text)
+    ] == []
 
 
 def test_tables_and_docstrings_show_every_character():

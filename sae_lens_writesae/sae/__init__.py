@@ -1,4 +1,4 @@
-"""The eight architectures, registered in SAELens when this is imported, and what they share."""
+"""The architectures, registered in SAELens when this is imported, and what they share."""
 
 from sae_lens_writesae.choices import VARIANTS
 from sae_lens_writesae.sae.architectures import (

@@ -2,7 +2,7 @@
 
 `Snakefile` is the protocol, one `writesae` command a rule. `config` says what a run covers,
 `command` is what people type: it checks and becomes Snakemake. `profiles` are for a laptop, one
-GPU, several GPUs of one machine, and SLURM.
+GPU, and SLURM. None is for several GPUs of one machine.
 
 `runs.toml` has the runs behind the published numbers, and `published` does them.
 """
