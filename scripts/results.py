@@ -158,7 +158,7 @@ def by_model(answers: list[list[str]]) -> str:
 
 def uncontrolled(kind: str, claim: Claim) -> bool:
     """Whether no control dictionary was asked, where one could be."""
-    return EVALUATIONS[kind].scope is not Scope.HEAD and "untrained dictionary: " not in claim.controls
+    return EVALUATIONS[kind].scope is not Scope.HEAD and "untrained dictionary (" not in claim.controls
 
 
 def without_learning(found: dict[str, list[Result]], kind: str) -> dict[Asked, dict[str, list[bool]]]:

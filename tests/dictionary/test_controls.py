@@ -46,10 +46,14 @@ def test_what_an_untrained_dictionary_reaches_is_confounded(
     trained: Outcome, untrained: Outcome, native: Outcome, outcome: Outcome
 ) -> None:
     by_untrained = claim(untrained, measured="79 %")
-    controls: dict[ControlKind, Claim] = {"untrained": by_untrained, "native writes": claim(native)}
+    controls: dict[ControlKind, Claim] = {
+        "untrained": by_untrained,
+        "native writes": claim(native, measured="80 %; of 9"),
+    }
     judged = against_controls(claim(trained), controls)
     assert judged.outcome == outcome
-    assert f"79 % ({untrained})" in judged.controls and judged.controls.startswith("random 50 %; ")
+    of_controls = [f"untrained dictionary ({untrained}): 79 %", f"dictionary of native writes ({native}): 80 %, of 9"]
+    assert judged.controls.split("; ") == ["random 50 %", *of_controls]
     assert ("native writes" in judged.sentence) == (trained == native == "holds")
     assert against_controls(claim(trained), {}) == claim(trained)
 

@@ -215,8 +215,8 @@ def test_outcomes_and_intervals_are_counted(tmp_path: Path) -> None:
             [("8 principal components", "-1.5%", "[-2%, 1%]"), ("another atom", "–", "")],
         ),
         (
-            "untrained dictionary: 0.5 [0, 1] of firings (holds); none",
-            [("untrained dictionary", "0.5", "[0, 1] of firings (holds)"), ("", "none", "")],
+            "untrained dictionary (holds): 0.5 [0, 1] of firings; none",
+            [("untrained dictionary (holds)", "0.5", "[0, 1] of firings"), ("", "none", "")],
         ),
         ("mean write below -200% [below -200%, 3%]", [("mean write", "below -200%", "[below -200%, 3%]")]),
         ("", []),

@@ -150,7 +150,10 @@ def against_controls(claim: Claim, controls: Mapping[ControlKind, Claim]) -> Cla
     them is a way to find atoms, which needs no training but the model's own writes.
     """
     names = {"untrained": "untrained dictionary", "native writes": "dictionary of native writes"}
-    shown = [f"{names[name]}: {control.measured} ({control.outcome})" for name, control in controls.items()]
+    shown = []
+    for name, control in controls.items():
+        # "; " ends a control: what one measured has commas.
+        shown.append(f"{names[name]} ({control.outcome}): {control.measured.replace('; ', ', ')}")
     outcome = claim.outcome
     sentence = claim.sentence
     holds = [name for name, control in controls.items() if claim.outcome == control.outcome == "holds"]

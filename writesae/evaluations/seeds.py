@@ -23,8 +23,8 @@ from writesae.experiment.evaluation import Result, Scope
 from writesae.experiment.firings import Integers
 from writesae.experiment.lab import Lab
 from writesae.head.writes import torch_generator
-from writesae.verdict.finding import Against, Finding, Paired
-from writesae.verdict.format import percent
+from writesae.verdict.finding import Against, Finding, Paired, said
+from writesae.verdict.format import percent, signed
 from writesae.verdict.judge import Verdict, too_little
 from writesae.verdict.statistics import Estimate
 
@@ -199,6 +199,9 @@ class Seeds(OfAlive):
         if same["atoms"] > SAME_SHARE:
             faults.append(f"more than {percent(SAME_SHARE)} of atoms are the same")
         learned = replace(beyond, against={}, chance=RELEVANT).verdict  # atoms that fire are alike by a little
+        excess = (
+            "" if beyond.effect is None else f"; mean |cosine| {said(beyond.effect, signed)} above random directions"
+        )
         few = None if beyond.effect is None else too_little(beyond.effect)
         if few is not None:
             verdict = Verdict("inconclusive", few)
@@ -214,7 +217,7 @@ class Seeds(OfAlive):
             null="random directions",
             ruled=verdict,
             measured=f"alive vary by {percent(spread['alive'])}, registers by {percent(spread['register'])}; at most "
-            f"{percent(same['atoms'])} of atoms match at cosine > {SAME:g}",
+            f"{percent(same['atoms'])} of atoms match at cosine > {SAME:g}{excess}",
             controls=f"random match {percent(same['random'])}, writes match {percent(same['writes'])}",
             n=len(counts),
             of="seeds",
