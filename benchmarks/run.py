@@ -43,7 +43,7 @@ NAMES = (
         "real_size",
         "busy",
     ),
-    *("memory_surgery", "circuits", "states"),
+    *("memory_surgery", "circuits", "states", "fact_edits"),
 )
 """The benchmarks, as the page has them."""
 HEAD = """# Benchmarks
