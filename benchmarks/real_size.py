@@ -24,7 +24,7 @@ from unittest.mock import patch
 
 import torch
 import transformers
-from frame import Line, apart, main, peak_memory
+from frame import Line, apart, main, number, peak_memory
 
 from hookpoints import HookedRecurrent, attribute, embedded
 from hookpoints.errors import PredictionWarning
@@ -33,7 +33,9 @@ from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae.factors import INDEX, read_json
 from sae_lens_writesae.sae.fast import train_many_on_writes
 from writesae import Substitution, write_report
+from writesae.choices import MATCHED, DictionaryName
 from writesae.page.report import find_results
+from writesae.reproduce.config import ReproduceConfig
 
 TITLE = "Collect, and the whole way at real size"
 QUICK = {
@@ -66,14 +68,16 @@ GOAL_BYTES, GOAL_MEMORY, GOAL_TIME = 614, 0.3e9, 1.2
 """Bytes a token and head of a collection; bytes above the model, and time over the plain pass, of collecting."""
 GOAL_CIRCUIT = 4e9
 """Bytes above the model of a graph."""
-PAPER = {"tokens": 5_000_000, "dictionaries": 11, "firings": 1000}
-"""The paper's table, for each head."""
+PAPER = {"tokens": 5_000_000, "tested": 11, "firings": 1000}
+"""The paper's table, for each head: tokens that each dictionary is trained on, dictionaries whose writes are replaced,
+and firings of each."""
 TABLE_LAYERS = (1, 9, 17)
 """Its heads: one of each of these layers."""
 H100 = {"bfloat16": 989e12, "float32": 67e12, "bytes": 3.35e12, "share": 0.4}
 """Dense bf16, float32 and HBM3 of the data sheet, a second, and the share that is assumed. Nothing was run on one."""
 
-LAUNCHES = {"collect": 2012 / 5120, "train": 107 / 4096, "substitution": 5894}
+ON_MATRICES, ON_FACTORS = "train, on matrices", "train, the same on factors"
+LAUNCHES = {"collect": 2012 / 5120, ON_MATRICES: 110 / 4096, ON_FACTORS: 107 / 4096, "substitution": 5894}
 """Per token, token and firing: of a pass over the five sequences that `collect` takes at once on a GPU, of a step of
 4,096 writes, and of a test at layer 9. `launches.py` counts them."""
 LAUNCH = 5e-6
@@ -315,7 +319,7 @@ def counts(options: dict[str, Any], batch: float) -> dict[str, Row]:
 
 def dtype_of(stage: str) -> str:
     """In which it computes."""
-    return "float32" if stage == "train" else "bfloat16"
+    return "float32" if stage.startswith("train") else "bfloat16"
 
 
 def bound(count: Row, rate: Row, dtype: str) -> dict[str, float]:
@@ -327,22 +331,31 @@ def bound(count: Row, rate: Row, dtype: str) -> dict[str, float]:
     }
 
 
-def paper(stages: dict[str, Row], options: dict[str, Any]) -> dict[str, Row]:
+def trained() -> dict[str, int]:
+    """Dictionaries of a head that `writesae reproduce` trains: all, those on matrices, and those of these that have as
+    few parameters on matrices as a WriteSAE has."""
+    config = ReproduceConfig()
+    names = [DictionaryName.parse(name) for each in config.dictionaries().values() for name in each]
+    on_matrices = [name for name in names if (name.target, name.loss) != ("state", "mse")]  # which train in chunks
+    few = [name for name in on_matrices if name.variant == MATCHED]
+    return {"all": len(names), "on_matrices": len(on_matrices), "few": len(few)}
+
+
+def paper(stages: dict[str, Row], options: dict[str, Any], rate: Row) -> dict[str, Row]:
     """Hours of the paper's table for one head and for all, on this machine by its own rates, and on an H100 by
-    counts; and bytes on disk."""
+    counts; and bytes on disk. What training on matrices takes is counted, and a state's dictionary is left out."""
     count = counts(options, 16)
+    count[ON_FACTORS] = count.pop("train")
+    count[ON_MATRICES] = {"operations": 10 * options["F"] * K * V, "bytes": 0}
     on_h100 = {
         name: max(each["operations"] / H100[dtype_of(name)], each["bytes"] / H100["bytes"]) / H100["share"]
         for name, each in count.items()
     }
-    units = {
-        "collect": PAPER["tokens"],
-        "train": PAPER["tokens"] * PAPER["dictionaries"],
-        "substitution": PAPER["dictionaries"] * PAPER["firings"],
-    }
+    units = paper_units()
     per = {
         "collect": stages["collect"]["cpu"] / stages["collect"]["tokens"],
-        "train": stages["train"]["cpu"] / stages["train"]["tokens"],
+        ON_MATRICES: count[ON_MATRICES]["operations"] / rate["float32"],
+        ON_FACTORS: stages["train"]["cpu"] / stages["train"]["tokens"],
         "substitution": stages["substitution"]["cpu"] / stages["substitution"]["firings"],
     }
     of_firing = stages["substitution"]["tokens"] / stages["substitution"]["firings"]
@@ -357,12 +370,17 @@ def paper(stages: dict[str, Row], options: dict[str, Any]) -> dict[str, Row]:
     return found
 
 
+def paper_units() -> dict[str, int]:
+    """Tokens, tokens of all dictionaries, or firings, of each stage for one head."""
+    large = trained()["on_matrices"] - trained()["few"]
+    tokens = PAPER["tokens"]
+    firings = PAPER["tested"] * PAPER["firings"]
+    return {"collect": tokens, ON_MATRICES: tokens * large, ON_FACTORS: tokens * large, "substitution": firings}
+
+
 def with_launches(stage: str, hours: Row) -> Row:
     """Hours of a stage, with those of its launches on an H100."""
-    dictionaries = PAPER["dictionaries"]
-    units = {"collect": PAPER["tokens"], "train": PAPER["tokens"] * dictionaries}
-    units["substitution"] = dictionaries * PAPER["firings"]
-    launches = units[stage] * LAUNCHES[stage] * LAUNCH / 3600
+    launches = paper_units()[stage] * LAUNCHES[stage] * LAUNCH / 3600
     times = hours["h100_all"] / hours["h100"]
     return hours | {"h100": hours["h100"] + launches, "h100_all": hours["h100_all"] + times * launches}
 
@@ -382,7 +400,7 @@ def measure(
     firings_per_atom: int = 5,
     circuit_tokens: int = 2048,
 ) -> dict[str, Any]:
-    """Each stage, the rates of this machine, what bounds it, and the paper's table by these."""
+    """Each stage, the rates of this machine, and what bounds it."""
     options = dict(locals())
     rows: dict[str, Row] = {}
     with tempfile.TemporaryDirectory() as name:
@@ -399,12 +417,12 @@ def measure(
 
 
 def computed(options: dict[str, Any], machine: Row, rows: dict[str, Row]) -> dict[str, Any]:
-    """What follows from rates and stages: what bounds each stage, and the paper's table."""
+    """What follows from rates and stages: what bounds each stage."""
     bounds = {}
     for each, count in counts(options, rows["collect"]["batch"]).items():
         bounds[each] = bound(count, machine, dtype_of(each))
         bounds[each]["measured"] = rows[each]["cpu"] / rows[each]["tokens"]
-    return {"bounds": bounds, "paper": paper(rows, options)}
+    return {"bounds": bounds}
 
 
 def lines(found: dict[str, Any]) -> list[Line]:
@@ -458,10 +476,16 @@ machine reached: matrix products {bf16:.0f} GFLOP/s in bf16 and {fp32:.0f} in fl
 
 ### The paper's table
 
-Hours for {paper_tokens:,} tokens, {paper_dictionaries} dictionaries and {paper_firings:,} firings of each: on one core
-by the rates above, with what a stage does once. Nothing was run on an H100. Its hours come from counts: operations and
-bytes at {share:.0%} (assumed) of 989 TFLOP/s (bf16, dense), 67 TFLOP/s (float32, for training) and 3.35 TB/s, and
-5 us more for each launch that the first section counts, {launches:,} a firing of a substitution test. The table has a
+`writesae reproduce` trains {trained_all} dictionaries a head, `writesae_batchtopk`, on {paper_tokens:,} tokens each.
+{trained_on_matrices} of them train on matrices, and {trained_few} of these are small. The one of states trains in
+chunks and is left out. `writesae_topk` trains on factors, which no step of `reproduce` does by default. The
+substitution test is counted for {paper_tested} dictionaries and {paper_firings:,} firings of each.
+
+Hours on one core follow from the rates above, with what a stage does once. Training on matrices was not run at this
+size: its hours are those of 10 F K V operations a row at the rate of float32. Nothing was run on an H100. Its hours
+come from counts: operations and bytes at {share:.0%} (assumed) of 989 TFLOP/s (bf16, dense), 67 TFLOP/s (float32, for
+training) and 3.35 TB/s, and 5 us more for each launch that the first section counts, {launches:,} a firing of a
+substitution test. The table has a
 head of each of layers {table_layers}; one pass of the model serves all.
 
 | stage | one head, one core | one head, H100 | all heads, one core | all heads, H100 |
@@ -474,7 +498,8 @@ Disk: {disk_one:.2f} GB for one head, {disk_all:.2f} GB for all.
 
 def text(found: dict[str, Any]) -> str:
     """The stages, what bounds them, and the paper's table."""
-    options, stages, rate, table = found["options"], found["stages"], found["rates"], found["paper"]
+    options, stages, rate = found["options"], found["stages"], found["rates"]
+    table = paper(stages, options, rate)
     rows = []
     for name, row in stages.items():
         tokens = [f"{row['tokens']:,.0f}", f"{row['tokens'] / row['cpu']:,.0f}"] if "tokens" in row else ["", ""]
@@ -491,12 +516,13 @@ def text(found: dict[str, Any]) -> str:
         bounds.append(f"| {' | '.join(cells)} |")
     columns = ("core", "h100", "core_all", "h100_all")
     hours = {name: with_launches(name, row) for name, row in table.items() if name != "disk"}
-    hours["together"] = {each: sum(row[each] for row in hours.values()) for each in columns}
+    parts = [row for name, row in hours.items() if name != ON_FACTORS]
+    hours["together, on matrices"] = {each: sum(row[each] for row in parts) for each in columns}
     named = {
         "table": "\n".join(rows),
         "bounds": "\n".join(bounds),
         "paper": "\n".join(
-            f"| {n} | {' | '.join(f'{row[each]:.2g}' for each in columns)} |" for n, row in hours.items()
+            f"| {n} | {' | '.join(number(row[each]) for each in columns)} |" for n, row in hours.items()
         ),
         "parameters": stages["make"]["parameters"] / 1e6,
         "runs": stages["substitution"]["runs"],
@@ -514,7 +540,8 @@ def text(found: dict[str, Any]) -> str:
         "copy": rate["copy"] / 1e9,
         "disk": rate["disk"] / 1e9,
         "paper_tokens": PAPER["tokens"],
-        "paper_dictionaries": PAPER["dictionaries"],
+        "paper_tested": PAPER["tested"],
+        **{f"trained_{name}": n for name, n in trained().items()},
         "paper_firings": PAPER["firings"],
         "share": H100["share"],
         "launches": LAUNCHES["substitution"],
