@@ -53,6 +53,16 @@ def scoped(function: Callable[P, Iterator[T]]) -> Callable[P, AbstractContextMan
     return scope
 
 
+@scoped
+def own_gradients(device_type: str) -> Iterator[None]:
+    """A scope that follows gradients whatever modes its caller is in: neither inference mode nor, for a device of that
+    type, autocast. Afterwards the modes of the thread are as before, by whatever the scope ended."""
+    lowered = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    precision = torch.autocast(device_type, enabled=False) if lowered else nullcontext()
+    with torch._C._InferenceMode(False), precision:  # the guard in C, which an interrupt cannot leave in force
+        yield
+
+
 SMALL_WORK = 1e8
 """Multiply-adds that one thread computes: a training step or an edited row of less than 70 ms on a Zen 4 core. Below,
 threads that spin lose more on a busy machine than a second core saves (`benchmarks/busy.py`). Above, operations are

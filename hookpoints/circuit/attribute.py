@@ -16,6 +16,7 @@ from hookpoints.circuit.nodes import LogitMetric, Token, logits_of, one_sequence
 from hookpoints.circuit.tables import EDGE_COLUMNS, NODE_COLUMNS, largest, node_of
 from hookpoints.circuit.tracing import Tracing, Wanted
 from hookpoints.errors import InputError, PredictionWarning, UnsupportedModelError
+from hookpoints.scopes import own_gradients
 
 if TYPE_CHECKING:
     from hookpoints.model.recurrent import HookedRecurrent
@@ -56,60 +57,63 @@ def attribute(
         targets: so many of the measured writes get edges, and a quarter as many softmax heads.
 
     Raises:
-        InputError: several sequences, training mode, a target that the tokenizer splits or that is no token, a corrupt
-            text of another length, targets and a metric together, or two dictionaries of one head.
+        InputError: several sequences, training mode, a model that was loaded in inference mode, a target that the
+            tokenizer splits or that is no token, a corrupt text of another length, targets and a metric together, or
+            two dictionaries of one head.
         UnknownHookError: a dictionary of a head that the model does not have.
         UnsupportedModelError: the blocks add to no one residual stream, or are on several devices.
 
     Warns (`PredictionWarning`) of layers with a norm of unknown form, and of quantized weights.
 
     Cost: five passes for the nodes, about 0.2 for each measurement; `graph.check` tells how far to believe predictions.
+    It leaves inference mode and autocast for its own passes, and other threads may run the model meanwhile.
     """
-    tokens = one_sequence(model, text)
-    if not model.attachment.layout.is_chain:
-        raise UnsupportedModelError(
-            f"{model.cfg.model_name}: expected blocks that add to one residual stream, got others (several streams "
-            "side by side), whose parts do not add up; write_attribution works on this model"
+    with own_gradients(model.cfg.device.type):
+        tokens = one_sequence(model, text)
+        if not model.attachment.layout.is_chain:
+            raise UnsupportedModelError(
+                f"{model.cfg.model_name}: expected blocks that add to one residual stream, got others (several streams "
+                "side by side), whose parts do not add up; write_attribution works on this model"
+            )
+        devices = {str(parameter.device) for parameter in model.hf_model.parameters()}
+        if len(devices) > 1:
+            raise UnsupportedModelError(
+                f"attribute: expected a model on one device, got one on {', '.join(sorted(devices))}; load it on one, "
+                "or take write_attribution, which works on several"
+            )
+        wanted = _metric(model, tokens, attribution_targets, against, metric)
+        if measure < 1 or targets < 0:
+            raise InputError(f"measure and targets: expected at least 1 and 0, got {measure} and {targets}")
+        if getattr(model.hf_model, "is_quantized", False):
+            warnings.warn(
+                f"{model.cfg.model_name} has quantized weights: gradients are those of rounded weights, and some "
+                "backends give none. Load it in bfloat16 to compare",
+                PredictionWarning,
+                stacklevel=2,
+            )
+        donor = None if corrupt is None else same_length(model, corrupt, tokens)
+        wholes = wholes_of(model, saes)
+        tracing, nodes = Tracing.of(model, tokens, wanted, donor, frozen)
+        tracing.measure_nodes(nodes, measure)
+        writes = nodes[nodes.feature_type == "write"]
+        heads = nodes[(nodes.feature_type == "attn") & (nodes["head"] >= 0)]
+        explained = pd.concat([largest(writes, targets), largest(heads, targets // 4)])
+        best = [node_of(row) for row in explained.itertuples()]
+        edges = [tracing.direct(nodes), *map(tracing.edges_into, best)]
+        tables = [nodes]
+        labels: dict[str, str] = {}
+        for sae, whole in zip(saes, wholes):
+            for node in taken_apart(tracing, whole, best, writes):
+                parts, into = atoms_of(tracing, sae, node)
+                tables.append(parts)
+                edges.append(into)
+                labels |= labels_of(sae, parts[parts.feature_type == "atom"])
+        return Graph(
+            nodes=pd.concat(tables, ignore_index=True).astype(NODE_COLUMNS),
+            edges=pd.concat(edges, ignore_index=True).astype(EDGE_COLUMNS),
+            metadata=tracing.metadata() | {"labels": labels},
+            tracer=tracing,
         )
-    devices = {str(parameter.device) for parameter in model.hf_model.parameters()}
-    if len(devices) > 1:
-        raise UnsupportedModelError(
-            f"attribute: expected a model on one device, got one on {', '.join(sorted(devices))}; load it on one, or "
-            "take write_attribution, which works on several"
-        )
-    wanted = _metric(model, tokens, attribution_targets, against, metric)
-    if measure < 1 or targets < 0:
-        raise InputError(f"measure and targets: expected at least 1 and 0, got {measure} and {targets}")
-    if getattr(model.hf_model, "is_quantized", False):
-        warnings.warn(
-            f"{model.cfg.model_name} has quantized weights: gradients are those of rounded weights, and some backends "
-            "give none. Load it in bfloat16 to compare",
-            PredictionWarning,
-            stacklevel=2,
-        )
-    donor = None if corrupt is None else same_length(model, corrupt, tokens)
-    wholes = wholes_of(model, saes)
-    tracing, nodes = Tracing.of(model, tokens, wanted, donor, frozen)
-    tracing.measure_nodes(nodes, measure)
-    writes = nodes[nodes.feature_type == "write"]
-    heads = nodes[(nodes.feature_type == "attn") & (nodes["head"] >= 0)]
-    explained = pd.concat([largest(writes, targets), largest(heads, targets // 4)])
-    best = [node_of(row) for row in explained.itertuples()]
-    edges = [tracing.direct(nodes), *map(tracing.edges_into, best)]
-    tables = [nodes]
-    labels: dict[str, str] = {}
-    for sae, whole in zip(saes, wholes):
-        for node in taken_apart(tracing, whole, best, writes):
-            parts, into = atoms_of(tracing, sae, node)
-            tables.append(parts)
-            edges.append(into)
-            labels |= labels_of(sae, parts[parts.feature_type == "atom"])
-    return Graph(
-        nodes=pd.concat(tables, ignore_index=True).astype(NODE_COLUMNS),
-        edges=pd.concat(edges, ignore_index=True).astype(EDGE_COLUMNS),
-        metadata=tracing.metadata() | {"labels": labels},
-        tracer=tracing,
-    )
 
 
 def _metric(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from hookpoints.circuit.norms import Constants, Form, HeadNorm, ScalesApart, rounding
+from hookpoints.circuit.norms import FROZEN, Form, HeadNorm, Held, constants, rounding
 from hookpoints.errors import InputError, PredictionWarning
+from hookpoints.layer.context import scope
 from hookpoints.layer.intercept import wrap_forward
 from hookpoints.recurrence.canonical import terms
 from hookpoints.recurrence.recurrence import Recurrence
-from hookpoints.scopes import scoped
+from hookpoints.scopes import own_gradients, scoped
 
 if TYPE_CHECKING:
     from transformer_lens.hook_points import HookPoint
@@ -71,20 +72,22 @@ def write_attribution(
     Returns: one row for each write: ``layer``, ``head``, ``position``, ``attribution`` (in units of the metric).
 
     Raises:
-        InputError: there are several sequences, the corrupt text has another length, or the metric is not one finite
-            number.
+        InputError: there are several sequences, the corrupt text has another length, the metric is not one finite
+            number, or the model was loaded in inference mode.
         RuntimeError: of torch, where the metric does not depend on the logits.
 
     Warns (`PredictionWarning`) where a layer hands on its reads in a way that is no norm, gate and projection of torch:
     its writes are predicted to first order.
 
     Cost: about five passes: one with gradients, whose memory grows with T times layers, one without, and the patterns
-    of all heads, T / V times their recurrence.
+    of all heads, T / V times their recurrence. It leaves inference mode and autocast for its own passes; weights that
+    are trained keep their ``requires_grad``, and other threads may run the model meanwhile.
     """
-    tokens = one_sequence(model, input)
-    donors = {} if corrupt is None else record(model, same_length(model, corrupt, tokens))
-    gradients = read_gradients(model, tokens, metric, frozen)
-    effects = predict_writes(model, tokens, gradients, donors, through).effects
+    with own_gradients(model.cfg.device.type):
+        tokens = one_sequence(model, input)
+        donors = {} if corrupt is None else record(model, same_length(model, corrupt, tokens))
+        gradients = read_gradients(model, tokens, metric, frozen)
+        effects = predict_writes(model, tokens, gradients, donors, through).effects
     return pd.concat([_table(layer, effect) for layer, effect in effects.items()], ignore_index=True)
 
 
@@ -142,14 +145,10 @@ def read_gradients(
 
     hooks: list[tuple[str, Callable[..., Tensor | None]]] = [("hook_embed", begin)]
     hooks += [(name, keep) for name in (*names, *further) if name != "hook_embed"]
-    with ExitStack() as scopes:
-        scopes.enter_context(fixed_weights(model))
-        if frozen:
-            scopes.enter_context(Constants())
-            hooks += [(name, constant) for name in _constants(model)]
-        if tokens.shape[1] > _LONG:
-            scopes.enter_context(_blocks_run_again(model, frozen))
-        scopes.enter_context(model.hooks(hooks))
+    hooks += [(name, constant) for name in _constants(model)] if frozen else []
+    held = FROZEN if frozen else ()
+    again = _blocks_run_again(model, held) if tokens.shape[1] > _LONG else nullcontext()
+    with constants(held), again, model.hooks(hooks):
         value = metric(logits_of(model, tokens, last))
         if value.numel() != 1 or not bool(torch.isfinite(value).all()):
             raise InputError(f"metric: expected one finite number, got {value.detach()!r:.80}")
@@ -177,33 +176,20 @@ def logits_of(model: HookedRecurrent, tokens: Tensor, last: bool) -> Tensor:
 
 
 @scoped
-def fixed_weights(model: HookedRecurrent) -> Iterator[None]:
-    """In this scope weights take no gradients, so that a pass keeps no activations for these."""
-    trained = [weight for weight in model.hf_model.parameters() if weight.requires_grad]
-    try:
-        for weight in trained:
-            weight.requires_grad_(False)
-        yield
-    finally:
-        for weight in trained:
-            weight.requires_grad_(True)
-
-
-@scoped
-def _blocks_run_again(model: HookedRecurrent, frozen: bool) -> Iterator[None]:
+def _blocks_run_again(model: HookedRecurrent, held: Collection[Held]) -> Iterator[None]:
     """In this scope a block keeps for a backward pass what enters it alone, and runs again there: in this thread, which
     has the scopes that are open. Only function modes are off during a backward pass."""
 
     def modes() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
-        return nullcontext(), Constants() if frozen else nullcontext()
+        return nullcontext(), constants(held)
 
     def around(forward: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         run = partial(forward, *args, **kwargs)
         return checkpoint(run, use_reentrant=False, preserve_rng_state=False, context_fn=modes)
 
-    with ExitStack() as wrapped, torch.autograd.set_multithreading_enabled(False):
+    with scope(model.attachment) as opened, ExitStack() as wrapped, torch.autograd.set_multithreading_enabled(False):
         for layout in model.attachment.layout.blocks:
-            wrapped.callback(wrap_forward(layout.block, around))
+            wrapped.callback(wrap_forward(layout.block, around, opened.active))
         yield
 
 
@@ -417,7 +403,7 @@ def predict_writes(
             writes.unknown[layer] = cause
 
     ways = ways_out(model, model.cfg.recurrent_layers, predict)
-    with fixed_weights(model), model.recording() as recorded, ways:
+    with model.recording() as recorded, ways:
         logits_of(model, tokens, last=True)
     if writes.unknown:
         said = "; ".join(f"layer {layer}: {cause}" for layer, cause in writes.unknown.items())
@@ -434,25 +420,25 @@ def predict_writes(
 @scoped
 def ways_out(model: HookedRecurrent, layers: Sequence[int], use: Callable[[int, WayOut], None]) -> Iterator[None]:
     """In this scope passes without gradients hand the way out of each layer to ``use``, and keep nothing of it."""
-    starts: dict[int, tuple[Tensor, list[HeadNorm]]] = {}
+    starts: dict[int, Tensor] = {}
 
     def begin(x: Tensor, hook: HookPoint) -> Tensor:
-        reads = x.detach().requires_grad_()
-        inside.enter_context(torch.enable_grad())
-        starts[_layer(hook)] = (reads, inside.enter_context(ScalesApart()).norms)
+        torch.set_grad_enabled(True)
+        mode.apart = []
+        starts[_layer(hook)] = reads = x.detach().requires_grad_()
         return reads
 
     def finish(x: Tensor, hook: HookPoint) -> Tensor:
-        inside.close()
-        reads, norms = starts.pop(_layer(hook))
-        use(_layer(hook), WayOut(reads, x, norms))
+        torch.set_grad_enabled(False)
+        norms, mode.apart = mode.apart or [], None
+        use(_layer(hook), WayOut(starts.pop(_layer(hook)), x, norms))
         return x.detach()
 
     hooks: list[tuple[str, Callable[..., Tensor]]] = []
     for layer in layers:
         mixer = f"blocks.{layer}.mixer"
         hooks += [(f"{mixer}.hook_read", begin), (f"{mixer}.hook_z", finish)]
-    with ExitStack() as inside, model.hooks(hooks):
+    with torch.no_grad(), constants() as mode, model.hooks(hooks):
         yield
 
 
@@ -474,14 +460,14 @@ def one_sequence(model: HookedRecurrent, input: str | Tensor) -> Tensor:
     """Tokens [1,T] of a text.
 
     Raises:
-        InputError: there is no text, there are several sequences, or dropout is on.
+        InputError: there is no text, there are several sequences, dropout is on, or the weights are of inference mode.
     """
     if not isinstance(input, str | Tensor):
         raise InputError(
             f"text: expected a string or tokens [1,T], got {type(input).__name__}; the order is attribute(text, model) "
             "and write_attribution(model, text, metric)"
         )
-    tokens = model.to_tokens(input) if isinstance(input, str) else input
+    tokens = model.to_tokens(input) if isinstance(input, str) else input.clone()  # of inference mode, perhaps
     if tokens.ndim != 2 or tokens.shape[0] != 1:
         raise InputError(
             f"text: expected one sequence, a string or tokens [1,T], got {list(tokens.shape)}; call once for each"
@@ -490,6 +476,11 @@ def one_sequence(model: HookedRecurrent, input: str | Tensor) -> Tensor:
         raise InputError(
             f"{model.cfg.model_name}: expected evaluation mode, got training mode, in which dropout makes each pass "
             "another one; call model.eval()"
+        )
+    if any(weight.is_inference() for weight in (*model.hf_model.parameters(), *model.hf_model.buffers())):
+        raise InputError(
+            f"{model.cfg.model_name}: expected weights that gradients can pass, got those of a model that was made in "
+            "torch.inference_mode(); load it outside"
         )
     return tokens
 

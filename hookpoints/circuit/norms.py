@@ -1,17 +1,29 @@
-"""Norms to autograd: with their scale held fixed, or with their scale apart, so that a change goes through exactly.
+"""What a pass is to autograd: weights, scales of norms, patterns and gates are constants, or scales are apart, so that
+a change goes through exactly.
 
-Both are function modes of torch, so that they need no code for a family: a norm is what takes a root of a mean square.
+All this is one function mode of torch, so that it needs no code for a family: a norm is what takes a root of a mean
+square.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Literal, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+
+from hookpoints.scopes import scoped
+
+Held = Literal["norms", "patterns", "gates"]
+"""What of a pass is a constant to autograd: scales of norms, patterns of softmax attention, or gates, of which an
+activation is one, times its input."""
+FROZEN: tuple[Held, ...] = ("norms", "patterns")
+"""Where an answer is saturated, gradients of norms and gates point the wrong way, and what the values carry is left."""
+AFFINE: tuple[Held, ...] = ("norms", "patterns", "gates")
+"""What a block makes of the residual stream is then linear in it but for biases, and parts of the stream add up."""
 
 _ROOTS = (torch.sqrt, Tensor.sqrt)
 _INVERSE_ROOTS = (torch.rsqrt, Tensor.rsqrt)
@@ -59,83 +71,6 @@ def _norm_of(func: Callable[..., Tensor], args: Arguments, kwargs: Mapping[str, 
     return Normed(square, direction, weight, bias if isinstance(bias, Tensor) else None)
 
 
-class FrozenNorms(TorchFunctionMode):
-    """While this is on, norms are to autograd what they are at a fixed scale: gain * (x - mean) / scale + bias. Values
-    do not change."""
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Tensor],
-        types: Iterable[type],
-        args: Arguments = (),
-        kwargs: Mapping[str, object] | None = None,
-    ) -> Tensor:
-        value = func(*args, **(kwargs or {}))
-        if func in _ROOTS or func in _INVERSE_ROOTS:
-            return value.detach()
-        if func is F.normalize and value.requires_grad:
-            return _at_fixed_length(value, args[0])
-        if func not in _NORMS or not value.requires_grad:
-            return value
-        norm = _norm_of(func, args, kwargs or {})
-        linear = norm.scaled(norm.square.rsqrt().detach())
-        return value.detach() + (linear - linear.detach())
-
-
-def _at_fixed_length(value: Tensor, x: object) -> Tensor:
-    """What ``F.normalize`` made of x [...,D] over its last axis, its length a constant."""
-    assert isinstance(x, Tensor)
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12).detach()
-    return value.detach() + (x - x.detach()) / length
-
-
-class Constants(FrozenNorms):
-    """`FrozenNorms`, and patterns of softmax attention are constants: where an answer is saturated, gradients of norms
-    and gates point the wrong way, and what the values carry is left."""
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Tensor],
-        types: Iterable[type],
-        args: Arguments = (),
-        kwargs: Mapping[str, object] | None = None,
-    ) -> Tensor:
-        if func is F.scaled_dot_product_attention:
-            query, key, *rest = args
-            assert isinstance(query, Tensor) and isinstance(key, Tensor)
-            return func(query.detach(), key.detach(), *rest, **(kwargs or {}))
-        return super().__torch_function__(func, types, args, kwargs)
-
-
-_SECANTS = (F.silu, F.gelu, F.relu, torch.relu, Tensor.relu)
-"""Activations that are their input times a gate."""
-_GATES = (torch.sigmoid, Tensor.sigmoid, F.sigmoid, F.softplus, torch.tanh, Tensor.tanh, F.tanh, torch.exp, Tensor.exp)
-"""What gates, decays and strengths are made with."""
-
-
-class Affine(Constants):
-    """`Constants`, activations are their input times a constant, and gates are constants: what a block makes of the
-    residual stream is then linear in it but for biases, and parts of the stream add up."""
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Tensor],
-        types: Iterable[type],
-        args: Arguments = (),
-        kwargs: Mapping[str, object] | None = None,
-    ) -> Tensor:
-        value = super().__torch_function__(func, types, args, kwargs)
-        if func in _GATES:
-            return value.detach()
-        if func not in _SECANTS or not value.requires_grad:
-            return value
-        x = args[0]
-        assert isinstance(x, Tensor)
-        flat = x.abs() < 1e-9
-        gate = torch.where(flat, torch.full_like(x, 0.5), value / torch.where(flat, torch.ones_like(x), x)).detach()
-        return value.detach() + gate * (x - x.detach())
-
-
 def rounding(x: Tensor) -> float:
     """What a number in the dtype of ``x`` may miss after a few steps, as a share of it."""
     return max(1e-3, 8 * torch.finfo(x.dtype).eps)
@@ -178,13 +113,51 @@ class HeadNorm(NamedTuple):
         return Form(slope.detach(), curve, centered) if fits else None
 
 
-class ScalesApart(TorchFunctionMode):
-    """In this scope each norm is linear in its input and in its scale, a constant times ``level``."""
+# ------------------------------------------------------------------------------------------------ as constants
 
-    def __init__(self) -> None:
+_SECANTS = (F.silu, F.gelu, F.relu, torch.relu, Tensor.relu)
+"""Activations that are their input times a gate."""
+_GATES = (torch.sigmoid, Tensor.sigmoid, F.sigmoid, F.softplus, torch.tanh, Tensor.tanh, F.tanh, torch.exp, Tensor.exp)
+"""What gates, decays and strengths are made with."""
+
+
+def _at_fixed_scale(value: Tensor, norm: Normed) -> Tensor:
+    """What a norm made of its input: gain * (x - mean) / scale + bias, its scale a constant."""
+    linear = norm.scaled(norm.square.rsqrt().detach())
+    return value.detach() + (linear - linear.detach())
+
+
+def _at_fixed_length(value: Tensor, x: Tensor) -> Tensor:
+    """What ``F.normalize`` made of x [...,D] over its last axis, its length a constant."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12).detach()
+    return value.detach() + (x - x.detach()) / length
+
+
+def _at_fixed_gate(value: Tensor, x: Tensor) -> Tensor:
+    """What an activation made of x: x times a constant."""
+    flat = x.abs() < 1e-9
+    gate = torch.where(flat, torch.full_like(x, 0.5), value / torch.where(flat, torch.ones_like(x), x)).detach()
+    return value.detach() + gate * (x - x.detach())
+
+
+def _constant(x: object) -> object:
+    """A weight that is trained, as a constant, also in a list or tuple; anything else as it is."""
+    if isinstance(x, list | tuple) and type(x) in (list, tuple):
+        return type(x)(map(_constant, x))
+    return x.detach() if isinstance(x, nn.Parameter) and x.requires_grad else x
+
+
+class Constants(TorchFunctionMode):
+    """While this is on, weights and what is ``held`` are constants to autograd. Values do not change. It is in force in
+    its own thread alone, and leaves the weights as they are."""
+
+    def __init__(self, held: Collection[Held]):
         super().__init__()
-        self.norms: list[HeadNorm] = []
-        """The norms so far."""
+        self.norms = "norms" in held
+        self.patterns = "patterns" in held
+        self.gates = "gates" in held
+        self.apart: list[HeadNorm] | None = None
+        """If given, a norm is linear in its input and in its scale, a constant times `HeadNorm.level`; noted here."""
 
     def __torch_function__(
         self,
@@ -193,15 +166,45 @@ class ScalesApart(TorchFunctionMode):
         args: Arguments = (),
         kwargs: Mapping[str, object] | None = None,
     ) -> Tensor:
-        value = func(*args, **(kwargs or {}))
-        is_norm = func in _NORMS or func in _ROOTS or func in _INVERSE_ROOTS
-        if not is_norm or not value.requires_grad:
+        args = tuple(_constant(x) for x in args)
+        kwargs = {name: _constant(x) for name, x in (kwargs or {}).items()}
+        if self.patterns and func is F.scaled_dot_product_attention:
+            args = (*(cast(Tensor, x).detach() for x in args[:2]), *args[2:])
+        value = func(*args, **kwargs)
+        is_root = func in _ROOTS or func in _INVERSE_ROOTS
+        if (self.norms and is_root) or (self.gates and func in _GATES):
+            return value.detach()
+        if not (is_root or func in _NORMS or func in _SECANTS or func is F.normalize) or not value.requires_grad:
             return value
-        norm = _norm_of(func, args, kwargs or {}) if func in _NORMS else None
-        square = args[0] if norm is None else norm.square
-        assert isinstance(square, Tensor)
+        if self.apart is not None and (is_root or func in _NORMS):
+            return self._scale_apart(value, func, args, kwargs)
+        if self.norms and func in _NORMS:
+            return _at_fixed_scale(value, _norm_of(func, args, kwargs))
+        x = cast(Tensor, args[0])
+        if self.norms and func is F.normalize:
+            return _at_fixed_length(value, x)
+        return _at_fixed_gate(value, x) if self.gates and func in _SECANTS else value
+
+    def _scale_apart(
+        self, value: Tensor, func: Callable[..., Tensor], args: Arguments, kwargs: Mapping[str, object]
+    ) -> Tensor:
+        norm = _norm_of(func, args, kwargs) if func in _NORMS else None
+        square = cast(Tensor, args[0]) if norm is None else norm.square
         level = torch.ones_like(square, requires_grad=True)
-        self.norms.append(HeadNorm(square, level))
+        assert self.apart is not None
+        self.apart.append(HeadNorm(square, level))
         if norm is not None:
             return norm.scaled(square.rsqrt().detach() * level)
         return value.detach() * level if func in _INVERSE_ROOTS else value.detach() / level
+
+
+@scoped
+def constants(held: Collection[Held] = ()) -> Iterator[Constants]:
+    """In this scope weights take no gradients, so that a pass keeps no activations for these, and ``held`` parts are
+    constants."""
+    mode = Constants(held)
+    try:
+        torch._C._push_on_torch_function_stack(mode)  # torch's own `with` is left on the stack by some interrupts
+        yield mode
+    finally:
+        torch._C._pop_torch_function_stack()

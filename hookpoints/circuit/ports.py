@@ -6,17 +6,16 @@ sees. So a block is run again on these tokens alone, with parts of the stream ta
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hookpoints.circuit.node import Change, FeatureType, Node, PortName
-from hookpoints.circuit.nodes import ThroughNorm, WayOut, fixed_weights, ways_out
-from hookpoints.circuit.norms import Affine
+from hookpoints.circuit.nodes import ThroughNorm, WayOut, ways_out
+from hookpoints.circuit.norms import AFFINE, constants
 from hookpoints.circuit.stream import Decomposition, Text, reads_of
 from hookpoints.layer.context import StopForward, scope
 from hookpoints.memory.caches import reach
@@ -166,14 +165,13 @@ class Blocks:
         attachment = self.model.attachment
         recurrent = [layer] if layer in self.model.cfg.layers else []
         recording = self.model.recording(recurrent, gradients=gradients)
-        embedding = _embedding(attachment.layout.embed, inputs.embedded)
-        kernel = scope(attachment, backend="recurrence")
+        changed = scope(attachment, backend="recurrence", embedded=inputs.embedded)
 
         def stop(x: Tensor, hook: HookPoint) -> None:
             raise StopForward(x)
 
         hooks = self.model.hooks([*fwd_hooks, (until, stop)])
-        with torch.set_grad_enabled(gradients), kernel, recording as seen, embedding, hooks:
+        with torch.set_grad_enabled(gradients), changed, recording as seen, hooks:
             value = self.model(inputs.stream, start_at_layer=layer, stop_at_layer=layer + 1, tokens=tokens)
         return BlockRun(value, seen)
 
@@ -214,7 +212,7 @@ class Blocks:
         layer = ports[0].node.layer
         plain = self.inputs(layer, self.window(layer, ports[0].at))
         leaves = [x.clone().requires_grad_() for x in (plain.stream, plain.embedded)]
-        with torch.enable_grad(), fixed_weights(self.model), nullcontext() if live else Affine():
+        with torch.enable_grad(), constants(() if live else AFFINE):
             sides = self.sides(ports, Inputs(layer, plain.window, *leaves), gradients=True)
             wholes = [port.worth(side).sum() for port, side in zip(ports, sides)]
         found = []
@@ -344,16 +342,6 @@ class Blocks:
         inputs = self.inputs(layer, longer).repeated(len(sources))
         ran = self.run(added, inputs, [(f"blocks.{layer}.mixer.hook_read", put)])
         return (self.text.at(added)[None, stretch] - ran.value)[:, window.start - first :]
-
-
-@contextmanager
-def _embedding(module: nn.Module, embedded: Tensor) -> Iterator[None]:
-    """In this scope the embedding of tokens gives ``embedded``."""
-    handle = module.register_forward_hook(lambda module, args, output: embedded)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 @torch.no_grad()

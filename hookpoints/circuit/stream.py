@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from hookpoints.circuit.node import FeatureType
-from hookpoints.circuit.nodes import fixed_weights
-from hookpoints.circuit.norms import FrozenNorms
+from hookpoints.circuit.norms import constants
 from hookpoints.recurrence.recurrence import Recurrence
 from hookpoints.scopes import scoped
 
@@ -90,7 +89,7 @@ def reading(model: HookedRecurrent, stretches: Collection[Stretch] = ()) -> Iter
         if name.startswith("blocks.") and name.split(".", 2)[-1] in ends:
             hooks.append((name, keep))
     hooks += [(stretch.added, finish) for stretch in stretches]
-    with torch.no_grad(), fixed_weights(model), FrozenNorms(), model.hooks(hooks):
+    with torch.no_grad(), constants(["norms"]), model.hooks(hooks):
         yield values
 
 

@@ -21,19 +21,19 @@ from hookpoints.circuit.nodes import (
     LogitMetric,
     ThroughNorm,
     Writes,
-    fixed_weights,
     keeps_last,
     logits_of,
     predict_writes,
     read_gradients,
     record,
 )
-from hookpoints.circuit.norms import FrozenNorms
+from hookpoints.circuit.norms import constants
 from hookpoints.circuit.ports import Blocks, Port, change_for, ports_of, ports_of_head, reach_of
 from hookpoints.circuit.stream import Decomposition, Part, Text, reading, stretches_of
 from hookpoints.circuit.tables import by_size, edge_table, largest, node_of, nodes_of_block
 from hookpoints.edits.session import EditSession
 from hookpoints.errors import InputError
+from hookpoints.scopes import own_gradients
 
 if TYPE_CHECKING:
     from transformer_lens.hook_points import HookPoint
@@ -141,7 +141,7 @@ class Tracing:
         stream = text.at(f"blocks.{n_layers - 1}.hook_resid_post")[None]
         first = stream.shape[1] - 1 if self.wanted.last else 0
         read = stream[:, first:].clone().requires_grad_()
-        with torch.enable_grad(), fixed_weights(self.model), FrozenNorms():
+        with torch.enable_grad(), constants(["norms"]):
             value = self.wanted.metric(self._logits(read)).reshape(())
         direction = torch.zeros_like(stream)
         (direction[:, first:],) = torch.autograd.grad(value, read)
@@ -267,18 +267,19 @@ class Tracing:
                 f"head, read and source: expected a head below {n_heads} and tokens 0 <= source <= read < {length}, "
                 f"got {head}, {read} and {source}"
             )
-        table = self.edges_into(Node("write", layer, head, source), read)
+        with own_gradients(self.model.cfg.device.type):
+            table = self.edges_into(Node("write", layer, head, source), read)
         return table.loc[by_size(table.measured.fillna(table.predicted))].sort_values("port", kind="stable")
 
-    @torch.no_grad()
     def sufficient(self, keep: Sequence[Node]) -> tuple[float, float, bool]:
         """`Tracer.sufficient`."""
         text = self.blocks.text
         logits = []
-        for nodes in (keep, ()):
-            with self.model.hooks(self._only(nodes)):
-                logits.append(logits_of(self.model, text.tokens, self.wanted.last))
-        alone, without = (float(self.wanted.metric(x)) for x in logits)
+        with own_gradients(self.model.cfg.device.type), torch.no_grad():
+            for nodes in (keep, ()):
+                with self.model.hooks(self._only(nodes)):
+                    logits.append(logits_of(self.model, text.tokens, self.wanted.last))
+            alone, without = (float(self.wanted.metric(x)) for x in logits)
         targets = self.wanted.targets or (int(self.runs.session.logits[0, -1].argmax()),)
         return alone, without, int(logits[0][0, -1].argmax()) in targets
 

@@ -90,6 +90,8 @@ class Run:
     """Blocks below are skipped."""
     residual: Tensor | None = None
     """[B,T,D] fed into block ``start_layer``; None: what the block is given."""
+    embedded: Tensor | None = None
+    """[B,T,D], what the embedding of tokens gives; None: its own."""
     stop_layer: int | None = None
     """The pass ends before this block."""
     in_pass: bool = False

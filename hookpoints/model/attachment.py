@@ -190,7 +190,10 @@ class Attachment:
 
     def _fire_embed(self, value: Tensor) -> Tensor:
         point = cast(nn.Module, self._root.hook_embed)
-        if is_listening(point) and current(self).start_layer == 0:
+        run = current(self)
+        if run.embedded is not None:
+            return run.embedded
+        if is_listening(point) and run.start_layer == 0:
             return fire(point, "hook_embed", value)
         return value
 

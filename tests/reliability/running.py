@@ -18,7 +18,7 @@ from hookpoints.hooks.points import scopes_of
 from hookpoints.layer import context, intercept
 from reliability import runs
 from reliability.checks import Change, Comparison, check
-from reliability.runs import RUNS, WRITE, fresh, outputs, some_tokens
+from reliability.runs import PROBES, RUNS, WRITE, fresh, outputs, some_tokens
 
 SCOPE = "hookpoints.layer.context:scope"
 
@@ -68,8 +68,9 @@ class _Calls:
 @torch.no_grad()
 def interrupts(work, rounds):
     """KeyboardInterrupt as a call of the package returns, at another place each time. The tracebacks stay alive, as in
-    a notebook. Then the outputs of all kinds of run are compared with those of a fresh model."""
-    tokens, expected = some_tokens(), outputs(fresh(), some_tokens())
+    a notebook. Then the modes of torch, and the outputs of some kinds of run, are compared with those of a fresh model.
+    """
+    tokens, expected = some_tokens(), outputs(fresh(), some_tokens(), PROBES) | _modes()
     for run in RUNS:
         model, calls, kept = fresh(), _Calls(), []
         run(model, tokens)  # the first run fills caches
@@ -81,7 +82,8 @@ def interrupts(work, rounds):
                 _Calls(place).run(run, model, tokens)
             except KeyboardInterrupt as error:
                 kept.append(error)
-                yield Comparison(f"{run.__name__}, {place}", expected, outputs(model, tokens))
+                left = _modes()
+                yield Comparison(f"{run.__name__}, {place}", expected, outputs(model, tokens, PROBES) | left)
 
 
 _GLOBAL = {
@@ -99,6 +101,9 @@ PAIRS = [
     (runs.session, runs.session),
     (runs.hooked, runs.nested),
     (runs.generated, runs.hooked),
+    (runs.attribute, runs.native),
+    (runs.attribute, runs.remembered),
+    (runs.write_attribution, runs.facts),
 ]
 
 
@@ -122,7 +127,13 @@ def threads(work, rounds):
                     yield Comparison(f"{run.__name__} of {[job.__name__ for job in jobs]}", alone[run.__name__], result)
 
 
-def _left(model) -> dict[str, int]:
+def _modes() -> dict[str, object]:
+    """Modes of torch in this thread."""
+    modes = {"function modes": torch._C._len_torch_function_stack(), "gradients": torch.is_grad_enabled()}
+    return modes | {"inference": torch.is_inference_mode_enabled(), "autocast": torch.is_autocast_enabled("cpu")}
+
+
+def _left(model) -> dict[str, object]:
     """What a run could leave."""
     gc.collect()
     points = list(model.hook_dict.values())
@@ -131,8 +142,10 @@ def _left(model) -> dict[str, int]:
         "scopes of hooks": sum(len(scopes_of(point)) for point in points),
         "scopes": len(context._SCOPES.get()),
         "open layers": len(intercept._RUNNING.get()),
+        "trained weights": sum(weight.requires_grad for weight in model.parameters()),
         "threads": threading.active_count(),
         "tensors": sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects()),
+        **_modes(),
     }
 
 
