@@ -258,7 +258,7 @@ def tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    model = HookedSAERecurrent.from_hf(make_hf())
+    model = HookedSAERecurrent.from_hf(make_hf(), trainable=True)
     assert all(parameter.requires_grad for parameter in model.parameters())
     return World(model, random_sae(model), tmp_path_factory.mktemp("graphs"))
 

@@ -338,7 +338,7 @@ def hooked64(_hooked64):
 
 @pytest.fixture(scope="session")
 def _model64():
-    return hooked_in_float64("qwen3_5")
+    return hooked_in_float64("qwen3_5", trainable=True)
 
 
 @pytest.fixture

@@ -90,11 +90,15 @@ class HookSet(nn.Module):
 
 
 def fire(point: nn.Module, name: str, value: Tensor) -> Tensor:
-    """Pass ``value`` through a hook point; returns what its hooks return, in the dtype of ``value``.
+    """Pass ``value`` through a hook point; returns what its hooks return, in the dtype of ``value``. A backward hook
+    gets a gradient in grad mode, also where no trained weight is below.
 
     Raises:
         HookShapeError: that is no real tensor of the same shape on the same device.
     """
+    asks_back = point._backward_hooks or point._backward_pre_hooks
+    if asks_back and torch.is_grad_enabled() and not value.requires_grad:
+        value = value.detach().requires_grad_()
     returned = point(value)
     if not isinstance(returned, Tensor) or returned.shape != value.shape or returned.device != value.device:
         what = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from conftest import MAKERS, VOCAB, KeepFloat64, hooked_in_float64, make_hf
 from torch import Tensor
 from torch.nn import functional as F
 
-from hookpoints import HookedRecurrent, WriteEdit, write_attribution
+from hookpoints import HookedRecurrent, WriteEdit, attribute, write_attribution
 from hookpoints.circuit import nodes
 from hookpoints.circuit.nodes import read_gradients, record
 from hookpoints.errors import InputError, PredictionWarning
@@ -73,15 +74,19 @@ def assert_exact(model: HookedRecurrent, table: Any, corrupt: Tensor | None = No
 def test_blocks_of_a_long_text_run_again(
     hooked: HookedRecurrent, monkeypatch: pytest.MonkeyPatch, frozen: bool
 ) -> None:
-    """The same gradients, in every family, and hooks, scopes and weights are as before."""
+    """The same gradients, in every family, also where weights are trained; and hooks and weights are as before."""
     further = ("hook_embed",)
     kept = read_gradients(hooked, SEQUENCE, metric, frozen, further)
     monkeypatch.setattr(nodes, "_LONG", 8)
-    again = read_gradients(hooked, SEQUENCE, metric, frozen, further)
+    hooked.requires_grad_()
+    try:
+        again = read_gradients(hooked, SEQUENCE, metric, frozen, further)
+        assert all(weight.requires_grad for weight in hooked.hf_model.parameters())
+    finally:
+        hooked.requires_grad_(False)
     for plain, rerun in zip(kept, again):
         for name, gradient in plain.items():
             torch.testing.assert_close(rerun[name], gradient, rtol=1e-5, atol=1e-8)
-    assert all(weight.requires_grad for weight in hooked.hf_model.parameters())
     assert not any(point.fwd_hooks for point in hooked.hook_dict.values())
 
 
@@ -204,3 +209,48 @@ def test_bad_input_is_named(tokens: Tensor, ask, message: str) -> None:
 def training(model: HookedRecurrent) -> HookedRecurrent:
     model.train()
     return model
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16)], ids=str)
+def test_modes_of_the_caller_do_not_matter(model: HookedRecurrent, mode: Any) -> None:
+    """Neither inference mode nor autocast, also of the tokens; and they are in force again afterwards."""
+    plain = write_attribution(model, SEQUENCE, metric)
+    graph = attribute(SEQUENCE, model, [3], measure=1, targets=1)
+    with mode:
+        before = (torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"), torch.is_grad_enabled())
+        tokens = SEQUENCE + 0
+        assert write_attribution(model, tokens, metric).equals(plain)
+        again = attribute(tokens, model, [3], measure=1, targets=1)
+        assert again.nodes.equals(graph.nodes) and again.edges.equals(graph.edges)
+        assert again.sufficient(1) == graph.sufficient(1)
+        assert again.why(1, 0, 20, 4).equals(graph.why(1, 0, 20, 4))
+        assert before == (
+            torch.is_inference_mode_enabled(),
+            torch.is_autocast_enabled("cpu"),
+            torch.is_grad_enabled(),
+        )
+
+
+def test_weights_of_inference_mode_are_refused() -> None:
+    with torch.inference_mode():
+        model = HookedRecurrent.from_hf(make_hf())
+    for explain in (lambda: write_attribution(model, SEQUENCE, metric), lambda: attribute(SEQUENCE, model)):
+        with pytest.raises(InputError, match=r"in torch\.inference_mode"):
+            explain()
+
+
+def test_another_thread_trains_meanwhile() -> None:
+    """Weights that are trained keep their gradients while a metric, in the midst of an attribution, waits for it."""
+    model = HookedRecurrent.from_hf(make_hf(), trainable=True)
+    weights = list(model.hf_model.parameters())
+
+    def slopes() -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad(model(SEQUENCE, return_type="loss"), weights, allow_unused=True)
+
+    with ThreadPoolExecutor(1) as pool:
+
+        def metric_of(logits: Tensor) -> Tensor:
+            assert None not in pool.submit(slopes).result()
+            return metric(logits)
+
+        write_attribution(model, SEQUENCE, metric_of)

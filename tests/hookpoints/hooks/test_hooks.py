@@ -9,7 +9,7 @@ from recurrences import normal, random_recurrence
 from torch.testing import assert_close
 from transformer_lens import ActivationCache
 
-from hookpoints import HOOKS, HookedRecurrent, UnknownHookError
+from hookpoints import HOOKS, HookedRecurrent, UnknownHookError, attach
 from hookpoints.errors import HookDidNotFireError
 from hookpoints.hooks.points import HookSet, through_hook
 from hookpoints.hooks.table import HookRow, is_matrix, time_axis
@@ -180,7 +180,7 @@ def test_gradients_at_a_hook_match_finite_differences(model64, tokens, name):
 
 def test_backward_hooks_and_parameter_gradients(tokens):
     """Listening does not disturb the gradients of parameters, and bwd hooks see theirs."""
-    model = HookedRecurrent.from_hf(make_hf())
+    model = HookedRecurrent.from_hf(make_hf(), trainable=True)
     model(tokens, return_type="loss").backward()
     plain = {name: p.grad.clone() for name, p in model.hf_model.named_parameters() if p.grad is not None}
     model.zero_grad()
@@ -195,6 +195,23 @@ def test_backward_hooks_and_parameter_gradients(tokens):
     for name, parameter in model.hf_model.named_parameters():
         if parameter.grad is not None:
             assert_close(parameter.grad, plain[name], rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_a_frozen_model_holds_what_hooks_keep(tokens):
+    """In grad mode a cached run keeps no graph, and backward hooks see the gradients of a model that is trained."""
+    hf = make_hf()
+    name = f"blocks.{LAYER}.mixer.hook_write"
+    asked = {"return_type": "loss", "incl_bwd": True, "names_filter": [name]}
+    _, trained = HookedRecurrent.from_hf(hf, trainable=True).run_with_cache(tokens, **asked)
+    assert all(weight.requires_grad for weight in hf.parameters())
+    frozen = HookedRecurrent.from_hf(hf)
+    logits, kept = frozen.run_with_cache(tokens)
+    assert not logits.requires_grad and not any(value.requires_grad for value in kept.values())
+    _, cache = frozen.run_with_cache(tokens, **asked)
+    assert_close(cache[f"{name}_grad"], trained[f"{name}_grad"], rtol=0, atol=0)
+    assert not any(weight.requires_grad for weight in HookedRecurrent.from_pretrained("facts").parameters())
+    with attach(make_hf()) as hooked:  # of a model that may be in training
+        assert all(weight.requires_grad for weight in hooked.hf_model.parameters())
 
 
 @torch.no_grad()
@@ -240,6 +257,7 @@ def test_a_hook_that_does_not_fire_is_an_error(model, tokens):
 
 def test_a_backward_hook_is_missed_where_a_backward_pass_does_not_reach_it(model, tokens):
     kept = []
+    model.requires_grad_()
     low, high = (
         [(f"blocks.{layer}.mixer.hook_write", lambda gradient, hook: kept.append(gradient))] for layer in (0, 2)
     )
