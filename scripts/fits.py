@@ -45,6 +45,8 @@ four published models. For any other model, `writesae models --cost NAME --token
 
 ## Limits
 
+* The tables are of models as they load, with frozen parameters. With `trainable=True`, runs in grad mode also hold the
+  graph of the pass; `torch.no_grad()` avoids that.
 * The tables count what is *held*. A pass takes more while it runs: logits, the MLP, and what the kernels of the
   layers need. That depends on the kernels and is not counted: run a batch and look at
   `torch.cuda.max_memory_allocated()`.
