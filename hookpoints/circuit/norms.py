@@ -171,14 +171,15 @@ class Constants(TorchFunctionMode):
         if self.patterns and func is F.scaled_dot_product_attention:
             args = (*(cast(Tensor, x).detach() for x in args[:2]), *args[2:])
         value = func(*args, **kwargs)
+        is_norm = func in _NORMS
         is_root = func in _ROOTS or func in _INVERSE_ROOTS
         if (self.norms and is_root) or (self.gates and func in _GATES):
             return value.detach()
-        if not (is_root or func in _NORMS or func in _SECANTS or func is F.normalize) or not value.requires_grad:
+        if not isinstance(value, Tensor) or not value.requires_grad:
             return value
-        if self.apart is not None and (is_root or func in _NORMS):
+        if self.apart is not None and (is_root or is_norm):
             return self._scale_apart(value, func, args, kwargs)
-        if self.norms and func in _NORMS:
+        if self.norms and is_norm:
             return _at_fixed_scale(value, _norm_of(func, args, kwargs))
         x = cast(Tensor, args[0])
         if self.norms and func is F.normalize:
