@@ -90,21 +90,25 @@ def test_blocks_of_a_long_text_run_again(
     assert not any(point.fwd_hooks for point in hooked.hook_dict.values())
 
 
-def test_first_order_is_a_derivative(hooked64: HookedRecurrent) -> None:
-    """A write made a little smaller takes off its share of the metric."""
-    table = write_attribution(hooked64, SEQUENCE, metric, through=None)
+@pytest.mark.parametrize("corrupt", [None, OTHER], ids=["deleted", "replaced"])
+def test_first_order_is_a_derivative(hooked64: HookedRecurrent, corrupt: Tensor | None) -> None:
+    """A write that moves a little toward nothing, or toward that of the other text, takes off its share."""
+    table = write_attribution(hooked64, SEQUENCE, metric, through=None, corrupt=corrupt)
     layers = hooked64.cfg.recurrent_layers
     for layer, head, position in ((layers[0], hooked64.cfg.layer(layers[0]).H // 2, 3), (layers[-1], 0, 20)):
+        texts = (SEQUENCE,) if corrupt is None else (SEQUENCE, corrupt)
+        own, *other = (hooked64.recurrence(text, layer).write(head, position)[0, 0, 0] for text in texts)
+        change = own - other[0] if other else own
 
-        def shrunk(step, layer=layer, head=head, position=position):
-            def hook(u, hook):
-                u[:, position, head] *= 1 - step
+        def moved(step, layer=layer, head=head, position=position, change=change):
+            def hook(write, hook):
+                write[:, position] -= step * change
 
-            name = f"blocks.{layer}.mixer.hook_write_value"
+            name = f"blocks.{layer}.mixer.heads.{head}.hook_write"
             with torch.no_grad():
                 return float(metric(hooked64.run_with_hooks(SEQUENCE, fwd_hooks=[(name, hook)])))
 
-        slope = (shrunk(-1e-4) - shrunk(1e-4)) / 2e-4
+        slope = (moved(-1e-4) - moved(1e-4)) / 2e-4
         assert at(table, layer, head, position) == pytest.approx(slope, rel=1e-3, abs=1e-7)
 
 

@@ -20,6 +20,7 @@ from hookpoints import HookedRecurrent, Memory, WriteEdit, zoo
 from hookpoints.errors import InputError, UnsupportedModelError
 from hookpoints.memory import sealing
 from hookpoints.memory.caches import attention_of, cut, tensors_of
+from hookpoints.memory.memory import _stretches
 from hookpoints.model.inputs import cache_argument, cache_of
 from hookpoints.zoo.tasks import Recall
 
@@ -285,6 +286,11 @@ def test_a_memory_says_of_each_token_whether_it_is_exact(small):
     assert str(joined.approximate).startswith("tokens 9 to 11 ")
     for changed in (memory.truncate(1), memory.with_states({}), memory + {}):
         assert "by hand" in str(changed.approximate)
+
+
+def test_tokens_are_named_that_are_approximate_in_any_row():
+    flags = torch.tensor([[1, 1, 0, 0, 0], [0, 1, 0, 0, 1]]).bool()
+    assert _stretches(flags) == ["tokens 0 to 1", "tokens 4 to 4"]
 
 
 def test_only_streams_that_are_read_are_kept(whole):

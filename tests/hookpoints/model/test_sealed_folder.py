@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hookpoints.errors import ChecksumError
-from hookpoints.files import SealedFolder, plain_file, write_checksums
+from hookpoints.errors import ChecksumError, DamageWarning
+from hookpoints.files import SealedFolder, plain_file, set_aside, write_checksums
 
 
 def test_only_regular_files_of_the_folder_are_plain(tmp_path: Path) -> None:
@@ -43,6 +43,25 @@ def test_a_file_is_compared_once_and_then_taken_as_read(tmp_path: Path) -> None:
     for read in (lambda: sealed.file("b"), sealed.check, lambda: SealedFolder(tmp_path).file("a")):
         with pytest.raises(ChecksumError, match="SHA-256"):
             read()
+
+
+def test_a_file_that_the_seal_does_not_list_is_not_read(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(name)
+    write_checksums(tmp_path, ["a"])
+    with pytest.raises(ChecksumError, match="b: expected the SHA-256"):
+        SealedFolder(tmp_path).file("b")
+
+
+def test_what_is_set_aside_replaces_nothing(tmp_path: Path) -> None:
+    for content in ("first", "second"):
+        (tmp_path / "a").write_text(content)
+        with pytest.warns(DamageWarning):
+            set_aside(tmp_path / "a", "a test")
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {
+        "a.damaged": "first",
+        "a.damaged-1": "second",
+    }
 
 
 def test_a_folder_without_a_seal_is_refused_where_one_was_written(tmp_path: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
+import transformers
 from conftest import MAKERS, make_hf
 
 from hookpoints import HookedRecurrent, WriteEdit
@@ -57,7 +60,8 @@ def test_self_check_refuses_a_wrong_formula(monkeypatch, dtype, factor):
     HookedRecurrent.from_hf(make_hf().to(dtype))
     true_form = Rule.form
     monkeypatch.setattr(Rule, "form", form)
-    with pytest.raises(SelfCheckError, match=r"layer 0 .*differ by"):
+    versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
+    with pytest.raises(SelfCheckError, match=rf"layer 0 .*differ by.*{re.escape(versions)}"):
         HookedRecurrent.from_hf(make_hf().to(dtype))
 
 

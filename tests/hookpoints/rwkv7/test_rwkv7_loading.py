@@ -131,3 +131,11 @@ def test_inputs_that_make_no_sense(tokens):
         hf(None)
     with pytest.raises(ValueError, match=r"attention_mask must be \[B,T\] for an input of \[2, 70\], got \[1, 70\]"):
         hf(tokens, attention_mask=torch.ones(1, 70))
+
+
+def test_norms_have_biases_if_the_config_says_so():
+    for has in (True, False):
+        names = {*make_hf("rwkv7", norm_bias=has).state_dict()}
+        assert {"model.norm.bias", "model.layers.1.attn_norm.bias"} & names == (
+            {"model.norm.bias", "model.layers.1.attn_norm.bias"} if has else set()
+        )

@@ -47,6 +47,17 @@ def test_a_model_of_one_block_has_no_first_values_to_mix_in(tokens):
     assert_close(from_official(weights)(tokens).logits, one(tokens).logits)
 
 
+@torch.no_grad()
+def test_a_model_owns_its_weights(wide, tokens):
+    """A change of the tensors that it was made of is none of the model."""
+    weights = {name: value.clone() for name, value in official_weights(wide).items()}
+    model = from_official(weights)
+    plain = model(tokens).logits
+    for value in weights.values():
+        value.zero_()
+    assert torch.equal(model(tokens).logits, plain)
+
+
 @pytest.mark.parametrize(
     ("name", "change"),
     [
