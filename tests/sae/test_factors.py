@@ -103,6 +103,12 @@ def test_two_bytes_keep_writes_and_states_to_their_rounding(model, whole, tmp_pa
         assert kept.dtype == torch.float32 and 0 < (kept - rows).norm() / rows.norm() < error
 
 
+def test_progress_counts_tokens() -> None:
+    """Of ten sequences five are there."""
+    bar = module._bar(torch.zeros(10, 8), {"shard-1": range(5, 8), "shard-2": range(8, 10)}, progress=False)
+    assert (bar.n, bar.total) == (40, 80)
+
+
 def test_values_beyond_a_dtype_are_refused_by_name(tmp_path):
     """A Mamba-2 layer writes as large as its weights say."""
     hf = make_hf("mamba2")

@@ -195,21 +195,24 @@ def test_what_is_asked_wrongly_has_an_answer(world: World) -> None:
     assert read_memory(states[:0], world.dictionary) == []
 
 
+WHOLE = {side: {"words": ["Ada"] * 64, "correlations": [1.0] * 64, "sizes": [1.0] * 64} for side in ("keys", "values")}
+
+
 @pytest.mark.parametrize(
     "labels",
     [
         "words",
         {"keys": {}},
         {"keys": {"words": ["Ada"], "correlations": [1.0], "sizes": [1.0]}},
-        {"keys": {"words": [1] * 64, "correlations": [1.0] * 64, "sizes": [1.0] * 64}},
-        {"keys": {"words": ["Ada"] * 64, "correlations": ["high"] * 64, "sizes": [1.0] * 64}},
-        {"keys": {"words": ["Ada"] * 64, "correlations": [float("nan")] * 64, "sizes": [1.0] * 64}},
+        {"keys": WHOLE["keys"] | {"words": [1] * 64}},
+        {"values": WHOLE["values"] | {"correlations": ["high"] * 64}},
+        {"values": WHOLE["values"] | {"correlations": [float("nan")] * 64}},
     ],
     ids=str,
 )
 def test_damaged_labels_are_refused(world: World, labels: Any) -> None:
     damaged = dictionary(*world.dictionary.directions)
-    damaged.cfg.metadata.labels = labels
+    damaged.cfg.metadata.labels = {**WHOLE, **labels} if isinstance(labels, dict) else labels
     with pytest.raises(InputError, match=r"^labels: expected words, correlations and sizes of 64 atoms"):
         read_memory(torch.zeros(1, 32, 32), damaged)
 
@@ -281,6 +284,24 @@ def test_a_fact_comes_and_goes(world: World) -> None:
         come.append(world.answer(again, key) == value)
     assert sum(gone) == len(gone) and sum(come[:20]) >= 0.95 * 20
     assert sum(still) <= 0.1 * len(still) and sum(others) >= 0.98 * len(others)
+
+
+def test_a_fact_is_rewritten_in_each_head_that_has_it(world: World) -> None:
+    """Several heads of one layer, in any order, of which one holds the fact."""
+    other = dictionary(*world.dictionary.directions, hook=HOOK.replace(f"heads.{HEAD}", f"heads.{1 - HEAD}"))
+    other.cfg.metadata.labels = world.dictionary.cfg.metadata.labels
+    text = world.texts(4, 1, 7)
+    memory = world.model.memory(text)
+    (key, old), *rest = world.facts(text[0])
+    with pytest.raises(InputError, match="instead_of"):
+        memory.with_fact(other, key, None, instead_of=old)
+    heads = {HEAD: world.dictionary, 1 - HEAD: other}
+    for order in ([HEAD, 1 - HEAD], [1 - HEAD, HEAD]):
+        without = memory.with_fact([heads[head] for head in order], key, None, instead_of=old)
+        assert (key, old) not in {(fact.key, fact.value) for fact in without.facts(world.dictionary)}
+        more = memory.with_fact([heads[head] for head in order], key, rest[0][1])
+        for head, own in heads.items():
+            assert torch.equal(more.state(LAYER, head), memory.with_fact(own, key, rest[0][1]).state(LAYER, head))
 
 
 def test_signs_of_atoms_do_not_matter(world: World) -> None:

@@ -139,11 +139,11 @@ def test_writes_start_the_atoms_that_their_matrices_start(terms: int, rank: int)
     assert n >= 6
 
 
-@pytest.mark.parametrize("changes", CHANGES, ids=str)
+@pytest.mark.parametrize("changes", [*CHANGES, {"normalize_activations": "expected_average_only_in"}], ids=str)
 def test_each_dictionary_is_the_one_that_trains_alone(changes: dict[str, Any]) -> None:
     configs = [config(seed, **changes) for seed in (0, 1, 2)]
     configs[2].sae.k = 1  # numbers of active atoms may differ
-    rows = [writes(0), writes(0), writes(1)]
+    rows = [writes(0), writes(0), writes(1) * 3.0]
     for cfg, each, sae in zip(configs, rows, train_many_on_writes(configs, rows)):
         alone = train_on_writes(cfg, each.keys, each.values)
         torch.testing.assert_close(state(sae), state(alone), **CLOSE)
@@ -216,6 +216,30 @@ def test_a_scaled_input_is_folded() -> None:
     assert sae.cfg.normalize_activations == "none"
     x = rows.dense().flatten(1)
     torch.testing.assert_close(sae(x), plain(x * scale) / scale, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", ["writesae_topk", "writesae_standard"])
+def test_a_checkpoint_belongs_to_its_metric(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the loop on factors, and in SAELens' trainer."""
+    monkeypatch.setattr(fast, "SAVE_SECONDS", -1.0)
+    one, other = (Metric.of(torch.eye(K) * n, torch.eye(V), 1.0, 0.1, 8) for n in (1, 2))
+    cfg, rows = config(0, 12, name, metric="gauss_newton"), writes()
+    step_of_adam = torch.optim.Adam.step
+    steps = iter(range(99))
+
+    def killing(*arguments: Any) -> Any:
+        if next(steps) == 9:
+            raise InterruptedError
+        return step_of_adam(*arguments)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", killing)
+    with pytest.raises(InterruptedError):
+        train_on_writes(cfg, rows.keys, rows.values, metric=one, checkpoint=tmp_path / "run")
+    with pytest.raises(ValueError, match="run: expected a checkpoint of these rows"):
+        train_on_writes(cfg, rows.keys, rows.values, metric=other, checkpoint=tmp_path / "run")
+    train_on_writes(cfg, rows.keys, rows.values, metric=one, checkpoint=tmp_path / "run")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("at", [0, 5, 9])

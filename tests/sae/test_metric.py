@@ -91,6 +91,17 @@ def test_a_planted_kronecker_metric_is_recovered() -> None:
     assert_close(plain.key_root @ plain.key_root, torch.eye(4, dtype=torch.float64) * plain.key_root[0, 0] ** 2)
 
 
+def test_the_scale_is_what_deleting_writes_costs_on_average() -> None:
+    """The gradient of a write is that of all later reads of it: sum over writes of <gradient, write>^2 by their
+    squares."""
+    q, k, u, g = (normal(2, 5, 1, size, seed=seed) for seed, size in enumerate((4, 4, 3, 3)))
+    sums = Sums()
+    sums.add(ReadScores(Recurrence(q, k, u), g))
+    reads = torch.einsum("bthk,bshk,bthv,bshv->bts", q, k, g, u).tril()
+    squares = (k.square().sum(-1) * u.square().sum(-1)).sum()
+    assert sums.metric(0.05, 2).scale == pytest.approx(float(reads.sum(1).square().sum() / squares))
+
+
 def test_fits_are_checked(embedded: Any) -> None:
     one = torch.ones(1, 1, 1, 2)
     sums = Sums()

@@ -307,6 +307,21 @@ def test_rows_in_either_sign_are_brought_into_one_orientation() -> None:
         assert agreement.min() > 0.9
 
 
+def test_atoms_turn_with_their_means() -> None:
+    """The sum of the mean contributions stays; signs that follow from the sides become positive."""
+    sae = build(encoder="pursuit")
+    signs = torch.tensor([1.0, -1, -1, 1])[:, None] * torch.tensor([-1.0, 1, 1, -1, 1, 1])
+    sae.mean_contribution.copy_((signs * normal(4, 6).abs()).flatten())
+
+    def total() -> Tensor:
+        return sae.key_atoms.T @ sae.mean_contribution.view(4, 6) @ sae.value_atoms
+
+    before = total()
+    sae._turn_to_positive()
+    assert_close(total(), before)
+    assert (sae.mean_contribution > 0).all() or (sae.mean_contribution < 0).all()
+
+
 def test_starts_and_resampling_go_side_by_side() -> None:
     keys, values, rows = world(200)
     sae = WriteProductTrainingSAE(config("native", resample_every=10).sae)
@@ -328,6 +343,18 @@ def test_starts_and_resampling_go_side_by_side() -> None:
     assert step(sae, rows, 20, dead.flatten()).metrics["resampled_atoms"] == 1
     assert_close(sae.value_encoder.data, torch.zeros(20, 10))
     assert ((keys @ normalize(sae.key_atoms.detach()[:1], dim=1).T).abs().amax() > 0.999).all()
+
+
+def test_a_side_is_put_on_rows_of_large_writes() -> None:
+    """Its error counts by the size of the other side: 60 writes of next to nothing draw no atom."""
+    sae = build()
+    size = torch.tensor([1.0] * 4 + [1e-6] * 60).double()
+    rows = LowRank(normal(64, 1, K) * size[:, None, None], normal(64, 1, V, seed=2))
+    dead = torch.zeros(4, 6, dtype=torch.bool)
+    dead[:, 0] = True
+    assert sae.resample(rows, dead.flatten()) == 1
+    cosines = normalize(rows.values[:, 0], dim=1) @ normalize(sae.value_atoms[0].detach(), dim=0)
+    assert cosines.abs().argmax() < 4
 
 
 def test_control_dictionaries() -> None:
