@@ -19,7 +19,7 @@ from sae_lens_writesae import training_config
 from sae_lens_writesae.sae.rows import new_sae
 from writesae.cli import main
 from writesae.known import board as boards
-from writesae.known import readers, sides
+from writesae.known import readers, scores, sides
 from writesae.known.board import scored
 from writesae.known.readers import READERS, WRONG_SIZES, Job
 from writesae.known.scores import attributed, features, purity
@@ -100,6 +100,19 @@ def test_features_follow_the_parts_of_values_among_the_writes_of_a_key(world: Wo
 def test_attribution_finds_the_writes_that_hold_a_fact(world: World) -> None:
     found = attributed(world, 3)
     assert found["writes found"] > 0.9 > 10 * found["null"]
+
+
+def test_writes_against_the_answer_are_found_as_well(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = scores.write_attribution
+    turned = lambda *text, **how: plain(*text, **how).assign(attribution=lambda table: -table.attribution)  # noqa: E731
+    monkeypatch.setattr(scores, "write_attribution", turned)
+    assert attributed(world, 3)["writes found"] > 0.9
+
+
+def test_the_example_asks_for_a_word_that_its_text_tells(world: World) -> None:
+    *text, answer, changed = boards.in_words(world, Facts.draw(world, 4))
+    told = dict(zip(text[:-1:2], text[1:-1:2]))
+    assert told[text[-1]] == answer != changed
 
 
 def test_the_models_of_a_board_are_in_the_zoo_by_default() -> None:

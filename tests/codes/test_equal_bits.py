@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import pytest
 import torch
 from torch.testing import assert_close
 
 from sae_lens_writesae.atom.low_rank import LowRank
-from writesae.codes.equal_bits import HeadWrites
+from writesae.codes.equal_bits import HeadWrites, n_atoms, product_quantizer, quantizer
 
 
 def test_sides_are_keys_of_norm_1_and_the_values_that_belong_to_them(model: Any) -> None:
@@ -21,3 +23,16 @@ def test_sides_are_keys_of_norm_1_and_the_values_that_belong_to_them(model: Any)
     assert_close(k.norm(dim=1), torch.ones(300))
     scale = 48**0.5 / native.norm().mean()
     assert_close(torch.einsum("nk,nv->nkv", k, u), scale * native.dense(), rtol=1e-4, atol=1e-4)
+
+
+def test_bits_are_those_of_the_choices_and_of_the_coefficients(model: Any) -> None:
+    """A byte says which of 256 codes a step takes, and a byte its coefficient. Steps of two sides share one
+    coefficient, for k u^T has one. Atoms of a TopK code have no order."""
+    generator = torch.Generator().manual_seed(0)
+    native = LowRank(*(torch.randn(300, 1, size, generator=generator) for size in (8, 6)))
+    writes = HeadWrites(model, (1, 2), native, None, most=3, steps=1, seed=0)
+    assert [quantizer(writes, n).bits for n in (1, 3)] == [8 + 8, 3 * (8 + 8)]
+    product: Any = product_quantizer(writes, 2)
+    assert product.bits == 8 + 8 + 8 and product_quantizer(writes, 1) is None
+    for n in (1, 2, 4):
+        assert math.log2(math.comb(n_atoms(n) + n - 1, n)) == pytest.approx(8 * n, rel=0.01)

@@ -72,6 +72,12 @@ def made(head: int, lead: float, rows: int = 100, *, noise: float = 0.0) -> Resu
     return Result(Bits(budgets=(16,)), info, {"codes": pd.concat(ways)})
 
 
+@pytest.mark.parametrize("lead", [0.1, -0.1])
+def test_a_lead_is_what_the_dictionary_recovers_more_than_a_rival(lead: float) -> None:
+    found = made(0, lead).findings()
+    assert found and all(finding.against[f"{RIVAL} 1"].contrast.mean == pytest.approx(lead) for finding in found)
+
+
 def test_a_method_is_judged_over_heads_of_equal_terms() -> None:
     outcomes = [{claim.outcome for _, claim in Bits.across([made(n, lead) for n in range(6)])} for lead in (0.1, -0.1)]
     assert outcomes == [{"holds"}, {"fails"}] and not Bits.across([made(0, 0.1)])

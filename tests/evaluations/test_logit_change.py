@@ -97,6 +97,12 @@ def test_a_horizon_above_the_floor_is_held_against_f2() -> None:
     assert made_result(cells, floor=1e-15).claims()[2].outcome == "fails"
 
 
+def test_a_derivative_is_compared_with_changes_of_the_smallest_step() -> None:
+    """There they are 1.1 times as large as it says, and at the largest step twice."""
+    effect = made_result(made_up(curve=1.0)).findings()[2].effect
+    assert effect is not None and effect.mean == pytest.approx(1 - (0.1 / 1.1) ** 2, abs=1e-3)
+
+
 # -- bad input
 
 

@@ -13,6 +13,7 @@ from saes import HEAD, LAYER, logits_with_write, random_sae
 from torch import Tensor, nn
 
 from hookpoints import HookedRecurrent, UnknownHookError
+from writesae.experiment import lab as lab_module
 from writesae.experiment.lab import EditedRows, Lab, Trial
 from writesae.experiment.readout import kl_window
 
@@ -139,6 +140,17 @@ def test_sites_have_the_head_and_the_rows_of_each_sequence(model64: HookedRecurr
     assert part.writes.keys.shape[0] == 6
     both = lab.native_writes([2, 0])
     torch.testing.assert_close(both.rows(slice(T, None)).dense(), sites[0].writes.dense())
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_each_sequence_has_its_own_recurrence(model64: HookedRecurrent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where one pass takes several, as on a GPU."""
+    monkeypatch.setattr(lab_module, "in_one_pass", lambda tokens, device: [slice(0, len(tokens))])
+    found = make_lab(model64).recurrences(3)
+    for sequence, of_one in enumerate(found):
+        expected = model64.recurrence(TEXT[[sequence]], LAYER).u[:, :, HEAD : HEAD + 1]
+        torch.testing.assert_close(of_one.u, expected)
+    assert len(found) == 3
 
 
 @pytest.mark.usefixtures("no_grad")

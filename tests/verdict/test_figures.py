@@ -22,3 +22,8 @@ def test_colours_are_the_pages_and_those_of_its_light_side_elsewhere() -> None:
     used = dict(re.findall(r"var\(--(\w+),(#\w+)\)", svg))
     assert used["atom"] == "#1d5fd1" and used.items() <= dict(re.findall(r"--(\w+): ?(#\w+);", light)).items()
     assert svg in Figure("a panel", svg)._repr_html_()
+
+
+def test_shares_are_percentages() -> None:
+    svg = figures.curves([figures.Line("a", [0, 1], [0.5, 1.0])], "step", "shares", percent=True)
+    assert ">90%<" in svg

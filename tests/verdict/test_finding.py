@@ -62,8 +62,8 @@ def test_conditions_of_one_unit_are_paired(paired: Paired) -> None:
             lambda w, ids: stats.total(w["mean"] - w["atom"], w["delete"], ids),
         ),
         (
-            lambda p: p.lead("delete", Paired(p.wide.assign(sequence=p["sequence"] + 100)), "atom"),
-            lambda w, ids: stats.estimate_difference(w["delete"], w["atom"], ids, ids + 100),
+            lambda p: p.lead("delete", Paired(p.wide.assign(sequence=p["sequence"] + 100, atom=2 * p["atom"])), "atom"),
+            lambda w, ids: stats.estimate_difference(w["delete"], 2 * w["atom"], ids, ids + 100),
         ),
     ],
 )
@@ -81,6 +81,10 @@ def test_units_measured_twice_count_once_and_units_without_a_condition_are_left_
             whole = Paired(fewer.wide.dropna())
             assert share("atom") == getattr(whole, share.__name__)("atom") and share("atom").n == 54
     assert Paired.of(table, "kl", "firing").mean("delete").n == 60
+    three = tidy(delete=1.0, atom=0.3, mean=0.8).query("not (condition == 'mean' and firing < 6)")
+    paired = Paired.of(three, "kl", "firing")
+    for share in (paired.recovered, paired.total):
+        assert share("atom", than="mean") == getattr(Paired(paired.wide.dropna()), share.__name__)("atom", than="mean")
 
 
 def found(paired: Paired, **changes: Any) -> Finding:
