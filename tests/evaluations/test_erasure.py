@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -71,7 +72,7 @@ def sampled(doses: dict[str, float] | None = None, **means: float) -> Result:
 
 
 def test_an_atom_is_as_significant_as_against_its_strongest_control() -> None:
-    def p_values(**controls: float) -> list[float]:
+    def p_values(**controls: Any) -> list[float]:
         firings = sampled(effect=0.5, **controls).tables["firings"]
         return Erasure()._p_values(firings.assign(column=firings["atom"]))
 

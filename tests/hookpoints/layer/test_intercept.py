@@ -17,6 +17,7 @@ from torch.testing import assert_close
 from hookpoints import HookedRecurrent, HookpointsError, WriteEdit
 from hookpoints.layer import intercept
 from hookpoints.layer.intercept import running, wrap_ops
+from hookpoints.model.attachment import _BlockRun
 from hookpoints.model.inputs import cache_argument, cache_of
 from hookpoints.rules.mamba2 import MAMBA2
 from hookpoints.rules.tables import GATED_DELTA
@@ -153,6 +154,15 @@ def test_a_copy_of_the_model_carries_no_hooks(tokens, copied):
     again = HookedRecurrent.from_hf(copied(copied(hf) if has_name else hf))
     with again.hooks([(WRITE, doubled)]):
         assert torch.equal(again(tokens), edited) and torch.equal(hf(tokens).logits, plain)
+
+
+def test_a_block_that_is_left_out_hands_on_what_it_was_given():
+    """The stream, and beside it what it was given and would have returned: the values of the first layer, say."""
+    stream, values = torch.zeros(1), torch.ones(1)
+    block = _BlockRun(owner=None, layer=0, hooks=None)  # no hook fires in a block that does not run
+    for _ in range(2):  # the first time it runs, to learn in which form it returns the stream
+        left = block._handed_on(lambda x, v_first: (x + 1, v_first, None), (stream,), {"v_first": values}, stream)
+        assert [entry is given for entry, given in zip(left, (stream, values, None), strict=True)] == [True] * 3
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
