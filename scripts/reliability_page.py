@@ -51,11 +51,18 @@ The test suite runs the same checks with fewer rounds (`tests/reliability`).
 
 FOOT = """## Mutants
 
-The test suite notices {noticed:.1%} of {sample} random changes of the packages ({date}, seed {seed}; 95% interval \
+Small changes of syntax are drawn at random: a number plus one, a missing argument. The test suite notices \
+{noticed:.1%} of {sample} such changes of the packages ({date}, seed {seed}; 95% interval \
 {low:.0%} to {high:.0%}): {by_package}. `mutants.json` lists the {left} that it does not. {alike} of these change \
 nothing that a user sees, and each says why; of the other {others} changes it notices {of_others:.1%}.
 
-It notices all changes of `tests/mutants/definitions.toml`, each of which gives a number another meaning."""
+A change of meaning is harder to notice: a wrong sign, a value of another token, a unit left out. One such change was \
+written for each of 53 functions before any change was tried. The functions were drawn over all rooms of the packages \
+(2026-12-01, seed 20261201). The tests that there were noticed at least 28 of the changes (53%); most changes had 14 \
+seconds of tests. With the tests of definitions that were written then they notice 47 (89%): 24 of 25 in hookpoints, \
+16 before; 7 of 7 in sae_lens_writesae, 4 before; 16 of 21 in writesae, 8 before.
+
+`tests/mutants/definitions.toml` lists the changes of meaning that the test suite notices, these and others."""
 
 
 def measured(check: Check, rounds: float) -> dict[str, object]:

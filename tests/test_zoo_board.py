@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +19,7 @@ from sae_lens_writesae import training_config
 from sae_lens_writesae.sae.rows import new_sae
 from writesae.cli import main
 from writesae.known import board as boards
-from writesae.known import readers, scores, sides
+from writesae.known import readers, sides
 from writesae.known.board import scored
 from writesae.known.readers import READERS, WRONG_SIZES, Job
 from writesae.known.scores import attributed, features, purity
@@ -101,28 +100,6 @@ def test_features_follow_the_parts_of_values_among_the_writes_of_a_key(world: Wo
 def test_attribution_finds_the_writes_that_hold_a_fact(world: World) -> None:
     found = attributed(world, 3)
     assert found["writes found"] > 0.9 > 10 * found["null"]
-
-
-def test_writes_against_the_answer_are_found_as_well(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = scores.write_attribution
-    turned = lambda *text, **how: plain(*text, **how).assign(attribution=lambda table: -table.attribution)  # noqa: E731
-    monkeypatch.setattr(scores, "write_attribution", turned)
-    assert attributed(world, 3)["writes found"] > 0.9
-
-
-def test_an_attribute_is_replaced_along_the_native_key() -> None:
-    """The new one's vector instead of the old one's, of the key that is asked."""
-    world = World.of("composition", 8)
-    drawn = Facts.draw(world, 3)
-    shape = (int(world.key_symbols.max()) + 1, world.parts(drawn.new).shape[1], world.values.shape[-1])
-    vectors = [torch.randn(shape, generator=torch.Generator().manual_seed(0)) for _ in world.holder.heads]
-    written, _ = drawn.writes(world, [], vectors)
-    r = world.model.recurrence(drawn.base.tokens, world.holder.layer)
-    for row, (at, asked, new) in enumerate(zip(drawn.at, drawn.asked, drawn.new)):
-        key, old = (drawn.base.symbols[name][row, asked] for name in ("keys", "values"))
-        of_new, of_old = (world.parts(value[None])[0] @ vectors[0][key] for value in (new, old))
-        k, u = (side[row, at, world.holder.heads[0]].detach() for side in (r.k, r.u))
-        torch.testing.assert_close(written[row, 0], torch.outer(k, u + of_new - of_old), rtol=1e-4, atol=1e-5)
 
 
 def test_the_example_asks_for_a_word_that_its_text_tells(world: World) -> None:
@@ -281,15 +258,6 @@ def test_every_reader_scores_every_fact_in_the_bits_of_the_pairs(
         assert reader.bits <= 1.05 * head.bits
     if "pairs" in name or "equal numbers" in name:
         assert reader.numbers == pytest.approx(head.numbers, rel=0.05)
-
-
-def test_writes_are_clustered_by_direction(world: World) -> None:
-    """Their sizes do not count."""
-    job = Job(world, Told.of(world, 4, 200, 1), Told.of(world, 4, 100, 2), steps=2, seed=0)
-    sizes = torch.linspace(0.1, 10, len(world.keys[0]))[:, None]
-    larger = world._replace(keys=world.keys * sizes)
-    scores = [readers.of_writes(replace(job, world=each)).scores(job.naming.states[:8]) for each in (world, larger)]
-    torch.testing.assert_close(*scores)
 
 
 def test_the_page_of_reading_has_the_numbers_of_the_board() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from saes import random_low_rank
 from torch.testing import assert_close
 
 from sae_lens_writesae.atom.low_rank import LowRank
@@ -28,11 +29,9 @@ def test_sides_are_keys_of_norm_1_and_the_values_that_belong_to_them(model: Any)
 def test_bits_are_those_of_the_choices_and_of_the_coefficients(model: Any) -> None:
     """A byte says which of 256 codes a step takes, and a byte its coefficient. Steps of two sides share one
     coefficient, for k u^T has one. Atoms of a TopK code have no order."""
-    generator = torch.Generator().manual_seed(0)
-    native = LowRank(*(torch.randn(300, 1, size, generator=generator) for size in (8, 6)))
-    writes = HeadWrites(model, (1, 2), native, None, most=3, steps=1, seed=0)
-    assert [quantizer(writes, n).bits for n in (1, 3)] == [8 + 8, 3 * (8 + 8)]
-    product: Any = product_quantizer(writes, 2)
-    assert product.bits == 8 + 8 + 8 and product_quantizer(writes, 1) is None
+    native = random_low_rank(1, 0, n=300).to(torch.zeros(()))
+    writes = HeadWrites(model, (1, 2), native, None, most=2, steps=1, seed=0)
+    found: Any = quantizer(writes, 2), product_quantizer(writes, 2)
+    assert [code.bits for code in found] == [32, 24]
     for n in (1, 2, 4):
         assert math.log2(math.comb(n_atoms(n) + n - 1, n)) == pytest.approx(8 * n, rel=0.01)

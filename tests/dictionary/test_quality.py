@@ -6,7 +6,6 @@ import json
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
@@ -24,7 +23,7 @@ from sae_lens_writesae.sae import WriteProductSAE, WriteProductSAEConfig
 from sae_lens_writesae.sae.runner import training_config
 from sae_lens_writesae.sae.target import HeadHook
 from writesae.dictionaries import quiet
-from writesae.dictionary.quality import DictionaryQuality, dictionary_quality, head_effects, qualities, strongest_head
+from writesae.dictionary.quality import DictionaryQuality, dictionary_quality, head_effects, qualities
 from writesae.dictionary.reconstruction import reconstruction
 from writesae.experiment.lab import Lab
 
@@ -146,13 +145,6 @@ def test_heads_are_ordered_by_what_their_writes_do(model: HookedRecurrent, short
     places = [(layer, head) for layer in model.cfg.recurrent_layers for head in range(model.cfg.layer(layer).H)]
     assert sorted(zip(table["layer"], table["head"])) == places and table["nats"].is_monotonic_decreasing
     assert set(table[table["nats"] == 0]["layer"]) == {LAYER}
-
-
-def test_the_strongest_head_is_one_whose_writes_last() -> None:
-    """Where there is one; rows are in the order of what writes do."""
-    rows = [(0, 1, 5.0, 9.0), (2, 0, 16.0, 3.0), (1, 3, 99.0, 2.0)]
-    effects = pd.DataFrame(rows, columns=["layer", "head", "half_life", "nats"])
-    assert [strongest_head(effects, least) for least in (16.0, 50.0, 100.0)] == [rows[1], rows[2], rows[0]]
 
 
 def test_what_a_heads_writes_do_is_the_kl_of_deleting_them(model: HookedRecurrent, short_text: Tensor) -> None:

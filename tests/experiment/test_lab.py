@@ -146,11 +146,9 @@ def test_sites_have_the_head_and_the_rows_of_each_sequence(model64: HookedRecurr
 def test_each_sequence_has_its_own_recurrence(model64: HookedRecurrent, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where one pass takes several, as on a GPU."""
     monkeypatch.setattr(lab_module, "in_one_pass", lambda tokens, device: [slice(0, len(tokens))])
-    found = make_lab(model64).recurrences(3)
-    for sequence, of_one in enumerate(found):
-        expected = model64.recurrence(TEXT[[sequence]], LAYER).u[:, :, HEAD : HEAD + 1]
-        torch.testing.assert_close(of_one.u, expected)
-    assert len(found) == 3
+    for sequence, found in zip(range(3), make_lab(model64).recurrences(3), strict=True):
+        own = model64.recurrence(TEXT[[sequence]], LAYER).select(heads=HEAD)
+        torch.testing.assert_close(found.u, own.u)
 
 
 @pytest.mark.usefixtures("no_grad")

@@ -83,8 +83,7 @@ def test_units_measured_twice_count_once_and_units_without_a_condition_are_left_
     assert Paired.of(table, "kl", "firing").mean("delete").n == 60
     three = tidy(delete=1.0, atom=0.3, mean=0.8).query("not (condition == 'mean' and firing < 6)")
     paired = Paired.of(three, "kl", "firing")
-    for share in (paired.recovered, paired.total):
-        assert share("atom", than="mean") == getattr(Paired(paired.wide.dropna()), share.__name__)("atom", than="mean")
+    assert paired.recovered("atom", "mean") == Paired(paired.wide.dropna()).recovered("atom", "mean")
 
 
 def found(paired: Paired, **changes: Any) -> Finding:
