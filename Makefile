@@ -1,7 +1,7 @@
 # Pages that follow from data in the repository. With RUNS=FOLDER, first the data, from what `writesae reproduce --published` left there.
 .PHONY: results tutorials
 results:
-	python scripts/results.py $(RUNS)
+	python study/tools/results.py $(RUNS)
 
 # Run the tutorials in an empty folder and save their outputs; where a cell raises, the files stay as they were.
 tutorials:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-sys.path += [str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts")]
+sys.path += [str(ROOT), str(ROOT / "tests"), str(ROOT / "tools")]
 
 import device
 import frame
@@ -33,7 +33,8 @@ from tables import table
 
 from hookpoints import HookedRecurrent, WriteEdit, embedded
 from sae_lens_writesae import collect, steer, train, train_on_writes, training_config
-from writesae import Substitution, sample_sequences
+from writesae import sample_sequences
+from writesae_study import Substitution
 
 TITLE = "Costs on a GPU, counted"
 QUICK = {"length": 32, "wide": False}

@@ -32,10 +32,10 @@ from sae_lens_writesae import Collection, collect, load_sae, text_dataset, train
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae.factors import INDEX, read_json
 from sae_lens_writesae.sae.fast import train_many_on_writes
-from writesae import Substitution, write_report
 from writesae.choices import MATCHED, DictionaryName
-from writesae.page.report import find_results
-from writesae.reproduce.config import ReproduceConfig
+from writesae_study import Substitution, write_report
+from writesae_study.page.report import find_results
+from writesae_study.reproduce.config import ReproduceConfig
 
 TITLE = "Collect, and the whole way at real size"
 QUICK = {

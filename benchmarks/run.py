@@ -22,7 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "scripts")]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tools")]
 
 import frame  # noqa: E402
 from subjects import SUBJECTS  # noqa: E402
@@ -43,7 +43,7 @@ NAMES = (
         "real_size",
         "busy",
     ),
-    *("memory_surgery", "circuits", "states", "fact_edits"),
+    *("circuits", "states", "fact_edits"),
 )
 """The benchmarks, as the page has them."""
 HEAD = """# Benchmarks

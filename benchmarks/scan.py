@@ -1,6 +1,6 @@
 """Each family's chunked scan: against the step-by-step reference, against upstream's torch op, and by length.
 
-Before an upstream op is timed, its outputs must be the chunked scan's. `python scripts/pictures.py growth.png` draws
+Before an upstream op is timed, its outputs must be the chunked scan's. `python tools/pictures.py growth.png` draws
 the growth with length.
 """
 
@@ -20,7 +20,7 @@ from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttenti
 
 from hookpoints.recurrence import Recurrence
 
-sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("tests", "scripts")]
+sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("tests", "tools")]
 from recurrences import random_recurrence
 from tables import table
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).parents[1] / "scripts"))
+sys.path.append(str(Path(__file__).parents[1] / "tools"))
 
 import frame
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from hookpoints import HookedRecurrent, Memory, embedded, zoo
 from hookpoints.errors import InputError
 from sae_lens_writesae import label_atoms, train_on_states, training_config
-from writesae.known.readers import OF_STATES, HeadStates, drawn
+from writesae_study.known.readers import OF_STATES, HeadStates, drawn
 
 TITLE = "Codes of states"
 QUICK = {"fitted": 200, "steps": 5, "fact_steps": 5, "texts": 4}

@@ -34,9 +34,11 @@ from hookpoints import HookedRecurrent, Recurrence, WriteEdit, embedded
 from hookpoints.edits import session as sessions
 from hookpoints.recurrence import dense
 from sae_lens_writesae.sae import WriteTopKSAE, WriteTopKSAEConfig
-from writesae.experiment.conditions import DIRECTIONS, Scale, conditions
-from writesae.experiment.lab import Lab, Site, Trial
-from writesae.experiment.readout import divergences, kl_metrics
+from writesae.experiment.lab import Site, Trial
+from writesae.experiment.readout import divergences
+from writesae_study.experiment.bench import Bench
+from writesae_study.experiment.conditions import DIRECTIONS, Scale, conditions
+from writesae_study.experiment.readout import kl_metrics
 
 HORIZON = 16
 
@@ -45,7 +47,7 @@ class Case(NamedTuple):
     """A model and the head that is edited."""
 
     label: str
-    lab: Lab
+    lab: Bench
     """On one sequence of T tokens."""
 
 
@@ -91,7 +93,7 @@ def cases(n_tokens: int) -> list[Case]:
         ("embedded", small, text, 2),
         ("Qwen3.5-shaped, 8 layers", large, noise, 4),
     ):
-        lab = Lab(model, {"": no_dictionary(model, layer)}, tokens)
+        lab = Bench(model, {"": no_dictionary(model, layer)}, tokens)
         made.append(Case(f"{label}, layer {layer} of {model.cfg.n_layers}, T = {n_tokens}", lab))
     return made
 
@@ -103,7 +105,7 @@ def no_dictionary(model: HookedRecurrent, layer: int) -> WriteTopKSAE:
     return WriteTopKSAE(WriteTopKSAEConfig(d_in=shape.K * shape.V, d_k=shape.K, d_sae=2, k=1, metadata=hook))
 
 
-def edits_for(lab: Lab, site: Site, positions: list[int]) -> list[list[WriteEdit]]:
+def edits_for(lab: Bench, site: Site, positions: list[int]) -> list[list[WriteEdit]]:
     """The 20 conditions of each firing. Atoms and controls are random directions, which take as much time."""
     native = site.at(positions)
     generator = torch.Generator().manual_seed(0)
@@ -113,7 +115,7 @@ def edits_for(lab: Lab, site: Site, positions: list[int]) -> list[list[WriteEdit
     return [[lab.replace(t, each.written, n) for n, t in enumerate(positions)] for each in listed]
 
 
-def batched(lab: Lab, positions: list[int], to_end: bool) -> np.ndarray:
+def batched(lab: Bench, positions: list[int], to_end: bool) -> np.ndarray:
     """KLs [C,N] (mean over the window) by the batched test, its plain pass included."""
     site = lab.site(0)
     edits = edits_for(lab, site, positions)
@@ -123,7 +125,7 @@ def batched(lab: Lab, positions: list[int], to_end: bool) -> np.ndarray:
 
 
 @torch.no_grad()
-def one_by_one(lab: Lab, edits: list[WriteEdit]) -> list[float]:
+def one_by_one(lab: Bench, edits: list[WriteEdit]) -> list[float]:
     """The same KLs by a full forward each."""
     native = lab.model(lab.tokens)[0]
     values = []
@@ -137,7 +139,7 @@ def one_by_one(lab: Lab, edits: list[WriteEdit]) -> list[float]:
 
 
 @torch.no_grad()
-def timing(lab: Lab, n_firings: int, n_full: int, rounds: int) -> Timing:
+def timing(lab: Bench, n_firings: int, n_full: int, rounds: int) -> Timing:
     """Time the three ways in turn, `rounds` times."""
     last = lab.tokens.shape[1] - 1 - HORIZON
     positions = torch.linspace(1, last, n_firings).long().tolist()

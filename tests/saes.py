@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,8 +11,6 @@ from torch import Tensor
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae import TRAINING, WriteTopKSAE, WriteTopKSAEConfig
 from sae_lens_writesae.sae.target import HeadHook
-from writesae import Result
-from writesae.experiment.evaluation import Evaluation
 
 LAYER, HEAD, K, V = 1, 2, 8, 6
 HOOK = f"blocks.{LAYER}.mixer.heads.{HEAD}.hook_write_vec"
@@ -173,8 +170,3 @@ def exact_sae(hook: str = HOOK, model_name: str = "", k: int = K, v: int = V, **
     basis = torch.cat([torch.eye(d_in), -torch.eye(d_in)])
     sae.decoder_matrix.data, sae.encoder_matrix.data = basis, basis.T.contiguous()
     return sae
-
-
-def runner(evaluation: type[Evaluation], **small: Any) -> Callable[..., Result]:
-    """Runs an evaluation with small settings, `run(model, sae, tokens, **changes)`."""
-    return lambda model, sae, tokens, **changes: evaluation(**small | changes).run(model, sae, tokens, progress=False)

@@ -12,7 +12,7 @@ from sae_lens_writesae import VARIANTS
 from sae_lens_writesae.sae.architectures import training_config_class
 from sae_lens_writesae.sae.fast import shape_of
 from writesae.choices import DictionaryName
-from writesae.reproduce.config import ReproduceConfig
+from writesae_study.reproduce.config import ReproduceConfig
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))

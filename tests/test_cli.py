@@ -31,14 +31,14 @@ from sae_lens_writesae.sae.factors import Collection
 from sae_lens_writesae.sae.load import load_sae
 from writesae.cli import COMMANDS, main
 from writesae.dictionary.quality import dictionary_quality
-from writesae.evaluate import EvalAll, Subjects
-from writesae.evaluations import ASKED, EVALUATIONS, load_result
-from writesae.experiment.evaluation import Evaluation, Scope
 from writesae.experiment.tokens import sample_sequences
 from writesae.files import run_folder, sae_folders
 from writesae.models import summary
 from writesae.page.template import share_text
 from writesae.settings import settings_of
+from writesae_study.evaluate import EvalAll, Subjects
+from writesae_study.evaluations import ASKED, EVALUATIONS, load_result
+from writesae_study.experiment.evaluation import Evaluation, Scope
 
 COUNTS = ["--sequences", "6", "--context-size", "48"]
 
@@ -121,7 +121,7 @@ def test_help_has_lines_as_long_as_it_allows(capsys: pytest.CaptureFixture[str],
     assert not short(about.splitlines(), 80) and not short(texts, 75)
 
 
-CLASSES = [(f"writesae.evaluations.{kind}", asked.class_name) for kind, asked in ASKED.items()]
+CLASSES = [(f"writesae_study.evaluations.{kind}", asked.class_name) for kind, asked in ASKED.items()]
 
 
 @pytest.mark.parametrize(("module", "name"), [*CLASSES, ("writesae.page.atoms.collect", "AtomPages")])

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_hf
 from safetensors.torch import load_file
+from tiny_models import make_hf
 
 from hookpoints import HookedRecurrent, UnknownHookError, UnknownModelError, cost
 from hookpoints.errors import InputError
 from sae_lens_writesae import collect
 
-sys.path.append(str(Path(__file__).parents[1] / "scripts"))
+sys.path.append(str(Path(__file__).parents[1] / "tools"))
 
 import fits
 

@@ -20,9 +20,9 @@ from hookpoints import HookedRecurrent
 from hookpoints.files import sealed_json
 from writesae.demo import CIRCUIT, FACTS, RECIPES, Demo, one_bar, read_facts, recall
 from writesae.dictionary.quality import head_effects
-from writesae.evaluations import load_result
-from writesae.page.report import write_report
-from writesae.verdict.paper import Outcome
+from writesae_study.evaluations import load_result
+from writesae_study.page.report import write_report
+from writesae_study.verdict.paper import Outcome
 
 TOKENS = torch.randint(1, 500, (2, 48), generator=torch.Generator().manual_seed(0))
 

@@ -1,14 +1,12 @@
-"""The documentation covers every hook, evaluation and error, and what its pages show in Python runs."""
+"""The documentation covers every hook and error, and what its pages show in Python runs."""
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import inspect
 import json
 import pkgutil
 import re
-import shutil
 import sys
 from pathlib import Path
 
@@ -16,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-sys.path.append(str(ROOT / "scripts"))
+sys.path.append(str(ROOT / "tools"))
 
 import pictures  # noqa: E402
 import tables  # noqa: E402
@@ -27,45 +25,21 @@ import hookpoints  # noqa: E402
 import sae_lens_writesae  # noqa: E402
 from hookpoints.hooks.table import HOOKS  # noqa: E402
 from sae_lens_writesae.sae import TRAINING  # noqa: E402
-from writesae import EVALUATIONS  # noqa: E402
 
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)\n```$)?", flags=re.MULTILINE | re.DOTALL)
 """A Python block, and what it prints, where that stands below it."""
 EXAMPLES = sorted((DOCS / "hooks").glob("[!i]*.md"))
 WRITTEN = [page for page in sorted(DOCS.glob("*.md")) if "```python" in page.read_text()]
-DICTIONARIES = ("my-sae", "seed-0", "seed-1", "write", "state", "bilinear", "flat")
-"""Folders of the SAEs in the examples of evaluations."""
 
 
 def page_names(folder: str) -> list[str]:
     return sorted(path.stem for path in (DOCS / folder).glob("*.md") if path.stem != "index")
 
 
-def test_every_hook_and_evaluation_has_a_page_and_every_error_a_section():
+def test_every_hook_has_a_page_and_every_error_a_section():
     assert page_names("hooks") == sorted(f"{row.scope}.{row.name}" for row in HOOKS)
-    assert page_names("evaluations") == sorted(EVALUATIONS)
     sections = re.findall(r"^## `(\w+)`$", (DOCS / "errors.md").read_text(), flags=re.MULTILINE)
     assert sorted(sections) == sorted(exceptions(hookpoints) | exceptions(sae_lens_writesae))
-
-
-def test_pages_of_tables_are_linked_and_not_in_the_navigation():
-    config = (ROOT / "mkdocs.yml").read_text()
-    pages = {page.name: page.read_text() for page in DOCS.glob("*.md")}
-    unlisted = re.findall(r"^  /(\S+)$", config, flags=re.MULTILINE)
-    assert unlisted == ["dictionaries.md", "coverage.md"]
-    assert not any(re.search(rf"^ +- {name}$", config, flags=re.MULTILINE) for name in unlisted)
-    for name in unlisted:
-        assert any(f"({name}" in text for other, text in pages.items() if other != name), name
-
-
-@pytest.mark.parametrize("kind", EVALUATIONS)
-def test_the_page_of_an_evaluation_says_what_its_class_says(kind):
-    site_pages = pytest.importorskip("site_pages", reason="needs the extra docs")
-    evaluation, text = EVALUATIONS[kind], (DOCS / "evaluations" / f"{kind}.md").read_text()
-    assert text.startswith(f"# {evaluation.question}\n") and f"Takes {evaluation.scope.value}." in text
-    made = site_pages.definition(kind) + site_pages.settings(kind)
-    assert all(f"| `{field.name}` |" in made for field in dataclasses.fields(evaluation))
-    assert all(f"| `{column}` |" in made for columns in evaluation.columns.values() for column in columns)
 
 
 @pytest.mark.parametrize("row", HOOKS, ids=lambda row: f"{row.scope}.{row.name}")
@@ -112,7 +86,7 @@ def test_every_picture_is_made_by_the_script_and_shown():
 
 @pytest.mark.parametrize("name", pictures.PICTURES)
 def test_a_picture_is_no_older_than_its_sources(name):
-    """`python scripts/pictures.py NAME` makes it again."""
+    """`python tools/pictures.py NAME` makes it again."""
     assert json.loads(pictures.SOURCES.read_text())[name] == pictures.note(name)
 
 
@@ -146,50 +120,6 @@ def comparable(text: str) -> str:
     """Without what differs from machine to machine: temporary folders, hashes, versions, rounding."""
     text = re.sub(r"/\S*/(?=model/)|\b[0-9a-f]{64}\b", "", " ".join(text.split()))
     return re.sub(r"[-+]?\d[\d.]*(e[-+]?\d+)?", "0", text)
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    """Tiny SAEs in the folders that the evaluations' examples name."""
-    from hookpoints import HookedRecurrent, embedded
-    from sae_lens_writesae import text_dataset, train, training_config
-    from writesae.dictionaries import quiet
-
-    folder = tmp_path_factory.mktemp("saes")
-    model, dataset = HookedRecurrent.from_pretrained("embedded"), text_dataset(embedded.text("train"))
-    wanted: dict[str, dict] = {"my-sae": {}, "state": {"target": "state"}, "seed-1": {"seed": 1}}
-    wanted["flat"] = {"sae": {"k": 8, "decoder": "flat"}}
-    for label, changes in wanted.items():
-        cfg = training_config(
-            model,
-            layer=2,
-            head=1,
-            d_sae=64,
-            training_tokens=16_384,
-            context_size=128,
-            lr=2e-3,
-            store_batch_size_prompts=8,
-            n_batches_in_buffer=16,
-            train_batch_size_tokens=512,
-            verbose=False,
-            **{"target": "write", "sae": {"k": 8}, "seed": 0} | changes,
-        )
-        with quiet():  # SAELens warns that so short a text is read more than once
-            train(cfg, model, dataset).save_inference_model(str(folder / label))
-    for label in {*DICTIONARIES} - wanted.keys():
-        shutil.copytree(folder / "my-sae", folder / label)
-    return folder
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", EVALUATIONS)
-def test_examples_of_evaluations_run(name, trained):
-    """They answer no claim that the class does not name."""
-    code = "".join(code for code, _ in BLOCK.findall((DOCS / "evaluations" / f"{name}.md").read_text()))
-    code += "assert {claim.number for claim in result.claims()} <= {None, *result.evaluation.answers}\n"
-    with fresh_start(trained):
-        out = printed(code, f"{name}.md")
-    assert len(out.splitlines()) >= 1 and all(" | " in line for line in out.splitlines())
 
 
 def test_formulas_of_notebooks_become_mathml():

@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import MAKERS
+from tiny_models import MAKERS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from hookpoints.fla import MODEL_TYPES as FLA_TYPES
 
-sys.path.append(str(Path(__file__).parents[1] / "scripts"))
+sys.path.append(str(Path(__file__).parents[1] / "tools"))
 
 import families
 

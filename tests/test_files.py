@@ -20,9 +20,9 @@ from saes import make_sae
 
 from hookpoints.files import CHECKSUMS, _clean, atomic_text, atomic_write, content_hash
 from writesae.cli import main
-from writesae.evaluations import load_result
 from writesae.files import check_settings, check_writable, keep_settings
-from writesae.page.report import find_results, write_report
+from writesae_study.evaluations import load_result
+from writesae_study.page.report import find_results, write_report
 
 
 def test_a_folder_that_takes_no_files_is_refused_and_no_other_is_changed(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_what_others_wrote_is_the_same_afterwards(
     name: str, run: Callable[[str, Path], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if name == "zoo":
-        monkeypatch.setattr("writesae.known.sides.GRID", (8,))  # sizes that are tried; six would take minutes
+        monkeypatch.setattr("writesae_study.known.sides.GRID", (8,))  # sizes that are tried; six would take minutes
     folder = users_folder(tmp_path / "project")
     before = entries(folder)
     statuses = [run(name, folder), run(name, folder)]  # what it wrote itself is no obstacle

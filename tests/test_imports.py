@@ -28,7 +28,7 @@ STEPS = {
     ("", "from hookpoints import RULES, Recurrence, WriteEdit, zoo"): (2_000, {"torch"}),
     ("import transformer_lens", "from hookpoints import HookedRecurrent, Memory, attach, cost"): (80, set()),
     ("import sae_lens; from hookpoints import HookedRecurrent", "import sae_lens_writesae"): (60, set()),
-    ("", "from writesae.evaluations import EVALUATIONS; EVALUATIONS['sign']"): (1_000, set()),
+    ("", "from writesae_study.evaluations import EVALUATIONS; EVALUATIONS['sign']"): (1_000, set()),
 }
 """What is imported first, and then: how many modules the second loads at most, and which libraries."""
 
@@ -41,8 +41,8 @@ def test_names_load_what_they_need() -> None:
     for (step, (most, libraries)), line in zip(STEPS.items(), lines, strict=True):
         loaded = line.split()
         assert len(loaded) <= most and LIBRARIES.intersection(loaded) == libraries, step
-    evaluations = [name for name in lines[-1].split() if name.startswith("writesae.evaluations.")]
-    assert evaluations == ["writesae.evaluations.sign"]
+    evaluations = [name for name in lines[-1].split() if name.startswith("writesae_study.evaluations.")]
+    assert evaluations == ["writesae_study.evaluations.sign"]
 
 
 def test_names_for_type_checkers_are_those_that_are_imported_when_asked_for() -> None:

@@ -1,6 +1,6 @@
 """What runs on a host runs on a device as well, and gives the same.
 
-Evaluations run on the device in `golden/test_golden.py`, `Bits` here; models on two devices in `test_two_devices.py`.
+Models on two devices are in `test_two_devices.py`, evaluations in the tests of the study.
 What is left out: families other than Gated DeltaNet, whose forward passes are those of transformers; half precision;
 the commands `push` and `export`, and `reproduce`, which runs the others.
 """
@@ -18,23 +18,19 @@ import device
 import pandas as pd
 import pytest
 import torch
-from conftest import make_hf
 from saes import HEAD, LAYER, random_sae
 from safetensors.torch import load_file
 from test_graphs import CALLS, DIFFERENTIABLE, World
+from tiny_models import make_hf
 from torch.testing import assert_close
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 import hookpoints
 from hookpoints import HookedRecurrent
 from hookpoints.model import loading
-from sae_lens_writesae import HookedSAERecurrent, collect, fit_metrics, steer
+from sae_lens_writesae import HookedSAERecurrent, fit_metrics, steer
 from sae_lens_writesae.sae import runner
 from writesae.cli import main
-from writesae.evaluations.bits import Bits
-from writesae.evaluations.substitution import Substitution
-from writesae.experiment.terms import Terms
-from writesae.known.board import board
 from writesae.show import Prompt
 
 TEXT = torch.randint(1, 64, (8, 24), generator=torch.Generator().manual_seed(3))
@@ -60,35 +56,6 @@ def test_metrics_of_tokens_on_the_host(host: HookedRecurrent, there: HookedRecur
     expected, metric = (fit_metrics(model, TEXT, [(LAYER, HEAD)])[LAYER, HEAD] for model in (host, there))
     for name in ("key_root", "value_root"):
         assert_close(getattr(metric, name).cpu(), getattr(expected, name), rtol=1e-4, atol=1e-5)
-
-
-def test_terms_of_a_collection(host: HookedRecurrent, there: HookedRecurrent, tmp_path: Path) -> None:
-    collection = collect(
-        host, TEXT.flip(1), [LAYER], None, tmp_path / "c", targets=("write",), dtype="float32", progress=False
-    )
-    asked: Any = {"n_atoms": 2, "firings_per_atom": 1, "horizon": 3, "mean_write_sequences": 2}
-    asked["controls"] = ("mean", "token_mean", "quantised", "pca")
-    tables = []
-    for model in (host, there):
-        terms = Terms(model, collection)
-        result = Substitution(**asked).run(model, random_sae(model), TEXT, reference=terms, progress=False)
-        tables.append(result.tables["firings"])
-    same(tables[1], tables[0])
-
-
-def test_codes_at_equal_bits(host: HookedRecurrent, there: HookedRecurrent) -> None:
-    few = Bits(budgets=(32,), steps=1, tune_steps=0)  # two stages: of fewer writes than codes nothing is left
-    tables = [few.run(model, random_sae(model), TEXT, progress=False).tables["codes"] for model in (host, there)]
-    # Adam's first step goes by the signs of gradients, those of rounding too.
-    same(*(table[~table["code"].str.contains("WriteSAE")] for table in tables))
-    same(*(table.drop(columns="kl") for table in tables))
-
-
-def test_the_board_of_known_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    with device.pretended():
-        monkeypatch.setattr("hookpoints.model.loading.default_device", lambda: "npu")
-        found = board("recall", 1, 64, 4, 5, brief=True)
-    assert found["plain"]["kept"] == 1
 
 
 PUBLIC = {name: call for name, call in {**CALLS, **DIFFERENTIABLE}.items() if "from_" not in name and name != "attach"}

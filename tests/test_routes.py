@@ -9,19 +9,20 @@ from types import FrameType
 
 import torch
 from sae_lens.saes.sae import TrainStepInput
-from saes import HEAD, LAYER, random_sae
+from saes import HEAD, LAYER
 
 from hookpoints import HookedRecurrent
 from sae_lens_writesae import training_config
 from sae_lens_writesae.sae.rows import new_sae
-from writesae.evaluations.substitution import Substitution
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = tuple(f"{ROOT / package}/" for package in ("hookpoints", "sae_lens_writesae", "writesae"))
+PACKAGES = tuple(
+    f"{ROOT / package}/" for package in ("hookpoints", "sae_lens_writesae", "writesae", "study/writesae_study")
+)
 
 
 def files_of(call: Callable[[], object]) -> list[str]:
-    """Files of the three packages, functions of which a call runs."""
+    """Files of the packages, functions of which a call runs."""
     files = set[str]()
 
     def see(frame: FrameType, event: str, argument: object) -> None:
@@ -66,22 +67,4 @@ def test_a_training_step_by_three(model: HookedRecurrent) -> None:
         3,
         "sae_lens_writesae/sae/training.py",
         "sae_lens_writesae/sae/matrix.py",
-    )
-
-
-def test_a_firing_reaches_the_report_by_sixty(model: HookedRecurrent) -> None:
-    tokens = torch.randint(1, 60, (12, 24), generator=torch.Generator().manual_seed(0))
-    test = Substitution(n_atoms=2, firings_per_atom=2, controls=("random",))
-
-    def answered() -> list[object]:
-        return [*test.run(model, random_sae(model), tokens).claims()]
-
-    assert_route(
-        answered,
-        60,
-        "writesae/experiment/evaluation.py",
-        "writesae/evaluations/substitution.py",
-        "writesae/experiment/lab.py",
-        "writesae/verdict/finding.py",
-        "writesae/verdict/judge.py",
     )

@@ -10,8 +10,8 @@ import accelerate
 import device
 import pytest
 import torch
-from conftest import make_hf
 from test_on_device import PUBLIC, World, random_sae, tensors
+from tiny_models import make_hf
 from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils._pytree import tree_map

@@ -1,7 +1,7 @@
-"""The study of the paper WriteSAE (arXiv 2605.12770): evaluations of dictionaries, verdicts, pages and commands.
+"""Commands and pages for dictionaries of what recurrent heads write: collect, train, measure, show, publish.
 
-Names are imported when they are asked for, so that `writesae --help` loads no torch. Every evaluation is in
-`writesae.evaluations`, by its kind in `EVALUATIONS`.
+Names are imported when they are asked for, so that `writesae --help` loads no torch. The study of the paper is
+another distribution, `writesae-study`, which adds commands.
 """
 
 from __future__ import annotations
@@ -11,35 +11,21 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from writesae.dictionary.quality import dictionary_quality, head_effects
-    from writesae.evaluations import EVALUATIONS, load_result
-    from writesae.evaluations.substitution import Substitution
-    from writesae.experiment.evaluation import Evaluation, Result
     from writesae.experiment.tokens import sample_sequences
     from writesae.head.writes import half_lives
-    from writesae.page.report import write_report
 
 _HOMES = {
-    "evaluations": ("EVALUATIONS", "load_result"),
-    "evaluations.substitution": ("Substitution",),
-    "experiment.evaluation": ("Evaluation", "Result"),
     "head.writes": ("half_lives",),
     "dictionary.quality": ("dictionary_quality", "head_effects"),
     "experiment.tokens": ("sample_sequences",),
-    "page.report": ("write_report",),
 }
 """Module -> the names that the package has from it."""
 
 __all__ = [
-    "EVALUATIONS",
-    "Evaluation",
-    "Result",
-    "Substitution",
     "dictionary_quality",
     "half_lives",
     "head_effects",
-    "load_result",
     "sample_sequences",
-    "write_report",
 ]
 
 

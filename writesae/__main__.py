@@ -16,7 +16,7 @@ def main() -> None:
         from writesae.cli import main
     except ModuleNotFoundError as error:
         raise SystemExit(
-            f'error: the study needs {error.name}: in the clone of the repository, pip install -e ".[study]"'
+            f"error: writesae needs {error.name}: in the clone of the repository, pip install -e ."
         ) from error
 
     for stream in (sys.stdout, sys.stderr):

@@ -17,7 +17,7 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass
-from importlib.metadata import distributions
+from importlib.metadata import distributions, entry_points
 from textwrap import fill
 from typing import Annotated, TypeVar, get_args, get_origin, get_type_hints
 
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 COMMANDS = {
     "demo": (
-        "Train dictionaries on one head and test their atoms; offline, in minutes.",
+        "Read a memory as facts, edit it, and train dictionaries on one head; offline, in a minute.",
         "writesae.demo:Demo",
     ),
     "collect": (
@@ -41,10 +41,6 @@ COMMANDS = {
     "train": (
         "Train dictionaries on heads of a model.",
         "writesae.dictionaries:Train",
-    ),
-    "eval": (
-        "Evaluate trained dictionaries: one evaluation by name, or all.",
-        "writesae.evaluate:run_eval",
     ),
     "show": (
         "Make a page for each atom of a dictionary.",
@@ -62,18 +58,6 @@ COMMANDS = {
         "Type a text in a browser: what heads write and read, which atoms fire.",
         "writesae.show:Prompt",
     ),
-    "report": (
-        "Write one page from saved results.",
-        "writesae.evaluate:Report",
-    ),
-    "reproduce": (
-        "The paper's whole table for a model: train, evaluate and report, as a workflow.",
-        "writesae.reproduce.command:Reproduce",
-    ),
-    "zoo": (
-        "Measure what dictionaries find in models whose mechanism is known.",
-        "writesae.zoo:Zoo",
-    ),
     "models": (
         "List the models on this machine, and the update rules that can be hooked.",
         "writesae.models:Models",
@@ -84,7 +68,8 @@ COMMANDS = {
     ),
 }
 """What each does, in one line, and `module:name` of a dataclass with a method `run`, or of a function that is given the
-rest of the command line."""
+rest of the command line. Other distributions add tables of the same kind (entry points of `GROUP`)."""
+GROUP = "writesae.commands"
 PACKAGES = ("sae-lens-writesae", "torch", "transformers", "transformer-lens", "sae-lens", "flash-linear-attention")
 """Those whose versions matter to a result, and to whoever reads a report of a fault."""
 
@@ -120,9 +105,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(2) from error
 
 
+def commands() -> dict[str, tuple[str, str]]:
+    """`COMMANDS`, and those that other distributions add."""
+    added = [point.load() for point in entry_points(group=GROUP)]
+    return {name: command for table in (COMMANDS, *added) for name, command in table.items()}
+
+
 def _run(words: Sequence[str]) -> None:
-    name = choose("writesae", words, {name: text for name, (text, _) in COMMANDS.items()})
-    module, _, attribute = COMMANDS[name][1].partition(":")
+    known = commands()
+    name = choose("writesae", words, {name: text for name, (text, _) in known.items()})
+    module, _, attribute = known[name][1].partition(":")
     target = getattr(importlib.import_module(module), attribute)
     arguments = words[1:]
     if isinstance(target, type):

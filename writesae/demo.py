@@ -1,5 +1,5 @@
-"""The main job, end to end, on models that ship with the package: facts that atoms write, dictionaries of a language
-model's writes, tested, and a memory that is read as facts."""
+"""The main job, end to end, on models that ship with the package: a memory that is read as facts and edited, and
+dictionaries of what one head of a language model writes."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from tqdm import tqdm
 
 from writesae.choices import MetricName, at_least
 from writesae.dictionaries import Say, quality_table, quiet, save_dictionary
-from writesae.files import check_page, check_settings, check_writable, keep_settings, taken
+from writesae.files import Json, check_ours, check_settings, check_writable, keep_settings, taken
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,59 +25,36 @@ if TYPE_CHECKING:
     from hookpoints.memory.facts import PairDictionary
     from sae_lens_writesae.sae.factors import Collection
     from sae_lens_writesae.sae.training import MatrixTrainingSAE
-    from writesae.experiment.conditions import Control
-    from writesae.experiment.evaluation import Result
-    from writesae.experiment.terms import Terms
-    from writesae.page.report import Opening, Recalled
 
 
 RECIPES: dict[str, MetricName] = {"write-trained": "frobenius", "write-trained, metric": "gauss_newton"}
 """The dictionaries, and what errors are measured by: their squares, or the KL divergence that they cause."""
-FACTS = "facts.json"
+PAGE = "demo.html"
 CIRCUIT = "circuit.svg"
 STAGES = (
-    "facts that atoms write",
+    "a memory read as facts",
     "what each head's writes do",
     "writes of one head",
     "training two dictionaries",
-    "testing their atoms",
-    "a memory read as facts",
+    "their quality on held-out text",
 )
 TOLD = "Ben lives in Rome . Iris keeps a parrot . Ben is a baker . Clara dresses in green ."
 ASKED = "Ben lives in"
 REPLACED = ("Rome", "Oslo")
 """What the model `facts` is told and asked, and the value that another one replaces: those of README."""
-SHOWN_METHODS = {
-    "writesae_product": "an atom",
-    "product quantizer (k-means of k and of u)": "codes of two quantizers",
-    "null: another pair's write": "another pair's write",
-    "null: untrained writesae_product": "an untrained atom",
-}
-"""What replaces a write that holds a fact: a row of `writesae zoo`, and its name."""
-SHOWN_CONTROLS: tuple[Control, ...] = ("random", "shuffled", "pair_mean", "drawn", "quantised", "pca")
-"""What is written instead of an atom: directions, and the baselines that recover most."""
-DEMO_PASSES = 4400
+DEMO_PASSES = 2000
 """What the demo takes, in the time that a pass over a sequence does."""
-RIVAL_SENTENCE = "Additive quantizers, which take longer to fit, write as many (`writesae zoo`)."
-"""What the panels leave out: see docs/zoo_board.md."""
-SENTENCES = {
-    "recall": "One atom writes a fact into the memory, and the model recalls it",
-    "composition": "One atom changes one attribute of a fact, and the others stay",
-}
-"""Model of the zoo -> what is shown on it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
-    """Write facts into a memory by atoms; then read what one head of a language model writes, train dictionaries on it,
-    and replace the model's own writes by their atoms.
+    """Tell a small model a few facts, read its memory as a list of them, replace one, and ask again; then train two
+    dictionaries on what one head of a language model writes.
 
-    Facts are written in two small models whose mechanism is known, by atoms and by controls. The head of the language
-    model is the one whose writes do most, of those that remember for a while. Two dictionaries of its writes: one for
-    squared errors, one for errors in the model's own metric. At positions drawn uniformly, the model's own write is
-    replaced by the strongest atom and by what needs no training, and the report says how much of the write's effect
-    each recovers.
-    Offline, in about a minute on two cores."""
+    The head is the one whose writes do most, of those that remember for a while. One dictionary is trained for squared
+    errors, one for errors in the model's own metric. A table says what they recover on held-out text. The page has the
+    memory before and after, the circuit of the first answer, and the table.
+    Offline, in less than a minute on two cores."""
 
     model: str = "embedded"
     """Model to look into: one that ships with the package (embedded, embedded-mamba2, embedded-rwkv7), a folder, or a
@@ -97,26 +74,20 @@ class Demo:
     train_sequences: int = 320
     """Sequences of the training text, or all that there are."""
     eval_sequences: int = 24
-    """Sequences of the test."""
-    n_atoms: int = 24
-    """Times `firings_per_atom`: positions at which a write is replaced, drawn uniformly."""
-    firings_per_atom: int = 3
-    """See `n_atoms`."""
+    """Sequences of the held-out text."""
     seed: int = 0
-    """Seed of training, draws and controls."""
-    facts: int = 96
-    """Facts that are written first in each of two models whose mechanism is known; 0: none."""
+    """Seed of training."""
     out: Path = Path("writesae-out")
-    """Folder for report.html, facts.json, the writes that were read, the dictionaries and the results."""
+    """Folder for demo.html, circuit.svg, the writes that were read, and the dictionaries."""
 
     def __post_init__(self) -> None:
-        sizes = ("d_sae", "training_tokens", "context_size", "train_sequences", "eval_sequences", "n_atoms")
-        at_least(self, dict.fromkeys((*sizes, "firings_per_atom"), 1) | {"memory": 0, "seed": 0, "facts": 0})
+        sizes = ("d_sae", "training_tokens", "context_size", "train_sequences", "eval_sequences")
+        at_least(self, dict.fromkeys(sizes, 1) | {"memory": 0, "seed": 0})
 
     def run(self, say: Say = print) -> Path:
-        """Train and test each dictionary, and write everything to `out`: the report, the picture of a circuit, and for
-        each dictionary `sae/` and its result `substitution/`. Nothing is overwritten but the picture: the same command
-        resumes where it was stopped.
+        """Read and edit the memory, train the dictionaries, and write everything to `out`: the page, the picture of a
+        circuit, and for each dictionary `sae/`. Dictionaries are not overwritten: the same command resumes where it
+        was stopped.
 
         Raises:
             ValueError: the head is not there, or `out` cannot be written or holds a demo with other settings; before
@@ -124,15 +95,13 @@ class Demo:
         """
         settings = {name: value for name, value in dataclasses.asdict(self).items() if name != "out"}
         check_writable(self.out)
-        names = (FACTS, CIRCUIT, "collection", "report.html", "report.json", *map(_folder_name, RECIPES))
+        names = (PAGE, CIRCUIT, "collection", *map(_folder_name, RECIPES))
         check_settings(self.out, settings, names)
-        check_page(self.out / "report.html")
+        check_ours(self.out / PAGE)
         from hookpoints import HookedRecurrent, embedded
-        from hookpoints.files import atomic_text, sealed_json
+        from hookpoints.files import atomic_text
         from sae_lens_writesae.sae.collecting import collect
-        from writesae.experiment.terms import Terms
         from writesae.experiment.tokens import sample_sequences, say_time
-        from writesae.page.report import write_report
 
         with one_bar(STAGES, say) as stages:
             stages.next()
@@ -142,28 +111,24 @@ class Demo:
             text = sample_sequences(model, embedded.text("train"), self.context_size, self.train_sequences)
             with taken(self.out, stages.say):
                 say_time(model, text, DEMO_PASSES, self.out, stages.say)
-                facts = self.out / FACTS
-                opening = read_facts(facts) if facts.exists() else write_facts(self.facts)
+                recalled = recall()
+                keep_settings(self.out, settings, names)
+                atomic_text(self.out / CIRCUIT, recalled.circuit)
+                stages.say(recalled.told())
                 stages.next()
                 place = self._say_head(model, text, stages.say)
-                keep_settings(self.out, settings, names)
-                atomic_text(facts, sealed_json({"panels": [dataclasses.asdict(panel) for panel in opening]}))
                 stages.next()
                 collection = collect(model, text, [place[0]], [place[1]], self.out / "collection", dtype="float32")
                 stages.next()
-                terms = Terms(model, collection)
                 folders = {label: self.out / _folder_name(label) for label in RECIPES}
                 for label, folder in folders.items():
                     if not (folder / "sae").exists():
-                        save_dictionary(self._trained(terms, collection, place, RECIPES[label]), folder)
+                        save_dictionary(self._trained(model, collection, place, RECIPES[label]), folder)
                 stages.next()
-                results = self._results(model, folders, tokens, terms)
-                stages.say(quality_table({result.label: _quality(result) for result in results}))
-                stages.next()
-                recalled = recall()
-                atomic_text(self.out / CIRCUIT, recalled.circuit)
-                page = write_report(results, self.out / "report.html", opening=opening, recalled=recalled)
-        say(f"\n{recalled.told()}\ncircuit   {self.out / CIRCUIT}\n\nopen in a browser:")
+                quality = dictionary_qualities(model, folders, tokens)
+                stages.say(quality_table(quality))
+                page = atomic_text(self.out / PAGE, page_of(recalled, quality))
+        say(f"circuit   {self.out / CIRCUIT}\n\nopen in a browser:")
         return page
 
     def _say_head(self, model: HookedRecurrent, text: Tensor, say: Say) -> tuple[int, int]:
@@ -175,36 +140,6 @@ class Demo:
         memory = f"half of a write is left after {half_life:.0f} tokens"
         say(f"model {self.model!r}, {place}: {memory}; deleting all writes costs {nats:.3f} nats a token")
         return layer, head
-
-    def _results(
-        self, model: HookedRecurrent, folders: Mapping[str, Path], tokens: Tensor, terms: Terms
-    ) -> list[Result]:
-        """The substitution test of each dictionary, by label in its folder; those that are saved are read."""
-        from sae_lens_writesae.sae.load import load_sae
-        from writesae.dictionary.quality import quality_of_heads
-        from writesae.evaluations import load_result
-        from writesae.evaluations.substitution import Substitution
-
-        saes = {label: load_sae(folder / "sae") for label, folder in folders.items()}
-        quality = quality_of_heads(model, saes, tokens)
-        results = []
-        for label, sae in saes.items():
-            folder = folders[label] / "substitution"
-            if not folder.exists():
-                test = Substitution(
-                    n_atoms=self.n_atoms,
-                    firings_per_atom=self.firings_per_atom,
-                    atom_choice=("dominant",),
-                    scales=("coefficient",),
-                    controls=SHOWN_CONTROLS,
-                    seed=self.seed,
-                    label=label,
-                )
-                result = test.run(model, sae, tokens, reference=terms, progress=False)
-                measured = result.info | {"quality": {label: quality(label)}}
-                dataclasses.replace(result, info=measured).save(folder)
-            results.append(load_result(folder))
-        return results
 
     def check_head(self, model: HookedRecurrent) -> None:
         """Raise UnsupportedModelError or ValueError where the layer or the head that is named is not there."""
@@ -224,71 +159,69 @@ class Demo:
         return strongest_head(effects, self.memory)
 
     def _trained(
-        self, terms: Terms, collection: Collection, place: Sequence[int], metric: MetricName
+        self, model: HookedRecurrent, collection: Collection, place: tuple[int, int], metric: MetricName
     ) -> MatrixTrainingSAE:
         """A dictionary."""
-        from sae_lens_writesae.sae.metric import DAMPING
+        from sae_lens_writesae.sae.metric_fit import fit_metrics
         from sae_lens_writesae.sae.runner import train, training_config
 
         sizes = {name: getattr(self, name) for name in ("d_sae", "context_size", "seed", "training_tokens")}
         with quiet():
-            fitted = None if metric == "frobenius" else terms.metric(*place, min(64, len(terms.tokens)), DAMPING)
+            fitted = None if metric == "frobenius" else fit_metrics(model, collection.tokens[:64], [place])[place]
             cfg = training_config(collection, *place, metric=metric, sae={"k": 1}, verbose=False, **sizes)
             return train(cfg, metric=fitted)
-
-
-def _quality(result: Result) -> object:
-    return cast(dict, result.info["quality"])[result.label]
 
 
 def _folder_name(label: str) -> str:
     return label.replace(", ", "-")
 
 
-def read_facts(file: Path) -> list[Opening]:
-    """The panels that an earlier call saved: numbers and text, whoever wrote the file.
+def dictionary_qualities(model: HookedRecurrent, folders: Mapping[str, Path], tokens: Tensor) -> dict[str, Json]:
+    """What each dictionary recovers on tokens [N,T], as `DictionaryQuality.to_dict` has it, by label."""
+    from sae_lens_writesae.sae.load import load_sae
+    from writesae.dictionary.quality import quality_of_heads
 
-    Raises:
-        ValueError: the file holds something else, or was damaged or edited; names it.
-    """
-    from pydantic import TypeAdapter, ValidationError
-
-    from hookpoints.files import read_sealed_json
-    from writesae.page.report import Opening
-
-    try:
-        return TypeAdapter(list[Opening]).validate_python(read_sealed_json(file).get("panels"))
-    except ValidationError as error:
-        raise ValueError(
-            f"{file}: expected the panels of a demo, got {error.error_count()} errors, first "
-            f"{error.errors()[0]['msg']!r}; remove the file, and the facts are written again"
-        ) from error
+    saes = {label: load_sae(folder / "sae") for label, folder in folders.items()}
+    quality = quality_of_heads(model, saes, tokens)
+    return {label: quality(label) for label in saes}
 
 
-def write_facts(n: int) -> list[Opening]:
-    """Write n facts (or attributes of facts) into memories by each of `SHOWN_METHODS`, and ask the model for them: a
-    panel for each model of `SENTENCES`."""
-    from writesae.known.board import board
-    from writesae.page.report import Opening
-    from writesae.page.template import share_text
+class Held(NamedTuple):
+    """A memory in words."""
 
-    openings = []
-    for name, title in SENTENCES.items() if n else ():
-        with quiet():
-            scores = board(name, 1, 1024, n, 500, brief=True)
-        *text, old, new = scores["example"]
-        rates = {row["method"]: row for row in scores["rows"]}
-        atom = {kind: share_text(rate) for kind, rate in rates["writesae_product"].items() if isinstance(rate, dict)}
-        example = f"{' '.join(text)} → {old}. One atom replaces one write: → {new}."
-        shares = ", ".join(f"{kind} {rate}" for kind, rate in atom.items())
-        sentence = f"An atom, {n} facts of `{name}`: {shares}. {RIVAL_SENTENCE}"
-        rows: list[tuple[str, float, float, float]] = []
-        for method, label in SHOWN_METHODS.items():
-            changed = rates[method]["changed"]
-            mean, low, high = (changed["mean"] if end is None else end for end in changed.values())
-            rows.append((label, mean, low, high))
-        openings.append(Opening(title, example, sentence, "facts that are answered with the new value", tuple(rows)))
-    return openings
+    title: str
+    facts: tuple[tuple[str, float], ...]
+    """With their strengths."""
+    answer: str
+    """To the question, and its probability."""
+    share: float
+
+
+@dataclass(frozen=True)
+class Recalled:
+    """A text that a model was told, its memory as facts, and with one of them replaced."""
+
+    text: str
+    question: str
+    memories: tuple[Held, ...]
+    circuit: str
+    """An SVG element, which the page shows as it is: what made the first answer."""
+
+    def told(self) -> str:
+        """As lines of a terminal."""
+        lines = [f"text      {self.text}"]
+        for title, held in zip(("memory", "replaced"), self.memories):
+            facts = ", ".join(f"{fact} {strength:.2f}" for fact, strength in held.facts)
+            lines += [f"{title:8}  {facts}", f"answer    {self.question} {held.answer} ({held.share:.0%})"]
+        return "\n".join(lines)
+
+
+def page_of(recalled: Recalled, qualities: Mapping[str, Json]) -> str:
+    """The page, as HTML that needs no network."""
+    from writesae.page.template import environment
+
+    shown = {label: quality for label, quality in qualities.items() if quality}
+    return environment().get_template("demo.html").render(recalled=recalled, qualities=shown)
 
 
 def recall() -> Recalled:
@@ -298,7 +231,6 @@ def recall() -> Recalled:
 
     from hookpoints import HookedRecurrent, attribute, zoo
     from sae_lens_writesae.sae.load import load_sae
-    from writesae.page.report import Held, Recalled
 
     with quiet():
         model = HookedRecurrent.from_pretrained("facts").requires_grad_(False)

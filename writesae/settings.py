@@ -12,19 +12,22 @@ import importlib
 import itertools
 from dataclasses import field, make_dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-_ROOT = Path(__file__).parents[1]
-_PACKAGES = ("hookpoints", "sae_lens_writesae", "writesae")
+_PACKAGES = ("hookpoints", "sae_lens_writesae", "writesae", "writesae_study")
 
 
 @cache
 def definitions(module: str) -> dict[str, ast.stmt]:
     """The statement at the top of a module of this project that defines each name."""
-    file = _ROOT.joinpath(*module.split(".")).with_suffix(".py")
+    package, *inside = module.split(".")
+    spec = find_spec(package)  # of the package: a module inside is found without an import
+    root = Path(str(spec and spec.origin)).parent
+    file = root.joinpath(*inside).with_suffix(".py")
     defined: dict[str, ast.stmt] = {}
     for statement in ast.parse(file.read_text(encoding="utf-8")).body:
         match statement:

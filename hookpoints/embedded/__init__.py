@@ -23,7 +23,7 @@ Split = Literal["train", "test", "all"]
 
 _HERE = Path(__file__).parent
 _FOLDERS = {"embedded": "gdn", "embedded-mamba2": "mamba2", "embedded-rwkv7": "rwkv7"}
-# A form feed separates the held-out blocks in the file; scripts/train_embedded.py writes it.
+# A form feed separates the held-out blocks in the file; tools/train_embedded.py writes it.
 _SEPARATOR = "\f"
 # Every 4th held-out block, from the first, is for evaluation.
 _TEST_EVERY = 4

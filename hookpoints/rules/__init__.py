@@ -18,7 +18,7 @@ How to add a rule, here one that fla would compute by ``chunk_new_rule(q, k, v, 
    differs, override the smallest method that says so: ``read`` and ``feed`` for one factor, ``write_key`` or
    ``erase_key`` for the transition, ``read_result`` and ``write_result`` for what the op adds outside the state.
 3. Add it to ``RULES`` below, and the op to ``tests/hookpoints/rules/test_rules.py``, which compares every factor.
-   ``scripts/families.py`` writes its row of ``docs/families.md``, and the self-check tests it whenever a model of it is
+   ``tools/families.py`` writes its row of ``docs/families.md``, and the self-check tests it whenever a model of it is
    loaded.
 """
 

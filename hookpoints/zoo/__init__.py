@@ -7,7 +7,7 @@
     >>> holder = zoo.truth("recall").holders[0]  # which write holds which symbol
 
 Every folder that `path` returns is an ordinary Hugging Face checkpoint with a tokenizer of whole words ("Ada Paris"), a
-truth table and a card. ``scripts/train_zoo.py`` trains the models and measures their truth.
+truth table and a card. ``tools/train_zoo.py`` trains the models and measures their truth.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Holder:
 
 @dataclass(frozen=True)
 class Truth:
-    """What interventions found in a model; written by ``scripts/train_zoo.py``."""
+    """What interventions found in a model; written by ``tools/train_zoo.py``."""
 
     accuracy: Mapping[str, float]
     """By size of the task."""

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from hookpoints import HookedRecurrent, UnknownHookError
 from writesae.experiment import lab as lab_module
 from writesae.experiment.lab import EditedRows, Lab, Trial
-from writesae.experiment.readout import kl_window
 
 T, WINDOW = 26, 5
 TEXT = torch.randint(1, 64, (3, T), generator=torch.Generator().manual_seed(8))
@@ -105,22 +104,6 @@ def test_a_plain_row_runs_in_the_same_batch(model64: HookedRecurrent) -> None:
 
     assert lab.read(lab.site(1), trials, plain, WINDOW, plain=True)["gap"].max() < 1e-10
     assert lab.counts["runs"] == 12  # the plain row is no condition
-
-
-def test_the_floor_is_the_95th_percentile_of_what_a_no_op_moves(model64: HookedRecurrent) -> None:
-    lab, values = make_lab(model64), []
-    deleted = [Trial({}, t, lab.replace(t, None)) for t in range(4, 12)]
-    effect = lab.read(lab.site(0), deleted, kl_window, WINDOW)["kl"].median()
-    assert 0 <= lab.floor(kl_window, "kl", WINDOW) < 1e-14 < effect
-    assert lab.counts["runs"] == 8  # a reader counts conditions, not the floor
-
-    def read(rows: EditedRows) -> Mapping[str, NDArray[np.float64]]:
-        values.extend(-float(trial.position) for trial in rows.trials)
-        return {"x": np.array([-float(trial.position) for trial in rows.trials])}
-
-    floor = lab.floor(read, "x", WINDOW)
-    assert floor == np.quantile(np.abs(values), 0.95) > np.median(np.abs(values))
-    assert floor == make_lab(model64).floor(read, "x", WINDOW)  # seeded
 
 
 def test_sites_have_the_head_and_the_rows_of_each_sequence(model64: HookedRecurrent) -> None:

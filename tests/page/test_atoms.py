@@ -30,8 +30,8 @@ from writesae.page.atoms.data import TokenValue
 from writesae.page.atoms.measure import AtomFacts
 from writesae.page.atoms.pages import heatmap
 from writesae.page.atoms.text import TokenTexts, token_bytes, visible
+from writesae.page.format import percent
 from writesae.show import run_show
-from writesae.verdict.format import percent
 
 
 def test_a_planted_write_is_found_where_it_was_taken(

@@ -15,8 +15,8 @@ from playwright.sync_api import Browser, Page
 from page.planted_atoms import HEAD
 from writesae.page.atoms import AtomPage, AtomPagesData, write_atom_pages
 from writesae.page.prompt import PromptServer
-from writesae.page.report import write_report
 from writesae.page.template import environment
+from writesae_study.page.report import write_report
 
 pytestmark = pytest.mark.slow  # a browser
 

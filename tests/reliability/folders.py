@@ -13,11 +13,11 @@ from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
-from conftest import make_hf
 from made_up import HOLDS, made_up
 from saes import make_sae
 from safetensors.torch import load_file
 from sealing import damages, reseal
+from tiny_models import make_hf
 
 from hookpoints import HookedRecurrent, embedded
 from reliability.checks import REFUSED, Change, Comparison, check, outcome
@@ -25,7 +25,7 @@ from reliability.runs import fresh
 from sae_lens_writesae.sae.collecting import collect
 from sae_lens_writesae.sae.factors import Collection
 from sae_lens_writesae.sae.load import load_sae
-from writesae.evaluations import load_result
+from writesae_study.evaluations import load_result
 
 Contents = dict[str, object]
 TEXT = "The state of the Union — 12 years, naïve"

@@ -11,7 +11,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from conftest import make_hf
+from tiny_models import make_hf
 
 from hookpoints import attach
 from hookpoints.hooks.points import scopes_of

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from conftest import make_hf
 from sae_lens.saes.sae import SAEMetadata
+from tiny_models import make_hf
 
 from hookpoints import HookedRecurrent, WriteEdit
 from hookpoints import attribute as graph_of

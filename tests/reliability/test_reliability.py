@@ -8,7 +8,7 @@ import pytest
 
 from reliability import folders, running, writing  # noqa: F401 (they have checks)
 from reliability.checks import CHECKS
-from writesae.dictionary.suite import _folder
+from writesae_study.dictionary.suite import _folder
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),

@@ -28,9 +28,9 @@ from sae_lens_writesae.sae import fast
 from sae_lens_writesae.sae.collecting import collect
 from sae_lens_writesae.sae.factors import INDEX
 from writesae.dictionaries import Train
-from writesae.dictionary.suite import evaluate_all
-from writesae.evaluations import EVALUATIONS
 from writesae.files import taken
+from writesae_study.dictionary.suite import evaluate_all
+from writesae_study.evaluations import EVALUATIONS
 
 PRODUCT = Path(writesae.__file__).parents[1]
 Write = Callable[[HookedRecurrent, Path], object]

@@ -19,7 +19,7 @@ import sae_lens_writesae as W
 from sae_lens_writesae import sae as S
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae.load import CheckpointError
-from writesae.codes.books import pursued
+from writesae_study.codes.books import pursued
 
 K, V, D_IN, F, N = 5, 6, 30, 16, 11
 SHAPE: dict[str, Any] = {"d_in": D_IN, "d_sae": F, "d_k": K, "d_v": V, "dtype": "float64"}

@@ -7,6 +7,7 @@ from typing import Any, cast
 import pytest
 import torch
 from sae_lens.saes.sae import TrainStepInput
+from tests.conftest import MAKERS, make_hf
 from torch import Tensor, nn
 
 from hookpoints import HookedRecurrent
@@ -16,7 +17,6 @@ from sae_lens_writesae.sae.chunks import StateStack, step_on_states
 from sae_lens_writesae.sae.collecting import collect
 from sae_lens_writesae.sae.rows import new_sae, shuffled, train_on_rows
 from sae_lens_writesae.sae.runner import train, training_config
-from tests.conftest import MAKERS, make_hf
 
 T, BATCH, F = 23, 24, 60
 CLOSE: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-10}

@@ -13,6 +13,7 @@ import pytest
 import torch
 from datasets import Dataset
 from filelock import FileLock, Timeout
+from tests.conftest import make_hf
 from transformer_lens.hook_points import HookPoint
 
 from hookpoints import HookedRecurrent, UnknownHookError, UnsupportedModelError
@@ -24,7 +25,6 @@ from sae_lens_writesae.sae import collecting as module
 from sae_lens_writesae.sae.collecting import collect
 from sae_lens_writesae.sae.factors import INDEX, Collection, CollectionError, Mapped
 from sae_lens_writesae.sae.runner import text_dataset
-from tests.conftest import make_hf
 from writesae.cli import main
 
 LAYERS, HEADS, T = (0, 2), (1, 3), 16

@@ -17,7 +17,7 @@ from hookpoints.errors import InputError, OtherModelWarning
 from sae_lens_writesae import HookedSAERecurrent, collect, load_sae, train, training_config
 from sae_lens_writesae.sae.load import model_of
 from writesae.cli import main
-from writesae.evaluations.sign import Sign
+from writesae_study.evaluations.sign import Sign
 
 SIZES: dict[str, Any] = {"d_sae": 8, "sae": {"k": 2}, "training_tokens": 64, "train_batch_size_tokens": 32}
 LAYER, HEAD = 1, 1

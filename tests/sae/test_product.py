@@ -31,7 +31,6 @@ from sae_lens_writesae.sae import (
 )
 from sae_lens_writesae.sae.product import _distinct, _oriented, rank_one_rows
 from sae_lens_writesae.sae.runner import train
-from writesae.dictionary.controls import control_dictionary
 from writesae.dictionary.traits import matched_flat, n_parameters, variant
 from writesae.experiment.tokens import sample_sequences
 
@@ -351,18 +350,6 @@ def test_a_side_is_put_on_rows_of_large_writes() -> None:
     sae.resample(rows, torch.arange(24) % 6 == 0)
     cosines = normalize(rows.values[:, 0], dim=1) @ normalize(sae.value_atoms[0].detach(), dim=0)
     assert cosines.abs().argmax() < 4
-
-
-def test_control_dictionaries() -> None:
-    _, _, rows = world(300)
-    x = rows.dense().flatten(1)
-    sae: Any = WriteProductSAE(WriteProductSAEConfig(d_in=80, d_k=8, d_sae=36, f_key=4, f_value=9))
-    drawn: Any = control_dictionary(sae, x, rows)
-    assert_close(drawn.decoder_norm().data, torch.ones(36))
-    assert_close(drawn.W_enc.T.data, drawn.W_dec.data)
-    for side, of_writes in ((drawn.key_atoms, rows.keys[:, 0]), (drawn.value_atoms, rows.values[:, 0])):
-        cosines = normalize(side.detach(), dim=1) @ normalize(of_writes, dim=1).T
-        assert_close(cosines.amax(1), torch.ones(len(side)))
 
 
 # ---------------------------------------------------------------------------------------- on a model

@@ -22,6 +22,7 @@ from hookpoints import HookedRecurrent
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.sae.target import HeadHook, HookTarget, check_plain_activations, has_plain_activations
+from writesae.dictionary.estimates import Estimate, mean_estimate, recovered_share
 from writesae.experiment.firings import bar
 from writesae.experiment.lab import Lab
 from writesae.experiment.readout import divergences
@@ -29,7 +30,6 @@ from writesae.files import Json
 from writesae.head.matrices import decoded, dominant, encoded, matrices_of
 from writesae.head.upper import UpperModel
 from writesae.head.writes import ROUNDING, half_lives, head_writes
-from writesae.verdict.statistics import Estimate, estimate, recovered_share
 
 SEQUENCES = 64
 """Sequences of the text that are looked at, the first ones."""
@@ -68,7 +68,7 @@ class DictionaryQuality:
     """Median over sequences of 1 - KL(replaced) / KL(deleted). None: deletion moves no more than the floor.
 
     It is the typical share. All matrices of a sequence are replaced at once, so that a sequence is one large
-    observation: in 252 whole streams of docs/results the total differs by 0.4 points in the median, and 4.3 at most."""
+    observation: in 252 whole streams the total differs by 0.4 points in the median, and 4.3 at most."""
 
     def to_dict(self) -> dict[str, Json]:
         """Plain JSON values; an interval that does not exist is None."""
@@ -209,7 +209,7 @@ def _quality(target: HookTarget, rows: Sequence[OnSequence], n_positions: int) -
         alive=float(fired.float().mean()),
         coverage=sum(row.covered for row in rows) / n,
         cosine=float(cosines.mean()) if len(cosines) else None,
-        deleted=estimate(deleted, sequences),
+        deleted=mean_estimate(deleted, sequences),
         floor=floor,
         recovered=recovered,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -18,24 +17,16 @@ from torch import Tensor
 from hookpoints import EditSession, HookedRecurrent, Recurrence, WriteEdit
 from hookpoints.files import versions
 from sae_lens_writesae.atom.low_rank import LowRank
-from sae_lens_writesae.errors import NothingToMeasureError
-from sae_lens_writesae.sae.matrix import MatrixSAE
-from sae_lens_writesae.sae.target import HeadHook, atoms_of, check_hook, check_plain_activations, head_target
-from writesae.codes.head_baselines import HeadBaselines
-from writesae.experiment.firings import Firings, bar, collect_firings, folds, in_one_pass
-from writesae.experiment.terms import Terms
+from sae_lens_writesae.sae.target import HeadHook, atoms_of, check_hook, check_plain_activations
+from writesae.experiment.firings import Firings, bar, collect_firings
 from writesae.files import Json
 from writesae.head.writes import head_writes, joined
 
-LayerHead: TypeAlias = tuple[int, int]
-"""Layer and head."""
 T = TypeVar("T")
 M = TypeVar("M", bound=LowRank | None)
 
 _LOGIT_FLOATS = 128_000_000
 """Float32 logits of one batch: 512 MB."""
-_NO_OPS = 32
-"""Places at which the native write is written again to measure the floor."""
 
 
 class Trial(NamedTuple):
@@ -47,15 +38,6 @@ class Trial(NamedTuple):
     """First edited token; the readout begins there."""
     edits: WriteEdit | Sequence[WriteEdit]
     """What is edited; an empty list runs the plain model by the same arithmetic."""
-
-
-def trials_at(rows: pd.DataFrame, edit: Callable[[int, M, int], WriteEdit], matrices: M) -> list[Trial]:
-    """An edited run for each row of a table: at its `position`, `edit` (`Lab.add` or `Lab.replace`) of its matrix."""
-    records = cast(list[dict[str, object]], rows.to_dict("records"))
-    trials = []
-    for n, (row, position) in enumerate(zip(records, rows["position"].tolist())):
-        trials.append(Trial(row, position, edit(position, matrices, n)))
-    return trials
 
 
 class EditedRows(NamedTuple):
@@ -136,69 +118,40 @@ class Site(NamedTuple):
 
 
 class Lab:
-    """One head, its dictionaries, and a text; what every evaluation works with.
+    """Some dictionaries of one head, and a text; what pages and measures of dictionaries work with.
 
     Args:
         model: the hooked model.
-        saes: dictionaries by label, all of which read the same head; or the layer and number of a head, about which a
-            question is asked that needs no dictionary.
+        saes: dictionaries by label, all of which read the same head.
         tokens: [N,T] token ids.
-        reference: other text, which nothing is tested on, for what is fitted to the head: [M,S] token ids, or the terms
-            of a training text.
-        seed: seed of the evaluation.
+        seed: seed of every draw.
         rows_per_run: largest number of edited rows in one pass.
         progress: show progress bars.
-        one_head: all dictionaries read one head. Otherwise they read different heads of one layer, and `hook`, `sae`
-            and the sites are those of the first.
 
     Raises:
-        ValueError: a reference that holds a tested sequence, no dictionary, one that does not fit the model, or
-            dictionaries of other heads than `one_head` says.
+        ValueError: no dictionary, one that does not fit the model, or dictionaries of several heads.
     """
 
     def __init__(
         self,
         model: HookedRecurrent,
-        saes: Mapping[str, SAE] | LayerHead,
+        saes: Mapping[str, SAE],
         tokens: Tensor,
         *,
-        reference: Tensor | Terms | None = None,
         seed: int = 0,
         rows_per_run: int = 256,
         progress: bool = False,
-        one_head: bool = True,
     ):
-        self.reference = Terms(model, reference) if isinstance(reference, Tensor) else reference
-        if self.reference is not None:
-            fitted_on = self.reference.tokens
-            # Of both the beginnings: a text that is cut to another length is the same text.
-            length = min(tokens.shape[1], fitted_on.shape[1])
-            tested = set(map(tuple, tokens[:, :length].tolist()))
-            shared = sum(tuple(row) in tested for row in fitted_on[:, :length].tolist())
-            if shared:
-                raise ValueError(
-                    f"reference is other text than tokens, but {shared} of its {len(fitted_on)} sequences are tested; "
-                    "leave those out, or pass no reference: then each half of the sequences is the other one's"
-                )
-        if isinstance(saes, tuple):
-            self.saes: dict[str, SAE] = {}
-            self.hooks = {"": HeadHook.parse(head_target(model, *saes).hook_name)}
-        else:
-            self.saes = dict(saes)
-            self.hooks = {label: HeadHook.of(sae) for label, sae in saes.items()}
-        for label, sae in self.saes.items():
-            check_hook(model, self.hooks[label].name, sae.cfg, label or "the SAE given")
-        cells = {hook.cell for hook in self.hooks.values()}
-        layers = {hook.layer for hook in self.hooks.values()}
-        if len(layers) != 1 or len(cells) != (1 if one_head else len(self.saes)):
-            expected = "of one head" if one_head else "of different heads of one layer"
-            listed = "; ".join(f"{label}: {hook.name}" for label, hook in self.hooks.items())
-            raise ValueError(f"expected dictionaries {expected}, got {listed or 'none'}")
         self.model = model
+        self.saes = dict(saes)
         self.tokens = tokens
         self.seed = seed
         self.rows_per_run = rows_per_run
         self.progress = progress
+        self.hooks = self.head_hooks()
+        for label, sae in self.saes.items():
+            check_hook(model, self.hooks[label].name, sae.cfg, label or "the SAE given")
+        self.check_heads()
         self.skipped: Counter[str] = Counter()
         """Units that could not be measured, by reason."""
         self.facts: dict[str, Json] = {}
@@ -206,25 +159,26 @@ class Lab:
         self.counts: Counter[str] = Counter()
         """`runs`: edited runs so far, without those that measured a floor."""
         self._firings: dict[str, Firings] = {}
-        # Shared by the runs that have these terms: a fit costs seconds.
-        self._baselines = {} if self.reference is None else self.reference.fitted
 
-    def only(self, label: str) -> Lab:
-        """A view of this laboratory with one of its dictionaries. Firings, baselines, counts of runs, and what is left
-        out are shared; the facts are the view's own."""
-        view = copy.copy(self)  # shallow: counters and what is kept are the same objects
-        view.saes = {label: self.saes[label]}
-        view.hooks = {label: self.hooks[label]}
-        view.facts = {}
-        return view
+    def head_hooks(self) -> dict[str, HeadHook]:
+        """The hook that each dictionary reads, by label."""
+        return {label: HeadHook.of(sae) for label, sae in self.saes.items()}
+
+    def check_heads(self) -> None:
+        """Raise ValueError unless all dictionaries read one head."""
+        if len({hook.cell for hook in self.hooks.values()}) != 1:
+            self.refuse_heads("of one head")
+
+    def refuse_heads(self, expected: str) -> None:
+        """Raise ValueError, which lists the heads that the dictionaries read."""
+        listed = "; ".join(f"{label}: {hook.name}" for label, hook in self.hooks.items())
+        raise ValueError(f"expected dictionaries {expected}, got {listed or 'none'}")
 
     # -- the head and its dictionaries
 
     @property
     def sae(self) -> SAE:
         """The dictionary; the first one where there are several."""
-        if not self.saes:
-            raise ValueError(f"expected a dictionary of {self.hook.cell}, got the head alone; this question needs one")
         return next(iter(self.saes.values()))
 
     @property
@@ -292,61 +246,6 @@ class Lab:
         tokens = self.tokens[sequence].view(-1, self.tokens.shape[1])
         return self._of_head(self.model.recurrence(tokens, self.hook.layer))
 
-    def recurrences(self, count: int) -> list[Recurrence]:
-        """The same of each of the first sequences, B = 1, on the host."""
-        recurrences = []
-        for part in in_one_pass(self.tokens[:count], self.model.cfg.device):
-            batch = self.recurrence(part).on_host()
-            recurrences += [batch.select(rows=slice(row, row + 1)) for row in range(batch.B)]
-        return recurrences
-
-    @torch.no_grad()
-    def baselines(self, sequence: int, *, n_codes: int | None = None, components: int = 4) -> HeadBaselines:
-        """What can be written at the tokens of `sequence` without a dictionary, fitted on other text: on `reference`,
-        or where there is none on that half of the sequences which `sequence` is not in (`folds`). Kept.
-
-        Args:
-            n_codes: drawn writes, and codes of the quantizer. None: as many as the dictionary has atoms (those
-                of the larger side, where they are products).
-
-        Baselines see all of that text, in the metric that the dictionary was trained in. Where it saw more, the fact
-        `unequal` says so.
-
-        Cost: a forward up to the layer for each sequence of that text; then as `HeadBaselines.fit`.
-
-        Raises:
-            NothingToMeasureError: there is no other text.
-        """
-        if n_codes is None:
-            n_codes = self.sae.n_factors if isinstance(self.sae, MatrixSAE) else int(self.sae.cfg.d_sae)
-        fold = -1
-        terms = self.reference
-        if terms is None:
-            half = folds(np.arange(len(self.tokens)), self.seed)
-            fold = int(half[sequence])
-            other_half = [n for n in half if half[n] != fold]
-            terms = Terms(self.model, self.tokens[other_half])
-        self.facts["unequal"] = terms.unequal(self.sae)
-        metric = [self.sae.cfg.metadata.get(name) for name in ("metric", "metric_sequences", "metric_damping")]
-        key = (self.hook.cell, self.seed, n_codes, components, fold, *metric)
-        if key not in self._baselines:
-            self.require(
-                len(terms.tokens) > 0,
-                "baselines are fitted on other text than they are tested on, and there is one sequence only; give "
-                "more, or a reference, or leave the baselines out of controls",
-            )
-            writes = terms.writes(self.hook.layer, self.hook.head)
-            self.require(bool((writes.norm() > 0).any()), "every write of the other text is zero; there is no baseline")
-            self._baselines[key] = HeadBaselines.fit(
-                writes,
-                terms.contexts,
-                n_codes=n_codes,
-                components=components,
-                rng=self.rng(41, max(0, fold)),
-                metric=terms.metric_of(self.sae),
-            )
-        return self._baselines[key]
-
     # -- edits
 
     def add(self, position: int, added: LowRank, row: int = 0) -> WriteEdit:
@@ -401,45 +300,11 @@ class Lab:
         # The index of a part is the number of its trial, so that rows come back in the order of the trials.
         return pd.DataFrame([trial.row for trial in trials]).join(pd.concat(parts))
 
-    def floor(
-        self, readout: Readout, column: str, window: int, quantile: float = 0.95, *, plain: bool = False
-    ) -> float:
-        """What a no-op moves: the native write is written again through the edit path, and `column` of the readout is
-        read. Measured in the model's own dtype.
-
-        Args:
-            plain: as in `read`.
-
-        Returns: the `quantile` of the absolute values over at most 32 places. Cost: one edited row each.
-        """
-        rng = self.rng(97)
-        values = []
-        before = self.counts["runs"]
-        last = self.tokens.shape[1] - window
-        for sequence in rng.permutation(len(self.tokens))[:4].tolist():
-            site = self.site(sequence)
-            # Not at token 0, where there is another: its state holds nothing but the write itself.
-            candidates = np.arange(min(1, last), last + 1)
-            positions = np.sort(rng.choice(candidates, _NO_OPS // 4)).tolist()
-            trials = [Trial({}, t, self.replace(t, site.writes, t)) for t in positions]
-            table = self.read(site, trials, readout, window, plain=plain)
-            values.append(table[column].abs())
-        self.counts["runs"] = before  # a reader counts conditions, not this
-        return float(pd.concat(values).quantile(quantile))
-
     # -- bookkeeping
 
     def bar(self, items: Sequence[T], name: str) -> Iterator[T]:
         """`items`, with a progress bar where it was asked for."""
         return iter(bar(items, name, self.progress))
-
-    def require(self, condition: bool, message: str) -> None:
-        """Raise NothingToMeasureError with `message`, and what was left out so far, unless `condition` holds."""
-        if not condition:
-            counts = "; ".join(f"{n} ({why})" for why, n in self.skipped.items() if n)
-            if counts:
-                message += f". Left out: {counts}"
-            raise NothingToMeasureError(message)
 
     def describe(self, label: str = "") -> dict[str, Json]:
         """The part of a result's `info` that all evaluations share."""

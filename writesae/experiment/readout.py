@@ -5,17 +5,10 @@ Each readout gives one value per trial. `Lab.read` calls it with the logits of a
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
-
-from writesae.experiment.lab import EditedRows, Readout
-from writesae.head.upper import nats
 
 _BLOCK_FLOATS = 2**18
 """Logits widened at once: 2 MB in float64, which stay in a cache (a third of the time of 128 MB)."""
@@ -57,56 +50,3 @@ def divergences(native: Tensor, positions: Tensor, edited: Tensor) -> Divergence
         both[0, block] = torch.linalg.vecdot(share_native[which[block]], gap)
         both[1, block] = -torch.linalg.vecdot(log_edited.exp_(), gap)  # in place: read last
     return Divergences(*both.clamp_min_(0).cpu().view(2, *positions.shape))
-
-
-_KL = {
-    "kl_window": "nats, mean over t..t+horizon of KL(native || edited)",
-    "kl_at": "nats, at t",
-    "kl_next": "nats, at t + 1",
-}
-KL_METRICS: dict[str, str] = _KL | {f"reverse_{name}": "the same for KL(edited || native)" for name in _KL}
-"""Columns of `kl_metrics`."""
-
-
-def kl_metrics(rows: EditedRows) -> Mapping[str, NDArray[np.float64]]:
-    """KL at t, at t + 1, and the mean over the window, in both directions."""
-    forward, reverse = divergences(rows.native, rows.positions, rows.window)
-    columns: dict[str, NDArray[np.float64]] = {}
-    for direction, kl in {"": forward, "reverse_": reverse}.items():
-        columns[f"{direction}kl_window"] = kl.mean(1).numpy()
-        columns[f"{direction}kl_at"] = kl[:, 0].numpy()
-        columns[f"{direction}kl_next"] = kl[:, 1].numpy()
-    return columns
-
-
-def kl_window(rows: EditedRows) -> Mapping[str, NDArray[np.float64]]:
-    """`kl`: KL(native || edited) in nats, mean over the window; `kl_at`: at its first token."""
-    kl = divergences(rows.native, rows.positions, rows.window).forward
-    return {"kl": kl.mean(1).numpy(), "kl_at": kl[:, 0].numpy()}
-
-
-def native_log_prob(rows: EditedRows) -> Tensor:
-    """Mean over the window of log p without edits: [n,vocab], float32, nats."""
-    return rows.native_window.float().log_softmax(-1).mean(1)
-
-
-def log_prob_change(rows: EditedRows) -> Tensor:
-    """Mean over the window of log p(edited) - log p(native): [n,vocab], float32, nats."""
-    return rows.window.float().log_softmax(-1).mean(1) - native_log_prob(rows)
-
-
-def bits_per_token(logits: Tensor, tokens: Tensor) -> float:
-    """Mean of -log2 p(next token) over a sequence: logits [T,vocab], tokens [T]."""
-    return nats(logits, tokens) / math.log(2)
-
-
-def added_bits(tokens: Tensor) -> Readout:
-    """`bits`: bits per token of the whole sequence `tokens` [T], more than without edits. Runs must go to the end."""
-
-    def read(rows: EditedRows) -> Mapping[str, NDArray[np.float64]]:
-        plain = bits_per_token(rows.native, tokens)
-        before = rows.native[: rows.start]
-        bits = [bits_per_token(torch.cat([before, logits]), tokens) for logits in rows.logits]
-        return {"bits": np.array(bits) - plain}
-
-    return read

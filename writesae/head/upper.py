@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Self, TypeAlias
 
-import torch
 from torch import Tensor
 
 from hookpoints import HookedRecurrent, Recurrence
@@ -60,9 +59,3 @@ class UpperModel(NamedTuple):
         stream = self.stream.expand(rows, *self.stream.shape[1:])
         tokens = self.tokens.expand(rows, *self.tokens.shape[1:])
         return self.model.run_with_hooks(stream, fwd_hooks=hooks, start_at_layer=self.layer, tokens=tokens)
-
-
-def nats(logits: Tensor, tokens: Tensor) -> float:
-    """Mean of -log p(next token) over a sequence: logits [T,vocab], tokens [T]."""
-    # In float64: what an edit costs is a small difference of two of these.
-    return float(torch.nn.functional.cross_entropy(logits[:-1].double(), tokens[1:].to(logits.device)))

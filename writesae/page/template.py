@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 
 import jinja2
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
-from writesae.verdict.format import interval, number, percent
+from writesae.page.format import interval, number, percent
 
 
 def markdown(text: str) -> Markup:
@@ -18,16 +17,17 @@ def markdown(text: str) -> Markup:
     return Markup(MarkdownIt("commonmark", {"html": False}).disable("image").render(text))
 
 
-def environment(**filters: Callable[..., object]) -> jinja2.Environment:
-    """Templates of this package, with every value escaped, and further filters."""
+def environment(*packages: str, **filters: Callable[..., object]) -> jinja2.Environment:
+    """Templates of this package and of others, with every value escaped, and further filters."""
+    loaders = [jinja2.PackageLoader(package, "page") for package in ("writesae", *packages)]
     made = jinja2.Environment(
-        loader=jinja2.PackageLoader("writesae", "page"),
+        loader=jinja2.ChoiceLoader(loaders),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"cell": cell_text, "share": share_text, "controls": control_rows, "markdown": markdown} | filters
+    made.filters |= {"cell": cell_text, "share": share_text, "markdown": markdown} | filters
     return made
 
 
@@ -48,13 +48,3 @@ def share_text(value: float | Mapping[str, float | None] | None) -> str:
     high = value["high"]
     share = percent(value["mean"] or 0)
     return share if low is None or high is None else share + interval(low, high, percent)
-
-
-def control_rows(text: str) -> list[tuple[str, str, str]]:
-    """Name, number and interval of each control of `Claim.controls`; the name is empty where no number follows one."""
-    named = r"(.+?):? ((?:[-−+<>≤≥]|below |above )*\d[^\s\[]*|–) ?(.*)"
-    rows = []
-    for control in filter(None, text.split("; ")):
-        match = re.fullmatch(named, control)
-        rows.append((match[1], match[2], match[3]) if match else ("", control, ""))
-    return rows

@@ -19,7 +19,7 @@ from xml.etree import ElementTree
 import pandas as pd
 import pytest
 import torch
-from conftest import VOCAB, KeepFloat64, hooked_in_float64, make_hf
+from tiny_models import VOCAB, KeepFloat64, hooked_in_float64, make_hf
 from torch import Tensor
 from torch.nn import functional as F
 

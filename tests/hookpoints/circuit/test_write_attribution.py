@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MAKERS, VOCAB, KeepFloat64, hooked_in_float64, make_hf
+from tiny_models import MAKERS, VOCAB, KeepFloat64, hooked_in_float64, make_hf
 from torch import Tensor
 from torch.nn import functional as F
 

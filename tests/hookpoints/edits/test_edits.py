@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOCAB, continuing, make_hf
+from tiny_models import VOCAB, continuing, make_hf
 from torch.testing import assert_close
 
 from hookpoints import EditSession, HookedRecurrent, WriteEdit

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from hookpoints import embedded
 
-SCRIPTS = Path(__file__).parents[3] / "scripts"
+SCRIPTS = Path(__file__).parents[3] / "tools"
 sys.path.insert(0, str(SCRIPTS))
 
 import train_embedded as script  # noqa: E402

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOCAB, KeepFloat64
 from fla_models import MODEL_TYPES, make_fla
+from tiny_models import VOCAB, KeepFloat64
 from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent, UnsupportedModelError, WriteEdit, attach, attribute

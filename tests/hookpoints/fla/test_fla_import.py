@@ -8,8 +8,8 @@ import warnings
 import pytest
 import torch
 import transformers
-from conftest import MAKERS, make_hf
 from fla_models import import_fla, make_fla
+from tiny_models import MAKERS, make_hf
 from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent, UnsupportedModelError

@@ -8,8 +8,8 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import KeepFloat64
 from fla_models import import_fla
+from tiny_models import KeepFloat64
 from torch.testing import assert_close
 
 from hookpoints import Recurrence

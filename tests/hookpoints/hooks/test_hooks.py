@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import make_hf
 from recurrences import normal, random_recurrence
+from tiny_models import make_hf
 from torch.testing import assert_close
 from transformer_lens import ActivationCache
 

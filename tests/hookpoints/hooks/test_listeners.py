@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import make_hf
+from tiny_models import make_hf
 from transformer_lens.hook_points import HookPoint
 
 from hookpoints import HookedRecurrent, WriteEdit

@@ -6,7 +6,7 @@ from typing import cast
 
 import pytest
 import torch
-from conftest import MAMBA1, continuing
+from tiny_models import MAMBA1, continuing
 from torch.testing import assert_close
 from transformer_lens import head_detector
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOCAB
 from recurrences import FORMS, random_recurrence
+from tiny_models import VOCAB
 from torch.testing import assert_close
 
 from hookpoints.edits.edit import LowRankChange

@@ -9,7 +9,7 @@ from operator import attrgetter
 import pytest
 import torch
 import transformers.models.qwen3_5.modeling_qwen3_5 as upstream
-from conftest import MAKERS, make_hf
+from tiny_models import MAKERS, make_hf
 from torch.testing import assert_close
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 

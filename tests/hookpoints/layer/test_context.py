@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, ExitStack
 
 import pytest
 import torch
-from conftest import make_hf
+from tiny_models import make_hf
 
 from hookpoints import HookedRecurrent, UnsupportedModelError, WriteEdit, attach
 

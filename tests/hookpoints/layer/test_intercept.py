@@ -11,7 +11,7 @@ import types
 import pytest
 import torch
 import transformers.models.qwen3_5.modeling_qwen3_5 as upstream
-from conftest import continuing, make_hf
+from tiny_models import continuing, make_hf
 from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent, HookpointsError, WriteEdit

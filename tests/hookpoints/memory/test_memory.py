@@ -11,9 +11,9 @@ from typing import cast
 
 import pytest
 import torch
-from conftest import MAKERS, VOCAB, KeepFloat64, hooked_in_float64, make_hf
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_models import MAKERS, VOCAB, KeepFloat64, hooked_in_float64, make_hf
 from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent, Memory, WriteEdit, zoo

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from conftest import make_hf
+from tiny_models import make_hf
 
 from hookpoints import HookedRecurrent, HookpointsError, UnsupportedModelError, WriteEdit, attach
 from hookpoints.errors import SelfCheckError

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from conftest import MAKERS
+from tiny_models import MAKERS
 
 from hookpoints import (
     HookedRecurrent,

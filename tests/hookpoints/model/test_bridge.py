@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import _MODELS, MAKERS, make_hf
+from tiny_models import _MODELS, MAKERS, make_hf
 from torch.testing import assert_close
 from transformer_lens.factories import architecture_adapter_factory
 from transformer_lens.model_bridge import TransformerBridge

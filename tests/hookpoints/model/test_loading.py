@@ -8,8 +8,8 @@ import re
 import pytest
 import torch
 import transformers
-from conftest import make_hf
 from safetensors.torch import load_file, save_file
+from tiny_models import make_hf
 from torch.testing import assert_close
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 

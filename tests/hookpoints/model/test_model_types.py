@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import VOCAB, hooked_in_float64, make_hf
 from recurrences import drawn as normal
+from tiny_models import VOCAB, hooked_in_float64, make_hf
 from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent, WriteEdit

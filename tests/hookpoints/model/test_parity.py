@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from conftest import make_hf
+from tiny_models import make_hf
 from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent, UnsupportedModelError

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 import transformers
-from conftest import MAKERS, make_hf
+from tiny_models import MAKERS, make_hf
 
 from hookpoints import HookedRecurrent, WriteEdit
 from hookpoints.errors import SelfCheckError

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 import transformer_lens
-from conftest import make_hf
+from tiny_models import make_hf
 from torch import nn
 from torch.testing import assert_close
 from transformer_lens import patching

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import accelerate
 import pytest
 import torch
-from conftest import make_hf
+from tiny_models import make_hf
 from torch import nn
 
 from hookpoints import HookedRecurrent, UnsupportedModelError, attach

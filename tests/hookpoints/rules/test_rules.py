@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import KeepFloat64, modelling
 from recurrences import drawn as normal
+from tiny_models import KeepFloat64, modelling
 from torch import Tensor
 from torch.nn import functional as F
 from torch.testing import assert_close

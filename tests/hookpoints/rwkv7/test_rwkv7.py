@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import VOCAB, make_hf
+from tiny_models import VOCAB, make_hf
 from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent

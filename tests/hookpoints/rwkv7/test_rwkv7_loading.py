@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_hf
 from safetensors.torch import load_file, save_file
+from tiny_models import make_hf
 
 from hookpoints import HookedRecurrent
 from hookpoints.model.config import RecurrentLayer

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import make_hf
 from rwkv7_oracles import ask_official, official_weights
+from tiny_models import make_hf
 from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent

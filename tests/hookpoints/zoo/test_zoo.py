@@ -10,7 +10,7 @@ from hookpoints import HookedRecurrent, UnknownModelError, attribute, zoo
 from hookpoints.errors import InputError
 from hookpoints.zoo.tasks import RELATIONS, Composition, Facts, Recall
 
-sys.path.insert(0, str(Path(__file__).parents[3] / "scripts"))
+sys.path.insert(0, str(Path(__file__).parents[3] / "tools"))
 
 import train_zoo as script
 

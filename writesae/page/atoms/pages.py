@@ -16,8 +16,8 @@ from hookpoints.files import atomic_text
 from writesae.files import check_ours
 from writesae.page.atoms.data import AtomPagesData, Term
 from writesae.page.atoms.text import EMPTY, symbol, visible
+from writesae.page.format import number, percent
 from writesae.page.template import environment
-from writesae.verdict.format import number, percent
 
 
 def write_atom_pages(data: AtomPagesData, folder: str | Path) -> Path:

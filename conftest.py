@@ -1,0 +1,19 @@
+"""Of the tests of product and study. What they run on is in `tests/tiny_models.py`, which loads torch: ten seconds that
+a process without tests does not need."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.hookimpl(optionalhook=True)  # xdist may not be loaded
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """One process where files are named: workers import torch again, which takes longer than few tests do."""
+    return 0 if any(".py" in name for name in config.args) else None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Of the processes of xdist, the first one only deals tests out, unless it is to list them."""
+    distributed = config.getoption("numprocesses", None) and not config.option.collectonly
+    if not distributed or hasattr(config, "workerinput"):
+        config.pluginmanager.import_plugin("tiny_models")

@@ -1,0 +1,146 @@
+"""Baselines without training: planted worlds in which each must find the truth, and steps written out by hand."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from saes import close, random_sae
+from torch import Tensor
+
+from hookpoints import HookedRecurrent
+from sae_lens_writesae.atom.low_rank import LowRank
+from sae_lens_writesae.errors import NothingToMeasureError
+from writesae_study.codes.books import lloyd
+from writesae_study.codes.head_baselines import BASELINES, HeadBaselines
+from writesae_study.experiment.bench import Bench
+from writesae_study.experiment.terms import tokens_and_before
+
+K, V, N = 5, 7, 240
+
+
+def gaussian(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def writes(n: int = N, rank: int = 1, seed: int = 0) -> LowRank:
+    return LowRank(gaussian(n, rank, K, seed=seed), gaussian(n, rank, V, seed=seed + 1))
+
+
+def text(n: int = N, vocabulary: int = 12, seed: int = 0) -> np.ndarray:
+    return tokens_and_before(torch.tensor(np.random.default_rng(seed).integers(0, vocabulary, n)))
+
+
+def fitted(of: LowRank, tokens: np.ndarray, n_codes: int = 20, components: int = 4, seed: int = 0) -> HeadBaselines:
+    return HeadBaselines.fit(of, tokens, n_codes=n_codes, components=components, rng=np.random.default_rng(seed))
+
+
+def shrunk_by_hand(of: LowRank, tokens: np.ndarray) -> dict[int, pd.DataFrame]:
+    """Means of the token (1) and of the pair (2) at each position, from dense matrices."""
+    dense = pd.DataFrame(of.dense().flatten(1).numpy())
+    levels = [np.zeros(len(tokens)), tokens[:, 1], 1000 * tokens[:, 0] + tokens[:, 1]]
+    shrunk, means = dense.groupby(levels[0]).transform("mean"), {}
+    for depth, (outer, inner) in enumerate(itertools.pairwise(levels), 1):
+        groups, above = dense.groupby(inner), dense.groupby(outer).transform("mean")
+        n, n_inner, n_outer = len(dense), groups.ngroups, len(set(outer))
+        raw, size = groups.transform("mean"), groups.transform("size").to_numpy()
+        noise = ((dense - raw) ** 2).to_numpy().sum() / (n - n_inner)
+        spread = n - (size / dense.groupby(outer).transform("size")).sum()
+        between = ((raw - above) ** 2).to_numpy().sum()
+        strength = noise * spread / (between - (n_inner - n_outer) * noise)
+        weight = (size / (size + strength))[:, None]
+        means[depth] = shrunk = weight * raw + (1 - weight) * shrunk
+    return means
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_means_are_shrunk_as_by_hand(rank: int) -> None:
+    tokens = text()
+    by_token, by_pair = writes(12, rank, seed=3), writes(200, rank, seed=7)
+    of = writes(rank=rank) * 0.7
+    keys = of.keys + by_token.keys[tokens[:, 1]] + 0.5 * by_pair.keys[(12 * tokens[:, 0] + tokens[:, 1]) % 200]
+    of = LowRank(keys, of.values + by_token.values[tokens[:, 1]])
+    made = fitted(of, tokens)
+    assert all(0 < strength < np.inf for strength in made.strengths)
+    close(torch.tensor(fitted(of * 1e-4, tokens).strengths), torch.tensor(made.strengths))  # ratios have no unit
+    for depth, expected in shrunk_by_hand(of, tokens).items():
+        for pair, mean in zip(tokens.tolist(), expected.to_numpy()):
+            close(made.shrunk_mean(*pair, depth).flatten(), torch.tensor(mean))
+    close(made.mean, of.dense().mean(0))
+
+
+def test_a_write_that_is_a_function_of_its_token_is_found_and_an_unseen_token_has_the_mean() -> None:
+    tokens = text()
+    of = writes(12).rows(torch.tensor(tokens[:, 1]))
+    made = fitted(of, tokens)
+    close(made.written("token_mean", of, tokens).dense(), of.dense())
+    close(made.written("pair_mean", of, tokens).dense(), of.dense())
+    unseen = np.array([[3, 99]])
+    close(made.written("token_mean", of.rows([0]), unseen).dense()[0], made.mean, 1e-2)  # cut to 99.9 % of its square
+    close(made.shrunk_mean(3, 99, 1), made.mean)
+    close(made.shrunk_mean(99, 4, 2), made.shrunk_mean(0, 4, 1))  # an unseen pair has the mean of its token
+
+
+def test_drawn_is_the_write_with_the_largest_cosine_at_least_squares() -> None:
+    of, new = writes(), writes(9, seed=11)
+    made = fitted(of, text())
+    assert len(made.drawn) == 20 and float(made.drawn.cosines(of).max(1).values.min()) == pytest.approx(1)
+    best = made.drawn.rows(made.drawn.cosines(new).abs().argmax(0))
+    expected = best * (new.inner(best) / best.inner(best))
+    close(made.written("drawn", new, text()[:9]).dense(), expected.dense())
+
+
+def test_the_quantizer_finds_planted_directions_and_never_gets_worse() -> None:
+    truth = writes(6, seed=3)
+    which = torch.arange(N) % 6
+    of = truth.rows(which) * gaussian(N, seed=5)  # gains of either sign
+    noisy = LowRank(of.keys + 0.02 * gaussian(N, 1, K, seed=6), of.values)
+    codes = lloyd(noisy, noisy.rows(torch.arange(6)))
+    assert float(codes.cosines(truth).abs().max(0).values.min()) > 0.99
+    close(codes.norm(), torch.ones(6, dtype=torch.float64))
+    free, few = writes(seed=8), writes(10, seed=9)
+    fits = [free.cosines(each).square().max(1).values.sum() for each in (few, lloyd(free, few))]
+    assert fits[1] > fits[0]
+
+
+def test_principal_components_and_the_mean_write_what_lies_in_their_span() -> None:
+    axes = writes(3, seed=5)
+    of = LowRank.cat([axes.rows([j]).expand(N) * gaussian(N, seed=7 + j) for j in range(3)])
+    made = fitted(of, text(), components=3)
+    close(made.written("pca", of, text()).dense(), of.dense(), 0.1)  # cut to 99.9 % of the square
+    assert not torch.allclose(made.written("pca", writes(4), text()[:4]).dense(), writes(4).dense(), atol=0.1)
+
+
+# -- on a model
+
+
+def test_each_half_is_fitted_on_the_other(model64: HookedRecurrent, varied: Tensor) -> None:
+    lab = Bench(model64, {"": random_sae(model64)}, varied, seed=5)
+    for sequence in range(8):
+        own = lab.native_writes([sequence])
+        other = lab.baselines(sequence).writes
+        assert len(other) == 96 and not (other.keys[:, None] == own.keys[None]).all(-1).any()
+    assert len({id(lab.baselines(n)) for n in range(8)}) == 2  # fitted once for each half
+    assert len(lab.baselines(0).drawn) == 12  # as many as the dictionary has atoms
+    assert len(lab.baselines(0, n_codes=5).codes) == 5
+
+
+def test_other_text_takes_the_place_of_the_halves(model64: HookedRecurrent, varied: Tensor) -> None:
+    reference = torch.randint(1, 64, (3, 30), generator=torch.Generator().manual_seed(9))
+    lab = Bench(model64, {"": random_sae(model64)}, varied[:1], reference=reference)
+    assert len(lab.baselines(0).writes) == 90
+    again = Bench(model64, {"": random_sae(model64)}, varied[1:2], reference=lab.reference)
+    assert again.baselines(0) is lab.baselines(0)  # runs that share the text share the fit
+    native = lab.native_writes([0])
+    for name in BASELINES:
+        assert len(lab.baselines(0).written(name, native, tokens_and_before(varied[0]))) == 24
+    with pytest.raises(ValueError, match="1 of its 3"):
+        Bench(model64, {"": random_sae(model64)}, reference[1:2], reference=reference)
+
+
+def test_one_sequence_without_other_text_has_no_baseline(model64: HookedRecurrent, varied: Tensor) -> None:
+    with pytest.raises(NothingToMeasureError, match="reference"):
+        Bench(model64, {"": random_sae(model64)}, varied[:1]).baselines(0)

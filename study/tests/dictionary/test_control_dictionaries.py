@@ -1,0 +1,103 @@
+"""Control dictionaries: the trained one's size, rule and activity, and atoms that nothing was learned for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from saes import untrained_sae
+from torch import Tensor
+from torch.nn.functional import normalize
+from torch.testing import assert_close
+
+from sae_lens_writesae import sae as S
+from sae_lens_writesae.atom.low_rank import LowRank
+from sae_lens_writesae.choices import Variant
+from sae_lens_writesae.sae.matrix import MatrixSAE
+from writesae_study.dictionary.controls import control_dictionary
+
+K, V, F, N = 6, 5, 20, 300
+VARIANTS: dict[str, Variant] = {name: S.VARIANTS[name] for name in ("WriteSAE", "TiedSAE", "FlatSAE", "WriteSAE-rank2")}
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+WRITES = LowRank.rank_one(draw(N, K), draw(N, V, seed=1))
+ROWS = WRITES.dense().flatten(1) + 0.3 * draw(K * V, seed=2)
+"""[N,K*V] the writes, and a constant matrix underneath."""
+
+
+def trained(architecture: str, **fields: object) -> MatrixSAE:
+    """Not trained: it only has weights, a threshold and biases of its own."""
+    sae = untrained_sae(architecture, S.INFERENCE, k=2, seed=3, d_in=K * V, d_k=K, d_sae=F, **fields)
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+        if architecture == "writesae_jumprelu":
+            sae.threshold.fill_(2.5)
+        if architecture in ("writesae_standard", "writesae_gated"):
+            (sae.b_enc if architecture == "writesae_standard" else sae.b_gate).sub_(2)
+    return sae
+
+
+def l0(sae: MatrixSAE) -> float:
+    return float((sae.encode(ROWS) > 0).sum(1).float().mean())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("architecture", [name for name in S.INFERENCE if name != "writesae_product"])
+def test_controls_are_alike_in_all_but_their_atoms(architecture: str, variant: str) -> None:
+    sae = trained(architecture, **VARIANTS[variant])
+    nearest = []
+    for control in (control_dictionary(sae, ROWS, WRITES), control_dictionary(sae, ROWS)):
+        assert type(control) is type(sae) and not control.training
+        shapes = [{name: p.shape for name, p in each.named_parameters()} for each in (control, sae)]
+        assert shapes[0] == shapes[1]
+        assert l0(control) == pytest.approx(l0(sae), abs=0.01)
+        assert_close(control.b_dec.data, ROWS.mean(0))
+        assert_close(control.decoder_norm().data, torch.ones(F))
+        assert_close(control.W_enc.T.data, control.W_dec.data)
+        nearest.append(torch.nn.functional.normalize(WRITES.dense().flatten(1), dim=1) @ control.W_dec.data.T)
+    assert_close(nearest[0].amax(0), torch.ones(F))
+    assert len(nearest[0].argmax(0).unique()) == F  # drawn without repetition
+    assert float(nearest[1].amax(0).median()) < 0.9
+
+
+def test_a_seed_is_a_draw() -> None:
+    sae = trained("writesae_jumprelu")
+    for drawn in (None, WRITES):
+        atoms = [control_dictionary(sae, ROWS, drawn, seed=seed).W_dec for seed in (1, 1, 2)]
+        assert_close(atoms[0], atoms[1])
+        assert not torch.allclose(atoms[0], atoms[2])
+    sae = trained("writesae_topk")
+    before = torch.random.get_rng_state()
+    sae.cfg.metadata.training_architecture_details = {"b_dec_init": "zeros"}
+    assert not control_dictionary(sae, ROWS).b_dec.any()  # as the trained one began
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_few_writes_are_repeated_and_zero_ones_are_not_drawn() -> None:
+    sae, some = trained("writesae_topk"), WRITES.rows([0, 1, 2])
+    with_zero = LowRank(torch.cat([some.keys, torch.zeros(9, 1, K)]), torch.cat([some.values, torch.ones(9, 1, V)]))
+    assert_close(control_dictionary(sae, ROWS, with_zero).atoms().cosines(some).amax(1), torch.ones(F))
+
+
+@pytest.mark.parametrize("architecture", ["writesae_jumprelu", "writesae_standard", "writesae_gated"])
+def test_controls_of_a_dead_dictionary_are_dead(architecture: str) -> None:
+    sae = trained(architecture)
+    with torch.no_grad():
+        getattr(sae, "b_gate" if architecture == "writesae_gated" else "b_enc").fill_(-1e6)
+    assert l0(sae) == l0(control_dictionary(sae, ROWS)) == l0(control_dictionary(sae, ROWS, WRITES)) == 0
+
+
+def test_a_control_of_pairs_has_sides_of_writes() -> None:
+    sae: Any = S.WriteProductSAE(S.WriteProductSAEConfig(d_in=K * V, d_k=K, d_sae=36, f_key=4, f_value=9))
+    drawn: Any = control_dictionary(sae, WRITES.dense().flatten(1), WRITES)
+    assert_close(drawn.decoder_norm().data, torch.ones(36))
+    assert_close(drawn.W_enc.T.data, drawn.W_dec.data)
+    for side, of_writes in ((drawn.key_atoms, WRITES.keys[:, 0]), (drawn.value_atoms, WRITES.values[:, 0])):
+        cosines = normalize(side.detach(), dim=1) @ normalize(of_writes, dim=1).T
+        assert_close(cosines.amax(1), torch.ones(len(side)))

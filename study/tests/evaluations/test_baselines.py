@@ -1,0 +1,97 @@
+"""Baselines: a dictionary that is right beside one that is not, what cannot be compared, fixed verdicts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from sae_lens import SAE
+from saes import STATE, make_sae, random_sae
+from torch import Tensor
+
+from hookpoints import HookedRecurrent
+from writesae_study.evaluations.baselines import Baselines
+from writesae_study.experiment.evaluation import Result
+
+
+def test_dictionaries_of_two_hooks_are_not_compared(model: HookedRecurrent, varied: Tensor) -> None:
+    saes = {"a": make_sae(model), "s": make_sae(model, hook=STATE)}
+    with pytest.raises(ValueError, match="one hook"):
+        Baselines().run(model, saes, varied, progress=False)
+
+
+def test_atoms_that_are_the_writes_cost_nothing(model64: HookedRecurrent, planted: SAE, equal_rows: Tensor) -> None:
+    few = Baselines(horizon=3, pca_ranks=(1,), state_ranks=(1,), pca_writes=20)
+    tables = few.run(model64, {"right": planted, "random": random_sae(model64)}, equal_rows, progress=False).tables
+    for table, measure in (("writes", "kl"), ("replacement", "nats")):
+        largest = tables[table].assign(cost=tables[table][measure].abs()).groupby("sae")["cost"].max()
+        assert largest["right"] < 1e-8 < 1e-5 < largest["random"], table
+
+
+# -- verdicts
+
+
+SAES = {"ours": "WriteSAE", "two": "WriteSAE-rank2", "flat": "FlatSAE", "small": "FlatSAE", "dense": "MatrixSAE"}
+
+
+def made_up(
+    kl: dict[tuple[str, str], float] | None = None,
+    nats: dict[tuple[str, str, str], float] | None = None,
+    dead: dict[str, int] | None = None,
+    drop: tuple[str, ...] = (),
+    target: str = "write",
+    n_sequences: int = 20,
+    selectivity: float = 0.98,
+    seed: int = 0,
+) -> Result:
+    """KLs by (sae, condition), costs by (hook, sae, method), dead atoms and selectivity by dictionary, with noise."""
+    rng = np.random.default_rng(seed)
+    rows = [
+        {
+            "sae": label,
+            "variant": name,
+            "d_sae": 20 if label == "small" else 400,
+            "parameters": 1000 if label in ("ours", "small") else 9000,
+            "explained": 0.5,
+            "l0": 3.0,
+            "dead": (dead or {}).get(label, 5),
+        }
+        for label, name in SAES.items()
+        if label not in drop
+    ]
+    dictionaries = pd.DataFrame(rows).assign(alive=lambda t: t["d_sae"] - t["dead"])
+    base = {("", "native"): 1e-13, ("", "delete"): 1.0, ("ours", "atom"): 0.2, ("ours", "svd"): 0.2}
+    base |= dict.fromkeys([("flat", "svd"), ("flat", "atom svd"), ("small", "svd")], 3.0)
+    base |= {("", name): 3.0 for name in ("random", "mean", "state", "pca 1", "pca 4")} | {("", "state_after"): 0.01}
+    writes = [
+        {"sequence": s, "position": p, "sae": sae, "condition": c, "kl": k * np.exp(0.5 * rng.normal())}
+        for (sae, c), k in (base | (kl or {})).items()
+        for s in range(n_sequences)
+        for p in (3, 9)
+    ]
+    costs = {(target, "", "itself"): 0.0, (target, "ours", "dictionary"): 0.01, (target, "two", "dictionary"): 0.01}
+    costs |= {(target, "", "mean"): 0.1, (target, "", "zero"): 0.2, ("state", "", "rank 1"): 1e-4} | (nats or {})
+    replacement = [
+        {"sequence": s, "sae": sae, "hook": h, "method": m, "nats": x * rng.uniform(0.95, 1.05), "native_nats": 3.0}
+        for (h, sae, m), x in costs.items()
+        for s in range(n_sequences)
+    ]
+    directions = [
+        {"sae": "ours", "sequence": s, "position": 3, "selectivity": x + 0.001 * rng.normal(), "chance": 0.98}
+        for s in range(n_sequences)
+        for x in [selectivity]
+    ]
+    tables = {
+        "dictionaries": dictionaries,
+        "writes": pd.DataFrame(writes).assign(cosine=0.1, norm=1.0),
+        "replacement": pd.DataFrame(replacement),
+        "selectivity": pd.DataFrame(directions),
+    }
+    return Result(
+        Baselines(pca_ranks=(1, 4), scale="matched"),
+        {"target": target, "label": "made up", "n_positions": 64, "d_vocab": 4096},
+        tables,
+    )
+
+
+NOTHING: dict[tuple[str, str], float] = {("", "delete"): 1e-13, ("ours", "atom"): 1e-14, ("ours", "svd"): 1e-14}

@@ -1,0 +1,207 @@
+"""What every evaluation promises, whatever it asks: found by its class, so that a new one is tested too.
+
+The results are those that the golden tables are compared with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+import pandas as pd
+import pytest
+import torch
+from golden.cases import HEADS, WRITE
+from golden.dictionaries import load_model, make_dictionary, sequences
+from golden.make import FIRST, result_of
+from saes import muted, random_sae
+from torch import Tensor
+
+from hookpoints import HookedRecurrent, UnknownHookError
+from sae_lens_writesae.errors import NothingToMeasureError
+from writesae_study.evaluations import EVALUATIONS, load_result
+from writesae_study.experiment.draws import halves
+from writesae_study.experiment.evaluation import Scope
+from writesae_study.verdict.paper import PAPER_CLAIMS, Outcome
+
+KINDS = sorted(EVALUATIONS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_class_says_what_it_is_and_checks_its_settings(kind: str) -> None:
+    made = EVALUATIONS[kind]
+    description = inspect.getdoc(made) or ""
+    assert "erdict" in description or "laim" in description, "the docstring is the page: it states the rule"
+    assert made.question.endswith("?") and set(made.answers) <= PAPER_CLAIMS.keys()
+    evaluation = dataclasses.replace(result_of(FIRST.get(kind, kind)).evaluation, seed=7, label="x")
+    assert made.from_dict(json.loads(json.dumps(evaluation.to_dict()))) == evaluation
+    wrong = {name: -1 for name in made.bounds()} | {name: ("nonsense",) for name in made.choices()}
+    for name, value in wrong.items():
+        with pytest.raises(ValueError, match=name):
+            made.from_dict({name: value})
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "word"),
+    [
+        ("amplify", {"tokens": (3,)}, "tokens"),
+        ("amplify", {"factors": (1.0, 4.0)}, "factors"),
+        ("amplify", {"headline": 3.0}, "headline"),
+        ("amplify", {"prompts": 1}, "prompts"),
+        ("erasure", {"min_firings": 20}, "min_firings"),
+        ("install", {"headline": 2.0}, "headline"),
+        ("install", {"sizes": (3.0, 0.0)}, "sizes"),
+        ("install", {"n_positions": 8, "prompt_tokens": 7}, "n_positions"),
+        ("install", {"semantic": (5,)}, "semantic"),
+        ("install", {"pairs": 1}, "pairs"),
+        ("logit_change", {"eps": (0.1,)}, "eps"),
+        ("logit_change", {"eps": (0.0, 1.0)}, "eps"),
+        ("logit_change", {"horizons": (-1,)}, "horizons"),
+        ("logit_change", {"horizons": (1, 1)}, "horizons"),
+        ("logit_change", {"ranks": ((3, 2),)}, "ranks"),
+        ("logit_change", {"unit": "parsec"}, "parsec"),
+        ("sign", {"sizes": (1.0, 0.0)}, "sizes"),
+        ("sign", {"ranks": ((5, 2),)}, "ranks"),
+        ("sign", {"n_positions": 1}, "n_positions"),
+        ("substitution", {"atom_choice": "best"}, "best"),
+        ("substitution", {"scales": ("matched", "unit")}, "unit"),
+        ("substitution", {"scales": ()}, "scales"),
+        ("substitution", {"controls": ("random", "random")}, "once"),
+        ("substitution", {"horizon": 0}, "horizon"),
+        ("substitution", {"atoms": (3, 3)}, "once"),
+        ("substitution", {"n_atoms": 0}, "n_atoms"),
+    ],
+)
+def test_settings_that_make_no_sense(kind: str, settings: dict[str, object], word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        EVALUATIONS[kind](**settings)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_result_is_what_the_class_documents_and_the_same_when_loaded(kind: str, tmp_path: Path) -> None:
+    result = result_of(FIRST.get(kind, kind))
+    for name, columns in EVALUATIONS[kind].columns.items():
+        table = result.tables[name]
+        allowed = {column for column, text in columns.items() if "missing" in text or column.endswith("_last")}
+        assert list(table.columns) == list(columns) and len(table)
+        assert not [c for c in table.columns if c not in allowed and bool(table[c].isna().any())], name
+    claims = result.claims()
+    for claim in claims:
+        assert claim.outcome in get_args(Outcome) and claim.sentence and "nan" not in claim.measured.lower()
+        assert claim.number is None or claim.number in EVALUATIONS[kind].answers
+    titles = [figure.svg.split("<title>")[1].split("</title>")[0] for figure in result.figures()]
+    assert claims and len(set(titles)) == len(titles)
+    loaded = load_result(result.save(tmp_path / kind))
+    assert (loaded.evaluation, loaded.info, loaded.claims()) == (result.evaluation, result.info, claims)
+    for name, table in result.tables.items():
+        pd.testing.assert_frame_equal(loaded.tables[name], table, check_dtype=False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("logit_change", {"n_atoms": None, "firings_per_atom": 8, "horizons": (0,), "ranks": ((1, 1),)}),
+        ("sign", {"n_positions": 12, "ranks": ((1, 10),), "sizes": (1.0,), "first_position": 3}),
+    ],
+)
+def test_writes_of_zero_are_left_out_and_counted(
+    model64: HookedRecurrent, varied: Tensor, kind: str, settings: dict[str, object]
+) -> None:
+    always = random_sae(model64, k=12, bias=5.0)  # fires on nothing, too
+    with muted(model64, 10):
+        result = EVALUATIONS[kind](**settings).run(model64, always, varied, progress=False)
+    table = next(iter(result.tables.values()))
+    assert table["position"].min() >= 10 and sum(result.info["n_skipped"].values()) > 0  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "chosen"),
+    [
+        (
+            "amplify",
+            {"n_tokens": 2, "min_count": 2, "min_firings": 2, "prompts": 3, "prompt_tokens": 5, "new_tokens": 6},
+            ["token", "atom", "count", "phi"],
+        ),
+        ("erasure", {"n_atoms": 6, "horizon": 3, "min_firings": 2}, ["atom", "token", "n_select", "selected"]),
+    ],
+)
+def test_what_is_chosen_never_sees_the_test_half(
+    model64: HookedRecurrent, varied: Tensor, kind: str, settings: dict[str, object], chosen: list[str]
+) -> None:
+    sae, split, changed = random_sae(model64), halves(len(varied), 0), varied.clone()
+    changed[split.test] = varied[split.test].flip(1)
+    evaluation = EVALUATIONS[kind](**settings)
+    one, other = (evaluation.run(model64, sae, ids, progress=False).tables["atoms"] for ids in (varied, changed))
+    assert one[chosen].equals(other[chosen]) and not one.equals(other)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_poor_input_is_refused_or_gives_no_verdict(kind: str, tmp_path: Path) -> None:
+    evaluation, model = result_of(FIRST.get(kind, kind)).evaluation, load_model("embedded")
+    tokens, labels = sequences("embedded", 48)[:8], ("a", "b") if evaluation.scope.compares else ("a",)
+    dead = {label: make_dictionary("embedded", **WRITE) for label in labels}  # type: ignore[arg-type]
+    with torch.no_grad():
+        for sae in dead.values():
+            sae.b_enc.fill_(-1e6)
+    with pytest.raises(ValueError, match="tokens"):
+        evaluation.run(model, dead, tokens[:, :1], progress=False)
+    with pytest.raises(ValueError, match="got"):  # two where one is asked for, or one for two
+        evaluation.run(model, {"a": dead["a"]} if len(dead) > 1 else dead | {"b": dead["a"]}, tokens, progress=False)
+    for some in (tokens[:1], tokens):
+        try:
+            result = evaluation.run(model, dead, some, progress=False, or_skip=True)
+        except ValueError:  # one sequence
+            assert len(some) == 1
+            continue
+        loaded = load_result(result.save(tmp_path / kind))
+        outcomes = {claim.outcome for claim in loaded.claims()}
+        assert loaded.skipped == result.skipped
+        if result.skipped is not None:
+            assert outcomes == {"not tested"}
+        elif evaluation.scope in (Scope.EACH, Scope.LAYER) or len(some) == 1:
+            assert outcomes <= {"not tested", "inconclusive", "below the floor"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_question_about_a_head_needs_no_dictionary(kind: str) -> None:
+    """It gives the numbers that it gives with one; the other questions refuse a head alone."""
+    result, model, tokens = result_of(FIRST.get(kind, kind)), load_model("embedded"), sequences("embedded", 48)[:8]
+    run = partial(result.evaluation.run, model, tokens=tokens, progress=False)
+    if result.evaluation.scope is not Scope.HEAD:
+        with pytest.raises(ValueError, match="expected a dictionary, got layer and head"):
+            run((2, 2))
+        return
+    with pytest.raises(UnknownHookError):
+        run((2, 99))
+    alone = run(HEADS["embedded"])
+    for name, table in result.tables.items():
+        pd.testing.assert_frame_equal(alone.tables[name], table)
+    assert result.info.keys() - alone.info.keys() == {"architecture", "d_sae"} and alone.info["saes"] == []
+    for name in alone.info.keys() - {"saes", "seconds"}:
+        assert alone.info[name] == result.info[name], name
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "dictionary", "n", "words"),
+    [
+        ("amplify", {"prompt_tokens": 5, "min_count": 2, "min_firings": 300}, {}, 8, "300 times"),
+        # Every atom fires everywhere, so that there is no place elsewhere.
+        ("erasure", {"min_firings": 2, "horizon": 3}, {"k": 12, "bias": 10.0}, 8, "elsewhere"),
+        ("install", {"pairs": 9, "prompt_tokens": 7, "new_tokens": 3}, {}, 8, r"27 prompts .* 24"),
+        ("passage", {}, {}, 3, "4 sequences"),
+        ("passage", {"min_firings": 300}, {}, 8, "300 times"),
+        ("passage", {}, {"bias": -1e6}, 8, "fires"),
+        ("seeds", {"min_firings": 9999}, {}, 8, "9999"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(
+    model64: HookedRecurrent, varied: Tensor, kind: str, settings: Any, dictionary: Any, n: int, words: str
+) -> None:
+    labels = ("a", "b") if EVALUATIONS[kind].scope.compares else ("a",)
+    with pytest.raises(NothingToMeasureError, match=words):
+        saes = {label: random_sae(model64, **dictionary) for label in labels}
+        EVALUATIONS[kind](**settings).run(model64, saes, varied[:n], progress=False)

@@ -1,0 +1,112 @@
+"""Logit change: small edits are predicted, batches change nothing, and verdicts of tables whose answers are known."""
+
+from __future__ import annotations
+
+from functools import lru_cache, partial
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from saes import random_sae
+from tiny_models import VOCAB, hooked_in_float64
+from torch import Tensor
+
+from hookpoints import HookedRecurrent
+from writesae_study.evaluations.logit_change import SCORED, LogitChange
+from writesae_study.experiment.evaluation import Result
+from writesae_study.verdict.fits import scores_table, with_control
+
+SMALL: dict[str, Any] = {
+    "n_atoms": 3,
+    "firings_per_atom": 2,
+    "horizons": (0, 3),
+    "ranks": ((1, 1), (2, 5)),
+    "eps": (1e-5, 1e-4),
+    "first_position": 4,
+}
+
+float64 = pytest.mark.usefixtures("_keep_float64")
+
+tiny = lru_cache(maxsize=4)(partial(hooked_in_float64, backend="recurrence"))
+
+
+TOKENS = torch.randint(1, VOCAB, (8, 24), generator=torch.Generator().manual_seed(1))
+
+
+def run(model: HookedRecurrent, sae: Any = None, tokens: Tensor | None = None, **changes: Any) -> Result:
+    dictionary = random_sae(model, 24) if sae is None else sae
+    text = TOKENS[:3] if tokens is None else tokens
+    return LogitChange(**SMALL | changes).run(model, dictionary, text, progress=False)
+
+
+# -- measuring
+
+
+@float64
+def test_small_edits_are_predicted() -> None:
+    model = tiny("qwen3_5")
+    small = run(model, random_sae(model, 24), TOKENS, n_atoms=6, eps=(1e-5, 3e-5))
+    scores = small.tables["scores"].query("predictor == 'F2' and horizon == 'all' and rank == 'all'")
+    assert scores.set_index("eps")["r2"]["1e-05"] > 0.999 and small.claims()[2].outcome == "holds"
+
+
+@float64
+def test_batches_and_inference_mode_change_nothing_and_nothing_is_left_behind() -> None:
+    model = tiny("mamba2")
+    whole = run(model).tables["cells"]
+    with torch.inference_mode():
+        again = run(model, rows_per_run=1).tables["cells"]
+    pd.testing.assert_frame_equal(again, whole, rtol=1e-5, atol=1e-13)
+    assert all(parameter.grad is None for parameter in model.hf_model.parameters())
+    assert not any(len(point.fwd_hooks) for point in model.hook_dict.values())
+
+
+# -- judging, on tables whose answers are known
+
+
+def made_up(*, curve: float = 0.0, first: float = 0.0, noise: float = 1.0) -> pd.DataFrame:
+    """Cells whose change is `s eps + curve s eps^2` with F2 = s eps; F0 = first s eps + noise."""
+    rng = np.random.default_rng(0)
+    index = pd.MultiIndex.from_product([range(40), [0, 4], ["1", "50"]], names=["firing", "horizon", "rank"])
+    slope = rng.normal(size=len(index))
+    wrong = first * slope + noise * rng.normal(size=len(index))
+    frames = (
+        index.to_frame(index=False).assign(
+            eps=eps, F0=eps * wrong, F1=eps * wrong, F2=eps * slope, measured=slope * eps * (1 + curve * eps)
+        )
+        for eps in (0.1, 1.0)
+    )
+    cells = pd.concat(frames, ignore_index=True)
+    return with_control(cells.assign(sequence=cells["firing"] // 4, position=3), "F2", 0)
+
+
+def made_result(cells: pd.DataFrame, floor: float = 1e-9, rule: str = "Gated DeltaNet") -> Result:
+    evaluation = LogitChange(horizons=(0, 4), ranks=((1, 1), (50, 50)), eps=(0.1, 1.0))
+    tables = {"cells": cells, "scores": scores_table(cells, SCORED)}
+    return Result(evaluation, {"rule": rule, "floor": floor, "label": "made up"}, tables)
+
+
+def test_a_horizon_above_the_floor_is_held_against_f2() -> None:
+    cells = made_up()
+    late = cells["horizon"] == 4
+    cells.loc[late, "measured"] = 1e-12 * np.random.default_rng(0).normal(size=int(late.sum()))
+    cells.loc[late, "F2"] = 0.0
+    assert made_result(cells).claims()[2].outcome == "holds"
+    assert made_result(cells, floor=1e-15).claims()[2].outcome == "fails"
+
+
+def test_a_derivative_is_compared_with_changes_of_the_smallest_step() -> None:
+    """There they are 1.1 times as large as it says, and at the largest step twice."""
+    effect = made_result(made_up(curve=1.0)).findings()[2].effect
+    assert effect is not None and effect.mean == pytest.approx(1 - (0.1 / 1.1) ** 2, abs=1e-3)
+
+
+# -- bad input
+
+
+@float64
+def test_ranks_beyond_the_vocabulary_are_refused() -> None:
+    with pytest.raises(ValueError, match="64 tokens"):
+        run(tiny("mamba2"), ranks=((1, 1), (60, 65)))

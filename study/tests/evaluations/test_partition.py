@@ -1,0 +1,164 @@
+"""Partition: cosines against dense matrices, planted mixtures, fixed verdicts, degenerate samples."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from made_up import HOLDS, made_up, replaced, runner
+from saes import HEAD, HOOK, LAYER, K, V, make_sae, planted
+
+from sae_lens_writesae.atom.low_rank import LowRank
+from writesae_study.dictionary.cosines import firing_cosines, first_component
+from writesae_study.dictionary.kinds import compare_kinds
+from writesae_study.evaluations.partition import RULES, Partition
+from writesae_study.evaluations.substitution import Substitution
+from writesae_study.experiment.at_firings import wide_firings
+from writesae_study.experiment.bench import Bench
+from writesae_study.experiment.evaluation import Result
+from writesae_study.verdict.mixtures import fisher_z
+
+run = runner(Partition, **{"min_firings": 2, "restarts": 1})
+
+
+@pytest.mark.parametrize("decoder, rank", [("rank", 1), ("rank", 2), ("flat", 1)])
+def test_cosines_are_those_of_the_dense_matrices(model: Any, tokens: Any, decoder: str, rank: int) -> None:
+    sae = make_sae(model, decoder, rank)
+    with torch.no_grad():
+        lab = Bench(model, {"": sae}, tokens)
+        table: Any = firing_cosines(lab, lab.firings().alive(tokens.numel()))
+        writes = model.recurrence(tokens, LAYER).write(HEAD)[:, :, 0].flatten(2)
+    assert len(table) == len(lab.firings())
+    atoms = sae.W_dec.detach()
+    some = table.sample(20, random_state=0)
+    pairs = writes[some["sequence"].to_list(), some["position"].to_list()], atoms[some["atom"].to_list()]
+    np.testing.assert_allclose(some["cosine"], torch.cosine_similarity(*pairs), atol=1e-5)
+    one, other = (torch.linalg.svd(each.view(-1, K, V)) for each in pairs)
+    for column, product in (("key", one.U[..., 0] * other.U[..., 0]), ("value", one.Vh[:, 0] * other.Vh[:, 0])):
+        np.testing.assert_allclose(some[column], product.sum(-1).abs(), atol=1e-4)
+    # a shuffled cosine is that of some other write of the same sequence
+    row = table.iloc[0]
+    every = torch.cosine_similarity(writes[int(row["sequence"])], atoms[int(row["atom"])], dim=-1)
+    assert (every - row["shuffled"]).abs().min() < 1e-5
+
+
+def test_the_first_component_is_that_of_the_dense_writes(model: Any, tokens: Any) -> None:
+    with torch.no_grad():
+        lab = Bench(model, {"": planted(model, tokens)}, tokens)
+        component = first_component(lab, 10**6).dense()[0].flatten()
+        rows = model.recurrence(tokens, LAYER).write(HEAD)[:, :, 0].flatten(0, 1).flatten(1)
+        top = torch.linalg.svd(rows - rows.mean(0)).Vh[0]
+    assert component.norm().item() == pytest.approx(1, abs=1e-4)
+    assert (component @ top).abs().item() == pytest.approx(1, abs=1e-3) and component @ rows.mean(0) > 0
+
+
+# -- verdicts
+
+
+def made(cosine: Any, shuffled: Any, untrained: float = 0.0, components: int = 3, pca: float = -0.05) -> Result:
+    """A result from chosen medians, with real fits."""
+    evaluation = Partition(restarts=1, components=components)
+    n = len(cosine)
+    atoms = pd.DataFrame({"atom": range(n), "firings": 9, "cosine": np.asarray(cosine, float), "shuffled": shuffled})
+    atoms["random"], atoms["z"] = np.random.default_rng(9).normal(0, 0.01, n), fisher_z(cosine)
+    atoms["untrained"] = np.random.default_rng(8).normal(untrained, 0.01, n)
+    atoms["kind"] = np.where(atoms["cosine"] >= evaluation.threshold, "register", "bundle")
+    atoms = atoms.assign(key=0.5, value=0.5, shuffled_key=0.3, shuffled_value=0.3, pca=pca)
+    tables = {
+        "atoms": atoms,
+        "mixtures": evaluation.mixture_table(atoms),
+        "substitution": pd.DataFrame(columns=list(Partition.columns["substitution"])),
+    }
+    info: Any = {"dead": 7, "n_alive": n, "d_sae": 512, "alive_tokens": 1000, "label": "made"}
+    return Result(evaluation, info, tables)
+
+
+def normal(mean: float, sd: float, n: int, seed: int = 0) -> Any:
+    return np.random.default_rng(seed).normal(mean, sd, n)
+
+
+@pytest.mark.parametrize("target", ["write", "state"])
+def test_the_untrained_null_is_a_random_dictionary_at_its_own_firings(model: Any, tokens: Any, target: str) -> None:
+    """By hand: the random atom with the largest product at the token, where the atom is the strongest there."""
+    sae = make_sae(model, hook=HOOK.replace("write", target))
+    with torch.no_grad():
+        lab = Bench(model, {"": sae}, tokens)
+        numbers = lab.firings().alive(tokens.numel())
+        table: Any = firing_cosines(lab, numbers)
+        found = model.recurrence(tokens[:1], LAYER)
+        writes = found.write(HEAD)[0, :, 0].flatten(1)
+        read = writes if target == "write" else found.states(HEAD)[0, :, 0].flatten(1)
+    seed = int(lab.rng(len(numbers), 1).integers(2**62))
+    blank = LowRank(torch.empty(30, 1, 8), torch.empty(30, 1, 6))
+    random = torch.nn.functional.normalize(blank.random_like(torch.Generator().manual_seed(seed)).dense().flatten(1))
+    strongest = table[table["sequence"] == 0].merge(lab.firings().frame(), on=["sequence", "position", "atom"])
+    strongest = strongest.loc[strongest.groupby("position")["activation"].idxmax()]
+    at = strongest["position"].to_list()
+    best = random[(read[at] @ random.T).argmax(1)]
+    np.testing.assert_allclose(strongest["untrained"], torch.cosine_similarity(best, writes[at]), atol=1e-5)
+
+
+def alike(medians: dict[str, float], worse: float = 1.0) -> Result:
+    """A partition in which odd atoms are bundles. The KL of odd atoms is `worse`
+    times larger at a third of the positions."""
+    test = made_up(medians, floor=1e-12, scales=("coefficient",), controls=("state",))
+    table = test.tables["firings"]
+    odd = (table["condition"] == "atom") & (table["atom"] % 2 == 1) & (table["position"] % 3 == 0)
+    table.loc[odd, "kl_window"] *= worse
+    result, wide = made(np.tile([0.3, 0.0], 10), np.zeros(20)), wide_firings(test)
+    verdict = cast(Substitution, test.evaluation).nearer(wide, "coefficient").verdict
+    table, compared = compare_kinds(wide, "coefficient", verdict, result.tables["atoms"], 0)
+    return replaced(result, {"compared": compared}, substitution=table)
+
+
+def test_the_difference_of_kinds_has_an_interval_and_a_p_value() -> None:
+    gap: Any = alike(HOLDS, 100).info["compared"]
+    assert gap["difference"]["low"] > 0.1 and gap["difference"]["p_value"] < 0.01
+
+
+def same(low: float, high: float, n_atoms: int = 20) -> Result:
+    """Two kinds that both beat deletion, and the interval of their difference."""
+    rates = [("coefficient", kind, 0.9, 0.8, 1.0, 100, n_atoms) for kind in ("register", "bundle")]
+    table = pd.DataFrame(rates, columns=list(Partition.columns["substitution"]))
+    difference: Any = {"low": low, "high": high, "p_value": 0.5}
+    compared: Any = {"difference": difference, "verdict": {"outcome": "holds", "sentence": ""}}
+    result = made([0.3], [0.1])
+    return replaced(result, {"compared": compared}, substitution=table)
+
+
+def test_the_evaluation_tests_as_many_atoms_of_each_kind(model: Any, tokens: Any) -> None:
+    sae = planted(model, tokens)
+    middle = float(run(model, sae, tokens, tested_atoms=0).tables["atoms"]["cosine"].median())
+    result = run(model, sae, tokens, threshold=middle, tested_atoms=4, controls=("state",))
+    table = result.tables["substitution"]
+    assert dict(zip(table["kind"], table["n_atoms"])) == {"register": 4, "bundle": 4}
+    claim = result.claims()[2]
+    assert (claim.number, claim.n) == (4, int(table["n"].sum())) and "p = " in claim.measured
+    compared: Any = result.info["compared"]
+    assert 0 < compared["difference"]["p_value"] <= 1
+    assert result.info["n_alive"] == len(result.tables["atoms"])  # and not the substitution test's count
+    none = run(model, sae, tokens, threshold=-1)
+    claim = none.claims()[2]
+    assert none.tables["substitution"].empty and claim.outcome == "not tested" and "0 bundle" in claim.sentence
+
+
+@pytest.mark.parametrize(
+    "cosines, shuffled, outcome",
+    [
+        ((0.4, 0.2, 0.1), (0.0, 0.0, 0.0), "holds"),
+        ((0.1, 0.2, 0.4), (0.0, 0.0, 0.0), "fails"),  # another order
+        ((0.4, 0.4, 0.1), (0.0, 0.0, 0.0), "fails"),  # two that do not differ
+        ((0.4, 0.2, 0.1), (0.3, 0.1, 0.0), "confounded"),
+    ],
+)
+def test_rules_are_compared_over_results(cosines: Any, shuffled: Any, outcome: str) -> None:
+    results = []
+    for n, (rule, cosine, null) in enumerate(zip(RULES, cosines, shuffled)):
+        result = made(normal(cosine, 0.03, 80, n), normal(null, 0.03, 80, n + 9))
+        results.append(replaced(result, {"rule": rule, "target": "write"}))
+    ((label, claim),) = Partition.across(results)
+    assert (claim.number, claim.outcome, claim.n) == (27, outcome, 240) and label == ", ".join(RULES)
+    assert Partition.across(results[:1]) == [] == Partition.across([])

@@ -1,0 +1,49 @@
+"""Seeds: identical dictionaries up to order and sign, untrained ones, and verdicts of known samples."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import torch
+from saes import planted
+from torch import Tensor
+
+from hookpoints import HookedRecurrent
+from writesae_study.evaluations.seeds import SAMPLES, Seeds
+from writesae_study.experiment.evaluation import Result
+
+
+def made(alive: list[int], *cosines: np.ndarray) -> Result:
+    """A result of two dictionaries whose matched atoms, random directions and native writes have known |cosines|."""
+    counts = pd.DataFrame({"sae": ["a", "b"], "alive": alive, "register": alive, "dead": 0})
+    parts = [
+        pd.DataFrame({"a": "a", "b": "b", "sample": name, "first": range(len(x)), "second": 0, "cosine": x})
+        for name, x in zip(SAMPLES, cosines, strict=True)
+    ]
+    pairs, evaluation = pd.concat(parts, ignore_index=True), Seeds()
+    tables = {"counts": counts, "matches": evaluation.summary(pairs), "pairs": pairs}
+    return Result(evaluation, {"label": "made"}, tables)
+
+
+LOW, HIGH = np.linspace(0.1, 0.3, 200), np.linspace(0.4, 0.7, 200)
+
+
+def test_one_pair_without_excess_decides() -> None:
+    """Three dictionaries, of which two share nothing beyond chance."""
+    tables = [made([100, 99], HIGH, LOW, LOW).tables["pairs"], made([100, 99], LOW, LOW, LOW).tables["pairs"]]
+    pairs = pd.concat([tables[0], tables[1].assign(b="c")], ignore_index=True)
+    evaluation, counts = Seeds(), pd.DataFrame({"sae": list("abc"), "alive": 100, "register": 50, "dead": 0})
+    result = Result(evaluation, {}, {"counts": counts, "matches": evaluation.summary(pairs), "pairs": pairs})
+    kinds, beyond = result.claims()
+    assert (kinds.outcome, beyond.outcome) == ("inconclusive", "fails") and "a and c" in beyond.sentence
+
+
+def test_the_same_atoms_in_another_order_are_found(model: HookedRecurrent, tokens: Tensor) -> None:
+    sae, other = planted(model, tokens), planted(model, tokens)
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(0))
+    for name, parameter in other.named_parameters():
+        parameter.data = parameter.data if name == "b_dec" else parameter.data[order]
+    result = Seeds(min_firings=1).run(model, {"a": sae, "b": other}, tokens, progress=False)
+    pairs = result.tables["pairs"].query("sample == 'atoms'")
+    assert (order.numpy()[pairs["second"]] == pairs["first"]).all() and pairs["cosine"].min() > 1 - 1e-5
+    assert result.tables["pairs"].query("sample != 'atoms'")["cosine"].median() < 0.9

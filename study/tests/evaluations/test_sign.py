@@ -1,0 +1,56 @@
+"""The sign test against the formula, and tables of a linear readout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from saes import HEAD, LAYER, muted, random_sae
+from torch import Tensor
+
+from hookpoints import HookedRecurrent
+from sae_lens_writesae.errors import NothingToMeasureError
+from writesae_study.evaluations.sign import Sign
+from writesae_study.experiment.evaluation import Result
+
+
+def run(model: HookedRecurrent, prompt_text: Tensor, **changes: Any) -> Result:
+    small: dict[str, Any] = {"n_positions": 6, "ranks": ((1, 10), (11, 60)), "sizes": (1e-4,), "first_position": 3}
+    return Sign(**small | changes).run(model, random_sae(model), prompt_text, progress=False)
+
+
+def test_the_logit_of_a_small_write_turns_with_its_sign_and_is_predicted(
+    model64: HookedRecurrent, prompt_text: Tensor
+) -> None:
+    """At small m the readout is linear: F2 is right in sign and size, and the two signs of m are opposite."""
+    small = run(model64, prompt_text)
+    table = small.tables["writes"]
+    assert len(table) == small.info["n_edited_runs"] == 6 * 2 * 4 * 2  # positions, ranks, directions, signs
+    up, down = (table[table["m"] * sign > 0]["measured"].to_numpy() for sign in (1, -1))
+    np.testing.assert_allclose(up, -down, rtol=0.02, atol=1e-9)
+    assert (np.sign(table["f2"]) == np.sign(table["measured"])).all()
+    np.testing.assert_allclose(table["f2"], table["measured"], rtol=0.02, atol=1e-9)
+    assert small.label == f"L{LAYER}H{HEAD}"  # not named after a dictionary, whose atoms are not used
+    assert 0 <= float(small.info["floor"]) < 1e-9  # float64
+
+
+def test_a_head_that_writes_nothing_is_refused(model64: HookedRecurrent, prompt_text: Tensor) -> None:
+    with muted(model64, 21), pytest.raises(NothingToMeasureError, match=r"6 \(positions"):
+        run(model64, prompt_text)
+
+
+def linear(right: float, wrong: float, flip: int = 1, factor: float = 1.0, floor: float = 1e-6, n: int = 200) -> Result:
+    """A linear readout: the logit moves by `flip` times what F0 says on a share of writes, else the other way."""
+    shares = {"direct": right, "gradient": 1.0, "random": 0.5, "wrong": wrong}
+    rows = [
+        {"sequence": i // 4, "position": i, "token": 1, "text": "a", "rank": 3, "direction": direction}
+        | dict.fromkeys(("measured", "f2"), 0.5 * m * flip * (1 if (i * 37 % n) / n < share else -1))
+        | {"m": m, "f0": 0.5 * m, "aimed": np.sign(m)}
+        for i in range(n)
+        for m in (1.0, -1.0)
+        for direction, share in shares.items()
+    ]
+    table = pd.DataFrame(rows).assign(f2=lambda t: factor * t["f2"])
+    return Result(Sign(), {"label": "x", "floor": floor}, {"writes": table})

@@ -1,0 +1,34 @@
+"""The floor of a laboratory, and text that is apart from what is tested."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from saes import random_sae
+
+from hookpoints import HookedRecurrent
+from writesae.experiment.lab import EditedRows, Trial
+from writesae_study.experiment.bench import Bench
+from writesae_study.experiment.readout import kl_window
+
+WINDOW = 5
+TEXT = torch.randint(1, 64, (3, 26), generator=torch.Generator().manual_seed(8))
+
+
+def test_the_floor_is_the_95th_percentile_of_what_a_no_op_moves(model64: HookedRecurrent) -> None:
+    lab, values = Bench(model64, {"": random_sae(model64)}, TEXT), []
+    deleted = [Trial({}, t, lab.replace(t, None)) for t in range(4, 12)]
+    effect = lab.read(lab.site(0), deleted, kl_window, WINDOW)["kl"].median()
+    assert 0 <= lab.floor(kl_window, "kl", WINDOW) < 1e-14 < effect
+    assert lab.counts["runs"] == 8  # a reader counts conditions, not the floor
+
+    def read(rows: EditedRows) -> Mapping[str, NDArray[np.float64]]:
+        values.extend(-float(trial.position) for trial in rows.trials)
+        return {"x": np.array([-float(trial.position) for trial in rows.trials])}
+
+    floor = lab.floor(read, "x", WINDOW)
+    assert floor == np.quantile(np.abs(values), 0.95) > np.median(np.abs(values))
+    assert floor == Bench(model64, {"": random_sae(model64)}, TEXT).floor(read, "x", WINDOW)  # seeded

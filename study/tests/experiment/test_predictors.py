@@ -1,0 +1,119 @@
+"""The three formulas: F2 is the derivative with an error of second order in every family, F1 and F0 where they are
+exact."""
+
+from __future__ import annotations
+
+from functools import lru_cache, partial
+
+import numpy as np
+import pytest
+import torch
+from recurrences import FORMS, random_recurrence
+from tiny_models import MAKERS, MAMBA1, VOCAB, hooked_in_float64
+from torch import Tensor
+from torch.testing import assert_close
+
+from hookpoints import HookedRecurrent, WriteEdit
+from sae_lens_writesae.atom.low_rank import LowRank
+from writesae_study.experiment.predictors import ReadGradients, predict, read_weights
+
+float64 = pytest.mark.usefixtures("_keep_float64")
+
+NOISE = {"kimi_linear": 3e-9, "bailing_hybrid": 3e-9}
+"""What float32 inside upstream's KDA models leaves of float64."""
+
+tiny = lru_cache(maxsize=4)(partial(hooked_in_float64, backend="recurrence"))
+
+
+class Case:
+    """One matrix of rank 2 added to one head at one token, and one logit later."""
+
+    start, position, token = 7, 19, 5
+
+    def __init__(self, model: HookedRecurrent, layer: int | None = None):
+        self.model = model
+        self.layer = model.cfg.recurrent_layers[0] if layer is None else layer
+        shape = model.cfg.layer(self.layer)
+        self.head = shape.H - 1
+        self.session = model.edit_session(torch.randint(1, VOCAB, (1, 24), generator=torch.Generator().manual_seed(1)))
+        whole = self.session.recurrence(self.layer)
+        self.recurrence = whole.select(heads=slice(self.head, self.head + 1))
+        generator = torch.Generator().manual_seed(2)
+        keys = torch.randn(1, 2, shape.K, generator=generator, dtype=torch.float64)
+        values = torch.randn(1, 2, shape.V, generator=generator, dtype=torch.float64)
+        unit = self.recurrence.k[0, self.start, 0].norm() * self.recurrence.u[0, self.start, 0].norm()
+        self.added = LowRank(keys, values * unit / (keys.mT @ values).norm())
+
+    @torch.no_grad()
+    def predicted(self) -> Tensor:
+        """[3], F0, F1 and F2."""
+        gradients = ReadGradients(self.model, self.session, self.layer, self.head, [self.position, self.start])
+        return predict(self.recurrence, self.added, self.start, [gradients.at(self.position, self.token)])[0, 0]
+
+    def measured(self, eps: float) -> float:
+        place = (self.layer, self.head, self.start)
+        rows = [[WriteEdit(*place, self.added.keys[0], eps * self.added.values[0])], []]
+        edited, plain = self.session.run(rows, stop=self.position + 1).logits[:, -1, self.token]
+        return float(edited - plain)
+
+
+@float64
+@pytest.mark.parametrize("kind", sorted(MAKERS.keys() - {*MAMBA1, "glm5_next", "qwen4_exp"}))
+def test_the_error_of_f2_falls_as_eps_squared(kind: str) -> None:
+    case = Case(tiny(kind))
+    slope = float(case.predicted()[2])
+    sizes = 10.0 ** -np.arange(0, 6.1, 0.5)
+    changes = np.array([case.measured(eps) for eps in sizes])
+    errors = np.abs(changes - sizes * slope)
+    clear = np.flatnonzero(errors > NOISE.get(kind, 1e-11))
+    assert len(clear) >= 3 and clear[-1] == len(clear) - 1
+    small, large = clear[-1], clear[-3]
+    assert np.log10(errors[large] / errors[small]) / np.log10(sizes[large] / sizes[small]) == pytest.approx(2, abs=0.1)
+    assert errors[small] < 0.05 * abs(changes[small])
+
+
+@float64
+@pytest.mark.parametrize(
+    ("kind", "layer", "silent"),
+    [
+        ("mamba2", 2, ()),
+        ("qwen3_5", 2, ("3.self_attn.o_proj.weight", "2.mlp.down_proj.weight", "3.mlp.down_proj.weight")),
+        ("olmo_hybrid", 2, ("3.self_attn.o_proj.weight", "2.mlp.down_proj.weight", "3.mlp.down_proj.weight")),
+        ("falcon_h1", 2, ("2.feed_forward.down_proj.weight",)),
+        ("granitemoehybrid", 2, ("2.shared_mlp.output_linear.weight",)),
+    ],
+)
+def test_f1_is_exact_where_there_is_only_the_direct_path(kind: str, layer: int, silent: tuple[str, ...]) -> None:
+    """Nothing comes after the mixer but the final norm; residual multipliers and post-norms included."""
+    model = tiny(kind, seed=3, zeroed=silent)
+    _, f1, f2 = Case(model, layer).predicted()
+    assert float(f2) != 0
+    assert_close(f1, f2, rtol=1e-9, atol=0)
+
+
+@float64
+@pytest.mark.parametrize("kind", ["qwen3_5", "mamba2", "kimi_linear"])
+def test_f0_is_the_papers_formula(kind: str) -> None:
+    """Decay per head, or per key channel inside the inner product, step by step."""
+    case = Case(tiny(kind))
+    r, expected = case.recurrence, 0.0
+    alpha = torch.ones(r.K, dtype=torch.float64)
+    for t in range(case.start + 1, case.position + 1):
+        alpha = alpha * r.log_decay[0, t, 0].exp()
+    out = (case.model.layer_W_O(case.layer)[case.head] @ case.model.W_U[:, case.token]).detach()
+    for key, value in zip(case.added.keys[0], case.added.values[0]):
+        expected += float((alpha * key) @ r.q[0, case.position, 0] * r.scale * (value @ out))
+    assert float(case.predicted()[0]) == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize("form", sorted(FORMS))
+def test_read_weights_are_the_linear_response(form: str) -> None:
+    """Including reads before the write (RWKV-6), K != V."""
+    start, r = 3, random_recurrence(form, T=11, H=1, K=6, V=4, dtype=torch.float64)
+    key, value = torch.randn(6, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    keys, values = torch.zeros(1, r.T, 1, 6).double(), torch.zeros(1, r.T, 1, 4).double()
+    keys[0, start, 0], values[0, start, 0] = key, value
+    response = r.with_write(keys, values).outputs()[0, start:, 0]
+    weights = read_weights(r, key[None, None], start, r.T)
+    assert_close(weights[0, 0, :, None] * value, response, rtol=1e-10, atol=1e-13)
+    assert_close(read_weights(r, key[None, None], start, 7)[0, 0], weights[0, 0, :4], rtol=1e-10, atol=1e-13)

@@ -1,0 +1,99 @@
+"""Substitution results made up from chosen medians, for tests of claims and of the report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from writesae_study.evaluations.substitution import Substitution
+from writesae_study.experiment.evaluation import Evaluation, Result
+from writesae_study.experiment.readout import KL_METRICS
+
+# Median KL (nats) by condition; a condition that is not named has 2.
+HOLDS = {"delete": 1.0, "atom": 0.3, "state": 0.9}
+FAILS = {"delete": 1.0, "atom": 1.4}
+CONFOUNDED = {"delete": 1.0, "atom": 0.4, "state": 0.1}
+NO_EFFECT = {"delete": 1e-13, "atom": 1e-13, "random": 1e-13, "shuffled": 1e-13}
+
+
+def made_up(
+    medians: dict[str, float],
+    *,
+    label: str = "",
+    target: str = "write",
+    rule: str = "Gated DeltaNet",
+    floor: float = 0.0,
+    n_sequences: int = 30,
+    per_sequence: int = 8,
+    head: int = 2,
+    seed: int = 0,
+    **settings: Any,
+) -> Result:
+    """Log-normal KLs with an effect of the firing and of its sequence, shared by all conditions. One choice of atom,
+    the dominant one, unless `settings` say otherwise."""
+    rng = np.random.default_rng(seed)
+    settings = {"atom_choice": ("dominant",), "label": label} | settings
+    evaluation = Substitution(**settings)
+    n = n_sequences * per_sequence
+    sequence = np.repeat(np.arange(n_sequences), per_sequence)
+    shared = rng.normal(0, 0.5, n_sequences)[sequence] + rng.normal(0, 0.7, n)
+    firings = pd.DataFrame(
+        {
+            "firing": np.arange(n),
+            "sequence": sequence,
+            "position": rng.integers(1, 100, n),
+            "atom": rng.integers(0, 20, n),
+            "activation": rng.gamma(2, 0.5, n),
+            "cosine": np.clip(rng.normal(0.45, 0.2, n), -1, 1),
+            "write_norm": rng.gamma(4, 0.3, n),
+        }
+    ).assign(written_atom=lambda t: t["atom"])
+    frames = []
+    for choice in evaluation.atom_choice:
+        scaled = [(name, scale) for scale in evaluation.scales_of(choice) for name in ("atom", *evaluation.controls)]
+        for name, scale in [("native", "none"), ("delete", "none"), *scaled]:
+            kl = medians.get(name, 2.0) * np.exp(shared + rng.normal(0, 0.4, n))
+            kl = floor * rng.random(n) if name == "native" else kl
+            measured = {m: kl * (1.1 if m.startswith("reverse") else 1) for m in KL_METRICS}
+            size = 0.0 if name == "delete" else firings["write_norm"]
+            frames.append(firings.assign(choice=choice, condition=name, scale=scale, norm=size, **measured))
+    info = {
+        "label": label or f"L1H{head} {target}-trained",
+        "model": "made-up",
+        "model_type": "made-up",
+        "dtype": "float32",
+        "rule": rule,
+        "layer": 1,
+        "head": head,
+        "K": 32,
+        "V": 48,
+        "hook_name": f"blocks.1.mixer.heads.{head}.hook_{target}_vec",
+        "target": target,
+        "saes": [],
+        "architecture": "writesae_topk",
+        "d_sae": 512,
+        "n_sequences": n_sequences,
+        "n_positions": 256,
+        "n_alive": 300,
+        "alive_tokens": 30_000,
+        "unequal": "",
+        "half_life": 20.0,
+        "half_life_limit": 128,
+        "n_skipped": {},
+        "n_edited_runs": len(frames) * n,
+        "seconds": 12.5,
+    }
+    return Result(evaluation, info, {"firings": pd.concat(frames, ignore_index=True)})
+
+
+def replaced(result: Result, info: dict[str, Any] | None = None, /, **tables: pd.DataFrame) -> Result:
+    """The result with some other facts and tables."""
+    return Result(result.evaluation, result.info | (info or {}), result.tables | tables)
+
+
+def runner(evaluation: type[Evaluation], **small: Any) -> Callable[..., Result]:
+    """Runs an evaluation with small settings, `run(model, sae, tokens, **changes)`."""
+    return lambda model, sae, tokens, **changes: evaluation(**small | changes).run(model, sae, tokens, progress=False)

@@ -1,0 +1,236 @@
+"""The page over saved results: its numbers are theirs, it needs nothing from outside, and no label is markup."""
+
+from __future__ import annotations
+
+import html as html_of
+import json
+import re
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pandas as pd
+import pytest
+from made_up import CONFOUNDED, FAILS, HOLDS, NO_EFFECT, made_up
+
+from writesae.page.format import percent
+from writesae.page.template import control_rows, markdown
+from writesae_study.evaluations import EVALUATIONS, load_result
+from writesae_study.evaluations.sign import Sign
+from writesae_study.evaluations.substitution import Substitution
+from writesae_study.experiment.evaluation import Result
+from writesae_study.page import report
+from writesae_study.page.report import find_results, in_order, write_report
+from writesae_study.verdict.finding import Finding, said
+from writesae_study.verdict.paper import PAPER_CLAIMS
+
+EVIL = "<script>alert(1)</script>"
+WORST = {"delete": 1.0, "atom": 1.9}
+FEW: dict[str, Any] = {"scales": ("matched",), "controls": ("state", "shuffled"), "n_sequences": 12}
+
+
+def words(page: Path) -> str:
+    """The text of a page."""
+    text = re.sub(r"<(style|title|script)\b.*?</\1>|<[^>]+>", "", page.read_text(), flags=re.DOTALL)
+    return re.sub(r"\s+", " ", html_of.unescape(text))
+
+
+def skipped(label: str, reason: str) -> Result:
+    """A result of which nothing could be measured."""
+    info = made_up(HOLDS, label=label, **FEW).info
+    return Result(Sign(label=label), {**info, "target": "write"}, {}, skipped=reason)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of results, as `writesae eval` and `writesae reproduce` leave them."""
+    folder = tmp_path_factory.mktemp("results")
+    made = {"of states": CONFOUNDED, "of writes": HOLDS, EVIL: FAILS, "silent": NO_EFFECT}
+    for i, (label, medians) in enumerate(made.items()):
+        target = "state" if label == "of states" else "write"
+        result = made_up(medians, label=label, target=target, floor=1e-12, seed=i, **FEW)
+        result.save(folder / str(i) / "substitution")
+    skipped("a dead one", "no atom <fires>").save(folder / "dead" / "sign")
+    made_up(FAILS, **FEW).save(folder / ".unfinished")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def html(saved: Path) -> Path:
+    return write_report(find_results([saved]), saved / "report" / "report.html", title="a < b")
+
+
+@pytest.fixture(scope="module")
+def text(html: Path) -> str:
+    return words(html)
+
+
+def test_results_are_found_and_ordered(saved: Path) -> None:
+    """Hidden folders are unfinished ones. Dictionaries of writes come first; what was not measured comes last."""
+    results = in_order(find_results([saved]))
+    assert [r.label for r in results] == ["of writes", EVIL, "silent", "of states", "a dead one"]
+    kinds = [replace(made_up(HOLDS, **FEW), evaluation=EVALUATIONS[kind]()) for kind in reversed(list(EVALUATIONS))]
+    assert [r.kind for r in in_order(kinds)] == list(EVALUATIONS)
+
+
+def test_every_answer_is_on_the_page_and_in_json(saved: Path, html: Path, text: str) -> None:
+    answers = {(r.label, c.claim): c for r in find_results([saved]) for c in r.claims()}
+    numbers = json.loads(html.with_suffix(".json").read_text())
+    assert {(row["label"], row["claim"]) for row in numbers["claims"]} >= answers.keys()
+    for row in numbers["claims"]:
+        claim = answers.get((row["label"], row["claim"]))
+        assert claim is None or (row["measured"], row["n"], row["outcome"]) == (claim.measured, claim.n, claim.outcome)
+        assert row["number"] is None or row["paper"] == PAPER_CLAIMS[row["number"]].value
+        assert re.sub(r"\s+", " ", row["measured"].replace("; ", " ")) in text and row["sentence"] in text
+    assert [row["number"] for row in numbers["claims"]] == sorted(row["number"] for row in numbers["claims"])
+    assert (
+        Substitution.from_dict(numbers["results"][0]["settings"])
+        == load_result(saved / "1" / "substitution").evaluation
+    )
+
+
+def test_findings_are_made_once_for_each_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Counter[str]()
+    findings = Substitution.findings
+
+    def counted(evaluation: Substitution, result: Result) -> list[Finding]:
+        made[result.label] += 1
+        return findings(evaluation, result)
+
+    monkeypatch.setattr(Substitution, "findings", counted)
+    write_report([made_up(HOLDS, label=label, **FEW) for label in ("one", "other")], tmp_path / "page")
+    assert made == {"one": 1, "other": 1}
+
+
+def test_every_table_is_written_with_the_page(saved: Path, html: Path) -> None:
+    firings = pd.read_parquet(html.parent / "tables" / "substitution-firings.parquet")
+    tables = [r.tables["firings"] for r in find_results([saved]) if r.skipped is None]
+    assert len(firings) == sum(map(len, tables)) and {"label", "layer", "head"} <= set(firings.columns)
+
+
+def test_a_docstring_is_markdown_without_html() -> None:
+    html = str(markdown("A **win** is:\n\n* one\n* two\n\n<b>no</b> & `a < b`"))
+    assert "<img" not in str(markdown("![a](http://evil.example/x.png)")) and "http" not in html
+    assert all(part in html for part in ("<strong>win</strong>", "<li>two</li>", "&lt;b&gt;", "<code>a &lt; b</code>"))
+
+
+def test_the_page_is_self_contained_and_figures_follow_its_colors(html: Path) -> None:
+    source = html.read_text()
+    figures, links = re.findall(r"<svg.*?</svg>", source, flags=re.S), re.findall(r'(?:src|href)="([^"]*)"', source)
+    assert "<title>a &lt; b</title>" in source and EVIL not in source and source.count("<script") == 1
+    assert {*links} <= {f"#{name}" for name in re.findall(r'id="([^"]+)"', source)} and "@import" not in source
+    for figure in map(ElementTree.fromstring, figures):  # well-formed
+        assert not re.findall(r"(?<!,)#[0-9a-fA-F]{6}", ElementTree.tostring(figure, "unicode"))  # but as defaults
+    assert set(re.findall(r"var\(--([a-z]+)\)", source)) <= set(re.findall(r"--([a-z]+):", source))
+    ids = re.findall(r'<clipPath id="([^"]+)"', source)
+    assert len(figures) > 4 and len(ids) == len(set(ids))  # a clip path of one figure must not cut another
+
+
+QUANTISED = {"delete": 1.0, "atom": 0.4, "quantised": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("medians", "unequal", "meaning"),
+    [
+        (HOLDS, "", "that no control has"),
+        (HOLDS, "The terms are not equal.", "The terms are not equal."),
+        (CONFOUNDED, "", "The best control does as well."),
+        (QUANTISED, "", "A vector quantizer fitted on the same writes in the same metric does as well."),
+        (QUANTISED, "The terms are not equal.", "The best control does as well."),
+        (FAILS, "", "too small"),
+        (NO_EFFECT, "", "no larger than rounding"),
+    ],
+)
+def test_the_first_sentences_compare_the_best_atom_with_its_best_control(
+    tmp_path: Path, medians: dict[str, float], unequal: str, meaning: str
+) -> None:
+    few = FEW | {"controls": ("state", "shuffled", "quantised")}
+    results = [made_up(each, label=name, floor=1e-12, **few) for name, each in (("one", WORST), ("other", medians))]
+    results[1].info["unequal"] = unequal
+    _, _, first = words(write_report(results, tmp_path / "page")).partition(" Claims The model")
+    found = results[1].findings()[0]
+    best = max(found.against, key=lambda name: found.shown[name].mean)
+    assert f"The atom recovers {said(found.shown['atom'], percent)} of the effect of deleting the write" in first
+    assert f"the best control, {best}, recovers {said(found.shown[best], percent)}." in first
+    assert meaning in first
+
+
+def test_what_could_not_be_measured_has_a_section_of_its_own(text: str, html: Path) -> None:
+    rows = [
+        row for row in json.loads(html.with_suffix(".json").read_text())["claims"] if row["outcome"] == "not tested"
+    ]
+    assert {row["number"] for row in rows} == set(Sign.answers)
+    assert text.index("What could not be measured") < text.index("sign of a dead one") < text.rindex("no atom <fires>")
+
+
+def test_control_dictionaries_are_compared_and_quality_is_at_the_top(tmp_path: Path) -> None:
+    quality: dict[str, Any] = {
+        **{"target": "write", "n_sequences": 64, "n_tokens": 8192, "explained": 0.25, "l0": 1.5},
+        **{"alive": 0.5, "coverage": 0.75, "cosine": None, "floor": 0.0},
+        "deleted": {"mean": 0.081, "low": None, "high": None, "n": 64, "n_clusters": 64},
+    }
+    recovered = {"mean": 0.59, "low": 0.5, "high": 0.65, "n": 64, "n_clusters": 64}
+    made = made_up(HOLDS, label="mine", **FEW)
+    trained = replace(made, info=made.info | {"quality": {"mine": quality | {"recovered": recovered}}})
+    control = replace(made, info=made.info | {"label": "mine, untrained", "control": "untrained", "control_of": "mine"})
+    control.info["quality"] = {"mine, untrained": quality | {"recovered": None, "explained": None}}
+    html = write_report([trained, control], tmp_path / "page")
+    text, numbers = words(html), json.loads(html.with_suffix(".json").read_text())
+    assert "59.0% [50.0%, 65.0%]" in text and text.index("59.0") < text.index("Claims The model")
+    assert "mine, untrained" in text and "control dictionaries untrained" in text
+    assert {row["label"] for row in numbers["claims"]} == {"mine"}
+    assert "confounded" in {row["outcome"] for row in numbers["claims"]}
+    assert html.read_text().count("<summary>mine") == 1  # figures are those of the trained one
+    labels = pd.read_parquet(html.parent / "tables" / "substitution-firings.parquet")["label"]
+    assert set(labels) == {row["dictionary"] for row in numbers["quality"]} == {"mine", "mine, untrained"}
+
+
+def test_numbers_are_in_columns(html: Path) -> None:
+    """In every table, a column whose values are numbers says so in its heading, too."""
+    tables = re.findall(r'<div class="scroll"><table>.*?</table>', html.read_text(), flags=re.DOTALL)
+    assert len(tables) >= 4
+    for table in tables:
+        heading, row = re.findall(r"<tr>(.*?)</tr>", table, flags=re.DOTALL)[:2]
+        assert re.findall(r'<th( class="num")?', heading) == re.findall(r'<td( class="num")?', row)
+        assert {"num" in kind for kind in re.findall("<th(.*?)>", heading)} == {True, False}
+
+
+def test_outcomes_and_intervals_are_counted(tmp_path: Path) -> None:
+    """At 0.025 for each answer that has an interval, by luck; the others do not count."""
+    results = [made_up(HOLDS, label="a", **FEW), made_up(CONFOUNDED, label="b", **FEW), skipped("c", "nothing")]
+    rows, text = report.claim_rows(results), words(write_report(results, tmp_path / "page"))
+    assert all(f"{outcome} {n}" in text for outcome, n in Counter(row.claim.outcome for row in rows).items())
+    n = sum("[" in row.claim.measured for row in rows)
+    assert 1 < n < len(rows) and f"{n} of the answers have one" in text
+    assert f"{0.025 * n:.2f} intervals" in text and f"answers) would be {1 - 0.975**n:.2f}." in text
+
+
+@pytest.mark.parametrize(
+    ("controls", "rows"),
+    [
+        (
+            "8 principal components -1.5% [-2%, 1%]; another atom –",
+            [("8 principal components", "-1.5%", "[-2%, 1%]"), ("another atom", "–", "")],
+        ),
+        (
+            "untrained dictionary (holds): 0.5 [0, 1] of firings; none",
+            [("untrained dictionary (holds)", "0.5", "[0, 1] of firings"), ("", "none", "")],
+        ),
+        ("mean write below -200% [below -200%, 3%]", [("mean write", "below -200%", "[below -200%, 3%]")]),
+        ("", []),
+    ],
+)
+def test_controls_are_rows_of_names_numbers_and_intervals(controls: str, rows: list[tuple[str, str, str]]) -> None:
+    assert control_rows(controls) == rows
+
+
+def test_folders_without_results_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
+        find_results([tmp_path])
+    (tmp_path / "info.json").write_text(json.dumps({"format": 1, "kind": "guess"}))
+    with pytest.raises(ValueError, match="format"):
+        find_results([tmp_path])
+    with pytest.raises(ValueError, match="none"):
+        write_report([], tmp_path / "page")

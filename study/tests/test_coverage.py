@@ -1,0 +1,146 @@
+"""The page of coverage has every claim and commands that parse; pages of results follow from the saved tables."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import tyro
+from made_up import CONFOUNDED, FAILS, HOLDS, made_up
+
+from writesae.cli import commands, parse
+from writesae.dictionaries import Train
+from writesae.show import Show
+from writesae_study import EVALUATIONS
+from writesae_study.evaluate import Report, Subjects
+from writesae_study.experiment.evaluation import Result
+from writesae_study.verdict.paper import PAPER_CLAIMS
+
+ROOT = Path(__file__).parents[1]
+sys.path += [str(ROOT / "tools"), str(ROOT.parent / "tools")]
+
+import results  # noqa: E402
+
+PAGE = (ROOT / "docs" / "coverage.md").read_text(encoding="utf-8")
+ROWS = [line.strip("| ").split(" | ") for line in PAGE.splitlines() if line.startswith("| ")]
+COMMANDS_SHOWN = re.findall(r"\| `(writesae (?:eval|report|show|train) .*?)` \|", PAGE.partition("## Claims")[2])
+
+
+def test_every_claim_is_on_the_page_with_an_evaluation_that_answers_it() -> None:
+    rows = {int(row[0]): row for row in ROWS if row[0].isdigit()}
+    assert rows.keys() == PAPER_CLAIMS.keys()
+    for number, row in rows.items():
+        kind = row[3].strip("`").split()[2]
+        assert number in EVALUATIONS[kind].answers and row[1].replace("&lt;", "<") == PAPER_CLAIMS[number].claim
+
+
+@pytest.mark.parametrize("command", sorted(set(COMMANDS_SHOWN)))
+def test_every_command_parses(command: str) -> None:
+    program, name, *arguments = command.split()
+    assert program == "writesae" and name in commands()
+    if name == "eval":
+        kind = EVALUATIONS[arguments[0]]
+        fields = [(each.__name__, tyro.conf.OmitArgPrefixes[each]) for each in (Subjects, kind)]
+        parsed = parse(dataclasses.make_dataclass("Eval", fields), "writesae eval", arguments[1:])
+        assert parsed.Subjects.saes and isinstance(getattr(parsed, kind.__name__), kind)  # pyright: ignore
+    else:
+        assert parse({"report": Report, "show": Show, "train": Train}[name], f"writesae {name}", arguments)
+
+
+def test_packed_results_have_the_verdicts_of_the_saved_ones_in_few_bytes(tmp_path: Path) -> None:
+    """Labels and heads may be equal in two models; half-written results are left out."""
+    claims = []
+    for model, medians in {"embedded": HOLDS, "embedded-mamba2": CONFOUNDED, "embedded-rwkv7": FAILS}.items():
+        measured = made_up(medians, label="write-seed0", per_sequence=4)
+        measured.info.update({"model": model})
+        for label in ("write-seed0", ".write-seed0.x"):
+            measured.save(tmp_path / "runs" / "paper" / model / "L1H2" / "substitution" / label)
+        claims += [(model, claim.claim, claim.outcome) for claim in measured.claims()]
+    results.pack(tmp_path / "runs", tmp_path / "packed")
+    rows = results.answered(results.unpack(tmp_path / "packed"), "substitution")
+    uncontrolled = [(*claim, "no verdict" if outcome == "holds" else outcome) for *claim, outcome in claims]
+    assert sorted((row[2], row[1], row[-1]) for row in rows) == sorted(uncontrolled)
+    assert all(result.info["rules"] == result.judged() for _, result in results.packed(tmp_path / "packed"))
+    saved, packed = (sum(f.stat().st_size for f in (tmp_path / n).rglob("[!.]*.parquet")) for n in ("runs", "packed"))
+    assert packed < saved / 8
+
+
+def test_packed_results_are_runs_again(tmp_path: Path) -> None:
+    made_up(HOLDS, label="write-seed0", per_sequence=4).save(
+        tmp_path / "runs/paper/made-up/L1H2/substitution/write-seed0"
+    )
+    results.pack(tmp_path / "runs", tmp_path / "packed")
+    results.restore(tmp_path / "packed", tmp_path / "again")
+    results.pack(tmp_path / "again", tmp_path / "twice")
+    for file in (tmp_path / "packed").iterdir():
+        pd.testing.assert_frame_equal(
+            pd.read_parquet(file), pd.read_parquet(tmp_path / "twice" / file.name), check_like=True
+        )
+
+
+@pytest.mark.parametrize(("control", "outcome"), [(HOLDS, "confounded"), (FAILS, "holds"), (None, "no verdict")])
+@pytest.mark.parametrize(("null", "free"), [(HOLDS, True), (FAILS, False), (None, False)])
+def test_a_claim_needs_control_dictionaries_and_is_counted_apart_where_nothing_was_learned(
+    control: dict[str, float] | None, outcome: str, null: dict[str, float] | None, free: bool
+) -> None:
+    def run(medians: dict[str, float], **info: str) -> Result:
+        result = made_up(medians, label="made-up;L1H2", scales=("matched",), controls=("state",))
+        return dataclasses.replace(result, info=result.info | info)
+
+    found: dict[str, list[Result]] = {recipe: [] for recipe in (*results.RECIPES, *results.NULLS)}
+    found["paper"] = [run(HOLDS)]
+    if control is not None:
+        found["paper"].append(run(control, control="untrained", control_of="made-up;L1H2"))
+    if null is not None:
+        found["untrained-shuffled"] = [run(null)]
+    first = results.answered(found, "substitution")[0]
+    assert first[-1] == outcome
+    held = results.without_learning(found, "substitution")[first[0], first[1], first[2]]
+    assert results.of_any_direction("substitution", held) == (free or control is HOLDS)
+    assert results.of_any_direction("sign", {})  # which asks no dictionary
+
+
+@pytest.mark.slow
+def test_the_pages_of_results_follow_from_the_tables() -> None:
+    pages, answers = results.pages(ROOT / "docs" / "results")
+    for name, made in pages.items():
+        assert made == (ROOT / "docs" / name).read_text(encoding="utf-8")
+    pd.testing.assert_frame_equal(answers, pd.read_parquet(ROOT / "docs/results/answers.parquet"))
+
+
+def test_readme_counts_answers_as_the_page_does() -> None:
+    page = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    counts = r"are (\d+) answers\. .* hold in (\d+), and (\d+) more .* that hold, (\d+) also .* nothing\. (\d+) other"
+    ((answers, hold, lack, drawn, others),) = re.findall(counts, " ".join(page.split()))
+    assert drawn == str(page.count("* Holds, training added nothing:"))
+    said = [
+        f"Of {answers} answers about atoms {hold} hold with all controls, and {lack} lack them.",
+        f"Of these, {drawn} also hold for writes drawn at random",
+        f"{others} others are about",
+    ]
+    readme = " ".join((ROOT.parent / "README.md").read_text(encoding="utf-8").split())
+    assert [words for words in said if words not in readme] == []
+
+
+def test_readme_counts_heads_at_equal_bits_as_the_page_does() -> None:
+    page = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| (squared errors|the metric) \| 12 \| (\d+), (\d+) \|", page, re.M)
+    ahead = {(bits, fit): int(count) for bits, fit, count, _ in rows}
+    behind = {(bits, fit): int(count) for bits, fit, _, count in rows}
+    of_kl = [each for each in ahead if each[1] == "the metric"]
+    low, high = (pick(behind[each] for each in of_kl) for pick in (min, max))
+    by_size = {bits: (ahead[bits, fit], behind[bits, fit]) for bits, fit in ahead if fit == "squared errors"}
+    said = [
+        f"the SAE is behind a residual quantizer on {low} to {high} of [twelve heads]",
+        f"It is ahead on {max(ahead[each] for each in of_kl)} at most.",
+        f"By squared errors at 16 bits it is behind on {by_size['16'][1]}.",
+        "At 32 bits it is ahead on {} and behind on {}, at 64 bits ahead on {} and behind on {}.".format(
+            *by_size["32"], *by_size["64"]
+        ),
+    ]
+    readme = " ".join((ROOT.parent / "README.md").read_text(encoding="utf-8").split())
+    assert [words for words in said if words not in readme] == [] and by_size["16"][0] == 0

@@ -1,0 +1,316 @@
+"""The protocol as a workflow: what it covers, what is said beforehand, who owns a run, and what a kill leaves."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import transformers
+from tiny_models import _GDN
+
+from hookpoints import HookedRecurrent
+from hookpoints import embedded as shipped
+from writesae.cli import parse
+from writesae.dictionaries import Collect, Train
+from writesae_study.evaluate import EvalAll
+from writesae_study.evaluations import EVALUATIONS
+from writesae_study.reproduce import published
+from writesae_study.reproduce.command import Reproduce, for_model, move_earlier, own_run, profile_folder
+from writesae_study.reproduce.config import SMALL, ReproduceConfig
+from writesae_study.reproduce.published import RUNS, commands, published_results, run_published, shuffled
+from writesae_study.reproduce.texts import write_texts
+from writesae_study.zoo import Zoo
+
+TINY = replace(
+    SMALL,
+    **{"model": "embedded", "layers": (2,), "heads": (0,), "seeds": (0,), "losses": (), "variants": ()},
+    **{"evaluations": ("multistep", "sign"), "d_sae": 32, "k": 4, "training_tokens": 2048, "dashboards": 0},
+    **{"eval_sequences": 6, "n_atoms": 3, "firings_per_atom": 2, "set": ("sign.n_positions=4",)},
+)
+
+
+# ------------------------------------------------------------------------------------------------ what a run covers
+
+
+def test_seeds_losses_and_variants_are_those_of_the_comparisons():
+    assert ReproduceConfig(seeds=(0, 1), variants=("FlatSAE",)).dictionaries() == {
+        "write": ["write-seed0", "write-seed1", "write-FlatSAE-seed0", "write-FlatSAE-seed1"],
+        "state": ["state-seed0", "state-reads-seed0", "state-write-seed0"],
+    }
+    assert len(ReproduceConfig().dictionaries()["write"]) == 3 + 14  # seven variants of two seeds each
+    only = ReproduceConfig(targets=("last_state",), seeds=(3,), variants=())
+    assert only.dictionaries() == {"last_state": ["last_state-seed3"]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"targets": ()}, "targets"),
+        ({"seeds": (1, 1)}, "seeds"),
+        ({"variants": ("Wrong",)}, "Wrong"),
+        ({"k": 0}, "k: expected"),
+    ],
+)
+def test_a_wrong_setting_is_said(changes, word):
+    with pytest.raises(ValueError, match=word):
+        ReproduceConfig(**changes)
+
+
+def test_layers_and_heads_follow_the_model():
+    published = transformers.Qwen3_5TextConfig(**{**_GDN, "num_hidden_layers": 24, "linear_num_value_heads": 16})
+    models = (
+        HookedRecurrent.from_pretrained("embedded"),
+        HookedRecurrent.from_hf(transformers.Qwen3_5ForCausalLM(published)),
+    )
+    small, paper = map(for_model, (replace(SMALL, model="embedded"), ReproduceConfig()), models)
+    assert (small.layers, small.heads, paper.layers, paper.heads) == ((2,), (1,), (1, 9, 17), (4,))
+
+
+def test_the_command_line_is_the_config():
+    words = ["--layers", "1", "9", "--small", "--d-sae", "64", "--profile", "slurm", "--", "--dry-run", "--cores", "3"]
+    small = Reproduce.from_arguments(words)
+    assert small.config == replace(SMALL, layers=(1, 9), d_sae=64)  # a flag wins
+    assert small.snakemake == ("--dry-run", "--cores", "3") and small.profile == "slurm"
+    assert Reproduce.from_arguments([]).config == ReproduceConfig()
+
+
+def test_documents_kept_for_evaluation_are_not_trained_on(tmp_path, embedded):
+    words = shipped.text("train").split()
+    documents = [f"{n} " + " ".join(words[n * 60 : n * 60 + 60]) for n in range(80)]
+    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps({"text": document}) for document in documents))
+    write_texts(replace(TINY, dataset=str(tmp_path), training_tokens=512), tmp_path / "run", embedded)
+    held_out = (tmp_path / "run" / "held-out.txt").read_text().split("\n\n")
+    with open(tmp_path / "run" / "train" / "train.jsonl") as lines:
+        trained_on = [json.loads(line)["text"] for line in lines]
+    assert held_out and trained_on and held_out + trained_on == documents[: len(held_out) + len(trained_on)]
+
+
+# ------------------------------------------------------------------------------------------------ who owns a run
+
+OWNER = """
+import os, sys, writesae
+from pathlib import Path
+from writesae_study.reproduce.command import own_run
+own_run(Path(sys.argv[1]))
+os.execv(sys.executable, [sys.executable, "-c", "print('mine', flush=True); import time; time.sleep(600)"])
+"""
+
+
+def test_a_living_owner_is_told_from_a_dead_one(tmp_path):
+    """The owner becomes another program, as it becomes Snakemake, and is killed."""
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, str(tmp_path)], stdout=subprocess.PIPE)
+    try:
+        assert owner.stdout is not None and owner.stdout.readline() == b"mine\n"
+        with pytest.raises(ValueError, match=str(tmp_path)):
+            own_run(tmp_path)
+    finally:
+        owner.kill()
+        owner.communicate()
+    own_run(tmp_path)
+
+
+@pytest.mark.parametrize("content", [None, ""])
+def test_a_link_as_owner_makes_and_fills_no_file(tmp_path, content):
+    (tmp_path / ".owner").symlink_to(private := tmp_path / "private")
+    if content is not None:
+        private.write_text(content)
+    with pytest.raises(OSError, match=r"\.owner"):
+        own_run(tmp_path)
+    assert private.exists() == (content is not None)
+
+
+# ------------------------------------------------------------------------------------------------ the workflow
+
+
+def snakemake(folder: Path, *arguments: str, file: str = "Snakefile") -> str:
+    where = ["--snakefile", str(profile_folder("laptop").parents[1] / file), "--directory", str(folder)]
+    command = [sys.executable, "-m", "snakemake", *where, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def planned(said: str) -> dict[str, int]:
+    """How often a dry run would do each step."""
+    return {line[0]: int(line[1]) for line in map(str.split, said.splitlines()) if line[1:] and line[1].isdigit()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("profile", ["laptop", "gpu", "slurm"])
+def test_a_dry_run_of_every_profile_plans_every_step_once(tmp_path, profile):
+    replace(TINY, layers=(1, 2), heads=(0, 3), evaluations=("sign", "amplify"), dashboards=2).keep_in(tmp_path)
+    said = snakemake(tmp_path, "--profile", str(profile_folder(profile)), "--dry-run")
+    steps = {"collect": 1, "train": 8, "evaluate": 8, "compare": 4, "together": 2, "show": 4, "report": 1}.items()
+    assert planned(said).items() >= steps
+    assert said.count("writesae train --collection collection --layers 2 --heads 3") == 2 * 1
+    assert sorted(each.name for each in tmp_path.iterdir() if each.name != ".snakemake") == ["config.json"]
+
+
+@pytest.mark.slow
+def test_a_changed_text_is_planned_anew(tmp_path):
+    """Of a run whose steps are all done, or say so; a dry run moves nothing."""
+    words = shipped.text("train").split()
+    text, out = tmp_path / "text" / "train.jsonl", tmp_path / "run"
+    text.parent.mkdir()
+
+    def dry_run(first: int) -> str:
+        documents = [" ".join(words[n * 60 : n * 60 + 60]) for n in range(first, first + 300)]
+        text.write_text("\n".join(json.dumps({"text": document}) for document in documents))
+        command = [sys.executable, "-m", "writesae", *ARGUMENTS, "--dataset", str(text.parent), "--out", str(out)]
+        done = subprocess.run([*command, "--", "--dry-run"], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    steps = planned(dry_run(0))
+    assert steps["total"] >= 6
+    marks = ("write.trained", "state.trained", "write.evaluated", "state.evaluated", "compared")
+    for place in ("collection/collected", *(f"L2H0/marks/{mark}" for mark in marks), "report/report.html"):
+        file = out / place
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    assert "Nothing to be done" in dry_run(0)
+    assert planned(dry_run(1)) == steps and (out / "report/report.html").exists()
+    (out / "notes.txt").write_text("the user's")
+    assert move_earlier(out) == out / "earlier-1" and move_earlier(out) == out / "earlier-2"
+    assert {path.name for path in out.glob("[!.]*")} == {
+        *("config.json", "inputs.json", "notes.txt", "earlier-1", "earlier-2")
+    }
+    assert (out / "earlier-1/report/report.html").exists()
+
+
+PATIENCE = 1200
+"""Seconds after which a run hangs: some times what it takes while seven other programs run."""
+ARGUMENTS = [
+    *("reproduce", "--model", "embedded", "--small", "--layers", "2", "--heads", "0", "--seeds", "0", "--losses"),
+    *("--variants", "--dashboards", "0", "--evaluations", "multistep", "sign", "--set", "sign.n_positions=4"),
+    *("--training-tokens", "8192", "--eval-sequences", "6", "--n-atoms", "3"),
+]
+
+
+def start(out: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "writesae", *ARGUMENTS, "--out", str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.nightly
+def test_killed_again_and_again_a_run_ends_as_one_that_was_not(tmp_path):
+    """SIGKILL of the process that was typed, while its steps go on; what was finished is not touched again."""
+    out, kept = tmp_path / "run", {}
+    for moment in ("L2H0/*/sae", "L2H0/*/multistep/*/info.json"):
+        process = start(out)
+        deadline = time.monotonic() + PATIENCE
+        while not list(out.glob(moment)):
+            assert time.monotonic() < deadline and process.poll() is None, process.communicate()[0].decode()
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert list((out / ".snakemake" / "locks").iterdir())  # stale
+        kept |= {path: path.stat().st_mtime_ns for path in out.glob("L2H0/*/sae/sae_weights.safetensors")}
+    process = start(out)
+    try:
+        said = process.communicate(timeout=PATIENCE)[0].decode()
+    finally:
+        process.kill()
+    assert process.returncode == 0, said
+    assert kept and all(path.stat().st_mtime_ns == before for path, before in kept.items())
+    claims = json.loads((out / "report/report.json").read_text())["claims"]
+    assert {claim["label"] for claim in claims} == {"L2H0 write-trained", "L2H0 state-trained", "L2H0"}
+    assert not list(out.rglob("checkpoints"))
+    assert "Nothing to be done" in snakemake(out, "--profile", str(profile_folder("laptop")), "--dry-run")
+
+
+# ------------------------------------------------------------------------------------------------ published numbers
+
+ROOT = Path(__file__).parents[2]
+
+
+COMMANDS = {"collect": Collect, "train": Train, "eval": EvalAll, "zoo": Zoo, "reproduce": Reproduce}
+
+
+def test_rows_are_commands_and_the_published_results_are_theirs():
+    rows = {(name, place.model, place.cell, replace(test, label="")) for name, place, test in published_results()}
+    for name, *arguments in commands(Path("folder")):
+        command = parse(COMMANDS[name], name, arguments[name == "eval" :])
+        if isinstance(command, EvalAll):
+            assert {(*command.subjects.out.parts[2:], test) for test in command.evaluations()} <= rows
+    saved = pd.read_parquet(ROOT / "study/docs/results/results.parquet")
+    found = set()
+    for recipe, kind, settings, about in zip(saved["recipe"], saved["kind"], saved["settings"], saved["info"]):
+        info = json.loads(about)
+        test = EVALUATIONS[kind].from_dict(json.loads(settings) | {"label": ""})
+        found.add((recipe, info["model"], f"L{info['layer']}H{info['head']}", test))
+    assert found <= rows
+    assert {name for name, *_ in rows - found} <= RUNS["nulls"].keys()  # of which the pages show those that are there
+
+
+def test_every_published_table_names_its_row():
+    named_files = [sorted(ROOT.glob(pattern)) for pattern in RUNS["tables"]]
+    assert all(named_files)
+    data = [file for suffix in ("json", "parquet") for file in (ROOT / "docs").rglob(f"*.{suffix}")]
+    data += (ROOT / "hookpoints/zoo").glob("*/truth.json")
+    assert sorted(file for files in named_files for file in files) == sorted(data)
+    for command in RUNS["tables"].values():
+        program, name, *arguments = command.split()
+        if program == "python":
+            assert (ROOT / name).is_file()
+        else:
+            parse(COMMANDS[name], command, arguments)
+
+
+def test_a_shuffled_model_has_the_same_numbers_elsewhere():
+    ours = shuffled("recall").W_U.flatten()
+    theirs = HookedRecurrent.from_pretrained("recall").W_U.flatten()
+    assert torch.equal(ours.sort().values, theirs.sort().values) and not torch.equal(ours, theirs)
+
+
+def test_published_runs_have_their_own_settings(tmp_path):
+    with pytest.raises(ValueError, match="expected no other flag"):
+        Reproduce(published=True, small=True, out=tmp_path / "run").run()
+    assert not (tmp_path / "run").exists()
+
+
+FEW = """
+collect.embedded = { layers = [2], heads = [0] }
+heads.one = ["embedded:2:0"]
+sizes = { d-sae = 64, training-tokens = 512, train-batch-size-tokens = 64 }
+settings.sign = { n_positions = 4 }
+
+[[run]]
+heads = ["one"]
+train = { default = ["write-gauss_newton-seed0"], paper = ["write-seed0"] }
+ask = [{ name = "paper-last", of = ["write-seed0"], controls = false, kinds = ["sign"], text = "last" }]
+
+[[null]]
+heads = ["one"]
+kinds = ["sign"]
+
+[[bits]]
+heads = ["one"]
+name = "bits"
+settings = { budgets = [16], steps = 2, tune_steps = 1, seed = 0 }
+"""
+
+
+@pytest.mark.nightly  # four minutes of whole commands
+def test_published_runs_are_done_once(tmp_path, monkeypatch):
+    """All kinds of rows, at tiny sizes; another call changes no result."""
+    small = tomllib.loads(FEW)
+    monkeypatch.setattr(published, "RUNS", RUNS | small)
+    run_published(tmp_path)
+    results = {file: file.stat().st_mtime_ns for file in tmp_path.glob("runs/*/embedded/L2H0/*/*/info.json")}
+    assert {file.relative_to(tmp_path / "runs").parts[0] for file in results} == {"paper-last", "bits", *RUNS["nulls"]}
+    run_published(tmp_path)
+    assert all(file.stat().st_mtime_ns == time for file, time in results.items())

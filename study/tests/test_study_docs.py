@@ -1,0 +1,92 @@
+"""Every evaluation has a page, which says what its class says, and examples that run."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from examples import fresh_start, printed
+
+from writesae_study import EVALUATIONS
+
+STUDY = Path(__file__).parents[1]
+DOCS = STUDY / "docs"
+sys.path.append(str(STUDY / "tools"))
+BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)\n```$)?", flags=re.MULTILINE | re.DOTALL)
+"""A Python block, and what it prints, where that stands below it."""
+DICTIONARIES = ("my-sae", "seed-0", "seed-1", "write", "state", "bilinear", "flat")
+"""Folders of the SAEs in the examples of evaluations."""
+
+
+def test_every_evaluation_has_a_page() -> None:
+    assert sorted(path.stem for path in (DOCS / "evaluations").glob("*.md") if path.stem != "index") == sorted(
+        EVALUATIONS
+    )
+
+
+def test_pages_of_tables_are_linked_and_not_in_the_navigation() -> None:
+    config = (STUDY / "mkdocs.yml").read_text()
+    pages = {page.name: page.read_text() for page in DOCS.glob("*.md")}
+    unlisted = re.findall(r"^  /(\S+)$", config, flags=re.MULTILINE)
+    assert unlisted == ["dictionaries.md", "coverage.md"]
+    assert not any(re.search(rf"^ +- {name}$", config, flags=re.MULTILINE) for name in unlisted)
+    for name in unlisted:
+        assert any(f"({name}" in text for other, text in pages.items() if other != name), name
+
+
+@pytest.mark.parametrize("kind", EVALUATIONS)
+def test_the_page_of_an_evaluation_says_what_its_class_says(kind: str) -> None:
+    study_pages = pytest.importorskip("study_pages", reason="needs the extra docs")
+    evaluation, text = EVALUATIONS[kind], (DOCS / "evaluations" / f"{kind}.md").read_text()
+    assert text.startswith(f"# {evaluation.question}\n") and f"Takes {evaluation.scope.value}." in text
+    made = study_pages.definition(kind) + study_pages.settings(kind)
+    assert all(f"| `{field.name}` |" in made for field in dataclasses.fields(evaluation))
+    assert all(f"| `{column}` |" in made for columns in evaluation.columns.values() for column in columns)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny SAEs in the folders that the evaluations' examples name."""
+    from hookpoints import HookedRecurrent, embedded
+    from sae_lens_writesae import text_dataset, train, training_config
+    from writesae.dictionaries import quiet
+
+    folder = tmp_path_factory.mktemp("saes")
+    model, dataset = HookedRecurrent.from_pretrained("embedded"), text_dataset(embedded.text("train"))
+    wanted: dict[str, dict] = {"my-sae": {}, "state": {"target": "state"}, "seed-1": {"seed": 1}}
+    wanted["flat"] = {"sae": {"k": 8, "decoder": "flat"}}
+    for label, changes in wanted.items():
+        cfg = training_config(
+            model,
+            layer=2,
+            head=1,
+            d_sae=64,
+            training_tokens=16_384,
+            context_size=128,
+            lr=2e-3,
+            store_batch_size_prompts=8,
+            n_batches_in_buffer=16,
+            train_batch_size_tokens=512,
+            verbose=False,
+            **{"target": "write", "sae": {"k": 8}, "seed": 0} | changes,
+        )
+        with quiet():  # SAELens warns that so short a text is read more than once
+            train(cfg, model, dataset).save_inference_model(str(folder / label))
+    for label in {*DICTIONARIES} - wanted.keys():
+        shutil.copytree(folder / "my-sae", folder / label)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_examples_of_evaluations_run(name: str, trained: Path) -> None:
+    """They answer no claim that the class does not name."""
+    code = "".join(code for code, _ in BLOCK.findall((DOCS / "evaluations" / f"{name}.md").read_text()))
+    code += "assert {claim.number for claim in result.claims()} <= {None, *result.evaluation.answers}\n"
+    with fresh_start(trained):
+        out = printed(code, f"{name}.md")
+    assert len(out.splitlines()) >= 1 and all(" | " in line for line in out.splitlines())

@@ -1,0 +1,155 @@
+"""Pairing, clustering, verdict, sentence and panel of a claim: tested here once, for all evaluations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from writesae.dictionary.estimates import Estimate, recovered_share
+from writesae.page.format import percent
+from writesae_study.verdict import statistics as stats
+from writesae_study.verdict.finding import Against, Finding, Paired, medians, said
+from writesae_study.verdict.judge import Verdict
+
+
+def tidy(**kl: float) -> pd.DataFrame:
+    """KL of 60 firings in 20 sequences under each condition: a shared effect of the firing, and 1% of noise."""
+    rng, n = np.random.default_rng(0), 60
+    shared = rng.normal(0, 0.5, n)
+    units = pd.DataFrame({"firing": np.arange(n), "sequence": np.arange(n) // 3, "feature": np.arange(n) % 7})
+    parts = [units.assign(condition=c, kl=x * np.exp(shared + 0.01 * rng.normal(size=n))) for c, x in kl.items()]
+    return pd.concat(parts).sample(frac=1, random_state=1)  # the order of rows means nothing
+
+
+@pytest.fixture
+def paired() -> Paired:
+    return Paired.of(tidy(native=1e-9, delete=1.0, atom=0.3, mean=0.8), "kl", "firing", "feature")
+
+
+def test_conditions_of_one_unit_are_paired(paired: Paired) -> None:
+    wide = paired.wide
+    gap = paired.mean("delete", "atom")
+    assert gap == stats.estimate(wide["delete"] - wide["atom"], wide["sequence"])
+    assert gap.mean == pytest.approx(wide["delete"].mean() - wide["atom"].mean()) and (gap.n, gap.n_clusters) == (
+        60,
+        20,
+    )
+    assert paired.median("delete", "atom").mean == np.median(wide["delete"] - wide["atom"])
+    assert gap.low > paired.mean("delete").low - paired.mean("atom").high  # what pairs share does not widen it
+    assert paired.size_of("delete") == {"typical": wide["delete"].median(), "floor": wide["native"].quantile(0.95)}
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (lambda p: p.mean(p["atom"] < 0.3), lambda w, ids: stats.share(w["atom"] < 0.3, ids)),  # truth values
+        (lambda p: p.wins("atom", "atom"), lambda w, ids: stats.share(w["atom"] < 0, ids)),  # a tie is no win
+        (
+            lambda p: Paired(p.wide, ("sequence", "feature"), seed=3).mean("atom"),
+            lambda w, ids: stats.estimate(w["atom"], ids, w["feature"], seed=3),
+        ),
+        (lambda p: p.recovered("atom"), lambda w, ids: recovered_share(w["atom"], w["delete"], ids)),
+        (
+            lambda p: p.recovered("atom", than="mean"),
+            lambda w, ids: stats.recovered_difference(w["atom"], w["mean"], w["delete"], ids),
+        ),
+        (lambda p: p.total("atom"), lambda w, ids: stats.total(w["delete"] - w["atom"], w["delete"], ids)),
+        (
+            lambda p: p.total("atom", than="mean"),
+            lambda w, ids: stats.total(w["mean"] - w["atom"], w["delete"], ids),
+        ),
+        (
+            lambda p: p.lead("delete", Paired(p.wide.assign(sequence=p["sequence"] + 100, atom=2 * p["atom"])), "atom"),
+            lambda w, ids: stats.estimate_difference(w["delete"], 2 * w["atom"], ids, ids + 100),
+        ),
+    ],
+)
+def test_estimates_are_those_of_the_statistics(paired: Paired, found: Any, expected: Any) -> None:
+    assert found(paired) == expected(paired.wide, paired.wide["sequence"])
+
+
+def test_units_measured_twice_count_once_and_units_without_a_condition_are_left_out() -> None:
+    table = tidy(delete=1.0, atom=0.3)
+    assert Paired.of(pd.concat([table, table]), "kl", "firing").mean("atom").n == 60
+    for lacking in ("atom", "delete"):
+        fewer = Paired.of(table.query(f"not (condition == '{lacking}' and firing < 6)"), "kl", "firing")
+        assert (fewer.mean("atom", "delete").n, fewer.wins("atom", "delete").n) == (54, 54)
+        for share in (fewer.recovered, fewer.total):
+            whole = Paired(fewer.wide.dropna())
+            assert share("atom") == getattr(whole, share.__name__)("atom") and share("atom").n == 54
+    assert Paired.of(table, "kl", "firing").mean("delete").n == 60
+    three = tidy(delete=1.0, atom=0.3, mean=0.8).query("not (condition == 'mean' and firing < 6)")
+    paired = Paired.of(three, "kl", "firing")
+    assert paired.recovered("atom", "mean") == Paired(paired.wide.dropna()).recovered("atom", "mean")
+
+
+def found(paired: Paired, **changes: Any) -> Finding:
+    """An atom is nearer to the native model than deletion, against the mean write."""
+    wins = paired.wins("atom", "delete")
+    given: dict[str, Any] = {
+        "claim": "an atom is nearer than deletion",
+        "number": 1,
+        "null": "mean write",
+        "effect": wins,
+        "against": {"mean write": Against(paired.wins("atom", "mean"), paired.wins("mean", "delete"), chance=0.5)},
+        "chance": 0.5,
+        "relevant": 0.1,
+        "shown": {"atom": wins, "mean write": paired.wins("mean", "delete")},
+        "write": percent,
+        "axis": "of firings",
+        "of": "firings in {} sequences",
+    }
+    return Finding(**given | paired.size_of("delete") | changes)
+
+
+@pytest.mark.parametrize(
+    "kl, outcome",
+    [
+        ({"atom": 0.3, "mean": 0.8}, "holds"),
+        ({"atom": 0.3, "mean": 0.1}, "confounded"),
+        ({"atom": 1.2, "mean": 0.8}, "fails"),
+        ({"atom": 0.3, "mean": 1.2}, "holds"),  # a control that does not win by itself cannot confound
+        ({"delete": 1e-10, "atom": 1e-11, "mean": 1e-10}, "below the floor"),
+    ],
+)
+def test_the_verdict_is_that_of_the_ladder(kl: dict[str, float], outcome: str) -> None:
+    finding = found(Paired.of(tidy(**{"native": 1e-9, "delete": 1.0} | kl), "kl", "firing"))
+    assert finding.verdict.outcome == finding.row().outcome == outcome
+    assert (finding.verdict.unbeaten_controls == ("mean write",)) == (outcome == "confounded")
+    panel = finding.panel("L1H2")
+    assert ("var(--rival," in panel.svg) == (outcome == "confounded")  # it is orange
+    assert panel.title == "An atom is nearer than deletion" and f"{finding.claim}: L1H2" in panel.svg
+    assert "<title>atom: " in panel.svg and "<title>mean write: " in panel.svg
+
+
+def test_a_rule_of_the_question_comes_before_the_ladder(paired: Paired) -> None:
+    other = Verdict("confounded", "Any write is small here.")
+    assert found(paired, unless=other).verdict == other
+    lost = found(paired, unless=other, effect=paired.wins("delete", "atom"))
+    assert lost.verdict.outcome == "fails"  # what fails needs no further rule
+    assert found(paired, ruled=other, effect=paired.wins("delete", "atom")).verdict == other
+    untested = Finding.untested("a claim", "It needs two dictionaries.", 15).row()
+    assert (untested.outcome, untested.measured, untested.n) == ("not tested", "–", 0)
+    assert untested.sentence == "It needs two dictionaries."
+
+
+def test_the_sentence_says_subject_and_controls_with_their_intervals(paired: Paired) -> None:
+    finding = found(paired, measured="KL 0.3 nats", controls="no-op 0", remark="It is small.")
+    row, wins = finding.row(), paired.wins("atom", "delete")
+    assert row.measured == f"{said(wins, percent)} of firings; KL 0.3 nats" and row.measured.startswith("100.0% [")
+    assert row.controls == f"mean write {said(paired.wins('mean', 'delete'), percent)}; no-op 0"
+    assert (row.n, row.unit, row.number) == (60, "firings in 20 sequences", 1)
+    assert row.sentence == f"{finding.verdict.sentence} It is small."
+    assert found(paired, n=3).row().n == 3
+    assert said(Estimate(-63.9, -114.0, -37.0, 60, 20), percent) == "none (KL 64.9 [38, 115] times that of deletion)"
+    assert said(Estimate(0.25, np.nan, np.nan, 9, 1), percent) == "25.0%"  # one cluster gives no interval
+
+
+def test_medians_have_a_line_for_each_condition() -> None:
+    table = tidy(delete=1.0, atom=0.3).assign(step=lambda t: t["firing"] % 2)
+    names = {"atom": "the atom", "delete": "deletion", "random": "never run"}
+    svg = medians(table, "step", "kl", names, "tokens after t", "KL by tokens: x").svg
+    assert "the atom" in svg and "deletion" in svg and "never run" not in svg

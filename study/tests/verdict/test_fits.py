@@ -1,0 +1,68 @@
+"""Fits of predictions, on made-up numbers whose answers are known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from writesae_study.verdict.fits import cell_r2, cross_fitted, r2_estimate, scores_table, with_control
+
+SCORED = ("F1", "F2", "shuffled")
+
+
+@pytest.fixture(scope="module")
+def cells() -> pd.DataFrame:
+    """Cells whose change is `s eps`, with F2 = s eps and F1 = F2 / 2."""
+    index = pd.MultiIndex.from_product([range(40), [0, 4], ["1", "50"]], names=["firing", "horizon", "rank"])
+    slope = np.random.default_rng(0).normal(size=len(index))
+    frames = [
+        index.to_frame(index=False).assign(eps=eps, F1=eps * slope / 2, F2=eps * slope, measured=slope * eps)
+        for eps in (0.1, 1.0)
+    ]
+    table = pd.concat(frames, ignore_index=True)
+    return with_control(table.assign(sequence=table["firing"] // 4), "F2", 0)
+
+
+def test_scores_known_by_hand(cells: pd.DataFrame) -> None:
+    table = scores_table(cells, SCORED).set_index(["predictor", "horizon", "rank", "eps"])
+    assert len(table) == 3 * (1 + 2 + 2 + 2 + 4)
+    exact, half, shuffled = (table.loc[(name, "all", "all", "0.1")] for name in ("F2", "F1", "shuffled"))
+    assert exact[["r2", "r2_low", "r2_high"]].tolist() == [1, 1, 1] and shuffled["r2"] < 0
+    assert half["r2_global_scale"] == pytest.approx(1)
+    rows = cells.query("eps == 0.1")
+    lead = r2_estimate(rows["measured"], rows["F1"], rows["sequence"], rival=rows["shuffled"])
+    assert lead.mean == pytest.approx(half["r2"] - shuffled["r2"]) and 0 < lead.low < lead.mean < lead.high
+    assert (lead.n, lead.n_clusters) == (160, 10)
+    assert scores_table(cells.assign(measured=0.0), SCORED).empty  # groups without change
+
+
+def test_r2_of_a_cell_by_hand() -> None:
+    """Measured 1 and 3 at sizes 1 and 2 of a line: the scale 7/5 leaves 0.4^2 + 0.2^2 of a variation of 2."""
+    cell = pd.DataFrame({"firing": 0, "horizon": 0, "rank": "1", "sequence": 7, "F1": 0.0, "F2": [1.0, 2.0]})
+    both = pd.concat([cell.assign(measured=[1.0, 3.0]), cell.assign(firing=1, measured=2.0)], ignore_index=True)
+    assert cell_r2(both, "F2").to_numpy().tolist() == [[pytest.approx(1 - 0.2 / 2), 7]]  # the other one is constant
+    small = both.assign(F2=both["F2"] / 100)  # the scale takes up the unit of a prediction
+    assert cell_r2(small, "F2")["r2"].tolist() == [pytest.approx(1 - 0.2 / 2)]
+    assert cell_r2(both, "F1")["r2"].tolist() == [pytest.approx(1 - 10 / 2)]  # nothing to scale
+
+
+def test_the_control_keeps_horizon_rank_and_eps_and_changes_the_firing(cells: pd.DataFrame) -> None:
+    for _, part in cells.groupby(["horizon", "rank", "eps"]):
+        assert sorted(part["shuffled"]) == sorted(part["F2"]) and (part["shuffled"] != part["F2"]).all()
+
+
+def test_a_fit_never_sees_the_half_that_it_predicts_and_no_order_of_rows() -> None:
+    scaled = cross_fitted(np.array([1.0, 1.0, 3.0, 3.0]), np.ones((4, 1)), [0, 0, 1, 1])
+    assert scaled.tolist() == [pytest.approx(x) for x in (3, 3, 1, 1)]
+    assert cross_fitted(np.ones(4), np.zeros((4, 1)), [0, 0, 1, 1]).tolist() == [0] * 4
+    rng = np.random.default_rng(0)
+    features, clusters, groups = rng.normal(size=(400, 2)), np.arange(400) // 20, np.arange(400) % 2
+    truth = np.where(groups == 0, features @ [1.0, -2.0], features @ [0.0, 3.0])
+    np.testing.assert_allclose(cross_fitted(truth, features, clusters, groups), truth)
+    truth[clusters % 2 == 1] = rng.normal(size=200)  # the odd half predicts the even one, and not itself
+    predicted, order = cross_fitted(truth, features, clusters, groups), rng.permutation(400)
+    even = np.where(groups == 0, features @ [1.0, -2.0], features @ [0.0, 3.0])
+    np.testing.assert_allclose(predicted[clusters % 2 == 1], even[clusters % 2 == 1])
+    again = cross_fitted(truth[order], features[order], clusters[order], groups[order])
+    np.testing.assert_allclose(again, predicted[order])

@@ -1,0 +1,33 @@
+"""Gaussian mixtures: how many are fitted to few values, and which one is best of a planted mixture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from writesae_study.verdict.mixtures import fit_mixtures
+
+
+@pytest.mark.parametrize(
+    ("values", "fitted"),
+    [([0.3] * 50, 0), ([0.1, 0.2, 0.3], 0), (np.linspace(0, 1, 7), 1), (np.linspace(0, 1, 10), 2)],
+)
+def test_few_values_have_few_mixtures(values: Any, fitted: int) -> None:
+    """One component for every five different values."""
+    fits = fit_mixtures(values)
+    assert fits["components"].nunique() == fitted and not fits.isna().to_numpy().any()
+
+
+def test_a_planted_mixture_is_the_best_of_four_in_any_unit() -> None:
+    rng = np.random.default_rng(0)
+    values = np.concatenate([rng.normal(0.2, 0.02, 300), rng.normal(0.8, 0.05, 100)])
+    for unit in (1, 1000):
+        fits = fit_mixtures(unit * values)
+        assert sorted(set(fits["components"])) == [1, 2, 3, 4]
+        best = fits[fits["best"]]
+        assert best["component"].tolist() == [1, 2]
+        assert best["weight"].tolist() == pytest.approx([0.75, 0.25], abs=0.01)
+        assert best["mean"].tolist() == pytest.approx([0.2 * unit, 0.8 * unit], rel=0.02)
+        assert best["sd"].tolist() == pytest.approx([0.02 * unit, 0.05 * unit], rel=0.15)

@@ -1,0 +1,289 @@
+"""Which dictionaries one run of an evaluation takes, and many evaluations of many dictionaries in one go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
+
+from sae_lens import SAE
+from torch import Tensor
+
+from hookpoints import HookedRecurrent
+from hookpoints.files import check_folder, content_hash, set_aside, versions
+from sae_lens_writesae.sae.factors import model_hash
+from sae_lens_writesae.sae.target import HeadHook
+from writesae.dictionary.quality import quality_of_heads
+from writesae.dictionary.traits import objective, variant
+from writesae.files import Json
+from writesae_study.dictionary.controls import ControlKind, control_dictionaries
+from writesae_study.experiment.bench import LayerHead
+from writesae_study.experiment.evaluation import Evaluation, Result, Scope, result_files
+from writesae_study.experiment.terms import Terms
+
+
+def evaluate_all(
+    evaluations: Sequence[Evaluation],
+    model: HookedRecurrent,
+    saes: Mapping[str, SAE] | LayerHead,
+    tokens: Tensor,
+    out: Path,
+    *,
+    controls: Tensor | Terms | None = None,
+    reference: Terms | None = None,
+    single: bool = False,
+    resume: bool = False,
+    replaced: bool = False,
+    progress: bool = True,
+    say: Callable[[str], object] = print,
+    failures: list[Exception] | None = None,
+) -> list[Result]:
+    """Run evaluations on dictionaries, and save each result in `out/<kind>/<label>` as soon as it is there.
+
+    An evaluation runs once for each group of dictionaries that it is for (`groups`). One that has nothing to measure
+    does not stop the others; its result says why. The quality of each dictionary is measured once, and is in the `info`
+    of all its results.
+
+    Args:
+        saes: dictionaries by label; or the layer and number of a head, about which the evaluations of `Scope.HEAD` ask.
+        tokens: as in `Evaluation.run`.
+        controls: tokens [M,S] apart from those that are tested, or their terms, from which control dictionaries are
+            made. These are evaluated after the trained ones as "<label>, untrained" and "<label>, native writes":
+            thrice the work. None: there are no control dictionaries.
+        reference: what baselines are fitted on (see `Evaluation.run`). None: `controls`, or where there are none the
+            other half of `tokens`.
+        single: one evaluation was asked for by name: it raises where it has nothing to measure, or cannot compare
+            these dictionaries.
+        resume: results that are saved with the same settings, and are of the same weights, dictionaries, texts,
+            baselines and version of this package (`inputs` in their info), are taken as they are. One of another
+            version is measured again, and `say` is told so. One that is damaged is renamed, with a DamageWarning, and
+            measured again.
+        replaced: results of other settings, weights, dictionaries, texts or baselines are replaced, and `say` is told
+            why.
+        failures: errors of evaluations, which then stop no other: `say` is told, and they are added here. None: the
+            first one is raised.
+
+    Raises:
+        OSError: the folder of a result holds something that no result has; before any work.
+        ValueError: it holds a result of other settings or inputs, and `replaced` is False; before any work.
+        NothingToMeasureError, ValueError: see `single`; sequences of `controls` are tested.
+    """
+    fitted = Terms(model, controls) if isinstance(controls, Tensor) else controls
+    if reference is not None:
+        fitted = reference
+    texts = {
+        "model": model_hash(model),
+        "tokens": content_hash(tokens),
+        "reference": _reference(fitted),
+        "version": versions().get("sae-lens-writesae", "unknown"),
+    }
+    for evaluation in evaluations:
+        for label, group in _runs(evaluation.scope, saes, single):
+            named = evaluation if evaluation.label else replace(evaluation, label=label)
+            folder = _folder(out, named.kind, named.label)
+            check_folder(folder, result_files)
+            _saved(folder, named, _inputs(texts, group), replaced)
+    dictionaries = {} if isinstance(saes, tuple) else dict(saes)
+    by_control = {} if controls is None else control_dictionaries(model, dictionaries, controls)
+    everything = dictionaries.copy()
+    for control, made in by_control.items():
+        everything |= {f"{label}, {control}": sae for label, sae in made.items()}
+    suite = _Suite(
+        model=model,
+        tokens=tokens,
+        out=out,
+        reference=fitted,
+        quality=quality_of_heads(model, everything, tokens, progress=progress),
+        texts=texts,
+        single=single,
+        resume=resume,
+        replaced=replaced,
+        progress=progress,
+        say=say,
+    )
+
+    def measured(evaluation: Evaluation, group: dict[str, SAE] | LayerHead) -> Iterator[Result]:
+        """The results of one evaluation: of trained dictionaries, and of their controls."""
+        trained = suite.run(evaluation, group)
+        yield trained
+        # Where trained dictionaries give nothing to measure, no control has to be compared with them.
+        if evaluation.scope is Scope.HEAD or trained.skipped is not None:
+            return
+        for control, made in by_control.items():
+            if set(group) <= made.keys():
+                of_control = {label: made[label] for label in dictionaries if label in group}
+                named = replace(evaluation, label=f"{trained.label}, {control}")
+                yield suite.run(named, of_control, control, trained.label)
+
+    results: list[Result] = []
+    for evaluation in evaluations:
+        for label, group in _runs(evaluation.scope, saes, single):
+            named = evaluation if evaluation.label else replace(evaluation, label=label)
+            try:
+                for result in measured(named, group):
+                    results.append(result)
+            except Exception as error:
+                if failures is None:
+                    raise
+                failures.append(error)
+                say(f"{named.kind}: {named.label} failed: {error}")
+    return results
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Suite:
+    """What all runs of `evaluate_all` share; fields are its arguments."""
+
+    model: HookedRecurrent
+    tokens: Tensor
+    out: Path
+    reference: Terms | None
+    quality: Callable[[str], Json]
+    """That of a dictionary, by its label."""
+    texts: Mapping[str, str]
+    """Hashes of the model, and of what is tested and fitted on; the version of this package."""
+    single: bool
+    resume: bool
+    replaced: bool
+    progress: bool
+    say: Callable[[str], object]
+
+    def run(
+        self,
+        evaluation: Evaluation,
+        group: dict[str, SAE] | LayerHead,
+        control: ControlKind | None = None,
+        control_of: str = "",
+    ) -> Result:
+        """Run an evaluation, unless its result is there; `control_of`: the label of the result that has this
+        control."""
+        tested = {} if isinstance(group, tuple) else group
+        inputs = _inputs(self.texts, group)
+        folder = _folder(self.out, evaluation.kind, evaluation.label)
+        saved, differing = _saved(folder, evaluation, inputs, self.replaced)
+        if differing:
+            self.say(f"{evaluation.kind}: {evaluation.label} is measured again: other {', '.join(differing)}")
+        elif self.resume and saved is not None:
+            return saved
+        # Only a single question about trained dictionaries raises where there is nothing to measure.
+        or_skip = not self.single or control is not None
+        result = evaluation.run(
+            self.model, group, self.tokens, reference=self.reference, progress=self.progress, or_skip=or_skip
+        )
+        facts: dict[str, Json] = {}
+        labels = list(tested)
+        if control is not None:
+            facts = {"control": control, "control_of": control_of}
+            labels = [f"{label}, {control}" for label in tested]
+        measured: dict[str, Json] = {"quality": {label: self.quality(label) for label in labels}, "inputs": inputs}
+        result = replace(result, info=result.info | facts | measured)
+        result.save(folder)
+        how = result.pace if result.skipped is None else f"skipped: {result.skipped}"
+        self.say(f"{result.kind}: {result.label} ({how})")
+        return result
+
+
+def _saved(
+    folder: Path, evaluation: Evaluation, inputs: Mapping[str, str], replaced: bool
+) -> tuple[Result | None, list[str]]:
+    """The result that a folder has, and what it was measured with that is not that of today. One that is damaged is set
+    aside. Costs a reading of the result.
+
+    Raises:
+        ValueError: a result of other settings or inputs would be lost. The same of another version of the package would
+            be none.
+    """
+    if not folder.exists():
+        return None, []
+    try:
+        saved = Result.load(folder, {evaluation.kind: type(evaluation)})
+    except ValueError as error:
+        set_aside(folder, str(error))
+        return None, []
+    known = cast("Mapping[str, Json]", saved.info.get("inputs") or {})
+    differing = ["settings"] * (saved.evaluation != evaluation)
+    differing += [name for name in inputs if known.get(name) != inputs[name]]
+    if not (replaced or {*differing} <= {"version"}):
+        raise ValueError(
+            f"{folder}: expected no result, or one of the same settings and inputs, got one of other "
+            f"{', '.join(differing)}; name another --out, or replace it (--replace)"
+        )
+    return saved, differing
+
+
+def _inputs(texts: Mapping[str, str], group: dict[str, SAE] | LayerHead) -> dict[str, str]:
+    """What a result depends on besides its settings, as hashes."""
+    tested = {} if isinstance(group, tuple) else group
+    weights = {label: [sae.cfg.to_dict(), sae.state_dict()] for label, sae in tested.items()}
+    return {**texts, "dictionaries": content_hash(weights)}
+
+
+def _reference(terms: Terms | None) -> str:
+    """Names what baselines are fitted to."""
+    if terms is None:
+        return "none"
+    return terms.collection.sha256 if terms.collection else content_hash(terms.tokens)
+
+
+def _folder(out: Path, kind: str, label: str) -> Path:
+    name = label.replace("/", "-").replace(" ", "-").replace(",", "")
+    if name in (".", ".."):  # what is saved there would replace the folder above
+        raise ValueError(f"{label!r} cannot be a label: results are saved in folders of their labels")
+    return out / kind / name
+
+
+def _runs(
+    scope: Scope, saes: Mapping[str, SAE] | LayerHead, single: bool
+) -> Iterator[tuple[str, dict[str, SAE] | LayerHead]]:
+    """What each run of an evaluation is about, with its label: `groups`, or a head without dictionaries."""
+    if not isinstance(saes, tuple):
+        yield from groups(scope, saes, single=single)
+    elif scope is Scope.HEAD:
+        yield "L{}H{}".format(*saes), saes
+
+
+def groups(scope: Scope, saes: Mapping[str, SAE], *, single: bool = False) -> Iterator[tuple[str, dict[str, SAE]]]:
+    """The dictionaries of each run of an evaluation, with the label of that run.
+
+    Args:
+        single: the evaluation was asked for by name, so that dictionaries which it cannot compare are its problem to
+            report; otherwise they are passed over.
+    """
+    heads: dict[str, dict[str, SAE]] = {}
+    for label, sae in saes.items():
+        heads.setdefault(HeadHook.of(sae).cell, {})[label] = sae
+    layers = {HeadHook.of(sae).layer for sae in saes.values()}
+    if scope is Scope.LAYER and len(heads) == len(saes) > len(layers) == 1:
+        yield f"L{layers.pop()}", dict(saes)
+    elif scope in (Scope.EACH, Scope.LAYER):
+        yield from ((label, {label: sae}) for label, sae in saes.items())
+    elif scope.compares and single:
+        yield next(iter(heads)), dict(saes)
+    elif scope is Scope.HEAD:
+        for cell, of_head in heads.items():
+            yield cell, dict(list(of_head.items())[:1])  # any dictionary says which head is meant
+    else:
+        for cell, of_head in heads.items():
+            group = comparable(scope, of_head)
+            if len(group) > 1:
+                yield cell, group
+
+
+def comparable(scope: Scope, saes: Mapping[str, SAE]) -> dict[str, SAE]:
+    """Those dictionaries of one head that a comparison takes: the first, and those that differ from it in what the
+    comparison is about and in nothing else; the first alone where there is none. Dictionaries that differ in nothing
+    are seeds, which a comparison of variants joins."""
+    traits: dict[str, dict[Scope | None, object]] = {}
+    for label, sae in saes.items():
+        architecture = (variant(sae), int(sae.cfg.d_sae))
+        traits[label] = {Scope.VARIANTS: architecture, None: objective(sae)}
+    first = next(iter(traits.values()))
+    fixed = [trait for trait in first if trait is not scope]
+    alike = [label for label in saes if all(traits[label][trait] == first[trait] for trait in fixed)]
+    one_of_each: dict[object, str] = {}
+    for label in alike:
+        trait = label if scope is Scope.SEEDS else traits[label][scope]
+        one_of_each.setdefault(trait, label)
+    labels = alike if scope is Scope.VARIANTS and len(one_of_each) > 1 else one_of_each.values()
+    return {label: saes[label] for label in labels}

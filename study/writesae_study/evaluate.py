@@ -1,0 +1,286 @@
+"""`writesae eval`: evaluations of dictionaries from folders, saved and joined on one page; and `writesae report`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_type_hints
+
+import tyro
+
+from writesae.choices import OnText
+from writesae.cli import choose, parse, parse_with
+from writesae.files import check_page, check_saes, folder_labels, run_folder, sae_folders, taken
+from writesae.settings import settings_of
+from writesae_study.evaluations import ASKED, EVALUATIONS
+
+if TYPE_CHECKING:
+    from writesae_study.experiment.evaluation import Evaluation, Result
+
+_REFERENCE = 64
+"""Sequences from which control dictionaries are made, and on which baselines are fitted."""
+
+_PASSES = 6
+"""Of the model, over each sequence and over the tokens that run for a firing: about what an evaluation takes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subjects(OnText):
+    """What is evaluated, on which text."""
+
+    saes: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """Folders of trained SAEs (cfg.json, sae_weights.safetensors) of one model, or folders that hold such folders, as
+    `writesae train` and `demo` leave them. A question about a head needs none, where --model, --layer and --head name
+    the head."""
+    layer: int | None = None
+    """Layer of the head that is asked about, without SAEs."""
+    head: int | None = None
+    """The head that is asked about, without SAEs."""
+    out: Path = Path("writesae-out/eval")
+    """Folder for results and report. The page shows all results that it has, those of earlier calls too."""
+    replace: bool = False
+    """Replace results that are there and are of other settings, dictionaries, weights or texts."""
+    control_dictionaries: bool = True
+    """Evaluate an untrained dictionary and one of native writes with each, by the same rules: three times the work.
+    They are made from the text that baselines are fitted on."""
+    collection: Path | None = None
+    """The collection that the dictionaries were trained on, or a folder that holds it, to which baselines are then
+    fitted; by default the one that is in a folder above them, as `writesae train` and `demo` leave it. Where there is
+    none, baselines are fitted to 64 sequences of the training text of the package, and claims that need them cannot
+    hold."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        head = {"model": self.model, "layer": self.layer, "head": self.head}
+        missing = [name for name, value in head.items() if value is None]
+        if (self.layer, self.head) != (None, None) and (missing or self.saes):
+            got = f"no {' and no '.join(missing)}" if missing else "folders of SAEs too"
+            raise ValueError(f"layer, head: expected --model, --layer and --head without SAEs, got {got}")
+
+    @property
+    def place(self) -> tuple[int, int] | None:
+        """Layer and head, where these are named."""
+        return None if self.layer is None or self.head is None else (self.layer, self.head)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalAll:
+    """Run every evaluation that fits the dictionaries, and write one report."""
+
+    subjects: tyro.conf.OmitArgPrefixes[Subjects]
+    seed: int = 0
+    """Seed of all draws and controls."""
+    kinds: tuple[str, ...] = ()
+    """Which evaluations; by default all of them."""
+    per: Literal["dictionary", "head", "layer"] | None = None
+    """Only evaluations of single dictionaries, or only those that are done once per head: of the head itself, and
+    comparisons of its dictionaries; or only those of dictionaries of several heads of a layer, which act together."""
+    set: tuple[str, ...] | None = None
+    """Settings as FIELD=VALUE, for every evaluation that has the field, or as KIND.FIELD=VALUE for one. `--set` alone
+    lists the fields."""
+    resume: bool = False
+    """Take results that are in `out` already as they are, and run the evaluations that are missing, and those that
+    another version of the package ran."""
+
+    def evaluations(self) -> list[Evaluation]:
+        """The evaluations, each with those settings that it has.
+
+        Raises:
+            ValueError: a kind or a setting that does not exist, or a value that an evaluation refuses.
+        """
+        from hookpoints.errors import nearest
+        from writesae_study.experiment.evaluation import Scope
+
+        if unknown := [kind for kind in self.kinds if kind not in EVALUATIONS]:
+            raise ValueError(f"there is no evaluation {', '.join(unknown)}; there are {', '.join(EVALUATIONS)}")
+        fields: dict[str, list[str]] = {}
+        for kind, evaluation in EVALUATIONS.items():
+            fields[kind] = [field.name for field in dataclasses.fields(evaluation)]
+        settings: dict[str, dict[str, object]] = {kind: {"seed": self.seed} for kind in EVALUATIONS}
+        pairs = () if self.set is None else self.set or ("",)
+        for pair in sorted(pairs, key=lambda pair: "." in pair.partition("=")[0]):  # those of one kind win
+            name, equals, value = pair.partition("=")
+            of_kind, _, field = name.rpartition(".")
+            having = [kind for kind in EVALUATIONS if of_kind in ("", kind) and field in fields[kind]]
+            if not (equals and having):
+                having = [kind for kind in fields if of_kind in ("", kind)]
+                # The fields that there are; or, where the kind is unknown, the kinds.
+                known = list(dict.fromkeys([name for kind in having for name in fields[kind]] or fields))
+                raise ValueError(
+                    f"--set {pair}: expected FIELD=VALUE, FIELD of {', '.join(known)}{nearest(field, known)}"
+                )
+            for kind in having:
+                settings[kind][field] = _value(EVALUATIONS[kind], field, value)
+        places = {Scope.EACH: ("dictionary",), Scope.LAYER: ("dictionary", "layer")}
+        evaluations = []
+        for kind in EVALUATIONS:
+            if kind not in (self.kinds or fields):
+                continue
+            evaluation = EVALUATIONS[kind]
+            if self.per is None or self.per in places.get(evaluation.scope, ("head",)):
+                evaluations.append(evaluation.from_dict(settings[kind]))
+        return evaluations
+
+
+def _value(evaluation: type[Evaluation], field: str, text: str) -> object:
+    """A setting from JSON, or from a word where that is none."""
+    from pydantic import TypeAdapter, ValidationError
+
+    kind = get_type_hints(evaluation)[field]
+    for read in (TypeAdapter(kind).validate_json, TypeAdapter(kind).validate_python):
+        with contextlib.suppress(ValidationError):
+            return read(text)
+    raise ValueError(f"--set {evaluation.kind}.{field}: expected JSON of {kind}, got {text!r}")
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write one page from saved results: claims, the paper's values, the values here, controls, verdicts."""
+
+    results: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders in or below which `writesae eval`, `demo` or `reproduce` left results."""
+    out: Path | None = None
+    """Page to write, or a folder, which gets a report.html; by default the folder that is named, if it is one."""
+
+    def run(self) -> Path:
+        """Find the results and write the page.
+
+        Raises:
+            ValueError: there are no results, or the page cannot be written; the latter before any work.
+        """
+        missing = [path for path in self.results if not path.exists()]
+        if missing:
+            raise ValueError(f"results: expected folders with saved results, got {missing[0]}, which does not exist")
+        folders = tuple(self.results)
+        if self.out is None and len(folders) != 1:
+            raise ValueError(f"out: expected a page for the results of {len(folders)} folders, got none; name --out")
+        out = self.out or folders[0]
+        if self.out is None and (out / "info.json").exists():
+            out = out.parent  # a result is sealed, and has its own files alone
+        page = out / "report.html" if out.is_dir() else out.with_suffix(".html")
+        check_page(page)
+        from writesae_study.page.report import find_results, write_report
+
+        return write_report(find_results(self.results), page)
+
+
+def run_eval(arguments: Sequence[str]) -> Path:
+    """`writesae eval KIND SAE...` with the settings of that evaluation as flags; `all` runs every evaluation."""
+    need = {True: "", False: " (needs no dictionary)"}
+    questions = {kind: asked.question + need[asked.needs_dictionary] for kind, asked in ASKED.items()}
+    kind = choose("writesae eval", arguments, questions | {"all": "Every evaluation that fits, on one page."})
+    program = f"writesae eval {kind}"
+    check_saes(arguments[1:])
+    if kind == "all":
+        everything = parse(EvalAll, program, arguments[1:])
+        return evaluate(everything.subjects, everything.evaluations(), resume=everything.resume)
+    settings = settings_of(f"writesae_study.evaluations.{kind}", ASKED[kind].class_name)
+    subjects, values = parse_with(Subjects, settings, program, arguments[1:])
+    return evaluate(subjects, [EVALUATIONS[kind].from_dict(vars(values))], single=True)
+
+
+def evaluate(
+    subjects: Subjects, evaluations: Sequence[Evaluation], *, single: bool = False, resume: bool = False
+) -> Path:
+    """Run evaluations on the SAEs of some folders; save each result, and a page over all.
+
+    Args:
+        single, resume: as in `evaluate_all`.
+
+    Raises:
+        ValueError: SAEs of different models, two folders of one name, a folder that cannot be written, or an evaluation
+            that refuses the SAEs; a result of others that would be replaced.
+    """
+    from hookpoints import embedded
+    from sae_lens_writesae.sae.factors import INDEX, Collection
+    from sae_lens_writesae.sae.load import load_sae, model_of
+    from sae_lens_writesae.sae.target import HeadHook, head_target
+    from writesae.experiment.tokens import EDITED, sample_sequences, say_time, text_of
+    from writesae_study.dictionary.suite import evaluate_all
+    from writesae_study.experiment.evaluation import Scope
+    from writesae_study.experiment.terms import Terms
+    from writesae_study.page.report import write_report
+
+    page = subjects.out / "report.html"
+    check_page(page)
+    folders = [folder for path in subjects.saes for folder in sae_folders(path)]
+    saes = {}
+    for label, sae in zip(folder_labels(folders), map(load_sae, folders)):
+        cell = HeadHook.of(sae).cell  # two heads may have dictionaries of one name
+        saes[label if cell in label else f"{cell}/{label}"] = sae
+    if len(saes) < len(folders):
+        raise ValueError(f"two of the SAEs' folders have the same name: {', '.join(map(str, folders))}")
+    if subjects.place:
+        evaluations = [evaluation for evaluation in evaluations if evaluation.scope is Scope.HEAD]
+        if not evaluations:
+            of_heads = ", ".join(kind for kind, asked in ASKED.items() if not asked.needs_dictionary)
+            raise ValueError(f"saes: expected folders of dictionaries, got a head alone; {of_heads} need no dictionary")
+    models = {subjects.model or str(sae.cfg.metadata.model_name) for sae in saes.values()}
+    if subjects.place and subjects.model:
+        models.add(subjects.model)
+    if not models:
+        raise ValueError(
+            "saes: expected folders of dictionaries of one model, got none; writesae train makes some, and some "
+            "questions need only --model, --layer and --head"
+        )
+    if len(models) > 1:
+        raise ValueError(f"saes: expected folders of dictionaries of one model, got {', '.join(sorted(models))}")
+    held_out = text_of(subjects.text)
+    model = model_of([*saes.values()], subjects.model, dtype=subjects.dtype, other_model=subjects.other_model)
+    if subjects.place:
+        head_target(model, *subjects.place)  # raises where there is no such head, before any work
+    tokens = sample_sequences(model, held_out, subjects.context_size, subjects.sequences)
+    runs = [subjects.collection] if subjects.collection else filter(None, map(run_folder, folders))
+    collections = [run / "collection" for run in runs if (run / "collection" / INDEX).is_file()]
+    collection = collections[0] if collections else subjects.collection
+    if collection:
+        terms = Terms(model, Collection.open(collection, model=model))
+    else:
+        terms = Terms(model, sample_sequences(model, embedded.text("train"), subjects.context_size, _REFERENCE))
+    firings = 0
+    for evaluation in evaluations:
+        # Not every question has these settings, and None stands for all.
+        firings += (getattr(evaluation, "n_atoms", 0) or 0) * (getattr(evaluation, "firings_per_atom", 1) or 1)
+    passes = _PASSES * (len(tokens) * len(evaluations) + firings * EDITED / tokens.shape[1])
+    n_dictionaries = max(1, len(saes)) * (3 if subjects.control_dictionaries else 1)
+    failures = list[Exception]()
+    with taken(subjects.out):
+        say_time(model, tokens, passes * n_dictionaries, subjects.out)
+        results = evaluate_all(
+            evaluations,
+            model,
+            subjects.place or saes,
+            tokens,
+            subjects.out,
+            controls=terms if subjects.control_dictionaries else None,
+            reference=terms,
+            single=single,
+            resume=resume,
+            replaced=subjects.replace,
+            failures=None if single else failures,
+        )
+        if results or not failures:
+            write_report([*results, *_earlier(subjects.out, results)], page)
+        if failures:  # after the report, which has what the other evaluations found
+            raise failures[0]
+        return page
+
+
+def _earlier(out: Path, results: Sequence[Result]) -> Iterator[Result]:
+    """The results of earlier calls that a folder has; of one that cannot be read, the reason is printed."""
+    from writesae_study.evaluations import load_result
+
+    known = {(result.kind, result.label) for result in results}
+    for file in sorted(out.glob("*/*/info.json")):
+        if ".damaged" in file.parent.name:
+            continue
+        try:
+            result = load_result(file.parent)
+        except ValueError as error:
+            print(f"the page leaves out {file.parent}: {error}")
+            continue
+        if (result.kind, result.label) not in known:
+            yield result

@@ -1,0 +1,226 @@
+"""The sign test: add a write toward a token at one position; does the token's logit move as the formulas say?
+
+Source: WriteSAE (arXiv 2605.12770). The formulas F0 and F2 are those of `experiment.predictors`; no number in them is
+fitted.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar
+
+import numpy as np
+import pandas as pd
+import torch
+from sklearn.metrics import r2_score
+
+from sae_lens_writesae.atom.low_rank import LowRank
+from sae_lens_writesae.steering import value_direction
+from writesae.choices import AtLeast
+from writesae.experiment.lab import Site, Trial
+from writesae.experiment.tokens import token_text
+from writesae.page.format import percent, r_squared
+from writesae_study.experiment.bench import Bench, trials_at
+from writesae_study.experiment.evaluation import Evaluation, Result, Scope, described
+from writesae_study.experiment.predictors import ReadGradients, predict
+from writesae_study.experiment.targets import DrawnTarget, Stratum, draw_target, logit_noise, random_unit, target_change
+from writesae_study.verdict.finding import Against, Finding, Paired
+from writesae_study.verdict.judge import Verdict
+
+VALUE_SIDES = ("direct", "gradient", "random", "wrong")
+"""Value sides of the writes: two that aim at the target, and two controls."""
+
+RELEVANT = 0.1
+"""Distance of a share of right signs from 1/2 from which on it matters, and margin by which a control may be worse and
+still count as equal. The paper's share is 0.35 above 1/2."""
+
+GOOD_FIT = 0.9
+"""Unfitted R^2 from which on sizes count as predicted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sign(Evaluation):
+    """At position t the head also writes +- m |W_t| k_t y^T / |k_t|, where W_t is the native write and y a value side
+    of norm 1. Measured is the change of the logit of a target T at the first read of that write: at t, or at t + 1
+    where the rule reads before it writes. The value sides are `direct`, w_T = normalize(W_O^h W_U[T]), and `gradient`,
+    the gradient of the logit with respect to the head's read. The **nulls** are `random`, and `wrong`, w of another
+    token of the same ranks; what is looked at under both is the sign of the change of T.
+
+    **Predictions.** F0 = +- m |W_t| <k_t, q_t> <y, W_O^h W_U[T]> / |k_t|; F2 has the gradient in the last factor. The
+    sign of F0 under `direct` is the sign of what is added times that of <k_t, q_t>.
+
+    **Verdict** of claim 9, over all direct writes (intervals over sequences): the ladder of `judge` on the share of
+    changes that have the sign that was written (chance 1/2, a share matters from 60% on), against both nulls. The share
+    of F0's right signs is shown with it: it asks about the sign of <k_t, q_t>, too. The floor is what a no-op moves a
+    logit by. The second claim asks the same of F2, and besides an unfitted R² above 0.9 at the smallest m.
+    """
+
+    n_positions: Annotated[int, AtLeast(2)] = 96
+    """Positions t, spread evenly over the sequences."""
+    ranks: tuple[tuple[int, int], ...] = ((1, 10), (11, 100), (101, 1000))
+    """One target is drawn at each position from each of these native ranks at t (from 1, both ends included)."""
+    sizes: tuple[float, ...] = (0.3, 1.0, 3.0)
+    """m: norm of what is added, in norms of the native write; each with both signs."""
+    first_position: Annotated[int, AtLeast(0)] = 8
+    """Positions before this one are left out."""
+
+    question: ClassVar[str] = "Does the sign of a write set the sign of its effect?"
+    answers: ClassVar[tuple[int, ...]] = (9,)
+    scope: ClassVar[Scope] = Scope.HEAD
+    columns: ClassVar[dict[str, dict[str, str]]] = {
+        "writes": described(
+            "sequence position token text",
+            rank="native rank of T at the read, from 1",
+            direction="value side of the added write: direct, gradient, random, wrong",
+            m="signed norm of what is added, in norms of the native write",
+            measured="change of the logit of T",
+            f0="the change that F0, the paper's formula, predicts",
+            f2="the change that F2, all first-order paths, predicts",
+            aimed="the sign that the write aims at by F0; for `wrong`, of the other token's logit",
+        )
+    }
+
+    def rules(self) -> dict[str, tuple[bool, str]]:
+        return {
+            "sizes": (min(self.sizes, default=0) > 0, "norms above 0"),
+            "ranks": (all(1 <= low <= high for low, high in self.ranks), "pairs 1 <= low <= high"),
+        }
+
+    # -- measuring
+
+    def measure(self, lab: Bench) -> dict[str, pd.DataFrame]:
+        strata = [Stratum("", *ends) for ends in self.ranks]
+        rng = lab.rng(4)
+        n, length = lab.tokens.shape
+        candidates = np.arange(self.first_position, length - 1)
+        share = np.full(n, self.n_positions // n)  # as evenly spread over sequences as can be
+        share[rng.permutation(n)[: self.n_positions % n]] += 1
+        places_of = []
+        for sequence, count in enumerate(share.clip(max=len(candidates))):
+            drawn = np.sort(rng.choice(candidates, count, replace=False))
+            places_of.append(pd.DataFrame({"sequence": sequence, "position": drawn}))
+        places = pd.concat(places_of, ignore_index=True)
+        tables = []
+        for site in lab.sites(places, self.kind):
+            positions = site.rows["position"].tolist()
+            delay = int(site.recurrence.read_before_write)  # tokens until the first read of a write
+            if "floor" not in lab.facts:
+                lab.facts["floor"] = lab.floor(logit_noise, "logit", 1 + delay)
+            reads = [t + delay for t in positions]
+            gradients = ReadGradients(lab.model, site.session, lab.hook.layer, lab.hook.head, reads)
+            sizes = site.at(positions).norm().tolist()
+            written = [t for t, size in zip(positions, sizes) if size > 0]
+            lab.skipped["positions with a zero write"] += len(positions) - len(written)
+            for t in written:
+                # By place: a position has the same targets whichever others are tested.
+                rng = lab.rng(5, site.sequence, t)
+                trials: list[Trial] = []
+                for stratum in strata:
+                    target = draw_target(lab.model, site.session.logits[0, t + delay], stratum, rng)
+                    if target is None:
+                        lab.skipped["targets whose ranks are not in the vocabulary"] += 1
+                    else:
+                        trials += self._trials(lab, site, t, target, gradients, rng)
+                if trials:  # position by position: the window is one or two tokens, and no other token need be run
+                    tables.append(lab.read(site, trials, target_change, 1 + delay))
+        lab.require(bool(tables), "no position could be written at")
+        return {"writes": pd.concat(tables)}
+
+    def _trials(
+        self, lab: Bench, site: Site, t: int, target: DrawnTarget, gradients: ReadGradients, rng: np.random.Generator
+    ) -> list[Trial]:
+        """The writes of every direction, size and sign toward one target at one position, with their predictions."""
+        read = t + int(site.recurrence.read_before_write)
+        of_target = gradients.at(read, target.token)
+        of_wrong = gradients.at(read, target.wrong)
+        direct = value_direction(lab.model, lab.hook.layer, lab.hook.head, target.token)
+        sides = {
+            "direct": direct,
+            "gradient": torch.nn.functional.normalize(of_target.reads[-1], dim=0),
+            "random": random_unit(direct, rng),
+            "wrong": value_direction(lab.model, lab.hook.layer, lab.hook.head, target.wrong),
+        }
+        kinds = [(name, sign * m) for name, m, sign in itertools.product(VALUE_SIDES, self.sizes, (1, -1))]
+        size = site.at([t]).norm()
+        key = torch.nn.functional.normalize(site.writes.keys[t, 0], dim=0)
+        values = torch.stack([m * size * sides[name].to(key) for name, m in kinds])
+        added = LowRank.rank_one(key.expand(len(values), -1), values)
+        for_target, for_wrong = predict(site.recurrence, added, t, [of_target, of_wrong]).mT.cpu().numpy()  # [P,N]
+        f0, _, f2 = for_target
+        rows = pd.DataFrame(kinds, columns=["direction", "m"])
+        rows = rows.assign(
+            sequence=site.sequence,
+            position=t,
+            token=target.token,
+            rank=target.rank,
+            text=token_text(lab.model, target.token),
+            f0=f0,
+            f2=f2,
+            aimed=np.sign(np.where(rows["direction"] == "wrong", for_wrong[0], f0)),
+        )
+        return trials_at(rows, lab.add, added)
+
+    # -- judging
+
+    def findings(self, result: Result) -> list[Finding]:
+        """Claim 9 by F0, and how far F2 predicts signs and sizes."""
+        writes = result.tables["writes"]
+        # F2 of other writes has F2's share of each sign, and knows nothing of the write.
+        shuffled = writes["f2"].sample(frac=1, random_state=self.seed).to_numpy()
+        moved = writes.assign(written=writes["m"], shuffled=shuffled)
+        sign = np.sign(moved["measured"])
+        is_right = {by: sign == np.sign(moved[by]) for by in ("aimed", "f0", "f2", "written", "shuffled")}
+        table = moved.assign(**is_right)
+        by_direction = {direction: Paired(rows) for direction, rows in table.groupby("direction")}
+        direct = by_direction["direct"]
+        paired = Paired.of(table, "written", "sequence", "position", "token", "m", by="direction", seed=self.seed)
+        rivals = {"wrong": "toward another token", "random": "random direction"}
+        written = direct.mean("written")
+        by_f0 = direct.mean("aimed")
+        by_f2 = direct.mean("f2")
+        sizes = moved["m"].abs()
+        of_direct = moved[moved["direction"] == "direct"]
+        small = of_direct[of_direct["m"].abs() == sizes.min()]
+        f0 = r2_score(small["measured"], small["f0"])
+        f2 = r2_score(small["measured"], small["f2"])
+        # Judged by the sign that was written: F0's right signs also ask about the sign of <k, q>.
+        first = Finding(
+            number=9,
+            claim="the sign of a write is the sign of its effect",
+            effect=written,
+            what="the share of right signs",
+            null=rivals["random"],
+            against=paired.beaten("direct", rivals),
+            chance=0.5,
+            relevant=RELEVANT,
+            typical=float(of_direct["measured"].abs().median()),
+            floor=result.fact("floor"),
+            shown={
+                "as written": written,
+                **{shown: by_direction[name].mean("written") for name, shown in rivals.items()},
+                "by F0": by_f0,
+                "gradient, by F2": by_direction["gradient"].mean("f2"),
+            },
+            write=percent,
+            axis="of signs as written (F0: times the sign of <k, q>)",
+            n=len(table[["sequence", "position", "token"]].drop_duplicates()),
+            of=f"position x target pairs in {{}} sequences, {table['m'].nunique()} writes each",
+        )
+        poor = f"Signs are right, but the unfitted R² at the smallest m is not above {GOOD_FIT}."
+        second = replace(
+            first,
+            number=None,
+            claim="all first-order paths together predict signs and sizes",
+            effect=by_f2,
+            what="the share of F2's right signs",
+            null="F2 of other writes",
+            against={"F2 of other writes": Against(direct.mean("f2", "shuffled"))},
+            typical=float(small["measured"].abs().median()),
+            unless=None if f2 > GOOD_FIT else Verdict("fails", poor),
+            shown={"by F2": by_f2, "as written": written, "by F0": by_f0},
+            axis="of signs by F2",
+            measured=f"R² {r_squared(f2)} at m = {small['m'].max():g} (F0: {r_squared(f0)})",
+            controls="F0 leaves out norms, gates and later layers",
+        )
+        return [first, second]

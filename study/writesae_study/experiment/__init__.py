@@ -1,0 +1,1 @@
+"""The experiment: an evaluation is an object, a laboratory runs it."""

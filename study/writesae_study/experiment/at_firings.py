@@ -1,0 +1,210 @@
+"""Questions that are asked at firings of atoms: what they share of settings, draws, and exchanged writes.
+
+`OfFirings` draws firings of alive atoms, `OfHalves` chooses on one half of the sequences and tests on the other, and
+`Exchanging` exchanges the write at each firing for an atom or a control.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+
+from sae_lens_writesae.atom.low_rank import LowRank
+from writesae.choices import AtLeast
+from writesae.experiment.firings import Firings, Integers, sample_firings
+from writesae.experiment.lab import Site, Trial
+from writesae.head.writes import HALF_LIFE_LIMIT, half_lives, head_writes, joined
+from writesae_study.codes.head_baselines import BASELINES
+from writesae_study.experiment.bench import Bench, trials_at
+from writesae_study.experiment.conditions import (
+    CONTROLS,
+    REFERENCES,
+    Condition,
+    Control,
+    Scale,
+    conditions,
+    controls_at,
+)
+from writesae_study.experiment.draws import Bounds, FiringDraw, draw_atoms, draw_firings, halves
+from writesae_study.experiment.evaluation import Evaluation, Result
+from writesae_study.head.writes import mean_write
+
+MEAN_ENERGY = 0.99
+"""The mean write has the fewest rank-1 terms that hold this share of its squared norm."""
+RELEVANT_RATE = 0.1
+"""Distance of a win rate from 1/2 from which on it matters, and margin by which a control may be worse."""
+
+Choice = Literal["dominant", "own"]
+CHOICES: dict[str, str] = {
+    "dominant": "the dominant atom of a uniformly drawn position",
+    "own": "weighted by atoms: a uniformly drawn atom at one of its firings, however small its activation",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfAtoms(Evaluation):
+    """A question about atoms of one dictionary, drawn or picked by hand, at some of their firings."""
+
+    n_atoms: int | None = None
+    """Atoms drawn uniformly from all that can be tested. None: all of them."""
+    atoms: tuple[int, ...] | None = None
+    """A hand-picked list instead of a draw. Conclusions then hold for these atoms only."""
+    first_position: Annotated[int, AtLeast(0)] = 1
+    """Firings before this token are left out: at token 0 the state holds nothing but the write itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfAlive(Evaluation):
+    """A question about atoms that are alive, which means the same in all of them."""
+
+    alive_tokens: int = 65_536
+    """An atom is alive if it fires on the first so many evaluation tokens (all, where there are fewer)."""
+    min_firings: int = 5
+    """Firings on those tokens that make an atom alive; a median over fewer says little."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfFirings(OfAlive, OfAtoms):
+    """A question at firings of alive atoms, dealt over sequences."""
+
+    firings_per_atom: int = 10
+    """At most this many firings of an atom, dealt over sequences."""
+    min_firings: int = 1
+    """Firings on those tokens that make an atom alive."""
+
+    def drawn(self, lab: Bench, horizon: int, written: Choice = "own") -> FiringDraw:
+        """The firings that are tested, as `draw_firings` takes them: the same for the same settings."""
+        draw = draw_firings(
+            lab.firings(),
+            np.random.default_rng(self.seed),
+            horizon=horizon,
+            n_atoms=self.n_atoms,
+            firings_per_atom=self.firings_per_atom,
+            atoms=self.atoms,
+            first_position=self.first_position,
+            alive_tokens=self.alive_tokens,
+            min_firings=self.min_firings,
+            written=written,
+        )
+        lab.facts["n_alive"] = len(draw.alive)
+        return draw
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfHalves(OfAtoms):
+    """A question that chooses something for each atom on one half of the sequences, and tests it on the other."""
+
+    select_firings: int = 8
+    """At most this many firings of an atom for the choice, dealt over sequences."""
+    test_firings: Annotated[int, AtLeast(2)] = 8
+    """At most this many firings of an atom for the test, in the other half of the sequences."""
+    min_firings: Annotated[int, AtLeast(2)] = 4
+    """Firings in each half that an atom needs; those of the test half must lie in at least two sequences."""
+    horizon: Annotated[int, AtLeast(0)] = 8
+    """What follows a firing is looked at over t..t+horizon."""
+
+    def drawn(
+        self, lab: Bench, rng: np.random.Generator
+    ) -> tuple[Integers, Bounds, Iterator[tuple[Firings, pd.DataFrame]]]:
+        """The tested atoms, first and last position, and of each half all firings, and those that are looked at. A half
+        is drawn when it is asked for."""
+        firings = lab.firings()
+        split = halves(len(lab.tokens), self.seed)
+        bounds: Bounds = {"first": self.first_position, "last": firings.n_positions - 1 - self.horizon}
+        atoms = draw_atoms(
+            firings, split, bounds, rng, min_firings=self.min_firings, n_atoms=self.n_atoms, atoms=self.atoms
+        )
+
+        def samples() -> Iterator[tuple[Firings, pd.DataFrame]]:
+            for sequences, most in zip(split, (self.select_firings, self.test_firings)):
+                half = firings.of_sequences(sequences)
+                yield half, sample_firings(half, atoms, most, **bounds, rng=rng)
+
+        return atoms, bounds, samples()
+
+
+class Exchange(NamedTuple):
+    """What is written at the firings of one sequence."""
+
+    site: Site
+    native: LowRank
+    """N = firings."""
+    atom: LowRank
+    """At the activation of the firing."""
+    conditions: Sequence[Condition]
+
+    def trials(self, lab: Bench) -> list[Trial]:
+        """An edited run for each condition and firing, firings in their order within each condition."""
+        cosine = self.atom.cosine(self.native).cpu().numpy()
+        rows = self.site.rows.assign(cosine=cosine, write_norm=self.native.norm().cpu().numpy())
+        trials = []
+        for name, scale, written in self.conditions:
+            norm = 0.0 if written is None else written.norm().cpu().numpy()
+            trials += trials_at(rows.assign(condition=name, scale=scale, norm=norm), lab.replace, written)
+        return trials
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exchanging(OfFirings):
+    """A question that exchanges writes at firings."""
+
+    atom_choice: tuple[Choice, ...] = ("dominant", "own")
+    """Atom that is written, in tests side by side; the first one is the headline."""
+    scales: tuple[Scale, ...] = ("coefficient", "matched")
+    """How what is written is scaled; the first one is the headline's. Directions have the norm of the atom; baselines
+    are scaled in the same way as the atom is, from their own size."""
+    controls: tuple[Control, ...] = (*CONTROLS, *REFERENCES)
+    """Controls and references to run."""
+    n_codes: int | None = None
+    """Native writes that `drawn` draws, and codes of the vector quantizer. None: as many as there are atoms."""
+    pca_components: int = 4
+    """Principal components of `pca`."""
+    horizon: int = 16
+    """KL is averaged over t..t+horizon, both included. Firings closer to the end are left out."""
+    mean_write_sequences: int = 16
+    """Sequences from which the head's mean write and half-life are estimated."""
+
+    min_sequences: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        if isinstance(self.atom_choice, str):
+            object.__setattr__(self, "atom_choice", (self.atom_choice,))
+        super().__post_init__()
+
+    def scales_of(self, choice: str) -> tuple[Scale, ...]:
+        """Scales at which a choice of atom is run: the headline at all, the other choices at the first one."""
+        return self.scales if choice == self.atom_choice[0] else self.scales[:1]
+
+    def exchanges(self, lab: Bench, draw: FiringDraw, scales: Sequence[Scale]) -> Iterator[Exchange]:
+        """The conditions of each sequence that has firings, one sequence at a time. Cost: one plain forward each."""
+        recurrences = lab.recurrences(self.mean_write_sequences)
+        writes = joined([head_writes(recurrence, 0) for recurrence in recurrences])
+        mean = mean_write(writes.keys[:, 0], writes.values[:, 0], MEAN_ENERGY)
+        lab.facts["half_life"] = float(torch.cat([half_lives(recurrence) for recurrence in recurrences]).median())
+        lab.facts["half_life_limit"] = min(HALF_LIFE_LIMIT, lab.tokens.shape[1] // 2)
+        for site in map(Site.on_host, lab.sites(draw.table, self.kind)):
+            native = site.at(site.rows["position"].tolist())
+            decoded = lab.atoms(site.rows["written_atom"].to_numpy()).on_host().to(native.values)
+            activation = torch.tensor(site.rows["activation"].to_numpy()).to(native.values)
+            atom = decoded * activation
+            baselines = None
+            if set(self.controls) & set(BASELINES):
+                baselines = lab.baselines(site.sequence, n_codes=self.n_codes, components=self.pca_components)
+            controls = controls_at(lab, site, atom, self.controls, alive=draw.alive, mean=mean, baselines=baselines)
+            yield Exchange(site, native, atom, conditions(native, atom, controls, scales))
+
+
+def wide_firings(result: Result, choice: str | None = None) -> pd.DataFrame:
+    """One row per firing of a choice of atom, by default the first: its description, and the mean KL under each
+    condition and scale ("atom/matched", "delete")."""
+    table = result.tables["firings"]
+    table = table[table["choice"] == (choice or table["choice"].iloc[0])]
+    names = (table["condition"] + "/" + table["scale"]).str.removesuffix("/none")
+    units = ["firing", "sequence", "position", "atom", "written_atom", "activation", "cosine", "write_norm"]
+    values = table.assign(name=names).pivot(index="firing", columns="name", values="kl_window")
+    return table[units].groupby("firing").first().join(values).reset_index()

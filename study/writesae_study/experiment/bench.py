@@ -1,0 +1,209 @@
+"""A laboratory with a reference: what is fitted to other text than the one that is tested."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import TypeAlias, cast
+
+import numpy as np
+import pandas as pd
+import torch
+from sae_lens import SAE
+from torch import Tensor
+
+from hookpoints import HookedRecurrent, Recurrence, WriteEdit
+from sae_lens_writesae.errors import NothingToMeasureError
+from sae_lens_writesae.sae.matrix import MatrixSAE
+from sae_lens_writesae.sae.target import HeadHook, head_target
+from writesae.experiment.firings import in_one_pass
+from writesae.experiment.lab import Lab, M, Readout, Trial
+from writesae_study.codes.head_baselines import HeadBaselines
+from writesae_study.experiment.draws import folds
+from writesae_study.experiment.terms import Terms
+
+LayerHead: TypeAlias = tuple[int, int]
+"""Layer and head."""
+
+
+_NO_OPS = 32
+"""Places at which the native write is written again to measure the floor."""
+
+
+def trials_at(rows: pd.DataFrame, edit: Callable[[int, M, int], WriteEdit], matrices: M) -> list[Trial]:
+    """An edited run for each row of a table: at its `position`, `edit` (`Lab.add` or `Lab.replace`) of its matrix."""
+    records = cast(list[dict[str, object]], rows.to_dict("records"))
+    trials = []
+    for n, (row, position) in enumerate(zip(records, rows["position"].tolist())):
+        trials.append(Trial(row, position, edit(position, matrices, n)))
+    return trials
+
+
+class Bench(Lab):
+    """A laboratory of the study: with other text, for what is fitted to the head, and questions about a head alone.
+
+    Args:
+        model, tokens, seed, rows_per_run, progress: as in `Lab`.
+        saes: dictionaries by label, all of which read the same head; or the layer and number of a head, about which a
+            question is asked that needs no dictionary.
+        reference: other text, which nothing is tested on, for what is fitted to the head: [M,S] token ids, or the terms
+            of a training text.
+        one_head: all dictionaries read one head. Otherwise they read different heads of one layer, and `hook`, `sae`
+            and the sites are those of the first.
+
+    Raises:
+        ValueError: a reference that holds a tested sequence, no dictionary, one that does not fit the model, or
+            dictionaries of other heads than `one_head` says.
+    """
+
+    def __init__(
+        self,
+        model: HookedRecurrent,
+        saes: Mapping[str, SAE] | LayerHead,
+        tokens: Tensor,
+        *,
+        reference: Tensor | Terms | None = None,
+        one_head: bool = True,
+        seed: int = 0,
+        rows_per_run: int = 256,
+        progress: bool = False,
+    ):
+        self.reference = Terms(model, reference) if isinstance(reference, Tensor) else reference
+        if self.reference is not None:
+            check_apart(self.reference.tokens, tokens)
+        self._head = saes if isinstance(saes, tuple) else None
+        self._one_head = one_head
+        dictionaries = {} if isinstance(saes, tuple) else saes
+        super().__init__(model, dictionaries, tokens, seed=seed, rows_per_run=rows_per_run, progress=progress)
+        # Shared by the runs that have these terms: a fit costs seconds.
+        self._baselines = {} if self.reference is None else self.reference.fitted
+
+    def head_hooks(self) -> dict[str, HeadHook]:
+        if self._head is not None:
+            return {"": HeadHook.parse(head_target(self.model, *self._head).hook_name)}
+        return super().head_hooks()
+
+    def check_heads(self) -> None:
+        if self._one_head:
+            return super().check_heads()
+        layers = {hook.layer for hook in self.hooks.values()}
+        heads = {hook.cell for hook in self.hooks.values()}
+        if len(layers) != 1 or len(heads) != len(self.saes):
+            self.refuse_heads("of different heads of one layer")
+
+    @property
+    def sae(self) -> SAE:
+        if not self.saes:
+            raise ValueError(f"expected a dictionary of {self.hook.cell}, got the head alone; this question needs one")
+        return super().sae
+
+    def only(self, label: str) -> Bench:
+        """A view of this laboratory with one of its dictionaries. Firings, baselines, counts of runs, and what is left
+        out are shared; the facts are the view's own."""
+        view = copy.copy(self)  # shallow: counters and what is kept are the same objects
+        view.saes = {label: self.saes[label]}
+        view.hooks = {label: self.hooks[label]}
+        view.facts = {}
+        return view
+
+    def recurrences(self, count: int) -> list[Recurrence]:
+        """The same of each of the first sequences, B = 1, on the host."""
+        recurrences = []
+        for part in in_one_pass(self.tokens[:count], self.model.cfg.device):
+            batch = self.recurrence(part).on_host()
+            recurrences += [batch.select(rows=slice(row, row + 1)) for row in range(batch.B)]
+        return recurrences
+
+    @torch.no_grad()
+    def baselines(self, sequence: int, *, n_codes: int | None = None, components: int = 4) -> HeadBaselines:
+        """What can be written at the tokens of `sequence` without a dictionary, fitted on other text: on `reference`,
+        or where there is none on that half of the sequences which `sequence` is not in (`folds`). Kept.
+
+        Args:
+            n_codes: drawn writes, and codes of the quantizer. None: as many as the dictionary has atoms (those
+                of the larger side, where they are products).
+
+        Baselines see all of that text, in the metric that the dictionary was trained in. Where it saw more, the fact
+        `unequal` says so.
+
+        Cost: a forward up to the layer for each sequence of that text; then as `HeadBaselines.fit`.
+
+        Raises:
+            NothingToMeasureError: there is no other text.
+        """
+        if n_codes is None:
+            n_codes = self.sae.n_factors if isinstance(self.sae, MatrixSAE) else int(self.sae.cfg.d_sae)
+        fold = -1
+        terms = self.reference
+        if terms is None:
+            half = folds(np.arange(len(self.tokens)), self.seed)
+            fold = int(half[sequence])
+            other_half = [n for n in half if half[n] != fold]
+            terms = Terms(self.model, self.tokens[other_half])
+        self.facts["unequal"] = terms.unequal(self.sae)
+        metric = [self.sae.cfg.metadata.get(name) for name in ("metric", "metric_sequences", "metric_damping")]
+        key = (self.hook.cell, self.seed, n_codes, components, fold, *metric)
+        if key not in self._baselines:
+            self.require(
+                len(terms.tokens) > 0,
+                "baselines are fitted on other text than they are tested on, and there is one sequence only; give "
+                "more, or a reference, or leave the baselines out of controls",
+            )
+            writes = terms.writes(self.hook.layer, self.hook.head)
+            self.require(bool((writes.norm() > 0).any()), "every write of the other text is zero; there is no baseline")
+            self._baselines[key] = HeadBaselines.fit(
+                writes,
+                terms.contexts,
+                n_codes=n_codes,
+                components=components,
+                rng=self.rng(41, max(0, fold)),
+                metric=terms.metric_of(self.sae),
+            )
+        return self._baselines[key]
+
+    def floor(
+        self, readout: Readout, column: str, window: int, quantile: float = 0.95, *, plain: bool = False
+    ) -> float:
+        """What a no-op moves: the native write is written again through the edit path, and `column` of the readout is
+        read. Measured in the model's own dtype.
+
+        Args:
+            plain: as in `read`.
+
+        Returns: the `quantile` of the absolute values over at most 32 places. Cost: one edited row each.
+        """
+        rng = self.rng(97)
+        values = []
+        before = self.counts["runs"]
+        last = self.tokens.shape[1] - window
+        for sequence in rng.permutation(len(self.tokens))[:4].tolist():
+            site = self.site(sequence)
+            # Not at token 0, where there is another: its state holds nothing but the write itself.
+            candidates = np.arange(min(1, last), last + 1)
+            positions = np.sort(rng.choice(candidates, _NO_OPS // 4)).tolist()
+            trials = [Trial({}, t, self.replace(t, site.writes, t)) for t in positions]
+            table = self.read(site, trials, readout, window, plain=plain)
+            values.append(table[column].abs())
+        self.counts["runs"] = before  # a reader counts conditions, not this
+        return float(pd.concat(values).quantile(quantile))
+
+    def require(self, condition: bool, message: str) -> None:
+        """Raise NothingToMeasureError with `message`, and what was left out so far, unless `condition` holds."""
+        if not condition:
+            counts = "; ".join(f"{n} ({why})" for why, n in self.skipped.items() if n)
+            if counts:
+                message += f". Left out: {counts}"
+            raise NothingToMeasureError(message)
+
+
+def check_apart(fitted_on: Tensor, tokens: Tensor) -> None:
+    """Raise ValueError where a tested sequence is in the text that something is fitted on."""
+    # Of both the beginnings: a text that is cut to another length is the same text.
+    length = min(tokens.shape[1], fitted_on.shape[1])
+    tested = set(map(tuple, tokens[:, :length].tolist()))
+    shared = sum(tuple(row) in tested for row in fitted_on[:, :length].tolist())
+    if shared:
+        raise ValueError(
+            f"reference is other text than tokens, but {shared} of its {len(fitted_on)} sequences are tested; "
+            "leave those out, or pass no reference: then each half of the sequences is the other one's"
+        )

@@ -1,0 +1,161 @@
+"""`writesae reproduce`: checks and texts; then this process becomes Snakemake."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import importlib.util
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tyro
+
+from writesae.cli import parse
+from writesae.dictionaries import check_text
+from writesae.files import check_settings, check_writable
+from writesae_study.reproduce.config import SMALL, WRITTEN, ReproduceConfig
+from writesae_study.reproduce.published import run_published
+from writesae_study.reproduce.texts import text_hash, write_texts
+
+if TYPE_CHECKING:
+    from hookpoints import HookedRecurrent
+
+_HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reproduce:
+    """Run the paper's whole table: train every dictionary, evaluate each, write one report.
+
+    Snakemake runs the steps. The same command resumes a run that was stopped or killed. What follows `--` is given to
+    Snakemake: `-- --dry-run`, `-- --cores 8`."""
+
+    config: tyro.conf.OmitArgPrefixes[ReproduceConfig] = field(default_factory=ReproduceConfig)
+    out: Path = Path("writesae-out/reproduce")
+    """Folder of the run; the same folder resumes where it stopped. Where weights or files of text changed, what is
+    there is moved into `earlier-N`, and all steps are done anew."""
+    small: bool = False
+    """Small numbers, for a trial on a laptop. Flags that are given win over them."""
+    profile: str | None = None
+    """Where it runs: laptop, gpu, slurm, or a folder with a profile of Snakemake. By default what this machine
+    has."""
+    published: bool = False
+    """Instead, do the runs behind study/docs/results that `out` lacks, one after another: seven hours of one core. Only
+    `out` is taken with it."""
+    snakemake: tyro.conf.Suppress[tuple[str, ...]] = ()
+
+    @classmethod
+    def from_arguments(cls, arguments: Sequence[str]) -> Reproduce:
+        """The command line as a value; with `--small`, small numbers are the defaults."""
+        own = list(itertools.takewhile(lambda word: word != "--", arguments))
+        command = parse(cls, "writesae reproduce", own, cls(config=SMALL) if "--small" in own else cls())
+        return dataclasses.replace(command, snakemake=tuple(arguments[len(own) + 1 :]))
+
+    def run(self) -> None:
+        """Check, write the texts, and become Snakemake: this call does not return, but with `published`.
+
+        Raises:
+            ValueError: the run cannot be done, another process does it, the folder holds a run with other settings, or
+                Snakemake is not installed; before anything is written.
+        """
+        check_writable(self.out)
+        if self.published:
+            if self != Reproduce(published=True, out=self.out):
+                raise ValueError("published: expected no other flag but --out; its rows have all settings")
+            run_published(self.out)
+            return
+        from hookpoints import HookedRecurrent, default_device
+        from hookpoints.files import atomic_text, read_json
+        from sae_lens_writesae.sae.factors import model_hash
+        from writesae.dictionary.traits import sparsity_fields
+        from writesae_study.evaluate import EvalAll, Subjects
+
+        EvalAll(subjects=Subjects(saes=()), kinds=self.config.evaluations, set=self.config.set or None).evaluations()
+        check_text(self.config.model, self.config.dataset)
+        sparsity_fields(self.config.architecture, self.config.k)  # raises where there is no such architecture
+        profile = profile_folder(self.profile or ("laptop" if default_device() == "cpu" else "gpu"))
+        if importlib.util.find_spec("snakemake") is None:
+            raise ValueError(
+                "the protocol runs on Snakemake: in the clone of the repository, pip install -e . -e study"
+            )
+        model = HookedRecurrent.from_pretrained(self.config.model, dtype=self.config.dtype)
+        config = for_model(self.config, model)
+        check_settings(self.out, config.settings(), WRITTEN)
+        self.out.mkdir(parents=True, exist_ok=True)
+        own_run(self.out)
+        config.keep_in(self.out)
+        inputs = {"weights": model_hash(model), "text": text_hash(config.dataset)}
+        known = self.out / "inputs.json"
+        changed = known.exists() and read_json(known) != inputs
+        is_dry = not {"-n", "--dry-run", "--dryrun"}.isdisjoint(self.snakemake)
+        if changed and not is_dry:
+            print(f"weights or text changed: what was made of the earlier ones is in {move_earlier(self.out)}")
+        if not (changed and is_dry):
+            atomic_text(known, json.dumps(inputs))
+        write_texts(config, self.out / "texts", model)
+        engine = [sys.executable, "-m", "snakemake", f"--snakefile={_HERE / 'Snakefile'}", f"--directory={self.out}"]
+        if list((self.out / ".snakemake" / "locks").glob("*")):  # of a process that is dead: this one owns the run
+            subprocess.run([*engine, "--unlock"], check=True, capture_output=True)
+        sys.stdout.flush()
+        os.execv(sys.executable, [*engine, "--profile", str(profile), *["--forceall"] * changed, *self.snakemake])
+
+
+def move_earlier(folder: Path) -> Path:
+    """Move what a run made of other weights or other text into a new folder `earlier-N` inside; returns that."""
+    earlier = next(each for n in itertools.count(1) if not (each := folder / f"earlier-{n}").exists())
+    earlier.mkdir()
+    for path in [*folder.iterdir()]:
+        if path.name in WRITTEN or re.fullmatch(r"L\d+(H\d+)?", path.name):
+            path.rename(earlier / path.name)
+    return earlier
+
+
+def profile_folder(name: str) -> Path:
+    """The folder of a profile. ValueError where there is none."""
+    folder = next((each for each in (_HERE / "profiles" / name, Path(name)) if each.is_dir()), None)
+    if folder is None:
+        known = ", ".join(sorted(each.name for each in (_HERE / "profiles").iterdir()))
+        raise ValueError(f"there is no profile {name!r}: it is one of {known}, or a folder with a config.yaml")
+    return folder.resolve()
+
+
+def for_model(config: ReproduceConfig, model: HookedRecurrent) -> ReproduceConfig:
+    """The config with layers and heads of this model, and with paths that hold in any folder.
+
+    Raises:
+        UnsupportedModelError, UnknownHookError: a head that is not there.
+    """
+    from sae_lens_writesae.sae.target import head_target
+
+    depths = sorted(depth / 24 * model.cfg.n_layers for depth in (9, 1, 17)[: config.n_layers])
+    nearest = [min(model.cfg.recurrent_layers, key=lambda layer: abs(layer - depth)) for depth in depths]
+    layers = config.layers or tuple(dict.fromkeys(nearest))
+    heads = config.heads or (min(model.cfg.layer(layer).H for layer in layers) // 4,)
+    for layer, head in itertools.product(layers, heads):
+        head_target(model, layer, head)
+    name = str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model
+    return dataclasses.replace(config, model=name, layers=layers, heads=heads)
+
+
+def own_run(folder: Path) -> None:
+    """Make this process, and what it becomes, the owner of a run; the operating system frees a run whose owner dies.
+
+    Raises:
+        ValueError: its owner lives.
+        OSError: `.owner` is a link, which could lead to a file of another folder, or cannot be written.
+    """
+    file = os.open(folder / ".owner", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(file)
+        raise ValueError(f"{folder} is being worked on by another process") from None
+    os.set_inheritable(file, True)

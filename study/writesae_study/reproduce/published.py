@@ -1,0 +1,203 @@
+"""The runs behind the published numbers: rows of `runs.toml` as commands, and those that are no command."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from hookpoints import HookedRecurrent
+    from writesae_study.experiment.evaluation import Evaluation
+
+RUNS: dict[str, Any] = tomllib.loads(Path(__file__).with_name("runs.toml").read_text(encoding="utf-8"))
+_SEQUENCES = 48
+"""Held-out sequences of 128 tokens on which dictionaries are evaluated."""
+
+
+class Place(NamedTuple):
+    """A head of a model."""
+
+    model: str
+    layer: int
+    head: int
+
+    @property
+    def cell(self) -> str:
+        """As folders are called."""
+        return f"L{self.layer}H{self.head}"
+
+
+def places(groups: Sequence[str]) -> list[Place]:
+    """The heads of some groups."""
+    found = []
+    for group in groups:
+        for name in RUNS["heads"][group]:
+            model, layer, head = name.split(":")
+            found.append(Place(model, int(layer), int(head)))
+    return found
+
+
+def commands(out: Path) -> Iterator[list[str]]:
+    """Arguments of `writesae`, in order, for a folder of runs."""
+    for model, cells in RUNS["collect"].items():
+        layers = map(str, cells["layers"])
+        heads = map(str, cells["heads"])
+        folder = str(out / "saes" / model / "default" / "collection")
+        where = ["--layers", *layers, "--heads", *heads, "--targets", "write", "state", "--out", folder]
+        yield ["collect", "--model", model, *where]
+    for run in RUNS["run"]:
+        for place in places(run["heads"]):
+            for recipe, names in run["train"].items():
+                yield training(out, place, recipe, names)
+            for question in run["ask"]:
+                yield asking(out, place, question)
+
+
+def training(out: Path, place: Place, recipe: str, names: Sequence[str]) -> list[str]:
+    """The command that trains dictionaries of one head."""
+    saes = out / "saes" / place.model
+    flags = RUNS["recipes"][recipe].format(saes=saes).split()
+    sizes = [word for name, size in RUNS["sizes"].items() for word in (f"--{name}", str(size))]
+    where = ["--layers", str(place.layer), "--heads", str(place.head), "--out", str(saes / recipe)]
+    return ["train", *flags, "--names", *names, *where, *sizes]
+
+
+def asking(out: Path, place: Place, question: Mapping[str, Any]) -> list[str]:
+    """The command that asks some questions about dictionaries of one head."""
+    saes = out / "saes" / place.model
+    recipe = question["name"].partition("-")[0]
+    of = [str(saes / recipe / place.cell / name / "sae") for name in question["of"]]
+    where = ["--collection", str(saes / "default" / "collection")]
+    results = ["--out", str(out / "runs" / question["name"] / place.model / place.cell)]
+    text = ["--text", question["text"]] if "text" in question else []
+    controls = "--control-dictionaries" if question["controls"] else "--no-control-dictionaries"
+    settings = []
+    for kind in question["kinds"]:
+        for field, value in RUNS["settings"].get(kind, {}).items():
+            settings.append(f"{kind}.{field}={json.dumps(value)}")
+    asked = ["--kinds", *question["kinds"], controls, *(["--set", *settings] if settings else [])]
+    return ["eval", "all", *of, "--resume", "--sequences", str(_SEQUENCES), *where, *results, *text, *asked]
+
+
+def published_results() -> Iterator[tuple[str, Place, Evaluation]]:
+    """Folder, head and question of every result that the rows give."""
+    for run in RUNS["run"]:
+        for place in places(run["heads"]):
+            for row in run["ask"]:
+                yield from ((row["name"], place, question(kind)) for kind in row["kinds"])
+    for row in RUNS["null"]:
+        for place in places(row["heads"]):
+            for null in RUNS["nulls"]:
+                yield from ((null, place, question(kind)) for kind in row["kinds"])
+    for row in RUNS["bits"]:
+        for place in places(row["heads"]):
+            yield row["name"], place, codes_of(place, row["settings"])
+
+
+def run_published(out: Path) -> None:
+    """Do the runs of study/docs/results that are not in `out`.
+
+    Raises:
+        ValueError: a command failed; the same call resumes.
+    """
+    for arguments in commands(out):
+        line = shlex.join(["writesae", *arguments])
+        print(line, flush=True)
+        if code := subprocess.run([sys.executable, "-m", "writesae", *arguments], check=False).returncode:
+            raise ValueError(f"exit code {code} of {line}; the same command resumes")
+    for row in RUNS["null"]:
+        for place in places(row["heads"]):
+            without_learning(out, place, [question(kind) for kind in row["kinds"]])
+    for row in RUNS["bits"]:
+        for place in places(row["heads"]):
+            at_equal_bits(out, place, row["name"], codes_of(place, row["settings"]))
+
+
+def question(kind: str) -> Evaluation:
+    """A question with the settings that it has in every run."""
+    from writesae_study.evaluations import EVALUATIONS
+
+    return EVALUATIONS[kind].from_dict(RUNS["settings"].get(kind, {}))
+
+
+def codes_of(place: Place, settings: Mapping[str, Any]) -> Evaluation:
+    """The question of codes at equal bits about one head."""
+    from writesae_study.evaluations.bits import Bits
+
+    label = f"{place.model} {place.cell}, seed {settings['seed']}"
+    return Bits.from_dict({**settings, "label": label})
+
+
+# ------------------------------------------------------------------------------------------------ what is no command
+
+
+def at_equal_bits(out: Path, place: Place, name: str, test: Evaluation) -> None:
+    """Codes that are fitted to 320 sequences of 128 tokens, and replace all writes of a head on 64 others. A result
+    that exists stays. Some minutes of one core."""
+    from hookpoints import HookedRecurrent, embedded
+    from writesae import sample_sequences
+    from writesae_study.experiment.terms import Terms
+
+    model_name, layer, head = place
+    label = f"{model_name}-{place.cell}-seed{test.seed}"
+    folder = out / "runs" / name / model_name / place.cell / test.kind / label
+    if folder.exists():
+        return
+    model = HookedRecurrent.from_pretrained(model_name).requires_grad_(False)
+    fitted = sample_sequences(model, embedded.text("train"), 128, 320)
+    measured = sample_sequences(model, embedded.text("test"), 128, 64)
+    test.run(model, (layer, head), measured, reference=Terms(model, fitted)).save(folder)
+
+
+def without_learning(out: Path, place: Place, tests: Sequence[Evaluation]) -> None:
+    """Questions about atoms where nothing was learned: the model is shuffled, and a dictionary of the size of those
+    that are trained has random atoms, or writes of the shuffled model that are drawn at random. A claim that holds
+    here is not about what a model or a dictionary learned. Results that exist stay. Some minutes of one core."""
+    from hookpoints import embedded
+    from sae_lens_writesae import training_config
+    from sae_lens_writesae.sae.rows import new_sae
+    from writesae import sample_sequences
+    from writesae_study.dictionary.controls import control_dictionaries
+    from writesae_study.experiment.terms import Terms
+
+    name, layer, head = place
+    folders = {
+        (control, test): out / "runs" / control / name / place.cell / test.kind / "write-seed0"
+        for test in tests
+        for control in RUNS["nulls"]
+    }
+    if all(folder.exists() for folder in folders.values()):
+        return
+    model = shuffled(name)
+    terms = Terms(model, sample_sequences(model, embedded.text("train"), 128, 160))
+    tokens = sample_sequences(model, embedded.text("test"), 128, _SEQUENCES)
+    size = {"d_sae": RUNS["sizes"]["d-sae"], "training_tokens": 128, "context_size": 8, "verbose": False}
+    cfg = training_config(model, layer, head, architecture="writesae_topk", sae={"k": 32}, **size)
+    made = control_dictionaries(model, {"write-seed0": new_sae(cfg)}, terms)
+    for (control, test), folder in folders.items():
+        if not folder.exists():
+            sae = made[RUNS["nulls"][control]["control"]]["write-seed0"]
+            result = test.run(model, sae, tokens, reference=terms, progress=False, or_skip=True)
+            result.info["model"] = name
+            result.save(folder)
+            print(name, test.kind, control, [claim.outcome for claim in result.claims()], flush=True)
+
+
+def shuffled(name: str, seed: int = 0) -> HookedRecurrent:
+    """A model of the package whose numbers are permuted within each parameter."""
+    import torch
+
+    from hookpoints import HookedRecurrent
+
+    model = HookedRecurrent.from_pretrained(name).requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        order = torch.randperm(parameter.numel(), generator=generator)
+        parameter.data.copy_(parameter.flatten()[order].view_as(parameter))
+    return model

@@ -1,0 +1,212 @@
+"""Panels of the report as inline SVG that follows the page's colors, light or dark.
+
+A panel is drawn in the colors of a light page, which are then replaced by CSS variables that have them as their
+defaults; its text stays text. One panel is about as wide as a phone, so that a page can lay panels out in a grid.
+Evaluations call `intervals` and `curves`.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from writesae.page.format import number
+
+_VARIABLES = {
+    "#1b1f24": "ink",
+    "#5c6670": "muted",
+    "#dde1e6": "grid",
+    "#1d5fd1": "atom",
+    "#c2410c": "rival",
+    "#ffffff": "paper",
+    "#98a2ad": "soft",
+}
+"""The colors of a light page, and the CSS variables that have them on a page."""
+INK, MUTED, GRID, ATOM, CONTROL, PAPER, SOFT = _VARIABLES
+COLORS = {"atom": ATOM, "control": CONTROL, "ink": INK, "soft": SOFT, "muted": MUTED}
+"""Colors by what they say: the atom; a control that confounds it; deletion or another plain line; the rest."""
+
+_STYLE: dict[str, object] = {
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": MUTED,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "ytick.color": INK,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "ytick.major.size": 0,
+    "xtick.major.size": 0,
+    "lines.solid_capstyle": "round",
+}
+_DASHED = (0, (3, 3))
+_HOVER = "hover:"
+"""Marks the ids that are texts to show: each becomes a title in the SVG, which a browser shows over it."""
+
+
+class Row(NamedTuple):
+    """One line of `intervals`."""
+
+    name: str
+    mean: float
+    low: float
+    high: float
+    colour: str = "soft"
+    """Key of `COLORS`."""
+
+
+class Line(NamedTuple):
+    """One line of `curves`, with a band where there is one."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    colour: str = "soft"
+    band: tuple[Sequence[float], Sequence[float]] | None = None
+
+
+# ---------------------------------------------------------------------------------------------- panels
+
+
+def intervals(
+    rows: Sequence[Row],
+    label: str,
+    title: str,
+    *,
+    chance: float = 0.0,
+    write: Callable[[float], str] = number,
+    least: float | None = None,
+) -> str:
+    """An estimate and its interval in each row, in numbers as `write` writes them; a dashed line at `chance`. What is
+    below `least` is drawn there, as a triangle."""
+    figure, axes = _panel(0.75 + 0.26 * len(rows))
+    for y, row in enumerate(rows):
+        colour = COLORS[row.colour]
+        mean = row.mean if least is None else max(row.mean, least)
+        low = row.low if least is None else max(row.low, least)
+        high = row.high if least is None else max(row.high, least)
+        lines = axes.plot([low, high], [y, y], color=colour, lw=2.0, alpha=0.55)
+        mark = "o" if mean == row.mean else "<"
+        lines += axes.plot(mean, y, mark, color=colour, ms=5, mec=PAPER, mew=0.7)
+        words = f"{row.name}: {write(row.mean)} [{write(row.low)}, {write(row.high)}]"
+        for line in lines:
+            line.set_gid(_HOVER + words)
+    axes.axvline(chance, color=MUTED, lw=0.8, ls=_DASHED)
+    axes.set_yticks(range(len(rows)), [row.name for row in rows])
+    axes.set_ylim(len(rows) - 0.45, -0.55)  # the first row at the top
+    axes.locator_params(axis="x", nbins=4)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: write(value)))
+    axes.set_xlabel(label, loc="right")
+    return _svg(figure, title)
+
+
+def curves(
+    lines: Sequence[Line],
+    label: str,
+    title: str,
+    *,
+    log_x: bool = False,
+    log_y: bool = False,
+    percent: bool = False,
+    chance: float | None = None,
+    ticks: Mapping[float, str] | None = None,
+) -> str:
+    """Lines with their names above.
+
+    Args:
+        label: of the x axis.
+        chance: a dashed horizontal line.
+        ticks: names of points on the x axis, where they are not their numbers.
+    """
+    figure, axes = _panel(2.5 + 0.08 * len(lines), "y")
+    points = sorted({x for line in lines for x in line.x})
+    for line in lines:
+        colour = COLORS[line.colour]
+        strong = line.colour in ("atom", "control", "ink")
+        if line.band is not None:
+            axes.fill_between(line.x, *line.band, color=colour, alpha=0.16, lw=0)
+        width = 1.9 if strong else 0.9
+        size = 3.5 if strong else 2.5
+        axes.plot(line.x, line.y, "o-", color=colour, lw=width, ms=size, label=line.name)
+    if chance is not None:
+        axes.axhline(chance, color=MUTED, lw=0.8, ls=_DASHED)
+    if log_x:
+        axes.set_xscale("log", base=2)
+    if log_y:
+        axes.set_yscale("log")
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        axes.yaxis.set_major_formatter(
+            FuncFormatter(lambda value, _: f"{100 * value:.0f}%" if percent else number(value))
+        )
+    if percent:
+        axes.set_ylim(0.0, 1.05)
+    names = [(ticks or {}).get(x, number(x)) for x in points]
+    step = max(1, math.ceil(len(points) / 8))  # a phone has room for eight
+    axes.set_xticks(points[::step], names[::step])
+    axes.minorticks_off()
+    axes.set_xlabel(label, loc="left")
+    figure.legend(
+        loc="outside upper left",
+        ncols=3,
+        frameon=False,
+        fontsize=8,
+        labelcolor=MUTED,
+        handletextpad=0.3,
+        columnspacing=1.2,
+        borderaxespad=0.1,
+    )
+    return _svg(figure, title)
+
+
+# ---------------------------------------------------------------------------------------------- drawing
+
+
+def _panel(height: float, grid: str = "x") -> tuple[Figure, Axes]:
+    """A figure of a phone's width, in inches of 100 units, with lines across an axis or both. Names of rows are in
+    ink, numbers are not."""
+    style = _STYLE | {"axes.grid.axis": grid, "ytick.labelcolor": INK if grid == "x" else MUTED}
+    with matplotlib.rc_context(style):  # pyright: ignore[reportArgumentType]  # matplotlib types keys as literals
+        figure = Figure(figsize=(3.9, height), layout="constrained")
+        axes = figure.add_subplot()
+    figure.patch.set_alpha(0)
+    axes.patch.set_alpha(0)
+    return figure, axes
+
+
+def _svg(figure: Figure, title: str) -> str:
+    """The figure as an SVG element: CSS variables for colors, no fixed size, and a title for screen readers.
+
+    Ids inside are made from the title, which must therefore be unique in a page.
+    """
+    buffer = io.StringIO()
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": title}):  # pyright: ignore[reportArgumentType]
+        # Drawn once; `savefig` draws a figure of this layout twice.
+        FigureCanvasSVG(figure).print_svg(buffer, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]  # inline: an XML declaration is no part of HTML
+    text = re.sub("|".join(_VARIABLES), lambda colour: f"var(--{_VARIABLES[colour[0]]},{colour[0]})", text)
+    # As wide as its column; the viewBox keeps the proportions.
+    text = re.sub(r' width="[^"]*" height="[^"]*"', ' role="img" width="100%"', text, count=1)
+    text = re.sub(rf"<g id=([\"']){_HOVER}(.*?)\1>", r"<g><title>\2</title>", text)
+    # The page's own font, at matplotlib's size.
+    text = re.sub(r"font: ([^;\"]*?)px [^;\"]*", r"font-size: \1px", text)
+    return re.sub(r"(<svg[^>]*>)", lambda tag: f"{tag[1]}<title>{html.escape(title)}</title>", text, count=1)
