@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 import torch
 from sae_lens.saes.sae import TrainStepInput
-from tests.conftest import MAKERS, make_hf
+from tiny_models import MAKERS, make_hf
 from torch import Tensor, nn
 
 from hookpoints import HookedRecurrent

@@ -13,7 +13,7 @@ import pytest
 import torch
 from datasets import Dataset
 from filelock import FileLock, Timeout
-from tests.conftest import make_hf
+from tiny_models import make_hf
 from transformer_lens.hook_points import HookPoint
 
 from hookpoints import HookedRecurrent, UnknownHookError, UnsupportedModelError
