@@ -13,7 +13,6 @@ from saes import HEAD, LAYER, logits_with_write, random_sae
 from torch import Tensor, nn
 
 from hookpoints import HookedRecurrent, UnknownHookError
-from writesae.experiment import lab as lab_module
 from writesae.experiment.lab import EditedRows, Lab, Trial
 
 T, WINDOW = 26, 5
@@ -123,15 +122,6 @@ def test_sites_have_the_head_and_the_rows_of_each_sequence(model64: HookedRecurr
     assert part.writes.keys.shape[0] == 6
     both = lab.native_writes([2, 0])
     torch.testing.assert_close(both.rows(slice(T, None)).dense(), sites[0].writes.dense())
-
-
-@pytest.mark.usefixtures("no_grad")
-def test_each_sequence_has_its_own_recurrence(model64: HookedRecurrent, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where one pass takes several, as on a GPU."""
-    monkeypatch.setattr(lab_module, "in_one_pass", lambda tokens, device: [slice(0, len(tokens))])
-    for sequence, found in zip(range(3), make_lab(model64).recurrences(3), strict=True):
-        own = model64.recurrence(TEXT[[sequence]], LAYER).select(heads=HEAD)
-        torch.testing.assert_close(found.u, own.u)
 
 
 @pytest.mark.usefixtures("no_grad")

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+import pytest
 import torch
 from numpy.typing import NDArray
-from saes import random_sae
+from saes import HEAD, LAYER, random_sae
 
 from hookpoints import HookedRecurrent
 from writesae.experiment.lab import EditedRows, Trial
+from writesae_study.experiment import bench as bench_module
 from writesae_study.experiment.bench import Bench
 from writesae_study.experiment.readout import kl_window
 
@@ -32,3 +34,12 @@ def test_the_floor_is_the_95th_percentile_of_what_a_no_op_moves(model64: HookedR
     floor = lab.floor(read, "x", WINDOW)
     assert floor == np.quantile(np.abs(values), 0.95) > np.median(np.abs(values))
     assert floor == Bench(model64, {"": random_sae(model64)}, TEXT).floor(read, "x", WINDOW)  # seeded
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_each_sequence_has_its_own_recurrence(model64: HookedRecurrent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where one pass takes several, as on a GPU."""
+    monkeypatch.setattr(bench_module, "in_one_pass", lambda tokens, device: [slice(0, len(tokens))])
+    for sequence, found in zip(range(3), Bench(model64, {"": random_sae(model64)}, TEXT).recurrences(3), strict=True):
+        own = model64.recurrence(TEXT[[sequence]], LAYER).select(heads=HEAD)
+        torch.testing.assert_close(found.u, own.u)

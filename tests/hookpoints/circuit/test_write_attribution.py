@@ -215,7 +215,9 @@ def training(model: HookedRecurrent) -> HookedRecurrent:
     return model
 
 
-@pytest.mark.parametrize("mode", [torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16)], ids=str)
+@pytest.mark.parametrize(
+    "mode", [torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16)], ids=["inference", "autocast"]
+)
 def test_modes_of_the_caller_do_not_matter(model: HookedRecurrent, mode: Any) -> None:
     """Neither inference mode nor autocast, also of the tokens; and they are in force again afterwards."""
     plain = write_attribution(model, SEQUENCE, metric)
