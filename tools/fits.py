@@ -162,7 +162,7 @@ def of_a_run(model: HookedRecurrent, tokens: int) -> Cost:
     by_name = dict(every.items())
     try:
         memory = model.memory(ids)
-        size = held([*memory.kept.values(), *tensors_of(memory.cache).values()])
+        size = held([*memory.kept.named().values(), *tensors_of(memory.cache).values()])
     except UnsupportedModelError:
         size = None
     return Cost(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -194,44 +193,6 @@ class Graph:
         edges = _table(file, content.get("edges"), EDGE_COLUMNS)
         return cls(nodes, edges, cast("dict[str, object]", content["metadata"]))
 
-    def to_neuronpedia(self, path: str | Path, slug: str = "writes") -> Path:
-        """Write the graph in the format that Neuronpedia's graph page uploads (that of circuit-tracer 0.5,
-        ``circuit_tracer.frontend.graph_models``). Weights are measured effects, or predicted ones where none was
-        measured; ports are in no field of that format, and nodes of tokens' streams are left out."""
-        metadata = self.metadata
-        tokens = cast("list[str]", metadata["tokens"])
-        named = self.nodes[self.nodes.feature_type != "bias"]
-        edges = self.edges[self.edges.source.isin(named.node_id) & self.edges.target.isin({*named.node_id, "logit"})]
-        weighted = edges.assign(weight=edges.measured.fillna(edges.predicted))
-        links = weighted.groupby(["source", "target"], sort=False)["weight"].sum().reset_index()
-        top = cast(int, metadata["n_layers"]) + 1
-        logit = {
-            "node_id": "logit",
-            "feature": -1,
-            "layer": str(top),
-            "ctx_idx": len(tokens) - 1,
-            "feature_type": "logit",
-            "token_prob": metadata["probability"],
-            "is_target_logit": True,
-            "jsNodeId": "logit",
-            "clerp": str(metadata["title"]),
-        }
-        content = {
-            "metadata": {
-                "slug": slug,
-                "scan": metadata["model"],
-                "transcoder_list": [],
-                "prompt_tokens": tokens,
-                "prompt": "".join(tokens),
-                "node_threshold": None,
-                "schema_version": 1,
-            },
-            "qParams": {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""},
-            "nodes": [_neuronpedia_node(row) for row in _rows(named)] + [logit],
-            "links": _rows(links),
-        }
-        return atomic_text(Path(path), json.dumps(content, allow_nan=False, ensure_ascii=False))
-
     def draw(self, nodes: int = 12, width: int = 960) -> str:
         """One SVG without network: tokens below, blocks upward. Blue helps, red hurts; a line is as thick as the
         measured effect, dotted into a key, dashed into a query or gate, solid into a value. It follows the viewer's
@@ -266,21 +227,3 @@ def _table(file: Path, rows: object, columns: Mapping[str, str]) -> pd.DataFrame
         return pd.DataFrame(rows, columns=list(columns)).astype(dict(columns))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file}: expected numbers and texts in {', '.join(columns)}: {error}") from error
-
-
-def _neuronpedia_node(row: Mapping[str, object]) -> dict[str, object]:
-    """A node as circuit-tracer's front end has it."""
-    kinds = {"atom": "cross layer transcoder", "error": "mlp reconstruction error"}
-    kind = str(row["feature_type"])
-    layer = cast(int, row["layer"])
-    return {
-        "node_id": row["node_id"],
-        "feature": row["feature"],
-        "layer": "E" if kind == "embedding" else str(layer),
-        "ctx_idx": max(cast(int, row["position"]), 0),
-        "feature_type": kinds.get(kind, kind),
-        "jsNodeId": row["node_id"],
-        "clerp": row["node_id"],
-        "influence": row["measured"],
-        "activation": row["predicted"],
-    }

@@ -301,12 +301,10 @@ class Tracing:
         title = " ".join(targets) + ("" if not against else f" − {' '.join(against)}")
         return {
             "model": self.model.cfg.model_name,
-            "n_layers": self.model.cfg.n_layers,
             "tokens": self._names(text.tokens[0].tolist()),
             "targets": targets,
             "against": against,
             "title": title or "metric",
-            "probability": float(self.runs.session.logits[0, -1].float().softmax(-1)[list(self.wanted.targets)].sum()),
             "metric": self.runs.plain,
             "corrupt": None if corrupt is None else self._names(corrupt.tokens[0].tolist()),
             "frozen": self.frozen,

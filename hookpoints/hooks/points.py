@@ -23,28 +23,34 @@ HOOK_DICTS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backw
 
 
 class Listeners:
-    """Checks quickly that some sets of hook points have no hooks attached.
+    """Knows which names of some sets of hook points have hooks attached.
 
     Every way to attach ends in a dictionary: of the hooks of a point, or of the modules of a set. These dictionaries
-    note what is put into them (``_Noting``), and after a note everything is looked through once. So nothing is counted
-    that an interrupt could leave wrong, and hooks that are taken off are not noted at all.
+    note what is put into them and deleted from them (``_Noting``), and after a note everything is looked through once.
+    So nothing is counted that an interrupt could leave wrong. Hooks that go another way only cost time.
     """
 
     def __init__(self) -> None:
         self.sets: list[_Noting] = []
         self.noted = object()
-        self.silent = None
+        self.known: tuple[object, frozenset[str]] = (None, frozenset())
+
+    def names(self) -> frozenset[str]:
+        """Of points that have a hook, in scopes of this thread or of others, or that something replaces."""
+        noted = self.noted
+        known, names = self.known
+        if noted is not known:
+            names = frozenset(name for points in self.sets for name, point in points.items() if _is_hooked(point))
+            self.known = (noted, names)  # a hook that another thread put on meanwhile made another note
+        return names
 
     def exist(self) -> bool:
-        """Whether a point has any hook, in scopes of this thread or of others, or something replaces it."""
-        noted = self.noted
-        if noted is not self.silent and not any(_hooked(point) for points in self.sets for point in points.values()):
-            self.silent = noted  # a hook that another thread put on meanwhile made another note
-        return noted is not self.silent
+        """Whether there is any such point."""
+        return bool(self.names())
 
 
 class _Noting(OrderedDict[Any, Any]):
-    """A dictionary of PyTorch's that notes what is put into it."""
+    """A dictionary of PyTorch's that notes what is put into it or deleted from it."""
 
     def __init__(self, listeners: Listeners | None = None, entries: Iterable[tuple[Any, Any]] = ()):
         self.listeners = listeners or Listeners()  # a copy is made without, and then gets a copy of the original's
@@ -52,6 +58,10 @@ class _Noting(OrderedDict[Any, Any]):
 
     def __setitem__(self, key: object, value: object) -> None:
         super().__setitem__(key, value)
+        self.listeners.noted = object()
+
+    def __delitem__(self, key: object) -> None:
+        super().__delitem__(key)
         self.listeners.noted = object()
 
 
@@ -80,7 +90,8 @@ class HookSet(nn.Module):
     def listens(self, *names: str) -> bool:
         """Whether a hook is attached to one of ``names``."""
         points = self._modules
-        return self.listeners.exist() and any(is_listening(points[name]) for name in names if name in points)
+        hooked = self.listeners.names()
+        return any(is_listening(points[name]) for name in names if name in hooked and name in points)
 
     def fire(self, name: str, value: Tensor) -> Tensor:
         """Pass ``value`` through a hook; returns what the hook returns, checked for shape."""
@@ -158,7 +169,7 @@ class BlockHooks(HookSet):
             self.attn = HookSet([row.name for row in hook_table.rows("attn") if row.name in attention], self.listeners)
 
 
-def _hooked(point: nn.Module | None) -> bool:
+def _is_hooked(point: nn.Module | None) -> bool:
     """Whether a member of a set has hooks or is no hook point; sets inside it speak for themselves."""
     if isinstance(point, HookSet | nn.ModuleList):
         return False

@@ -131,8 +131,6 @@ class LayerCall:
         """Position of the first token; None where nothing tells."""
         if cache is not None and self.first_token is not None:
             count_tokens(cache, self.first_token + hidden.shape[1])
-        if self.run.reading is not None and self.first_token is not None:
-            self.first_token += self.run.reading.tokens.start
         mask = kwargs.get("attention_mask")
         self.real: Tensor | None = None
         """[B,T] bool, which tokens are real, where the layer is told so in that form."""
@@ -152,8 +150,7 @@ class LayerCall:
         self.mixer.calls += 1
         native_op = self._native_op(op, arguments)
         edited = any(layer in plan.by_layer for plan in run.plans)
-        recorded = run.record is not None and (run.recorded is None or layer in run.recorded)
-        if not (edited or recorded or native_op is None or self.hooks.listeners.exist()):
+        if not (edited or self._is_recorded() or native_op is None or self.hooks.listeners.exist()):
             return native_op(**arguments)
         # fla's layers take the padding out before the op.
         self.padding = Padding(self.real) if arguments.get("cu_seqlens") is not None else UNPADDED
@@ -166,17 +163,10 @@ class LayerCall:
             )
         elif native_op is not None and changed & rule.torch_only:
             native_op = torch_form(native_op)
-        if run.reading is not None:
-            recurrence = recurrence.select(tokens=run.reading.tokens, initial_state=run.reading.states[layer])
         fed = rule.arguments(arguments, factors.over_time(self.padding.packed), changed)
-        native = self._native_result(native_op, fed, recurrence)
-        if changed or native_op is None:
-            native = native._replace(outputs=native.outputs.to(rule.output_dtype(arguments)))
-        if recorded:
-            self._record(recurrence, native, arguments)
-        result = self._edited(recurrence, native) if recurrence.T else native
-        if run.reading is not None:
-            result = result._replace(outputs=_among_zeros(result.outputs, run.reading.tokens, factors.q.shape[1]))
+        dtype = rule.output_dtype(arguments) if changed or native_op is None else None
+        ran = self.result if run.part is None else partial(run.part, self)
+        result = ran(recurrence, native_op, fed, dtype)
         if self.hooks.listens("hook_read"):
             result = result._replace(outputs=self.hooks.fire("hook_read", result.outputs))
         return rule.write_result(result._replace(outputs=self.padding.packed(result.outputs)), arguments)
@@ -184,9 +174,20 @@ class LayerCall:
     def _native_op(self, op: Function, arguments: Arguments) -> Function | None:
         """The function that computes the native pass; None: this package's own kernel does."""
         backend = self.run.backend or self.mixer.backend
-        if backend == "recurrence" or self.run.reading is not None or not self.mixer.rule.runs(op, arguments):
+        if backend == "recurrence" or not self.mixer.rule.runs(op, arguments):
             return None
         return torch_form(op) if backend == "torch" else op
+
+    def result(
+        self, recurrence: Recurrence, native_op: Function | None, fed: Arguments, dtype: torch.dtype | None
+    ) -> OpResult:
+        """Outputs [B,T,H,V] in ``dtype`` (None: as the op makes them) and the last state, recorded and edited."""
+        native = self._native_result(native_op, fed, recurrence)
+        if dtype is not None:
+            native = native._replace(outputs=native.outputs.to(dtype))
+        if self._is_recorded():
+            self._record(recurrence, native, fed)
+        return self._edited(recurrence, native) if recurrence.T else native
 
     def _native_result(self, native_op: Function | None, fed: Arguments, recurrence: Recurrence) -> OpResult:
         """Outputs [B,T,H,V] of the native pass, with padding, and the last state if the layer wants it."""
@@ -197,13 +198,18 @@ class LayerCall:
         native = rule.read_result(native_op(**fed), fed)
         return native._replace(outputs=self.padding.spread(native.outputs))
 
-    def _record(self, recurrence: Recurrence, native: OpResult, arguments: Arguments) -> None:
+    def _is_recorded(self) -> bool:
+        """Whether the layer is one that `model.recording` asked for."""
+        run = self.run
+        return run.record is not None and (run.recorded is None or self.mixer.layer in run.recorded)
+
+    def _record(self, recurrence: Recurrence, native: OpResult, fed: Arguments) -> None:
         """Keep the call for `model.recording`."""
         assert self.run.record is not None
         first = recurrence.initial_state
         if first is not None:  # caches are updated in place after the op returns
             recurrence = recurrence.replace(initial_state=first.clone())
-        recorded = Recorded(recurrence, native, self.mixer.rule.value_first(arguments))
+        recorded = Recorded(recurrence, native, self.mixer.rule.value_first(fed))
         self.run.record[self.mixer.layer] = recorded if self.run.gradients else recorded.detached()
 
     def _edited(self, recurrence: Recurrence, native: OpResult) -> OpResult:
@@ -267,6 +273,8 @@ class LayerCall:
         changed, by heads, [B,T,H',K,V]."""
         matrix = f"hook_{kind}"
         vector = f"hook_{kind}_vec"
+        if self.hooks.listeners.names().isdisjoint((matrix, vector)):
+            return
         sets = cast(Sequence[HookSet], self.hooks.heads)
         heads = [head for head, hooks in enumerate(sets) if hooks.listens(matrix, vector)]
         if self.hooks.listens(matrix):  # all heads at once; then those with hooks of their own
@@ -310,11 +318,6 @@ class LayerCall:
         change = moved @ values.transpose(1, 2).flatten(2, -2)
         outputs = result.outputs + change.transpose(1, 2)
         return result._replace(outputs=outputs.to(result.outputs.dtype))
-
-
-def _among_zeros(outputs: Tensor, tokens: slice, length: int) -> Tensor:
-    """Outputs [B,T',H,V] of some ``tokens`` among those of a pass, [B,T,H,V]."""
-    return F.pad(outputs, (0, 0, 0, 0, tokens.start, length - tokens.stop))
 
 
 def _fire_head(hooks: HookSet, matrix: str, value: Tensor) -> Tensor | None:

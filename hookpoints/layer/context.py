@@ -7,7 +7,7 @@ its own flag before it leaves the context variable: an interrupt between the two
 from __future__ import annotations
 
 import threading
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -59,15 +59,6 @@ def all_left(record: Mapping[int, Recorded], states: Mapping[int, Tensor]) -> bo
     return all(torch.equal(*(torch.cat(side) for side in zip(*pairs))) for pairs in sides.values())
 
 
-class Reading(NamedTuple):
-    """The part of a pass that recurrent layers run: their other tokens go through convolutions alone and read zeros."""
-
-    tokens: slice
-    """Places in the pass, not positions."""
-    states: Mapping[int, Tensor]
-    """[B,H,K,V], what each layer holds before these tokens."""
-
-
 @dataclass(frozen=True, eq=False)
 class Run:
     """What is in force for one hooked model."""
@@ -84,8 +75,9 @@ class Run:
     """Position of the first token of a pass; None: counted from the cache."""
     backend: Backend | None = None
     """Who computes the native pass; None: as the model was loaded."""
-    reading: Reading | None = None
-    """The tokens that recurrent layers run; None: all, from what the cache holds."""
+    part: Callable[..., OpResult] | None = None
+    """What runs a part of the tokens of a recurrent layer's call: given the call and the arguments of its `result`, it
+    returns what that returns. None: all tokens run, from what the cache holds."""
     start_layer: int = 0
     """Blocks below are skipped."""
     residual: Tensor | None = None
@@ -102,7 +94,7 @@ class Run:
     @cached_property
     def asks_layers(self) -> bool:
         """Whether recurrent layers have more to do than to run."""
-        changed = self.record is not None or self.backend is not None or self.reading is not None
+        changed = self.record is not None or self.backend is not None or self.part is not None
         return bool(self.plans) or changed or self.partial
 
     @cached_property

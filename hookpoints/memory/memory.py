@@ -52,14 +52,10 @@ from hookpoints.memory.passes import (
     Kept,
     LayerStates,
     TokenReader,
-    by_place,
-    concatenated,
     factors_of,
     is_stored,
-    put_last,
     recorded_streams,
     run_tokens,
-    span_of,
 )
 from hookpoints.memory.sealing import fingerprint, seal
 from hookpoints.model.hooked import HookedModel
@@ -114,8 +110,8 @@ class Memory:
     def approximate(self) -> str | None:
         """What differs from the memory of a run over the same tokens; None: nothing but rounding."""
         notes = ["states were set by hand, or written under edits"] if self.edited else []
-        notes += [f"{tokens} were read with other tokens in view" for tokens in _stretches(self.kept["inexact"])]
-        for layer, unmoved in by_place(self.kept, "unmoved/").items():
+        notes += [f"{tokens} were read with other tokens in view" for tokens in _stretches(self.kept.inexact)]
+        for layer, unmoved in self.kept.unmoved.items():
             notes += [f"attention of layer {layer} keeps old positions of {tokens}" for tokens in _stretches(unmoved)]
         return "; ".join(notes) or None
 
@@ -126,12 +122,12 @@ class Memory:
     @property
     def tokens(self) -> Tensor:
         """[B,T], those that were read."""
-        return self.kept["tokens"]
+        return self.kept.tokens
 
     @property
     def T(self) -> int:
         """Number of tokens that were read."""
-        return self.tokens.shape[1]
+        return self.kept.T
 
     # -- what it holds
 
@@ -282,8 +278,7 @@ class Memory:
         if position == self.T:
             return self
         self._check_explained()
-        kept = span_of(self.kept, 0, position)
-        return self._read_on(kept, self._scan(kept))
+        return self._composed_memory(position, self.tokens[:, :0], self.kept.span(0, 0), 0)
 
     def without(self, span: TokenSpan, reread: int | None = None) -> Memory:
         """The memory without the tokens of ``span``.
@@ -314,9 +309,9 @@ class Memory:
         if not rest:
             return self.rewind(start)
         self._check_explained()
-        before = span_of(self.kept, 0, start)
-        states = self._scan(before)
-        return self._read_on(before, states, self.tokens[:, stop : stop + reread], (self, stop + reread, self.T))
+        later = self.kept.span(stop + reread, self.T)
+        later = later._replace(inexact=torch.ones_like(later.inexact))
+        return self._composed_memory(start, self.tokens[:, stop : stop + reread], later, start - stop)
 
     def paste(self, other: Memory, span: TokenSpan) -> Memory:
         """This memory, and then what ``other`` wrote at the tokens of ``span``.
@@ -332,8 +327,10 @@ class Memory:
         self._check_peer(other)
         start, stop = other._range(span)
         other._check_explained()
-        inexact = self.edited or not torch.equal(self.tokens, other.tokens[:, :start])
-        return self._read_on(self.kept, self._states(), None, (other, start, stop), inexact)
+        later = other.kept.span(start, stop)
+        if self.edited or not torch.equal(self.tokens, other.tokens[:, :start]):
+            later = later._replace(inexact=torch.ones_like(later.inexact))
+        return self._composed_memory(self.T, self.tokens[:, :0], later, self.T - start)
 
     # -- arithmetic on states. Convolutions, token shifts and attention stay as they are.
 
@@ -401,8 +398,7 @@ class Memory:
         Raises:
             OSError: it cannot be written, or ``path`` is a link, a folder or a device, which is not replaced.
         """
-        named = {name: x for name, x in self.kept.items() if not name.startswith("attention/")}  # in the cache, too
-        named |= {f"cache/{place}": x for place, x in tensors_of(self.cache).items()}
+        named = self.kept.filed.named() | {f"cache/{place}": x for place, x in tensors_of(self.cache).items()}
         # Clones: safetensors refuses tensors that share memory, as views of one factor do.
         copies = {name: x.detach().clone(memory_format=torch.contiguous_format).cpu() for name, x in named.items()}
         said = {**_said(self.model), "edited": self.edited}
@@ -436,8 +432,8 @@ class Memory:
         if said.pop("sha256", None) != seal(named, said):
             raise InputError(f"{path}: damaged, its SHA-256 is not that of what was saved: save the memory again")
         first = _checked(model, named, str(path))
-        kept = {name: x.to(first.kept[name].device) for name, x in named.items() if not name.startswith("cache/")}
-        kept |= {f"attention/{place}": x for place, x in attention_of(first.cache, kept["tokens"].shape[1]).items()}
+        kept = first.kept.filed.each(lambda name, x: named[name].to(x.device))
+        kept = kept._replace(attention=attention_of(first.cache, kept.T))
         return replace(first, kept=kept, edited=said.get("edited") is not False)
 
     # -- helpers
@@ -490,8 +486,7 @@ class Memory:
 
     def _recurrence(self, kept: Kept, layer: int) -> Recurrence:
         form = self.forms[layer]
-        factors = by_place(kept, f"factor/{layer}/")
-        return Recurrence(**factors, scale=form.scale, read_before_write=form.read_before_write)
+        return Recurrence(**kept.factor[layer], scale=form.scale, read_before_write=form.read_before_write)
 
     def _scan(self, kept: Kept, states: LayerStates | None = None) -> LayerStates:
         """States after what the tokens of ``kept`` wrote, made on ``states`` (None: zeros). Layers of one shape on
@@ -499,7 +494,7 @@ class Memory:
         parts = {layer: self._recurrence(kept, layer) for layer in self.forms}
         if states is not None:
             parts = {layer: part.replace(initial_state=states[layer]) for layer, part in parts.items()}
-        if not kept["tokens"].shape[1]:
+        if not kept.T:
             return {layer: part.starting_state() for layer, part in parts.items()}
         alike: dict[object, list[int]] = {}
         for layer, part in parts.items():
@@ -513,55 +508,39 @@ class Memory:
                 after |= zip(group, last.split(self.tokens.shape[0]))
         return after
 
-    def _read_on(
-        self,
-        before: Kept,
-        states: LayerStates,
-        again: Tensor | None = None,
-        later: tuple[Memory, int, int] | None = None,
-        inexact: bool = True,
-    ) -> Memory:
-        """The memory of the tokens of ``before``, which left ``states``; then those that are read ``again`` [B,T'];
-        then those of another memory (from a token, to a token), whose factors are stored.
+    def _composed_memory(self, stop: int, again: Tensor, later: Kept, moved_by: int) -> Memory:
+        """The memory of its first ``stop`` tokens; then of those that are read ``again`` [B,T']; then of ``later``
+        ones, whose factors are stored, and which stand ``moved_by`` tokens after where they were read.
 
-        Cost: one pass (`TokenReader.read_again`).
-
-        Args:
-            inexact: whether the later tokens were read with others in view.
+        Cost: the recurrence over stored factors, and one pass (`TokenReader.read_again`).
         """
-        again = self.tokens[:, :0] if again is None else again
         apart = attends_and_convolves(self.cache)
         # Convolutions of the last tokens depend on what these attend to, which has to be there: first the tokens that
         # are read again, then the stored ones.
-        if apart and again.shape[1] and later is not None:
-            reader = self._read_on(before, states, again)
-            return reader._read_on(reader.kept, reader._states(), None, later, inexact)
-        other, first, stop = (self, 0, 0) if later is None else later
-        tail = span_of(other.kept, first, stop)
-        moved_by = before["tokens"].shape[1] + again.shape[1] - first
-        moved = stop > first and moved_by
-        unmoved = {name: x for name, x in tail.items() if moved and name.startswith("attention/")}
+        if apart and again.shape[1] and later.T:
+            reader = self._composed_memory(stop, again, later.span(0, 0), 0)
+            return reader._composed_memory(reader.T, again[:, :0], later, moved_by)
+        before = self.kept.span(0, stop)
+        states = self._states() if stop == self.T else self._scan(before)
+        moved = later.attention if later.T and moved_by else {}
         backbone = self.model.attachment.layout.backbone
-        for name, x in unmoved.items():
-            if name.endswith("/keys/"):
-                tail[name] = turned(self.model.hf_model, backbone, x, moved_by)
-        if inexact:
-            tail["inexact"] = torch.ones_like(tail["inexact"])
+        keys = {place: x for place, x in moved.items() if place.endswith("/keys/")}
+        keys = {place: turned(self.model.hf_model, backbone, x, moved_by) for place, x in keys.items()}
+        placed = later._replace(attention={**later.attention, **keys})
         if apart and not again.shape[1]:  # the last tokens have to attend to all others
-            passed = self._reader.read_again(concatenated(before, tail), states, again, span_of(tail, 0, 0))
+            passed = self._reader.read_again(before.then(placed), states, again, placed.span(0, 0))
         else:
-            passed = self._reader.read_again(before, states, again, tail)
-        kept = concatenated(before, passed.kept, tail)
-        for name, x in unmoved.items():
-            fresh = passed.attention[name.removeprefix("attention/")]
-            count = min(window(self.cache), x.shape[1])  # the last ones of the pass
-            error = relative_error(fresh[:, -count:], kept[name][:, -count:])
+            passed = self._reader.read_again(before, states, again, placed)
+        last = slice(-min(window(self.cache), max(later.T, 1)), None)  # of the pass
+        for place, x in moved.items():
+            error = relative_error(passed.attention[place][:, last], placed.attention[place][:, last])
             # Whether the model turns its keys so is seen at the keys that the pass made itself.
             if not error <= tolerance(x.dtype):  # NaN is an error
-                put_last(kept, name, x)
-                put_last(kept, f"unmoved/{name.split('/')[1]}", torch.ones_like(tail["inexact"]))
-        self._reader.store(passed.cache, kept, self._scan(tail, passed.states))
-        count_tokens(passed.cache, kept["tokens"].shape[1])
+                old = {int(place.split("/")[0]): torch.ones_like(later.inexact)}
+                placed = placed._replace(attention={**placed.attention, place: x}, unmoved={**placed.unmoved, **old})
+        kept = before.then(passed.kept, placed)
+        self._reader.store(passed.cache, kept.attention, self._scan(placed, passed.states))
+        count_tokens(passed.cache, kept.T)
         return replace(self, cache=passed.cache, kept=kept, edited=self.edited or passed.edited)
 
 
@@ -586,22 +565,26 @@ def read(model: HookedModel, tokens: Tensor, before: Memory | None = None) -> Me
     streams, keeping, _ = model.get_caching_hooks(recorded_streams(model))
     with model.recording() as recorded:
         cache = run_tokens(model, tokens, position, cache, keeping)
-    kept = {"tokens": tokens, **{f"stream/{name}": x for name, x in streams.items() if is_stored(name, cache)}}
-    kept["inexact"] = torch.zeros_like(tokens, dtype=torch.bool)
-    if before is not None:  # what is read after such tokens is made of what they left
-        kept["inexact"] |= before.kept["inexact"].any(1, keepdim=True)
-    kept |= factors_of(recorded)
     forms: dict[int, Form] = {}
-    edited = before is not None and before.edited
     for layer, record in recorded.items():
         r = record.recurrence
         forms[layer] = Form(record.value_first, r.scale, r.read_before_write)
-    edited |= not all_left(recorded, {layer: state_of(cache, layer, form.value_first) for layer, form in forms.items()})
     attention = attention_of(cache, position + tokens.shape[1])
-    kept |= {f"unmoved/{place.split('/')[0]}": torch.zeros_like(kept["inexact"]) for place in attention}
-    kept = kept if before is None else concatenated(before.kept, kept)
-    kept |= {f"attention/{place}": x for place, x in attention.items()}
-    return Memory(model, cache, kept, forms, model.cfg.dtype, edited)
+    exact = torch.zeros_like(tokens, dtype=torch.bool)
+    kept = Kept(
+        tokens=tokens,
+        inexact=exact,
+        factor=factors_of(recorded),
+        stream={name: x for name, x in streams.items() if is_stored(name, cache)},
+        attention={},
+        unmoved={int(place.split("/")[0]): exact for place in attention},
+    )
+    edited = not all_left(recorded, {layer: state_of(cache, layer, form.value_first) for layer, form in forms.items()})
+    if before is not None:  # what is read after inexact tokens is made of what they left
+        kept = kept._replace(inexact=exact | before.kept.inexact.any(1, keepdim=True))
+        kept = before.kept.then(kept)
+        edited |= before.edited
+    return Memory(model, cache, kept._replace(attention=attention), forms, model.cfg.dtype, edited)
 
 
 def _said(model: HookedModel) -> dict[str, object]:
@@ -623,7 +606,7 @@ def _checked(model: HookedModel, named: Mapping[str, Tensor], path: str) -> Memo
     # Names, shapes and devices are those of a real memory: nothing is taken from the file unchecked. One row tells
     # them, however many the file claims to have.
     first = read(model, tokens[:1, :1].to(model.cfg.device))
-    wanted = {name: (x, 1) for name, x in first.kept.items() if not name.startswith("attention/")}
+    wanted = {name: (x, 1) for name, x in first.kept.filed.named().items()}
     places = tensors_of(first.cache)
     wanted |= {f"cache/{place}": (x, x.ndim - 2 if _grows(place) else None) for place, x in places.items()}
     if differing := sorted(named.keys() ^ wanted.keys()):

@@ -7,28 +7,78 @@ and attention keys have positions. `TokenReader.read_again` runs those few token
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import Cache
 
 from hookpoints.hooks.guard import Hook, HookSpecs
-from hookpoints.layer.context import Reading, Recorded, all_left, drop_sources, scope
+from hookpoints.layer.context import Recorded, all_left, drop_sources, scope
 from hookpoints.memory.caches import attention_of, fill, put_state, state_of, tensors_of, window
 from hookpoints.model.inputs import cache_of, continuing
 from hookpoints.recurrence.canonical import over_time
 
 if TYPE_CHECKING:
+    from hookpoints.layer.call import LayerCall
     from hookpoints.model.hooked import HookedModel
+    from hookpoints.recurrence.recurrence import Recurrence
+    from hookpoints.rules.base import OpResult
 
 LayerStates = dict[int, Tensor]
 """States [B,H,K,V], or differences of states, by recurrent layer."""
-Kept = Mapping[str, Tensor]
-"""What a memory keeps of each token, [B,T,...]: ``tokens``, ``factor/{layer}/{field}``, ``stream/{hook}``,
-``attention/{place in the cache}``; and two kinds of booleans, ``inexact`` (it was read with other tokens in view, or
-after one that was) and ``unmoved/{layer}`` (its attention key has an old position)."""
+
+
+class Kept(NamedTuple):
+    """What a memory keeps of tokens that follow one another. Every tensor is [B,T,...]; a file names them by field."""
+
+    tokens: Tensor
+    inexact: Tensor
+    """[B,T] bool: the token was read with other tokens in view, or after one that was."""
+    factor: Mapping[int, Mapping[str, Tensor]]
+    """The recurrence, by layer and field."""
+    stream: Mapping[str, Tensor]
+    """What blocks were given, by hook."""
+    attention: Mapping[str, Tensor]
+    """Keys and values by place in the cache, [B,T,H,D]."""
+    unmoved: Mapping[int, Tensor]
+    """[B,T] bool, by attention layer: the token's key has an old position."""
+
+    @property
+    def T(self) -> int:
+        """Number of tokens."""
+        return self.tokens.shape[1]
+
+    @property
+    def filed(self) -> Kept:
+        """What a file holds: all but attention, which the cache has, too."""
+        return self._replace(attention={})
+
+    def each(self, change: Callable[[str, Tensor], Tensor]) -> Kept:
+        """With what ``change`` makes of each tensor, given its name: ``tokens``, ``factor/{layer}/{field}``,
+        ``stream/{hook}`` ..."""
+        return Kept(*(_changed(name, field, change) for name, field in zip(self._fields, self)))
+
+    def named(self) -> dict[str, Tensor]:
+        """All tensors by name."""
+        named: dict[str, Tensor] = {}
+        self.each(named.setdefault)
+        return named
+
+    def span(self, start: int, stop: int) -> Kept:
+        """What it keeps of tokens start <= t < stop; views."""
+        return self.each(lambda name, x: x[:, start:stop])
+
+    def then(self, *others: Kept) -> Kept:
+        """Stretches of tokens one after the other; those without tokens are left out. It has the names of the last."""
+        some = [part for part in (self, *others) if part.T]
+        if len(some) == 1:
+            return some[0]
+        named = [part.named() for part in some]
+        return some[-1].each(lambda name, x: torch.cat([part[name] for part in named], 1))
 
 
 class Form(NamedTuple):
@@ -44,7 +94,7 @@ class Passed(NamedTuple):
     """What a pass over some tokens left."""
 
     cache: Cache
-    attention: dict[str, Tensor]
+    attention: Mapping[str, Tensor]
     """Keys and values by place, [B,T,H,D], of the tokens of the pass as well."""
     kept: Kept
     """Of the tokens that were read."""
@@ -69,54 +119,59 @@ class TokenReader(NamedTuple):
         were given for these is known, and recurrent layers leave them out. So it also leaves the convolutions of the
         last tokens, and shows which keys attention gives them.
         """
-        start = before["tokens"].shape[1]
+        start = before.T
         reread = again.shape[1]
-        rest = later["tokens"].shape[1]
-        ending = min(window(self.cache), rest)
+        ending = min(window(self.cache), later.T)
         # Tokens that are read need a whole window before them; without any, only the last window of all is needed.
         leading = min(window(self.cache) - (0 if reread else ending), start)
         begin = start - leading
-        end = start + reread + rest
+        end = start + reread + later.T
         place = slice(leading, leading + reread)
         cache = copy.deepcopy(self.cache) if begin else None
         if cache is not None:
-            self.store(cache, span_of(before, 0, begin), {})
+            self.store(cache, before.span(0, begin).attention, {})
         entered: dict[str, Tensor] = {}
-        first = span_of(before, begin, start)
-        last = span_of(later, rest - ending, rest)
-        hooks = [
-            (name.removeprefix("stream/"), _putting(entered, name, x, place, last[name]))
-            for name, x in first.items()
-            if name.startswith("stream/")
-        ]
-        tokens = torch.cat([first["tokens"], again, last["tokens"]], 1)
+        first = before.span(begin, start)
+        last = later.span(later.T - ending, later.T)
+        hooks = [(name, _putting(entered, name, x, place, last.stream[name])) for name, x in first.stream.items()]
+        tokens = torch.cat([first.tokens, again, last.tokens], 1)
         # The tokens of `later` in between are left out, but the last ones keep their positions in the whole text.
         positions = torch.tensor([*range(begin, start + reread), *range(end - ending, end)])
-        reading = scope(self.model.attachment, reading=Reading(place, states))
-        with self.model.recording(None if reread else ()) as recorded, reading:
+        part = partial(_result_of_part, place, start, states)
+        partly = scope(self.model.attachment, part=part, backend="recurrence")
+        with self.model.recording(None if reread else ()) as recorded, partly:
             cache = run_tokens(self.model, tokens, begin, cache, hooks, positions)
         attention = attention_of(cache, begin + tokens.shape[1])
         if not reread:
-            return Passed(cache, attention, span_of(later, 0, 0), states, False)
-        after = self.states_of(cache)
-        edited = not all_left(recorded, after)
-        kept = entered | factors_of(recorded)
-        kept["tokens"] = again
-        kept["inexact"] = before["inexact"].any(1, keepdim=True).expand(-1, reread)
-        kept |= {f"attention/{name}": x[:, start : start + reread] for name, x in attention.items()}
-        kept |= {name: torch.zeros_like(again, dtype=torch.bool) for name in before if name.startswith("unmoved/")}
-        return Passed(cache, attention, kept, after, edited)
+            return Passed(cache, attention, later.span(0, 0), states, False)
+        after = {layer: state_of(cache, layer, form.value_first) for layer, form in self.forms.items()}
+        kept = Kept(
+            tokens=again,
+            inexact=before.inexact.any(1, keepdim=True).expand(-1, reread),
+            factor=factors_of(recorded),
+            stream=entered,
+            attention={name: x[:, start : start + reread] for name, x in attention.items()},
+            unmoved={layer: torch.zeros_like(again, dtype=torch.bool) for layer in before.unmoved},
+        )
+        return Passed(cache, attention, kept, after, not all_left(recorded, after))
 
-    def store(self, cache: Cache, kept: Kept, states: Mapping[int, Tensor]) -> None:
+    def store(self, cache: Cache, attention: Mapping[str, Tensor], states: Mapping[int, Tensor]) -> None:
         """Put attention's keys and values, and states, into ``cache``."""
-        fill(cache, {place: x.transpose(1, 2) for place, x in by_place(kept, "attention/").items()})
+        fill(cache, {place: x.transpose(1, 2) for place, x in attention.items()})
         for layer, state in states.items():
             put_state(cache, layer, state, self.forms[layer].value_first)
         drop_sources(cache)
 
-    def states_of(self, cache: Cache) -> LayerStates:
-        """Views of the states in a cache."""
-        return {layer: state_of(cache, layer, form.value_first) for layer, form in self.forms.items()}
+
+def _result_of_part(
+    place: slice, start: int, states: LayerStates, call: LayerCall, recurrence: Recurrence, *args: Any
+) -> OpResult:
+    """What a layer's call returns that runs the tokens at a ``place`` of the pass alone, from states [B,H,K,V] before
+    their first, which stands at ``start``. The other tokens go through convolutions and read zeros."""
+    call.first_token = start
+    part = recurrence.select(tokens=place, initial_state=states[call.mixer.layer])
+    result = call.result(part, *args)
+    return result._replace(outputs=F.pad(result.outputs, (0, 0, 0, 0, place.start, recurrence.T - place.stop)))
 
 
 def run_tokens(
@@ -156,31 +211,16 @@ def is_stored(stream: str, cache: Cache) -> bool:
     return bool(places)
 
 
-def by_place(tensors: Kept, kind: str) -> dict[str, Tensor]:
-    return {name.removeprefix(kind): x for name, x in tensors.items() if name.startswith(kind)}
-
-
-def span_of(kept: Kept, start: int, stop: int) -> dict[str, Tensor]:
-    return {name: x[:, start:stop] for name, x in kept.items()}
-
-
-def concatenated(*parts: Kept) -> dict[str, Tensor]:
-    """Stretches of tokens one after the other; those without tokens are left out."""
-    some = [part for part in parts if part["tokens"].shape[1]]
-    if len(some) == 1:
-        return dict(some[0])
-    return {name: torch.cat([part[name] for part in some], 1) for name in some[-1]}
-
-
-def put_last(kept: dict[str, Tensor], name: str, x: Tensor) -> None:
-    """Replace what a memory keeps of the last tokens."""
-    kept[name] = torch.cat([kept[name][:, : -x.shape[1]], x], 1)
-
-
-def factors_of(recorded: Mapping[int, Recorded]) -> dict[str, Tensor]:
+def factors_of(recorded: Mapping[int, Recorded]) -> dict[int, dict[str, Tensor]]:
     """What `Kept` names factors, of a recorded pass."""
-    layers = recorded.items()
-    return {f"factor/{layer}/{name}": x for layer, record in layers for name, x in over_time(record.recurrence)}
+    return {layer: dict(over_time(record.recurrence)) for layer, record in recorded.items()}
+
+
+def _changed(name: str, field: Any, change: Callable[[str, Tensor], Tensor]) -> Any:
+    """What `Kept.each` makes of a field: of a tensor, or of those that mappings hold."""
+    if isinstance(field, Tensor):
+        return change(name, field)
+    return {key: _changed(f"{name}/{key}", x, change) for key, x in field.items()}
 
 
 def _putting(entered: dict[str, Tensor], name: str, before: Tensor, place: slice, after: Tensor) -> Hook:

@@ -169,7 +169,7 @@ def _memory(model: HookedRecurrent, ids: Tensor) -> int | None:
         memory = read(model, ids)
     except HookpointsError:
         return None
-    return held([*memory.kept.values(), *tensors_of(memory.cache).values()])
+    return held([*memory.kept.named().values(), *tensors_of(memory.cache).values()])
 
 
 def kinds(cache: Mapping[str, Tensor]) -> Iterable[HookCost]:

@@ -298,24 +298,6 @@ def test_a_graph_of_other_numbers_is_refused(graph: Graph, tmp_path: Path) -> No
     assert Graph.load(file).metadata == whole["metadata"]
 
 
-_NODE = dict.fromkeys(("node_id", "layer", "feature_type", "jsNodeId", "clerp"), str) | {"feature": int, "ctx_idx": int}
-
-
-def test_neuronpedia_gets_nodes_and_links_in_its_schema(graph: Graph, tmp_path: Path) -> None:
-    """`Model` of circuit_tracer.frontend.graph_models (circuit-tracer 0.5)."""
-    content = json.loads(graph.prune(8).to_neuronpedia(tmp_path / "np.json", slug="why").read_text())
-    assert content.keys() == {"metadata", "qParams", "nodes", "links"}
-    assert content["metadata"]["slug"] == "why" and len(content["metadata"]["prompt_tokens"]) == SEQUENCE.shape[1]
-    assert content["qParams"].keys() == {"pinnedIds", "supernodes", "linkType", "clickedId", "sg_pos"}
-    for node in content["nodes"]:
-        assert all(isinstance(node[name], kind) for name, kind in _NODE.items())
-        assert 0 <= node["ctx_idx"] < SEQUENCE.shape[1]
-    ids = [node["node_id"] for node in content["nodes"]]
-    assert len(ids) == len(set(ids)) and sum(node.get("is_target_logit", False) for node in content["nodes"]) == 1
-    assert content["links"] and all({link["source"], link["target"]} <= {*ids} for link in content["links"])
-    assert all(isinstance(link["weight"], float) for link in content["links"])
-
-
 @pytest.mark.usefixtures("_keep_float64")
 def test_why_asks_for_any_head_and_pair_of_tokens(graph: Graph) -> None:
     table = graph.why(2, 1, read=12, source=5)

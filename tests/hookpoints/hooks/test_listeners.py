@@ -13,6 +13,7 @@ from tiny_models import make_hf
 from transformer_lens.hook_points import HookPoint
 
 from hookpoints import HookedRecurrent, WriteEdit
+from hookpoints.hooks import points
 from hookpoints.layer import call
 
 NAME = "blocks.1.mixer.heads.2.hook_write"
@@ -148,3 +149,18 @@ def test_a_copy_of_hook_points_hears_its_own_hooks(again: Callable[[torch.nn.Mod
     assert not mixer.listens("hook_q")
     mixer.hook_q.add_hook(zeroed)
     assert mixer.listens("hook_q") and not hooks.mixer.listens("hook_q")
+
+
+def test_a_hooked_run_looks_through_the_points_of_a_layer_once(quiet, tokens, monkeypatch):
+    """However many ops and heads there are; and of a layer with hooks only points of their names are asked."""
+    looked, asked = [], []
+    for name, calls in (("_is_hooked", looked), ("is_listening", asked)):
+        plain = getattr(points, name)
+        monkeypatch.setattr(points, name, lambda point, plain=plain, calls=calls: calls.append(point) or plain(point))
+    with quiet.hooks([("blocks.1.mixer.hook_q", lambda x, hook: None)]):
+        quiet(tokens)
+        once = len(looked)
+        asked.clear()
+        quiet.generate(tokens[:1, :5], max_new_tokens=3, do_sample=False)
+        assert len(looked) == once and {point.name for point in asked} == {"blocks.1.mixer.hook_q"}
+    assert len(asked) == 3

@@ -118,11 +118,11 @@ def test_a_cut_from_the_middle_follows_stored_factors_and_moves_attention_to_new
     unknown = "attention of layer 2 keeps" in cut.approximate
     assert unknown == (model.cfg.model_type == "bailing_hybrid")  # rotated in a way of its own
     if not unknown:  # of a pass at the new positions over the same streams
-        streams = [(name.removeprefix("stream/"), x) for name, x in cut.kept.items() if name.startswith("stream/")]
+        streams = cut.kept.stream.items()
         with torch.no_grad(), model.hooks([(name, lambda value, hook, x=x: x) for name, x in streams]):
             out = model.hf_model(input_ids=cut.tokens, use_cache=True)
         fresh = attention_of(cache_of(out), cut.T)
-        assert all(torch.allclose(cut.kept[f"attention/{place}"], x, atol=1e-6) for place, x in fresh.items())
+        assert all(torch.allclose(cut.kept.attention[place], x, atol=1e-6) for place, x in fresh.items())
 
 
 @pytest.mark.parametrize(
@@ -296,13 +296,13 @@ def test_tokens_are_named_that_are_approximate_in_any_row():
 def test_only_streams_that_are_read_are_kept(whole):
     """Of a block's input, and of what the mixer adds where a second token shift reads the sum."""
     model, memory = whole
-    streams = [name for name in memory.kept if name.startswith("stream/")]
+    streams = memory.kept.stream
     for name in streams:
         if int(name.split(".")[1]) not in model.cfg.layers:
             continue  # attention keys are checked by it
-        kept = {each: torch.zeros_like(x) if each == name else x for each, x in memory.kept.items()}
+        kept = memory.kept._replace(stream={**streams, name: torch.zeros_like(streams[name])})
         unread = replace(memory, kept=kept).rewind(9)
-        first = name == "stream/blocks.0.hook_resid_pre"
+        first = name == "blocks.0.hook_resid_pre"
         assert first or not torch.equal(
             model.logits_after(unread, AFTER), model.logits_after(memory.rewind(9), AFTER)
         ), name
@@ -320,8 +320,8 @@ def test_a_cut_cache_holds_the_first_tokens(whole):
 
 def test_layers_of_one_shape_on_two_devices_are_scanned_apart(model, tokens):
     memory = model.memory(tokens)
-    there = {name: x.to("meta") for name, x in memory.kept.items() if name.startswith("factor/1/")}
-    states = memory._scan(memory.kept | there)
+    there = {name: x.to("meta") for name, x in memory.kept.factor[1].items()}
+    states = memory._scan(memory.kept._replace(factor={**memory.kept.factor, 1: there}))
     assert states[1].is_meta > states[0].is_meta
 
 
