@@ -25,6 +25,8 @@ NO_SCALARS = set(_NO_SCALARS.split())
 MIXED = "Expected all tensors to be on the same device, but found at least two devices, npu:0 and cpu!"
 NO_NUMPY = "can't convert npu:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first."
 FACTORIES = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
+OF_BOTH = {Tensor.__getitem__, Tensor.__setitem__, Tensor.data.__set__}
+"""Functions whose first tensor may be the host's and another one the device's."""
 seen = Seen()
 
 
@@ -89,7 +91,10 @@ def run(func, args, kwargs):
 
 class _Dispatch(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return run(func, args, kwargs or {})
+        kwargs = kwargs or {}
+        if Dev not in types and not is_npu(kwargs.get("device")):  # of the host alone
+            return func(*args, **kwargs)
+        return run(func, args, kwargs)
 
 
 class _Function(TorchFunctionMode):
@@ -97,6 +102,9 @@ class _Function(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         options, first = dict(kwargs or {}), args[0] if args else None
+        of_host = Dev not in types and not isinstance(first, Dev)
+        if of_host and not options.keys() & {"device", "generator"} and func not in OF_BOTH:
+            return func(*args, **options)
         place, generator = options.get("device"), options.get("generator")
         to_npu = is_npu(place) if place is not None else isinstance(first, Dev)
         if generator is not None and to_npu != getattr(generator, "on_npu", False):
@@ -136,8 +144,14 @@ def index_of(i):
     return i
 
 
+def as_subclass(tensor: Tensor, kind: type[Tensor], plain=Tensor.as_subclass):
+    """A tensor of the device stays what it is: PyTorch finds one object behind both."""
+    return tensor if isinstance(tensor, Dev) else plain(tensor, kind)
+
+
 @contextmanager
 def pretended():
     """A scope in which the device is there."""
-    with _Dispatch(), _Function(), mock.patch.multiple(torch, Generator=Generator, load=load):
+    changed = mock.patch.multiple(torch, Generator=Generator, load=load)
+    with _Dispatch(), _Function(), changed, mock.patch.object(Tensor, "as_subclass", as_subclass):
         yield seen

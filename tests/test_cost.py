@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import make_hf
+from tiny_models import EACH_RULE, MAKERS, make_hf
 
 from hookpoints import HookedRecurrent, UnknownHookError, UnknownModelError, cost
 from hookpoints.errors import InputError
@@ -20,10 +20,23 @@ sys.path.append(str(Path(__file__).parents[1] / "tools"))
 
 import fits
 
+OTHER_LAYOUTS = ("mamba2", "nemotron_h", "qwen4_exp", "zamba2")
+"""No attention, blocks of one kind each, several streams, and a block that layers share."""
+FAST = {*EACH_RULE, *OTHER_LAYOUTS}
+TYPES = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in sorted(MAKERS)]
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_costs_are_those_of_a_real_run(hooked: HookedRecurrent, dtype: torch.dtype) -> None:
-    model_type = hooked.cfg.model_type.removesuffix("_text")
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_costs_are_those_of_a_real_run(model_type: str) -> None:
+    assert_costs(model_type, torch.float32)
+
+
+@pytest.mark.parametrize("model_type", EACH_RULE)
+def test_costs_in_half_precision_are_those_of_a_real_run(model_type: str) -> None:
+    assert_costs(model_type, torch.bfloat16)
+
+
+def assert_costs(model_type: str, dtype: torch.dtype) -> None:
     model = HookedRecurrent.from_hf(make_hf(model_type).to(dtype=dtype), self_check=False)
     assert cost(model, tokens=64) == fits.of_a_run(model, 64)
 
@@ -40,8 +53,9 @@ def test_a_filter_costs_the_hooks_that_it_names(model: HookedRecurrent) -> None:
     assert cost(model, tokens=9, names_filter=one).cached == 9 * shape.K * shape.V * 4
 
 
+@pytest.mark.slow
 def test_the_page_has_what_is_counted_today() -> None:
-    """Of the smallest model, which is counted in a few seconds."""
+    """Of the smallest model."""
     name = "Qwen3.5-0.8B"
     written = fits.PAGE.read_text(encoding="utf-8")
     for line in fits.page({name: fits.counted(name)}).splitlines():

@@ -134,33 +134,6 @@ def test_views_and_writes_in_place_share_memory():
     assert host.device.type == "cpu" and not torch.equal(host, torch.ones(3))
 
 
-OPTIMIZERS = {
-    "fused": lambda p: torch.optim.Adam(p, fused=True),
-    "foreach": lambda p: torch.optim.Adam(p, foreach=True),
-    "AdamW": torch.optim.AdamW,
-    "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
-}
-
-
-@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_modules_train_as_on_the_host(make):
-    torch.manual_seed(0)
-    host = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
-    rows, ours = torch.randn(5, 4), copy.deepcopy(host).to("npu")
-    for module, x in ((host, rows), (ours, rows.to("npu"))):
-        optimizer = make(module.parameters())
-        for _ in range(3):
-            optimizer.zero_grad()
-            module(x).square().sum().backward()
-            torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-            optimizer.step()
-    for expected, parameter in zip(host.parameters(), ours.parameters()):
-        assert parameter.device == NPU and parameter.grad is not None and parameter.grad.device == NPU
-        torch.testing.assert_close(parameter.detach().cpu(), expected.detach(), rtol=0, atol=1e-6)
-    (gradient,) = torch.autograd.grad(ours(rows.to(NPU)).sum(), [next(ours.parameters())])
-    assert gradient.device == NPU
-
-
 def test_tensors_and_modules_are_kept(tmp_path):
     x, module = there(3, 3), torch.nn.Linear(3, 2).to("npu")
     assert copy.deepcopy(x).device == NPU and copy.deepcopy(module).weight.device == NPU
@@ -176,23 +149,3 @@ def test_tensors_and_modules_are_kept(tmp_path):
     assert load_file(tmp_path / "x", device="npu")["x"].device == NPU
     module.load_state_dict({name: value.cpu() for name, value in module.state_dict().items()})
     assert module.weight.device == NPU
-
-
-def test_what_is_made_of_the_device_stays_there():
-    x, modules = there(4, 3, 3), [torch.nn.Linear(3, 2).to("npu") for _ in range(2)]
-    stacked, _ = torch.func.stack_module_state(modules)
-    assert stacked["weight"].shape == (2, 2, 3)
-    for y in (
-        stacked["weight"],
-        torch.func.functional_call(modules[0], {name: value[0] for name, value in stacked.items()}, (there(1, 3),)),
-        torch.linalg.svd(x)[1],
-        torch.nn.Linear(3, 2).to("npu").double()(x.double()),
-        torch.einsum("bij,bjk->bik", x, x),
-        x.topk(2).indices,
-        torch.arange(3, device=x.device),
-        torch.zeros_like(x),
-        x.new_zeros(2),
-        torch.as_tensor(np.ones(3), device="npu"),
-        torch.from_numpy(np.ones(2)).to(x),
-    ):
-        assert y.device == NPU

@@ -21,9 +21,11 @@ from sae_lens_writesae.sae.factors import Collection
 from sae_lens_writesae.sae.load import load_sae
 from sae_lens_writesae.sae.runner import text_dataset
 from writesae.choices import MATCHED, DictionaryName
-from writesae.dictionaries import Collect, Train
+from writesae.collecting import collect_from
 from writesae.dictionary.traits import objective, variant
 from writesae.files import sae_folders
+from writesae.flags import Collect, Train
+from writesae.training import run_train
 
 SIZES = {"d_sae": 16, "k": 2, "training_tokens": 1024, "train_batch_size_tokens": 128, "summary": False}
 HEADS = {"layers": (2,), "heads": (0, 1)}
@@ -67,7 +69,7 @@ def collection(embedded: HookedRecurrent, tmp_path_factory: pytest.TempPathFacto
     """Writes and states of two heads."""
     folder = tmp_path_factory.mktemp("train") / "collection"
     wanted = Collect(model="embedded", **HEADS, targets=("write", "state"), out=folder, n_tokens=1024, context_size=32)
-    wanted.of(embedded, text_dataset("We, the people of the United States. " * 400), lambda line: 0)
+    collect_from(wanted, embedded, text_dataset("We, the people of the United States. " * 400), lambda line: 0)
     return Collection.open(folder)
 
 
@@ -84,17 +86,17 @@ def test_a_model_runs_once_for_all_dictionaries_and_nothing_is_trained_twice(
     monkeypatch.setattr(HookedRecurrent, "from_pretrained", load)
     out, said = tmp_path / "saes", []
     train = Train(model="embedded", **HEADS, seeds=(0, 1), context_size=32, out=out, **SIZES)
-    train.run(said.append)
+    run_train(train, said.append)
     names = [f"L2H{head}/write-seed{seed}" for head in (0, 1) for seed in (0, 1)]
     assert said[-1].startswith(", ".join(names)) and loaded == ["embedded"]
     weights = {name: load_file(out / name / "sae" / "sae_weights.safetensors")["v"] for name in names}
     assert not weights[names[0]].equal(weights[names[1]])  # a seed of its own
     for changes, word in (({"d_sae": 8}, "d_sae: 16, now 8"), ({"model": "embedded-rwkv7"}, "embedded-rwkv7")):
         with pytest.raises(ValueError, match=word):
-            replace(train, **changes).run(said.append)
+            run_train(replace(train, **changes), said.append)
     times = {name: (out / name / "sae" / "cfg.json").stat().st_mtime_ns for name in names}
     (out / names[3] / "sae").rename(out / "elsewhere")
-    train.run(said.append)
+    run_train(train, said.append)
     assert loaded == ["embedded"] * 2  # to compare weights and text
     assert said[-2].endswith("3 of them trained already")
     assert all((out / name / "sae" / "cfg.json").stat().st_mtime_ns == times[name] for name in names[:3])
@@ -133,14 +135,14 @@ def test_a_finished_folder_of_another_input_is_refused_by_name(
         save_file(weights | {name: weights[name] * 2}, file, {"format": "pt"})
         try:
             with pytest.raises(ValueError, match=f"index.json: .*got one of another {word}"):
-                same.run(lambda line: None)
+                run_train(same, lambda line: None)
         finally:
             file.write_bytes(whole)
     else:
         with pytest.raises(ValueError, match=f"index.json: .*got one of another {word}"):
-            replace(same, **changes).run(lambda line: None)
+            run_train(replace(same, **changes), lambda line: None)
     assert {path: path.read_bytes() for path in before} == before
-    same.run(lambda line: None)
+    run_train(same, lambda line: None)
     assert {path: path.read_bytes() for path in before} == before
 
 
@@ -148,11 +150,11 @@ def test_a_finished_folder_of_another_collection_is_refused_by_name(
     collection: Collection, embedded: HookedRecurrent, tmp_path: Path
 ) -> None:
     train = Train(collection=collection.folder, heads=(0,), out=tmp_path / "out", **SIZES)
-    train.run(lambda line: None)
+    run_train(train, lambda line: None)
     wanted = Collect(model="embedded", **HEADS, out=tmp_path / "other", n_tokens=1024, context_size=32)
-    wanted.of(embedded, text_dataset("To be, or not to be, that is the question. " * 400), lambda line: 0)
+    collect_from(wanted, embedded, text_dataset("To be, or not to be, that is the question. " * 400), lambda line: 0)
     with pytest.raises(ValueError, match=r"collection: '[0-9a-f]{16}', now '[0-9a-f]{16}'"):
-        replace(train, collection=tmp_path / "other").run(lambda line: None)
+        run_train(replace(train, collection=tmp_path / "other"), lambda line: None)
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +174,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Train:
         out=folder / "out",
         **SIZES,
     )
-    train.run(lambda line: None)
+    run_train(train, lambda line: None)
     return train
 
 
@@ -180,10 +182,11 @@ def test_a_metric_is_fitted_to_the_model_and_makes_another_dictionary(
     embedded: HookedRecurrent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(HookedRecurrent, "from_pretrained", lambda name, **_: embedded)
-    monkeypatch.setattr("writesae.dictionaries._METRIC_TOKENS", 512)
+    monkeypatch.setattr("writesae.training._METRIC_TOKENS", 512)
     names = ("write-seed0", "write-gauss_newton-seed0")
-    Train(model="embedded", layers=(2,), heads=(0,), names=names, context_size=32, out=tmp_path, **SIZES).run(
-        lambda line: None
+    run_train(
+        Train(model="embedded", layers=(2,), heads=(0,), names=names, context_size=32, out=tmp_path, **SIZES),
+        lambda line: None,
     )
     plain, fitted = (load_sae(tmp_path / "L2H0" / name / "sae").atoms().dense() for name in names)
     assert not plain.equal(fitted) and plain.shape == fitted.shape
@@ -191,7 +194,7 @@ def test_a_metric_is_fitted_to_the_model_and_makes_another_dictionary(
 
 def test_every_kind_trains_from_a_collection(collection: Collection, tmp_path: Path) -> None:
     names = ("write-seed0", "write-MatrixSAE-seed0", f"write-{MATCHED}-seed0", "state-seed0", "state-reads-seed1")
-    Train(collection=collection.folder, heads=(1,), names=names, out=tmp_path, **SIZES).run(lambda line: None)
+    run_train(Train(collection=collection.folder, heads=(1,), names=names, out=tmp_path, **SIZES), lambda line: None)
     saes = [load_sae(tmp_path / "L2H1" / name / "sae") for name in names]
     assert [objective(sae) for sae in saes] == [("write", "mse")] * 3 + [("state", "mse"), ("state", "reads")]
     assert [variant(sae) for sae in saes] == ["WriteSAE", "MatrixSAE", "FlatSAE", "WriteSAE", "WriteSAE"]
@@ -201,11 +204,13 @@ def test_every_kind_trains_from_a_collection(collection: Collection, tmp_path: P
 
 def test_a_head_or_architecture_that_is_not_there_is_said_first(collection: Collection, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="3"):
-        Train(collection=collection.folder, heads=(0, 3), out=tmp_path / "out", **SIZES).run(lambda line: None)
+        run_train(Train(collection=collection.folder, heads=(0, 3), out=tmp_path / "out", **SIZES), lambda line: None)
     with pytest.raises(ValueError, match="nearest: writesae_topk"):
-        Train(collection=collection.folder, architecture="topk", out=tmp_path / "out", **SIZES).run(lambda line: None)
+        run_train(
+            Train(collection=collection.folder, architecture="topk", out=tmp_path / "out", **SIZES), lambda line: None
+        )
     with pytest.raises(UnsupportedModelError):
-        Train(model="embedded", layers=(0,), heads=(0,), out=tmp_path / "out", **SIZES).run(lambda line: None)
+        run_train(Train(model="embedded", layers=(0,), heads=(0,), out=tmp_path / "out", **SIZES), lambda line: None)
     assert not list(tmp_path.iterdir())
 
 
@@ -224,7 +229,7 @@ def test_a_killed_training_goes_on_from_its_checkpoint(
 
         monkeypatch.setattr(torch.optim.Adam, "step", step)
         sizes = SIZES | {"training_tokens": 4096}
-        Train(collection=collection.folder, heads=(0,), names=(name,), out=tmp_path / out, **sizes).run(str)
+        run_train(Train(collection=collection.folder, heads=(0,), names=(name,), out=tmp_path / out, **sizes), str)
         return (tmp_path / out / f"L2H0/{name}/sae/sae_weights.safetensors").read_bytes()
 
     monkeypatch.setattr(fast, "SAVE_SECONDS", -1.0)

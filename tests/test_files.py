@@ -6,23 +6,28 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from made_up import HOLDS, made_up
-from reliability.folders import KINDS, make_collection, make_dictionary, make_result
+from reliability.folders import KINDS, Kind, make_collection, make_dictionary
 from reliability.runs import fresh, some_tokens
 from saes import make_sae
 
-from hookpoints.files import CHECKSUMS, _clean, atomic_text, atomic_write, content_hash
+from hookpoints.files import (
+    CHECKSUMS,
+    SealedFolder,
+    _clean,
+    atomic_folder,
+    atomic_text,
+    atomic_write,
+    content_hash,
+)
 from writesae.cli import main
 from writesae.files import check_settings, check_writable, keep_settings
-from writesae_study.evaluations import load_result
-from writesae_study.page.report import find_results, write_report
 
 
 def test_a_folder_that_takes_no_files_is_refused_and_no_other_is_changed(tmp_path: Path) -> None:
@@ -54,19 +59,21 @@ def test_a_folder_keeps_the_settings_that_it_was_made_with(tmp_path: Path) -> No
         ("collection", "index.json"),
         ("model", "config.json"),
         ("model", "model.safetensors"),
-        ("result", "info.json"),
-        ("result", "firings.parquet"),
     ],
 )
 def test_a_link_in_a_strangers_folder_is_refused(tmp_path: Path, kind: str, name: str) -> None:
+    assert_link_is_refused(tmp_path, KINDS[kind], name)
+
+
+def assert_link_is_refused(place: Path, kind: Kind, name: str) -> None:
     """It may lead to a private file, whose content would then be published."""
-    folder, private = tmp_path / kind, tmp_path / "private"
-    KINDS[kind].make(folder)
-    KINDS[kind].read(folder)
+    folder, private = place / "made", place / "private"
+    kind.make(folder)
+    kind.read(folder)
     shutil.move(folder / name, private)
     (folder / name).symlink_to(private)  # the same content, so that the seal holds
     with pytest.raises(ValueError, match=f"{name}: expected a"):
-        KINDS[kind].read(folder)
+        kind.read(folder)
 
 
 # ------------------------------------------------------------------------------------------------ files of others
@@ -105,44 +112,34 @@ def users_folder(folder: Path) -> Path:
 EMBEDDED = ["--model", "embedded", "--layers", "2", "--heads", "1"]
 TINY = ["--d-sae", "8", "--training-tokens", "256", "--context-size", "64", "--no-summary"]
 ATOMS = ["--sequences", "4", "--context-size", "48", "--n-atoms", "1", "--min-firings", "1"]
-SIGN = ["--kinds", "sign", "--set", "n_positions=2", "--sequences", "6", "--context-size", "48"]
-SIGN += ["--no-control-dictionaries"]
-ZOO = ["--models", "recall", "--seeds", "1", "--sequences", "128", "--facts", "16", "--steps", "2", "--no-states"]
 COMMANDS: dict[str, list[str]] = {
     "collect": ["collect", *EMBEDDED, "--n-tokens", "256", "--context-size", "64", "--out", "OUT"],
     "train": ["train", *EMBEDDED, *TINY, "--out", "OUT"],
     "demo": ["demo", "--out", "OUT"],
-    "report": ["report", "RESULT", "--out", "OUT"],
-    "eval": ["eval", "install", "SAE", "--sequences", "4", "--context-size", "48", "--out", "OUT"],
-    "eval --resume": ["eval", "all", "SAE", *SIGN, "--resume", "--out", "OUT"],
     "show": ["show", "SAE", *ATOMS, "--out", "OUT"],
     "export": ["export", "SAE", *ATOMS, "--out", "OUT"],
-    "zoo": ["zoo", *ZOO, "--out", "OUT"],
-    "reproduce": ["reproduce", "--small", "--out", "OUT"],
 }
 METHODS: dict[str, Callable[[Path], object]] = {
-    "Result.save": make_result,
     "save_model": make_dictionary,
     "Memory.save": lambda folder: fresh().memory(some_tokens()).save(folder / "memory"),
-    "write_report": lambda folder: write_report([made_up(HOLDS, label="mine", n_sequences=6)], folder / "page.html"),
     "collect()": make_collection,
 }
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Path], int]:
-    """Runs a command or a method on a folder; returns the status."""
-    made = tmp_path_factory.mktemp("made")
-    make_result(made / "result")
-    make_sae(shipped_model(), d_sae=8, hook="blocks.2.mixer.heads.1.hook_write_vec").save_model(made / "mine")
+Act = Callable[[str, Path], int]
+"""Runs a command or a method on a folder; returns the status."""
+
+
+def acting(commands: Mapping[str, list[str]], methods: Mapping[str, Callable[[Path], object]], **places: Path) -> Act:
+    """Commands whose words may be places, and methods."""
 
     def act(name: str, folder: Path) -> int:
-        places = {"OUT": folder, "RESULT": made / "result", "SAE": made / "mine"}
+        named = places | {"OUT": folder}
         try:
-            if name in METHODS:
-                METHODS[name](folder)
+            if name in methods:
+                methods[name](folder)
             else:
-                main([str(places.get(word, word)) for word in COMMANDS[name]])
+                main([str(named.get(word, word)) for word in commands[name]])
         except SystemExit as ended:
             return int(str(ended.code))
         except (OSError, ValueError):
@@ -152,63 +149,68 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Path], int]:
     return act
 
 
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Act:
+    sae = tmp_path_factory.mktemp("made") / "mine"
+    make_sae(shipped_model(), d_sae=8, hook="blocks.2.mixer.heads.1.hook_write_vec").save_model(sae)
+    return acting(COMMANDS, METHODS, SAE=sae)
+
+
 def shipped_model():
     from hookpoints import HookedRecurrent
 
     return HookedRecurrent.from_pretrained("embedded")
 
 
-STRICT = ("collect", "Result.save", "collect()")
+STRICT = ("collect", "collect()")
 """These own a folder, and refuse one that holds anything else."""
-LONG = ("demo", "reproduce", "eval")
+LONG = ("demo",)
 """Refusals alone are tested: a run takes a minute."""
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow) if name == "zoo" else name
-        for name in (*COMMANDS, *METHODS)
-        if name not in LONG
-    ],
-)
-def test_what_others_wrote_is_the_same_afterwards(
-    name: str, run: Callable[[str, Path], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if name == "zoo":
-        monkeypatch.setattr("writesae_study.known.sides.GRID", (8,))  # sizes that are tried; six would take minutes
-    folder = users_folder(tmp_path / "project")
+@pytest.mark.parametrize("name", [name for name in (*COMMANDS, *METHODS) if name not in LONG])
+def test_what_others_wrote_is_the_same_afterwards(name: str, run: Act, tmp_path: Path) -> None:
+    assert_others_stay(run, name, tmp_path, name in STRICT)
+
+
+def assert_others_stay(run: Act, name: str, place: Path, strict: bool) -> None:
+    """Files of others, in a folder that a command is given; a strict one refuses it."""
+    folder = users_folder(place / "project")
     before = entries(folder)
     statuses = [run(name, folder), run(name, folder)]  # what it wrote itself is no obstacle
     after = entries(folder)
-    assert statuses == [2 if name in STRICT else 0] * 2
+    assert statuses == [2 if strict else 0] * 2
     assert {path: after.get(path) for path in before} == before
-    assert (after == before) == (name in STRICT)
+    assert (after == before) == strict
 
 
 TAKEN = {
     "collect": ["index.json", "shard-00000.safetensors", CHECKSUMS],
     "train": ["L2H1/write-seed0/sae/cfg.json", "L2H1/write-seed0/config.json"],
-    "demo": ["config.json", "facts.json", "report.html", "report.json", "collection/notes"],
-    "report": ["report.html", "report.json", "tables/substitution-firings.parquet"],
-    "eval": ["report.html", "report.json", "tables/install-continuations.parquet", "install/L2H1/thesis.txt"],
+    "demo": ["config.json", "demo.html", "collection/notes"],
     "show": ["index.html", "data.json", "atom-3.html"],
     "export": ["batch-0.json"],
-    "zoo": ["index.html", "zoo.json", "zoo.md"],
-    "reproduce": ["config.json", "texts/held-out.txt", "report/report.html"],
-    "Result.save": ["info.json", "firings.parquet", ".DS_Store"],
     "save_model": [CHECKSUMS],
-    "write_report": ["page.html", "page.json", "tables/substitution-firings.parquet"],
 }
 """Names that a command writes."""
 
 
-@pytest.mark.parametrize(("name", "file"), [(name, file) for name, files in TAKEN.items() for file in files])
+def each_name(taken: Mapping[str, list[str]]) -> list[tuple[str, str]]:
+    """Commands with each name that they write."""
+    return [(name, file) for name, files in taken.items() for file in files]
+
+
+@pytest.mark.parametrize(("name", "file"), each_name(TAKEN))
 @pytest.mark.parametrize("link", [False, True], ids=["file", "link"])
 def test_a_name_that_others_took_is_refused_before_any_work(
-    name: str, file: str, link: bool, run: Callable[[str, Path], int], tmp_path: Path
+    name: str, file: str, link: bool, run: Act, tmp_path: Path
 ) -> None:
-    folder, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+    assert_taken_name_is_refused(run, name, tmp_path, file, link)
+
+
+def assert_taken_name_is_refused(run: Act, name: str, place: Path, file: str, link: bool) -> None:
+    """A name that a command writes, as a file of others or a link; before any work."""
+    folder, elsewhere = place / "project", place / "elsewhere"
     (folder / file).parent.mkdir(parents=True)
     text = f"{'0' * 64}  other.txt\n" if file == CHECKSUMS else "the user's"
     elsewhere.write_text(text)
@@ -217,17 +219,19 @@ def test_a_name_that_others_took_is_refused_before_any_work(
         (folder / file).symlink_to(elsewhere)
     else:
         (folder / file).write_text(text)
-    before = entries(tmp_path)
+    before = entries(place)
     start = time.process_time()
-    assert run(name, folder) == 2 and entries(tmp_path) == before
+    assert run(name, folder) == 2 and entries(place) == before
     assert time.process_time() - start < 10
 
 
 @pytest.mark.parametrize("name", [*COMMANDS, *METHODS])
-def test_nothing_is_written_through_a_folder_that_is_a_link(
-    name: str, run: Callable[[str, Path], int], tmp_path: Path
-) -> None:
-    folder, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+def test_nothing_is_written_through_a_folder_that_is_a_link(name: str, run: Act, tmp_path: Path) -> None:
+    assert_link_to_a_folder_is_refused(run, name, tmp_path)
+
+
+def assert_link_to_a_folder_is_refused(run: Act, name: str, place: Path) -> None:
+    folder, elsewhere = place / "project", place / "elsewhere"
     elsewhere.mkdir()
     folder.symlink_to(elsewhere)
     assert run(name, folder) == 2 and not list(elsewhere.iterdir())
@@ -246,9 +250,7 @@ def test_a_folder_that_has_the_name_of_a_part_is_the_users(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", STRICT)
-def test_an_earlier_result_or_collection_is_no_obstacle(
-    name: str, run: Callable[[str, Path], int], tmp_path: Path
-) -> None:
+def test_an_earlier_collection_is_no_obstacle(name: str, run: Act, tmp_path: Path) -> None:
     assert [run(name, tmp_path), run(name, tmp_path)] == [0, 0]
 
 
@@ -295,34 +297,44 @@ def test_a_write_that_fails_halfway_leaves_what_was_there(tmp_path: Path) -> Non
     assert [path.read_text() for path in tmp_path.iterdir()] == ["an earlier one"]
 
 
+def test_a_folder_that_fails_halfway_leaves_what_was_there(tmp_path: Path) -> None:
+    target = tmp_path / "folder"
+    atomic_folder(target, lambda folder: (folder / "file").write_text("an earlier one"), lambda folder: ["file"])
+
+    def half(folder: Path) -> None:
+        (folder / "file").write_text("a new")
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        atomic_folder(target, half, lambda folder: ["file"])
+    assert [path.read_text() for path in tmp_path.rglob("*") if path.is_file()] == ["an earlier one"]
+
+
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-@pytest.mark.parametrize("opened", ["read", "listed", "written beside"])
+@pytest.mark.parametrize("opened", ["read", "written beside"])
 def test_a_kill_between_two_renames_loses_no_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opened: str
 ) -> None:
     """The earlier folder is aside already, and the new one not yet in its place."""
-    folder, rename = tmp_path / "results", Path.rename
-    make_result(folder)
+    folder, rename = tmp_path / "mine", Path.rename
+    write = partial(atomic_folder, folder, names=lambda earlier: ["text"])
+    write(lambda aside: (aside / "text").write_text("older"))
 
     def killed(self: Path, target: Path) -> Path:
         if target == folder:
             os.kill(os.getpid(), signal.SIGKILL)
         return rename(self, target)
 
-    whole = load_result(folder)
-    newer = replace(whole, info=whole.info | {"label": "newer"})
     if (process := os.fork()) == 0:
         monkeypatch.setattr(Path, "rename", killed)
-        newer.save(folder)
+        write(lambda aside: (aside / "text").write_text("newer"))
     os.waitpid(process, 0)
     assert not folder.exists()
-    if opened == "listed":
-        assert [result.label for result in find_results([tmp_path])] == ["newer"]
     if opened == "written beside":
         _clean.cache_clear()  # once in a process, of which this is the second
         atomic_text(tmp_path / "new", "text")
         assert folder.exists()
-    assert load_result(folder).label == "newer"
+    assert SealedFolder(folder).file("text").read_text() == "newer"
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from functools import partial
+from functools import cache, partial
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -222,6 +222,8 @@ _OF_TRANSFORMERS = {name: partial(_of_transformers, name) for name in _MODELS} |
 _ABSENT = _OF_TRANSFORMERS.keys() - CONFIG_MAPPING_NAMES
 MAKERS = {name: make for name, make in _OF_TRANSFORMERS.items() if name not in _ABSENT} | {"rwkv7": _rwkv7}
 """Model type -> maker of a tiny random model; those that the installed transformers (or this package) has."""
+EACH_RULE = ("falcon_h1", "jamba", "kimi_linear", "qwen3_5", "rwkv7")
+"""A model type for each update rule. Tests of what a rule does run on the others where slow ones do."""
 MAMBA1 = ("falcon_mamba", "jamba", "mamba")
 """Model types whose weights differ between value channels, so that their heads have no pattern."""
 
@@ -324,9 +326,12 @@ def _keep_float64():
         yield
 
 
+_in_float64 = cache(hooked_in_float64)
+
+
 @pytest.fixture(scope="session", params=sorted(MAKERS))
 def _hooked64(request):
-    return hooked_in_float64(request.param)
+    return _in_float64(request.param)
 
 
 @pytest.fixture
@@ -334,6 +339,21 @@ def hooked64(_hooked64):
     """One hooked float64 model of each supported type, kept in float64 through upstream's casts."""
     with KeepFloat64():
         yield _hooked64
+
+
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in sorted(MAKERS.keys() - {*EACH_RULE})]
+
+
+@pytest.fixture(scope="session", params=[*EACH_RULE, *OTHERS])
+def _ruled64(request):
+    return _in_float64(request.param)
+
+
+@pytest.fixture
+def ruled64(_ruled64):
+    """The same of each update rule; of the other types where slow tests run."""
+    with KeepFloat64():
+        yield _ruled64
 
 
 @pytest.fixture(scope="session")

@@ -2,12 +2,9 @@
 
 import io
 import os
-import runpy
 import sys
-from pathlib import Path
 
-# By its path: importing it would load hookpoints, and with it torch.
-runpy.run_path(str(Path(__file__).parents[1] / "hookpoints" / "_waiting.py"))
+import hookpoints  # settles how threads wait, before torch loads  # noqa: F401
 
 
 def main() -> None:

@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import re
-import runpy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, cast, get_args
+from typing import Literal, NamedTuple, cast, get_args
 
-if TYPE_CHECKING:
-    from sae_lens_writesae.choices import VARIANTS, Loss, MetricName, Target
-else:
-    # The plugin's words, from their file: importing the package would load torch, and help must stay fast.
-    _package = Path(find_spec("sae_lens_writesae").origin).parent
-    _words = runpy.run_path(str(_package / "choices.py"))
-    VARIANTS = _words["VARIANTS"]
-    Loss = _words["Loss"]
-    MetricName = _words["MetricName"]
-    Target = _words["Target"]
-
+Target = Literal["write", "state", "last_state"]
+"""The words of `sae_lens_writesae.choices`, here and below: importing them would load torch, and help must be fast. A
+test compares them."""
+Loss = Literal["mse", "reads", "write"]
+MetricName = Literal["frobenius", "gauss_newton"]
+VARIANTS = ("WriteSAE", "TiedSAE", "MatrixSAE", "BilinearFlatSAE", "FlatSAE", "WriteSAE-rank2", "WriteSAE-rank4")
 Dtype = Literal["float32", "bfloat16", "float16"]
 """A language model's dtype."""
 
@@ -53,27 +45,6 @@ def once_each(settings: object, some: Sequence[str], needed: Sequence[str] = ())
         values = getattr(settings, name)
         once = len(set(map(str, values))) == len(values) and bool(values or name not in needed)
         expect(settings, {name: (once, f"{'one or more ' * (name in needed)}values, each once")})
-
-
-@dataclass(frozen=True, kw_only=True)
-class OnText:
-    """Flags of commands that look at dictionaries on a text."""
-
-    model: str | None = None
-    """Model; by default the one named in the metadata of the SAE."""
-    other_model: bool = False
-    """Take dictionaries of other weights than the model's: of the model that it was fine-tuned from, say."""
-    dtype: Dtype = "float32"
-    """The model's dtype."""
-    text: Path | None = None
-    """Text file; by default the held-out text of the package. `last`: the text that only the final run uses."""
-    sequences: int = 100
-    """Sequences to find firings in."""
-    context_size: int = 128
-    """Tokens per sequence."""
-
-    def __post_init__(self) -> None:
-        at_least(self, {"sequences": 1, "context_size": 1})
 
 
 MATCHED = "FlatSAE-matched"

@@ -1,14 +1,13 @@
-"""The `writesae` command. Each command is a dataclass: its fields are the flags, its docstrings the help (tyro).
+"""The `writesae` command. The flags of a command are a dataclass: its fields are the flags, its docstrings the help.
 
-A command is imported when it is asked for, and imports torch when its flags are parsed and it runs, so that help and
-misspelt flags take no seconds.
+Torch is imported with the function that does the work, after the flags are parsed, so that help and misspelt flags take
+no seconds.
 """
 
 from __future__ import annotations
 
 import contextlib
 import difflib
-import importlib
 import inspect
 import io
 import re
@@ -18,57 +17,75 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass
 from importlib.metadata import distributions, entry_points
+from pkgutil import resolve_name
 from textwrap import fill
-from typing import Annotated, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
+from docstring_parser import parse_from_object
 
-from writesae.settings import docstrings_of
-
-S = TypeVar("S")
 T = TypeVar("T")
 
 
+class Command(NamedTuple):
+    """A command, by names that are imported when it is asked for."""
+
+    summary: str
+    """What it does, in one line."""
+    work: str
+    """`module:name` of the function that does it. What it returns is printed."""
+    flags: str = ""
+    """`module:name` of the dataclass that the function takes; without one it takes the rest of the command line."""
+
+
 COMMANDS = {
-    "demo": (
+    "demo": Command(
         "Read a memory as facts, edit it, and train dictionaries on one head; offline, in a minute.",
-        "writesae.demo:Demo",
+        "writesae.demo:run_demo",
+        "writesae.flags:Demo",
     ),
-    "collect": (
+    "collect": Command(
         "Run a model once and keep what its heads write; dictionaries train from it.",
-        "writesae.dictionaries:Collect",
+        "writesae.collecting:run_collect",
+        "writesae.flags:Collect",
     ),
-    "train": (
+    "train": Command(
         "Train dictionaries on heads of a model.",
-        "writesae.dictionaries:Train",
+        "writesae.training:run_train",
+        "writesae.flags:Train",
     ),
-    "show": (
+    "show": Command(
         "Make a page for each atom of a dictionary.",
         "writesae.show:run_show",
+        "writesae.flags:Show",
     ),
-    "push": (
+    "push": Command(
         "Publish dictionaries on the Hugging Face hub, with a card that loads them.",
-        "writesae.push:Push",
+        "writesae.push:run_push",
+        "writesae.flags:Push",
     ),
-    "export": (
+    "export": Command(
         "Write atoms as Neuronpedia reads them.",
         "writesae.show:run_export",
+        "writesae.flags:Export",
     ),
-    "prompt": (
+    "prompt": Command(
         "Type a text in a browser: what heads write and read, which atoms fire.",
-        "writesae.show:Prompt",
+        "writesae.page.prompt:run_prompt",
+        "writesae.flags:Prompt",
     ),
-    "models": (
+    "models": Command(
         "List the models on this machine, and the update rules that can be hooked.",
-        "writesae.models:Models",
+        "writesae.models:list_models",
+        "writesae.flags:Models",
     ),
-    "hooks": (
+    "hooks": Command(
         "List the hooks of a model with their shapes.",
-        "writesae.models:Hooks",
+        "writesae.models:list_hooks",
+        "writesae.flags:Hooks",
     ),
 }
-"""What each does, in one line, and `module:name` of a dataclass with a method `run`, or of a function that is given the
-rest of the command line. Other distributions add tables of the same kind (entry points of `GROUP`)."""
+"""Other distributions add tables of the same kind (entry points of `GROUP`)."""
 GROUP = "writesae.commands"
 PACKAGES = ("sae-lens-writesae", "torch", "transformers", "transformer-lens", "sae-lens", "flash-linear-attention")
 """Those whose versions matter to a result, and to whoever reads a report of a fault."""
@@ -90,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if callable(signal.getsignal(signal.SIGINT)):  # SAELens' runner leaves its own handler, with its own exception
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        _run(words)
+        run_command(words)
     except KeyboardInterrupt as interrupt:
         print(f"stopped; {STOPPED.get(words[0] if words else '', LOST)}", file=sys.stderr)
         raise SystemExit(130) from interrupt  # as shells have it: 128 + SIGINT
@@ -105,24 +122,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(2) from error
 
 
-def commands() -> dict[str, tuple[str, str]]:
+def commands() -> dict[str, Command]:
     """`COMMANDS`, and those that other distributions add."""
     added = [point.load() for point in entry_points(group=GROUP)]
     return {name: command for table in (COMMANDS, *added) for name, command in table.items()}
 
 
-def _run(words: Sequence[str]) -> None:
+def run_command(words: Sequence[str]) -> None:
+    """Run the command that the first word names, and print what it returns."""
     known = commands()
-    name = choose("writesae", words, {name: text for name, (text, _) in known.items()})
-    module, _, attribute = known[name][1].partition(":")
-    target = getattr(importlib.import_module(module), attribute)
-    arguments = words[1:]
-    if isinstance(target, type):
-        from_arguments = getattr(target, "from_arguments", None)
-        command = from_arguments(arguments) if from_arguments else parse(target, f"writesae {name}", arguments)
-        written = command.run()
-    else:
-        written = target(arguments)
+    name = choose("writesae", words, {name: command.summary for name, command in known.items()})
+    command = known[name]
+    given: Any = words[1:]
+    if command.flags:
+        given = parse(resolve_name(command.flags), f"writesae {name}", words[1:])
+        if hasattr(given, "check"):
+            given.check()
+    written = resolve_name(command.work)(given)
     if written is not None:
         print(written)
 
@@ -158,20 +174,19 @@ def parse(command: type[T], program: str, arguments: Sequence[str], default: T |
     """
     if not {"-h", "--help"}.isdisjoint(arguments):
         print(reflowed(command), end="\n\n")
-    start = tyro.MISSING_NONPROP if default is None else default
     shown = io.StringIO()
+    form = make_dataclass("Form", form_fields(command, default), kw_only=True)
     try:
         with contextlib.redirect_stderr(shown):
-            form = make_dataclass("Command", _documented(command, default), kw_only=True)
-            _, unknown = tyro.cli(form, prog=program, args=arguments, description="", return_unknown_args=True)
-            if not unknown:  # then the values are checked
-                return tyro.cli(command, prog=program, args=arguments, default=start)
-        told = _unknown(unknown, form)
+            values, unknown = tyro.cli(form, prog=program, args=arguments, description="", return_unknown_args=True)
+        if not unknown:
+            return filled(command, vars(values))
+        refusal = unknown_arguments(unknown, form)
     except SystemExit as end:
         if not end.code:
             raise
-        told = _told(shown.getvalue())
-    raise ValueError(f"{told.rstrip('.')}. {program} --help lists the flags")
+        refusal = message_of(shown.getvalue())
+    raise ValueError(f"{refusal.rstrip('.')}. {program} --help lists the flags")
 
 
 def reflowed(command: type) -> str:
@@ -182,40 +197,46 @@ def reflowed(command: type) -> str:
     return "\n\n".join(fill(" ".join(part.split()), width) for part in paragraphs)
 
 
-def _documented(command: type, default: object) -> Iterator[tuple[str, object, object]]:
+def form_fields(command: type, default: object) -> Iterator[tuple[str, object, object]]:
     """Name, type and default of the fields of a command, and of those in its fields, with docstrings as paragraphs:
     tyro would keep the lines of the source."""
-    documented = docstrings_of(command)
+    documented = {}
+    for base in filter(is_dataclass, reversed(command.__mro__)):
+        documented |= {
+            each.arg_name: " ".join(str(each.description).split()) for each in parse_from_object(base).params
+        }
     hints = get_type_hints(command, include_extras=True)
     for part in fields(command):
         hint = hints[part.name]
         value = part.default if default is None else getattr(default, part.name)
         plain = get_args(hint)[0] if get_origin(hint) is Annotated else hint
         if isinstance(plain, type) and is_dataclass(plain):
-            yield from _documented(plain, None if value is MISSING else value)
+            yield from form_fields(plain, None if value is MISSING else value)
         else:
             yield part.name, Annotated[hint, tyro.conf.arg(help=documented.get(part.name))], field(default=value)
 
 
-def parse_with(command: type[T], settings: type[S], program: str, arguments: Sequence[str]) -> tuple[T, S]:
-    """The command line as a value of `command` and one of `settings`, with the docstrings of both as help."""
-    # One parser for both, so that help lists all flags and each of them may come anywhere.
-    parts = [("command", tyro.conf.OmitArgPrefixes[command]), ("settings", tyro.conf.OmitArgPrefixes[settings])]
-    about = f"{inspect.getdoc(command)}\n\n{inspect.getdoc(settings)}"
-    both = make_dataclass("Command", parts, frozen=True, namespace={"__doc__": about})
-    parsed = parse(both, program, arguments)
-    return parsed.command, parsed.settings
+def filled(command: type[T], values: Mapping[str, object]) -> T:
+    """A command of the values of a form. Raises what its checks raise."""
+    hints = get_type_hints(command)
+    given = {}
+    for part in fields(command):  # pyright: ignore[reportArgumentType]
+        kind = hints[part.name]
+        is_nested = isinstance(kind, type) and is_dataclass(kind)
+        given[part.name] = filled(kind, values) if is_nested else values[part.name]
+    return command(**given)
 
 
-def _told(shown: str) -> str:
-    """What tyro refuses, in one line: what its box on standard error has after the title, up to the next rule."""
+def message_of(shown: str) -> str:
+    """What tyro refuses, in one line: what its box on standard error has after the title, up to the next rule. Its
+    errors as data are private, and may change in any release."""
     text = re.sub("[│╭╮╰╯]|[─-]{9,}", "", shown).strip()
     _, _, rest = text.partition("\n")
     message, *_ = re.split(r"\n\s*\n", rest.strip())
     return re.sub("^Error parsing (?=[A-Z]).*?: ", "", " ".join(message.split()))
 
 
-def _unknown(tokens: Sequence[str], form: type) -> str:
+def unknown_arguments(tokens: Sequence[str], form: type) -> str:
     """What is said of arguments that a command has not."""
     positional = get_args(tyro.conf.Positional[int])[1]
     given_alone: dict[str, bool] = {}

@@ -10,25 +10,32 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import NamedTuple, cast
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from writesae.choices import MetricName, at_least
-from writesae.dictionaries import Say, quality_table, quiet, save_dictionary
+from hookpoints import HookedRecurrent, attribute, embedded, zoo
+from hookpoints.files import atomic_text
+from hookpoints.memory.facts import PairDictionary
+from sae_lens_writesae.sae.collecting import collect
+from sae_lens_writesae.sae.factors import Collection
+from sae_lens_writesae.sae.load import load_sae
+from sae_lens_writesae.sae.metric_fit import fit_metrics
+from sae_lens_writesae.sae.runner import train, training_config
+from sae_lens_writesae.sae.training import MatrixTrainingSAE
+from writesae.choices import DictionaryName, MetricName
+from writesae.collecting import Say
+from writesae.dictionary.quality import HEAD_SEQUENCES, head_effects, quality_of_heads, strongest_head
+from writesae.experiment.tokens import sample_sequences, say_time
 from writesae.files import Json, check_ours, check_settings, check_writable, keep_settings, taken
+from writesae.flags import Demo
+from writesae.page.template import environment
+from writesae.training import quality_table, quiet, save_dictionary
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from hookpoints import HookedRecurrent
-    from hookpoints.memory.facts import PairDictionary
-    from sae_lens_writesae.sae.factors import Collection
-    from sae_lens_writesae.sae.training import MatrixTrainingSAE
-
-
-RECIPES: dict[str, MetricName] = {"write-trained": "frobenius", "write-trained, metric": "gauss_newton"}
-"""The dictionaries, and what errors are measured by: their squares, or the KL divergence that they cause."""
+RECIPES: tuple[MetricName, ...] = ("frobenius", "gauss_newton")
+"""What errors of each dictionary are measured by: their squares, or the KL divergence that they cause."""
 PAGE = "demo.html"
 CIRCUIT = "circuit.svg"
 STAGES = (
@@ -46,144 +53,98 @@ DEMO_PASSES = 2000
 """What the demo takes, in the time that a pass over a sequence does."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Demo:
-    """Tell a small model a few facts, read its memory as a list of them, replace one, and ask again; then train two
-    dictionaries on what one head of a language model writes.
+def run_demo(flags: Demo, say: Say = print) -> Path:
+    """Read and edit the memory, train the dictionaries, and write everything to `out`: the page, the picture of a
+    circuit, and for each dictionary `sae/`. Dictionaries are not overwritten: the same command resumes where it
+    was stopped.
 
-    The head is the one whose writes do most, of those that remember for a while. One dictionary is trained for squared
-    errors, one for errors in the model's own metric. A table says what they recover on held-out text. The page has the
-    memory before and after, the circuit of the first answer, and the table.
-    Offline, in less than a minute on two cores."""
-
-    model: str = "embedded"
-    """Model to look into: one that ships with the package (embedded, embedded-mamba2, embedded-rwkv7), a folder, or a
-    name on the hub."""
-    layer: int | None = None
-    """Recurrent layer. By default the head is taken whose writes do most, of those with a half-life of `memory`."""
-    head: int | None = None
-    """Head of that layer."""
-    memory: float = 16.0
-    """Least half-life of a write, in tokens, where no head is named."""
-    d_sae: int = 256
-    """Atoms of a dictionary."""
-    training_tokens: int = 128_000
-    """Tokens that each dictionary sees, in as many epochs of the text as that needs."""
-    context_size: int = 128
-    """Tokens per sequence."""
-    train_sequences: int = 320
-    """Sequences of the training text, or all that there are."""
-    eval_sequences: int = 24
-    """Sequences of the held-out text."""
-    seed: int = 0
-    """Seed of training."""
-    out: Path = Path("writesae-out")
-    """Folder for demo.html, circuit.svg, the writes that were read, and the dictionaries."""
-
-    def __post_init__(self) -> None:
-        sizes = ("d_sae", "training_tokens", "context_size", "train_sequences", "eval_sequences")
-        at_least(self, dict.fromkeys(sizes, 1) | {"memory": 0, "seed": 0})
-
-    def run(self, say: Say = print) -> Path:
-        """Read and edit the memory, train the dictionaries, and write everything to `out`: the page, the picture of a
-        circuit, and for each dictionary `sae/`. Dictionaries are not overwritten: the same command resumes where it
-        was stopped.
-
-        Raises:
-            ValueError: the head is not there, or `out` cannot be written or holds a demo with other settings; before
-                any training.
-        """
-        settings = {name: value for name, value in dataclasses.asdict(self).items() if name != "out"}
-        check_writable(self.out)
-        names = (PAGE, CIRCUIT, "collection", *map(_folder_name, RECIPES))
-        check_settings(self.out, settings, names)
-        check_ours(self.out / PAGE)
-        from hookpoints import HookedRecurrent, embedded
-        from hookpoints.files import atomic_text
-        from sae_lens_writesae.sae.collecting import collect
-        from writesae.experiment.tokens import sample_sequences, say_time
-
-        with one_bar(STAGES, say) as stages:
+    Raises:
+        ValueError: the head is not there, or `out` cannot be written or holds a demo with other settings; before
+            any training.
+    """
+    settings = {name: value for name, value in dataclasses.asdict(flags).items() if name != "out"}
+    check_writable(flags.out)
+    recipes = {str(DictionaryName("write", seed=flags.seed, metric=metric)): metric for metric in RECIPES}
+    names = (PAGE, CIRCUIT, "collection", *recipes)
+    check_settings(flags.out, settings, names)
+    check_ours(flags.out / PAGE)
+    with one_bar(STAGES, say) as stages:
+        stages.next()
+        model = HookedRecurrent.from_pretrained(flags.model)
+        check_head(flags, model)
+        tokens = sample_sequences(model, embedded.text("test"), flags.context_size, flags.eval_sequences)
+        text = sample_sequences(model, embedded.text("train"), flags.context_size, flags.train_sequences)
+        with taken(flags.out, stages.say):
+            say_time(model, text, DEMO_PASSES, flags.out, stages.say)
+            recalled = recall()
+            keep_settings(flags.out, settings, names)
+            atomic_text(flags.out / CIRCUIT, recalled.circuit)
+            stages.say(recalled.lines())
             stages.next()
-            model = HookedRecurrent.from_pretrained(self.model)
-            self.check_head(model)
-            tokens = sample_sequences(model, embedded.text("test"), self.context_size, self.eval_sequences)
-            text = sample_sequences(model, embedded.text("train"), self.context_size, self.train_sequences)
-            with taken(self.out, stages.say):
-                say_time(model, text, DEMO_PASSES, self.out, stages.say)
-                recalled = recall()
-                keep_settings(self.out, settings, names)
-                atomic_text(self.out / CIRCUIT, recalled.circuit)
-                stages.say(recalled.told())
-                stages.next()
-                place = self._say_head(model, text, stages.say)
-                stages.next()
-                collection = collect(model, text, [place[0]], [place[1]], self.out / "collection", dtype="float32")
-                stages.next()
-                folders = {label: self.out / _folder_name(label) for label in RECIPES}
-                for label, folder in folders.items():
-                    if not (folder / "sae").exists():
-                        save_dictionary(self._trained(model, collection, place, RECIPES[label]), folder)
-                stages.next()
-                quality = dictionary_qualities(model, folders, tokens)
-                stages.say(quality_table(quality))
-                page = atomic_text(self.out / PAGE, page_of(recalled, quality))
-        say(f"circuit   {self.out / CIRCUIT}\n\nopen in a browser:")
-        return page
-
-    def _say_head(self, model: HookedRecurrent, text: Tensor, say: Say) -> tuple[int, int]:
-        """The layer and the head that are chosen."""
-        from writesae.dictionary.quality import HEAD_SEQUENCES
-
-        layer, head, half_life, nats = self.choose_head(model, text[:HEAD_SEQUENCES])
-        place = f"head {head} of layer {layer} ({model.cfg.layer(layer).rule})"
-        memory = f"half of a write is left after {half_life:.0f} tokens"
-        say(f"model {self.model!r}, {place}: {memory}; deleting all writes costs {nats:.3f} nats a token")
-        return layer, head
-
-    def check_head(self, model: HookedRecurrent) -> None:
-        """Raise UnsupportedModelError or ValueError where the layer or the head that is named is not there."""
-        layer = model.cfg.recurrent_layers[0] if self.layer is None else self.layer
-        n_heads = model.cfg.layer(layer).H
-        if self.head is not None and not 0 <= self.head < n_heads:
-            raise ValueError(f"head {self.head} is out of range: layer {layer} has heads 0 to {n_heads - 1}")
-
-    def choose_head(self, model: HookedRecurrent, tokens: Tensor) -> tuple[int, int, float, float]:
-        """Layer and head as named, or of the head whose writes do most, of those with a half-life of `memory` or more
-        (of all, where there is none); its half-life in tokens, and nats per token where all its writes are deleted."""
-        from writesae.dictionary.quality import head_effects, strongest_head
-
-        self.check_head(model)
-        layers = model.cfg.recurrent_layers if self.layer is None else [self.layer]
-        effects = head_effects(model, tokens, layers, None if self.head is None else [self.head])
-        return strongest_head(effects, self.memory)
-
-    def _trained(
-        self, model: HookedRecurrent, collection: Collection, place: tuple[int, int], metric: MetricName
-    ) -> MatrixTrainingSAE:
-        """A dictionary."""
-        from sae_lens_writesae.sae.metric_fit import fit_metrics
-        from sae_lens_writesae.sae.runner import train, training_config
-
-        sizes = {name: getattr(self, name) for name in ("d_sae", "context_size", "seed", "training_tokens")}
-        with quiet():
-            fitted = None if metric == "frobenius" else fit_metrics(model, collection.tokens[:64], [place])[place]
-            cfg = training_config(collection, *place, metric=metric, sae={"k": 1}, verbose=False, **sizes)
-            return train(cfg, metric=fitted)
+            head = choose_head(flags, model, text[:HEAD_SEQUENCES])
+            stages.say(str(head))
+            stages.next()
+            layers, heads = [head.layer], [head.head]
+            collection = collect(model, text, layers, heads, flags.out / "collection", dtype="float32")
+            stages.next()
+            for name, metric in recipes.items():
+                if not (flags.out / name / "sae").exists():
+                    save_dictionary(trained_sae(flags, model, collection, head, metric), flags.out / name)
+            stages.next()
+            saes = {name: load_sae(flags.out / name / "sae") for name in recipes}
+            quality = quality_of_heads(model, saes, tokens)
+            qualities = {name: quality(name) for name in saes}
+            stages.say(quality_table(qualities))
+            page = atomic_text(flags.out / PAGE, page_of(recalled, head, qualities))
+    say(f"circuit   {flags.out / CIRCUIT}\n\nopen in a browser:")
+    return page
 
 
-def _folder_name(label: str) -> str:
-    return label.replace(", ", "-")
+def check_head(flags: Demo, model: HookedRecurrent) -> None:
+    """Raise UnsupportedModelError or ValueError where the layer or the head that is named is not there."""
+    layer = model.cfg.recurrent_layers[0] if flags.layer is None else flags.layer
+    n_heads = model.cfg.layer(layer).H
+    if flags.head is not None and not 0 <= flags.head < n_heads:
+        raise ValueError(f"head {flags.head} is out of range: layer {layer} has heads 0 to {n_heads - 1}")
 
 
-def dictionary_qualities(model: HookedRecurrent, folders: Mapping[str, Path], tokens: Tensor) -> dict[str, Json]:
-    """What each dictionary recovers on tokens [N,T], as `DictionaryQuality.to_dict` has it, by label."""
-    from sae_lens_writesae.sae.load import load_sae
-    from writesae.dictionary.quality import quality_of_heads
+class ChosenHead(NamedTuple):
+    """The head whose writes dictionaries are trained on."""
 
-    saes = {label: load_sae(folder / "sae") for label, folder in folders.items()}
-    quality = quality_of_heads(model, saes, tokens)
-    return {label: quality(label) for label in saes}
+    model: str
+    rule: str
+    layer: int
+    head: int
+    half_life: float
+    """Tokens after which half of a write is left."""
+    nats: float
+    """Per token where all its writes are deleted: KL(native || edited)."""
+
+    def __str__(self) -> str:
+        memory = f"half of a write is left after {self.half_life:.0f} tokens"
+        place = f"head {self.head} of layer {self.layer} ({self.rule})"
+        return f"model {self.model!r}, {place}: {memory}; deleting all writes costs {self.nats:.3f} nats a token"
+
+
+def choose_head(flags: Demo, model: HookedRecurrent, tokens: Tensor) -> ChosenHead:
+    """The head that is named, or that whose writes do most, of those with a half-life of `memory` or more (of all,
+    where there is none)."""
+    layers = model.cfg.recurrent_layers if flags.layer is None else [flags.layer]
+    effects = head_effects(model, tokens, layers, None if flags.head is None else [flags.head])
+    layer, head, half_life, nats = strongest_head(effects, flags.memory)
+    return ChosenHead(flags.model, model.cfg.layer(layer).rule, layer, head, half_life, nats)
+
+
+def trained_sae(
+    flags: Demo, model: HookedRecurrent, collection: Collection, head: ChosenHead, metric: MetricName
+) -> MatrixTrainingSAE:
+    """A dictionary."""
+    place = (head.layer, head.head)
+    sizes = {name: getattr(flags, name) for name in ("d_sae", "context_size", "seed", "training_tokens")}
+    with quiet():
+        fitted = None if metric == "frobenius" else fit_metrics(model, collection.tokens[:64], [place])[place]
+        cfg = training_config(collection, *place, metric=metric, sae={"k": 1}, verbose=False, **sizes)
+        return train(cfg, metric=fitted)
 
 
 class Held(NamedTuple):
@@ -207,7 +168,7 @@ class Recalled:
     circuit: str
     """An SVG element, which the page shows as it is: what made the first answer."""
 
-    def told(self) -> str:
+    def lines(self) -> str:
         """As lines of a terminal."""
         lines = [f"text      {self.text}"]
         for title, held in zip(("memory", "replaced"), self.memories):
@@ -216,22 +177,15 @@ class Recalled:
         return "\n".join(lines)
 
 
-def page_of(recalled: Recalled, qualities: Mapping[str, Json]) -> str:
+def page_of(recalled: Recalled, head: ChosenHead, qualities: Mapping[str, Json]) -> str:
     """The page, as HTML that needs no network."""
-    from writesae.page.template import environment
-
     shown = {label: quality for label, quality in qualities.items() if quality}
-    return environment().get_template("demo.html").render(recalled=recalled, qualities=shown)
+    return environment().get_template("demo.html").render(recalled=recalled, head=head, qualities=shown)
 
 
 def recall() -> Recalled:
     """Tell the model `facts` a text, read its memory as facts, replace one, ask for it before and after, and find the
     circuit of the first answer."""
-    import torch
-
-    from hookpoints import HookedRecurrent, attribute, zoo
-    from sae_lens_writesae.sae.load import load_sae
-
     with quiet():
         model = HookedRecurrent.from_pretrained("facts").requires_grad_(False)
     pairs = cast("PairDictionary", load_sae(zoo.path("facts") / "pairs"))
@@ -243,10 +197,10 @@ def recall() -> Recalled:
         chances = model.logits_after(state, ASKED)[0, -1].softmax(-1)
         facts = [(f"{fact.key} → {fact.value}", fact.strength) for fact in state.facts(pairs, n=4)]
         answer = str(model.to_string(int(chances.argmax()))).strip()
-        memories.append(Held(title, tuple(facts), answer, float(chances.max())))
+        memories.append(Held(title, tuple(sorted(facts)), answer, float(chances.max())))
     with torch.enable_grad():
         graph = attribute(f"{TOLD} {ASKED}", model, [old], against=new, frozen=True)
-    return Recalled(TOLD, ASKED, tuple(memories), graph.draw())
+    return Recalled(TOLD, ASKED, tuple(memories), graph.draw(width=360))
 
 
 class Stages(io.TextIOBase):

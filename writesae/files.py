@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import tempfile
@@ -81,12 +80,6 @@ def check_ours(*files: Path) -> None:
         check_absent([file])
 
 
-def check_page(page: Path) -> None:
-    """`check_writable` of the folder of a report, and `check_ours` of the page, its numbers and its tables."""
-    check_writable(page.parent)
-    check_ours(page, page.with_suffix(".json"), *sorted((page.parent / "tables").glob("*-*.parquet")))
-
-
 def check_writable(folder: Path) -> None:
     """Raise ValueError where `folder` is a link, or cannot be made or written to. Commands call it before any work."""
     if folder.is_symlink():
@@ -134,28 +127,6 @@ def sae_folders(path: Path) -> list[Path]:
     if not folders:
         raise ValueError(f"{path / 'cfg.json'} does not exist, and no dictionary is inside it; give another folder")
     return folders
-
-
-def run_folder(sae: Path) -> Path | None:
-    """The folder of the run that trained a dictionary; None where no run did.
-
-    A run saves its settings: `demo` for all of its dictionaries, in `RUN/config.json`, and `train` for each of them, in
-    `RUN/L2H0/NAME/config.json`. Other folders above a dictionary are nobody's business.
-    """
-    place = sae.resolve()
-    if place.name != "sae":
-        return None
-    if (place.parent / "config.json").is_file():
-        return place.parents[min(2, len(place.parents) - 1)]
-    demo = place.parents[min(1, len(place.parents) - 1)]
-    return demo if (demo / "config.json").is_file() else None
-
-
-def check_saes(arguments: Sequence[str]) -> None:
-    """Raise ValueError where a command line begins with a folder that holds no SAE, before what lists its flags loads
-    torch."""
-    for word in itertools.takewhile(lambda word: not word.startswith("-"), arguments):
-        sae_folders(Path(word))
 
 
 def folder_labels(folders: Sequence[Path]) -> list[str]:

@@ -5,64 +5,36 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-import tyro
+import torch
 
-from writesae.choices import Dtype
-
-if TYPE_CHECKING:
-    from hookpoints import HookedRecurrent
+from hookpoints import HOOKS, HookedRecurrent, HookpointsError, cached, cost, embedded, model_types, zoo
+from sae_lens_writesae.files import size_text
+from writesae.flags import Hooks, Models
 
 
-@dataclass(frozen=True, kw_only=True)
-class Models:
-    """List the models on this machine, those that ship with the package first, and the model types that can be hooked.
-    No weights are read, and nothing is asked of the hub. With --cost: the bytes that hooks of one model hold."""
+def list_models(flags: Models) -> str:
+    """The list, or the costs, as lines.
 
-    cost: str | None = None
-    """Instead of the list, what hooks, states and memories of this model hold: a name on the hub, a folder, or one that
-    ships with the package. Its configuration is read, and no weights."""
-    tokens: int = 1024
-    """With --cost: length of the sequence."""
-    dtype: Dtype = "float32"
-    """With --cost: of the weights."""
-
-    def run(self) -> str:
-        """The list, or the costs, as lines.
-
-        Raises:
-            UnknownModelError, UnsupportedModelError, InputError: no such model, one whose cost cannot be counted, or no
-                tokens.
-        """
-        if self.cost is not None:
-            return "\n".join(cost_lines(self.cost, self.tokens, self.dtype))
-        from hookpoints import HookedRecurrent, HookpointsError, cached, embedded, model_types, zoo
-
-        lines = []
-        for name in (*embedded.names(), *zoo.names(), *cached()):
-            try:
-                told = summary(HookedRecurrent.from_pretrained(name, device="meta"))
-            except (HookpointsError, OSError, ValueError) as error:
-                told = f"cannot be hooked: {error}"
-            lines.append(f"{name:24}  {told}")
-        return "\n".join(
-            [
-                *lines,
-                "",
-                "Any checkpoint of these model types can be named, as OWNER/NAME on the hub or as a folder:",
-                *(f"  {rule:20}  {', '.join(types)}" for rule, types in model_types().items()),
-            ]
-        )
+    Raises:
+        UnknownModelError, UnsupportedModelError, InputError: no such model, one whose cost cannot be counted, or no
+            tokens.
+    """
+    if flags.cost is not None:
+        return "\n".join(cost_lines(flags.cost, flags.tokens, flags.dtype))
+    lines = []
+    for name in (*embedded.names(), *zoo.names(), *cached()):
+        try:
+            told = summary(HookedRecurrent.from_pretrained(name, device="meta"))
+        except (HookpointsError, OSError, ValueError) as error:
+            told = f"cannot be hooked: {error}"
+        lines.append(f"{name:24}  {told}")
+    lines += ["", "Any checkpoint of these model types can be named, as OWNER/NAME on the hub or as a folder:"]
+    return "\n".join([*lines, *(f"  {rule:20}  {', '.join(types)}" for rule, types in model_types().items())])
 
 
 def cost_lines(name: str, tokens: int, dtype: str) -> Iterator[str]:
     """What hooks of a model hold, of one sequence."""
-    import torch
-
-    from hookpoints import cost
-    from sae_lens_writesae.files import size_text
 
     found = cost(name, tokens=tokens, dtype=getattr(torch, dtype))
     yield f"{name}: weights {size_text(found.weights)} in {dtype}. One sequence of {tokens} tokens holds:"
@@ -77,40 +49,25 @@ def cost_lines(name: str, tokens: int, dtype: str) -> Iterator[str]:
         yield f"{hook.name:42}  {hook.n:5}  {sizes}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Hooks:
-    """List the hooks of a model in order of execution, with the shape of each activation. B: sequences, T: tokens. No
-    weights are read."""
+def list_hooks(flags: Hooks) -> str:
+    """The table, as lines: the layers that are alike together, or one layer with its hooks spelt out.
 
-    model: tyro.conf.Positional[str]
-    """Model on the hub, a folder, or one that ships with the package."""
-    layer: int | None = None
-    """Only this layer, with its hooks spelt out; by default all layers, those that are alike together."""
-
-    def run(self) -> str:
-        """The table, as lines.
-
-        Raises:
-            UnknownModelError, UnsupportedModelError: no such model, one that cannot be hooked, or no such layer.
-        """
-        from hookpoints import HookedRecurrent
-
-        model = HookedRecurrent.from_pretrained(self.model, device="meta")
-        return "\n".join([f"{model.cfg.model_name}: {summary(model)}", *self._lines(model)])
-
-    def _lines(self, model: HookedRecurrent) -> Iterator[str]:
-        blocks: dict[tuple[str, ...], list[int]] = {}
-        for layer in range(model.cfg.n_layers) if self.layer is None else [self.layer]:
-            blocks.setdefault(tuple(block_lines(model, layer)), []).append(layer)
-        for lines, layers in blocks.items():
-            yield f"\n{'layer' if len(layers) == 1 else 'layers'} {', '.join(map(str, layers))}"
-            yield from lines if self.layer is None else (line.replace("{l}", str(self.layer)) for line in lines)
+    Raises:
+        UnknownModelError, UnsupportedModelError: no such model, one that cannot be hooked, or no such layer.
+    """
+    model = HookedRecurrent.from_pretrained(flags.model, device="meta")
+    blocks: dict[tuple[str, ...], list[int]] = {}
+    for layer in range(model.cfg.n_layers) if flags.layer is None else [flags.layer]:
+        blocks.setdefault(tuple(block_lines(model, layer)), []).append(layer)
+    table = [f"{model.cfg.model_name}: {summary(model)}"]
+    for lines, layers in blocks.items():
+        table.append(f"\n{'layer' if len(layers) == 1 else 'layers'} {', '.join(map(str, layers))}")
+        table += lines if flags.layer is None else [line.replace("{l}", str(flags.layer)) for line in lines]
+    return "\n".join(table)
 
 
 def block_lines(model: HookedRecurrent, layer: int) -> Iterator[str]:
     """Name, shape and meaning of each hook that a layer has, and of those of the whole model."""
-    from hookpoints import HOOKS
-
     shape = model.cfg.layers.get(layer)
     n_attention = model.cfg.attention_heads(layer)
     of_mixer = {"H": shape.H, "K": shape.K, "V": shape.V, "R": shape.R} if shape else {}

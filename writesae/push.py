@@ -18,18 +18,22 @@ import json
 import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
-import tyro
+from huggingface_hub import HfApi, ModelCardData
+from huggingface_hub.utils import validate_repo_id
+from sae_lens import SAE
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+from sae_lens.saes.sae import SAEConfig, SAEMetadata
 
+from hookpoints import embedded
+from hookpoints.files import atomic_text, write_checksums
+from sae_lens_writesae.sae.load import load_sae
+from sae_lens_writesae.sae.matrix import REQUIRES
+from sae_lens_writesae.sae.target import HeadHook
 from writesae.files import sae_folders
-
-if TYPE_CHECKING:
-    from sae_lens import SAE
-    from sae_lens.saes.sae import SAEConfig, SAEMetadata
-
+from writesae.flags import Push
 
 _NAME = r"[\w-][\w.-]*"
 _NUMBERS = r"[-+\d., e\[\]]*|null|true|false"
@@ -76,49 +80,26 @@ _HUB_NAMES = ("model_name", "dataset_path")
 """Fields that name something on the hub. A relative path of this machine has the same form."""
 
 
-@dataclass(frozen=True)
-class Push:
-    """Publish dictionaries on the Hugging Face hub, with a card: their hooks, and the lines that load them.
+def run_push(flags: Push) -> str:
+    """Check every dictionary, then upload; returns the address of the commit.
 
-    The repository is made if there is none. All files go up in one commit, so that it is whole or absent; a card
-    that is there is replaced. Log in first: `hf auth login`.
+    Raises:
+        ValueError: no dictionary, a damaged one, two of one name, or a name of a repository that the hub does not
+            take.
+        OSError: the hub cannot be reached, or refuses.
     """
-
-    folder: tyro.conf.Positional[Path]
-    """Folder of a dictionary, or one below which `writesae train`, `demo` or `reproduce` left some."""
-    repo: tyro.conf.Positional[str]
-    """Repository, OWNER/NAME."""
-    private: bool = False
-    """Make the repository private, if it is new."""
-    dry_run: bool = False
-    """Print the names of the files and the card, and upload nothing."""
-
-    def run(self) -> str:
-        """Check every dictionary, then upload; returns the address of the commit.
-
-        Raises:
-            ValueError: no dictionary, a damaged one, two of one name, or a name of a repository that the hub does not
-                take.
-            OSError: the hub cannot be reached, or refuses.
-        """
-        sae_folders(self.folder)
-        from huggingface_hub import HfApi
-        from huggingface_hub.utils import validate_repo_id
-
-        from hookpoints.files import atomic_text
-
-        validate_repo_id(self.repo)
-        with tempfile.TemporaryDirectory() as folder:
-            saes = saved_anew(self.folder, Path(folder))
-            text = atomic_text(Path(folder, "README.md"), card(self.repo, saes)).read_text("utf-8")
-            if self.dry_run:
-                files = sorted(str(file.relative_to(folder)) for file in Path(folder).rglob("*") if file.is_file())
-                return "\n".join([*files, "", text])
-            hub = HfApi()
-            hub.create_repo(self.repo, private=self.private or None, exist_ok=True)  # None: the default of the owner
-            message = f"Upload {', '.join(saes)}"
-            commit = hub.upload_folder(repo_id=self.repo, folder_path=folder, commit_message=message)
-            return commit.commit_url
+    validate_repo_id(flags.repo)
+    with tempfile.TemporaryDirectory() as folder:
+        saes = saved_anew(flags.folder, Path(folder))
+        text = atomic_text(Path(folder, "README.md"), card(flags.repo, saes)).read_text("utf-8")
+        if flags.dry_run:
+            files = sorted(str(file.relative_to(folder)) for file in Path(folder).rglob("*") if file.is_file())
+            return "\n".join([*files, "", text])
+        hub = HfApi()
+        hub.create_repo(flags.repo, private=flags.private or None, exist_ok=True)  # None: the default of the owner
+        message = f"Upload {', '.join(saes)}"
+        commit = hub.upload_folder(repo_id=flags.repo, folder_path=folder, commit_message=message)
+        return commit.commit_url
 
 
 def saved_anew(folder: Path, fresh: Path) -> dict[str, SAE]:
@@ -129,16 +110,12 @@ def saved_anew(folder: Path, fresh: Path) -> dict[str, SAE]:
         ValueError: there is none, one is damaged or not of a head, two have the same name, or a name has other
             characters than a path of letters and digits.
     """
-    from hookpoints.files import write_checksums
-    from sae_lens_writesae.sae.load import load_sae
-    from sae_lens_writesae.sae.target import HeadHook
-
     saes: dict[str, SAE] = {}
     for place in sae_folders(folder):
         parts = place.relative_to(folder).parts
         sae = load_sae(place)
         HeadHook.of(sae)  # raises where it is not of a head
-        sae.cfg.metadata = _told(sae)
+        sae.cfg.metadata = published_metadata(sae)
         named = (place.parent if place.name == "sae" else place).resolve()  # a run calls its result `sae`
         name = "/".join(parts[:-1] if parts[-1:] == ("sae",) else parts) or named.name
         if name in saes:
@@ -151,13 +128,8 @@ def saved_anew(folder: Path, fresh: Path) -> dict[str, SAE]:
     return saes
 
 
-def _told(sae: SAE) -> SAEMetadata:
+def published_metadata(sae: SAE) -> SAEMetadata:
     """What is published of a dictionary's metadata."""
-    from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
-
-    from hookpoints import embedded
-    from sae_lens_writesae.sae.matrix import REQUIRES
-
     metadata = sae.cfg.metadata
     values = metadata.to_dict()
     forms = _FORMS | {"requires": re.escape(REQUIRES)}
@@ -189,8 +161,6 @@ def _of_form(values: object, forms: Mapping[str, str]) -> dict[str, Any]:
 
 def card(repo: str, saes: Mapping[str, SAE]) -> str:
     """The repository's README.md in Markdown: how to load, and what each dictionary is."""
-    from huggingface_hub import ModelCardData
-
     first = next(iter(saes))
     configs = {name: sae.cfg for name, sae in saes.items()}
     metadata = configs[first].metadata
@@ -230,13 +200,13 @@ def card(repo: str, saes: Mapping[str, SAE]) -> str:
         "",
         "| name | hook | K x V | atoms | architecture | trained on |",
         "| --- | --- | --- | --- | --- | --- |",
-        *(f"| `{name}` | {' | '.join(_described(cfg))} |" for name, cfg in configs.items()),
+        *(f"| `{name}` | {' | '.join(table_cells(cfg))} |" for name, cfg in configs.items()),
         "",
     ]
     return "\n".join(lines)
 
 
-def _described(cfg: SAEConfig) -> tuple[str, ...]:
+def table_cells(cfg: SAEConfig) -> tuple[str, ...]:
     metadata = cfg.metadata
     fields = cast(Any, cfg)
     shape = f"{fields.d_k} x {fields.d_v}" if hasattr(cfg, "d_k") else f"{cfg.d_in} numbers"

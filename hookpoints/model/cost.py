@@ -80,7 +80,8 @@ def cost(
         dtype: of the weights; None: that of the hooked model, and float32 for a name or configuration.
         names_filter: as for ``run_with_cache``; None: every hook but matrices and patterns.
 
-    Cost: two passes without numbers, some seconds at the sizes of published models.
+    Cost: a pass without numbers and one of a memory, some seconds at the sizes of published models. A filter takes
+    another pass.
 
     Raises:
         InputError: no tokens.
@@ -100,7 +101,10 @@ def cost(
             raise UnsupportedModelError(
                 f"the cost of {empty.cfg.model_name} cannot be counted: a layer of it needs numbers to run ({error})"
             ) from error
-        chosen = _kept(empty, ids, names_filter)
+        if names_filter is None:  # no matrix, and none that shares its storage with one
+            chosen = {name: every[name] for name, _ in empty.get_caching_hooks()[1]}
+        else:
+            chosen = _kept(empty, ids, names_filter)
         memory = _memory(empty, ids)
     states = [value[:, 0] for name, value in every.items() if name.endswith("mixer.hook_state")]
     return Cost(

@@ -22,18 +22,18 @@ from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 
-sys.path += ["tests", "study/tests", "tools"]
+sys.path += ["tests", "study/tests"]
 from saes import make_sae
 from hookpoints import HookedRecurrent, embedded
 from writesae import sample_sequences
 from writesae_study import EVALUATIONS, load_result, write_report
-from writesae.cli import main
+from writesae_study.evaluate import run_eval
 
 evaluation = EVALUATIONS["repeat"]
 help = StringIO()
 with redirect_stdout(help):
     try:
-        main(["eval", "repeat", "--help"])
+        run_eval(["repeat", "--help"])
     except SystemExit:
         pass
 from tiny_models import make_hf
@@ -43,7 +43,7 @@ result = evaluation(n_positions=48, horizon=4).run(model, make_sae(model), token
 result.save("out/repeat")
 page = write_report([load_result("out/repeat")], "out/report")
 answer = {
-    "file": sys.modules["writesae"].__file__,
+    "file": sys.modules["writesae_study"].__file__,
     "help": help.getvalue(),
     "page": page.read_text(),
     "claims": [vars(claim) for claim in result.claims()],
@@ -58,27 +58,29 @@ pytest.main([*options, "study/tests/evaluations/test_conformance.py"])
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Both packages, with one file more."""
+    """The packages, with one file more in that of the study."""
     folder = tmp_path_factory.mktemp("recipe")
-    shutil.copytree(ROOT / "writesae", folder / "writesae")
-    shutil.copy(RECIPE, folder / "writesae" / "evaluations")
-    for name in ("hookpoints", "sae_lens_writesae"):
+    study = folder / "study"
+    shutil.copytree(ROOT / "study" / "writesae_study", study / "writesae_study")
+    shutil.copy(RECIPE, study / "writesae_study" / "evaluations")
+    for name in ("hookpoints", "sae_lens_writesae", "writesae"):
         (folder / name).symlink_to(ROOT / name)
-    names = ("conftest", "tiny_models", "fla_families", "saes", "device", "backend", "counted")
+    names = ("tiny_models", "fla_families", "saes", "device", "backend", "counted")
     support = [f"tests/{name}.py" for name in names]
-    for name in ("pyproject.toml", *support):
+    for name in ("pyproject.toml", "conftest.py", *support):
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
-    shutil.copytree(TESTS / "golden", folder / "tests" / "golden", ignore=shutil.ignore_patterns("tables"))
-    (folder / "tests" / "evaluations").mkdir()
-    shutil.copy(TESTS / "evaluations" / "test_conformance.py", folder / "tests" / "evaluations")
+    tests = study / "tests"
+    shutil.copytree(TESTS / "golden", tests / "golden", ignore=shutil.ignore_patterns("tables"))
+    (tests / "evaluations").mkdir()
+    shutil.copy(TESTS / "evaluations" / "test_conformance.py", tests / "evaluations")
     return folder
 
 
 @pytest.fixture(scope="module")
 def said(copy: Path) -> str:
     """What one process prints, in which the file is used and the conformance tests run on it."""
-    environment = os.environ | {"PYTHONPATH": str(copy)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (copy, copy / "study")))}
     command = [sys.executable, "-c", USE]
     done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.startswith("{"), done.stdout[-2000:] + done.stderr[-2000:]

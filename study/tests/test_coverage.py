@@ -13,8 +13,7 @@ import tyro
 from made_up import CONFOUNDED, FAILS, HOLDS, made_up
 
 from writesae.cli import commands, parse
-from writesae.dictionaries import Train
-from writesae.show import Show
+from writesae.flags import Show, Train
 from writesae_study import EVALUATIONS
 from writesae_study.evaluate import Report, Subjects
 from writesae_study.experiment.evaluation import Result

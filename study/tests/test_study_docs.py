@@ -53,7 +53,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tiny SAEs in the folders that the evaluations' examples name."""
     from hookpoints import HookedRecurrent, embedded
     from sae_lens_writesae import text_dataset, train, training_config
-    from writesae.dictionaries import quiet
+    from writesae.training import quiet
 
     folder = tmp_path_factory.mktemp("saes")
     model, dataset = HookedRecurrent.from_pretrained("embedded"), text_dataset(embedded.text("train"))

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import device
+import pandas as pd
 import pytest
 from saes import LAYER, random_sae
-from test_on_device import TEXT, host, same, there
+from test_on_device import TEXT, home, host, there
 
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.sae.collecting import collect
@@ -17,7 +18,11 @@ from writesae_study.evaluations.substitution import Substitution
 from writesae_study.experiment.terms import Terms
 from writesae_study.known.board import board
 
-__all__ = ["host", "there"]  # fixtures
+__all__ = ["home", "host", "there"]  # fixtures
+
+
+def same(one: pd.DataFrame, other: pd.DataFrame) -> None:
+    pd.testing.assert_frame_equal(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_terms_of_a_collection(host: HookedRecurrent, there: HookedRecurrent, tmp_path: Path) -> None:

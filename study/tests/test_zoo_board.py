@@ -261,9 +261,9 @@ def test_every_reader_scores_every_fact_in_the_bits_of_the_pairs(
 
 
 def test_the_page_of_reading_has_the_numbers_of_the_board() -> None:
-    docs = Path(__file__).parents[1] / "docs"
-    readings = cast(Any, read_sealed_json(docs / "zoo_states.json"))["readings"]
-    table = (docs / "reading.md").read_text().split("## On equal terms")[1].split("##")[0]
+    study = Path(__file__).parents[1]
+    readings = cast(Any, read_sealed_json(study / "docs" / "zoo_states.json"))["readings"]
+    table = (study.parent / "docs" / "reading.md").read_text().split("## On equal terms")[1].split("##")[0]
     head, _, *lines = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("|")]
     assert head[1:] == [f"`{reading['model']}`" for reading in readings]
     for name, *cells in lines:

@@ -1,20 +1,24 @@
 """Commands that the study adds to `writesae`. Loads no torch."""
 
+from writesae.cli import Command
+
 COMMANDS = {
-    "eval": (
+    "eval": Command(
         "Evaluate trained dictionaries: one evaluation by name, or all.",
         "writesae_study.evaluate:run_eval",
     ),
-    "report": (
+    "report": Command(
         "Write one page from saved results.",
+        "writesae_study.evaluate:Report.run",
         "writesae_study.evaluate:Report",
     ),
-    "reproduce": (
+    "reproduce": Command(
         "The paper's whole table for a model: train, evaluate and report, as a workflow.",
-        "writesae_study.reproduce.command:Reproduce",
+        "writesae_study.reproduce.command:run_reproduce",
     ),
-    "zoo": (
+    "zoo": Command(
         "Measure what dictionaries find in models whose mechanism is known.",
+        "writesae_study.zoo:Zoo.run",
         "writesae_study.zoo:Zoo",
     ),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,11 @@ from typing import TYPE_CHECKING, Literal, get_type_hints
 
 import tyro
 
-from writesae.choices import OnText
-from writesae.cli import choose, parse, parse_with
-from writesae.files import check_page, check_saes, folder_labels, run_folder, sae_folders, taken
-from writesae.settings import settings_of
+from writesae.cli import choose, parse
+from writesae.files import folder_labels, sae_folders, taken
+from writesae.flags import OnText
 from writesae_study.evaluations import ASKED, EVALUATIONS
+from writesae_study.folders import check_page, check_saes, run_folder
 
 if TYPE_CHECKING:
     from writesae_study.experiment.evaluation import Evaluation, Result
@@ -177,9 +178,12 @@ def run_eval(arguments: Sequence[str]) -> Path:
     if kind == "all":
         everything = parse(EvalAll, program, arguments[1:])
         return evaluate(everything.subjects, everything.evaluations(), resume=everything.resume)
-    settings = settings_of(f"writesae_study.evaluations.{kind}", ASKED[kind].class_name)
-    subjects, values = parse_with(Subjects, settings, program, arguments[1:])
-    return evaluate(subjects, [EVALUATIONS[kind].from_dict(vars(values))], single=True)
+    # One parser for the flags of both, each of which may come anywhere.
+    both = {"subjects": Subjects, "evaluation": EVALUATIONS[kind]}
+    about = {"__doc__": "\n\n".join(str(inspect.getdoc(each)) for each in both.values())}
+    parts = [(name, tyro.conf.OmitArgPrefixes[each]) for name, each in both.items()]
+    parsed = parse(dataclasses.make_dataclass("Eval", parts, namespace=about), program, arguments[1:])
+    return evaluate(parsed.subjects, [parsed.evaluation], single=True)
 
 
 def evaluate(

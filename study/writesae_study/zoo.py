@@ -57,8 +57,8 @@ class Zoo:
         """
         from hookpoints import zoo
         from hookpoints.files import atomic_text, sealed_json, versions
-        from writesae.dictionaries import quiet
         from writesae.page.template import environment
+        from writesae.training import quiet
         from writesae_study.known.board import board, readings
 
         for name in self.models:

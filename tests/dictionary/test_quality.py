@@ -22,9 +22,9 @@ from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.sae import WriteProductSAE, WriteProductSAEConfig
 from sae_lens_writesae.sae.runner import training_config
 from sae_lens_writesae.sae.target import HeadHook
-from writesae.dictionaries import quiet
 from writesae.dictionary.quality import DictionaryQuality, dictionary_quality, head_effects, qualities
 from writesae.experiment.lab import Lab
+from writesae.training import quiet
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 

@@ -15,9 +15,9 @@ from hookpoints import HookedRecurrent
 from hookpoints import embedded as shipped
 from page.planted_atoms import SMALL, N, T, empty_sae, planted_sae
 from sae_lens_writesae.sae import WriteTopKSAE
+from writesae.flags import Prompt
 from writesae.page.atoms import AtomPagesData, write_atom_pages
 from writesae.page.prompt import PromptServer
-from writesae.show import Prompt
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def folder(embedded: HookedRecurrent, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[PromptServer]:
     """The prompt page, served."""
-    with Prompt(sae=folder, port=0).server() as serving:
+    with PromptServer(Prompt(sae=folder, port=0)) as serving:
         thread = threading.Thread(target=serving.serve_forever)
         thread.start()
         yield serving

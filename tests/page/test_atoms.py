@@ -23,7 +23,9 @@ from hookpoints import HookedRecurrent, Recurrence, embedded
 from page.planted_atoms import HEAD, HOOK, LAYER, SMALL, T, empty_sae, matrix, places
 from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.sae import WriteTopKSAE
+from writesae.cli import parse
 from writesae.dictionary.quality import dictionary_quality
+from writesae.flags import Show
 from writesae.page.atoms import AtomPagesData, write_atom_pages
 from writesae.page.atoms.collect import memory
 from writesae.page.atoms.data import TokenValue
@@ -294,22 +296,27 @@ def test_atoms_that_are_zero_have_no_page(model: HookedRecurrent, tokens: Tensor
         SMALL.collect(model, silent, tokens, progress=False)
 
 
+def show(*arguments: object) -> str:
+    """What `writesae show` prints."""
+    return run_show(parse(Show, "writesae show", [str(each) for each in arguments]))
+
+
 def test_the_command_writes_pages_from_folders(planted: WriteTopKSAE, tmp_path: Path) -> None:
     for name in ("one", "other"):
         planted.save_model(str(tmp_path / name / "sae"))
     (tmp_path / "text.txt").write_text(embedded.text("test")[:3000])
     flags = ["--text", tmp_path / "text.txt", "--context-size", 48, "--n-atoms", 2, "--no-quality"]
-    said = run_show([str(each) for each in (tmp_path, *flags, "--out", tmp_path / "out")])  # finds both folders
+    said = show(tmp_path, *flags, "--out", tmp_path / "out")  # finds both folders
     for line, name in zip(said.splitlines(), ("one", "other"), strict=True):
         assert line == str(tmp_path / "out" / name / "index.html") and Path(line).is_file()
         info = json.loads((tmp_path / "out" / name / "data.json").read_text())["info"]
         assert info["quality"] is None and info["settings"]["n_atoms"] == 2
     flags += ["--min-firings", 999, "--optional", "--out", tmp_path]
-    reason = run_show([str(each) for each in (tmp_path / "one", *flags)])
+    reason = show(tmp_path / "one", *flags)
     assert "999" in Path(reason).read_text()
     (tmp_path / "latin.txt").write_bytes(b"na\xefve")
     with pytest.raises(ValueError, match=r"latin\.txt"):
-        run_show([str(tmp_path / "one"), "--text", str(tmp_path / "latin.txt"), "--out", str(tmp_path)])
+        show(tmp_path / "one", "--text", tmp_path / "latin.txt", "--out", tmp_path)
 
 
 @pytest.mark.parametrize("tokenizer", [range(10), None])

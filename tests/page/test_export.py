@@ -13,10 +13,11 @@ from hookpoints import HookedRecurrent
 from hookpoints import embedded as shipped
 from page.planted_atoms import SMALL
 from sae_lens_writesae.sae import WriteTopKSAE
+from writesae.flags import AtomSettings, Export
 from writesae.page.atoms import AtomPagesData, collect
 from writesae.page.atoms.export import neuronpedia_batch
 from writesae.page.atoms.measure import AtomFacts
-from writesae.show import Export
+from writesae.show import run_export
 
 _INTS = ("feature_index", "n_prompts_total", "n_tokens_in_prompt")
 _LISTS = (
@@ -75,5 +76,7 @@ def test_what_no_other_tool_shows_is_not_measured(
         monkeypatch.setattr(collect, name, lambda *_: pytest.fail("was measured"))
     planted.save_model(tmp_path / "sae")
     (text := tmp_path / "text.txt").write_text(shipped.text("test")[:3000])
-    export = Export(sae=tmp_path / "sae", text=text, context_size=48, out=tmp_path / "out")
-    assert export.run(SMALL, progress=False) == tmp_path / "out/batch-0.json"
+    export = Export(
+        sae=tmp_path / "sae", text=text, context_size=48, out=tmp_path / "out", atoms=AtomSettings(**vars(SMALL))
+    )
+    assert run_export(export) == str(tmp_path / "out/batch-0.json")

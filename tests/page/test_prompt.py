@@ -19,8 +19,8 @@ from sae_lens.saes.sae import SAEMetadata
 from hookpoints import HookedRecurrent, read_memory
 from page.planted_atoms import HEAD, LAYER
 from sae_lens_writesae.sae import WriteProductSAE, WriteProductSAEConfig
+from writesae.flags import Prompt
 from writesae.page.prompt import MAX_BYTES, MAX_TOKENS, PromptServer, held_shares, read_shares
-from writesae.show import Prompt
 
 
 def ask(server: PromptServer, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
@@ -87,7 +87,7 @@ def test_facts_are_those_of_the_state_at_each_token(embedded: HookedRecurrent, t
     words = {"words": [f"<b>{atom}" for atom in range(8)], "correlations": [1.0] * 8, "sizes": [1.0] * 8}
     sae.cfg.metadata.labels = {"keys": words, "values": words}
     sae.save_model(tmp_path / "sae")
-    with Prompt(sae=tmp_path / "sae", port=0).server() as server:
+    with PromptServer(Prompt(sae=tmp_path / "sae", port=0)) as server:
         reading: Any = server.read(text, LAYER, HEAD)
         other: Any = server.read(text, LAYER, HEAD - 1)
         picture = str(server.explain(text, "", "", 390)["svg"])
@@ -155,7 +155,7 @@ def test_the_length_that_a_request_claims_is_no_order(server: PromptServer, leng
 def test_connections_that_come_at_once_wait_to_be_accepted(folder: Path) -> None:
     """More than five, which is Python's default: those beyond are reset."""
     with ExitStack() as opened:
-        busy = opened.enter_context(Prompt(sae=folder, port=0).server())  # accepts none yet
+        busy = opened.enter_context(PromptServer(Prompt(sae=folder, port=0)))  # accepts none yet
         for _ in range(60):
             opened.enter_context(socket.create_connection(busy.server_address[:2], timeout=2))
 
@@ -163,6 +163,6 @@ def test_connections_that_come_at_once_wait_to_be_accepted(folder: Path) -> None
 def test_bad_input_ends_before_a_model_is_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HookedRecurrent, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises(ValueError, match="none"):
-        Prompt(sae=folder / "none").server()
+        PromptServer(Prompt(sae=folder / "none"))
     with socket.create_server(("127.0.0.1", 0)) as busy, pytest.raises(OSError):
-        Prompt(sae=folder, port=busy.getsockname()[1]).server()
+        PromptServer(Prompt(sae=folder, port=busy.getsockname()[1]))

@@ -1,16 +1,10 @@
-"""A check makes comparisons, and ships broken products that it must catch."""
+"""A check makes comparisons. Broken products that checks must catch are rows of `tools/mutants/definitions.toml`."""
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from operator import attrgetter
 from pathlib import Path
-from types import CodeType
 from typing import NamedTuple
 
 import pandas as pd
@@ -18,15 +12,6 @@ import torch
 
 REFUSED = "refused by name"
 """An error of this project, or of the operating system, that names the folder."""
-
-
-class Change(NamedTuple):
-    """Text of one function of the product that is replaced, wherever it occurs there."""
-
-    function: str
-    """``module:name``."""
-    old: str
-    new: str
 
 
 class Comparison(NamedTuple):
@@ -58,8 +43,6 @@ class Check:
     section: str
     run: Callable[[Path, int], Iterator[Comparison]]
     """Called with an empty folder and a number of rounds; its docstring says what is done and compared."""
-    broken: Mapping[str, Sequence[Change]]
-    """Products that the check must catch."""
     few: int
     """Rounds in the test suite."""
     many: int
@@ -70,48 +53,20 @@ class Check:
     def name(self) -> str:
         return self.run.__name__
 
-    def catches(self, broken: str, work: Path) -> bool:
-        """Whether a comparison fails with that broken product, or it raises what the product as it is does not."""
-        with breaking(self.broken[broken]):
-            both = (each for n in (self.few, self.many) for each in self.run(work / str(n), n))
-            try:
-                return any(not each.holds() for each in both)
-            except Exception:
-                return True
-
 
 CHECKS: list[Check] = []
 
 
 def check(
-    section: str, broken: Mapping[str, Sequence[Change]], few: int = 1, many: int = 1, slow: bool = False
+    section: str, few: int = 1, many: int = 1, slow: bool = False
 ) -> Callable[[Callable[[Path, int], Iterator[Comparison]]], Callable[[Path, int], Iterator[Comparison]]]:
     """Add a function to ``CHECKS``."""
 
     def add(run: Callable[[Path, int], Iterator[Comparison]]) -> Callable[[Path, int], Iterator[Comparison]]:
-        CHECKS.append(Check(section, run, broken, few, many, slow))
+        CHECKS.append(Check(section, run, few, many, slow))
         return run
 
     return add
-
-
-@contextmanager
-def breaking(changes: Sequence[Change]) -> Iterator[None]:
-    """In this scope the product is the broken one. Code objects are replaced, so that every name of a function has the
-    change."""
-    with ExitStack() as undo:
-        for target in dict.fromkeys(change.function for change in changes):
-            module, _, name = target.partition(":")
-            function = inspect.unwrap(attrgetter(name)(importlib.import_module(module)))
-            source = textwrap.dedent(inspect.getsource(function))
-            for _, old, new in (change for change in changes if change.function == target):
-                assert old in source, f"{target} has no {old!r}"
-                source = source.replace(old, new)
-            made = compile(source, inspect.getfile(function), "exec", dont_inherit=True).co_consts
-            (code,) = [x for x in made if isinstance(x, CodeType) and x.co_name == function.__name__]
-            undo.callback(setattr, function, "__code__", function.__code__)
-            function.__code__ = code
-        yield
 
 
 def outcome(act: Callable[..., object], *args: object, says: str = "") -> object:

@@ -13,19 +13,17 @@ from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
-from made_up import HOLDS, made_up
 from saes import make_sae
 from safetensors.torch import load_file
 from sealing import damages, reseal
 from tiny_models import make_hf
 
 from hookpoints import HookedRecurrent, embedded
-from reliability.checks import REFUSED, Change, Comparison, check, outcome
+from reliability.checks import REFUSED, Comparison, check, outcome
 from reliability.runs import fresh
 from sae_lens_writesae.sae.collecting import collect
 from sae_lens_writesae.sae.factors import Collection
 from sae_lens_writesae.sae.load import load_sae
-from writesae_study.evaluations import load_result
 
 Contents = dict[str, object]
 TEXT = "The state of the Union — 12 years, naïve"
@@ -65,15 +63,6 @@ def read_collection(folder: Path) -> Contents:
     return {"tokens": found.tokens, **{str(each): found.rows(*each) for each in heads}}
 
 
-def make_result(folder: Path) -> None:
-    made_up(HOLDS, label="mine", scales=("matched",), n_sequences=6).save(folder)
-
-
-def read_result(folder: Path) -> Contents:
-    found = load_result(folder)
-    return {"evaluation": found.evaluation, "info": {**found.info, "seconds": 0}, **found.tables}
-
-
 class Kind(NamedTuple):
     """What is saved in a folder."""
 
@@ -85,15 +74,15 @@ KINDS = {
     "model": Kind(make_model, read_model),
     "dictionary": Kind(make_dictionary, read_dictionary),
     "collection": Kind(make_collection, read_collection),
-    "result": Kind(make_result, read_result),
 }
-FILE = "hookpoints.files:SealedFolder.file"
 
 
-def _damaged(kind: str) -> Callable[[Path, int], Iterator[Comparison]]:
+def damaged(name: str, kind: Kind) -> Callable[[Path, int], Iterator[Comparison]]:
+    """What a check runs: a folder of that name, damaged."""
+
     def run(work: Path, rounds: int) -> Iterator[Comparison]:
-        make, read = KINDS[kind]
-        folder = work / kind
+        make, read = kind
+        folder = work / name
         make(folder)
         whole, names = read(folder), sorted(file.name for file in folder.iterdir() if not file.name.startswith("."))
         for what in damages(folder, names, rounds):
@@ -101,17 +90,16 @@ def _damaged(kind: str) -> Callable[[Path, int], Iterator[Comparison]]:
             yield Comparison(what, REFUSED if got == REFUSED else whole, got)
         yield Comparison("not damaged any more", whole, outcome(read, folder))
 
-    run.__name__ = f"damaged_{kind}"
+    run.__name__ = f"damaged_{name}"
     run.__doc__ = (
-        f"A folder of a {kind} with one bit flipped, cut short, with two files swapped, or with an entry of its seal "
+        f"A folder of a {name} with one bit flipped, cut short, with two files swapped, or with an entry of its seal "
         "dropped or renamed. It is refused by name, or what is read is the same."
     )
     return run
 
 
-for _kind in KINDS:
-    _off = {"SHA-256 is not compared": [Change(FILE, "got != expected", "False")]}
-    check("Damaged folders", _off, few=60, many=220)(_damaged(_kind))
+for _name, _kind in KINDS.items():
+    check("Damaged folders", few=60, many=220)(damaged(_name, _kind))
 
 
 def _asked(work: Path, act: Callable[..., object], *args: object) -> str:
@@ -134,20 +122,7 @@ def _rewrite(file: Path, **fields: object) -> None:
     reseal(file.parent)
 
 
-LOADING = "hookpoints.model.loading"
-
-
-@check(
-    "Folders from strangers",
-    {
-        "`trust_remote_code=False` is missing where a model is loaded": [
-            Change(f"{LOADING}:_model", '{"trust_remote_code": False}', "{}")
-        ],
-        "`trust_remote_code=False` is missing where a tokenizer is loaded": [
-            Change(f"{LOADING}:_tokenizer", ", trust_remote_code=False", "")
-        ],
-    },
-)
+@check("Folders from strangers")
 def code(work: Path, rounds: int) -> Iterator[Comparison]:
     """`auto_map` of a model, or of a tokenizer, names a module in the folder, and transformers has no such class. The
     model is refused by name, or loaded without the tokenizer; nothing is run and nobody is asked."""
@@ -164,12 +139,7 @@ def code(work: Path, rounds: int) -> Iterator[Comparison]:
         yield Comparison(file, expected, _asked(work, read_model, folder))
 
 
-@check(
-    "Folders from strangers",
-    {
-        "weights are read from pickles": [Change(f"{LOADING}:_model", '"use_safetensors": True, ', "")],
-    },
-)
+@check("Folders from strangers")
 def pickles(work: Path, rounds: int) -> Iterator[Comparison]:
     """The weights of a model are a pickle. It is refused by name."""
     make_model(folder := work / "model")
@@ -179,14 +149,7 @@ def pickles(work: Path, rounds: int) -> Iterator[Comparison]:
     yield Comparison("weights", REFUSED, _asked(work, read_model, folder))
 
 
-@check(
-    "Folders from strangers",
-    {
-        "an index of weights may name any file": [
-            Change(f"{LOADING}:_check_files", "if elsewhere := sorted(set(shards.values()) - names)", "if False")
-        ],
-    },
-)
+@check("Folders from strangers")
 def claims(work: Path, rounds: int) -> Iterator[Comparison]:
     """An index names weights outside of its folder. It is refused by what it claims, before it is believed."""
     make_model(folder := work / "index")

@@ -1,4 +1,4 @@
-"""Kills while results, collections and dictionaries are written."""
+"""Kills while collections and dictionaries are written."""
 
 from __future__ import annotations
 
@@ -15,36 +15,23 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from saes import planted
 from tqdm.auto import tqdm
 
 import writesae
 from hookpoints import HookedRecurrent
 from hookpoints.files import CHECKSUMS
-from reliability.checks import Change, Comparison, check, outcome
-from reliability.folders import read_dictionary, read_result
+from reliability.checks import Comparison, check, outcome
+from reliability.folders import read_dictionary
 from reliability.runs import fresh
 from sae_lens_writesae.sae import fast
 from sae_lens_writesae.sae.collecting import collect
 from sae_lens_writesae.sae.factors import INDEX
-from writesae.dictionaries import Train
-from writesae.files import taken
-from writesae_study.dictionary.suite import evaluate_all
-from writesae_study.evaluations import EVALUATIONS
+from writesae.flags import Train
+from writesae.training import run_train
 
 PRODUCT = Path(writesae.__file__).parents[1]
 Write = Callable[[HookedRecurrent, Path], object]
-
-
-def results(model: HookedRecurrent, folder: Path) -> None:
-    """Two evaluations of a dictionary, resuming what is there."""
-    rows = torch.randint(1, 64, (12, 40), generator=torch.Generator().manual_seed(3))
-    small: dict[str, dict[str, Any]] = {"multistep": {"n_atoms": 4, "firings_per_atom": 2, "n_steps": 3}}
-    small["install"] = {"pairs": 3, "prompt_tokens": 7, "n_positions": 3, "new_tokens": 3}
-    some = [EVALUATIONS[kind](**settings) for kind, settings in small.items()]
-    with taken(folder, say=lambda _: None):
-        saes = {"a": planted(model, rows)}
-        evaluate_all(some, model, saes, rows, folder, resume=True, progress=False, say=lambda _: None)
+Contents = Callable[[Path], dict[str, object]]
 
 
 def dictionaries(model: HookedRecurrent, folder: Path) -> None:
@@ -55,7 +42,8 @@ def dictionaries(model: HookedRecurrent, folder: Path) -> None:
     collect(model, rows, [1], [0, 1], collected, targets=("write", "state"), batch_size=8, shard_bytes=100_000)
     sizes: dict[str, Any] = {"d_sae": 16, "k": 2, "training_tokens": 1024, "train_batch_size_tokens": 64}
     with patch.object(fast, "SAVE_SECONDS", -1.0):
-        Train(collection=collected, out=folder / "saes", targets=("write", "state"), **sizes).run(lambda line: None)
+        flags = Train(collection=collected, out=folder / "saes", targets=("write", "state"), **sizes)
+        run_train(flags, lambda line: None)
 
 
 def contents(folder: Path) -> dict[str, object]:
@@ -65,9 +53,7 @@ def contents(folder: Path) -> dict[str, object]:
         name = str(file.relative_to(folder))
         if any(part.startswith(".") or part == "checkpoint" for part in Path(name).parts):  # of what is not finished
             continue
-        if file.name == "info.json":
-            found[name] = read_result(file.parent)
-        elif file.name == "cfg.json":
+        if file.name == "cfg.json":
             found[name] = read_dictionary(file.parent)
         elif file.name.startswith("shard-") or file.name == INDEX:
             found[name] = file.read_bytes()
@@ -76,7 +62,7 @@ def contents(folder: Path) -> dict[str, object]:
     return found
 
 
-def _read_back(what: str, folder: Path, whole: dict[str, object]) -> Iterator[Comparison]:
+def _read_back(what: str, folder: Path, whole: dict[str, object], contents: Contents) -> Iterator[Comparison]:
     """What is there, compared with the same of the whole result; nothing where nothing is there."""
     got = outcome(contents, folder)
     if got:
@@ -119,7 +105,9 @@ class _Killer:
             sys.setprofile(None)
 
 
-def _kills(write: Write) -> Callable[[Path, int], Iterator[Comparison]]:
+def kills(write: Write, contents: Contents) -> Callable[[Path, int], Iterator[Comparison]]:
+    """What a check runs: kills while something is written, and what is there then."""
+
     def run(work: Path, rounds: int) -> Iterator[Comparison]:
         model, counter = fresh(), _Killer()
         counter.run(write, model, work / "whole")
@@ -133,7 +121,7 @@ def _kills(write: Write) -> Callable[[Path, int], Iterator[Comparison]]:
                 finally:
                     os._exit(0)
             os.waitpid(process, 0)
-            yield from _read_back(f"after a kill at call {at}", folder, whole)
+            yield from _read_back(f"after a kill at call {at}", folder, whole, contents)
             outcome(write, model, folder)
             yield Comparison(f"finished after a kill at call {at}", whole, outcome(contents, folder))
             shutil.rmtree(folder)
@@ -147,29 +135,4 @@ def _kills(write: Write) -> Callable[[Path, int], Iterator[Comparison]]:
     return run
 
 
-FILE, FOLDER = "hookpoints.files:atomic_write", "hookpoints.files:atomic_folder"
-IN_PLACE = {
-    results: {
-        "results are written in place": [
-            Change(FOLDER, "aside / target.name", "target"),
-            Change(FOLDER, "written.mkdir()", "written.mkdir(exist_ok=True)"),
-            Change(FOLDER, 'target.rename(aside / "earlier")', "pass"),
-            Change(FOLDER, "written.rename(target)", "pass"),
-        ]
-    },
-    dictionaries: {
-        "files are written in place": [
-            Change(FILE, "write(written)", "write(target)"),
-            Change(FILE, "os.replace(written, target)", "pass"),
-            Change(FILE, "_sync(written)", "pass"),
-        ],
-        "dictionaries are written in place": [
-            Change(FOLDER, "aside / target.name", "target"),
-            Change(FOLDER, "written.mkdir()", "written.mkdir(exist_ok=True)"),
-            Change(FOLDER, 'target.rename(aside / "earlier")', "pass"),
-            Change(FOLDER, "written.rename(target)", "pass"),
-        ],
-    },
-}
-for _write, _broken in IN_PLACE.items():
-    check("Kills", _broken, few=2, many=60, slow=True)(_kills(_write))
+check("Kills", few=2, many=60, slow=True)(kills(dictionaries, contents))

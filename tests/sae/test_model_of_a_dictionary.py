@@ -17,7 +17,7 @@ from hookpoints.errors import InputError, OtherModelWarning
 from sae_lens_writesae import HookedSAERecurrent, collect, load_sae, train, training_config
 from sae_lens_writesae.sae.load import model_of
 from writesae.cli import main
-from writesae_study.evaluations.sign import Sign
+from writesae.experiment.lab import Lab
 
 SIZES: dict[str, Any] = {"d_sae": 8, "sae": {"k": 2}, "training_tokens": 64, "train_batch_size_tokens": 32}
 LAYER, HEAD = 1, 1
@@ -76,7 +76,7 @@ def test_a_dictionary_finds_its_model_from_anywhere(
     [
         lambda model, sae: model.run_with_saes(torch.arange(1, 9)[None], saes=[sae]),
         lambda model, sae: attribute(torch.arange(1, 9)[None], model, [5], measure=1, targets=1, saes=[sae]),
-        lambda model, sae: Sign(n_positions=2).run(model, sae, torch.arange(1, 49).view(2, 24), progress=False),
+        lambda model, sae: Lab(model, {"": sae}, torch.arange(1, 49).view(2, 24)),
     ],
 )
 def test_calls_warn_of_other_weights(
@@ -109,9 +109,9 @@ def test_commands_refuse_other_weights_unless_asked(
     changed = shutil.copytree(zoo.path("recall-rwkv7"), tmp_path / "recall")
     few = ["--model", str(changed), "--sequences", "2", "--context-size", "16", "--out", str(tmp_path / "out")]
     sae = str(folder / "sae")
-    for command in (["eval", "sign", "--n-positions", "2"], ["show"], ["export"]):
+    for command in ("show", "export"):
         with pytest.raises(SystemExit):
-            main([*command, sae, *few])
+            main([command, sae, *few])
         assert "error: sae: expected a dictionary of the weights of" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["prompt", str(changed), "--sae", sae, "--port", "0"])

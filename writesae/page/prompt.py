@@ -14,7 +14,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partialmethod
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import cast
 
 import torch
@@ -25,6 +24,7 @@ from sae_lens_writesae.sae import WriteProductSAE
 from sae_lens_writesae.sae.load import load_sae, model_of
 from sae_lens_writesae.sae.target import HeadHook, check_hook
 from writesae.files import sae_folders
+from writesae.flags import Prompt
 from writesae.head.writes import head_writes
 from writesae.page.atoms.text import TokenTexts, short, visible
 from writesae.page.template import environment
@@ -59,6 +59,13 @@ def held_shares(recurrence: Recurrence) -> torch.Tensor:
     return shares / states.square().sum((1, 2))[:, None].clamp_min(1e-30)
 
 
+def run_prompt(flags: Prompt) -> None:
+    """Serve until interrupted. Raises what `PromptServer` raises."""
+    with PromptServer(flags) as server, suppress(KeyboardInterrupt):
+        print(f"open http://127.0.0.1:{server.server_port} in a browser; Ctrl-C ends", flush=True)
+        server.serve_forever()
+
+
 class PromptServer(ThreadingHTTPServer):
     """The page of a model, and of dictionaries of its heads if a folder has some: the first of each head, by the names
     of their folders. Answers on several connections, one of which reads at a time.
@@ -71,18 +78,18 @@ class PromptServer(ThreadingHTTPServer):
     request_queue_size = 128
     """Connections that wait to be accepted; more are reset."""
 
-    def __init__(self, model: str | None, sae: Path | None, dtype: str, port: int, other_model: bool = False) -> None:
-        found = [] if sae is None else [load_sae(folder) for folder in reversed(sae_folders(sae))]
+    def __init__(self, flags: Prompt) -> None:
+        found = [] if flags.sae is None else [load_sae(folder) for folder in reversed(sae_folders(flags.sae))]
         self.saes = {HeadHook.of(each).cell: each for each in found}
         self.lock = threading.Lock()
         self.graph: Graph | None = None
         """Of the text that was explained last."""
-        super().__init__(("127.0.0.1", port), _Handler)  # a taken port ends this before a model loads
+        super().__init__(("127.0.0.1", flags.port), _Handler)  # a taken port ends this before a model loads
         try:
-            name = model if model or found else "embedded"
-            self.model = model_of(found, name, dtype=dtype, other_model=other_model)
+            name = flags.model if flags.model or found else "embedded"
+            self.model = model_of(found, name, dtype=flags.dtype, other_model=flags.other_model)
             for each in found:
-                check_hook(self.model, HeadHook.of(each).name, each.cfg, f"the SAE in {sae}")
+                check_hook(self.model, HeadHook.of(each).name, each.cfg, f"the SAE in {flags.sae}")
         except BaseException:
             self.server_close()
             raise
@@ -185,13 +192,13 @@ class _Handler(BaseHTTPRequestHandler):
     server: PromptServer  # type: ignore[assignment]
     timeout = 60
 
-    def _page(self, nonce: str) -> str:
+    def page(self, nonce: str) -> str:
         cfg = self.server.model.cfg
         hooks = [HeadHook.of(sae) for sae in reversed(self.server.saes.values())]
         shown = {"model": cfg.model_name, "heads": {layer: cfg.layer(layer).H for layer in cfg.recurrent_layers}}
         return environment().get_template("prompt.html").render(shown, hooks=hooks, nonce=nonce, most=MAX_TOKENS)
 
-    def _reading(self, _: str) -> str:
+    def reading(self, _: str) -> str:
         length = int(self.headers["Content-Length"])
         if not 0 <= length <= MAX_BYTES:
             raise ValueError(f"request: expected 0 to {MAX_BYTES} bytes, got {length}; send a shorter text")
@@ -206,7 +213,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return json.dumps(server.made_of(layer, head, position))
             return json.dumps(server.read(str(asked["text"]), int(asked["layer"]), int(asked["head"])))
 
-    def _answer(self, paths: tuple[str, ...], content: Callable[[_Handler, str], str]) -> None:
+    def answer(self, paths: tuple[str, ...], content: Callable[[_Handler, str], str]) -> None:
         """Send what `content` makes of a nonce. A request is refused if it names another host than this server, comes
         from a page of another site, or asks for another path than one of `paths`."""
         hosts = [f"{name}:{self.server.server_address[1]}" for name in ("127.0.0.1", "localhost")]
@@ -236,8 +243,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(body.encode())
 
-    do_GET = partialmethod(_answer, ("/",), _page)
-    do_POST = partialmethod(_answer, ("/read", "/explain", "/write"), _reading)
+    do_GET = partialmethod(answer, ("/",), page)
+    do_POST = partialmethod(answer, ("/read", "/explain", "/write"), reading)
 
     def log_message(self, format: str, *args: object) -> None:
         """Log nothing: texts are private."""

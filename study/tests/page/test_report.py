@@ -16,13 +16,13 @@ import pytest
 from made_up import CONFOUNDED, FAILS, HOLDS, NO_EFFECT, made_up
 
 from writesae.page.format import percent
-from writesae.page.template import control_rows, markdown
+from writesae.page.template import markdown
 from writesae_study.evaluations import EVALUATIONS, load_result
 from writesae_study.evaluations.sign import Sign
 from writesae_study.evaluations.substitution import Substitution
 from writesae_study.experiment.evaluation import Result
 from writesae_study.page import report
-from writesae_study.page.report import find_results, in_order, write_report
+from writesae_study.page.report import control_rows, find_results, in_order, write_report
 from writesae_study.verdict.finding import Finding, said
 from writesae_study.verdict.paper import PAPER_CLAIMS
 

@@ -12,8 +12,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from writesae.settings import class_constants, definitions
-
 if TYPE_CHECKING:
     from writesae_study.experiment.evaluation import Evaluation, Result
 
@@ -33,12 +31,16 @@ def _asked() -> dict[str, Asked]:
     """What each evaluation asks, by its kind: in the order of the paper's claims, then by name."""
     asked: dict[str, Asked] = {}
     for file in sorted(Path(__file__).parent.glob("[!_]*.py")):
-        for name, definition in definitions(f"{__name__}.{file.stem}").items():
-            constants = class_constants(definition) if isinstance(definition, ast.ClassDef) else {}
-            if question := constants.get("question"):
+        for definition in ast.parse(file.read_text(encoding="utf-8")).body:
+            constants: dict[str, ast.expr] = {}
+            for each in definition.body if isinstance(definition, ast.ClassDef) else ():
+                if isinstance(each, ast.AnnAssign) and each.value is not None:
+                    constants[ast.unparse(each.target)] = each.value
+            if isinstance(definition, ast.ClassDef) and "question" in constants:
+                question = ast.literal_eval(constants["question"])
                 answers = ast.literal_eval(constants.get("answers", ast.Tuple([])))
                 of_head = "scope" in constants and ast.unparse(constants["scope"]) == "Scope.HEAD"
-                asked[file.stem] = Asked(name, ast.literal_eval(question), answers, not of_head)
+                asked[file.stem] = Asked(definition.name, question, answers, not of_head)
     # Questions of this project, which answer no claim, come last.
     return dict(sorted(asked.items(), key=lambda entry: min(entry[1].answers, default=99)))
 

@@ -19,11 +19,12 @@ from typing import cast
 import pandas as pd
 
 from hookpoints.files import atomic_text, atomic_write, finish
-from writesae.files import GENERATOR, Json, check_page
+from writesae.files import GENERATOR, Json
 from writesae.page.template import environment
 from writesae_study.dictionary.controls import Answer, answers
 from writesae_study.evaluations import EVALUATIONS, load_result
 from writesae_study.experiment.evaluation import Result
+from writesae_study.folders import check_page
 from writesae_study.verdict.figures import Row, intervals
 from writesae_study.verdict.finding import Figure, Finding, said
 from writesae_study.verdict.paper import PAPER_CLAIMS

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 import tyro
 
 from writesae.cli import parse
-from writesae.dictionaries import check_text
 from writesae.files import check_settings, check_writable
 from writesae_study.reproduce.config import SMALL, WRITTEN, ReproduceConfig
 from writesae_study.reproduce.published import run_published
@@ -29,6 +28,11 @@ if TYPE_CHECKING:
     from hookpoints import HookedRecurrent
 
 _HERE = Path(__file__).parent
+
+
+def run_reproduce(arguments: Sequence[str]) -> None:
+    """`writesae reproduce`, with what follows `--` for Snakemake."""
+    Reproduce.from_arguments(arguments).run()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +79,7 @@ class Reproduce:
         from hookpoints import HookedRecurrent, default_device
         from hookpoints.files import atomic_text, read_json
         from sae_lens_writesae.sae.factors import model_hash
+        from writesae.collecting import check_text
         from writesae.dictionary.traits import sparsity_fields
         from writesae_study.evaluate import EvalAll, Subjects
 

@@ -29,8 +29,8 @@ class ReproduceConfig:
     targets: tuple[Target, ...] = ("write", "state")
     """What dictionaries are trained on, side by side. The first one is looked at most closely."""
     losses: tuple[Literal["reads", "write"], ...] = ("reads", "write")
-    """Further dictionaries of states, whose loss mixes in what queries read, or atoms' alignment with writes; for the
-    comparison of objectives. None is trained where states are no target."""
+    """Further dictionaries of states, whose loss mixes in what queries read, or atoms' alignment with writes. None is
+    trained where states are no target."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of the first target's dictionaries; other targets take the first seed."""
     variants: tuple[str, ...] = (

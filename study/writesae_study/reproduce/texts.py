@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from writesae.dictionaries import documents, enough
+from writesae.collecting import documents, enough
 from writesae_study.reproduce.config import ReproduceConfig
 
 if TYPE_CHECKING:

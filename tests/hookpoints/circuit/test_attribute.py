@@ -182,18 +182,18 @@ def test_edges_are_measured_by_runs_with_that_side_changed(
         assert abs(found) > 1e-8
 
 
-def test_an_edge_goes_exactly_through_the_norm_of_its_head(hooked64: HookedRecurrent) -> None:
-    """In every family, of any change of a side: what a run hands on in which the port alone is another, times the
+def test_an_edge_goes_exactly_through_the_norm_of_its_head(ruled64: HookedRecurrent) -> None:
+    """With every rule, of any change of a side: what a run hands on in which the port alone is another, times the
     gradient there."""
-    if not hooked64.attachment.layout.is_chain:
+    if not ruled64.attachment.layout.is_chain:
         pytest.skip("its blocks are no chain along one residual stream")
-    tracer: Any = attribute(SEQUENCE, hooked64, [5], against=9, measure=3, targets=0).tracer
-    layer = hooked64.cfg.recurrent_layers[-1]
+    tracer: Any = attribute(SEQUENCE, ruled64, [5], against=9, measure=3, targets=0).tracer
+    layer = ruled64.cfg.recurrent_layers[-1]
     name = f"blocks.{layer}.mixer.hook_z"
     at_z = tracer.gradients.handed_on[layer]
     reads = tracer.gradients.reads[layer]
-    _, cache = hooked64.run_with_cache(SEQUENCE, names_filter=name)
-    node = Node("write", layer, hooked64.cfg.layer(layer).H - 1, 13)
+    _, cache = ruled64.run_with_cache(SEQUENCE, names_filter=name)
+    node = Node("write", layer, ruled64.cfg.layer(layer).H - 1, 13)
     through = tracer.blocks.through(node, at_z)
     ports = ports_of(node, tracer.blocks.text.recurrences[layer], reads)
     assert {"value", "key", "gate"} <= {port.name for port in ports}
@@ -211,8 +211,8 @@ def test_an_edge_goes_exactly_through_the_norm_of_its_head(hooked64: HookedRecur
             at.copy_(value)
             return x
 
-        with torch.no_grad(), hooked64.hooks([(hook, put)]):
-            _, edited = hooked64.run_with_cache(SEQUENCE, names_filter=name)
+        with torch.no_grad(), ruled64.hooks([(hook, put)]):
+            _, edited = ruled64.run_with_cache(SEQUENCE, names_filter=name)
         expected = float(((cache[name] - edited[name]) * at_z).sum())
         assert float(port.effects(taken, through)) == pytest.approx(expected, rel=1e-6, abs=1e-10), port.name
         sizes.append(abs(expected))
@@ -470,28 +470,28 @@ def atoms(name: str) -> list[Any]:
 
 
 @pytest.mark.parametrize(("kind", "corrupt"), [("state", None), ("write", OTHER)], ids=["state", "write"])
-def test_writes_and_states_are_taken_apart(hooked64: HookedRecurrent, kind: Any, corrupt: Tensor | None) -> None:
+def test_writes_and_states_are_taken_apart(ruled64: HookedRecurrent, kind: Any, corrupt: Tensor | None) -> None:
     """Predictions add up to the gradient's, and a part does what an edit by hand does."""
-    layout = hooked64.attachment.layout
+    layout = ruled64.attachment.layout
     if not layout.is_chain or layout.first_block_feeds_all:
         pytest.skip("its blocks are no chain along one residual stream")
-    layer = hooked64.cfg.recurrent_layers[-1]
-    shape = hooked64.cfg.layer(layer)
+    layer = ruled64.cfg.recurrent_layers[-1]
+    shape = ruled64.cfg.layer(layer)
     head = shape.H - 1
     name = f"blocks.{layer}.mixer.heads.{head}.hook_write"
     sae: Any = Atoms(name.replace("write", f"{kind}_vec"), shape.K * shape.V)
-    graph = attribute(SEQUENCE, hooked64, [5], against=9, corrupt=corrupt, saes=[sae], measure=3, targets=0)
+    graph = attribute(SEQUENCE, ruled64, [5], against=9, corrupt=corrupt, saes=[sae], measure=3, targets=0)
     edges = graph.edges[graph.edges.port == "part"]
     position = graph.nodes[graph.nodes.node_id.isin(edges.source)].position.unique().item()
     assert {*edges.target} == {Node(kind, layer, head, position).node_id}
-    r = hooked64.recurrence(SEQUENCE, layer)
-    assert kind == "write" or position == largest_read(hooked64, layer, head) - r.read_before_write
-    gradient = gradient_at(hooked64, name)[0]
+    r = ruled64.recurrence(SEQUENCE, layer)
+    assert kind == "write" or position == largest_read(ruled64, layer, head) - r.read_before_write
+    gradient = gradient_at(ruled64, name)[0]
     tracer: Any = graph.tracer
     for at in (position, 9):
         node = Node(kind, layer, head, at)
         table, _ = atoms_of(tracer, sae, node)
-        wholes = [matrix_at(hooked64, text, node) for text in (SEQUENCE, corrupt)]
+        wholes = [matrix_at(ruled64, text, node) for text in (SEQUENCE, corrupt)]
         weights = sae.encode(wholes[0].flatten()) - sae.encode(wholes[1].flatten())
         taken = {f"atom {row}": weights[row] * sae.W_dec[row] for row in range(1, 6)}
         taken["state"] = wholes[0] - wholes[1]
@@ -500,8 +500,8 @@ def test_writes_and_states_are_taken_apart(hooked64: HookedRecurrent, kind: Any,
         assert len(parts) == 7 - (corrupt is not None)  # a bias is the same in both
         for row in table[table.feature_type.isin(["atom", "state"])].itertuples():
             matrix = taken[str(row.node_id).partition(" ")[2]].view_as(gradient[at])
-            with torch.no_grad(), hooked64.hooks(taking(r, node, matrix)):
-                left = float(difference(hooked64(SEQUENCE)))
+            with torch.no_grad(), ruled64.hooks(taking(r, node, matrix)):
+                left = float(difference(ruled64(SEQUENCE)))
             assert row.measured == pytest.approx(tracer.runs.plain - left, abs=1e-9) and row.measured
 
 

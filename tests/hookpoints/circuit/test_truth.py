@@ -105,10 +105,10 @@ def test_an_untrained_model_has_no_sufficient_writes() -> None:
 
 
 def test_the_largest_atom_of_the_state_is_the_asked_fact() -> None:
-    """Of 24 texts of four facts; with more pairs a state, of twelve texts of eight. Shuffled channels find none."""
+    """Of twelve texts of four facts; with more pairs a state, of twelve of eight. Shuffled channels find none."""
     model = HookedRecurrent.from_pretrained("facts")
     pairs: Any = load_sae(zoo.path("facts") / "pairs")
-    assert sum(asked_fact(model, pairs, seed, 4) for seed in range(11, 35)) >= 23
+    assert sum(asked_fact(model, pairs, seed, 4) for seed in range(11, 23)) >= 11
     pairs.cfg.n_pairs = 16
     assert sum(asked_fact(model, pairs, seed, 8) for seed in range(11, 23)) == 12
     for side in (pairs.key_atoms, pairs.value_atoms):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import MAKERS, VOCAB, KeepFloat64, hooked_in_float64, make_hf
+from tiny_models import EACH_RULE, MAKERS, VOCAB, KeepFloat64, hooked_in_float64, make_hf
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -31,18 +31,24 @@ def at(table, layer: int, head: int, position: int) -> float:
     return value
 
 
-@pytest.mark.parametrize("corrupt", [None, OTHER], ids=["deleted", "replaced"])
-@pytest.mark.parametrize("frozen", [False, True])
-def test_a_write_goes_exactly_through_recurrence_and_norm(
-    hooked64: HookedRecurrent, corrupt: Tensor | None, frozen: bool
-) -> None:
+def test_a_write_goes_exactly_through_recurrence_and_norm(hooked64: HookedRecurrent) -> None:
     """What an edited run hands on, times the gradient there, in every family."""
-    model = hooked64
+    assert_exact(hooked64, predicted(hooked64))
+
+
+@pytest.mark.parametrize(("corrupt", "frozen"), [(None, True), (OTHER, False), (OTHER, True)])
+def test_the_same_of_another_write_and_a_fixed_norm(
+    ruled64: HookedRecurrent, corrupt: Tensor | None, frozen: bool
+) -> None:
+    assert_exact(ruled64, predicted(ruled64, corrupt, frozen), corrupt, frozen)
+
+
+def predicted(model: HookedRecurrent, corrupt: Tensor | None = None, frozen: bool = False) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("error", PredictionWarning)
         table = write_attribution(model, SEQUENCE, metric, corrupt=corrupt, frozen=frozen)
     assert len(table) == SEQUENCE.shape[1] * sum(model.cfg.layer(layer).H for layer in model.cfg.recurrent_layers)
-    assert_exact(model, table, corrupt, frozen)
+    return table
 
 
 def assert_exact(model: HookedRecurrent, table: Any, corrupt: Tensor | None = None, frozen: bool = False) -> None:
@@ -70,34 +76,45 @@ def assert_exact(model: HookedRecurrent, table: Any, corrupt: Tensor | None = No
     assert largest > 1e-9
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-def test_blocks_of_a_long_text_run_again(
-    hooked: HookedRecurrent, monkeypatch: pytest.MonkeyPatch, frozen: bool
-) -> None:
-    """The same gradients, in every family, also where weights are trained; and hooks and weights are as before."""
-    further = ("hook_embed",)
-    kept = read_gradients(hooked, SEQUENCE, metric, frozen, further)
+def test_blocks_of_a_long_text_run_again(hooked: HookedRecurrent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every family, also where weights are trained; and hooks and weights are as before."""
+    kept = gradients_of(hooked, False)
     monkeypatch.setattr(nodes, "_LONG", 8)
     hooked.requires_grad_()
     try:
-        again = read_gradients(hooked, SEQUENCE, metric, frozen, further)
+        assert_same(gradients_of(hooked, False), kept)
         assert all(weight.requires_grad for weight in hooked.hf_model.parameters())
     finally:
         hooked.requires_grad_(False)
-    for plain, rerun in zip(kept, again):
-        for name, gradient in plain.items():
-            torch.testing.assert_close(rerun[name], gradient, rtol=1e-5, atol=1e-8)
     assert not any(point.fwd_hooks for point in hooked.hook_dict.values())
 
 
+@pytest.mark.parametrize("model_type", EACH_RULE)
+def test_blocks_with_fixed_norms_run_again(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = HookedRecurrent.from_hf(make_hf(model_type), self_check=False)
+    kept = gradients_of(model, True)
+    monkeypatch.setattr(nodes, "_LONG", 8)
+    assert_same(gradients_of(model, True), kept)
+
+
+def gradients_of(model: HookedRecurrent, frozen: bool) -> Any:
+    return read_gradients(model, SEQUENCE, metric, frozen, ("hook_embed",))
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    for one, other in zip(found, expected):
+        for name, gradient in other.items():
+            torch.testing.assert_close(one[name], gradient, rtol=1e-5, atol=1e-8)
+
+
 @pytest.mark.parametrize("corrupt", [None, OTHER], ids=["deleted", "replaced"])
-def test_first_order_is_a_derivative(hooked64: HookedRecurrent, corrupt: Tensor | None) -> None:
+def test_first_order_is_a_derivative(ruled64: HookedRecurrent, corrupt: Tensor | None) -> None:
     """A write that moves a little toward nothing, or toward that of the other text, takes off its share."""
-    table = write_attribution(hooked64, SEQUENCE, metric, through=None, corrupt=corrupt)
-    layers = hooked64.cfg.recurrent_layers
-    for layer, head, position in ((layers[0], hooked64.cfg.layer(layers[0]).H // 2, 3), (layers[-1], 0, 20)):
+    table = write_attribution(ruled64, SEQUENCE, metric, through=None, corrupt=corrupt)
+    layers = ruled64.cfg.recurrent_layers
+    for layer, head, position in ((layers[0], ruled64.cfg.layer(layers[0]).H // 2, 3), (layers[-1], 0, 20)):
         texts = (SEQUENCE,) if corrupt is None else (SEQUENCE, corrupt)
-        own, *other = (hooked64.recurrence(text, layer).write(head, position)[0, 0, 0] for text in texts)
+        own, *other = (ruled64.recurrence(text, layer).write(head, position)[0, 0, 0] for text in texts)
         change = own - other[0] if other else own
 
         def moved(step, layer=layer, head=head, position=position, change=change):
@@ -106,7 +123,7 @@ def test_first_order_is_a_derivative(hooked64: HookedRecurrent, corrupt: Tensor 
 
             name = f"blocks.{layer}.mixer.heads.{head}.hook_write"
             with torch.no_grad():
-                return float(metric(hooked64.run_with_hooks(SEQUENCE, fwd_hooks=[(name, hook)])))
+                return float(metric(ruled64.run_with_hooks(SEQUENCE, fwd_hooks=[(name, hook)])))
 
         slope = (moved(-1e-4) - moved(1e-4)) / 2e-4
         assert at(table, layer, head, position) == pytest.approx(slope, rel=1e-3, abs=1e-7)

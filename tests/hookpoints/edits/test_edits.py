@@ -13,7 +13,7 @@ from tiny_models import VOCAB, continuing, make_hf
 from torch.testing import assert_close
 
 from hookpoints import EditSession, HookedRecurrent, WriteEdit
-from hookpoints.errors import EditError, HookpointsError, UnsupportedModelError
+from hookpoints.errors import EditError, HookpointsError
 from hookpoints.memory.caches import cut, tensors_of
 from hookpoints.model.inputs import cache_argument, cache_of
 
@@ -140,7 +140,6 @@ def test_rows_below_the_edit_run_once(model, sequence):
         (lambda: WriteEdit(1, 0, 1, torch.ones(2, 8), torch.ones(3, 6)), EditError, "share their rank"),
         (lambda: WriteEdit(1, 0, 1, torch.ones(8), torch.ones(6), mode="delete"), EditError, "takes no keys"),
         (lambda: WriteEdit(1, 7, 1, mode="delete"), EditError, "layer 1 has heads 0 to 3"),
-        (lambda: WriteEdit(3, 0, 1, mode="delete"), UnsupportedModelError, "layer 3 .*recurrent layers are"),
         (lambda: WriteEdit(1, 0, 1, torch.ones(6), torch.ones(8)), EditError, r"keys .* must be \[R,8\]"),
         (lambda: WriteEdit(1, 0, 99, mode="delete"), EditError, "position 99"),
         (lambda: [WriteEdit(1, 0, 4, mode="delete")] * 2, EditError, "position 4"),

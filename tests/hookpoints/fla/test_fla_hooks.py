@@ -67,6 +67,11 @@ def _hooked64(request):
         return HookedRecurrent.from_hf(make_fla(request.param).double())
 
 
+@pytest.fixture(scope="module")
+def _ruled64(_hooked64):
+    return _hooked64
+
+
 @pytest.fixture(scope="module", params=[*MODEL_TYPES, *HYBRIDS])
 def model(request):
     return make_fla("gla", **HYBRIDS[request.param]) if request.param in HYBRIDS else make_fla(request.param)

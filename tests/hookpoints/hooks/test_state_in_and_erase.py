@@ -102,10 +102,10 @@ def setting(model, t, value):
 
 
 @torch.no_grad()
-def test_a_state_that_is_set_is_as_a_cache_that_is_set(hooked64):
+def test_a_state_that_is_set_is_as_a_cache_that_is_set(ruled64):
     """In one pass over all tokens, while tokens are decoded, in generation, and by hand in the cache."""
-    layer, t, of_fla = hooked64.cfg.recurrent_layers[-1], 20, is_fla(hooked64.hf_model)
-    shape = hooked64.cfg.layer(layer)
+    layer, t, of_fla = ruled64.cfg.recurrent_layers[-1], 20, is_fla(ruled64.hf_model)
+    shape = ruled64.cfg.layer(layer)
     head = min(1, shape.H - 1)
     name = f"blocks.{layer}.mixer.heads.{head}.hook_state_in"
     state = normal(0, 2, 1, shape.K, shape.V)
@@ -115,45 +115,45 @@ def test_a_state_that_is_set_is_as_a_cache_that_is_set(hooked64):
         native = native.view(native.shape[0], shape.H, *native.shape[-2:])  # Mamba-1's knows no heads
         (native.mT if shape.rule in VALUE_FIRST[of_fla] else native)[:, head] = state[:, 0]
 
-    expected = passes(hooked64, layer, [t, 1, 1, 1, 1], by_hand)
-    assert not torch.allclose(expected[0][:, t:], passes(hooked64, layer, [24])[0][:, t:], rtol=0, atol=1e-3)
-    all_heads = hooked64.recurrence(SEQUENCE, layer).states(positions=t - 1).clone()
+    expected = passes(ruled64, layer, [t, 1, 1, 1, 1], by_hand)
+    assert not torch.allclose(expected[0][:, t:], passes(ruled64, layer, [24])[0][:, t:], rtol=0, atol=1e-3)
+    all_heads = ruled64.recurrence(SEQUENCE, layer).states(positions=t - 1).clone()
     all_heads[:, :, head] = state  # the others are set to what they are
     # Upstream rounds otherwise in one pass; and logits are rounded by the layers above.
     for hook, value, lengths, atol in (
         (name, state, [t - 2, 1, 1, 1, 1, 1, 1], 1e-10),
         (name.replace(f"heads.{head}.", ""), all_heads, [24], 1e-8),
     ):
-        with hooked64.hooks([(hook, setting(hooked64, t, value))]):
-            found = passes(hooked64, layer, lengths)
+        with ruled64.hooks([(hook, setting(ruled64, t, value))]):
+            found = passes(ruled64, layer, lengths)
         assert_close(found[0], expected[0], rtol=0, atol=1e-8)
         assert_close(found[1:], expected[1:], rtol=0, atol=atol)
-    with hooked64.hooks([(name, setting(hooked64, t + 1, 5 * state))]):
-        out = hooked64.generate(SEQUENCE[:, :t], max_new_tokens=3, do_sample=False)
-        assert_close(hooked64(out)[:, t - 1 : -1].argmax(-1), out[:, t:])
+    with ruled64.hooks([(name, setting(ruled64, t + 1, 5 * state))]):
+        out = ruled64.generate(SEQUENCE[:, :t], max_new_tokens=3, do_sample=False)
+        assert_close(ruled64(out)[:, t - 1 : -1].argmax(-1), out[:, t:])
 
 
 @torch.no_grad()
-def test_a_token_without_write_decay_and_erase_is_as_if_it_were_not_there(hooked64):
+def test_a_token_without_write_decay_and_erase_is_as_if_it_were_not_there(ruled64):
     """The recurrence over the other tokens' factors alone, to the last digits: in a prompt, and among tokens that
     continue a cache. And an edited b is computed as the recurrence with that b."""
-    layer, gone = hooked64.cfg.recurrent_layers[-1], (12, 22)
+    layer, gone = ruled64.cfg.recurrent_layers[-1], (12, 22)
     mixer, others = f"blocks.{layer}.mixer.", torch.tensor([t for t in range(24) if t not in gone])
-    r = hooked64.recurrence(SEQUENCE, layer)
+    r = ruled64.recurrence(SEQUENCE, layer)
     rest = r.replace(**{name: x[:, others] for name, x in over_time(r)})
     hooks = [mixer + name for name in ("hook_write_value", "hook_log_decay", "hook_erase_a")]
-    hooks = [(name, setting(hooked64, t, 0)) for name in hooks if name in hooked64.hook_dict for t in gone]
+    hooks = [(name, setting(ruled64, t, 0)) for name in hooks if name in ruled64.hook_dict for t in gone]
     assert len(hooks) == 2 * (1 + (r.log_decay is not None) + (r.b is not None))
-    with hooked64.hooks(hooks):
+    with ruled64.hooks(hooks):
         for lengths in ([24], [20, 1, 1, 1, 1]):
-            _, states, reads = passes(hooked64, layer, lengths)
+            _, states, reads = passes(ruled64, layer, lengths)
             assert_close(reads[:, others], rest.outputs(method="reference"), **EXACT)
             assert_close(states[:, others], rest.states(method="reference"), **EXACT)
             assert_close(states[:, gone], states[:, [t - 1 for t in gone]], **EXACT)
-    assert (mixer + "hook_erase_b" in hooked64.hook_dict) is (r.b is not None)
+    assert (mixer + "hook_erase_b" in ruled64.hook_dict) is (r.b is not None)
     if r.b is not None:
         b = r.b.index_copy(1, torch.tensor([9]), normal(0, *r.b[:, :1].shape) / r.K)
-        with hooked64.hooks([(mixer + "hook_erase_b", setting(hooked64, 9, b[:, 9:10]))]):
-            _, states, _ = passes(hooked64, layer, [24])
+        with ruled64.hooks([(mixer + "hook_erase_b", setting(ruled64, 9, b[:, 9:10]))]):
+            _, states, _ = passes(ruled64, layer, [24])
         assert_close(states, r.replace(b=b).states(method="reference"), **EXACT)
         assert not torch.allclose(states, r.states(), rtol=0, atol=1e-6)

@@ -109,7 +109,7 @@ def test_longer_than_attention_was_made_for(model):
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        (3, r"layer 3 of \S+ has no recurrence and so no writes; .*\[0, 1, 2\]"),
+        (3, r"layer 3 of \S+ has no recurrence and so no writes; .*recurrent layers are \[0, 1, 2\]"),
         (9, "layer 9 is out of range"),
         (-1, "-1"),
     ],

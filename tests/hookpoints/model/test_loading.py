@@ -83,16 +83,9 @@ def test_a_checkpoint_that_is_not_whole_is_refused_by_name(checkpoint, change, n
         loading.load(str(checkpoint))
 
 
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("model.safetensors.index.json", '{"weight_map": {"a": "../model.safetensors"}}'),
-        ("config.json", '{"model_type": "qwen3_5_text", "hidden_size": "many"}'),
-    ],
-)
-def test_a_broken_file_is_named(checkpoint, name, text):
-    (checkpoint / name).write_text(text)
-    with pytest.raises(UnsupportedModelError, match=name):
+def test_a_broken_configuration_is_named(checkpoint):
+    (checkpoint / "config.json").write_text('{"model_type": "qwen3_5_text", "hidden_size": "many"}')
+    with pytest.raises(UnsupportedModelError, match=r"config\.json"):
         loading.load(str(checkpoint))
 
 

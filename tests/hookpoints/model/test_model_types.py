@@ -59,11 +59,11 @@ def test_hooks_fire_with_their_shapes(hooked, tokens):
 
 
 @torch.no_grad()
-def test_edits_are_exact_in_prefill_and_session(hooked64):
+def test_edits_are_exact_in_prefill_and_session(ruled64):
     """The first and the last recurrent layer; the first token or one in the middle, the last, and all. Nine terms are
     added up as a matrix."""
-    sequence, session = SEQUENCE, hooked64.edit_session(SEQUENCE)
-    first, *_, last = hooked64.cfg.recurrent_layers
+    sequence, session = SEQUENCE, ruled64.edit_session(SEQUENCE)
+    first, *_, last = ruled64.cfg.recurrent_layers
     for layer, position, mode, rank in (
         (first, 0, "delete", 0),
         (first, 40, "replace", 9),
@@ -72,36 +72,36 @@ def test_edits_are_exact_in_prefill_and_session(hooked64):
         (last, 40, "add", 2),
         (last, None, "delete", 0),
     ):
-        edit = edit_of(hooked64, layer, position, rank, mode=mode)
-        expected = by_hand(hooked64, sequence, edit)
-        unread = position == 40 and hooked64.recurrence(sequence, layer).read_before_write
+        edit = edit_of(ruled64, layer, position, rank, mode=mode)
+        expected = by_hand(ruled64, sequence, edit)
+        unread = position == 40 and ruled64.recurrence(sequence, layer).read_before_write
         assert torch.allclose(expected, session.logits, rtol=0, atol=1e-6) is bool(unread)
-        with hooked64.edits(edit):
-            assert_close(hooked64(sequence), expected, **EXACT)
+        with ruled64.edits(edit):
+            assert_close(ruled64(sequence), expected, **EXACT)
         run = session.run([[], edit])
         assert_close(run.logits[1], expected[0, run.start :], **EXACT)
         assert_close(run.logits[0], session.logits[0, run.start :], **EXACT)
 
 
 @torch.no_grad()
-def test_edits_are_exact_in_generation(hooked64):
+def test_edits_are_exact_in_generation(ruled64):
     """In the prompt, among generated tokens, everywhere; each generated token is the full run's."""
     how = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     for position in (10, 21, None):
-        edit = edit_of(hooked64, hooked64.cfg.recurrent_layers[0], position)
-        out = hooked64.generate(SEQUENCE[:, :20], edits=edit, **how)
-        whole = by_hand(hooked64, out.sequences, edit)
+        edit = edit_of(ruled64, ruled64.cfg.recurrent_layers[0], position)
+        out = ruled64.generate(SEQUENCE[:, :20], edits=edit, **how)
+        whole = by_hand(ruled64, out.sequences, edit)
         assert_close(torch.stack(out.logits, 1).double(), whole[:, 19:-1], rtol=0, atol=1e-6)
         assert_close(whole[0, 19:-1].argmax(-1), out.sequences[0, 20:])
 
 
 @torch.no_grad()
-def test_loops_differ_only_where_there_is_an_erase(hooked64):
-    layer, runs = hooked64.cfg.recurrent_layers[0], {}
+def test_loops_differ_only_where_there_is_an_erase(ruled64):
+    layer, runs = ruled64.cfg.recurrent_layers[0], {}
     for loop in ("closed", "open"):
-        with hooked64.edits(edit_of(hooked64, layer, 12, loop=loop)):
-            runs[loop] = hooked64(SEQUENCE)
-    erases = hooked64.recurrence(SEQUENCE, layer).b is not None
+        with ruled64.edits(edit_of(ruled64, layer, 12, loop=loop)):
+            runs[loop] = ruled64(SEQUENCE)
+    erases = ruled64.recurrence(SEQUENCE, layer).b is not None
     assert torch.allclose(runs["closed"], runs["open"], rtol=0, atol=1e-6 if erases else 0) is not erases
 
 

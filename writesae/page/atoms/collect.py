@@ -19,8 +19,9 @@ from torch.nn.functional import normalize
 from hookpoints import HookedRecurrent
 from writesae.dictionary.quality import qualities
 from writesae.experiment.firings import Integers
+from writesae.flags import AtomSettings
 from writesae.page.atoms import data, parts
-from writesae.page.atoms.measure import AtomFacts, AtomSettings, Trace
+from writesae.page.atoms.measure import AtomFacts, Trace
 from writesae.page.atoms.text import short
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, cast
 
@@ -18,62 +17,15 @@ from torch.nn.functional import normalize
 from hookpoints import HookedRecurrent, Recurrence
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae.losses import read_queries
-from writesae.choices import at_least
 from writesae.experiment.firings import Integers, picked, sample_firings
 from writesae.experiment.lab import EditedRows, Lab, Trial
+from writesae.flags import AtomSettings
 from writesae.page.atoms.text import TokenTexts
 
 TERMS = 4
 """Most singular terms of an atom that are shown."""
 STEP = 0.05
 """Step of the central difference, in norms of the native write; its error falls with the square of the step."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AtomSettings:
-    """What is shown of each atom, and from how many firings; every setting is written to the data.
-
-    Raises:
-        ValueError: a setting is out of range; the message names the setting and its value.
-    """
-
-    atoms: tuple[int, ...] | None = None
-    """A hand-picked list instead of a draw."""
-    n_atoms: int | None = 100
-    """Atoms drawn uniformly from those with `min_firings`. None or 0: all of them."""
-    min_firings: int = 4
-    """An atom with fewer firings on the tokens has no page."""
-    top: int = 12
-    """Contexts with the largest activations. A firing that another context already shows is left out."""
-    bands: int = 4
-    """Equal shares of the firings, by activation, from which further contexts are drawn."""
-    per_band: int = 3
-    """Contexts drawn from each band."""
-    before: int = 24
-    """Tokens shown before a firing."""
-    after: int = 10
-    """Tokens shown after it."""
-    n_tokens: int = 10
-    """Tokens listed at each end of the key side and of the value side."""
-    half_life_firings: int = 10
-    """Firings of an atom after which its write and what the head reads of it are followed."""
-    half_life_limit: int = 128
-    """Longest half-life that is measured, in tokens."""
-    effect_firings: int = 3
-    """Firings of an atom at which its effect on the logits is measured. 0: not measured."""
-    effect_horizon: int = 16
-    """Effects are averaged over t..t+effect_horizon, both included."""
-    quality: bool = True
-    """Measure the dictionary as a whole; it can take longer than all atoms together."""
-    seed: int = 0
-    """Seed of all draws."""
-    label: str = ""
-    """Name of the dictionary on the pages; by default the head and the target."""
-
-    def __post_init__(self) -> None:
-        positive = ("min_firings", "top", "bands", "n_tokens", "half_life_firings", "half_life_limit")
-        may_be_zero = ("effect_horizon", "n_atoms", "per_band", "before", "after", "effect_firings")
-        at_least(self, {**dict.fromkeys(positive, 1), **dict.fromkeys(may_be_zero, 0)})
 
 
 class Trace(NamedTuple):

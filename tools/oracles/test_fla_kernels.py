@@ -1,27 +1,24 @@
 """hookpoints' recurrences against fla's own Triton kernels, which an environment of its own has run in an interpreter.
 
-    HOOKPOINTS_ORACLE=FOLDER pytest tests/hookpoints/fla/test_fla_kernels.py
+    HOOKPOINTS_ORACLE=FOLDER pytest tools/oracles
 
-FOLDER is made by ``tests/oracles/fla_interpreted.py`` (``.ci/fla`` does both). There is no family that the interpreter
+FOLDER is made by ``tools/oracles/fla_interpreted.py`` (``.ci/fla`` does both). There is no family that the interpreter
 cannot run.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import fla_models
 import pytest
-from safetensors.torch import load_file
-
-sys.path.append(str(Path(__file__).parents[2] / "oracles"))
 from compare import ALL, errors_of, relative
+from safetensors.torch import load_file
 
 NAMED = os.environ.get("HOOKPOINTS_ORACLE")
 FOLDER = Path(NAMED or "")
-pytestmark = pytest.mark.skipif(not NAMED, reason="HOOKPOINTS_ORACLE names no folder of tests/oracles")
+pytestmark = pytest.mark.skipif(not NAMED, reason="HOOKPOINTS_ORACLE names no folder of tools/oracles")
 
 
 @pytest.mark.parametrize("family", ALL)

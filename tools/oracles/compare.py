@@ -1,6 +1,6 @@
 """hookpoints against fla's own kernels: how far apart, by family.
 
-    python tests/oracles/compare.py FOLDER
+    python tools/oracles/compare.py FOLDER
 
 FOLDER is where ``fla_interpreted.py`` left what the kernels gave. Prints a JSON object, family -> schedule -> errors.
 """
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-sys.path.append(str(Path(__file__).parents[1]))
+sys.path.append(str(Path(__file__).parents[2] / "tests"))
 from families import FAMILIES, OPS, SCHEDULES, make, passes, simple_gla_call
 from fla_cpu import import_fla
 from safetensors.torch import load_file

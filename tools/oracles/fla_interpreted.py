@@ -1,6 +1,6 @@
 """Run fla's own Triton kernels on a CPU, in Triton's interpreter, and save what they give.
 
-    python tests/oracles/fla_interpreted.py FOLDER [family ...]
+    python tools/oracles/fla_interpreted.py FOLDER [family ...]
 
 For an environment of its own, with torch, transformers, fla and triton; ``test_fla_kernels.py`` compares hookpoints
 with what is saved, in an environment without triton. Writes one safetensors file per family: its weights, and after

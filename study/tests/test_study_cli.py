@@ -1,0 +1,284 @@
+"""The commands that the study adds, as a user meets them: help, misspelt names, wrong settings, missing folders."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from saes import make_sae
+from sealing import reseal
+from test_cli import (
+    COUNTS,
+    HEAD,
+    TINY,
+    assert_full_lines,
+    assert_interrupted,
+    assert_listed,
+    assert_missing_is_named,
+    assert_no_torch,
+    assert_one_error,
+    assert_timed,
+    folders,
+    one_model,
+    run,
+    sae_folder,
+)
+
+from hookpoints import HookedRecurrent
+from hookpoints import embedded as shipped
+from writesae.cli import COMMANDS as OF_THE_PRODUCT
+from writesae.cli import main
+from writesae.files import sae_folders
+from writesae_study.commands import COMMANDS
+from writesae_study.evaluate import EvalAll, Subjects
+from writesae_study.evaluations import ASKED, EVALUATIONS, load_result
+from writesae_study.experiment.evaluation import Evaluation, Scope
+from writesae_study.folders import run_folder
+
+__all__ = ["folders", "one_model", "sae_folder"]  # fixtures
+
+EACH_COMMAND = [[name] for name in COMMANDS if name != "eval"] + [["eval", kind] for kind in (*ASKED, "all")]
+
+
+def test_names_are_listed_with_the_products(capsys: pytest.CaptureFixture[str]) -> None:
+    assert not COMMANDS.keys() & OF_THE_PRODUCT.keys()
+    assert_listed(capsys, ["--help"], [*OF_THE_PRODUCT, *COMMANDS])
+    assert_listed(capsys, ["eval", "--help"], EVALUATIONS)
+
+
+def test_no_help_and_no_wrong_flag_loads_torch() -> None:
+    """Except of one evaluation, whose settings are those of its class."""
+    assert_no_torch([["eval", "all"], *EACH_COMMAND[: len(COMMANDS) - 1]], ["--help"], ["eval", "--help"])
+
+
+@pytest.mark.parametrize("command", EACH_COMMAND, ids=" ".join)
+def test_help_fills_its_lines(capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
+    assert_full_lines(capsys, *command)
+
+
+def test_what_is_asked_is_read_off_the_source_as_the_classes_have_it() -> None:
+    assert {kind: asked[1:] for kind, asked in ASKED.items()} == {
+        kind: (each.question, each.answers, each.scope is not Scope.HEAD) for kind, each in EVALUATIONS.items()
+    }
+    assert "nothing" not in EVALUATIONS and len(EVALUATIONS) == len(ASKED)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["eval", "substition"], "Did you mean 'substitution'"),
+        (["evl", "sign"], "Did you mean 'eval'"),
+        (["eval", "all", "[/nothing]"], "[/nothing]"),
+        (["eval", "sign", "[/nothing]"], "[/nothing]"),
+        (["eval", "sign"], "got none"),
+        (["eval", "sign", "--layer", "2"], "no model and no head"),
+        (["eval", "sign", "SAE", *HEAD], "folders of SAEs too"),
+        (["eval", "sign", *HEAD[:-1], "9"], "head 9 is out of range"),
+        (["eval", "substitution", *HEAD], "sign, install, bits need no dictionary"),
+        (["eval", "all", "SAE", "--set", "n_atoms=abc"], "'abc'"),
+        (["eval", "all", "SAE", "--set", "n_atms=5"], "nearest: n_atoms"),
+        (["eval", "all", "SAE", "--set", "n_atoms"], "FIELD=VALUE"),
+        (["eval", "all", "SAE", "--set", "foo=1"], "FIELD of seed, label, rows_per_run, n_atoms,"),
+        (["eval", "all", "SAE", "--set"], "FIELD of seed, label, rows_per_run, n_atoms,"),
+        (["eval", "all", "SAE", "--set", "sign.foo=1"], "n_positions"),
+        (["eval", "all", "SAE", "--set", "sgn.n_positions=1"], "substitution, partition"),
+        (["eval", "all", "SAE", "--set", "horizon=2.5"], "'2.5'"),
+        (["eval", "sign", "SAE", "SAE"], "same name"),
+        (["eval", "sign", "--saes", "SAE"], "saes has no flag, give the value alone"),
+        (["eval", "sign", "SAE", "--sequences", "-5"], "sequences"),
+        (["eval", "sign", "SAE", "--text", "[/nothing]"], "[/nothing]"),
+        (["eval", "substitution", "SAE", "--n-atoms", "0"], "n_atoms"),
+        (["eval", "substitution", "SAE", "--n-atoms", "abc"], "abc"),
+        (["eval", "substitution", "SAE", "--scales", "matched", "unit"], "unit"),
+        (["eval", "substitution", "SAE", "--horizon", "0"], "horizon"),
+        (["eval", "substitution", "SAE", "--horizn", "3"], "horizn"),
+        (["report", "[/nothing]"], "[/nothing]"),
+        (["reproduce", "--small", "--set", "foo=1"], "foo"),
+        (["reproduce", "--small", "--profile", "nowhere"], "nowhere"),
+        (["reproduce", "--model", "embedded", "--layers", "0", "--heads", "0"], "layer 0"),
+        (["reproduce", "--model", "embedded", "--layers", "2", "--heads", "9"], "heads 0 to 3"),
+        (["reproduce", "--model", "embedded", "--evaluations", "wrong"], "wrong"),
+        (["reproduce", "--model", str(shipped.path("embedded"))], "dataset"),
+        (["reproduce", "--small", "--architecture", "writesae_jumpreluu"], "nearest: writesae_jumprelu"),
+        (["zoo", "--models", "recall", "nosuch"], "got 'nosuch'"),
+        (["eval", "all"], "expected folders"),
+    ],
+    ids=lambda given: "" if isinstance(given, str) else " ".join(given),
+)
+def test_a_wrong_word_ends_before_any_work(
+    capsys: pytest.CaptureFixture[str], sae_folder: Path, tmp_path: Path, arguments: list[str], word: str
+) -> None:
+    assert_one_error(capsys, sae_folder, tmp_path, arguments, word)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["eval", "install", "SAE"], ["eval", "all", "SAE"], ["report", "SAE"], ["reproduce", "--small"], ["zoo"]],
+    ids=" ".join,
+)
+def test_an_interrupt_says_what_it_left(
+    capsys: pytest.CaptureFixture[str], sae_folder: Path, tmp_path: Path, arguments: list[str]
+) -> None:
+    assert_interrupted(capsys, sae_folder, tmp_path, arguments, resumes=arguments[0] == "reproduce")
+
+
+@pytest.mark.parametrize("arguments", [["eval", "sign", "nowhere"], ["report", "nowhere"]], ids=" ".join)
+def test_a_missing_folder_is_named_before_torch_is_loaded(arguments: list[str]) -> None:
+    assert_missing_is_named(*arguments)
+
+
+def test_dictionaries_of_two_models_are_refused(
+    capsys: pytest.CaptureFixture[str], sae_folder: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(sae_folder, tmp_path / "other"))
+    (other / "cfg.json").write_text((other / "cfg.json").read_text().replace('"embedded"', '"another"'))
+    reseal(other)
+    apart = run(capsys, "eval", "sign", sae_folder, other)
+    assert apart.status == 2 and "another, embedded" in apart.err
+
+
+def test_results_of_two_heads_stand_side_by_side(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    embedded: HookedRecurrent,
+    tmp_path: Path,
+) -> None:
+    """Dictionaries of one name, in folders apart, evaluated one after the other into the default folder."""
+    monkeypatch.chdir(tmp_path)
+    for place, head, seed in (("A/L2H1", 1, 0), ("B/L2H3", 3, 0), ("C/L2H1", 1, 1)):
+        hook = f"blocks.2.mixer.heads.{head}.hook_write_vec"
+        make_sae(embedded, d_sae=16, hook=hook, seed=seed).save_model(tmp_path / place / "write-seed0")
+    few = [*COUNTS, "--n-atoms", "1", "--firings-per-atom", "1", "--n-steps", "2", "--no-control-dictionaries"]
+    asked = ["eval", "multistep", *few]
+    for folder in ("A/L2H1", "B/L2H3"):
+        assert run(capsys, *asked, f"{folder}/write-seed0").status == 0
+    out = tmp_path / "writesae-out" / "eval"
+    labels = ["L2H1/write-seed0", "L2H3/write-seed0"]
+    saved = [load_result(out / "multistep" / label.replace("/", "-")) for label in labels]
+    assert [(result.label, result.info["head"]) for result in saved] == list(zip(labels, (1, 3)))
+    claims = json.loads((out / "report.json").read_text())["claims"]
+    assert {claim["label"] for claim in claims} == {*labels}
+    another = [*asked, "C/L2H1/write-seed0"]
+    refused = run(capsys, *another)
+    assert refused.status == 2 and "eval/multistep/L2H1-write-seed0: expected no result" in refused.err
+    assert "got one of other dictionaries; name another --out, or replace it (--replace)" in refused.err
+    assert run(capsys, *another, "--replace").status == 0
+
+
+SIGN = ["--n-positions", "2", "--no-control-dictionaries"]
+ONE_FIRING = ["--n-atoms", "1", "--firings-per-atom", "1", "--no-control-dictionaries", "--controls", "random"]
+
+
+@pytest.fixture(scope="module")
+def reproduced(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `reproduce` writes at tiny sizes, by the commands of its workflow."""
+    root = tmp_path_factory.mktemp("reproduced")
+    collection = ["--model", "embedded", "--layer", "2", "--heads", "0", "1", "--n-tokens", "1024"]
+    main(["collect", *collection, "--out", str(root / "collection")])
+    main(["train", "--collection", str(root / "collection"), *TINY, "--no-summary", "--out", str(root)])
+    main(["eval", "sign", str(root / "L2H0"), *COUNTS, *SIGN, "--out", str(root / "L2H0")])
+    return root
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["eval", "substitution", "FOLDER", "--collection", "FOLDER", *COUNTS, *ONE_FIRING], ["report", "FOLDER"]],
+    ids=lambda given: given[0],
+)
+def test_what_training_left_is_asked(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    embedded: HookedRecurrent,
+    reproduced: Path,
+    tmp_path: Path,
+    arguments: list[str],
+) -> None:
+    words = [str(reproduced) if each == "FOLDER" else each for each in arguments]
+    assert_timed(capsys, monkeypatch, embedded, [*words, "--out", str(tmp_path)], timed=arguments[0] == "eval")
+    assert (tmp_path / "report.html").is_file()
+
+
+def test_a_dictionary_away_from_its_run_is_asked(sae_folder: Path, tmp_path: Path) -> None:
+    """A folder further up that happens to be called a collection belongs to somebody else."""
+    (tmp_path / "collection").mkdir()
+    (tmp_path / "collection/index.json").write_text("{}")
+    alone = shutil.copytree(sae_folder, tmp_path / "a/b/sae")
+    main(["eval", "sign", str(alone), *COUNTS, *SIGN, "--out", str(tmp_path / "out")])
+    assert (tmp_path / "out/report.html").is_file()
+
+
+def test_a_question_about_a_head_is_asked_without_a_dictionary(tmp_path: Path) -> None:
+    main(["eval", "sign", *HEAD, *COUNTS, *SIGN, "--out", str(tmp_path / "one")])
+    main(["eval", "all", *HEAD, *COUNTS, *SIGN[2:], "--kinds", "substitution", "sign", "--out", str(tmp_path / "all")])
+    for folder in ("one", "all"):
+        (file,) = (tmp_path / folder).rglob("info.json")
+        assert file.parent == tmp_path / folder / "sign" / "L2H1" and load_result(file.parent).skipped is None
+        assert "L2H1" in (tmp_path / folder / "report.html").read_text()
+
+
+def test_the_collection_of_a_dictionary_is_that_of_its_run(folders: Path, tmp_path: Path) -> None:
+    """A folder further up that happens to have the name belongs to somebody else."""
+    for run_of in ("trained", "demo", "collected"):
+        saes = sae_folders(folders / run_of)
+        assert saes and {run_folder(sae) for sae in saes} == {(folders / run_of).resolve()}
+    (tmp_path / "collection").mkdir()
+    (tmp_path / "collection/index.json").write_text("{}")
+    alone = shutil.copytree(saes[0], tmp_path / "a/b/sae")
+    assert run_folder(alone) is None
+
+
+def test_settings_of_one_evaluation_are_flags(reproduced: Path) -> None:
+    (file,) = (reproduced / "L2H0" / "sign").glob("*/info.json")
+    assert load_result(file.parent).evaluation.to_dict()["n_positions"] == 2
+
+
+def test_a_report_is_written_where_its_results_are(
+    capsys: pytest.CaptureFixture[str], reproduced: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(reproduced / "L2H0", tmp_path / "results")
+    (info,) = (tmp_path / "results/sign").glob("*/info.json")
+    for named, page in (("results", "results/report.html"), (info.parent, "results/sign/report.html")):
+        assert run(capsys, "report", named).status == 0
+        assert (tmp_path / page).is_file()
+    assert "out: expected a page" in run(capsys, "report", "results", "results").err
+    assert [each.name for each in tmp_path.iterdir()] == ["results"] and load_result(info.parent)
+
+
+def test_a_report_has_what_other_evaluations_found(
+    capsys: pytest.CaptureFixture[str], sae_folder: Path, tmp_path: Path
+) -> None:
+    settings = ["--kinds", "sign", "multistep", "--set", "n_positions=2", "n_steps=99", "--no-control-dictionaries"]
+    done = run(capsys, "eval", "all", sae_folder, *settings, *COUNTS, "--out", tmp_path)
+    assert done.status == 2 and "multistep needs" in done.err
+    assert "sign" in (tmp_path / "report.html").read_text() and not (tmp_path / "multistep").exists()
+
+
+def test_a_single_evaluation_with_nothing_to_measure_is_an_error(
+    capsys: pytest.CaptureFixture[str], sae_folder: Path, tmp_path: Path
+) -> None:
+    done = run(capsys, "eval", "substitution", sae_folder, "--out", tmp_path, *COUNTS, "--atoms", "999")
+    assert done.status == 2 and "999" in done.err
+
+
+def test_evaluations_are_chosen_by_what_they_are_done_for() -> None:
+    def kinds(per: Literal["dictionary", "head", "layer"] | None) -> set[str]:
+        return {each.kind for each in EvalAll(subjects=Subjects(saes=()), per=per).evaluations()}
+
+    assert kinds("layer") == {"amplify"} and "amplify" in kinds("dictionary") - kinds("head")
+    assert kinds("dictionary") | kinds("head") == kinds(None) == set(EVALUATIONS)
+
+
+def test_settings_of_eval_all_reach_those_that_have_them() -> None:
+    def made(*pairs: str) -> dict[str, Evaluation]:
+        return {each.kind: each for each in EvalAll(subjects=Subjects(saes=()), seed=7, set=pairs).evaluations()}
+
+    evaluations = made("n_atoms=5", "n_codes=7")
+    assert list(evaluations) == list(EVALUATIONS)
+    for kind, evaluation in evaluations.items():
+        settings = evaluation.to_dict()
+        assert settings["seed"] == 7
+        assert settings.get("n_atoms", 5) == 5 and (kind != "substitution" or settings["n_codes"] == 7)
