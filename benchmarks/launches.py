@@ -34,7 +34,6 @@ from tables import table
 from hookpoints import HookedRecurrent, WriteEdit, embedded
 from sae_lens_writesae import collect, steer, train, train_on_writes, training_config
 from writesae import sample_sequences
-from writesae_study import Substitution
 
 TITLE = "Costs on a GPU, counted"
 QUICK = {"length": 32, "wide": False}
@@ -220,6 +219,8 @@ def of_collecting(seen: Any, few: int = 1, many: int = 3) -> Counts:
 def of_substitution(seen: Any, n_atoms: int = 10, deep: bool = False) -> Counts:
     """Of twenty firings of atoms of the embedded model's last layer; `deep`: a firing, the mean of those that there are
     at layer 9 of 24, narrow and random."""
+    from writesae_study import Substitution
+
     layer = LAYER
     model = HookedRecurrent.from_pretrained("embedded", device="npu", self_check=False)
     tokens = sample_sequences(model, embedded.text("test"), context_size=48, n_sequences=24)

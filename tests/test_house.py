@@ -16,6 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ALONE = "hookpoints/pyproject.toml"
 """Of the distribution that has hookpoints and no SAELens."""
+STUDY = "study/pyproject.toml"
 PACKAGES = ("hookpoints", "sae_lens_writesae", "writesae", "writesae_study")
 """Each knows only those before it."""
 HOMES = {"writesae_study": ROOT / "study"}
@@ -244,7 +245,7 @@ def test_hookpoints_knows_nothing_of_saelens():
 
 OF_COMMANDS = {"scipy", "matplotlib", "jinja2", "markdown_it", "tyro"}
 """What hooks and plugin may not import: commands and pages do."""
-OF_STUDY = {"sklearn", "pyarrow", "pydantic", "snakemake"}
+OF_STUDY = {"sklearn", "pyarrow", "snakemake"}
 """What the product may not import."""
 
 
@@ -253,6 +254,11 @@ def test_a_package_imports_nothing_that_only_those_above_it_need():
         package = name.split(".")[0]
         of_others = {"writesae_study": set(), "writesae": OF_STUDY}.get(package, OF_STUDY | OF_COMMANDS)
         assert not set(outside(MODULES[name])) & of_others, name
+
+
+def test_tests_of_the_product_import_no_study():
+    for file in (ROOT / "tests").rglob("*.py"):
+        assert "writesae_study" not in outside(file), file
 
 
 def outside(file: Path) -> list[str]:
@@ -304,7 +310,7 @@ def declared(file: str, *extras: str) -> set[str]:
 
 def test_every_package_that_is_imported_is_declared():
     whole = declared("pyproject.toml", "fla")
-    study = whole | declared("study/pyproject.toml")
+    study = whole | declared(STUDY)
     names = {"markdown_it": "markdown-it-py", "sklearn": "scikit-learn", "fla": "flash-linear-attention"}
     for name, file in MODULES.items():
         for top in {*outside(file)} - {*PACKAGES, *sys.stdlib_module_names}:
@@ -314,12 +320,10 @@ def test_every_package_that_is_imported_is_declared():
 
 def test_every_dependency_has_a_lower_bound():
     """But those of tests and pages, which are as new as the others allow."""
-    said = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    asked = [
-        *said["dependencies"],
-        *(each for name in ("fla", "train", "study") for each in said["optional-dependencies"][name]),
-    ]
-    assert not [each for each in asked if ">=" not in each]
+    whole, study = (tomllib.loads((ROOT / file).read_text("utf-8"))["project"] for file in ("pyproject.toml", STUDY))
+    extras = [*whole["optional-dependencies"]["fla"], *whole["optional-dependencies"]["train"]]
+    asked = [*whole["dependencies"], *study["dependencies"], *extras]
+    assert [each for each in asked if ">=" not in each] == [whole["name"]]  # which is of the same commit
 
 
 def test_hookpoints_alone_is_declared_as_in_the_whole():

@@ -43,13 +43,6 @@ def test_hooks_cost_what_the_page_says(costs: Costs) -> None:
 
 
 @pytest.mark.slow
-def test_a_substitution_stays_below_its_ceilings() -> None:
-    with device.pretended() as seen:
-        costs = launches.of_substitution(seen)
-    assert costs["launch"] <= 60_000 and costs["sync"] <= 200
-
-
-@pytest.mark.slow
 def test_a_graph_stays_below_its_ceilings() -> None:
     """Of 15 tokens: nodes, 50 measured ones, and edges."""
     model = HookedRecurrent.from_pretrained("embedded", device="cpu", self_check=False)

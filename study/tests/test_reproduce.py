@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-import tomllib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,10 +25,10 @@ from writesae.cli import parse
 from writesae.flags import Collect, Train
 from writesae_study.evaluate import EvalAll
 from writesae_study.evaluations import EVALUATIONS
-from writesae_study.reproduce import published
+from writesae_study.experiment.evaluation import Evaluation
 from writesae_study.reproduce.command import Reproduce, for_model, move_earlier, own_run, profile_folder
 from writesae_study.reproduce.config import SMALL, ReproduceConfig
-from writesae_study.reproduce.published import RUNS, commands, published_results, run_published, shuffled
+from writesae_study.reproduce.published import RUNS, Place, codes_of, collecting, commands, places, question, shuffled
 from writesae_study.reproduce.texts import write_texts
 from writesae_study.zoo import Zoo
 
@@ -240,12 +242,30 @@ ROOT = Path(__file__).parents[2]
 COMMANDS = {"collect": Collect, "train": Train, "eval": EvalAll, "zoo": Zoo, "reproduce": Reproduce}
 
 
+def published_results() -> Iterator[tuple[str, Place, Evaluation]]:
+    """Folder, head and question of every result that the rows give."""
+    for run in RUNS["run"]:
+        for place in places(run["heads"]):
+            for row in run["ask"]:
+                yield from ((row["name"], place, question(kind)) for kind in row["kinds"])
+    for row in RUNS["null"]:
+        for place in places(row["heads"]):
+            for null in RUNS["nulls"]:
+                yield from ((null, place, question(kind)) for kind in row["kinds"])
+    for row in RUNS["bits"]:
+        for place in places(row["heads"]):
+            yield row["name"], place, codes_of(place, row["settings"])
+
+
 def test_rows_are_commands_and_the_published_results_are_theirs():
     rows = {(name, place.model, place.cell, replace(test, label="")) for name, place, test in published_results()}
-    for name, *arguments in commands(Path("folder")):
+    asked = [collecting(model) for model in RUNS["collect"]]
+    for run in RUNS["run"]:
+        asked += [words for place in places(run["heads"]) for words in commands(run, place)]
+    for name, *arguments in asked:
         command = parse(COMMANDS[name], name, arguments[name == "eval" :])
         if isinstance(command, EvalAll):
-            assert {(*command.subjects.out.parts[2:], test) for test in command.evaluations()} <= rows
+            assert {(*command.subjects.out.parts[1:], test) for test in command.evaluations()} <= rows
     saved = pd.read_parquet(ROOT / "study/docs/results/results.parquet")
     found = set()
     for recipe, kind, settings, about in zip(saved["recipe"], saved["kind"], saved["settings"], saved["info"]):
@@ -284,6 +304,9 @@ def test_published_runs_have_their_own_settings(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+RUNS_FILE = ROOT / "study/writesae_study/reproduce/runs.toml"
+KEPT = ("recipes", "names", "nulls")
+"""Tables of it that a run of few rows has too."""
 FEW = """
 collect.embedded = { layers = [2], heads = [0] }
 heads.one = ["embedded:2:0"]
@@ -306,13 +329,32 @@ settings = { budgets = [16], steps = 2, tune_steps = 1, seed = 0 }
 """
 
 
-@pytest.mark.nightly  # four minutes of whole commands
-def test_published_runs_are_done_once(tmp_path, monkeypatch):
-    """All kinds of rows, at tiny sizes; another call changes no result."""
-    small = tomllib.loads(FEW)
-    monkeypatch.setattr(published, "RUNS", RUNS | small)
-    run_published(tmp_path)
-    results = {file: file.stat().st_mtime_ns for file in tmp_path.glob("runs/*/embedded/L2H0/*/*/info.json")}
-    assert {file.relative_to(tmp_path / "runs").parts[0] for file in results} == {"paper-last", "bits", *RUNS["nulls"]}
-    run_published(tmp_path)
-    assert all(file.stat().st_mtime_ns == time for file, time in results.items())
+@pytest.mark.slow
+def test_published_runs_are_planned_once_for_each_head(tmp_path):
+    said = snakemake(tmp_path, "--profile", str(profile_folder("laptop")), "--dry-run", file="published.smk")
+    steps = {kind: sum(len(places(row["heads"])) for row in RUNS[kind]) for kind in ("run", "null", "bits")}
+    assert planned(said).items() >= {"collect": len(RUNS["collect"]), **steps}.items()
+    assert said.count("writesae collect --model embedded --layers 1 2 4") == 1
+    assert [each.name for each in tmp_path.iterdir()] == [".snakemake"]
+
+
+@pytest.mark.nightly  # minutes of whole commands
+def test_published_runs_are_done_once(tmp_path):
+    """All kinds of rows, at tiny sizes, of a copy of the package; another call changes no result."""
+    package = tmp_path / "writesae_study"
+    shutil.copytree(ROOT / "study" / "writesae_study", package)
+    kept = (RUNS_FILE.read_text().partition(f"[{name}]")[2].partition("\n\n[")[0] for name in KEPT)
+    text = "".join(f"[{name}]{rows}\n\n" for name, rows in zip(KEPT, kept))
+    (package / "reproduce" / "runs.toml").write_text(FEW + text)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    seen = []
+    for _ in range(2):
+        words = ["reproduce", "--published", "--out", str(tmp_path / "out")]
+        done = subprocess.run(
+            [sys.executable, "-m", "writesae", *words], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        files = (tmp_path / "out").glob("runs/*/embedded/L2H0/*/*/info.json")
+        seen.append({file: file.stat().st_mtime_ns for file in files})
+    found = {file.relative_to(tmp_path / "out" / "runs").parts[0] for file in seen[0]}
+    assert found == {"paper-last", "bits", *RUNS["nulls"]} and seen[0] == seen[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,9 @@ from writesae_study.evaluations import ASKED, EVALUATIONS
 from writesae_study.folders import check_page, check_saes, run_folder
 
 if TYPE_CHECKING:
+    from hookpoints import HookedRecurrent
     from writesae_study.experiment.evaluation import Evaluation, Result
+    from writesae_study.experiment.terms import Terms
 
 _REFERENCE = 64
 """Sequences from which control dictionaries are made, and on which baselines are fitted."""
@@ -128,13 +131,12 @@ class EvalAll:
 
 def _value(evaluation: type[Evaluation], field: str, text: str) -> object:
     """A setting from JSON, or from a word where that is none."""
-    from pydantic import TypeAdapter, ValidationError
+    from writesae_study.experiment.typed import fits
 
-    kind = get_type_hints(evaluation)[field]
-    for read in (TypeAdapter(kind).validate_json, TypeAdapter(kind).validate_python):
-        with contextlib.suppress(ValidationError):
-            return read(text)
-    raise ValueError(f"--set {evaluation.kind}.{field}: expected JSON of {kind}, got {text!r}")
+    with contextlib.suppress(ValueError):
+        if fits(value := json.loads(text), get_type_hints(evaluation)[field]):
+            return value
+    return text
 
 
 @dataclass(frozen=True)
@@ -198,14 +200,11 @@ def evaluate(
         ValueError: SAEs of different models, two folders of one name, a folder that cannot be written, or an evaluation
             that refuses the SAEs; a result of others that would be replaced.
     """
-    from hookpoints import embedded
-    from sae_lens_writesae.sae.factors import INDEX, Collection
     from sae_lens_writesae.sae.load import load_sae, model_of
     from sae_lens_writesae.sae.target import HeadHook, head_target
     from writesae.experiment.tokens import EDITED, sample_sequences, say_time, text_of
     from writesae_study.dictionary.suite import evaluate_all
     from writesae_study.experiment.evaluation import Scope
-    from writesae_study.experiment.terms import Terms
     from writesae_study.page.report import write_report
 
     page = subjects.out / "report.html"
@@ -222,28 +221,20 @@ def evaluate(
         if not evaluations:
             of_heads = ", ".join(kind for kind, asked in ASKED.items() if not asked.needs_dictionary)
             raise ValueError(f"saes: expected folders of dictionaries, got a head alone; {of_heads} need no dictionary")
-    models = {subjects.model or str(sae.cfg.metadata.model_name) for sae in saes.values()}
-    if subjects.place and subjects.model:
-        models.add(subjects.model)
-    if not models:
+    elif not saes:
         raise ValueError(
             "saes: expected folders of dictionaries of one model, got none; writesae train makes some, and some "
             "questions need only --model, --layer and --head"
         )
-    if len(models) > 1:
+    models = {str(sae.cfg.metadata.model_name) for sae in saes.values()}
+    if len(models) > 1 and not subjects.model:
         raise ValueError(f"saes: expected folders of dictionaries of one model, got {', '.join(sorted(models))}")
     held_out = text_of(subjects.text)
     model = model_of([*saes.values()], subjects.model, dtype=subjects.dtype, other_model=subjects.other_model)
     if subjects.place:
         head_target(model, *subjects.place)  # raises where there is no such head, before any work
     tokens = sample_sequences(model, held_out, subjects.context_size, subjects.sequences)
-    runs = [subjects.collection] if subjects.collection else filter(None, map(run_folder, folders))
-    collections = [run / "collection" for run in runs if (run / "collection" / INDEX).is_file()]
-    collection = collections[0] if collections else subjects.collection
-    if collection:
-        terms = Terms(model, Collection.open(collection, model=model))
-    else:
-        terms = Terms(model, sample_sequences(model, embedded.text("train"), subjects.context_size, _REFERENCE))
+    terms = _training_text(subjects, folders, model)
     firings = 0
     for evaluation in evaluations:
         # Not every question has these settings, and None stands for all.
@@ -271,6 +262,21 @@ def evaluate(
         if failures:  # after the report, which has what the other evaluations found
             raise failures[0]
         return page
+
+
+def _training_text(subjects: Subjects, folders: Sequence[Path], model: HookedRecurrent) -> Terms:
+    """Of the collection that dictionaries were trained on, or of the text of the package where there is none."""
+    from hookpoints import embedded
+    from sae_lens_writesae.sae.factors import INDEX, Collection
+    from writesae.experiment.tokens import sample_sequences
+    from writesae_study.experiment.terms import Terms
+
+    runs = [subjects.collection] if subjects.collection else filter(None, map(run_folder, folders))
+    collections = [run / "collection" for run in runs if (run / "collection" / INDEX).is_file()]
+    collection = collections[0] if collections else subjects.collection
+    if collection:
+        return Terms(model, Collection.open(collection, model=model))
+    return Terms(model, sample_sequences(model, embedded.text("train"), subjects.context_size, _REFERENCE))
 
 
 def _earlier(out: Path, results: Sequence[Result]) -> Iterator[Result]:

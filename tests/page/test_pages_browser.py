@@ -9,14 +9,12 @@ from typing import Any
 
 import pytest
 from browsing import PHONE, opened, scrolls_sideways
-from made_up import CONFOUNDED, FAILS, HOLDS, made_up
 from playwright.sync_api import Browser, Page
 
 from page.planted_atoms import HEAD
+from writesae.demo import page_of, recall
 from writesae.page.atoms import AtomPage, AtomPagesData, write_atom_pages
 from writesae.page.prompt import PromptServer
-from writesae.page.template import environment
-from writesae_study.page.report import write_report
 
 pytestmark = pytest.mark.slow  # a browser
 
@@ -30,20 +28,13 @@ REACHED = """(() => {
     return at === document.body || (outlineStyle !== "none" && parseFloat(outlineWidth) > 0);
 })()"""
 """Marks what has the focus; whether that can be seen."""
-ZOO: Any = {
-    "settings": {"models": ["recall"], "seeds": 1},
-    "readings": [],
-    "boards": [
-        {
-            "model": "recall",
-            "rows": [
-                {"method": EVIL, "parameters": 5120, "bits": 28.6, "changed": {"mean": 1.0, "low": 0.9, "high": 1}}
-            ],
-            "plain": {"answered": 1.0},
-            "attribution": {"writes found": 0.5, "null": 0.1},
-            "states": [{"pairs": 3, "found": 0.5}],
-        }
-    ],
+QUALITY: Any = {
+    "recovered": {"mean": 0.5, "low": 0.4, "high": 0.6},
+    "deleted": {"mean": 1.0, "low": 0.9, "high": 1.1},
+    "explained": 0.5,
+    "l0": 1.0,
+    "alive": 1.0,
+    "cosine": 0.7,
 }
 
 
@@ -62,20 +53,19 @@ def places(data: AtomPagesData, server: PromptServer, tmp_path_factory: pytest.T
     folder: Path = tmp_path_factory.mktemp("pages")
     info = data.info | dict.fromkeys(("label", "model", "rule", "architecture"), EVIL)
     index = write_atom_pages(AtomPagesData(info, everywhere(data.atoms)), folder)
-    few: Any = {"scales": ("matched",), "controls": ("state", "shuffled"), "n_sequences": 12}
-    medians = {"held": HOLDS, EVIL: FAILS, "worse": {"delete": 1.0, "atom": 1e7, "state": 1e9}, "state": CONFOUNDED}
-    results = [made_up(m, label=label, floor=1e-12, seed=i, **few) for i, (label, m) in enumerate(medians.items())]
-    (folder / "zoo.html").write_text(environment().get_template("zoo.html").render(ZOO))
+    recalled = recall()
+    held = [each._replace(answer=EVIL, facts=((EVIL, 0.5),)) for each in recalled.memories]
+    demo = replace(recalled, text=EVIL, question=EVIL, memories=tuple(held))
+    (folder / "demo.html").write_text(page_of(demo, {EVIL: QUALITY}))
     return {
-        "report": write_report(results, folder / "report.html"),
+        "demo": folder / "demo.html",
         "index": index,
         "atom": folder / "atom-0.html",
-        "zoo": folder / "zoo.html",
         "prompt": f"http://127.0.0.1:{server.server_address[1]}",
     }
 
 
-@pytest.fixture(params=["report", "index", "atom", "zoo", "prompt"])
+@pytest.fixture(params=["demo", "index", "atom", "prompt"])
 def place(request: pytest.FixtureRequest, places: dict[str, Any]) -> Any:
     """Each page in turn."""
     return places[request.param]
@@ -89,6 +79,11 @@ def background(page: Page) -> str:
 def test_colors_follow_the_system_until_the_button_says_otherwise(
     browser: Browser, place: Any, scheme: Any, first: str, other: str
 ) -> None:
+    assert_colors(browser, place, scheme, first, other)
+
+
+def assert_colors(browser: Browser, place: Any, scheme: Any, first: str, other: str) -> None:
+    """They follow the system until the button says otherwise."""
     with opened(browser, place, color_scheme=scheme) as page:
         assert background(page) == first
         page.get_by_role("button", name="Dark").click()
@@ -100,6 +95,11 @@ def test_colors_follow_the_system_until_the_button_says_otherwise(
 
 
 def test_a_phone_shows_everything_without_scrolling_sideways(browser: Browser, place: Any) -> None:
+    assert_fits_a_phone(browser, place)
+
+
+def assert_fits_a_phone(browser: Browser, place: Any) -> None:
+    """Without scrolling sideways."""
     with opened(browser, place, **PHONE) as page:
         page.locator("details").evaluate_all("all => all.forEach((each) => { each.open = true })")
         assert not scrolls_sideways(page)
@@ -109,6 +109,11 @@ def test_a_phone_shows_everything_without_scrolling_sideways(browser: Browser, p
 
 
 def test_paper_is_light_and_has_what_is_folded(browser: Browser, place: Any) -> None:
+    assert_prints(browser, place)
+
+
+def assert_prints(browser: Browser, place: Any) -> None:
+    """Light, with what is folded."""
     with opened(browser, place, color_scheme="dark", viewport={"width": 680, "height": 1000}) as page:
         page.emulate_media(media="print", color_scheme="dark")
         assert background(page) == LIGHT and not scrolls_sideways(page)
@@ -120,6 +125,11 @@ def test_paper_is_light_and_has_what_is_folded(browser: Browser, place: Any) -> 
 
 
 def test_the_keyboard_reaches_every_control_and_shows_where_it_is(browser: Browser, place: Any) -> None:
+    assert_keyboard(browser, place)
+
+
+def assert_keyboard(browser: Browser, place: Any) -> None:
+    """It reaches every control, and shows where it is."""
     with opened(browser, place) as page:
         page.locator("#said:has-text('tokens'), body:not(:has(#said))").wait_for()
         controls = page.locator(CONTROLS)
@@ -129,9 +139,14 @@ def test_the_keyboard_reaches_every_control_and_shows_where_it_is(browser: Brows
         assert controls.evaluate_all("all => all.every((each) => 'reached' in each.dataset)")
 
 
-@pytest.mark.parametrize(("name", "where"), [("report", "td b"), ("index", "h1"), ("atom", "mark"), ("zoo", "td")])
+@pytest.mark.parametrize(("name", "where"), [("demo", "td b"), ("index", "h1"), ("atom", "mark")])
 def test_no_text_becomes_markup(browser: Browser, places: dict[str, Any], name: str, where: str) -> None:
-    with opened(browser, places[name]) as page:
+    assert_no_markup(browser, places[name], where)
+
+
+def assert_no_markup(browser: Browser, place: Path, where: str) -> None:
+    """Text of a corpus stays text, somewhere on the page."""
+    with opened(browser, place) as page:
         assert page.locator("img:not(.heat)").count() == 0 and page.locator("script").count() == 1
         assert any(EVIL in said.replace("·", " ") for said in page.locator(where).all_inner_texts())
 

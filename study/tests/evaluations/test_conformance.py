@@ -39,8 +39,8 @@ def test_the_class_says_what_it_is_and_checks_its_settings(kind: str) -> None:
     assert made.question.endswith("?") and set(made.answers) <= PAPER_CLAIMS.keys()
     evaluation = dataclasses.replace(result_of(FIRST.get(kind, kind)).evaluation, seed=7, label="x")
     assert made.from_dict(json.loads(json.dumps(evaluation.to_dict()))) == evaluation
-    wrong = {name: -1 for name in made.bounds()} | {name: ("nonsense",) for name in made.choices()}
-    for name, value in wrong.items():
+    wrong = [(name, -1) for name in made.bounds()] + [(each.name, {1: 2}) for each in dataclasses.fields(made)]
+    for name, value in wrong:
         with pytest.raises(ValueError, match=name):
             made.from_dict({name: value})
 

@@ -32,6 +32,7 @@ from golden.dictionaries import load_model, make_dictionary, sequences
 from made_up import made_up, replaced
 from torch.nn.functional import normalize
 
+from writesae.dictionary import estimates
 from writesae_study.dictionary.controls import control_dictionary
 from writesae_study.dictionary.kinds import compare_kinds
 from writesae_study.evaluations import EVALUATIONS
@@ -214,13 +215,14 @@ def claims(results: list[Result]) -> list[Claim]:
 
 @pytest.fixture(autouse=True)
 def _cheap(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stats, "N_RESAMPLES", 400)
-    monkeypatch.setattr(stats, "_draws", _draws)
+    monkeypatch.setattr(estimates, "N_RESAMPLES", 400)
+    for module in (estimates, stats):
+        monkeypatch.setattr(module, "resample_counts", _draws)
     monkeypatch.setattr(stats, "sign_flip_test", partial(stats.sign_flip_test, n_resamples=999))
     monkeypatch.setattr(stats, "permutation_test", partial(stats.permutation_test, n_resamples=99))
 
 
-_draws = cache(stats.resample_counts.__wrapped__)
+_draws = cache(estimates.resample_counts.__wrapped__)
 
 
 @cache

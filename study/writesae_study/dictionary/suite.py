@@ -274,16 +274,11 @@ def comparable(scope: Scope, saes: Mapping[str, SAE]) -> dict[str, SAE]:
     """Those dictionaries of one head that a comparison takes: the first, and those that differ from it in what the
     comparison is about and in nothing else; the first alone where there is none. Dictionaries that differ in nothing
     are seeds, which a comparison of variants joins."""
-    traits: dict[str, dict[Scope | None, object]] = {}
-    for label, sae in saes.items():
-        architecture = (variant(sae), int(sae.cfg.d_sae))
-        traits[label] = {Scope.VARIANTS: architecture, None: objective(sae)}
-    first = next(iter(traits.values()))
-    fixed = [trait for trait in first if trait is not scope]
-    alike = [label for label in saes if all(traits[label][trait] == first[trait] for trait in fixed)]
-    one_of_each: dict[object, str] = {}
-    for label in alike:
-        trait = label if scope is Scope.SEEDS else traits[label][scope]
-        one_of_each.setdefault(trait, label)
-    labels = alike if scope is Scope.VARIANTS and len(one_of_each) > 1 else one_of_each.values()
-    return {label: saes[label] for label in labels}
+    sizes = {label: (variant(sae), int(sae.cfg.d_sae)) for label, sae in saes.items()}
+    first = next(iter(saes))
+    alike = [label for label, sae in saes.items() if objective(sae) == objective(saes[first])]
+    if scope is Scope.SEEDS:
+        alike = [label for label in alike if sizes[label] == sizes[first]]
+    elif len({sizes[label] for label in alike}) == 1:
+        alike = [first]
+    return {label: saes[label] for label in alike}

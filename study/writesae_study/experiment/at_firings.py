@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 
 from sae_lens_writesae.atom.low_rank import LowRank
-from writesae.choices import AtLeast
+from writesae.choices import AtLeast, once_each
 from writesae.experiment.firings import Firings, Integers, sample_firings
 from writesae.experiment.lab import Site, Trial
 from writesae.head.writes import HALF_LIFE_LIMIT, half_lives, head_writes, joined
@@ -175,6 +175,7 @@ class Exchanging(OfFirings):
         if isinstance(self.atom_choice, str):
             object.__setattr__(self, "atom_choice", (self.atom_choice,))
         super().__post_init__()
+        once_each(self, (), ("atom_choice", "scales"))
 
     def scales_of(self, choice: str) -> tuple[Scale, ...]:
         """Scales at which a choice of atom is run: the headline at all, the other choices at the first one."""

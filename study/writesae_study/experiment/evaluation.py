@@ -17,12 +17,11 @@ from enum import Enum
 from functools import cached_property
 from operator import methodcaller
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, ClassVar, Self, TypedDict, cast, get_type_hints
 
 import pandas as pd
 import torch
 from pyarrow.parquet import read_metadata
-from pydantic import TypeAdapter
 from sae_lens import SAE
 from torch import Tensor
 
@@ -33,43 +32,47 @@ from writesae.choices import AtLeast, at_least, expect, once_each
 from writesae.files import Json
 from writesae_study.experiment.bench import Bench, LayerHead
 from writesae_study.experiment.terms import Terms
+from writesae_study.experiment.typed import fits
 from writesae_study.verdict.finding import Claim, Figure, Finding
 
 _FORMAT = 3
 """Version of the files."""
 _INFO = "info.json"
 _MOST_CELLS = 20_000_000
-"""Of a table that is read. The largest of docs/results has two millions."""
+"""Of a table that is read. The largest of study/docs/results has two millions."""
 
 
-@dataclass(frozen=True)
-class _Said:
-    """What pages read of the `info` of every result. More may be in it."""
+class _Named(TypedDict):
+    """What the `info` of every result has."""
 
     label: str
     model: str
     n_skipped: dict[str, int]
-    layer: int = 0
-    head: int = 0
-    rule: str = ""
-    target: str = ""
-    hook_name: str = ""
-    seconds: float = 0.0
-    n_edited_runs: int = 0
-    n_sequences: int = 0
-    n_positions: int = 0
-    quality: dict[str, dict[str, object] | None] | None = None
-    inputs: dict[str, str] | None = None
-    control: str | None = None
-    control_of: str = ""
 
 
-@dataclass(frozen=True)
-class _Head:
+class _Said(_Named, total=False):
+    """What pages read of it besides, where it is there. More may be in it."""
+
+    layer: int
+    head: int
+    rule: str
+    target: str
+    hook_name: str
+    seconds: float
+    n_edited_runs: int
+    n_sequences: int
+    n_positions: int
+    quality: dict[str, dict[str, object] | None] | None
+    inputs: dict[str, str] | None
+    control: str | None
+    control_of: str
+
+
+class _Head(TypedDict):
     """What `info.json` holds besides its format and its kind."""
 
     settings: dict[str, object]
-    info: _Said
+    info: dict[str, object]
     skipped: str | None
 
 
@@ -136,19 +139,16 @@ class Evaluation(ABC):
         cls.kind = cls.__module__.rpartition(".")[2]
 
     def __post_init__(self) -> None:
-        for setting in fields(self):
-            value = getattr(self, setting.name)
+        hints = get_type_hints(type(self))
+        for name in (setting.name for setting in fields(self)):
+            value = getattr(self, name)
             if isinstance(value, list | tuple):
                 # Settings from JSON are lists; as tuples they are equal to those given in Python, and hashable.
                 entries = (tuple(entry) if isinstance(entry, list) else entry for entry in value)
-                object.__setattr__(self, setting.name, tuple(entries))
-                once_each(self, [setting.name])
+                object.__setattr__(self, name, tuple(entries))
+                once_each(self, [name])
+            expect(self, {name: (fits(value, hints[name]), str(hints[name]).replace("typing.", ""))})
         at_least(self, self.bounds())
-        for name, allowed in self.choices().items():
-            value = getattr(self, name)
-            words = value if isinstance(value, tuple) else (value,)
-            known = set(words) <= set(allowed) and bool(words or name == "controls")
-            expect(self, {name: (known, ", ".join(allowed))})
         expect(self, self.rules())
 
     @classmethod
@@ -162,16 +162,6 @@ class Evaluation(ABC):
                 bounds = getattr(full[name], "__metadata__", ())  # of `Annotated`
                 smallest[name] = bounds[0].least if bounds else 1
         return smallest
-
-    @classmethod
-    def choices(cls) -> dict[str, tuple[str, ...]]:
-        """Allowed values of each setting that is a word, or a tuple of words: those that its type names."""
-        allowed = {}
-        for name, hint in get_type_hints(cls).items():
-            word = get_args(hint)[0] if get_origin(hint) is tuple else hint
-            if get_origin(word) is Literal:
-                allowed[name] = get_args(word)
-        return allowed
 
     def rules(self) -> dict[str, tuple[bool, str]]:
         """For each setting that must fit others, whether it does, and what is expected (`choices.expect`)."""
@@ -433,7 +423,8 @@ class Result:
         sealed.require()
         kind = known[head["kind"]]
         try:
-            TypeAdapter(_Head).validate_python(head)
+            check_types(head, _Head)
+            check_types(head["info"], _Said)
             # Names in files are data: only declared tables are read, so that no path leaves the folder.
             columns = {} if head["skipped"] is not None else kind.columns
             tables = {name: _read_table(sealed.file(f"{name}.parquet")) for name in columns}
@@ -445,6 +436,13 @@ class Result:
             return cls(kind.from_dict(head["settings"]), head["info"], tables, head["skipped"])
         except (KeyError, OSError, TypeError, ValueError) as error:
             raise ValueError(f"{folder} cannot be read as {kind.kind}: {error}") from error
+
+
+def check_types(values: Mapping[str, object], kind: type) -> None:
+    """Raise KeyError or ValueError where values from a file are not what a TypedDict says."""
+    for name, hint in get_type_hints(kind).items():
+        if (name in values or name in kind.__required_keys__) and not fits(values[name], hint):
+            raise ValueError(f"{name}: expected {hint}, got {values[name]!r}")
 
 
 def _read_table(file: Path) -> pd.DataFrame:

@@ -4,5 +4,5 @@
 `command` is what people type: it checks and becomes Snakemake. `profiles` are for a laptop, one
 GPU, and SLURM. None is for several GPUs of one machine.
 
-`runs.toml` has the runs behind the published numbers, and `published` does them.
+`runs.toml` has the runs behind the published numbers; `published.smk` is their workflow, `published` what its rules do.
 """

@@ -14,14 +14,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import tyro
 
 from writesae.cli import parse
 from writesae.files import check_settings, check_writable
 from writesae_study.reproduce.config import SMALL, WRITTEN, ReproduceConfig
-from writesae_study.reproduce.published import run_published
 from writesae_study.reproduce.texts import text_hash, write_texts
 
 if TYPE_CHECKING:
@@ -52,8 +51,8 @@ class Reproduce:
     """Where it runs: laptop, gpu, slurm, or a folder with a profile of Snakemake. By default what this machine
     has."""
     published: bool = False
-    """Instead, do the runs behind study/docs/results that `out` lacks, one after another: seven hours of one core. Only
-    `out` is taken with it."""
+    """Instead, do the runs behind study/docs/results that `out` lacks: seven hours of one core. No flag but `out` and
+    `profile` is taken with it."""
     snakemake: tyro.conf.Suppress[tuple[str, ...]] = ()
 
     @classmethod
@@ -64,18 +63,13 @@ class Reproduce:
         return dataclasses.replace(command, snakemake=tuple(arguments[len(own) + 1 :]))
 
     def run(self) -> None:
-        """Check, write the texts, and become Snakemake: this call does not return, but with `published`.
+        """Check, write the texts, and become Snakemake: this call does not return.
 
         Raises:
             ValueError: the run cannot be done, another process does it, the folder holds a run with other settings, or
                 Snakemake is not installed; before anything is written.
         """
         check_writable(self.out)
-        if self.published:
-            if self != Reproduce(published=True, out=self.out):
-                raise ValueError("published: expected no other flag but --out; its rows have all settings")
-            run_published(self.out)
-            return
         from hookpoints import HookedRecurrent, default_device
         from hookpoints.files import atomic_text, read_json
         from sae_lens_writesae.sae.factors import model_hash
@@ -83,14 +77,22 @@ class Reproduce:
         from writesae.dictionary.traits import sparsity_fields
         from writesae_study.evaluate import EvalAll, Subjects
 
-        EvalAll(subjects=Subjects(saes=()), kinds=self.config.evaluations, set=self.config.set or None).evaluations()
-        check_text(self.config.model, self.config.dataset)
-        sparsity_fields(self.config.architecture, self.config.k)  # raises where there is no such architecture
         profile = profile_folder(self.profile or ("laptop" if default_device() == "cpu" else "gpu"))
         if importlib.util.find_spec("snakemake") is None:
             raise ValueError(
                 "the protocol runs on Snakemake: in the clone of the repository, pip install -e . -e study"
             )
+        if self.published:
+            if self.small or self.config != ReproduceConfig():
+                raise ValueError(
+                    "published: expected no other flag but --out and --profile, its rows have all settings"
+                )
+            self.out.mkdir(parents=True, exist_ok=True)
+            own_run(self.out)
+            self._become_snakemake("published.smk", profile)
+        EvalAll(subjects=Subjects(saes=()), kinds=self.config.evaluations, set=self.config.set or None).evaluations()
+        check_text(self.config.model, self.config.dataset)
+        sparsity_fields(self.config.architecture, self.config.k)  # raises where there is no such architecture
         model = HookedRecurrent.from_pretrained(self.config.model, dtype=self.config.dtype)
         config = for_model(self.config, model)
         check_settings(self.out, config.settings(), WRITTEN)
@@ -106,11 +108,15 @@ class Reproduce:
         if not (changed and is_dry):
             atomic_text(known, json.dumps(inputs))
         write_texts(config, self.out / "texts", model)
-        engine = [sys.executable, "-m", "snakemake", f"--snakefile={_HERE / 'Snakefile'}", f"--directory={self.out}"]
-        if list((self.out / ".snakemake" / "locks").glob("*")):  # of a process that is dead: this one owns the run
+        self._become_snakemake("Snakefile", profile, *["--forceall"] * changed)
+
+    def _become_snakemake(self, file: str, profile: Path, *flags: str) -> NoReturn:
+        """Of the run that this process owns."""
+        engine = [sys.executable, "-m", "snakemake", f"--snakefile={_HERE / file}", f"--directory={self.out}"]
+        if list((self.out / ".snakemake" / "locks").glob("*")):  # of a process that is dead
             subprocess.run([*engine, "--unlock"], check=True, capture_output=True)
         sys.stdout.flush()
-        os.execv(sys.executable, [*engine, "--profile", str(profile), *["--forceall"] * changed, *self.snakemake])
+        os.execv(sys.executable, [*engine, "--profile", str(profile), *flags, *self.snakemake])
 
 
 def move_earlier(folder: Path) -> Path:

@@ -1,11 +1,9 @@
-"""The runs behind the published numbers: rows of `runs.toml` as commands, and those that are no command."""
+"""The runs behind the published numbers: rows of `runs.toml` as commands, and those that are no command. Paths are
+those in the folder of the runs, which `published.smk` works in."""
 
 from __future__ import annotations
 
 import json
-import shlex
-import subprocess
-import sys
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -43,38 +41,38 @@ def places(groups: Sequence[str]) -> list[Place]:
     return found
 
 
-def commands(out: Path) -> Iterator[list[str]]:
-    """Arguments of `writesae`, in order, for a folder of runs."""
-    for model, cells in RUNS["collect"].items():
-        layers = map(str, cells["layers"])
-        heads = map(str, cells["heads"])
-        folder = str(out / "saes" / model / "default" / "collection")
-        where = ["--layers", *layers, "--heads", *heads, "--targets", "write", "state", "--out", folder]
-        yield ["collect", "--model", model, *where]
-    for run in RUNS["run"]:
-        for place in places(run["heads"]):
-            for recipe, names in run["train"].items():
-                yield training(out, place, recipe, names)
-            for question in run["ask"]:
-                yield asking(out, place, question)
+def collecting(model: str) -> list[str]:
+    """Arguments of `writesae` for the only pass of a model over the training text."""
+    cells = RUNS["collect"][model]
+    where = ["--layers", *map(str, cells["layers"]), "--heads", *map(str, cells["heads"])]
+    folder = f"saes/{model}/default/collection"
+    return ["collect", "--model", model, *where, "--targets", "write", "state", "--out", folder]
 
 
-def training(out: Path, place: Place, recipe: str, names: Sequence[str]) -> list[str]:
+def commands(run: Mapping[str, Any], place: Place) -> Iterator[list[str]]:
+    """Arguments of `writesae` for a run at one of its heads, in order."""
+    for recipe, names in run["train"].items():
+        yield training(place, recipe, names)
+    for asked in run["ask"]:
+        yield asking(place, asked)
+
+
+def training(place: Place, recipe: str, names: Sequence[str]) -> list[str]:
     """The command that trains dictionaries of one head."""
-    saes = out / "saes" / place.model
+    saes = Path("saes", place.model)
     flags = RUNS["recipes"][recipe].format(saes=saes).split()
     sizes = [word for name, size in RUNS["sizes"].items() for word in (f"--{name}", str(size))]
     where = ["--layers", str(place.layer), "--heads", str(place.head), "--out", str(saes / recipe)]
     return ["train", *flags, "--names", *names, *where, *sizes]
 
 
-def asking(out: Path, place: Place, question: Mapping[str, Any]) -> list[str]:
+def asking(place: Place, question: Mapping[str, Any]) -> list[str]:
     """The command that asks some questions about dictionaries of one head."""
-    saes = out / "saes" / place.model
+    saes = Path("saes", place.model)
     recipe = question["name"].partition("-")[0]
     of = [str(saes / recipe / place.cell / name / "sae") for name in question["of"]]
     where = ["--collection", str(saes / "default" / "collection")]
-    results = ["--out", str(out / "runs" / question["name"] / place.model / place.cell)]
+    results = ["--out", f"runs/{question['name']}/{place.model}/{place.cell}"]
     text = ["--text", question["text"]] if "text" in question else []
     controls = "--control-dictionaries" if question["controls"] else "--no-control-dictionaries"
     settings = []
@@ -83,40 +81,6 @@ def asking(out: Path, place: Place, question: Mapping[str, Any]) -> list[str]:
             settings.append(f"{kind}.{field}={json.dumps(value)}")
     asked = ["--kinds", *question["kinds"], controls, *(["--set", *settings] if settings else [])]
     return ["eval", "all", *of, "--resume", "--sequences", str(_SEQUENCES), *where, *results, *text, *asked]
-
-
-def published_results() -> Iterator[tuple[str, Place, Evaluation]]:
-    """Folder, head and question of every result that the rows give."""
-    for run in RUNS["run"]:
-        for place in places(run["heads"]):
-            for row in run["ask"]:
-                yield from ((row["name"], place, question(kind)) for kind in row["kinds"])
-    for row in RUNS["null"]:
-        for place in places(row["heads"]):
-            for null in RUNS["nulls"]:
-                yield from ((null, place, question(kind)) for kind in row["kinds"])
-    for row in RUNS["bits"]:
-        for place in places(row["heads"]):
-            yield row["name"], place, codes_of(place, row["settings"])
-
-
-def run_published(out: Path) -> None:
-    """Do the runs of study/docs/results that are not in `out`.
-
-    Raises:
-        ValueError: a command failed; the same call resumes.
-    """
-    for arguments in commands(out):
-        line = shlex.join(["writesae", *arguments])
-        print(line, flush=True)
-        if code := subprocess.run([sys.executable, "-m", "writesae", *arguments], check=False).returncode:
-            raise ValueError(f"exit code {code} of {line}; the same command resumes")
-    for row in RUNS["null"]:
-        for place in places(row["heads"]):
-            without_learning(out, place, [question(kind) for kind in row["kinds"]])
-    for row in RUNS["bits"]:
-        for place in places(row["heads"]):
-            at_equal_bits(out, place, row["name"], codes_of(place, row["settings"]))
 
 
 def question(kind: str) -> Evaluation:
@@ -137,7 +101,7 @@ def codes_of(place: Place, settings: Mapping[str, Any]) -> Evaluation:
 # ------------------------------------------------------------------------------------------------ what is no command
 
 
-def at_equal_bits(out: Path, place: Place, name: str, test: Evaluation) -> None:
+def at_equal_bits(place: Place, name: str, test: Evaluation) -> None:
     """Codes that are fitted to 320 sequences of 128 tokens, and replace all writes of a head on 64 others. A result
     that exists stays. Some minutes of one core."""
     from hookpoints import HookedRecurrent, embedded
@@ -146,7 +110,7 @@ def at_equal_bits(out: Path, place: Place, name: str, test: Evaluation) -> None:
 
     model_name, layer, head = place
     label = f"{model_name}-{place.cell}-seed{test.seed}"
-    folder = out / "runs" / name / model_name / place.cell / test.kind / label
+    folder = Path("runs", name, model_name, place.cell, test.kind, label)
     if folder.exists():
         return
     model = HookedRecurrent.from_pretrained(model_name).requires_grad_(False)
@@ -155,7 +119,7 @@ def at_equal_bits(out: Path, place: Place, name: str, test: Evaluation) -> None:
     test.run(model, (layer, head), measured, reference=Terms(model, fitted)).save(folder)
 
 
-def without_learning(out: Path, place: Place, tests: Sequence[Evaluation]) -> None:
+def without_learning(place: Place, tests: Sequence[Evaluation]) -> None:
     """Questions about atoms where nothing was learned: the model is shuffled, and a dictionary of the size of those
     that are trained has random atoms, or writes of the shuffled model that are drawn at random. A claim that holds
     here is not about what a model or a dictionary learned. Results that exist stay. Some minutes of one core."""
@@ -168,7 +132,7 @@ def without_learning(out: Path, place: Place, tests: Sequence[Evaluation]) -> No
 
     name, layer, head = place
     folders = {
-        (control, test): out / "runs" / control / name / place.cell / test.kind / "write-seed0"
+        (control, test): Path("runs", control, name, place.cell, test.kind, "write-seed0")
         for test in tests
         for control in RUNS["nulls"]
     }

@@ -94,10 +94,10 @@ def total(above: ArrayLike, below: ArrayLike, clusters: ArrayLike, *, seed: int 
     clusters (Hall, 1988), of the linearized standard error. The second is what one more cluster could do that is not in
     the sample: its `below` is three times the largest one (`UNSEEN_SIZE`), and its ratio is the 5th percentile of those
     that were seen, for the lower end, and the 95th for the upper end. The first part alone covers the number in 75 to
-    95 of 100 draws from measured effects, both in 93 to 100 (`tests/verdict/test_statistics.py`). `UNSEEN_SIZE` was set
-    on these; on the effects of twelve other heads both cover it in 95 to 100. Where larger clusters recover less, the
-    unseen ones are not like the seen: with log-normal sizes (sigma 1.5) 82 of 100 over 20 clusters, 92 over 48. No
-    `UNSEEN_SIZE` up to 12 makes that of 20 clusters 93.
+    95 of 100 draws from measured effects, both in 93 to 100 (`study/tests/verdict/test_statistics.py`).
+    `UNSEEN_SIZE` was set on these; on the effects of twelve other heads both cover it in 95 to 100. Where larger
+    clusters recover less, the unseen ones are not like the seen: with log-normal sizes (sigma 1.5) 82 of 100 over
+    20 clusters, 92 over 48. No `UNSEEN_SIZE` up to 12 makes that of 20 clusters 93.
 
     Raises:
         ValueError: `below` is 0 everywhere.
