@@ -2,7 +2,7 @@
 
 OpenMP's threads spin at the end of each operation until the last one arrives. Where another process holds a core, they
 spin through its time slice, and short operations take many times as long as on one thread. Threads that sleep do not
-(`benchmarks/busy.py`). The console script runs this file by its path, so it imports nothing of the package.
+(`benchmarks/busy.py`).
 """
 
 import os

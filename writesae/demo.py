@@ -64,7 +64,9 @@ def run_demo(flags: Demo, say: Say = print) -> Path:
     """
     settings = {name: value for name, value in dataclasses.asdict(flags).items() if name != "out"}
     check_writable(flags.out)
-    recipes = {str(DictionaryName("write", seed=flags.seed, metric=metric)): metric for metric in RECIPES}
+    recipes: dict[str, MetricName] = {
+        str(DictionaryName("write", seed=flags.seed, metric=metric)): metric for metric in RECIPES
+    }
     names = (PAGE, CIRCUIT, "collection", *recipes)
     check_settings(flags.out, settings, names)
     check_ours(flags.out / PAGE)
@@ -90,6 +92,7 @@ def run_demo(flags: Demo, say: Say = print) -> Path:
             for name, metric in recipes.items():
                 if not (flags.out / name / "sae").exists():
                     save_dictionary(trained_sae(flags, model, collection, head, metric), flags.out / name)
+                    stages.say(f"trained   {flags.out / name}")
             stages.next()
             saes = {name: load_sae(flags.out / name / "sae") for name in recipes}
             quality = quality_of_heads(model, saes, tokens)

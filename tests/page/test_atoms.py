@@ -27,7 +27,7 @@ from writesae.cli import parse
 from writesae.dictionary.quality import dictionary_quality
 from writesae.flags import Show
 from writesae.page.atoms import AtomPagesData, write_atom_pages
-from writesae.page.atoms.collect import memory
+from writesae.page.atoms.collect import atom_memory
 from writesae.page.atoms.data import TokenValue
 from writesae.page.atoms.measure import AtomFacts
 from writesae.page.atoms.pages import heatmap
@@ -119,7 +119,7 @@ def test_effect_is_the_derivative_that_autograd_finds(
     monkeypatch.setattr("writesae.page.atoms.measure.STEP", 1e-3)
     facts = AtomFacts(replace(SMALL, atoms=(0,), effect_firings=1), model, planted, tokens, progress=False)
     (mean,), n = facts.effects
-    ((s, [(_, t, _)]),) = facts._sample(1, SMALL.effect_horizon, stream=1)
+    ((s, [(_, t, _)]),) = facts._sampled_firings(1, SMALL.effect_horizon, stream=1)
     amount = torch.zeros((), dtype=torch.float64, requires_grad=True)
     atom = matrix(planted, 0)
 
@@ -222,11 +222,11 @@ def test_the_index_alone_says_how_good_the_dictionary_is(
 
 
 def test_memory_counts_writes_that_outlive_their_sequence() -> None:
-    assert memory([(n, False) for n in (2, 4, 6)]).half_life == 4
+    assert atom_memory([(n, False) for n in (2, 4, 6)]).half_life == 4
     # Survival after 2: 3/4; the one that ended at 3 leaves the risk set; after 5: 3/8.
-    curve = memory([(2, False), (3, True), (5, False), (9, True)])
+    curve = atom_memory([(2, False), (3, True), (5, False), (9, True)])
     assert (curve.half_life, curve.ended, curve.n, curve.longest) == (5, 2, 4, 9)
-    assert memory([(7, True)]).half_life is None and memory([]).n == 0
+    assert atom_memory([(7, True)]).half_life is None and atom_memory([]).n == 0
 
 
 @pytest.mark.parametrize(("changes", "n"), [({"rank": 2}, 2), ({"decoder": "flat"}, 4)])

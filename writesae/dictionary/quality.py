@@ -115,10 +115,10 @@ def qualities(lab: Lab) -> dict[str, DictionaryQuality]:
         recurrence = upper.recurrence.select(heads=slice(head, head + 1))
         native, silent = upper.without([head])
         writes = head_writes(recurrence, 0)
-        deleted = float(_kl(native, silent[None]))
+        deleted = float(_kl_of_runs(native, silent[None]))
         for target in {lab.hooks[label].target for label in measured}:
             x = matrices_of(recurrence, target)
-            itself = float(_kl(native, upper(head, target, x)[None]))
+            itself = float(_kl_of_runs(native, upper(head, target, x)[None]))
             of_target = [label for label in measured if lab.hooks[label].target == target]
             for label in of_target:
                 activations = encoded(lab.saes[label], x)
@@ -126,11 +126,11 @@ def qualities(lab: Lab) -> dict[str, DictionaryQuality]:
                     del measured[label]
                     continue
                 rebuilt = decoded(lab.saes[label], activations, x)
-                kl = float(_kl(native, upper(head, target, rebuilt)[None]))
-                cosine = _cosines(lab, label, activations, writes)
+                kl = float(_kl_of_runs(native, upper(head, target, rebuilt)[None]))
+                cosine = _dominant_cosines(lab, label, activations, writes)
                 measured[label].append(OnSequence.of(x, rebuilt, activations, cosine, deleted, itself, kl))
     n_positions = lab.tokens.shape[1]
-    return {label: _quality(lab.hooks[label].target, rows, n_positions) for label, rows in measured.items()}
+    return {label: _quality_of_rows(lab.hooks[label].target, rows, n_positions) for label, rows in measured.items()}
 
 
 class OnSequence(NamedTuple):
@@ -176,7 +176,7 @@ class OnSequence(NamedTuple):
         )
 
 
-def _cosines(lab: Lab, label: str, activations: Tensor, writes: LowRank) -> Tensor:
+def _dominant_cosines(lab: Lab, label: str, activations: Tensor, writes: LowRank) -> Tensor:
     """Cosines of the dominant atoms with the writes, at the tokens at which an atom fires."""
     fires = (activations > 0).any(1)
     # Distinct atoms are decoded once: an atom of 128 x 128 is the dominant one of many tokens.
@@ -186,7 +186,7 @@ def _cosines(lab: Lab, label: str, activations: Tensor, writes: LowRank) -> Tens
     return atoms.cosine(writes.rows(fires.to(device))).cpu()
 
 
-def _quality(target: HookTarget, rows: Sequence[OnSequence], n_positions: int) -> DictionaryQuality:
+def _quality_of_rows(target: HookTarget, rows: Sequence[OnSequence], n_positions: int) -> DictionaryQuality:
     """From what was measured on each sequence."""
     n = len(rows) * n_positions
     sequences = np.arange(len(rows))
@@ -263,7 +263,7 @@ def head_effects(
     for n, sequence in enumerate(bar(tokens.split(1), "what heads' writes do", progress)):
         for layer, upper in UpperModel.of(model, list(places), sequence).items():
             native, *silent = upper.without(places[layer])
-            nats[layer].append(_kl(native, torch.stack(silent)))
+            nats[layer].append(_kl_of_runs(native, torch.stack(silent)))
             if n < _HALF_LIVES:
                 lives[layer].append(half_lives(upper.recurrence.select(heads=places[layer])))
     tables = []
@@ -286,7 +286,7 @@ def strongest_head(effects: pd.DataFrame, half_life: float = LASTING) -> tuple[i
     return next(candidates.itertuples(index=False, name=None))
 
 
-def _kl(native: Tensor, edited: Tensor) -> Tensor:
+def _kl_of_runs(native: Tensor, edited: Tensor) -> Tensor:
     """[N] KL(native || edited) of next-token distributions, mean over tokens, from logits [T,vocab] and [N,T,vocab]."""
     positions = torch.arange(len(native), device=native.device).expand(len(edited), -1)
     return divergences(native, positions, edited).forward.double().mean(1)

@@ -45,7 +45,7 @@ class UpperModel(NamedTuple):
         if matrices is not None:
             name = f"blocks.{self.layer}.mixer.heads.{head}.hook_{target}_vec"
             hooks.append((name, lambda x, hook: matrices.flatten(1).view_as(x).to(x)))
-        return self._run(len(self.tokens), hooks).flatten(0, 1)
+        return self._hooked_logits(len(self.tokens), hooks).flatten(0, 1)
 
     def without(self, heads: Sequence[int]) -> Tensor:
         """Logits [1+n,T,vocab]: of nothing replaced, and of all writes of each of n heads deleted, which is a head that
@@ -53,9 +53,9 @@ class UpperModel(NamedTuple):
         mask = self.stream.new_ones(1 + len(heads), 1, self.recurrence.H, 1)
         mask[range(1, len(mask)), 0, list(heads)] = 0  # row 0 keeps all heads
         name = f"blocks.{self.layer}.mixer.hook_read"
-        return self._run(len(mask), [(name, lambda read, hook: read * mask.to(read))])
+        return self._hooked_logits(len(mask), [(name, lambda read, hook: read * mask.to(read))])
 
-    def _run(self, rows: int, hooks: list[HookOfName]) -> Tensor:
+    def _hooked_logits(self, rows: int, hooks: list[HookOfName]) -> Tensor:
         stream = self.stream.expand(rows, *self.stream.shape[1:])
         tokens = self.tokens.expand(rows, *self.tokens.shape[1:])
         return self.model.run_with_hooks(stream, fwd_hooks=hooks, start_at_layer=self.layer, tokens=tokens)

@@ -47,7 +47,7 @@ class AtomPages(AtomSettings):
         """
         started = time.perf_counter()
         facts = AtomFacts(self, model, sae, tokens, progress=progress)
-        pages = [_page(facts, column) for column in range(len(facts.number))]
+        pages = [_atom_page(facts, column) for column in range(len(facts.number))]
         info = facts.lab.describe(self.label)
         info["settings"] = asdict(self)
         info["quality"] = qualities(facts.lab)[self.label].to_dict() if self.quality else None
@@ -55,7 +55,7 @@ class AtomPages(AtomSettings):
         return data.AtomPagesData(info, pages)
 
 
-def _page(facts: AtomFacts, column: int) -> data.AtomPage:
+def _atom_page(facts: AtomFacts, column: int) -> data.AtomPage:
     sign = facts.sign(column)
     rows = facts.rows(column)
     traces = facts.traces[column]
@@ -72,7 +72,7 @@ def _page(facts: AtomFacts, column: int) -> data.AtomPage:
         key, value = (short(sign * np.nanmedian(side[spots])) for side in sides)
     return data.AtomPage(
         atom=int(facts.number[column]),
-        terms=_terms(facts, column, sign),
+        terms=_singular_terms(facts, column, sign),
         n_firings=len(rows),
         rate=len(rows) / facts.ids.size,
         max_activation=float(activations.max()),
@@ -84,17 +84,17 @@ def _page(facts: AtomFacts, column: int) -> data.AtomPage:
         top=parts.top(facts, rows),
         bands=list(parts.bands(facts, rows)),
         positions=parts.bars(rows["position"].to_numpy(float), low=0.0, high=facts.ids.shape[1]),
-        cosines=_cosines(whole, spots) if has_writes else None,
+        cosines=_cosine_histograms(whole, spots) if has_writes else None,
         keys=data.AtomSide(_by_token(facts, sign * sides[0]), key),
         values=data.AtomSide(parts.vocabulary(facts, direct), value),
-        effect=_effect(facts, column, direct),
-        memory=memory([trace.life for trace in traces]),
-        lags=_lags(traces) if traces else None,
-        timelines=[_timeline(facts, trace) for trace in strongest],
+        effect=_measured_effect(facts, column, direct),
+        memory=atom_memory([trace.life for trace in traces]),
+        lags=_reads_by_lag(traces) if traces else None,
+        timelines=[_reads_after_firing(facts, trace) for trace in strongest],
     )
 
 
-def _timeline(facts: AtomFacts, trace: Trace) -> data.Context:
+def _reads_after_firing(facts: AtomFacts, trace: Trace) -> data.Context:
     """A firing and the tokens after it, with what the head reads of it at each."""
     n = min(len(trace.reads), facts.settings.before + facts.settings.after + 1)
     ids = facts.ids[trace.sequence, trace.position :][:n]
@@ -102,7 +102,7 @@ def _timeline(facts: AtomFacts, trace: Trace) -> data.Context:
     return data.Context(trace.sequence, trace.position, 0, facts.texts.many(ids), reads)
 
 
-def _terms(facts: AtomFacts, column: int, sign: float) -> list[data.Term]:
+def _singular_terms(facts: AtomFacts, column: int, sign: float) -> list[data.Term]:
     keys = facts.terms.keys[column].double().cpu()
     values = facts.terms.values[column].double().cpu()
     sizes = keys.norm(dim=-1) * values.norm(dim=-1)
@@ -118,7 +118,7 @@ def _terms(facts: AtomFacts, column: int, sign: float) -> list[data.Term]:
     return terms
 
 
-def memory(lives: Sequence[tuple[int, bool]]) -> data.AtomMemory:
+def atom_memory(lives: Sequence[tuple[int, bool]]) -> data.AtomMemory:
     """Median over firings (`Trace.life`). Sequences end before some writes have faded, so it is the median of the
     Kaplan-Meier curve; leaving those firings out would make memories look short."""
     if not lives:
@@ -134,7 +134,7 @@ def memory(lives: Sequence[tuple[int, bool]]) -> data.AtomMemory:
     )
 
 
-def _effect(facts: AtomFacts, column: int, direct: NDArray[np.float32]) -> data.Effect | None:
+def _measured_effect(facts: AtomFacts, column: int, direct: NDArray[np.float32]) -> data.Effect | None:
     """None where it was not measured. An atom's sign changes its direct path, not its effect."""
     mean = facts.effects[0][column]
     n = int(facts.effects[1][column])
@@ -159,7 +159,7 @@ def _by_token(facts: AtomFacts, cosines: NDArray[np.float64]) -> data.Ends:
     return parts.ends(facts, table.index.to_numpy(), table["mean"].to_numpy(), table["count"].to_numpy())
 
 
-def _lags(traces: Sequence[Trace]) -> data.Bars:
+def _reads_by_lag(traces: Sequence[Trace]) -> data.Bars:
     """Mean over all followed firings by tokens since the write, in bins that double."""
     reads = [trace.reads for trace in traces]
     table = np.array([*itertools.zip_longest(*reads, fillvalue=np.nan)])  # NaN: the sequence ended
@@ -169,7 +169,7 @@ def _lags(traces: Sequence[Trace]) -> data.Bars:
     return data.Bars([float(edge) for edge in edges], means)
 
 
-def _cosines(cosines: NDArray[np.float64], spots: Integers) -> data.Cosines:
+def _cosine_histograms(cosines: NDArray[np.float64], spots: Integers) -> data.Cosines:
     """Both histograms, of [N T] `cosines`, NaN where the native write is zero, and the places of the firings."""
     cosines = cosines.clip(-1, 1)
     firings = pd.Series(cosines[spots]).dropna().to_numpy()

@@ -28,11 +28,11 @@ def neuronpedia_batch(facts: AtomFacts, dataset: str = "") -> dict[str, Json]:
         "layer": info["layer"],
         "sae_set": f"writesae-{info['target']}-{info['d_sae']}",
         "sae_id_suffix": f"h{info['head']}",
-        "features": [_feature(facts, column, dataset) for column in range(len(facts.number))],
+        "features": [_atom_feature(facts, column, dataset) for column in range(len(facts.number))],
     }
 
 
-def _feature(facts: AtomFacts, column: int, dataset: str) -> dict[str, Json]:
+def _atom_feature(facts: AtomFacts, column: int, dataset: str) -> dict[str, Json]:
     # Lists about neurons, which no atom has.
     empty = ["decoder_weights_dist", "vector"]
     empty += [f"neuron_alignment_{what}" for what in ("indices", "values", "l1")]
@@ -45,10 +45,10 @@ def _feature(facts: AtomFacts, column: int, dataset: str) -> dict[str, Json]:
     density = parts.bars(activations, low=0.0)
     logits = parts.bars(change[: facts.texts.size])
     strongest = float(activations.max())
-    contexts = [_activation(context, -1, strongest, -1) for context in parts.top(facts, rows)]
+    contexts = [_activation_record(context, -1, strongest, -1) for context in parts.top(facts, rows)]
     for band in parts.bands(facts, rows):
         share = band.share_high - band.share_low
-        contexts += [_activation(context, band.low, band.high, share) for context in band.contexts]
+        contexts += [_activation_record(context, band.low, band.high, share) for context in band.contexts]
     return {
         "feature_index": int(facts.number[column]),
         **{name: [] for name in empty},
@@ -57,10 +57,10 @@ def _feature(facts: AtomFacts, column: int, dataset: str) -> dict[str, Json]:
         "pos_str": [token.text for token in ends.high],
         "pos_values": [token.value for token in ends.high],
         "frac_nonzero": len(rows) / facts.ids.size,
-        "freq_hist_data_bar_values": _centers(density),
+        "freq_hist_data_bar_values": _bin_centers(density),
         "freq_hist_data_bar_heights": [round(share * len(rows)) for share in density.values],
         "logits_hist_data_bar_heights": logits.values,
-        "logits_hist_data_bar_values": _centers(logits),
+        "logits_hist_data_bar_values": _bin_centers(logits),
         "n_prompts_total": facts.ids.shape[0],
         "n_tokens_in_prompt": facts.ids.shape[1],
         "dataset": dataset,
@@ -68,7 +68,7 @@ def _feature(facts: AtomFacts, column: int, dataset: str) -> dict[str, Json]:
     }
 
 
-def _activation(context: Context, low: float, high: float, share: float) -> dict[str, Json]:
+def _activation_record(context: Context, low: float, high: float, share: float) -> dict[str, Json]:
     """SAEDashboard marks the strongest ones by a `bin_min` and a `bin_contains` of -1."""
     return {
         "bin_min": low,
@@ -80,5 +80,5 @@ def _activation(context: Context, low: float, high: float, share: float) -> dict
     }
 
 
-def _centers(bars: Bars) -> list[float]:
+def _bin_centers(bars: Bars) -> list[float]:
     return [round((a + b) / 2, 5) for a, b in itertools.pairwise(bars.edges)]

@@ -118,7 +118,7 @@ class AtomFacts:
         """
         settings = self.settings
         of_atoms = [list[Trace]() for _ in self.number]
-        for s, rows in self.lab.bar(self._sample(settings.half_life_firings, 1, stream=2), "memory"):
+        for s, rows in self.lab.bar(self._sampled_firings(settings.half_life_firings, 1, stream=2), "memory"):
             recurrence = self.lab.recurrence(s)
             total = recurrence.outputs()[0, :, 0].norm(dim=-1)
             smallest = torch.finfo(total.dtype).tiny
@@ -135,7 +135,7 @@ class AtomFacts:
                 of_atoms[column].append(Trace(s, t, activation, life, shares.double().cpu().numpy()))
         return of_atoms
 
-    def _sample(self, per_atom: int, room: int, stream: int) -> list[tuple[int, list[tuple[int, int, float]]]]:
+    def _sampled_firings(self, per_atom: int, room: int, stream: int) -> list[tuple[int, list[tuple[int, int, float]]]]:
         """By sequence: column, position and activation of up to `per_atom` firings of each atom, with `room` tokens
         after them."""
         last = self.ids.shape[1] - 1 - room
@@ -195,7 +195,7 @@ class AtomFacts:
                 total[cast(int, trial.row["column"])] += cast(float, trial.row["sign"]) * change
             return {}
 
-        drawn = self._sample(settings.effect_firings, settings.effect_horizon, 1)
+        drawn = self._sampled_firings(settings.effect_firings, settings.effect_horizon, 1)
         for sequence, firings in lab.bar(drawn, "effects"):
             site = lab.site(sequence)
             trials = list[Trial]()

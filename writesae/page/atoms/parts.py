@@ -14,7 +14,7 @@ from writesae.page.atoms.measure import AtomFacts
 from writesae.page.atoms.text import short
 
 
-def _contexts(facts: AtomFacts, shown: pd.DataFrame, rows: pd.DataFrame) -> list[data.Context]:
+def _shown_contexts(facts: AtomFacts, shown: pd.DataFrame, rows: pd.DataFrame) -> list[data.Context]:
     """A context for each firing of `shown`; `rows` has all firings of the atom."""
     activations = np.zeros(facts.ids.shape)
     before = facts.settings.before
@@ -40,7 +40,7 @@ def top(facts: AtomFacts, rows: pd.DataFrame) -> list[data.Context]:
         if not shown[s, t] and len(chosen) < settings.top:
             chosen.append(n)
             shown[s, max(0, t - settings.before) : t + settings.after + 1] = True
-    return _contexts(facts, ordered.iloc[chosen], rows)
+    return _shown_contexts(facts, ordered.iloc[chosen], rows)
 
 
 def bands(facts: AtomFacts, rows: pd.DataFrame) -> Iterator[data.Band]:
@@ -55,7 +55,7 @@ def bands(facts: AtomFacts, rows: pd.DataFrame) -> Iterator[data.Band]:
         if len(band) and per_band:
             drawn = rng.choice(len(band), min(per_band, len(band)), replace=False)
             strongest_first = np.sort(drawn)[::-1]
-            contexts = _contexts(facts, band.iloc[strongest_first], rows)
+            contexts = _shown_contexts(facts, band.iloc[strongest_first], rows)
             low = short(band["activation"].min())
             high = short(band["activation"].max())
             yield data.Band(b / n_bands, (b + 1) / n_bands, low, high, contexts)
