@@ -81,7 +81,7 @@ def attribute(
                 f"attribute: expected a model on one device, got one on {', '.join(sorted(devices))}; load it on one, "
                 "or take write_attribution, which works on several"
             )
-        wanted = _metric(model, tokens, attribution_targets, against, metric)
+        wanted = _metric_of_logits(model, tokens, attribution_targets, against, metric)
         if measure < 1 or targets < 0:
             raise InputError(f"measure and targets: expected at least 1 and 0, got {measure} and {targets}")
         if getattr(model.hf_model, "is_quantized", False):
@@ -116,7 +116,7 @@ def attribute(
         )
 
 
-def _metric(
+def _metric_of_logits(
     model: HookedRecurrent,
     tokens: Tensor,
     targets: Sequence[Token] | Token | None,
@@ -130,8 +130,8 @@ def _metric(
     if targets is None:
         with torch.no_grad():
             targets = int(logits_of(model, tokens, last=True)[0, -1].argmax())
-    ids = _ids(model, targets, "attribution_targets")
-    others = () if against is None else _ids(model, against, "against")
+    ids = _token_ids(model, targets, "attribution_targets")
+    others = () if against is None else _token_ids(model, against, "against")
 
     def lead(logits: Tensor) -> Tensor:
         last = logits[0, -1]
@@ -140,7 +140,7 @@ def _metric(
     return Wanted(lead, ids, others)
 
 
-def _ids(model: HookedRecurrent, tokens: Sequence[Token] | Token, name: str) -> tuple[int, ...]:
+def _token_ids(model: HookedRecurrent, tokens: Sequence[Token] | Token, name: str) -> tuple[int, ...]:
     ids = []
     for token in [tokens] if isinstance(tokens, str | int) else tokens:
         try:

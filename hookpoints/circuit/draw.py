@@ -122,40 +122,40 @@ def svg(nodes: pd.DataFrame, edges: pd.DataFrame, metadata: Mapping[str, object]
     """The picture of a pruned graph, as wide as so many pixels; tokens and blocks without a node are left out."""
     texts = cast(Sequence[str], metadata["tokens"])
     words = cast(Mapping[str, str], metadata.get("labels", {}))
-    lines = _lines(edges)
-    spots = _spots(nodes, lines)
+    lines = _visible_lines(edges)
+    spots = _visible_spots(nodes, lines)
     layout = Layout(spots, lines, len(texts) - 1, width)
     most = max([abs(shown.measured) for shown in (*spots, *lines)], default=0) or 1.0
-    body = [f"<style>{STYLE}</style>", *_grid(layout, texts)]
-    body += [_path(line, layout, most) for line in reversed(lines)]
-    body += _shapes(spots, layout, most, words)
+    body = [f"<style>{STYLE}</style>", *_grid_elements(layout, texts)]
+    body += [_line_element(line, layout, most) for line in reversed(lines)]
+    body += _spot_elements(spots, layout, most, words)
     title = f"{metadata['title']}: {cast(float, metadata['metric']):+.2f}"
-    body.append(_tag("text", title, x=width - 8, y=_TOP - 22.0, class_="title", text_anchor="end"))
+    body.append(_text_element("text", title, x=width - 8, y=_TOP - 22.0, class_="title", text_anchor="end"))
     legend = LEGEND if any(spot.is_part for spot in spots) else LEGEND[:-1]
     below = layout.floor + 74
     for row in chain.from_iterable(wrap(line, width // 6) for line in legend):
-        body.append(_tag("text", row, x=6, y=below, class_="soft"))
+        body.append(_text_element("text", row, x=6, y=below, class_="soft"))
         below += 15
     box = f"0 0 {width} {below:.0f}"
     attributes = {"xmlns": "http://www.w3.org/2000/svg", "viewBox": box, "style": f"max-width: {width}px"}
-    return _raw("svg", "".join(body), class_="circuit", role="img", width="100%", **attributes)
+    return _raw_element("svg", "".join(body), class_="circuit", role="img", width="100%", **attributes)
 
 
-def _lines(edges: pd.DataFrame) -> list[Line]:
+def _visible_lines(edges: pd.DataFrame) -> list[Line]:
     """The measured edges that are worth a line, largest first: for each port the largest sources, and a token's stream
     only where nothing that it holds has one."""
     size = edges.measured.abs()
     large = edges[(size >= _LEAST * size.max()) | (edges.port == "part")].dropna(subset="measured")
     drawn = list[Line]()
     for (_, port), group in large.groupby(["target", "port"], sort=False):
-        lines = sorted(map(Line._make, group[list(Line._fields)].to_numpy().tolist()), key=_size)
+        lines = sorted(map(Line._make, group[list(Line._fields)].to_numpy().tolist()), key=_drawn_size)
         parts = [line for line in lines if not line.source.startswith("stream@")][: _SOURCES.get(port, 2)]
         tokens = {_token(line.source) for line in parts}
         drawn += [*parts, *[line for line in lines if _token(line.source) not in tokens][:1]]
-    return sorted(drawn, key=_size)
+    return sorted(drawn, key=_drawn_size)
 
 
-def _size(shown: Spot | Line) -> float:
+def _drawn_size(shown: Spot | Line) -> float:
     """The largest first."""
     return -abs(shown.measured)
 
@@ -164,20 +164,20 @@ def _token(node_id: str) -> int:
     return int(node_id.split(" ")[0].split("@")[1])
 
 
-def _spots(nodes: pd.DataFrame, lines: Sequence[Line]) -> list[Spot]:
+def _visible_spots(nodes: pd.DataFrame, lines: Sequence[Line]) -> list[Spot]:
     """The nodes that have a line, or an effect to speak of, the largest first; parts have a line."""
     named = {name for line in lines for name in (line.source, line.target)}
     least = _LEAST * nodes.measured.abs().max()
     known = nodes.fillna({"measured": 0.0})
-    spots = sorted(map(Spot._make, known[list(Spot._fields)].to_numpy().tolist()), key=_size)
+    spots = sorted(map(Spot._make, known[list(Spot._fields)].to_numpy().tolist()), key=_drawn_size)
     return [s for s in spots if s.node_id in named or (not s.is_part and abs(s.measured) >= least)]
 
 
-def _grid(layout: Layout, texts: Sequence[str]) -> Iterator[str]:
+def _grid_elements(layout: Layout, texts: Sequence[str]) -> Iterator[str]:
     """Lines of the blocks, and the tokens below."""
     for block, y in layout.rows.items():
-        yield _tag("line", x1=_LEFT, x2=layout.width - 8, y1=y, y2=y)
-        yield _tag("text", f"L{block}", x=6, y=y + 4, class_="soft")
+        yield _text_element("line", x1=_LEFT, x2=layout.width - 8, y1=y, y2=y)
+        yield _text_element("text", f"L{block}", x=6, y=y + 4, class_="soft")
     before = -1
     for token in layout.tokens:
         text = texts[token].replace("\n", "⏎").strip() or "␣"
@@ -186,10 +186,10 @@ def _grid(layout: Layout, texts: Sequence[str]) -> Iterator[str]:
         before = token
         x = layout.across(token) + 4
         y = layout.floor + 16
-        yield _tag("text", text, x=x, y=y, transform=f"rotate(-38 {x:.1f} {y:.1f})", text_anchor="end")
+        yield _text_element("text", text, x=x, y=y, transform=f"rotate(-38 {x:.1f} {y:.1f})", text_anchor="end")
 
 
-def _path(line: Line, layout: Layout, most: float) -> str:
+def _line_element(line: Line, layout: Layout, most: float) -> str:
     (x1, y1), (x2, y2) = layout.places[line.source], layout.places[line.target]
     side = {"key": 10, "query": -10}.get(line.port, 0)  # lines from one source lie side by side
     bend = 0.35 * (y2 - y1)
@@ -197,13 +197,13 @@ def _path(line: Line, layout: Layout, most: float) -> str:
     start, *rest = (f"{x:.1f} {y:.1f}" for x, y in points)
     way = f"M{start}C{' '.join(rest)}" if line.port != "part" else f"M{start}H{x2:.1f}V{y2:.1f}"
     into = {"direct": "into", "part": "a part of"}.get(line.port, f"into the {line.port} of")
-    said = _tag("title", f"{line.source} {into} {line.target}: {line.measured:+.2f} measured")
+    said = _text_element("title", f"{line.source} {into} {line.target}: {line.measured:+.2f} measured")
     wide = 1 + 6 * abs(line.measured) / most
     sign = "help" if line.measured > 0 else "hurt"
-    return _raw("path", said, d=way, class_=f"{sign} {line.port}", stroke_width=wide)
+    return _raw_element("path", said, d=way, class_=f"{sign} {line.port}", stroke_width=wide)
 
 
-def _shapes(spots: Sequence[Spot], layout: Layout, most: float, labels: Mapping[str, str]) -> Iterator[str]:
+def _spot_elements(spots: Sequence[Spot], layout: Layout, most: float, labels: Mapping[str, str]) -> Iterator[str]:
     """Nodes, and as many of their labels as have room, the largest first."""
     radii = [4 + 11 * (abs(spot.measured) / most) ** 0.5 for spot in spots]
     taken = [(*layout.places[spot.node_id], radius, radius) for spot, radius in zip(spots, radii)]
@@ -222,22 +222,22 @@ def _shapes(spots: Sequence[Spot], layout: Layout, most: float, labels: Mapping[
             apart = [abs(across - x) > half + wide + 3 or abs(up - y) > 6 + tall for x, y, wide, tall in taken]
             if all(apart):
                 taken.append((across, up, half, 6))
-                texts.append(_tag("text", words, x=across, y=up + 3, text_anchor="middle"))
+                texts.append(_text_element("text", words, x=across, y=up + 3, text_anchor="middle"))
                 break
         known = f"{spot.measured:+.2f} measured" if spot.measured else "not measured"
-        title = _tag("title", f"{spot.node_id}: {known}, {spot.predicted:+.2f} predicted")
-        shape = _tag("path", d=_SHAPES.get(spot.feature_type, _DIAMOND), transform=f"scale({radius:.2f})")
+        title = _text_element("title", f"{spot.node_id}: {known}, {spot.predicted:+.2f} predicted")
+        shape = _text_element("path", d=_SHAPES.get(spot.feature_type, _DIAMOND), transform=f"scale({radius:.2f})")
         sign = "hurt" if spot.measured < 0 else "help"
         place = {"data_node": spot.node_id, "transform": f"translate({x:.1f} {y:.1f})"}
-        yield _raw("g", title + shape, class_=f"node {sign}", tabindex=0, **place)
+        yield _raw_element("g", title + shape, class_=f"node {sign}", tabindex=0, **place)
     yield from texts
 
 
-def _tag(name: str, text: str = "", **attributes: object) -> str:
-    return _raw(name, escape(text), **attributes)
+def _text_element(name: str, text: str = "", **attributes: object) -> str:
+    return _raw_element(name, escape(text), **attributes)
 
 
-def _raw(name: str, content: str, **attributes: object) -> str:
+def _raw_element(name: str, content: str, **attributes: object) -> str:
     """An element; floats get one digit, and ``class_`` is ``class``."""
     said = []
     for key, value in attributes.items():

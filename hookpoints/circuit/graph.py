@@ -106,12 +106,12 @@ class Graph:
             raise InputError(
                 f"graph: expected at least 3 measured writes to compare, got {len(tried)}; attribute with measure=50"
             )
-        r, slope = _fit(tried)
+        r, slope = _correlation_and_slope(tried)
         inner = self.edges[~self.edges.port.isin(["direct", "part"]) & self.edges.predicted.notna()]
         size = writes.predicted.abs().sum()
         completeness = cast(Mapping[str, float], self.metadata["completeness"])
         covered = float(tried.predicted.abs().sum() / size) if size else 0.0
-        edges_r, _ = _fit(inner[inner.measured.notna()])
+        edges_r, _ = _correlation_and_slope(inner[inner.measured.notna()])
         if not r >= 0.9:
             warnings.warn(
                 f"predicted and measured effects of {len(tried)} writes have a correlation of {r:.2f}: believe "
@@ -131,7 +131,7 @@ class Graph:
             raise InputError(f"n: expected 1 to {len(writes)} writes, got {n}")
         best = writes.assign(effect=writes.measured.fillna(-np.inf)).nlargest(n, ["effect", "predicted"])
         keep = [Node("write", *row) for row in best[["layer", "head", "position"]].to_numpy().tolist()]
-        alone, without, same = self._model().sufficient(keep)
+        alone, without, same = self._own_tracer().sufficient(keep)
         whole = cast(float, self.metadata["metric"])
         effect = whole - without
         kept = (alone - without) / effect if abs(effect) > 1e-9 else float("nan")
@@ -143,9 +143,9 @@ class Graph:
 
         Returns: rows of `edges`, largest first in each port.
         """
-        return self._model().why(layer, head, read, source)
+        return self._own_tracer().why(layer, head, read, source)
 
-    def _model(self) -> Tracer:
+    def _own_tracer(self) -> Tracer:
         if self.tracer is None:
             raise InputError("graph: expected one that attribute made, got a loaded one, which has no model; call it")
         return self.tracer
@@ -169,8 +169,8 @@ class Graph:
             "schema": SCHEMA,
             "versions": versions(),
             "metadata": dict(self.metadata),
-            "nodes": _rows(self.nodes),
-            "edges": _rows(self.edges),
+            "nodes": _json_rows(self.nodes),
+            "edges": _json_rows(self.edges),
         }
         return atomic_text(Path(path), sealed_json(content))
 
@@ -189,8 +189,8 @@ class Graph:
             raise ValueError(
                 f"{file}: expected a graph of schema {SCHEMA}, got schema {content.get('schema')!r}; attribute again"
             )
-        nodes = _table(file, content.get("nodes"), NODE_COLUMNS)
-        edges = _table(file, content.get("edges"), EDGE_COLUMNS)
+        nodes = _checked_table(file, content.get("nodes"), NODE_COLUMNS)
+        edges = _checked_table(file, content.get("edges"), EDGE_COLUMNS)
         return cls(nodes, edges, cast("dict[str, object]", content["metadata"]))
 
     def draw(self, nodes: int = 12, width: int = 960) -> str:
@@ -204,7 +204,7 @@ class Graph:
         return self.draw()
 
 
-def _fit(table: pd.DataFrame) -> tuple[float, float]:
+def _correlation_and_slope(table: pd.DataFrame) -> tuple[float, float]:
     """Correlation and slope of measured by predicted effects; NaN where there are fewer than three."""
     predicted = table.predicted
     if len(table) < 3 or predicted.std() == 0:
@@ -213,13 +213,13 @@ def _fit(table: pd.DataFrame) -> tuple[float, float]:
     return float(predicted.corr(table.measured)), float(slope)
 
 
-def _rows(table: pd.DataFrame) -> list[dict[str, object]]:
+def _json_rows(table: pd.DataFrame) -> list[dict[str, object]]:
     """Rows for JSON: NaN is null."""
     known = table.astype(object).where(table.notna(), None)
     return cast("list[dict[str, object]]", known.to_dict("records"))
 
 
-def _table(file: Path, rows: object, columns: Mapping[str, str]) -> pd.DataFrame:
+def _checked_table(file: Path, rows: object, columns: Mapping[str, str]) -> pd.DataFrame:
     """A table of a file of strangers, with the columns that it must have."""
     if not isinstance(rows, list) or any(not isinstance(row, dict) or row.keys() != columns.keys() for row in rows):
         raise ValueError(f"{file}: expected rows with {', '.join(columns)}; the file is damaged or of something else")

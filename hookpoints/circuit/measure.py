@@ -54,15 +54,15 @@ class Measure:
             positions = [changes[row].position for row in rows]
             for batch in self.session.batches(positions, length, most, room=room):
                 tried = [rows[index] for index in batch]
-                effects[tried] = self._run([changes[row] for row in tried])
+                effects[tried] = self._effects_of_layer([changes[row] for row in tried])
         return effects
 
-    def _run(self, changes: Sequence[Change]) -> list[float]:
+    def _effects_of_layer(self, changes: Sequence[Change]) -> list[float]:
         """Of changes of one layer, ordered by position."""
         start = changes[0].position
         names = sorted({name for change in changes for name in change.values})
         length = self.session.tokens.shape[1]
-        hooks = [(name, _putting(changes, length)) for name in names]
+        hooks = [(name, _hook_of_changes(changes, length)) for name in names]
         run = self.session.run_hooked(len(changes), changes[0].layer, start, hooks)
         before = self.session.logits[0, : run.start]
         self.runs += len(changes)
@@ -71,7 +71,7 @@ class Measure:
         return (self.plain - values).tolist()
 
 
-def _putting(changes: Sequence[Change], length: int) -> Callable[[Tensor, HookPoint], Tensor]:
+def _hook_of_changes(changes: Sequence[Change], length: int) -> Callable[[Tensor, HookPoint], Tensor]:
     """A hook that gives each row its value at its token, of the last tokens of a text of ``length``."""
 
     def put(x: Tensor, hook: HookPoint) -> Tensor:

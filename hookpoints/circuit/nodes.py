@@ -88,10 +88,10 @@ def write_attribution(
         donors = {} if corrupt is None else record(model, same_length(model, corrupt, tokens))
         gradients = read_gradients(model, tokens, metric, frozen)
         effects = predict_writes(model, tokens, gradients, donors, through).effects
-    return pd.concat([_table(layer, effect) for layer, effect in effects.items()], ignore_index=True)
+    return pd.concat([_table_of_effects(layer, effect) for layer, effect in effects.items()], ignore_index=True)
 
 
-def _table(layer: int, effect: Tensor) -> pd.DataFrame:
+def _table_of_effects(layer: int, effect: Tensor) -> pd.DataFrame:
     """A row for each entry of ``effect`` [T,H]."""
     values = effect.cpu().numpy()
     position, head = np.indices(values.shape).reshape(2, -1)
@@ -145,7 +145,7 @@ def read_gradients(
 
     hooks: list[tuple[str, Callable[..., Tensor | None]]] = [("hook_embed", begin)]
     hooks += [(name, keep) for name in (*names, *further) if name != "hook_embed"]
-    hooks += [(name, constant) for name in _constants(model)] if frozen else []
+    hooks += [(name, constant) for name in _gradient_cuts(model)] if frozen else []
     held = FROZEN if frozen else ()
     again = _blocks_run_again(model, held) if tokens.shape[1] > _LONG else nullcontext()
     with constants(held), again, model.hooks(hooks):
@@ -193,7 +193,7 @@ def _blocks_run_again(model: HookedRecurrent, held: Collection[Held]) -> Iterato
         yield
 
 
-def _constants(model: HookedRecurrent) -> Iterator[str]:
+def _gradient_cuts(model: HookedRecurrent) -> Iterator[str]:
     """Names of the hooks at which a frozen pass cuts gradients."""
     for layer in model.cfg.recurrent_layers:
         for name in _CONSTANT:
@@ -283,7 +283,7 @@ class WayOut:
         if len(self.norms) > 1:
             return f"{len(self.norms)} norms"
         try:
-            if any(_bends(self.handed_on, x) for x in (self.reads, *(norm.level for norm in self.norms))):
+            if any(_is_not_linear(self.handed_on, x) for x in (self.reads, *(norm.level for norm in self.norms))):
                 return "a function that bends"
             if None in self.forms:
                 return "a root of something else than a mean square"
@@ -293,7 +293,7 @@ class WayOut:
 
 
 @torch.enable_grad()
-def _bends(y: Tensor, x: Tensor) -> bool:
+def _is_not_linear(y: Tensor, x: Tensor) -> bool:
     """Whether ``y`` is not linear in ``x``."""
     (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True, allow_unused=True)
     if slope is None or not slope.requires_grad:
@@ -425,13 +425,13 @@ def ways_out(model: HookedRecurrent, layers: Sequence[int], use: Callable[[int, 
     def begin(x: Tensor, hook: HookPoint) -> Tensor:
         torch.set_grad_enabled(True)
         mode.apart = []
-        starts[_layer(hook)] = reads = x.detach().requires_grad_()
+        starts[_layer_of(hook)] = reads = x.detach().requires_grad_()
         return reads
 
     def finish(x: Tensor, hook: HookPoint) -> Tensor:
         torch.set_grad_enabled(False)
         norms, mode.apart = mode.apart or [], None
-        use(_layer(hook), WayOut(starts.pop(_layer(hook)), x, norms))
+        use(_layer_of(hook), WayOut(starts.pop(_layer_of(hook)), x, norms))
         return x.detach()
 
     hooks: list[tuple[str, Callable[..., Tensor]]] = []
@@ -442,7 +442,7 @@ def ways_out(model: HookedRecurrent, layers: Sequence[int], use: Callable[[int, 
         yield
 
 
-def _layer(hook: HookPoint) -> int:
+def _layer_of(hook: HookPoint) -> int:
     return int(str(hook.name).split(".")[1])
 
 

@@ -140,10 +140,10 @@ def _at_fixed_gate(value: Tensor, x: Tensor) -> Tensor:
     return value.detach() + gate * (x - x.detach())
 
 
-def _constant(x: object) -> object:
+def _as_constant(x: object) -> object:
     """A weight that is trained, as a constant, also in a list or tuple; anything else as it is."""
     if isinstance(x, list | tuple) and type(x) in (list, tuple):
-        return type(x)(map(_constant, x))
+        return type(x)(map(_as_constant, x))
     return x.detach() if isinstance(x, nn.Parameter) and x.requires_grad else x
 
 
@@ -166,8 +166,8 @@ class Constants(TorchFunctionMode):
         args: Arguments = (),
         kwargs: Mapping[str, object] | None = None,
     ) -> Tensor:
-        args = tuple(_constant(x) for x in args)
-        kwargs = {name: _constant(x) for name, x in (kwargs or {}).items()}
+        args = tuple(_as_constant(x) for x in args)
+        kwargs = {name: _as_constant(x) for name, x in (kwargs or {}).items()}
         if self.patterns and func is F.scaled_dot_product_attention:
             args = (*(cast(Tensor, x).detach() for x in args[:2]), *args[2:])
         value = func(*args, **kwargs)

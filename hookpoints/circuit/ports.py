@@ -292,15 +292,15 @@ class Blocks:
                 writes.setdefault(source.layer, []).append((row, source))
             elif source.feature_type in ("embedding", "mlp", "attn", "stream"):
                 if source.position in window:
-                    given[row, source.position - window.start] = self._added(source)
+                    given[row, source.position - window.start] = self._stream_change(source)
             else:
                 given[row] = torch.nan
         for layer, of_layer in writes.items():
             rows, written = zip(*of_layer)
-            given[list(rows)] = self._written(layer, written, window)
+            given[list(rows)] = self._write_outputs(layer, written, window)
         return given
 
-    def _added(self, source: Node) -> Tensor:
+    def _stream_change(self, source: Node) -> Tensor:
         """[D], what a node adds to the stream at its token, more than in the corrupt text."""
         block = f"blocks.{source.layer}"
         if source.feature_type == "mlp":
@@ -319,7 +319,7 @@ class Blocks:
             return torch.full_like(self.text.at("blocks.0.hook_resid_pre")[0], torch.nan)
         return value[source.head] @ self.model.layer_W_O(source.layer, "attn")[source.head]
 
-    def _written(self, layer: int, sources: Sequence[Node], window: range) -> Tensor:
+    def _write_outputs(self, layer: int, sources: Sequence[Node], window: range) -> Tensor:
         """[N,W,D], what each write gives through its head's norm: the block's output less that without the write."""
         first = self.window(layer, window.start).start
         longer = range(first, window.stop)
@@ -371,7 +371,7 @@ def ports_of(node: Node, r: Recurrence, at_reads: Tensor, read: int | None = Non
     of_write = own.adjoint(gradient).states(positions=[r.T - 1 - position])[0, 0, 0]  # [K,V]
     key = torch.atleast_2d(own.k[0, position, 0]).to(of_write)
     value = torch.atleast_2d(own.u[0, position, 0]).to(of_write)
-    readers = None if r.rates is not None else _readers(own, position)
+    readers = None if r.rates is not None else _reads_of_state(own, position)
     ports = [
         Port(node, "value", position, of_write, key, readers),
         Port(node, "key", position, of_write, value, readers),
@@ -390,7 +390,7 @@ def ports_of(node: Node, r: Recurrence, at_reads: Tensor, read: int | None = Non
     return [*ports, Port(node, "query", read, gradient[read - position], found, torch.ones_like(found[:1, :1]))]
 
 
-def _readers(own: Recurrence, position: int) -> Tensor:
+def _reads_of_state(own: Recurrence, position: int) -> Tensor:
     """[T',K], what each token from ``position`` on reads of the state of one head after ``position``."""
     length = own.T - position
     single = own.q.new_zeros(1, own.T, 1, length, dtype=own.dtype)

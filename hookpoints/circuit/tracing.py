@@ -85,7 +85,7 @@ class Tracing:
         cls, model: HookedRecurrent, tokens: Tensor, wanted: Wanted, corrupt: Tensor | None, frozen: bool
     ) -> tuple[Tracing, pd.DataFrame]:
         """Read the texts, and follow the metric back. Returns all nodes, too, with predictions."""
-        further = tuple(name for name in model.hook_dict if _kind(model, name) is not None)
+        further = tuple(name for name in model.hook_dict if _kind_of_hook(model, name) is not None)
         gradients = read_gradients(model, tokens, wanted.metric, frozen, further, wanted.last)
         donors = {} if corrupt is None else record(model, corrupt)
         writes = predict_writes(model, tokens, gradients, donors)
@@ -100,7 +100,7 @@ class Tracing:
                 logits_of(model, corrupt, last=True)
             other = Text(corrupt, donors, others, {})
         blocks = Blocks(Decomposition(model, clean), other, reach_of(model, tokens))
-        predicted = pd.concat(_predicted(blocks, writes, gradients), ignore_index=True)
+        predicted = pd.concat(_predicted_tables(blocks, writes, gradients), ignore_index=True)
         of_heads = {name: gradient for name, gradient in gradients.other.items() if name.endswith("attn.hook_z")}
         gradients = gradients._replace(other=of_heads)  # others are of no use any more, and as large as the text
         runs = Measure(session, wanted.metric)
@@ -112,10 +112,10 @@ class Tracing:
         """Fill the column ``measured`` of the largest nodes of each kind: ``measure`` writes, a fifth of the others."""
         for kind, rows in nodes.groupby("feature_type"):
             tried = rows.loc[by_size(rows.predicted)[: measure if kind == "write" else max(1, measure // 5)]]
-            changes = [self._without(node_of(row)) for row in tried.itertuples()]
+            changes = [self._change_without(node_of(row)) for row in tried.itertuples()]
             nodes.loc[tried.index, "measured"] = self.runs.effects(changes)
 
-    def _without(self, node: Node) -> Change:
+    def _change_without(self, node: Node) -> Change:
         """A run without a node, or with that of the corrupt text instead."""
         block = f"blocks.{node.layer}"
         attention = "hook_attn_out" if node.head < 0 else "attn.hook_z"
@@ -142,10 +142,10 @@ class Tracing:
         first = stream.shape[1] - 1 if self.wanted.last else 0
         read = stream[:, first:].clone().requires_grad_()
         with torch.enable_grad(), constants(["norms"]):
-            value = self.wanted.metric(self._logits(read)).reshape(())
+            value = self.wanted.metric(self._logits_of_stream(read)).reshape(())
         direction = torch.zeros_like(stream)
         (direction[:, first:],) = torch.autograd.grad(value, read)
-        parts, left = self._parts(["logit"], direction, n_layers, stream[0])
+        parts, left = self._parts_below(["logit"], direction, n_layers, stream[0])
         by_kind = {(part.feature_type, part.layer): part.given[0] for part in parts}
         sources = {}
         for node in map(node_of, largest(nodes, _DIRECT).itertuples()):
@@ -157,15 +157,15 @@ class Tracing:
         if self.wanted.last:
             with torch.no_grad():
                 given = self.blocks.given(list(sources), range(first, first + 1))
-                left = [self.wanted.metric(self._logits(stream[:, first:] - row)) for row in given]
+                left = [self.wanted.metric(self._logits_of_stream(stream[:, first:] - row)) for row in given]
             measured = self.runs.plain - np.array([float(metric) for metric in left])
         return edge_table({**sources, Node("bias"): bias}, "logit", "direct", -1, measured)
 
-    def _logits(self, stream: Tensor) -> Tensor:
+    def _logits_of_stream(self, stream: Tensor) -> Tensor:
         final = self.model.attachment.layout.final_norm
         return self.model.unembed(stream if final is None else self.model.ln_final(stream))
 
-    def _parts(
+    def _parts_below(
         self, labels: Sequence[str], directions: Tensor, layer: int, entered: Tensor
     ) -> tuple[list[Part], Tensor]:
         """What each node below a block gives to <stream, direction> (with a corrupt text, how much more than there),
@@ -197,16 +197,16 @@ class Tracing:
                 through = self.blocks.through(node, self.gradients.handed_on[node.layer])
         else:
             ports = ports_of_head(node, self.gradients.other[f"blocks.{node.layer}.attn.hook_z"])
-        tables = [self._into(list(group), through) for _, group in groupby(ports, key=lambda port: port.at)]
+        tables = [self._edges_into(list(group), through) for _, group in groupby(ports, key=lambda port: port.at)]
         return pd.concat(tables, ignore_index=True)
 
     @torch.no_grad()
-    def _into(self, ports: Sequence[Port], through: ThroughNorm | None) -> pd.DataFrame:
+    def _edges_into(self, ports: Sequence[Port], through: ThroughNorm | None) -> pd.DataFrame:
         """Edges into ports of one node at one token. Gradients choose sources; the block is run again without each, and
         what a port is then is followed ``through`` the norm of its head: a prediction that is to first order in what
         follows the head alone."""
         node = ports[0].node
-        found, biases = self._candidates(ports)
+        found, biases = self._likely_sources(ports)
         rows = {source: row for row, source in enumerate(dict.fromkeys(chain(*found)), start=1)}
         listed: list[dict[Node, float]] = []
         tried: list[list[Node]] = []
@@ -230,7 +230,7 @@ class Tracing:
             tables.append(edge_table({**sources, **bias}, node.node_id, port.name, read, column))
         return pd.concat(tables, ignore_index=True)
 
-    def _candidates(self, ports: Sequence[Port]) -> tuple[list[dict[Node, float]], dict[PortName, float]]:
+    def _likely_sources(self, ports: Sequence[Port]) -> tuple[list[dict[Node, float]], dict[PortName, float]]:
         """Of each port, the sources and the tokens' streams that give most by the gradient through the block, and what
         biases add to those that are linear with norms, gates and activations held fixed."""
         text = self.blocks.text
@@ -241,7 +241,7 @@ class Tracing:
         directions = torch.stack([maps.stream for maps in [*fixed, *live]])
         labels = [f"{node.node_id} {port.name}" for port in linear]
         name = f"blocks.{node.layer}.hook_resid_pre"
-        parts, left = self._parts(labels, directions, node.layer, text.at(name))
+        parts, left = self._parts_below(labels, directions, node.layer, text.at(name))
         biases: dict[PortName, float] = {}
         for port, maps, rest in zip(linear, fixed, left.tolist()):
             biases[port.name] = maps.whole - float((maps.embedded * text.at("hook_embed")).sum()) + rest
@@ -277,50 +277,50 @@ class Tracing:
         logits = []
         with own_gradients(self.model.cfg.device.type), torch.no_grad():
             for nodes in (keep, ()):
-                with self.model.hooks(self._only(nodes)):
+                with self.model.hooks(self._hooks_of_others(nodes)):
                     logits.append(logits_of(self.model, text.tokens, self.wanted.last))
             alone, without = (float(self.wanted.metric(x)) for x in logits)
         targets = self.wanted.targets or (int(self.runs.session.logits[0, -1].argmax()),)
         return alone, without, int(logits[0][0, -1].argmax()) in targets
 
-    def _only(self, keep: Sequence[Node]) -> list[tuple[Name, Hook]]:
+    def _hooks_of_others(self, keep: Sequence[Node]) -> list[tuple[Name, Hook]]:
         """Hooks that leave these writes alone; the others are those of the corrupt text, or none."""
         hooks: list[tuple[Name, Hook]] = []
         for layer in self.model.cfg.recurrent_layers:
             kept = [(node.position, node.head) for node in keep if node.layer == layer]
             for name, other in self.blocks.other_writes(layer).items():
-                hooks.append((name, partial(_kept, kept=kept, other=other)))
+                hooks.append((name, partial(_kept_and_others, kept=kept, other=other)))
         return hooks
 
     def metadata(self) -> dict[str, object]:
         """`Graph.metadata`."""
         text = self.blocks.text
         corrupt = self.blocks.corrupt
-        targets = self._names(self.wanted.targets)
-        against = self._names(self.wanted.against)
+        targets = self._token_texts(self.wanted.targets)
+        against = self._token_texts(self.wanted.against)
         title = " ".join(targets) + ("" if not against else f" − {' '.join(against)}")
         return {
             "model": self.model.cfg.model_name,
-            "tokens": self._names(text.tokens[0].tolist()),
+            "tokens": self._token_texts(text.tokens[0].tolist()),
             "targets": targets,
             "against": against,
             "title": title or "metric",
             "metric": self.runs.plain,
-            "corrupt": None if corrupt is None else self._names(corrupt.tokens[0].tolist()),
+            "corrupt": None if corrupt is None else self._token_texts(corrupt.tokens[0].tolist()),
             "frozen": self.frozen,
             "completeness": self.completeness,
             "runs": self.runs.runs,
         }
 
-    def _names(self, ids: Sequence[int]) -> list[str]:
+    def _token_texts(self, ids: Sequence[int]) -> list[str]:
         return [str(token) if self.model.tokenizer is None else str(self.model.to_string(token)) for token in ids]
 
 
-def _predicted(blocks: Blocks, writes: Writes, gradients: Gradients) -> list[pd.DataFrame]:
+def _predicted_tables(blocks: Blocks, writes: Writes, gradients: Gradients) -> list[pd.DataFrame]:
     """Tables of nodes, by block and kind."""
     tables = [nodes_of_block("write", layer, effects) for layer, effects in writes.effects.items()]
     for name, gradient in gradients.other.items():
-        kind = _kind(blocks.model, name)
+        kind = _kind_of_hook(blocks.model, name)
         layer = -1 if kind == "embedding" else int(name.split(".")[1])
         effect = ((blocks.text.at(name) - blocks.other(name)) * gradient[0]).sum(-1)
         if kind is not None:
@@ -328,7 +328,7 @@ def _predicted(blocks: Blocks, writes: Writes, gradients: Gradients) -> list[pd.
     return tables
 
 
-def _kept(x: Tensor, hook: HookPoint, *, kept: Sequence[tuple[int, int]], other: Tensor) -> Tensor:
+def _kept_and_others(x: Tensor, hook: HookPoint, *, kept: Sequence[tuple[int, int]], other: Tensor) -> Tensor:
     """``x`` [1,T,H,...] at ``kept`` tokens and heads, ``other`` [T,H,...] elsewhere."""
     left = other[None].to(x).clone()
     for position, head in kept:
@@ -336,7 +336,7 @@ def _kept(x: Tensor, hook: HookPoint, *, kept: Sequence[tuple[int, int]], other:
     return left
 
 
-def _kind(model: HookedRecurrent, name: str) -> FeatureType | None:
+def _kind_of_hook(model: HookedRecurrent, name: str) -> FeatureType | None:
     """What nodes a hook has the values of, writes aside; None: of none."""
     if not name.startswith("blocks."):
         return "embedding" if name == "hook_embed" else None

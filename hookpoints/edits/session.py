@@ -47,7 +47,7 @@ def _is_trained(factor: Tensor) -> bool:
     return origin.requires_grad and origin.is_leaf
 
 
-def _entering(layer: int) -> str:
+def _entering_hook(layer: int) -> str:
     return f"blocks.{layer}.hook_resid_pre"
 
 
@@ -77,7 +77,7 @@ class EditSession:
         self.model = model
         self.tokens = tokens.to(model.cfg.device)
         self._outer_plans = current(model.attachment).plans
-        names = [name for layer in model.cfg.recurrent_layers if (name := _entering(layer)) in model.hook_dict]
+        names = [name for layer in model.cfg.recurrent_layers if (name := _entering_hook(layer)) in model.hook_dict]
         self._weights = sum(weight.numel() for weight in model.hf_model.parameters())
         held = _recording_cache(model)
         self._logits: dict[str, Any] = {"logits_to_keep": logits_to_keep} if logits_to_keep else {}
@@ -105,7 +105,7 @@ class EditSession:
         self.model.cfg.layer(layer)
         if not self.model.attachment.layout.is_chain:
             raise UnsupportedModelError("the blocks of this model are no chain along one residual stream that is known")
-        return self._residual[_entering(layer)]
+        return self._residual[_entering_hook(layer)]
 
     def run(
         self,
@@ -241,12 +241,12 @@ class EditSession:
         layout = self.model.attachment.layout
         lowest = min(plan.by_layer, default=0) if lowest is None else lowest
         layer = 0 if whole or not layout.is_chain or layout.first_block_feeds_all else lowest
-        residual = None if whole else self._residual.get(_entering(layer))
+        residual = None if whole else self._residual.get(_entering_hook(layer))
         if residual is not None:
             residual = residual[:, start:stop].expand(len(rows), -1, -1)
         tokens = self.tokens[:, start:stop].expand(len(rows), -1)
         # Tokens, not the residual stream: some models hand the embeddings to later blocks again.
-        branch = self._branch(len(rows), layer, start) if start else None
+        branch = self._cache_of_rows(len(rows), layer, start) if start else None
         inputs = continuing(model.hf_model, branch, start, tokens)
         inputs |= {"use_cache": start > 0, "input_ids": tokens} | self._logits
         # Upstream's torch ops pad to chunks of 64 tokens: four times the work for the 17 of a substitution test.
@@ -259,12 +259,12 @@ class EditSession:
         plan.check_acted()
         return logits
 
-    def _branch(self, rows: int, layer: int, start: int) -> Cache:
+    def _cache_of_rows(self, rows: int, layer: int, start: int) -> Cache:
         """The cache after ``start`` tokens, repeated for ``rows`` rows; of blocks below ``layer`` once."""
         mixers = self.model.attachment.mixers
         heard = any(mixer.hooks.listens("hook_pattern") for mixer in mixers.values())  # a pattern is of every token
         if self._held is None or heard:
-            branch = self._walked(layer, start, anew=heard)
+            branch = self._walked_cache(layer, start, anew=heard)
         else:
             branch = cut(self._held, start)
             for recurrent in mixers:
@@ -288,7 +288,7 @@ class EditSession:
             self._states[layer] = (start, state)
         return state
 
-    def _walked(self, layer: int, start: int, anew: bool) -> Cache:
+    def _walked_cache(self, layer: int, start: int, anew: bool) -> Cache:
         """The cache of one row after ``start`` tokens from a pass; blocks below ``layer`` are only shared."""
         before, cache = self._prefix if self._prefix[0] <= start and not anew else (0, None)
         self._prefix = 0, None  # half advanced, if interrupted

@@ -29,7 +29,7 @@ def caching_hooks(
     """As TransformerLens' ``get_caching_hooks`` over the hook ``points``: (cache, forward hooks, backward hooks).
     Activations are detached and shared, not copied."""
     saved: dict[str, Tensor] = {} if cache is None else cache
-    wanted = _predicate(names_filter)
+    wanted = _name_predicate(names_filter)
     cut = Slice.unwrap(pos_slice)
 
     def save(suffix: str) -> Saving:
@@ -48,7 +48,7 @@ def reachable(names_filter: NamesFilter, start: int | None, stop: int | None, n_
     """Narrow an open filter (None or a predicate) to hooks that a partial run reaches; explicit names stay as asked."""
     if names_filter is not None and not callable(names_filter):
         return names_filter if isinstance(names_filter, str) else list(names_filter)
-    wanted = _predicate(names_filter)
+    wanted = _name_predicate(names_filter)
     first, last, _ = slice(start, stop).indices(n_layers)
 
     @functools.wraps(wanted)  # errors name the caller's filter
@@ -62,7 +62,7 @@ def reachable(names_filter: NamesFilter, start: int | None, stop: int | None, n_
     return inside
 
 
-def _predicate(names_filter: NamesFilter) -> Callable[[str], bool]:
+def _name_predicate(names_filter: NamesFilter) -> Callable[[str], bool]:
     if names_filter is None:
         return lambda name: not is_matrix(name)
     if callable(names_filter):

@@ -43,7 +43,7 @@ class AttentionCall:
         Raises:
             UnsupportedModelError: the function takes masks of another form.
         """
-        pattern = _pattern(arguments)
+        pattern = _attention_pattern(arguments)
         outputs, *weights = cast(tuple[Tensor, ...], op(**arguments))
         # A copy: a hook may write into what it is given, and the difference below needs the pattern as it was.
         fired, changed = watch(pattern.clone(), partial(self.hooks.fire, "hook_pattern"))
@@ -55,7 +55,7 @@ class AttentionCall:
         return (outputs, *weights)
 
 
-def _pattern(arguments: Mapping[str, object]) -> Tensor:
+def _attention_pattern(arguments: Mapping[str, object]) -> Tensor:
     """[B,H,T,S] by the plain function of the layer's own family, which knows its scale, groups, caps and sinks."""
     module = arguments["module"]
     query = arguments["query"]

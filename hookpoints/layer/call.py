@@ -186,8 +186,8 @@ class LayerCall:
         if dtype is not None:
             native = native._replace(outputs=native.outputs.to(dtype))
         if self._is_recorded():
-            self._record(recurrence, native, fed)
-        return self._edited(recurrence, native) if recurrence.T else native
+            self._keep_recorded(recurrence, native, fed)
+        return self._edited_result(recurrence, native) if recurrence.T else native
 
     def _native_result(self, native_op: Function | None, fed: Arguments, recurrence: Recurrence) -> OpResult:
         """Outputs [B,T,H,V] of the native pass, with padding, and the last state if the layer wants it."""
@@ -203,7 +203,7 @@ class LayerCall:
         run = self.run
         return run.record is not None and (run.recorded is None or self.mixer.layer in run.recorded)
 
-    def _record(self, recurrence: Recurrence, native: OpResult, fed: Arguments) -> None:
+    def _keep_recorded(self, recurrence: Recurrence, native: OpResult, fed: Arguments) -> None:
         """Keep the call for `model.recording`."""
         assert self.run.record is not None
         first = recurrence.initial_state
@@ -212,7 +212,7 @@ class LayerCall:
         recorded = Recorded(recurrence, native, self.mixer.rule.value_first(fed))
         self.run.record[self.mixer.layer] = recorded if self.run.gradients else recorded.detached()
 
-    def _edited(self, recurrence: Recurrence, native: OpResult) -> OpResult:
+    def _edited_result(self, recurrence: Recurrence, native: OpResult) -> OpResult:
         """What hooks on writes, states and the pattern, and the plans of edits, make of the native result."""
         response = EditResponse(recurrence)
         # The erase stays as it is. What hooks change is looked at in the response.

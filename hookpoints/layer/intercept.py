@@ -170,7 +170,7 @@ def open_handlers() -> tuple[OpHandler, ...]:
 _OPEN = operator.attrgetter("open")
 
 
-def _handle(handlers: tuple[OpHandler, ...], op: Function, arguments: Mapping[str, object]) -> object:
+def _handled_result(handlers: tuple[OpHandler, ...], op: Function, arguments: Mapping[str, object]) -> object:
     """The outermost handler is given the op as the others handle it."""
     *inner, outermost = handlers
     return outermost.handle(_handled_by(tuple(inner), op) if inner else op, arguments)
@@ -178,7 +178,7 @@ def _handle(handlers: tuple[OpHandler, ...], op: Function, arguments: Mapping[st
 
 def _handled_by(handlers: tuple[OpHandler, ...], op: Function) -> Function:
     def call(**arguments: object) -> object:
-        return _handle(handlers, op, arguments)
+        return _handled_result(handlers, op, arguments)
 
     call.__module__ = op.__module__
     plain = torch_form(op)
@@ -261,7 +261,7 @@ def _wrap_op(op: Function, on_device: bool = True) -> Function:
     names = [name for name, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     defaults = {name: parameters[name].default for name in names if parameters[name].default is not inspect._empty}
     # fla's ops take any keyword; those that an op does not take are dropped, as upstream does with other kernels'.
-    known = _keywords(plain)
+    known = _known_keywords(plain)
 
     @functools.wraps(op)
     def wrapper(*args: object, **kwargs: object) -> object:
@@ -273,7 +273,7 @@ def _wrap_op(op: Function, on_device: bool = True) -> Function:
         named = {name: value for name, value in kwargs.items() if known is None or name in known}
         arguments = defaults | dict(zip(positional, args)) | named
         for_device = _on_device(op, plain, args, kwargs) if on_device else op
-        return _handle(handlers, _by_name(for_device, positional), arguments)
+        return _handled_result(handlers, _by_name(for_device, positional), arguments)
 
     return wrapper
 
@@ -282,7 +282,7 @@ def _wrap_op(op: Function, on_device: bool = True) -> Function:
 def _by_name(op: Function, positional: tuple[str, ...]) -> Function:
     """The op, taking every argument by name. What the layer gave by position is passed by position: fast kernels
     stand in for the torch op under other names (``q`` for ``query``, ``x`` for ``hidden_states``)."""
-    known = _keywords(op)
+    known = _known_keywords(op)
 
     @functools.wraps(op)
     def call(**arguments: object) -> object:
@@ -294,7 +294,7 @@ def _by_name(op: Function, positional: tuple[str, ...]) -> Function:
     return call
 
 
-def _keywords(op: Function) -> frozenset[str] | None:
+def _known_keywords(op: Function) -> frozenset[str] | None:
     """Names that ``op`` itself takes, whatever it stands in for; None where it takes any."""
     parameters = inspect.signature(op, follow_wrapped=False).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):

@@ -39,10 +39,10 @@ class EditResponse:
     def add_low_rank(self, change: LowRankChange) -> None:
         """Cost: one chunked pass over one head, from the first changed token on. Many terms are added up at the tokens
         that change, and are dense there."""
-        span = _span(change.size(), change.keys, change.values)
+        span = _changed_tokens(change.size(), change.keys, change.values)
         if span is not None:
             self.low_rank.append(change)
-            self._add_answer(slice(change.head, change.head + 1), self._answer(change), span)
+            self._add_answer(slice(change.head, change.head + 1), self._answering_recurrence(change), span)
 
     def add_of_heads(self, keys: Tensor, values: Tensor) -> None:
         """A change of the writes of all heads, keys [B,T,H,K] or [B,T,H,R,K] and values likewise. Cost: a look at the
@@ -63,7 +63,7 @@ class EditResponse:
                 if len(tokens):
                     self.low_rank.append(change)
                     span = slice(int(tokens[0]), int(tokens[-1]) + 1)
-                    self._add_answer(slice(change.head, change.head + 1), self._answer(change), span)
+                    self._add_answer(slice(change.head, change.head + 1), self._answering_recurrence(change), span)
 
     def _add_answer(self, heads: slice, answer: Recurrence, span: slice) -> None:
         """What ``answer``, that of ``heads`` to a change at the tokens ``span``, gives is added."""
@@ -75,14 +75,14 @@ class EditResponse:
         if span.start:
             answer = answer.select(tokens=slice(span.start, None), initial_state=answer.starting_state())
         outputs, final_state = answer.scan()
-        self._add(heads, span.start, outputs, final_state)
+        self._add_outputs(heads, span.start, outputs, final_state)
 
     def add_dense(self, heads: slice, change: Tensor) -> None:
         """``change`` [B,T,H',K,V] is added to the writes of ``heads``.
 
         Cost: see `hookpoints.recurrence.dense`; from the last change on, that of a chunked pass.
         """
-        span = _span(_size(change), change)
+        span = _changed_tokens(_change_size(change), change)
         if span is None:
             return
         # Also kept as K terms of rank 1, for hooks that ask later what the writes have become.
@@ -98,19 +98,19 @@ class EditResponse:
         """What ``r``, that of ``heads``, makes of ``writes`` at the tokens ``span`` is added."""
         changed = dense.scan(r.select(tokens=span, initial_state=r.starting_state()), writes)
         if span.stop == r.T:
-            self._add(heads, span.start, changed.outputs, changed.final_state)
+            self._add_outputs(heads, span.start, changed.outputs, changed.final_state)
             return
-        self._add(heads, span.start, changed.outputs, None)
+        self._add_outputs(heads, span.start, changed.outputs, None)
         # No more changes: the rest is carried by the chunked pass.
         nothing = torch.zeros_like(r.q[..., :1]).expand(*r.q.shape[:3], r.V)
         rest = r.with_write(r.q, nothing)
         rest = rest.select(tokens=slice(span.stop, None), initial_state=changed.final_state)
-        self._add(heads, span.stop, *rest.scan())
+        self._add_outputs(heads, span.stop, *rest.scan())
 
     def add_states_before(self, heads: slice, change: Tensor) -> None:
         """``change`` [B,T,H',K,V] is added to the states that tokens find, S_{t-1}, and is carried on: what the
         transition of token t makes of it is a write at t, (diag(alpha_t) + a_t b_t^T) change_t. Cost: as for writes."""
-        span = _span(_size(change), change)
+        span = _changed_tokens(_change_size(change), change)
         if span is None:
             return
         r = self.recurrence.select(heads=heads).working()
@@ -126,7 +126,7 @@ class EditResponse:
 
     def add_states(self, heads: slice, change: Tensor) -> None:
         """``change`` [B,T,H',K,V] is added to the states that reads see; the last one is carried on. Not propagated."""
-        if _span(_size(change), change) is None:
+        if _changed_tokens(_change_size(change), change) is None:
             return
         selected = self.recurrence.select(heads=heads)
         seen = F.pad(change, (0, 0, 0, 0, 0, 0, 1, -1)) if selected.read_before_write else change
@@ -156,7 +156,7 @@ class EditResponse:
         state = native.final_state
         return OpResult(outputs, None if state is None else (state + self.final_state).to(state.dtype))
 
-    def _answer(self, change: LowRankChange) -> Recurrence:
+    def _answering_recurrence(self, change: LowRankChange) -> Recurrence:
         """The recurrence of one head that makes ``change`` alone, from a zero state."""
         head = self.recurrence.select(heads=slice(change.head, change.head + 1))
         return head.with_write(change.keys.unsqueeze(2), change.values.unsqueeze(2), loop=change.loop)
@@ -168,14 +168,14 @@ class EditResponse:
         if changes and base.requires_grad:  # autograd may need the values that are changed in place below
             base = base.clone()
         for change in changes:
-            base[:, :, change.head - wanted.start] += of_one(self._answer(change))[:, :, 0]
+            base[:, :, change.head - wanted.start] += of_one(self._answering_recurrence(change))[:, :, 0]
         return base
 
     def _add_reads(self, r: Recurrence, heads: slice, seen: Tensor, final_state: Tensor | None = None) -> None:
         """What ``r``, which is that of ``heads``, reads of ``seen`` [B,T,H',K,V] is added to the outputs."""
-        self._add(heads, 0, torch.einsum("bthkv,bthk->bthv", seen, r.scale * r.q.to(seen.dtype)), final_state)
+        self._add_outputs(heads, 0, torch.einsum("bthkv,bthk->bthv", seen, r.scale * r.q.to(seen.dtype)), final_state)
 
-    def _add(self, heads: slice, start: int, outputs: Tensor, final_state: Tensor | None) -> None:
+    def _add_outputs(self, heads: slice, start: int, outputs: Tensor, final_state: Tensor | None) -> None:
         r = self.recurrence
         if self.outputs is None or self.final_state is None:
             self.outputs = torch.zeros(r.B, r.T, r.H, r.V, dtype=r.dtype, device=r.device)
@@ -188,7 +188,7 @@ class EditResponse:
             self.final_state[:, heads] += final_state
 
 
-def _span(size: Tensor, *sources: Tensor) -> slice | None:
+def _changed_tokens(size: Tensor, *sources: Tensor) -> slice | None:
     """Tokens where ``size`` [B,T] is not zero; all of them where a gradient may be asked for; None where none is."""
     if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
         return slice(0, size.shape[1])
@@ -206,6 +206,6 @@ def _is_unseen(change: Tensor) -> bool:
     return change.shape[1] == 1 and change.device.type != "cpu"
 
 
-def _size(change: Tensor) -> Tensor:
+def _change_size(change: Tensor) -> Tensor:
     """[B,T], zero exactly where ``change`` [B,T,H,K,V] is."""
     return torch.linalg.vector_norm(change, torch.inf, dim=(-1, -2, -3))

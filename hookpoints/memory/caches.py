@@ -106,12 +106,12 @@ def cut(cache: Cache, tokens: int) -> Cache:
 
 def window(cache: Cache) -> int:
     """How many of the last tokens convolutions and token shifts hold; 1 where there are none."""
-    return max(_convolved(cache), default=1)
+    return max(_convolution_sizes(cache), default=1)
 
 
 def reach(cache: Cache) -> int:
     """How many tokens after a token see it directly: kernel size - 1 for a convolution, 1 for a token shift."""
-    return max((max(size - 1, 1) for size in _convolved(cache)), default=0)
+    return max((max(size - 1, 1) for size in _convolution_sizes(cache)), default=0)
 
 
 def attends_and_convolves(cache: Cache) -> bool:
@@ -120,7 +120,7 @@ def attends_and_convolves(cache: Cache) -> bool:
     return any(place.startswith(f"{layer}/conv_states/") for place in tensors_of(cache) for layer in layers)
 
 
-def _convolved(cache: Cache) -> list[int]:
+def _convolution_sizes(cache: Cache) -> list[int]:
     """How many tokens each convolution and token shift holds."""
     return [x.shape[-1] for place, x in tensors_of(cache).items() if "/conv_states/" in place]
 

@@ -133,10 +133,10 @@ def read_memory(states: Tensor, dictionary: PairDictionary, n: int | None = None
     Raises:
         InputError: n is below 1, the dictionary has no pairs or atoms of another size, or its labels are damaged.
     """
-    key_side, value_side = _side(dictionary, 0), _side(dictionary, 1)
+    key_side, value_side = _words_of_side(dictionary, 0), _words_of_side(dictionary, 1)
     _check_count(n)
     wanted = (2 * MOST_FACTS, DEEPER) if n is None else (2 * n, LEAST_SHARE)
-    pairs = _pairs(states, dictionary, *wanted)
+    pairs = _strongest_pairs(states, dictionary, *wanted)
     is_named = any((*key_side.words, *value_side.words))
     sizes = states.flatten(1).norm(dim=1, keepdim=True).clamp_min(1e-30).to(pairs.coefficients)
     shares = pairs.coefficients / sizes
@@ -165,9 +165,9 @@ def _usual_sizes(key_side: Side, value_side: Side) -> Tensor:
 
 def pair_name(dictionary: PairDictionary, number: int) -> str:
     """How facts of the pair of that number, key atom * F_value + value atom, are called: `Ben → Rome`."""
-    values = _side(dictionary, 1).words
+    values = _words_of_side(dictionary, 1).words
     i, j = divmod(number, len(values))
-    return f"{_side(dictionary, 0).words[i] or f'key {i}'} → {values[j] or f'value {j}'}"
+    return f"{_words_of_side(dictionary, 0).words[i] or f'key {i}'} → {values[j] or f'value {j}'}"
 
 
 def joined(heads: Sequence[Sequence[Fact]], n: int | None = None) -> list[Fact]:
@@ -214,14 +214,14 @@ def label_atoms(
     if len(texts) != len(states):
         raise InputError(f"texts: expected one of each of the {len(states)} states, got {len(texts)}")
     _check_count(n)
-    pairs = _pairs(states, dictionary, n or MOST_FACTS, LEAST_SHARE if n else PRESENT)
+    pairs = _strongest_pairs(states, dictionary, n or MOST_FACTS, LEAST_SHARE if n else PRESENT)
     keys, values = dictionary.directions
     grid = pairs.acts().view(-1, len(keys), len(values))
-    of_keys, of_values = _signs(grid.sum(0))
+    of_keys, of_values = _atom_signs(grid.sum(0))
     oriented = pairs.coefficients * of_keys[pairs.keys] * of_values[pairs.values]
     sides = {
-        "keys": _named(pairs.keys, oriented, of_keys, texts, key_words),
-        "values": _named(pairs.values, oriented, of_values, texts, value_words),
+        "keys": _words_of_atoms(pairs.keys, oriented, of_keys, texts, key_words),
+        "values": _words_of_atoms(pairs.values, oriented, of_values, texts, value_words),
     }
     largest = grid.amax(0).maximum(-grid.amin(0))
     seen = (largest > 0) & (largest >= FACT_SIZE * _usual_sizes(sides["keys"], sides["values"]).to(largest))
@@ -230,7 +230,7 @@ def label_atoms(
     dictionary.cfg.metadata.labels = labels
 
 
-def _signs(pairs: Tensor) -> tuple[Tensor, Tensor]:
+def _atom_signs(pairs: Tensor) -> tuple[Tensor, Tensor]:
     """Signs of key atoms [F_key] and of value atoms [F_value], whose products are those of nearly all sums of
     coefficients [F_key,F_value]: a pair has one sign, its atoms have it only together."""
     of_values = torch.ones_like(pairs[0])
@@ -241,7 +241,7 @@ def _signs(pairs: Tensor) -> tuple[Tensor, Tensor]:
     return of_keys, of_values
 
 
-def _named(
+def _words_of_atoms(
     atoms: Tensor, oriented: Tensor, signs: Tensor, texts: Sequence[Collection[str]], words: Collection[str] | None
 ) -> Side:
     """Words of the atoms of one side, of which states have ``atoms`` [N,n] with coefficients [N,n] times both signs."""
@@ -249,12 +249,12 @@ def _named(
     active = (sums != 0).to(sums)
     tried = sorted(set[str]().union(*texts) if words is None else words)
     present = torch.tensor([[word in text for word in tried] for text in map(set, texts)]).to(sums)
-    correlations, best = _correlations(active, present).max(1)
+    correlations, best = _column_correlations(active, present).max(1)
     chance = torch.full_like(correlations, LEAST_NAMED)
     drawn = torch.Generator().manual_seed(0)
     for _ in range(SHUFFLES):
         shuffled = present[torch.randperm(len(present), generator=drawn).to(present.device)]
-        chance = chance.maximum(_correlations(active, shuffled).amax(1))
+        chance = chance.maximum(_column_correlations(active, shuffled).amax(1))
     named = correlations > chance
     return Side(
         words=[tried[word] if is_named else None for word, is_named in zip(best.tolist(), named.tolist())],
@@ -263,16 +263,16 @@ def _named(
     )
 
 
-def _correlations(active: Tensor, present: Tensor) -> Tensor:
+def _column_correlations(active: Tensor, present: Tensor) -> Tensor:
     """[F,W] of columns [N,F] and [N,W]; 0 of those that do not vary."""
     one = normalize(active - active.mean(0), dim=0)
     other = normalize(present - present.mean(0), dim=0)
     return one.T @ other
 
 
-def _side(dictionary: PairDictionary, number: int) -> Side:
+def _words_of_side(dictionary: PairDictionary, number: int) -> Side:
     """Words of the key atoms (0) or of the value atoms (1). Files of strangers have them, too."""
-    count = len(_directions(dictionary)[number])
+    count = len(_pair_directions(dictionary)[number])
     labels = dictionary.cfg.metadata.labels
     unnamed = Side([None] * count, [0.0] * count, [0.0] * count)
     if labels is None:
@@ -307,22 +307,22 @@ def rewritten(
 
     Each word has to name an atom (`lacking`).
     """
-    key_side = _side(dictionary, 0)
-    value_side = _side(dictionary, 1)
+    key_side = _words_of_side(dictionary, 0)
+    value_side = _words_of_side(dictionary, 1)
     key_atoms = key_side.atoms(key)
-    keys, values = (normalize(side, dim=1).to(states) for side in _directions(dictionary))
+    keys, values = (normalize(side, dim=1).to(states) for side in _pair_directions(dictionary))
     is_held = True
     changed = states
     if instead_of is not None:
         value_atoms = value_side.atoms(instead_of)
-        pairs = _pairs(states, dictionary, MOST_FACTS, DEEPER)
+        pairs = _strongest_pairs(states, dictionary, MOST_FACTS, DEEPER)
         grid = pairs.acts().to(states).view(len(states), len(keys), len(values))
         found = grid[:, key_atoms][:, :, value_atoms]
         is_held = bool(found.any())
         left = states - keys[key_atoms].T @ found @ values[value_atoms]
         others = grid.any(2)  # [N,F_key]
         others[:, key_atoms] = False
-        changed = _cleared(left, keys * others[..., None], values[value_atoms])
+        changed = _cleared_states(left, keys * others[..., None], values[value_atoms])
     if value is not None:
         new = value_side.atoms(value)[0]
         size = math.copysign(value_side.sizes[new], key_side.sizes[key_atoms[0]] * value_side.sizes[new])
@@ -330,7 +330,7 @@ def rewritten(
     return changed, is_held
 
 
-def _cleared(states: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def _cleared_states(states: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """States [N,K,V] with nothing along values [n,V] but what keys [N,F,K] read, of which some are 0: a query is not
     exactly the key atom of its fact, and finds traces of the fact near to it."""
     along = states @ torch.linalg.pinv(values) @ values
@@ -341,7 +341,7 @@ def _cleared(states: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 def lacking(dictionary: PairDictionary, key: str, *values: str | None) -> str:
     """The words that name no atom of their side, with the nearest that do; empty where all do."""
     wanted = [(0, key), *((1, value) for value in values if value is not None)]
-    sides = [_side(dictionary, 0), _side(dictionary, 1)]
+    sides = [_words_of_side(dictionary, 0), _words_of_side(dictionary, 1)]
     missing = [(side, word) for side, word in wanted if word not in sides[side].words]
     return ", ".join(repr(word) + nearest(word, {*filter(None, sides[side].words)}) for side, word in missing)
 
@@ -353,7 +353,7 @@ def is_usual(dictionary: PairDictionary, key: str, value: str) -> bool:
     Raises:
         InputError: the labels are damaged.
     """
-    key_side, value_side = _side(dictionary, 0), _side(dictionary, 1)
+    key_side, value_side = _words_of_side(dictionary, 0), _words_of_side(dictionary, 1)
     seen_values = dictionary.cfg.metadata.labels.get("seen")
     if seen_values is None:
         return True
@@ -379,9 +379,9 @@ def _check_count(n: int | None) -> None:
         raise InputError(f"n: expected a number of facts from 1 on, or None, got {n}")
 
 
-def _pairs(states: Tensor, dictionary: PairDictionary, n: int, least: float) -> SumOfPairs:
+def _strongest_pairs(states: Tensor, dictionary: PairDictionary, n: int, least: float) -> SumOfPairs:
     """At most n pairs of each state, down to a share of its norm."""
-    sides = _directions(dictionary)
+    sides = _pair_directions(dictionary)
     wanted = (sides[0].shape[1], sides[1].shape[1])
     if states.ndim != 3 or states.shape[1:] != wanted:
         raise InputError(f"states: expected [N,K,V] with K, V = {wanted} of the atoms, got {tuple(states.shape)}")
@@ -393,7 +393,7 @@ def _pairs(states: Tensor, dictionary: PairDictionary, n: int, least: float) -> 
 
 
 @torch.no_grad()
-def _directions(dictionary: PairDictionary) -> tuple[Tensor, Tensor]:
+def _pair_directions(dictionary: PairDictionary) -> tuple[Tensor, Tensor]:
     if not hasattr(dictionary, "pursue"):
         raise InputError(
             f"dictionary: expected one of pairs (with `pursue` and `directions`), got {type(dictionary).__name__}"
@@ -407,7 +407,7 @@ def place_of(dictionary: PairDictionary, layer: int | None, head: int | None) ->
     Raises:
         InputError: it is one of another head than the caller names, or neither names one.
     """
-    _directions(dictionary)
+    _pair_directions(dictionary)
     match = _HOOK.fullmatch(str(dictionary.cfg.metadata.hook_name))
     own = (int(match[1]), int(match[2])) if match else (layer, head)
     if own[0] is None or own[1] is None:

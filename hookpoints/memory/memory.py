@@ -110,9 +110,11 @@ class Memory:
     def approximate(self) -> str | None:
         """What differs from the memory of a run over the same tokens; None: nothing but rounding."""
         notes = ["states were set by hand, or written under edits"] if self.edited else []
-        notes += [f"{tokens} were read with other tokens in view" for tokens in _stretches(self.kept.inexact)]
+        notes += [f"{tokens} were read with other tokens in view" for tokens in _flagged_stretches(self.kept.inexact)]
         for layer, unmoved in self.kept.unmoved.items():
-            notes += [f"attention of layer {layer} keeps old positions of {tokens}" for tokens in _stretches(unmoved)]
+            notes += [
+                f"attention of layer {layer} keeps old positions of {tokens}" for tokens in _flagged_stretches(unmoved)
+            ]
         return "; ".join(notes) or None
 
     def __repr__(self) -> str:
@@ -145,7 +147,7 @@ class Memory:
         """
         self.model.cfg.layer(layer)
         self._check_explained()
-        return self._recurrence(self.kept, layer)
+        return self._stored_recurrence(self.kept, layer)
 
     def terms(self, layer: int, head: int | None = None) -> WriteTerms:
         """What each token still contributes to S, as factors: S is the sum of keys values^T over all tokens exactly.
@@ -300,7 +302,7 @@ class Memory:
         Raises:
             InputError: the span is empty, out of range or all there is, or states were set by hand.
         """
-        start, stop = self._range(span)
+        start, stop = self._token_range(span)
         rest = self.T - stop
         if reread is None:
             reread = min(reach(self.cache), rest)
@@ -325,7 +327,7 @@ class Memory:
                 span is empty or out of range.
         """
         self._check_peer(other)
-        start, stop = other._range(span)
+        start, stop = other._token_range(span)
         other._check_explained()
         later = other.kept.span(start, stop)
         if self.edited or not torch.equal(self.tokens, other.tokens[:, :start]):
@@ -354,7 +356,7 @@ class Memory:
         """With the nearest states of ``rank``, head by head (their largest singular values). Cost: an SVD of each."""
         if not isinstance(rank, int) or rank < 1:
             raise InputError(f"rank: expected a whole number from 1 on, got {rank!r}")
-        states = self._states()
+        states = self._layer_states()
         for layer, state in states.items():
             # torch has no SVD of half precision.
             left, sizes, right = torch.linalg.svd(state.to(compute_dtype(state)), full_matrices=False)
@@ -370,7 +372,7 @@ class Memory:
         """
         self._check_states(states)
         cache = copy.deepcopy(self.cache)  # this memory stays as it is
-        self._reader.store(cache, {}, states)
+        self._token_reader.store(cache, {}, states)
         return replace(self, cache=cache, edited=True)
 
     # -- reading on, and files
@@ -401,7 +403,7 @@ class Memory:
         named = self.kept.filed.named() | {f"cache/{place}": x for place, x in tensors_of(self.cache).items()}
         # Clones: safetensors refuses tensors that share memory, as views of one factor do.
         copies = {name: x.detach().clone(memory_format=torch.contiguous_format).cpu() for name, x in named.items()}
-        said = {**_said(self.model), "edited": self.edited}
+        said = {**_file_identity(self.model), "edited": self.edited}
         said["sha256"] = seal(copies, said)
         atomic_write(Path(path), lambda file: save_file(copies, file, {"hookpoints": json.dumps(said)}))
 
@@ -426,12 +428,12 @@ class Memory:
                 ) from error
             raise InputError(f"{path}: expected a memory that was saved, got a damaged file ({error})") from error
         said = said if isinstance(said, dict) else {}
-        here = _said(model)
+        here = _file_identity(model)
         if wrong := {name: said.get(name) for name in here if said.get(name) != here[name]}:
             raise InputError(f"{path}: expected {here}, got {wrong}: saved for another model or version, or damaged")
         if said.pop("sha256", None) != seal(named, said):
             raise InputError(f"{path}: damaged, its SHA-256 is not that of what was saved: save the memory again")
-        first = _checked(model, named, str(path))
+        first = _memory_of_first_token(model, named, str(path))
         kept = first.kept.filed.each(lambda name, x: named[name].to(x.device))
         kept = kept._replace(attention=attention_of(first.cache, kept.T))
         return replace(first, kept=kept, edited=said.get("edited") is not False)
@@ -452,12 +454,12 @@ class Memory:
         for layer, state in states.items():
             if state.requires_grad:
                 raise InputError(f"layer {layer}: expected a state without gradient, got one; use state.detach()")
-            wanted = _kind(self.state(layer))
-            got = _kind(state)
+            wanted = _state_kind(self.state(layer))
+            got = _state_kind(state)
             if got != wanted:
                 raise InputError(f"layer {layer}: expected [B,H,K,V], float, device {wanted}, got {got}")
 
-    def _range(self, span: TokenSpan) -> tuple[int, int]:
+    def _token_range(self, span: TokenSpan) -> tuple[int, int]:
         try:
             tokens = span if isinstance(span, slice) else slice(*span)
             start = 0 if tokens.start is None else index(tokens.start)
@@ -473,7 +475,7 @@ class Memory:
             raise InputError(f"span: expected start < stop within the {self.T} tokens read, got {span}")
         return start, stop
 
-    def _states(self) -> LayerStates:
+    def _layer_states(self) -> LayerStates:
         return {layer: self.state(layer) for layer in self.forms}
 
     def _check_explained(self) -> None:
@@ -481,24 +483,24 @@ class Memory:
             raise InputError("expected a memory whose tokens wrote its states, got one edited by hand: cut before")
 
     @property
-    def _reader(self) -> TokenReader:
+    def _token_reader(self) -> TokenReader:
         return TokenReader(self.model, self.cache, self.forms)
 
-    def _recurrence(self, kept: Kept, layer: int) -> Recurrence:
+    def _stored_recurrence(self, kept: Kept, layer: int) -> Recurrence:
         form = self.forms[layer]
         return Recurrence(**kept.factor[layer], scale=form.scale, read_before_write=form.read_before_write)
 
-    def _scan(self, kept: Kept, states: LayerStates | None = None) -> LayerStates:
+    def _states_after(self, kept: Kept, states: LayerStates | None = None) -> LayerStates:
         """States after what the tokens of ``kept`` wrote, made on ``states`` (None: zeros). Layers of one shape on
         one device are rows of one recurrence, so that a GPU launches its steps once."""
-        parts = {layer: self._recurrence(kept, layer) for layer in self.forms}
+        parts = {layer: self._stored_recurrence(kept, layer) for layer in self.forms}
         if states is not None:
             parts = {layer: part.replace(initial_state=states[layer]) for layer, part in parts.items()}
         if not kept.T:
             return {layer: part.starting_state() for layer, part in parts.items()}
         alike: dict[object, list[int]] = {}
         for layer, part in parts.items():
-            alike.setdefault((self.forms[layer], part.device, _shapes(part)), []).append(layer)
+            alike.setdefault((self.forms[layer], part.device, _field_shapes(part)), []).append(layer)
         after: LayerStates = {}
         for layers in alike.values():
             count = max(_TOGETHER // parts[layers[0]].k.numel(), 1)
@@ -521,16 +523,16 @@ class Memory:
             reader = self._composed_memory(stop, again, later.span(0, 0), 0)
             return reader._composed_memory(reader.T, again[:, :0], later, moved_by)
         before = self.kept.span(0, stop)
-        states = self._states() if stop == self.T else self._scan(before)
+        states = self._layer_states() if stop == self.T else self._states_after(before)
         moved = later.attention if later.T and moved_by else {}
         backbone = self.model.attachment.layout.backbone
         keys = {place: x for place, x in moved.items() if place.endswith("/keys/")}
         keys = {place: turned(self.model.hf_model, backbone, x, moved_by) for place, x in keys.items()}
         placed = later._replace(attention={**later.attention, **keys})
         if apart and not again.shape[1]:  # the last tokens have to attend to all others
-            passed = self._reader.read_again(before.then(placed), states, again, placed.span(0, 0))
+            passed = self._token_reader.read_again(before.then(placed), states, again, placed.span(0, 0))
         else:
-            passed = self._reader.read_again(before, states, again, placed)
+            passed = self._token_reader.read_again(before, states, again, placed)
         last = slice(-min(window(self.cache), max(later.T, 1)), None)  # of the pass
         for place, x in moved.items():
             error = relative_error(passed.attention[place][:, last], placed.attention[place][:, last])
@@ -539,7 +541,7 @@ class Memory:
                 old = {int(place.split("/")[0]): torch.ones_like(later.inexact)}
                 placed = placed._replace(attention={**placed.attention, place: x}, unmoved={**placed.unmoved, **old})
         kept = before.then(passed.kept, placed)
-        self._reader.store(passed.cache, kept.attention, self._scan(placed, passed.states))
+        self._token_reader.store(passed.cache, kept.attention, self._states_after(placed, passed.states))
         count_tokens(passed.cache, kept.T)
         return replace(self, cache=passed.cache, kept=kept, edited=self.edited or passed.edited)
 
@@ -587,12 +589,12 @@ def read(model: HookedModel, tokens: Tensor, before: Memory | None = None) -> Me
     return Memory(model, cache, kept._replace(attention=attention), forms, model.cfg.dtype, edited)
 
 
-def _said(model: HookedModel) -> dict[str, object]:
+def _file_identity(model: HookedModel) -> dict[str, object]:
     """What a file has to agree in."""
     return {"format": 2, "model": fingerprint(model.hf_model), "dtype": str(model.cfg.dtype)}
 
 
-def _checked(model: HookedModel, named: Mapping[str, Tensor], path: str) -> Memory:
+def _memory_of_first_token(model: HookedModel, named: Mapping[str, Tensor], path: str) -> Memory:
     """The memory of a file's first token, which tells names, shapes and devices, with the cache that the file holds.
 
     Raises:
@@ -608,7 +610,7 @@ def _checked(model: HookedModel, named: Mapping[str, Tensor], path: str) -> Memo
     first = read(model, tokens[:1, :1].to(model.cfg.device))
     wanted = {name: (x, 1) for name, x in first.kept.filed.named().items()}
     places = tensors_of(first.cache)
-    wanted |= {f"cache/{place}": (x, x.ndim - 2 if _grows(place) else None) for place, x in places.items()}
+    wanted |= {f"cache/{place}": (x, x.ndim - 2 if _has_tokens(place) else None) for place, x in places.items()}
     if differing := sorted(named.keys() ^ wanted.keys()):
         raise InputError(f"{path}: expected the tensors of a memory of this model, got others: {differing[:3]}")
     for name, (x, axis) in wanted.items():
@@ -621,17 +623,17 @@ def _checked(model: HookedModel, named: Mapping[str, Tensor], path: str) -> Memo
     return first
 
 
-def _kind(state: Tensor) -> list[object]:
+def _state_kind(state: Tensor) -> list[object]:
     """What a state has in common with those that can replace it."""
     return [*state.shape, state.is_floating_point(), state.device]
 
 
-def _grows(place: str) -> bool:
+def _has_tokens(place: str) -> bool:
     """Whether a tensor of the cache has an axis of tokens."""
     return place.endswith(("/keys/", "/values/"))
 
 
-def _stretches(flags: Tensor) -> list[str]:
+def _flagged_stretches(flags: Tensor) -> list[str]:
     """Where ``flags`` [B,T] are set in some row, in words."""
     edges = F.pad(flags.any(0).long(), (1, 1)).diff()
     starts = (edges == 1).nonzero().flatten().tolist()
@@ -639,7 +641,7 @@ def _stretches(flags: Tensor) -> list[str]:
     return [f"tokens {start} to {stop - 1}" for start, stop in zip(starts, stops, strict=True)]
 
 
-def _shapes(r: Recurrence) -> tuple[tuple[str, torch.Size], ...]:
+def _field_shapes(r: Recurrence) -> tuple[tuple[str, torch.Size], ...]:
     return tuple((name, x.shape) for name, x in tensors(r))
 
 

@@ -60,7 +60,7 @@ class Kept(NamedTuple):
     def each(self, change: Callable[[str, Tensor], Tensor]) -> Kept:
         """With what ``change`` makes of each tensor, given its name: ``tokens``, ``factor/{layer}/{field}``,
         ``stream/{hook}`` ..."""
-        return Kept(*(_changed(name, field, change) for name, field in zip(self._fields, self)))
+        return Kept(*(_changed_field(name, field, change) for name, field in zip(self._fields, self)))
 
     def named(self) -> dict[str, Tensor]:
         """All tensors by name."""
@@ -133,7 +133,7 @@ class TokenReader(NamedTuple):
         entered: dict[str, Tensor] = {}
         first = before.span(begin, start)
         last = later.span(later.T - ending, later.T)
-        hooks = [(name, _putting(entered, name, x, place, last.stream[name])) for name, x in first.stream.items()]
+        hooks = [(name, _hook_of_block(entered, name, x, place, last.stream[name])) for name, x in first.stream.items()]
         tokens = torch.cat([first.tokens, again, last.tokens], 1)
         # The tokens of `later` in between are left out, but the last ones keep their positions in the whole text.
         positions = torch.tensor([*range(begin, start + reread), *range(end - ending, end)])
@@ -216,14 +216,14 @@ def factors_of(recorded: Mapping[int, Recorded]) -> dict[int, dict[str, Tensor]]
     return {layer: dict(over_time(record.recurrence)) for layer, record in recorded.items()}
 
 
-def _changed(name: str, field: Any, change: Callable[[str, Tensor], Tensor]) -> Any:
+def _changed_field(name: str, field: Any, change: Callable[[str, Tensor], Tensor]) -> Any:
     """What `Kept.each` makes of a field: of a tensor, or of those that mappings hold."""
     if isinstance(field, Tensor):
         return change(name, field)
-    return {key: _changed(f"{name}/{key}", x, change) for key, x in field.items()}
+    return {key: _changed_field(f"{name}/{key}", x, change) for key, x in field.items()}
 
 
-def _putting(entered: dict[str, Tensor], name: str, before: Tensor, place: slice, after: Tensor) -> Hook:
+def _hook_of_block(entered: dict[str, Tensor], name: str, before: Tensor, place: slice, after: Tensor) -> Hook:
     """A hook that gives a block what it was given ``before`` the tokens at ``place`` and ``after`` them; notes what it
     is given at these."""
 

@@ -71,10 +71,10 @@ class Attachment:
                 self.undo.callback(wrap_model(model))
             for layer, block in enumerate(self.layout.blocks):
                 root.blocks.append(self._attach_block(layer, block, backend))
-            self._on(self.layout.embed, self._fire_embed)
+            self._wrap_value(self.layout.embed, self._fire_embed)
             if layout.final_norm is not None:
                 root.ln_final = final = _FinalNorm(layout.final_norm)
-                self._on(layout.final_norm, partial(final.fire, "hook_normalized"), final.listeners.exist)
+                self._wrap_value(layout.final_norm, partial(final.fire, "hook_normalized"), final.listeners.exist)
         except BaseException:
             self.detach()  # a model that is refused is left as it was
             raise
@@ -176,13 +176,13 @@ class Attachment:
         hooks = BlockHooks(mixer_hooks, of_attention, absent)
         needed = hooks.listeners.exist
         for name, module, entering, split, scale in block.attn_values:
-            self._on(module, through_hook(hooks.attn, name, scale, split), needed, entering)
+            self._wrap_value(module, through_hook(hooks.attn, name, scale, split), needed, entering)
         if block.attn_namespace is not None:
             self.undo.callback(wrap_attention(block.attn_namespace))
             self.undo.callback(hook_pattern(block.block, hooks.attn))
         for name, added in outputs.items():
             if added is not None:
-                self._on(added.module, through_hook(hooks, name, added.scale), needed)
+                self._wrap_value(added.module, through_hook(hooks, name, added.scale), needed)
         if self.layout.is_chain:
             around = _BlockRun(self, layer, hooks)
             self.undo.callback(wrap_forward(block.block, around, around.needed))
@@ -197,7 +197,9 @@ class Attachment:
             return fire(point, "hook_embed", value)
         return value
 
-    def _on(self, module: nn.Module, through: Through, needed: Needed | None = None, entering: bool = False) -> None:
+    def _wrap_value(
+        self, module: nn.Module, through: Through, needed: Needed | None = None, entering: bool = False
+    ) -> None:
         """Put ``through`` on what the module returns, or on what is ``entering`` it."""
 
         def around(forward: Function, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
@@ -252,7 +254,7 @@ class _BlockRun:
             value = self.hooks.fire("hook_resid_pre", value)
         args, kwargs = entering.replaced(value)
         output = forward(*args, **kwargs)
-        self._learn(kwargs, output)
+        self._learn_returns(kwargs, output)
         if self.hooks.listens("hook_resid_post"):
             output = _changed_output(output, lambda x: self.hooks.fire("hook_resid_post", x))
         return output
@@ -262,13 +264,13 @@ class _BlockRun:
     ) -> object:
         """The block's input, in the form in which the block returns its output."""
         if self.returns == "unknown":  # nothing ran yet
-            self._learn(kwargs, forward(*args, **kwargs))
+            self._learn_returns(kwargs, forward(*args, **kwargs))
         further = self.returns if isinstance(self.returns, tuple) else None
         if further is None:
             return value
         return (value, *[kwargs.get(name) if name else None for name in further])
 
-    def _learn(self, kwargs: dict[str, object], output: object) -> None:
+    def _learn_returns(self, kwargs: dict[str, object], output: object) -> None:
         if not isinstance(output, tuple):
             self.returns = None
             return

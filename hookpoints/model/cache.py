@@ -49,7 +49,7 @@ class RecurrentCache(ActivationCache):
         if full == "ln_final.hook_scale":
             return self._norm_at(self.model.cfg.n_layers)[1]
         if parts[0] == "blocks" and parts[-1] == "hook_resid_mid":
-            return self._mid(int(parts[1]))
+            return self._mid_stream(int(parts[1]))
         if parts[0] == "blocks" and parts[2:] in (["ln1", "hook_scale"], ["ln2", "hook_scale"]):
             return self._norm_at(int(parts[1]), parts[2] == "ln2")[1]
         why = (
@@ -79,14 +79,14 @@ class RecurrentCache(ActivationCache):
 
         Arguments are TransformerLens'. A block without an MLP has no part for it.
         """
-        layer = self._layer(layer)
-        parts = {"embed": self._entering()} if incl_embeds else {}
+        layer = self._layer_index(layer)
+        parts = {"embed": self._entering_stream()} if incl_embeds else {}
         for at in range(layer + mlp_input):
             if mode != "mlp":
-                parts |= {label: out for _, label, out, _ in self._mixers([at])}
-            if mode != "attn" and at < layer and self._layout.blocks[at].mlps:
+                parts |= {label: out for _, label, out, _ in self._mixer_outputs([at])}
+            if mode != "attn" and at < layer and self._model_layout.blocks[at].mlps:
                 parts[f"{at}_mlp_out"] = self._mlp_out(at)
-        return self._stack(parts, layer, mlp_input, apply_ln, pos_slice, return_labels)
+        return self._stacked_parts(parts, layer, mlp_input, apply_ln, pos_slice, return_labels)
 
     def apply_ln_to_stack(
         self,
@@ -104,14 +104,14 @@ class RecurrentCache(ActivationCache):
         Raises:
             HookpointsError: the block has no norm there.
         """
-        layer = self._layer(layer)
-        batch = _cut(batch_slice)
+        layer = self._layer_index(layer)
+        batch = _slice_of(batch_slice)
         if recompute_ln and layer == self.model.cfg.n_layers:
             return super().apply_ln_to_stack(
                 residual_stack, layer, mlp_input, pos_slice, batch_slice, has_batch_dim, recompute_ln
             )
         norm, scale = self._norm_at(layer, mlp_input)
-        scale = _cut(pos_slice).apply(scale, dim=-2)
+        scale = _slice_of(pos_slice).apply(scale, dim=-2)
         scale = batch.apply(scale) if self.has_batch_dim else scale
         return norm.frozen(batch.apply(residual_stack, dim=1) if has_batch_dim else residual_stack, scale)
 
@@ -120,9 +120,9 @@ class RecurrentCache(ActivationCache):
 
         B*T*H*D numbers a layer. A norm behind the projection (OLMo's attention) is applied at its scale.
         """
-        for layer, _, _, part in self._mixers(range(self.model.cfg.n_layers)):
+        for layer, _, _, part in self._mixer_outputs(range(self.model.cfg.n_layers)):
             if part is not None:
-                self._results(layer, part)
+                self._head_results(layer, part)
 
     def stack_head_results(
         self,
@@ -134,14 +134,18 @@ class RecurrentCache(ActivationCache):
     ) -> Tensor | Labelled:
         """[heads,B,T,D], what each head below ``layer`` adds to the residual stream, recurrent or attention. Labels are
         "L0H3"; attention heads of hybrids are "L0A3". Arguments are TransformerLens'."""
-        layer = self._layer(layer)
+        layer = self._layer_index(layer)
         parts = {}
-        for at, _, _, part in self._mixers(range(layer)):
+        for at, _, _, part in self._mixer_outputs(range(layer)):
             if part is not None:
-                parts |= zip(self._weights.head_labels(at, part), self._results(at, part).unbind(-2), strict=True)
+                parts |= zip(
+                    self._hooked_weights.head_labels(at, part), self._head_results(at, part).unbind(-2), strict=True
+                )
         if incl_remainder:
-            parts["remainder"] = (self["resid_post", layer - 1] if layer else self._entering()) - sum(parts.values())
-        return self._stack(parts, layer, False, apply_ln, pos_slice, return_labels)
+            parts["remainder"] = (self["resid_post", layer - 1] if layer else self._entering_stream()) - sum(
+                parts.values()
+            )
+        return self._stacked_parts(parts, layer, False, apply_ln, pos_slice, return_labels)
 
     def get_full_resid_decomposition(
         self,
@@ -162,39 +166,39 @@ class RecurrentCache(ActivationCache):
         """
         if expand_neurons:
             raise HookpointsError("expand_neurons: no hook holds the neurons of an MLP; mlp_out is its whole output")
-        layer = self._layer(layer)
+        layer = self._layer_index(layer)
         heads, labels = cast(Labelled, self.stack_head_results(layer + mlp_input, return_labels=True))
         parts = dict(zip(labels, heads, strict=True))
-        bias = torch.zeros_like(self._entering())
-        for at, label, out, part in self._mixers(range(layer + mlp_input)):
+        bias = torch.zeros_like(self._entering_stream())
+        for at, label, out, part in self._mixer_outputs(range(layer + mlp_input)):
             if part is None:
                 parts[label] = out
             else:
-                bias = bias + (out - self._results(at, part).sum(-2))
+                bias = bias + (out - self._head_results(at, part).sum(-2))
         rest, rest_labels = cast(Labelled, self.decompose_resid(layer, mode="mlp", return_labels=True))
         parts |= zip(rest_labels, rest, strict=True)
         parts |= {"embed": parts.pop("embed"), "bias": bias}  # after the MLPs, as in TransformerLens
-        return self._stack(parts, layer, mlp_input, apply_ln, pos_slice, return_labels, project_output_onto)
+        return self._stacked_parts(parts, layer, mlp_input, apply_ln, pos_slice, return_labels, project_output_onto)
 
     # -- parts
 
     @property
-    def _layout(self) -> ModelLayout:
+    def _model_layout(self) -> ModelLayout:
         if hasattr(self.model, "bridge"):
             raise HookpointsError("parts of the stream are for bridge.run_with_cache: attached, MLPs have no hook here")
         return cast("ModelLayout", self.model.attachment.layout)
 
     @property
-    def _weights(self) -> Any:
+    def _hooked_weights(self) -> Any:
         """The model, whose ``Weights`` know its heads; typed so, they would import the class that makes this cache."""
         return self.model
 
-    def _layer(self, layer: int | None) -> int:
+    def _layer_index(self, layer: int | None) -> int:
         if layer is None or layer == -1:
             return self.model.cfg.n_layers
         return layer
 
-    def _stack(
+    def _stacked_parts(
         self,
         parts: Mapping[str, Tensor],
         layer: int,
@@ -205,8 +209,8 @@ class RecurrentCache(ActivationCache):
         onto: Tensor | None = None,
     ) -> Tensor | Labelled:
         """Parts by label as one tensor, as the arguments ask for it."""
-        cut = _cut(pos_slice)
-        alike = list(parts.values()) or [self._entering()]  # no parts: an empty stack of the right shape
+        cut = _slice_of(pos_slice)
+        alike = list(parts.values()) or [self._entering_stream()]  # no parts: an empty stack of the right shape
         stack = torch.stack([cut.apply(part, dim=-2) for part in alike])[: len(parts)]
         if apply_ln:
             stack = self.apply_ln_to_stack(stack, layer, mlp_input, pos_slice, has_batch_dim=self.has_batch_dim)
@@ -214,20 +218,20 @@ class RecurrentCache(ActivationCache):
             stack = stack @ onto
         return (stack, list(parts)) if return_labels else stack
 
-    def _entering(self, layer: int = 0) -> Tensor:
+    def _entering_stream(self, layer: int = 0) -> Tensor:
         """What a block adds to; of the first one with the norm that it puts on the embeddings."""
         entering = self["resid_pre", layer]
-        module = self._layout.embedding_norm
+        module = self._model_layout.embedding_norm
         if layer or module is None:
             return entering
         norm = Norm.of(module)
         return norm.frozen(entering, norm.scale(entering)) + norm.bias
 
-    def _mixers(self, layers: Iterable[int]) -> Iterator[tuple[int, str, Tensor, Part | None]]:
+    def _mixer_outputs(self, layers: Iterable[int]) -> Iterator[tuple[int, str, Tensor, Part | None]]:
         """What the token mixers of blocks add: layer, label ("1_attn_out", as in TransformerLens; "1_mixer_out" for a
         recurrence and attention), output, and whose heads these are (None for attention of unknown heads)."""
         for layer in layers:
-            block = self._layout.blocks[layer]
+            block = self._model_layout.blocks[layer]
             if block.mixer_out is not None and block.attn_out is not block.mixer_out:
                 yield layer, f"{layer}_mixer_out", self["mixer_out", layer], "mixer"
             if block.attn_out is not None:
@@ -235,21 +239,21 @@ class RecurrentCache(ActivationCache):
                 part: Part | None = "mixer" if block.attn_out is block.mixer_out else known
                 yield layer, f"{layer}_attn_out", self["attn_out", layer], part
 
-    def _mid(self, layer: int) -> Tensor:
-        return self._entering(layer) + sum(out for _, _, out, _ in self._mixers([layer]))
+    def _mid_stream(self, layer: int) -> Tensor:
+        return self._entering_stream(layer) + sum(out for _, _, out, _ in self._mixer_outputs([layer]))
 
     def _mlp_out(self, layer: int) -> Tensor:
-        several = self._layout.blocks[layer].mlp_out is None  # which have no hook
+        several = self._model_layout.blocks[layer].mlp_out is None  # which have no hook
         if several:
-            return self["resid_post", layer] - self._mid(layer)
+            return self["resid_post", layer] - self._mid_stream(layer)
         return self["mlp_out", layer]
 
-    def _results(self, layer: int, part: Part) -> Tensor:
+    def _head_results(self, layer: int, part: Part) -> Tensor:
         key = f"blocks.{layer}.{part}.hook_result"
         if key not in self.cache_dict:
-            heads = self._weights.head_outputs(layer, part)
+            heads = self._hooked_weights.head_outputs(layer, part)
             z = self[f"blocks.{layer}.{part}.hook_z"]
-            results = torch.einsum("...hv,hvd->...hd", z, self._weights.layer_W_O(layer, part))
+            results = torch.einsum("...hv,hvd->...hd", z, self._hooked_weights.layer_W_O(layer, part))
             if heads.norm is not None:
                 norm = Norm.of(heads.norm)
                 bias = getattr(heads.projection, "bias", None)
@@ -261,7 +265,7 @@ class RecurrentCache(ActivationCache):
     def _norm_at(self, layer: int, mlp: bool = False) -> tuple[Norm, Tensor]:
         """A norm, and its scale [B,T,1] on the run."""
         is_final = layer == self.model.cfg.n_layers
-        module = self._layout.final_norm if is_final else self._layout.blocks[layer].norm(mlp=mlp)
+        module = self._model_layout.final_norm if is_final else self._model_layout.blocks[layer].norm(mlp=mlp)
         if module is None:
             raise HookpointsError(
                 f"block {layer} has no norm before its {'MLP' if mlp else 'mixer'}; the final norm is "
@@ -271,9 +275,9 @@ class RecurrentCache(ActivationCache):
         if is_final:
             entering = self["resid_post", layer - 1]
         else:
-            entering = self._mid(layer) if mlp else self._entering(layer)
+            entering = self._mid_stream(layer) if mlp else self._entering_stream(layer)
         return norm, norm.scale(entering)
 
 
-def _cut(where: Slice | SliceInput) -> Slice:
+def _slice_of(where: Slice | SliceInput) -> Slice:
     return where if isinstance(where, Slice) else Slice(where)

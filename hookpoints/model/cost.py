@@ -90,13 +90,13 @@ def cost(
     """
     if tokens < 1:
         raise InputError(f"tokens: expected 1 or more, got {tokens}")
-    empty = _empty(model, dtype)
+    empty = _empty_copy(model, dtype)
     ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
     # Attention that picks tokens by their scores (GLM-5-Next, Qwen4) is taken to pick all: hooks hold the same.
     picks_all = of_shapes.patch(meta_nonzero_assume_all_nonzero=True)  # pyright: ignore[reportAttributeAccessIssue]
     with torch.no_grad(), _NoNumbers(), picks_all:
         try:
-            every = _kept(empty, ids, lambda name: True)
+            every = _kept_tensors(empty, ids, lambda name: True)
         except (NotImplementedError, RuntimeError) as error:
             raise UnsupportedModelError(
                 f"the cost of {empty.cfg.model_name} cannot be counted: a layer of it needs numbers to run ({error})"
@@ -104,8 +104,8 @@ def cost(
         if names_filter is None:  # no matrix, and none that shares its storage with one
             chosen = {name: every[name] for name, _ in empty.get_caching_hooks()[1]}
         else:
-            chosen = _kept(empty, ids, names_filter)
-        memory = _memory(empty, ids)
+            chosen = _kept_tensors(empty, ids, names_filter)
+        memory = _memory_bytes(empty, ids)
     states = [value[:, 0] for name, value in every.items() if name.endswith("mixer.hook_state")]
     return Cost(
         model_name=empty.cfg.model_name,
@@ -139,7 +139,7 @@ class _NoNumbers(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _empty(model: HookedRecurrent | PreTrainedConfig | str, dtype: torch.dtype | None) -> HookedRecurrent:
+def _empty_copy(model: HookedRecurrent | PreTrainedConfig | str, dtype: torch.dtype | None) -> HookedRecurrent:
     """A copy of the model on the device "meta"."""
     name = None
     if isinstance(model, str):
@@ -156,7 +156,7 @@ def _empty(model: HookedRecurrent | PreTrainedConfig | str, dtype: torch.dtype |
     return HookedRecurrent.from_hf(hf_model.to(dtype or torch.float32), name=name, self_check=False)
 
 
-def _kept(model: HookedRecurrent, ids: Tensor, names_filter: NamesFilter) -> dict[str, Tensor]:
+def _kept_tensors(model: HookedRecurrent, ids: Tensor, names_filter: NamesFilter) -> dict[str, Tensor]:
     """What ``run_with_cache`` keeps, by hook."""
     if names_filter is not None and not callable(names_filter):
         asked = [names_filter] if isinstance(names_filter, str) else names_filter
@@ -167,7 +167,7 @@ def _kept(model: HookedRecurrent, ids: Tensor, names_filter: NamesFilter) -> dic
     return cache
 
 
-def _memory(model: HookedRecurrent, ids: Tensor) -> int | None:
+def _memory_bytes(model: HookedRecurrent, ids: Tensor) -> int | None:
     choose_cache(model, ids)
     try:
         memory = read(model, ids)

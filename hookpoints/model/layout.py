@@ -92,7 +92,7 @@ class BlockLayout:
         """The norm that the block puts before its mixer (or its MLP), where it has one there."""
         if hasattr(self.block, "post_feedforward_layernorm") and not hasattr(self.block, "input_layernorm"):
             return None  # OLMo's attention blocks have theirs behind
-        return next(iter(_children(self.block, _MLP_NORM_NAMES if mlp else _MIXER_NORM_NAMES)), None)
+        return next(iter(_named_children(self.block, _MLP_NORM_NAMES if mlp else _MIXER_NORM_NAMES)), None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,18 +113,18 @@ class ModelLayout:
     def rereads_embeddings(self) -> bool:
         """Whether blocks are handed the token embeddings again (Zamba2) or what the first block makes of them (RWKV-7),
         so that no run can do without the tokens."""
-        return any({"original_hidden_states", "v_first"} & _parameters(block.block) for block in self.blocks)
+        return any({"original_hidden_states", "v_first"} & _own_parameters(block.block) for block in self.blocks)
 
     @property
     def first_block_feeds_all(self) -> bool:
         """Whether later blocks are handed what the first one makes (fla's RWKV-7: its values), so that no run can begin
         above it."""
-        return self._of_fla and "v_first" in _parameters(self.blocks[0].block)
+        return self._of_fla and "v_first" in _own_parameters(self.blocks[0].block)
 
     @property
     def embedding_norm(self) -> nn.Module | None:
         """The norm that the first block puts on the embeddings before it adds to them (fla's RWKV models)."""
-        norms = _children(self.blocks[0].block, ("pre_norm",)) if self._of_fla else []
+        norms = _named_children(self.blocks[0].block, ("pre_norm",)) if self._of_fla else []
         return norms[0] if norms else None
 
     @property
@@ -171,10 +171,10 @@ def find_layout(model: nn.Module) -> ModelLayout:
     Raises:
         UnsupportedModelError: no layer has a recurrence of the canonical form; names the model type and the reason.
     """
-    backbone = _backbone(model)
-    modules = _blocks(backbone)
-    if _model_type(model) in REFUSED or not any(_recurrence(block)[0] for block in modules):
-        raise UnsupportedModelError(_refusal(model))
+    backbone = _backbone_of(model)
+    modules = _blocks_of(backbone)
+    if _model_type(model) in REFUSED or not any(_recurrent_mixer(block)[0] for block in modules):
+        raise UnsupportedModelError(_refusal_reason(model))
     blocks = tuple(map(_block_layout, modules))
     streams = [getattr(getattr(backbone, "config", None), name, None) or 1 for name in _STREAMS]
     # What a block adds to the stream is known with its mixer or MLP; of TransformerLens' blocks it is what is asked.
@@ -187,7 +187,7 @@ def find_layout(model: nn.Module) -> ModelLayout:
     return ModelLayout(
         embed=model.get_input_embeddings(),  # type: ignore[operator]
         blocks=blocks,
-        final_norm=next(iter(_children(backbone, _FINAL_NORM_NAMES)), None),
+        final_norm=next(iter(_named_children(backbone, _FINAL_NORM_NAMES)), None),
         unembed=model.get_output_embeddings(),  # type: ignore[operator]
         is_chain=is_chain,
         backbone=backbone,
@@ -196,7 +196,7 @@ def find_layout(model: nn.Module) -> ModelLayout:
 
 def out_projection(mixer: nn.Module) -> nn.Module:
     """The linear map from what the heads hand on to the residual stream."""
-    if children := _children(mixer, _OUT_PROJ_NAMES):
+    if children := _named_children(mixer, _OUT_PROJ_NAMES):
         return children[0]
     names = ", ".join(name for name, _ in mixer.named_children())
     raise UnsupportedModelError(
@@ -204,21 +204,23 @@ def out_projection(mixer: nn.Module) -> nn.Module:
     )
 
 
-def _backbone(model: nn.Module) -> nn.Module:
+def _backbone_of(model: nn.Module) -> nn.Module:
     """What holds the blocks; of a multimodal model, in its language model."""
     base = getattr(model, getattr(model, "base_model_prefix", ""), model)
-    return next(iter(_children(base, ("language_model",))), base)
+    return next(iter(_named_children(base, ("language_model",))), base)
 
 
-def _blocks(backbone: nn.Module) -> nn.ModuleList | list[nn.Module]:
+def _blocks_of(backbone: nn.Module) -> nn.ModuleList | list[nn.Module]:
     """The blocks; where no list of them is found, the recurrent mixers, which then count as blocks."""
-    lists = [child for child in _children(backbone, ("layers", "h", "blocks")) if isinstance(child, nn.ModuleList)]
+    lists = [
+        child for child in _named_children(backbone, ("layers", "h", "blocks")) if isinstance(child, nn.ModuleList)
+    ]
     if lists:
         return lists[0]
     return [module for module in backbone.modules() if rule_of(module)]
 
 
-def _recurrence(block: nn.Module) -> tuple[nn.Module | None, Rule | None, ModuleType | None]:
+def _recurrent_mixer(block: nn.Module) -> tuple[nn.Module | None, Rule | None, ModuleType | None]:
     """The recurrent mixer somewhere in a block, known by the op that its forward calls; its rule, and where its ops
     are."""
     # The outermost module that calls an op: modules() begins with the block itself.
@@ -233,16 +235,16 @@ def _block_layout(block: nn.Module) -> BlockLayout:
     # Families differ in what a block holds: a recurrence or attention (Qwen3.5), both side by side (Falcon-H1), a
     # recurrence somewhere below (Zamba2), or an MLP alone that is called a mixer (Nemotron-H). A recurrence is known by
     # the op that its forward calls, attention by taking an attention mask; names only say where to look.
-    recurrent, rule, namespace = _recurrence(block)
-    mixer_out = _added(block, recurrent, "residual_multiplier", "ssm_out_multiplier")
+    recurrent, rule, namespace = _recurrent_mixer(block)
+    mixer_out = _scaled_output(block, recurrent, "residual_multiplier", "ssm_out_multiplier")
     if isinstance(block, GeneralizedComponent):  # TransformerLens' parts do not tell attention from an MLP
         return BlockLayout(block, recurrent, rule, namespace, mixer_out, None, None)
-    named = _children(block, _MIXER_NAMES)
+    named = _named_children(block, _MIXER_NAMES)
     attention = next((child for child in named if child is not recurrent and _mixes_tokens(child)), None)
     # Nemotron-H calls an MLP a mixer, too.
-    mlps = _children(block, _MLP_NAMES) + [child for child in named if not _mixes_tokens(child)]
-    attn_out = _added(block, attention, "residual_multiplier", "attn_out_multiplier") or mixer_out
-    mlp_out = _added(block, mlps[0] if len(mlps) == 1 else None, "residual_multiplier")
+    mlps = _named_children(block, _MLP_NAMES) + [child for child in named if not _mixes_tokens(child)]
+    attn_out = _scaled_output(block, attention, "residual_multiplier", "attn_out_multiplier") or mixer_out
+    mlp_out = _scaled_output(block, mlps[0] if len(mlps) == 1 else None, "residual_multiplier")
     # A block without a norm before its mixer but with one after each part (OLMo's attention blocks) adds the norms'
     # outputs to the residual stream, not the parts' own.
     if hasattr(block, "post_feedforward_layernorm") and not hasattr(block, "input_layernorm"):
@@ -254,16 +256,16 @@ def _block_layout(block: nn.Module) -> BlockLayout:
     return BlockLayout(block, mixer, rule, namespace, *outs, *_attention_hooks(block, attention), len(mlps))
 
 
-def _parameters(module: nn.Module) -> frozenset[str]:
+def _own_parameters(module: nn.Module) -> frozenset[str]:
     return frozenset(inspect.signature(_as_written(type(module).forward)).parameters)
 
 
 def _mixes_tokens(module: nn.Module) -> bool:
     """What looks at other tokens must be told which of them are padding."""
-    return "attention_mask" in _parameters(module)
+    return "attention_mask" in _own_parameters(module)
 
 
-def _added(block: nn.Module, module: nn.Module | None, *multipliers: str) -> Added | None:
+def _scaled_output(block: nn.Module, module: nn.Module | None, *multipliers: str) -> Added | None:
     """``module`` with the block's own multipliers on its output (Granite's and Falcon-H1's)."""
     scale = math.prod(float(getattr(block, name, 1.0)) for name in multipliers)  # type: ignore[arg-type]
     return None if module is None else Added(module, scale)
@@ -273,7 +275,7 @@ def _attention_hooks(block: nn.Module, attention: nn.Module | None) -> tuple[tup
     """Where values of attention are met, and its function; of an unknown form those that mean what the table says."""
     config = getattr(attention, "config", None)
     n = getattr(attention, "num_heads", 0) or getattr(config, "num_attention_heads", 0)
-    projections = _children(attention, _OUT_PROJ_NAMES) if attention and n else []
+    projections = _named_children(attention, _OUT_PROJ_NAMES) if attention and n else []
     values = [HeadsAt("hook_z", projection, True, (n, -1)) for projection in projections[:1]]
     # Wherever it is in the block: Zamba2's is part of a block inside of the block.
     module = next((each for each in block.modules() if calls_of(each) >= _FUNCTIONS), None)
@@ -291,7 +293,7 @@ def _attention_hooks(block: nn.Module, attention: nn.Module | None) -> tuple[tup
     return tuple(values), sys.modules[type(module).__module__] if module else None
 
 
-def _children(module: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
+def _named_children(module: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
     """The submodules that go by one of ``names``."""
     return [child for name in names if isinstance(child := getattr(module, name, None), nn.Module)]
 
@@ -301,7 +303,7 @@ def _model_type(model: nn.Module) -> str:
     return str(name).replace("-", "_")
 
 
-def _refusal(model: nn.Module) -> str:
+def _refusal_reason(model: nn.Module) -> str:
     model_type = _model_type(model)
     known = ", ".join(dict.fromkeys(rule.name for rule in RULES))
     layers = (REFUSED_LAYERS.get(type(module).__name__) for module in model.modules())

@@ -99,7 +99,7 @@ def load(
     _check_device(device)
     without_weights = device is not None and torch.device(device).type == "meta"
     hf_kwargs = refuse_arguments(hf_kwargs)
-    dtype = _dtype(dtype, hf_kwargs.pop("torch_dtype", None))
+    dtype = _asked_dtype(dtype, hf_kwargs.pop("torch_dtype", None))
     if hf_kwargs and (without_weights or source.endswith(".pth")):
         raise InputError(
             f"from_pretrained takes no {', '.join(hf_kwargs)} here: transformers loads neither a .pth file nor the "
@@ -110,15 +110,15 @@ def load(
             Path(name_or_path).is_dir() and not without_weights
         ):  # of one that ships with the package, an installer may link files
             _check_files(Path(source))
-        model = _model(name_or_path, source, dtype, revision, hf_kwargs, without_weights)
+        model = _loaded_model(name_or_path, source, dtype, revision, hf_kwargs, without_weights)
     if without_weights:
         return Loaded(model.to("meta"), None)
     if hf_kwargs.get("device_map") is None:
         model = model.to(device or default_device())
-    return Loaded(model, _tokenizer(source, revision))
+    return Loaded(model, _loaded_tokenizer(source, revision))
 
 
-def _dtype(asked: object, synonym: object) -> torch.dtype | str:
+def _asked_dtype(asked: object, synonym: object) -> torch.dtype | str:
     """The dtype that a model gets: "auto", or one of torch.
 
     Args:
@@ -153,7 +153,7 @@ def empty(config: PreTrainedConfig) -> nn.Module:
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
-def _model(
+def _loaded_model(
     name: str,
     source: str,
     dtype: torch.dtype | str,
@@ -169,7 +169,7 @@ def _model(
         if Path(source).is_dir():
             raise
         reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise UnknownModelError(_unknown(name, f"of the hub: {reason}")) from error
+        raise UnknownModelError(_unknown_model(name, f"of the hub: {reason}")) from error
     _refuse_mamba_ssm(name, saved)
     _refuse(name, saved.get("model_type"))  # before anything of it is imported or fetched
     is_own = saved.get("model_type") in _OWN_CLASSES
@@ -275,10 +275,10 @@ def _refuse_unknown(name: str) -> None:
     known = [*embedded.names(), *zoo.names(), *cached()]
     on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not name.endswith(".pth")
     if name not in known and not Path(name).exists() and not on_hub:
-        raise UnknownModelError(_unknown(name, "no name on the hub, which is OWNER/NAME"))
+        raise UnknownModelError(_unknown_model(name, "no name on the hub, which is OWNER/NAME"))
 
 
-def _unknown(name: str, reason: str) -> str:
+def _unknown_model(name: str, reason: str) -> str:
     known = [*embedded.names(), *zoo.names(), *cached()]
     near = nearest(name, known).removeprefix("; ") or f"on this machine: {', '.join(known)}"
     return f"there is no model {name!r}: no folder, none that ships with hookpoints, and {reason}; {near}"
@@ -310,7 +310,7 @@ def _refuse_mamba_ssm(name: str, config: Mapping[str, Any]) -> None:
     )
 
 
-def _tokenizer(source: str, revision: str | None) -> PreTrainedTokenizerBase | None:
+def _loaded_tokenizer(source: str, revision: str | None) -> PreTrainedTokenizerBase | None:
     try:
         return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises no narrower one

@@ -208,7 +208,7 @@ class HookedRecurrent(Tokens, Weights):
                 raise ValueError(f"{self.cfg.model_type} blocks reread the embeddings: start_at_layer needs tokens=")
             inputs = {"input_ids": tokens}
         if memory is not None:
-            _unpadded(attention_mask)
+            _require_unpadded(attention_mask)
             attention_mask = None
             read = cast(Tensor, tokens) if residual is None else residual[..., 0]
             hf_kwargs |= continuing(self.hf_model, memory.branch(self, read), memory.T, read)
@@ -218,7 +218,7 @@ class HookedRecurrent(Tokens, Weights):
                 logits = self.hf_model(**inputs, attention_mask=attention_mask, **hf_kwargs).logits
         except StopForward as stopped:
             return stopped.residual
-        return self._returned(logits, tokens, attention_mask, return_type, loss_per_token)
+        return self._returned_value(logits, tokens, attention_mask, return_type, loss_per_token)
 
     def generate(
         self,
@@ -270,7 +270,7 @@ class HookedRecurrent(Tokens, Weights):
             asked = [hf_kwargs.get(name) or getattr(config, name) for name in ("num_beams", "num_return_sequences")]
             copies = max([1, *(cast(int, count) for count in asked if count)])
             hf_kwargs[cache_argument(self.hf_model)] = memory.branch(self, batch.tokens, copies)
-            _unpadded(mask)
+            _require_unpadded(mask)
             mask = F.pad(mask, (memory.T, 0), value=1)  # longer than the input: upstream takes that for what follows
         with torch.no_grad(), self.edits(edits, edit_rows=edit_rows):
             out = self.hf_model.generate(batch.tokens, attention_mask=mask, **hf_kwargs)
@@ -298,7 +298,7 @@ class HookedRecurrent(Tokens, Weights):
                 (Mamba-1).
         """
         batch = self._token_batch(input, prepend_bos, None, None, memory)
-        _unpadded(batch.attention_mask)
+        _require_unpadded(batch.attention_mask)
         return read(self, batch.tokens, memory)
 
     def logits_after(self, memory: Memory, input: str | list[str] | Tensor) -> Tensor:
@@ -399,7 +399,7 @@ class HookedRecurrent(Tokens, Weights):
             raise ValueError(f"layer {layer} is out of range for a model of {self.cfg.n_layers} layers")
         return index
 
-    def _returned(
+    def _returned_value(
         self, logits: Tensor, tokens: Tensor | None, mask: Tensor | None, return_type: ReturnType, per_token: bool
     ) -> Any:
         if return_type is None or return_type == "logits":
@@ -412,7 +412,7 @@ class HookedRecurrent(Tokens, Weights):
         return loss if return_type == "loss" else Output(logits, loss)
 
 
-def _unpadded(mask: Tensor | None) -> None:
+def _require_unpadded(mask: Tensor | None) -> None:
     """Raise InputError for padding, which a memory has no place for."""
     if mask is not None and bool((mask == 0).any()):
         raise InputError("a memory needs rows of one length, got padding: read the rows one by one")

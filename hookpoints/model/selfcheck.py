@@ -43,9 +43,9 @@ def self_check(model: HookedModel) -> None:
     tokens = torch.arange(1, count + 1, device=model.cfg.device).remainder(model.cfg.d_vocab).unsqueeze(0)
     whole = check_prefill(model, tokens)
     with torch.no_grad():
-        steps = [_pass(model, tokens[:, :_PREFILL], 0, "prefill")]
+        steps = [_recorded_pass(model, tokens[:, :_PREFILL], 0, "prefill")]
         for t in range(_PREFILL, count):
-            steps.append(_pass(model, tokens[:, t : t + 1], t, "decode", steps[-1][1]))
+            steps.append(_recorded_pass(model, tokens[:, t : t + 1], t, "decode", steps[-1][1]))
     for layer in model.cfg.recurrent_layers:
         recorded = [step[layer] for step, _ in steps]
         for before, after in itertools.pairwise(recorded):
@@ -53,10 +53,10 @@ def self_check(model: HookedModel) -> None:
             begun = after.recurrence.initial_state
             if left is None or begun is None:
                 raise SelfCheckError(
-                    _message(model, layer, "its state does not go from one step of decoding to the next")
+                    _failure_message(model, layer, "its state does not go from one step of decoding to the next")
                 )
             what = "the states that a step of decoding leaves and begins with"
-            _compare(model, layer, before.native, left, begun, what)
+            _compare_outputs(model, layer, before.native, left, begun, what)
         decoded = torch.cat([step.native.outputs for step in recorded[1:]], 1)
         error = relative_error(whole[layer].native.outputs[:, _PREFILL:], decoded)
         if not error <= tolerance(model.cfg.dtype, decoded.dtype):
@@ -71,7 +71,7 @@ def check_prefill(model: HookedModel, tokens: Tensor) -> dict[int, Recorded]:
     """One pass over ``tokens`` [1,T], recorded and checked."""
     choose_cache(model, tokens)
     with torch.no_grad():
-        return _pass(model, tokens, 0, "prefill")[0]
+        return _recorded_pass(model, tokens, 0, "prefill")[0]
 
 
 def choose_cache(model: HookedModel, tokens: Tensor) -> None:
@@ -96,7 +96,7 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _pass(
+def _recorded_pass(
     model: HookedModel, tokens: Tensor, start: int, mode: str, cache: Cache | None = None
 ) -> tuple[dict[int, Recorded], Cache]:
     """One pass: what it recorded, and its cache. Every layer's op must be met, and its canonical recurrence must give
@@ -106,22 +106,28 @@ def _pass(
     for layer in model.cfg.recurrent_layers:
         if layer not in record:
             rule = model.attachment.mixers[layer].rule
-            raise SelfCheckError(_message(model, layer, f"in {mode} none of its ops ({', '.join(rule.ops)}) was met"))
+            raise SelfCheckError(
+                _failure_message(model, layer, f"in {mode} none of its ops ({', '.join(rule.ops)}) was met")
+            )
         recurrence = record[layer].recurrence
         native = record[layer].native
         outputs, state = recurrence.scan()
-        _compare(model, layer, native, native.outputs, outputs, f"its op and canonical form ({mode} outputs)")
+        _compare_outputs(model, layer, native, native.outputs, outputs, f"its op and canonical form ({mode} outputs)")
         if native.final_state is not None:
-            _compare(model, layer, native, native.final_state, state, f"its op and canonical form ({mode} state)")
+            _compare_outputs(
+                model, layer, native, native.final_state, state, f"its op and canonical form ({mode} state)"
+            )
     return record, cache_of(out)
 
 
-def _compare(model: HookedModel, layer: int, native: OpResult, expected: Tensor, actual: Tensor, what: str) -> None:
+def _compare_outputs(
+    model: HookedModel, layer: int, native: OpResult, expected: Tensor, actual: Tensor, what: str
+) -> None:
     error = relative_error(expected, actual)
     # Under autocast, ops of a float32 model are given half precision, which shows in what they return.
     allowed = tolerance(model.cfg.dtype, *(x.dtype for x in native if x is not None))
     if not error <= allowed:  # NaN is an error too
-        raise SelfCheckError(_message(model, layer, f"{what} differ by {error:.1e} (relative RMS)"))
+        raise SelfCheckError(_failure_message(model, layer, f"{what} differ by {error:.1e} (relative RMS)"))
 
 
 def relative_error(expected: Tensor, actual: Tensor) -> float:
@@ -136,7 +142,7 @@ def tolerance(*dtypes: torch.dtype) -> float:
     return max(_TOLERANCE.get(dtype, 5e-2) for dtype in dtypes)
 
 
-def _message(model: HookedModel, layer: int, what: str) -> str:
+def _failure_message(model: HookedModel, layer: int, what: str) -> str:
     rule = model.attachment.mixers[layer].rule.name
     return (
         f"{model.cfg.model_name}: layer {layer} ({rule}) cannot be hooked: {what}. "

@@ -63,7 +63,7 @@ class Tokens(HookedModel):
         texts = [input] if isinstance(input, str) else list(input) if isinstance(input, list | tuple) else []
         if not texts or not all(isinstance(text, str) for text in texts):
             raise InputError(f"text must be a string or a list of strings, got {input!r:.80}")
-        rows = [self._bos(self._ids(text), prepend_bos) for text in texts]
+        rows = [self._with_bos(self._text_ids(text), prepend_bos) for text in texts]
         if truncate:
             rows = [row[: self.cfg.n_ctx] for row in rows]
         width = max(map(len, rows))
@@ -114,12 +114,12 @@ class Tokens(HookedModel):
 
     def to_single_token(self, string: str) -> int:
         """The id of a string that is one token; ValueError says how it splits if it is not, or that it is none."""
-        ids = self._bos(self._ids(string, add_special_tokens=False), None)
+        ids = self._with_bos(self._text_ids(string, add_special_tokens=False), None)
         if len(ids) != 1:
             raise ValueError(f"{string!r} is {len(ids)} tokens, not one: {[self.to_string(i) for i in ids]}")
         return ids[0]
 
-    def _ids(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def _text_ids(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of a text, or InputError for a word that a tokenizer of whole words lacks."""
         tokenizer = self._need_tokenizer()
         try:
@@ -133,7 +133,7 @@ class Tokens(HookedModel):
                 raise InputError(f"text: {self.cfg.model_name} has no word {word!r}{some}") from error
             raise
 
-    def _bos(self, ids: list[int], prepend_bos: bool | None) -> list[int]:
+    def _with_bos(self, ids: list[int], prepend_bos: bool | None) -> list[int]:
         prepend = self.cfg.default_prepend_bos if prepend_bos is None else prepend_bos
         bos = cast("int | None", self._need_tokenizer().bos_token_id)
         if prepend is None:

@@ -36,7 +36,7 @@ def unwrap(model: object) -> nn.Module:
         UnsupportedModelError: something that cannot be hooked from inside, or that is no model; says why.
     """
     classes = [f"{base.__module__}.{base.__qualname__}" for base in type(model).__mro__]
-    reason = next((_REFUSED[name] for name in classes if name in _REFUSED), None) or _prompts(model)
+    reason = next((_REFUSED[name] for name in classes if name in _REFUSED), None) or _has_prompts(model)
     if inside := next((_INSIDE[name] for name in classes if name in _INSIDE and reason is None), None):
         return unwrap(getattr(model, inside))
     if reason is not None or not isinstance(model, nn.Module):
@@ -46,7 +46,7 @@ def unwrap(model: object) -> nn.Module:
     return model
 
 
-def _prompts(model: object) -> str | None:
+def _has_prompts(model: object) -> str | None:
     """PEFT's prompt methods act outside of the model that they wrap."""
     configs = getattr(model, "peft_config", None)
     if isinstance(configs, dict) and any(config.is_prompt_learning for config in configs.values()):

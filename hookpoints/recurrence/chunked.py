@@ -109,7 +109,7 @@ def walk(r: CanonicalForm, chunk_size: int | None = None, *, reads: bool = False
     parts = {n: x.split(length, dim=1) for n, x in over_time(r) if n not in unused}
     state = r.starting_state().flatten(0, 1)
     for begin in range(0, r.T, length):
-        span = _prepare(r, {n: _cut(part[begin // length], size) for n, part in parts.items()}, reads)
+        span = _prepared_chunks(r, {n: _in_chunks(part[begin // length], size) for n, part in parts.items()}, reads)
         for i, first in enumerate(range(begin, min(begin + length, r.T), size)):
             values = [value[i] for value in span.values]
             for w, response in enumerate(span.responses, start=len(values) - len(span.responses)):
@@ -122,7 +122,7 @@ def walk(r: CanonicalForm, chunk_size: int | None = None, *, reads: bool = False
             state = after
 
 
-def _prepare(r: CanonicalForm, part: dict[str, Tensor], reads: bool) -> Span:
+def _prepared_chunks(r: CanonicalForm, part: dict[str, Tensor], reads: bool) -> Span:
     keys = terms(part["k"])
     values = terms(part["u"])
     back = list[Read]()
@@ -139,15 +139,15 @@ def _prepare(r: CanonicalForm, part: dict[str, Tensor], reads: bool) -> Span:
     responses: list[Tensor] = []
     if back and "beta" in part:
         # The erase lies along the write's key, so both are one write (k, u~), and half the products are saved.
-        values = _solve(lags, values)
-        responses = _solve(lags, [decay.from_start(read) for read in back])
+        values = _solved_terms(lags, values)
+        responses = _solved_terms(lags, [decay.from_start(read) for read in back])
     elif back:
         # The first columns of the scores are what erases see of the writes k u^T, which are known and go to the right
         # side; the others are what they see of each other, which is solved for.
         lags = [row[len(values) :] for row in lags]
         seen = [sum((x @ value for x, value in zip(row, values)), torch.zeros(())) for row in scores[: len(back)]]
-        values = values + _solve(lags, [-x for x in seen])
-        responses = _solve(lags, [decay.from_start(read) for read in back])
+        values = values + _solved_terms(lags, [-x for x in seen])
+        responses = _solved_terms(lags, [decay.from_start(read) for read in back])
     return Span(
         decay,
         keys=[key.unbind(1) for key in keys],
@@ -168,7 +168,7 @@ def _chunk_size(r: CanonicalForm, wanted: int | None) -> int:
     return -(-r.T // -(-r.T // most))
 
 
-def _cut(x: Tensor, size: int) -> Tensor:
+def _in_chunks(x: Tensor, size: int) -> Tensor:
     """[B,T,H,...] as [B*H,n,size,...], ending in zeros, which neither write, erase nor decay."""
     x = x.transpose(1, 2)
     missing = -x.shape[2] % size
@@ -177,7 +177,7 @@ def _cut(x: Tensor, size: int) -> Tensor:
     return x.reshape(x.shape[0] * x.shape[1], -1, size, *x.shape[3:])
 
 
-def _solve(lags: list[list[Tensor]], xs: list[Tensor]) -> list[Tensor]:
+def _solved_terms(lags: list[list[Tensor]], xs: list[Tensor]) -> list[Tensor]:
     """(I + lags)^-1 x for the terms of a token together: E x E blocks [N,n,C,C] of lags, E blocks [N,n,C,X] of x.
 
     Ordered by token and then by term, the matrix is triangular: the terms of one token do not see each other.
@@ -239,7 +239,7 @@ def states(r: CanonicalForm, positions: list[int], chunk_size: int | None = None
         return states(r, wanted, chunk_size).index_select(1, at)
     r = r.select(tokens=slice(0, wanted[-1] + 1)).working()
     if len(wanted) == 1:
-        return _last(r, chunk_size).unflatten(0, (r.B, 1, r.H))
+        return _last_state(r, chunk_size).unflatten(0, (r.B, 1, r.H))
     recorded = torch.is_grad_enabled() and any(x.requires_grad for _, x in tensors(r))
     result = r.q.new_empty(0 if recorded else r.B * r.H, len(wanted), r.K, r.V)
     pieces: list[Tensor] = []
@@ -247,11 +247,11 @@ def states(r: CanonicalForm, positions: list[int], chunk_size: int | None = None
         begin = bisect_left(wanted, chunk.first)
         end = bisect_left(wanted, chunk.first + chunk.size)
         if begin < end:
-            pieces.append(_states(chunk, [t - chunk.first for t in wanted[begin:end]], result[:, begin:end]))
+            pieces.append(_states_at_rows(chunk, [t - chunk.first for t in wanted[begin:end]], result[:, begin:end]))
     return (torch.cat(pieces, dim=1) if recorded else result).unflatten(0, (r.B, r.H)).transpose(1, 2)
 
 
-def _last(r: CanonicalForm, chunk_size: int | None) -> Tensor:
+def _last_state(r: CanonicalForm, chunk_size: int | None) -> Tensor:
     """[B*H,K,V], the state after the last token."""
     state = r.starting_state().flatten(0, 1)
     for chunk in walk(r, chunk_size):
@@ -262,19 +262,19 @@ def _last(r: CanonicalForm, chunk_size: int | None) -> Tensor:
 def state_blocks(r: CanonicalForm, chunk_size: int | None = None) -> Iterator[Tensor]:
     """See `reference.state_blocks`; here a block is a chunk."""
     for chunk in walk(r.working(), chunk_size or _EXPANDED):
-        states = _states(chunk, list(range(chunk.size)), r.q.new_empty(0))
+        states = _states_at_rows(chunk, list(range(chunk.size)), r.q.new_empty(0))
         yield states.unflatten(0, (r.B, r.H)).transpose(1, 2)
 
 
-def _states(chunk: Chunk, rows: list[int], out: Tensor) -> Tensor:
+def _states_at_rows(chunk: Chunk, rows: list[int], out: Tensor) -> Tensor:
     """States [N,p,K,V] at `rows` of a chunk, a batched product: in `out` if that has their number of rows N."""
     decay = chunk.span.decay
     columns = slice(0, rows[-1] + 1)
     dense = len(rows) == rows[-1] + 1 - rows[0]  # then a slice gives views, where a list of rows would copy
     at = slice(rows[0], rows[-1] + 1) if dense else rows
     between = decay.between(chunk.place, at, columns)
-    keys = _joined([key[:, None, columns] * between for key in chunk.keys], dim=2).mT
-    values = _joined([value[:, columns] for value in chunk.values], dim=1)
+    keys = _joined_pieces([key[:, None, columns] * between for key in chunk.keys], dim=2).mT
+    values = _joined_pieces([value[:, columns] for value in chunk.values], dim=1)
     values = values[:, None].expand(-1, len(rows), -1, -1)
     since = decay.since[:, chunk.place, at]
     if len(out) == 0:
@@ -287,7 +287,7 @@ def _states(chunk: Chunk, rows: list[int], out: Tensor) -> Tensor:
     return out
 
 
-def _joined(pieces: list[Tensor], dim: int) -> Tensor:
+def _joined_pieces(pieces: list[Tensor], dim: int) -> Tensor:
     if len(pieces) == 1:
         return pieces[0]
     return torch.cat(pieces, dim)

@@ -99,7 +99,7 @@ class HeadDecay(Decay):
         if any(read.before for read in reads):
             # What a token sees before its own write is what the token before it saw after its own.
             seen[True] = F.pad(self.pairs[..., :-1, :], (0, 0, 1, 0))
-        return [[_overlap(read, key) * seen[read.before] for key in keys] for read in reads]
+        return [[_key_overlap(read, key) * seen[read.before] for key in keys] for read in reads]
 
 
 class ChannelDecay(Decay):
@@ -134,7 +134,7 @@ def decay_of(log: Tensor | None, like: Tensor) -> Decay:
     return ChannelDecay(log, like.dtype)
 
 
-def _overlap(read: Read, key: Tensor) -> Tensor:
+def _key_overlap(read: Read, key: Tensor) -> Tensor:
     """x_t^T key_i, [N,n,C,C]. What an erase reads back goes through a solve that magnifies rounding (nearly
     equal keys with beta near 2 most of all), so it is summed in float64: a fifth of the error at little cost."""
     wide = wide_dtype(key) if read.before else key.dtype

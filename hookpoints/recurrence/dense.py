@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hookpoints.recurrence import reference
 from hookpoints.recurrence.canonical import ScanResult, over_time, terms
-from hookpoints.recurrence.chunked import _cut, is_faster
+from hookpoints.recurrence.chunked import _in_chunks, is_faster
 from hookpoints.recurrence.decay import Read, decay_of
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def scan(r: Recurrence, writes: Writes) -> ScanResult:
     block by block, so that no more than a block of them need be in memory."""
     numbers = r.H * r.K * r.V
     if is_faster(r) and r.B * numbers <= _WIDE.get(r.device.type, 2**62):
-        scan_block = _block
+        scan_block = _write_block
         rows = max(1, _NUMBERS // (numbers * _BLOCK))
         length = _BLOCK
     else:
@@ -68,7 +68,7 @@ def scan(r: Recurrence, writes: Writes) -> ScanResult:
     return ScanResult(*(torch.cat(parts) for parts in zip(*results)))
 
 
-def _block(r: Recurrence, writes: Tensor) -> ScanResult:
+def _write_block(r: Recurrence, writes: Tensor) -> ScanResult:
     outputs, back, state = _by_decay_alone(r, writes)
     if r.b is None:
         return ScanResult(outputs, state)
@@ -89,13 +89,13 @@ def _by_decay_alone(r: Recurrence, writes: Tensor) -> tuple[Tensor, list[Tensor]
     With an erase C begins at zero, since Z begins at the state.
     """
     size = min(_CHUNK, r.T)
-    part = {name: _cut(x, size) for name, x in over_time(r) if name in ("q", "b", "log_decay")}
-    drives = _cut(writes.to(r.dtype).flatten(3), size).unflatten(-1, (r.K, r.V))  # [N,n,C,K,V]
+    part = {name: _in_chunks(x, size) for name, x in over_time(r) if name in ("q", "b", "log_decay")}
+    drives = _in_chunks(writes.to(r.dtype).flatten(3), size).unflatten(-1, (r.K, r.V))  # [N,n,C,K,V]
     decay = decay_of(part.get("log_decay"), part["q"])
     readers = [Read(part["q"] * r.scale, r.read_before_write)]
     if r.b is not None:
         readers += [Read(b, before=True) for b in terms(part["b"])]
-    weights = _weights(readers, decay.edges, size, r.dtype)
+    weights = _read_weights(readers, decay.edges, size, r.dtype)
     left = decay.to_end(torch.ones_like(part["q"][..., : decay.edges.shape[-1]]))
     per_head = left.shape[-1] == 1
     # By the decay alone, a chunk's end is the sum of its writes, each faded to the end.
@@ -113,7 +113,7 @@ def _by_decay_alone(r: Recurrence, writes: Tensor) -> tuple[Tensor, list[Tensor]
     return by_reader[0], by_reader[1:], starts[-1].unflatten(0, (r.B, r.H))
 
 
-def _weights(readers: list[Read], edges: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+def _read_weights(readers: list[Read], edges: Tensor, size: int, dtype: torch.dtype) -> Tensor:
     """[N,n,readers C,C K]: what each vector reads of each write of its chunk. Edges: sums of log-decays."""
     unseen = torch.arange(size + 1, device=edges.device)[:, None] <= torch.arange(size, device=edges.device)
     gap = (edges[:, :, :, None] - edges[:, :, None, 1:]).to(dtype)

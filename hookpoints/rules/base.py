@@ -218,7 +218,7 @@ class Rule:
         return CanonicalForm(
             q=factors.q,
             k=self.write_key(factors),
-            u=factors.v if beta is None else _aligned(beta, factors.v) * factors.v,
+            u=factors.v if beta is None else _with_axes_of(beta, factors.v) * factors.v,
             log_decay=factors.log_decay,
             beta=beta if self.erases else None,  # declares the erase to be -beta k
             b=self.erase_key(factors) if self.erases else None,
@@ -237,7 +237,7 @@ class Rule:
         decay = factors.log_decay
         if decay is None:
             return k
-        return _aligned(decay.exp(), k) * k
+        return _with_axes_of(decay.exp(), k) * k
 
     # -- the way back
 
@@ -308,7 +308,7 @@ def is_update(arguments: Arguments) -> bool:
     return "state" in arguments
 
 
-def _aligned(x: Tensor, like: Tensor) -> Tensor:
+def _with_axes_of(x: Tensor, like: Tensor) -> Tensor:
     """x with axes of size 1 behind it, as many as `like` has more."""
     return x[(..., *[None] * (like.ndim - x.ndim))]
 

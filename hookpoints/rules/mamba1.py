@@ -39,7 +39,7 @@ class Mamba1(Rule):
         if field in ("beta", "log_decay"):
             step = self._step_size(arguments).to(dtype)
             return step if field == "beta" else -step
-        return _canonical(arguments[self.argument(field, arguments)], arguments).to(dtype)
+        return _canonical_factor(arguments[self.argument(field, arguments)], arguments).to(dtype)
 
     def factors(self, arguments: Arguments) -> OpFactors:
         dtype = compute_dtype(arguments["hidden_states"])
@@ -63,7 +63,7 @@ class Mamba1(Rule):
         fed: dict[str, object] = {"D": None, "z": None}
         for field in changed - self.not_fed:
             name = self.argument(field, arguments)
-            fed[name] = _native(getattr(factors, field), arguments).to(arguments[name].dtype)
+            fed[name] = _native_factor(getattr(factors, field), arguments).to(arguments[name].dtype)
         return {**arguments, **fed}
 
     def wants_state(self, arguments: Arguments) -> bool:
@@ -71,10 +71,10 @@ class Mamba1(Rule):
 
     def read_result(self, native: object, arguments: Arguments) -> OpResult:
         outputs, state = native if isinstance(native, tuple) else (cast(Tensor, native), arguments.get("state"))
-        return OpResult(_canonical(outputs, arguments), None if state is None else state.mT.unsqueeze(1).clone())
+        return OpResult(_canonical_factor(outputs, arguments), None if state is None else state.mT.unsqueeze(1).clone())
 
     def write_result(self, result: OpResult, arguments: Arguments) -> object:
-        outputs = _native(result.outputs, arguments)
+        outputs = _native_factor(result.outputs, arguments)
         x = arguments["hidden_states"]
         D = arguments["D"]
         state = None if result.final_state is None else result.final_state.squeeze(1).mT.contiguous()
@@ -90,7 +90,7 @@ class Mamba1(Rule):
     def _step_size(self, arguments: Arguments) -> Tensor:
         """dt [B,T,H,V] after bias and softplus, in the ops' own order and dtypes."""
         bias, softplus = ("dt_bias", "dt_softplus") if is_update(arguments) else ("delta_bias", "delta_softplus")
-        dt = _canonical(arguments["dt"], arguments)
+        dt = _canonical_factor(arguments["dt"], arguments)
         if arguments[bias] is not None:
             dt = dt + arguments[bias].to(dt.dtype)
         return F.softplus(dt) if arguments[softplus] else dt
@@ -109,12 +109,12 @@ MAMBA1 = Mamba1(
 )
 
 
-def _canonical(x: Tensor, arguments: Arguments) -> Tensor:
+def _canonical_factor(x: Tensor, arguments: Arguments) -> Tensor:
     """[B,X,T], or [B,X] of an update, as [B,T,1,X]."""
     return (x.unsqueeze(-1) if is_update(arguments) else x).transpose(1, 2).unsqueeze(2)
 
 
-def _native(x: Tensor, arguments: Arguments) -> Tensor:
+def _native_factor(x: Tensor, arguments: Arguments) -> Tensor:
     """The way back."""
     x = x.squeeze(2).transpose(1, 2)
     return x.squeeze(-1) if is_update(arguments) else x

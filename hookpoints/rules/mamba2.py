@@ -68,7 +68,7 @@ class Mamba2(Rule):
         inputs = changed & {"v"} | ({"q", "k"} if changed & {"q", "k"} else set())
         fed |= {getattr(self.names, field): _without_time(getattr(factors, field), update) for field in inputs}
         if changed & self.torch_only:
-            fed |= _apart(factors, update)
+            fed |= _separate_arguments(factors, update)
         return {**arguments, **fed}
 
     def output_dtype(self, arguments: Arguments) -> torch.dtype:
@@ -138,7 +138,7 @@ def _step_size(arguments: Arguments) -> tuple[Tensor, Tensor]:
     return dt, A
 
 
-def _apart(factors: OpFactors, update: bool) -> dict[str, object]:
+def _separate_arguments(factors: OpFactors, update: bool) -> dict[str, object]:
     """Arguments that feed the write strength and the decay apart, though the op takes one dt for both: u as x, the
     decay as an A per token, and dt = 1."""
     assert factors.beta is not None and factors.log_decay is not None

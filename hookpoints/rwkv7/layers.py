@@ -152,7 +152,7 @@ class RWKV7Attention(nn.Module):
     def first_values(self, x: Tensor, cache: Cache | None, mask: Tensor | None) -> Tensor:
         """What layer 0 gives to `FirstValues`, from its normalized input x [B,T,D]; changes no cache."""
         previous, _ = cached_shift(x, cache, self.layer_idx, _ATTENTION, mask)
-        return self.v_proj(self._mixed(x, previous - x, "x_v"))
+        return self.v_proj(self._mixed_input(x, previous - x, "x_v"))
 
     def forward(
         self,
@@ -168,10 +168,10 @@ class RWKV7Attention(nn.Module):
             state = cache.layers[self.layer_idx].recurrent_states[0]  # type: ignore[attr-defined]
         previous, last = cached_shift(x, cache, self.layer_idx, _ATTENTION, attention_mask)
         delta = previous - x
-        xr, xw, xk, xv, xa, xg = (self._mixed(x, delta, name) for name in MIXED)
+        xr, xw, xk, xv, xa, xg = (self._mixed_input(x, delta, name) for name in MIXED)
 
         r = self.r_proj(xr)
-        v = self._values(xv, first)
+        v = self._layer_values(xv, first)
         g = self.g_lora(xg)
         decay = self.w_lora(xw)
         # In float32 at least: errors of a decay add up over the tokens that it acts on.
@@ -179,13 +179,13 @@ class RWKV7Attention(nn.Module):
         rate = self.a_lora(xa).sigmoid()
         k = self.k_proj(xk)
         # The erase has a separate key, taken before the written one is scaled by the rate.
-        erase = F.normalize(self._heads(k * self.k_k), dim=-1)
+        erase = F.normalize(self._by_head(k * self.k_k), dim=-1)
         k = k * (1 + (rate - 1) * self.k_a)
-        r = self._heads(r)
-        w = self._heads(w)
-        k = self._heads(k)
-        rate = self._heads(rate)
-        v = self._heads(v)
+        r = self._by_head(r)
+        w = self._by_head(w)
+        k = self._by_head(k)
+        rate = self._by_head(rate)
+        v = self._by_head(v)
 
         # At padding nothing decays, is written or erased, so that the state passes through.
         real = 1 if attention_mask is None else attention_mask[:, :, None, None].to(k.dtype)
@@ -208,17 +208,17 @@ class RWKV7Attention(nn.Module):
         bonus = ((r * k * self.r_k).sum(-1, keepdim=True) * v).flatten(2)
         return self.o_proj((read + bonus) * g)
 
-    def _values(self, x: Tensor, first: FirstValues) -> Tensor:
+    def _layer_values(self, x: Tensor, first: FirstValues) -> Tensor:
         values = self.v_proj(x)
         if self.layer_idx == 0:
             first.values = values
             return values
         return torch.lerp(values, first.get(), self.v_lora(x).sigmoid())
 
-    def _mixed(self, x: Tensor, delta: Tensor, name: str) -> Tensor:
+    def _mixed_input(self, x: Tensor, delta: Tensor, name: str) -> Tensor:
         return torch.addcmul(x, delta, getattr(self, name).to(x.dtype))
 
-    def _heads(self, x: Tensor) -> Tensor:
+    def _by_head(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1))
 
 

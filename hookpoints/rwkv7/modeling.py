@@ -110,7 +110,7 @@ class RWKV7Model(RWKV7PreTrainedModel):
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        mask = _padding(attention_mask, x)
+        mask = _zeros_at_padding(attention_mask, x)
         bottom = cast(RWKV7Block, self.layers[0])  # or what wraps one, as TransformerLens' bridge does
         x = embedded = bottom.pre_norm(x) if self.config.norm_first else x
         first = FirstValues(lambda: bottom.attn.first_values(bottom.attn_norm(embedded), cache, mask))
@@ -204,7 +204,7 @@ def from_official(
     return model.eval()
 
 
-def _padding(mask: Tensor | Mapping[str, Tensor] | None, x: Tensor) -> Tensor | None:
+def _zeros_at_padding(mask: Tensor | Mapping[str, Tensor] | None, x: Tensor) -> Tensor | None:
     """Zeros of a mask where x [B,T,D] has padding, or None where it has none. Some versions of transformers' generate
     make one mask for each type of layer."""
     mask = mask.get("linear_attention") if isinstance(mask, Mapping) else mask

@@ -84,11 +84,11 @@ def own_weights(
             f"{name!r} is no official RWKV-7 checkpoint: expected tensors that are stored whole, {claimed} bytes, got "
             f"{sum(storages.values())}; save contiguous copies of them"
         )
-    wanted = {_official(name): (name, parameter) for name, parameter in parameters.items()}
+    wanted = {_official_name(name): (name, parameter) for name, parameter in parameters.items()}
     misshapen = set()
     for official in wanted.keys() & weights.keys():
         parameter_name, parameter = wanted[official]
-        if _oriented(weights[official], parameter_name).shape != parameter.squeeze().shape:
+        if _oriented_tensor(weights[official], parameter_name).shape != parameter.squeeze().shape:
             misshapen.add(official)
     require_whole(
         f"{name!r} is not a whole official RWKV-7 checkpoint",
@@ -101,18 +101,18 @@ def own_weights(
     )
     copies = dict[str, Tensor]()
     for official, (parameter_name, parameter) in wanted.items():
-        value = _oriented(weights[official], parameter_name).reshape(parameter.shape)
+        value = _oriented_tensor(weights[official], parameter_name).reshape(parameter.shape)
         copies[parameter_name] = value.to(dtype, copy=True).contiguous()
     return copies
 
 
-def _official(name: str) -> str:
+def _official_name(name: str) -> str:
     for pattern, word in _OFFICIAL.items():
         name = re.sub(pattern, word, name)
     return name
 
 
-def _oriented(value: Tensor, name: str) -> Tensor:
+def _oriented_tensor(value: Tensor, name: str) -> Tensor:
     """An official tensor as the parameter ``name`` has it, but for axes of size 1."""
     value = value.squeeze()
     if name.endswith(("lora.0.weight", "lora.2.weight")):

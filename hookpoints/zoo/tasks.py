@@ -86,14 +86,14 @@ class Recall:
 
     def batch(self, n: int, generator: Generator, pairs: int = 8, queries: int = 1) -> Batch:
         """n fresh sequences of 1 + 2 (pairs + queries) tokens. Symbols: keys, values [B,P]; asked [B,Q]."""
-        return self.spell(_drawn(n, generator, (self.n_keys, self.n_values), pairs, queries))
+        return self.spell(_drawn_pairs(n, generator, (self.n_keys, self.n_values), pairs, queries))
 
     def spell(self, symbols: Mapping[str, Tensor]) -> Batch:
         """The sequences that keys, values [B,P] and asked [B,Q] spell."""
         keys = 1 + symbols["keys"]
         values = 1 + self.n_keys + symbols["values"]
         answers = values.gather(1, symbols["asked"])
-        return _spelled(symbols, keys, values, [keys.gather(1, symbols["asked"])], answers)
+        return _spelled_pairs(symbols, keys, values, [keys.gather(1, symbols["asked"])], answers)
 
     def others(self, values: Tensor, generator: Generator) -> Tensor:
         """For each value another one."""
@@ -120,7 +120,7 @@ class Composition:
 
     def batch(self, n: int, generator: Generator, pairs: int = 5, queries: int = 1) -> Batch:
         """n fresh sequences of 1 + 2 pairs + 3 queries tokens. Symbols: keys, values [B,P]; asked, slots [B,Q]."""
-        drawn = _drawn(n, generator, (self.n_keys, self.n_attributes**3), pairs, queries)
+        drawn = _drawn_pairs(n, generator, (self.n_keys, self.n_attributes**3), pairs, queries)
         return self.spell(drawn | {"slots": torch.randint(3, (n, queries), generator=generator)})
 
     def spell(self, symbols: Mapping[str, Tensor]) -> Batch:
@@ -132,7 +132,7 @@ class Composition:
         values = 1 + self.n_keys + symbols["values"]
         attributes = self.attributes(symbols["values"].gather(1, asked)).gather(2, slots[..., None])[..., 0]
         answers = first_slot + 3 + slots * self.n_attributes + attributes
-        return _spelled(symbols, keys, values, [keys.gather(1, asked), first_slot + slots], answers)
+        return _spelled_pairs(symbols, keys, values, [keys.gather(1, asked), first_slot + slots], answers)
 
     def attributes(self, values: Tensor) -> Tensor:
         """Attributes [...,3] of values [...]."""
@@ -221,7 +221,7 @@ class Facts:
         return 4 * score.argmax(dim=1, keepdim=True) + keys.gather(1, asked) % 4
 
 
-def _drawn(n: int, generator: Generator, counts: tuple[int, int], pairs: int, queries: int) -> dict[str, Tensor]:
+def _drawn_pairs(n: int, generator: Generator, counts: tuple[int, int], pairs: int, queries: int) -> dict[str, Tensor]:
     """Keys without repetition and values [B,P], and the pairs that are asked for [B,Q]; counts: of keys, of values."""
     return {
         "keys": torch.rand(n, counts[0], generator=generator).argsort(dim=1)[:, :pairs],
@@ -230,7 +230,7 @@ def _drawn(n: int, generator: Generator, counts: tuple[int, int], pairs: int, qu
     }
 
 
-def _spelled(
+def _spelled_pairs(
     symbols: Mapping[str, Tensor], keys: Tensor, values: Tensor, question: list[Tensor], answers: Tensor
 ) -> Batch:
     """Token ids of pairs [B,P], then of questions and answers [B,Q]."""
