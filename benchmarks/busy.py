@@ -36,7 +36,7 @@ def work(setting: str) -> None:
     if setting == "torch first":
         importlib.import_module("torch")
     from hookpoints import EditSession, HookedRecurrent, WriteEdit, embedded
-    from sae_lens_writesae import train_on_writes
+    from sae_lens_writesae import LowRank, train
 
     torch = importlib.import_module("torch")
     model = HookedRecurrent.from_pretrained("embedded", device="cpu")
@@ -49,7 +49,7 @@ def work(setting: str) -> None:
 
     def seconds(steps: int, rows: int) -> dict[str, float]:
         start = time.perf_counter()
-        train_on_writes(embedded_config(512, 4, steps=steps), keys, values)
+        train(embedded_config(512, 4, steps=steps), LowRank(keys, values))
         middle = time.perf_counter()
         for row in range(rows):
             session.run([WriteEdit(2, 1, row % 100, mode="delete")], stop=row % 100 + 17)

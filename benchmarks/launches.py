@@ -32,7 +32,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 from tables import table
 
 from hookpoints import HookedRecurrent, WriteEdit, embedded
-from sae_lens_writesae import collect, steer, train, train_on_writes, training_config
+from sae_lens_writesae import LowRank, collect, steer, train, training_config
 from writesae import sample_sequences
 
 TITLE = "Costs on a GPU, counted"
@@ -141,7 +141,7 @@ def of_steps(seen: Any, sizes: dict[str, tuple[int, int, dict[str, Any]]]) -> di
     model = HookedRecurrent.from_pretrained("embedded", device="meta")
     shape = model.cfg.layer(LAYER)
     g = torch.Generator().manual_seed(0)
-    keys, values = (torch.randn(8192, n, generator=g) for n in (shape.K, shape.V))
+    writes = LowRank.rank_one(*(torch.randn(8192, n, generator=g) for n in (shape.K, shape.V)))
     costs = {}
     for name, (n_atoms, batch, settings) in sizes.items():
 
@@ -150,7 +150,7 @@ def of_steps(seen: Any, sizes: dict[str, tuple[int, int, dict[str, Any]]]) -> di
             fixed: dict[str, Any] = {"lr_warm_up_steps": 1, "device": "npu", "verbose": False, "sae": {"k": 32}}
             return training_config(model, LAYER, HEAD, d_sae=n_atoms, **fixed | rows | settings)
 
-        costs[name] = per_step(seen, lambda steps, config=config: train_on_writes(config(steps), keys, values))
+        costs[name] = per_step(seen, lambda steps, config=config: train(config(steps), writes))
     n_atoms, batch, settings = sizes["SAE step, F 1024, N 128, k 32"]
     costs["the same, SAELens' own TopK"] = per_step(
         seen, lambda steps: saelens(steps, n_atoms, batch, shape.K * shape.V)

@@ -28,10 +28,9 @@ from frame import Line, apart, main, number, peak_memory
 
 from hookpoints import HookedRecurrent, attribute, embedded
 from hookpoints.errors import PredictionWarning
-from sae_lens_writesae import Collection, collect, load_sae, text_dataset, training_config
+from sae_lens_writesae import Collection, collect, load_sae, text_dataset, train, training_config
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae.factors import INDEX, read_json
-from sae_lens_writesae.sae.fast import train_many_on_writes
 from writesae.choices import MATCHED, DictionaryName
 from writesae_study import Substitution, write_report
 from writesae_study.page.report import find_results
@@ -163,7 +162,7 @@ def training(options: dict[str, Any], folder: Path) -> Row:
     ]
     writes = LowRank(*(side[:] for side in collection.factors(layer, head)))
     with timed() as work:
-        saes = train_many_on_writes(configs, [writes] * len(configs), [None] * len(configs))
+        saes = train(configs, [writes] * len(configs))
     saes[0].save_inference_model(str(folder / "sae"))
     return {"tokens": options["training_tokens"] * len(configs), **work, "disk": size(folder / "sae")}
 

@@ -2,7 +2,7 @@
 
     python benchmarks/sae_step.py [--d-k 128 --d-v 128 --d-sae 2048 --k 32 --batch 256 --dead 0.0 --only NAME --out DIR]
     python benchmarks/sae_step.py --goals    # the settings whose ratios are to stay low, on factors against SAELens
-    python benchmarks/sae_step.py --loop    # tokens per second of train_on_writes on writes of the embedded model
+    python benchmarks/sae_step.py --loop    # tokens per second of training on writes of the embedded model
     python benchmarks/sae_step.py --stack 16    # so many dictionaries in one step, against one after another
 
 Each contender runs SAELens' own SAETrainer.step (forward, losses, backward, clipping, Adam) in its own process, so
@@ -115,7 +115,7 @@ def stack(options: argparse.Namespace) -> None:
     """CPU time of dictionaries that train together, as a share of the time of one after another, and rows a second."""
     import torch
 
-    from sae_lens_writesae import train_many_on_writes, train_on_writes
+    from sae_lens_writesae import train
     from sae_lens_writesae.atom.low_rank import LowRank
 
     torch.set_num_threads(options.threads)
@@ -130,9 +130,9 @@ def stack(options: argparse.Namespace) -> None:
         for _ in range(2):  # in turns, so that a busy machine slows both
             start = time.process_time()
             for cfg, each in zip(configs, rows):
-                train_on_writes(cfg, each.keys, each.values)
+                train(cfg, each)
             middle = time.process_time()
-            train_many_on_writes(configs, rows)
+            train(configs, rows)
             alone, together = alone + middle - start, together + time.process_time() - middle
         speed = 2 * options.stack * 100 * batch / together
         print(f"batch {batch:>4}, F {d_sae}, k {k}: {together / alone:.2f} {speed:>9.0f}", flush=True)
@@ -160,11 +160,11 @@ def embedded_config(
 
 
 def loop(options: argparse.Namespace) -> None:
-    """Tokens per second of `train_on_writes` (K 64, V 32, F 512) on the writes of one head of the embedded model."""
+    """Tokens per second of training (K 64, V 32, F 512) on the writes of one head of the embedded model."""
     import torch
 
     from hookpoints import HookedRecurrent, embedded
-    from sae_lens_writesae import train_on_writes
+    from sae_lens_writesae import LowRank, train
 
     torch.set_num_threads(options.threads)
     model = HookedRecurrent.from_pretrained("embedded")
@@ -178,7 +178,7 @@ def loop(options: argparse.Namespace) -> None:
     for batch, k in ((128, 1), (128, 4), (512, 1), (512, 4), (2048, 1)):
         cfg = embedded_config(batch, k)
         start, cpu = time.perf_counter(), time.process_time()
-        train_on_writes(cfg, keys, values)
+        train(cfg, LowRank(keys, values))
         wall, cpu = time.perf_counter() - start, time.process_time() - cpu
         print(f"batch {batch:>4}, k {k}: {200 * batch / wall:>8.0f} {200 * batch / cpu:>8.0f}")
 
@@ -267,7 +267,7 @@ def main() -> None:
     parser.add_argument("--dead", type=float, default=0.0, help="share of atoms taken as dead (auxiliary loss)")
     parser.add_argument("--out", type=Path, help="folder for sae_step.json and sae_step.png")
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, help="contenders beside SAELens")
-    parser.add_argument("--loop", action="store_true", help="tokens per second of train_on_writes instead")
+    parser.add_argument("--loop", action="store_true", help="tokens per second of training instead")
     parser.add_argument("--stack", type=int, help="dictionaries that train together, against one after another")
     parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--goals", action="store_true", help="the settings whose ratios are to stay low")

@@ -47,7 +47,7 @@ def steps(
     from hookpoints import Recurrence
     from sae_lens_writesae.sae import WriteTopKTrainingSAEConfig
     from sae_lens_writesae.sae.chunks import StateStack
-    from sae_lens_writesae.sae.rows import new_sae, shuffled
+    from sae_lens_writesae.sae.rows import new_sae, row_orders
     from sae_lens_writesae.sae.runner import head_rows
 
     g, S, T = torch.Generator().manual_seed(0), 64, 128
@@ -80,7 +80,7 @@ def steps(
         trainer.n_training_steps += 1
 
     stack: Any = StateStack(cfg, collection)
-    order = shuffled(len(stack.writes[0]), batch // stack.together, seed=0)
+    order = row_orders(len(stack.writes[0]), batch // stack.together, seed=0)
     return {"rows": on_rows, "chunks": lambda: stack.take([stack.rows(0, next(order))])}
 
 

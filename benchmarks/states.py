@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hookpoints import HookedRecurrent, Memory, embedded, zoo
 from hookpoints.errors import InputError
-from sae_lens_writesae import label_atoms, train_on_states, training_config
+from sae_lens_writesae import label_atoms, train, training_config
 from writesae_study.known.readers import OF_STATES, HeadStates, drawn
 
 TITLE = "Codes of states"
@@ -118,7 +118,7 @@ def of_facts(name: str, fitted: int, steps: int, texts: int) -> dict[str, Any]:
             training_tokens=96 * steps,
             verbose=False,
         )
-        dictionary: Any = train_on_states(cfg, states)
+        dictionary: Any = train(cfg, states)
         label_atoms(dictionary, states, [[words[token] for token in text] for text in seen.tolist()])
         dictionaries.append(dictionary)
     return {

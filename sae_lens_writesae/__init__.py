@@ -12,8 +12,8 @@ from hookpoints import Fact, label_atoms, read_memory
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae import VARIANTS, MatrixSAE, MatrixTrainingSAE
 from sae_lens_writesae.sae.collecting import collect
+from sae_lens_writesae.sae.deprecated import train_many_on_writes, train_on_states, train_on_writes
 from sae_lens_writesae.sae.factors import Collection
-from sae_lens_writesae.sae.fast import train_many_on_writes, train_on_states, train_on_writes
 from sae_lens_writesae.sae.hooked import HookedSAERecurrent
 from sae_lens_writesae.sae.load import load_sae
 from sae_lens_writesae.sae.metric import Metric

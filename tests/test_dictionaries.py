@@ -16,7 +16,7 @@ from hookpoints import HookedRecurrent, UnsupportedModelError
 from hookpoints import embedded as shipped
 from hookpoints.files import CHECKSUMS
 from sae_lens_writesae.choices import VARIANTS
-from sae_lens_writesae.sae import fast
+from sae_lens_writesae.sae import fast, rows
 from sae_lens_writesae.sae.factors import Collection
 from sae_lens_writesae.sae.load import load_sae
 from sae_lens_writesae.sae.runner import text_dataset
@@ -232,7 +232,7 @@ def test_a_killed_training_goes_on_from_its_checkpoint(
         run_train(Train(collection=collection.folder, heads=(0,), names=(name,), out=tmp_path / out, **sizes), str)
         return (tmp_path / out / f"L2H0/{name}/sae/sae_weights.safetensors").read_bytes()
 
-    monkeypatch.setattr(fast, "SAVE_SECONDS", -1.0)
+    monkeypatch.setattr(rows, "SAVE_SECONDS", -1.0)
     monkeypatch.setattr(fast, "STATES_FROM", 1)
     whole = train("whole")
     assert next(steps) == 32
@@ -242,5 +242,5 @@ def test_a_killed_training_goes_on_from_its_checkpoint(
     with pytest.raises(ValueError, match="no dictionary"):  # a checkpoint is none
         sae_folders(tmp_path / "killed")
     resumed = train("killed")
-    assert next(steps) - 54 in (12, 13) and resumed == whole
+    assert next(steps) - 54 == 12 and resumed == whole
     assert not list((tmp_path / "killed").rglob("*checkpoint*"))

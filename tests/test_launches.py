@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from hookpoints import HookedRecurrent, attribute
-from sae_lens_writesae import LowRank, train_on_writes, training_config
+from sae_lens_writesae import LowRank, train, training_config
 from sae_lens_writesae.sae import fast, training
 from sae_lens_writesae.sae.fast import Stack
 from sae_lens_writesae.sae.fused import Dead
@@ -80,7 +80,7 @@ def writes() -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_a_step_gives_the_gradients_of_a_host() -> None:
     def gradients(place: str) -> dict[str, Any]:
-        stack = Stack([(config(place), LowRank(*(side[:, None].to(place) for side in writes())), None)])
+        stack = Stack([config(place)], [LowRank.rank_one(*(side.to(place) for side in writes()))], [None])
         dead = torch.arange(64)[None].to(place) % 3 == 0
         stack.losses(stack.p, [stack.rows(0, torch.arange(32).to(place))], stack.ks, Dead(dead, 40))
         return {name: parameter.grad for name, parameter in stack.p.items()}
@@ -94,7 +94,7 @@ def test_a_step_gives_the_gradients_of_a_host() -> None:
 
 def test_a_dictionary_trains_on_rows_of_the_host() -> None:
     with device.pretended():
-        sae = train_on_writes(config("npu"), *writes())
+        sae = train(config("npu"), LowRank.rank_one(*writes()))
         assert all(x.device == device.NPU and bool(x.isfinite().all()) for x in sae.parameters())
 
 
@@ -103,7 +103,7 @@ def test_weights_that_are_not_finite_are_refused_at_the_end(monkeypatch: pytest.
     for module in (fast, training):
         monkeypatch.setattr(module, "START_STEPS", 0)
     with device.pretended(), pytest.raises(ValueError, match="expected finite"):
-        train_on_writes(config("npu", architecture="writesae_topk", lr=1e38, training_tokens=8 * 32), *writes())
+        train(config("npu", architecture="writesae_topk", lr=1e38, training_tokens=8 * 32), LowRank.rank_one(*writes()))
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def order(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, str, int]
 
 def test_two_steps_launch_the_same_so_that_a_graph_can_replay_them(order: list[tuple[str, str, int]]) -> None:
     keys, values = (side[:, None].to("npu") for side in writes())
-    stack, rows, steps = Stack([(config("npu"), LowRank(keys, values), None)]), torch.arange(32).to("npu"), []
+    stack, rows, steps = Stack([config("npu")], [LowRank(keys, values)], [None]), torch.arange(32).to("npu"), []
     for _ in range(25):
         order.clear()
         stack.take([stack.rows(0, rows)])

@@ -12,7 +12,7 @@ from sae_lens.saes.sae import TrainStepInput
 from saes import HEAD, LAYER
 
 from hookpoints import HookedRecurrent
-from sae_lens_writesae import training_config
+from sae_lens_writesae import LowRank, train, training_config
 from sae_lens_writesae.sae.rows import new_sae
 
 ROOT = Path(__file__).parents[1]
@@ -67,4 +67,18 @@ def test_a_training_step_by_three(model: HookedRecurrent) -> None:
         3,
         "sae_lens_writesae/sae/training.py",
         "sae_lens_writesae/sae/matrix.py",
+    )
+
+
+def test_training_on_writes_by_eleven(model: HookedRecurrent) -> None:
+    sizes = {"d_sae": 8, "context_size": 8, "training_tokens": 64, "train_batch_size_tokens": 32}
+    cfg = training_config(model, layer=LAYER, head=HEAD, **sizes, verbose=False)
+    writes = LowRank(torch.randn(64, 1, cfg.sae.d_k), torch.randn(64, 1, cfg.sae.d_v))
+    assert_route(
+        lambda: train(cfg, writes),
+        11,
+        "sae_lens_writesae/sae/runner.py",
+        "sae_lens_writesae/sae/fast.py",
+        "sae_lens_writesae/sae/fused.py",
+        "sae_lens_writesae/sae/rows.py",
     )

@@ -160,7 +160,7 @@ def atom(file: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         sizes = {"d_sae": 256, "context_size": 128, "training_tokens": 50_000, "n_batches_in_buffer": 32}
         cfg = training_config(model, 4, 0, **sizes, verbose=False)
-        train(cfg, model, text_dataset(embedded.text("train"))).save_inference_model(folder)
+        train(cfg, (model, text_dataset(embedded.text("train")))).save_inference_model(folder)
         data = AtomPages(n_atoms=12, min_firings=30).collect(model, load_sae(folder), tokens, progress=False)
         nearest = max(data.atoms, key=lambda page: page.cosines.median)
         page = write_atom_pages(data, folder).with_name(f"atom-{nearest.atom}.html")

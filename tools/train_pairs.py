@@ -9,7 +9,7 @@ import torch
 
 from hookpoints import HookedRecurrent, zoo
 from hookpoints.zoo.tasks import Facts
-from sae_lens_writesae import label_atoms, train_on_states, training_config
+from sae_lens_writesae import label_atoms, train, training_config
 
 NAME = "facts"
 FITTED = 4000
@@ -52,7 +52,7 @@ def main() -> None:
         training_tokens=BATCH * STEPS,
         lr=1e-2,
     )
-    sae = train_on_states(cfg, texts(FITTED, seed=1)[0])
+    sae = train(cfg, texts(FITTED, seed=1)[0])
     states, told = texts(NAMING, seed=2)
     keys = {key for facts in told for key in facts}
     values = {value for facts in told for value in facts.values()}

@@ -22,7 +22,7 @@ from hookpoints.files import atomic_folder
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.choices import VARIANTS
 from sae_lens_writesae.sae.factors import Collection, CollectionError
-from sae_lens_writesae.sae.fast import MAX_STACK, shape_of, train_many_on_writes
+from sae_lens_writesae.sae.fast import MAX_STACK, shape_of
 from sae_lens_writesae.sae.load import load_sae, model_of
 from sae_lens_writesae.sae.metric import Metric
 from sae_lens_writesae.sae.metric_fit import fit_metrics
@@ -248,15 +248,14 @@ def train_group(collection: Collection, group: Mapping[Path, RunnerConfig], metr
     checkpoint = next(iter(group)) / "checkpoint"  # one of the whole group, in the folder of its first
     of_configs = [metrics[head_of(config)] if config.sae.metric != "frobenius" else None for config in configs]
     with quiet():
+        data: list[LowRank | None] = [None]  # what the config names
         if common_shape(configs[0]):
             writes = {}
             for head in map(head_of, configs):
                 keys, values = collection.factors(*head)
                 writes[head] = LowRank(keys[:], values[:])
-            of_heads = [writes[head_of(config)] for config in configs]
-            saes = train_many_on_writes(configs, of_heads, of_configs, checkpoint=checkpoint)
-        else:
-            saes = [train(configs[0], metric=of_configs[0], checkpoint=checkpoint)]
+            data = [writes[head_of(config)] for config in configs]
+        saes = train(configs, data, metric=of_configs, checkpoint=checkpoint)
     for folder, sae in zip(group, saes):
         if not (folder / "sae").exists():
             save_dictionary(sae, folder)

@@ -110,7 +110,7 @@ class StateStack(Stack):
         self.units = torch.cat([_units(chunk, self.together) for chunk in chunks])
         """[U,P] tokens of the units of a sequence."""
         self.inputs = collection.sha256
-        super().__init__([(cfg, cast(Any, range(collection.n_sequences * len(self.units))), None)])
+        super().__init__([cfg], [cast(Any, range(collection.n_sequences * len(self.units)))], [None])
 
     def place(self, writes: Any) -> torch.device:
         """Collections are on the host."""

@@ -7,13 +7,10 @@ trained by SAELens' trainer on matrices.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from functools import cached_property, partial
-from io import BytesIO
+from functools import cached_property
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -21,19 +18,17 @@ from sae_lens.training.optim import get_lr_scheduler
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hookpoints.files import atomic_write, content_hash, set_aside
 from hookpoints.scopes import threads_for
 from sae_lens_writesae.atom.low_rank import LowRank
-from sae_lens_writesae.files import SAVE_SECONDS
 from sae_lens_writesae.sae.fused import Dead, Step, step_on_writes
 from sae_lens_writesae.sae.metric import Metric
 from sae_lens_writesae.sae.rows import (
-    ShuffledWrites,
+    Checkpoint,
     new_sae,
+    row_orders,
+    saved_state,
     seeded,
-    shuffled,
     step_settings,
-    train_on_rows,
     wandb_run,
 )
 from sae_lens_writesae.sae.target import RunnerConfig
@@ -50,86 +45,6 @@ STATES_FROM = 64 * 64
 """K V from which states are trained on in chunks: a step is then 3.8 times as fast as on matrices, and 8.6 times at
 128 x 128. At 64 x 32 it is 1.9 times, which the whole run does not keep, and explained variance is 0.007 lower: rows of
 one chunk resemble each other more than shuffled ones."""
-
-# ------------------------------------------------------------------------------------------------ entry points
-
-
-def train_on_writes(
-    cfg: RunnerConfig,
-    keys: Tensor,
-    values: Tensor,
-    *,
-    metric: Metric | None = None,
-    checkpoint: Path | None = None,
-) -> MatrixTrainingSAE:
-    """Train a dictionary on writes in memory, sum_s k_ns u_ns^T, and return it, still of its training class.
-
-    The seed of the config draws initial atoms, the order of the rows and resampled atoms: the same seed gives bitwise
-    the same dictionary (on one machine and number of threads), and torch's global generator is left alone. On CUDA
-    atoms sum their gradients in no fixed order (`index_add_`), so that two runs differ by rounding.
-
-    Args:
-        cfg: SAELens' runner config; `training_config` makes one for a head of a model. Its SAE, seed, device,
-            `training_tokens` (rows seen, in as many epochs as that needs), batch size, optimizer, schedule and logger
-            are used; its model and its text are not.
-        keys, values: [N,S,K] and [N,S,V], or [N,K] and [N,V] for S = 1, of any float dtype.
-        metric: where `cfg.sae.metric` is `gauss_newton`, the metric of this head (`sae.metric_fit.fit_metrics`). The
-            dictionary that is returned has it folded in.
-        checkpoint: a file that is written every minute, from which the same call resumes after a kill, to the same
-            weights. It is removed at the end. (For SAELens' trainer a folder: see `train_on_rows`.)
-
-    Cost of a step: F*R*S*(K+V) operations a row, and k*k*R*R*(K+V) for the selected atoms; on matrices F*K*V.
-
-    Raises:
-        ValueError: a metric that the config cannot have, or none where it needs one; writes of another shape than the
-            config's; NaN or infinite values.
-    """
-    writes = LowRank.rank_one(keys, values) if keys.ndim == values.ndim == 2 else LowRank(keys, values)
-    shape = (writes.keys.shape[2], writes.values.shape[2])
-    wanted = (cfg.sae.d_k, cfg.sae.d_v)
-    if shape != wanted:
-        raise ValueError(f"keys, values={shape!r}: must be of K, V = {wanted} (d_k, d_v of cfg.sae).")
-    if shape_of(cfg) is not None:
-        return train_many_on_writes([cfg], [writes], [metric], checkpoint=checkpoint)[0]
-    inputs = "" if checkpoint is None else content_hash([writes.keys, writes.values, metric and vars(metric)])
-    return train_on_rows(cfg, ShuffledWrites(cfg, writes), metric, checkpoint, len(writes), inputs)
-
-
-def train_on_states(cfg: RunnerConfig, states: Tensor, *, checkpoint: Path | None = None) -> MatrixTrainingSAE:
-    """Train a dictionary on matrices in memory [N,K,V], and return it, still of its training class: `train_on_writes`,
-    with the rows of a state as its values.
-
-    Raises:
-        ValueError: what `train_on_writes` raises.
-    """
-    keys = torch.eye(states.shape[1], dtype=states.dtype, device=states.device)
-    return train_on_writes(cfg, keys.expand(len(states), -1, -1), states, checkpoint=checkpoint)
-
-
-def train_many_on_writes(
-    configs: Sequence[RunnerConfig],
-    writes: Sequence[LowRank],
-    metrics: Sequence[Metric | None] | None = None,
-    *,
-    checkpoint: Path | None = None,
-) -> list[MatrixTrainingSAE]:
-    """`train_on_writes` of several dictionaries, all in one step. Seeds, heads and `k` may differ.
-
-    Args:
-        configs: of one `shape_of`. More than `MAX_STACK` save nothing.
-        writes: of each dictionary; several may have the same.
-        metrics: of each dictionary whose config asks for one.
-        checkpoint: as in `train_on_writes`.
-
-    Raises:
-        ValueError: what `train_on_writes` raises, or dictionaries of different shapes.
-    """
-    shapes = {shape_of(cfg) for cfg in configs}
-    if len(shapes) != 1 or None in shapes:
-        got = ", ".join(sorted(map(str, shapes))) or "no config"
-        raise ValueError(f"configs: expected dictionaries on factors that have one `shape_of`, got {got}")
-    held = _held(writes, torch.device(configs[0].device))
-    return Stack(list(zip(configs, held, metrics or [None] * len(configs), strict=True))).train(checkpoint)
 
 
 def shape_of(cfg: RunnerConfig) -> str | None:
@@ -154,7 +69,7 @@ def shape_of(cfg: RunnerConfig) -> str | None:
 # ------------------------------------------------------------------------------------------------ the loop
 
 
-def _held(writes: Sequence[LowRank], device: torch.device) -> Sequence[LowRank]:
+def writes_at_hand(writes: Sequence[LowRank], device: torch.device) -> Sequence[LowRank]:
     """Writes on the device of training, where they take less than half of what is free there: no step then copies."""
     different = set(writes)  # several dictionaries may have the same rows
     needed = sum(part.keys.nbytes + part.values.nbytes for part in different)
@@ -175,10 +90,14 @@ class Stack:
     together = 1
     """Rows that are drawn together, and have one number."""
 
-    def __init__(self, members: Sequence[tuple[RunnerConfig, LowRank, Metric | None]]):
-        self.configs, self.writes, self.metrics = zip(*members)
-        self.saes = [new_sae(cfg, metric) for cfg, _, metric in members]
-        self.runner = self.configs[0]
+    def __init__(
+        self, configs: Sequence[RunnerConfig], writes: Sequence[LowRank], metrics: Sequence[Metric | None]
+    ) -> None:
+        self.configs = configs
+        self.writes = writes
+        self.metrics = metrics
+        self.saes = [new_sae(cfg, metric) for cfg, metric in zip(configs, metrics)]
+        self.runner = configs[0]
         self.cfg = cast("Config", self.saes[0].cfg)
         self.ks = [int(cfg.sae.k) for cfg in self.configs]
         self.p: dict[str, Tensor] = torch.func.stack_module_state(self.saes)[0]
@@ -186,9 +105,9 @@ class Stack:
         for m, sae in enumerate(self.saes):
             for name, x in self.p.items():
                 sae.get_parameter(name).data = x.data[m]
-        self.scales = [1.0] * len(members)
+        self.scales = [1.0] * len(configs)
         if self.cfg.normalize_activations != "none":
-            self.scales = [self._scale(m) for m in range(len(members))]
+            self.scales = [self._input_scale(m) for m in range(len(configs))]
         self.trainer = self.runner.to_sae_trainer_config()
         self.optimizer = torch.optim.Adam(
             list(self.p.values()),
@@ -214,12 +133,12 @@ class Stack:
         self.most_dead: int | None = None
         """At least as many atoms as a dictionary has dead before the next look."""
 
-    def _scale(self, m: int) -> float:
+    def _input_scale(self, m: int) -> float:
         """What SAELens multiplies inputs by, so that their mean norm is sqrt(K V)."""
-        squares = [sizes(self.matrices(self.rows(m, part))) for part in self._spread(m, 32_768)]
+        squares = [sizes(self.matrices(self.rows(m, part))) for part in self._spread_rows(m, 32_768)]
         return self.cfg.d_in**0.5 / float(torch.cat(squares).sqrt().mean())
 
-    def _spread(self, m: int, most: int) -> Sequence[Tensor]:
+    def _spread_rows(self, m: int, most: int) -> Sequence[Tensor]:
         """Numbers of at most so many rows of a dictionary, evenly spaced, for a thousand rows at a time."""
         n = len(self.writes[m])
         return torch.linspace(0, n - 1, min(n, most // self.together)).long().split(1024 // self.together)
@@ -256,23 +175,22 @@ class Stack:
         """Rows of one dictionary as its upkeep takes them: of low rank, or flattened [n,K*V]."""
         return rows
 
-    def train(self, file: Path | None) -> list[MatrixTrainingSAE]:
+    def train(self, checkpoint: Path | None) -> list[MatrixTrainingSAE]:
         """All steps from those of a checkpoint on, where there is one, and the dictionaries.
 
         Raises:
-            ValueError: a checkpoint of other settings or other rows, or a file that is none; names it. A checkpoint
-                that is damaged is renamed, with a DamageWarning, and training begins again.
+            OSError, ValueError: what `Checkpoint` raises, or numbers that are not finite.
         """
-        if file is not None and file.exists():
-            self._resume(file)
+        kept = Checkpoint(checkpoint, self.configs, self.inputs)
+        if folder := kept.found():
+            self._resume(saved_state(folder))
         n_rows = self.trainer.train_batch_size_samples
         steps = self.trainer.total_training_steps
         orders = [
-            shuffled(len(rows), n_rows // self.together, cfg.seed, self.step, self.place(rows))
+            row_orders(len(rows), n_rows // self.together, cfg.seed, self.step, self.place(rows))
             for rows, cfg in zip(self.writes, self.configs)
         ]
         scores = n_rows * (self.p["v"].numel() + self.p["w"].numel())  # multiply-adds, most of a step's
-        saved = time.monotonic()
         log = self.runner.logger
         with ExitStack() as scope:
             scope.enter_context(threads_for(scores))
@@ -283,16 +201,11 @@ class Stack:
                 done = self.take(batch)
                 if log.log_to_wandb and self.step % log.wandb_log_frequency == 0:
                     for m, run in enumerate(runs):
-                        run.log(self._measured(done, m, self.matrices(batch[m])), step=self.step)
-                if file is not None and time.monotonic() - saved > SAVE_SECONDS:
-                    self._check_finite()
-                    state = self._state()
-                    atomic_write(file, partial(torch.save, state | {"sha256": content_hash(state)}))
-                    saved = time.monotonic()
+                        run.log(self._step_numbers(done, m, self.matrices(batch[m])), step=self.step)
+                kept.save(self._state)
         self._check_finite()
-        finished = [self._finished(m) for m in range(len(self.saes))]
-        if file is not None:
-            file.unlink(missing_ok=True)
+        finished = [self._finished_sae(m) for m in range(len(self.saes))]
+        kept.remove()
         return finished
 
     def take(self, batch: Sequence[LowRank]) -> Step:
@@ -320,7 +233,7 @@ class Stack:
         if self.step % self.looks == 0:
             self._check_finite()
         with torch.no_grad():
-            self._clip()
+            self._clip_gradients()
         self.optimizer.step()
         self.schedule.step()
         # An atom that is active in any row has been silent for 0 steps. Scattering minima needs no look at which are.
@@ -335,7 +248,7 @@ class Stack:
             raise ValueError(f"step {self.step}: expected finite errors, got NaN or infinity: of the writes, or of lr")
         self.errors.zero_()
 
-    def _clip(self) -> None:
+    def _clip_gradients(self) -> None:
         """clip_grad_norm_, of each dictionary."""
         if len(self.saes) == 1 and self.silent.device.type != "cpu":  # half of the launches
             nn.utils.clip_grad_norm_(list(self.p.values()), 1.0, foreach=True)
@@ -346,7 +259,7 @@ class Stack:
         for gradient in gradients:
             gradient.mul_(factor)
 
-    def _measured(self, done: Step, m: int, rows: LowRank | Tensor) -> dict[str, float]:
+    def _step_numbers(self, done: Step, m: int, rows: LowRank | Tensor) -> dict[str, float]:
         """Numbers of a step of one dictionary by SAELens' names."""
         loss = float(done.errors[m].mean())
         return {
@@ -359,14 +272,14 @@ class Stack:
         }
 
     @torch.no_grad()
-    def _finished(self, m: int) -> MatrixTrainingSAE:
+    def _finished_sae(self, m: int) -> MatrixTrainingSAE:
         """A dictionary with its own weights, whose reconstructions are right on average over `b_dec_rows` rows."""
         sae = self.saes[m]
         metric = self.metrics[m]
         for parameter in sae.parameters():  # views of the stack so far, which all dictionaries would keep alive
             parameter.data = parameter.data.clone()
         p: dict[str, Tensor] = {name: nn.Parameter(x[m : m + 1]) for name, x in self.p.items()}
-        parts = self._spread(m, sae.cfg.b_dec_rows or self.trainer.train_batch_size_samples)
+        parts = self._spread_rows(m, sae.cfg.b_dec_rows or self.trainer.train_batch_size_samples)
         total = self.together * sum(map(len, parts))
         code = torch.zeros_like(sae.b_enc)
         mean = torch.zeros_like(sae.b_dec)
@@ -388,10 +301,15 @@ class Stack:
 
     # -- checkpoints
 
+    @cached_property
+    def inputs(self) -> object:
+        """What it trains on, as `content_hash` takes it: the rows, and the metrics."""
+        writes = [[rows.keys, rows.values] for rows in self.writes]
+        return [writes, [metric and vars(metric) for metric in self.metrics]]
+
     def _state(self) -> dict[str, Any]:
+        self._check_finite()
         return {
-            "settings": repr([(shape_of(cfg), cfg.seed, cfg.sae.k, cfg.hook_name) for cfg in self.configs]),
-            "inputs": self.inputs,
             "step": self.step,
             "silent": self.silent,
             "saes": nn.ModuleList(self.saes).state_dict(),
@@ -399,28 +317,7 @@ class Stack:
             "schedule": self.schedule.state_dict(),
         }
 
-    @cached_property
-    def inputs(self) -> str:
-        """Names the rows that it trains on, and the metrics. Costs a pass over them."""
-        writes = [[rows.keys, rows.values] for rows in self.writes]
-        return content_hash([writes, [metric and vars(metric) for metric in self.metrics]])
-
-    def _resume(self, file: Path) -> None:
-        content = BytesIO(file.read_bytes())  # read whole: errors of the disk are no damage
-        try:
-            state = torch.load(content, map_location=self.runner.device, weights_only=True)
-        except (EOFError, KeyError, OSError, RuntimeError, ValueError, UnpicklingError) as error:
-            set_aside(file, str(error).partition("\n")[0])
-            return
-        mine = self._state()
-        if not isinstance(state, dict) or state.keys() != {*mine, "sha256"}:
-            raise ValueError(f"{file}: expected no file, or a checkpoint of this training, got another; name another")
-        if state.pop("sha256") != content_hash(state):
-            set_aside(file, "its numbers are not those of its checksum")
-            return
-        for name, what in (("settings", "settings"), ("inputs", "rows, or in the same metric")):
-            if state[name] != mine[name]:
-                raise ValueError(f"{file}: expected a checkpoint of these {what}, got one of others; delete it")
+    def _resume(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
         self.silent = state["silent"]
         nn.ModuleList(self.saes).load_state_dict(state["saes"])

@@ -1,14 +1,18 @@
-"""SAELens' trainer on rows that are at hand: matrices [N,K*V], and behind them the columns that a loss compares with.
+"""SAELens' trainer on rows that are at hand, and what all ways to train share: the untrained dictionary, the order of
+rows, and the checkpoint.
 
-Random numbers follow from the seed of a config, and the caller's stay as they are. `sae.fast` trains on factors.
+Rows are matrices [N,K*V], and behind them the columns that a loss compares with. Random numbers follow from the seed of
+a config, and the caller's stay as they are. `sae.fast` trains on factors.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,14 +21,7 @@ from typing import Any, cast
 import torch
 import wandb
 from sae_lens import LanguageModelSAETrainingRunner
-from sae_lens.constants import (
-    ACTIVATION_SCALER_CFG_FILENAME,
-    ACTIVATION_WHITENING_FILENAME,
-    SAE_CFG_FILENAME,
-    SAE_WEIGHTS_FILENAME,
-    SPARSITY_FILENAME,
-    TRAINER_STATE_FILENAME,
-)
+from sae_lens.constants import ACTIVATION_SCALER_CFG_FILENAME, TRAINER_STATE_FILENAME
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
@@ -33,15 +30,17 @@ from hookpoints.errors import ChecksumError
 from hookpoints.files import (
     CHECKSUMS,
     SealedFolder,
-    aside_of,
     atomic_folder,
     check_folder,
+    content_hash,
+    read_json,
     set_aside,
     versions,
     write_checksums,
 )
 from hookpoints.scopes import threads_for
 from sae_lens_writesae.atom.low_rank import LowRank
+from sae_lens_writesae.files import SAVE_SECONDS
 from sae_lens_writesae.sae.metric import Metric
 from sae_lens_writesae.sae.target import RunnerConfig
 from sae_lens_writesae.sae.training import MatrixTrainingSAE
@@ -59,7 +58,10 @@ def new_sae(cfg: RunnerConfig, metric: Metric | None = None) -> MatrixTrainingSA
     """
     wants_metric = cfg.sae.metric != "frobenius"
     if wants_metric != (metric is not None):
-        raise ValueError(f"metric={cfg.sae.metric!r}: must be frobenius, or given (see `fit_metrics`).")
+        raise ValueError(
+            f"metric: expected {'one (see `fit_metrics`)' if wants_metric else 'none'}, since the config has "
+            f"metric={cfg.sae.metric!r}, got {'none' if wants_metric else 'one'}"
+        )
     with seeded(cfg.seed, -1):
         sae = cast(MatrixTrainingSAE, TrainingSAE.from_dict(cfg.get_training_sae_cfg_dict() | {"device": cfg.device}))
     # SAELens keeps this with its runner, which would load the language model.
@@ -84,7 +86,9 @@ def seeded(seed: int, step: int) -> Iterator[None]:
         yield
 
 
-def shuffled(n_rows: int, batch: int, seed: int, step: int = 0, device: torch.device | str = "cpu") -> Iterator[Tensor]:
+def row_orders(
+    n_rows: int, batch: int, seed: int, step: int = 0, device: torch.device | str = "cpu"
+) -> Iterator[Tensor]:
     """[batch] row numbers of a step and all later ones. Every epoch is a new permutation of N rows, and a batch may
     reach from one epoch into the next, so that all rows are seen equally often. They are the same on every device."""
     epoch, skipped = divmod(step * batch, n_rows)
@@ -99,9 +103,93 @@ def shuffled(n_rows: int, batch: int, seed: int, step: int = 0, device: torch.de
         skipped = 0
 
 
+class Checkpoint:
+    """What there is of an unfinished run: a sealed folder, whole or absent, that names the settings and the inputs of
+    the run. With no folder nothing is kept.
+
+    Args:
+        inputs: what the dictionaries are trained on, as `content_hash` takes it. Costs a pass over it.
+
+    Raises:
+        OSError: the folder is of something else.
+    """
+
+    def __init__(self, folder: Path | None, configs: Sequence[RunnerConfig], inputs: object) -> None:
+        self.folder = folder
+        self.saved = time.monotonic()
+        self.made_with: dict[str, str] = {}
+        if folder is not None:
+            check_folder(folder, _checkpoint_files)
+            settings = [(step_settings(cfg), cfg.seed, cfg.hook_name) for cfg in configs]
+            self.made_with = {"settings": repr(settings), "inputs": content_hash(inputs)}
+
+    def found(self) -> Path | None:
+        """The folder that a killed run left; None where there is none. One that is damaged is renamed, with a
+        DamageWarning. Costs a reading.
+
+        Raises:
+            ValueError: it is of other settings, another version of this package or other inputs.
+        """
+        if self.folder is None or not self.folder.is_dir():
+            return None
+        try:
+            sealed = SealedFolder(self.folder)
+            sealed.require()
+            sealed.check((_MADE_WITH, _STATE))
+        except ChecksumError as error:
+            set_aside(self.folder, str(error))
+            return None
+        found = read_json(self.folder / _MADE_WITH)
+        if differing := [name for name, value in self.made_with.items() if found.get(name) != value]:
+            raise ValueError(
+                f"{self.folder}: expected a checkpoint of these settings, inputs and version of the package, got one "
+                f"of other {', '.join(differing)}; delete it, or name another folder"
+            )
+        return self.folder
+
+    def save(self, state: Callable[[], object], write: Callable[[Path], object] = lambda folder: None) -> None:
+        """Once a minute, write the state, and what `write` puts into the folder besides."""
+        if self.folder is None or time.monotonic() - self.saved <= SAVE_SECONDS:
+            return
+
+        def write_sealed(aside: Path) -> None:
+            write(aside)
+            torch.save(state(), aside / _STATE)
+            (aside / _MADE_WITH).write_text(json.dumps(self.made_with))
+            write_checksums(aside, sorted(file.name for file in aside.iterdir()))
+
+        atomic_folder(self.folder, write_sealed, _checkpoint_files)
+        self.saved = time.monotonic()
+
+    def remove(self) -> None:
+        """Of a run that is finished."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+_MADE_WITH = "made_with.json"
+_STATE = "state.pt"
+_FILES = (_MADE_WITH, _STATE, ACTIVATION_SCALER_CFG_FILENAME, TRAINER_STATE_FILENAME)
+
+
+def _checkpoint_files(folder: Path) -> Iterable[str]:
+    """Names of the files in a checkpoint; none where a folder is something else."""
+    return (CHECKSUMS, *_FILES) if (folder / _MADE_WITH).is_file() else ()
+
+
+def saved_state(folder: Path) -> dict[str, Any]:
+    """What a checkpoint has of `Checkpoint.save`."""
+    return torch.load(folder / _STATE, weights_only=True)
+
+
 class Batches(ABC, Iterator[Tensor]):
     """Batches of rows [N,K*V + columns] without end. After `resume`, batches are those that follow the
     `state`."""
+
+    n_rows: int
+    """So many rows differ."""
+    inputs: object
+    """What they are made of, as `content_hash` takes it."""
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:
@@ -119,11 +207,9 @@ class ShuffledWrites(Batches):
     def __init__(self, cfg: RunnerConfig, writes: LowRank) -> None:
         self.cfg = cfg
         self.writes = writes
-        self._begin(0)
-
-    def _begin(self, taken: int) -> None:
-        self.taken = taken
-        self.order = shuffled(len(self.writes), self.cfg.train_batch_size_tokens, self.cfg.seed, taken)
+        self.n_rows = len(writes)
+        self.inputs = (writes.keys, writes.values)
+        self.resume({"taken": torch.tensor(0)})
 
     def __next__(self) -> Tensor:
         part = self.writes.rows(next(self.order).to(self.writes.keys.device))
@@ -137,7 +223,8 @@ class ShuffledWrites(Batches):
         return {"taken": torch.tensor(self.taken)}
 
     def resume(self, state: dict[str, Tensor]) -> None:
-        self._begin(int(state["taken"]))
+        self.taken = int(state["taken"])
+        self.order = row_orders(len(self.writes), self.cfg.train_batch_size_tokens, self.cfg.seed, self.taken)
 
 
 class MixedRows(Batches):
@@ -148,26 +235,38 @@ class MixedRows(Batches):
         rows_of: the rows [n,K*V + columns] of a part, by its number.
         n_parts: so many parts make the text.
         size: rows of the buffer, `batch` at least. `fraction` of it stays for the next mix.
+        n_rows, inputs: of `Batches`.
     """
 
-    def __init__(self, rows_of: Callable[[int], Tensor], n_parts: int, size: int, batch: int, fraction: float) -> None:
+    def __init__(
+        self,
+        rows_of: Callable[[int], Tensor],
+        n_parts: int,
+        size: int,
+        batch: int,
+        fraction: float,
+        n_rows: int = 0,
+        inputs: object = "",
+    ) -> None:
         self.rows_of = rows_of
         self.n_parts = n_parts
         self.size = size
         self.batch = batch
         self.fraction = fraction
+        self.n_rows = n_rows
+        self.inputs = inputs
         self.order = torch.zeros(0, dtype=torch.long)
         self.mixed = self.waiting = torch.zeros(0, 0)
         """Rows of the next batches, and rows that wait for the next mix."""
 
     def __next__(self) -> Tensor:
         if not len(self.mixed):
-            self._mix()
+            self._fill_buffer()
         batch = self.mixed[: self.batch]
         self.mixed = self.mixed[self.batch :]
         return batch
 
-    def _mix(self) -> None:
+    def _fill_buffer(self) -> None:
         rows = [self.waiting] if len(self.waiting) else []
         while True:  # one part at least
             if not len(self.order):
@@ -194,116 +293,49 @@ class MixedRows(Batches):
 
 
 def train_on_rows(
-    cfg: RunnerConfig,
-    rows: Iterator[Tensor],
-    metric: Metric | None = None,
-    checkpoint: Path | None = None,
-    n_rows: int | None = None,
-    inputs: str = "",
+    cfg: RunnerConfig, rows: Batches, metric: Metric | None = None, checkpoint: Path | None = None
 ) -> MatrixTrainingSAE:
     """Train by SAELens' trainer on batches of rows [N,K*V + columns], with the random numbers of the seed.
 
     Args:
-        rows: `Batches`, where there is a checkpoint.
-        checkpoint: a folder that is written at each twentieth of the run: SAELens' own checkpoint, the random numbers,
-            and the state of `rows` (for `MixedRows` as large as the buffer). The same call resumes from it, to the
-            weights of a run that never stopped.
-        n_rows: how many different rows there are, for the metadata.
-        inputs: names what `rows` are made of.
+        checkpoint: a folder that is written every minute: the states of SAELens' trainer, of random numbers and of
+            `rows` (for `MixedRows` as large as the buffer).
 
     Raises:
-        OSError: `checkpoint` is a folder of something else.
-        ValueError: it is a checkpoint of other `inputs`, settings or another version of this package. One that is
-            damaged is renamed, with a DamageWarning, and training begins again.
+        OSError, ValueError: what `Checkpoint` raises, or numbers that are not finite.
     """
-    settings = cfg.to_sae_trainer_config()
-    made_with = {"inputs": inputs, "settings": repr((step_settings(cfg), cfg.seed, cfg.hook_name))}
     sae = new_sae(cfg, metric)
-    sae.cfg.metadata.n_training_rows = n_rows
+    sae.cfg.metadata.n_training_rows = rows.n_rows
+    kept = Checkpoint(checkpoint, [cfg], (rows.inputs, metric and vars(metric)))
 
-    def keep(checkpoint_path: Path | None) -> None:  # whole or absent
-        folder = cast(Path, checkpoint_path)
+    def state() -> dict[str, Any]:
         random = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
-        torch.save({"random": random, "rows": cast(Batches, rows).state(), **made_with}, folder / _SOURCE)
-        write_checksums(folder, sorted(file.name for file in folder.iterdir() if file.name != CHECKSUMS))
+        return {"sae": sae.state_dict(), "random": random, "rows": rows.state()}
 
-        def move(aside: Path) -> None:
-            for file in folder.iterdir():
-                file.rename(aside / file.name)
+    def batches() -> Iterator[Tensor]:
+        for batch in rows:
+            yield metric.apply_rows(batch) if metric else batch
+            if trainer.n_training_steps:  # SAELens asks for the next batch between two steps
+                kept.save(state, trainer.save_trainer_state)
 
-        atomic_folder(cast(Path, checkpoint), move, _checkpoint_files)
-        folder.rmdir()
-
-    if checkpoint is not None:
-        check_folder(checkpoint, _checkpoint_files)
-    in_metric = map(metric.apply_rows, rows) if metric else rows
+    trainer = SAETrainer(cfg.to_sae_trainer_config(), sae, batches())
     with (
-        nullcontext() if checkpoint is None else aside_of(checkpoint) as part,
         seeded(cfg.seed, 0),
         wandb_run(cfg),
         threads_for(cfg.train_batch_size_tokens * cfg.sae.d_sae * cfg.sae.d_in),
     ):
-        if part is not None:
-            settings = dataclasses.replace(settings, n_checkpoints=19, checkpoint_path=str(part))
-        trainer = SAETrainer(settings, sae, in_metric, save_checkpoint_fn=keep if part else None)
-        if checkpoint is not None and _is_whole(checkpoint):
-            _resume(trainer, checkpoint, cast(Batches, rows), made_with)
+        if folder := kept.found():
+            found = saved_state(folder)
+            sae.load_state_dict(found["sae"])
+            trainer.load_trainer_state(folder)
+            rows.resume(found["rows"])
+            torch.set_rng_state(found["random"][0])
+            torch.cuda.set_rng_state_all(found["random"][1:])
         trainer.fit()
     if not torch.nn.utils.get_total_norm(sae.parameters()).isfinite():
         raise ValueError("weights: expected finite numbers after training, got NaN or infinity: of the rows, or of lr")
-    if checkpoint is not None:
-        shutil.rmtree(checkpoint, ignore_errors=True)
+    kept.remove()
     return metric.fold(sae) if metric else sae
-
-
-_SOURCE = "source.pt"
-"""Of a checkpoint: the random numbers, where the rows are, what they are made of, and the settings."""
-_OF_SAELENS = (
-    ACTIVATION_SCALER_CFG_FILENAME,
-    ACTIVATION_WHITENING_FILENAME,
-    SAE_CFG_FILENAME,
-    SAE_WEIGHTS_FILENAME,
-    SPARSITY_FILENAME,
-    TRAINER_STATE_FILENAME,
-)
-"""What SAELens may write to a checkpoint."""
-
-
-def _checkpoint_files(folder: Path) -> Iterable[str]:
-    """Names of the files in a checkpoint that `train_on_rows` wrote; none where it wrote none."""
-    return (CHECKSUMS, _SOURCE, *_OF_SAELENS) if (folder / _SOURCE).is_file() else ()
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint is there as it was written. One that is damaged is set aside. Costs a reading."""
-    if not checkpoint.is_dir():
-        return False
-    try:
-        sealed = SealedFolder(checkpoint)
-        sealed.require()
-        sealed.check((_SOURCE, TRAINER_STATE_FILENAME, SAE_WEIGHTS_FILENAME))
-    except ChecksumError as error:
-        set_aside(checkpoint, str(error))
-        return False
-    return True
-
-
-def _resume(trainer: SAETrainer[Any, Any], checkpoint: Path, rows: Batches, made_with: Mapping[str, str]) -> None:
-    """Put trainer, rows and torch's random numbers where they were as `checkpoint` was written."""
-    source = torch.load(checkpoint / _SOURCE, weights_only=True)
-    if differing := [name for name in made_with if source.get(name) != made_with[name]]:
-        raise ValueError(
-            f"{checkpoint}: expected a checkpoint of these rows, settings and version of the package, got one of other "
-            f"{', '.join(differing)}; delete it"
-        )
-    trainer.sae.load_weights_from_checkpoint(checkpoint)
-    trainer.load_trainer_state(checkpoint)
-    trainer.n_training_steps += 1  # SAELens saves before it counts the step
-    ahead = [at for at in trainer.checkpoint_thresholds if at >= trainer.n_training_samples]
-    trainer.checkpoint_thresholds = ahead
-    rows.resume(source["rows"])
-    torch.set_rng_state(source["random"][0])
-    torch.cuda.set_rng_state_all(source["random"][1:])
 
 
 def wandb_run(cfg: RunnerConfig, **options: Any) -> AbstractContextManager[Any]:

@@ -1,17 +1,19 @@
-"""Training through SAELens: recurrent models by class name, configs for a head, and runs on a text or on a collection.
+"""Training through SAELens: recurrent models by class name, configs for a head, and `train`.
 
 SAELens' own `LanguageModelSAETrainingRunner` trains every architecture of this package, unchanged. What it has no place
-for (rows with further columns, a metric, training without the language model) is trained from a collection: `train`
-gives SAELens' trainer the rows. `sae.fast` trains on factors of writes, `sae.chunks` on those of states.
+for (rows with further columns, a metric, training without the language model) is trained from data at hand, by one of
+three engines, which `train` picks: `sae.fast` on factors of writes, many dictionaries at once; `sae.chunks` on those of
+states; `sae.rows` gives SAELens' trainer the rows.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, overload
 
 import sae_lens.cache_activations_runner
 import sae_lens.llm_sae_training_runner
@@ -31,14 +33,15 @@ from transformer_lens import HookedRootModule
 
 from hookpoints import HookedRecurrent, Recurrence, default_device
 from hookpoints.errors import with_fields
+from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.choices import Loss, MetricName
 from sae_lens_writesae.sae.architectures import training_config_class
 from sae_lens_writesae.sae.chunks import StateStack
 from sae_lens_writesae.sae.factors import INDEX, Collection
-from sae_lens_writesae.sae.fast import shape_of, train_on_writes
+from sae_lens_writesae.sae.fast import Stack, shape_of, writes_at_hand
 from sae_lens_writesae.sae.losses import read_queries
 from sae_lens_writesae.sae.metric import Metric
-from sae_lens_writesae.sae.rows import COLUMN_SCALE, MixedRows, seeded, train_on_rows
+from sae_lens_writesae.sae.rows import COLUMN_SCALE, MixedRows, ShuffledWrites, seeded, train_on_rows
 from sae_lens_writesae.sae.target import (
     Dictionary,
     HeadHook,
@@ -242,55 +245,129 @@ def _names_a_file(text: str) -> bool:
 
 # ------------------------------------------------------------------------------------------------ running
 
+Data = tuple[HookedRecurrent, Dataset | None] | Collection | LowRank | Tensor | None
+"""What `train` takes."""
 
+
+@overload
 def train(
     cfg: RunnerConfig,
-    model: HookedRecurrent | None = None,
-    dataset: Dataset | None = None,
+    data: Data | HookedRecurrent = None,
+    text: Dataset | None = None,
+    *,
     metric: Metric | None = None,
     checkpoint: Path | None = None,
-) -> MatrixTrainingSAE:
-    """Train an SAE and return it, still of its training class. The seed of the config decides, and the caller's random
-    numbers stay as they are.
+) -> MatrixTrainingSAE: ...
+@overload
+def train(
+    cfg: Sequence[RunnerConfig],
+    data: Sequence[Data],
+    *,
+    metric: Sequence[Metric | None] | None = None,
+    checkpoint: Path | None = None,
+) -> list[MatrixTrainingSAE]: ...
+def train(
+    cfg: Any, data: Any = None, text: Dataset | None = None, *, metric: Any = None, checkpoint: Path | None = None
+) -> Any:
+    """Train an SAE and return it, still of its training class; of several configs with data each, all of them.
+
+    The seed of the config draws initial atoms, the order of the rows and resampled atoms: the same seed gives bitwise
+    the same dictionary (on one machine and number of threads), and the caller's random numbers stay as they are. On
+    CUDA atoms sum their gradients in no fixed order (`index_add_`), so that two runs differ by rounding.
+
+    Dictionaries of writes with one `fast.shape_of` train in one step; seeds, heads and `k` may differ. More than
+    `MAX_STACK` save nothing.
 
     Args:
-        cfg: of a collection, as `training_config(collection, ...)` names it: no language model is loaded. Any other
-            is run by SAELens' own runner, which is the same as calling it.
-        model, dataset: instead of those that the config names, for SAELens' runner.
-        metric: where the config has metric='gauss_newton'; the result has it folded in. Collections only.
-        checkpoint: a file (or for SAELens' trainer, which trains what is not on factors, a folder) that is written on
-            the way, from which the same call resumes after a kill. Collections only.
+        cfg: SAELens' runner config; `training_config` makes one for a head of a model. Its `training_tokens` are rows
+            seen, in as many epochs as that needs. Where data are at hand, its model and its text are not used.
+        data: (model, text) for SAELens' own runner, (model, None) for the text that the config names;
+            a `Collection`; writes, as a `LowRank`; matrices [N,K,V], such as states, of any float dtype. None: what the
+            config names, which is a collection (of `training_config(collection, ...)`), or else a model and a text.
+        text: of a model as `data`, which goes with the next version: `train(cfg, (model, text))`.
+        metric: where `cfg.sae.metric` is `gauss_newton`, the metric of this head (`sae.metric_fit.fit_metrics`). The
+            dictionary that is returned has it folded in. Not with SAELens' runner.
+        checkpoint: a folder that is written every minute, from which the same call resumes after a kill, to the same
+            weights. It is removed at the end. Not with SAELens' runner, and of several configs for one `shape_of`.
 
     Raises:
-        ValueError: a loss or a metric without a collection, what the config asks for is not in it, or `d_k` and `d_v`
-            are not those of the head.
+        ValueError: a metric that the config cannot have, or none where it needs one; data of another shape than the
+            config's; a loss or context that a collection lacks; a checkpoint of other settings or inputs; NaN or
+            infinite values.
+        OSError: the checkpoint is a folder of something else.
+
+    Cost of a step on writes: F*R*S*(K+V) operations a row, and k*k*R*R*(K+V) for the selected atoms; on matrices F*K*V.
     """
+    if not isinstance(cfg, Sequence):
+        if isinstance(data, HookedRecurrent):
+            warnings.warn("train(cfg, model, text) goes: train(cfg, (model, text))", DeprecationWarning, stacklevel=2)
+            data = (data, text)
+        return train([cfg], [data], metric=[metric], checkpoint=checkpoint)[0]
+    metrics = metric or [None] * len(cfg)
+    sources = [source_of(each, given) for each, given in zip(cfg, data, strict=True)]
+    groups: dict[str | int, dict[int, Any]] = {}
+    for n, member in enumerate(zip(cfg, sources, metrics, strict=True)):
+        in_one_step = isinstance(sources[n], LowRank) and cfg[n].sae.architecture() == "writesae_topk"
+        shape = shape_of(cfg[n]) if in_one_step else None
+        groups.setdefault(shape or n, {})[n] = member
+    if checkpoint is not None and len(groups) > 1:
+        raise ValueError(f"checkpoint: expected dictionaries of one shape, got {len(groups)}; train each by itself")
+    trained: dict[int, MatrixTrainingSAE] = {}
+    for shape, members in groups.items():
+        if isinstance(shape, str):
+            configs, writes, of = zip(*members.values())
+            stack = Stack(configs, writes_at_hand(writes, torch.device(configs[0].device)), of)
+            trained |= zip(members, stack.train(checkpoint))
+        else:
+            trained[shape] = _trained_alone(*members[shape], checkpoint=checkpoint)
+    return [trained[n] for n in range(len(trained))]
+
+
+Source = LowRank | Collection | tuple[HookedRecurrent | None, Dataset | None]
+"""What one dictionary is trained on: writes in memory, states on disk, or what SAELens' runner runs."""
+
+
+def source_of(cfg: RunnerConfig, data: Data) -> Source:
+    """What the dictionary of a config is trained on, which has its sizes."""
     path = cfg.cached_activations_path
     # Without the index, what is cached is SAELens' own, or nothing.
-    if not cfg.use_cached_activations or path is None or not (Path(path) / INDEX).is_file():
-        if metric is not None:
-            raise ValueError(
-                "metric: expected none without a collection, got one: SAELens' runner trains on plain rows; give a "
-                "config of `training_config(collection, ...)`"
-            )
-        with seeded(cfg.seed, 0):
-            runner = LanguageModelSAETrainingRunner(cfg, override_model=model, override_dataset=dataset)
-            return cast(MatrixTrainingSAE, runner.run())
-    collection = Collection.open(path)
+    if data is None and cfg.use_cached_activations and path is not None and (Path(path) / INDEX).is_file():
+        data = Collection.open(path)
+    if isinstance(data, Tensor):  # a matrix is the sum of its rows
+        keys = torch.eye(data.shape[1], dtype=data.dtype, device=data.device)
+        data = LowRank(keys.expand(len(data), -1, -1), data)
+    if isinstance(data, LowRank):
+        check_sizes(cfg.sae, data.keys.shape[2], data.values.shape[2], "the data")
+    if not isinstance(data, Collection):
+        return (None, None) if data is None else data
     hook = HeadHook.parse(cfg.hook_name)
-    place = collection.head_target(hook.layer, hook.head, hook.target)
-    check_sizes(cfg.sae, place.d_k, place.d_v, f"{hook.name} of {collection.model_name}")
-    if cfg.exclude_special_tokens or cfg.context_size != collection.context_size:
+    place = data.head_target(hook.layer, hook.head, hook.target)
+    check_sizes(cfg.sae, place.d_k, place.d_v, f"{hook.name} of {data.model_name}")
+    if cfg.exclude_special_tokens or cfg.context_size != data.context_size:
         raise ValueError(
-            f"context_size={cfg.context_size!r}: must be {collection.context_size}, with exclude_special_tokens=False."
+            f"context_size, exclude_special_tokens: expected {data.context_size} and False, as the collection has, got "
+            f"{cfg.context_size} and {cfg.exclude_special_tokens}"
         )
-    if hook.target == "write" and cfg.sae.loss != "reads":
-        keys, values = collection.factors(hook.layer, hook.head)
-        return train_on_writes(cfg, keys[:], values[:], metric=metric, checkpoint=checkpoint)
-    if hook.target == "state" and shape_of(cfg) is not None:
-        return StateStack(cfg, collection).train(checkpoint)[0]
-    n_rows = collection.tokens.numel()
-    return train_on_rows(cfg, _mixed_rows(collection, cfg), metric, checkpoint, n_rows, collection.sha256)
+    if hook.target != "write" or cfg.sae.loss == "reads":
+        return data
+    keys, values = data.factors(hook.layer, hook.head)
+    return LowRank(keys[:], values[:])
+
+
+def _trained_alone(
+    cfg: RunnerConfig, source: Source, metric: Metric | None, checkpoint: Path | None
+) -> MatrixTrainingSAE:
+    if isinstance(source, LowRank):
+        return train_on_rows(cfg, ShuffledWrites(cfg, source), metric, checkpoint)
+    if isinstance(source, Collection):
+        if "hook_state" in cfg.hook_name and shape_of(cfg) is not None:
+            return StateStack(cfg, source).train(checkpoint)[0]
+        return train_on_rows(cfg, _mixed_rows(source, cfg), metric, checkpoint)
+    if metric is not None or checkpoint is not None:
+        raise ValueError("metric, checkpoint: expected a collection or data at hand, got those of SAELens' own runner")
+    with seeded(cfg.seed, 0):
+        runner = LanguageModelSAETrainingRunner(cfg, override_model=source[0], override_dataset=source[1])
+        return cast(MatrixTrainingSAE, runner.run())
 
 
 def _mixed_rows(collection: Collection, cfg: RunnerConfig) -> MixedRows:
@@ -306,7 +383,9 @@ def _mixed_rows(collection: Collection, cfg: RunnerConfig) -> MixedRows:
     batch = cfg.train_batch_size_tokens
     rows_per_sequence = len(range(cfg.context_size)[positions])
     buffer_size = max(cfg.n_batches_in_buffer * rows_per_sequence, batch)
-    return MixedRows(rows_of, len(parts), buffer_size, batch, cfg.activations_mixing_fraction)
+    fraction = cfg.activations_mixing_fraction
+    n_rows = collection.tokens.numel()
+    return MixedRows(rows_of, len(parts), buffer_size, batch, fraction, n_rows, collection.sha256)
 
 
 def head_rows(recurrence: Recurrence, target: HookTarget, loss: Loss, positions: slice = slice(None)) -> Tensor:

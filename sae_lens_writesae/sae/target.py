@@ -100,7 +100,7 @@ def check_sizes(sae: SAEConfig, d_k: int, d_v: int, place: str, where: str = "th
     sizes = (getattr(sae, "d_k", d_k), getattr(sae, "d_v", d_v), sae.d_in)
     wanted = (d_k, d_v, d_k * d_v)
     if sizes != wanted:
-        raise ValueError(f"{where}: d_k, d_v, d_in={sizes!r}: must be {wanted}, as {place}.")
+        raise ValueError(f"{where}: d_k, d_v, d_in: expected {wanted}, as {place}, got {sizes}")
 
 
 def head_target(model: HookedRecurrent, layer: int, head: int, target: Target = "write") -> HeadTarget:

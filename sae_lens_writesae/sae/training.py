@@ -68,7 +68,7 @@ class MatrixTrainingSAEConfig(MatrixSAEConfig, TrainingSAEConfig):
     metric: MetricName = "frobenius"
     """How errors of a write are measured: by the sum of their squares, or by the KL divergence of all later tokens that
     they cause in the model (see `sae.metric`; for targets `write` and the loss `mse`). The second needs rows that are
-    transformed by a metric, as `sae_lens_writesae.train` and `train_on_writes` do with one that they are given."""
+    transformed by a metric, as `sae_lens_writesae.train` does with one that it is given."""
 
     def __post_init__(self) -> None:
         norm = self.decoder_init_norm

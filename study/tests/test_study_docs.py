@@ -75,7 +75,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
             **{"target": "write", "sae": {"k": 8}, "seed": 0} | changes,
         )
         with quiet():  # SAELens warns that so short a text is read more than once
-            train(cfg, model, dataset).save_inference_model(str(folder / label))
+            train(cfg, (model, dataset)).save_inference_model(str(folder / label))
     for label in {*DICTIONARIES} - wanted.keys():
         shutil.copytree(folder / "my-sae", folder / label)
     return folder

@@ -23,7 +23,7 @@ from hookpoints.files import CHECKSUMS
 from reliability.checks import Comparison, check, outcome
 from reliability.folders import read_dictionary
 from reliability.runs import fresh
-from sae_lens_writesae.sae import fast
+from sae_lens_writesae.sae import rows as sae_rows
 from sae_lens_writesae.sae.collecting import collect
 from sae_lens_writesae.sae.factors import INDEX
 from writesae.flags import Train
@@ -41,7 +41,7 @@ def dictionaries(model: HookedRecurrent, folder: Path) -> None:
     collected = folder / "writes"
     collect(model, rows, [1], [0, 1], collected, targets=("write", "state"), batch_size=8, shard_bytes=100_000)
     sizes: dict[str, Any] = {"d_sae": 16, "k": 2, "training_tokens": 1024, "train_batch_size_tokens": 64}
-    with patch.object(fast, "SAVE_SECONDS", -1.0):
+    with patch.object(sae_rows, "SAVE_SECONDS", -1.0):
         flags = Train(collection=collected, out=folder / "saes", targets=("write", "state"), **sizes)
         run_train(flags, lambda line: None)
 

@@ -15,7 +15,7 @@ from hookpoints.recurrence.canonical import tensors
 from sae_lens_writesae.sae import chunks, fast, fused
 from sae_lens_writesae.sae.chunks import StateStack, step_on_states
 from sae_lens_writesae.sae.collecting import collect
-from sae_lens_writesae.sae.rows import new_sae, shuffled, train_on_rows
+from sae_lens_writesae.sae.rows import Batches, new_sae, row_orders, train_on_rows
 from sae_lens_writesae.sae.runner import train, training_config
 
 T, BATCH, F = 23, 24, 60
@@ -155,9 +155,17 @@ def same_run(collection: Any, changes: dict[str, Any]) -> StateStack:
     cfg = config(collection, dtype="float64", **upkeep | changes)
     assert fast.shape_of(cfg) is not None
     sae, source = train(cfg), StateStack(cfg, collection)
-    order = shuffled(len(source.writes[0]), BATCH // source.together, cfg.seed)
-    dense = (source.rows(0, next(order)).dense().flatten(1) for _ in range(99))
-    matrices = train_on_rows(cfg, dense)
+    order = row_orders(len(source.writes[0]), BATCH // source.together, cfg.seed)
+
+    class Dense(Batches):
+        n_rows, inputs = 0, None
+
+        def __next__(self) -> Tensor:
+            return source.rows(0, next(order)).dense().flatten(1)
+
+        state = resume = cast(Any, None)
+
+    matrices = train_on_rows(cfg, Dense())
     names = {*dict(sae.named_parameters()), "topk_threshold"} & sae.state_dict().keys()
     for name in names:
         torch.testing.assert_close(sae.state_dict()[name], matrices.state_dict()[name], rtol=1e-7, atol=1e-9)

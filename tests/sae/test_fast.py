@@ -3,7 +3,7 @@ a run that was killed ends with the weights of one that was not."""
 
 from __future__ import annotations
 
-import warnings
+import shutil
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
 from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor, nn
 
+import sae_lens_writesae
 from hookpoints.errors import DamageWarning
-from sae_lens_writesae import train_many_on_writes, train_on_writes
+from sae_lens_writesae import train
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae import TRAINING, fast, fused
 from sae_lens_writesae.sae import rows as rows_
@@ -117,7 +118,7 @@ def test_losses_and_gradients_are_those_of_the_dense_step(
 def test_rows_stay_where_they_are_if_a_device_does_not_tell_its_memory() -> None:
     rows = [writes()]
     assert not hasattr(torch.mps, "mem_get_info")
-    assert fast._held(rows, torch.device("mps")) == fast._held(rows, torch.device("cpu")) == rows
+    assert fast.writes_at_hand(rows, torch.device("mps")) == fast.writes_at_hand(rows, torch.device("cpu")) == rows
 
 
 @pytest.mark.parametrize("ordered", [False, True])
@@ -145,8 +146,8 @@ def test_each_dictionary_is_the_one_that_trains_alone(changes: dict[str, Any]) -
     configs = [config(seed, **changes) for seed in (0, 1, 2)]
     configs[2].sae.k = 1  # numbers of active atoms may differ
     rows = [writes(0), writes(0), writes(1) * 3.0]
-    for cfg, each, sae in zip(configs, rows, train_many_on_writes(configs, rows)):
-        alone = train_on_writes(cfg, each.keys, each.values)
+    for cfg, each, sae in zip(configs, rows, train(configs, rows)):
+        alone = train(cfg, each)
         torch.testing.assert_close(state(sae), state(alone), **CLOSE)
         assert sae.cfg.metadata.l0 == pytest.approx(alone.cfg.metadata.l0)
         assert sae.cfg.metadata.num_dead_features == alone.cfg.metadata.num_dead_features
@@ -157,17 +158,17 @@ def test_a_run_is_the_one_of_saelens_trainer() -> None:
     cfg, rows = config(steps=12, b_dec_rows=0, decoder_init="random", resample_every=0), writes()
     matrices = rows_.train_on_rows(cfg, rows_.ShuffledWrites(cfg, rows))
     torch.testing.assert_close(
-        state(train_on_writes(cfg, rows.keys[:, 0], rows.values[:, 0])), state(matrices), rtol=1e-7, atol=1e-9
+        state(train(cfg, LowRank.rank_one(rows.keys[:, 0], rows.values[:, 0]))), state(matrices), rtol=1e-7, atol=1e-9
     )
 
 
 def test_a_seed_is_a_dictionary_and_shares_no_memory() -> None:
     configs, rows = [config(seed, dtype="float32") for seed in (0, 1, 2)], [writes(0, torch.float32)] * 3
     before = torch.get_rng_state()
-    three = train_many_on_writes(configs, rows)
+    three = train(configs, rows)
     assert torch.equal(torch.get_rng_state(), before)
     torch.rand(7)
-    for sae, again in zip(three, train_many_on_writes(configs, rows)):
+    for sae, again in zip(three, train(configs, rows)):
         torch.testing.assert_close(state(sae), state(again), rtol=0, atol=0)
     assert not torch.allclose(three[0].v, three[1].v)
     three[1].v.data.zero_()
@@ -184,7 +185,7 @@ def test_planted_writes_are_found(rank: int) -> None:
     upkeep = {"decoder_init_norm": 1.0, "resample_every": 250, "unit_norm_every": 100, "dtype": "float32"}
     cfg = config(0, 600, k=1, rank=rank, **upkeep)
     cfg.dead_feature_window = 20
-    sae = train_on_writes(cfg, rows.keys, rows.values)
+    sae = train(cfg, rows)
     x = rows.dense().flatten(1)
     residual = (x - sae(x)).detach()
     assert residual.mean(0).square().sum() < 1e-6 * x.square().sum(1).mean()
@@ -202,18 +203,18 @@ def test_a_metric_is_folded_in(encoder: str, normalize: str) -> None:
     metric = Metric.of(*(side @ side.mT + torch.eye(len(side)) for side in sides), 1.0, 0.1, 8)
     how = {"encoder": encoder, "normalize_activations": normalize, "b_dec_rows": 0}
     cfg, rows = config(3, metric="gauss_newton", **how), writes()
-    sae = train_on_writes(cfg, rows.keys, rows.values, metric=metric)
+    sae = train(cfg, rows, metric=metric)
     moved = metric.move(rows)
-    plain = metric.fold(train_on_writes(config(3, **how), moved.keys, moved.values))
+    plain = metric.fold(train(config(3, **how), moved))
     torch.testing.assert_close(state(sae), state(plain), **CLOSE)
 
 
 def test_a_scaled_input_is_folded() -> None:
     rows = writes()
     how = {"normalize_activations": "expected_average_only_in"}
-    sae = train_on_writes(config(**how), rows.keys, rows.values)
+    sae = train(config(**how), rows)
     scale = (K * V) ** 0.5 / rows.norm().mean()
-    plain = train_on_writes(config(), rows.keys, rows.values * scale)
+    plain = train(config(), rows * scale)
     assert sae.cfg.normalize_activations == "none"
     x = rows.dense().flatten(1)
     torch.testing.assert_close(sae(x), plain(x * scale) / scale, rtol=1e-8, atol=1e-8)
@@ -237,11 +238,11 @@ def test_a_checkpoint_belongs_to_its_metric(name: str, tmp_path: Path, monkeypat
 def test_a_killed_run_ends_with_the_same_weights(
     at: int, lr_scheduler_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fast, "SAVE_SECONDS", -1.0)
+    monkeypatch.setattr(rows_, "SAVE_SECONDS", -1.0)
     configs, rows = [config(seed, 12) for seed in (0, 1)], [writes(0), writes(1)]
     for cfg in configs:
         cfg.lr_scheduler_name = lr_scheduler_name
-    whole, file = train_many_on_writes(configs, rows), tmp_path / "run.pt"
+    whole, file = train(configs, rows), tmp_path / "run"
     steps: list[int] = []
     take, stop = fast.Stack.take, at + 2
 
@@ -253,11 +254,11 @@ def test_a_killed_run_ends_with_the_same_weights(
 
     monkeypatch.setattr(fast.Stack, "take", killing)
     with pytest.raises(InterruptedError):
-        train_many_on_writes(configs, rows, checkpoint=file)
+        train(configs, rows, checkpoint=file)
     stop = 99
-    with pytest.raises(ValueError, match=r"run\.pt"):
-        train_many_on_writes(configs[::-1], rows, checkpoint=file)
-    resumed = train_many_on_writes(configs, rows, checkpoint=file)
+    with pytest.raises(ValueError, match=r"run: expected a checkpoint of these settings"):
+        train(configs[::-1], rows, checkpoint=file)
+    resumed = train(configs, rows, checkpoint=file)
     assert steps == list(range(12)) and not list(tmp_path.iterdir())
     for one, two in zip(whole, resumed):
         torch.testing.assert_close(state(one), state(two), rtol=0, atol=0)
@@ -266,9 +267,9 @@ def test_a_killed_run_ends_with_the_same_weights(
 def test_a_checkpoint_of_other_rows_or_one_that_is_damaged_is_not_taken_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fast, "SAVE_SECONDS", -1.0)
-    cfg, rows, file = config(0, 12), writes(0), tmp_path / "run.pt"
-    whole, take, stop = train_many_on_writes([cfg], [rows])[0], fast.Stack.take, 5
+    monkeypatch.setattr(rows_, "SAVE_SECONDS", -1.0)
+    cfg, rows, file = config(0, 12), writes(0), tmp_path / "run"
+    whole, take, stop = train([cfg], [rows])[0], fast.Stack.take, 5
 
     def killing(own: Any, batch: Any) -> Any:
         if own.step == stop:
@@ -277,31 +278,26 @@ def test_a_checkpoint_of_other_rows_or_one_that_is_damaged_is_not_taken_up(
 
     monkeypatch.setattr(fast.Stack, "take", killing)
     with pytest.raises(InterruptedError):
-        train_many_on_writes([cfg], [rows], checkpoint=file)
-    stop, saved = 99, file.read_bytes()
-    with pytest.raises(ValueError, match=r"run\.pt.* rows"):
-        train_many_on_writes([cfg], [writes(1)], checkpoint=file)
-    assert file.read_bytes() == saved
-    flips = [bytearray(saved) for _ in range(4)]
+        train([cfg], [rows], checkpoint=file)
+    stop, kept = 99, Path(shutil.copytree(file, tmp_path / "kept"))
+    with pytest.raises(ValueError, match=r"run: expected a checkpoint .* other inputs"):
+        train([cfg], [writes(1)], checkpoint=file)
+    whole_bytes = (kept / "state.pt").read_bytes()
+    flips = [bytearray(whole_bytes) for _ in range(4)]
     for n, flipped in enumerate(flips):
-        flipped[len(saved) * (2 * n + 1) // 8] ^= 1
-    for damaged in (saved[: len(saved) // 2], b"", *map(bytes, flips)):
-        file.write_bytes(damaged)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", DamageWarning)
-            resumed = train_many_on_writes([cfg], [rows], checkpoint=file)[0]
+        flipped[len(whole_bytes) * (2 * n + 1) // 8] ^= 1
+    for damaged in (whole_bytes[: len(whole_bytes) // 2], b"", *map(bytes, flips)):
+        shutil.copytree(kept, file, dirs_exist_ok=True)
+        (file / "state.pt").write_bytes(damaged)
+        with pytest.warns(DamageWarning, match=r"run is damaged.* it is run\.damaged now"):
+            resumed = train([cfg], [rows], checkpoint=file)[0]
         torch.testing.assert_close(state(whole), state(resumed), rtol=0, atol=0)
-        told = [str(warning.message) for warning in caught if warning.category is DamageWarning]
-        left = list(tmp_path.iterdir())
-        assert [path.read_bytes() for path in left] == [damaged] * len(told)
-        assert all(f"{file} is damaged" in line and left[0].name in line for line in told)
-        assert told or damaged in map(bytes, flips)  # where the flipped bit carries nothing
-        for path in left:
-            path.unlink()
+        assert (tmp_path / "run.damaged" / "state.pt").read_bytes() == damaged and not file.exists()
+        shutil.rmtree(tmp_path / "run.damaged")
     torch.save({"weights": torch.ones(3)}, file)
     theirs = file.read_bytes()
-    with pytest.raises(ValueError, match=r"run\.pt: expected no file"):
-        train_many_on_writes([cfg], [rows], checkpoint=file)
+    with pytest.raises(OSError, match=r"run.*not written by it"):
+        train([cfg], [rows], checkpoint=file)
     assert file.read_bytes() == theirs
 
 
@@ -312,32 +308,65 @@ def test_numbers_are_logged_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     configs = [config(seed) for seed in (0, 1)]
     for cfg in configs:
         cfg.logger = LoggingConfig(log_to_wandb=True, wandb_project="p", wandb_log_frequency=3)
-    train_many_on_writes(configs, [writes(), writes()])
+    train(configs, [writes(), writes()])
     assert [each["at"] for each in logged] == [3, 3, 6, 6]
     assert 0 < logged[-1]["metrics/explained_variance"] < 1 and 0 < logged[-1]["metrics/l0"] <= 2
 
 
 def test_every_row_is_seen_equally_often() -> None:
-    drawn = torch.cat(list(islice(rows_.shuffled(10, 4, seed=1), 10)))
+    drawn = torch.cat(list(islice(rows_.row_orders(10, 4, seed=1), 10)))
     assert drawn.bincount().tolist() == [4] * 10 and drawn[:10].tolist() != sorted(drawn[:10].tolist())
     assert len({tuple(epoch) for epoch in drawn.view(4, 10).tolist()}) == 4
-    assert torch.equal(next(rows_.shuffled(10, 4, seed=1, step=7)), drawn[28:32])
+    assert torch.equal(next(rows_.row_orders(10, 4, seed=1, step=7)), drawn[28:32])
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_dictionaries_of_several_shapes_come_in_the_order_of_their_configs() -> None:
+    configs = [config(0), config(name="writesae_jumprelu", dtype="float32"), config(1), config(2, rank=2)]
+    rows = [writes(0), writes(0, torch.float32), writes(1), writes(1)]
+    for cfg, each, sae in zip(configs, rows, train(configs, rows)):
+        assert sae.cfg.architecture() == cfg.sae.architecture() and sae.cfg.rank == cfg.sae.rank
+        torch.testing.assert_close(state(sae), state(train(cfg, each)), **CLOSE)
+
+
+def test_matrices_are_the_sums_of_their_rows() -> None:
+    """Those of BatchTopK by its own step, however large they are."""
+    matrices = torch.randn(96, 64, 64, generator=torch.Generator().manual_seed(0))
+    shape = {"d_in": 64 * 64, "d_k": 64, "d_v": 64, "dtype": "float32", "k": 2}
+    for name in ("writesae_topk", "writesae_batchtopk"):
+        cfg = config(0, 3, name, **shape)
+        cfg.hook_name = cfg.hook_name.replace("write", "state")
+        sae = train(cfg, matrices)
+        rows = LowRank(torch.eye(64).expand(96, -1, -1), matrices)
+        torch.testing.assert_close(state(sae), state(train(cfg, rows)), rtol=0, atol=0)
+        assert float(sae.state_dict().get("topk_threshold", 1)) > 0
+
+
+def test_names_of_the_last_version_still_train() -> None:
+    rows = writes()
+    for call, new in (
+        (lambda: sae_lens_writesae.train_on_writes(config(), rows.keys, rows.values), lambda: train(config(), rows)),
+        (lambda: sae_lens_writesae.train_on_states(config(), rows.dense()), lambda: train(config(), rows.dense())),
+        (lambda: sae_lens_writesae.train_many_on_writes([config()], [rows])[0], lambda: train(config(), rows)),
+    ):
+        with pytest.warns(DeprecationWarning, match=r"use train\("):
+            old = call()
+        torch.testing.assert_close(state(old), state(new()), rtol=0, atol=0)
+
+
+def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     rows, swapped = writes(), LowRank(writes().values, writes().keys)
     metric = Metric.of(torch.eye(K), torch.eye(V), 1.0, 0.1, 8)
     dense = config(name="writesae_jumprelu")
-    for configs, each, metrics, match in (
-        ([dense], [rows], None, "configs"),
-        ([config(0), config(1, rank=2)], [rows, rows], None, "configs"),
-        ([config(0)], [rows], [metric], "metric"),
-        ([config(0, metric="gauss_newton")], [rows], None, "metric"),
-    ):
-        with pytest.raises(ValueError, match=match):
-            train_many_on_writes(configs, each, metrics)
+    for cfg, of in ((config(0), metric), (config(0, metric="gauss_newton"), None)):
+        with pytest.raises(ValueError, match="metric: expected"):
+            train(cfg, rows, metric=of)
     for cfg in (dense, config()):
-        with pytest.raises(ValueError, match="keys, values"):
-            train_on_writes(cfg, swapped.keys, swapped.values)
+        for data in (swapped, swapped.dense()):
+            with pytest.raises(ValueError, match=r"d_k, d_v, d_in: expected .*\(4, 6, 24\).*, got \(6, 4, 24\)"):
+                train(cfg, data)
+    with pytest.raises(ValueError, match="checkpoint: expected dictionaries of one shape, got 2"):
+        train([config(0), dense], [rows, rows], checkpoint=tmp_path / "run")
+    with pytest.raises(ValueError, match="shorter"):
+        train([config(0), config(1)], [rows])
     with pytest.raises(ValueError, match="NaN"):
-        train_on_writes(config(), rows.keys * torch.nan, rows.values)
+        train(config(), rows * torch.nan)

@@ -21,7 +21,7 @@ from torch.nn.functional import normalize
 from torch.testing import assert_close
 
 from hookpoints import embedded as shipped
-from sae_lens_writesae import collect, load_sae, train_on_writes
+from sae_lens_writesae import collect, load_sae, train
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae import (
     WriteProductSAE,
@@ -30,7 +30,6 @@ from sae_lens_writesae.sae import (
     WriteProductTrainingSAEConfig,
 )
 from sae_lens_writesae.sae.product import _distinct, _oriented, rank_one_rows
-from sae_lens_writesae.sae.runner import train
 from writesae.dictionary.traits import matched_flat, n_parameters, variant
 from writesae.experiment.tokens import sample_sequences
 
@@ -262,7 +261,7 @@ def config(start: str, seed: int = 0, **fields: Any) -> Any:
 @pytest.mark.parametrize("start", ["random", "native"])
 def test_both_sides_of_a_planted_world_are_found(start: str) -> None:
     keys, values, rows = world()
-    sae: Any = train_on_writes(config(start, resample_every=25), rows.keys, rows.values)
+    sae: Any = train(config(start, resample_every=25), rows)
     found_keys, found_values = (normalize(side.detach(), dim=1) for side in (sae.key_atoms, sae.value_atoms))
     assert (keys @ found_keys.T).abs().amax(1).min() > 0.99
     assert (values @ found_values.T).abs().amax(1).min() > 0.99
@@ -281,7 +280,7 @@ def test_as_many_atoms_as_keys_and_values_find_all_of_them(seed: int) -> None:
     shape = {"d_in": 256, "d_k": 16, "d_v": 16, "d_sae": 24 * 24, "f_key": 24, "f_value": 24}
     cfg = config("native", seed, **shape)
     cfg.train_batch_size_tokens, cfg.training_tokens = 64, 64 * 150
-    sae: Any = train_on_writes(cfg, sign * keys, sign * values)
+    sae: Any = train(cfg, LowRank.rank_one(sign * keys, sign * values))
     for side, atoms in zip(planted, (sae.key_atoms, sae.value_atoms)):
         cosines = side @ normalize(atoms.detach(), dim=1).T
         assert (cosines.abs().amax(1) > 0.95).all()

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hookpoints import embedded as shipped
-from sae_lens_writesae import collect, load_sae, train, train_on_states, training_config
+from sae_lens_writesae import collect, load_sae, train, training_config
 from sae_lens_writesae.sae import WriteProductSAE, WriteProductTrainingSAE, WriteProductTrainingSAEConfig
 from sae_lens_writesae.sae.pursuit import pursue
 from sae_lens_writesae.sae.rows import new_sae
@@ -250,7 +250,7 @@ def config(steps: int, seed: int = 0, size: int = 16, atoms: int = 36, **fields:
 def test_planted_pairs_are_found_in_states_alone(seed: int) -> None:
     world = World(seed)
     states, _ = world.draw(1000, 1)
-    sae: Any = train_on_states(config(400, seed), states)
+    sae: Any = train(config(400, seed), states)
     found, read = world.scores(*(side.detach() for side in sae.directions))
     assert found >= 0.95 and read >= 0.95
     acts = sae.encode(states.flatten(1))
@@ -261,10 +261,10 @@ def test_planted_pairs_are_found_in_states_alone(seed: int) -> None:
 
 
 def test_states_of_another_shape_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"keys, values=\(16, 15\).*\(16, 16\)"):
-        train_on_states(config(1), torch.zeros(4, 16, 15))
+    with pytest.raises(ValueError, match=r"expected \(16, 15, 240\), .* got \(16, 16, 256\)"):
+        train(config(1), torch.zeros(4, 16, 15))
     with pytest.raises(ValueError, match="finite"):
-        train_on_states(config(1), torch.full((96, 16, 16), torch.nan))
+        train(config(1), torch.full((96, 16, 16), torch.nan))
 
 
 def test_a_collection_of_states_trains_it(embedded: Any, tmp_path: Path) -> None:

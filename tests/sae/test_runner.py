@@ -88,7 +88,7 @@ def test_model_class_name_loads_the_model(embedded, dataset):
     ],
 )
 def test_every_architecture_trains_through_the_runner(embedded, dataset, architecture, sae):
-    trained = train(small_config(embedded, architecture=architecture, sae=sae), embedded, dataset)
+    trained = train(small_config(embedded, architecture=architecture, sae=sae), (embedded, dataset))
     assert all(torch.isfinite(parameter).all() for parameter in trained.parameters())
 
 
@@ -170,7 +170,7 @@ def test_wandb_logging_offline(embedded, dataset, tmp_path, monkeypatch):
     values, log = {}, wandb.Run.log
     monkeypatch.setattr(wandb.Run, "log", lambda run, data, **kwargs: (values.update(data), log(run, data, **kwargs)))
     logger = LoggingConfig(log_to_wandb=True, wandb_project="test", wandb_log_frequency=2, eval_every_n_wandb_logs=2)
-    train(small_config(embedded, logger=logger), embedded, dataset)
+    train(small_config(embedded, logger=logger), (embedded, dataset))
     assert list(tmp_path.glob("wandb/offline-run-*"))
     assert values["metrics/explained_variance"] < 1
 
@@ -205,12 +205,12 @@ def test_swapped_sizes_are_refused_before_training(embedded, dataset, tmp_path):
     )
     collection = collect(embedded, dataset, [LAYER], [HEAD], tmp_path, n_tokens=256, context_size=16, progress=False)
     for run in (
-        lambda: train(cfg, embedded, dataset),
+        lambda: train(cfg, (embedded, dataset)),
         lambda: LanguageModelSAETrainingRunner(cfg, override_model=embedded, override_dataset=dataset).run(),
         lambda: MultiSAETrainingRunner(many, override_model=embedded, override_dataset=dataset).run(),
         lambda: train(small_config(collection, sae=swapped, context_size=16)),
     ):
-        with pytest.raises(ValueError, match=r"d_k, d_v, d_in=\(32, 64, 2048\): must be \(64, 32, 2048\)"):
+        with pytest.raises(ValueError, match=r"d_k, d_v, d_in: expected \(64, 32, 2048\), .* got \(32, 64, 2048\)"):
             run()
 
 
@@ -233,7 +233,7 @@ def test_a_short_run_warms_up_for_a_tenth_of_it(embedded, dataset, steps, warm_u
     assert cfg.lr_warm_up_steps == warm_up
     assert small_config(embedded, training_tokens=64 * steps, lr_warm_up_steps=0).lr_warm_up_steps == 0
     if steps <= 10:
-        train(cfg, embedded, dataset)
+        train(cfg, (embedded, dataset))
 
 
 def test_text_dataset_keeps_the_text():

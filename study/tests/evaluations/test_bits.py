@@ -12,7 +12,7 @@ from saes import HEAD, LAYER, logits_with_write, random_low_rank
 from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent
-from sae_lens_writesae.sae.rows import shuffled
+from sae_lens_writesae.sae.rows import row_orders
 from writesae.head.upper import UpperModel
 from writesae_study.codes.books import centered, descend, of_books, pursued, residual_quantizer
 from writesae_study.evaluations.bits import RIVAL, WAYS, Bits, contender, divergence
@@ -37,7 +37,7 @@ def test_streams_are_replaced_as_by_hand_and_tuning_lowers_their_divergence(mode
         )
         assert float(kl) == pytest.approx(float((native.exp() * (native - edited)).sum(-1).mean().detach()), rel=1e-3)
     loss = lambda _: 100 * divergence(upper, plain, HEAD, code).mean()  # noqa: E731
-    descend(code.parameters, loss, shuffled(6, 2, 0), 60, 3e-4)
+    descend(code.parameters, loss, row_orders(6, 2, 0), 60, 3e-4)
     assert float(divergence(upper, plain, HEAD, code).mean().detach()) < 0.95 * float(found.mean())
     assert all(each.grad is None for each in model.parameters())
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from hookpoints import HookedRecurrent
-from sae_lens_writesae import train_on_writes, training_config
+from sae_lens_writesae import train, training_config
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae.metric import Metric
-from sae_lens_writesae.sae.rows import shuffled
+from sae_lens_writesae.sae.rows import row_orders
 from writesae_study.codes.books import Code, centered, descend, of_books, pursued, residual_quantizer
 from writesae_study.codes.components import fit_pca
 
@@ -105,7 +105,7 @@ def topk(writes: HeadWrites, n: int) -> Code:
         verbose=False,
     )
     with torch.enable_grad():
-        sae = train_on_writes(cfg, writes.x.keys, writes.x.values)
+        sae = train(cfg, writes.x)
     sae.settle_b_dec()
     return Code(
         name=f"{OURS} TopK {n}",
@@ -173,7 +173,7 @@ def pursuit(writes: HeadWrites, n: int) -> Code | None:
         left = LowRank.cat([x, pursued(x, atoms, positive=True) * -1.0])
         return left.inner(left).mean() / (writes.K * writes.V)
 
-    descend(code.parameters, loss, shuffled(len(writes.x), BATCH, writes.seed), writes.steps, LR)
+    descend(code.parameters, loss, row_orders(len(writes.x), BATCH, writes.seed), writes.steps, LR)
     return code
 
 

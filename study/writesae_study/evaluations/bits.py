@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae.metric import Metric
-from sae_lens_writesae.sae.rows import shuffled
+from sae_lens_writesae.sae.rows import row_orders
 from writesae.choices import AtLeast
 from writesae.dictionary.estimates import Estimate
 from writesae.head.upper import UpperModel
@@ -125,7 +125,7 @@ class Bits(Evaluation):
                 measured(code, budget, way)
                 compared = code.name in (contender(budget), f"{RIVAL} {budget // 16}")
                 if way == in_metric and self.tune_steps and compared:
-                    batches = shuffled(len(terms.tokens), 4, self.seed)
+                    batches = row_orders(len(terms.tokens), 4, self.seed)
                     descend(code.parameters, partial(loss, code), batches, self.tune_steps, self.lr)
                     measured(code, budget, tuned)
         return {"codes": pd.DataFrame(rows, columns=list(self.columns["codes"]))}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from sae_lens_writesae import LowRank, train_many_on_writes, train_on_writes, training_config
+from sae_lens_writesae import LowRank, train, training_config
 from writesae_study.known import sides
 from writesae_study.known.sides import BATCH, LR, HeadCode, Side, Size, of_atoms, of_labels, of_product, of_sides
 from writesae_study.known.world import World
@@ -100,7 +100,8 @@ def product(job: Job, start: str = "native", steps: int | None = None) -> list[H
     found = []
     for seed in range(job.seeds):
         cfg = job.config("writesae_product", f_key * f_value, seed, steps or job.steps, **sides)
-        found.append(of_product(train_on_writes(cfg, job.keys, job.values), job.keys, job.values))
+        sae = train(cfg, LowRank.rank_one(job.keys, job.values))
+        found.append(of_product(sae, job.keys, job.values))
     return found
 
 
@@ -109,7 +110,7 @@ def matrix_topk(job: Job, times: int, k: int | None) -> list[HeadCode]:
     n = times * job.n_atoms
     active = min(job.value.active if k is None else k, n)
     configs = [job.config("writesae_topk", n, seed, job.steps, k=active) for seed in range(job.seeds)]
-    saes = train_many_on_writes(configs, [LowRank.rank_one(job.keys, job.values)] * len(configs))
+    saes = train(configs, [LowRank.rank_one(job.keys, job.values)] * len(configs))
     return [of_atoms(sae, job.keys, job.values, active) for sae in saes]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
 from hookpoints import HookedRecurrent
-from sae_lens_writesae import train_on_states, training_config
+from sae_lens_writesae import train, training_config
 from writesae_study.known.sides import Size, kmeans, of_labels, vector_topk
 from writesae_study.known.states import TERMS, Code, HeadReader, Reader, Told, term_bits, terms_of
 from writesae_study.known.world import World
@@ -88,7 +88,7 @@ class HeadStates:
             lr=LR,
             verbose=False,
         )
-        return train_on_states(cfg, self.states)
+        return train(cfg, self.states)
 
     @cached_property
     def sides(self) -> tuple[Tensor, Tensor]:

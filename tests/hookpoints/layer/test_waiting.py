@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from hookpoints import EditSession, HookedRecurrent, WriteEdit, scopes
 from hookpoints.scopes import threads_for
-from sae_lens_writesae import train_on_writes, training_config
+from sae_lens_writesae import LowRank, train, training_config
 
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 NUMBERS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
@@ -116,5 +116,5 @@ def test_small_training_steps_have_one_thread(embedded: HookedRecurrent, monkeyp
         return step(self, closure)
 
     monkeypatch.setattr(torch.optim.Adam, "step", watched)
-    train_on_writes(cfg, torch.randn(300, 1, 64), torch.randn(300, 1, 32))
+    train(cfg, LowRank(torch.randn(300, 1, 64), torch.randn(300, 1, 32)))
     assert seen == [1, 1] and torch.get_num_threads() == 2
