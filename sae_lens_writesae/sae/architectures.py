@@ -33,6 +33,7 @@ from torch.nn.functional import one_hot
 
 from hookpoints.errors import nearest
 from sae_lens_writesae.choices import Encoder
+from sae_lens_writesae.sae import pairs, sides  # noqa: F401  (the two kinds of products)
 from sae_lens_writesae.sae.matrix import MatrixSAE, MatrixSAEConfig
 from sae_lens_writesae.sae.product import (
     WriteProductSAE,

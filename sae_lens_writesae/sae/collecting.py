@@ -130,8 +130,8 @@ def collect(
     model.require_weights()
     if not layers or not targets or dtype not in ("auto", *get_args(FactorDtype)):
         raise ValueError(
-            f"layers, targets, dtype={(list(layers), list(targets), dtype)!r}: must be one layer or more, "
-            "one target or more, and auto, float16, bfloat16 or float32."
+            "layers, targets, dtype: expected one layer or more, one target or more, and auto, float16, bfloat16 or "
+            f"float32, got {list(layers)}, {list(targets)} and {dtype!r}"
         )
     chosen = {layer: sorted({*(heads or range(model.cfg.layer(layer).H))}) for layer in sorted({*layers})}
     for layer, numbers in chosen.items():
@@ -255,9 +255,9 @@ def _batch_size(model: HookedRecurrent, n_layers: int, n_tokens: int, asked: int
     needed = size * sequence
     if needed > free:
         raise ValueError(
-            f"batch_size={size!r}: must be at most {free // sequence} sequences of {n_tokens} tokens, "
-            f"for which {cfg.device} has {size_text(free)} free (not {size_text(needed)}); take a "
-            "smaller batch or shorter sequences (context_size)."
+            f"batch_size: expected at most {free // sequence} sequences of {n_tokens} tokens, got {size}, which need "
+            f"{size_text(needed)}, and {cfg.device} has {size_text(free)} free; take a smaller batch or shorter "
+            "sequences (context_size)"
         )
     return size
 

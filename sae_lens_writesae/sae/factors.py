@@ -271,8 +271,8 @@ def token_rows(model: HookedRecurrent, text: Tensor | Dataset, context_size: int
     if not enough or taken[0].ndim != 1 or taken[0].is_floating_point():
         got = f"{len(taken)} of {[(row.dtype, list(row.shape)) for row in taken[:1]]}"
         raise ValueError(
-            f"text={got!r}: must be {wanted or 'some'} sequences [{context_size}] of integers; take a "
-            "longer text, or fewer tokens (n_tokens)."
+            f"text: expected {wanted or 'some'} sequences [{context_size}] of integers, got {got}; take a longer text, "
+            "or fewer tokens (n_tokens)"
         )
     return torch.stack(taken).to("cpu", torch.int32)
 

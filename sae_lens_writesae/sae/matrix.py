@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from hookpoints.files import atomic_files
 from sae_lens_writesae.atom.low_rank import AtomIndex, LowRank
 from sae_lens_writesae.choices import Decoder, Encoder
+from sae_lens_writesae.errors import check_fields
 
 REQUIRES = "import sae_lens_writesae (package sae-lens-writesae), which registers the architecture in SAELens"
 """What the metadata of every saved autoencoder says. SAELens has no entry points: without the import it raises a bare
@@ -69,40 +70,30 @@ class MatrixSAEConfig(SAEConfig):
         return cls._name
 
     def __post_init__(self) -> None:
-        if max(self.d_k, self.d_v) <= 0:
-            raise ValueError(f"d_k, d_v={(self.d_k, self.d_v)!r}: must be the widths of the hooked head.")
+        check_fields(self, {"d_k": (max(self.d_k, self.d_v) > 0, "the width of the hooked head, or that of d_v")})
         self.d_k = self.d_k or self.d_in // self.d_v
         self.d_v = self.d_v or self.d_in // self.d_k
-        if self.d_in != self.d_k * self.d_v:
-            raise ValueError(f"d_in={self.d_in!r}: must be d_k * d_v = {self.d_k} * {self.d_v}.")
-        if self.d_sae < 1:
-            raise ValueError(f"d_sae={self.d_sae!r}: must be a number of atoms of at least 1.")
         k = getattr(self, "k", 1)  # BatchTopK's is a mean, and may be a fraction
-        if not 0 < k <= self.d_sae:
-            raise ValueError(f"k={k!r}: must be above 0 and at most d_sae={self.d_sae}.")
-        check_words(self, encoder=self._encoders, decoder=Decoder)
         limit = min(self.d_k, self.d_v)
-        if not 1 <= self.rank <= limit:
-            raise ValueError(f"rank={self.rank!r}: must be between 1 and min(d_k, d_v) = {limit}.")
-        if self.normalize_activations not in ("none", "expected_average_only_in"):
-            raise ValueError(
-                f"normalize_activations={self.normalize_activations!r}: must be 'none' or "
-                "'expected_average_only_in': only a scalar leaves atoms their rank when it is folded in."
-            )
-        if self.reshape_activations != "none":
-            raise ValueError(
-                f"reshape_activations={self.reshape_activations!r}: must be 'none': hooks of one head are flattened."
-            )
+        foldable = self.normalize_activations in ("none", "expected_average_only_in")
+        check_fields(self, {"d_in": (self.d_in == self.d_k * self.d_v, f"d_k * d_v = {self.d_k} * {self.d_v}")})
+        check_fields(self, words(self, encoder=self._encoders, decoder=Decoder))
+        rules = {
+            "d_sae": (self.d_sae >= 1, "a number of atoms"),
+            "k": (0 < k <= self.d_sae, f"a number above 0, at most d_sae = {self.d_sae}"),
+            "rank": (1 <= self.rank <= limit, f"1 to min(d_k, d_v) = {limit}"),
+            "normalize_activations": (foldable, "'none' or 'expected_average_only_in', a scalar that can be folded in"),
+            "reshape_activations": (self.reshape_activations == "none", "'none': hooks of one head are flattened"),
+        }
+        check_fields(self, rules)
         super().__post_init__()
         self.metadata["requires"] = REQUIRES
 
 
-def check_words(config: SAEConfig, **words: object) -> None:
-    """Raise ValueError for a field that is none of the words of its type, a `Literal`."""
-    for name, type_ in words.items():
-        value = getattr(config, name)
-        if value not in get_args(type_):
-            raise ValueError(f"{name}={value!r}: must be one of {get_args(type_)}.")
+def words(config: SAEConfig, **types: object) -> dict[str, tuple[bool, object]]:
+    """Rules of `check_fields`: a field is one of the words of its type, a `Literal`."""
+    known = {name: get_args(type_) for name, type_ in types.items()}
+    return {name: (getattr(config, name) in each, f"one of {', '.join(each)}") for name, each in known.items()}
 
 
 class ComputedMatrix(Tensor):
@@ -147,9 +138,9 @@ class MatrixSAE(SAE[Any]):
         like = {"dtype": self.dtype, "device": self.device}
         self.b_dec = nn.Parameter(torch.zeros(self.cfg.d_in, **like))
         norm = getattr(self.cfg, "decoder_init_norm", None) or math.sqrt(2.0)
-        self._start(norm, **like)
+        self._start_weights(norm, **like)
 
-    def _start(self, norm: float, **like: Any) -> None:
+    def _start_weights(self, norm: float, **like: Any) -> None:
         """Random parameters of both sides."""
         cfg = self.cfg
         v = torch.randn(cfg.d_sae, cfg.rank, cfg.d_k, **like)
@@ -306,7 +297,7 @@ class MatrixSAE(SAE[Any]):
 
     # ---------------------------------------------------------------------------------------- folds
 
-    def _scaled(self, decoder: Tensor, encoder: Tensor) -> dict[str, Tensor]:
+    def _scaled_weights(self, decoder: Tensor, encoder: Tensor) -> dict[str, Tensor]:
         """State-dict entries in which every atom is multiplied by `decoder` and its encoder by `encoder`, both
         positive, [F] or []."""
         of_factor = decoder.sqrt()[..., None, None]
@@ -324,7 +315,7 @@ class MatrixSAE(SAE[Any]):
 
     @torch.no_grad()
     def _scale_in_place(self, decoder: Tensor, encoder: Tensor) -> None:
-        for name, value in self._scaled(decoder, encoder).items():
+        for name, value in self._scaled_weights(decoder, encoder).items():
             getattr(self, name).data.copy_(value)
 
     @torch.no_grad()
@@ -385,11 +376,13 @@ class MatrixSAE(SAE[Any]):
         Raises:
             ValueError: SAELens has no class of this form.
         """
-        names = [name for name, (cls, _) in SAE_CLASS_REGISTRY.items() if cls in type(self).__mro__[1:]]
+        names = [
+            name
+            for name, (cls, _) in SAE_CLASS_REGISTRY.items()
+            if isinstance(self, cls) and not issubclass(cls, MatrixSAE)
+        ]
         if not names:
-            raise ValueError(
-                f"architecture={self.cfg.architecture()!r}: must be of a form that SAELens has, not of pairs."
-            )
+            raise ValueError(f"architecture: expected a form that SAELens has, got pairs ({self.cfg.architecture()})")
         metadata = {name: value for name, value in self.cfg.metadata.to_dict().items() if name != "requires"}
         changes = {"architecture": names[0], "device": "meta", "metadata": metadata}
         sae = SAE.from_dict(self.cfg.to_dict() | changes)

@@ -162,5 +162,5 @@ def _roots(matrix: Tensor, what: str) -> tuple[Tensor, Tensor]:
     # In float64: the inverse root is made of the smallest eigenvalues.
     values, vectors = torch.linalg.eigh(((matrix + matrix.mT) / 2).double().cpu())
     if not values[0] > 0:
-        raise ValueError(f"least eigenvalue of the {what}={float(values[0])!r}: must be positive.")
+        raise ValueError(f"{what}: expected positive eigenvalues, got {float(values[0])}")
     return (vectors * values.sqrt()) @ vectors.mT, (vectors / values.sqrt()) @ vectors.mT

@@ -99,7 +99,7 @@ def fit_metrics(
     besides a batch: the factors of the writes, K + V numbers a token and head.
     """
     if not 0 < damping <= 1:
-        raise ValueError(f"damping={damping!r}: must be above 0 and at most 1.")
+        raise ValueError(f"damping: expected a number above 0, at most 1, got {damping}")
     for layer, head in heads:
         head_target(model, layer, head)
     generator = torch.Generator().manual_seed(seed)

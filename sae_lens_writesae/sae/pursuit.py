@@ -45,7 +45,7 @@ class Pairs(NamedTuple):
         return empty.scatter_add(1, numbers, self.coefficients)  # what had ended adds 0
 
 
-def pursue(matrices: Tensor, key_atoms: Tensor, value_atoms: Tensor, n: int, stop: float) -> Pairs:
+def pairs_of(matrices: Tensor, key_atoms: Tensor, value_atoms: Tensor, n: int, stop: float) -> Pairs:
     """Orthogonal matching pursuit of matrices [N,K,V] over pairs of atoms [F_key,K] and [F_value,V], each of norm 1.
 
     Coefficients are differentiable in the matrices; the choice of pairs is not.

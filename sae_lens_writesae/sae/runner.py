@@ -169,7 +169,7 @@ def training_config(
             the configs raise.
     """
     if metric != "frobenius" and target != "write":
-        raise ValueError(f"metric={metric!r}: must be frobenius for {target}.")
+        raise ValueError(f"metric: expected frobenius for {target}, got {metric!r}")
     collected = isinstance(model, Collection)
     place = model.head_target(layer, head, target) if collected else head_target(model, layer, head, target)
     config_class = training_config_class(architecture)

@@ -115,7 +115,7 @@ def head_target(model: HookedRecurrent, layer: int, head: int, target: Target = 
     if isinstance(model, str | Path):
         raise TypeError(f"model: expected a model, got {model!r}; load it: HookedRecurrent.from_pretrained({model!r})")
     if target not in _HOOKS:
-        raise ValueError(f"target={target!r}: must be one of {', '.join(_HOOKS)}.")
+        raise ValueError(f"target: expected one of {', '.join(_HOOKS)}, got {target!r}")
     shape = model.cfg.layer(layer)
     if not 0 <= head < shape.H:
         raise UnknownHookError(f"head {head} is out of range: layer {layer} has heads 0 to {shape.H - 1}")
@@ -146,9 +146,8 @@ def check_plain_activations(sae: Dictionary) -> None:
     """Raise ValueError where activations are not coefficients of atoms in the units of the write."""
     if not has_plain_activations(sae):
         raise ValueError(
-            f"normalize_activations={sae.cfg.normalize_activations!r}: must be 'none', so that "
-            "activations are in units of the write; fold the factor first "
-            "(sae.fold_activation_norm_scaling_factor) and save the SAE."
+            "normalize_activations: expected 'none', so that activations are in units of the write, got "
+            f"{sae.cfg.normalize_activations!r}; fold the factor (sae.fold_activation_norm_scaling_factor) and save it"
         )
 
 

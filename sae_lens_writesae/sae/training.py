@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.choices import Loss, MetricName
+from sae_lens_writesae.errors import check_fields
 from sae_lens_writesae.sae.losses import read_loss, write_loss
-from sae_lens_writesae.sae.matrix import MatrixSAE, MatrixSAEConfig, check_words, with_checksums
+from sae_lens_writesae.sae.matrix import MatrixSAE, MatrixSAEConfig, with_checksums, words
 
 PAPER_RUNNER: dict[str, float | int | str] = {
     "lr": 3e-4,
@@ -71,23 +72,22 @@ class MatrixTrainingSAEConfig(MatrixSAEConfig, TrainingSAEConfig):
     transformed by a metric, as `sae_lens_writesae.train` does with one that it is given."""
 
     def __post_init__(self) -> None:
+        periods = {name: getattr(self, name) for name in ("b_dec_rows", "unit_norm_every", "resample_every")}
         norm = self.decoder_init_norm
-        if norm is not None and not norm > 0:
-            raise ValueError(f"decoder_init_norm={norm!r}: must be positive, or None for SAELens' random init.")
-        check_words(self, decoder_init=StartDirections, b_dec_init=StartBias, loss=Loss, metric=MetricName)
-        for name in ("b_dec_rows", "unit_norm_every", "resample_every"):
-            number = getattr(self, name)
-            if number < 0:
-                raise ValueError(f"{name}={number!r}: must be a number, or 0 for never.")
         # Where a class has the field and it is off, norms in the encoder change which atoms are on top.
-        if self.unit_norm_every and not getattr(self, "rescale_acts_by_decoder_norm", True):
-            raise ValueError(
-                f"unit_norm_every={self.unit_norm_every!r}: must be 0 with rescale_acts_by_decoder_norm=False."
-            )
-        if not 0 <= self.loss_weight <= 1:
-            raise ValueError(f"loss_weight={self.loss_weight!r}: must be between 0 and 1.")
-        if self.metric != "frobenius" and self.loss != "mse":
-            raise ValueError(f"loss={self.loss!r}: must be 'mse' with metric='gauss_newton'.")
+        norms_count = self.unit_norm_every and not getattr(self, "rescale_acts_by_decoder_norm", True)
+        is_plain = self.metric == "frobenius" or self.loss == "mse"
+        check_fields(
+            self, words(self, decoder_init=StartDirections, b_dec_init=StartBias, loss=Loss, metric=MetricName)
+        )
+        rules = {
+            "decoder_init_norm": (norm is None or norm > 0, "a positive number, or None for SAELens' random init"),
+            **{name: (number >= 0, "a number, or 0 for never") for name, number in periods.items()},
+            "loss_weight": (0 <= self.loss_weight <= 1, "a number from 0 to 1"),
+        }
+        check_fields(self, rules)
+        zero = "0 with rescale_acts_by_decoder_norm=False"
+        check_fields(self, {"unit_norm_every": (not norms_count, zero), "loss": (is_plain, "'mse' with a metric")})
         super().__post_init__()
         self.metadata.loss = self.loss  # kept in the export, whose config has no field for it
 
@@ -168,7 +168,7 @@ class MatrixTrainingSAE(TrainingSAE[Any], MatrixSAE):
         is_looked_at = self.b_dec.is_cpu or step < START_STEPS or step % LOOK == 0
         if is_looked_at and not torch.isfinite(mean_row(x).sum() + self.b_dec.sum()):
             raise ValueError(
-                "sae_in, b_dec='NaN or infinity': must be finite: check the model's dtype and the learning rate."
+                "sae_in, b_dec: expected finite numbers, got NaN or infinity; check the model's dtype and the rate"
             )
         self.mean_batches.mul_(step > 0)  # a new run has new means
         if cfg.decoder_init == "native" and step < START_STEPS:
@@ -306,7 +306,7 @@ class MatrixTrainingSAE(TrainingSAE[Any], MatrixSAE):
         super().process_state_dict_for_saving_inference(state_dict)
         decoder = state_dict.pop("W_dec").flatten()
         encoder = state_dict.pop("W_enc").flatten()
-        state_dict |= self._scaled(decoder, encoder)
+        state_dict |= self._scaled_weights(decoder, encoder)
 
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
         """What was saved for inference gets empty means, so that training can begin with it."""
@@ -422,7 +422,7 @@ def calibrate_threshold(sae: MatrixSAE, x: Tensor, l0: float | None = None) -> f
     """
     l0 = float(getattr(sae.cfg, "k", 0) if l0 is None else l0)
     if not 0 <= l0 < sae.cfg.d_sae:
-        raise ValueError(f"l0={l0!r}: must be at least 0 and below d_sae={sae.cfg.d_sae}.")
+        raise ValueError(f"l0: expected a number from 0 to below d_sae = {sae.cfg.d_sae}, got {l0}")
     pre = sae.process_sae_in(x) @ sae.W_enc + sae.b_enc
     if getattr(sae.cfg, "rescale_acts_by_decoder_norm", True):
         pre = pre * sae.decoder_norm()

@@ -295,7 +295,7 @@ CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
         (WEIGHTS, Path.unlink, r"weights\.safetensors"),
         (CONFIG, config(d_sae=17), r"of shape \[17"),
         (CONFIG, config(rank=2), r"v of shape \[16, 2, 5\]"),
-        (CONFIG, config(d_k=7), "d_in=30"),
+        (CONFIG, config(d_k=7), "d_in: expected .* got 30"),
         (CONFIG, config(encoder="dense"), "encoder_matrix"),
         (CONFIG, config(architecture="writesae_jumprelu"), r"\['k', "),
         (CONFIG, config(rank=1, normalise_activations="none"), "normalize_activations"),

@@ -29,7 +29,8 @@ from sae_lens_writesae.sae import (
     WriteProductTrainingSAE,
     WriteProductTrainingSAEConfig,
 )
-from sae_lens_writesae.sae.product import _distinct, _oriented, rank_one_rows
+from sae_lens_writesae.sae.product import distinct_rows
+from sae_lens_writesae.sae.sides import SidesSAE, _oriented_writes, rank_one_rows
 from writesae.dictionary.traits import matched_flat, n_parameters, variant
 from writesae.experiment.tokens import sample_sequences
 
@@ -177,7 +178,7 @@ def test_gradients() -> None:
     ],
 )
 def test_what_products_cannot_be_is_refused(fields: dict[str, Any], name: str) -> None:
-    with pytest.raises(ValueError, match=f"^{name}="):
+    with pytest.raises(ValueError, match=f"^{name}: expected "):
         WriteProductTrainingSAEConfig(**SHAPE | fields)
 
 
@@ -199,7 +200,7 @@ def test_an_export_is_loaded_as_products(tmp_path: Path) -> None:
     sae, x = build(2, 2), normal(N, K * V)
     sae.save_inference_model(tmp_path / "export")
     for loaded in (SAE.load_from_disk(tmp_path / "export"), load_sae(tmp_path / "export")):
-        assert type(loaded) is WriteProductSAE
+        assert type(loaded) is SidesSAE and isinstance(loaded, WriteProductSAE)
         assert_close(loaded(x), sae(x), rtol=0, atol=0)
         assert (loaded.cfg.f_key, loaded.cfg.f_value, loaded.cfg.k) == (4, 6, 4)
 
@@ -223,8 +224,8 @@ def test_folds() -> None:
 
 def test_rows_of_a_higher_rank_are_refused() -> None:
     x = writes().dense().flatten(1)
-    assert_close(rank_one_rows(build(), x).dense().flatten(1), x, rtol=1e-10, atol=1e-10)
-    assert not rank_one_rows(build(), torch.zeros(2, K * V)).dense().any()
+    assert_close(rank_one_rows(build().cfg, x).dense().flatten(1), x, rtol=1e-10, atol=1e-10)
+    assert not rank_one_rows(build().cfg, torch.zeros(2, K * V)).dense().any()
     mixed = torch.cat([writes().dense(), normal(1, K, V)]).flatten(1)
     with pytest.raises(ValueError, match="rank"):
         step(build(), mixed)
@@ -289,13 +290,13 @@ def test_as_many_atoms_as_keys_and_values_find_all_of_them(seed: int) -> None:
 def test_of_directions_near_to_each_other_the_first_is_distinct() -> None:
     a, b, c = torch.eye(3)
     rows = torch.stack([a, 2 * a, b, a, -b, c])
-    assert_close(_distinct(rows, either_sign=False), torch.stack([a, b, -b, c]))
-    assert_close(_distinct(rows, either_sign=True), torch.stack([a, b, c]))
+    assert_close(distinct_rows(rows, either_sign=False), torch.stack([a, b, -b, c]))
+    assert_close(distinct_rows(rows, either_sign=True), torch.stack([a, b, c]))
 
 
 def test_rows_in_either_sign_are_brought_into_one_orientation() -> None:
     keys, values, rows = world(256)
-    moved = _oriented(rows)
+    moved = _oriented_writes(rows)
     assert_close(moved.dense(), rows.dense())
     for side, planted in ((moved.keys[:, 0], keys), (moved.values[:, 0], values)):
         cosines = normalize(side, dim=1) @ planted.T
