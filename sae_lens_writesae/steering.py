@@ -28,9 +28,9 @@ from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae.target import (
     Dictionary,
     HeadHook,
-    atoms_of,
     check_hook,
     check_plain_activations,
+    decoder_atoms,
     head_target,
 )
 
@@ -124,7 +124,7 @@ def steer(
         UnsupportedModelError, UnknownHookError: a layer or head that the model lacks.
     """
     if sae is not None:
-        place = _checked(model, sae)
+        place = _checked_hook(model, sae)
         if (layer, head) not in ((None, None), (place.layer, place.head)):
             raise ValueError(f"layer, head: expected left out, since the SAE reads {place.name}; got {layer}, {head}")
         if at == "fires" and place.target != "write":
@@ -144,11 +144,11 @@ def steer(
     target = head_target(model, layer, head)
     where = _Where(model, layer, at, sae, atom)
     if toward is not None:
-        hooks = _toward(where, head, _value_side(model, layer, head, toward), strength)
+        hooks = _value_hooks(where, head, _value_side(model, layer, head, toward), strength)
     else:
         assert sae is not None and atom is not None
-        chosen = atoms_of(sae, [atom], target.d_k, target.d_v)
-        hooks = _along(where, head, chosen.with_norm(torch.ones_like(chosen.norm())).dense()[0], strength)
+        chosen = decoder_atoms(sae, [atom], target.d_k, target.d_v)
+        hooks = _atom_hooks(where, head, chosen.with_norm(torch.ones_like(chosen.norm())).dense()[0], strength)
     return Steering(model, hooks if strength else [])
 
 
@@ -168,7 +168,7 @@ class _Where(NamedTuple):
             return torch.ones(side.shape[:2], dtype=torch.bool, device=side.device)
         if self.at == "fires":
             assert self.sae is not None
-            fires = _encode(self.sae, writes().flatten(-2))[..., self.atom] > 0
+            fires = _atom_activations(self.sae, writes().flatten(-2))[..., self.atom] > 0
             return fires if fires.any() else None
         positions = set(self.at)
         first = self.model.first_token()
@@ -185,7 +185,7 @@ class _Where(NamedTuple):
         return torch.tensor(steered, device=side.device).expand(side.shape[:2])
 
 
-def _along(where: _Where, head: int, unit: Tensor, strength: float) -> list[NamedHook]:
+def _atom_hooks(where: _Where, head: int, unit: Tensor, strength: float) -> list[NamedHook]:
     """Add a matrix [K,V] of norm 1 to the writes."""
     name = f"blocks.{where.layer}.mixer.heads.{head}.hook_write"
     unit = unit.to(where.model.hook_device(name))
@@ -201,7 +201,7 @@ def _along(where: _Where, head: int, unit: Tensor, strength: float) -> list[Name
     return [(name, steer_write)]
 
 
-def _toward(where: _Where, head: int, direction: Tensor, strength: float) -> list[NamedHook]:
+def _value_hooks(where: _Where, head: int, direction: Tensor, strength: float) -> list[NamedHook]:
     """Add a value side [V] of norm 1 to the values, along each token's own key."""
     keys = list[Tensor]()
 
@@ -256,15 +256,15 @@ def scale_atoms(
         ValueError: an SAE of another model, or one that normalizes its input.
         IndexError: an atom out of range.
     """
-    place = _checked(model, sae)
+    place = _checked_hook(model, sae)
     chosen = list(atoms)
     shape = model.cfg.layer(place.layer)
-    directions = (atoms_of(sae, chosen, shape.K, shape.V) if like is None else like).dense().flatten(1)
+    directions = (decoder_atoms(sae, chosen, shape.K, shape.V) if like is None else like).dense().flatten(1)
 
     def scale(matrices: Tensor, hook: HookPoint) -> Tensor | None:
         # A change of the last state of a pass is read there and carried on, as a change of the write would be.
         tokens = slice(-1, None) if place.target == "state" else slice(None)
-        activations = _encode(sae, matrices[:, tokens])[..., chosen].clamp_min(0)
+        activations = _atom_activations(sae, matrices[:, tokens])[..., chosen].clamp_min(0)
         change = (factor - 1) * activations.to(matrices) @ directions.to(matrices)
         if not change.any():
             return None
@@ -276,12 +276,12 @@ def scale_atoms(
 
 
 @torch.no_grad()
-def _encode(sae: Dictionary, matrices: Tensor) -> Tensor:
+def _atom_activations(sae: Dictionary, matrices: Tensor) -> Tensor:
     """Activations [...,F] of flattened matrices [...,K*V], on the device of the matrices."""
     return sae.encode(matrices.to(next(sae.parameters()))).to(matrices.device)
 
 
-def _checked(model: HookedRecurrent, sae: Dictionary) -> HeadHook:
+def _checked_hook(model: HookedRecurrent, sae: Dictionary) -> HeadHook:
     """The hook of an SAE that fits the model and whose activations are in units of the write."""
     hook = HeadHook.of(sae)
     check_hook(model, hook.name, sae.cfg, "sae=")

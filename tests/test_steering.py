@@ -83,7 +83,7 @@ def test_an_atom_is_written_at_the_norm_asked_for(model64: Any, ids: Tensor, at:
     with steer(model64, sae=sae, atom=4, strength=1.5, at=at):
         live = model64(ids)
     by_hand, start = edited(model64, ids, expected)
-    torch.testing.assert_close(live[:, start:], by_hand, atol=1e-5, rtol=0)  # atoms_of gives float32
+    torch.testing.assert_close(live[:, start:], by_hand, atol=1e-5, rtol=0)  # decoder_atoms gives float32
 
 
 def test_a_token_may_be_written_only_where_an_atom_fires(model64: Any, ids: Tensor) -> None:

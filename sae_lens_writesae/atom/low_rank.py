@@ -144,11 +144,11 @@ class LowRank:
 
         For rank 1 this is the cosine of the keys times the cosine of the values.
         """
-        return _ratio(self.inner(other), self.norm() * other.norm())
+        return _safe_ratio(self.inner(other), self.norm() * other.norm())
 
     def cosines(self, other: LowRank) -> Tensor:
         """Signed cosines of all pairs [N,M]; 0 where either matrix is zero. Costs N M R R' (K + V)."""
-        return _ratio(self.inners(other), self.norm()[:, None] * other.norm()[None, :])
+        return _safe_ratio(self.inners(other), self.norm()[:, None] * other.norm()[None, :])
 
     def inners(self, other: LowRank) -> Tensor:
         """Frobenius inner products of all pairs [N,M]. Costs N M R R' (K + V)."""
@@ -158,6 +158,6 @@ class LowRank:
         return total
 
 
-def _ratio(inner: Tensor, size: Tensor) -> Tensor:
+def _safe_ratio(inner: Tensor, size: Tensor) -> Tensor:
     # Clamped before the division: the branch that is not taken would have a NaN gradient.
     return torch.where(size > 0, inner / size.clamp_min(torch.finfo(size.dtype).tiny), 0)

@@ -107,7 +107,7 @@ class StateStack(Stack):
         chunks = [tokens[chunk_numbers == number] for number in chunk_numbers.unique()]
         most = max(1, max(map(len, chunks)) // TOKENS_APART)
         self.together = max(n for n in range(1, most + 1) if cfg.train_batch_size_tokens % n == 0)
-        self.units = torch.cat([_units(chunk, self.together) for chunk in chunks])
+        self.units = torch.cat([_unit_tokens(chunk, self.together) for chunk in chunks])
         """[U,P] tokens of the units of a sequence."""
         self.inputs = collection.sha256
         super().__init__([cfg], [cast(Any, range(collection.n_sequences * len(self.units)))], [None])
@@ -126,7 +126,7 @@ class StateStack(Stack):
             # On the host, so that no device is waited for to say how many there are.
             in_chunk = (units[:, 0] // self.span == chunk.first // self.span).nonzero().flatten()
             tokens = units[in_chunk] - chunk.first
-            parts.append(_states(chunk, in_chunk.to(like.device), tokens.to(like.device), self.scales[m]))
+            parts.append(_chunk_states(chunk, in_chunk.to(like.device), tokens.to(like.device), self.scales[m]))
         return States(*(torch.cat(side).to(like) for side in zip(*parts)))
 
     def losses(self, p: dict[str, Tensor], batch: Sequence[Any], ks: Sequence[int], dead: Dead | None = None) -> Step:
@@ -145,14 +145,14 @@ class StateStack(Stack):
         return rows.dense().flatten(1)
 
 
-def _units(tokens: Tensor, P: int) -> Tensor:
+def _unit_tokens(tokens: Tensor, P: int) -> Tensor:
     """[n,P] the tokens of a chunk; those of a unit are n apart."""
     n = -(-len(tokens) // P)
     index = torch.arange(n * P).clamp_max(len(tokens) - 1)
     return tokens[index].view(P, n).T
 
 
-def _states(chunk: Chunk, sequences: Tensor, tokens: Tensor, scale: float) -> States:
+def _chunk_states(chunk: Chunk, sequences: Tensor, tokens: Tensor, scale: float) -> States:
     """`scale` times the states of G `sequences` of a chunk after some of its tokens [G,P]."""
     edges = chunk.span.decay.edges[sequences, chunk.place]  # [G,W+1,1 or K], logs of D(0->t)
     since = edges[torch.arange(len(sequences), device=tokens.device)[:, None], tokens + 1]
@@ -170,13 +170,13 @@ def step_on_states(p: dict[str, Tensor], rows: States, cfg: Config, dead: Dead |
     """One step of one dictionary (M = 1), as `fused.step_on_writes`: scores of all atoms in chunks, and the loss of
     those that SAELens' TopK or BatchTopK selects on the states of some rows at a time. Adds to the gradients of `p`."""
     with torch.no_grad():
-        scores, atoms = _selected(p, rows, cfg)
+        scores, atoms = _selected_atoms(p, rows, cfg)
     P = rows.since.shape[1]
     split = partial(torch.split, split_size_or_sections=P * chunks_in_block(P * cfg.d_in, scores.device))
     errors = list[Tensor]()
     codes = list[Tensor]()
     for part, part_atoms, part_scores in zip(rows.blocks(P * cfg.d_in), split(atoms), split(scores)):
-        error, code = _decoded(p, part.dense(), part_atoms, part_scores > 0, cfg)
+        error, code = _decoded_states(p, part.dense(), part_atoms, part_scores > 0, cfg)
         if torch.is_grad_enabled():
             (error.sum() / len(scores)).backward()  # now, so that no graph outlives its block
         errors.append(error.detach())
@@ -185,7 +185,7 @@ def step_on_states(p: dict[str, Tensor], rows: States, cfg: Config, dead: Dead |
     return with_aux(p, lambda v, w: rows.inners(v[0], w[0])[None], lambda: rows.dense()[None], step, cfg, dead)
 
 
-def _selected(p: dict[str, Tensor], rows: States, cfg: Config) -> tuple[Tensor, Tensor]:
+def _selected_atoms(p: dict[str, Tensor], rows: States, cfg: Config) -> tuple[Tensor, Tensor]:
     """[N,k] scores and numbers of the selected atoms. A row of BatchTopK may have fewer: the rest has no score."""
     v, w, v_enc, w_enc = (p[name].flatten(0, 1) for name in FACTORS)
     shift = p["b_enc"][0]
@@ -204,7 +204,9 @@ def _selected(p: dict[str, Tensor], rows: States, cfg: Config) -> tuple[Tensor, 
     return scores.masked_fill(~is_top, -torch.inf).topk(most, sorted=False)
 
 
-def _decoded(p: dict[str, Tensor], x: Tensor, atoms: Tensor, selected: Tensor, cfg: Config) -> tuple[Tensor, Tensor]:
+def _decoded_states(
+    p: dict[str, Tensor], x: Tensor, atoms: Tensor, selected: Tensor, cfg: Config
+) -> tuple[Tensor, Tensor]:
     """Squared errors [n] of states [n,K,V], and the code [n,k] of their `atoms`, 0 where one is not `selected`."""
     n, k = atoms.shape
     v, w, v_enc, w_enc = (

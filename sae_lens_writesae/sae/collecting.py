@@ -153,12 +153,12 @@ def collect(
         asked["dtype"] = dtype
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock", timeout=0):  # fails at once where another run writes
-        index = _index(model, ids, folder, asked, batch_size, shard_bytes)
+        index = _index_of(model, ids, folder, asked, batch_size, shard_bytes)
         # Before any work: what is there is checked, and the room for the rest.
-        missing = _missing(folder, index)
+        missing = _missing_shards(folder, index)
         _check_room(folder, index, missing, say)
         atomic_text(folder / INDEX, json.dumps(index, indent=1))
-        with _bar(ids, missing, progress) as bar:
+        with _token_bar(ids, missing, progress) as bar:
             for name, span in missing.items():
                 _write_shard(model, ids[span.start : span.stop], index, folder / name, bar)
         if missing or not (folder / CHECKSUMS).exists():
@@ -166,7 +166,7 @@ def collect(
     return Collection.open(folder)
 
 
-def _bar(ids: Tensor, missing: Mapping[str, range], progress: bool) -> tqdm[NoReturn]:
+def _token_bar(ids: Tensor, missing: Mapping[str, range], progress: bool) -> tqdm[NoReturn]:
     """Tokens a second, from those on that are there."""
     n_missing = sum(map(len, missing.values()))
     return tqdm(
@@ -179,7 +179,7 @@ def _bar(ids: Tensor, missing: Mapping[str, range], progress: bool) -> tqdm[NoRe
     )
 
 
-def _index(
+def _index_of(
     model: HookedRecurrent,
     ids: Tensor,
     folder: Path,
@@ -201,17 +201,17 @@ def _index(
     if index:
         return index
     index = {"batch_size": size} | asked | model.origin()
-    index |= _describe_first(model, ids[:size], asked)
+    index |= _described_first(model, ids[:size], asked)
     # Whole batches, so that a batch is the same in every run.
     batches = int(shard_bytes / sequence_bytes(index) // size)
     index["sequences_per_shard"] = max(1, batches) * size
     return index
 
 
-def _missing(folder: Path, index: CollectionIndex) -> dict[str, range]:
+def _missing_shards(folder: Path, index: CollectionIndex) -> dict[str, range]:
     """Shards that are not there as they were written, with the numbers of their sequences. What is left of a run that
     was killed after it finished a shard is deleted."""
-    missing = {name: span for name, span in shard_spans(index).items() if not _whole(folder / name)}
+    missing = {name: span for name, span in shard_spans(index).items() if not _is_whole(folder / name)}
     for part in folder.glob(".shard-*"):
         if _PART.fullmatch(part.name) and part.name[1:] not in missing:
             part.unlink()
@@ -297,7 +297,7 @@ def _write_shard(model: HookedRecurrent, ids: Tensor, index: CollectionIndex, fi
     aside = file.with_name(f".{file.name}")
     saved = time.monotonic()
     size = index["batch_size"]
-    parts = [load_file(aside)] if _whole(aside) else []
+    parts = [load_file(aside)] if _is_whole(aside) else []
     collected = sum(len(part["tokens"]) for part in parts)
     bar.update(collected * ids.shape[1])
     for start in range(collected, len(ids), size):
@@ -315,7 +315,7 @@ def _write_shard(model: HookedRecurrent, ids: Tensor, index: CollectionIndex, fi
     aside.unlink(missing_ok=True)
 
 
-def _whole(file: Path) -> bool:
+def _is_whole(file: Path) -> bool:
     """Whether a shard, or what there is of one, is there as it was written. One that is damaged is set aside. Costs a
     reading."""
     if not file.exists():
@@ -336,7 +336,7 @@ def _whole(file: Path) -> bool:
 def _stored_by_halves(model: HookedRecurrent, ids: Tensor, index: CollectionIndex) -> dict[str, Tensor]:
     """What a shard has of a batch. Where memory runs out, the batch is run in halves; Python shows the warning once."""
     try:
-        return _stored(model, ids, index)
+        return _stored_batch(model, ids, index)
     except torch.OutOfMemoryError:
         if len(ids) == 1:
             raise
@@ -349,17 +349,17 @@ def _stored_by_halves(model: HookedRecurrent, ids: Tensor, index: CollectionInde
     return {name: torch.cat([part[name] for part in halves]) for name in halves[0]}
 
 
-def _stored(model: HookedRecurrent, ids: Tensor, index: CollectionIndex) -> dict[str, Tensor]:
+def _stored_batch(model: HookedRecurrent, ids: Tensor, index: CollectionIndex) -> dict[str, Tensor]:
     """What a shard has of a batch."""
     stored = {"tokens": ids}
-    for layer, recurrence in _recorded(model, ids, index).items():
+    for layer, recurrence in _recorded_factors(model, ids, index).items():
         factors: dict[str, tuple[str, list[int]]] = index["layers"][layer]["factors"]
         if "q" in factors:
             _check_states(layer, recurrence, "beta" in factors)
         for (factor, (dtype, _)), (n, head) in product(factors.items(), enumerate(index["heads"][layer])):
             name = f"{layer}.{head}.{factor}"
             value: Tensor = getattr(recurrence, factor)[:, :, n].cpu()
-            stored[name] = _rounded(name, value, dtype)
+            stored[name] = _rounded_factor(name, value, dtype)
     return stored
 
 
@@ -374,7 +374,7 @@ def _check_states(layer: str, r: Recurrence, along_key: bool) -> None:
         )
 
 
-def _rounded(name: str, value: Tensor, dtype: str) -> Tensor:
+def _rounded_factor(name: str, value: Tensor, dtype: str) -> Tensor:
     """A factor in the dtype of its file; raises CollectionError where it has a NaN, or a number beyond that dtype."""
     rounded = value.to(getattr(torch, dtype)).contiguous()
     # In half precision a number that is too large becomes infinite without a word.
@@ -395,7 +395,7 @@ class _Enough(Exception):
     """Ends a pass."""
 
 
-def _recorded(model: HookedRecurrent, ids: Tensor, asked: CollectionIndex) -> dict[str, Recurrence]:
+def _recorded_factors(model: HookedRecurrent, ids: Tensor, asked: CollectionIndex) -> dict[str, Recurrence]:
     """Factors of every layer and head asked for, on [B,T] tokens. The pass ends at the op of the last layer."""
     heads = {int(layer): heads for layer, heads in asked["heads"].items()}
     recurrences: dict[str, Recurrence] = {}
@@ -413,21 +413,21 @@ def _recorded(model: HookedRecurrent, ids: Tensor, asked: CollectionIndex) -> di
     return recurrences
 
 
-def _describe_first(model: HookedRecurrent, ids: Tensor, asked: CollectionIndex) -> CollectionIndex:
-    """`_describe` of as many sequences as there is memory for."""
+def _described_first(model: HookedRecurrent, ids: Tensor, asked: CollectionIndex) -> CollectionIndex:
+    """`_described_batch` of as many sequences as there is memory for."""
     try:
-        return _describe(model, ids, asked)
+        return _described_batch(model, ids, asked)
     except torch.OutOfMemoryError:
         if len(ids) == 1:
             raise
-    return _describe_first(model, ids[: len(ids) // 2], asked)
+    return _described_first(model, ids[: len(ids) // 2], asked)
 
 
-def _describe(model: HookedRecurrent, ids: Tensor, asked: CollectionIndex) -> CollectionIndex:
+def _described_batch(model: HookedRecurrent, ids: Tensor, asked: CollectionIndex) -> CollectionIndex:
     """What an index says besides what was asked for, from the factors of a first batch: the dtype, and for each layer
     the dtype and shape (of one token and head) of every factor, and what states need besides."""
     layers: dict[str, CollectionIndex] = {}
-    for layer, r in _recorded(model, ids, asked).items():
+    for layer, r in _recorded_factors(model, ids, asked).items():
         names = ["k", "u"]
         if asked["targets"] != ["write"]:
             erase = ["beta"] if _erases_along_key(r) else ["a", "b"]

@@ -122,7 +122,7 @@ class Collection:
     @cached_property
     def tokens(self) -> Tensor:
         """[n_sequences,T] token ids, int64."""
-        return self._map("tokens")[:].long()
+        return self._mapped_rows("tokens")[:].long()
 
     def origin(self) -> dict[str, str | None]:
         """`HookedRecurrent.origin` of the model that was run."""
@@ -145,8 +145,8 @@ class Collection:
         """Keys [N,R,K] and values [N,R,V] of all writes of a head, N = n_sequences * T, mapped: token n adds
         sum_r k_nr u_nr^T."""
         self.head_target(layer, head)
-        keys = self._map(f"{layer}.{head}.k")
-        values = self._map(f"{layer}.{head}.u")
+        keys = self._mapped_rows(f"{layer}.{head}.k")
+        values = self._mapped_rows(f"{layer}.{head}.u")
         R = keys.shape[2] if len(keys.shape) == 4 else 1
 
         def by_token(side: Mapped) -> Mapped:
@@ -163,7 +163,7 @@ class Collection:
         self.head_target(layer, head, "state")
         described: CollectionIndex = self._index["layers"][str(layer)]
         stored: dict[str, Any] = {
-            name: self._map(f"{layer}.{head}.{name}")[sequences].unsqueeze(2) for name in described["factors"]
+            name: self._mapped_rows(f"{layer}.{head}.{name}")[sequences].unsqueeze(2) for name in described["factors"]
         }
         if "beta" in stored:  # b = alpha k is made again; a = -beta k follows from beta in `Recurrence`
             stored["b"] = faded(stored["k"].float(), stored.get("log_decay"))
@@ -179,7 +179,7 @@ class Collection:
         at = -1 if target == "last_state" else None
         return self.recurrence(layer, head, sequences).states(positions=at).flatten(0, 2).flatten(1)
 
-    def _map(self, name: str) -> Mapped:
+    def _mapped_rows(self, name: str) -> Mapped:
         if name not in self._mapped:
             # Each file is opened after its hash was compared, and stays mapped.
             files = (safe_open(self._sealed.file(shard), framework="pt") for shard in shard_spans(self._index))

@@ -183,7 +183,7 @@ class Stack:
         """
         kept = Checkpoint(checkpoint, self.configs, self.inputs)
         if folder := kept.found():
-            self._resume(saved_state(folder))
+            self._set_run_state(saved_state(folder))
         n_rows = self.trainer.train_batch_size_samples
         steps = self.trainer.total_training_steps
         orders = [
@@ -202,7 +202,7 @@ class Stack:
                 if log.log_to_wandb and self.step % log.wandb_log_frequency == 0:
                     for m, run in enumerate(runs):
                         run.log(self._step_numbers(done, m, self.matrices(batch[m])), step=self.step)
-                kept.save(self._state)
+                kept.save(self._run_state)
         self._check_finite()
         finished = [self._finished_sae(m) for m in range(len(self.saes))]
         kept.remove()
@@ -227,7 +227,7 @@ class Stack:
                 dead_atoms = None if dead is None else dead.atoms[m]
                 # Each draws what it would draw alone.
                 with seeded(cfg.seed, self.step):
-                    sae._upkeep(self.matrices(batch[m]), self.step, dead_atoms)  # pyright: ignore  (decorator)
+                    sae._upkeep_resampled(self.matrices(batch[m]), self.step, dead_atoms)  # pyright: ignore  (decorator)
         done = self.losses(self.p, batch, self.ks, dead if self.cfg.aux_loss_coefficient else None)
         self.errors += done.errors.sum()
         if self.step % self.looks == 0:
@@ -307,7 +307,7 @@ class Stack:
         writes = [[rows.keys, rows.values] for rows in self.writes]
         return [writes, [metric and vars(metric) for metric in self.metrics]]
 
-    def _state(self) -> dict[str, Any]:
+    def _run_state(self) -> dict[str, Any]:
         self._check_finite()
         return {
             "step": self.step,
@@ -317,7 +317,7 @@ class Stack:
             "schedule": self.schedule.state_dict(),
         }
 
-    def _resume(self, state: dict[str, Any]) -> None:
+    def _set_run_state(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
         self.silent = state["silent"]
         nn.ModuleList(self.saes).load_state_dict(state["saes"])

@@ -113,10 +113,10 @@ def step_on_writes(
     """
     M, N = keys.shape[:2]
     with torch.no_grad():
-        biases = _biases(p, cfg)
-        chosen = _chosen(p, keys, values, biases, ks)
+        biases = _bias_products(p, cfg)
+        chosen = _chosen_atoms(p, keys, values, biases, ks)
         by_error = chosen.code * (2 / N)
-        decoded = _decoded(p, keys, values, chosen, by_error)
+        decoded = _decoded_rows(p, keys, values, chosen, by_error)
         by_shift = _by_atom(chosen.atoms, decoded.by_code, p)
         by_product = _by_atom(chosen.atoms, by_error, p)
         sides = [*decoded.by_atom.split([keys.shape[3], values.shape[3]], 1)]
@@ -137,20 +137,25 @@ def step_on_writes(
 # ------------------------------------------------------------------------------------------------ selection
 
 
-def _biases(p: dict[str, Tensor], cfg: Config) -> Biases:
+def _bias_products(p: dict[str, Tensor], cfg: Config) -> Biases:
     v, w, v_enc, w_enc = (p[name] for name in FACTORS)
     bias = p["b_dec"].view(len(v), v.shape[3], w.shape[3])
     taken = bias if cfg.apply_b_dec_to_input else torch.zeros_like(bias)
-    products = (_times(w, bias.mT), _times(v, bias), _times(w_enc, taken.mT), _times(v_enc, taken))
+    products = (
+        _side_products(w, bias.mT),
+        _side_products(v, bias),
+        _side_products(w_enc, taken.mT),
+        _side_products(v_enc, taken),
+    )
     shift = p["b_enc"] - (v_enc * products[2]).sum((2, 3))
-    gain = _norms(v, w) if cfg.rescale_acts_by_decoder_norm else torch.ones_like(shift)
+    gain = _atom_norms(v, w) if cfg.rescale_acts_by_decoder_norm else torch.ones_like(shift)
     return Biases(products, of_atoms=(v * products[0]).sum((2, 3)), shift=shift, gain=gain)
 
 
-def _chosen(p: dict[str, Tensor], keys: Tensor, values: Tensor, biases: Biases, ks: Sequence[int]) -> Chosen:
+def _chosen_atoms(p: dict[str, Tensor], keys: Tensor, values: Tensor, biases: Biases, ks: Sequence[int]) -> Chosen:
     M, N = keys.shape[:2]
     F = p["v"].shape[1]
-    top, of_keys, of_values = _select(p, keys, values, biases, ks)
+    top, of_keys, of_values = _top_products(p, keys, values, biases, ks)
     first, asked = _of_dictionaries(M, N, F, tuple(ks), keys.device)
     atoms = top if M == 1 else top + first
     table = torch.stack([biases.shift, biases.gain, biases.of_atoms], -1).flatten(0, 1)
@@ -171,7 +176,9 @@ def _of_dictionaries(M: int, N: int, F: int, ks: tuple[int, ...], device: torch.
     return (F * dictionary).to(device), asked.to(device)
 
 
-def _select(p: dict[str, Tensor], keys: Tensor, values: Tensor, biases: Biases, ks: Sequence[int]) -> list[Tensor]:
+def _top_products(
+    p: dict[str, Tensor], keys: Tensor, values: Tensor, biases: Biases, ks: Sequence[int]
+) -> list[Tensor]:
     """The max(ks) atoms on top for each row [M*N,k], and inner products of the row's keys, and of its values times the
     gain, with those of the encoder [M*N,S,k,R]."""
     M, N, S, _ = keys.shape
@@ -179,7 +186,7 @@ def _select(p: dict[str, Tensor], keys: Tensor, values: Tensor, biases: Biases, 
     k = max(ks)
     scaled = p["w_enc"] * biases.gain[..., None, None]
     offset = (biases.shift * biases.gain)[:, None]
-    blocks = list(_blocks(N, M * F * R * S, keys.device))
+    blocks = list(_row_blocks(N, M * F * R * S, keys.device))
     room = keys.new_empty(3, M, blocks[0].stop, S * F * R)  # allocating it for each block would take half the time
     parts = list[tuple[Tensor, Tensor, Tensor]]()
     for rows in blocks:
@@ -193,7 +200,7 @@ def _select(p: dict[str, Tensor], keys: Tensor, values: Tensor, biases: Biases, 
         top = top_atoms(scores, k, ordered=min(ks) < k)
         index = top[:, :, None, :, None].expand(-1, -1, S, -1, R)
         parts.append((top, of_keys.gather(3, index), of_values.gather(3, index)))
-    return [_joined(blocks_of_one, 1).flatten(0, 1) for blocks_of_one in zip(*parts)]
+    return [_joined_blocks(blocks_of_one, 1).flatten(0, 1) for blocks_of_one in zip(*parts)]
 
 
 def _products_into(room: Tensor, side: Tensor, encoder: Tensor) -> Tensor:
@@ -220,7 +227,7 @@ def top_atoms(scores: Tensor, k: int, *, ordered: bool = False) -> Tensor:
 # ------------------------------------------------------------------------------------------------ errors, gradients
 
 
-def _decoded(p: dict[str, Tensor], keys: Tensor, values: Tensor, chosen: Chosen, by_error: Tensor) -> Decoded:
+def _decoded_rows(p: dict[str, Tensor], keys: Tensor, values: Tensor, chosen: Chosen, by_error: Tensor) -> Decoded:
     """Errors and gradients, some rows at a time: a row is a sum of k R terms of atoms less its own S. `by_error` are
     the coefficients in the gradient of the mean error."""
     M, N, S, K = keys.shape
@@ -229,14 +236,14 @@ def _decoded(p: dict[str, Tensor], keys: Tensor, values: Tensor, chosen: Chosen,
     # Sides of atoms and of rows lie in one table, so that one lookup gathers all terms of a row's error.
     lefts = torch.cat([p["v"].flatten(0, 2), keys.flatten(0, 2)])  # [M F R + M N S,K]
     rights = torch.cat([p["w"].flatten(0, 2), values.flatten(0, 2)])
-    of_atoms = _terms(chosen.atoms, R)
-    of_rows = _numbers(M * N, S, first=M * F * R, device=keys.device)
+    of_atoms = _term_numbers(chosen.atoms, R)
+    of_rows = _numbers_in(M * N, S, first=M * F * R, device=keys.device)
     index = torch.cat([of_atoms, of_rows], 1)  # [M N,k R + S]
     sizes = pad(_of_terms(chosen.code, R), (0, S), value=-1.0)
     by_atom = keys.new_zeros(M * F * R, K + V)
     by_term = list[Tensor]()
     errors = list[Tensor]()
-    for rows in _blocks(M * N, (k * R + S) * max(K, V), keys.device):
+    for rows in _row_blocks(M * N, (k * R + S) * max(K, V), keys.device):
         size = sizes[rows]
         terms = index[rows]
         left = embedding(terms, lefts)
@@ -248,9 +255,9 @@ def _decoded(p: dict[str, Tensor], keys: Tensor, values: Tensor, chosen: Chosen,
         change = torch.cat([by_left[:, : k * R], by_right[:, : k * R]], 2)
         change.mul_(_of_terms(by_error[rows], R)[..., None])
         by_atom.index_add_(0, of_atoms[rows].flatten(), change.flatten(0, 1))
-    of_terms = _joined(by_term)
+    of_terms = _joined_blocks(by_term)
     by_code = (of_terms if R == 1 else of_terms.unflatten(1, (k, R)).sum(2)) + chosen.of_bias
-    return Decoded(_joined(errors), by_code * (chosen.code > 0) * (2 / N), by_atom)
+    return Decoded(_joined_blocks(errors), by_code * (chosen.code > 0) * (2 / N), by_atom)
 
 
 def _products_of_three(left: Tensor, right: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
@@ -272,8 +279,8 @@ def _encoder_gradients(
     side by side, in a bag."""
     M, F, R, _ = p["v"].shape
     shape = chosen.of_keys.shape
-    terms, order = _terms(chosen.atoms, R).view(-1, 1, *shape[2:]).expand(shape).flatten().sort(stable=True)
-    bags = torch.searchsorted(terms, _numbers(M * F * R, device=keys.device))
+    terms, order = _term_numbers(chosen.atoms, R).view(-1, 1, *shape[2:]).expand(shape).flatten().sort(stable=True)
+    bags = torch.searchsorted(terms, _numbers_in(M * F * R, device=keys.device))
     # The bag of a term begins where it first appears; a bag of none is a row of zeros.
     rows = order // (shape[2] * R)  # of [M N S], each k R times
 
@@ -286,16 +293,16 @@ def _encoder_gradients(
 
 def _bias_gradient(p: dict[str, Tensor], keys: Tensor, values: Tensor, by_shift: Tensor, by_product: Tensor) -> Tensor:
     """[M,K*V] of the mean error."""
-    of_atoms = _summed(p["v"] * by_product, p["w"])
-    of_rows = _summed(keys * (-2 / keys.shape[1]), values)
-    of_encoder = _summed(p["v_enc"] * by_shift, p["w_enc"])
+    of_atoms = _outer_sums(p["v"] * by_product, p["w"])
+    of_rows = _outer_sums(keys * (-2 / keys.shape[1]), values)
+    of_encoder = _outer_sums(p["v_enc"] * by_shift, p["w_enc"])
     return (of_atoms + of_rows - of_encoder).flatten(1).add(p["b_dec"], alpha=2)
 
 
 def _bias_errors(p: dict[str, Tensor], keys: Tensor, values: Tensor) -> Tensor:
     """[M,N] |B|^2 - 2 <X, B>."""
     bias = p["b_dec"].view(len(keys), keys.shape[3], values.shape[3])
-    return bias.square().sum((1, 2))[:, None].sub((_times(keys, bias) * values).sum((2, 3)), alpha=2)
+    return bias.square().sum((1, 2))[:, None].sub((_side_products(keys, bias) * values).sum((2, 3)), alpha=2)
 
 
 # ------------------------------------------------------------------------------------------------ dead atoms
@@ -330,18 +337,18 @@ def with_aux(
     bias = p["b_dec"].view(-1, cfg.d_k, cfg.d_v)
     shift = p["b_enc"].gather(1, index)
     if cfg.apply_b_dec_to_input:
-        shift = shift - (_times(v_enc, bias) * w_enc).sum((2, 3))
+        shift = shift - (_side_products(v_enc, bias) * w_enc).sum((2, 3))
     acts = of_rows(v_enc, w_enc) + shift[:, None]
-    norms = _norms(v, w).detach() if cfg.rescale_acts_by_decoder_norm else torch.ones_like(shift)
+    norms = _atom_norms(v, w).detach() if cfg.rescale_acts_by_decoder_norm else torch.ones_like(shift)
     is_dead = dead.atoms.gather(1, index)
     code = acts * _most_active(acts.detach() * norms[:, None], is_dead, min(wanted, dead.most))
     if (F / N + 1) * (cfg.d_k + cfg.d_v) + k + dead.most < cfg.d_in:  # by a factor of 3 to 14, one way or the other
-        explained = _explained(p, step, v, w)
-        without_bias = of_rows(v, w) - (_times(v, bias.detach()) * w).sum((2, 3))[:, None]
+        explained = _explained_products(p, step, v, w)
+        without_bias = of_rows(v, w) - (_side_products(v, bias.detach()) * w).sum((2, 3))[:, None]
         left = without_bias - explained
         errors = step.errors + ((code @ inners(v, w, v, w) - 2 * left) * code).sum(-1)
     else:
-        left = _left(p, step, dense() - bias.detach()[:, None])
+        left = _rows_left(p, step, dense() - bias.detach()[:, None])
         atoms = khatri_rao(v.flatten(0, 1), w.flatten(0, 1)).view(-1, dead.most, cfg.d_in)
         errors = torch.baddbmm(left, code, atoms, alpha=-1).square().sum(-1)
     aux = (dead.atoms.sum(1).to(errors) / wanted).clamp_max(1) * errors.mean(1)
@@ -357,7 +364,7 @@ def _most_active(scores: Tensor, is_dead: Tensor, count: int) -> Tensor:
     return torch.zeros_like(scores).scatter(-1, top, 1) * is_dead
 
 
-def _explained(p: dict[str, Tensor], step: Step, v: Tensor, w: Tensor) -> Tensor:
+def _explained_products(p: dict[str, Tensor], step: Step, v: Tensor, w: Tensor) -> Tensor:
     """[M,N,D] inner products of atoms, [M,D,R,K] and [M,D,R,V], with what a step reconstructed, without its bias."""
     of_atoms = inners(p["v"].detach(), p["w"].detach(), v, w).flatten(0, 1)
     weights = step.code.flatten(0, 1)
@@ -365,7 +372,7 @@ def _explained(p: dict[str, Tensor], step: Step, v: Tensor, w: Tensor) -> Tensor
     return summed.view(*step.errors.shape, -1)
 
 
-def _left(p: dict[str, Tensor], step: Step, x: Tensor) -> Tensor:
+def _rows_left(p: dict[str, Tensor], step: Step, x: Tensor) -> Tensor:
     """[M,N,K*V] rows [M,N,K,V] less what a step reconstructed, without its bias."""
     M, N, K, V = x.shape
     R = p["v"].shape[2]
@@ -386,32 +393,32 @@ def inners(keys: Tensor, values: Tensor, v: Tensor, w: Tensor) -> Tensor:
     return (of_keys * of_values).view(*keys.shape[:3], *v.shape[1:3]).sum((2, 4))
 
 
-def _norms(v: Tensor, w: Tensor) -> Tensor:
+def _atom_norms(v: Tensor, w: Tensor) -> Tensor:
     """[M,F] of atoms, above 0."""
     return ((v @ v.mT) * (w @ w.mT)).sum((2, 3)).clamp_min(1e-36).sqrt()
 
 
-def _times(side: Tensor, matrices: Tensor) -> Tensor:
+def _side_products(side: Tensor, matrices: Tensor) -> Tensor:
     """Vectors [M,F,R,D] times the matrix of their dictionary [M,D,D']."""
     return (side.flatten(1, 2) @ matrices).unflatten(1, side.shape[1:3])
 
 
-def _summed(keys: Tensor, values: Tensor) -> Tensor:
+def _outer_sums(keys: Tensor, values: Tensor) -> Tensor:
     """[M,K,V] sum of the outer products of vectors [M,F,R,K] and [M,F,R,V]."""
     return keys.flatten(1, 2).mT @ values.flatten(1, 2)
 
 
 @lru_cache(maxsize=64)
-def _numbers(*shape: int, device: torch.device, first: int = 0) -> Tensor:
+def _numbers_in(*shape: int, device: torch.device, first: int = 0) -> Tensor:
     """Numbers one after the other in a shape, made once."""
     return torch.arange(first, first + math.prod(shape), device=device).view(shape)
 
 
-def _terms(atoms: Tensor, R: int) -> Tensor:
+def _term_numbers(atoms: Tensor, R: int) -> Tensor:
     """[M N,k R] numbers of the terms of atoms [M N,k]."""
     if R == 1:
         return atoms
-    return (atoms[..., None] * R + _numbers(R, device=atoms.device)).flatten(1)
+    return (atoms[..., None] * R + _numbers_in(R, device=atoms.device)).flatten(1)
 
 
 def _of_terms(x: Tensor, R: int) -> Tensor:
@@ -426,13 +433,13 @@ def _by_atom(atoms: Tensor, x: Tensor, p: dict[str, Tensor]) -> Tensor:
     return sums[..., None, None]
 
 
-def _joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+def _joined_blocks(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
     """Blocks one after the other, in a dimension."""
     if len(parts) == 1:
         return parts[0]
     return torch.cat(list(parts), dim)
 
 
-def _blocks(n: int, width: int, device: torch.device) -> Iterator[slice]:
+def _row_blocks(n: int, width: int, device: torch.device) -> Iterator[slice]:
     size = max(16, (BLOCK if device.type == "cpu" else DEVICE_BLOCK) // max(width, 1))
     return (slice(start, min(start + size, n)) for start in range(0, n, size))

@@ -103,7 +103,7 @@ class ComputedMatrix(Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore
 
-    def _refuse(self, *_: object) -> NoReturn:
+    def _refused_write(self, *_: object) -> NoReturn:
         raise TypeError(
             "W_dec and W_enc are computed from factors: a write to them would be lost. Write to the parameters "
             "(sae.named_parameters() lists them), or call sae.replace_atoms(indices, atoms, alive)"
@@ -112,7 +112,7 @@ class ComputedMatrix(Tensor):
 
 for _name in dir(Tensor):
     if _name == "__setitem__" or re.fullmatch(r"[a-z]\w*_|__i(add|sub|mul|truediv|pow)__", _name):
-        setattr(ComputedMatrix, _name, ComputedMatrix._refuse)
+        setattr(ComputedMatrix, _name, ComputedMatrix._refused_write)
 
 
 class MatrixSAE(SAE[Any]):
@@ -173,7 +173,7 @@ class MatrixSAE(SAE[Any]):
         F*R*K*V, and F*K*V numbers of memory, once in a training step."""
         if self.cfg.decoder == "flat":
             return self.decoder_matrix
-        return self._once("W_dec", lambda: khatri_rao(self.v, self.w))
+        return self._built_once("W_dec", lambda: khatri_rao(self.v, self.w))
 
     @property
     def W_enc(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -181,8 +181,8 @@ class MatrixSAE(SAE[Any]):
         if self.cfg.encoder == "dense":
             return self.encoder_matrix
         if self.cfg.encoder == "tied":
-            return self._once("W_enc", lambda: self.W_dec.T * self.encoder_scale)
-        return self._once("W_enc", lambda: khatri_rao(self.v_enc, self.w_enc).T)
+            return self._built_once("W_enc", lambda: self.W_dec.T * self.encoder_scale)
+        return self._built_once("W_enc", lambda: khatri_rao(self.v_enc, self.w_enc).T)
 
     def process_sae_in(self, sae_in: Tensor) -> Tensor:
         """SAELens' own, of flattened matrices [...,K*V]; raises ValueError for others."""
@@ -197,7 +197,7 @@ class MatrixSAE(SAE[Any]):
         """Sums of all atoms [...,K*V] with weights [...,F]."""
         return weights @ self.W_dec
 
-    def _once(self, name: str, build: Callable[[], Tensor]) -> Tensor:
+    def _built_once(self, name: str, build: Callable[[], Tensor]) -> Tensor:
         if self._built is None or not torch.is_grad_enabled():
             return build().as_subclass(ComputedMatrix)
         if name not in self._built:

@@ -59,14 +59,14 @@ class Metric:
         Raises:
             ValueError: one of them is not.
         """
-        roots = [*_roots(key_side, "key side"), *_roots(value_side, "value side")]
+        roots = [*_root_and_inverse(key_side, "key side"), *_root_and_inverse(value_side, "value side")]
         return cls(roots[0], roots[2], roots[1], roots[3], scale, damping, n_sequences)
 
     # ------------------------------------------------------------------------------------------ use
 
     def move(self, writes: LowRank) -> LowRank:
         """A^1/2 W B^1/2 of writes W, in their dtype."""
-        return LowRank(_moved(writes.keys, self.key_root), _moved(writes.values, self.value_root))
+        return LowRank(_moved_vectors(writes.keys, self.key_root), _moved_vectors(writes.values, self.value_root))
 
     def to(self, device: torch.device | str) -> Metric:
         """The same on another device."""
@@ -143,7 +143,7 @@ class Metric:
             "value_atoms": self.value_inverse,
         }
         for name in moved_by.keys() & state.keys():
-            state[name] = _moved(state[name], moved_by[name])
+            state[name] = _moved_vectors(state[name], moved_by[name])
         if "encoder_matrix" in state:
             state["encoder_matrix"] = self.apply_rows(state["encoder_matrix"].T).T
         # What is reconstructed moves back; what reads moves with the writes.
@@ -152,12 +152,12 @@ class Metric:
         return state
 
 
-def _moved(vectors: Tensor, matrix: Tensor) -> Tensor:
+def _moved_vectors(vectors: Tensor, matrix: Tensor) -> Tensor:
     """A symmetric matrix times vectors [...,n], in their dtype."""
     return vectors @ matrix.to(vectors)
 
 
-def _roots(matrix: Tensor, what: str) -> tuple[Tensor, Tensor]:
+def _root_and_inverse(matrix: Tensor, what: str) -> tuple[Tensor, Tensor]:
     """The symmetric root and its inverse."""
     # In float64: the inverse root is made of the smallest eigenvalues.
     values, vectors = torch.linalg.eigh(((matrix + matrix.mT) / 2).double().cpu())

@@ -142,8 +142,8 @@ class Sums:
 
     def metric(self, damping: float, n_sequences: int) -> Metric:
         """The damped Kronecker factors, scaled so that a write keeps its squared norm on average."""
-        key_side = _damped(self.key_side, damping)
-        value_side = _damped(self.value_side, damping)
+        key_side = _damped_factor(self.key_side, damping)
+        value_side = _damped_factor(self.value_side, damping)
         keys = torch.cat([batch.keys for batch in self.writes]).double()
         values = torch.cat([batch.values for batch in self.writes]).double()
         writes = LowRank(keys, values)
@@ -153,7 +153,7 @@ class Sums:
         return Metric.of(key_side * balance, value_side * balance, float(self.cost / plain), damping, n_sequences)
 
 
-def _damped(matrix: Tensor, share: float) -> Tensor:
+def _damped_factor(matrix: Tensor, share: float) -> Tensor:
     """(1 - share) of a matrix with unit mean eigenvalue, and `share` of the identity."""
     identity = torch.eye(len(matrix)).to(matrix)
     return matrix * ((1 - share) * len(matrix) / matrix.trace()) + share * identity

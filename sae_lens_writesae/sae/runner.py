@@ -97,7 +97,7 @@ def _hooked_saes(runner: Any) -> list[tuple[str, Dictionary]]:
     return [(runner.cfg.hook_name, runner.sae)]
 
 
-def _checked(run: Callable[[Any], T]) -> Callable[[Any], T]:
+def _checked_run(run: Callable[[Any], T]) -> Callable[[Any], T]:
     """The `run` of a runner, which first compares its SAEs with the heads of the model. SAELens compares `d_in` alone,
     and nothing else in it knows both the model and the SAE."""
 
@@ -112,7 +112,7 @@ def _checked(run: Callable[[Any], T]) -> Callable[[Any], T]:
 
 
 for _runner in (LanguageModelSAETrainingRunner, MultiSAETrainingRunner):
-    _runner.run = _checked(_runner.run)  # type: ignore[method-assign, assignment]
+    _runner.run = _checked_run(_runner.run)  # type: ignore[method-assign, assignment]
 
 # ------------------------------------------------------------------------------------------------ configs and data
 

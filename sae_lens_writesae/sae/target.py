@@ -1,6 +1,6 @@
 """The head of a dictionary: what an SAE is trained on, which hook it reads, and whether the two fit.
 
-The checks and `atoms_of` take any SAELens autoencoder on a head, not only those of this package.
+The checks and `decoder_atoms` take any SAELens autoencoder on a head, not only those of this package.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def check_plain_activations(sae: Dictionary) -> None:
         )
 
 
-def atoms_of(sae: Dictionary, atoms: Sequence[int] | NDArray[np.int64], key_dim: int, value_dim: int) -> LowRank:
+def decoder_atoms(sae: Dictionary, atoms: Sequence[int] | NDArray[np.int64], key_dim: int, value_dim: int) -> LowRank:
     """Some decoder atoms in float32 as low-rank matrices, N = len(atoms).
 
     They are the factors of an SAE of this package. The rows of any other decoder are factored exactly, R = min(K, V);

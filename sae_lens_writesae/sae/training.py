@@ -138,13 +138,13 @@ class MatrixTrainingSAE(TrainingSAE[Any], MatrixSAE):
                 f"plain rows of {rows.shape[1]} entries; train with sae_lens_writesae.train and a collection"
             )
         # The decorator of torch is untyped.
-        resampled = self._upkeep(x, step_input.n_training_steps, step_input.dead_neuron_mask)  # pyright: ignore
+        resampled = self._upkeep_resampled(x, step_input.n_training_steps, step_input.dead_neuron_mask)  # pyright: ignore
         self._built = {}
         try:
             output = super().training_forward_pass(replace(step_input, sae_in=x))
             if cfg.loss != "mse":
-                loss = self._loss(output, x, columns)
-                output.losses[f"{cfg.loss}_loss"] = loss
+                loss = self._extra_loss(output, x, columns)
+                output.losses[f"{cfg.loss}_extra_loss"] = loss
                 output.loss = output.loss + cfg.loss_weight * (loss - output.losses["mse_loss"])
             self.update_means(x, output.feature_acts.detach().to_dense())  # pyright: ignore  (decorator)
         finally:
@@ -152,7 +152,7 @@ class MatrixTrainingSAE(TrainingSAE[Any], MatrixSAE):
         output.metrics["resampled_atoms"] = resampled
         return output
 
-    def _loss(self, output: TrainStepOutput, x: Tensor, columns: Tensor) -> Tensor:
+    def _extra_loss(self, output: TrainStepOutput, x: Tensor, columns: Tensor) -> Tensor:
         if self.cfg.loss == "reads":
             return read_loss((output.sae_out - x).view(-1, self.cfg.d_k, self.cfg.d_v), columns)
         cosines = nn.functional.normalize(columns, dim=1) @ nn.functional.normalize(self.W_dec, dim=1).T
@@ -161,7 +161,7 @@ class MatrixTrainingSAE(TrainingSAE[Any], MatrixSAE):
 
     @torch.compiler.disable
     @torch.no_grad()
-    def _upkeep(self, x: Tensor | LowRank, step: int, dead: Tensor | None) -> int:
+    def _upkeep_resampled(self, x: Tensor | LowRank, step: int, dead: Tensor | None) -> int:
         """What is due before this step; returns how many atoms were resampled. Kept out of compiled graphs."""
         cfg = self.cfg
         # Weights that are not finite stay so until the next look.

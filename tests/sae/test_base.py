@@ -11,7 +11,7 @@ import torch
 from saes import untrained_sae
 
 from sae_lens_writesae import sae as S
-from sae_lens_writesae.sae.target import HeadHook, atoms_of
+from sae_lens_writesae.sae.target import HeadHook, decoder_atoms
 
 K, V, D_IN, F = 5, 6, 30, 12
 ALL_VARIANTS = [
@@ -68,7 +68,7 @@ def test_hook_names() -> None:
 
 def test_atoms_of_another_package_are_those_of_its_decoder() -> None:
     v, w = torch.randn(6, 2, 3), torch.randn(6, 2, 5)
-    flat = atoms_of(cast(Any, SimpleNamespace(W_dec=(v.mT @ w).flatten(1))), np.array([4, 1]), 3, 5)
+    flat = decoder_atoms(cast(Any, SimpleNamespace(W_dec=(v.mT @ w).flatten(1))), np.array([4, 1]), 3, 5)
     torch.testing.assert_close(flat.dense(), (v.mT @ w)[[4, 1]])
 
 

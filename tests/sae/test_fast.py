@@ -230,7 +230,7 @@ def test_a_checkpoint_belongs_to_its_metric(name: str, tmp_path: Path, monkeypat
     for size, error in ((1, InterruptedError), (2, ValueError)):
         metric = Metric.of(torch.eye(K) * size, torch.eye(V), 1.0, 0.1, 8)
         with pytest.raises(error):
-            train_on_writes(cfg, rows.keys, rows.values, metric=metric, checkpoint=tmp_path / "run")
+            train(cfg, rows, metric=metric, checkpoint=tmp_path / "run")
 
 
 @pytest.mark.parametrize("at", [0, 5, 9])

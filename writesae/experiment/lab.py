@@ -17,7 +17,7 @@ from torch import Tensor
 from hookpoints import EditSession, HookedRecurrent, Recurrence, WriteEdit
 from hookpoints.files import versions
 from sae_lens_writesae.atom.low_rank import LowRank
-from sae_lens_writesae.sae.target import HeadHook, atoms_of, check_hook, check_plain_activations
+from sae_lens_writesae.sae.target import HeadHook, check_hook, check_plain_activations, decoder_atoms
 from writesae.experiment.firings import Firings, bar, collect_firings
 from writesae.files import Json
 from writesae.head.writes import head_writes, joined
@@ -209,7 +209,7 @@ class Lab:
     def atoms(self, numbers: ArrayLike, label: str | None = None) -> LowRank:
         """Atoms of a dictionary as its decoder has them, on the model's device, in float32."""
         sae = self.sae if label is None else self.saes[label]
-        return atoms_of(sae, np.asarray(numbers), *self.key_value).to(self.model.cfg.device)
+        return decoder_atoms(sae, np.asarray(numbers), *self.key_value).to(self.model.cfg.device)
 
     def rng(self, *stream: int) -> np.random.Generator:
         """A separate generator for each purpose, so that no draw depends on another."""
