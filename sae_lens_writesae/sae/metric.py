@@ -70,13 +70,7 @@ class Metric:
 
     def to(self, device: torch.device | str) -> Metric:
         """The same on another device."""
-        return replace(
-            self,
-            key_root=self.key_root.to(device),
-            value_root=self.value_root.to(device),
-            key_inverse=self.key_inverse.to(device),
-            value_inverse=self.value_inverse.to(device),
-        )
+        return replace(self, **{name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)})
 
     @property
     def inverse(self) -> Metric:

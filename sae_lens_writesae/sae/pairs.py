@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from sae_lens_writesae.atom.low_rank import LowRank
-from sae_lens_writesae.sae.product import Product, WriteProductSAE, WriteProductTrainingSAE, dense_rows
-from sae_lens_writesae.sae.training import exact_dtype
+from sae_lens_writesae.sae.product import Product, WriteProductSAE, WriteProductTrainingSAE
+from sae_lens_writesae.sae.training import dense_rows, exact_dtype
 
 UNUSED = 0.15
 """An atom whose contribution is below this share of its side's mean is replaced."""

@@ -233,11 +233,6 @@ class WriteProductTrainingSAE(Product, MatrixTrainingSAE, _ProductDecoder):  # p
         return count
 
 
-def dense_rows(x: Tensor | LowRank) -> Tensor:
-    """Rows [N,K*V] of matrices that may be of low rank."""
-    return x.dense().flatten(1) if isinstance(x, LowRank) else x
-
-
 def distinct_rows(rows: Tensor, *, either_sign: bool, count: int = 2**31) -> Tensor:
     """Those of the directions [n,D] that are not near to one before them: at most `count`, with cosines below 0.5 if
     there are so many, and else below the next limit, up to `MAX_COSINE`."""

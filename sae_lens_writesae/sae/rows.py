@@ -227,34 +227,24 @@ class ShuffledWrites(Batches):
         self.order = row_orders(len(self.writes), self.cfg.train_batch_size_tokens, self.cfg.seed, self.taken)
 
 
+@dataclasses.dataclass
 class MixedRows(Batches):
     """Rows of parts of a text, mixed as SAELens' `mixing_buffer` mixes them (the same batches from the same random
-    numbers), with a state that a checkpoint can keep. Every epoch takes the parts in a new order.
+    numbers), with a state that a checkpoint can keep. Every epoch takes the parts in a new order."""
 
-    Args:
-        rows_of: the rows [n,K*V + columns] of a part, by its number.
-        n_parts: so many parts make the text.
-        size: rows of the buffer, `batch` at least. `fraction` of it stays for the next mix.
-        n_rows, inputs: of `Batches`.
-    """
+    rows_of: Callable[[int], Tensor]
+    """The rows [n,K*V + columns] of a part, by its number."""
+    n_parts: int
+    """So many parts make the text."""
+    size: int
+    """Rows of the buffer, `batch` at least."""
+    batch: int
+    fraction: float
+    """Of the buffer, which stays for the next mix."""
+    n_rows: int = 0
+    inputs: object = ""
 
-    def __init__(
-        self,
-        rows_of: Callable[[int], Tensor],
-        n_parts: int,
-        size: int,
-        batch: int,
-        fraction: float,
-        n_rows: int = 0,
-        inputs: object = "",
-    ) -> None:
-        self.rows_of = rows_of
-        self.n_parts = n_parts
-        self.size = size
-        self.batch = batch
-        self.fraction = fraction
-        self.n_rows = n_rows
-        self.inputs = inputs
+    def __post_init__(self) -> None:
         self.order = torch.zeros(0, dtype=torch.long)
         self.mixed = self.waiting = torch.zeros(0, 0)
         """Rows of the next batches, and rows that wait for the next mix."""
@@ -287,9 +277,7 @@ class MixedRows(Batches):
         return {name: getattr(self, name).clone() for name in ("order", "mixed", "waiting")}
 
     def resume(self, state: dict[str, Tensor]) -> None:
-        self.order = state["order"]
-        self.mixed = state["mixed"]
-        self.waiting = state["waiting"]
+        vars(self).update(state)
 
 
 def train_on_rows(

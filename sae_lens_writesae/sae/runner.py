@@ -323,12 +323,9 @@ def train(
     return [trained[n] for n in range(len(trained))]
 
 
-Source = LowRank | Collection | tuple[HookedRecurrent | None, Dataset | None]
-"""What one dictionary is trained on: writes in memory, states on disk, or what SAELens' runner runs."""
-
-
-def source_of(cfg: RunnerConfig, data: Data) -> Source:
-    """What the dictionary of a config is trained on, which has its sizes."""
+def source_of(cfg: RunnerConfig, data: Data) -> LowRank | Collection | tuple[HookedRecurrent | None, Dataset | None]:
+    """What the dictionary of a config is trained on, which has its sizes: writes in memory, a collection of states, or
+    what SAELens' runner runs."""
     path = cfg.cached_activations_path
     # Without the index, what is cached is SAELens' own, or nothing.
     if data is None and cfg.use_cached_activations and path is not None and (Path(path) / INDEX).is_file():
@@ -355,7 +352,10 @@ def source_of(cfg: RunnerConfig, data: Data) -> Source:
 
 
 def _trained_alone(
-    cfg: RunnerConfig, source: Source, metric: Metric | None, checkpoint: Path | None
+    cfg: RunnerConfig,
+    source: LowRank | Collection | tuple[HookedRecurrent | None, Dataset | None],
+    metric: Metric | None,
+    checkpoint: Path | None,
 ) -> MatrixTrainingSAE:
     if isinstance(source, LowRank):
         return train_on_rows(cfg, ShuffledWrites(cfg, source), metric, checkpoint)

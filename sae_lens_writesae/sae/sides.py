@@ -31,10 +31,9 @@ from sae_lens_writesae.sae.product import (
     WriteProductSAE,
     WriteProductSAEConfig,
     WriteProductTrainingSAE,
-    dense_rows,
     distinct_rows,
 )
-from sae_lens_writesae.sae.training import START_STEPS, draw_rows
+from sae_lens_writesae.sae.training import START_STEPS, dense_rows, draw_rows
 
 _RANK_ONE = 1e-2
 """Norm of what a rank-one matrix leaves of a row, as a share of the row's, up to which it counts as a write. It is

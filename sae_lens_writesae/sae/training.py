@@ -216,8 +216,7 @@ class MatrixTrainingSAE(TrainingSAE[Any], MatrixSAE):
         """
         if not dead.any():
             return 0
-        if isinstance(x, LowRank):
-            x = x.dense().flatten(1)
+        x = dense_rows(x)
         code = self.coefficients(self.encode(x))
         residual = (x - code @ self.W_dec - self.b_dec).float()
         # Where the dictionary is worst, there is most to explain.
@@ -381,6 +380,11 @@ def distinct_directions(matrices: LowRank | Tensor, rank: int, taken: LowRank | 
 def _padded_unit(side: Tensor, rank: int) -> Tensor:
     """A side [n,1,D] of norm 1, with zeros for the other terms of a rank: [n,R,D]."""
     return nn.functional.pad(nn.functional.normalize(side, dim=-1), (0, 0, 0, rank - 1))
+
+
+def dense_rows(x: Tensor | LowRank) -> Tensor:
+    """Rows [N,K*V] of matrices that may be of low rank."""
+    return x.dense().flatten(1) if isinstance(x, LowRank) else x
 
 
 def mean_row(x: Tensor | LowRank) -> Tensor:
