@@ -73,7 +73,7 @@ def on_factors(options: argparse.Namespace, variant: dict[str, Any], batch: Any)
     changes = {name: value for name, value in variant.items() if name != "factors"}
     sizes = {"d_k": options.d_k, "d_v": options.d_v}
     cfg = embedded_config(options.batch, **{"k": options.k, "d_sae": options.d_sae, "steps": 10**6} | sizes | changes)
-    return Stack([(cfg, batch, None)])
+    return Stack([cfg], [batch], [None])
 
 
 def work(options: argparse.Namespace) -> None:

@@ -12,13 +12,19 @@ from hookpoints import Fact, label_atoms, read_memory
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae import VARIANTS, MatrixSAE, MatrixTrainingSAE
 from sae_lens_writesae.sae.collecting import collect
-from sae_lens_writesae.sae.deprecated import train_many_on_writes, train_on_states, train_on_writes
 from sae_lens_writesae.sae.factors import Collection
 from sae_lens_writesae.sae.hooked import HookedSAERecurrent
 from sae_lens_writesae.sae.load import load_sae
 from sae_lens_writesae.sae.metric import Metric
 from sae_lens_writesae.sae.metric_fit import fit_metrics
-from sae_lens_writesae.sae.runner import text_dataset, train, training_config
+from sae_lens_writesae.sae.runner import (
+    text_dataset,
+    train,
+    train_many_on_writes,
+    train_on_states,
+    train_on_writes,
+    training_config,
+)
 from sae_lens_writesae.sae.target import head_target
 from sae_lens_writesae.sae.training import PAPER_RUNNER, calibrate_threshold
 from sae_lens_writesae.steering import scale_atoms, steer

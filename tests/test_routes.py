@@ -11,8 +11,8 @@ import torch
 from sae_lens.saes.sae import TrainStepInput
 from saes import HEAD, LAYER
 
-from hookpoints import HookedRecurrent
-from sae_lens_writesae import LowRank, train, training_config
+from hookpoints import HookedRecurrent, attribute, zoo
+from sae_lens_writesae import LowRank, load_sae, train, training_config
 from sae_lens_writesae.sae.rows import new_sae
 
 ROOT = Path(__file__).parents[1]
@@ -46,11 +46,11 @@ def assert_route(call: Callable[[], object], most: int, *landmarks: str) -> None
 
 
 @torch.no_grad()
-def test_a_token_batch_reaches_its_hook_by_twenty_files(model: HookedRecurrent) -> None:
+def test_a_token_batch_reaches_its_hook_by_eighteen_files(model: HookedRecurrent) -> None:
     name = f"blocks.{LAYER}.mixer.heads.{HEAD}.hook_write"
     assert_route(
         lambda: model.run_with_cache(torch.arange(1, 9)[None], names_filter=name),
-        20,
+        18,
         "hookpoints/model/hooked.py",
         "hookpoints/hooks/guard.py",
         "hookpoints/layer/call.py",
@@ -81,4 +81,26 @@ def test_training_on_writes_by_eleven(model: HookedRecurrent) -> None:
         "sae_lens_writesae/sae/fast.py",
         "sae_lens_writesae/sae/fused.py",
         "sae_lens_writesae/sae/rows.py",
+    )
+
+
+def test_an_attribution_by_forty(embedded: HookedRecurrent) -> None:
+    assert_route(
+        lambda: attribute("The report of the Secretary of the", embedded, [" Treasury"], against=" Navy", measure=3),
+        40,
+        "hookpoints/circuit/attribute.py",
+        "hookpoints/circuit/tracing.py",
+        "hookpoints/edits/session.py",
+    )
+
+
+@torch.no_grad()
+def test_a_fact_is_replaced_by_ten() -> None:
+    memory = HookedRecurrent.from_pretrained("facts").memory("Ben lives in Rome .")
+    pairs = load_sae(zoo.path("facts") / "pairs")
+    assert_route(
+        lambda: memory.with_fact(pairs, "Ben lives in", "Oslo", instead_of="Rome"),
+        10,
+        "hookpoints/memory/memory.py",
+        "hookpoints/memory/facts.py",
     )

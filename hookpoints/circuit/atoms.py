@@ -10,9 +10,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from hookpoints.circuit.node import Change, Node
 from hookpoints.circuit.stream import Text
-from hookpoints.circuit.tables import by_size, edge_table, node_of, node_table
+from hookpoints.circuit.tables import Change, Node, by_size, edge_table, node_of, node_table
 from hookpoints.errors import InputError
 from hookpoints.memory.facts import PairDictionary, pair_name
 

@@ -12,8 +12,7 @@ import numpy as np
 import pandas as pd
 
 from hookpoints.circuit.draw import svg
-from hookpoints.circuit.node import Node
-from hookpoints.circuit.tables import EDGE_COLUMNS, NODE_COLUMNS, largest
+from hookpoints.circuit.tables import EDGE_COLUMNS, NODE_COLUMNS, Node, largest
 from hookpoints.errors import InputError, PredictionWarning
 from hookpoints.files import atomic_text, read_sealed_json, sealed_json, versions
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hookpoints.circuit.node import Change
 from hookpoints.circuit.nodes import LogitMetric
+from hookpoints.circuit.tables import Change
 
 if TYPE_CHECKING:
     from transformer_lens.hook_points import HookPoint

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from hookpoints.circuit.node import Change, FeatureType, Node, PortName
 from hookpoints.circuit.nodes import ThroughNorm, WayOut, ways_out
 from hookpoints.circuit.norms import AFFINE, constants
 from hookpoints.circuit.stream import Decomposition, Text, reads_of
+from hookpoints.circuit.tables import Change, FeatureType, Node, PortName
 from hookpoints.layer.context import StopForward, scope
 from hookpoints.memory.caches import reach
 from hookpoints.model.inputs import cache_of, continuing

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from hookpoints.circuit.node import FeatureType
 from hookpoints.circuit.norms import constants
+from hookpoints.circuit.tables import FeatureType
 from hookpoints.recurrence.recurrence import Recurrence
 from hookpoints.scopes import scoped
 

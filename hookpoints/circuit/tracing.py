@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from hookpoints.circuit.measure import Measure
-from hookpoints.circuit.node import Change, FeatureType, Node, PortName
 from hookpoints.circuit.nodes import (
     Gradients,
     LogitMetric,
@@ -30,7 +29,17 @@ from hookpoints.circuit.nodes import (
 from hookpoints.circuit.norms import constants
 from hookpoints.circuit.ports import Blocks, Port, change_for, ports_of, ports_of_head, reach_of
 from hookpoints.circuit.stream import Decomposition, Part, Text, reading, stretches_of
-from hookpoints.circuit.tables import by_size, edge_table, largest, node_of, nodes_of_block
+from hookpoints.circuit.tables import (
+    Change,
+    FeatureType,
+    Node,
+    PortName,
+    by_size,
+    edge_table,
+    largest,
+    node_of,
+    nodes_of_block,
+)
 from hookpoints.edits.session import EditSession
 from hookpoints.errors import InputError
 from hookpoints.scopes import own_gradients

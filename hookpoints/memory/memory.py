@@ -34,11 +34,12 @@ from transformers import Cache
 
 from hookpoints.errors import InputError, UnsupportedModelError
 from hookpoints.files import atomic_write
-from hookpoints.layer.context import all_left, count_tokens
+from hookpoints.layer.context import all_left, count_tokens, drop_sources
 from hookpoints.memory.caches import (
     attends_and_convolves,
     attention_of,
     fill,
+    put_state,
     reach,
     repeated,
     state_of,
@@ -372,7 +373,9 @@ class Memory:
         """
         self._check_states(states)
         cache = copy.deepcopy(self.cache)  # this memory stays as it is
-        self._token_reader.store(cache, {}, states)
+        for layer, state in states.items():
+            put_state(cache, layer, state, self.forms[layer].value_first)
+        drop_sources(cache)
         return replace(self, cache=cache, edited=True)
 
     # -- reading on, and files

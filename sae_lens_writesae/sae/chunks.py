@@ -24,8 +24,6 @@ import torch
 from torch import Tensor
 
 from sae_lens_writesae.atom.low_rank import LowRank
-from sae_lens_writesae.sae.architectures import WriteBatchTopKTrainingSAE
-from sae_lens_writesae.sae.architectures import WriteTopKTrainingSAEConfig as Config
 from sae_lens_writesae.sae.factors import Collection
 from sae_lens_writesae.sae.fast import Stack
 from sae_lens_writesae.sae.fused import FACTORS, Dead, Step, with_aux
@@ -33,6 +31,8 @@ from sae_lens_writesae.sae.target import HeadHook, RunnerConfig
 
 if TYPE_CHECKING:
     from hookpoints.recurrence.chunked import Chunk
+    from sae_lens_writesae.sae.architectures import WriteBatchTopKTrainingSAE
+    from sae_lens_writesae.sae.architectures import WriteTopKTrainingSAEConfig as Config
 
 SPAN = 64
 """Tokens of a chunk at most."""
@@ -132,9 +132,9 @@ class StateStack(Stack):
     def losses(self, p: dict[str, Tensor], batch: Sequence[Any], ks: Sequence[int], dead: Dead | None = None) -> Step:
         self.optimizer.zero_grad()  # gradients of blocks add up
         done = step_on_states(p, batch[0], self.cfg, dead)
-        sae = self.saes[0]
         is_training = p is self.p  # and not the pass in which training ends
-        if is_training and isinstance(sae, WriteBatchTopKTrainingSAE):
+        if is_training and self.cfg.architecture() == "writesae_batchtopk":
+            sae = cast("WriteBatchTopKTrainingSAE", self.saes[0])
             scores = done.code
             if self.cfg.rescale_acts_by_decoder_norm:
                 scores = scores * sae.get_W_dec_norm()[done.atoms]

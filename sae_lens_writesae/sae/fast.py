@@ -307,7 +307,7 @@ class Stack:
         writes = [[rows.keys, rows.values] for rows in self.writes]
         return [writes, [metric and vars(metric) for metric in self.metrics]]
 
-    def _run_state(self) -> dict[str, Any]:
+    def _run_state(self) -> dict[str, object]:
         self._check_finite()
         return {
             "step": self.step,

@@ -116,7 +116,7 @@ class Product(MatrixSAE):
     v_enc: Any = property(lambda self: self._of_pairs(self.readers[0][:, None]))
     w_enc: Any = property(lambda self: self._of_pairs(self.readers[1]))
 
-    def __new__(cls, cfg: Any = None, *args: Any, **kwargs: Any) -> Self:
+    def __new__(cls, cfg: WriteProductSAEConfig | None = None, *args: object, **kwargs: object) -> Self:
         """Of the two dictionaries the one whose encoder the config has. (A copy is made without a config.)"""
         meant = [each for each in cls.__subclasses__() if cfg is not None and each.coder == cfg.encoder]
         return super().__new__(meant[0] if meant else cls)

@@ -296,7 +296,7 @@ def train_on_rows(
     sae.cfg.metadata.n_training_rows = rows.n_rows
     kept = Checkpoint(checkpoint, [cfg], (rows.inputs, metric and vars(metric)))
 
-    def state() -> dict[str, Any]:
+    def state() -> dict[str, object]:
         random = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
         return {"sae": sae.state_dict(), "random": random, "rows": rows.state()}
 

@@ -268,7 +268,7 @@ def train(
 ) -> list[MatrixTrainingSAE]: ...
 def train(
     cfg: Any, data: Any = None, text: Dataset | None = None, *, metric: Any = None, checkpoint: Path | None = None
-) -> Any:
+) -> MatrixTrainingSAE | list[MatrixTrainingSAE]:
     """Train an SAE and return it, still of its training class; of several configs with data each, all of them.
 
     The seed of the config draws initial atoms, the order of the rows and resampled atoms: the same seed gives bitwise
@@ -305,7 +305,7 @@ def train(
         return train([cfg], [data], metric=[metric], checkpoint=checkpoint)[0]
     metrics = metric or [None] * len(cfg)
     sources = [source_of(each, given) for each, given in zip(cfg, data, strict=True)]
-    groups: dict[str | int, dict[int, Any]] = {}
+    groups: dict[str | int, dict] = {}
     for n, member in enumerate(zip(cfg, sources, metrics, strict=True)):
         in_one_step = isinstance(sources[n], LowRank) and cfg[n].sae.architecture() == "writesae_topk"
         shape = shape_of(cfg[n]) if in_one_step else None
@@ -404,3 +404,39 @@ def head_rows(recurrence: Recurrence, target: HookTarget, loss: Loss, positions:
     else:
         columns = writes[..., :0]
     return torch.cat([matrices, COLUMN_SCALE * columns.to(matrices)], dim=-1)
+
+
+# ------------------------------------------------------------------------------------------------ the last version
+
+
+def _warn_of_old(old: str, new: str) -> None:
+    warnings.warn(f"{old} goes with the next version: use {new}", DeprecationWarning, stacklevel=3)
+
+
+def train_on_writes(
+    cfg: RunnerConfig, keys: Tensor, values: Tensor, *, metric: Metric | None = None, checkpoint: Path | None = None
+) -> MatrixTrainingSAE:
+    """`train` on writes of keys [N,S,K] and values [N,S,V], or [N,K] and [N,V]."""
+    _warn_of_old(
+        "train_on_writes(cfg, keys, values)", "train(cfg, LowRank(keys, values)), LowRank.rank_one for [N,K], [N,V]"
+    )
+    writes = LowRank.rank_one(keys, values) if keys.ndim == 2 else LowRank(keys, values)
+    return train(cfg, writes, metric=metric, checkpoint=checkpoint)
+
+
+def train_on_states(cfg: RunnerConfig, states: Tensor, *, checkpoint: Path | None = None) -> MatrixTrainingSAE:
+    """`train` on matrices [N,K,V]."""
+    _warn_of_old("train_on_states(cfg, states)", "train(cfg, states)")
+    return train(cfg, states, checkpoint=checkpoint)
+
+
+def train_many_on_writes(
+    configs: Sequence[RunnerConfig],
+    writes: Sequence[LowRank],
+    metrics: Sequence[Metric | None] | None = None,
+    *,
+    checkpoint: Path | None = None,
+) -> list[MatrixTrainingSAE]:
+    """`train` of several configs."""
+    _warn_of_old("train_many_on_writes(configs, writes, metrics)", "train(configs, writes, metric=metrics)")
+    return train(configs, writes, metric=metrics, checkpoint=checkpoint)

@@ -82,7 +82,7 @@ class HeadReader(NamedTuple):
         counts = (len(keys), len(values))
 
         def code(states: Tensor) -> Code:
-            found = pursuit.pursue(states, keys, values, terms, pursuit.LEAST_STOP)
+            found = pursuit.pairs_of(states, keys, values, terms, pursuit.LEAST_STOP)
             return Code(found.keys, found.values, found.coefficients)
 
         def decode(code: Code) -> Tensor:

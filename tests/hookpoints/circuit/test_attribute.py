@@ -26,10 +26,10 @@ from torch.nn import functional as F
 from hookpoints import Graph, HookedRecurrent, Recurrence, WriteEdit, attribute, zoo
 from hookpoints.circuit.atoms import atoms_of, taken_apart
 from hookpoints.circuit.graph import Check
-from hookpoints.circuit.node import Node
 from hookpoints.circuit.nodes import write_attribution
 from hookpoints.circuit.ports import change_for, ports_of, ports_of_head
 from hookpoints.circuit.stream import reads_of
+from hookpoints.circuit.tables import Node
 from hookpoints.errors import InputError, PredictionWarning, UnknownHookError, UnsupportedModelError
 from hookpoints.files import sealed_json
 from sae_lens_writesae import load_sae
