@@ -51,7 +51,7 @@ def test_a_save_replaces_the_folder_whole_or_leaves_it(
         ("info.json", "[" * 100_000, "info"),
         ("info.json", '{"format": 3, "kind": "unheard"}', "unheard"),
         ("info.json", '{"format": 2, "kind": "substitution"}', "format 2"),
-        ("info.json", '{"format": 3, "kind": "substitution"}', "skipped"),
+        ("info.json", '{"format": 3, "kind": "substitution"}', "settings"),
     ],
 )
 def test_a_file_that_is_missing_or_something_else_is_named(

@@ -21,7 +21,6 @@ import tyro
 from writesae.cli import parse
 from writesae.files import check_settings, check_writable
 from writesae_study.reproduce.config import SMALL, WRITTEN, ReproduceConfig
-from writesae_study.reproduce.texts import text_hash, write_texts
 
 if TYPE_CHECKING:
     from hookpoints import HookedRecurrent
@@ -76,6 +75,7 @@ class Reproduce:
         from writesae.collecting import check_text
         from writesae.dictionary.traits import sparsity_fields
         from writesae_study.evaluate import EvalAll, Subjects
+        from writesae_study.reproduce.texts import text_hash, write_texts
 
         profile = profile_folder(self.profile or ("laptop" if default_device() == "cpu" else "gpu"))
         if importlib.util.find_spec("snakemake") is None:
