@@ -72,7 +72,7 @@ def test_what_no_other_tool_shows_is_not_measured(
     planted: WriteTopKSAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Quality needs a pass of the model for every sequence and replacement; cosines and memory cost, too."""
-    for name in ("qualities", "_page"):
+    for name in ("qualities", "_atom_page"):
         monkeypatch.setattr(collect, name, lambda *_: pytest.fail("was measured"))
     planted.save_model(tmp_path / "sae")
     (text := tmp_path / "text.txt").write_text(shipped.text("test")[:3000])
