@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from reliability.folders import KINDS, Kind, make_collection, make_dictionary
 from reliability.runs import fresh, some_tokens
 from saes import make_sae
@@ -27,7 +28,7 @@ from hookpoints.files import (
     content_hash,
 )
 from writesae.cli import main
-from writesae.files import check_settings, check_writable, keep_settings
+from writesae.files import check_settings, check_writable, keep_settings, taken
 
 
 def test_a_folder_that_takes_no_files_is_refused_and_no_other_is_changed(tmp_path: Path) -> None:
@@ -371,6 +372,15 @@ def test_what_a_killed_process_left_aside_is_removed_and_nothing_else(tmp_path: 
         for process in processes.values():
             os.kill(process, signal.SIGKILL)
             os.waitpid(process, 0)
+
+
+def test_who_waits_for_a_folder_says_so(tmp_path: Path) -> None:
+    lock, said = FileLock(tmp_path / ".taken"), list[str]()
+    with ThreadPoolExecutor(1) as other:
+        other.submit(lock.acquire).result()
+        other.submit(lambda: time.sleep(0.2) or lock.release())
+        with taken(tmp_path, said.append):
+            assert "another process" in said[0]
 
 
 def test_equal_values_have_equal_hashes_and_a_flipped_bit_another() -> None:

@@ -69,6 +69,8 @@ def test_toward_a_token_writes_the_key_of_the_token_and_the_value_of_the_target(
         live = model64(ids)
     torch.testing.assert_close(live[:, start:], expected, atol=1e-10, rtol=0)
     assert (live - model64(ids)).abs().max() > 1e-4
+    with steer(model64, LAYER, HEAD, toward=3 * w, strength=strength, at=at):  # a direction has no size
+        torch.testing.assert_close(model64(ids), live, atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize("at", ["every", (0, 4), "fires"])

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from hookpoints import HookedRecurrent, attribute, embedded, zoo
 from hookpoints.files import atomic_text
-from hookpoints.memory.facts import PairDictionary
 from sae_lens_writesae.sae.collecting import collect
 from sae_lens_writesae.sae.factors import Collection
 from sae_lens_writesae.sae.load import load_sae
@@ -33,6 +32,9 @@ from writesae.files import Json, check_ours, check_settings, check_writable, kee
 from writesae.flags import Demo
 from writesae.page.template import environment
 from writesae.training import quality_table, quiet, save_dictionary
+
+if TYPE_CHECKING:
+    from hookpoints.memory.facts import PairDictionary
 
 RECIPES: tuple[MetricName, ...] = ("frobenius", "gauss_newton")
 """What errors of each dictionary are measured by: their squares, or the KL divergence that they cause."""

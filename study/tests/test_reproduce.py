@@ -77,6 +77,12 @@ def test_layers_and_heads_follow_the_model():
     assert (small.layers, small.heads, paper.layers, paper.heads) == ((2,), (1,), (1, 9, 17), (4,))
 
 
+def test_the_default_head_is_one_that_all_layers_have():
+    model = HookedRecurrent.from_pretrained("embedded")
+    model.cfg.layers[2] = replace(model.cfg.layer(2), H=64)
+    assert for_model(ReproduceConfig(model="embedded"), model).heads == (1,)
+
+
 def test_the_command_line_is_the_config():
     words = ["--layers", "1", "9", "--small", "--d-sae", "64", "--profile", "slurm", "--", "--dry-run", "--cores", "3"]
     small = Reproduce.from_arguments(words)
@@ -296,6 +302,7 @@ def test_a_shuffled_model_has_the_same_numbers_elsewhere():
     ours = shuffled("recall").W_U.flatten()
     theirs = HookedRecurrent.from_pretrained("recall").W_U.flatten()
     assert torch.equal(ours.sort().values, theirs.sort().values) and not torch.equal(ours, theirs)
+    assert torch.equal(ours, shuffled("recall").W_U.flatten())
 
 
 def test_published_runs_have_their_own_settings(tmp_path):

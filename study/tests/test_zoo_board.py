@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from saes import HOOK, random_low_rank, sae_of
 from torch.nn.functional import normalize, one_hot
 
 from hookpoints import files, zoo
@@ -100,6 +101,19 @@ def test_features_follow_the_parts_of_values_among_the_writes_of_a_key(world: Wo
 def test_attribution_finds_the_writes_that_hold_a_fact(world: World) -> None:
     found = attributed(world, 3)
     assert found["writes found"] > 0.9 > 10 * found["null"]
+
+
+def test_an_attribute_is_replaced_along_the_native_key() -> None:
+    """The new one's vector instead of the old one's."""
+    world = World.of("composition", 8)
+    drawn = Facts.draw(world, 1)
+    parts = world.parts(torch.stack([drawn.new[0], drawn.base.symbols["values"][0, drawn.asked[0]]]))
+    of_key = torch.randn(parts.shape[1], world.values.shape[-1])
+    written, _ = drawn.writes(world, [], [of_key.expand(64, -1, -1)] * len(world.holder.heads))
+    r = world.model.recurrence(drawn.base.tokens, world.holder.layer)
+    k, u = (side[0, drawn.at[0], world.holder.heads[0]].detach() for side in (r.k, r.u))
+    new, old = parts @ of_key
+    torch.testing.assert_close(written[0, 0], torch.outer(k, u + new - old), rtol=1e-4, atol=1e-5)
 
 
 def test_the_example_asks_for_a_word_that_its_text_tells(world: World) -> None:
@@ -242,6 +256,15 @@ def test_texts_have_the_facts_that_they_tell(name: str, facts: int, end: int) ->
     torch.testing.assert_close(told.states, state[:, list(world.holder.heads)])
 
 
+@torch.no_grad()
+def test_atoms_are_read_in_units_of_what_they_write() -> None:
+    """Of no norm in particular."""
+    states = torch.randn(9, 5, 7)
+    sae = sae_of(HOOK, None, random_low_rank(1, 0, n=12).to(states), 3)
+    decoded = readers._decoded(sae, readers._encoded(sae, 3, states))
+    torch.testing.assert_close(decoded, sae.decode(sae.encode(states.flatten(1))))
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("name", READERS)
 def test_every_reader_scores_every_fact_in_the_bits_of_the_pairs(
@@ -258,6 +281,14 @@ def test_every_reader_scores_every_fact_in_the_bits_of_the_pairs(
         assert reader.bits <= 1.05 * head.bits
     if "pairs" in name or "equal numbers" in name:
         assert reader.numbers == pytest.approx(head.numbers, rel=0.05)
+
+
+def test_writes_are_clustered_by_direction(world: World) -> None:
+    """Their sizes do not count."""
+    told = Told.of(world, 4, 100, 1)
+    larger = world._replace(keys=world.keys * torch.linspace(0.1, 10, len(world.keys[0]))[:, None])
+    both = (readers.of_writes(Job(each, told, told, steps=2, seed=0)) for each in (world, larger))
+    torch.testing.assert_close(*(reader.scores(told.states[:8]) for reader in both))
 
 
 def test_the_page_of_reading_has_the_numbers_of_the_board() -> None:

@@ -12,6 +12,9 @@ from writesae.files import GENERATOR, check_absent, check_ours, check_writable
 HOW = ("models", "writes", "states", "only", "out")
 """Fields that no number of a model depends on."""
 
+Entries = dict[str, Any]
+"""Of a JSON file of a zoo, or of a row of its tables."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Zoo:
@@ -71,7 +74,7 @@ class Zoo:
         settings["version"] = versions().get("sae-lens-writesae")
         boards, read = self._saved(settings)
         sizes = (self.seeds, self.sequences, self.facts, self.steps)
-        content: dict[str, Any] = GENERATOR | {"settings": settings, "versions": versions()}
+        content: Entries = GENERATOR | {"settings": settings, "versions": versions()}
         with quiet():
             for name in self.models:
                 if self.writes and (self.only or name not in boards):
@@ -87,7 +90,7 @@ class Zoo:
         atomic_text(self.out / "zoo.md", "".join(tables))
         return atomic_text(self.out / "index.html", templates.get_template("zoo.html").render(content))
 
-    def _saved(self, settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _saved(self, settings: Entries) -> tuple[Entries, Entries]:
         """The boards and the readings of the zoo.json that is there, by model, if it has the same settings.
 
         Raises:
@@ -96,7 +99,7 @@ class Zoo:
         from hookpoints.files import read_sealed_json
 
         file = self.out / "zoo.json"
-        saved: dict[str, Any] = read_sealed_json(file) if file.exists() else {}
+        saved: Entries = read_sealed_json(file) if file.exists() else {}
         boards, read = ({}, {})
         if saved.get("settings") == settings:
             boards, read = ({each["model"]: each for each in saved[name]} for name in ("boards", "readings"))
@@ -108,7 +111,7 @@ class Zoo:
         return boards, read
 
 
-def with_rows(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def with_rows(old: list[Entries], new: list[Entries]) -> list[Entries]:
     """Rows of a board with others: a method that is there is replaced, another one follows the second row."""
     there = {row["method"]: row for row in new}
     rows = [there.pop(row["method"], row) for row in old]

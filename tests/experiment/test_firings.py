@@ -70,3 +70,8 @@ def test_sequences_have_the_same_chance_however_often_an_atom_fires_in_them() ->
     uneven, draw = at((0, 5, 0), (1, slice(6, 15), 0)), rng()
     draws = [F.sample_firings(uneven, np.array([0]), 1, **BOUNDS, rng=draw)["sequence"][0] for _ in range(150)]
     assert np.mean(draws) == pytest.approx(0.5, abs=0.12)  # 3 standard errors
+
+
+def test_stretches_of_a_text_end_within_it() -> None:
+    """Callers slice a longer text with them."""
+    assert F.in_one_pass(torch.zeros(3, 4096), torch.device("cuda"))[1] == slice(2, 3)

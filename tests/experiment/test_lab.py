@@ -118,6 +118,7 @@ def test_sites_have_the_head_and_the_rows_of_each_sequence(model64: HookedRecurr
         torch.testing.assert_close(site.session.logits, logits, rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(site.at([3, 1]).dense(), cache[name][0, [3, 1]], rtol=1e-10, atol=1e-12)
         assert site.recurrence.B == site.recurrence.H == 1
+        torch.testing.assert_close(site.state_after([5, 1, 5]), site.recurrence.states()[0, [5, 1, 5], 0])
     part = lab.site(1, span=slice(4, 10))  # a text of its own, which begins at token 4
     assert part.writes.keys.shape[0] == 6
     both = lab.native_writes([2, 0])

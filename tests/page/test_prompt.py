@@ -6,6 +6,7 @@ import http.client
 import json
 import re
 import socket
+import threading
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from sae_lens import SAE
 from sae_lens.saes.sae import SAEMetadata
 
 from hookpoints import HookedRecurrent, read_memory
-from page.planted_atoms import HEAD, LAYER
+from page.planted_atoms import HEAD, HOOK, LAYER, empty_sae
 from sae_lens_writesae.sae import WriteProductSAE, WriteProductSAEConfig
 from writesae.flags import Prompt
 from writesae.page.prompt import MAX_BYTES, MAX_TOKENS, PromptServer, held_shares, read_shares
@@ -115,6 +116,17 @@ def test_why_a_token_is_drawn_and_a_write_is_taken_apart(server: PromptServer) -
     for wrong in ({"target": "two tokens of"}, {"target": " Treasury", "text": ""}):
         status, said = ask(server, "POST", "/explain", asked | wrong)
         assert status == 400 and "expected" in said["error"]
+
+
+def test_the_page_opens_at_the_head_of_the_first_dictionary(embedded: HookedRecurrent, tmp_path: Path) -> None:
+    sae = empty_sae(embedded)
+    for name, hook in (("a", HOOK), ("b", HOOK.replace(f"heads.{HEAD}", "heads.0"))):
+        sae.cfg.metadata.hook_name = hook
+        sae.save_model(tmp_path / name)
+    with Prompt(sae=tmp_path, port=0).server() as server:
+        threading.Thread(target=server.handle_request).start()
+        _, page = ask(server, "GET", "/")
+    assert f'data-first="{HEAD}"' in page
 
 
 def test_other_sites_and_other_requests_are_refused(server: PromptServer) -> None:

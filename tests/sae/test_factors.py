@@ -21,6 +21,7 @@ from hookpoints import embedded as shipped
 from hookpoints.errors import DamageWarning
 from hookpoints.files import CHECKSUMS, write_checksums
 from sae_lens_writesae.errors import DiskTooSmallError
+from sae_lens_writesae.files import size_text
 from sae_lens_writesae.sae import collecting as module
 from sae_lens_writesae.sae.collecting import collect
 from sae_lens_writesae.sae.factors import INDEX, Collection, CollectionError, Mapped
@@ -101,6 +102,10 @@ def test_two_bytes_keep_writes_and_states_to_their_rounding(model, whole, tmp_pa
     for target in ("write", "state"):
         rows, kept = (each.rows(2, 3, target) for each in (exact, short))
         assert kept.dtype == torch.float32 and 0 < (kept - rows).norm() / rows.norm() < error
+
+
+def test_sizes_are_in_powers_of_ten() -> None:
+    assert size_text(25e7) == "250 MB"
 
 
 def test_progress_counts_tokens() -> None:
@@ -250,25 +255,25 @@ def test_a_full_disk_is_named_and_what_is_missing_is_collected_later(model, copy
     assert all((copy / name).stat().st_mtime_ns == was for name, was in times.items())
 
 
-@pytest.mark.parametrize(("seconds", "saved"), [(-1.0, 5), (60.0, 4)])
-def test_a_run_that_is_stopped_within_a_shard_goes_on_where_it_last_saved(
-    model, whole, tmp_path, monkeypatch, seconds, saved
-):
+@pytest.mark.parametrize(("seconds", "saved"), [(-1.0, 6), (60.0, 4)])
+def test_a_run_that_is_stopped_within_a_shard_goes_on_where_it_last_saved(model, tmp_path, monkeypatch, seconds, saved):
     """The same files, and no batch that was saved runs again. A first batch runs twice, to be described."""
     passes: list[int] = []
+    whole, folder = tmp_path / "whole", tmp_path / "stopped"
+    small(model, whole, shard_bytes=54_000)  # of four batches
 
     def stop(_: torch.Tensor, hook: HookPoint) -> None:
         passes.append(1)
-        if len(passes) == 7:  # the sixth batch, which is the second of its shard
+        if len(passes) == 8:  # the seventh batch, which is the third of its shard
             raise KeyboardInterrupt
 
     monkeypatch.setattr(module, "SAVE_SECONDS", seconds)
     model.add_hook("blocks.0.mixer.hook_k", stop)
     with pytest.raises(KeyboardInterrupt):
-        small(model, tmp_path)
-    small(model, tmp_path)
+        small(model, folder, shard_bytes=54_000)
+    small(model, folder, shard_bytes=54_000)
     model.reset_hooks()
-    assert contents(tmp_path) == contents(whole) and len(passes) - 7 == 11 - saved
+    assert contents(folder) == contents(whole) and len(passes) - 8 == 11 - saved
 
 
 @pytest.mark.parametrize("state", ["sealed", "unsealed", "part"])

@@ -16,6 +16,7 @@ from torch.nn.functional import normalize
 import sae_lens_writesae as W
 from sae_lens_writesae import sae as S
 from sae_lens_writesae.atom.low_rank import LowRank
+from sae_lens_writesae.sae.training import draw_rows
 
 K, V, D_IN, BATCH = 10, 8, 80, 256
 VARIED = [name for name in S.TRAINING if name != "writesae_product"]
@@ -370,6 +371,12 @@ def test_opposite_directions_start_two_atoms() -> None:
     atom = Planted().atoms[:1]
     step(sae, torch.cat([atom, -atom]).repeat(20, 1), 0)
     torch.testing.assert_close(sae.W_dec.detach().sum(0), torch.zeros(D_IN))
+
+
+def test_rows_are_drawn_in_proportion_to_their_errors() -> None:
+    torch.manual_seed(0)
+    drawn = sum(int(draw_rows(torch.tensor([1.0, 9.0]), 1)) for _ in range(400))
+    assert drawn / 400 == pytest.approx(0.9, abs=0.05)
 
 
 def test_near_copies_start_one_atom() -> None:

@@ -90,6 +90,16 @@ def test_a_step_mixes_the_loss_in_by_its_weight(architecture: str, loss: str) ->
     assert extra.item() == pytest.approx(direct.item())
 
 
+def test_a_contribution_has_the_size_of_what_is_written() -> None:
+    """Larger atoms with activations that are as much smaller have the same loss."""
+    plain, larger = make(loss="write"), make(loss="write")
+    times = torch.arange(1, 13)[:, None, None]
+    with torch.no_grad():
+        larger.v.mul_(times)
+        larger.v_enc.div_(times)
+    torch.testing.assert_close(*(step(sae, rows("write")).losses["write_loss"] for sae in (plain, larger)))
+
+
 # -- columns, and training from a collection
 
 

@@ -42,6 +42,7 @@ def made_up(
     target: str = "write",
     n_sequences: int = 20,
     selectivity: float = 0.98,
+    small: int = 1000,
     seed: int = 0,
 ) -> Result:
     """KLs by (sae, condition), costs by (hook, sae, method), dead atoms and selectivity by dictionary, with noise."""
@@ -51,7 +52,7 @@ def made_up(
             "sae": label,
             "variant": name,
             "d_sae": 20 if label == "small" else 400,
-            "parameters": 1000 if label in ("ours", "small") else 9000,
+            "parameters": {"ours": 1000, "small": small}.get(label, 9000),
             "explained": 0.5,
             "l0": 3.0,
             "dead": (dead or {}).get(label, 5),

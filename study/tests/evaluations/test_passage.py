@@ -50,3 +50,10 @@ def sampled(n: int = 20, **costs: float) -> Result:
     ]
     members = pd.DataFrame({"class": ["register"] * 2, "atom": [3, 4]})
     return Result(Passage(), {"label": "x"}, {"passages": pd.DataFrame(rows), "classes": members})
+
+
+def test_the_claim_is_that_of_registers() -> None:
+    result = sampled()
+    passages = result.tables["passages"]
+    result.tables["passages"] = pd.concat([passages.assign(**{"class": "bundle"}), passages])
+    assert "register" in Passage().findings(result)[0].claim

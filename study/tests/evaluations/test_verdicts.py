@@ -61,6 +61,7 @@ CASES: dict[str, tuple[int | None, list[tuple[Any, dict[int, str]]]]] = {
             (of(compared, {("", "state"): 0.01}), {0: "confounded", 1: "confounded", 2: "confounded"}),
             (of(compared, {("", "pca 4"): 0.01}), {0: "holds", 1: "confounded", 2: "confounded"}),
             (of(compared, NOTHING), {0: "below the floor", 1: "below the floor", 2: "below the floor"}),
+            (of(compared, small=500), {2: "not tested"}),  # its rival has fewer parameters
             (of(compared, drop=("flat",)), {0: "not tested", 1: "not tested", 2: "holds", 4: "not tested"}),
             (of(compared, drop=("small", "two")), {0: "holds", 2: "not tested", 3: "not tested"}),
             (of(compared, drop=("ours",)), {0: "not tested", 3: "not tested", 4: "not tested", 6: "not tested"}),

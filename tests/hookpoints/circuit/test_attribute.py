@@ -115,6 +115,12 @@ def test_nodes_are_measured_by_runs_without_them(model64: HookedRecurrent, corru
             with torch.no_grad():
                 left = float(difference(model64.run_with_hooks(SEQUENCE, fwd_hooks=[(name, put)])))
             assert row.measured == pytest.approx(plain - left, abs=1e-9), row.node_id
+    if corrupt is not None:  # a write is replaced by that of the other text, key and value
+        row: Any = next(graph.nodes.query("feature_type == 'write' and measured.notna()").itertuples())
+        r, at = model64.recurrence(corrupt, row.layer), (0, row.position, row.head)
+        edit = WriteEdit(row.layer, row.head, row.position, r.k[at], r.u[at], mode="replace")
+        with torch.no_grad(), model64.edits(edit):
+            assert row.measured == pytest.approx(plain - float(difference(model64(SEQUENCE))), abs=1e-9)
 
 
 def without_mlp(model: HookedRecurrent, layer: int, token: int) -> Any:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from hookpoints import HookedRecurrent, WriteEdit, attribute, write_attribution
 from hookpoints.circuit import nodes
 from hookpoints.circuit.nodes import read_gradients, record
+from hookpoints.circuit.norms import constants
 from hookpoints.errors import InputError, PredictionWarning
 
 SEQUENCE = torch.randint(1, VOCAB, (1, 24), generator=torch.Generator().manual_seed(3))
@@ -127,6 +128,14 @@ def test_first_order_is_a_derivative(ruled64: HookedRecurrent, corrupt: Tensor |
 
         slope = (moved(-1e-4) - moved(1e-4)) / 2e-4
         assert at(table, layer, head, position) == pytest.approx(slope, rel=1e-3, abs=1e-7)
+
+
+def test_patterns_that_are_held_take_no_gradient() -> None:
+    """Neither by queries nor by keys; values do."""
+    q, k, v = torch.randn(3, 1, 1, 4, 2, requires_grad=True).unbind()
+    with constants(["patterns"]):
+        read = F.scaled_dot_product_attention(q, k, v)
+    assert torch.autograd.grad(read.sum(), (q, k), allow_unused=True) == (None, None)
 
 
 def test_a_layer_that_bends_its_reads_is_predicted_to_first_order(tokens: Tensor) -> None:

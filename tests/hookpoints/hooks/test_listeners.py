@@ -6,6 +6,7 @@ import copy
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -123,6 +124,13 @@ def test_a_hook_acts_that_comes_after_a_scope(quiet, tokens):
         changed = quiet(tokens)
     quiet.hook_dict[NAME].add_hook(zeroed)
     assert torch.equal(quiet(tokens), changed)
+
+
+def test_a_scope_is_no_listener_in_another_thread(quiet):
+    heads = quiet.blocks[1].mixer.heads
+    with quiet.hooks([(NAME, zeroed)]), ThreadPoolExecutor(1) as elsewhere:
+        assert heads[2].listens("hook_write")
+        assert not elsewhere.submit(heads[2].listens, "hook_write").result()
 
 
 @torch.no_grad()

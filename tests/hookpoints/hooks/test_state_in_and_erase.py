@@ -74,6 +74,7 @@ def test_changes_of_one_head_add_up(form):
     read = torch.cat([before[:, :1], (after + seen)[:, :-1]], 1) if r.read_before_write else after + seen
     reads = torch.einsum("bthk,bthkv->bthv", r.q * r.scale, read)
     assert_close(response.apply(OpResult(*r.scan())), OpResult(reads, (after + seen)[:, -1]), **EXACT)
+    assert_close(response.writes(slice(0, 1)), writes[:, :, :1], **EXACT)  # of another head
 
 
 def passes(model, layer, lengths, edit=None):

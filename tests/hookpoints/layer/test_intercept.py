@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent, HookpointsError, WriteEdit
 from hookpoints.layer import intercept
-from hookpoints.layer.intercept import running, wrap_ops
+from hookpoints.layer.intercept import in_torch, running, wrap_ops
 from hookpoints.model.attachment import _BlockRun
 from hookpoints.model.inputs import cache_argument, cache_of
 from hookpoints.rules.mamba2 import MAMBA2
@@ -31,6 +31,12 @@ def _fast_only(torch_op):
         raise RuntimeError("0 active drivers ([]). There should only be one.")
 
     return fast
+
+
+def test_one_kernel_is_enough_for_a_layer_to_need_handlers():
+    namespace = types.ModuleType("layers")
+    namespace.__dict__.update(zip(GATED_DELTA.ops, (doubled, _fast_only(doubled))))
+    assert not in_torch(namespace, GATED_DELTA)
 
 
 def test_cpu_works_where_fast_kernels_are_installed(monkeypatch, tokens):

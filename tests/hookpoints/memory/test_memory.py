@@ -232,6 +232,8 @@ def test_states_that_no_factors_explain_are_read_on_from_and_not_cut(read):
             each.without(SPAN)
         with pytest.raises(InputError, match="by hand"):
             each.holdings(0)
+        with pytest.raises(InputError, match="by hand"):
+            each.rewind(1)
 
 
 @pytest.mark.parametrize("span", ["a text", "ab", (0, 1, 2), (0.0, 2.0), 3, slice("a", None)], ids=repr)

@@ -57,6 +57,12 @@ def test_masks_that_recurrent_layers_cannot_obey(model, mask, message):
             call()
 
 
+@pytest.mark.parametrize("token", [-1, 64])
+def test_ids_outside_the_vocabulary_are_refused(model, token):
+    with pytest.raises(InputError, match=rf"token id {token} is outside .* ids 0 to 63"):
+        model(torch.tensor([[1, token]]))
+
+
 @torch.no_grad()
 def test_padding_on_one_side_gives_what_the_rows_give_alone(model):
     """Left or right, real tokens have the logits that they have without padding."""

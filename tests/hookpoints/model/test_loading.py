@@ -89,6 +89,12 @@ def test_a_broken_configuration_is_named(checkpoint):
         loading.load(str(checkpoint))
 
 
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_too_little_memory_is_no_damage(error):
+    with pytest.raises(error), loading._errors_name_the_model("large"):
+        raise error
+
+
 def test_a_model_type_that_transformers_lacks_is_named_with_the_installed_version(checkpoint):
     """Not a damaged file: a later release may have it."""
     (checkpoint / "config.json").write_text('{"model_type": "qwen9_next"}')

@@ -124,6 +124,7 @@ def test_the_first_token_is_forced_or_taken_off(embedded):
         for wanted, ids in ((True, [start, *plain]), (False, plain)):
             assert embedded.to_tokens(text, prepend_bos=wanted)[0].tolist() == ids
             assert torch.equal(embedded(text, prepend_bos=wanted), embedded(torch.tensor([ids])))
+    assert embedded.to_string([start, *plain]) == f"{embedded.tokenizer.bos_token}of the people"
 
 
 @torch.no_grad()
@@ -147,3 +148,6 @@ def test_losses(model, tokens):
         assert_close(found.flatten(), expected)
     for found in (mean, model.loss_fn(logits, tokens)):
         assert_close(found, expected.mean())
+    mask = torch.ones_like(tokens)
+    mask[1, 9:] = 0
+    assert_close(model.loss_fn(logits, tokens, mask), expected[mask[:, 1:].flatten() == 1].mean())

@@ -316,6 +316,11 @@ def test_each_factor_can_be_fed_by_itself(case: Case, field: str):
     assert_close(native.final_state, found.final_state, **EXACT)
 
 
+def test_strengths_reach_2_where_negative_eigenvalues_are_allowed():
+    x = torch.ones(B, T, H)
+    assert_close(FLA_DELTA.read("beta", {"v": x, "beta": x, "allow_neg_eigval": True}, x.dtype), 2 * x)
+
+
 @pytest.mark.parametrize("length", [1, 3, 45, 64])
 def test_the_operation_of_rwkv7_is_the_papers_equation(length: int):
     assert_close(rwkv7_recurrence(**rwkv7_call(length)), rwkv7(**rwkv7_call(length)), **EXACT)
