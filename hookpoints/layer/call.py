@@ -262,7 +262,11 @@ class LayerCall:
         """The input [B,T,H*V] of the output projection, after its hook."""
         spread = self.padding.spread(value)
         fired = self.hooks.fire("hook_z", spread.unflatten(-1, (self.mixer.heads, -1))).flatten(-2)
-        return fired if spread is value else self.padding.packed(fired)
+        if spread is not value:
+            return self.padding.packed(fired)
+        # By strides, of an axis of length 1 too, torch chooses the kernel of the projection.
+        alike = fired.is_contiguous() and value.is_contiguous()
+        return fired.as_strided(value.shape, value.stride()) if alike else fired
 
     # -- hooks
 

@@ -144,7 +144,7 @@ class MatrixTrainingSAE(TrainingSAE[Any], MatrixSAE):
             output = super().training_forward_pass(replace(step_input, sae_in=x))
             if cfg.loss != "mse":
                 loss = self._extra_loss(output, x, columns)
-                output.losses[f"{cfg.loss}_extra_loss"] = loss
+                output.losses[f"{cfg.loss}_loss"] = loss
                 output.loss = output.loss + cfg.loss_weight * (loss - output.losses["mse_loss"])
             self.update_means(x, output.feature_acts.detach().to_dense())  # pyright: ignore  (decorator)
         finally:

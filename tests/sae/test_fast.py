@@ -224,7 +224,7 @@ def test_a_scaled_input_is_folded() -> None:
 @pytest.mark.parametrize("name", ["writesae_topk", "writesae_standard"])
 def test_a_checkpoint_belongs_to_its_metric(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the loop on factors, and in SAELens' trainer, which run until they are stopped in their tenth step."""
-    monkeypatch.setattr(fast, "SAVE_SECONDS", -1.0)
+    monkeypatch.setattr(rows_, "SAVE_SECONDS", -1.0)
     monkeypatch.setattr(torch.optim.Adam, "step", Mock(side_effect=[None] * 9 + [InterruptedError]))
     cfg, rows = config(0, 12, name, metric="gauss_newton"), writes()
     for size, error in ((1, InterruptedError), (2, ValueError)):
