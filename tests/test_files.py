@@ -277,11 +277,11 @@ def test_what_is_no_file_is_not_replaced(kind: str, tmp_path: Path) -> None:
         os.mkfifo(target)
     else:
         target.symlink_to(tmp_path / "other" if kind == "link" else "nowhere")
-    before = target.lstat()
+    before = [*target.lstat()][:7]  # not the time of reading
     for write in (fresh().memory(some_tokens()).save, lambda file: atomic_text(file, "text")):
         with pytest.raises(OSError, match=f"got a {kind.split()[0]}.*target"):
             write(target)
-    assert target.lstat() == before and (tmp_path / "other").read_text() == "the user's"
+    assert [*target.lstat()][:7] == before and (tmp_path / "other").read_text() == "the user's"
     assert len(list(tmp_path.iterdir())) == 2
 
 

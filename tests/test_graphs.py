@@ -106,11 +106,6 @@ def rewritten(world: World) -> Memory:
     return memory.with_fact(pairs, "Ben lives in", "Oslo", instead_of="Rome")
 
 
-def questioned(world: World) -> dict[str, Any]:
-    settings: dict[str, Any] = {"n_atoms": 2, "firings_per_atom": 2, "horizon": 2, "mean_write_sequences": 2}
-    return {"Substitution": writesae.Substitution(**settings).run(world.model, world.sae, TOKENS)}
-
-
 CALLS: dict[str, Callable[[World], Any]] = {
     "HookedRecurrent.from_hf": lambda w: HookedSAERecurrent.from_hf(make_hf()),
     "HookedRecurrent.from_pretrained": lambda w: HookedRecurrent.from_pretrained("recall"),
@@ -152,7 +147,6 @@ CALLS: dict[str, Callable[[World], Any]] = {
     "train": lambda w: sae_lens_writesae.train(configured(w)),
     "steer": steered,
     "scale_atoms": scaled,
-    "Substitution": questioned,
     "Lab.firings": lambda w: Lab(w.model, {"": w.sae}, TOKENS).firings(),
     "Lab.site": lambda w: Lab(w.model, {"": w.sae}, TOKENS).site(0),
     "Lab.native_writes": lambda w: Lab(w.model, {"": w.sae}, TOKENS).native_writes([0, 1]),
@@ -205,7 +199,7 @@ NO_RUN = {
     *("PAPER_RUNNER", "VARIANTS", "LowRank", "MatrixSAE", "MatrixTrainingSAE", "Metric", "Collection", "load_sae"),
     *("Fact", "read_memory", "label_atoms", "calibrate_threshold", "head_target", "text_dataset", "training_config"),
     *("train_many_on_writes", "train_on_states", "train_on_writes"),
-    *("half_lives", "sample_sequences"),
+    *("half_lives", "sample_sequences", "fingerprint", "origin", "check_dictionary", "boot_transformers"),
 }
 """Public names that run no model, or scopes in which others do."""
 

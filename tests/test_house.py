@@ -26,8 +26,8 @@ CEILINGS = {
     "sae_lens_writesae": 18_400,
     "writesae": 15_050,
     "study/writesae_study": 40_350,
-    "tests": 91_000,
-    "study/tests": 33_000,
+    "tests": 91_300,
+    "study/tests": 33_300,
     "tools + benchmarks + study/tools": 31_300,
 }
 """Expression nodes of folders. A smoke alarm and no target: a commit that needs more says what a reader gains."""

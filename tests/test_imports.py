@@ -24,7 +24,7 @@ for first, then in json.loads(sys.argv[1]):
 """
 LIBRARIES = {"torch", "transformers", "transformer_lens", "sae_lens"}
 STEPS = {
-    ("", "import hookpoints; from hookpoints import HOOKS, EditError, embedded"): (80, set()),
+    ("", "import hookpoints; from hookpoints import HOOKS, EditError, embedded"): (100, set()),
     ("", "from hookpoints import RULES, Recurrence, WriteEdit, zoo"): (2_000, {"torch"}),
     ("import transformer_lens", "from hookpoints import HookedRecurrent, Memory, attach, cost"): (80, set()),
     ("import sae_lens; from hookpoints import HookedRecurrent", "import sae_lens_writesae"): (60, set()),

@@ -105,7 +105,7 @@ def there(host: HookedRecurrent) -> Iterator[HookedRecurrent]:
 
 PUBLIC = {name: call for name, call in {**CALLS, **DIFFERENTIABLE}.items() if "from_" not in name and name != "attach"}
 """Public calls on a model at hand."""
-LONG = ("train", "Substitution", "head_effects", "dictionary_quality")
+LONG = ("train", "head_effects", "dictionary_quality")
 """Not made on models that lie on two devices."""
 ONE_DEVICE = "attribute"
 """The call that refuses them."""

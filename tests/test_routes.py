@@ -95,12 +95,12 @@ def test_an_attribution_by_forty(embedded: HookedRecurrent) -> None:
 
 
 @torch.no_grad()
-def test_a_fact_is_replaced_by_ten() -> None:
+def test_a_fact_is_replaced_by_eleven() -> None:
     memory = HookedRecurrent.from_pretrained("facts").memory("Ben lives in Rome .")
     pairs = load_sae(zoo.path("facts") / "pairs")
     assert_route(
         lambda: memory.with_fact(pairs, "Ben lives in", "Oslo", instead_of="Rome"),
-        10,
+        11,
         "hookpoints/memory/memory.py",
         "hookpoints/memory/facts.py",
     )

@@ -320,7 +320,8 @@ def memory(model: PreTrainedModel, tokens: Tensor, horizon: int, stride: int = 4
     """Decay, write strength and half-life (of writes about ``stride`` tokens apart) of every head on tokens [B,T]."""
     table = []
     with attach(model, self_check=False) as hooked, hooked.recording() as record:
-        cache = hooked.run_with_cache(tokens, names_filter=lambda name: name.endswith("mixer.hook_beta"))[1]
+        names = [name for name in hooked.hook_dict if name.endswith("mixer.hook_beta")]
+        cache = hooked.run_with_cache(tokens, names_filter=names)[1]
     for layer, recorded in record.items():
         r = recorded.recurrence
         name = f"blocks.{layer}.mixer.hook_beta"  # RWKV-7 has none

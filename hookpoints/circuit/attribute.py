@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hookpoints.circuit.atoms import HeadSAE, atoms_of, labels_of, taken_apart, wholes_of
 from hookpoints.circuit.graph import Graph
-from hookpoints.circuit.nodes import LogitMetric, Token, logits_of, one_sequence, same_length
+from hookpoints.circuit.nodes import LogitMetric, Token, check_is_text, logits_of, one_sequence, same_length
 from hookpoints.circuit.tables import EDGE_COLUMNS, NODE_COLUMNS, largest, node_of
 from hookpoints.circuit.tracing import Tracing, Wanted
 from hookpoints.errors import InputError, PredictionWarning, UnsupportedModelError
@@ -68,6 +68,7 @@ def attribute(
     Cost: five passes for the nodes, about 0.2 for each measurement; `graph.check` tells how far to believe predictions.
     It leaves inference mode and autocast for its own passes, and other threads may run the model meanwhile.
     """
+    check_is_text(text)
     with own_gradients(model.cfg.device.type):
         tokens = one_sequence(model, text)
         if not model.attachment.layout.is_chain:

@@ -83,6 +83,7 @@ def write_attribution(
     of all heads, T / V times their recurrence. It leaves inference mode and autocast for its own passes; weights that
     are trained keep their ``requires_grad``, and other threads may run the model meanwhile.
     """
+    check_is_text(input)
     with own_gradients(model.cfg.device.type):
         tokens = one_sequence(model, input)
         donors = {} if corrupt is None else record(model, same_length(model, corrupt, tokens))
@@ -456,17 +457,21 @@ def record(model: HookedRecurrent, tokens: Tensor) -> dict[int, Recurrence]:
     return {layer: row.recurrence for layer, row in recorded.items()}
 
 
-def one_sequence(model: HookedRecurrent, input: str | Tensor) -> Tensor:
-    """Tokens [1,T] of a text.
-
-    Raises:
-        InputError: there is no text, there are several sequences, dropout is on, or the weights are of inference mode.
-    """
+def check_is_text(input: object) -> None:
+    """Raise InputError where text and model are exchanged."""
     if not isinstance(input, str | Tensor):
         raise InputError(
             f"text: expected a string or tokens [1,T], got {type(input).__name__}; the order is attribute(text, model) "
             "and write_attribution(model, text, metric)"
         )
+
+
+def one_sequence(model: HookedRecurrent, input: str | Tensor) -> Tensor:
+    """Tokens [1,T] of a text.
+
+    Raises:
+        InputError: there are several sequences, dropout is on, or the weights are of inference mode.
+    """
     tokens = model.to_tokens(input) if isinstance(input, str) else input.clone()  # of inference mode, perhaps
     if tokens.ndim != 2 or tokens.shape[0] != 1:
         raise InputError(

@@ -198,7 +198,7 @@ def recorded_streams(model: HookedModel) -> list[str]:
         names.append(f"blocks.{layer}.hook_resid_pre")
         if block.mixer_out is not None:
             names.append(f"blocks.{layer}.hook_mixer_out")
-    return names
+    return [name for name in names if name in model.hook_dict]  # blocks of several streams are given no single one
 
 
 def is_stored(stream: str, cache: Cache) -> bool:

@@ -151,6 +151,8 @@ def collect(
         asked["batch_size"] = max(1, batch_size)
     if dtype != "auto":
         asked["dtype"] = dtype
+    if folder.is_symlink():
+        raise ValueError(f"folder: expected no link, got {folder}; name {folder.resolve()}")
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock", timeout=0):  # fails at once where another run writes
         index = _index_of(model, ids, folder, asked, batch_size, shard_bytes)

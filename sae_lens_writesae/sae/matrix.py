@@ -199,9 +199,10 @@ class MatrixSAE(SAE[Any]):
 
     def _built_once(self, name: str, build: Callable[[], Tensor]) -> Tensor:
         if self._built is None or not torch.is_grad_enabled():
-            return build().as_subclass(ComputedMatrix)
+            # A compiled graph is of plain tensors.
+            return build() if torch.compiler.is_compiling() else build().as_subclass(ComputedMatrix)
         if name not in self._built:
-            self._built[name] = build().as_subclass(ComputedMatrix)
+            self._built[name] = build()  # of a training step, in which SAELens reads it
         return self._built[name]
 
     def decoder_norm(self) -> Tensor:

@@ -105,7 +105,7 @@ def row_orders(
 
 class Checkpoint:
     """What there is of an unfinished run: a sealed folder, whole or absent, that names the settings and the inputs of
-    the run. With no folder nothing is kept.
+    the run. With no folder nothing is saved.
 
     Args:
         inputs: what the dictionaries are trained on, as `content_hash` takes it. Costs a pass over it.

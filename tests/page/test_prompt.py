@@ -85,7 +85,7 @@ def test_facts_are_those_of_the_state_at_each_token(embedded: HookedRecurrent, t
     left, _, right = torch.linalg.svd(states[-8:])
     sae.key_atoms.copy_(left[..., 0])
     sae.value_atoms.copy_(right[:, 0])
-    words = {"words": [f"<b>{atom}" for atom in range(8)], "correlations": [1.0] * 8, "sizes": [1.0] * 8}
+    words = {"words": [f"<b>{atom}" for atom in range(8)], "correlations": [1.0] * 8, "sizes": [1e-3] * 8}
     sae.cfg.metadata.labels = {"keys": words, "values": words}
     sae.save_model(tmp_path / "sae")
     with PromptServer(Prompt(sae=tmp_path / "sae", port=0)) as server:
@@ -123,7 +123,7 @@ def test_the_page_opens_at_the_head_of_the_first_dictionary(embedded: HookedRecu
     for name, hook in (("a", HOOK), ("b", HOOK.replace(f"heads.{HEAD}", "heads.0"))):
         sae.cfg.metadata.hook_name = hook
         sae.save_model(tmp_path / name)
-    with Prompt(sae=tmp_path, port=0).server() as server:
+    with PromptServer(Prompt(sae=tmp_path, port=0)) as server:
         threading.Thread(target=server.handle_request).start()
         _, page = ask(server, "GET", "/")
     assert f'data-first="{HEAD}"' in page

@@ -55,7 +55,7 @@ def real_size(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def test_tokens_of_a_unit_are_far_apart() -> None:
     """The last one fills up; neighbors are near copies of each other."""
-    assert chunks._units(torch.arange(10), 4).tolist() == [[0, 3, 6, 9], [1, 4, 7, 9], [2, 5, 8, 9]]
+    assert chunks._unit_tokens(torch.arange(10), 4).tolist() == [[0, 3, 6, 9], [1, 4, 7, 9], [2, 5, 8, 9]]
 
 
 @pytest.fixture(autouse=True)

@@ -110,7 +110,7 @@ def test_sizes_are_in_powers_of_ten() -> None:
 
 def test_progress_counts_tokens() -> None:
     """Of ten sequences five are there."""
-    bar = module._bar(torch.zeros(10, 8), {"shard-1": range(5, 8), "shard-2": range(8, 10)}, progress=False)
+    bar = module._token_bar(torch.zeros(10, 8), {"shard-1": range(5, 8), "shard-2": range(8, 10)}, progress=False)
     assert (bar.n, bar.total) == (40, 80)
 
 
