@@ -12,7 +12,7 @@ from browsing import PHONE, opened, scrolls_sideways
 from playwright.sync_api import Browser, Page
 
 from page.planted_atoms import HEAD
-from writesae.demo import page_of, recall
+from writesae.demo import ChosenHead, page_of, recall
 from writesae.page.atoms import AtomPage, AtomPagesData, write_atom_pages
 from writesae.page.prompt import PromptServer
 
@@ -56,7 +56,7 @@ def places(data: AtomPagesData, server: PromptServer, tmp_path_factory: pytest.T
     recalled = recall()
     held = [each._replace(answer=EVIL, facts=((EVIL, 0.5),)) for each in recalled.memories]
     demo = replace(recalled, text=EVIL, question=EVIL, memories=tuple(held))
-    (folder / "demo.html").write_text(page_of(demo, {EVIL: QUALITY}))
+    (folder / "demo.html").write_text(page_of(demo, ChosenHead(EVIL, EVIL, 2, 1, 20.0, 0.1), {EVIL: QUALITY}))
     return {
         "demo": folder / "demo.html",
         "index": index,
