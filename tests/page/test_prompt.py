@@ -168,8 +168,9 @@ def test_connections_that_come_at_once_wait_to_be_accepted(folder: Path) -> None
     """More than five, which is Python's default: those beyond are reset."""
     with ExitStack() as opened:
         busy = opened.enter_context(PromptServer(Prompt(sae=folder, port=0)))  # accepts none yet
-        for _ in range(60):
-            opened.enter_context(socket.create_connection(busy.server_address[:2], timeout=2))
+        place = busy.server_address[:2]
+        waiting = [opened.enter_context(socket.create_connection(place, timeout=2)) for _ in range(60)]
+        assert all(each.getpeername()[1] == place[1] for each in waiting)
 
 
 def test_bad_input_ends_before_a_model_is_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
