@@ -279,7 +279,10 @@ def dense_writes(size: int, n_tokens: int, rounds: int) -> dict[str, float]:
     log_decay = -0.1 * normal(1, n_tokens, 1).abs()
     r = Recurrence(normal(1, n_tokens, 1, size), k, normal(1, n_tokens, 1, size), log_decay, b=k, beta=beta)
     writes = normal(1, n_tokens, 1, size, size)
-    ways = {"loop": timed(lambda: by_terms(r, writes)), "dense": timed(lambda: dense.scan(r, lambda *at: writes[at]))}
+    ways = {
+        "loop": timed(lambda: by_terms(r, writes)),
+        "dense": timed(lambda: dense.scan_with(r, lambda *at: writes[at])),
+    }
     for atoms in (4, 32):
         sides = normal(1, n_tokens, 1, atoms, size), normal(1, n_tokens, 1, atoms, size)
         ways[f"k {atoms}"] = timed(lambda sides=sides: r.with_write(*sides).scan())

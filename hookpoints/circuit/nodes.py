@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from hookpoints.circuit.norms import FROZEN, Form, HeadNorm, Held, constants, rounding
+from hookpoints.circuit.norms import FROZEN, HeadNorm, Held, MeanSquare, constants, rounding
 from hookpoints.errors import InputError, PredictionWarning
 from hookpoints.layer.context import scope
 from hookpoints.layer.intercept import wrap_forward
@@ -252,7 +252,7 @@ class WayOut:
     norms: list[HeadNorm]
 
     @cached_property
-    def forms(self) -> list[Form | None]:
+    def forms(self) -> list[MeanSquare | None]:
         """Of the mean squares of its norms."""
         return [norm.form(self.reads) for norm in self.norms]
 

@@ -76,7 +76,7 @@ def rounding(x: Tensor) -> float:
     return max(1e-3, 8 * torch.finfo(x.dtype).eps)
 
 
-class Form(NamedTuple):
+class MeanSquare(NamedTuple):
     """A mean square as a function of reads: the sum of squares of their entries, each with its weight."""
 
     slope: Tensor
@@ -96,7 +96,7 @@ class HeadNorm(NamedTuple):
     """Ones: its scale is a constant times this."""
 
     @torch.enable_grad()
-    def form(self, reads: Tensor) -> Form | None:
+    def form(self, reads: Tensor) -> MeanSquare | None:
         """The mean square by ``reads`` [1,T,H,V]; None where it is none. A centered one has second derivatives 2 / V,
         which sum to 0."""
         (slope,) = torch.autograd.grad(self.square.sum(), reads, create_graph=True)
@@ -110,7 +110,7 @@ class HeadNorm(NamedTuple):
             curve = torch.full_like(reads, 2 / n_values)
             probe = probe - probe.mean()
         fits = torch.allclose(bent, curve * probe, rtol=0, atol=float(small))
-        return Form(slope.detach(), curve, centered) if fits else None
+        return MeanSquare(slope.detach(), curve, centered) if fits else None
 
 
 # ------------------------------------------------------------------------------------------------ as constants

@@ -34,7 +34,7 @@ class Stretch(NamedTuple):
     """What the block adds."""
 
 
-class Span(NamedTuple):
+class SeenStretch(NamedTuple):
     """What a stretch saw of one text, with the graph in between."""
 
     start: Tensor
@@ -60,9 +60,9 @@ class Text(NamedTuple):
         """[T,...]."""
         return self.values[name].detach()[0]
 
-    def span(self, added: str) -> Span:
+    def seen_stretch(self, added: str) -> SeenStretch:
         """The stretch that ends at a hook."""
-        return Span(*(self.values[name] for name in self.stretches[added]))
+        return SeenStretch(*(self.values[name] for name in self.stretches[added]))
 
 
 @scoped
@@ -173,8 +173,8 @@ class Decomposition:
 
     def _of_mixer(self, directions: Tensor, block: int, text: Text) -> tuple[list[Part], Tensor]:
         """Writes and skips of a recurrent block, and the bias of its projection."""
-        span = self.clean.span(f"blocks.{block}.hook_mixer_out")
-        at_z, at_reads = back(span.added, (span.handed_on, span.start), directions)
+        seen = self.clean.seen_stretch(f"blocks.{block}.hook_mixer_out")
+        at_z, at_reads = back(seen.added, (seen.handed_on, seen.start), directions)
         heads = (at_z * text.at(f"blocks.{block}.mixer.hook_z")).sum(-1)
         reads = (at_reads * text.at(f"blocks.{block}.mixer.hook_read")).sum(-1)
         writes = of_writes(self.clean.recurrences[block], text.recurrences[block], at_reads)
@@ -184,8 +184,8 @@ class Decomposition:
 
     def _of_attention(self, directions: Tensor, block: int, text: Text) -> tuple[Part, Tensor]:
         """Softmax heads of a block, and the bias of their projection."""
-        span = self.clean.span(f"blocks.{block}.hook_attn_out")
-        (at_z,) = back(span.added, (span.start,), directions)
+        seen = self.clean.seen_stretch(f"blocks.{block}.hook_attn_out")
+        (at_z,) = back(seen.added, (seen.start,), directions)
         heads = (at_z * text.at(f"blocks.{block}.attn.hook_z")).sum(-1)
         out = torch.einsum("ntd,td->n", directions, text.at(f"blocks.{block}.hook_attn_out"))
         return Part("attn", block, heads, True), out - heads.sum((1, 2))

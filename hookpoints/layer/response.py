@@ -96,7 +96,7 @@ class EditResponse:
 
     def _add_writes(self, heads: slice, r: Recurrence, span: slice, writes: dense.Writes) -> None:
         """What ``r``, that of ``heads``, makes of ``writes`` at the tokens ``span`` is added."""
-        changed = dense.scan(r.select(tokens=span, initial_state=r.starting_state()), writes)
+        changed = dense.scan_with(r.select(tokens=span, initial_state=r.starting_state()), writes)
         if span.stop == r.T:
             self._add_outputs(heads, span.start, changed.outputs, changed.final_state)
             return

@@ -170,7 +170,7 @@ def pair_name(dictionary: PairDictionary, number: int) -> str:
     return f"{_words_of_side(dictionary, 0).words[i] or f'key {i}'} → {values[j] or f'value {j}'}"
 
 
-def joined(heads: Sequence[Sequence[Fact]], n: int | None = None) -> list[Fact]:
+def joined_facts(heads: Sequence[Sequence[Fact]], n: int | None = None) -> list[Fact]:
     """The facts of several heads as one list, at most n, strongest first: of one fact, |coefficient| times `named` adds
     up."""
     sums: dict[tuple[str, str], Fact] = {}

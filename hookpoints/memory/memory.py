@@ -47,7 +47,16 @@ from hookpoints.memory.caches import (
     turned,
     window,
 )
-from hookpoints.memory.facts import Fact, PairDictionary, is_usual, joined, lacking, place_of, read_memory, rewritten
+from hookpoints.memory.facts import (
+    Fact,
+    PairDictionary,
+    is_usual,
+    joined_facts,
+    lacking,
+    place_of,
+    read_memory,
+    rewritten,
+)
 from hookpoints.memory.passes import (
     Form,
     Kept,
@@ -197,8 +206,8 @@ class Memory:
     ) -> list[Fact]:
         """What a head holds after a row's tokens, as facts, strongest first: at most ``n``, or as many as are strong.
 
-        Of several dictionaries, the facts are `joined`. ``layer`` and ``head`` are those of the dictionary, and may be
-        left out where it names them.
+        Of several dictionaries, the facts are joined (`joined_facts`). ``layer`` and ``head`` are those of the
+        dictionary, and may be left out where it names them.
 
         Raises:
             InputError: what `read_memory` raises, the dictionary is one of another head, or there is no such row.
@@ -211,7 +220,7 @@ class Memory:
             self.model.check_dictionary(dictionary.cfg.metadata)
             state = self._head_state(*place_of(dictionary, layer, head))
             heads += read_memory(state[row : row + 1], dictionary, n)
-        return joined(heads, n) if isinstance(dictionaries, Sequence) else heads[0]
+        return joined_facts(heads, n) if isinstance(dictionaries, Sequence) else heads[0]
 
     def with_fact(
         self,

@@ -42,7 +42,7 @@ _WIDE = {"cpu": 2**15}
 """Numbers in the states from which, by device, a loop over tokens is faster: many calls, but the least arithmetic."""
 
 
-def scan(r: Recurrence, writes: Writes) -> ScanResult:
+def scan_with(r: Recurrence, writes: Writes) -> ScanResult:
     """Outputs [B,T,H,V] and final state [B,H,K,V] of ``r`` with ``writes`` replacing its own. They are asked for
     block by block, so that no more than a block of them need be in memory."""
     numbers = r.H * r.K * r.V

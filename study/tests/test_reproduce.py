@@ -28,7 +28,16 @@ from writesae_study.evaluations import EVALUATIONS
 from writesae_study.experiment.evaluation import Evaluation
 from writesae_study.reproduce.command import Reproduce, for_model, move_earlier, own_run, profile_folder
 from writesae_study.reproduce.config import SMALL, ReproduceConfig
-from writesae_study.reproduce.published import RUNS, Place, codes_of, collecting, commands, places, question, shuffled
+from writesae_study.reproduce.published import (
+    RUNS,
+    Place,
+    codes_of,
+    collecting,
+    command_lines,
+    places,
+    question,
+    shuffled_model,
+)
 from writesae_study.reproduce.texts import write_texts
 from writesae_study.zoo import Zoo
 
@@ -267,7 +276,7 @@ def test_rows_are_commands_and_the_published_results_are_theirs():
     rows = {(name, place.model, place.cell, replace(test, label="")) for name, place, test in published_results()}
     asked = [collecting(model) for model in RUNS["collect"]]
     for run in RUNS["run"]:
-        asked += [words for place in places(run["heads"]) for words in commands(run, place)]
+        asked += [words for place in places(run["heads"]) for words in command_lines(run, place)]
     for name, *arguments in asked:
         command = parse(COMMANDS[name], name, arguments[name == "eval" :])
         if isinstance(command, EvalAll):
@@ -299,10 +308,10 @@ def test_every_published_table_names_its_row():
 
 
 def test_a_shuffled_model_has_the_same_numbers_elsewhere():
-    ours = shuffled("recall").W_U.flatten()
+    ours = shuffled_model("recall").W_U.flatten()
     theirs = HookedRecurrent.from_pretrained("recall").W_U.flatten()
     assert torch.equal(ours.sort().values, theirs.sort().values) and not torch.equal(ours, theirs)
-    assert torch.equal(ours, shuffled("recall").W_U.flatten())
+    assert torch.equal(ours, shuffled_model("recall").W_U.flatten())
 
 
 def test_published_runs_have_their_own_settings(tmp_path):

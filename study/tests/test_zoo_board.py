@@ -22,11 +22,11 @@ from writesae.cli import main
 from writesae_study.known import board as boards
 from writesae_study.known import readers, sides
 from writesae_study.known.board import scored
-from writesae_study.known.readers import READERS, WRONG_SIZES, Job
+from writesae_study.known.readers import READERS, WRONG_SIZES, ReaderJob
 from writesae_study.known.scores import attributed, features, purity
 from writesae_study.known.sides import HeadCode, of_labels, of_product, of_sides
-from writesae_study.known.states import TERMS, HeadReader, Read, Reader, Told, pursue
-from writesae_study.known.world import Facts, World
+from writesae_study.known.states import TERMS, HeadReader, Reader, ReadShares, Told, pursue
+from writesae_study.known.world import FactChanges, World
 from writesae_study.zoo import Zoo
 
 
@@ -41,7 +41,7 @@ def board(world: World, facts: int = 64) -> tuple[dict[str, float], dict[str, fl
     truth = of_sides(*map(of_labels, (world.keys[0], world.values[0]), symbols))
     mixed = torch.randperm(len(symbols[0]), generator=torch.Generator().manual_seed(0))
     null = HeadCode._make(x[mixed] if isinstance(x, torch.Tensor) and len(x) == len(mixed) else x for x in truth)
-    drawn = Facts.draw(world, facts)
+    drawn = FactChanges.draw(world, facts)
     rows = (scored("", [[code]], world, drawn) for code in (truth, null))
     found = [{name: x["mean"] if isinstance(x, dict) else x for name, x in row.items()} for row in rows]
     return found[0], found[1]
@@ -63,8 +63,8 @@ def test_the_truth_scores_as_truth_and_a_null_as_chance(world: World) -> None:
     ("owner", "name", "broken"),
     [
         (boards, "purity", lambda atoms, parts: (1.0, 1.0)),
-        (Facts, "ask", lambda facts, world, writes: {each: facts.new >= 0 for each in facts.questions}),
-        (Facts, "ask", lambda facts, world, writes, ask=Facts.ask: ask(facts, world, None)),
+        (FactChanges, "ask", lambda facts, world, writes: {each: facts.new >= 0 for each in facts.questions}),
+        (FactChanges, "ask", lambda facts, world, writes, ask=FactChanges.ask: ask(facts, world, None)),
     ],
     ids=["every atom is pure", "every answer is right", "nothing is written"],
 )
@@ -106,7 +106,7 @@ def test_attribution_finds_the_writes_that_hold_a_fact(world: World) -> None:
 def test_an_attribute_is_replaced_along_the_native_key() -> None:
     """The new one's vector instead of the old one's."""
     world = World.of("composition", 8)
-    drawn = Facts.draw(world, 1)
+    drawn = FactChanges.draw(world, 1)
     parts = world.parts(torch.stack([drawn.new[0], drawn.base.symbols["values"][0, drawn.asked[0]]]))
     of_key = torch.randn(parts.shape[1], world.values.shape[-1])
     written, _ = drawn.writes(world, [], [of_key.expand(64, -1, -1)] * len(world.holder.heads))
@@ -117,7 +117,7 @@ def test_an_attribute_is_replaced_along_the_native_key() -> None:
 
 
 def test_the_example_asks_for_a_word_that_its_text_tells(world: World) -> None:
-    *text, answer, changed = boards.in_words(world, Facts.draw(world, 4))
+    *text, answer, changed = boards.in_words(world, FactChanges.draw(world, 4))
     told = dict(zip(text[:-1:2], text[1:-1:2]))
     assert told[text[-1]] == answer != changed
 
@@ -196,11 +196,11 @@ def planted(n: int, pairs: int, seed: int) -> tuple[Told, list[Sides]]:
     return Told(noisy.unflatten(-1, (16, 16)), facts.unflatten(1, (24, 24))), books
 
 
-def read(books: Sequence[Sides]) -> Read:
+def read(books: Sequence[Sides]) -> ReadShares:
     """Of the heads whose books these are, or of the first of them."""
     naming, _ = planted(1500, 3, 1)
     reader = Reader.of_heads([HeadReader.of_pairs(*book, TERMS) for book in books], naming)
-    return Read.of(reader, planted(200, 4, 2)[0])
+    return ReadShares.of(reader, planted(200, 4, 2)[0])
 
 
 def test_the_atoms_of_states_read_their_facts_and_others_do_not() -> None:
@@ -272,7 +272,7 @@ def test_every_reader_scores_every_fact_in_the_bits_of_the_pairs(
 ) -> None:
     monkeypatch.setattr(readers, "PROBED", 200)
     monkeypatch.setattr(readers, "PRINCIPAL", 16)
-    job = Job(world, Told.of(world, 4, 200, 1), Told.of(world, 4, 100, 2), steps=2, seed=0, times=0.5)
+    job = ReaderJob(world, Told.of(world, 4, 200, 1), Told.of(world, 4, 100, 2), steps=2, seed=0, times=0.5)
     (head,) = job.heads
     reader = READERS[name](job)
     scores = reader.scores(job.naming.states[:8])
@@ -287,7 +287,7 @@ def test_writes_are_clustered_by_direction(world: World) -> None:
     """Their sizes do not count."""
     told = Told.of(world, 4, 100, 1)
     larger = world._replace(keys=world.keys * torch.linspace(0.1, 10, len(world.keys[0]))[:, None])
-    both = (readers.of_writes(Job(each, told, told, steps=2, seed=0)) for each in (world, larger))
+    both = (readers.means_of_writes(ReaderJob(each, told, told, steps=2, seed=0)) for each in (world, larger))
     torch.testing.assert_close(*(reader.scores(told.states[:8]) for reader in both))
 
 
@@ -311,7 +311,7 @@ def test_additive_books_find_the_parts_of_sums_and_one_book_is_enough_for_whole_
     noise = 0.05 * torch.randn(600, 8, generator=g)
     sums = books[torch.arange(3), chosen].sum(1) + noise
 
-    def unexplained(side: sides.Side, rows: torch.Tensor) -> float:
+    def unexplained(side: sides.CodedSide, rows: torch.Tensor) -> float:
         return float((side.code @ side.atoms - rows).square().sum() / (rows - rows.mean(0)).square().sum())
 
     found = sides.additive(sums, 12, 0)

@@ -131,10 +131,10 @@ class EvalAll:
 
 def _value(evaluation: type[Evaluation], field: str, text: str) -> object:
     """A setting from JSON, or from a word where that is none."""
-    from writesae_study.experiment.typed import fits
+    from writesae_study.experiment.typed import has_type
 
     with contextlib.suppress(ValueError):
-        if fits(value := json.loads(text), get_type_hints(evaluation)[field]):
+        if has_type(value := json.loads(text), get_type_hints(evaluation)[field]):
             return value
     return text
 

@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 
 from hookpoints import HookedRecurrent, zoo
 from hookpoints.errors import InputError
-from hookpoints.memory.facts import joined
+from hookpoints.memory.facts import joined_facts
 from hookpoints.zoo.tasks import RELATIONS, Facts
 from sae_lens_writesae import Fact, label_atoms, load_sae, read_memory
 from sae_lens_writesae.sae import WriteProductSAE, WriteProductSAEConfig
@@ -151,10 +151,10 @@ def test_a_memory_says_what_it_holds(world: World) -> None:
 def test_facts_of_several_heads_add_up() -> None:
     one = [Fact("Ben", "Rome", -0.5, 1, 2, 0.8), Fact("Ada", "Oslo", 0.6, 3, 4, 0.9)]
     other = [Fact("Ben", "Rome", 0.4, 7, 8, 1.0), Fact("key 3", "value 1", 0.9, 3, 1, 0.0)]
-    facts = joined([one, other])
+    facts = joined_facts([one, other])
     assert [str(fact) for fact in facts] == ["Ben → Rome 0.80", "Ada → Oslo 0.54", "key 3 → value 1 0.00"]
     assert (facts[0].key_atom, facts[0].value_atom) in ((1, 2), (7, 8))
-    assert joined([one, other], 1) == facts[:1]
+    assert joined_facts([one, other], 1) == facts[:1]
 
 
 def test_labels_are_saved_with_the_dictionary(world: World, tmp_path: Path) -> None:

@@ -25,5 +25,5 @@ def test_colours_are_the_pages_and_those_of_its_light_side_elsewhere() -> None:
 
 
 def test_shares_are_percentages() -> None:
-    svg = figures.curves([figures.Line("a", [0, 1], [0.5, 1.0])], "step", "shares", percent=True)
+    svg = figures.curves([figures.Curve("a", [0, 1], [0.5, 1.0])], "step", "shares", percent=True)
     assert ">90%<" in svg

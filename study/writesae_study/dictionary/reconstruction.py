@@ -287,7 +287,7 @@ def replacement_costs(
     return pd.DataFrame(rows, columns=list(REPLACEMENT))
 
 
-def cost(result: Result, method: str, minus: str | None = None, hook: str | None = None) -> Estimate:
+def mean_cost(result: Result, method: str, minus: str | None = None, hook: str | None = None) -> Estimate:
     """Nats per token that a method ("label of the dictionary/method") costs, over sequences; with `minus` the paired
     difference. Its observations are tokens.
 

@@ -24,9 +24,9 @@ from writesae_study.dictionary.reconstruction import (
     REPLACEMENT,
     SVD,
     Basis,
-    cost,
     dictionaries,
     exchanged,
+    mean_cost,
     no_op_cost,
     of_dictionary,
     replacement_costs,
@@ -244,15 +244,15 @@ class Baselines(Evaluation):
         high = f"{rank_2['sae']}/dictionary"
         low = f"{ours['sae']}/dictionary"
         names = {high: "rank 2", low: "rank 1", "/mean": "mean matrix", "/zero": "zero"}
-        shown = {shown: cost(result, method) for method, shown in names.items()}
-        gap = cost(result, high, low)
+        shown = {shown: mean_cost(result, method) for method, shown in names.items()}
+        gap = mean_cost(result, high, low)
         return Finding(
             number=16,
             claim=claim,
             effect=gap,
             what="the difference of costs",
             null="mean matrix",
-            against={"mean matrix": Against(cost(result, high, "/mean"))},
+            against={"mean matrix": Against(mean_cost(result, high, "/mean"))},
             typical=shown["zero"].low,
             floor=no_op_cost(result),
             chance=2 * SMALL_COST,  # so that the cost must be below SMALL_COST
@@ -307,9 +307,9 @@ class Baselines(Evaluation):
         methods = dict.fromkeys(table.loc[table["hook"] == "state", "method"])
         if "rank 1" not in methods:
             return Finding.untested(claim, "It needs rank 1 among state_ranks, and states of a higher rank.")
-        shown = {m: cost(result, f"/{m}", hook="state") for m in methods if m.startswith("rank ")}
+        shown = {m: mean_cost(result, f"/{m}", hook="state") for m in methods if m.startswith("rank ")}
         if result.info["target"] == "state":
-            shown["zero"] = cost(result, "/zero")
+            shown["zero"] = mean_cost(result, "/zero")
         return Finding(
             claim=claim,
             effect=shown["rank 1"],

@@ -336,7 +336,7 @@ class Partition(OfAlive):
         lines = []
         for column, sample in COSINE_SAMPLES.items():
             cosines = np.quantile(result.tables["atoms"][column], 1 - shares)
-            lines.append(figures.Line(sample, shares.tolist(), cosines.tolist(), colours[sample]))
+            lines.append(figures.Curve(sample, shares.tolist(), cosines.tolist(), colours[sample]))
         title = "Cosine of each atom with the writes it fires on"
         return [Figure(title, figures.curves(lines, "share of alive atoms, best first", f"{title}: {result.label}"))]
 

@@ -311,7 +311,7 @@ def _spread(shares: Sequence[float]) -> str:
             wins = [Paired(rows).wins(f"atom/{self.scales[0]}", "delete") for _, rows in wide.groupby(quartile)]
             colour = "atom" if column == "delete" else "soft"
             band = ([rate.low for rate in wins], [rate.high for rate in wins])
-            lines.append(figures.Line(name, sorted(set(quartile)), [rate.mean for rate in wins], colour, band))
+            lines.append(figures.Curve(name, sorted(set(quartile)), [rate.mean for rate in wins], colour, band))
         title = "Win rate of the atom by quartile"
         ticks = {float(q): f"Q{q}" for q in range(1, 5)}
         svg = figures.curves(lines, "quartile", f"{title}: {result.label}", percent=True, chance=0.5, ticks=ticks)

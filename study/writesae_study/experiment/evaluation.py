@@ -32,7 +32,7 @@ from writesae.choices import AtLeast, at_least, expect, once_each
 from writesae.files import Json
 from writesae_study.experiment.bench import Bench, LayerHead
 from writesae_study.experiment.terms import Terms
-from writesae_study.experiment.typed import fits
+from writesae_study.experiment.typed import has_type
 from writesae_study.verdict.finding import Claim, Figure, Finding
 
 _FORMAT = 3
@@ -147,7 +147,7 @@ class Evaluation(ABC):
                 entries = (tuple(entry) if isinstance(entry, list) else entry for entry in value)
                 object.__setattr__(self, name, tuple(entries))
                 once_each(self, [name])
-            expect(self, {name: (fits(value, hints[name]), str(hints[name]).replace("typing.", ""))})
+            expect(self, {name: (has_type(value, hints[name]), str(hints[name]).replace("typing.", ""))})
         at_least(self, self.bounds())
         expect(self, self.rules())
 
@@ -441,7 +441,7 @@ class Result:
 def check_types(values: Mapping[str, object], kind: type) -> None:
     """Raise KeyError or ValueError where values from a file are not what a TypedDict says."""
     for name, hint in get_type_hints(kind).items():
-        if (name in values or name in kind.__required_keys__) and not fits(values[name], hint):
+        if (name in values or name in kind.__required_keys__) and not has_type(values[name], hint):
             raise ValueError(f"{name}: expected {hint}, got {values[name]!r}")
 
 

@@ -15,11 +15,11 @@ from torch.nn.functional import one_hot
 
 from writesae_study.known import readers
 from writesae_study.known.methods import fits
-from writesae_study.known.readers import FITTED_PAIRS, FIXED, READERS, WRONG_SIZES, Job
+from writesae_study.known.readers import FITTED_PAIRS, FIXED, READERS, WRONG_SIZES, ReaderJob
 from writesae_study.known.scores import attributed, features, purity
 from writesae_study.known.sides import HeadCode
-from writesae_study.known.states import Read, Reader, Told
-from writesae_study.known.world import Facts, World
+from writesae_study.known.states import Reader, ReadShares, Told
+from writesae_study.known.world import FactChanges, World
 from writesae_study.verdict.statistics import estimate
 
 READ_PAIRS = (4, 8)
@@ -30,7 +30,7 @@ COLUMNS = {
     ", precision": "precision_above",
     ", another text": "other",
 }
-"""Columns of the second table, for each of `READ_PAIRS`, and their fields of `Read`."""
+"""Columns of the second table, for each of `READ_PAIRS`, and their fields of `ReadShares`."""
 
 
 def board(
@@ -39,7 +39,7 @@ def board(
     """The first table of one model. `brief`: without attribution, and with the methods of `methods.BRIEF`; "example" is
     the first fact in words. `only`: the rows of one method."""
     world = World.of(name, sequences)
-    drawn = Facts.draw(world, facts)
+    drawn = FactChanges.draw(world, facts)
     heads = [fits(world, head, seeds, steps, brief, only) for head in range(len(world.keys))]
     rows = []
     for method in heads[0]:
@@ -67,7 +67,7 @@ def readings(name: str, seeds: int, sequences: int, facts: int, steps: int) -> d
     fitted = Told.of(world, FITTED_PAIRS, readers.FITTED, seed=1)
     naming = Told.of(world, FITTED_PAIRS, readers.NAMING, seed=2)
     texts = {pairs: Told.of(world, pairs, facts, seed=2 + pairs) for pairs in READ_PAIRS}
-    jobs = [Job(world, fitted, naming, steps, seed) for seed in range(seeds)]
+    jobs = [ReaderJob(world, fitted, naming, steps, seed) for seed in range(seeds)]
     rows = [read_by(reader, fit, jobs[:1] if reader in FIXED else jobs, texts) for reader, fit in READERS.items()]
     learned, fit = next(iter(READERS.items()))
     for times in WRONG_SIZES:
@@ -75,21 +75,23 @@ def readings(name: str, seeds: int, sequences: int, facts: int, steps: int) -> d
     return {"model": name, "heads": len(world.holder.heads), "rows": rows}
 
 
-def read_by(name: str, fit: Callable[[Job], Reader], jobs: Sequence[Job], texts: dict[int, Told]) -> dict[str, Any]:
+def read_by(
+    name: str, fit: Callable[[ReaderJob], Reader], jobs: Sequence[ReaderJob], texts: dict[int, Told]
+) -> dict[str, Any]:
     """One row: shares with intervals over texts and fits."""
     fits = [fit(job) for job in jobs]
     row: dict[str, Any] = {"reader": name, "parameters": fits[0].numbers, "bits": fits[0].bits}
     if math.isnan(row["bits"]):
         row["bits"] = None
     for pairs, told in texts.items():
-        reads = [Read.of(reader, told) for reader in fits]
+        reads = [ReadShares.of(reader, told) for reader in fits]
         text = torch.arange(len(told.facts))
         for what, column in COLUMNS.items():
             row[f"{pairs} pairs{what}"] = rate([(getattr(read, column), text) for read in reads])
     return row
 
 
-def in_words(world: World, facts: Facts) -> list[str]:
+def in_words(world: World, facts: FactChanges) -> list[str]:
     """The first sequence up to its question, its answer, and what the answer is to be."""
     asked = facts.base
     changed = facts.questions["changed"]
@@ -97,7 +99,7 @@ def in_words(world: World, facts: Facts) -> list[str]:
     return [world.task.vocabulary[i] for i in (*text, *asked.answers[0], *changed.answers[0])]
 
 
-def scored(method: str, codes: Sequence[Sequence[HeadCode]], world: World, facts: Facts) -> dict[str, Any]:
+def scored(method: str, codes: Sequence[Sequence[HeadCode]], world: World, facts: FactChanges) -> dict[str, Any]:
     """One row: means over heads, and rates with intervals over facts and seeds; codes [seeds][heads]."""
     parts = world.parts(world.value_symbols)
     every = [code for heads in codes for code in heads]

@@ -12,7 +12,7 @@ from torch.nn.functional import one_hot
 
 from sae_lens_writesae import LowRank, train, training_config
 from writesae_study.known import sides
-from writesae_study.known.sides import BATCH, LR, HeadCode, Side, Size, of_atoms, of_labels, of_product, of_sides
+from writesae_study.known.sides import BATCH, LR, CodedSide, HeadCode, Size, of_atoms, of_labels, of_product, of_sides
 from writesae_study.known.world import World
 
 
@@ -79,7 +79,7 @@ def vector_autoencoders(job: Job) -> list[HeadCode]:
     return [of_sides(key, value) for key, value in zip(of_keys, of_values)]
 
 
-def by_side(job: Job, fit: Callable[[Tensor, int, int], Side]) -> list[HeadCode]:
+def by_side(job: Job, fit: Callable[[Tensor, int, int], CodedSide]) -> list[HeadCode]:
     """The same fit of keys and of values."""
     return [
         of_sides(fit(job.keys, job.key.atoms, seed), fit(job.values, job.value.atoms, seed))

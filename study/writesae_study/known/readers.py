@@ -15,7 +15,7 @@ from torch.nn.functional import normalize, one_hot
 from hookpoints import HookedRecurrent
 from sae_lens_writesae import train, training_config
 from writesae_study.known.sides import Size, kmeans, of_labels, vector_topk
-from writesae_study.known.states import TERMS, Code, HeadReader, Reader, Told, term_bits, terms_of
+from writesae_study.known.states import TERMS, HeadReader, Reader, StateCode, Told, term_bits, terms_of
 from writesae_study.known.world import World
 
 FITTED_PAIRS = 4
@@ -101,7 +101,7 @@ class HeadStates:
 
 
 @dataclass(frozen=True, eq=False)
-class Job:
+class ReaderJob:
     """The texts to which readers of one model are fitted."""
 
     world: World
@@ -170,7 +170,7 @@ def singular_vectors(head: HeadStates) -> HeadReader:
     return HeadReader.of_pairs(sides[0], sides[1], head.terms)
 
 
-def of_writes(job: Job) -> Reader:
+def means_of_writes(job: ReaderJob) -> Reader:
     """k-means of the factors of writes."""
     readers = list[HeadReader]()
     for head, keys, values in zip(job.heads, job.world.keys, job.world.values):
@@ -179,7 +179,7 @@ def of_writes(job: Job) -> Reader:
     return Reader.of_heads(readers, job.naming)
 
 
-def of_symbols(job: Job) -> Reader:
+def of_symbols(job: ReaderJob) -> Reader:
     """The vectors that explain the factors of writes best, given their symbols."""
     of_keys = one_hot(job.world.key_symbols).float()
     of_values = job.world.parts(job.world.value_symbols)
@@ -210,15 +210,15 @@ def atoms(head: HeadStates, architecture: str, times: int, flat: bool) -> HeadRe
 
 
 @torch.no_grad()
-def _encoded(sae: Any, terms: int, states: Tensor) -> Code:
+def _encoded(sae: Any, terms: int, states: Tensor) -> StateCode:
     """The strongest atoms of states [N,K,V]."""
     contributions = sae.encode(states.flatten(1)) * sae.decoder_norm()
     top = contributions.topk(terms, dim=1)
-    return Code(top.indices, top.indices, top.values)
+    return StateCode(top.indices, top.indices, top.values)
 
 
 @torch.no_grad()
-def _decoded(sae: Any, code: Code) -> Tensor:
+def _decoded(sae: Any, code: StateCode) -> Tensor:
     """[N,K V]"""
     acts = torch.zeros(len(code.keys), sae.cfg.d_sae).scatter(1, code.keys, code.sizes)
     return sae.decode(acts / sae.decoder_norm())
@@ -231,7 +231,7 @@ def principal(head: HeadStates) -> HeadReader:
     return HeadReader.of_atoms(directions, directions.numel(), head.bits)
 
 
-def probe(job: Job) -> Reader:
+def probe(job: ReaderJob) -> Reader:
     """Ridge regression of the facts on states, with `PROBED` labeled texts."""
     seen = Told.of(job.world, FITTED_PAIRS, PROBED, seed=99)
     x = seen.states.flatten(1)
@@ -266,18 +266,18 @@ NULLS: dict[str, HeadFit] = {
 }
 
 
-def of_heads(fits: Mapping[str, HeadFit]) -> dict[str, Callable[[Job], Reader]]:
+def of_heads(fits: Mapping[str, HeadFit]) -> dict[str, Callable[[ReaderJob], Reader]]:
     """The same fit of every head, whose facts are joined."""
 
-    def joined(fit: HeadFit, job: Job) -> Reader:
+    def joined(fit: HeadFit, job: ReaderJob) -> Reader:
         return Reader.of_heads([fit(head) for head in job.heads], job.naming)
 
     return {name: partial(joined, fit) for name, fit in fits.items()}
 
 
-READERS: dict[str, Callable[[Job], Reader]] = {
+READERS: dict[str, Callable[[ReaderJob], Reader]] = {
     **of_heads(OF_STATES),
-    "codes of writes (k-means)": of_writes,
+    "codes of writes (k-means)": means_of_writes,
     "labels: linear probe": probe,
     "labels: vectors fitted to the symbols of writes": of_symbols,
     **of_heads(NULLS),

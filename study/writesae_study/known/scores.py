@@ -8,7 +8,7 @@ from torch.nn.functional import normalize, one_hot
 
 from hookpoints import write_attribution
 from writesae_study.known.sides import HeadCode
-from writesae_study.known.world import Facts, World
+from writesae_study.known.world import FactChanges, World
 
 FOUND = 0.8
 """Correlation, or purity, from which on an atom stands for a symbol."""
@@ -52,7 +52,7 @@ def _centred(x: Tensor) -> Tensor:
 def attributed(world: World, n: int = 16) -> dict[str, float]:
     """Share of the held writes (layer, head, token) that are among the H with the largest `write_attribution` to the
     answer's logit: precision and recall at once. "null": of H writes drawn at random."""
-    facts = Facts.draw(world, n)
+    facts = FactChanges.draw(world, n)
     holder = world.holder
     question = facts.questions["changed"]
     n_heads = len(world.holder.heads)

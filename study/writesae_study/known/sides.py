@@ -31,7 +31,7 @@ MOST_SUMS = 4096
 """Sums of one code of each book that an additive quantizer may have."""
 
 
-class Side(NamedTuple):
+class CodedSide(NamedTuple):
     """A code of one side of N writes."""
 
     code: Tensor
@@ -89,7 +89,7 @@ def code_bits(n: int, k: int) -> float:
 
 def vector_topk(
     rows: Tensor, sizes: Sequence[Size], steps: int, fitted: int | None = None, lr: float = LR
-) -> list[Side]:
+) -> list[CodedSide]:
     """TopK autoencoders of vectors [N,D], one for each size, trained side by side on the first `fitted` rows: a tied
     start from rows, no biases, Adam with a cosine, batches of `BATCH`."""
     train = rows[:fitted]
@@ -125,7 +125,7 @@ def vector_topk(
     sides = []
     for m, size in enumerate(sizes):
         code = codes[m, :, : size.atoms]
-        sides.append(Side(code, atoms[m, : size.atoms].detach(), code_bits(size.atoms, size.active)))
+        sides.append(CodedSide(code, atoms[m, : size.atoms].detach(), code_bits(size.atoms, size.active)))
     return sides
 
 
@@ -140,19 +140,19 @@ def choose_size(rows: Tensor, active: Sequence[int], steps: int, lr: float = LR)
     return next(size for size, each in zip(sizes, left) if each <= most)
 
 
-def kmeans(rows: Tensor, n: int, seed: int) -> Side:
+def kmeans(rows: Tensor, n: int, seed: int) -> CodedSide:
     """A quantizer of n codes."""
     fitted = KMeans(min(n, len(rows)), n_init="auto", random_state=seed).fit(rows.numpy())
     atoms = torch.tensor(fitted.cluster_centers_).to(rows)
     chosen = one_hot(torch.tensor(fitted.labels_).long(), len(atoms)).to(rows)
-    return Side(chosen, atoms, math.log2(n))
+    return CodedSide(chosen, atoms, math.log2(n))
 
 
-def residual(rows: Tensor, n: int, seed: int) -> Side:
+def residual(rows: Tensor, n: int, seed: int) -> CodedSide:
     """Two quantizers of n / 2 codes, the second one of what the first one leaves."""
     first = kmeans(rows, n // 2, seed)
     second = kmeans(rows - first.rows, n // 2, seed)
-    return Side(
+    return CodedSide(
         torch.cat([first.code, second.code], 1), torch.cat([first.atoms, second.atoms]), first.bits + second.bits
     )
 
@@ -192,7 +192,7 @@ def additive_books(rows: Tensor, n_books: int, n: int, seed: int) -> tuple[float
     return float((rows - summed(rows, books)).square().sum()), books
 
 
-def additive(rows: Tensor, n: int, seed: int) -> Side:
+def additive(rows: Tensor, n: int, seed: int) -> CodedSide:
     """An additive quantizer of at most n codes in all, the best of `RESTARTS`. The number of books is chosen without
     labels, by the rule of `TOLERANCE`."""
     fitted = len(rows) * 7 // 8
@@ -208,27 +208,27 @@ def additive(rows: Tensor, n: int, seed: int) -> Side:
     most = min(left.values()) + TOLERANCE * variance
     books = best(rows, next(m for m in numbers if left[m] <= most))
     code = one_hot(nearest_codes(rows, books), books.shape[1]).flatten(1).to(rows)
-    return Side(code, books.flatten(0, 1), len(books) * math.log2(books.shape[1]))
+    return CodedSide(code, books.flatten(0, 1), len(books) * math.log2(books.shape[1]))
 
 
-def svd(rows: Tensor, n: int, seed: int, bits_most: float = math.inf) -> Side:
+def svd(rows: Tensor, n: int, seed: int, bits_most: float = math.inf) -> CodedSide:
     """The first right singular vectors: at most n, and coefficients of at most so many bits. Seeds do not differ."""
     directions = torch.linalg.svd(rows, full_matrices=False)[2]
     atoms = directions[: int(min(n, bits_most / 8))]
-    return Side(rows @ atoms.T, atoms, 8.0 * len(atoms))
+    return CodedSide(rows @ atoms.T, atoms, 8.0 * len(atoms))
 
 
-def of_labels(rows: Tensor, labels: Tensor) -> Side:
+def of_labels(rows: Tensor, labels: Tensor) -> CodedSide:
     """The vectors that explain rows best, given which ones each is the sum of [N,F]: not a method, but the truth."""
     vectors = torch.linalg.lstsq(labels, rows, driver="gelsd").solution
-    return Side(labels, vectors, math.log2(labels.shape[1]))
+    return CodedSide(labels, vectors, math.log2(labels.shape[1]))
 
 
 # ------------------------------------------------------------------------------------------------ of writes
 
 
 @torch.no_grad()
-def of_sides(key: Side, value: Side) -> HeadCode:
+def of_sides(key: CodedSide, value: CodedSide) -> HeadCode:
     """A code of writes from one of their keys and one of their values."""
     return HeadCode(
         key_atom=key.strongest,
@@ -267,6 +267,8 @@ def of_product(sae: Any, keys: Tensor, values: Tensor) -> HeadCode:
     key, value = sae.code(LowRank.rank_one(keys, values))
     sign = (key.rows * keys).sum(1, keepdim=True).sign()
     usual = torch.where(sign.mean() < 0, -1.0, 1.0)  # atoms that stand for -k and -u are turned, not their codes
-    key_side = Side(sign * usual * key.acts, usual * sae.key_atoms.detach(), code_bits(cfg.f_key, cfg.k_key))
-    value_side = Side(sign * usual * value.acts, usual * sae.value_atoms.detach(), code_bits(cfg.f_value, cfg.k_value))
+    key_side = CodedSide(sign * usual * key.acts, usual * sae.key_atoms.detach(), code_bits(cfg.f_key, cfg.k_key))
+    value_side = CodedSide(
+        sign * usual * value.acts, usual * sae.value_atoms.detach(), code_bits(cfg.f_value, cfg.k_value)
+    )
     return of_sides(key_side, value_side)

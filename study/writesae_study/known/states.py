@@ -49,7 +49,7 @@ class Told(NamedTuple):
         return cls(torch.cat(states)[:, list(world.holder.heads)], facts > 0)
 
 
-class Code(NamedTuple):
+class StateCode(NamedTuple):
     """Terms of N states of one head."""
 
     keys: Tensor
@@ -63,9 +63,9 @@ class Code(NamedTuple):
 class HeadReader(NamedTuple):
     """What codes the states of one head."""
 
-    code: Callable[[Tensor], Code]
+    code: Callable[[Tensor], StateCode]
     """Of states [N,K,V]."""
-    decode: Callable[[Code], Tensor]
+    decode: Callable[[StateCode], Tensor]
     """[N,K V] what the terms add up to."""
     n_atoms: tuple[int, int]
     """Key atoms and value atoms."""
@@ -81,11 +81,11 @@ class HeadReader(NamedTuple):
         values = normalize(values, dim=1)
         counts = (len(keys), len(values))
 
-        def code(states: Tensor) -> Code:
+        def code(states: Tensor) -> StateCode:
             found = pursuit.pairs_of(states, keys, values, terms, pursuit.LEAST_STOP)
-            return Code(found.keys, found.values, found.coefficients)
+            return StateCode(found.keys, found.values, found.coefficients)
 
-        def decode(code: Code) -> Tensor:
+        def decode(code: StateCode) -> Tensor:
             weighted = code.sizes[..., None] * keys[code.keys]
             return (weighted.mT @ values[code.values]).flatten(1)
 
@@ -98,11 +98,11 @@ class HeadReader(NamedTuple):
         atoms = normalize(atoms, dim=1)
         terms = terms_of(len(atoms), bits)
 
-        def code(states: Tensor) -> Code:
+        def code(states: Tensor) -> StateCode:
             chosen, sizes = pursue(states.flatten(1), atoms, terms)
-            return Code(chosen, chosen, sizes)
+            return StateCode(chosen, chosen, sizes)
 
-        def decode(code: Code) -> Tensor:
+        def decode(code: StateCode) -> Tensor:
             return (code.sizes[:, None] @ atoms[code.keys])[:, 0]
 
         return cls(code, decode, (len(atoms), len(atoms)), numbers, terms * term_bits(len(atoms)))
@@ -136,7 +136,7 @@ def pursue(rows: Tensor, atoms: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return chosen, sizes
 
 
-class Names(NamedTuple):
+class AtomNames(NamedTuple):
     """Symbols of the atoms of one side, and how well each is named."""
 
     symbol: Tensor
@@ -145,7 +145,7 @@ class Names(NamedTuple):
     """[F] correlation, at least 0."""
 
     @classmethod
-    def of(cls, atoms: Tensor, n_atoms: int, sizes: Tensor, present: Tensor) -> Names:
+    def of(cls, atoms: Tensor, n_atoms: int, sizes: Tensor, present: Tensor) -> AtomNames:
         """Of atoms [N,n] with coefficients, from symbols that are present [N,S] in texts."""
         fires = torch.zeros(len(atoms), n_atoms).scatter_add(1, atoms, sizes.abs())
         fit, symbol = (_standard(fires).T @ _standard(present.float()) / len(atoms)).max(1)
@@ -171,11 +171,11 @@ class Reader(NamedTuple):
     @classmethod
     def of_heads(cls, heads: Sequence[HeadReader], naming: Told) -> Reader:
         """Facts that several heads share are joined."""
-        named = list[tuple[Names, Names]]()
+        named = list[tuple[AtomNames, AtomNames]]()
         for head, reader in enumerate(heads):
             code = reader.code(naming.states[:, head])
-            keys = Names.of(code.keys, reader.n_atoms[0], code.sizes, naming.facts.any(2))
-            values = Names.of(code.values, reader.n_atoms[1], code.sizes, naming.facts.any(1))
+            keys = AtomNames.of(code.keys, reader.n_atoms[0], code.sizes, naming.facts.any(2))
+            values = AtomNames.of(code.values, reader.n_atoms[1], code.sizes, naming.facts.any(1))
             named.append((keys, values))
         n_values = naming.facts.shape[2]
 
@@ -202,7 +202,7 @@ class Reader(NamedTuple):
         return cls(scores, numbers, bits, float(found[order[best]].clamp_min(1e-9)))
 
 
-class Read(NamedTuple):
+class ReadShares(NamedTuple):
     """Shares, one a text [N]."""
 
     recall: Tensor
@@ -214,7 +214,7 @@ class Read(NamedTuple):
     precision_above: Tensor
 
     @classmethod
-    def of(cls, reader: Reader, told: Told) -> Read:
+    def of(cls, reader: Reader, told: Told) -> ReadShares:
         """What a reader reads of texts, which all tell equally many facts."""
         scores = reader.scores(told.states).flatten(1)
         facts = told.facts.flatten(1)

@@ -74,7 +74,7 @@ class World(NamedTuple):
         return one_hot(self.task.attributes(values), self.task.n_attributes).flatten(-2).float()
 
 
-class Facts(NamedTuple):
+class FactChanges(NamedTuple):
     """B sequences, in each of which one fact is to be another one."""
 
     base: zoo.Batch
@@ -89,7 +89,7 @@ class Facts(NamedTuple):
     have attributes "other attributes" of the same."""
 
     @classmethod
-    def draw(cls, world: World, n: int) -> Facts:
+    def draw(cls, world: World, n: int) -> FactChanges:
         """One attribute is another one, or the whole value."""
         task = world.task
         holder = world.holder

@@ -118,7 +118,7 @@ def quality_rows(results: Sequence[Result]) -> list[dict[str, Json]]:
     rows: dict[tuple[Json, ...], dict[str, Json]] = {}
     for result in results:  # a dictionary is measured once, and all of its results say so
         model = result.info["model"]
-        head = head_of(result)
+        head = head_label(result)
         qualities = cast("dict[str, dict[str, Json]]", result.info.get("quality") or {})
         for label, quality in qualities.items():
             if quality:
@@ -126,7 +126,7 @@ def quality_rows(results: Sequence[Result]) -> list[dict[str, Json]]:
     return list(rows.values())
 
 
-def head_of(result: Result) -> str:
+def head_label(result: Result) -> str:
     """Layer and head as a reader sees them: L4H0."""
     return f"L{result.info['layer']}H{result.info['head']}"
 
@@ -208,7 +208,7 @@ def _shown(results: Sequence[Result], rows: Sequence[Answer]) -> dict[str, objec
         "compared": compared,
         "evaluations": EVALUATIONS,
         "documentation": inspect.getdoc,
-        "heads": ", ".join(dict.fromkeys(map(head_of, results))),
+        "heads": ", ".join(dict.fromkeys(map(head_label, results))),
         "qualities": quality_rows(results),
         "said": said,
     }

@@ -49,7 +49,7 @@ def collecting(model: str) -> list[str]:
     return ["collect", "--model", model, *where, "--targets", "write", "state", "--out", folder]
 
 
-def commands(run: Mapping[str, Any], place: Place) -> Iterator[list[str]]:
+def command_lines(run: Mapping[str, Any], place: Place) -> Iterator[list[str]]:
     """Arguments of `writesae` for a run at one of its heads, in order."""
     for recipe, names in run["train"].items():
         yield training(place, recipe, names)
@@ -138,7 +138,7 @@ def without_learning(place: Place, tests: Sequence[Evaluation]) -> None:
     }
     if all(folder.exists() for folder in folders.values()):
         return
-    model = shuffled(name)
+    model = shuffled_model(name)
     terms = Terms(model, sample_sequences(model, embedded.text("train"), 128, 160))
     tokens = sample_sequences(model, embedded.text("test"), 128, _SEQUENCES)
     size = {"d_sae": RUNS["sizes"]["d-sae"], "training_tokens": 128, "context_size": 8, "verbose": False}
@@ -153,7 +153,7 @@ def without_learning(place: Place, tests: Sequence[Evaluation]) -> None:
             print(name, test.kind, control, [claim.outcome for claim in result.claims()], flush=True)
 
 
-def shuffled(name: str, seed: int = 0) -> HookedRecurrent:
+def shuffled_model(name: str, seed: int = 0) -> HookedRecurrent:
     """A model of the package whose numbers are permuted within each parameter."""
     import torch
 

@@ -5,7 +5,7 @@ import shlex
 import sys
 
 from writesae_study.reproduce.published import (
-    RUNS, Place, at_equal_bits, codes_of, collecting, commands, places, question, without_learning
+    RUNS, Place, at_equal_bits, codes_of, collecting, command_lines, places, question, without_learning
 )
 
 shell.prefix("writesae() {{ %s -m writesae \"$@\"; }}; " % shlex.quote(sys.executable))  # this one, on any node
@@ -60,7 +60,7 @@ rule run:
     output:
         touch("marks/{model}/{layer}.{head}/run{n}"),
     params:
-        lines=lambda at: lines(commands(RUNS["run"][int(at.n)], place_of(at))),
+        lines=lambda at: lines(command_lines(RUNS["run"][int(at.n)], place_of(at))),
     log:
         "logs/{model}-{layer}.{head}-run{n}.txt",
     shell:

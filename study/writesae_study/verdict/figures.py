@@ -73,7 +73,7 @@ class Row(NamedTuple):
     """Key of `COLORS`."""
 
 
-class Line(NamedTuple):
+class Curve(NamedTuple):
     """One line of `curves`, with a band where there is one."""
 
     name: str
@@ -119,7 +119,7 @@ def intervals(
 
 
 def curves(
-    lines: Sequence[Line],
+    lines: Sequence[Curve],
     label: str,
     title: str,
     *,

@@ -316,7 +316,7 @@ def medians(
     lines = []
     for name, row in wide.iterrows():
         colour = colours.get(str(name), "soft")
-        lines.append(figures.Line(names[str(name)], x_values, row.tolist(), colour))
+        lines.append(figures.Curve(names[str(name)], x_values, row.tolist(), colour))
     log_y = bool(wide.to_numpy().max() > 10 * wide.to_numpy().min())
     svg = figures.curves(lines, label, title, log_x=log_x, log_y=log_y)
     return Figure(title.split(":")[0], svg, "Medians.")

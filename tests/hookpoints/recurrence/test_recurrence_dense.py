@@ -38,5 +38,5 @@ def test_chunks_are_the_loop(form: str, declare_beta: bool, tokens: int, wide: b
     monkeypatch.setattr(dense, "_BLOCK", 40)
     monkeypatch.setattr(dense, "_WIDE", {"cpu": 0} if wide else {})  # a loop over tokens, or chunks
     expected = by_token(r, writes)
-    assert_close(tuple(dense.scan(r, lambda rows, tokens: writes[rows, tokens])), expected, rtol=0, atol=1e-10)
+    assert_close(tuple(dense.scan_with(r, lambda rows, tokens: writes[rows, tokens])), expected, rtol=0, atol=1e-10)
     assert_close(list(reference.steps(r, writes))[-1][1], expected[1], rtol=0, atol=1e-10)
