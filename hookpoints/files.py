@@ -62,9 +62,9 @@ def atomic_write(target: Path, write: Callable[[Path], object]) -> Path:
         check_replaceable(target)
         written = aside / target.name
         write(written)
-        _sync(written)
+        _sync_to_disk(written)
         os.replace(written, target)
-        _sync(target.parent)
+        _sync_to_disk(target.parent)
     return target
 
 
@@ -86,11 +86,11 @@ def atomic_folder(target: Path, write: Callable[[Path], object], names: Callable
         written.mkdir()
         write(written)
         for path in (*written.rglob("*"), written):
-            _sync(path)
+            _sync_to_disk(path)
         if target.exists():
             target.rename(aside / _EARLIER)  # after a kill here `finish` has both
         written.rename(target)
-        _sync(target.parent)
+        _sync_to_disk(target.parent)
     return target
 
 
@@ -114,9 +114,9 @@ def atomic_files(folder: Path, write: Callable[[Path], object]) -> None:
             others = ", ".join(sorted(foreign))
             raise FileExistsError(errno.EEXIST, f"seals other files ({others}); name another folder", str(seal))
         for name in (*names, CHECKSUMS):
-            _sync(written / name)
+            _sync_to_disk(written / name)
             os.replace(written / name, folder / name)
-        _sync(folder)
+        _sync_to_disk(folder)
 
 
 def check_replaceable(target: Path) -> None:
@@ -187,7 +187,7 @@ def aside_of(target: Path) -> Iterator[Path]:
             str(target.parent),
         )
     target.parent.mkdir(parents=True, exist_ok=True)
-    _clean(target.parent)
+    _clean_asides(target.parent)
     folder = target.with_name(f".{target.name}.{uuid4().hex}.aside")
     folder.mkdir()
     try:
@@ -198,10 +198,10 @@ def aside_of(target: Path) -> Iterator[Path]:
 
 
 @cache
-def _clean(parent: Path) -> None:
+def _clean_asides(parent: Path) -> None:
     """Finish or remove what killed processes left aside in a folder; once in a process."""
     finish(parent)
-    for folder in _asides(parent):
+    for folder in _folders_aside(parent):
         with suppress(OSError, Timeout):
             if time.time() - folder.stat().st_mtime > _YOUNG:
                 with FileLock(folder / _LOCK, timeout=0):
@@ -211,21 +211,21 @@ def _clean(parent: Path) -> None:
 def finish(parent: Path) -> None:
     """Rename the folders that `atomic_folder` was about to rename in ``parent`` when it was killed: the earlier one was
     aside already, and the new one is whole. What a living process has aside is locked, and left."""
-    for folder in _asides(parent):
+    for folder in _folders_aside(parent):
         name = folder.name[1:].rsplit(".", 2)[0]
         if (folder / _EARLIER).exists() and not os.path.lexists(parent / name):
             with suppress(OSError, Timeout), FileLock(folder / _LOCK, timeout=0):
                 (folder / name).rename(parent / name)
 
 
-def _asides(parent: Path) -> list[Path]:
+def _folders_aside(parent: Path) -> list[Path]:
     """The folders aside in ``parent``; none where it is no folder."""
     inside = parent.iterdir() if parent.is_dir() else ()
     folders = [path for path in inside if path.is_dir() and not path.is_symlink()]
     return [path for path in folders if _ASIDE.fullmatch(path.name)]
 
 
-def _sync(path: Path) -> None:
+def _sync_to_disk(path: Path) -> None:
     """Return when a file or folder has reached the disk. Some file systems cannot do this for folders."""
     opened = os.open(path, os.O_RDONLY)
     try:
@@ -319,10 +319,10 @@ class SealedFolder:
         self.error = error
         if not folder.exists():
             finish(folder.parent)
-        self.sums = self._read() if sums is None and os.path.lexists(folder / CHECKSUMS) else sums
+        self.sums = self._listed_sums() if sums is None and os.path.lexists(folder / CHECKSUMS) else sums
         self._whole: set[str] = set()
 
-    def _read(self) -> dict[str, str]:
+    def _listed_sums(self) -> dict[str, str]:
         file = plain_file(self.folder, CHECKSUMS, self.error)
         sums: dict[str, str] = {}
         for line in file.read_text(encoding="utf-8", errors="replace").splitlines():

@@ -21,7 +21,7 @@ from saes import make_sae
 from hookpoints.files import (
     CHECKSUMS,
     SealedFolder,
-    _clean,
+    _clean_asides,
     atomic_folder,
     atomic_text,
     atomic_write,
@@ -332,7 +332,7 @@ def test_a_kill_between_two_renames_loses_no_folder(
     os.waitpid(process, 0)
     assert not folder.exists()
     if opened == "written beside":
-        _clean.cache_clear()  # once in a process, of which this is the second
+        _clean_asides.cache_clear()  # once in a process, of which this is the second
         atomic_text(tmp_path / "new", "text")
         assert folder.exists()
     assert SealedFolder(folder).file("text").read_text() == "newer"

@@ -80,7 +80,7 @@ class Layout:
 
     def __init__(self, spots: Sequence[Spot], lines: Sequence[Line], last: int, width: int):
         self.width = width
-        streams = {_token(line.source) for line in lines if line.source.startswith("stream@")}
+        streams = {_token_of_node(line.source) for line in lines if line.source.startswith("stream@")}
         self.tokens = sorted({last, *streams, *(spot.position for spot in spots)})
         self.column = (width - _LEFT - 14) / len(self.tokens)
         self.rows: dict[int, float] = {}
@@ -91,7 +91,7 @@ class Layout:
             below = Counter(spot.position for spot in spots if spot.is_part and spot.layer == block)
             self.floor += _ROW + _PART * max(below.values(), default=0)
         self.places = {f"stream@{token}": (self.across(token), self.floor) for token in self.tokens}
-        self.places |= {spot.node_id: self._place(spot, spots) for spot in spots}
+        self.places |= {spot.node_id: self._spot_place(spot, spots) for spot in spots}
         self.places["logit"] = (self.across(last), _TOP - 10.0)
 
     def across(self, token: int) -> float:
@@ -102,7 +102,7 @@ class Layout:
         """Where a place has more room: 1 on its right, -1 on its left."""
         return 1 if x < self.width / 2 else -1
 
-    def _place(self, spot: Spot, spots: Sequence[Spot]) -> tuple[float, float]:
+    def _spot_place(self, spot: Spot, spots: Sequence[Spot]) -> tuple[float, float]:
         x = self.across(spot.position)
         if spot.layer < 0:
             return x, self.floor - 14
@@ -150,8 +150,8 @@ def _visible_lines(edges: pd.DataFrame) -> list[Line]:
     for (_, port), group in large.groupby(["target", "port"], sort=False):
         lines = sorted(map(Line._make, group[list(Line._fields)].to_numpy().tolist()), key=_drawn_size)
         parts = [line for line in lines if not line.source.startswith("stream@")][: _SOURCES.get(port, 2)]
-        tokens = {_token(line.source) for line in parts}
-        drawn += [*parts, *[line for line in lines if _token(line.source) not in tokens][:1]]
+        tokens = {_token_of_node(line.source) for line in parts}
+        drawn += [*parts, *[line for line in lines if _token_of_node(line.source) not in tokens][:1]]
     return sorted(drawn, key=_drawn_size)
 
 
@@ -160,7 +160,7 @@ def _drawn_size(shown: Spot | Line) -> float:
     return -abs(shown.measured)
 
 
-def _token(node_id: str) -> int:
+def _token_of_node(node_id: str) -> int:
     return int(node_id.split(" ")[0].split("@")[1])
 
 

@@ -341,16 +341,16 @@ class ThroughNorm(NamedTuple):
         left = self.square.to(linear) + linear
         for weights, values in changes:
             linear = linear + weights * (self.along.to(values) @ values.mT)
-            left = left - weights * (self.slope.to(values) @ self._direction(values).mT)
+            left = left - weights * (self.slope.to(values) @ self._centered_values(values).mT)
         for weights, values in changes:
             for other_weights, other_values in changes:
-                product = self._direction(values) * self._direction(other_values)
+                product = self._centered_values(values) * self._centered_values(other_values)
                 left = left + weights * other_weights * (self.curve.to(product) @ product.mT) / 2
         return self._taken_off(linear, left).tril().sum(1)
 
     def of_reads(self, taken: Tensor) -> Tensor:
         """[N], the same of one head where ``taken`` [N,T,V] are taken off its reads."""
-        direction = self._direction(taken)
+        direction = self._centered_values(taken)
         linear = torch.einsum("ntv,htv->htn", taken, self.along.to(taken))
         left = self.square - torch.einsum("ntv,htv->htn", direction, self.slope.to(taken))
         left = left + torch.einsum("ntv,htv->htn", direction.square(), self.curve.to(taken)) / 2
@@ -361,7 +361,7 @@ class ThroughNorm(NamedTuple):
         ratio = (self.square / left.clamp_min(1e-12)).sqrt()
         return self.total - (self.total - linear) * ratio
 
-    def _direction(self, values: Tensor) -> Tensor:
+    def _centered_values(self, values: Tensor) -> Tensor:
         return values - values.mean(-1, keepdim=True) if self.centered else values
 
 

@@ -145,14 +145,14 @@ class Decomposition:
                 parts += recurrent
                 bias = bias + rest
             elif block in self.model.cfg.layers:
-                parts.append(self._whole("skip", directions, block, text.at(mixer_out)))
+                parts.append(self._whole_part("skip", directions, block, text.at(mixer_out)))
             if attn_out in self.clean.stretches:
                 softmax, rest = self._of_attention(directions, block, text)
                 parts.append(softmax)
                 bias = bias + rest
             elif block not in self.model.cfg.layers and attn_out in text.values:
-                parts.append(self._whole("attn", directions, block, text.at(attn_out)))
-            parts.append(self._whole("mlp", directions, block, self.mlp_out(block, text)))
+                parts.append(self._whole_part("attn", directions, block, text.at(attn_out)))
+            parts.append(self._whole_part("mlp", directions, block, self.mlp_out(block, text)))
         return parts, bias
 
     def mlp_out(self, block: int, text: Text) -> Tensor:
@@ -168,7 +168,7 @@ class Decomposition:
                 added = added - text.at(f"blocks.{block}.{hook}")
         return added
 
-    def _whole(self, feature_type: FeatureType, directions: Tensor, block: int, added: Tensor) -> Part:
+    def _whole_part(self, feature_type: FeatureType, directions: Tensor, block: int, added: Tensor) -> Part:
         return Part(feature_type, block, torch.einsum("ntd,td->nt", directions, added)[..., None])
 
     def _of_mixer(self, directions: Tensor, block: int, text: Text) -> tuple[list[Part], Tensor]:

@@ -47,7 +47,7 @@ def text(split: Split = "all") -> str:
     The parts are whole blocks of 20,000 characters, taken in turn from all periods, so both hold old and new
     speech.
     """
-    return "\n\n".join(divide(_blocks(), split))
+    return "\n\n".join(divide(_text_blocks(), split))
 
 
 def divide(blocks: Sequence[str], split: Split) -> list[str]:
@@ -62,5 +62,5 @@ def divide(blocks: Sequence[str], split: Split) -> list[str]:
 
 
 @cache
-def _blocks() -> tuple[str, ...]:
+def _text_blocks() -> tuple[str, ...]:
     return tuple(lzma.decompress((_HERE / "heldout.txt.xz").read_bytes()).decode("utf-8").split(_SEPARATOR))

@@ -51,7 +51,7 @@ def first_format(files: Iterable[str]) -> dict[str, Tensor] | None:
     """All weights of an RWKV-7 checkpoint under their present names, where it has the six token shifts of a layer as
     one tensor [6,D]; None where it has them apart (the usual case, which costs a look at the names)."""
     weights: dict[str, Tensor] = {}
-    if not any(name.endswith(_JOINED) for file in files for name in _names(file)):
+    if not any(name.endswith(_JOINED) for file in files for name in _tensor_names(file)):
         return None
     for name, value in (pair for file in files for pair in load_file(file).items()):
         parts: Mapping[str, Tensor] = {name: value}
@@ -62,6 +62,6 @@ def first_format(files: Iterable[str]) -> dict[str, Tensor] | None:
     return weights
 
 
-def _names(file: str) -> list[str]:
+def _tensor_names(file: str) -> list[str]:
     with safe_open(file, framework="pt") as tensors:
         return list(tensors.keys())

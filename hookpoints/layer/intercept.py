@@ -64,7 +64,7 @@ class _WrappedForward:
     def __call__(self, *args: object, **kwargs: object) -> object:
         # torch.compile would freeze the hooks of its first call, so a compiled model runs wrapped modules uncompiled.
         if torch.compiler.is_dynamo_compiling():
-            return _uncompiled(self, *args, **kwargs)
+            return _run_uncompiled(self, *args, **kwargs)
         forward = self.original
         for around, needed in self.arounds:
             if needed is None or needed():
@@ -92,7 +92,7 @@ def _call_unbound(
 
 
 @torch.compiler.disable
-def _uncompiled(wrapped: Function, *args: object, **kwargs: object) -> object:
+def _run_uncompiled(wrapped: Function, *args: object, **kwargs: object) -> object:
     return wrapped(*args, **kwargs)
 
 
@@ -195,7 +195,7 @@ identity from being another's."""
 def wrap_ops(namespace: ModuleType, rule: Rule) -> Callable[[], None]:
     """Bind the rule's op names in ``namespace`` to wrappers; returns what undoes it. The last one to undo it puts the
     originals back."""
-    return _rebind(
+    return _rebind_names(
         namespace,
         (rule.ops, _wrap_op),
         (rule.companions, _wrap_companion),
@@ -206,10 +206,10 @@ def wrap_ops(namespace: ModuleType, rule: Rule) -> Callable[[], None]:
 
 def wrap_attention(namespace: ModuleType) -> Callable[[], None]:
     """As `wrap_ops`, for the table from which attention takes the function that computes it."""
-    return _rebind(namespace, (("ALL_ATTENTION_FUNCTIONS",), _wrap_functions))
+    return _rebind_names(namespace, (("ALL_ATTENTION_FUNCTIONS",), _wrap_functions))
 
 
-def _rebind(namespace: ModuleType, *wrappers: tuple[Iterable[str], Callable[..., object]]) -> Callable[[], None]:
+def _rebind_names(namespace: ModuleType, *wrappers: tuple[Iterable[str], Callable[..., object]]) -> Callable[[], None]:
     bound: list[tuple[str, object]] = []
     with _LOCK:
         for names, wrap in wrappers:

@@ -75,7 +75,7 @@ class Attached(HookedModel):
         self.__dict__["hf_model"] = model  # past nn.Module, which would register it as a part of this one
         with selfcheck.in_eval_mode(model):
             attachment = Attachment(model, find_layout(model), self, backend)
-            self._hook(attachment, None, backend, self._check if self_check else None)
+            self._attach_hooks(attachment, None, backend, self._check_model if self_check else None)
 
     def forward(self, *args: object, **kwargs: object) -> Any:
         """The model's own forward: its arguments, its result.
@@ -99,7 +99,7 @@ class Attached(HookedModel):
     ) -> None:
         self.detach()
 
-    def _check(self) -> None:
+    def _check_model(self) -> None:
         selfcheck.self_check(self)
 
 
@@ -131,7 +131,7 @@ class AttachedBridge(Attached):
         check_forward_arguments(kwargs, self.hf_model, self.bridge.forward)
         return self.bridge(*args, **kwargs)
 
-    def _check(self) -> None:
+    def _check_model(self) -> None:
         tokens = torch.arange(1, 8, device=self.cfg.device).remainder(self.cfg.d_vocab).unsqueeze(0)
         # A copied forward runs only without a cache, and may not fit this version of transformers.
         with suppress(Exception), torch.no_grad(), self.recording():

@@ -61,7 +61,7 @@ class HookedModel(HookedRootModule):
     def cfg(self, value: HookedRecurrentConfig) -> None:
         self._cfg = value
 
-    def _hook(
+    def _attach_hooks(
         self, attachment: Attachment, name: str | None, backend: Backend, check: Callable[[], object] | None
     ) -> None:
         """Name the hook points that ``attachment`` made, and ``check`` them. A model that is refused is left as it

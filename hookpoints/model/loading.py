@@ -171,7 +171,7 @@ def _loaded_model(
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise UnknownModelError(_unknown_model(name, f"of the hub: {reason}")) from error
     _refuse_mamba_ssm(name, saved)
-    _refuse(name, saved.get("model_type"))  # before anything of it is imported or fetched
+    _refuse_unsupported(name, saved.get("model_type"))  # before anything of it is imported or fetched
     is_own = saved.get("model_type") in _OWN_CLASSES
     of_fla = not is_own and saved.get("model_type") in MODEL_TYPES
     if of_fla:
@@ -185,7 +185,7 @@ def _loaded_model(
     except ValueError as error:
         _refuse_unknown_type(name, saved.get("model_type"), error)
         raise
-    _refuse(name, config.model_type)
+    _refuse_unsupported(name, config.model_type)
     if not is_own and type(config) not in AutoModelForCausalLM._model_mapping:
         raise UnsupportedModelError(
             f"{name!r} is a {config.model_type!r} checkpoint, which has no causal language model"
@@ -284,7 +284,7 @@ def _unknown_model(name: str, reason: str) -> str:
     return f"there is no model {name!r}: no folder, none that ships with hookpoints, and {reason}; {near}"
 
 
-def _refuse(name: str, model_type: object) -> None:
+def _refuse_unsupported(name: str, model_type: object) -> None:
     if isinstance(model_type, str) and model_type in REFUSED:
         raise UnsupportedModelError(f"{name!r} cannot be hooked: {REFUSED[model_type]}")
 

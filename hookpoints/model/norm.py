@@ -46,14 +46,14 @@ class Norm:
 
     def scale(self, x: Tensor) -> Tensor:
         """[...,1], what the norm divides ``x`` [...,D] by; in float32 at least."""
-        x = self._centre(x if x.dtype == torch.float64 else x.float())
+        x = self._centered_input(x if x.dtype == torch.float64 else x.float())
         return (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
 
     def frozen(self, x: Tensor, scale: Tensor) -> Tensor:
         """The linear part at a given scale: parts of a stream add up to what the norm makes of it, less its bias."""
-        return (self._centre(x) / scale).to(x.dtype) * self.gain
+        return (self._centered_input(x) / scale).to(x.dtype) * self.gain
 
-    def _centre(self, x: Tensor) -> Tensor:
+    def _centered_input(self, x: Tensor) -> Tensor:
         return x - x.mean(-1, keepdim=True) if self.centered else x
 
 

@@ -76,7 +76,7 @@ class HookedRecurrent(Tokens, Weights):
         self.hf_model = hf_model
         self.tokenizer = tokenizer
         attachment = Attachment(hf_model, find_layout(hf_model), self, backend)
-        self._hook(attachment, name, backend, partial(run_self_check, self) if self_check else None)
+        self._attach_hooks(attachment, name, backend, partial(run_self_check, self) if self_check else None)
 
     @classmethod
     def from_pretrained(

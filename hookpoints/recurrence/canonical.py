@@ -83,7 +83,7 @@ class CanonicalForm:
     two are V numbers a token instead of K V. Goes without an erase."""
 
     def __post_init__(self) -> None:
-        _check(self)
+        _check_fields(self)
         if self.beta is not None and self.a is None:
             # In the dtype of the work: rounded to half, it would differ from what the declared form computes.
             object.__setattr__(self, "a", -self.beta[..., None].to(self.dtype) * self.k)
@@ -327,7 +327,7 @@ def carried_keys(k: Tensor, beta: Tensor) -> Tensor:
     return torch.stack(carried, dim=3)
 
 
-def _check(r: CanonicalForm) -> None:
+def _check_fields(r: CanonicalForm) -> None:
     """Check types, shapes and pairing of the fields; see `CanonicalForm` for what is raised."""
     for name, x in tensors(r):
         if not isinstance(x, Tensor) or not x.is_floating_point():

@@ -54,20 +54,20 @@ class Decay(ABC):
     def from_start(self, read: Read) -> Tensor:
         """D(0->t) x_t, [N,n,C,K]: what reads the state before the chunk."""
         edges = self.edges[..., :-1, :] if read.before else self.edges[..., 1:, :]
-        return read.vectors * self._exp(edges)
+        return read.vectors * self._decay_factors(edges)
 
     def to_end(self, keys: Tensor) -> Tensor:
         """D(i->end) key_i, [N,n,C,K]: what is left of the chunk's writes in the state after it."""
-        return keys * self._exp(self.edges[..., -1:, :] - self.edges[..., 1:, :])
+        return keys * self._decay_factors(self.edges[..., -1:, :] - self.edges[..., 1:, :])
 
     def whole(self) -> Tensor:
         """D(0->end) of each chunk as a factor on states, [N,n,1,1] or [N,n,K,1]."""
-        return self._exp(self.edges[..., -1, :, None])
+        return self._decay_factors(self.edges[..., -1, :, None])
 
     @cached_property
     def since(self) -> Tensor:
         """D(0->t), what the state before a chunk has met at each token: [N,n,C,1,1] or [N,n,C,K,1]."""
-        return self._exp(self.edges[..., 1:, :, None])
+        return self._decay_factors(self.edges[..., 1:, :, None])
 
     def between(self, chunk: int, rows: slice | list[int], columns: slice) -> Tensor:
         """D(i->t) for t in rows and i in columns, zero for i > t: [N,p,c,1] or [N,p,c,K]."""
@@ -75,7 +75,7 @@ class Decay(ABC):
         gap = (edges[:, rows][:, :, None] - edges[:, None, columns]).to(self.dtype)
         return gap.masked_fill_(self.later[rows, columns, None], -torch.inf).exp()
 
-    def _exp(self, log: Tensor) -> Tensor:
+    def _decay_factors(self, log: Tensor) -> Tensor:
         return log.to(self.dtype).exp()
 
 

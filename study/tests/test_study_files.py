@@ -23,7 +23,7 @@ from test_files import (
     shipped_model,
 )
 
-from hookpoints.files import _clean, atomic_text
+from hookpoints.files import _clean_asides, atomic_text
 from writesae_study.evaluations import load_result
 from writesae_study.page.report import find_results, write_report
 
@@ -114,7 +114,7 @@ def test_a_kill_between_two_renames_loses_no_result(
     if opened == "listed":
         assert [result.label for result in find_results([tmp_path])] == ["newer"]
     if opened == "written beside":
-        _clean.cache_clear()  # once in a process, of which this is the second
+        _clean_asides.cache_clear()  # once in a process, of which this is the second
         atomic_text(tmp_path / "new", "text")
         assert folder.exists()
     assert load_result(folder).label == "newer"

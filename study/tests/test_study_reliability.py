@@ -16,7 +16,7 @@ from saes import planted
 
 from hookpoints import HookedRecurrent
 from writesae.files import taken
-from writesae_study.dictionary.suite import _folder, evaluate_all
+from writesae_study.dictionary.suite import _result_folder, evaluate_all
 from writesae_study.evaluations import EVALUATIONS
 
 __all__ = ["pytestmark"]
@@ -52,7 +52,7 @@ def test_results_hold(tmp_path: Path, check: Check) -> None:
 
 
 def test_a_label_is_no_path(tmp_path: Path) -> None:
-    assert _folder(tmp_path, "substitution", "../../a").parent == tmp_path / "substitution"
+    assert _result_folder(tmp_path, "substitution", "../../a").parent == tmp_path / "substitution"
     for label in (".", ".."):
         with pytest.raises(ValueError, match="label"):
-            _folder(tmp_path, "substitution", label)
+            _result_folder(tmp_path, "substitution", label)

@@ -132,12 +132,12 @@ def test_rows_are_put_into_a_board_of_the_same_settings_alone(tmp_path: Path) ->
     content = {"settings": {"seeds": 2}, "boards": [of_recall], "readings": []}
     file = tmp_path / "zoo.json"
     file.write_text(sealed_json(content))
-    assert command._saved({"seeds": 2}) == ({"recall": of_recall}, {})
+    assert command._saved_boards({"seeds": 2}) == ({"recall": of_recall}, {})
     with pytest.raises(ValueError, match=r"only: expected .*zoo\.json of the models .'recall',. with the settings"):
-        command._saved({"seeds": 3})
+        command._saved_boards({"seeds": 3})
     file.write_text(file.read_text().replace("2}", "3}"))
     with pytest.raises(ValueError, match=r"zoo\.json: expected values of the SHA-256"):
-        command._saved({"seeds": 3})
+        command._saved_boards({"seeds": 3})
 
 
 def test_models_that_were_measured_are_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,7 +261,7 @@ def test_atoms_are_read_in_units_of_what_they_write() -> None:
     """Of no norm in particular."""
     states = torch.randn(9, 5, 7)
     sae = sae_of(HOOK, None, random_low_rank(1, 0, n=12).to(states), 3)
-    decoded = readers._decoded(sae, readers._encoded(sae, 3, states))
+    decoded = readers._decoded_states(sae, readers._strongest_terms(sae, 3, states))
     torch.testing.assert_close(decoded, sae.decode(sae.encode(states.flatten(1))))
 
 

@@ -117,7 +117,7 @@ class EvalAll:
                     f"--set {pair}: expected FIELD=VALUE, FIELD of {', '.join(known)}{nearest(field, known)}"
                 )
             for kind in having:
-                settings[kind][field] = _value(EVALUATIONS[kind], field, value)
+                settings[kind][field] = _setting_value(EVALUATIONS[kind], field, value)
         places = {Scope.EACH: ("dictionary",), Scope.LAYER: ("dictionary", "layer")}
         evaluations = []
         for kind in EVALUATIONS:
@@ -129,7 +129,7 @@ class EvalAll:
         return evaluations
 
 
-def _value(evaluation: type[Evaluation], field: str, text: str) -> object:
+def _setting_value(evaluation: type[Evaluation], field: str, text: str) -> object:
     """A setting from JSON, or from a word where that is none."""
     from writesae_study.experiment.typed import has_type
 
@@ -258,7 +258,7 @@ def evaluate(
             failures=None if single else failures,
         )
         if results or not failures:
-            write_report([*results, *_earlier(subjects.out, results)], page)
+            write_report([*results, *_earlier_results(subjects.out, results)], page)
         if failures:  # after the report, which has what the other evaluations found
             raise failures[0]
         return page
@@ -279,7 +279,7 @@ def _training_text(subjects: Subjects, folders: Sequence[Path], model: HookedRec
     return Terms(model, sample_sequences(model, embedded.text("train"), subjects.context_size, _REFERENCE))
 
 
-def _earlier(out: Path, results: Sequence[Result]) -> Iterator[Result]:
+def _earlier_results(out: Path, results: Sequence[Result]) -> Iterator[Result]:
     """The results of earlier calls that a folder has; of one that cannot be read, the reason is printed."""
     from writesae_study.evaluations import load_result
 

@@ -72,7 +72,7 @@ class Zoo:
             check_absent([self.out / "zoo.md"])
         settings = {name: value for name, value in asdict(self).items() if name not in HOW}
         settings["version"] = versions().get("sae-lens-writesae")
-        boards, read = self._saved(settings)
+        boards, read = self._saved_boards(settings)
         sizes = (self.seeds, self.sequences, self.facts, self.steps)
         content: Entries = GENERATOR | {"settings": settings, "versions": versions()}
         with quiet():
@@ -90,7 +90,7 @@ class Zoo:
         atomic_text(self.out / "zoo.md", "".join(tables))
         return atomic_text(self.out / "index.html", templates.get_template("zoo.html").render(content))
 
-    def _saved(self, settings: Entries) -> tuple[Entries, Entries]:
+    def _saved_boards(self, settings: Entries) -> tuple[Entries, Entries]:
         """The boards and the readings of the zoo.json that is there, by model, if it has the same settings.
 
         Raises:

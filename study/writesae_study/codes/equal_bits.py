@@ -57,7 +57,7 @@ class HeadWrites:
         self.components = fit_pca(self.x, 2 * most)
         # k u^T is the same for (k / c) (c u)^T: a code of one side needs a choice of c.
         size = self.x.keys.norm(dim=-1, keepdim=True).clamp_min(1e-30)
-        self.sides = _vectors(self.x.keys / size), _vectors(self.x.values * size)
+        self.sides = _column_matrices(self.x.keys / size), _column_matrices(self.x.values * size)
         """Keys of norm 1, and the values that belong to them."""
         self.axes = [torch.linalg.svd(side.keys[:, 0], full_matrices=False)[2] for side in self.sides]
         """Singular vectors of either, [K,K] and [V,V]."""
@@ -79,7 +79,7 @@ class HeadWrites:
         return code._replace(written=of_native)
 
 
-def _vectors(side: Tensor) -> LowRank:
+def _column_matrices(side: Tensor) -> LowRank:
     """One side of N writes [N,1,D] as matrices of one column."""
     return LowRank(side, side.new_ones(len(side), 1, 1))
 
@@ -187,8 +187,8 @@ def product_quantizer(writes: HeadWrites, n: int) -> Code | None:
     value_books = residual_quantizer(values, BOOK, m, writes.seed)
 
     def written(x: LowRank) -> Tensor:
-        k = pursued(_vectors(x.keys), key_books).dense()
-        u = pursued(_vectors(x.values), value_books).dense()
+        k = pursued(_column_matrices(x.keys), key_books).dense()
+        u = pursued(_column_matrices(x.values), value_books).dense()
         return k @ u.mT
 
     return Code(

@@ -105,13 +105,13 @@ class HeadBaselines:
         chosen = np.sort(rng.permutation(nonzero)[:n_codes])
         drawn = writes.rows(torch.tensor(chosen))
         host = writes.on_host()  # means of thousands of small groups, for each of which a GPU would wait
-        strength_of_token = _strength(host, [everything], of_tokens)
-        strength_of_pair = _strength(host, of_tokens, list(by_pair.values()))
+        strength_of_token = _variance_ratio(host, [everything], of_tokens)
+        strength_of_pair = _variance_ratio(host, of_tokens, list(by_pair.values()))
         codes = lloyd(directions * (1 / directions.norm()), drawn)
         return cls(
             metric=metric and metric.to("cpu"),
             writes=host,
-            mean=_mean(host, everything),
+            mean=_mean_write(host, everything),
             tokens=by_token,
             pairs=by_pair,
             strengths=(strength_of_token, strength_of_pair),
@@ -127,11 +127,11 @@ class HeadBaselines:
             tokens: [N,2] the token before (-1 at the start) and the token itself.
         """
         if self.metric is None:
-            return self._written(name, native, tokens)
-        written = self._written(name, self.metric.move(native), tokens)
+            return self._baseline_writes(name, native, tokens)
+        written = self._baseline_writes(name, self.metric.move(native), tokens)
         return self.metric.inverse.move(written)
 
-    def _written(self, name: str, x: LowRank, tokens: NDArray[np.int64]) -> LowRank:
+    def _baseline_writes(self, name: str, x: LowRank, tokens: NDArray[np.int64]) -> LowRank:
         if name in ("drawn", "quantised"):
             return pursued(x, [self.drawn if name == "drawn" else self.codes])
         if name == "pca":
@@ -153,17 +153,17 @@ class HeadBaselines:
         for members, strength in list(zip(levels, self.strengths))[:depth]:
             if members is not None:
                 weight = len(members) / (len(members) + strength)
-                mean = weight * _mean(self.writes, members) + (1 - weight) * mean
+                mean = weight * _mean_write(self.writes, members) + (1 - weight) * mean
         return mean
 
 
-def _mean(writes: LowRank, members: Places) -> Tensor:
+def _mean_write(writes: LowRank, members: Places) -> Tensor:
     """[K,V] mean of some writes."""
     chosen = writes.rows(torch.tensor(members))
     return chosen.keys.flatten(0, 1).T @ chosen.values.flatten(0, 1) / len(members)
 
 
-def _strength(writes: LowRank, outer: Sequence[Places], inner: Sequence[Places]) -> float:
+def _variance_ratio(writes: LowRank, outer: Sequence[Places], inner: Sequence[Places]) -> float:
     """Variance of the writes within the `inner` groups over the variance of the groups' means within the `outer` ones,
     by the moments of a nested analysis of variance. Infinite where the means vary no more than chance makes them."""
     n = len(writes)
@@ -177,7 +177,7 @@ def _strength(writes: LowRank, outer: Sequence[Places], inner: Sequence[Places])
 
     def explained(groups: Sequence[Places]) -> float:
         """Sum over groups of their size times the square of their mean."""
-        return sum(len(members) * float(_mean(writes, members).double().square().sum()) for members in groups)
+        return sum(len(members) * float(_mean_write(writes, members).double().square().sum()) for members in groups)
 
     # E[explained by inner - by outer] = (n_inner - n_outer) within + spread between, also where sizes differ.
     spread = n - sum(len(members) ** 2 / outer_size[members[0]] for members in inner)

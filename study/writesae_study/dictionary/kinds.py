@@ -83,7 +83,7 @@ def alike(result: Result, controls: Sequence[str]) -> Finding:
         rates[str(row["kind"])] = Estimate(row["rate"], row["low"], row["high"], row["n"], row["n_atoms"])
     interval = f"[{points(gap['low'])}, {points(gap['high'])}] points"
     of_test = Verdict(cast(Outcome, test["outcome"]), test["sentence"])
-    verdict = _same(of_test, rates, gap, interval)
+    verdict = _alike_verdict(of_test, rates, gap, interval)
     atoms = ", ".join(f"{rate.n_clusters} {kind} atoms" for kind, rate in rates.items())
     return Finding(
         number=4,
@@ -101,7 +101,7 @@ def alike(result: Result, controls: Sequence[str]) -> Finding:
     )
 
 
-def _same(test: Verdict, rates: Mapping[str, Estimate], gap: Mapping[str, float], interval: str) -> Verdict:
+def _alike_verdict(test: Verdict, rates: Mapping[str, Estimate], gap: Mapping[str, float], interval: str) -> Verdict:
     """Whether both kinds beat deletion alike.
 
     Args:

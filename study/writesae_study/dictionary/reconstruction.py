@@ -91,10 +91,10 @@ def reconstruction(lab: Bench, sequences: Sequence[int]) -> pd.DataFrame:
                 "sae": label,
                 "target": hook.target,
                 "sequence": sequence,
-                "lost": _square(lost),
-                "square": _square(x),
-                "lost_read": _square(_read(lost, queries)),
-                "read": _square(_read(x, queries)),
+                "lost": _square_sum(lost),
+                "square": _square_sum(x),
+                "lost_read": _square_sum(_query_reads(lost, queries)),
+                "read": _square_sum(_query_reads(x, queries)),
                 "l0": float((activations > 0).sum(1).float().mean()),
             }
             rows.append(row)
@@ -118,12 +118,12 @@ def reconstruction(lab: Bench, sequences: Sequence[int]) -> pd.DataFrame:
     return moving[["sae", "sequence", "explained", "reads", "l0"]].reset_index(drop=True)
 
 
-def _square(x: Tensor) -> float:
+def _square_sum(x: Tensor) -> float:
     """Sum of all squares, in float64."""
     return float(x.double().square().sum())
 
 
-def _read(matrices: Tensor, queries: Tensor) -> Tensor:
+def _query_reads(matrices: Tensor, queries: Tensor) -> Tensor:
     """[T,V] what queries [T,K] read of matrices [T,K,V]."""
     return torch.einsum("tkv,tk->tv", matrices, queries.to(matrices.dtype))
 

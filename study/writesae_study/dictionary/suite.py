@@ -75,15 +75,15 @@ def evaluate_all(
     texts = {
         "model": model_hash(model),
         "tokens": content_hash(tokens),
-        "reference": _reference(fitted),
+        "reference": _reference_hash(fitted),
         "version": versions().get("sae-lens-writesae", "unknown"),
     }
     for evaluation in evaluations:
-        for label, group in _runs(evaluation.scope, saes, single):
+        for label, group in _labeled_runs(evaluation.scope, saes, single):
             named = evaluation if evaluation.label else replace(evaluation, label=label)
-            folder = _folder(out, named.kind, named.label)
+            folder = _result_folder(out, named.kind, named.label)
             check_folder(folder, result_files)
-            _saved(folder, named, _inputs(texts, group), replaced)
+            _saved_result(folder, named, _input_hashes(texts, group), replaced)
     dictionaries = {} if isinstance(saes, tuple) else dict(saes)
     by_control = {} if controls is None else control_dictionaries(model, dictionaries, controls)
     everything = dictionaries.copy()
@@ -118,7 +118,7 @@ def evaluate_all(
 
     results: list[Result] = []
     for evaluation in evaluations:
-        for label, group in _runs(evaluation.scope, saes, single):
+        for label, group in _labeled_runs(evaluation.scope, saes, single):
             named = evaluation if evaluation.label else replace(evaluation, label=label)
             try:
                 for result in measured(named, group):
@@ -159,9 +159,9 @@ class _Suite:
         """Run an evaluation, unless its result is there; `control_of`: the label of the result that has this
         control."""
         tested = {} if isinstance(group, tuple) else group
-        inputs = _inputs(self.texts, group)
-        folder = _folder(self.out, evaluation.kind, evaluation.label)
-        saved, differing = _saved(folder, evaluation, inputs, self.replaced)
+        inputs = _input_hashes(self.texts, group)
+        folder = _result_folder(self.out, evaluation.kind, evaluation.label)
+        saved, differing = _saved_result(folder, evaluation, inputs, self.replaced)
         if differing:
             self.say(f"{evaluation.kind}: {evaluation.label} is measured again: other {', '.join(differing)}")
         elif self.resume and saved is not None:
@@ -184,7 +184,7 @@ class _Suite:
         return result
 
 
-def _saved(
+def _saved_result(
     folder: Path, evaluation: Evaluation, inputs: Mapping[str, str], replaced: bool
 ) -> tuple[Result | None, list[str]]:
     """The result that a folder has, and what it was measured with that is not that of today. One that is damaged is set
@@ -212,28 +212,28 @@ def _saved(
     return saved, differing
 
 
-def _inputs(texts: Mapping[str, str], group: dict[str, SAE] | LayerHead) -> dict[str, str]:
+def _input_hashes(texts: Mapping[str, str], group: dict[str, SAE] | LayerHead) -> dict[str, str]:
     """What a result depends on besides its settings, as hashes."""
     tested = {} if isinstance(group, tuple) else group
     weights = {label: [sae.cfg.to_dict(), sae.state_dict()] for label, sae in tested.items()}
     return {**texts, "dictionaries": content_hash(weights)}
 
 
-def _reference(terms: Terms | None) -> str:
+def _reference_hash(terms: Terms | None) -> str:
     """Names what baselines are fitted to."""
     if terms is None:
         return "none"
     return terms.collection.sha256 if terms.collection else content_hash(terms.tokens)
 
 
-def _folder(out: Path, kind: str, label: str) -> Path:
+def _result_folder(out: Path, kind: str, label: str) -> Path:
     name = label.replace("/", "-").replace(" ", "-").replace(",", "")
     if name in (".", ".."):  # what is saved there would replace the folder above
         raise ValueError(f"{label!r} cannot be a label: results are saved in folders of their labels")
     return out / kind / name
 
 
-def _runs(
+def _labeled_runs(
     scope: Scope, saes: Mapping[str, SAE] | LayerHead, single: bool
 ) -> Iterator[tuple[str, dict[str, SAE] | LayerHead]]:
     """What each run of an evaluation is about, with its label: `groups`, or a head without dictionaries."""

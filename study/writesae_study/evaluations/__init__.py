@@ -27,7 +27,7 @@ class Asked(NamedTuple):
     """False for a question about a head (`Scope.HEAD`)."""
 
 
-def _asked() -> dict[str, Asked]:
+def _asked_questions() -> dict[str, Asked]:
     """What each evaluation asks, by its kind: in the order of the paper's claims, then by name."""
     asked: dict[str, Asked] = {}
     for file in sorted(Path(__file__).parent.glob("[!_]*.py")):
@@ -45,7 +45,7 @@ def _asked() -> dict[str, Asked]:
     return dict(sorted(asked.items(), key=lambda entry: min(entry[1].answers, default=99)))
 
 
-ASKED: dict[str, Asked] = _asked()
+ASKED: dict[str, Asked] = _asked_questions()
 """What each evaluation asks, by its kind."""
 
 

@@ -133,7 +133,7 @@ class Amplify(Evaluation):
         teams = self.choose_teams(lab, split.select, asked)
         sequences = split.test[: self.prompts]
         prompts = lab.tokens[sequences, : self.prompt_tokens]
-        counts, fires = self._counted(lab, prompts, teams)
+        counts, fires = self._token_counts(lab, prompts, teams)
         lab.facts["split"] = (
             "half of the sequences, at random, for the choice of atoms; prompts begin sequences of the other half"
         )
@@ -144,9 +144,9 @@ class Amplify(Evaluation):
             lead_fires.append(float(fires.get((prompt, lead[token]), 0)))
         texts = [token_text(lab.model, token) for token in counts["token"]]
         counts = counts.assign(sequence=sequences[counts["prompt"]], text=texts, fires=lead_fires)
-        return {"atoms": _alignments(lab, teams, split), "counts": counts}
+        return {"atoms": _alignment_table(lab, teams, split), "counts": counts}
 
-    def _counted(self, lab: Bench, prompts: Tensor, teams: Mapping[int, Team]) -> tuple[pd.DataFrame, pd.Series]:
+    def _token_counts(self, lab: Bench, prompts: Tensor, teams: Mapping[int, Team]) -> tuple[pd.DataFrame, pd.Series]:
         """Counts by token, prompt and condition; and new tokens of the unedited continuations at which an atom fires,
         by prompt and atom."""
         conditions = [("nothing", 1.0, -1)]
@@ -157,7 +157,7 @@ class Amplify(Evaluation):
         finite = np.ones(len(prompts), dtype=bool)
         for name, factor, scaled in lab.bar(conditions, self.kind):
             team = teams.get(scaled, {})
-            new = self._continuations(lab, prompts, name, factor, team, scaled)
+            new = self._scaled_continuations(lab, prompts, name, factor, team, scaled)
             finite &= (new >= 0).all(1).numpy()  # a row is -1 where its logits were not finite
             by_token = {token: (new == token).sum(1).numpy() for token in teams}
             counts = pd.DataFrame(by_token).rename_axis("prompt").reset_index()
@@ -228,7 +228,7 @@ class Amplify(Evaluation):
         )
         return teams
 
-    def _continuations(
+    def _scaled_continuations(
         self, lab: Bench, prompts: Tensor, name: str, factor: float, team: Mapping[str, list[int]], token: int
     ) -> Tensor:
         """Continuations of every prompt while the atoms of a token, or random directions for them, are scaled."""
@@ -279,7 +279,7 @@ class Amplify(Evaluation):
             f"{fires:.1f} of them",
             of=f"prompt x token pairs ({n_tokens} tokens, {scaled})",
         )
-        return [pooled, _single(at_headline, atoms, effect)]
+        return [pooled, _single_token_finding(at_headline, atoms, effect)]
 
 
 def _with_other(counts: pd.DataFrame) -> pd.DataFrame:
@@ -294,7 +294,7 @@ def _with_other(counts: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([aimed.astype({"count": float}), other]).astype({"token": int})
 
 
-def _alignments(lab: Bench, teams: Mapping[int, Team], split: Halves) -> pd.DataFrame:
+def _alignment_table(lab: Bench, teams: Mapping[int, Team], split: Halves) -> pd.DataFrame:
     """The table `atoms`: how well each atom of a team is aligned with its token, on both halves."""
     rows = []
     for label in lab.saes:
@@ -317,7 +317,7 @@ def _alignments(lab: Bench, teams: Mapping[int, Team], split: Halves) -> pd.Data
     return pd.DataFrame(rows).sort_values("token", kind="stable")
 
 
-def _single(counts: Paired, atoms: pd.DataFrame, effect: Estimate) -> Finding:
+def _single_token_finding(counts: Paired, atoms: pd.DataFrame, effect: Estimate) -> Finding:
     """How many tokens change by themselves, by counts at the headline's factor."""
     p_values, words = {}, {}
     texts = atoms[["token", "text"]].drop_duplicates()

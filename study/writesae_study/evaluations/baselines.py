@@ -136,7 +136,7 @@ class Baselines(Evaluation):
         tested = split.test[: self.test_sequences]
         written, directions = [], []
         for site in lab.sites(pd.DataFrame({"sequence": tested}), "writes"):
-            positions = self._positions(lab, site)
+            positions = self._drawn_positions(lab, site)
             n_lacking = self.positions_per_sequence - len(positions)
             lab.skipped["positions with a zero native write, or no room for the window"] += n_lacking
             if not positions:
@@ -161,7 +161,7 @@ class Baselines(Evaluation):
             "selectivity": pd.concat(directions, ignore_index=True),
         }
 
-    def _positions(self, lab: Bench, site: Site) -> list[int]:
+    def _drawn_positions(self, lab: Bench, site: Site) -> list[int]:
         """A uniform draw of the positions with a write that leave room for the window, in order."""
         written = np.flatnonzero((site.writes.norm() > 0).cpu().numpy())
         stop = len(site.writes) - self.horizon
@@ -180,19 +180,19 @@ class Baselines(Evaluation):
         # "dictionary/condition": a condition that needs no dictionary begins with the slash.
         named = writes.assign(name=writes["sae"] + "/" + writes["condition"])
         kl = Paired.of(named, "kl", "sequence", "position", by="name", seed=self.seed)
-        ours = _first(table, variant="WriteSAE")
+        ours = _first_row(table, variant="WriteSAE")
         if ours is not None:
-            same = _first(table, variant="FlatSAE", d_sae=ours["d_sae"])
+            same = _first_row(table, variant="FlatSAE", d_sae=ours["d_sae"])
             size = table["parameters"] / ours["parameters"]
-            near = _first(table[(size - 1).abs() <= SAME_SIZE], variant="FlatSAE")
+            near = _first_row(table[(size - 1).abs() <= SAME_SIZE], variant="FlatSAE")
         return [
             self._against_flat(kl, ours, same, "as many atoms", (ATOM, ATOM_SVD)),
             self._against_flat(kl, ours, same, "as many atoms", (SVD, SVD)),
             self._against_flat(kl, ours, near, "as many parameters", (SVD, SVD)),
             self._higher_rank(result, ours),
-            self._dead(result, ours, same),
+            self._dead_atoms_finding(result, ours, same),
             self._low_rank_states(result),
-            self._selective(result, ours),
+            self._selectivity_finding(result, ours),
         ]
 
     def _against_flat(
@@ -238,7 +238,7 @@ class Baselines(Evaluation):
 
     def _higher_rank(self, result: Result, ours: pd.Series | None) -> Finding:
         claim = "rank-2 atoms cost no more perplexity than rank-1 atoms"
-        rank_2 = _first(result.tables["dictionaries"], variant="WriteSAE-rank2")
+        rank_2 = _first_row(result.tables["dictionaries"], variant="WriteSAE-rank2")
         if ours is None or rank_2 is None:
             return Finding.untested(claim, "It needs a WriteSAE and one with atoms of rank 2 (WriteSAE-rank2).", 16)
         high = f"{rank_2['sae']}/dictionary"
@@ -266,7 +266,7 @@ class Baselines(Evaluation):
             of="sequences",
         )
 
-    def _dead(self, result: Result, ours: pd.Series | None, flat: pd.Series | None) -> Finding:
+    def _dead_atoms_finding(self, result: Result, ours: pd.Series | None, flat: pd.Series | None) -> Finding:
         claim = "the bilinear encoder leaves fewer atoms dead"
         if ours is None or flat is None:
             return Finding.untested(claim, "It needs a WriteSAE and a FlatSAE with as many atoms.", 17)
@@ -276,7 +276,7 @@ class Baselines(Evaluation):
             "a bilinear encoder with flat atoms": "BilinearFlatSAE",  # has the encoder of the claim: no control
         }
         for name, variant in halfway.items():
-            row = _first(result.tables["dictionaries"], variant=variant, d_sae=ours["d_sae"])
+            row = _first_row(result.tables["dictionaries"], variant=variant, d_sae=ours["d_sae"])
             if row is not None:
                 rivals[name] = row
         dead = {}
@@ -327,7 +327,7 @@ class Baselines(Evaluation):
             of="sequences",
         )
 
-    def _selective(self, result: Result, ours: pd.Series | None) -> Finding:
+    def _selectivity_finding(self, result: Result, ours: pd.Series | None) -> Finding:
         claim = "an atom moves other tokens than a random direction of its norm"
         table = result.tables["selectivity"]
         of_ours = table[table["sae"] == (None if ours is None else ours["sae"])]
@@ -352,7 +352,7 @@ class Baselines(Evaluation):
         )
 
 
-def _first(table: pd.DataFrame, **wanted: object) -> pd.Series | None:
+def _first_row(table: pd.DataFrame, **wanted: object) -> pd.Series | None:
     """The first row that has these values."""
     rows = table[(table[list(wanted)] == list(wanted.values())).all(axis=1)]
     return None if rows.empty else rows.iloc[0]

@@ -144,10 +144,10 @@ class Erasure(OfHalves):
     def measure(self, lab: Bench) -> dict[str, pd.DataFrame]:
         """Cost: two edited rows of horizon + 1 tokens for each firing, three in the test half and two for each of
         `injected`. Memory: three float32 rows of the vocabulary for each atom."""
-        atoms, select, test = self._draw(lab)
+        atoms, select, test = self._drawn_halves(lab)
         decoded = lab.atoms(atoms)
-        directions = {"effect": decoded, "random": self._fitting(lab, select, decoded)}
-        tokens, selected = self._choose(lab, select, directions)
+        directions = {"effect": decoded, "random": self._fitting_directions(lab, select, decoded)}
+        tokens, selected = self._chosen_tokens(lab, select, directions)
 
         def floor(rows: EditedRows) -> Mapping[str, ArrayLike]:
             of_atoms = tokens["effect"][:, 0].to(rows.logits.device)
@@ -155,7 +155,7 @@ class Erasure(OfHalves):
 
         def changes(rows: EditedRows) -> Mapping[str, ArrayLike]:
             change = log_prob_change(rows)
-            column, is_random = _columns(rows)
+            column, is_random = _atom_columns(rows)
             # A random direction is read on the token that was chosen for it, an atom on the atom's.
             chosen = torch.where(is_random[:, None], tokens["random"][column], tokens["effect"][column])
             read = {"change": chosen, "wrong": tokens["wrong"][column]}
@@ -167,7 +167,7 @@ class Erasure(OfHalves):
         typical = torch.tensor(test.groupby("column")["activation"].median().to_numpy())
         tables = []
         for site in lab.sites(test, self.kind):
-            trials = self._trials(lab, site, directions, typical)
+            trials = self._erasure_trials(lab, site, directions, typical)
             tables.append(lab.read(site, trials, changes, self.horizon + 1))
         table = pd.concat(tables)
         by_firing = test.set_index("firing")
@@ -187,7 +187,7 @@ class Erasure(OfHalves):
             n=of_atom.size(),
             p=self._p_values(firings),
         )
-        doses = _doses(table).join(by_firing[["atom", "sequence"]], on="firing")
+        doses = _dose_table(table).join(by_firing[["atom", "sequence"]], on="firing")
         return {"atoms": summary, "firings": firings, "doses": doses}
 
     def _p_values(self, firings: pd.DataFrame) -> list[float]:
@@ -200,7 +200,7 @@ class Erasure(OfHalves):
             largest[str(column)] = max(tests)
         return list(stats.holm(largest).values())
 
-    def _draw(self, lab: Bench) -> tuple[Integers, pd.DataFrame, pd.DataFrame]:
+    def _drawn_halves(self, lab: Bench) -> tuple[Integers, pd.DataFrame, pd.DataFrame]:
         """The tested atoms, and their firings in both halves. The column `column` says which of the atoms a firing
         belongs to; the test half has `elsewhere_position`, where the atom is silent."""
         rng = lab.rng()
@@ -224,7 +224,7 @@ class Erasure(OfHalves):
 
         return atoms, numbered(select[select["atom"].isin(atoms)]), numbered(test)
 
-    def _fitting(self, lab: Bench, firings: pd.DataFrame, atoms: LowRank) -> LowRank:
+    def _fitting_directions(self, lab: Bench, firings: pd.DataFrame, atoms: LowRank) -> LowRank:
         """For each of n atoms, of F random directions at unit norm the one with the largest mean inner product with the
         native writes at the atom's firings. Cost: a forward per sequence up to the layer; F products per firing."""
         drawn = random_units(atoms, lab.firings().n_atoms, self.seed)
@@ -236,7 +236,7 @@ class Erasure(OfHalves):
             products.index_add_(0, column, writes.cosines(drawn) * writes.norm()[:, None])
         return drawn.rows(products.argmax(1))  # the sums of an atom are over the same firings, as their means are
 
-    def _choose(
+    def _chosen_tokens(
         self, lab: Bench, select: pd.DataFrame, directions: Directions
     ) -> tuple[dict[str, Tensor], NDArray[np.float64]]:
         """The token that falls most, for each atom (`effect`) and its random direction, and tokens of similar
@@ -247,7 +247,7 @@ class Erasure(OfHalves):
         def add(rows: EditedRows) -> Mapping[str, ArrayLike]:
             change = log_prob_change(rows)
             native = native_log_prob(rows)
-            column, is_random = _columns(rows)
+            column, is_random = _atom_columns(rows)
             parts = {"effect": (change, ~is_random), "random": (change, is_random), "native": (native, ~is_random)}
             for name, (values, is_summed) in parts.items():
                 total = sums[name]
@@ -255,7 +255,7 @@ class Erasure(OfHalves):
             return {}  # sums over firings, for the logits of all of them are gigabytes
 
         for site in lab.sites(select, f"{self.kind}: tokens"):
-            lab.read(site, self._trials(lab, site, directions), add, self.horizon + 1)
+            lab.read(site, self._erasure_trials(lab, site, directions), add, self.horizon + 1)
         counts = torch.tensor(select.groupby("column").size().to_numpy())[:, None]
         means = {name: total.cpu() / counts for name, total in sums.items()}
         tokens = {name: means[name].argmin(1, keepdim=True) for name in ("effect", "random")}
@@ -265,7 +265,9 @@ class Erasure(OfHalves):
         tokens["wrong"] = distance.topk(min(_N_WRONG, shape[1] - 1), largest=False).indices
         return tokens, means["effect"].gather(1, chosen)[:, 0].double().numpy()
 
-    def _trials(self, lab: Bench, site: Site, directions: Directions, typical: Tensor | None = None) -> list[Trial]:
+    def _erasure_trials(
+        self, lab: Bench, site: Site, directions: Directions, typical: Tensor | None = None
+    ) -> list[Trial]:
         """What is taken from the write at each firing of a site: the atom's component, and a random direction of its
         norm. In the test half, where the activations `typical` of the atoms are given, also as much of another write
         (`elsewhere`), and what is inserted there (`injected`)."""
@@ -335,9 +337,9 @@ class Erasure(OfHalves):
             n=len(atoms),
             of="atoms",
         )
-        return [pooled, single] if result.tables["doses"].empty else [pooled, single, self._insertion(result)]
+        return [pooled, single] if result.tables["doses"].empty else [pooled, single, self._insertion_finding(result)]
 
-    def _insertion(self, result: Result) -> Finding:
+    def _insertion_finding(self, result: Result) -> Finding:
         """Claim 24, at the largest dose; the smaller ones are shown."""
         by_dose = result.tables["doses"].groupby("dose")
         doses = {m: Paired(rows, ("sequence", "atom"), self.seed) for m, rows in by_dose}
@@ -364,14 +366,14 @@ class Erasure(OfHalves):
         )
 
 
-def _doses(table: pd.DataFrame) -> pd.DataFrame:
+def _dose_table(table: pd.DataFrame) -> pd.DataFrame:
     """Insertions of the atoms, each with the change under a random direction of the same norm."""
     injected = table[table["condition"] == "injected"].set_index(["firing", "dose"])
     at_random = table[table["condition"] == RANDOM_IN].set_index(["firing", "dose"])
     return injected.assign(random=at_random["change"]).rename(columns={"change": "effect"}).reset_index()
 
 
-def _columns(rows: EditedRows) -> tuple[Tensor, Tensor]:
+def _atom_columns(rows: EditedRows) -> tuple[Tensor, Tensor]:
     """[n] the number of each trial's atom, and whether its random direction is ablated."""
     described = pd.DataFrame([trial.row for trial in rows.trials])
     is_random = described["condition"].isin(["random", RANDOM_IN])

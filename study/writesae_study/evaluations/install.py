@@ -102,7 +102,7 @@ class Install(Evaluation):
         if self.semantic:
             meant = tuple(token_id(lab.model, target) for target in self.semantic)
             strata.append(Stratum("semantic", among=meant))
-        windows = self._windows(lab, len(strata), rng)
+        windows = self._prompt_windows(lab, len(strata), rng)
         tables, prompts, edits = [], [], []
         for n, (sequence, start) in enumerate(lab.bar(windows, self.kind)):
             stratum = strata[n % len(strata)]  # prompts go to the strata in turn
@@ -123,7 +123,7 @@ class Install(Evaluation):
             }
             direction = value_direction(lab.model, lab.hook.layer, lab.hook.head, target.token)
             sides = {"target": direction, "random": random_unit(direction, lab.rng(3, len(tables)))}
-            trials = self._trials(lab, site, row, sides)
+            trials = self._install_trials(lab, site, row, sides)
             nothing = row | {"condition": "nothing", "m": 0.0, "log_prob_change": 0.0, "edited_rank": target.rank}
             edited = lab.read(site, trials, target_change, self.n_positions)
             tables.append(pd.concat([pd.DataFrame([nothing]), edited]))
@@ -143,7 +143,7 @@ class Install(Evaluation):
         )
         return {"continuations": table}
 
-    def _windows(self, lab: Bench, n_strata: int, rng: np.random.Generator) -> list[tuple[int, int]]:
+    def _prompt_windows(self, lab: Bench, n_strata: int, rng: np.random.Generator) -> list[tuple[int, int]]:
         """Sequence and first token of each prompt, dealt over sequences."""
         n_sequences, length = lab.tokens.shape
         windows = []
@@ -159,7 +159,9 @@ class Install(Evaluation):
         )
         return windows[:needed]
 
-    def _trials(self, lab: Bench, site: Site, row: dict[str, object], sides: Mapping[str, Tensor]) -> list[Trial]:
+    def _install_trials(
+        self, lab: Bench, site: Site, row: dict[str, object], sides: Mapping[str, Tensor]
+    ) -> list[Trial]:
         """What is added to the last writes of a prompt: each value side [V] at each size."""
         first = self.prompt_tokens - self.n_positions
         norms = site.writes.norm()[:, None]
@@ -179,10 +181,10 @@ class Install(Evaluation):
         table = result.tables["continuations"]
         rows = table[table["m"].isin([0.0, self.headline])]
         papers_first = sorted(rows["stratum"].unique(), key=lambda stratum: stratum != "100-1000")
-        of_strata = [self._hits(stratum, rows[rows["stratum"] == stratum]) for stratum in papers_first]
-        return [*of_strata, self._ranks(rows)]
+        of_strata = [self._hits_finding(stratum, rows[rows["stratum"] == stratum]) for stratum in papers_first]
+        return [*of_strata, self._ranks_finding(rows)]
 
-    def _hits(self, stratum: str, rows: pd.DataFrame) -> Finding:
+    def _hits_finding(self, stratum: str, rows: pd.DataFrame) -> Finding:
         """Whether the target is in the continuation; `wrong`: the wrong target, while the target is installed."""
         installed = rows[rows["condition"] == "target"]
         # The control `wrong` is the installed continuation, asked for another token.
@@ -208,7 +210,7 @@ class Install(Evaluation):
             of="prompt x target pairs",
         )
 
-    def _ranks(self, rows: pd.DataFrame) -> Finding:
+    def _ranks_finding(self, rows: pd.DataFrame) -> Finding:
         ranks = rows.assign(better=rows["edited_rank"] < rows["rank"], shift=rows["rank"] - rows["edited_rank"])
         better = Paired.of(ranks, "better", "pair", seed=self.seed)
         target = better["target"] > 0

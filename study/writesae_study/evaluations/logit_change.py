@@ -147,7 +147,7 @@ class LogitChange(OfFirings):
         if highest > d_vocab:
             raise ValueError(f"ranks asks for rank {highest}, but the vocabulary has {d_vocab} tokens; change ranks")
         draw = self.drawn(lab, max(1, *self.horizons))
-        measured = [self._sequence(lab, site) for site in lab.sites(draw.table, self.kind)]
+        measured = [self._sequence_cells(lab, site) for site in lab.sites(draw.table, self.kind)]
         parts = [part for part in measured if len(part)]
         lab.require(
             len(parts) >= 2,
@@ -164,9 +164,9 @@ class LogitChange(OfFirings):
         }
         return {"cells": cells, "scores": fits.scores_table(cells, SCORED, self.seed)}
 
-    def _sequence(self, lab: Bench, site: Site) -> pd.DataFrame:
+    def _sequence_cells(self, lab: Bench, site: Site) -> pd.DataFrame:
         """The cells of one sequence. Axes: I firings, E sizes, Z horizons, G rank groups."""
-        firings, added = self._added(lab, site)
+        firings, added = self._added_directions(lab, site)
         if firings.empty:
             return pd.DataFrame()
         starts = firings["position"].tolist()
@@ -179,9 +179,9 @@ class LogitChange(OfFirings):
         for i, start in enumerate(starts):
             for size in self.eps:
                 trials.append(Trial({"index": i}, start, lab.add(start, added.rows([i]) * size)))
-        changes = _changes(positions, tokens)
+        changes = _change_readout(positions, tokens)
         runs = lab.read(site, trials, changes, max(self.horizons) + 1, plain=True)
-        slopes = _slopes(lab, site, added, starts, positions, tokens)
+        slopes = _predicted_slopes(lab, site, added, starts, positions, tokens)
         cells = np.indices((len(starts), len(self.eps), *tokens.shape[1:]))
         i, e, z, g = cells.reshape(4, -1)
         names = np.array([str(low) if low == high else f"{low}-{high}" for low, high in self.ranks])
@@ -197,7 +197,7 @@ class LogitChange(OfFirings):
             **{name: eps * slopes[i, z, g, p] for p, name in enumerate(PREDICTORS)},
         )
 
-    def _added(self, lab: Bench, site: Site) -> tuple[pd.DataFrame, LowRank]:
+    def _added_directions(self, lab: Bench, site: Site) -> tuple[pd.DataFrame, LowRank]:
         """The firings of a sequence that have a unit and a direction, and what eps = 1 adds at each."""
         native = site.at(site.rows["position"].tolist())
         atom = lab.atoms(site.rows["written_atom"].to_numpy()).to(native.values)
@@ -237,12 +237,12 @@ class LogitChange(OfFirings):
         by_name: dict[str, Finding] = {}
         for name, (predicted, control) in predictions.items():
             axis = "R² unfitted" if name in PREDICTORS else f"R² at {n_positions:,}{size} positions"
-            by_name[name] = self._predicts(result, name, rows, predicted, control, axis)
+            by_name[name] = self._prediction_finding(result, name, rows, predicted, control, axis)
         low = self._low_horizon(rows, result.fact("floor"))
         if low is not None:
             by_name["F2"] = replace(by_name["F2"], unless=low)
         one_scale = by_name["one scale"].shown["one scale"]
-        by_name["F0"] = self._paper(result, by_name["F0"], one_scale)
+        by_name["F0"] = self._paper_finding(result, by_name["F0"], one_scale)
         return list(by_name.values())
 
     def _low_horizon(self, rows: pd.DataFrame, floor: float) -> Verdict | None:
@@ -256,7 +256,7 @@ class LogitChange(OfFirings):
             return None
         return Verdict("fails", f"R² is {by_horizon[worst]:.4f} at horizon {worst}, and exceeds the bar over all.")
 
-    def _predicts(
+    def _prediction_finding(
         self, result: Result, name: str, rows: pd.DataFrame, predicted: ArrayLike, control: ArrayLike, axis: str
     ) -> Finding:
         """Whether a prediction of the changes of some rows is right, compared with one that is shuffled."""
@@ -282,7 +282,7 @@ class LogitChange(OfFirings):
             of=f"logits (firing, horizon, token) in {sequence.nunique()} sequences, eps {min(self.eps):g}",
         )
 
-    def _paper(self, result: Result, unfitted: Finding, one_scale: Estimate) -> Finding:
+    def _paper_finding(self, result: Result, unfitted: Finding, one_scale: Estimate) -> Finding:
         """Claim 7, with the paper's own statistic, which may be what any prediction reaches."""
         of_formula = fits.cell_r2(result.tables["cells"], "F0")
         shuffled = fits.cell_r2(result.tables["cells"], CONTROL_COLUMN)["r2"]
@@ -309,7 +309,7 @@ class LogitChange(OfFirings):
         return replace(unfitted, ruled=Verdict("confounded", sentence, (SHUFFLED,)))
 
 
-def _changes(positions: Integers, tokens: Integers) -> Readout:
+def _change_readout(positions: Integers, tokens: Integers) -> Readout:
     """`measured`: change of the logits of `tokens` [I,Z,G] at `positions` [I,Z], against the run without edits of the
     same batch; `floor`: the distance of that from the plain pass."""
 
@@ -332,7 +332,7 @@ def _changes(positions: Integers, tokens: Integers) -> Readout:
     return read
 
 
-def _slopes(
+def _predicted_slopes(
     lab: Bench, site: Site, added: LowRank, starts: Sequence[int], positions: Integers, tokens: Integers
 ) -> NDArray[np.float64]:
     """[I,Z,G,P] what each predictor gives for eps = 1: change of tokens [I,Z,G] at positions [I,Z] by what is added at

@@ -171,7 +171,7 @@ class Partition(OfAlive):
         kind = np.where(atoms["cosine"] >= self.threshold, *ATOM_KINDS)
         atoms = atoms.assign(z=mixtures.fisher_z(atoms["cosine"]), kind=kind)
         lab.skipped[f"atoms that fire fewer than {self.min_firings} times"] += len(ever) - len(alive)
-        by_kind = self._tested(lab, atoms)
+        by_kind = self._substitution_table(lab, atoms)
         # After the substitution test, which counts an atom as alive from its first firing on.
         lab.facts |= {"n_alive": len(atoms), "dead": firings.n_atoms - len(ever)}
         return {"atoms": atoms, "mixtures": self.mixture_table(atoms), "substitution": by_kind}
@@ -185,7 +185,7 @@ class Partition(OfAlive):
                 tables.append(fits.assign(sample=sample, space=space))
         return pd.DataFrame(pd.concat(tables, ignore_index=True), columns=list(self.columns["mixtures"]))
 
-    def _tested(self, lab: Bench, atoms: pd.DataFrame) -> pd.DataFrame:
+    def _substitution_table(self, lab: Bench, atoms: pd.DataFrame) -> pd.DataFrame:
         """The table `substitution`, from up to `tested_atoms` of each kind that fire where they can be tested; empty
         where a kind has fewer than two."""
         firings = lab.firings()
@@ -278,14 +278,14 @@ class Partition(OfAlive):
             number=6,
             claim="atoms part into registers and bundles",
             null=UNTRAINED,
-            ruled=self._kinds(result, above, fitted),
+            ruled=self._kinds_verdict(result, above, fitted),
             measured=f"{counts}; register median cosine {median}; registers make {share} of firings",
             controls="; ".join(controls),
             n=len(atoms),
             of="alive atoms",
         )
 
-    def _kinds(self, result: Result, above: pd.DataFrame, fitted: Mapping[object, Lowest]) -> Verdict:
+    def _kinds_verdict(self, result: Result, above: pd.DataFrame, fitted: Mapping[object, Lowest]) -> Verdict:
         """The verdict of claim 6: the rules of the class's docstring, in order.
 
         Args:

@@ -94,14 +94,14 @@ class Passage(Evaluation):
     def measure(self, lab: Bench) -> dict[str, pd.DataFrame]:
         """Cost: for each passage one forward, and six edited ones for each class."""
         split = halves(len(lab.tokens), self.seed)
-        classes = self._classes(lab, split.select)
+        classes = self._atom_classes(lab, split.select)
         tables = []
         for site in lab.sites(pd.DataFrame({"sequence": split.test[: self.passages]}), self.kind):
             tokens = lab.tokens[site.sequence]
             trials: list[Trial] = []
             for number, (name, atoms) in enumerate(classes.items()):
                 rng = lab.rng(6, site.sequence, number)
-                trials += self._trials(lab, site, name, atoms, rng)
+                trials += self._passage_trials(lab, site, name, atoms, rng)
             if trials:
                 rows = lab.read(site, trials, added_bits(tokens), None)
                 native_bits = bits_per_token(site.session.logits[0], tokens)
@@ -115,7 +115,7 @@ class Passage(Evaluation):
         members = [(name, int(atom)) for name in names for atom in classes[name]]
         return {"passages": table, "classes": pd.DataFrame(members, columns=["class", "atom"])}
 
-    def _classes(self, lab: Bench, sequences: Integers) -> dict[str, Integers]:
+    def _atom_classes(self, lab: Bench, sequences: Integers) -> dict[str, Integers]:
         """The atoms that are registers and bundles by the median cosine on some sequences."""
         # An empty table first, so that columns have their types where nothing fires.
         cosines = [pd.DataFrame({"atom": np.array([], int), "cosine": np.array([], float)})]
@@ -138,7 +138,9 @@ class Passage(Evaluation):
         classes = {"register": registers, "bundle": bundles}
         return {name: members for name, members in classes.items() if len(members)}
 
-    def _trials(self, lab: Bench, site: Site, name: str, atoms: Integers, rng: np.random.Generator) -> list[Trial]:
+    def _passage_trials(
+        self, lab: Bench, site: Site, name: str, atoms: Integers, rng: np.random.Generator
+    ) -> list[Trial]:
         """All conditions of one class in one passage; none where the class does not fire."""
         firings = lab.firings().of_sequences(np.array([site.sequence]))
         inside = np.isin(firings.atom, atoms)
@@ -156,7 +158,7 @@ class Passage(Evaluation):
         native = site.at(positions)
         size = torch.tensor([float(change.norm()) for change in sums]).to(native.values)
         edits = {"deleted": [lab.add(t, change) for t, change in zip(positions, sums)]}
-        edits |= self._controls(lab, site, positions, size, written, rng)
+        edits |= self._control_edits(lab, site, positions, size, written, rng)
         edits["native"] = [lab.replace(t, native, n) for n, t in enumerate(positions)]
         described: dict[str, object] = {
             "sequence": site.sequence,
@@ -171,7 +173,7 @@ class Passage(Evaluation):
                 trials.append(Trial({**described, "condition": condition}, first, edits_of_passage))
         return trials
 
-    def _controls(
+    def _control_edits(
         self,
         lab: Bench,
         site: Site,
@@ -212,9 +214,9 @@ class Passage(Evaluation):
         names = result.tables["passages"]["class"].unique().tolist()
         first = "register" if "register" in names else names[0]
         first_then_others = sorted(names, key=lambda name: name != first)
-        return [self._cost(result, name, first) for name in first_then_others]
+        return [self._cost_finding(result, name, first) for name in first_then_others]
 
-    def _cost(self, result: Result, name: str, first: str) -> Finding:
+    def _cost_finding(self, result: Result, name: str, first: str) -> Finding:
         table = result.tables["passages"]
         members = result.tables["classes"]
         of_class = table[table["class"] == name]

@@ -159,10 +159,10 @@ class Seeds(OfAlive):
 
     def findings(self, result: Result) -> list[Finding]:
         """Claim 20, and whether atoms match beyond chance."""
-        beyond = self._beyond(result)
+        beyond = self._beyond_chance_finding(result)
         return [self._same_kinds(result, beyond), beyond]
 
-    def _beyond(self, result: Result) -> Finding:
+    def _beyond_chance_finding(self, result: Result) -> Finding:
         """Whether seeds share atoms beyond chance, by the pair of dictionaries that matches worst."""
         matches = dict(list(result.tables["matches"].groupby("sample")))
         # By the lower end: of all pairs the claim has to hold for the one that shows it least.

@@ -121,13 +121,13 @@ class Sign(Evaluation):
                     if target is None:
                         lab.skipped["targets whose ranks are not in the vocabulary"] += 1
                     else:
-                        trials += self._trials(lab, site, t, target, gradients, rng)
+                        trials += self._signed_trials(lab, site, t, target, gradients, rng)
                 if trials:  # position by position: the window is one or two tokens, and no other token need be run
                     tables.append(lab.read(site, trials, target_change, 1 + delay))
         lab.require(bool(tables), "no position could be written at")
         return {"writes": pd.concat(tables)}
 
-    def _trials(
+    def _signed_trials(
         self, lab: Bench, site: Site, t: int, target: DrawnTarget, gradients: ReadGradients, rng: np.random.Generator
     ) -> list[Trial]:
         """The writes of every direction, size and sign toward one target at one position, with their predictions."""

@@ -174,11 +174,13 @@ class Substitution(Exchanging):
         scale = "matched" if "matched" in self.scales else self.scales[0]
         others = {f"{name}/{scale}": NAMES[name] for name in ("shuffled", "random") if name in self.controls}
         if not others:  # the strict order ends with another atom
-            return [self._medians(wide, scale, {}, [])]
+            return [self._medians_finding(wide, scale, {}, [])]
         rivals = [name for name in self.controls if name in BASELINES]
-        return [self._chain(wide, scale, others, rivals), self._medians(wide, scale, others, rivals)]
+        return [self._chain_finding(wide, scale, others, rivals), self._medians_finding(wide, scale, others, rivals)]
 
-    def _chain(self, wide: pd.DataFrame, scale: str, others: Mapping[str, str], rivals: Sequence[str]) -> Finding:
+    def _chain_finding(
+        self, wide: pd.DataFrame, scale: str, others: Mapping[str, str], rivals: Sequence[str]
+    ) -> Finding:
         """Claim 2: atom < deletion < another atom; `others` has at least one."""
         kl = Paired(wide, seed=self.seed)
         atom = kl[f"atom/{scale}"]
@@ -212,7 +214,9 @@ class Substitution(Exchanging):
             of="firings in {} sequences",
         )
 
-    def _medians(self, wide: pd.DataFrame, scale: str, others: Mapping[str, str], rivals: Sequence[str]) -> Finding:
+    def _medians_finding(
+        self, wide: pd.DataFrame, scale: str, others: Mapping[str, str], rivals: Sequence[str]
+    ) -> Finding:
         """Claim 3: the paired ratio of the atom's KL to that of deletion, of other atoms and of baselines."""
         size = Paired(wide, seed=self.seed).size_of("delete")
         moved = Paired(wide[wide["delete"] > 0], seed=self.seed)
@@ -274,7 +278,7 @@ class Substitution(Exchanging):
                 claim="all heads of a layer",
                 null=tests[0].null,
                 ruled=Verdict(worst, f"Claim 1 holds on {outcomes.count('holds')} of {len(tests)} heads."),
-                measured=f"recovers {_spread(totals)}; wins {_spread(win_rates)} (SD over heads)",
+                measured=f"recovers {_mean_and_spread(totals)}; wins {_mean_and_spread(win_rates)} (SD over heads)",
                 controls=f"confounded by a control on {outcomes.count('confounded')}",
                 n=len(tests),
                 of="heads",
@@ -283,7 +287,7 @@ class Substitution(Exchanging):
         return claims
 
 
-def _spread(shares: Sequence[float]) -> str:
+def _mean_and_spread(shares: Sequence[float]) -> str:
     """Mean and standard deviation over heads."""
     over_heads = pd.Series(shares)
     return f"{percent(float(over_heads.mean()))} ± {percent(float(over_heads.std()))}"

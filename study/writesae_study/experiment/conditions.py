@@ -126,13 +126,13 @@ def controls_at(
                     # Where nothing fires, atom 0 is written with an activation of 0; it is no control either.
                     taken.append(np.append(active.atom[active.position == t], written))
                 needed = "'shuffled' needs an alive atom that does not fire there"
-                others = lab.atoms(_others(lab, rngs["shuffled"], alive, taken, needed))
+                others = lab.atoms(_other_draws(lab, rngs["shuffled"], alive, taken, needed))
                 made[name] = others.on_host().to(atom.values)
             case "elsewhere":
                 written = np.flatnonzero(site.writes.norm().cpu().numpy())
                 own_positions = [np.array([t]) for t in positions]
                 needed = "'elsewhere' needs a write at another position"
-                others = _others(lab, rngs["elsewhere"], written, own_positions, needed)
+                others = _other_draws(lab, rngs["elsewhere"], written, own_positions, needed)
                 made[name] = site.writes.rows(torch.tensor(others))
             case "state":
                 made[name] = state_direction(site.state_before(positions))
@@ -146,7 +146,7 @@ def controls_at(
     return made
 
 
-def _others(
+def _other_draws(
     lab: Bench, rng: np.random.Generator, among: NDArray[np.int64], taken: Sequence[NDArray[np.int64]], needed: str
 ) -> NDArray[np.int64]:
     """For each entry of `taken`, a uniform draw of `among` that is not in the entry."""

@@ -320,10 +320,10 @@ class Result:
 
     def findings(self) -> list[Finding]:
         """The findings, one for every claim that the evaluation answers. Cost: resamples, the first time."""
-        return list(self._findings)
+        return list(self._cached_findings)
 
     @cached_property
-    def _findings(self) -> list[Finding]:
+    def _cached_findings(self) -> list[Finding]:
         # A page asks for them a dozen times: for claims, panels, comparisons and notes.
         if self.skipped is None:
             return self.evaluation.findings(self)

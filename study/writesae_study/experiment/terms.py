@@ -51,13 +51,13 @@ class Terms:
         """[M,S]"""
         self.collection = text if isinstance(text, Collection) else None
         # Of this object and not of the class, whose cache would keep every text alive.
-        self.writes = lru_cache(1)(self._writes)
-        self.metric = lru_cache(16)(self._metric)
+        self.writes = lru_cache(1)(self._head_writes)
+        self.metric = lru_cache(16)(self._head_metric)
         self.fitted: dict[tuple[object, ...], HeadBaselines] = {}
         """What a laboratory fitted to this text, by head, seed and settings."""
 
     @torch.no_grad()
-    def _writes(self, layer: int, head: int) -> LowRank:
+    def _head_writes(self, layer: int, head: int) -> LowRank:
         """The N = M S writes of a head. Cost: a forward up to the layer for each sequence, or of a collection none."""
         if isinstance(self._text, Collection):
             place = self.model.cfg.device, self.model.cfg.dtype
@@ -69,7 +69,7 @@ class Terms:
             writes.append(head_writes(recurrence, head))
         return joined(writes)
 
-    def _metric(self, layer: int, head: int, n_sequences: int = 64, damping: float = DAMPING) -> Metric:
+    def _head_metric(self, layer: int, head: int, n_sequences: int = 64, damping: float = DAMPING) -> Metric:
         """The metric of a head's writes from the first sequences. Cost: as of `fit_metrics`."""
         return fit_metrics(self.model, self.tokens[:n_sequences], [(layer, head)], damping=damping)[layer, head]
 

@@ -119,7 +119,7 @@ def of_facts(job: Job, permuted: bool = False) -> list[HeadCode]:
     labels = one_hot(job.world.key_symbols).float()
     parts = job.world.parts(job.world.value_symbols)
     if permuted:
-        order = _mixed(len(labels))
+        order = _mixed_order(len(labels))
         labels = labels[order]
         parts = parts[order]
     return [of_sides(of_labels(job.keys, labels), of_labels(job.values, parts))]
@@ -128,7 +128,7 @@ def of_facts(job: Job, permuted: bool = False) -> list[HeadCode]:
 def another_pair(job: Job) -> list[HeadCode]:
     """The truth of another write."""
     (code,) = of_facts(job)
-    order = _mixed(len(code.written))
+    order = _mixed_order(len(code.written))
     return [
         code._replace(
             key_atom=code.key_atom[order],
@@ -139,7 +139,7 @@ def another_pair(job: Job) -> list[HeadCode]:
     ]
 
 
-def _mixed(n: int) -> Tensor:
+def _mixed_order(n: int) -> Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(0))
 
 

@@ -205,12 +205,12 @@ def atoms(head: HeadStates, architecture: str, times: int, flat: bool) -> HeadRe
     if architecture == PURSUIT:
         return HeadReader.of_atoms(sae.W_dec.detach(), n * size, head.bits)
     terms = terms_of(n, head.bits)
-    decode = partial(_decoded, sae)
-    return HeadReader(partial(_encoded, sae, terms), decode, (n, n), n * size, terms * term_bits(n))
+    decode = partial(_decoded_states, sae)
+    return HeadReader(partial(_strongest_terms, sae, terms), decode, (n, n), n * size, terms * term_bits(n))
 
 
 @torch.no_grad()
-def _encoded(sae: Any, terms: int, states: Tensor) -> StateCode:
+def _strongest_terms(sae: Any, terms: int, states: Tensor) -> StateCode:
     """The strongest atoms of states [N,K,V]."""
     contributions = sae.encode(states.flatten(1)) * sae.decoder_norm()
     top = contributions.topk(terms, dim=1)
@@ -218,7 +218,7 @@ def _encoded(sae: Any, terms: int, states: Tensor) -> StateCode:
 
 
 @torch.no_grad()
-def _decoded(sae: Any, code: StateCode) -> Tensor:
+def _decoded_states(sae: Any, code: StateCode) -> Tensor:
     """[N,K V]"""
     acts = torch.zeros(len(code.keys), sae.cfg.d_sae).scatter(1, code.keys, code.sizes)
     return sae.decode(acts / sae.decoder_norm())

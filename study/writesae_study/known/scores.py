@@ -36,7 +36,7 @@ def features(code: HeadCode, world: World) -> tuple[float, Tensor]:
         own = world.key_symbols == key
         present = parts[own]
         given = code.contribution[own]
-        correlation = _centred(present).T @ _centred(given)  # [S,F]
+        correlation = _centered_columns(present).T @ _centered_columns(given)  # [S,F]
         fit, best = correlation.max(1)
         found.append(fit > FOUND)
         size = (present * given[:, best]).sum(0) / present.sum(0).clamp_min(1)
@@ -44,7 +44,7 @@ def features(code: HeadCode, world: World) -> tuple[float, Tensor]:
     return float(torch.stack(found).float().mean()), torch.stack(vectors)
 
 
-def _centred(x: Tensor) -> Tensor:
+def _centered_columns(x: Tensor) -> Tensor:
     """Columns of mean 0 and norm 1, whose products are correlations."""
     return normalize(x - x.mean(0), dim=0)
 

@@ -148,11 +148,11 @@ class AtomNames(NamedTuple):
     def of(cls, atoms: Tensor, n_atoms: int, sizes: Tensor, present: Tensor) -> AtomNames:
         """Of atoms [N,n] with coefficients, from symbols that are present [N,S] in texts."""
         fires = torch.zeros(len(atoms), n_atoms).scatter_add(1, atoms, sizes.abs())
-        fit, symbol = (_standard(fires).T @ _standard(present.float()) / len(atoms)).max(1)
+        fit, symbol = (_standard_columns(fires).T @ _standard_columns(present.float()) / len(atoms)).max(1)
         return cls(symbol, fit.clamp_min(0))
 
 
-def _standard(x: Tensor) -> Tensor:
+def _standard_columns(x: Tensor) -> Tensor:
     """Columns of mean 0 and variance 1; a column that is constant is 0."""
     return (x - x.mean(0)) / x.std(0).clamp_min(1e-6)
 

@@ -145,13 +145,13 @@ class FactChanges(NamedTuple):
         """
         if "slots" in self.base.symbols:
             return self._with_attribute(world, vectors), torch.ones(len(self.new), dtype=torch.bool)
-        donors = self._donors(world)
+        donors = self._donor_writes(world)
         return torch.stack([code.written[donors] for code in codes], 1), donors >= 0
 
     def _asked_keys(self) -> Tensor:
         return self.base.symbols["keys"].gather(1, self.asked[:, None])[:, 0]
 
-    def _donors(self, world: World) -> Tensor:
+    def _donor_writes(self, world: World) -> Tensor:
         """[B] numbers of writes that hold the new facts; -1 where there is none."""
         held = zip(world.key_symbols.tolist(), world.value_symbols.tolist())
         number = {fact: n for n, fact in enumerate(held)}

@@ -90,7 +90,7 @@ def write_report(
         "title": title or f"What the atoms of {models} do",
         "numbers": f"{target.stem}.json",
     }
-    shown = _shown(results, rows) | heading
+    shown = _template_values(results, rows) | heading
     return atomic_text(
         target, environment("writesae_study", controls=control_rows).get_template("report.html").render(shown)
     )
@@ -184,7 +184,7 @@ def compared(results: Sequence[Result]) -> Iterator[Figure]:
         yield Figure(claim[0].upper() + claim[1:], svg, "Orange: not shown to exceed every control.")
 
 
-def _shown(results: Sequence[Result], rows: Sequence[Answer]) -> dict[str, object]:
+def _template_values(results: Sequence[Result], rows: Sequence[Answer]) -> dict[str, object]:
     """What the template shows of results and claims."""
     trained = [result for result in results if result.info.get("control") is None]  # tables/ has those of the controls
     sections: dict[str, list[Result]] = {}

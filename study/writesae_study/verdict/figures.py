@@ -97,7 +97,7 @@ def intervals(
 ) -> str:
     """An estimate and its interval in each row, in numbers as `write` writes them; a dashed line at `chance`. What is
     below `least` is drawn there, as a triangle."""
-    figure, axes = _panel(0.75 + 0.26 * len(rows))
+    figure, axes = _panel_axes(0.75 + 0.26 * len(rows))
     for y, row in enumerate(rows):
         colour = COLORS[row.colour]
         mean = row.mean if least is None else max(row.mean, least)
@@ -115,7 +115,7 @@ def intervals(
     axes.locator_params(axis="x", nbins=4)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: write(value)))
     axes.set_xlabel(label, loc="right")
-    return _svg(figure, title)
+    return _svg_text(figure, title)
 
 
 def curves(
@@ -136,7 +136,7 @@ def curves(
         chance: a dashed horizontal line.
         ticks: names of points on the x axis, where they are not their numbers.
     """
-    figure, axes = _panel(2.5 + 0.08 * len(lines), "y")
+    figure, axes = _panel_axes(2.5 + 0.08 * len(lines), "y")
     points = sorted({x for line in lines for x in line.x})
     for line in lines:
         colour = COLORS[line.colour]
@@ -174,13 +174,13 @@ def curves(
         columnspacing=1.2,
         borderaxespad=0.1,
     )
-    return _svg(figure, title)
+    return _svg_text(figure, title)
 
 
 # ---------------------------------------------------------------------------------------------- drawing
 
 
-def _panel(height: float, grid: str = "x") -> tuple[Figure, Axes]:
+def _panel_axes(height: float, grid: str = "x") -> tuple[Figure, Axes]:
     """A figure of a phone's width, in inches of 100 units, with lines across an axis or both. Names of rows are in
     ink, numbers are not."""
     style = _STYLE | {"axes.grid.axis": grid, "ytick.labelcolor": INK if grid == "x" else MUTED}
@@ -192,7 +192,7 @@ def _panel(height: float, grid: str = "x") -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _svg(figure: Figure, title: str) -> str:
+def _svg_text(figure: Figure, title: str) -> str:
     """The figure as an SVG element: CSS variables for colors, no fixed size, and a title for screen readers.
 
     Ids inside are made from the title, which must therefore be unique in a page.

@@ -123,7 +123,7 @@ class Paired:
     def mean(self, a: Values, minus: Values | None = None) -> Estimate:
         """The mean under a condition, or of the paired difference of two. Truth values without `minus` are a share,
         whose interval is another one (`statistics.share`)."""
-        values, clusters = self._values(a, minus)
+        values, clusters = self._clustered_values(a, minus)
         # Wilson's interval is of one way to cluster; two are resampled.
         if len(clusters) == 1 and values.dtype == bool:
             return stats.share(values, *clusters)
@@ -131,13 +131,13 @@ class Paired:
 
     def median(self, a: Values, minus: Values | None = None) -> Estimate:
         """The median under a condition, or of the paired difference of two."""
-        values, clusters = self._values(a, minus)
+        values, clusters = self._clustered_values(a, minus)
         return stats.estimate(values, clusters[0], statistic=stats.weighted_median, seed=self.seed)
 
     def lead(self, a: str, other: Paired, b: str | None = None) -> Estimate:
         """The mean of `a` minus that of `b` (or `a`) in another sample, which shares no cluster with this one."""
-        x, x_ids = self._values(a, None)
-        y, y_ids = other._values(b or a, None)
+        x, x_ids = self._clustered_values(a, None)
+        y, y_ids = other._clustered_values(b or a, None)
         return stats.estimate_difference(x, y, x_ids[0], y_ids[0], seed=self.seed)
 
     def wins(self, a: str, b: str) -> Estimate:
@@ -148,12 +148,12 @@ class Paired:
     def recovered(self, a: str, than: str = "delete") -> Estimate:
         """The share of deletion's effect that `a` recovers in a typical sequence, more than `than` does (deletion
         recovers nothing): the median over clusters."""
-        kl, (ids,) = self._whole(a, than, "delete")
+        kl, (ids,) = self._complete_units(a, than, "delete")
         return stats.recovered_difference(kl[a], kl[than], kl["delete"], ids)
 
     def total(self, a: str, than: str = "delete") -> Estimate:
         """The share of all that deletions do which `a` recovers, more than `than` does: a ratio of sums."""
-        kl, (ids,) = self._whole(a, than, "delete")
+        kl, (ids,) = self._complete_units(a, than, "delete")
         return stats.total(kl[than] - kl[a], kl["delete"], ids, seed=self.seed)
 
     def means(self, names: Mapping[str, str]) -> dict[str, Estimate]:
@@ -170,12 +170,12 @@ class Paired:
         floor = float(self[no_op].abs().quantile(0.95))
         return {"typical": typical, "floor": floor}
 
-    def _whole(self, *names: str) -> tuple[pd.DataFrame, list[pd.Series]]:
+    def _complete_units(self, *names: str) -> tuple[pd.DataFrame, list[pd.Series]]:
         """The units that have all of these conditions, and their clusters."""
         units = self.wide.dropna(subset=[*dict.fromkeys(names)])
         return units, [units[name] for name in self.clusters]
 
-    def _values(self, a: Values, minus: Values | None) -> tuple[pd.Series, list[pd.Series]]:
+    def _clustered_values(self, a: Values, minus: Values | None) -> tuple[pd.Series, list[pd.Series]]:
         values = self.wide[a] if isinstance(a, str) else a
         if minus is not None:
             subtracted = self.wide[minus] if isinstance(minus, str) else minus

@@ -91,7 +91,7 @@ def judge(
         )
     sign = -1.0 if less else 1.0
     side = "below" if less else "above"
-    low, high = _beyond(effect, chance, sign)
+    low, high = _ends_beyond(effect, chance, sign)
     far = chance + sign * relevant
     if not low > relevant:
         # An interval without width says nothing of units that were not seen.
@@ -111,16 +111,16 @@ def judge(
     leads: list[tuple[float, str]] = []  # of controls that are not beaten
     equals: set[str] = set()
     for name, control in (against or {}).items():
-        worst, best = _beyond(control.contrast, control.chance, sign)
-        is_small = control.own is not None and _beyond(control.own, chance, sign)[1] <= relevant
+        worst, best = _ends_beyond(control.contrast, control.chance, sign)
+        is_small = control.own is not None and _ends_beyond(control.own, chance, sign)[1] <= relevant
         if worst > _ROUNDING or is_small:
             continue
         leads.append((sign * (control.contrast.mean - control.chance), name))
         if best <= relevant:
             equals.add(name)
     unbeaten = tuple(name for _, name in sorted(leads))
-    alike = _listed([name for name in unbeaten if name in equals])
-    worse = _listed([name for name in unbeaten if name not in equals])
+    alike = _listed_names([name for name in unbeaten if name in equals])
+    worse = _listed_names([name for name in unbeaten if name not in equals])
     if alike:
         more = f" Not beaten, perhaps worse: {worse}." if worse else ""
         return Verdict("confounded", f"Not beaten, and not shown to be worse: {alike}.{more}", unbeaten)
@@ -150,11 +150,11 @@ def one_is_enough(found: int, pooled: Estimate, holds: str, fails: str) -> Verdi
     return Verdict("holds", holds) if found else Verdict("fails", fails)
 
 
-def _beyond(estimate: Estimate, chance: float, sign: float) -> tuple[float, float]:
+def _ends_beyond(estimate: Estimate, chance: float, sign: float) -> tuple[float, float]:
     """The ends of an interval as distances from chance, the lower one first. `sign`: -1 where an effect is to fall."""
     low, high = sorted((sign * (estimate.low - chance), sign * (estimate.high - chance)))
     return low, high
 
 
-def _listed(names: list[str]) -> str:
+def _listed_names(names: list[str]) -> str:
     return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))

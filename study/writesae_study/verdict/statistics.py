@@ -56,7 +56,7 @@ def estimate(
     """
     if statistic is None and len(clusters) == 1:
         return mean_estimate(values, *clusters, seed=seed)
-    return _resampled(values, clusters, statistic or weighted_mean, seed)
+    return _resampled_estimate(values, clusters, statistic or weighted_mean, seed)
 
 
 def estimate_difference(
@@ -113,8 +113,8 @@ def total(above: ArrayLike, below: ArrayLike, clusters: ArrayLike, *, seed: int 
     point = float(sums.sum()) / whole
     if n_clusters == 1:
         return Estimate(point, math.nan, math.nan, len(x), 1)
-    ratio, error = _ratios(np.ones((1, n_clusters)), sums, sizes)
-    drawn, errors = _ratios(resample_counts(n_clusters, seed), sums, sizes)
+    ratio, error = _ratios_with_errors(np.ones((1, n_clusters)), sums, sizes)
+    drawn, errors = _ratios_with_errors(resample_counts(n_clusters, seed), sums, sizes)
     has_error = errors > 0
     t = np.abs(drawn - ratio)[has_error] / errors[has_error]
     half = float(error[0] * np.quantile(t, 0.95)) if len(t) else 0.0
@@ -236,7 +236,9 @@ def weighted_median(values: Array, weights: Array) -> Array:
     return (low + high) / 2
 
 
-def _ratios(weights: NDArray[np.floating] | NDArray[np.int64], sums: Array, sizes: Array) -> tuple[Array, Array]:
+def _ratios_with_errors(
+    weights: NDArray[np.floating] | NDArray[np.int64], sums: Array, sizes: Array
+) -> tuple[Array, Array]:
     """The ratio of two sums over clusters under each row of weights [S,C], and its linearized standard error."""
     n_clusters = weights.shape[1]
     below = weights @ sizes
@@ -249,7 +251,9 @@ def _ratios(weights: NDArray[np.floating] | NDArray[np.int64], sums: Array, size
     return ratio, np.divide(spread, below, out=np.zeros_like(below), where=below > 0)
 
 
-def _resampled(values: ArrayLike, ways: Sequence[ArrayLike], statistic: WeightedStatistic, seed: int) -> Estimate:
+def _resampled_estimate(
+    values: ArrayLike, ways: Sequence[ArrayLike], statistic: WeightedStatistic, seed: int
+) -> Estimate:
     """A statistic with its interval over one or more ways to cluster the same values, each resampled by itself; one
     that has a single cluster is not."""
     samples = [clustered(values, ids) for ids in ways]
