@@ -245,7 +245,7 @@ def content_hash(value: object) -> str:
     def add(part: object) -> None:
         if isinstance(part, torch.Tensor):
             digest.update(f"{part.dtype} {list(part.shape)}\n".encode())
-            digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            digest.update(_tensor_bytes(part))
         elif isinstance(part, Mapping):
             digest.update(f"{len(part)} names\n".encode())
             for name in sorted(part, key=repr):
@@ -260,6 +260,22 @@ def content_hash(value: object) -> str:
 
     add(value)
     return digest.hexdigest()
+
+
+def tensors_hash(tensors: Mapping[str, torch.Tensor], settings: Mapping[str, object] | None = None) -> str:
+    """SHA-256 of ``settings`` and of names, dtypes, shapes and bytes of ``tensors``. Costs a pass."""
+    digest = hashlib.sha256()
+    if settings is not None:
+        digest.update(json.dumps(settings, sort_keys=True).encode())
+    # Under their names and in their dtypes: equal bytes of other tensors are other weights.
+    for name, x in sorted(tensors.items()):
+        digest.update(f"{name} {x.dtype} {list(x.shape)}".encode())
+        digest.update(_tensor_bytes(x))
+    return digest.hexdigest()
+
+
+def _tensor_bytes(x: torch.Tensor) -> memoryview:
+    return x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def plain_file(folder: Path, name: str, error: type[ValueError] = ChecksumError) -> Path:

@@ -20,9 +20,9 @@ from sae_lens_writesae.sae import fast, rows
 from sae_lens_writesae.sae.factors import Collection
 from sae_lens_writesae.sae.load import load_sae
 from sae_lens_writesae.sae.runner import text_dataset
+from sae_lens_writesae.sae.target import HeadHook
 from writesae.choices import MATCHED, DictionaryName
 from writesae.collecting import collect_from
-from writesae.dictionary.traits import objective, variant
 from writesae.files import sae_folders
 from writesae.flags import Collect, Train
 from writesae.training import run_train
@@ -196,8 +196,10 @@ def test_every_kind_trains_from_a_collection(collection: Collection, tmp_path: P
     names = ("write-seed0", "write-MatrixSAE-seed0", f"write-{MATCHED}-seed0", "state-seed0", "state-reads-seed1")
     run_train(Train(collection=collection.folder, heads=(1,), names=names, out=tmp_path, **SIZES), lambda line: None)
     saes = [load_sae(tmp_path / "L2H1" / name / "sae") for name in names]
-    assert [objective(sae) for sae in saes] == [("write", "mse")] * 3 + [("state", "mse"), ("state", "reads")]
-    assert [variant(sae) for sae in saes] == ["WriteSAE", "MatrixSAE", "FlatSAE", "WriteSAE", "WriteSAE"]
+    trained_for = [(HeadHook.of(sae).target, sae.cfg.metadata.loss) for sae in saes]
+    assert trained_for == [("write", "mse")] * 3 + [("state", "mse"), ("state", "reads")]
+    built = [{"encoder": sae.cfg.encoder, "decoder": sae.cfg.decoder, "rank": sae.cfg.rank} for sae in saes]
+    assert built == [VARIANTS[name] for name in ("WriteSAE", "MatrixSAE", "FlatSAE", "WriteSAE", "WriteSAE")]
     assert all(sae.cfg.metadata.model_name == "embedded" for sae in saes)
     assert not list(tmp_path.rglob("checkpoint"))
 

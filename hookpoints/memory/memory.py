@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from transformers import Cache
 
 from hookpoints.errors import InputError, UnsupportedModelError
-from hookpoints.files import atomic_write
+from hookpoints.files import atomic_write, tensors_hash
 from hookpoints.layer.context import all_left, count_tokens, drop_sources
 from hookpoints.memory.caches import (
     attends_and_convolves,
@@ -67,7 +67,7 @@ from hookpoints.memory.passes import (
     recorded_streams,
     run_tokens,
 )
-from hookpoints.memory.sealing import fingerprint, seal
+from hookpoints.memory.sealing import fingerprint
 from hookpoints.model.hooked import HookedModel
 from hookpoints.model.inputs import check_tokens
 from hookpoints.model.selfcheck import relative_error, tolerance
@@ -416,7 +416,7 @@ class Memory:
         # Clones: safetensors refuses tensors that share memory, as views of one factor do.
         copies = {name: x.detach().clone(memory_format=torch.contiguous_format).cpu() for name, x in named.items()}
         said = {**_file_identity(self.model), "edited": self.edited}
-        said["sha256"] = seal(copies, said)
+        said["sha256"] = tensors_hash(copies, said)
         atomic_write(Path(path), lambda file: save_file(copies, file, {"hookpoints": json.dumps(said)}))
 
     @classmethod
@@ -443,7 +443,7 @@ class Memory:
         here = _file_identity(model)
         if wrong := {name: said.get(name) for name in here if said.get(name) != here[name]}:
             raise InputError(f"{path}: expected {here}, got {wrong}: saved for another model or version, or damaged")
-        if said.pop("sha256", None) != seal(named, said):
+        if said.pop("sha256", None) != tensors_hash(named, said):
             raise InputError(f"{path}: damaged, its SHA-256 is not that of what was saved: save the memory again")
         first = _memory_of_first_token(model, named, str(path))
         kept = first.kept.filed.each(lambda name, x: named[name].to(x.device))

@@ -1,10 +1,9 @@
-"""Which model a saved memory belongs to, and whether a file is what was saved."""
+"""Which model a saved memory belongs to."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -51,12 +50,3 @@ def sum_of_bits(x: Tensor) -> Tensor:
         mixed = (mixed ^ (mixed >> 32)) * _ODD[1]
         total += (mixed ^ (mixed >> 29)).sum()
     return total
-
-
-def seal(tensors: Mapping[str, Tensor], settings: Mapping[str, object]) -> str:
-    """SHA-256 of ``settings`` and of names, dtypes, shapes and bytes of ``tensors``, which are on the CPU."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for name, x in sorted(tensors.items()):
-        digest.update(f"{name} {x.dtype} {list(x.shape)}".encode())
-        digest.update(x.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

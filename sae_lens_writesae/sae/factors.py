@@ -27,7 +27,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from hookpoints import HookedRecurrent, Recurrence
-from hookpoints.files import CHECKSUMS, SealedFolder, file_hash, read_json
+from hookpoints.files import CHECKSUMS, SealedFolder, file_hash, read_json, tensors_hash
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae.target import HeadTarget, Target
 
@@ -283,9 +283,4 @@ def named_text(ids: Tensor) -> CollectionIndex:
 
 def model_hash(model: HookedRecurrent) -> str:
     """SHA-256 of every parameter and buffer. Cost: one pass over them."""
-    digest = hashlib.sha256()
-    # Under their names and in their dtypes: equal bytes of other tensors are other weights.
-    for name, value in sorted(model.hf_model.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return tensors_hash(model.hf_model.state_dict())

@@ -28,7 +28,7 @@ from tables import table
 
 from hookpoints.files import read_sealed_json
 from writesae.dictionary.estimates import Estimate
-from writesae.page.format import number, percent, points
+from writesae.page.format import number, percent
 from writesae.page.template import environment
 from writesae_study.dictionary.controls import answers
 from writesae_study.evaluations import EVALUATIONS, load_result
@@ -39,6 +39,7 @@ from writesae_study.known.states import TERMS
 from writesae_study.reproduce.published import RUNS
 from writesae_study.verdict.finding import Claim, said
 from writesae_study.verdict.names import NAMES
+from writesae_study.verdict.notation import points
 from writesae_study.verdict.paper import PAPER_CLAIMS
 
 HERE = Path(__file__).resolve().parent

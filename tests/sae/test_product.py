@@ -31,7 +31,7 @@ from sae_lens_writesae.sae import (
 )
 from sae_lens_writesae.sae.product import distinct_rows
 from sae_lens_writesae.sae.sides import SidesSAE, _oriented_writes, rank_one_rows
-from writesae.dictionary.traits import matched_flat, n_parameters, variant
+from writesae.dictionary.traits import matched_flat, n_parameters
 from writesae.experiment.tokens import sample_sequences
 
 K, V, N = 5, 7, 13
@@ -124,7 +124,7 @@ def test_pairs_are_ordinary_atoms(counts: tuple[int, int]) -> None:
     cut = sae.run_with_hooks(x, fwd_hooks=[("hook_sae_acts_post", lambda a, hook: a * 0)])
     assert_close(cut, sae.b_dec.expand_as(cut))
     assert sum(p.numel() for p in sae.parameters()) == n_parameters(sae) == 2 * (4 * K + 6 * V) + K * V
-    assert variant(sae) == "product" and matched_flat(sae)[0] == 2
+    assert matched_flat(sae)[0] == 2
 
 
 def test_no_side_is_active_where_no_pair_is() -> None:

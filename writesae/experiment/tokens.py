@@ -67,15 +67,3 @@ def say_time(
 def token_text(model: HookedRecurrent, token: int) -> str:
     """A token as text, or its number where the model has no tokenizer."""
     return str(model.to_string(int(token))) if model.tokenizer is not None else f"#{token}"
-
-
-def special_tokens(model: HookedRecurrent) -> set[int]:
-    """Ids that text does not consist of: padding, begin and end."""
-    config = model.hf_model.config
-    fields = [getattr(config, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")]
-    special: set[int] = set()
-    for ids in (getattr(model.tokenizer, "all_special_ids", None), *fields):
-        # A model may end at one of several tokens, or have none of a kind.
-        several = ids if isinstance(ids, (list, tuple)) else [ids]
-        special |= {token for token in several if token is not None}
-    return special

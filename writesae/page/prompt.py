@@ -96,6 +96,13 @@ class PromptServer(ThreadingHTTPServer):
         self.texts = TokenTexts(self.model)
 
     @torch.no_grad()
+    def _short_tokens(self, text: str) -> torch.Tensor:
+        """[1,T] of a text that has some tokens, and at most `MAX_TOKENS`."""
+        tokens = self.model.to_tokens(text, prepend_bos=False, truncate=False)
+        if not 0 < tokens.shape[1] <= MAX_TOKENS:
+            raise ValueError(f"text: expected 1 to {MAX_TOKENS} tokens, got {tokens.shape[1]}")
+        return tokens
+
     def read(self, text: str, layer: int, head: int) -> dict[str, object]:
         """What one head of a layer does on a text of T tokens, as JSON values.
 
@@ -109,10 +116,8 @@ class PromptServer(ThreadingHTTPServer):
         Raises:
             ValueError: the text has no token, or more than `MAX_TOKENS`; the layer or the head does not exist.
         """
-        tokens = self.model.to_tokens(text, prepend_bos=False, truncate=False)
+        tokens = self._short_tokens(text)
         atoms = None
-        if not 0 < tokens.shape[1] <= MAX_TOKENS:
-            raise ValueError(f"text: expected 1 to {MAX_TOKENS} tokens, got {tokens.shape[1]}")
         recurrence = self.model.recurrence(tokens, layer)
         if not 0 <= head < recurrence.H:
             raise ValueError(f"head: expected 0 to {recurrence.H - 1} in layer {layer}, got {head}")
@@ -155,9 +160,7 @@ class PromptServer(ThreadingHTTPServer):
         Raises:
             ValueError: the text has no token or more than `MAX_TOKENS`, or a target is not one token.
         """
-        tokens = self.model.to_tokens(text, prepend_bos=False, truncate=False)
-        if not 0 < tokens.shape[1] <= MAX_TOKENS:
-            raise ValueError(f"text: expected 1 to {MAX_TOKENS} tokens, got {tokens.shape[1]}")
+        tokens = self._short_tokens(text)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PredictionWarning)  # the numbers are shown
             wanted = [target] if target else None

@@ -14,12 +14,13 @@ from scipy.stats import mannwhitneyu
 
 from writesae.dictionary.estimates import Estimate
 from writesae.files import Json
-from writesae.page.format import number, percent, points
+from writesae.page.format import number, percent
 from writesae_study.experiment.at_firings import RELEVANT_RATE
 from writesae_study.experiment.evaluation import Result, described
 from writesae_study.verdict import statistics as stats
 from writesae_study.verdict.finding import Finding, Paired
 from writesae_study.verdict.judge import MIN_OBSERVATIONS, Verdict, judge
+from writesae_study.verdict.notation import points
 from writesae_study.verdict.paper import Outcome
 
 ATOM_KINDS = ("register", "bundle")

@@ -15,12 +15,13 @@ from torch import Tensor
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae.losses import read_queries
 from writesae.dictionary.estimates import Estimate
-from writesae.dictionary.traits import n_parameters, variant
+from writesae.dictionary.traits import n_parameters
 from writesae.experiment.lab import Site
 from writesae.head.matrices import decoded, dominant, encoded, matrices_of
 from writesae.head.upper import UpperModel
 from writesae.head.writes import ROUNDING, head_writes, joined
 from writesae_study.codes.components import MatrixPca, fit_pca
+from writesae_study.dictionary.traits import variant
 from writesae_study.experiment.at_firings import MEAN_ENERGY
 from writesae_study.experiment.bench import Bench, trials_at
 from writesae_study.experiment.conditions import scaled

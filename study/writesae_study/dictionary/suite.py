@@ -15,9 +15,9 @@ from hookpoints.files import check_folder, content_hash, set_aside, versions
 from sae_lens_writesae.sae.factors import model_hash
 from sae_lens_writesae.sae.target import HeadHook
 from writesae.dictionary.quality import quality_of_heads
-from writesae.dictionary.traits import objective, variant
 from writesae.files import Json
 from writesae_study.dictionary.controls import ControlKind, control_dictionaries
+from writesae_study.dictionary.traits import objective, variant
 from writesae_study.experiment.bench import LayerHead
 from writesae_study.experiment.evaluation import Evaluation, Result, Scope, result_files
 from writesae_study.experiment.terms import Terms

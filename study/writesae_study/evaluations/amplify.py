@@ -22,16 +22,17 @@ from sae_lens_writesae.steering import TargetToken, scale_atoms, token_id
 from writesae.choices import AtLeast
 from writesae.dictionary.estimates import Estimate
 from writesae.experiment.firings import Integers, collect_firings
-from writesae.experiment.tokens import special_tokens, token_text
-from writesae.page.format import signed
+from writesae.experiment.tokens import token_text
 from writesae_study.dictionary.selectivity import alignment
 from writesae_study.experiment.bench import Bench
 from writesae_study.experiment.draws import Halves, halves
 from writesae_study.experiment.evaluation import Evaluation, Result, Scope
 from writesae_study.experiment.generation import sample_continuations
+from writesae_study.experiment.targets import special_tokens
 from writesae_study.verdict import statistics as stats
 from writesae_study.verdict.finding import Finding, Paired, said
 from writesae_study.verdict.judge import one_is_enough
+from writesae_study.verdict.notation import signed
 
 CONTROL_NAMES = {
     "random": "random directions of the same norm at the same firings",

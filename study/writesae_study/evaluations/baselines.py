@@ -15,7 +15,7 @@ import pandas as pd
 from writesae.choices import AtLeast
 from writesae.experiment.lab import Site
 from writesae.head.matrices import matrices_of
-from writesae.page.format import percent, perplexity, points
+from writesae.page.format import percent
 from writesae_study.dictionary.reconstruction import (
     ATOM,
     ATOM_SVD,
@@ -37,6 +37,7 @@ from writesae_study.experiment.draws import halves
 from writesae_study.experiment.evaluation import Evaluation, Result, Scope
 from writesae_study.verdict.finding import Against, Finding, Paired, said
 from writesae_study.verdict.names import NAMES, shown_name
+from writesae_study.verdict.notation import perplexity, points
 
 DICTIONARY_FREE = ("random", "mean", "state")
 """Controls that need no dictionary, other than the principal components."""

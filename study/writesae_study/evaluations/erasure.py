@@ -21,7 +21,7 @@ from writesae.choices import AtLeast
 from writesae.experiment.firings import Integers
 from writesae.experiment.lab import EditedRows, Site, Trial
 from writesae.experiment.tokens import token_text
-from writesae.page.format import percent, signed
+from writesae.page.format import percent
 from writesae_study.experiment.at_firings import OfHalves
 from writesae_study.experiment.bench import Bench, trials_at
 from writesae_study.experiment.draws import silent_positions
@@ -31,6 +31,7 @@ from writesae_study.head.writes import random_units
 from writesae_study.verdict import statistics as stats
 from writesae_study.verdict.finding import Finding, Paired, said
 from writesae_study.verdict.judge import one_is_enough
+from writesae_study.verdict.notation import signed
 
 CONTROL_NAMES: dict[str, str] = {
     "elsewhere": "other writes, same norm",

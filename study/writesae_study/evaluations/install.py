@@ -20,12 +20,13 @@ from sae_lens_writesae.steering import TargetToken, token_id, value_direction
 from writesae.choices import AtLeast
 from writesae.experiment.lab import Site, Trial
 from writesae.experiment.tokens import token_text
-from writesae.page.format import percent, points
+from writesae.page.format import percent
 from writesae_study.experiment.bench import Bench
 from writesae_study.experiment.evaluation import Evaluation, Result, Scope, described
 from writesae_study.experiment.generation import greedy_rows
 from writesae_study.experiment.targets import Stratum, draw_target, random_unit, target_change
 from writesae_study.verdict.finding import Against, Finding, Paired, said
+from writesae_study.verdict.notation import points
 
 STRATA = (Stratum("frequent", 2, 10), Stratum("100-1000", 100, 1000), Stratum("rare", 1001))
 """Targets by their native rank at the end of the prompt; the second stratum is the paper's."""

@@ -22,7 +22,6 @@ from writesae.choices import AtLeast
 from writesae.dictionary.estimates import Estimate
 from writesae.experiment.firings import Integers
 from writesae.experiment.lab import EditedRows, Readout, Site, Trial
-from writesae.page.format import r_squared
 from writesae_study.experiment.at_firings import OfFirings
 from writesae_study.experiment.bench import Bench
 from writesae_study.experiment.evaluation import Result
@@ -31,6 +30,7 @@ from writesae_study.verdict import fits
 from writesae_study.verdict.finding import Against, Finding, Paired
 from writesae_study.verdict.fits import CONTROL_COLUMN
 from writesae_study.verdict.judge import Verdict, judge
+from writesae_study.verdict.notation import r_squared
 
 SCORED = (*PREDICTORS, CONTROL_COLUMN)
 """What is scored: the formulas, and F2's prediction for another firing."""

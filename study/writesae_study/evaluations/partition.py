@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from writesae.choices import AtLeast
-from writesae.page.format import number, percent, points, signed
+from writesae.page.format import number, percent
 from writesae_study.dictionary.cosines import SIDES, firing_cosines, first_component
 from writesae_study.dictionary.kinds import ATOM_KINDS, KIND_RATES, alike, by_rule, compare_kinds
 from writesae_study.evaluations.substitution import Substitution
@@ -24,6 +24,7 @@ from writesae_study.experiment.evaluation import Result
 from writesae_study.verdict import figures, mixtures
 from writesae_study.verdict.finding import Against, Claim, Figure, Finding, Paired, said
 from writesae_study.verdict.judge import Verdict, judge
+from writesae_study.verdict.notation import points, signed
 
 COSINE_SAMPLES: dict[str, str] = {"cosine": "atoms", "shuffled": "shuffled", "random": "random"}
 """Columns of the table `atoms` that hold medians of cosines, and the names of these samples in the other tables."""

@@ -19,13 +19,13 @@ from hookpoints import WriteEdit
 from writesae.choices import AtLeast
 from writesae.experiment.firings import Integers
 from writesae.experiment.lab import Site, Trial
-from writesae.page.format import signed
 from writesae_study.experiment.bench import Bench
 from writesae_study.experiment.draws import halves
 from writesae_study.experiment.evaluation import Evaluation, Result
 from writesae_study.experiment.readout import added_bits, bits_per_token
 from writesae_study.head.writes import torch_generator
 from writesae_study.verdict.finding import Finding, Paired
+from writesae_study.verdict.notation import signed
 
 CONTROL_NAMES: dict[str, str] = {
     "own": "same writes ablated by the same norm",

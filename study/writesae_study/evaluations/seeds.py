@@ -19,7 +19,7 @@ from scipy.optimize import linear_sum_assignment
 
 from writesae.dictionary.estimates import Estimate
 from writesae.experiment.firings import Integers
-from writesae.page.format import percent, signed
+from writesae.page.format import percent
 from writesae_study.dictionary.cosines import firing_cosines
 from writesae_study.experiment.at_firings import OfAlive
 from writesae_study.experiment.bench import Bench
@@ -27,6 +27,7 @@ from writesae_study.experiment.evaluation import Result, Scope
 from writesae_study.head.writes import torch_generator
 from writesae_study.verdict.finding import Against, Finding, Paired, said
 from writesae_study.verdict.judge import Verdict, too_little
+from writesae_study.verdict.notation import signed
 
 SAMPLES: dict[str, str] = {
     "atoms": "alive atoms of the two dictionaries",

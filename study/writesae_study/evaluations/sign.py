@@ -20,13 +20,14 @@ from sae_lens_writesae.steering import value_direction
 from writesae.choices import AtLeast
 from writesae.experiment.lab import Site, Trial
 from writesae.experiment.tokens import token_text
-from writesae.page.format import percent, r_squared
+from writesae.page.format import percent
 from writesae_study.experiment.bench import Bench, trials_at
 from writesae_study.experiment.evaluation import Evaluation, Result, Scope, described
 from writesae_study.experiment.predictors import ReadGradients, predict
 from writesae_study.experiment.targets import DrawnTarget, Stratum, draw_target, logit_noise, random_unit, target_change
 from writesae_study.verdict.finding import Against, Finding, Paired
 from writesae_study.verdict.judge import Verdict
+from writesae_study.verdict.notation import r_squared
 
 VALUE_SIDES = ("direct", "gradient", "random", "wrong")
 """Value sides of the writes: two that aim at the target, and two controls."""

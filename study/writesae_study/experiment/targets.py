@@ -12,7 +12,6 @@ from torch import Tensor
 
 from hookpoints import HookedRecurrent
 from writesae.experiment.lab import EditedRows
-from writesae.experiment.tokens import special_tokens
 
 
 class Stratum(NamedTuple):
@@ -52,6 +51,18 @@ def draw_target(
         return None
     token, wrong = rng.choice(candidates, 2, replace=False)
     return DrawnTarget(int(token), int(ranks[token]), int(wrong))
+
+
+def special_tokens(model: HookedRecurrent) -> set[int]:
+    """Ids that text does not consist of: padding, begin and end."""
+    config = model.hf_model.config
+    fields = [getattr(config, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")]
+    special: set[int] = set()
+    for ids in (getattr(model.tokenizer, "all_special_ids", None), *fields):
+        # A model may end at one of several tokens, or have none of a kind.
+        several = ids if isinstance(ids, (list, tuple)) else [ids]
+        special |= {token for token in several if token is not None}
+    return special
 
 
 def random_unit(like: Tensor, rng: np.random.Generator) -> Tensor:

@@ -18,6 +18,7 @@ from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent, Memory, WriteEdit, zoo
 from hookpoints.errors import InputError, UnsupportedModelError
+from hookpoints.files import tensors_hash
 from hookpoints.memory import sealing
 from hookpoints.memory.caches import attention_of, cut, tensors_of
 from hookpoints.memory.memory import _flagged_stretches
@@ -263,7 +264,7 @@ def test_a_file_of_many_rows_runs_no_model_on_them(small, tmp_path, monkeypatch)
         said = json.loads(file.metadata()["hookpoints"])
         named = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
     named["tokens"] = named["tokens"][:1].repeat(400, 1)
-    said["sha256"] = sealing.seal(named, {name: value for name, value in said.items() if name != "sha256"})
+    said["sha256"] = tensors_hash(named, {name: value for name, value in said.items() if name != "sha256"})
     save_file(named, path, {"hookpoints": json.dumps(said)})
     handle = model.hf_model.register_forward_pre_hook(
         lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
@@ -420,7 +421,7 @@ def test_a_sealed_file_has_the_tensors_that_the_model_has(read, tmp_path, change
         said, named = json.loads(opened.metadata()["hookpoints"]), load_file(file)
     said.pop("sha256")
     change(named)
-    said["sha256"] = sealing.seal(named, said)
+    said["sha256"] = tensors_hash(named, said)
     save_file(named, file, {"hookpoints": json.dumps(said)})
     with pytest.raises(InputError, match=match):
         Memory.load(file, model)
