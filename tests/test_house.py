@@ -22,15 +22,16 @@ PACKAGES = ("hookpoints", "sae_lens_writesae", "writesae", "writesae_study")
 HOMES = {"writesae_study": ROOT / "study"}
 """Folder of a package that is not in the root."""
 CEILINGS = {
-    "hookpoints": 48_800,
-    "sae_lens_writesae": 18_400,
-    "writesae": 15_050,
-    "study/writesae_study": 41_700,
-    "tests": 91_300,
-    "study/tests": 34_300,
-    "tools + benchmarks + study/tools": 31_300,
+    "hookpoints": 50_200,
+    "sae_lens_writesae": 18_900,
+    "writesae": 15_200,
+    "study/writesae_study": 41_750,
+    "tests": 93_950,
+    "study/tests": 34_350,
+    "tools + benchmarks + study/tools": 32_150,
 }
-"""Expression nodes of folders. A smoke alarm and no target: a commit that needs more says what a reader gains."""
+"""Expression nodes of folders, 3% above what there was. A smoke alarm and no target: a commit that needs more says what
+a reader gains."""
 OFFENDERS = {
     "hookpoints + sae_lens_writesae + writesae + study/writesae_study": {"statement": 3, "joined": 0, "function": 3},
     "tests + study/tests": {"statement": 48, "joined": 140, "function": 3},

@@ -29,6 +29,8 @@ _REFERENCE = 64
 
 _PASSES = 6
 """Of the model, over each sequence and over the tokens that run for a firing: about what an evaluation takes."""
+_EDITED = 10 * 17
+"""Tokens that run for a firing, about: ten conditions, each from the edited token to 16 after it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +204,7 @@ def evaluate(
     """
     from sae_lens_writesae.sae.load import load_sae, model_of
     from sae_lens_writesae.sae.target import HeadHook, head_target
-    from writesae.experiment.tokens import EDITED, sample_sequences, say_time, text_of
+    from writesae.experiment.tokens import sample_sequences, say_time, text_of
     from writesae_study.dictionary.suite import evaluate_all
     from writesae_study.experiment.evaluation import Scope
     from writesae_study.page.report import write_report
@@ -239,7 +241,7 @@ def evaluate(
     for evaluation in evaluations:
         # Not every question has these settings, and None stands for all.
         firings += (getattr(evaluation, "n_atoms", 0) or 0) * (getattr(evaluation, "firings_per_atom", 1) or 1)
-    passes = _PASSES * (len(tokens) * len(evaluations) + firings * EDITED / tokens.shape[1])
+    passes = _PASSES * (len(tokens) * len(evaluations) + firings * _EDITED / tokens.shape[1])
     n_dictionaries = max(1, len(saes)) * (3 if subjects.control_dictionaries else 1)
     failures = list[Exception]()
     with taken(subjects.out):

@@ -79,15 +79,6 @@ class Firings:
         counts = np.bincount(self.atom[early], minlength=self.n_atoms)
         return np.flatnonzero(counts >= min_firings)
 
-    def strongest(self, at: pd.DataFrame) -> pd.DataFrame:
-        """The most active atom at each (sequence, position) of `at`: columns atom and activation, index of `at`; NaN
-        where nothing fires. This is the paper's dominant atom (section 3.2)."""
-        places = at[["sequence", "position"]]
-        firings = self.frame().merge(places.drop_duplicates()).sort_values("activation")
-        top = firings.drop_duplicates(["sequence", "position"], keep="last")
-        in_order = places.merge(top, how="left").set_index(at.index)  # a merge loses the index
-        return in_order[["atom", "activation"]]
-
 
 @torch.no_grad()
 def collect_firings(model: HookedRecurrent, sae: SAE, layer: int, tokens: Tensor, *, progress: bool = False) -> Firings:

@@ -16,8 +16,6 @@ from hookpoints.scopes import threads_for
 
 LAST_TEXT = Path("last")
 """Names the last text: every fourth of the Federalist Papers (1787-88), on which nothing was tuned."""
-EDITED = 10 * 17
-"""Tokens that run for a firing, about: ten conditions, each from the edited token to 16 after it."""
 
 
 def text_of(file: Path | None) -> str:

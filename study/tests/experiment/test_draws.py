@@ -67,7 +67,7 @@ def test_the_dominant_atom_is_written_at_positions_drawn_uniformly(dense: torch.
     assert len(rare) == N * (T - 1 - 5) and rare.query("activation > 0")[["sequence", "position"]].values.tolist() == [
         [0, 5]
     ]
-    nothing = firings.strongest(pd.DataFrame({"sequence": [0], "position": [T]}, index=[7]))
+    nothing = draws.strongest_atoms(firings, pd.DataFrame({"sequence": [0], "position": [T]}, index=[7]))
     assert nothing.index.tolist() == [7] and nothing["atom"].isna().all()
 
 

@@ -32,6 +32,16 @@ def silent_positions(
     return moved.query("position >= 0").sort_values(["sequence", "position", "atom"], ignore_index=True)
 
 
+def strongest_atoms(firings: Firings, at: pd.DataFrame) -> pd.DataFrame:
+    """The most active atom at each (sequence, position) of `at`: columns atom and activation, index of `at`; NaN where
+    nothing fires. This is the paper's dominant atom (section 3.2)."""
+    places = at[["sequence", "position"]]
+    active = firings.frame().merge(places.drop_duplicates()).sort_values("activation")
+    top = active.drop_duplicates(["sequence", "position"], keep="last")
+    in_order = places.merge(top, how="left").set_index(at.index)  # a merge loses the index
+    return in_order[["atom", "activation"]]
+
+
 class Halves(NamedTuple):
     """Sequences that something is chosen on, and sequences that it is tested on; no sequence is in both."""
 
@@ -147,7 +157,7 @@ def draw_firings(
         table = table.assign(written_atom=table["atom"])
     else:
         # Where nothing fires, an activation of 0 writes nothing, whichever atom it belongs to.
-        strongest = firings.strongest(table).fillna(0).astype({"atom": int})
+        strongest = strongest_atoms(firings, table).fillna(0).astype({"atom": int})
         table = table.assign(
             atom=table.get("atom", strongest["atom"]),
             written_atom=strongest["atom"],
