@@ -72,21 +72,14 @@ class Tokens(HookedModel):
         if pad is None and any(len(row) < width for row in rows):
             raise ValueError("texts of unequal length need padding, but the tokenizer has no pad or eos token")
         # By hand: the tokenizer's own padding needs a pad token, which some lack.
-        on_left = side == "left"
-        tokens = []
-        mask = []
-        for row in rows:
-            filler = [pad] * (width - len(row))
-            empty = [0] * len(filler)
-            real = [1] * len(row)
-            tokens.append(filler + row if on_left else row + filler)
-            mask.append(empty + real if on_left else real + empty)
+        tokens = torch.full((len(rows), width), cast(int, pad or 0))
+        mask = torch.zeros_like(tokens)
+        for n, row in enumerate(rows):
+            place = slice(width - len(row), None) if side == "left" else slice(len(row))
+            tokens[n, place] = torch.tensor(row)
+            mask[n, place] = 1
         device = self.cfg.device if move_to_device else "cpu"
-        padded = any(len(row) < width for row in rows)
-        return TokenBatch(
-            torch.tensor(tokens, dtype=torch.long, device=device),
-            torch.tensor(mask, dtype=torch.long, device=device) if padded else None,
-        )
+        return TokenBatch(tokens.to(device), None if bool(mask.all()) else mask.to(device))
 
     def to_string(self, tokens: Tensor | list[int] | int) -> str | list[str]:
         """Text of tokens: one string for [T], a list for [B,T]. Special tokens are included."""
