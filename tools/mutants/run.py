@@ -2,6 +2,7 @@
 
     python tools/mutants/run.py [--sample N] [--seed S] [--only TEXT] [--again FILE] [--seconds T] [--out FOLDER]
     python tools/mutants/run.py --definitions
+    python tools/mutants/run.py --killers [--sample N] [--seed S] [--only TEXT] [--seconds T] [--out FOLDER]
 
 It lists every mutant of the three packages and draws a seeded sample: places first, then one mutant of each, for a call
 has two mutants for each of its arguments, and most of them fail at once. Each is tried in a copy of the checkout, with
@@ -23,6 +24,11 @@ which is apart from ``test`` because mutmut brings a terminal interface.
 
 ``--definitions`` tries the mutants of ``definitions.toml`` instead: each changes what a number means, where a test by
 the formula must fail, and not only a stored result. None of them may survive.
+
+``--killers`` tries both, the mutants of ``definitions.toml`` and the sample, and does not stop at the first test that
+fails. ``killers.json`` gets all tests that fail with each mutant, and the seconds of each test. `cover` is a greedy
+choice of tests that kills whatever is killed; `only` are those without which a mutant lives; `spare` kill nothing that
+no cheaper test kills; `idle` kill nothing. A test that is spare or idle may still hold what no mutant of a run touches.
 
 The operators are those of mutmut: numbers, comparisons, arithmetic, ``and``, ``or``, ``not``, ``break``, ``continue``,
 assignments, each argument of each call, lambdas, conditional expressions, cases of ``match``. Left out are
@@ -55,7 +61,7 @@ import time
 import tomllib
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import date
 from importlib.metadata import version
@@ -231,7 +237,6 @@ class Watch:
         files = [str(root / package / "*") for package in PACKAGES]
         self.coverage = coverage.Coverage(data_file=root / ".coverage", include=files, config_file=False)
         self.seconds: dict[str, float] = {}
-        self.failed: set[str] = set()
         self.context = ""
 
     def switch(self, context: str) -> str:
@@ -258,9 +263,26 @@ class Watch:
         finally:
             self.switch(before)
 
+
+class Failures:
+    """Notes each test that fails, and each file that cannot be collected, at once: a run that is stopped has them."""
+
+    def __init__(self, root: Path) -> None:
+        self.file = root / "failed.txt"
+        self.file.write_text("")
+
     def pytest_runtest_logreport(self, report) -> None:
         if report.failed:
-            self.failed.add(report.nodeid)
+            with self.file.open("a") as file:
+                file.write(f"{report.nodeid}\n")
+
+    pytest_collectreport = pytest_runtest_logreport
+
+
+def failed_among(tests: Iterable[str], root: Path) -> list[str]:
+    """Those of the tests that failed in the last run; of a file that cannot be collected, all."""
+    failed = {*(root / "failed.txt").read_text().splitlines()}
+    return [test for test in tests if {test, test.partition("::")[0]} & failed]
 
 
 def forked(root: Path, arguments: list[str], limit: float, watch: Watch | None = None) -> tuple[bool, str]:
@@ -283,7 +305,7 @@ def forked(root: Path, arguments: list[str], limit: float, watch: Watch | None =
         "_hypothesis_pytestplugin",
     ]
     options += ["--hypothesis-profile=ci", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
-    said = root / "output.txt"
+    said, failures = root / "output.txt", Failures(root)
     sys.stdout.flush()
     if not (child := os.fork()):
         status = 1
@@ -302,11 +324,11 @@ def forked(root: Path, arguments: list[str], limit: float, watch: Watch | None =
             else:  # the compiled forms of the unchanged run stay
                 sys.dont_write_bytecode = True
                 os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
-            status = int(pytest.main([*options, *arguments], plugins=[watch] if watch else None))
+            status = int(pytest.main([*options, *arguments], plugins=[failures, *([watch] if watch else [])]))
             if watch:
                 watch.coverage.stop()
                 watch.coverage.save()
-                (root / "seconds.json").write_text(json.dumps([watch.seconds, sorted(watch.failed)]))
+                (root / "seconds.json").write_text(json.dumps(watch.seconds))
         except BaseException:
             traceback.print_exc()
         finally:
@@ -332,7 +354,8 @@ def unchanged(root: Path, tests: tuple[str, ...]) -> tuple[coverage.CoverageData
     _, said = forked(root, [*tests], 3600, Watch(root))
     if not (root / "seconds.json").is_file():
         raise SystemExit(f"the tests {tests} do not run without any mutant:\n{said[-3000:]}")
-    seconds, failed = json.loads((root / "seconds.json").read_text())
+    seconds: dict[str, float] = json.loads((root / "seconds.json").read_text())
+    failed = failed_among(seconds, root)
     if not seconds:
         raise SystemExit(f"none of the tests {tests} runs without any mutant:\n{said[-3000:]}")
     for test in failed:
@@ -343,8 +366,8 @@ def unchanged(root: Path, tests: tuple[str, ...]) -> tuple[coverage.CoverageData
     return data, {test: cost for test, cost in seconds.items() if test not in failed}
 
 
-def choose(mutant: Mutant, root: Path, budget: float) -> tuple[list[str], float]:
-    """The tests that execute the changed lines, up to `budget` seconds of them, and the seconds that they take."""
+def choose(mutant: Mutant, root: Path, budget: float) -> dict[str, float]:
+    """The tests that execute the changed lines with the seconds that they take, up to `budget` of them."""
     tests = mirror(mutant.file)
     data, seconds = unchanged(root, tuple(sorted(tests)))
     executed = data.contexts_by_lineno(str(root / mutant.file))
@@ -356,12 +379,11 @@ def choose(mutant: Mutant, root: Path, budget: float) -> tuple[list[str], float]
     reached = [test for test in seconds if test in contexts or test.partition("::")[0] in contexts]
     first = tests[0]
     reached.sort(key=lambda test: (not test.startswith(first), seconds[test]))
-    chosen, cost = [], 0.0
+    chosen: dict[str, float] = {}
     for test in reached:
-        if not chosen or cost + seconds[test] <= budget:
-            chosen.append(test)
-            cost += seconds[test]
-    return chosen, cost
+        if not chosen or sum(chosen.values()) + seconds[test] <= budget:
+            chosen[test] = seconds[test]
+    return chosen
 
 
 @contextmanager
@@ -395,22 +417,66 @@ def undefended(root: Path) -> list[str]:
     return left
 
 
-def survives(mutant: Mutant, root: Path, budget: float) -> bool:
-    """Whether the tests that execute the changed lines pass."""
+def defined(files: list[str]) -> list[Mutant]:
+    """The mutants of `definitions.toml` in some files, each named by its definition."""
+    found = []
+    for row in tomllib.loads(DEFINITIONS.read_text("utf-8"))["mutant"]:
+        if row["file"] in files:
+            text, code = (ROOT / row["file"]).read_text("utf-8"), row["code"]
+            source = text.replace(code, row["change"])
+            first = text.partition(code)[0].count("\n") + 1
+            lines = first, first + code.count("\n")
+            found.append(Mutant(row["file"], row["definition"], diff(text, source), "definition", *lines, source))
+    return found
+
+
+def survives(mutant: Mutant, root: Path, tests: dict[str, float], *options: str) -> bool:
+    """Whether tests pass with the mutant."""
     begin, file = time.monotonic(), root / mutant.file
-    chosen, cost = choose(mutant, root, budget)
-    if chosen:
+    if tests:
         with replaced(file, mutant.source):
-            passed, said = forked(root, ["-x", *chosen], SLACK + 4 * cost)
+            passed, said = forked(root, [*options, *tests], SLACK + 4 * sum(tests.values()))
     else:
         passed, said = True, "no test executes it"
     why = next((line for line in said.splitlines() if line.startswith(("FAILED", "ERROR", "no test"))), "")
     where = f"{mutant.file}:{mutant.first} {mutant.function} {mutant.operator}"
     print(
-        f"{'SURVIVES' if passed else 'killed':8} {time.monotonic() - begin:5.0f} s {len(chosen):3}  {where}  {why:.90}"
+        f"{'SURVIVES' if passed else 'killed':8} {time.monotonic() - begin:5.0f} s {len(tests):3}  {where}  {why:.90}"
     )
     print("\n".join(f"             {line}" for line in mutant.diff), flush=True)
     return passed
+
+
+def matrix(mutants: list[Mutant], root: Path, budget: float) -> dict[str, object]:
+    """All killers of each mutant, and what they say about tests."""
+    rows = []
+    seconds: dict[str, float] = {}
+    for mutant in mutants:
+        tests = choose(mutant, root, budget)
+        seconds |= tests
+        killers = [] if survives(mutant, root, tests) else failed_among(tests, root) or ["time"]
+        rows.append({"mutant": mutant.name, "killers": killers})
+    each = [row["killers"] for row in rows]
+    cheap_first = sorted(seconds, key=lambda test: seconds[test])
+    killed = {test: {n for n, killers in enumerate(each) if test in killers} for test in cheap_first}
+    first = [next((test for test in killed if test in killers), "") for killers in each]
+    return {
+        "mutants": rows,
+        "tests": seconds,
+        "cover": cover(killed, seconds),
+        "only": [test for test in killed if [test] in each],
+        "spare": [test for test, own in killed.items() if own and test not in first],
+        "idle": [test for test, own in killed.items() if not own],
+    }
+
+
+def cover(killed: dict[str, set[int]], seconds: dict[str, float]) -> list[str]:
+    """Tests that kill all that is killed: the next one always kills the most that is left in a second."""
+    left, taken = set[int]().union(*killed.values()), []
+    while left:
+        taken.append(max(killed, key=lambda test: len(killed[test] & left) / (0.01 + seconds[test])))
+        left -= killed[taken[-1]]
+    return taken
 
 
 def main(
@@ -420,6 +486,7 @@ def main(
     again: Path | None = None,
     seconds: float = 60,
     definitions: bool = False,
+    killers: bool = False,
     out: Path = ROOT / "docs",
 ) -> None:
     """Try a sample of mutants.
@@ -431,7 +498,8 @@ def main(
         again: try the survivors that this file names, and no sample; the rates of its sample follow
         seconds: of tests for a mutant
         definitions: try the mutants of definitions.toml, and no sample
-        out: folder for mutants.json
+        killers: find all tests that kill each mutant, of definitions.toml and of the sample
+        out: folder for mutants.json, or killers.json
     """
     files = [str(file.relative_to(ROOT)) for name in PACKAGES for file in sorted((ROOT / name).rglob("*.py"))]
     files = [file for file in files if only in file and (find_spec("fla") or "points/fla/" not in file)]
@@ -452,7 +520,11 @@ def main(
             if left := undefended(root):
                 raise SystemExit(f"{len(left)} definitions have no test: {'; '.join(left)}")
             return
-        left = [mutant for mutant in mutants if survives(mutant, root, seconds)]
+        if killers:
+            found = matrix([*defined(files), *mutants], root, seconds)
+            (out / "killers.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+            return
+        left = [mutant for mutant in mutants if survives(mutant, root, choose(mutant, root, seconds), "-x")]
     result = {
         "date": f"{date.today()}",
         "mutmut": version("mutmut"),
