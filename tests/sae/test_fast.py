@@ -3,11 +3,9 @@ a run that was killed ends with the weights of one that was not."""
 
 from __future__ import annotations
 
-import shutil
 from itertools import islice
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,7 +14,6 @@ from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor, nn
 
 import sae_lens_writesae
-from hookpoints.errors import DamageWarning
 from sae_lens_writesae import train
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae import TRAINING, fast, fused
@@ -218,87 +215,6 @@ def test_a_scaled_input_is_folded() -> None:
     assert sae.cfg.normalize_activations == "none"
     x = rows.dense().flatten(1)
     torch.testing.assert_close(sae(x), plain(x * scale) / scale, rtol=1e-8, atol=1e-8)
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("name", ["writesae_topk", "writesae_standard"])
-def test_a_checkpoint_belongs_to_its_metric(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the loop on factors, and in SAELens' trainer, which run until they are stopped in their tenth step."""
-    monkeypatch.setattr(rows_, "SAVE_SECONDS", -1.0)
-    monkeypatch.setattr(torch.optim.Adam, "step", Mock(side_effect=[None] * 9 + [InterruptedError]))
-    cfg, rows = config(0, 12, name, metric="gauss_newton"), writes()
-    for size, error in ((1, InterruptedError), (2, ValueError)):
-        metric = Metric.of(torch.eye(K) * size, torch.eye(V), 1.0, 0.1, 8)
-        with pytest.raises(error):
-            train(cfg, rows, metric=metric, checkpoint=tmp_path / "run")
-
-
-@pytest.mark.parametrize("at", [0, 5, 9])
-@pytest.mark.parametrize("lr_scheduler_name", ["constant", "cosineannealing"])
-def test_a_killed_run_ends_with_the_same_weights(
-    at: int, lr_scheduler_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(rows_, "SAVE_SECONDS", -1.0)
-    configs, rows = [config(seed, 12) for seed in (0, 1)], [writes(0), writes(1)]
-    for cfg in configs:
-        cfg.lr_scheduler_name = lr_scheduler_name
-    whole, file = train(configs, rows), tmp_path / "run"
-    steps: list[int] = []
-    take, stop = fast.Stack.take, at + 2
-
-    def killing(own: Any, batch: Any) -> Any:
-        if own.step == stop:
-            raise InterruptedError
-        steps.append(own.step)
-        return take(own, batch)
-
-    monkeypatch.setattr(fast.Stack, "take", killing)
-    with pytest.raises(InterruptedError):
-        train(configs, rows, checkpoint=file)
-    stop = 99
-    with pytest.raises(ValueError, match=r"run: expected a checkpoint of these settings"):
-        train(configs[::-1], rows, checkpoint=file)
-    resumed = train(configs, rows, checkpoint=file)
-    assert steps == list(range(12)) and not list(tmp_path.iterdir())
-    for one, two in zip(whole, resumed):
-        torch.testing.assert_close(state(one), state(two), rtol=0, atol=0)
-
-
-def test_a_checkpoint_of_other_rows_or_one_that_is_damaged_is_not_taken_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(rows_, "SAVE_SECONDS", -1.0)
-    cfg, rows, file = config(0, 12), writes(0), tmp_path / "run"
-    whole, take, stop = train([cfg], [rows])[0], fast.Stack.take, 5
-
-    def killing(own: Any, batch: Any) -> Any:
-        if own.step == stop:
-            raise InterruptedError
-        return take(own, batch)
-
-    monkeypatch.setattr(fast.Stack, "take", killing)
-    with pytest.raises(InterruptedError):
-        train([cfg], [rows], checkpoint=file)
-    stop, kept = 99, Path(shutil.copytree(file, tmp_path / "kept"))
-    with pytest.raises(ValueError, match=r"run: expected a checkpoint .* other inputs"):
-        train([cfg], [writes(1)], checkpoint=file)
-    whole_bytes = (kept / "state.pt").read_bytes()
-    flips = [bytearray(whole_bytes) for _ in range(4)]
-    for n, flipped in enumerate(flips):
-        flipped[len(whole_bytes) * (2 * n + 1) // 8] ^= 1
-    for damaged in (whole_bytes[: len(whole_bytes) // 2], b"", *map(bytes, flips)):
-        shutil.copytree(kept, file, dirs_exist_ok=True)
-        (file / "state.pt").write_bytes(damaged)
-        with pytest.warns(DamageWarning, match=r"run is damaged.* it is run\.damaged now"):
-            resumed = train([cfg], [rows], checkpoint=file)[0]
-        torch.testing.assert_close(state(whole), state(resumed), rtol=0, atol=0)
-        assert (tmp_path / "run.damaged" / "state.pt").read_bytes() == damaged and not file.exists()
-        shutil.rmtree(tmp_path / "run.damaged")
-    torch.save({"weights": torch.ones(3)}, file)
-    theirs = file.read_bytes()
-    with pytest.raises(OSError, match=r"run.*not written by it"):
-        train([cfg], [rows], checkpoint=file)
-    assert file.read_bytes() == theirs
 
 
 def test_numbers_are_logged_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

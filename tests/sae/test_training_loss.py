@@ -1,10 +1,7 @@
 """Losses beyond reconstruction: formulas, gradients by finite differences, columns against the model, training."""
 
 import itertools
-import shutil
 from collections.abc import Iterator
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,10 +12,8 @@ from sae_lens.training.mixing_buffer import mixing_buffer
 from saes import untrained_sae
 from torch.nn.functional import cosine_similarity
 
-from hookpoints.errors import DamageWarning
 from sae_lens_writesae import collect, load_sae, train, training_config
 from sae_lens_writesae.sae import TRAINING
-from sae_lens_writesae.sae import rows as rows_
 from sae_lens_writesae.sae.losses import read_loss, read_queries, write_loss
 from sae_lens_writesae.sae.metric import Metric
 from sae_lens_writesae.sae.rows import COLUMN_SCALE, MixedRows
@@ -163,79 +158,6 @@ def test_training_lowers_the_loss_and_saves_an_ordinary_sae(
     assert loaded.cfg.metadata.hook_name == f"blocks.{LAYER}.mixer.heads.{HEAD}.hook_{target}_vec"
     again = train(cfg)
     assert all(torch.equal(p, q) for p, q in zip(trained.parameters(), again.parameters(), strict=True))
-
-
-@pytest.mark.parametrize("target, loss", [("write", "write"), ("state", "mse"), ("last_state", "mse")])
-def test_a_killed_run_ends_with_the_same_weights(
-    collection: Any, tmp_path: Path, target: Any, loss: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In SAELens' trainer, with dead atoms that are replaced by rows before the kill and after it."""
-    upkeep = {"k": 2, "resample_every": 5, "unit_norm_every": 7, "normalize_activations": "expected_average_only_in"}
-    sizes = {"training_tokens": 60 * 32, "train_batch_size_tokens": 32, "n_batches_in_buffer": 40}
-    runner = sizes | {"dead_feature_window": 3, "n_batches_for_norm_estimate": 2}
-    monkeypatch.setattr(rows_, "SAVE_SECONDS", -1.0)
-    cfg = config(collection, target=target, loss=loss, sae=upkeep, **runner)
-    whole, step_of_adam = train(cfg).state_dict(), torch.optim.Adam.step
-    for kill_at in (2, 31, 59):
-        steps = itertools.count()
-
-        def killing(*arguments: Any, steps: Any = steps, kill_at: int = kill_at) -> Any:
-            if next(steps) == kill_at:
-                raise InterruptedError
-            return step_of_adam(*arguments)
-
-        monkeypatch.setattr(torch.optim.Adam, "step", killing)
-        with pytest.raises(InterruptedError):
-            train(cfg, checkpoint=tmp_path / "checkpoint")
-        assert (tmp_path / "checkpoint").is_dir()
-        resumed = train(cfg, checkpoint=tmp_path / "checkpoint").state_dict()
-        assert next(steps) - kill_at - 1 == 60 - kill_at
-        for name, value in whole.items():
-            assert torch.equal(value, resumed[name]), (kill_at, name)
-        assert not list(tmp_path.iterdir())
-
-
-def test_a_checkpoint_of_other_rows_or_one_that_is_damaged_is_not_taken_up(
-    collection: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In SAELens' trainer."""
-    monkeypatch.setattr(rows_, "SAVE_SECONDS", -1.0)
-    cfg = config(collection, target="state", loss="mse", sae={"k": 2}, training_tokens=30 * 32)
-    cfg.train_batch_size_tokens = 32
-    whole, steps, step_of_adam, kill_at = train(cfg).state_dict(), itertools.count(), torch.optim.Adam.step, 29
-
-    def killing(*arguments: Any) -> Any:
-        if next(steps) == kill_at:
-            raise InterruptedError
-        return step_of_adam(*arguments)
-
-    monkeypatch.setattr(torch.optim.Adam, "step", killing)
-    checkpoint = tmp_path / "checkpoint"
-    with pytest.raises(InterruptedError):
-        train(cfg, checkpoint=checkpoint)
-    kept = Path(shutil.copytree(checkpoint, tmp_path / "kept"))
-    other = torch.randn(64, cfg.sae.d_k, cfg.sae.d_v)
-    with pytest.raises(ValueError, match=r"checkpoint: expected a checkpoint .* got one of other inputs"):
-        train(cfg, other, checkpoint=checkpoint)
-    for other_settings in ({"lr": 0.9}, {"seed": 7}):
-        with pytest.raises(ValueError, match=r"checkpoint: expected a checkpoint .* got one of other settings"):
-            train(replace(cfg, **other_settings), checkpoint=checkpoint)
-    for name in ("state.pt", "trainer_state.pt", "activation_scaler.json", "made_with.json", "SHA256SUMS"):
-        shutil.rmtree(checkpoint, ignore_errors=True)
-        shutil.copytree(kept, checkpoint)
-        data = bytearray((checkpoint / name).read_bytes())
-        data[len(data) // 2] ^= 1
-        (checkpoint / name).write_bytes(data)
-        with pytest.warns(DamageWarning, match="checkpoint is damaged.*it is checkpoint.damaged now"):
-            resumed = train(cfg, checkpoint=checkpoint).state_dict()
-        assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
-        assert (tmp_path / "checkpoint.damaged" / name).read_bytes() == bytes(data) and not checkpoint.exists()
-        shutil.rmtree(tmp_path / "checkpoint.damaged")
-    checkpoint.mkdir()
-    (checkpoint / "thesis.txt").write_text("the user's")
-    with pytest.raises(OSError, match=r"thesis\.txt"):
-        train(cfg, checkpoint=checkpoint)
-    assert [path.name for path in checkpoint.iterdir()] == ["thesis.txt"]
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.5, 1.0])

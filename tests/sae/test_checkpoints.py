@@ -1,0 +1,177 @@
+"""A run that is killed goes on to the weights of one that was not: on factors, on states in chunks, and in SAELens'
+trainer on writes and on rows that are mixed."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from sealing import damaged
+from test_fast import K, V, config, writes
+from test_training_loss import config as of_collection
+
+from hookpoints import HookedRecurrent
+from hookpoints.errors import DamageWarning
+from hookpoints.files import CHECKSUMS
+from sae_lens_writesae import collect, train
+from sae_lens_writesae.sae import fast
+from sae_lens_writesae.sae import rows as rows_
+from sae_lens_writesae.sae.metric import Metric
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+N_STEPS = 12
+
+
+class Run(NamedTuple):
+    """Twelve steps, in which atoms are dead and replaced, and another input of the same kind."""
+
+    configs: list[Any]
+    data: list[Any]
+    other: list[Any]
+
+    def weights(self, checkpoint: Path | None = None) -> dict[str, torch.Tensor]:
+        saes = train(self.configs, self.data, checkpoint=checkpoint)
+        return {f"{n}.{name}": x for n, sae in enumerate(saes) for name, x in sae.state_dict().items()}
+
+
+def side_by_side(collections: list[Any]) -> Run:
+    rows = [writes(0), writes(1)]
+    return Run([config(seed, N_STEPS) for seed in (0, 1)], rows, rows[::-1])
+
+
+def on_writes(collections: list[Any]) -> Run:
+    return Run([config(0, N_STEPS, "writesae_standard")], [writes(0)], [writes(1)])
+
+
+def on_states(collections: list[Any]) -> Run:
+    """Of which a few sequences are mixed at a time."""
+    upkeep = {"k": 2, "resample_every": 5, "unit_norm_every": 7, "normalize_activations": "expected_average_only_in"}
+    cfg = of_collection(
+        collections[0],
+        target="state",
+        sae=upkeep,
+        training_tokens=N_STEPS * 32,
+        train_batch_size_tokens=32,
+        n_batches_in_buffer=4,
+        n_batches_for_norm_estimate=2,
+        dead_feature_window=3,
+    )
+    return Run([cfg], *([each] for each in collections))
+
+
+RUNS: dict[str, Callable[[list[Any]], Run]] = {
+    "factors": side_by_side,
+    "writes": on_writes,
+    "states": on_states,
+    "chunks": on_states,
+}
+
+
+@pytest.fixture(scope="module")
+def collections(hf: Any, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    ids = torch.randint(1, 64, (40, 32), generator=torch.Generator().manual_seed(0))
+    model = HookedRecurrent.from_hf(hf)
+    found = [
+        collect(model, text, [1], [2], tmp_path_factory.mktemp("collection"), targets=("write", "state"))
+        for text in (ids, ids.flip(0))
+    ]
+    model.attachment.detach()
+    return found
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Counts the steps of the optimizer, of which one is not `taken` but raises: that with the number `stop`."""
+    monkeypatch.setattr(rows_, "SAVE_SECONDS", -1.0)
+    step, counts = torch.optim.Adam.step, SimpleNamespace(taken=0, stop=-1)
+
+    def counted(*arguments: Any) -> Any:
+        if counts.taken == counts.stop:
+            counts.stop = -1
+            raise InterruptedError
+        counts.taken += 1
+        return step(*arguments)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", counted)
+    return counts
+
+
+@pytest.fixture(params=RUNS)
+def run(request: pytest.FixtureRequest, collections: list[Any], monkeypatch: pytest.MonkeyPatch) -> Run:
+    if request.param == "chunks":
+        monkeypatch.setattr(fast, "STATES_FROM", 1)
+    return RUNS[request.param](collections)
+
+
+def kill(run: Run, steps: SimpleNamespace, at: int, checkpoint: Path) -> None:
+    steps.taken, steps.stop = 0, at
+    with pytest.raises(InterruptedError):
+        run.weights(checkpoint)
+
+
+@pytest.mark.parametrize("at", [2, 7, 11])
+@pytest.mark.parametrize("scheduler", ["constant", "cosineannealing"])
+def test_a_killed_run_ends_with_the_same_weights(
+    run: Run, steps: SimpleNamespace, at: int, scheduler: str, tmp_path: Path
+) -> None:
+    for cfg in run.configs:
+        cfg.lr_scheduler_name = scheduler
+    whole = run.weights()
+    kill(run, steps, at, tmp_path / "run")
+    resumed = run.weights(tmp_path / "run")
+    assert steps.taken == N_STEPS and not list(tmp_path.iterdir())
+    torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
+
+
+def test_a_checkpoint_of_other_settings_or_rows_is_refused(run: Run, steps: SimpleNamespace, tmp_path: Path) -> None:
+    kill(run, steps, 5, tmp_path / "run")
+    others = [run._replace(configs=[replace(cfg, **new) for cfg in run.configs]) for new in ({"lr": 0.9}, {"seed": 7})]
+    others += [run._replace(configs=run.configs[::-1])] * (len(run.configs) > 1)
+    for word, other in [*(("settings", each) for each in others), ("inputs", run._replace(data=run.other))]:
+        with pytest.raises(ValueError, match=f"run: expected a checkpoint of these settings.* got one of other {word}"):
+            other.weights(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["writesae_topk", "writesae_standard"])
+def test_a_checkpoint_belongs_to_its_metric(name: str, steps: SimpleNamespace, tmp_path: Path) -> None:
+    cfg, steps.stop = config(0, N_STEPS, name, metric="gauss_newton"), 9
+    for size, error in ((1, InterruptedError), (2, ValueError)):
+        metric = Metric.of(torch.eye(K) * size, torch.eye(V), 1.0, 0.1, 8)
+        with pytest.raises(error):
+            train(cfg, writes(), metric=metric, checkpoint=tmp_path / "run")
+
+
+def test_a_checkpoint_that_is_damaged_is_set_aside(run: Run, steps: SimpleNamespace, tmp_path: Path) -> None:
+    """A bit of each file is flipped, or its end cut off; one file is empty. The run then begins anew."""
+    whole, folder = run.weights(), tmp_path / "run"
+    kill(run, steps, 11, folder)
+    kept = {file.name: file.read_bytes() for file in folder.iterdir()}
+    assert kept.keys() >= {"state.pt", "made_with.json", CHECKSUMS}
+    draw = random.Random(0)
+    damages = [(name, damaged(data, draw)) for name, data in [*kept.items(), *kept.items()]]
+    for name, data in [*damages, ("state.pt", b"")]:
+        folder.mkdir(exist_ok=True)
+        for each, content in (kept | {name: data}).items():
+            (folder / each).write_bytes(content)
+        with pytest.warns(DamageWarning, match=r"run is damaged.* it is run\.damaged now"):
+            resumed = run.weights(folder)
+        torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
+        assert (tmp_path / "run.damaged" / name).read_bytes() == data and not folder.exists()
+        shutil.rmtree(tmp_path / "run.damaged")
+
+
+@pytest.mark.parametrize("name", ["run", "run/thesis.txt"])
+def test_what_others_wrote_is_no_checkpoint(name: str, tmp_path: Path) -> None:
+    theirs = tmp_path / name
+    theirs.parent.mkdir(exist_ok=True)
+    theirs.write_text("the user's")
+    with pytest.raises(OSError, match=f"{theirs.name}.*not written by it"):
+        side_by_side([]).weights(tmp_path / "run")
+    assert theirs.read_text() == "the user's"
