@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from sae_lens.saes.sae import SAEMetadata
+from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
+from sae_lens.saes.sae import SAEMetadata, TrainStepInput
 from torch import Tensor
 
 from sae_lens_writesae.atom.low_rank import LowRank
@@ -105,6 +106,25 @@ def random_low_rank(rank: int, seed: int, n: int = 6, k: int = 5, v: int = 7) ->
     g = torch.Generator().manual_seed(seed)
     keys, values = (torch.randn(n, rank, size, generator=g, dtype=torch.float64) for size in (k, v))
     return LowRank(keys, values)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    """Gaussian numbers in float64."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def train_step(sae: Any, batch: Tensor | LowRank, at: int = 1, dead: Tensor | None = None) -> Any:
+    """What a step in training gives, on matrices [N,K*V] or writes; SAELens counts steps from 0."""
+    rows = batch.dense().flatten(1) if isinstance(batch, LowRank) else batch
+    coefficients = dict.fromkeys(sae.get_coefficients(), 0.1)
+    return sae.training_forward_pass(TrainStepInput(rows, coefficients, dead, at, False))
+
+
+def runner_config(sae: Any, steps: int, batch: int, **fields: Any) -> Any:
+    """Of a short run that leaves nothing on the disk."""
+    quiet = {"logger": LoggingConfig(log_to_wandb=False), "checkpoint_path": None, "verbose": False}
+    sizes = {"training_tokens": steps * batch, "train_batch_size_tokens": batch, "lr": 1e-2, "device": "cpu"}
+    return LanguageModelSAERunnerConfig(sae=sae, **quiet | sizes | fields)
 
 
 def close(a: Tensor, b: Tensor, tolerance: float = 1e-10) -> None:

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from sae_lens.saes.sae import TrainStepInput
+from saes import train_step
 from tiny_models import MAKERS, make_hf
 from torch import Tensor, nn
 
@@ -113,7 +113,7 @@ def test_losses_and_gradients_are_those_of_the_dense_step(
         parameter.data = torch.randn(parameter.shape, generator=g, dtype=parameter.dtype)
     x, dead = rows.dense().flatten(1), torch.arange(F) % 3 < (1 if changes.get("k") == 1 else 2)  # K V / 2 is between
     sae.b_dec.data *= x.std()
-    output = sae.training_forward_pass(TrainStepInput(x, {}, dead, 1, False))
+    output = train_step(sae, x, 1, dead)
     output.loss.backward()
     p: dict[str, Any] = {name: nn.Parameter(x.data.clone()[None]) for name, x in sae.named_parameters()}
     done: Any = step_on_states(p, rows, sae.cfg, fused.Dead(dead[None], int(dead.sum())))

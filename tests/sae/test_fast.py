@@ -1,5 +1,5 @@
-"""Training on factors: the step is SAELens' own on matrices, dictionaries side by side are those that train alone, and
-a run that was killed ends with the weights of one that was not."""
+"""Training on factors: the step is SAELens' own on matrices, and dictionaries side by side are those that
+train alone."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
-from sae_lens.saes.sae import TrainStepInput
+from sae_lens import LoggingConfig
+from saes import runner_config, train_step
 from torch import Tensor, nn
 
 import sae_lens_writesae
@@ -39,19 +39,8 @@ def config(seed: int = 0, steps: int = 6, name: str = "writesae_topk", **changes
     # Not 1: with one active atom of unit norm, equal to its encoder, the gradient of the activation is exactly zero,
     # and Adam makes steps of its rounding.
     options |= {"decoder_init_norm": 0.7} | changes
-    return LanguageModelSAERunnerConfig(
-        sae=TRAINING[name][1](**options),
-        hook_name="blocks.1.mixer.heads.0.hook_write_vec",
-        seed=seed,
-        lr=1e-2,
-        training_tokens=steps * 32,
-        train_batch_size_tokens=32,
-        dead_feature_window=1,
-        logger=LoggingConfig(log_to_wandb=False),
-        checkpoint_path=None,
-        device="cpu",
-        verbose=False,
-    )
+    hook = "blocks.1.mixer.heads.0.hook_write_vec"
+    return runner_config(TRAINING[name][1](**options), steps, 32, hook_name=hook, seed=seed, dead_feature_window=1)
 
 
 def state(sae: nn.Module) -> dict[str, Tensor]:
@@ -92,7 +81,7 @@ def test_losses_and_gradients_are_those_of_the_dense_step(
     outputs, real = [], getattr(torch, dtype)
     for m, sae in enumerate(saes):
         x = LowRank(keys[m], values[m]).dense().flatten(1)
-        outputs.append(sae.training_forward_pass(TrainStepInput(x, {}, dead[m], 1, False)))
+        outputs.append(train_step(sae, x, 1, dead[m]))
         outputs[-1].loss.backward()
     p = {n: nn.Parameter(torch.stack([sae.get_parameter(n).data for sae in saes]).to(real)) for n in state(saes[0])}
     cfg = saes[0].cfg

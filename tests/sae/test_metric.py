@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from saes import normal
 from test_architectures import D_IN, OPTIONS, VARIANTS, K, N, V, build
 from torch import Tensor
 from torch.testing import assert_close
@@ -16,10 +17,6 @@ from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae.metric import Metric
 from sae_lens_writesae.sae.metric_fit import ReadScores, Sums, fit_metrics, read_scores
 from writesae.experiment.tokens import sample_sequences
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def positive(size: int, seed: int = 0) -> Tensor:

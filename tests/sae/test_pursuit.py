@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 from oracles.pursuit import pursued_pairs
-from sae_lens import SAE, LanguageModelSAERunnerConfig, LoggingConfig
-from sae_lens.saes.sae import TrainStepInput
-from test_metric import normal
+from saes import normal, runner_config, train_step
+from test_product import PURSUIT, K, N, V, assert_gradients, build
 from torch import Tensor
 from torch.nn.functional import normalize
 from torch.testing import assert_close
@@ -19,32 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hookpoints import embedded as shipped
-from sae_lens_writesae import collect, load_sae, train, training_config
-from sae_lens_writesae.sae import WriteProductSAE, WriteProductTrainingSAE, WriteProductTrainingSAEConfig
-from sae_lens_writesae.sae.pairs import PairSumsSAE
+from sae_lens_writesae import collect, train, training_config
+from sae_lens_writesae.sae import WriteProductTrainingSAE, WriteProductTrainingSAEConfig
 from sae_lens_writesae.sae.pursuit import pairs_of
 from sae_lens_writesae.sae.rows import new_sae
 from writesae.experiment.tokens import sample_sequences
-
-K, V, N = 5, 7, 13
-SHAPE: dict[str, Any] = {"d_in": K * V, "d_k": K, "d_v": V, "d_sae": 24, "f_key": 4, "f_value": 6, "dtype": "float64"}
-
-
-def build(n_pairs: int = 3, bias: float = 0, **fields: Any) -> Any:
-    """Random atoms, of any norm."""
-    torch.manual_seed(0)
-    options: dict[str, Any] = SHAPE | {"encoder": "pursuit", "n_pairs": n_pairs, "resample_every": 0} | fields
-    sae = WriteProductTrainingSAE(WriteProductTrainingSAEConfig(**options))
-    for parameter in sae.parameters():
-        parameter.data.copy_(0.6 * torch.randn_like(parameter))
-    sae.b_dec.data.mul_(bias)
-    return sae
-
-
-def step(sae: Any, x: Tensor, at: int = 1) -> Any:
-    dead = torch.zeros(sae.cfg.d_sae, dtype=torch.bool)
-    return sae.training_forward_pass(TrainStepInput(x, {}, dead, at, False))
-
 
 # ---------------------------------------------------------------------------------------- the code
 
@@ -70,32 +48,22 @@ def test_pairs_are_those_of_pursuit_step_by_step(n: int, stop: float) -> None:
 
 
 def test_an_activation_is_the_coefficient_of_its_pair() -> None:
-    sae = build(bias=1)
-    x = normal(2, N, K * V)
-    acts, pre = sae.encode_with_hidden_pre(x)
+    sae, x = build(**PURSUIT), normal(2, N, K * V)
+    acts = sae.encode(x)
     keys, values = sae.directions
     assert_close(keys.norm(dim=1), torch.ones(4).double())
-    for row, matrix in enumerate(x.flatten(0, 1).view(-1, K, V)):
+    for row, matrix in enumerate(x.view(-1, K, V)):
         wanted = torch.zeros(4, 6).double()
         for i, j, coefficient in pursued_pairs(matrix, keys, values, 3, sae.cfg.stop):
             wanted[i, j] = coefficient
         assert_close(acts.flatten(0, 1)[row], wanted.flatten(), rtol=1e-10, atol=1e-10)
     assert (acts < 0).any()
-    assert_close(pre, x @ sae.W_enc)
-    assert_close(sae.decode(acts), acts @ sae.W_dec + sae.b_dec)
     assert_close(sae.encode(-3 * x), -3 * acts)
-    assert_close(sae.decoder_norm(), sae.W_dec.norm(dim=1))
-    assert_close(sae.atoms().dense().flatten(1), sae.W_dec.data)
-    ablated = sae.run_with_hooks(x, fwd_hooks=[("hook_sae_acts_post", lambda a, hook: a * 0)])
-    assert_close(ablated, sae.b_dec.expand_as(ablated))
-    assert sum(p.numel() for p in sae.parameters()) == 4 * K + 6 * V + K * V
 
 
 def test_gradients_are_those_of_the_best_error() -> None:
     """Of the least squares over the chosen pairs as a function of the atoms; and in the matrices."""
-    sae = build()
-    x = normal(N, K * V)
-    out = step(sae, x)
+    sae, x = build(0, **PURSUIT), normal(N, K * V)
     total = torch.zeros(()).double()
     for matrix in x.view(-1, K, V):
         keys, values = sae.directions
@@ -103,14 +71,7 @@ def test_gradients_are_those_of_the_best_error() -> None:
         columns = [torch.outer(keys[i], values[j]).flatten() for i, j, _ in chosen]
         basis = torch.linalg.qr(torch.stack(columns, 1)).Q
         total = total + matrix.square().sum() - (basis.T @ matrix.flatten()).square().sum()
-    assert_close(out.loss, total / N, rtol=1e-10, atol=1e-10)
-    sides = (sae.key_atoms, sae.value_atoms)
-    wanted = torch.autograd.grad(total / N, sides)
-    out.loss.backward()
-    for side, gradient in zip(sides, wanted):
-        assert_close(side.grad, gradient, rtol=1e-8, atol=1e-10)
-    assert_close(out.sae_out, (sae.encode(x) @ sae.W_dec + sae.b_dec).detach(), rtol=1e-10, atol=1e-10)
-    assert torch.autograd.gradcheck(lambda y: sae.decode(sae.encode(y)), (x.requires_grad_(),))
+    assert_gradients(sae, x, total / N, ["key_atoms", "value_atoms"])
 
 
 class Largest(TorchDispatchMode):
@@ -134,7 +95,7 @@ def test_at_128_by_128_no_matrix_of_all_pairs_is_built(encoder: str) -> None:
     x = (normal(n, size, 1) @ normal(n, 1, size, seed=2)).float().flatten(1)
     with Largest() as largest:
         for at in (0, 1):
-            step(sae, x, at).loss.backward()
+            train_step(sae, x, at).loss.backward()
         sae(x)
         sae.settle_b_dec()
     # Pairs of a side are views; scores and activations of all rows are as large as anything.
@@ -142,37 +103,6 @@ def test_at_128_by_128_no_matrix_of_all_pairs_is_built(encoder: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------- configs and files
-
-
-@pytest.mark.parametrize(
-    "fields, name",
-    [
-        ({"encoder": "tied"}, "encoder"),
-        ({"n_pairs": 0}, "n_pairs"),
-        ({"n_pairs": 25}, "n_pairs"),
-        ({"stop": 0.0}, "stop"),
-        ({"stop": 1.0}, "stop"),
-        ({"normalize_activations": "expected_average_only_in"}, "normalize_activations"),
-        ({"metric": "gauss_newton"}, "metric"),
-    ],
-)
-def test_what_pursuit_cannot_be_is_refused(fields: dict[str, Any], name: str) -> None:
-    with pytest.raises(ValueError, match=f"^{name}: expected "):
-        WriteProductTrainingSAEConfig(**{**SHAPE, "encoder": "pursuit", **fields})
-
-
-def test_an_export_has_the_same_code(tmp_path: Path) -> None:
-    sae = build(bias=1)
-    x = normal(N, K * V)
-    sae.save_inference_model(tmp_path / "export")
-    for loaded in (SAE.load_from_disk(tmp_path / "export"), load_sae(tmp_path / "export")):
-        assert type(loaded) is PairSumsSAE and isinstance(loaded, WriteProductSAE)
-        assert_close(loaded(x), sae(x))
-        assert_close(loaded.encode(x), sae.encode(x))
-    with pytest.raises(NotImplementedError):
-        sae.fold_activation_norm_scaling_factor(2.0)
-    with pytest.raises(NotImplementedError):
-        sae.fold_W_dec_norm()
 
 
 # ---------------------------------------------------------------------------------------- training
@@ -185,18 +115,19 @@ def test_spare_atoms_are_put_on_what_is_left() -> None:
     which = torch.Generator().manual_seed(0)
     chosen = torch.randint(24, (200,), generator=which)
     x = (keys[chosen // 6, :, None] * values[chosen % 6, None]).flatten(1)
-    sae = build(1, resample_every=2, stop=0.01)
+    sae = build(0, encoder="pursuit", n_pairs=1, resample_every=2, stop=0.01)
     sae.key_atoms.data.copy_(3 * keys)
     sae.value_atoms.data.copy_(values)
     sae.key_atoms.data[1] = -keys[0]  # so that key 1 and value 2 are missing
     sae.value_atoms.data[2] = values[3]
-    before = step(sae, x, 1).loss
-    out = step(sae, x, 2)
+    dead = torch.zeros(24, dtype=torch.bool)
+    before = train_step(sae, x, 1, dead).loss
+    out = train_step(sae, x, 2, dead)
     assert out.metrics["resampled_atoms"] == 2 and out.loss < 0.8 * before
     for side, kept in zip(sae.directions, (keys[[0, 2, 3]], values[[0, 1, 3, 4, 5]])):
         assert (side @ side.T).abs().fill_diagonal_(0).max() < 0.95
         assert_close((kept @ side.T).abs().amax(1), torch.ones(len(kept)).double())
-    assert step(sae, x, 4).metrics["resampled_atoms"] == 0
+    assert train_step(sae, x, 4, dead).metrics["resampled_atoms"] == 0
 
 
 class World:
@@ -228,23 +159,11 @@ class World:
         return float((cosines > 0.9).float().mean()), float((facts[:, :, None] == read[:, None]).any(2).float().mean())
 
 
-def config(steps: int, seed: int = 0, size: int = 16, atoms: int = 36, **fields: Any) -> Any:
-    """A runner's config for states [size,size]."""
+def config(steps: int, seed: int = 0) -> Any:
+    """Of states [16,16]."""
     options: dict[str, Any] = {"encoder": "pursuit", "decoder_init": "native", "resample_every": 25, "n_pairs": 3}
-    shape: dict[str, Any] = {"d_in": size**2, "d_k": size, "d_sae": atoms**2}
-    return LanguageModelSAERunnerConfig(
-        sae=WriteProductTrainingSAEConfig(**shape | options | fields),
-        seed=seed,
-        lr=1e-2,
-        lr_scheduler_name="cosineannealing",
-        training_tokens=steps * 96,
-        train_batch_size_tokens=96,
-        n_checkpoints=0,
-        checkpoint_path=None,
-        verbose=False,
-        logger=LoggingConfig(log_to_wandb=False),
-        device="cpu",
-    )
+    cfg = WriteProductTrainingSAEConfig(d_in=256, d_k=16, d_sae=36**2, **options)
+    return runner_config(cfg, steps, 96, seed=seed, lr_scheduler_name="cosineannealing")
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -8,8 +8,7 @@ import pytest
 import torch
 from sae_lens import SAETrainer, TrainingSAE
 from sae_lens.config import SAETrainerConfig
-from sae_lens.saes.sae import TrainStepInput
-from saes import untrained_sae
+from saes import train_step, untrained_sae
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -67,10 +66,6 @@ def make_trainer(name: str, data: Iterator[Tensor], steps: int, lr: float, **fie
 def make(name: str = "writesae_topk", **fields: Any) -> Any:
     """An untrained SAE."""
     return untrained_sae(name, **{"k": 2, "d_in": D_IN, "d_sae": 32, "d_k": K, "d_v": V} | fields)
-
-
-def step(sae: Any, x: Tensor, n: int, dead: Tensor | None = None) -> Any:
-    return sae.training_forward_pass(TrainStepInput(x, {c: 0.1 for c in sae.get_coefficients()}, dead, n, False))
 
 
 def recovery(sae: Any, data: Planted) -> float:
@@ -147,12 +142,12 @@ def test_calibration_refuses_nonsense() -> None:
 
 def test_first_batch_centres() -> None:
     sae, x = make(), torch.randn(64, D_IN) + 3
-    step(sae, x, 0)
+    train_step(sae, x, 0)
     torch.testing.assert_close(sae.b_dec.data, x.mean(0))
-    step(sae, x + 1, 0)
+    train_step(sae, x + 1, 0)
     torch.testing.assert_close(sae.b_dec.data, x.mean(0))
     zeros = make(b_dec_init="zeros")
-    step(zeros, x, 0)
+    train_step(zeros, x, 0)
     assert not zeros.b_dec.any()
 
 
@@ -174,9 +169,9 @@ def test_unit_norm_keeps_the_function(name: str, encoder: str) -> None:
     x = torch.randn(32, D_IN)
     before = sae(x)
     for n in (0, 4):
-        step(sae, x, n)
+        train_step(sae, x, n)
         assert (sae.decoder_norm() - 1).abs().min() > 0.1
-    step(sae, x, 5)
+    train_step(sae, x, 5)
     torch.testing.assert_close(sae.decoder_norm(), torch.ones(32))
     torch.testing.assert_close(sae.v.norm(dim=-1), sae.w.norm(dim=-1))
     torch.testing.assert_close(sae(x), before, rtol=1e-4, atol=1e-5)
@@ -192,9 +187,9 @@ def test_resampling_takes_dead_atoms_to_the_residual(name: str, fields: dict) ->
     dead = torch.zeros(32, dtype=torch.bool)
     dead[[3, 7, 20]] = True
     before, residual = sae.atoms().dense(), (x - sae(x)).detach()
-    assert step(sae, x, 9, dead).metrics["resampled_atoms"] == 0
+    assert train_step(sae, x, 9, dead).metrics["resampled_atoms"] == 0
     torch.testing.assert_close(sae.atoms().dense(), before)
-    assert step(sae, x, 10, dead).metrics["resampled_atoms"] == 3
+    assert train_step(sae, x, 10, dead).metrics["resampled_atoms"] == 3
     after = sae.atoms().dense()
     torch.testing.assert_close(after[~dead], before[~dead])
     alive_norm = before[~dead].flatten(1).norm(dim=1).mean()
@@ -212,10 +207,10 @@ def test_resampling_takes_dead_atoms_to_the_residual(name: str, fields: dict) ->
 def test_resampling_takes_at_most_one_atom_a_row() -> None:
     sae, x = make(resample_every=10), torch.randn(64, D_IN)
     all_dead = torch.ones(32, dtype=torch.bool)
-    assert step(sae, x, 20, ~all_dead).metrics["resampled_atoms"] == 0
-    assert step(sae, x, 20, None).metrics["resampled_atoms"] == 0
-    assert 0 < step(sae, x, 20, all_dead).metrics["resampled_atoms"] <= 32
-    assert step(sae, x[:5], 10, all_dead).metrics["resampled_atoms"] <= 5
+    assert train_step(sae, x, 20, ~all_dead).metrics["resampled_atoms"] == 0
+    assert train_step(sae, x, 20, None).metrics["resampled_atoms"] == 0
+    assert 0 < train_step(sae, x, 20, all_dead).metrics["resampled_atoms"] <= 32
+    assert train_step(sae, x[:5], 10, all_dead).metrics["resampled_atoms"] <= 5
     assert all(p.isfinite().all() for p in sae.parameters())
 
 
@@ -225,10 +220,10 @@ def test_means_are_of_the_batches_since_an_atom_began() -> None:
     sae = make("writesae_standard", resample_every=0, unit_norm_every=0, dtype="float64")
     batches = [1 + torch.randn(64, D_IN, dtype=torch.float64) for _ in range(3)]
     for n in range(2):
-        step(sae, 5 * batches[2], n)
+        train_step(sae, 5 * batches[2], n)
 
     def contribution(n: int) -> Tensor:
-        return step(sae, batches[n], n).feature_acts.detach().mean(0) * sae.decoder_norm().detach()
+        return train_step(sae, batches[n], n).feature_acts.detach().mean(0) * sae.decoder_norm().detach()
 
     first = contribution(0)
     replaced = first.topk(2).indices
@@ -281,11 +276,11 @@ def test_means_of_half_precision_are_sums_in_single_precision() -> None:
 def test_input_that_is_not_finite_stops_training() -> None:
     sae, x = make(), torch.randn(16, D_IN).index_fill(1, torch.tensor(2), torch.nan)
     with pytest.raises(ValueError, match="sae_in"):
-        step(sae, x, 0)
+        train_step(sae, x, 0)
     assert all(tensor.isfinite().all() for tensor in sae.state_dict().values()) and sae._built is None
     sae.b_dec.data[3] = torch.inf
     with pytest.raises(ValueError, match="b_dec"):
-        step(sae, x.nan_to_num(), 1)
+        train_step(sae, x.nan_to_num(), 1)
 
 
 def test_resumed_training_is_training_that_never_stopped(tmp_path: Path) -> None:
@@ -357,7 +352,7 @@ def test_atoms_start_from_rows_of_the_first_batches(name: str, fields: dict) -> 
     batches = [torch.randn(24, rank, K, generator=torch.Generator().manual_seed(n)) for n in range(3)]
     matrices = [(left.mT @ left[..., :V]).flatten(1) for left in batches]  # of rank R
     for n, x in enumerate(matrices):
-        step(sae, x, n)
+        train_step(sae, x, n)
         atoms = sae.atoms().dense().flatten(1)
         cosines = normalize(atoms, dim=1) @ normalize(torch.cat(matrices), dim=1).T
         assert int((cosines.amax(1) > 0.999).sum()) == (24, 40, 40)[n]  # 24 rows a batch for 40 atoms
@@ -369,7 +364,7 @@ def test_opposite_directions_start_two_atoms() -> None:
     """Activations are positive, so that an atom has no use for the other."""
     sae = make(d_sae=2, decoder_init="native")
     atom = Planted().atoms[:1]
-    step(sae, torch.cat([atom, -atom]).repeat(20, 1), 0)
+    train_step(sae, torch.cat([atom, -atom]).repeat(20, 1), 0)
     torch.testing.assert_close(sae.W_dec.detach().sum(0), torch.zeros(D_IN))
 
 
@@ -383,9 +378,9 @@ def test_near_copies_start_one_atom() -> None:
     sae = make(d_sae=12, decoder_init="native")
     few = Planted().atoms[:5]
     for n in range(3):
-        step(sae, few.repeat(20, 1) * (1 + n), n)
+        train_step(sae, few.repeat(20, 1) * (1 + n), n)
     cosines = normalize(sae.atoms().dense().flatten(1), dim=1) @ few.T
     assert (cosines > 0.99).sum(0).tolist() == [1] * 5  # the other seven stay random
     before = sae.W_dec.detach().clone()
-    step(sae, Planted().atoms, 20)
+    train_step(sae, Planted().atoms, 20)
     assert torch.equal(before, sae.W_dec)  # later batches start no atom

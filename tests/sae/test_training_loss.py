@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from sae_lens.saes.sae import TrainStepInput
 from sae_lens.training.mixing_buffer import mixing_buffer
-from saes import untrained_sae
+from saes import train_step, untrained_sae
 from torch.nn.functional import cosine_similarity
 
 from sae_lens_writesae import collect, load_sae, train, training_config
@@ -38,10 +37,6 @@ def rows(loss: Any, n: int = 10) -> torch.Tensor:
     return torch.randn(n, K * V + columns, dtype=torch.float64, generator=generator)
 
 
-def step(sae: Any, x: torch.Tensor, at: int = 1) -> Any:
-    return sae.training_forward_pass(TrainStepInput(x, {"l1": 0.1, "l0": 0.1}, None, at, False))
-
-
 # -- formulas
 
 
@@ -67,8 +62,8 @@ def test_write_loss_by_hand() -> None:
 @pytest.mark.parametrize("architecture", MIXED)
 def test_a_step_mixes_the_loss_in_by_its_weight(architecture: str, loss: str) -> None:
     x = rows(loss)
-    plain = step(make(architecture, "mse"), x[:, : K * V])
-    output = step(make(architecture, loss, 0.3), x)
+    plain = train_step(make(architecture, "mse"), x[:, : K * V])
+    output = train_step(make(architecture, loss, 0.3), x)
     assert output.sae_in.shape == output.sae_out.shape == (10, K * V)
     assert torch.equal(output.sae_out, plain.sae_out)
     extra, mse = output.losses[f"{loss}_loss"], output.losses["mse_loss"]
@@ -92,7 +87,7 @@ def test_a_contribution_has_the_size_of_what_is_written() -> None:
     with torch.no_grad():
         larger.v.mul_(times)
         larger.v_enc.div_(times)
-    torch.testing.assert_close(*(step(sae, rows("write")).losses["write_loss"] for sae in (plain, larger)))
+    torch.testing.assert_close(*(train_step(sae, rows("write")).losses["write_loss"] for sae in (plain, larger)))
 
 
 # -- columns, and training from a collection
