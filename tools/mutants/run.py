@@ -447,27 +447,26 @@ def survives(mutant: Mutant, root: Path, tests: dict[str, float], *options: str)
     return passed
 
 
-def matrix(mutants: list[Mutant], root: Path, budget: float) -> dict[str, object]:
-    """All killers of each mutant, and what they say about tests."""
-    rows = []
+def matrix(mutants: list[Mutant], root: Path, budget: float) -> Iterator[dict[str, object]]:
+    """After each mutant: all killers of those so far, and what they say about tests."""
+    rows: list[tuple[Mutant, list[str]]] = []
     seconds: dict[str, float] = {}
     for mutant in mutants:
         tests = choose(mutant, root, budget)
         seconds |= tests
-        killers = [] if survives(mutant, root, tests) else failed_among(tests, root) or ["time"]
-        rows.append({"mutant": mutant.name, "killers": killers})
-    each = [row["killers"] for row in rows]
-    cheap_first = sorted(seconds, key=lambda test: seconds[test])
-    killed = {test: {n for n, killers in enumerate(each) if test in killers} for test in cheap_first}
-    first = [next((test for test in killed if test in killers), "") for killers in each]
-    return {
-        "mutants": rows,
-        "tests": seconds,
-        "cover": cover(killed, seconds),
-        "only": [test for test in killed if [test] in each],
-        "spare": [test for test, own in killed.items() if own and test not in first],
-        "idle": [test for test, own in killed.items() if not own],
-    }
+        rows.append((mutant, [] if survives(mutant, root, tests) else failed_among(tests, root) or ["time"]))
+        each = [killers for _, killers in rows]
+        cheap_first = sorted(seconds, key=lambda test: seconds[test])
+        killed = {test: {n for n, killers in enumerate(each) if test in killers} for test in cheap_first}
+        first = [next((test for test in killed if test in killers), "") for killers in each]
+        yield {
+            "mutants": [{"mutant": of.name, "killers": killers} for of, killers in rows],
+            "tests": seconds,
+            "cover": cover(killed, seconds),
+            "only": [test for test in killed if [test] in each],
+            "spare": [test for test, own in killed.items() if own and test not in first],
+            "idle": [test for test, own in killed.items() if not own],
+        }
 
 
 def cover(killed: dict[str, set[int]], seconds: dict[str, float]) -> list[str]:
@@ -521,8 +520,8 @@ def main(
                 raise SystemExit(f"{len(left)} definitions have no test: {'; '.join(left)}")
             return
         if killers:
-            found = matrix([*defined(files), *mutants], root, seconds)
-            (out / "killers.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+            for found in matrix([*defined(files), *mutants], root, seconds):
+                (out / "killers.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
             return
         left = [mutant for mutant in mutants if survives(mutant, root, choose(mutant, root, seconds), "-x")]
     result = {
@@ -544,7 +543,8 @@ def main(
 def without(earlier: dict, killed: set[tuple[str, str, tuple[str, ...]]]) -> dict:
     """An earlier run without the survivors that are killed since."""
     left = [row for row in earlier["survivors"] if name_of(row) not in killed]
-    lost = Counter(row["file"].partition("/")[0] for row in left) + Counter(row["operator"] for row in left)
+    of_folder = {folder: name for name in earlier["packages"] for folder in name.split(" and ")}
+    lost = Counter(of_folder[row["file"].partition("/")[0]] for row in left) + Counter(row["operator"] for row in left)
     rates = {
         kind: {name: [tried, lost[name]] for name, (tried, _) in earlier[kind].items()}
         for kind in ("packages", "operators")
