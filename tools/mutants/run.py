@@ -449,31 +449,30 @@ def survives(mutant: Mutant, root: Path, tests: dict[str, float], *options: str)
 
 def matrix(mutants: list[Mutant], root: Path, budget: float) -> Iterator[dict[str, object]]:
     """After each mutant: all killers of those so far, and what they say about tests."""
-    rows: list[tuple[Mutant, list[str]]] = []
+    found: list[list[str]] = []
     seconds: dict[str, float] = {}
     for mutant in mutants:
         tests = choose(mutant, root, budget)
         seconds |= tests
-        rows.append((mutant, [] if survives(mutant, root, tests) else failed_among(tests, root) or ["time"]))
-        each = [killers for _, killers in rows]
+        found.append([] if survives(mutant, root, tests) else failed_among(tests, root) or ["time"])
         cheap_first = sorted(seconds, key=lambda test: seconds[test])
-        killed = {test: {n for n, killers in enumerate(each) if test in killers} for test in cheap_first}
-        first = [next((test for test in killed if test in killers), "") for killers in each]
+        killed = {test: {n for n, killers in enumerate(found) if test in killers} for test in cheap_first}
+        first = [next((test for test in killed if test in killers), "") for killers in found]
         yield {
-            "mutants": [{"mutant": of.name, "killers": killers} for of, killers in rows],
+            "mutants": [{"mutant": of.name, "killers": killers} for of, killers in zip(mutants, found)],
             "tests": seconds,
-            "cover": cover(killed, seconds),
-            "only": [test for test in killed if [test] in each],
+            "cover": cover(killed),
+            "only": [test for test in killed if [test] in found],
             "spare": [test for test, own in killed.items() if own and test not in first],
             "idle": [test for test, own in killed.items() if not own],
         }
 
 
-def cover(killed: dict[str, set[int]], seconds: dict[str, float]) -> list[str]:
-    """Tests that kill all that is killed: the next one always kills the most that is left in a second."""
+def cover(killed: dict[str, set[int]]) -> list[str]:
+    """Tests that kill all that is killed: always the one that kills the most that is left, the first of equals."""
     left, taken = set[int]().union(*killed.values()), []
     while left:
-        taken.append(max(killed, key=lambda test: len(killed[test] & left) / (0.01 + seconds[test])))
+        taken.append(max(killed, key=lambda test: len(killed[test] & left)))
         left -= killed[taken[-1]]
     return taken
 
