@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from huggingface_hub import constants
-from sae_lens import SAE, LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, LoggingConfig, TrainingSAE
+from sae_lens import SAE, LanguageModelSAETrainingRunner, TrainingSAE
+from saes import runner_config
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -67,28 +68,26 @@ def run(embedded: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[st
         config_class = TRAINING[architecture][1]
         sizes: dict[str, Any] = {"d_in": K * V, "d_k": K, "d_v": V, "d_sae": F, "rank": rank}
         further = OF_STATES.get(architecture, {}) if target == "state" else {}
-        cfg = LanguageModelSAERunnerConfig(
-            sae=config_class(**sizes | FIELDS.get(architecture, {}) | further),
+        cfg = runner_config(
+            config_class(**sizes | FIELDS.get(architecture, {}) | further),
+            8,
+            32,
             model_name="embedded",
             model_class_name="HookedRecurrent",
             hook_name=hook,
-            training_tokens=256,
             context_size=32,
             store_batch_size_prompts=2,
             n_batches_in_buffer=4,
-            train_batch_size_tokens=32,
             prepend_bos=False,
             sequence_separator_token=None,
             streaming=False,
-            device="cpu",
             lr=3e-3,
             n_checkpoints=1,
             save_final_checkpoint=True,
             checkpoint_path=str(folder / "runs"),
             output_path=str(folder / "exported"),
-            logger=LoggingConfig(log_to_wandb=False),
-            verbose=False,
         )
+        torch.manual_seed(0)
         sae = LanguageModelSAETrainingRunner(cfg, override_model=embedded, override_dataset=text).run()
         with torch.no_grad():
             _, activations = embedded.run_with_cache(tokens, names_filter=hook)
@@ -160,17 +159,13 @@ def test_a_release_on_this_disk_loads(
 
 
 def test_the_command_line_reads_what_saelens_saved(run: Any, tmp_path: Path) -> None:
-    """`eval` what `save_model` wrote in training, and `show` checkpoints."""
-    saved, checkpoints = tmp_path / "saved", tmp_path / "checkpoint"
+    """What `save_model` wrote in training, and checkpoints."""
     for name in TRAINING:
         trained = run(name, "write", 1)
-        trained.sae.save_model(saved / name)
-        shutil.copytree(trained.checkpoints[-1], checkpoints / name)
-    text = ["--sequences", "4", "--context-size", "32"]
-    few = ["--n-atoms", "2", "--firings-per-atom", "1", "--horizon", "1", "--controls", "random"]
-    command = ["eval", "substitution", str(saved), "--no-control-dictionaries"]
-    main([*command, "--out", str(tmp_path / "eval"), *few, *text])
-    assert (tmp_path / "eval" / "report.html").is_file()
+        trained.sae.save_model(tmp_path / "saes" / name / "saved")
+        shutil.copytree(trained.checkpoints[-1], tmp_path / "saes" / name / "last")
     few = ["--no-quality", "--n-atoms", "1", "--effect-firings", "1", "--half-life-firings", "1"]
-    main(["show", str(checkpoints), "--out", str(tmp_path / "show"), *few, *text])
-    assert {file.parent.name for file in (tmp_path / "show").rglob("index.html")} >= TRAINING.keys()
+    text = ["--sequences", "4", "--context-size", "32"]
+    main(["show", str(tmp_path / "saes"), "--out", str(tmp_path / "show"), *few, *text])
+    shown = {str(file.parent.relative_to(tmp_path / "show")) for file in (tmp_path / "show").rglob("index.html")}
+    assert shown >= {f"{name}/{kind}" for name in TRAINING for kind in ("saved", "last")}
