@@ -135,12 +135,11 @@ def test_words_of_pairs_are_published() -> None:
     ("word", "is_published"),
     [('Ben\'s "é" \n', True), ("/", True), ("/home/me", False), ("C:\\me", False), ("https://me@a", False), (7, False)],
 )
-def test_words_are_no_places(foreign: Path, tmp_path: Path, word: object, is_published: bool) -> None:
+def test_words_are_no_places(foreign: Path, word: object, is_published: bool) -> None:
     side = {"words": [word, None], "correlations": [0.5, 0], "sizes": [-1e-7, 2.5]}
     labels = {"keys": side, "values": side, "seen": [[0, 1], []]}
-    describe(foreign, labels=labels)
-    files, _ = published(foreign, tmp_path / "fresh")
-    assert json.loads(files["cfg.json"])["metadata"].get("labels") == (labels if is_published else None)
+    kept, _ = published(foreign, labels=labels)
+    assert kept.get("labels") == (labels if is_published else None)
 
 
 def test_a_dry_run_shows_the_files_and_the_card(folder: Path) -> None:
@@ -178,40 +177,37 @@ def describe(foreign: Path, **metadata: object) -> None:
     reseal(foreign)
 
 
-def published(foreign: Path, fresh: Path) -> tuple[dict[str, bytes], str]:
-    """What would be uploaded: the files of the dictionary by name, and the card."""
-    saes = saved_anew(foreign, fresh)
-    files = {file.name: file.read_bytes() for file in fresh.rglob("*") if file.is_file() and not file.is_symlink()}
-    return files, card("me/saes", saes)
+def published(foreign: Path, **metadata: object) -> tuple[dict[str, Any], str]:
+    """Of a dictionary with that metadata: what is uploaded of it, and the text of all that is, the card among it."""
+    describe(foreign, **metadata)
+    fresh = foreign.parent / "fresh"
+    shown = card("me/saes", saved_anew(foreign, fresh))
+    (settings,) = [file.read_text() for file in fresh.rglob("cfg.json") if not file.is_symlink()]
+    shutil.rmtree(fresh)
+    return json.loads(settings)["metadata"], shown + settings
 
 
 @pytest.mark.parametrize(
     "text", ['x")\nimport os\nos.system("true") #', "me/model\n---\nlicense: mit", "me/model: [", "a | b", "`x`"]
 )
 @pytest.mark.parametrize("field", ["model_name", "dataset_path", "training_architecture", "context_size"])
-def test_metadata_is_no_code_and_no_front_matter(foreign: Path, tmp_path: Path, field: str, text: str) -> None:
-    describe(foreign, **{field: text})
+def test_metadata_is_no_code_and_no_front_matter(foreign: Path, field: str, text: str) -> None:
+    kept, _ = published(foreign, **{field: text})
     shown = run_push(Push(foreign, "me/saes", dry_run=True))
-    assert text not in shown and "os.system" not in shown and "license" not in shown
+    assert text not in shown and "os.system" not in shown and "license" not in shown and text not in str(kept)
     _, front, body = shown.split("---\n", 2)
     assert yaml.safe_load(front).keys() <= {"library_name", "tags", "base_model"}
     for block in re.findall("```python\n(.*?)```", body, re.DOTALL):
         names = {node.func.attr for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Call)}  # type: ignore[attr-defined]
         assert names <= {"from_pretrained", "run_with_cache_with_saes"}
-    files, _ = published(foreign, tmp_path / "fresh")
-    assert text not in str(json.loads(files["cfg.json"])["metadata"].get(field))
 
 
 @pytest.mark.parametrize("place", ["/home/secret", "~/secret", "C:\\me\\secret", "a /home/secret", "file:secret"])
-def test_no_place_on_this_machine_is_published(foreign: Path, tmp_path: Path, place: str) -> None:
+def test_no_place_on_this_machine_is_published(foreign: Path, place: str) -> None:
     told = {"dataset_path": "me/text", "training_architecture": "writesae_topk", "seqpos_slice": [None, -1], "l0": 1.5}
-    describe(foreign, model_name=place, given={"cache": [place]}, **{f"at {place}": 1}, **told)
-    files, text = published(foreign, tmp_path / "fresh")
-    metadata = json.loads(files["cfg.json"])["metadata"]
-    assert told.items() <= metadata.items()
-    assert "secret" not in text and "secret" not in str(metadata) and "me/text" in text
-    describe(foreign, model_name="me/model", given="none")
-    _, text = published(foreign, tmp_path / "again")
+    kept, text = published(foreign, model_name=place, given={"cache": [place]}, **{f"at {place}": 1}, **told)
+    assert told.items() <= kept.items() and "secret" not in text and "me/text" in text
+    _, text = published(foreign, model_name="me/model", given="none")
     assert "base_model: me/model" in text and "HookedSAERecurrent.from_pretrained('me/model')" in text
 
 
@@ -232,12 +228,10 @@ def test_no_place_on_this_machine_is_published(foreign: Path, tmp_path: Path, pl
     ],
     ids=str,
 )
-def test_no_credential_is_published(foreign: Path, tmp_path: Path, metadata: dict[str, object]) -> None:
+def test_no_credential_is_published(foreign: Path, metadata: dict[str, object]) -> None:
     """Fields that nobody named stay here, and so do named ones whose value has another form."""
-    describe(foreign, training_architecture="writesae_topk", **metadata)
-    files, text = published(foreign, tmp_path / "fresh")
-    assert b"secret" not in files["cfg.json"] and "secret" not in text
-    kept = json.loads(files["cfg.json"])["metadata"]
+    kept, text = published(foreign, training_architecture="writesae_topk", **metadata)
+    assert "secret" not in text
     assert kept["model_from_pretrained_kwargs"] in ({}, {"revision": "main"}) and kept["hook_name"]
     if "training_architecture_details" in metadata:
         assert kept["training_architecture_details"] == {"b_dec_init": "mean"}
@@ -246,9 +240,8 @@ def test_no_credential_is_published(foreign: Path, tmp_path: Path, metadata: dic
 def test_a_local_folder_is_no_name_on_the_hub(foreign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "alice-private/model-v3").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    describe(foreign, model_name="alice-private/model-v3", dataset_path="alice-private")
-    files, text = published(foreign, tmp_path / "fresh")
-    assert "alice" not in text and b"alice" not in files["cfg.json"] and "a local model" in text
+    _, text = published(foreign, model_name="alice-private/model-v3", dataset_path="alice-private")
+    assert "alice" not in text and "a local model" in text
 
 
 @pytest.mark.parametrize("file", ["cfg.json", "sae_weights.safetensors"])

@@ -129,29 +129,36 @@ def test_the_page_opens_at_the_head_of_the_first_dictionary(embedded: HookedRecu
     assert f'data-first="{HEAD}"' in page
 
 
-def test_other_sites_and_other_requests_are_refused(server: PromptServer) -> None:
-    asked = {"text": "war", "layer": LAYER, "head": 0}
-    port = server.server_address[1]
-    assert server.server_address[0] == "127.0.0.1"
-    for status, method, path, body, headers in [
-        (200, "POST", "/read", asked, {"Origin": f"http://localhost:{port}"}),
-        (200, "GET", "/", None, {"Host": f"localhost:{port}"}),
+READ: dict[str, Any] = {"text": "war", "layer": LAYER, "head": 0}
+
+
+@pytest.mark.parametrize(
+    ("status", "method", "path", "body", "headers"),
+    [
+        (200, "POST", "/read", READ, {"Origin": "http://localhost:PORT"}),
+        (200, "GET", "/", None, {"Host": "localhost:PORT"}),
         (403, "GET", "/", None, {"Host": "evil.example"}),
-        (403, "POST", "/read", asked, {"Host": f"evil.example:{port}"}),
-        (403, "POST", "/read", asked, {"Origin": "http://evil.example"}),
-        (403, "POST", "/read", asked, {"Origin": "null"}),
+        (403, "POST", "/read", READ, {"Host": "evil.example:PORT"}),
+        (403, "POST", "/read", READ, {"Origin": "http://evil.example"}),
+        (403, "POST", "/read", READ, {"Origin": "null"}),
         (404, "GET", "/../prompt.py", None, {}),
-        (404, "POST", "/", asked, {}),
+        (404, "POST", "/", READ, {}),
         (400, "POST", "/read", {"text": "war"}, {}),
         (400, "POST", "/read", ["war"], {}),
-        (400, "POST", "/read", asked | {"layer": 99}, {}),
-        (400, "POST", "/read", asked | {"head": 99}, {}),
-        (400, "POST", "/read", asked | {"head": float("inf")}, {}),
-        (400, "POST", "/read", asked | {"text": ""}, {}),
-        (400, "POST", "/read", asked | {"text": "war " * (MAX_TOKENS + 1)}, {}),
-    ]:
-        found, said = ask(server, method, path, body, **headers)
-        assert found == status and (status == 200 or said["error"]), (status, headers, said)
+        (400, "POST", "/read", READ | {"layer": 99}, {}),
+        (400, "POST", "/read", READ | {"head": 99}, {}),
+        (400, "POST", "/read", READ | {"head": float("inf")}, {}),
+        (400, "POST", "/read", READ | {"text": ""}, {}),
+        (400, "POST", "/read", READ | {"text": "war " * (MAX_TOKENS + 1)}, {}),
+    ],
+)
+def test_other_sites_and_other_requests_are_refused(
+    server: PromptServer, status: int, method: str, path: str, body: Any, headers: dict[str, str]
+) -> None:
+    host, port = server.server_address[:2]
+    given = {name: value.replace("PORT", str(port)) for name, value in headers.items()}
+    found, said = ask(server, method, path, body, **given)
+    assert (host, found) == ("127.0.0.1", status) and (status == 200 or said["error"])
 
 
 @pytest.mark.parametrize("length", ["99999999999", "-1", str(MAX_BYTES + 1)])

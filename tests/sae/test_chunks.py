@@ -7,6 +7,7 @@ from typing import Any, cast
 import pytest
 import torch
 from saes import train_step
+from test_fast import assert_same_step
 from tiny_models import MAKERS, make_hf
 from torch import Tensor, nn
 
@@ -113,17 +114,9 @@ def test_losses_and_gradients_are_those_of_the_dense_step(
         parameter.data = torch.randn(parameter.shape, generator=g, dtype=parameter.dtype)
     x, dead = rows.dense().flatten(1), torch.arange(F) % 3 < (1 if changes.get("k") == 1 else 2)  # K V / 2 is between
     sae.b_dec.data *= x.std()
-    output = train_step(sae, x, 1, dead)
-    output.loss.backward()
     p: dict[str, Any] = {name: nn.Parameter(x.data.clone()[None]) for name, x in sae.named_parameters()}
     done: Any = step_on_states(p, rows, sae.cfg, fused.Dead(dead[None], int(dead.sum())))
-    torch.testing.assert_close(done.errors.mean(), output.losses["mse_loss"], **CLOSE)
-    loss = output.losses["auxiliary_reconstruction_loss"].detach()
-    torch.testing.assert_close(sae.cfg.aux_loss_coefficient * done.aux[0], loss, **CLOSE)
-    for name, parameter in p.items():
-        torch.testing.assert_close(parameter.grad[0], sae.get_parameter(name).grad, **CLOSE)
-    active = torch.zeros(F).index_add_(0, done.atoms.flatten(), (done.code > 0).flatten().float())
-    assert torch.equal(active, output.feature_acts.to_dense().bool().sum(0).float())
+    assert_same_step(done, p, [sae], [train_step(sae, x, 1, dead)], 1e-10)
 
 
 def test_a_batch_has_its_number_of_active_atoms_where_scores_tie(collections: Any) -> None:

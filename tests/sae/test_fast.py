@@ -69,36 +69,37 @@ def test_losses_and_gradients_are_those_of_the_dense_step(
 ) -> None:
     """SAELens' own losses, that of dead atoms among them, and autograd."""
     monkeypatch.setattr(fused, "BLOCK", block)
-    g, close = torch.Generator().manual_seed(1), 1e-10 if dtype == "float64" else 5e-5
+    g, real = torch.Generator().manual_seed(1), getattr(torch, dtype)
     saes: list[Any] = [rows_.new_sae(config(seed, **changes)) for seed in (0, 1, 2)]
     for sae in saes:
         for parameter in sae.parameters():
             parameter.data = torch.randn(parameter.shape, generator=g, dtype=parameter.dtype)
-    dead = torch.rand(3, F, generator=g) < torch.tensor([0.0, 0.2, 0.6])[:, None]
-    keys, values = (
-        torch.randn(3, 32, terms, n, generator=g, dtype=torch.float64) for n in (saes[0].cfg.d_k, saes[0].cfg.d_v)
-    )
-    outputs, real = [], getattr(torch, dtype)
-    for m, sae in enumerate(saes):
-        x = LowRank(keys[m], values[m]).dense().flatten(1)
-        outputs.append(train_step(sae, x, 1, dead[m]))
-        outputs[-1].loss.backward()
-    p = {n: nn.Parameter(torch.stack([sae.get_parameter(n).data for sae in saes]).to(real)) for n in state(saes[0])}
     cfg = saes[0].cfg
-    rows = keys.to(real), values.to(real)
+    dead = torch.rand(3, F, generator=g) < torch.tensor([0.0, 0.2, 0.6])[:, None]
+    keys, values = (torch.randn(3, 32, terms, n, generator=g, dtype=torch.float64) for n in (cfg.d_k, cfg.d_v))
+    outputs = [train_step(sae, LowRank(keys[m], values[m]), 1, dead[m]) for m, sae in enumerate(saes)]
+    p = {n: nn.Parameter(torch.stack([sae.get_parameter(n).data for sae in saes]).to(real)) for n in state(saes[0])}
     few = fused.Dead(dead, int(dead.sum(1).max()) + 2)  # a bound, as on a device that is not waited for
+    rows = keys.to(real), values.to(real)
     done = fused.step_on_writes(p, *rows, [cfg.k] * 3, cfg, few if cfg.aux_loss_coefficient else None)
-    pairs = [(done.errors.mean(1), [output.losses["mse_loss"] for output in outputs])]
+    assert_same_step(done, p, saes, outputs, 1e-10 if dtype == "float64" else 5e-5)
+
+
+def assert_same_step(done: Any, p: dict[str, Any], saes: list[Any], outputs: list[Any], close: float) -> None:
+    """Losses, gradients and numbers of active atoms of a stack are those of each of its dictionaries."""
+    pairs = [(done.errors.flatten(1).mean(1), [output.losses["mse_loss"] for output in outputs])]
     if done.aux is not None:
         auxiliary = [output.losses["auxiliary_reconstruction_loss"] for output in outputs]
-        pairs.append((cfg.aux_loss_coefficient * done.aux, auxiliary))
+        pairs.append((saes[0].cfg.aux_loss_coefficient * done.aux, auxiliary))
+    for output in outputs:
+        output.loss.backward()
     pairs += [(parameter.grad, [sae.get_parameter(name).grad for sae in saes]) for name, parameter in p.items()]
     for found, each in pairs:
-        dense = torch.stack([x.double() for x in each])
+        dense = torch.stack([x.detach().double() for x in each])
         assert (found - dense).abs().max() <= close * dense.abs().max()
-    active = torch.stack([output.feature_acts.bool().sum(0) for output in outputs])
-    counts = torch.zeros(3 * F).index_add_(0, done.atoms.flatten(), (done.code > 0).flatten().float())
-    assert torch.equal(counts.view(3, F), active.float())
+    active = torch.stack([output.feature_acts.to_dense().bool().sum(0) for output in outputs])
+    counts = torch.zeros(active.numel()).index_add_(0, done.atoms.flatten(), (done.code > 0).flatten().float())
+    assert torch.equal(counts.view_as(active), active.float())
 
 
 def test_rows_stay_where_they_are_if_a_device_does_not_tell_its_memory() -> None:
@@ -258,20 +259,34 @@ def test_names_of_the_last_version_still_train() -> None:
         torch.testing.assert_close(state(old), state(new()), rtol=0, atol=0)
 
 
-def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
-    rows, swapped = writes(), LowRank(writes().values, writes().keys)
-    metric = Metric.of(torch.eye(K), torch.eye(V), 1.0, 0.1, 8)
-    dense = config(name="writesae_jumprelu")
-    for cfg, of in ((config(0), metric), (config(0, metric="gauss_newton"), None)):
-        with pytest.raises(ValueError, match="metric: expected"):
-            train(cfg, rows, metric=of)
-    for cfg in (dense, config()):
-        for data in (swapped, swapped.dense()):
-            with pytest.raises(ValueError, match=r"d_k, d_v, d_in: expected .*\(4, 6, 24\).*, got \(6, 4, 24\)"):
-                train(cfg, data)
-    with pytest.raises(ValueError, match="checkpoint: expected dictionaries of one shape, got 2"):
-        train([config(0), dense], [rows, rows], checkpoint=tmp_path / "run")
-    with pytest.raises(ValueError, match="shorter"):
-        train([config(0), config(1)], [rows])
-    with pytest.raises(ValueError, match="NaN"):
-        train(config(), rows * torch.nan)
+@pytest.mark.parametrize(("fields", "metric"), [({}, True), ({"metric": "gauss_newton"}, False)])
+def test_a_metric_that_the_config_does_not_ask_for_is_refused(fields: dict[str, Any], metric: bool) -> None:
+    of = Metric.of(torch.eye(K), torch.eye(V), 1.0, 0.1, 8) if metric else None
+    with pytest.raises(ValueError, match="metric: expected"):
+        train(config(0, **fields), writes(), metric=of)
+
+
+@pytest.mark.parametrize("name", ["writesae_jumprelu", "writesae_topk"])
+@pytest.mark.parametrize("dense", [False, True])
+def test_swapped_sides_are_refused(name: str, dense: bool) -> None:
+    swapped = LowRank(writes().values, writes().keys)
+    with pytest.raises(ValueError, match=r"d_k, d_v, d_in: expected .*\(4, 6, 24\).*, got \(6, 4, 24\)"):
+        train(config(name=name), swapped.dense() if dense else swapped)
+
+
+@pytest.mark.parametrize(
+    ("configs", "data", "said"),
+    [
+        (
+            [config(0), config(name="writesae_jumprelu")],
+            [writes(), writes()],
+            "checkpoint: .* one shape, got 2",
+        ),
+        ([config(0), config(1)], [writes()], "shorter"),
+        ([config()], [writes() * torch.nan], "NaN"),
+    ],
+    ids=["shapes", "lengths", "NaN"],
+)
+def test_what_does_not_fit_is_refused(configs: list[Any], data: list[Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=said):
+        train(configs, data, checkpoint=tmp_path / "run")
