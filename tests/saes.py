@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
 from sae_lens.saes.sae import SAEMetadata, TrainStepInput
@@ -125,6 +126,23 @@ def runner_config(sae: Any, steps: int, batch: int, **fields: Any) -> Any:
     quiet = {"logger": LoggingConfig(log_to_wandb=False), "checkpoint_path": None, "verbose": False}
     sizes = {"training_tokens": steps * batch, "train_batch_size_tokens": batch, "lr": 1e-2, "device": "cpu"}
     return LanguageModelSAERunnerConfig(sae=sae, **quiet | sizes | fields)
+
+
+class Steps:
+    """Counts the steps of the optimizer. That with the number `stop` is not `taken`, but raises, once."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.taken, self.stop = 0, -1
+        step = torch.optim.Adam.step
+
+        def counted(*arguments: Any) -> Any:
+            if self.taken == self.stop:
+                self.stop = -1
+                raise InterruptedError
+            self.taken += 1
+            return step(*arguments)
+
+        monkeypatch.setattr(torch.optim.Adam, "step", counted)
 
 
 def close(a: Tensor, b: Tensor, tolerance: float = 1e-10) -> None:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
+from saes import Steps
 from safetensors.torch import load_file, save_file
 
 from hookpoints import HookedRecurrent, UnsupportedModelError
 from hookpoints import embedded as shipped
 from hookpoints.files import CHECKSUMS
 from sae_lens_writesae.choices import VARIANTS
-from sae_lens_writesae.sae import fast, rows
+from sae_lens_writesae.sae import rows
 from sae_lens_writesae.sae.factors import Collection
 from sae_lens_writesae.sae.load import load_sae
 from sae_lens_writesae.sae.runner import text_dataset
@@ -221,28 +220,20 @@ def test_a_killed_training_goes_on_from_its_checkpoint(
     name: str, collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To the same bytes, on factors and in SAELens' trainer."""
-    steps, whole_step = itertools.count(), torch.optim.Adam.step
-
-    def train(out: str, kill_at: int = 10**6) -> bytes:
-        def step(own: torch.optim.Adam, *arguments: object) -> object:
-            if next(steps) == kill_at:
-                raise InterruptedError
-            return whole_step(own, *arguments)
-
-        monkeypatch.setattr(torch.optim.Adam, "step", step)
-        sizes = SIZES | {"training_tokens": 4096}
-        run_train(Train(collection=collection.folder, heads=(0,), names=(name,), out=tmp_path / out, **sizes), str)
-        return (tmp_path / out / f"L2H0/{name}/sae/sae_weights.safetensors").read_bytes()
-
     monkeypatch.setattr(rows, "SAVE_SECONDS", -1.0)
-    monkeypatch.setattr(fast, "STATES_FROM", 1)
-    whole = train("whole")
-    assert next(steps) == 32
+    steps = Steps(monkeypatch)
+
+    def trained(out: Path) -> bytes:
+        sizes = SIZES | {"training_tokens": 4096}
+        run_train(Train(collection=collection.folder, heads=(0,), names=(name,), out=out, **sizes), str)
+        return (out / f"L2H0/{name}/sae/sae_weights.safetensors").read_bytes()
+
+    whole = trained(tmp_path / "whole")
+    steps.taken, steps.stop = 0, 21
     with pytest.raises(InterruptedError):
-        train("killed", kill_at=53)
+        trained(tmp_path / "killed")
     assert list((tmp_path / "killed").rglob("checkpoint"))
     with pytest.raises(ValueError, match="no dictionary"):  # a checkpoint is none
         sae_folders(tmp_path / "killed")
-    resumed = train("killed")
-    assert next(steps) - 54 == 12 and resumed == whole
+    assert trained(tmp_path / "killed") == whole and steps.taken == 32
     assert not list((tmp_path / "killed").rglob("*checkpoint*"))

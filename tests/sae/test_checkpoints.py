@@ -8,11 +8,11 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from saes import Steps
 from sealing import damaged
 from test_fast import K, V, config, writes
 from test_training_loss import config as of_collection
@@ -87,20 +87,9 @@ def collections(hf: Any, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
 
 
 @pytest.fixture
-def steps(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Counts the steps of the optimizer, of which one is not `taken` but raises: that with the number `stop`."""
+def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
     monkeypatch.setattr(rows_, "SAVE_SECONDS", -1.0)
-    step, counts = torch.optim.Adam.step, SimpleNamespace(taken=0, stop=-1)
-
-    def counted(*arguments: Any) -> Any:
-        if counts.taken == counts.stop:
-            counts.stop = -1
-            raise InterruptedError
-        counts.taken += 1
-        return step(*arguments)
-
-    monkeypatch.setattr(torch.optim.Adam, "step", counted)
-    return counts
+    return Steps(monkeypatch)
 
 
 @pytest.fixture(params=RUNS)
@@ -110,7 +99,7 @@ def run(request: pytest.FixtureRequest, collections: list[Any], monkeypatch: pyt
     return RUNS[request.param](collections)
 
 
-def kill(run: Run, steps: SimpleNamespace, at: int, checkpoint: Path) -> None:
+def kill(run: Run, steps: Steps, at: int, checkpoint: Path) -> None:
     steps.taken, steps.stop = 0, at
     with pytest.raises(InterruptedError):
         run.weights(checkpoint)
@@ -119,7 +108,7 @@ def kill(run: Run, steps: SimpleNamespace, at: int, checkpoint: Path) -> None:
 @pytest.mark.parametrize("at", [2, 7, 11])
 @pytest.mark.parametrize("scheduler", ["constant", "cosineannealing"])
 def test_a_killed_run_ends_with_the_same_weights(
-    run: Run, steps: SimpleNamespace, at: int, scheduler: str, tmp_path: Path
+    run: Run, steps: Steps, at: int, scheduler: str, tmp_path: Path
 ) -> None:
     for cfg in run.configs:
         cfg.lr_scheduler_name = scheduler
@@ -130,7 +119,7 @@ def test_a_killed_run_ends_with_the_same_weights(
     torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
 
 
-def test_a_checkpoint_of_other_settings_or_rows_is_refused(run: Run, steps: SimpleNamespace, tmp_path: Path) -> None:
+def test_a_checkpoint_of_other_settings_or_rows_is_refused(run: Run, steps: Steps, tmp_path: Path) -> None:
     kill(run, steps, 5, tmp_path / "run")
     others = [run._replace(configs=[replace(cfg, **new) for cfg in run.configs]) for new in ({"lr": 0.9}, {"seed": 7})]
     others += [run._replace(configs=run.configs[::-1])] * (len(run.configs) > 1)
@@ -140,7 +129,7 @@ def test_a_checkpoint_of_other_settings_or_rows_is_refused(run: Run, steps: Simp
 
 
 @pytest.mark.parametrize("name", ["writesae_topk", "writesae_standard"])
-def test_a_checkpoint_belongs_to_its_metric(name: str, steps: SimpleNamespace, tmp_path: Path) -> None:
+def test_a_checkpoint_belongs_to_its_metric(name: str, steps: Steps, tmp_path: Path) -> None:
     cfg, steps.stop = config(0, N_STEPS, name, metric="gauss_newton"), 9
     for size, error in ((1, InterruptedError), (2, ValueError)):
         metric = Metric.of(torch.eye(K) * size, torch.eye(V), 1.0, 0.1, 8)
@@ -148,7 +137,7 @@ def test_a_checkpoint_belongs_to_its_metric(name: str, steps: SimpleNamespace, t
             train(cfg, writes(), metric=metric, checkpoint=tmp_path / "run")
 
 
-def test_a_checkpoint_that_is_damaged_is_set_aside(run: Run, steps: SimpleNamespace, tmp_path: Path) -> None:
+def test_a_checkpoint_that_is_damaged_is_set_aside(run: Run, steps: Steps, tmp_path: Path) -> None:
     """A bit of each file is flipped, or its end cut off; one file is empty. The run then begins anew."""
     whole, folder = run.weights(), tmp_path / "run"
     kill(run, steps, 11, folder)

@@ -283,28 +283,6 @@ def test_input_that_is_not_finite_stops_training() -> None:
         train_step(sae, x.nan_to_num(), 1)
 
 
-def test_resumed_training_is_training_that_never_stopped(tmp_path: Path) -> None:
-    batches = [next(Planted(seed=s)) for s in range(12)]
-    whole, resumed = (
-        make_trainer("writesae_batchtopk", iter(()), 12, 1e-2, resample_every=0, unit_norm_every=5) for _ in range(2)
-    )
-
-    def run(trainer: SAETrainer, which: slice) -> None:
-        for batch in batches[which]:
-            trainer.step(batch)
-            trainer.n_training_steps += 1
-
-    run(whole, slice(0, 6))
-    whole.save_checkpoint("half", tmp_path)
-    run(whole, slice(6, 12))
-    resumed.sae.load_weights_from_checkpoint(tmp_path / "half")
-    resumed.load_trainer_state(tmp_path / "half")
-    run(resumed, slice(6, 12))
-    for n, tensor in whole.sae.state_dict().items():
-        assert torch.equal(tensor, resumed.sae.state_dict()[n]), n
-    assert type(TrainingSAE.load_from_disk(tmp_path / "half")) is S.WriteBatchTopKTrainingSAE
-
-
 @pytest.mark.parametrize("name", sorted(S.TRAINING.keys() - {"writesae_matching_pursuit"}))  # codes follow b_dec there
 def test_any_trainer_leaves_reconstructions_right_on_average(name: str, tmp_path: Path) -> None:
     """Of small writes with much noise, so that the steps of the optimizer are large for b_dec."""
