@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import EACH_RULE, MAKERS, make_hf
+from tiny_models import EACH_LAYOUT, EACH_RULE, fast_of, make_hf
 
 from hookpoints import HookedRecurrent, UnknownHookError, UnknownModelError, cost
 from hookpoints.errors import InputError
@@ -20,13 +20,8 @@ sys.path.append(str(Path(__file__).parents[1] / "tools"))
 
 import fits
 
-OTHER_LAYOUTS = ("mamba2", "nemotron_h", "qwen4_exp", "zamba2")
-"""No attention, blocks of one kind each, several streams, and a block that layers share."""
-FAST = {*EACH_RULE, *OTHER_LAYOUTS}
-TYPES = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in sorted(MAKERS)]
 
-
-@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize("model_type", fast_of(EACH_LAYOUT))
 def test_costs_are_those_of_a_real_run(model_type: str) -> None:
     assert_costs(model_type, torch.float32)
 

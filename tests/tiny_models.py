@@ -224,6 +224,15 @@ MAKERS = {name: make for name, make in _OF_TRANSFORMERS.items() if name not in _
 """Model type -> maker of a tiny random model; those that the installed transformers (or this package) has."""
 EACH_RULE = ("falcon_h1", "jamba", "kimi_linear", "qwen3_5", "rwkv7")
 """A model type for each update rule. Tests of what a rule does run on the others where slow ones do."""
+EACH_LAYOUT = (*EACH_RULE, "mamba2", "nemotron_h", "qwen4_exp", "zamba2")
+"""And for each layout: no attention, blocks of one kind each, several streams, and a block that layers share."""
+
+
+def fast_of(names: tuple[str, ...], every=MAKERS) -> list:
+    """Every model type as a case; those that are not named are slow ones."""
+    return [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in sorted(every)]
+
+
 MAMBA1 = ("falcon_mamba", "jamba", "mamba")
 """Model types whose weights differ between value channels, so that their heads have no pattern."""
 
@@ -258,9 +267,9 @@ def make_hf(model_type: str = "qwen3_5", seed: int = 0, **changes):
     return model
 
 
-@pytest.fixture(scope="session", params=sorted(MAKERS))
+@pytest.fixture(scope="session", params=fast_of(EACH_LAYOUT))
 def hooked(request):
-    """One hooked model of each supported type; not to be changed by a test."""
+    """One hooked model of each layout, and of the other types where slow tests run; not to be changed by a test."""
     from hookpoints import HookedRecurrent
 
     return HookedRecurrent.from_hf(make_hf(request.param))
@@ -329,31 +338,27 @@ def _keep_float64():
 _in_float64 = cache(hooked_in_float64)
 
 
-@pytest.fixture(scope="session", params=sorted(MAKERS))
+@pytest.fixture(scope="session", params=fast_of(EACH_LAYOUT))
 def _hooked64(request):
     return _in_float64(request.param)
 
 
 @pytest.fixture
-def hooked64(_hooked64):
-    """One hooked float64 model of each supported type, kept in float64 through upstream's casts."""
-    with KeepFloat64():
-        yield _hooked64
+def hooked64(_hooked64, _keep_float64):
+    """One hooked float64 model of each layout, kept in float64 through upstream's casts; of the others where slow
+    tests run."""
+    return _hooked64
 
 
-OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in sorted(MAKERS.keys() - {*EACH_RULE})]
-
-
-@pytest.fixture(scope="session", params=[*EACH_RULE, *OTHERS])
+@pytest.fixture(scope="session", params=fast_of(EACH_RULE))
 def _ruled64(request):
     return _in_float64(request.param)
 
 
 @pytest.fixture
-def ruled64(_ruled64):
-    """The same of each update rule; of the other types where slow tests run."""
-    with KeepFloat64():
-        yield _ruled64
+def ruled64(_ruled64, _keep_float64):
+    """The same of each update rule."""
+    return _ruled64
 
 
 @pytest.fixture(scope="session")
@@ -362,10 +367,9 @@ def _model64():
 
 
 @pytest.fixture
-def model64(_model64):
+def model64(_model64, _keep_float64):
     """A hooked float64 model, kept in float64 through upstream's casts."""
-    with KeepFloat64():
-        yield _model64
+    return _model64
 
 
 @pytest.fixture(scope="session")

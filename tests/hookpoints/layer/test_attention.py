@@ -9,7 +9,7 @@ from operator import attrgetter
 import pytest
 import torch
 import transformers.models.qwen3_5.modeling_qwen3_5 as upstream
-from tiny_models import MAKERS, make_hf
+from tiny_models import MAKERS, fast_of, make_hf
 from torch.testing import assert_close
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
@@ -21,13 +21,24 @@ OPTIONS = {
     "nemotron_h": {"num_attention_heads": 4, "num_key_value_heads": 2},
 }
 PATTERN_ALONE = ("bailing_hybrid", "glm5_next_text", "kimi_linear", "qwen4_exp_text")
+KINDS = (
+    "falcon_h1",
+    "kimi_linear",
+    "lara_mini",
+    "nemotron_h",
+    "olmo_hybrid",
+    "qwen3_5",
+    "qwen4_exp",
+    "zamba2",
+)
+"""Plain, latent, with windows, with groups, with norms of queries and keys, gated, with an index, and shared."""
 
 
 def hooks_of(model: HookedRecurrent, kind: str = "") -> list[str]:
     return [name for name in model.hook_dict if ".attn.hook_" + kind in name]
 
 
-@pytest.fixture(scope="module", params=sorted(MAKERS.keys() - {"falcon_mamba", "mamba", "mamba2", "rwkv7"}))
+@pytest.fixture(scope="module", params=fast_of(KINDS, MAKERS.keys() - {"falcon_mamba", "mamba", "mamba2", "rwkv7"}))
 def family(request):
     return HookedRecurrent.from_hf(make_hf(request.param, **OPTIONS.get(request.param, {})))
 

@@ -178,9 +178,9 @@ def small(request):
     return model, model.memory(READ)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def read():
-    """A tiny model and its memory of READ."""
+    """A tiny model and its memory of READ; not to be changed by a test."""
     model = HookedRecurrent.from_hf(make_hf("qwen3_5"))
     return model, model.memory(READ)
 
@@ -446,7 +446,7 @@ def test_a_sealed_file_has_the_tensors_that_the_model_has(read, tmp_path, change
         lambda model, memory: memory - HookedRecurrent.from_hf(make_hf("qwen3_5")).memory(READ),
         lambda model, memory: HookedRecurrent.from_hf(make_hf("qwen3_5"))(AFTER, memory=memory),
         lambda model, memory: model(AFTER[:1], memory=memory),
-        lambda model, memory: model.double()(AFTER, memory=memory),
+        lambda model, memory: model(AFTER, memory=replace(memory, dtype=torch.float64)),
         lambda model, memory: model.memory(torch.full((1, 3), VOCAB)),
     ],
 )

@@ -1,4 +1,6 @@
-"""Hooked is plain, bit by bit, while nobody edits, and hooks see what the model does: every family, fla's too."""
+"""Hooked is plain, bit by bit, while nobody edits, and hooks see what the model does; fla's families: oracles.
+
+The logits of hookpoints' own kernels, of every family: ``tests/test_families.py``."""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ import copy
 
 import pytest
 import torch
-from tiny_models import make_hf
+from tiny_models import MAKERS, make_hf
 from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent, UnsupportedModelError
@@ -26,9 +28,10 @@ def left_padding(tokens: torch.Tensor) -> torch.Tensor:
     return mask
 
 
+@pytest.mark.parametrize("hooked", sorted(MAKERS), indirect=True)
 @torch.no_grad()
 def test_hooked_is_plain(hooked, tokens):
-    """Bit by bit, while nobody listens."""
+    """Bit by bit, while nobody listens, in every family."""
     plain = make_hf(hooked.cfg.model_type.removesuffix("_text"))
     for mask in (None, left_padding(tokens)):
         assert torch.equal(hooked(tokens, attention_mask=mask), plain(tokens, attention_mask=mask).logits)
@@ -82,14 +85,6 @@ def test_decoding_continues_the_prompt(hooked, tokens):
 
 
 @torch.no_grad()
-def test_own_kernel_gives_the_models_logits(hooked, tokens):
-    own = HookedRecurrent.from_hf(hooked.hf_model, backend="recurrence", self_check=False)
-    logits = own(tokens)
-    own.attachment.detach()
-    assert_close(logits, hooked(tokens), rtol=0, atol=5e-5)
-
-
-@torch.no_grad()
 def test_stop_and_start_meet(hooked, tokens):
     plain = hooked(tokens)
     for layer in range(hooked.cfg.n_layers):
@@ -107,8 +102,16 @@ def test_stop_and_start_meet(hooked, tokens):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("model_type", ["qwen3_5", "falcon_h1", "falcon_mamba", "rwkv7"])
+@pytest.mark.parametrize(
+    ("model_type", "dtype"),
+    [
+        ("qwen3_5", torch.float64),
+        ("qwen3_5", torch.bfloat16),
+        ("falcon_h1", torch.bfloat16),
+        ("falcon_mamba", torch.bfloat16),
+        ("rwkv7", torch.bfloat16),
+    ],
+)
 def test_other_dtypes_are_bit_identical(model_type, dtype, tokens):
     plain, model = make_hf(model_type).to(dtype), HookedRecurrent.from_hf(make_hf(model_type).to(dtype))
     listened, cache = model.run_with_cache(tokens, names_filter=lambda name: True)
