@@ -41,5 +41,5 @@ def test_measured_again_a_family_is_what_its_row_says(row):
 def test_every_error_is_within_the_tolerance(row):
     assert 0 < row["op_error"] < OP and 0 < row["logits_error"] < LOGITS < row["largest_logit"]
     if row["kernels_error"]:
-        # RWKV-7's chunked kernel solves in float16: tests/hookpoints/fla/test_fla_kernels.py has the proof.
+        # RWKV-7's chunked kernel solves in float16: tools/oracles/test_fla_kernels.py has the proof.
         assert row["source"] == "fla" and row["kernels_error"] < (1e-4 if row["model_type"] == "rwkv7" else LOGITS)

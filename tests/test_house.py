@@ -391,7 +391,7 @@ def test_few_untyped_places():
 
 
 def test_no_folder_of_tests_hides_an_installed_package():
-    """pytest puts the folder of a test file on the path; there `tests/hookpoints/fla` would be taken for fla."""
+    """pytest puts the folder of a test file on the path; there `tests/fla` would be taken for fla."""
     for file in (ROOT / "tests").rglob("test_*.py"):
         hidden = {each.name for each in file.parent.iterdir() if each.is_dir()} & {"fla", "sae_lens", "transformers"}
         assert not hidden, f"{file}: move it into a folder of its own"

@@ -13,7 +13,7 @@ os.environ.setdefault("WANDB_MODE", "offline")
 import pytest
 import torch
 import transformers
-from fla_families import VOCAB, remember
+from remembering import VOCAB, remember
 from torch.overrides import TorchFunctionMode
 from transformers import logging
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES

@@ -65,7 +65,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(RECIPE, study / "writesae_study" / "evaluations")
     for name in ("hookpoints", "sae_lens_writesae", "writesae"):
         (folder / name).symlink_to(ROOT / name)
-    names = ("tiny_models", "fla_families", "saes", "device", "backend", "counted")
+    names = ("tiny_models", "remembering", "saes", "device", "backend", "counted")
     support = [f"tests/{name}.py" for name in names]
     for name in ("pyproject.toml", "conftest.py", *support):
         (folder / name).parent.mkdir(exist_ok=True)

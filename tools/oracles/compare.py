@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-
-sys.path.append(str(Path(__file__).parents[2] / "tests"))
-from families import FAMILIES, OPS, SCHEDULES, make, passes, simple_gla_call
 from fla_cpu import import_fla
+from fla_families import FAMILIES, OPS, SCHEDULES, make, passes, simple_gla_call
 from safetensors.torch import load_file
 from torch import Tensor
 

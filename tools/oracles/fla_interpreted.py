@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from families import FAMILIES, SCHEDULES, make, passes, simple_gla_call
+from fla_families import FAMILIES, SCHEDULES, make, passes, simple_gla_call
 from safetensors.torch import save_file
 
 SETTINGS = {"TRITON_INTERPRET": "1", "FLA_USE_COMPILE": "0", "HF_HUB_OFFLINE": "1"}

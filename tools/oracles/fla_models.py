@@ -8,14 +8,12 @@ from typing import Any
 import pytest
 import torch
 from fla_cpu import import_fla
-from fla_families import OWN, VOCAB, make
+from fla_families import FAMILIES, tiny
 
 if importlib.util.find_spec("fla") is None:
     pytest.skip('flash-linear-attention is not installed (pip install ".[fla]")', allow_module_level=True)
 
-__all__ = ["MODEL_TYPES", "VOCAB", "import_fla", "make_fla"]
-
-MODEL_TYPES = (*sorted(OWN), "simple_gla")
+MODEL_TYPES = (*sorted(FAMILIES), "simple_gla")
 """All that the tests of hooks and edits run on."""
 
 
@@ -23,7 +21,7 @@ def make_fla(model_type: str, seed: int = 0, **changes: Any) -> Any:
     """A tiny random model. ``simple_gla``, of which fla has the layer and no model, is a GLA model with that layer."""
     if model_type == "simple_gla":
         return _simple_gla(seed, **changes)
-    return make(import_fla().models, model_type, seed, **changes)
+    return tiny(import_fla().models, model_type, seed, **changes)
 
 
 def _simple_gla(seed: int, **changes: Any) -> Any:

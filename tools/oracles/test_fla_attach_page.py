@@ -10,7 +10,7 @@ from pathlib import Path
 
 import fla_models
 
-PAGE = Path(__file__).parents[3] / "docs" / "attach.md"
+PAGE = Path(__file__).parents[2] / "docs" / "attach.md"
 
 
 def test_the_blocks_about_fla_run(tmp_path):

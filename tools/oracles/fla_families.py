@@ -1,4 +1,4 @@
-"""What the oracle script runs on fla's kernels and the comparison on ours: models, tokens, passes.
+"""Tiny random models of fla's families; and what the oracle script runs on fla's kernels and the comparison on ours.
 
 Needs torch and fla only, so that both environments can import it.
 """
@@ -13,7 +13,49 @@ import torch
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).parents[2] / "tests"))
-import fla_families
+from remembering import VOCAB, remember
+
+SHARED = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "intermediate_size": 48,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+# K != V everywhere but in RWKV-7, which fla cannot build so; grouped value heads where the family has them.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gated_deltanet": ("GatedDeltaNet", {"head_dim": 8, "expand_v": 2.0, "num_heads": 2, "num_v_heads": 4}),
+    "delta_net": ("DeltaNet", {"num_heads": 2, "expand_k": 0.5, "expand_v": 1.0}),
+    "gla": ("GLA", {"num_heads": 2, "expand_k": 0.5, "expand_v": 1.0}),
+    "hgrn2": ("HGRN2", {"expand_ratio": 8, "hidden_size": 48}),
+    "kda": ("KDA", {"head_dim": 8, "expand_v": 2.0, "num_heads": 2, "num_v_heads": 4}),
+    "retnet": ("RetNet", {"num_heads": 2, "expand_k": 0.5, "expand_v": 1.0}),
+    "rwkv6": ("RWKV6", {"num_heads": 2, "expand_k": 0.5, "proj_low_rank_dim": 4, "gate_low_rank_dim": 6}),
+    "rwkv7": (
+        "RWKV7",
+        {"head_dim": 16, "decay_low_rank_dim": 4, "gate_low_rank_dim": 6, "a_low_rank_dim": 5, "v_low_rank_dim": 7},
+    ),
+    "comba": ("Comba", {"head_dim": 8, "expand_v": 2.0, "num_heads": 2, "num_v_heads": 4}),
+    "gated_deltaproduct": (
+        "GatedDeltaProduct",
+        {
+            "head_dim": 8,
+            "expand_v": 2.0,
+            "num_heads": 2,
+            "num_householder": 3,
+            "use_forget_gate": True,
+            "allow_neg_eigval": True,
+        },
+    ),
+    "gated_deltanet2": (
+        "KDA",
+        {"head_dim": 8, "expand_v": 2.0, "num_heads": 2, "num_v_heads": 4, "allow_neg_eigval": True},
+    ),
+}
+"""Model type -> the name that fla's classes begin with, and the fields of a tiny configuration."""
 
 SMALLER: dict[str, dict[str, Any]] = {
     **{name: {"num_heads": 1, "num_v_heads": 2} for name in ("gated_deltanet", "gated_deltanet2", "kda", "comba")},
@@ -21,9 +63,6 @@ SMALLER: dict[str, dict[str, Any]] = {
     "hgrn2": {"hidden_size": 32, "expand_ratio": 16},
 }
 """The interpreter takes each head and chunk by itself, so fewer of them save time."""
-
-FAMILIES = tuple(fla_families.OWN)
-"""Model types that are run as whole models."""
 SCHEDULES = {"chunked": (5, 67, 1), "recurrent": (5, 60, 7, 1), "padded": (66, 1)}
 """Tokens of each pass, from the cache of the one before: from nothing, from a state, and one step of decoding.
 fla takes its recurrent op up to 64 tokens (RWKV-7: 63) and its chunked one beyond."""
@@ -51,7 +90,7 @@ def passes(schedule: str) -> list[Pass]:
     """The forward passes of a schedule, in order."""
     lengths = SCHEDULES[schedule]
     rows = 2 if schedule == "padded" else 1
-    tokens = torch.randint(1, fla_families.VOCAB, (rows, sum(lengths)), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(1, VOCAB, (rows, sum(lengths)), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(tokens)
     mask[1:, :PADDING] = 0
     ends = torch.tensor(lengths).cumsum(0).tolist()
@@ -59,11 +98,27 @@ def passes(schedule: str) -> list[Pass]:
     return [Pass(*both) for both in zip(tokens.split(lengths, dim=1), masks, strict=True)]
 
 
+def tiny(models: Any, model_type: str, seed: int = 0, **changes: Any) -> Any:
+    """A model of ``models``, the module ``fla.models``, whose heads remember: decays near 1, as in trained
+    checkpoints. Of Gated DeltaNet-2 fla has the layer and no model: here it is a KDA model with that layer."""
+    name, own = FAMILIES[model_type]
+    config = getattr(models, f"{name}Config")(**{**SHARED, **own, **changes})
+    torch.manual_seed(seed)
+    model = getattr(models, f"{name}ForCausalLM")(config).eval()
+    if model_type == "gated_deltanet2":
+        from fla.layers.gdn2 import GatedDeltaNet2
+
+        for index, block in enumerate(model.model.layers):
+            block.attn = GatedDeltaNet2(config.hidden_size, **{**own, **changes, "layer_idx": index}).eval()
+    remember(model)
+    return model
+
+
 def make(models: Any, model_type: str) -> Any:
     """A random model in float32, from the module ``fla.models``. Whatever begins at zero or one in training gets
     values, so that every part has an effect."""
     own = SMALLER.get(model_type, {})
-    model = fla_families.make(models, model_type, num_hidden_layers=2, fuse_cross_entropy=False, **own)
+    model = tiny(models, model_type, num_hidden_layers=2, fuse_cross_entropy=False, **own)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if not name.endswith(("dt_bias", "A_log")):

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent, UnsupportedModelError, WriteEdit, attach, attribute
 
-sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("model", "hooks", "circuit")]
+sys.path += [str(Path(__file__).parents[2] / "tests/hookpoints" / room) for room in ("model", "hooks", "circuit")]
 
 from test_attribute import test_writes_and_states_are_taken_apart  # noqa: F401
 from test_cache import (  # noqa: F401
