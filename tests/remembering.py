@@ -8,6 +8,11 @@ VOCAB = 64
 """Of every tiny model."""
 
 
+def drawn_ids(*shape: int, seed: int = 1) -> torch.Tensor:
+    """Token ids of a shape, none of them padding."""
+    return torch.randint(1, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+
+
 @torch.no_grad()
 def remember(model: torch.nn.Module) -> None:
     """Give a random model decays near 1, and weights that move its logits."""

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from remembering import drawn_ids
 from saes import HEAD, HOOK, LAYER, random_sae
-from tiny_models import VOCAB, make_hf
+from tiny_models import make_hf
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformer_lens import HookedRootModule
@@ -26,7 +27,7 @@ from hookpoints import EditSession, HookedRecurrent, Memory, WriteEdit, attach, 
 from sae_lens_writesae import HookedSAERecurrent
 from writesae.experiment.lab import Lab
 
-TOKENS = torch.randint(1, VOCAB, (6, 24), generator=torch.Generator().manual_seed(0))
+TOKENS = drawn_ids(6, 24, seed=0)
 MORE = TOKENS[:, :8]
 DELETE = WriteEdit(LAYER, HEAD, 5, mode="delete")
 HEAD_ARGUMENTS: dict[str, Any] = {"layer": LAYER, "head": HEAD}

@@ -7,7 +7,6 @@ the commands `push` and `export`, and `reproduce`, which runs the others.
 
 from __future__ import annotations
 
-import copy
 import functools
 import json
 import re
@@ -21,6 +20,7 @@ import device
 import pandas as pd
 import pytest
 import torch
+from remembering import drawn_ids
 from saes import HEAD, LAYER, random_sae
 from safetensors.torch import load_file
 from test_graphs import CALLS, DIFFERENTIABLE, World, tensors
@@ -39,7 +39,7 @@ from writesae.cli import main
 from writesae.flags import Prompt
 from writesae.page.prompt import PromptServer
 
-TEXT = torch.randint(1, 64, (8, 24), generator=torch.Generator().manual_seed(3))
+TEXT = drawn_ids(8, 24, seed=3)
 
 
 def moved_by_hand(model: Any) -> nn.Module:
@@ -101,7 +101,7 @@ def host(home: World) -> HookedRecurrent:
 def there(host: HookedRecurrent) -> Iterator[HookedRecurrent]:
     """The same model on the device."""
     with device.pretended():
-        yield HookedRecurrent.from_hf(copy.deepcopy(make_hf()).to("npu"))
+        yield HookedRecurrent.from_hf(PLACES["device"](make_hf()))
 
 
 PUBLIC = {name: call for name, call in {**CALLS, **DIFFERENTIABLE}.items() if "from_" not in name and name != "attach"}

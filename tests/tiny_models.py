@@ -13,7 +13,7 @@ os.environ.setdefault("WANDB_MODE", "offline")
 import pytest
 import torch
 import transformers
-from remembering import VOCAB, remember
+from remembering import VOCAB, drawn_ids, remember
 from torch.overrides import TorchFunctionMode
 from transformers import logging
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
@@ -392,7 +392,7 @@ def embedded():
 @pytest.fixture
 def tokens():
     """[2,70] token ids: more than one chunk, not a multiple of one."""
-    return torch.randint(1, VOCAB, (2, 70), generator=torch.Generator().manual_seed(1))
+    return drawn_ids(2, 70)
 
 
 @pytest.fixture
@@ -405,25 +405,25 @@ def no_grad():
 @pytest.fixture(scope="session")
 def short_text():
     """[6,24] token ids."""
-    return torch.randint(1, VOCAB, (6, 24), generator=torch.Generator().manual_seed(1))
+    return drawn_ids(6, 24)
 
 
 @pytest.fixture(scope="session")
 def prompt_text():
     """[6,21] token ids."""
-    return torch.randint(1, VOCAB, (6, 21), generator=torch.Generator().manual_seed(8))
+    return drawn_ids(6, 21, seed=8)
 
 
 @pytest.fixture(scope="session")
 def varied():
     """[8,24] token ids."""
-    return torch.randint(1, VOCAB, (8, 24), generator=torch.Generator().manual_seed(6))
+    return drawn_ids(8, 24, seed=6)
 
 
 @pytest.fixture(scope="session")
 def equal_rows():
     """[6,18], all rows equal: an atom planted at a position of one row fires at that position of all."""
-    return torch.randint(1, VOCAB, (1, 18), generator=torch.Generator().manual_seed(5)).repeat(6, 1)
+    return drawn_ids(1, 18, seed=5).repeat(6, 1)
 
 
 @pytest.fixture

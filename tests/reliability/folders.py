@@ -13,6 +13,7 @@ from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
+from remembering import drawn_ids
 from saes import make_sae
 from safetensors.torch import load_file
 from sealing import damages, reseal
@@ -53,7 +54,7 @@ def read_dictionary(folder: Path) -> Contents:
 
 
 def make_collection(folder: Path) -> None:
-    rows = torch.randint(1, 64, (22, 32), generator=torch.Generator().manual_seed(3))
+    rows = drawn_ids(22, 32, seed=3)
     collect(fresh(), rows, [0, 1], None, folder, batch_size=2, shard_bytes=100_000)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from remembering import drawn_ids
 from sae_lens.saes.sae import SAEMetadata
 from tiny_models import make_hf
 
@@ -22,7 +23,7 @@ def fresh():
 
 
 def some_tokens():
-    return torch.randint(1, 64, (2, 70), generator=torch.Generator().manual_seed(1))
+    return drawn_ids(2, 70)
 
 
 def doubled(write, hook):

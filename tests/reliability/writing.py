@@ -14,7 +14,7 @@ from threading import RLock
 from typing import Any
 from unittest.mock import patch
 
-import torch
+from remembering import drawn_ids
 from tqdm.auto import tqdm
 
 import writesae
@@ -37,7 +37,7 @@ Contents = Callable[[Path], dict[str, object]]
 def dictionaries(model: HookedRecurrent, folder: Path) -> None:
     """A collection in several shards, and dictionaries of writes and of states from it, with a checkpoint after each
     step, or after each twentieth."""
-    rows = torch.randint(1, 64, (64, 32), generator=torch.Generator().manual_seed(3))
+    rows = drawn_ids(64, 32, seed=3)
     collected = folder / "writes"
     collect(model, rows, [1], [0, 1], collected, targets=("write", "state"), batch_size=8, shard_bytes=100_000)
     sizes: dict[str, Any] = {"d_sae": 16, "k": 2, "training_tokens": 1024, "train_batch_size_tokens": 64}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).parents[2] / "tests"))
-from remembering import VOCAB, remember
+from remembering import VOCAB, drawn_ids, remember
 
 SHARED = {
     "hidden_size": 32,
@@ -90,7 +90,7 @@ def passes(schedule: str) -> list[Pass]:
     """The forward passes of a schedule, in order."""
     lengths = SCHEDULES[schedule]
     rows = 2 if schedule == "padded" else 1
-    tokens = torch.randint(1, VOCAB, (rows, sum(lengths)), generator=torch.Generator().manual_seed(1))
+    tokens = drawn_ids(rows, sum(lengths))
     mask = torch.ones_like(tokens)
     mask[1:, :PADDING] = 0
     ends = torch.tensor(lengths).cumsum(0).tolist()

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from fla_models import MODEL_TYPES, make_fla
-from tiny_models import VOCAB, KeepFloat64
+from remembering import drawn_ids
+from tiny_models import KeepFloat64
 from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent, UnsupportedModelError, WriteEdit, attach, attribute
@@ -79,7 +80,7 @@ def model(request):
 
 def padded(pads: list[tuple[int, int]], length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens and their mask [B,T], zero at that many tokens on the left and on the right of each row."""
-    tokens = torch.randint(1, VOCAB, (len(pads), length), generator=torch.Generator().manual_seed(1))
+    tokens = drawn_ids(len(pads), length)
     at = torch.arange(length)
     return tokens, torch.stack([((at >= left) & (at < length - right)).long() for left, right in pads])
 
@@ -140,7 +141,7 @@ def test_packed_sequences_are_refused():
 def test_a_key_that_gates_alone_make_has_edges():
     """That of HGRN2 is constant where gates are held fixed: parts of the stream give it nothing, and biases all."""
     model = HookedRecurrent.from_hf(make_fla("hgrn2"))
-    tokens = torch.randint(1, VOCAB, (1, 16), generator=torch.Generator().manual_seed(3))
+    tokens = drawn_ids(1, 16, seed=3)
     graph = attribute(tokens, model, [5], measure=3, targets=1)
     keys = graph.edges[graph.edges.port == "key"]
     assert keys[keys.source == "bias"].predicted.abs().item() > 0 and keys.measured.notna().any()

@@ -19,6 +19,7 @@ from xml.etree import ElementTree
 import pandas as pd
 import pytest
 import torch
+from remembering import drawn_ids
 from tiny_models import VOCAB, KeepFloat64, hooked_in_float64, make_hf
 from torch import Tensor
 from torch.nn import functional as F
@@ -34,8 +35,8 @@ from hookpoints.errors import InputError, PredictionWarning, UnknownHookError, U
 from hookpoints.files import sealed_json
 from sae_lens_writesae import load_sae
 
-SEQUENCE = torch.randint(1, VOCAB, (1, 16), generator=torch.Generator().manual_seed(3))
-OTHER = torch.randint(1, VOCAB, (1, 16), generator=torch.Generator().manual_seed(4))
+SEQUENCE = drawn_ids(1, 16, seed=3)
+OTHER = drawn_ids(1, 16, seed=4)
 SMALL: dict[str, Any] = {"measure": 3, "targets": 1}
 
 
@@ -103,17 +104,10 @@ def test_nodes_are_measured_by_runs_without_them(model64: HookedRecurrent, corru
         for row in rows.head(3).itertuples():
             name = hook.format(l=row.layer)
             other = values[name][0, row.position] * (0 if corrupt is None else 1)  # type: ignore[index]
-
-            def put(x: Tensor, hook: object, row: Any = row, other: Tensor = other) -> Tensor:
-                x = x.clone()
-                if row.head < 0:
-                    x[0, row.position] = other
-                else:
-                    x[0, row.position, row.head] = other[row.head]
-                return x
-
+            value = other if row.head < 0 else other[row.head]  # type: ignore[index]
+            swap: Any = partial(with_part, at=row.position, head=row.head, value=value)
             with torch.no_grad():
-                left = float(difference(model64.run_with_hooks(SEQUENCE, fwd_hooks=[(name, put)])))
+                left = float(difference(model64.run_with_hooks(SEQUENCE, fwd_hooks=[(name, swap)])))
             assert row.measured == pytest.approx(plain - left, abs=1e-9), row.node_id
     if corrupt is not None:  # a write is replaced by that of the other text, key and value
         row: Any = next(graph.nodes.query("feature_type == 'write' and measured.notna()").itertuples())
@@ -127,14 +121,9 @@ def without_mlp(model: HookedRecurrent, layer: int, token: int) -> Any:
     """Factors of block ``layer`` without what the MLP below added at a token, everything else as it is."""
     _, cache = model.run_with_cache(SEQUENCE, names_filter=f"blocks.{layer - 1}.hook_mlp_out")
     added = cache[f"blocks.{layer - 1}.hook_mlp_out"][0, token]
-
-    def take(x: Tensor, hook: object) -> Tensor:
-        x = x.clone()
-        x[0, token] -= added
-        return x
-
+    take: Any = (f"blocks.{layer}.hook_resid_pre", partial(less, at=token, taken=added))
     with torch.no_grad(), model.recording() as record:
-        model.run_with_hooks(SEQUENCE, fwd_hooks=[(f"blocks.{layer}.hook_resid_pre", take)])
+        model.run_with_hooks(SEQUENCE, fwd_hooks=[take])
     return record[layer].recurrence
 
 
@@ -209,15 +198,8 @@ def test_an_edge_goes_exactly_through_the_norm_of_its_head(ruled64: HookedRecurr
         taken = side + side.flip(-1)
         (change,) = change_for(port, tracer.blocks.text, taken)
         ((hook, value),) = change.values.items()
-
-        def put(x: Tensor, hook: object, change: Any = change, value: Tensor = value) -> Tensor:
-            x = x.clone()
-            at = x[0, change.position]
-            at = at if change.head < 0 else at[change.head]
-            at.copy_(value)
-            return x
-
-        with torch.no_grad(), ruled64.hooks([(hook, put)]):
+        swap: Any = partial(with_part, at=change.position, head=change.head, value=value)
+        with torch.no_grad(), ruled64.hooks([(hook, swap)]):
             _, edited = ruled64.run_with_cache(SEQUENCE, names_filter=name)
         expected = float(((cache[name] - edited[name]) * at_z).sum())
         assert float(port.effects(taken, through)) == pytest.approx(expected, rel=1e-6, abs=1e-10), port.name
@@ -227,6 +209,13 @@ def test_an_edge_goes_exactly_through_the_norm_of_its_head(ruled64: HookedRecurr
 
 def put(x: Tensor, hook: object, value: Tensor) -> Tensor:
     return value.to(x)
+
+
+def with_part(x: Tensor, hook: object, at: int, head: int, value: Tensor) -> Tensor:
+    """``x`` [1,T,...] with another value at a token, or at a head of it."""
+    x = x.clone()
+    x[(0, at) if head < 0 else (0, at, head)] = value
+    return x
 
 
 @pytest.mark.parametrize("name", ["query", "key", "value", "gate"])
@@ -239,21 +228,14 @@ def test_edges_into_a_softmax_head_compute_its_pattern_again(model64: HookedRecu
     port = next(port for port in ports if port.name == name)
     plain, *sides = tracer.blocks.sides_without([port], [Node("mlp", layer - 1, -1, token)])[0]
     (found,) = tracer.runs.effects(change_for(port, tracer.blocks.text, plain - torch.stack(sides)))
-
-    def take(x: Tensor, hook: object) -> Tensor:
-        x = x.clone()
-        x[0, token] -= added
-        return x
-
     attn = f"blocks.{layer}.attn"
     below = f"blocks.{layer - 1}.hook_mlp_out"
     _, clean = model64.run_with_cache(SEQUENCE)
-    added = clean[below][0, token]
-    less: Any = (f"blocks.{layer}.hook_resid_pre", take)
-    with torch.no_grad(), model64.hooks([less]):
+    take: Any = (f"blocks.{layer}.hook_resid_pre", partial(less, at=token, taken=clean[below][0, token]))
+    with torch.no_grad(), model64.hooks([take]):
         _, changed = model64.run_with_cache(SEQUENCE)
     hooks: list[Any] = [(f"{attn}.hook_{x}", partial(put, value=clean[f"{attn}.hook_{x}"])) for x in "qkv"]
-    hooks.append(less)
+    hooks.append(take)
     if name != "gate":
         hook = f"{attn}.hook_{name[0]}"
         hooks = [(hook, partial(put, value=changed[hook]))]

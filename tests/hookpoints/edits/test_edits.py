@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from remembering import drawn_ids
 from tiny_models import VOCAB, continuing, make_hf
 from torch.testing import assert_close
 
@@ -27,7 +28,7 @@ LAYER, HEAD, T = 1, 2, 70
 
 @pytest.fixture(scope="module")
 def sequence():
-    return torch.randint(1, VOCAB, (1, T), generator=torch.Generator().manual_seed(3))
+    return drawn_ids(1, T, seed=3)
 
 
 def edit_of(mode: str, position: int | None = 30, rank: int = 2, layer: int = LAYER, seed: int = 0) -> WriteEdit:

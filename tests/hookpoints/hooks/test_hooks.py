@@ -136,14 +136,16 @@ def test_a_key_and_a_value_that_change_together_write_their_product(model64, tok
 
 @pytest.mark.parametrize("scale", [0.25, 1.0])
 def test_a_hook_sees_a_value_times_its_scale(scale):
-    """A scale of the sum that the value enters; what the hook adds is added to that sum."""
+    """A scale of the sum that the value enters; what the hook adds is added to that sum, also in place."""
     hooks, value, added = HookSet(["hook_mlp_out"]), normal(2, 3, 4), normal(2, 3, 4, seed=1)
     through, seen = through_hook(hooks, "hook_mlp_out", scale), []
     assert through(value) is value
     hooks.hook_mlp_out.add_hook(lambda x, hook: seen.append(x.clone()))
     assert torch.equal(through(value), value) and torch.equal(seen[0], scale * value)
-    hooks.hook_mlp_out.add_hook(lambda x, hook: x + added)
-    assert_close(scale * through(value), scale * value + added, rtol=0, atol=1e-14)
+    for edit in (lambda x, hook: x + added, lambda x, hook: x.add_(added)):
+        hooks.hook_mlp_out.remove_hooks()
+        hooks.hook_mlp_out.add_hook(edit)
+        assert_close(scale * through(value.clone()), scale * value + added, rtol=0, atol=1e-14)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from recurrences import FORMS, random_recurrence
-from tiny_models import VOCAB
+from remembering import drawn_ids
 from torch.testing import assert_close
 
 from hookpoints.edits.edit import LowRankChange
@@ -26,7 +26,7 @@ from test_model_types import normal
 from test_parity import VALUE_FIRST
 
 EXACT = {"rtol": 0, "atol": 1e-10}
-SEQUENCE = torch.randint(1, VOCAB, (2, 24), generator=torch.Generator().manual_seed(3))
+SEQUENCE = drawn_ids(2, 24, seed=3)
 
 
 def by_steps(r: Recurrence, change: torch.Tensor) -> list[torch.Tensor]:

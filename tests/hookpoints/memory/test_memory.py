@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import json
 import struct
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 from typing import cast
 
 import pytest
 import torch
+from remembering import drawn_ids
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import MAKERS, VOCAB, KeepFloat64, hooked_in_float64, make_hf
@@ -32,7 +35,7 @@ TOLERANCE = {"rtol": 0, "atol": 1e-9}
 
 
 def tokens(length: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(1, VOCAB, (2, length), generator=torch.Generator().manual_seed(seed))
+    return drawn_ids(2, length, seed=seed)
 
 
 TYPES = ("bailing_hybrid", "falcon_h1", "mamba2", "olmo_hybrid", "qwen3_5", "rwkv7", "zamba2")
@@ -254,18 +257,25 @@ def test_a_saved_memory_is_the_same_bit_for_bit(small, tmp_path):
     assert [each.name for each in tmp_path.iterdir()] == ["memory.safetensors"]
 
 
+def changed_file(memory: Memory, folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    """The file of a memory, sealed again after a change of its tensors."""
+    path = folder / "memory.safetensors"
+    memory.save(path)
+    with safe_open(path, "pt") as file:
+        said = json.loads(file.metadata()["hookpoints"])
+    named = load_file(path)
+    change(named)
+    del said["sha256"]
+    said["sha256"] = sealing.seal(named, said)
+    save_file(named, path, {"hookpoints": json.dumps(said)})
+    return path
+
+
 def test_a_file_of_many_rows_runs_no_model_on_them(small, tmp_path, monkeypatch):
     """One row tells the shapes that the file needs."""
     model, memory = small
     rows: list[int] = []
-    path = tmp_path / "memory.safetensors"
-    memory.save(path)
-    with safe_open(path, "pt") as file:
-        said = json.loads(file.metadata()["hookpoints"])
-        named = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-    named["tokens"] = named["tokens"][:1].repeat(400, 1)
-    said["sha256"] = tensors_hash(named, {name: value for name, value in said.items() if name != "sha256"})
-    save_file(named, path, {"hookpoints": json.dumps(said)})
+    path = changed_file(memory, tmp_path, lambda named: named.update(tokens=named["tokens"][:1].repeat(400, 1)))
     handle = model.hf_model.register_forward_pre_hook(
         lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
     )
@@ -415,16 +425,8 @@ def test_no_damage_loads_and_none_is_a_raw_error(read, tmp_path):
 def test_a_sealed_file_has_the_tensors_that_the_model_has(read, tmp_path, change, match):
     """Anyone can seal a file; its names and shapes are those of the model, not its own."""
     model, memory = read
-    file = tmp_path / "memory"
-    memory.save(file)
-    with safe_open(file, "pt") as opened:
-        said, named = json.loads(opened.metadata()["hookpoints"]), load_file(file)
-    said.pop("sha256")
-    change(named)
-    said["sha256"] = tensors_hash(named, said)
-    save_file(named, file, {"hookpoints": json.dumps(said)})
     with pytest.raises(InputError, match=match):
-        Memory.load(file, model)
+        Memory.load(changed_file(memory, tmp_path, change), model)
 
 
 @pytest.mark.parametrize(

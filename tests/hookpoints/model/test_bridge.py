@@ -60,19 +60,29 @@ def test_hooks_are_the_models_own(attached, tokens):
     assert MIXER + "hook_read" not in bridge.run_with_cache(tokens)[1]
 
 
+def assert_edits_act(hooked, bridge, wrapper, layer: int, tokens, run_with_hooks) -> None:
+    """Zeroed writes, by a hook and by edits of every head, are those of the wrapper."""
+    plain, edit = bridge(tokens), [(f"blocks.{layer}.mixer.hook_write", zero)]
+    expected = wrapper.run_with_hooks(tokens, fwd_hooks=edit)
+    assert not torch.allclose(expected, plain, atol=1e-3)
+    assert_close(run_with_hooks(edit), expected, rtol=0, atol=2e-5)
+    with hooked.edits([WriteEdit(layer, head, None, mode="delete") for head in range(hooked.cfg.layer(layer).H)]):
+        assert_close(bridge(tokens), expected, rtol=0, atol=2e-5)
+    assert torch.equal(bridge(tokens), plain)
+
+
 @torch.no_grad()
 def test_edits_and_hooks_act_where_the_bridge_runs(attached, tokens):
     hooked, bridge, wrapper = attached
-    plain, edit, seen = bridge(tokens), [(MIXER + "hook_write", zero)], []
-    expected = wrapper.run_with_hooks(tokens, fwd_hooks=edit)
-    assert not torch.allclose(expected, plain, atol=1e-3)
-    with hooked.hooks(edit):
+    seen = []
+
+    def run_with_hooks(edit):
         own = [("blocks.1.hook_in", lambda value, hook: seen.append(hook.name))]
-        assert_close(bridge.run_with_hooks(tokens, fwd_hooks=own), expected, rtol=0, atol=2e-5)
+        with hooked.hooks(edit):
+            return bridge.run_with_hooks(tokens, fwd_hooks=own)
+
+    assert_edits_act(hooked, bridge, wrapper, 1, tokens, run_with_hooks)
     assert seen == ["blocks.1.hook_in"]
-    with hooked.edits([WriteEdit(1, head, None, mode="delete") for head in range(hooked.cfg.layer(1).H)]):
-        assert_close(bridge(tokens), expected, rtol=0, atol=2e-5)
-    assert torch.equal(bridge(tokens), plain)
     with pytest.raises(UnknownHookError, match=f"nearest: {MIXER}hook_write"):
         hooked.run_with_hooks(tokens, fwd_hooks=[(MIXER + "hook_writ", zero)])
 
@@ -98,15 +108,11 @@ def test_a_bridge_of_a_class_that_transformer_lens_lacks_has_these_hooks(name, t
     vector = mixer + "heads.0.hook_write_vec"
     assert torch.equal(bridge(tokens), plain) and torch.equal(logits, plain)
     assert_close(cache[vector], wrapper.run_with_cache(tokens, names_filter=vector)[1][vector])
-    edit = [(mixer + "hook_write", zero)]
-    expected = wrapper.run_with_hooks(tokens, fwd_hooks=edit)
-    assert not torch.allclose(expected, plain, atol=1e-3)
-    assert_close(bridge.run_with_hooks(tokens, fwd_hooks=edit), expected, rtol=0, atol=2e-5)
-    with bridge.adapter.hooked.edits(
-        [WriteEdit(layer, head, None, mode="delete") for head in range(wrapper.cfg.layer(layer).H)]
-    ):
-        assert_close(bridge(tokens), expected, rtol=0, atol=2e-5)
-    assert torch.equal(bridge(tokens), plain)
+
+    def run_with_hooks(edit):
+        return bridge.run_with_hooks(tokens, fwd_hooks=edit)
+
+    assert_edits_act(bridge.adapter.hooked, bridge, wrapper, layer, tokens, run_with_hooks)
 
 
 @torch.no_grad()

@@ -101,13 +101,18 @@ def test_another_head_or_token_does_nothing(models, name, case):
     assert found["values, exchanged"] < 0.1
 
 
-@pytest.mark.parametrize("task", [Recall(), Composition()])
-def test_answers_follow_from_symbols(task):
-    generator = torch.Generator().manual_seed(0)
-    batch = task.batch(16, generator, pairs=4, queries=3)
+def told_and_changed(task, generator, n, pairs):
+    """A batch whose answers follow from its symbols, and the same with other values and so other answers."""
+    batch = task.batch(n, generator, pairs=pairs, queries=3)
     assert (batch.tokens.gather(1, batch.positions + 1) == batch.answers).all()
     changed = task.spell(batch.symbols | {"values": task.others(batch.symbols["values"], generator)})
     assert (changed.answers != batch.answers).all()
+    return batch, changed
+
+
+@pytest.mark.parametrize("task", [Recall(), Composition()])
+def test_answers_follow_from_symbols(task):
+    batch, _ = told_and_changed(task, torch.Generator().manual_seed(0), 16, 4)
     for kind, first in (("keys", 1), ("values", 1 + task.n_keys)):
         assert (batch.tokens.gather(1, batch.places[kind]) == batch.symbols[kind] + first).all()
 
@@ -115,11 +120,7 @@ def test_answers_follow_from_symbols(task):
 def test_facts_are_sentences_whose_answers_follow_from_symbols():
     task = Facts()
     generator = torch.Generator().manual_seed(0)
-    batch = task.batch(64, generator, pairs=6, queries=3)
-    assert (batch.tokens.gather(1, batch.positions + 1) == batch.answers).all()
-    values = batch.symbols["values"]
-    changed = task.spell(batch.symbols | {"values": task.others(values, generator)})
-    assert (changed.answers != batch.answers).all()
+    batch, changed = told_and_changed(task, generator, 64, 6)
     assert (changed.tokens == batch.tokens).float().mean() > 0.8  # all the other words are the same
     forms = {tuple(form.split()): set(values) for form, values in RELATIONS}
     for text in (batch, changed):
