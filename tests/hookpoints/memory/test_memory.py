@@ -132,7 +132,6 @@ def test_a_cut_from_the_middle_follows_stored_factors_and_moves_attention_to_new
 @pytest.mark.parametrize(
     "how",
     [
-        {"num_beams": 2},
         {"num_beams": 3, "num_return_sequences": 2},
         {"do_sample": True, "num_return_sequences": 2},
     ],
