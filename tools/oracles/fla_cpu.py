@@ -290,7 +290,8 @@ def rotary_embedding(
     known = ((where >= 0) & (where < len(cos)))[..., None, None]
     where, dtype = where.clamp(0, len(cos) - 1), working_dtype(x)
     c, s = (table[where].unsqueeze(2).to(dtype) for table in (cos, sin))  # [B,T,1,R/2]
-    turned, rest = x[..., : 2 * c.shape[-1]].to(dtype), x[..., 2 * c.shape[-1] :]
+    turned, rest = x.tensor_split([2 * c.shape[-1]], -1)
+    turned = turned.to(dtype)
     first, second = (turned[..., ::2], turned[..., 1::2]) if interleaved else turned.chunk(2, -1)
     pair = (first * c - second * s, first * s + second * c)
     rotated = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)

@@ -92,9 +92,11 @@ def test_padded_rows_are_as_if_alone(model):
 
     In float64, but for fla's table of rotary angles, which is float32 (with one in float64, hybrids are 5e-15 apart):
     float32 rounds a batch and a row alone up to 3e-5 apart, and each up to 6e-5 from float64."""
-    on_the_left, on_the_right = [(9, 0), (0, 0), (23, 0)], [(0, 30), (0, 5)]
+    on_the_left = [(9, 0), (0, 0), (23, 0)]
+    on_the_right = [(0, 30), (0, 5)]
     with KeepFloat64(), attach(copy.deepcopy(model).double()) as hooked:
-        layer, attends = hooked.cfg.recurrent_layers[-1], len(hooked.cfg.layers) < hooked.cfg.n_layers
+        layer = hooked.cfg.recurrent_layers[-1]
+        attends = len(hooked.cfg.layers) < hooked.cfg.n_layers
         rounding = 1e-6 if attends else 1e-10
         names = [f"blocks.{layer}.mixer.{name}" for name in ("hook_write", "hook_state", "hook_z")]
         # fla's attention takes padding on one side of all rows.

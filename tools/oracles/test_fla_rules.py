@@ -73,7 +73,8 @@ def test_gated_delta(in_kernel, dtype):
     from fla.ops.gated_delta_rule.gate import naive_gdn_gate
     from fla.ops.gated_delta_rule.naive import naive_recurrent_gated_delta_rule
 
-    raw, a_log, bias = (normal(4, B, T, HV, dtype=dtype), normal(5, HV, dtype=dtype), normal(6, HV, dtype=dtype))
+    raw = normal(4, B, T, HV, dtype=dtype)
+    a_log, bias = (normal(seed, HV, dtype=dtype) for seed in (5, 6))
     strength = normal(7, B, T, HV, dtype=dtype)
     given = call(dtype, HV, H, g=raw, beta=strength, A_log=a_log, dt_bias=bias, allow_neg_eigval=True, **IN_KERNEL)
     with exact(dtype):
@@ -97,7 +98,8 @@ def test_kda(bound, dtype):
     from fla.ops.kda.gate import naive_kda_gate, naive_kda_lowerbound_gate
     from fla.ops.kda.naive import naive_recurrent_kda
 
-    raw, a_log, bias = (normal(4, B, T, HV, K, dtype=dtype), normal(5, HV, dtype=dtype), normal(6, HV * K, dtype=dtype))
+    raw = normal(4, B, T, HV, K, dtype=dtype)
+    a_log, bias = (normal(seed, size, dtype=dtype) for seed, size in ((5, HV), (6, HV * K)))
     given = call(dtype, HV, H, g=raw, beta=normal(7, B, T, HV, dtype=dtype), A_log=a_log, dt_bias=bias, **IN_KERNEL)
     given |= {"lower_bound": bound, "safe_gate": bound is not None, "allow_neg_eigval": False}
     with exact(dtype):
