@@ -26,9 +26,9 @@ CEILINGS = {
     "sae_lens_writesae": 18_900,
     "writesae": 15_200,
     "study/writesae_study": 41_750,
-    "tests": 93_950,
+    "tests": 87_300,
     "study/tests": 34_350,
-    "tools + benchmarks + study/tools": 32_150,
+    "tools + benchmarks + study/tools": 36_650,
 }
 """Expression nodes of folders, 3% above what there was. A smoke alarm and no target: a commit that needs more says what
 a reader gains."""
