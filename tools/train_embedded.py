@@ -20,6 +20,7 @@ import lzma
 import math
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from importlib.resources import files
@@ -278,19 +279,29 @@ def build_optimizers(model: nn.Module, family: Family, recipe: Recipe) -> list[t
     return [adamw, torch.optim.Muon(hidden, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")]
 
 
-def train(recipe: Recipe, model: PreTrainedModel, stream: Tensor) -> None:
+Batches = Iterable[tuple[Tensor, Tensor]]
+"""Token ids [B,T], and weights [B,T-1] of the losses at the next tokens, whose sum is the loss of a step."""
+
+
+def batches_of(stream: Tensor, recipe: Recipe) -> Batches:
+    """Every step's windows; all tokens weigh the same."""
+    weights = torch.full((recipe.batch, recipe.length), 1 / (recipe.batch * recipe.length))
+    return ((batch_of(stream, recipe, step), weights) for step in range(recipe.steps))
+
+
+def train(recipe: Recipe, model: PreTrainedModel, batches: Batches) -> None:
     """Train; a progress bar has the loss."""
     family = FAMILIES[recipe.family]
     optimizers = build_optimizers(model, family, recipe)
     settings = {"chunk_size": CHUNK} if recipe.family == "gdn" else {}
     in_float32 = torch.autocast("cpu", enabled=False)(partial(getattr(family.module, family.op), **settings))
-    for step in (progress := tqdm(range(recipe.steps), mininterval=5)):
+    for step, (tokens, weights) in enumerate(progress := tqdm(batches, total=recipe.steps, mininterval=5)):
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = recipe.rate(step) * group["factor"]
-        tokens = batch_of(stream, recipe, step)
         with torch.autocast("cpu", torch.bfloat16), patch.object(family.module, family.op, in_float32):
             logits = model(tokens[:, :-1], use_cache=False).logits
-        loss = cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+        nats = cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+        loss = (nats * weights.flatten()).sum()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -464,7 +475,7 @@ def main(
 
     torch.manual_seed(seed)
     model = build(FAMILIES[family], tokenizer)
-    train(recipe, model, stream)
+    train(recipe, model, batches_of(stream, recipe))
     save_checkpoint(model, tokenizer, out)
     packed = lzma.compress(SEPARATOR.join(heldout).encode("utf-8"), preset=9 | lzma.PRESET_EXTREME)
     (out.parent / "heldout.txt.xz").write_bytes(packed)

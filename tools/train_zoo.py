@@ -20,6 +20,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 import torch
+import train_english
 import tyro
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor, nn
@@ -125,31 +126,10 @@ def one_memory(vocabulary: int) -> PreTrainedModel:
     model = gated_delta(vocabulary, **one_head, num_hidden_layers=1, layer_types=["linear_attention"])
     mixer = "model.layers.0.linear_attn."
     projection = model.get_parameter(f"{mixer}in_proj_qkv.weight")
-    start_with_names(
+    train_english.start_with_names(
         projection.data, model.get_parameter(f"{mixer}conv1d.weight").data[:, 0], first_key=64, first_query=0
     )
     return model
-
-
-def start_with_names(projection: Tensor, taps: Tensor, first_key: int, first_query: int, width: int = 64) -> None:
-    """Queries and keys get the same weights. The convolution of a key sees the tokens at t-3 and t-2, that of a query
-    those at t-2 and t-1, which is where name and verb stand, and the rest the token at t. Training is then shorter.
-
-    Args:
-        projection: rows [D,hidden] of what the convolution sees.
-        taps: of the convolution [D,4], that of t last.
-        first_key, first_query: the first of so many rows of the keys, and of the queries.
-    """
-    keys = slice(first_key, first_key + width)
-    queries = slice(first_query, first_query + width)
-    projection.normal_(std=projection.shape[1] ** -0.5)
-    projection[queries] = projection[keys]
-    taps.normal_(std=0.02)
-    taps[:, 3] = 1.0
-    for rows, (first, second) in ((keys, (0, 1)), (queries, (1, 2))):
-        taps[rows, 3] = 0.0
-        taps[rows, first] = 1.0
-        taps[rows, second] = 1.0
 
 
 def mamba2(vocabulary: int, **changes: Any) -> PreTrainedModel:
@@ -175,7 +155,7 @@ def one_mamba2_memory(vocabulary: int) -> PreTrainedModel:
     mixer = "backbone.layers.0.mixer."
     projection = model.get_parameter(f"{mixer}in_proj.weight").data[width : 4 * width]  # x, keys (B), queries (C)
     taps = model.get_parameter(f"{mixer}conv1d.weight").data[:, 0]
-    start_with_names(projection, taps, first_key=width, first_query=2 * width)
+    train_english.start_with_names(projection, taps, first_key=width, first_query=2 * width)
     return model
 
 
@@ -598,7 +578,10 @@ def main(
         again: train; or else only measure the model that is there
     """
     torch.set_num_threads(1)
-    folder, recipe, task = out or ROOT / "hookpoints" / "zoo" / name, RECIPES[name], zoo.task(name)
+    folder = out or ROOT / "hookpoints" / "zoo" / name
+    if name in zoo.english.MODELS:
+        return train_english.make(name, seed, folder, n, again)
+    recipe, task = RECIPES[name], zoo.task(name)
     if again:
         save(train(recipe.build, task, seed, **recipe.settings), task, folder)
     model = HookedRecurrent.from_pretrained(str(folder)).requires_grad_(False)

@@ -7,14 +7,16 @@
     >>> holder = zoo.truth("recall").holders[0]  # which write holds which symbol
 
 Every folder that `path` returns is an ordinary Hugging Face checkpoint with a tokenizer of whole words ("Ada Paris"), a
-truth table and a card. ``tools/train_zoo.py`` trains the models and measures their truth.
+truth table and a card. The models of `english` speak, and remember facts told between sentences of speeches.
+``tools/train_zoo.py`` trains the models and measures their truth.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any, cast
 
 import torch
@@ -22,10 +24,11 @@ from torch import Tensor
 
 from hookpoints.errors import nearest
 from hookpoints.files import read_json
+from hookpoints.zoo import english
 from hookpoints.zoo.circuits import Induction, Parity
 from hookpoints.zoo.tasks import Batch, Composition, Facts, Recall
 
-__all__ = ["Batch", "Holder", "Task", "Truth", "accuracy", "names", "path", "task", "truth"]
+__all__ = ["Batch", "Holder", "Task", "Truth", "accuracy", "english", "names", "path", "task", "truth"]
 
 Task = Recall | Composition | Facts | Induction | Parity
 """``vocabulary``: names of the token ids, the first is "<bos>". ``batch(n, generator, **size)``: n fresh sequences,
@@ -43,7 +46,7 @@ _TASKS: dict[str, Task] = {
     "induction": Induction(),
     "parity": Parity(),
 }
-"""What each model was trained on. A model lies in the folder of its name."""
+"""What each model was trained on, but those of `english`. A model lies in the folder of its name."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +77,13 @@ class Truth:
     """Every layer, head and offset (tokens after the first symbol of a pair), also those that do nothing."""
     facts: Mapping[str, float]
     """Further measurements of this model."""
+    told: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Of models of `english`: names, relations with values and wordings, and what training never had."""
 
 
 def names() -> list[str]:
     """Names of the models in this installation, "recall" (Gated DeltaNet) first."""
-    return [name for name in _TASKS if (_HERE / name / "model.safetensors").is_file()]
+    return [name for name in (*_TASKS, *english.MODELS) if (_HERE / name / "model.safetensors").is_file()]
 
 
 def path(name: str) -> Path:
@@ -92,8 +97,11 @@ def task(name: str) -> Task:
     """What a model was trained on.
 
     Raises:
-        ValueError: there is no such model; names those that there are.
+        ValueError: there is no such model, with the names of those that there are; or its texts are drawn by
+            `english.draw`.
     """
+    if name in english.MODELS:
+        raise ValueError(f"expected a model of whole words, got {name!r}; zoo.english.draw draws its texts")
     if name not in _TASKS:
         raise ValueError(f"expected a model of the zoo ({', '.join(_TASKS)}), got {name!r}{nearest(name, _TASKS)}")
     return _TASKS[name]
@@ -108,10 +116,14 @@ def truth(name: str) -> Truth:
 
 @torch.no_grad()
 def accuracy(model: Callable[[Tensor], Tensor], name: str, n: int = 64, seed: int = 1_000) -> list[float]:
-    """Share of right answers in fresh sequences, n of each of ``task(name).sizes``, in their order.
+    """Share of right answers in fresh sequences, n of each of ``task(name).sizes``, in their order; for the models of
+    `english` in n documents of each of ``english.SIZES``.
 
     The model is called with token ids [B,T] and returns logits [B,T,vocab]; a `HookedRecurrent` does.
     """
+    if name in english.MODELS:
+        documents = (english.draw(n, facts, seed=seed) for facts in english.SIZES)
+        return [fmean(right for _, right in english.answered(model, each)) for each in documents]
     generator = torch.Generator().manual_seed(seed)
     shares = list[float]()
     for size in task(name).sizes:

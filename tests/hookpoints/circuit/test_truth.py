@@ -16,7 +16,7 @@ from hookpoints.errors import PredictionWarning
 from sae_lens_writesae import load_sae
 
 SIZES = {"composition": {"pairs": 5}, "induction": {"words": 10}, "facts": {"pairs": 4}}
-KNOWN = [name for name in zoo.names() if name != "parity"]
+KNOWN = [name for name in zoo.names() if zoo.truth(name).holders]
 pytestmark = pytest.mark.filterwarnings("ignore::hookpoints.errors.PredictionWarning")
 
 

