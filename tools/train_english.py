@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import chain, repeat
 from pathlib import Path
@@ -23,10 +23,11 @@ import torch
 import train_embedded
 from tokenizers import Tokenizer, processors
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3_5ForCausalLM
+from transformers import Mamba2ForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Qwen3_5ForCausalLM
 
 from hookpoints import HookedRecurrent, embedded, zoo
 from hookpoints.files import read_json
+from hookpoints.rwkv7 import RWKV7ForCausalLM
 from hookpoints.zoo import english
 
 
@@ -139,7 +140,7 @@ def grown(family: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
         word = tokenizer.decode([token]).strip()
         spelled = old[before(f" {word}")["input_ids"]].mean(dim=0)
         rows[token] = torch.normal(old.mean(dim=0), old.std(dim=0)) if word in drawn else spelled
-    return without_attention(model) if family == "gdn" else model
+    return STARTS[family](model)
 
 
 @torch.no_grad()
@@ -161,6 +162,31 @@ def without_attention(model: Qwen3_5ForCausalLM) -> Qwen3_5ForCausalLM:
     return fresh
 
 
+@torch.no_grad()
+def first_layer_with_names(model: Mamba2ForCausalLM) -> Mamba2ForCausalLM:
+    """The model with names that start together in the keys (B) and queries (C) of its first layer."""
+    mixer: Any = model.backbone.layers[0].mixer
+    inside, width = mixer.intermediate_size, mixer.ssm_state_size
+    rows = mixer.in_proj.weight[2 * inside :][: 2 * width]
+    start_with_names(rows, mixer.conv1d.weight[inside:, 0], first_key=0, first_query=width, width=width)
+    return model
+
+
+@torch.no_grad()
+def contexts_as_keys(model: RWKV7ForCausalLM) -> RWKV7ForCausalLM:
+    """The model with two heads in layer 2 that start with queries equal to keys, of the token before that whose value
+    is written: what stands before a value finds it again. They decay slowly and erase little."""
+    layer: Any = model.model.layers[2].attn
+    rows = slice(0, 2 * layer.head_dim)
+    layer.x_k.fill_(1.0)
+    layer.x_r.zero_()
+    layer.x_v.zero_()
+    layer.k_proj.weight[rows] = layer.r_proj.weight[rows].normal_(std=layer.r_proj.in_features**-0.5)
+    layer.w_lora.lora[2].bias[rows] = -6.0
+    layer.a_lora.lora[2].bias[rows] = -1.5
+    return model
+
+
 def start_with_names(projection: Tensor, taps: Tensor, first_key: int, first_query: int, width: int = 64) -> None:
     """Queries and keys get the same weights. The convolution of a key sees the tokens at t-3 and t-2, that of a query
     those at t-2 and t-1, which is where name and verb stand, and the rest the token at t. Training is then shorter.
@@ -180,6 +206,14 @@ def start_with_names(projection: Tensor, taps: Tensor, first_key: int, first_que
         taps[rows, 3] = 0.0
         taps[rows, first] = 1.0
         taps[rows, second] = 1.0
+
+
+STARTS: dict[str, Callable[[Any], PreTrainedModel]] = {
+    "gdn": without_attention,
+    "mamba2": first_layer_with_names,
+    "rwkv7": contexts_as_keys,
+}
+"""What prepares a head for facts, by family. Without, 60% of RWKV-7's answers were right after 250 steps."""
 
 
 # -- training
@@ -240,7 +274,7 @@ MEASURED: dict[str, dict[str, Any]] = {
 
 
 def measured(model: HookedRecurrent, n: int, seconds: float) -> zoo.Truth:
-    """Right answers in n documents of the test split for each number; without each head, in an eighth as many."""
+    """Right answers in n documents of the test split for each number; without each head, in a quarter as many."""
     sizes = zip(english.SIZES, zoo.accuracy(model, english.MODELS[0], n=n))
     answers = english.answered(model, english.draw(2 * n, facts=8, seed=1))
     facts = {f"right with {what}": share(model, english.draw(n, **options)) for what, options in MEASURED.items()}
@@ -250,7 +284,7 @@ def measured(model: HookedRecurrent, n: int, seconds: float) -> zoo.Truth:
     facts["perplexity of held-out speeches"] = perplexity(model)
     facts["parameters"] = sum(weight.numel() for weight in model.hf_model.parameters())
     facts["CPU seconds of training"] = seconds
-    few = english.draw(max(1, n // 8), facts=8)
+    few = english.draw(max(1, n // 4), facts=8)
     heads = [(layer, head) for layer, shape in model.cfg.layers.items() for head in range(shape.H)]
     table = [{"layer": at[0], "heads": at[1:], "without": without_head(model, *at, few)} for at in heads]
     return zoo.Truth({f"{size} facts": rate for size, rate in sizes}, [], table, facts, english.told())

@@ -23,7 +23,7 @@ from functools import cache
 from itertools import product
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -207,8 +207,8 @@ class Writer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, fillers: Sequence[str], split: Split) -> None:
         spelled = tokenizer([f" {each}" for each in fillers], add_special_tokens=False)["input_ids"]
-        self.bos = tokenizer.bos_token_id
-        self.split = split
+        self.bos = cast(int, tokenizer.bos_token_id)
+        self.split: Split = split
         self.fillers = [ids for ids in spelled if len(ids) <= 60]
         self._tokenizer = tokenizer
         self._spelled: dict[str, list[int]] = {}
