@@ -77,7 +77,7 @@ class Truth:
     """Every layer, head and offset (tokens after the first symbol of a pair), also those that do nothing."""
     facts: Mapping[str, float]
     """Further measurements of this model."""
-    told: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    told: Mapping[str, object] = field(default_factory=dict[str, object])
     """Of models of `english`: names, relations with values and wordings, and what training never had."""
 
 

@@ -126,20 +126,22 @@ def held_out(name: str, relation: str, value: str) -> bool:
     return never_told(name, relation) or (NAMES.index(name) + RELATIONS[relation].values.index(value)) % 4 == 0
 
 
-def _values(name: str, relation: str, split: Split) -> list[str]:
+def _split_values(name: str, relation: str, split: Split) -> list[str]:
     """Values that a split has for a name and a relation."""
     values = RELATIONS[relation].values
     return [value for value in values if held_out(name, relation, value) == (split == "test")]
 
 
-def told() -> dict[str, Any]:
+def told() -> dict[str, object]:
     """What texts can tell and what training never had, as in truth.json."""
     names = (*NAMES, *STRANGERS)
     return {
         "names": NAMES,
         "strangers": STRANGERS,
         "relations": {relation: asdict(each) for relation, each in RELATIONS.items()},
-        "held_out": {name: {relation: _values(name, relation, "test") for relation in RELATIONS} for name in names},
+        "held_out": {
+            name: {relation: _split_values(name, relation, "test") for relation in RELATIONS} for name in names
+        },
     }
 
 
@@ -148,7 +150,7 @@ def values() -> list[str]:
     return [value for each in RELATIONS.values() for value in each.values]
 
 
-def words() -> list[str]:
+def whole_words() -> list[str]:
     """Words that are one token each: names, values, and all in the wordings of training."""
     wordings = [wording for each in RELATIONS.values() for wording in (*each.told, *each.asked)]
     return [*dict.fromkeys((*NAMES, *STRANGERS, *values(), *re.findall("[A-Za-z]{2,}", " ".join(wordings))))]
@@ -161,7 +163,7 @@ def sentences(text: str) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Fact:
+class ToldFact:
     """A fact and where it is told."""
 
     name: str
@@ -181,7 +183,7 @@ class Fact:
 class Question:
     """A question about a fact of the document, which stands in it with its answer."""
 
-    fact: Fact
+    fact: ToldFact
     sentence: str
     position: int
     """Token before the answer: its prediction is the model's answer."""
@@ -192,7 +194,7 @@ class Document:
     """Token ids, the facts that they tell, and the questions in them."""
 
     tokens: Sequence[int]
-    facts: Sequence[Fact]
+    facts: Sequence[ToldFact]
     questions: Sequence[Question]
 
 
@@ -200,7 +202,7 @@ class Writer:
     """Writes documents of a split.
 
     Args:
-        tokenizer: of the models, where each of `words` is one token.
+        tokenizer: of the models, where each of `whole_words` is one token.
         fillers: sentences to put between the facts, in their order.
         split: "test" has facts that are held out, and "train" has the others.
     """
@@ -234,7 +236,7 @@ class Writer:
             questions: how many are asked, each about another fact as long as there is one.
             length: tokens. Facts and questions behind are left out.
             fillers: probability of a sentence of speech before each fact and question.
-            same: probability that all facts have one relation or two, and each a name of its own. Otherwise there are
+            same: probability that all facts have one relation or two, and no name twice. Otherwise there are
                 half as many names as facts.
             interleaved: probability that a fact is followed by a question about one that is told already. Half of the
                 questions, or more, stand behind the facts.
@@ -243,7 +245,7 @@ class Writer:
             names: to choose from.
         """
         tokens = [self.bos]
-        told = list[Fact]()
+        told = list[ToldFact]()
         asked = list[Question]()
         filler = rng.randrange(len(self.fillers))
 
@@ -260,18 +262,18 @@ class Writer:
             tokens.extend(ids)
             return len(tokens) - 1 - ids[::-1].index(answer)
 
-        def ask(fact: Fact) -> None:
+        def ask(fact: ToldFact) -> None:
             relation = RELATIONS[fact.relation]
             sentence = rng.choice(rng.choice((relation.told, relation.asked))).format(n=fact.name, v=fact.value)
             asked.append(Question(fact, sentence, write(sentence, fact.answer) - 1))
 
-        for name, relation in self._keys(rng, facts, same, names):
-            value = rng.choice(_values(name, relation, self.split))
+        for name, relation in self._chosen_keys(rng, facts, same, names):
+            value = rng.choice(_split_values(name, relation, self.split))
             sentence = rng.choice(getattr(RELATIONS[relation], wordings)).format(n=name, v=value)
             (answer,) = self.ids(value)
             place = write(sentence, answer)
             start = len(tokens) - len(self.ids(sentence))
-            told.append(Fact(name, relation, value, sentence, answer, start, len(tokens), place))
+            told.append(ToldFact(name, relation, value, sentence, answer, start, len(tokens), place))
             if len(asked) < questions // 2 and rng.random() < interleaved:
                 ask(rng.choice(told))
         order = rng.sample(told, len(told))
@@ -291,7 +293,7 @@ class Writer:
             self._spelled[sentence] = self._tokenizer.encode(f" {sentence}", add_special_tokens=False)
         return self._spelled[sentence]
 
-    def _keys(self, rng: Random, facts: int, same: float, names: Sequence[str]) -> list[tuple[str, str]]:
+    def _chosen_keys(self, rng: Random, facts: int, same: float, names: Sequence[str]) -> list[tuple[str, str]]:
         """Name and relation of each fact."""
         if rng.random() < same:
             few = rng.sample(list(RELATIONS), 1 if rng.random() < 0.6 else 2)
@@ -299,7 +301,7 @@ class Writer:
         else:
             keys = list(product(rng.sample(names, max(2, (facts + 1) // 2)), RELATIONS))
             rng.shuffle(keys)
-        return [key for key in keys if _values(*key, self.split)][:facts]
+        return [key for key in keys if _split_values(*key, self.split)][:facts]
 
 
 @cache
@@ -324,7 +326,7 @@ def draw(
 
 
 @torch.no_grad()
-def answered(model: Callable[[Tensor], Tensor], documents: Sequence[Document]) -> list[tuple[Fact, bool]]:
+def answered(model: Callable[[Tensor], Tensor], documents: Sequence[Document]) -> list[tuple[ToldFact, bool]]:
     """The fact that each question of documents of one length asks for, and whether the model's answer is right.
 
     The model is called with token ids [B,T], eight documents at once, and returns logits [B,T,vocab].

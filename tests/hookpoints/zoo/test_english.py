@@ -85,7 +85,7 @@ def test_it_answers_what_it_was_told(model):
     assert fmean(right for _, right in english.answered(model, changed)) > 0.85
 
 
-def another(fact: english.Fact) -> int:
+def another(fact: english.ToldFact) -> int:
     """The token of another value of the same relation."""
     values = english.RELATIONS[fact.relation].values
     (token,) = english.writer().ids(values[values.index(fact.value) - 1])
