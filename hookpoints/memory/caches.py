@@ -125,11 +125,12 @@ def _convolution_sizes(cache: Cache) -> list[int]:
     return [x.shape[-1] for place, x in tensors_of(cache).items() if "/conv_states/" in place]
 
 
-def repeated(cache: Cache, times: int) -> Cache:
-    """A copy in which each row stands ``times`` times, one after the other."""
+def chosen_rows(cache: Cache, rows: Tensor) -> Cache:
+    """A copy with ``rows`` [N] of the cache, in this order; a row may come several times."""
     copied = copy.deepcopy(cache)
-    fill(copied, {place: x.repeat_interleave(times, 0) for place, x in tensors_of(cache).items()})
-    if times > 1:
+    whole = tensors_of(cache)
+    fill(copied, {place: x.index_select(0, rows.to(x.device)) for place, x in whole.items()})
+    if any(len(rows) != len(x) for x in whole.values()):
         drop_sources(copied)
     return copied
 

@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import index
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from zipfile import is_zipfile
 
 import torch
@@ -38,10 +38,10 @@ from hookpoints.layer.context import all_left, count_tokens, drop_sources
 from hookpoints.memory.caches import (
     attends_and_convolves,
     attention_of,
+    chosen_rows,
     fill,
     put_state,
     reach,
-    repeated,
     state_of,
     tensors_of,
     turned,
@@ -57,6 +57,17 @@ from hookpoints.memory.facts import (
     read_memory,
     rewritten,
 )
+from hookpoints.memory.held import (
+    CONTEXT,
+    SURE,
+    HeldToken,
+    Keeping,
+    Suspect,
+    kept_shares,
+    largest_terms,
+    sentence_spans,
+    term_sizes,
+)
 from hookpoints.memory.passes import (
     Form,
     Kept,
@@ -64,16 +75,20 @@ from hookpoints.memory.passes import (
     TokenReader,
     factors_of,
     is_stored,
+    read_on,
     recorded_streams,
     run_tokens,
+    token_list,
 )
 from hookpoints.memory.sealing import fingerprint
-from hookpoints.model.hooked import HookedModel
 from hookpoints.model.inputs import check_tokens
 from hookpoints.model.selfcheck import relative_error, tolerance
 from hookpoints.recurrence.canonical import tensors, terms
 from hookpoints.recurrence.recurrence import Recurrence
 from hookpoints.rules.base import compute_dtype
+
+if TYPE_CHECKING:
+    from hookpoints.model.tokens import Tokens
 
 TokenSpan = slice | tuple[int, int]
 """Tokens start <= t < stop of a memory; negative numbers count from its end."""
@@ -103,7 +118,7 @@ class Memory:
     a mixer adds before a token shift.
     """
 
-    model: HookedModel
+    model: Tokens
     cache: Cache
     """The model's own. Not to be changed: hand on ``copy.deepcopy(memory.cache)``."""
     kept: Kept
@@ -212,8 +227,7 @@ class Memory:
         Raises:
             InputError: what `read_memory` raises, the dictionary is one of another head, or there is no such row.
         """
-        if not 0 <= row < self.tokens.shape[0]:
-            raise InputError(f"row: expected 0 to {self.tokens.shape[0] - 1}, got {row}")
+        self.check_row(row)
         several = dictionaries if isinstance(dictionaries, Sequence) else [dictionaries]
         heads = list[list[Fact]]()
         for dictionary in several:
@@ -275,6 +289,70 @@ class Memory:
             raise InputError(f"instead_of: expected a value that {key!r} has here, got {instead_of!r}; see `facts`")
         return self.with_states(states)
 
+    def held(self, n: int = 10, *, layer: int | None = None, head: int | None = None, row: int = 0) -> list[HeldToken]:
+        """The ``n`` tokens that heads still hold most of, by the size of their `terms`, each with the tokens before it:
+        of one head, or of all heads of a layer or of all layers, each by its own sum. Cost: `terms` of these layers.
+
+        Raises:
+            InputError: no such row, layer or head, ``n`` is below 1, or the states were set by hand.
+        """
+        self.check_row(row)
+        layers = self.forms if layer is None else [layer]
+        sizes = {number: term_sizes(*self.terms(number))[row] for number in layers}
+        found = list[HeldToken]()
+        for share, token, of_layer, of_head in largest_terms(sizes, n, head):
+            text = self._span_text(token, token + 1, row)
+            before = self._span_text(max(token - CONTEXT, 0), token, row)
+            found.append(HeldToken(token, text, before, of_layer, of_head, share))
+        return found
+
+    def keeping(self, after: int | None = None) -> list[Keeping]:
+        """How much heads have left of what they wrote ``after`` tokens ago (None: half of all), best first. Cost:
+        `terms` of all layers.
+
+        Raises:
+            InputError: fewer tokens than that were read, or the states were set by hand.
+        """
+        tokens = self.T // 2 if after is None else after
+        if not 1 <= tokens < self.T:
+            raise InputError(f"after: expected 1 to {self.T - 1}, tokens that were read after a write, got {tokens}")
+        found = list[Keeping]()
+        for layer in self.forms:
+            left = self.terms(layer)
+            written = term_sizes(self.recurrence(layer).k.to(left.keys), left.values)
+            shares = kept_shares(term_sizes(*left), written, tokens)
+            found += [Keeping(layer, head, share, tokens) for head, share in enumerate(shares)]
+        return sorted(found, key=lambda keeping: -keeping.kept)
+
+    def suspects(self, question: str | Tensor) -> list[Suspect]:
+        """Which sentence made the answer? For each sentence that was read, what the next token after ``question`` is
+        without it, those first that overwrote another answer, then by how much the answer changes.
+
+        Args:
+            question: text or tokens [1,T].
+
+        Cost: `without`, and a pass over the question, for each sentence.
+
+        Raises:
+            InputError: several rows, fewer than two sentences, or the states were set by hand.
+        """
+        if self.tokens.shape[0] != 1:
+            raise InputError(f"memory: expected one row, got {self.tokens.shape[0]}")
+        spans = sentence_spans([self._span_text(n, n + 1) for n in range(self.T)])
+        if len(spans) < 2:
+            raise InputError("memory: expected two sentences at least, which end with . ! or ?, got one")
+        whole = self._next_log_probs(question)
+        found = list[Suspect]()
+        for span in spans:
+            without = self.without(span)._next_log_probs(question)
+            answer = int(without.argmax())
+            probability = float(without[answer].exp())
+            kl = float(F.kl_div(whole, without, log_target=True, reduction="sum"))
+            flagged = answer != int(whole.argmax()) and probability >= SURE
+            said = str(self.model.to_string([answer]))
+            found.append(Suspect(span, self._span_text(*span), said, probability, kl, flagged))
+        return sorted(found, key=lambda suspect: (not suspect.flagged, -suspect.kl))
+
     # -- cutting and joining
 
     def rewind(self, position: int) -> Memory:
@@ -312,7 +390,7 @@ class Memory:
         Raises:
             InputError: the span is empty, out of range or all there is, or states were set by hand.
         """
-        start, stop = self._token_range(span)
+        start, stop = self.span_of(span)
         rest = self.T - stop
         if reread is None:
             reread = min(reach(self.cache), rest)
@@ -337,7 +415,7 @@ class Memory:
                 span is empty or out of range.
         """
         self._check_peer(other)
-        start, stop = other._token_range(span)
+        start, stop = other.span_of(span)
         other._check_explained()
         later = other.kept.span(start, stop)
         if self.edited or not torch.equal(self.tokens, other.tokens[:, :start]):
@@ -355,6 +433,27 @@ class Memory:
         """With ``delta`` [B,H,K,V] added to the states of the layers that it names; later tokens see the sum."""
         self._check_states(delta)
         return self.with_states({layer: self.state(layer) + change for layer, change in delta.items()})
+
+    def told(self, new: str | Sequence[int] | None, *, instead_of: str | Sequence[int] | None = None) -> Memory:
+        """As if a sentence had been told ``instead_of`` another: ``new`` is added to the states as the model reads it
+        alone, and the old one subtracted. No dictionary is needed. Without ``instead_of`` it is told in addition; with
+        ``new`` None the old one is removed.
+
+        Name the old sentence in the words that were read. Convolutions, token shifts and attention stay as they are.
+
+        Args:
+            new, instead_of: text or token ids, read after the model's first token (bos) where it has one.
+
+        Cost: a pass over each sentence.
+
+        Raises:
+            InputError: neither sentence is given, or one is empty.
+        """
+        if new is None and instead_of is None:
+            raise InputError("new: expected a sentence, or instead_of, the one that is removed; got neither")
+        old = self._states_alone(instead_of)
+        changes = {layer: state - old[layer] for layer, state in self._states_alone(new).items()}
+        return self + {layer: change.expand_as(self.state(layer)) for layer, change in changes.items()}
 
     def lerp(self, other: Memory, t: float) -> Memory:
         """With states S + t (S' - S), where S' are those of ``other``."""
@@ -389,7 +488,7 @@ class Memory:
 
     # -- reading on, and files
 
-    def branch(self, model: HookedModel, tokens: Tensor, copies: int = 1) -> Cache:
+    def branch(self, model: Tokens, tokens: Tensor, copies: int = 1) -> Cache:
         """A copy of the cache, for ``model`` to read ``tokens`` [B,T'] on from here; with ``copies`` of each row, one
         after the other, as transformers expands rows to beams and to several returned sequences.
 
@@ -403,7 +502,7 @@ class Memory:
             raise InputError(
                 f"memory: expected one of (model, id, rows, dtype, device) {tuple(wanted)}, got {tuple(got)}"
             )
-        return repeated(self.cache, copies)
+        return chosen_rows(self.cache, torch.arange(tokens.shape[0]).repeat_interleave(copies))
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, aside and then renamed: what is stored of each token, the cache, and a SHA-256 of
@@ -420,7 +519,7 @@ class Memory:
         atomic_write(Path(path), lambda file: save_file(copies, file, {"hookpoints": json.dumps(said)}))
 
     @classmethod
-    def load(cls, path: str | Path, model: HookedModel) -> Memory:
+    def load(cls, path: str | Path, model: Tokens) -> Memory:
         """Read what `save` wrote, onto the devices of the model's layers. No code is run. Cost: a reading of the
         model's weights (`fingerprint`), and a pass over one token, which tells what names and shapes the file needs.
 
@@ -452,6 +551,31 @@ class Memory:
 
     # -- helpers
 
+    def check_row(self, row: int) -> None:
+        """Raise InputError unless there is such a row."""
+        if not 0 <= row < self.tokens.shape[0]:
+            raise InputError(f"row: expected 0 to {self.tokens.shape[0] - 1}, got {row}")
+
+    def _span_text(self, start: int, stop: int, row: int = 0) -> str:
+        """Of tokens start <= t < stop."""
+        return str(self.model.to_string(self.tokens[row, start:stop].tolist())) if stop > start else ""
+
+    def _next_log_probs(self, question: str | Tensor) -> Tensor:
+        """[vocab], of the token after ``question``, which is read after the tokens of the only row."""
+        tokens = question if isinstance(question, Tensor) else torch.tensor([token_list(self.model, question)])
+        return read_on(self.model, tokens.to(self.tokens.device), self.T, copy.deepcopy(self.cache))[1][0]
+
+    def _states_alone(self, text: str | Sequence[int] | None) -> LayerStates:
+        """States [1,H,K,V] after a text alone, which stands after the first token (bos) where the model has one."""
+        tokenizer = self.model.tokenizer
+        first = [] if tokenizer is None or tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        tokens = [] if text is None else token_list(self.model, text)
+        if text is not None and not tokens:
+            raise InputError(f"new, instead_of: expected a sentence, got {text!r}")
+        if not first + tokens:
+            return {layer: torch.zeros_like(state[:1]) for layer, state in self._layer_states().items()}
+        return read(self.model, torch.tensor([first + tokens], device=self.model.cfg.device))._layer_states()
+
     def _head_state(self, layer: int, head: int) -> Tensor:
         """[B,K,V], of a head that there is."""
         if not 0 <= head < self.model.cfg.layer(layer).H:
@@ -471,7 +595,8 @@ class Memory:
             if got != wanted:
                 raise InputError(f"layer {layer}: expected [B,H,K,V], float, device {wanted}, got {got}")
 
-    def _token_range(self, span: TokenSpan) -> tuple[int, int]:
+    def span_of(self, span: TokenSpan) -> tuple[int, int]:
+        """Start and stop of a span of its tokens, checked."""
         try:
             tokens = span if isinstance(span, slice) else slice(*span)
             start = 0 if tokens.start is None else index(tokens.start)
@@ -558,7 +683,7 @@ class Memory:
         return replace(self, cache=passed.cache, kept=kept, edited=self.edited or passed.edited)
 
 
-def read(model: HookedModel, tokens: Tensor, before: Memory | None = None) -> Memory:
+def read(model: Tokens, tokens: Tensor, before: Memory | None = None) -> Memory:
     """The memory after ``tokens`` [B,T], read after those of ``before``. One pass with a cache, without logits.
 
     Raises:
@@ -601,12 +726,12 @@ def read(model: HookedModel, tokens: Tensor, before: Memory | None = None) -> Me
     return Memory(model, cache, kept._replace(attention=attention), forms, model.cfg.dtype, edited)
 
 
-def _file_identity(model: HookedModel) -> dict[str, object]:
+def _file_identity(model: Tokens) -> dict[str, object]:
     """What a file has to agree in."""
     return {"format": 2, "model": fingerprint(model.hf_model), "dtype": str(model.cfg.dtype)}
 
 
-def _memory_of_first_token(model: HookedModel, named: Mapping[str, Tensor], path: str) -> Memory:
+def _memory_of_first_token(model: Tokens, named: Mapping[str, Tensor], path: str) -> Memory:
     """The memory of a file's first token, which tells names, shapes and devices, with the cache that the file holds.
 
     Raises:

@@ -7,7 +7,7 @@ and attention keys have positions. `TokenReader.read_again` runs those few token
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,6 +25,7 @@ from hookpoints.recurrence.canonical import over_time
 if TYPE_CHECKING:
     from hookpoints.layer.call import LayerCall
     from hookpoints.model.hooked import HookedModel
+    from hookpoints.model.tokens import Tokens
     from hookpoints.recurrence.recurrence import Recurrence
     from hookpoints.rules.base import OpResult
 
@@ -189,6 +190,24 @@ def run_tokens(
         inputs["position_ids"] = positions.to(tokens.device).expand_as(tokens)
     with torch.no_grad(), scope(model.attachment, first_token=position), model.hooks(hooks):
         return cache_of(model.hf_model(input_ids=tokens, logits_to_keep=1, **inputs))
+
+
+@torch.no_grad()
+def read_on(model: HookedModel, tokens: Tensor, position: int, cache: Cache | None) -> tuple[Cache, Tensor]:
+    """The cache after ``tokens`` [N,T], few of them, from ``cache`` on, which is used up; and log probabilities
+    [N,vocab] of the next token."""
+    backend = "recurrence" if tokens.device.type == "cpu" else None  # upstream's ops pad short texts to their chunk
+    with scope(model.attachment, first_token=position, backend=backend):
+        inputs = continuing(model.hf_model, cache, position, tokens)
+        output = model.hf_model(input_ids=tokens, logits_to_keep=1, **inputs)
+    return cache_of(output), output.logits[:, -1].float().log_softmax(-1)
+
+
+def token_list(model: Tokens, phrase: str | Sequence[int] | Tensor) -> list[int]:
+    """Token ids of a phrase, without a first token (bos)."""
+    if isinstance(phrase, str):
+        return model.to_tokens(phrase, prepend_bos=False, truncate=False)[0].tolist() if phrase else []
+    return [int(token) for token in phrase]
 
 
 def recorded_streams(model: HookedModel) -> list[str]:

@@ -1,0 +1,127 @@
+"""What is still held, by the terms of a state; sentences that are told, and those that an answer hangs on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from remembering import drawn_ids
+from tiny_models import KeepFloat64, hooked_in_float64
+from torch.testing import assert_close
+
+from hookpoints import HookedRecurrent
+from hookpoints.errors import InputError
+from hookpoints.memory.held import sentence_spans, term_sizes
+from hookpoints.zoo import english
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "rwkv7", "mamba2"])
+def test_a_terms_size_is_what_a_token_leaves_in_the_state(name):
+    """The state with the token's write, minus the state without it."""
+    with KeepFloat64():
+        model = hooked_in_float64(name)
+        memory = model.memory(drawn_ids(1, 11))
+        layer = model.cfg.recurrent_layers[0]
+        r = memory.recurrence(layer)
+        sizes = term_sizes(*memory.terms(layer))
+        for t in (2, 10):
+            u = r.u.clone()
+            u[:, t] = 0
+            left = r.final_state() - r.replace(u=u).final_state()
+            assert_close(sizes[:, t].double(), left.flatten(2).norm(dim=-1).double(), rtol=1e-6, atol=1e-9)
+
+
+def test_terms_of_several_writes_add_up():
+    keys, values = torch.randn(2, 3, 4, 2, 5), torch.randn(2, 3, 4, 2, 6)
+    dense = torch.einsum("bthrk,bthrv->bthkv", keys, values)
+    assert_close(term_sizes(keys, values), dense.flatten(3).norm(dim=-1))
+
+
+@pytest.fixture(scope="module")
+def speaker() -> HookedRecurrent:
+    return HookedRecurrent.from_pretrained("facts-english")
+
+
+@pytest.fixture(scope="module")
+def documents() -> list[english.Document]:
+    return english.draw(6, facts=4, questions=1, seed=3)
+
+
+def test_the_head_that_keeps_longest_holds_the_facts(speaker, documents):
+    """The token after a value, in a model that no test of ours has looked at before."""
+    memories = [speaker.memory(torch.tensor([document.tokens[:250]])) for document in documents]
+    best = memories[0].keeping()[0]
+    told = [{fact.place + 1 for fact in document.facts if fact.stop < 240} for document in documents]
+    found = [
+        {held.position for held in memory.held(len(places) + 1, layer=best.layer, head=best.head)}
+        for memory, places in zip(memories, told)
+    ]
+    hits = sum(len(own & places) for own, places in zip(found, told))
+    others = sum(len(own & places) for own, places in zip(found, told[1:] + told[:1]))
+    assert hits >= 0.9 * sum(map(len, told)) and others <= 0.2 * hits
+
+
+def question(fact: english.Fact) -> str:
+    return " " + english.RELATIONS[fact.relation].asked[0].split("? ")[0].format(n=fact.name) + "?"
+
+
+def answer(memory, fact: english.Fact) -> str:
+    return memory.model.to_string(int(memory.model.logits_after(memory, question(fact))[0, -1].argmax())).strip()
+
+
+def test_a_sentence_is_told_instead_of_another(speaker, documents):
+    for document in documents[:3]:
+        fact, *others = document.facts
+        memory = speaker.memory(torch.tensor([document.tokens[: max(each.stop for each in document.facts) + 4]]))
+        old = " " + fact.sentence
+        said = {each.value for each in document.facts}
+        new = next(value for value in english.RELATIONS[fact.relation].values if value not in said)
+        told = memory.told(old.replace(fact.value, new), instead_of=old)
+        assert [answer(memory, fact), answer(told, fact)] == [fact.value, new]
+        assert answer(memory.told(None, instead_of=old), fact) != fact.value
+        assert [answer(told, each) for each in others] == [answer(memory, each) for each in others]
+        alone = [
+            speaker.memory(torch.tensor([[0, *speaker.to_tokens(text, prepend_bos=False)[0]]]))
+            for text in (old.replace(fact.value, new), old)
+        ]
+        for layer, change in (alone[0] - alone[1]).items():
+            assert_close(told.state(layer), memory.state(layer) + change, rtol=0, atol=1e-5)
+
+
+def test_the_sentence_that_overwrote_an_answer_is_found(speaker, documents):
+    """In most texts: the model has to know the first answer without it."""
+    found = 0
+    for document in documents[:4]:
+        fact = document.facts[0]
+        clean = speaker.memory(torch.tensor([document.tokens[: document.facts[-1].stop]]))
+        said = {each.value for each in document.facts}
+        new = next(value for value in english.RELATIONS[fact.relation].values if value not in said)
+        injected = " " + fact.sentence.replace(fact.value, new)
+        memory = speaker.memory(injected + " The past year was one of peace.", memory=clean)
+        first = memory.suspects(question(fact))[0]
+        assert answer(memory, fact) == new and first.text.endswith(injected.strip())
+        assert first.answer.strip() == answer(memory.without(first.span), fact)
+        found += first.flagged and first.answer.strip() == fact.value
+    assert found >= 3
+
+
+def test_spans_of_sentences_cover_all_tokens():
+    spans = sentence_spans(["Ben", " lives", " in Rome", ".", " Ada", " keeps it", "!", " The", " year"])
+    assert spans == [(0, 4), (4, 7), (7, 9)]
+    assert sentence_spans([" The", " year", "."]) == [(0, 3)]
+
+
+@pytest.mark.parametrize(
+    "ask, match",
+    [
+        (lambda memory: memory.held(0), "n: expected"),
+        (lambda memory: memory.held(3, layer=0, head=9), "head: expected 0 to"),
+        (lambda memory: memory.held(3, row=1), "row: expected"),
+        (lambda memory: memory.keeping(99), "after: expected 1 to"),
+        (lambda memory: memory.told(None), "new: expected a sentence"),
+        (lambda memory: memory.told("", instead_of="Ben lives in Rome."), "expected a sentence"),
+        (lambda memory: memory.suspects("Where does Ben live?"), "two sentences at least"),
+    ],
+)
+def test_bad_input_is_refused(speaker, ask, match):
+    with pytest.raises(InputError, match=match):
+        ask(speaker.memory("Ben lives in Rome."))
