@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from hookpoints.hooks.table import HOOKS
     from hookpoints.memory.facts import Fact, label_atoms, read_memory
     from hookpoints.memory.memory import Memory
+    from hookpoints.memory.reader import MemoryReader
     from hookpoints.model.attach import attach
     from hookpoints.model.cost import Cost, cost
     from hookpoints.model.loading import cached, default_device, model_types
@@ -54,6 +55,7 @@ _HOMES = {
     "hooks.table": ("HOOKS",),
     "memory.facts": ("Fact", "label_atoms", "read_memory"),
     "memory.memory": ("Memory",),
+    "memory.reader": ("MemoryReader",),
     "model.attach": ("attach",),
     "model.cost": ("Cost", "cost"),
     "model.loading": ("cached", "default_device", "model_types"),
@@ -76,6 +78,7 @@ __all__ = [
     "HookedRecurrent",
     "HookpointsError",
     "Memory",
+    "MemoryReader",
     "Recurrence",
     "UnknownHookError",
     "UnknownModelError",

@@ -22,13 +22,13 @@ PACKAGES = ("hookpoints", "sae_lens_writesae", "writesae", "writesae_study")
 HOMES = {"writesae_study": ROOT / "study"}
 """Folder of a package that is not in the root."""
 CEILINGS = {
-    "hookpoints": 50_200,
+    "hookpoints": 55_000,
     "sae_lens_writesae": 18_900,
     "writesae": 15_200,
     "study/writesae_study": 41_750,
-    "tests": 87_300,
+    "tests": 89_800,
     "study/tests": 34_350,
-    "tools + benchmarks + study/tools": 36_650,
+    "tools + benchmarks + study/tools": 39_200,
 }
 """Expression nodes of folders, 3% above what there was. A smoke alarm and no target: a commit that needs more says what
 a reader gains."""

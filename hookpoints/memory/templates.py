@@ -1,0 +1,277 @@
+"""Whitened states, and the templates of phrases: what readers of memories are fitted from.
+
+The template of a phrase is the state after the phrase alone. A state that has read the phrase resembles its template,
+once both are whitened: a head's keys and values, by their own second moments over running text,
+
+    Z = A^(-1/2) (S - mean) B^(-1/2),    A = E[X X^T],    B = E[X^T X],    X = S - mean  [K,V].
+
+A head's feature is the cosine of the whitened state and the whitened template. Heads are weighed by a logistic fit on
+running text, where it is known for free what was read: a phrase of the text, and the phrase that follows the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hookpoints.errors import InputError
+from hookpoints.layer.context import scope
+from hookpoints.memory.passes import LayerStates, run_tokens, token_list
+
+if TYPE_CHECKING:
+    from hookpoints.model.tokens import Tokens
+
+RIDGE = 0.03
+"""Share of the mean eigenvalue that is added to second moments before their inverse root is taken."""
+LENGTHS = (2, 4, 8, 12, 16, 24, 32, 48, 64)
+"""Numbers of tokens of the phrases that a fit reads."""
+WEIGHED_FROM = 4
+"""Tokens from which phrases take part in the fit of the heads' weights."""
+CHECKPOINTS = 4
+"""States of a stretch of text that a fit looks at, at even distances."""
+LEAST_STRETCHES = 40
+"""Stretches of text without which a fit is refused."""
+MOST_STRETCHES = 480
+"""Stretches of text that a fit reads at most."""
+BATCH = 128
+"""States or phrases of a pass."""
+
+
+class Whitening(NamedTuple):
+    """Of the states of one layer."""
+
+    mean: Tensor
+    """[H,K,V]"""
+    keys: Tensor
+    """[H,K,K], A^(-1/2)."""
+    values: Tensor
+    """[H,V,V], B^(-1/2)."""
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """Directions [N,H,K*V] of whitened states [N,H,K,V]."""
+        return F.normalize((self.keys @ (states - self.mean) @ self.values).flatten(2), dim=2)
+
+
+class AgeAccuracy(NamedTuple):
+    """How well phrases of an age are told from unread ones."""
+
+    age: int
+    """Tokens read after the phrase, at most; more than in the entry before."""
+    auc: float
+    """The chance that a phrase that was read scores above one that was not; 0.5 is a coin."""
+    phrases: int
+    """That were read, on text that took no part in the fit."""
+
+
+class Fitted(NamedTuple):
+    """What a fit to running text gives."""
+
+    of_states: Mapping[int, Whitening]
+    """By recurrent layer."""
+    of_templates: Mapping[int, Whitening]
+    weights: Tensor
+    """[H_all], of the heads of all recurrent layers."""
+    bias: float
+    lead: tuple[int, ...]
+    """Tokens that stand before a phrase when its template is made."""
+    longest: int
+    """Tokens of a phrase, at most: no longer ones were fitted."""
+    horizon: tuple[AgeAccuracy, ...]
+    """Accuracy by age, on text that took no part in the fit."""
+
+
+def fit_templates(model: Tokens, tokens: Tensor, lead: Sequence[int], longest: int, context: int, seed: int) -> Fitted:
+    """What running text [T] tells: half of its stretches give the moments, three tenths the weights of heads, and two
+    tenths the accuracy by age. No state is held longer than its batch."""
+    if longest < LENGTHS[0] or context < CHECKPOINTS * longest:
+        raise InputError(
+            f"longest, context: expected {LENGTHS[0]} tokens or more, and at least {CHECKPOINTS} times as many; got "
+            f"{longest} and {context}"
+        )
+    stretches = _text_stretches(tokens, context, longest)
+    part = torch.arange(len(stretches)) % 10
+    lengths = [length for length in LENGTHS if length <= longest]
+    plan = _Plan(model, tuple(lead), context, lengths, torch.Generator().manual_seed(seed))
+    state_moments = _Moments()
+    template_moments = _Moments()
+    for sample in plan.samples(stretches[part < 5]):
+        state_moments.add(sample.states)
+        template_moments.add(sample.read)
+        template_moments.add(sample.unread)
+    sides = (state_moments.whitenings(), template_moments.whitenings())
+    read, unread, _ = _head_cosines(plan, sides, stretches[(part >= 5) & (part < 8)])
+    weights, bias = _logistic_fit(read, unread)
+    read, unread, ages = _head_cosines(plan, sides, stretches[part >= 8])
+    horizon = _accuracy_by_age(read @ weights, unread @ weights, ages, context)
+    return Fitted(*sides, weights, bias, tuple(lead), longest, horizon)
+
+
+class _Sample(NamedTuple):
+    """Stretches of text at checkpoints, as rows, with a phrase of each that was read and one that was not."""
+
+    states: LayerStates
+    """[N,1,H,K,V]"""
+    read: LayerStates
+    """[N,P,H,K,V], after the first tokens of the phrase: one state a length."""
+    unread: LayerStates
+    ages: Tensor
+    """[N], tokens after the phrase that was read, if it is of the longest."""
+
+
+class _Plan(NamedTuple):
+    """How a fit draws phrases from stretches of text."""
+
+    model: Tokens
+    lead: tuple[int, ...]
+    context: int
+    lengths: list[int]
+    drawn: torch.Generator
+
+    def samples(self, stretches: Tensor) -> Iterator[_Sample]:
+        """Of batches of stretches [N,context + longest]."""
+        longest = self.lengths[-1]
+        ends = torch.arange(1, CHECKPOINTS + 1) * (self.context // CHECKPOINTS)
+        for batch in stretches.split(BATCH // CHECKPOINTS):
+            states = states_at(self.model, batch[:, : self.context], (ends - 1).tolist())
+            last = ends.repeat(len(batch))
+            starts = (torch.rand(len(last), generator=self.drawn) * (last - longest + 1)).long()
+            rows = torch.arange(len(batch)).repeat_interleave(CHECKPOINTS)
+            inside = torch.arange(longest)
+            yield _Sample(
+                {layer: x.flatten(0, 1)[:, None] for layer, x in states.items()},
+                self._template_states(batch[rows[:, None], starts[:, None] + inside]),
+                self._template_states(batch[rows[:, None], last[:, None] + inside]),
+                last - starts - longest,
+            )
+
+    def _template_states(self, phrases: Tensor) -> LayerStates:
+        lead = torch.tensor(self.lead).expand(len(phrases), -1)
+        positions = [len(self.lead) + length - 1 for length in self.lengths]
+        return states_at(self.model, torch.cat([lead, phrases], 1), positions)
+
+
+class _Moments:
+    """Streamed first and second moments of states, by layer."""
+
+    def __init__(self) -> None:
+        self.counts: dict[int, int] = {}
+        self.sums: dict[int, list[Tensor]] = {}
+        self.devices: dict[int, torch.device] = {}
+
+    def add(self, states: LayerStates) -> None:
+        for layer, x in states.items():
+            rows = x.flatten(0, 1)
+            sums = (rows.sum(0), (rows @ rows.mT).sum(0), (rows.mT @ rows).sum(0))
+            parts = [part.cpu().double() for part in sums]  # not every device has float64
+            held = self.sums.get(layer)
+            self.sums[layer] = parts if held is None else [old + new for old, new in zip(held, parts)]
+            self.counts[layer] = self.counts.get(layer, 0) + len(rows)
+            self.devices[layer] = x.device
+
+    def whitenings(self) -> dict[int, Whitening]:
+        found: dict[int, Whitening] = {}
+        for layer, (total, by_key, by_value) in self.sums.items():
+            mean = total / self.counts[layer]
+            keys = _inverse_root(by_key / self.counts[layer] - mean @ mean.mT)
+            values = _inverse_root(by_value / self.counts[layer] - mean.mT @ mean)
+            found[layer] = Whitening(*(x.float().to(self.devices[layer]) for x in (mean, keys, values)))
+        return found
+
+
+def _inverse_root(moments: Tensor) -> Tensor:
+    """M^(-1/2) of second moments [H,n,n], with a ridge."""
+    sizes, vectors = torch.linalg.eigh(moments)
+    sizes = sizes.clamp_min(0)
+    ridge = RIDGE * sizes.mean(-1, keepdim=True)
+    return vectors * (sizes + ridge).clamp_min(1e-30).rsqrt()[..., None, :] @ vectors.mT
+
+
+def _head_cosines(
+    plan: _Plan, sides: tuple[Mapping[int, Whitening], Mapping[int, Whitening]], stretches: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cosines [N,H_all] of states with phrases that were read, with phrases that were not, and the ages [N]."""
+    weighed = [n for n, length in enumerate(plan.lengths) if length >= min(WEIGHED_FROM, plan.lengths[-1])]
+    read = list[Tensor]()
+    unread = list[Tensor]()
+    ages = list[Tensor]()
+    for sample in plan.samples(stretches):
+        states = {layer: whitening(sample.states[layer][:, 0]) for layer, whitening in sides[0].items()}
+        for n in weighed:
+            for cosines, templates in ((read, sample.read), (unread, sample.unread)):
+                by_layer = [(x * sides[1][layer](templates[layer][:, n])).sum(2) for layer, x in states.items()]
+                cosines.append(torch.cat(by_layer, 1))
+            ages.append(sample.ages)
+    return torch.cat(read), torch.cat(unread), torch.cat(ages)
+
+
+def _logistic_fit(read: Tensor, unread: Tensor) -> tuple[Tensor, float]:
+    """Weights [H_all] and bias of the log odds, with a Gaussian prior of variance 1 on each weight."""
+    features = torch.cat([read, unread]).double()
+    labels = torch.cat([torch.ones(len(read)), torch.zeros(len(unread))]).to(features)
+    weights = features.new_zeros(features.shape[1] + 1, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> float:
+        optimizer.zero_grad()
+        odds = features @ weights[:-1] + weights[-1]
+        total = F.binary_cross_entropy_with_logits(odds, labels, reduction="sum") + weights[:-1].square().sum() / 2
+        total.backward()
+        return total.item()
+
+    with torch.enable_grad():
+        optimizer.step(loss)
+    fitted = weights.detach()
+    return fitted[:-1].float(), float(fitted[-1])
+
+
+def _accuracy_by_age(read: Tensor, unread: Tensor, ages: Tensor, context: int) -> tuple[AgeAccuracy, ...]:
+    """AUC by age, in doublings from 16 tokens on."""
+    rows = list[AgeAccuracy]()
+    lower, upper = -1, 16
+    while lower < context:
+        inside = (ages > lower) & (ages <= upper)
+        if bool(inside.any()):
+            rows.append(AgeAccuracy(upper, area_under_curve(read[inside], unread), int(inside.sum())))
+        lower, upper = upper, 2 * upper
+    return tuple(rows)
+
+
+def area_under_curve(above: Tensor, below: Tensor) -> float:
+    """AUC: the chance that one of ``above`` [N] exceeds one of ``below`` [M]; ties count half."""
+    order = below.sort().values
+    lower, upper = (torch.searchsorted(order, above.contiguous(), right=right) for right in (False, True))
+    return float((lower + upper).double().mean()) / (2 * len(below))
+
+
+@torch.no_grad()
+def states_at(model: Tokens, tokens: Tensor, positions: list[int]) -> LayerStates:
+    """States [N,P,H,K,V] after each of ``positions`` of tokens [N,T], in float32 at least."""
+    # On a CPU, upstream's ops pad short texts to their chunk.
+    short = tokens.device.type == "cpu" and tokens.shape[1] < 64
+    with model.recording() as recorded, scope(model.attachment, backend="recurrence" if short else None):
+        run_tokens(model, tokens.to(model.cfg.device), 0, None)
+    return {layer: record.recurrence.states(positions=positions).float() for layer, record in recorded.items()}
+
+
+def running_tokens(model: Tokens, texts: str | Sequence[str] | Tensor) -> Tensor:
+    """Token ids [T] of texts, one after the other."""
+    if isinstance(texts, Tensor):
+        return texts.flatten().long().cpu()
+    several = [texts] if isinstance(texts, str) else texts
+    return torch.tensor([token for text in several for token in token_list(model, text)], dtype=torch.long)
+
+
+def _text_stretches(tokens: Tensor, context: int, longest: int) -> Tensor:
+    """[N,context + longest]: stretches that do not overlap, evenly over all tokens."""
+    size = context + longest
+    count = min(len(tokens) // size, MOST_STRETCHES)
+    if count < LEAST_STRETCHES:
+        raise InputError(
+            f"texts: expected at least {LEAST_STRETCHES * size} tokens ({LEAST_STRETCHES} stretches of context + "
+            f"longest), got {len(tokens)}; give more text, or a smaller context"
+        )
+    return torch.stack([tokens[n * len(tokens) // count :][:size] for n in range(count)])

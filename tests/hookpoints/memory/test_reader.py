@@ -1,0 +1,198 @@
+"""Readers of memories: scores by their definition, phrases that were read, cut and found again, files, bad input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from remembering import drawn_ids
+from tiny_models import KeepFloat64, hooked_in_float64
+from torch.testing import assert_close
+
+from hookpoints import HookedRecurrent, MemoryReader, embedded
+from hookpoints.errors import InputError
+from hookpoints.memory.phrases import Phrases, distinct
+from hookpoints.memory.reader import _written_states
+from hookpoints.memory.templates import RIDGE, Fitted, Whitening, _Moments, area_under_curve, running_tokens
+
+T = 64
+
+
+@pytest.fixture(scope="module")
+def reader() -> MemoryReader:
+    model = HookedRecurrent.from_pretrained("embedded")
+    tokens = running_tokens(model, embedded.text("train"))
+    return MemoryReader.fit(model, tokens[: 120 * 72], context=T, longest=8)
+
+
+@pytest.fixture(scope="module")
+def texts(reader: MemoryReader) -> torch.Tensor:
+    """[24,T+40], that no fit has seen."""
+    tokens = running_tokens(reader.model, embedded.text("test"))
+    return torch.stack([tokens[900 * n :][: T + 40] for n in range(24)])
+
+
+def test_whitened_states_have_moments_of_one():
+    """Up to the ridge: states A^(1/2) X B^(1/2) of white X have their moments taken away."""
+    drawn = torch.Generator().manual_seed(0)
+    sides = [torch.randn(2, n, n, generator=drawn) for n in (5, 3)]
+    states = 7 + sides[0] @ torch.randn(4000, 2, 5, 3, generator=drawn) @ sides[1]
+    moments = _Moments()
+    for part in states.split(1000):
+        moments.add({0: part[:, None]})
+    white = moments.whitenings()[0]
+    x = states - states.mean(0)
+    for root, second in ((white.keys, (x @ x.mT).mean(0)), (white.values, (x.mT @ x).mean(0))):
+        sizes = torch.linalg.eigvalsh(second)
+        expected = sizes / (sizes + RIDGE * sizes.mean(-1, keepdim=True))
+        assert_close(torch.linalg.eigvalsh(root @ second @ root), expected, rtol=1e-3, atol=1e-3)
+    assert_close(white.mean, states.mean(0), rtol=0, atol=1e-4)
+
+
+def test_a_score_is_the_weighted_cosine_of_whitened_states(reader, texts):
+    model, fitted = reader.model, reader.fitted
+    memory = model.memory(texts[:2, :T])
+    phrases = [texts[0, 5:9].tolist(), texts[1, 9:15].tolist()]
+    expected = torch.full((2, 2), fitted.bias, dtype=torch.float64)
+    for n, phrase in enumerate(phrases):
+        alone = model.memory(torch.tensor([[*fitted.lead, *phrase]]))
+        for row in range(2):
+            head = 0
+            for layer in memory.forms:
+                for h in range(memory.state(layer).shape[1]):
+                    sides = []
+                    for white, state in (
+                        (fitted.of_states, memory.state(layer)[row]),
+                        (fitted.of_templates, alone.state(layer)[0]),
+                    ):
+                        mean, keys, values = (x[h].double() for x in white[layer])
+                        sides.append((keys @ (state[h].double() - mean) @ values).flatten())
+                    cosine = torch.dot(*sides) / (sides[0].norm() * sides[1].norm())
+                    expected[row, n] += float(fitted.weights[head]) * cosine
+                    head += 1
+    assert_close(reader.scores(memory, phrases).double(), expected, rtol=0, atol=1e-4)
+
+
+def test_read_phrases_are_told_from_unread_ones_and_not_from_another_texts(reader, texts):
+    memory = reader.model.memory(texts[:, :T])
+    read, unread = (reader.scores(memory, x.tolist()).diagonal() for x in (texts[:, 40:48], texts[:, T + 6 : T + 14]))
+    others = reader.scores(memory, texts[:, 40:48].roll(1, 0).tolist()).diagonal()
+    assert area_under_curve(read, unread) > 0.9
+    assert area_under_curve(others, unread) < 0.7
+    assert reader.horizon[0].auc > 0.9
+
+
+def test_a_cut_phrase_reads_as_one_that_was_never_read(reader, texts):
+    certificates = [reader.forgot(reader.model.memory(text[None, :T]), (40, 48)) for text in texts[:8]]
+    read, cut, never = (torch.tensor([one[n].score for one in certificates]).mean() for n in range(3))
+    assert (cut - never).abs() < 0.2 * (read - never)
+    assert all(one.read.tokens == tuple(text[40:48].tolist()) for one, text in zip(certificates, texts))
+
+
+def test_p_counts_the_decoys_that_score_as_high(reader, texts):
+    memory = reader.model.memory(texts[:1, :T])
+    decoys = texts[8:, :12].tolist()
+    (found,) = reader.holds(memory, [texts[0, 40:46].tolist()], decoys=decoys)
+    scores = reader.scores(memory, [decoy[:6] for decoy in decoys])[0]
+    assert found.p == (1 + int((scores >= found.score).sum())) / 17
+    assert str(reader.holds(memory, [" the war"])[0].p) == "nan"
+
+
+def test_a_corpus_is_searched_for_what_was_read(reader, texts):
+    corpus = torch.cat([texts[4:8].flatten(), texts[0, 30:60], texts[8:12].flatten()])
+    found = reader.search(reader.model.memory(texts[:1, :T]), corpus, 3, length=8)
+    own = {tuple(texts[0, n : n + 8].tolist()) for n in range(30, 53)}
+    assert found[0].tokens in own and found[0].score >= found[1].score
+    other = reader.search(reader.model.memory(texts[12:13, :T]), corpus, 3, length=8)
+    assert other[0].score < found[0].score
+
+
+def test_phrases_are_read_back_from_the_memory_alone(reader, texts):
+    def runs(tokens):
+        return set(zip(tokens, tokens[1:], tokens[2:]))
+
+    (first, *_) = reader.read_back(reader.model.memory(texts[3:4, :T]), 1, length=4, beam=24)
+    assert runs(first.tokens) & runs(texts[3, :T].tolist())
+    assert not runs(first.tokens) & runs(texts[4, :T].tolist())
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "rwkv7", "zamba2", "mamba2"])
+def test_longer_phrases_are_whole_passes(name):
+    """A step from the parents' caches leaves the states of a pass over lead and phrase."""
+    with KeepFloat64():
+        model = hooked_in_float64(name)
+        lead = drawn_ids(1, 2)
+        rows, tokens = torch.tensor([0, 0, 0]), torch.tensor([5, 9, 11])
+        phrases = Phrases.start(model, lead).then(rows, tokens).then(torch.tensor([2, 0]), torch.tensor([3, 4]))
+        assert phrases.tokens.tolist() == [[11, 3], [5, 4]]
+        whole = model.memory(torch.cat([lead.expand(2, -1), phrases.tokens], 1))
+        for layer, state in phrases.states(whole.forms).items():
+            assert_close(state, whole.state(layer).float(), rtol=0, atol=1e-5)
+        logits = model(whole.tokens)[:, -1].log_softmax(-1)
+        assert_close(phrases.log_probs, logits.float(), rtol=0, atol=1e-4)
+
+
+def test_what_phrases_write_is_the_state_from_zero():
+    with KeepFloat64():
+        model = hooked_in_float64("qwen3_5")
+        layer = model.cfg.recurrent_layers[0]
+        r = model.recurrence(drawn_ids(1, 9), layer)
+        states = _written_states(r, 2, 3)
+        assert len(states) == 5
+        for n, state in enumerate(states):
+            part = r.select(tokens=slice(2 + n, 5 + n), initial_state=torch.zeros_like(r.starting_state()))
+            assert_close(state, part.final_state()[0].float())
+
+
+def test_phrases_of_a_list_share_no_three_tokens():
+    assert distinct([[1, 2, 3, 4], [2, 3, 4, 5], [3, 4, 6], [1, 2]], 3) == [0, 2, 3]
+
+
+def test_a_reader_is_saved_and_loaded(reader, texts, tmp_path):
+    path = tmp_path / "reader.safetensors"
+    reader.save(path)
+    loaded = MemoryReader.load(path, reader.model)
+    memory = reader.model.memory(texts[:2, :T])
+    phrases = texts[:, 3:8].tolist()
+    assert_close(loaded.scores(memory, phrases), reader.scores(memory, phrases), rtol=0, atol=0)
+    assert loaded.fitted[3:] == reader.fitted[3:]
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "damaged").write_bytes(content)
+    with pytest.raises(InputError, match="SHA-256"):
+        MemoryReader.load(tmp_path / "damaged", reader.model)
+    with pytest.raises(InputError, match="another model"):
+        MemoryReader.load(path, HookedRecurrent.from_pretrained("facts"))
+
+
+@pytest.mark.parametrize(
+    "ask, match",
+    [
+        (lambda reader, memory: reader.scores(memory, []), "at least one"),
+        (lambda reader, memory: reader.scores(memory, " the war"), "a list of phrases"),
+        (lambda reader, memory: reader.scores(memory, [[1] * 9]), "1 to 8 tokens.*got 9"),
+        (lambda reader, memory: reader.scores(memory, [""]), "got 0"),
+        (lambda reader, memory: reader.holds(memory, [[1, 2]], row=1), "row: expected 0 to 0"),
+        (lambda reader, memory: reader.holds(memory, [[1, 2]], decoys=[[3]]), "decoys"),
+        (lambda reader, memory: reader.search(memory, "a", length=5), "length"),
+        (lambda reader, memory: reader.read_back(memory, length=9), "length, beam"),
+        (lambda reader, memory: reader.read_back(memory, 10, beam=5), "n = 10"),
+        (lambda reader, memory: reader.forgot(memory, (0, 20)), "split the phrase"),
+        (lambda reader, memory: MemoryReader.fit(reader.model, "A short text."), "at least 5760 tokens"),
+        (lambda reader, memory: MemoryReader.fit(reader.model, "", longest=1), "longest, context"),
+    ],
+)
+def test_bad_input_is_refused(reader, texts, ask, match):
+    with pytest.raises(InputError, match=match):
+        ask(reader, reader.model.memory(texts[:1, :30]))
+
+
+def test_a_memory_of_another_model_is_refused(reader):
+    other = HookedRecurrent.from_pretrained("facts")
+    with pytest.raises(InputError, match="the reader's model"):
+        reader.scores(other.memory(torch.tensor([[1, 2, 3]])), [[1]])
+
+
+def test_every_field_of_a_fit_is_in_its_file():
+    """`save` and `load` name the fields of a fit one by one."""
+    assert Fitted._fields == ("of_states", "of_templates", "weights", "bias", "lead", "longest", "horizon")
+    assert Whitening._fields == ("mean", "keys", "values")
