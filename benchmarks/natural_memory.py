@@ -188,11 +188,29 @@ def text(found: dict[str, Any]) -> str:
         for what, ways in own["AUC"].items():
             rows.append([f"{name}: {what}", *(f"{ways[way]:.3f}" for way in (*WAYS, "another text"))])
     cuts = [[name, *(f"{auc:.3f}" for auc in own["certificate"].values())] for name, own in found.items()]
-    return (
-        table(("AUC of phrases of", "reader", "plain cosine, heads alike", "asked: log p", "another text's"), rows)
-        + "\n\n"
-        + table(("AUC of 12 tokens, 44 later", "read", "cut", "never read", "others cut"), cuts)
+    back = [[name, *(f"{own['read back'][what]:.0%}" for what in BACK)] for name, own in found.items()]
+    first = next(iter(found.values()))["read back"]["texts"]
+    shown = [[words(each["text"]), ", ".join(map(marked, each["read"][:5], each["hits"]))] for each in first]
+    tables = (
+        table(("AUC of phrases of", "reader", "plain cosine, heads alike", "asked: log p", "another text's"), rows),
+        table(("AUC of 12 tokens, 44 later", "read", "cut", "never read", "others cut"), cuts),
+        table(("phrases read back that share three tokens in a row", *BACK), back),
+        table(("text", "its first five phrases; bold: three tokens in a row are in the text"), shown),
     )
+    return "\n\n".join(tables)
+
+
+BACK = ("first 3", "first 10", "another text")
+
+
+def words(text: str) -> str:
+    """A text as a cell of a table has it."""
+    return " ".join(text.split()).replace("|", "/")
+
+
+def marked(phrase: str, hit: bool) -> str:
+    """A phrase, bold if it is in the text."""
+    return f"**{words(phrase)}**" if hit else words(phrase)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,10 @@ AREAS = {
     "pages": ("writesae/**/*.html", "study/writesae_study/**/*.html"),
     "tutorials": ("tutorials/*.ipynb", "study/tutorials/*.ipynb"),
 }
-ALLOWED = {("*", "quantised"): "the name of a condition, which saved tables have"}
+ALLOWED = {
+    ("*", "quantised"): "the name of a condition, which saved tables have",
+    ("docs/benchmarks.md", "of our own"): "a speech, which was read back",
+}
 """Hits that stay: the file and what they begin with, and the reason."""
 
 
