@@ -60,7 +60,8 @@ class Suspect(NamedTuple):
     """KL divergence in nats, of the next token: from the memory without the sentence to the memory as it is."""
     flagged: bool
     """The answer is another one without the sentence, and the model is sure of it (`probability` at least `SURE`): the
-    sentence overwrote it. Without a sentence that alone told the answer, the model is seldom sure of any."""
+    sentence overwrote it. A flag is no proof: without the only sentence that told an answer, a model may be sure of a
+    wrong one."""
 
 
 def term_sizes(keys: Tensor, values: Tensor) -> Tensor:
