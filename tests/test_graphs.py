@@ -23,7 +23,7 @@ from transformer_lens import HookedRootModule
 import hookpoints
 import sae_lens_writesae
 import writesae
-from hookpoints import EditSession, HookedRecurrent, Memory, WriteEdit, attach, zoo
+from hookpoints import EditSession, HookedRecurrent, Memory, MemoryReader, WriteEdit, attach, zoo
 from sae_lens_writesae import HookedSAERecurrent
 from writesae.experiment.lab import Lab
 
@@ -59,6 +59,12 @@ def recorded(world: World) -> Any:
     with world.model.recording() as record:
         world.model(TOKENS)
     return record
+
+
+def fitted(world: World) -> Any:
+    reader = MemoryReader.fit(world.model, drawn_ids(900), lead=[3], longest=4, context=16)
+    memory = world.model.memory(TOKENS)
+    return reader, reader.scores(memory, [[1, 2]]), reader.fitted
 
 
 def attached(world: World) -> Any:
@@ -130,6 +136,13 @@ CALLS: dict[str, Callable[[World], Any]] = {
     "Memory.without": lambda w: w.model.memory(TOKENS).without((3, 6)),
     "Memory.facts": read,
     "Memory.with_fact": rewritten,
+    "Memory.held": lambda w: of_facts()[0].held(2),
+    "Memory.suspects": lambda w: (
+        of_facts()[0].model.memory("Ben lives in Rome . Iris keeps a parrot .").suspects("Ben")
+    ),
+    "Memory.keeping": lambda w: w.model.memory(TOKENS).keeping(),
+    "Memory.told": lambda w: w.model.memory(TOKENS).told([3, 4], instead_of=[5]),
+    "MemoryReader": fitted,
     "Memory.rewind": lambda w: w.model.memory(TOKENS).rewind(5),
     "Memory.paste": lambda w: w.model.memory(TOKENS).paste(w.model.memory(TOKENS), (0, 3)),
     "Memory.lerp": lambda w: w.model.memory(TOKENS).lerp(w.model.memory(MORE), 0.5),
@@ -157,7 +170,7 @@ CALLS: dict[str, Callable[[World], Any]] = {
 """Public calls that run a model."""
 
 BACKWARD = {
-    *("write_attribution", "fit_metrics", "train"),
+    *("write_attribution", "fit_metrics", "train", "MemoryReader"),
     *("HookedRecurrent.recording", "HookedRecurrent.run_with_cache (cache)"),
     "HookedRecurrent.run_with_cache_with_saes (cache)",
 }
@@ -277,7 +290,10 @@ def test_every_public_name_is_in_a_list() -> None:
     owners = {"HookedRecurrent", "HookedSAERecurrent", "EditSession", "Memory", "attach"}
     packages = {name for package in (hookpoints, sae_lens_writesae, writesae) for name in package.__all__}
     of_classes = {f"{made.__name__}.{name}" for made in (Memory, EditSession) for name in vars(made) if name[0] != "_"}
-    plain = {*(f"Memory.{name}" for name in ("T", "tokens", "save", "approximate", "edited")), "EditSession.batches"}
+    plain = {
+        *(f"Memory.{name}" for name in ("T", "tokens", "save", "approximate", "edited", "span_of", "check_row")),
+        "EditSession.batches",
+    }
     known = {name.split(" ")[0].removeprefix("HookedRecurrent.") for name in (*CALLS, *DIFFERENTIABLE)}
     assert (methods - theirs) | (packages - owners) | (of_classes - plain) <= known | NO_RUN
 

@@ -89,7 +89,7 @@ class MemoryReader:
         model: Tokens,
         texts: str | Sequence[str] | Tensor,
         *,
-        lead: str = ".",
+        lead: str | Sequence[int] = ".",
         longest: int = 16,
         context: int = 128,
         seed: int = 0,
@@ -99,7 +99,7 @@ class MemoryReader:
         Args:
             texts: text of the kind that memories read, or its token ids: 40 stretches of ``context`` + ``longest``
                 tokens or more, of which 480 are used. No labels: what was read is known for free.
-            lead: what stands before a phrase when it is read alone, to make its template.
+            lead: what stands before a phrase when it is read alone, to make its template: text or token ids.
             longest: tokens of a phrase, at most.
             context: tokens over which phrases are remembered.
             seed: of the draw of phrases.
