@@ -133,7 +133,7 @@ class MemoryReader:
         """
         tokens = self._phrase_tokens(phrases)
         sides = self._weighted_states(memory)
-        scores = sides[0].new_zeros(memory.tokens.shape[0], len(tokens))
+        scores = self.fitted.weights.new_zeros(memory.tokens.shape[0], len(tokens))
         for places, batch in _batches_by_length(tokens):
             scores[:, places] = self._scores_of(sides, self._template_states(batch))
         return scores
@@ -223,7 +223,7 @@ class MemoryReader:
         scores = torch.zeros(1, device=device)
         for step in range(length):
             count = min(TRIED if step else FIRST_TOKENS, self.model.cfg.d_vocab)
-            proposed = remembered.log_probs.topk(count).indices
+            proposed = remembered.log_probs.topk(count).indices.to(device)
             rows = torch.arange(len(proposed), device=device)[:, None].expand_as(proposed).flatten()
             tokens = proposed.flatten()
             scores = self._longer_scores(alone, rows, tokens, sides, memory.forms)
@@ -338,13 +338,14 @@ class MemoryReader:
         sides = self.fitted.of_states
         weights = self.fitted.weights.split([whitening.mean.shape[0] for whitening in sides.values()])
         directions = (whitening(memory.state(layer).float()) for layer, whitening in sides.items())
-        return [direction * weight[:, None] for direction, weight in zip(directions, weights, strict=True)]
+        return [x * weight[:, None].to(x.device) for x, weight in zip(directions, weights, strict=True)]
 
     def _scores_of(self, sides: Sequence[Tensor], templates: LayerStates) -> Tensor:
         """[B,N], of `_weighted_states` and states [N,H,K,V] of phrases."""
         scores = self.fitted.weights.new_full((), self.fitted.bias)
         for side, (layer, whitening) in zip(sides, self.fitted.of_templates.items(), strict=True):
-            scores = scores + torch.einsum("bhx,nhx->bn", side, whitening(templates[layer]))
+            of_layer = torch.einsum("bhx,nhx->bn", side, whitening(templates[layer]))
+            scores = scores + of_layer.to(scores.device)  # layers may have several devices
         return scores
 
     def _longer_scores(

@@ -52,8 +52,9 @@ class Whitening(NamedTuple):
     """[H,V,V], B^(-1/2)."""
 
     def __call__(self, states: Tensor) -> Tensor:
-        """Directions [N,H,K*V] of whitened states [N,H,K,V]."""
-        return F.normalize((self.keys @ (states - self.mean) @ self.values).flatten(2), dim=2)
+        """Directions [N,H,K*V] of whitened states [N,H,K,V], on their device: layers may have several."""
+        mean, keys, values = (x.to(states.device) for x in self)
+        return F.normalize((keys @ (states - mean) @ values).flatten(2), dim=2)
 
 
 class AgeAccuracy(NamedTuple):
@@ -107,7 +108,7 @@ def fit_templates(model: Tokens, tokens: Tensor, lead: Sequence[int], longest: i
     weights, bias = _logistic_fit(read, unread)
     read, unread, ages = _head_cosines(plan, sides, stretches[part >= 8])
     horizon = _accuracy_by_age(read @ weights, unread @ weights, ages, context)
-    return Fitted(*sides, weights, bias, tuple(lead), longest, horizon)
+    return Fitted(*sides, weights.to(model.cfg.device), bias, tuple(lead), longest, horizon)
 
 
 class _Sample(NamedTuple):
@@ -193,7 +194,8 @@ def _inverse_root(moments: Tensor) -> Tensor:
 def _head_cosines(
     plan: _Plan, sides: tuple[Mapping[int, Whitening], Mapping[int, Whitening]], stretches: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cosines [N,H_all] of states with phrases that were read, with phrases that were not, and the ages [N]."""
+    """Cosines [N,H_all] of states with phrases that were read, with phrases that were not, and the ages [N]; on the
+    CPU, which has float64."""
     weighed = [n for n, length in enumerate(plan.lengths) if length >= min(WEIGHED_FROM, plan.lengths[-1])]
     read = list[Tensor]()
     unread = list[Tensor]()
@@ -202,7 +204,7 @@ def _head_cosines(
         states = {layer: whitening(sample.states[layer][:, 0]) for layer, whitening in sides[0].items()}
         for n in weighed:
             for cosines, templates in ((read, sample.read), (unread, sample.unread)):
-                by_layer = [(x * sides[1][layer](templates[layer][:, n])).sum(2) for layer, x in states.items()]
+                by_layer = [(x * sides[1][layer](templates[layer][:, n])).sum(2).cpu() for layer, x in states.items()]
                 cosines.append(torch.cat(by_layer, 1))
             ages.append(sample.ages)
     return torch.cat(read), torch.cat(unread), torch.cat(ages)
