@@ -82,8 +82,8 @@ AGAIN = Round(8e-4, 0.4, (Stage(300, 6, 2, 320, (3, 12), 16, 0.4),))
 PLANS = {
     "facts-english": Plan(
         "gdn",
-        "Five Gated DeltaNet layers and no attention: the attention layer of `embedded` gave way to a Gated DeltaNet "
-        "layer in whose first head names start together. 2 key heads of width K = 64 serve 4 value heads of width "
+        "Five Gated DeltaNet layers and no attention: a Gated DeltaNet layer replaces the attention layer of "
+        "`embedded`. In its first head names start together. 2 key heads of width K = 64 serve 4 value heads of width "
         "V = 32 (`Qwen3_5ForCausalLM`).",
         (LONG, AGAIN),
     ),

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 MODELS = ("facts-english", "facts-english-rwkv7", "facts-english-mamba2")
-"""Models of these texts. They have one tokenizer."""
+"""Models of these texts, with one tokenizer. `zoo.names()` has those that ship."""
 SIZES = (2, 4, 8, 12)
 """Facts of the documents that `zoo.accuracy` measures."""
 Split = Literal["train", "test"]
