@@ -15,7 +15,6 @@ was recorded.
 from __future__ import annotations
 
 import copy
-import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -26,14 +25,11 @@ from typing import TYPE_CHECKING, NamedTuple
 from zipfile import is_zipfile
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import Cache
 
 from hookpoints.errors import InputError, UnsupportedModelError
-from hookpoints.files import atomic_write, tensors_hash
 from hookpoints.layer.context import all_left, count_tokens, drop_sources
 from hookpoints.memory.caches import (
     attends_and_convolves,
@@ -80,7 +76,7 @@ from hookpoints.memory.passes import (
     run_tokens,
     token_list,
 )
-from hookpoints.memory.sealing import fingerprint
+from hookpoints.memory.sealing import fingerprint, load_sealed, save_sealed
 from hookpoints.model.inputs import check_tokens
 from hookpoints.model.selfcheck import relative_error, tolerance
 from hookpoints.recurrence.canonical import tensors, terms
@@ -512,11 +508,7 @@ class Memory:
             OSError: it cannot be written, or ``path`` is a link, a folder or a device, which is not replaced.
         """
         named = self.kept.filed.named() | {f"cache/{place}": x for place, x in tensors_of(self.cache).items()}
-        # Clones: safetensors refuses tensors that share memory, as views of one factor do.
-        copies = {name: x.detach().clone(memory_format=torch.contiguous_format).cpu() for name, x in named.items()}
-        said = {**_file_identity(self.model), "edited": self.edited}
-        said["sha256"] = tensors_hash(copies, said)
-        atomic_write(Path(path), lambda file: save_file(copies, file, {"hookpoints": json.dumps(said)}))
+        save_sealed(path, named, {**_file_identity(self.model), "edited": self.edited})
 
     @classmethod
     def load(cls, path: str | Path, model: Tokens) -> Memory:
@@ -527,23 +519,12 @@ class Memory:
             InputError: the file is damaged or not a memory, or was saved for another model, dtype or version.
             FileNotFoundError: there is none.
         """
-        try:
-            with safe_open(path, "pt") as file:
-                said = json.loads((file.metadata() or {}).get("hookpoints", "{}"))
-                named = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-        except (SafetensorError, ValueError, RecursionError) as error:
-            if is_zipfile(path):
-                raise InputError(
-                    f"{path}: expected a memory that was saved, got a file of torch.save, as RWKV's states are; load "
-                    "it with torch.load(path, weights_only=True), and hand its states [B,H,K,V] to memory.with_states"
-                ) from error
-            raise InputError(f"{path}: expected a memory that was saved, got a damaged file ({error})") from error
-        said = said if isinstance(said, dict) else {}
-        here = _file_identity(model)
-        if wrong := {name: said.get(name) for name in here if said.get(name) != here[name]}:
-            raise InputError(f"{path}: expected {here}, got {wrong}: saved for another model or version, or damaged")
-        if said.pop("sha256", None) != tensors_hash(named, said):
-            raise InputError(f"{path}: damaged, its SHA-256 is not that of what was saved: save the memory again")
+        if is_zipfile(path):
+            raise InputError(
+                f"{path}: expected a memory that was saved, got a file of torch.save, as RWKV's states are; load "
+                "it with torch.load(path, weights_only=True), and hand its states [B,H,K,V] to memory.with_states"
+            )
+        named, said = load_sealed(path, "memory", _file_identity(model))
         first = _memory_of_first_token(model, named, str(path))
         kept = first.kept.filed.each(lambda name, x: named[name].to(x.device))
         kept = kept._replace(attention=attention_of(first.cache, kept.T))

@@ -6,24 +6,20 @@ nothing of edits: a phrase that was cut out of a memory reads as one that it nev
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from hookpoints.errors import InputError
-from hookpoints.files import atomic_write, tensors_hash
 from hookpoints.memory.caches import chosen_rows
 from hookpoints.memory.memory import Memory, TokenSpan, read
 from hookpoints.memory.passes import Form, LayerStates, run_tokens, token_list
 from hookpoints.memory.phrases import Phrases, distinct
-from hookpoints.memory.sealing import fingerprint
+from hookpoints.memory.sealing import fingerprint, load_sealed, save_sealed
 from hookpoints.memory.templates import AgeAccuracy, Fitted, Whitening, fit_templates, running_tokens, states_at
 from hookpoints.recurrence.canonical import over_time
 
@@ -265,11 +261,8 @@ class MemoryReader:
         for side in ("of_states", "of_templates"):
             for layer, whitening in getattr(self.fitted, side).items():
                 named |= {f"{side}/{layer}/{field}": x for field, x in whitening._asdict().items()}
-        copies = {name: x.detach().clone(memory_format=torch.contiguous_format).cpu() for name, x in named.items()}
-        said = _file_identity(self.model)
-        said |= {name: getattr(self.fitted, name) for name in ("bias", "lead", "longest", "horizon")}
-        said["sha256"] = tensors_hash(copies, said)
-        atomic_write(Path(path), lambda file: save_file(copies, file, {"hookpoints": json.dumps(said)}))
+        said = {name: getattr(self.fitted, name) for name in ("bias", "lead", "longest", "horizon")}
+        save_sealed(path, named, _file_identity(self.model) | said)
 
     @classmethod
     def load(cls, path: str | Path, model: Tokens) -> MemoryReader:
@@ -279,33 +272,13 @@ class MemoryReader:
             InputError: the file is damaged or not a reader, or was fitted to another model.
             FileNotFoundError: there is none.
         """
-        try:
-            with safe_open(path, "pt") as file:
-                said = json.loads((file.metadata() or {}).get("hookpoints", "{}"))
-                named = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-        except (SafetensorError, ValueError, RecursionError) as error:
-            raise InputError(f"{path}: expected a reader that was saved, got a damaged file ({error})") from error
-        said = said if isinstance(said, dict) else {}
-        here = _file_identity(model)
-        if wrong := {name: said.get(name) for name in here if said.get(name) != here[name]}:
-            raise InputError(f"{path}: expected {here}, got {wrong}: not a reader, or one of another model")
-        if said.pop("sha256", None) != tensors_hash(named, said):
-            raise InputError(f"{path}: damaged, its SHA-256 is not that of what was saved: save the reader again")
-        on_device = {name: x.to(model.cfg.device) for name, x in named.items()}
-        sides: dict[str, dict[int, Whitening]] = {"of_states": {}, "of_templates": {}}
-        for side, whitenings in sides.items():
-            for layer in model.cfg.recurrent_layers:
-                fields = (on_device[f"{side}/{layer}/{field}"] for field in Whitening._fields)
-                whitenings[layer] = Whitening(*fields)
-        fitted = Fitted(
-            **sides,
-            weights=on_device["weights"],
-            bias=said["bias"],
-            lead=tuple(said["lead"]),
-            longest=said["longest"],
-            horizon=tuple(AgeAccuracy(*row) for row in said["horizon"]),
-        )
-        return cls(model, fitted)
+        named, said = load_sealed(path, "reader", _file_identity(model))
+        try:  # anyone can seal a file
+            return cls(model, _fitted_of(named, said, model))
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{path}: expected the tensors and settings of a reader, got others ({error!r})"
+            ) from error
 
     # -- helpers
 
@@ -396,6 +369,33 @@ def _batches_by_length(tokens: Sequence[Sequence[int]]) -> Iterator[tuple[list[i
         for first in range(0, len(places), BATCH):
             some = places[first : first + BATCH]
             yield some, [tokens[place] for place in some]
+
+
+def _fitted_of(named: Mapping[str, Tensor], said: Mapping[str, Any], model: Tokens) -> Fitted:
+    """What a reader's file holds, on the model's device.
+
+    Raises:
+        KeyError, TypeError, ValueError: its tensors or settings are not those of a reader of this model.
+    """
+    sides: dict[str, dict[int, Whitening]] = {"of_states": {}, "of_templates": {}}
+    shapes: dict[str, list[int]] = {"weights": [sum(model.cfg.layer(n).H for n in model.cfg.recurrent_layers)]}
+    for side, whitenings in sides.items():
+        for layer in model.cfg.recurrent_layers:
+            sizes = model.cfg.layer(layer)
+            names = [f"{side}/{layer}/{field}" for field in Whitening._fields]
+            ends = ([sizes.K, sizes.V], [sizes.K, sizes.K], [sizes.V, sizes.V])
+            shapes |= {name: [sizes.H, *end] for name, end in zip(names, ends, strict=True)}
+            whitenings[layer] = Whitening(*(named[name].float().to(model.cfg.device) for name in names))
+    if wrong := {name: list(named[name].shape) for name, shape in shapes.items() if list(named[name].shape) != shape}:
+        raise ValueError(f"shapes {wrong}")
+    return Fitted(
+        **sides,
+        weights=named["weights"].float().to(model.cfg.device),
+        bias=float(said["bias"]),
+        lead=tuple(map(int, said["lead"])),
+        longest=int(said["longest"]),
+        horizon=tuple(AgeAccuracy(*row) for row in said["horizon"]),
+    )
 
 
 def _file_identity(model: Tokens) -> dict[str, object]:

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+
+from hookpoints.errors import InputError
+from hookpoints.files import atomic_write, tensors_hash
 
 _WORDS = {"cpu": 2**17, "cuda": 2**22}
 """Words of 8 bytes that are summed at once, by device: what fits into a cache, or few launches."""
@@ -50,3 +57,39 @@ def sum_of_bits(x: Tensor) -> Tensor:
         mixed = (mixed ^ (mixed >> 32)) * _ODD[1]
         total += (mixed ^ (mixed >> 29)).sum()
     return total
+
+
+def save_sealed(path: str | Path, tensors: Mapping[str, Tensor], said: Mapping[str, object]) -> None:
+    """Write one safetensors file, aside and then renamed: tensors, what is ``said`` of them, a SHA-256 of all of it.
+
+    Raises:
+        OSError: it cannot be written, or ``path`` is a link, a folder or a device, which is not replaced.
+    """
+    # Clones: safetensors refuses tensors that share memory, as views of one factor do.
+    copies = {name: x.detach().clone(memory_format=torch.contiguous_format).cpu() for name, x in tensors.items()}
+    sealed = {**said, "sha256": tensors_hash(copies, said)}
+    atomic_write(Path(path), lambda file: save_file(copies, file, {"hookpoints": json.dumps(sealed)}))
+
+
+def load_sealed(
+    path: str | Path, what: str, identity: Mapping[str, object]
+) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """The tensors of a file of `save_sealed`, and what it says of them, which has to agree with ``identity``. No code
+    is run. ``what`` the file is, for errors.
+
+    Raises:
+        InputError: the file is damaged or another one, or was saved for another model, dtype or version.
+        FileNotFoundError: there is none.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            said = json.loads((file.metadata() or {}).get("hookpoints", "{}"))
+            named = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+    except (SafetensorError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: expected a {what} that was saved, got a damaged file ({error})") from error
+    said = said if isinstance(said, dict) else {}
+    if wrong := {name: said.get(name) for name in identity if said.get(name) != identity[name]}:
+        raise InputError(f"{path}: expected {identity}, got {wrong}: saved for another model or version, or damaged")
+    if said.pop("sha256", None) != tensors_hash(named, said):
+        raise InputError(f"{path}: damaged, its SHA-256 is not that of what was saved: save the {what} again")
+    return named, said

@@ -12,6 +12,7 @@ from hookpoints import HookedRecurrent, MemoryReader, embedded
 from hookpoints.errors import InputError
 from hookpoints.memory.phrases import Phrases, distinct
 from hookpoints.memory.reader import _written_states
+from hookpoints.memory.sealing import load_sealed, save_sealed
 from hookpoints.memory.templates import RIDGE, Fitted, Whitening, _Moments, area_under_curve, running_tokens
 
 T = 64
@@ -162,6 +163,26 @@ def test_a_reader_is_saved_and_loaded(reader, texts, tmp_path):
         MemoryReader.load(tmp_path / "damaged", reader.model)
     with pytest.raises(InputError, match="another model"):
         MemoryReader.load(path, HookedRecurrent.from_pretrained("facts"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda named, said: named.pop("weights"),
+        lambda named, said: named.update(weights=named["weights"][:3].clone()),
+        lambda named, said: said.pop("lead"),
+        lambda named, said: said.update(horizon=3),
+    ],
+)
+def test_a_sealed_file_has_what_a_reader_of_the_model_has(reader, tmp_path, change):
+    """Anyone can seal a file."""
+    path = tmp_path / "reader"
+    reader.save(path)
+    named, said = load_sealed(path, "reader", {})
+    change(named, said)
+    save_sealed(path, named, said)
+    with pytest.raises(InputError, match="expected the tensors and settings of a reader"):
+        MemoryReader.load(path, reader.model)
 
 
 @pytest.mark.parametrize(
