@@ -35,6 +35,7 @@ from hookpoints.memory.caches import (
     attends_and_convolves,
     attention_of,
     chosen_rows,
+    cut,
     fill,
     put_state,
     reach,
@@ -352,17 +353,21 @@ class Memory:
     # -- cutting and joining
 
     def rewind(self, position: int) -> Memory:
-        """The memory as it was after ``position`` tokens, exactly.
+        """The memory as it was after ``position`` tokens, exactly; after none, that of a model that begins to read.
 
         Cost: the recurrence over their stored factors, and a pass over as many tokens as convolutions hold (4, say).
 
         Raises:
-            InputError: ``position`` is not within 1 to T, or states were set by hand.
+            InputError: ``position`` is not within 0 to T, or states were set by hand and ``position`` is not 0.
         """
-        if not 1 <= position <= self.T:
-            raise InputError(f"position: expected 1 to {self.T}, the tokens read, got {position}")
+        if not 0 <= position <= self.T:
+            raise InputError(f"position: expected 0 to {self.T}, the tokens read, got {position}")
         if position == self.T:
             return self
+        if not position:
+            unread = replace(self, cache=cut(self.cache, 0), kept=self.kept.span(0, 0))
+            zeros = {layer: torch.zeros_like(state) for layer, state in self._layer_states().items()}
+            return replace(unread.with_states(zeros), edited=False)
         self._check_explained()
         return self._composed_memory(position, self.tokens[:, :0], self.kept.span(0, 0), 0)
 
@@ -384,7 +389,7 @@ class Memory:
         them and at the end as convolutions hold.
 
         Raises:
-            InputError: the span is empty, out of range or all there is, or states were set by hand.
+            InputError: the span is empty or out of range, or states were set by hand.
         """
         start, stop = self.span_of(span)
         rest = self.T - stop
@@ -599,6 +604,8 @@ class Memory:
     def _check_explained(self) -> None:
         if self.edited:
             raise InputError("expected a memory whose tokens wrote its states, got one edited by hand: cut before")
+        if not self.T:
+            raise InputError("memory: expected one that has read tokens, got one that has read none")
 
     @property
     def _token_reader(self) -> TokenReader:
@@ -721,11 +728,12 @@ def _memory_of_first_token(model: Tokens, named: Mapping[str, Tensor], path: str
     tokens = named.get("tokens")
     if tokens is None or tokens.ndim != 2 or tokens.dtype not in (torch.int32, torch.int64):
         raise InputError(f"{path}: expected token ids [B,T] under 'tokens', got none")
-    check_tokens(tokens, model.cfg)
     rows, count = tokens.shape
+    known = tokens if count else F.pad(tokens, (0, 1))  # any token will do for a memory that has read none
+    check_tokens(known, model.cfg)
     # Names, shapes and devices are those of a real memory: nothing is taken from the file unchecked. One row tells
     # them, however many the file claims to have.
-    first = read(model, tokens[:1, :1].to(model.cfg.device))
+    first = read(model, known[:1, :1].to(model.cfg.device))
     wanted = {name: (x, 1) for name, x in first.kept.filed.named().items()}
     places = tensors_of(first.cache)
     wanted |= {f"cache/{place}": (x, x.ndim - 2 if _has_tokens(place) else None) for place, x in places.items()}

@@ -93,6 +93,19 @@ def test_rewind_is_the_memory_as_it_was(whole):
         same(memory.rewind(position), model.memory(READ[:, :position]))
 
 
+def test_before_the_first_token_a_memory_is_that_of_a_model_that_begins(whole):
+    model, memory = whole
+    begin = memory.rewind(0)
+    assert_close(model.logits_after(begin, READ), model(READ).detach(), **TOLERANCE)
+    same(model.memory(READ, memory=begin), memory)
+    same(begin.paste(memory, (0, T)), memory)
+    same(memory.without((0, T)), begin, exact=True)
+    assert begin.approximate is None and begin.T == 0 and memory.truncate(1).rewind(0).approximate is None
+    for ask in (begin.terms, begin.holdings, begin.recurrence):
+        with pytest.raises(InputError, match="has read none"):
+            ask(0)
+
+
 def test_a_span_that_was_read_last_is_cut_exactly_and_pasted_back(whole):
     model, memory = whole
     cut = memory.without(slice(START, None))
@@ -254,6 +267,9 @@ def test_a_saved_memory_is_the_same_bit_for_bit(small, tmp_path):
     same(loaded.rewind(5), cut.rewind(5), exact=True)
     assert loaded.approximate == cut.approximate and "to 15 were" in str(cut.approximate)
     assert [each.name for each in tmp_path.iterdir()] == ["memory.safetensors"]
+    begin = cut.rewind(0) + {1: cut.state(1)}
+    begin.save(tmp_path / "memory.safetensors")
+    same(Memory.load(tmp_path / "memory.safetensors", model), begin, exact=True)
 
 
 def changed_file(memory: Memory, folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
@@ -434,10 +450,10 @@ def test_a_sealed_file_has_the_tensors_that_the_model_has(read, tmp_path, change
         lambda model, memory: memory.without((5, 5)),
         lambda model, memory: memory.without((9, 4)),
         lambda model, memory: memory.without((3, T + 1)),
-        lambda model, memory: memory.without((0, T)),
+        lambda model, memory: memory.without((T, T + 1)),
         lambda model, memory: memory.without(slice(2, 8, 2)),
         lambda model, memory: memory.without(SPAN, reread=T),
-        lambda model, memory: memory.rewind(0),
+        lambda model, memory: memory.rewind(-1),
         lambda model, memory: memory.truncate(0),
         lambda model, memory: memory.lerp(memory, float("nan")),
         lambda model, memory: memory.lerp(memory, "half"),
