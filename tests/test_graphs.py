@@ -184,6 +184,9 @@ DIFFERENTIABLE: dict[str, Callable[[World], Any]] = {
     "HookedRecurrent.run_with_saes": lambda w: w.model.run_with_saes(TOKENS, saes=[w.sae]),
     "HookedRecurrent.run_with_cache_with_saes": lambda w: w.model.run_with_cache_with_saes(TOKENS, saes=[w.sae]),
     "HookedRecurrent.run_with_hooks_with_saes": lambda w: w.model.run_with_hooks_with_saes(TOKENS, saes=[w.sae]),
+    "HookedRecurrent.logits_after (gradients)": lambda w: w.model.logits_after(
+        w.model.memory(TOKENS), MORE, gradients=True
+    ),
     "HookedRecurrent.recurrence (gradients)": lambda w: w.model.recurrence(TOKENS, LAYER, gradients=True),
     "HookedRecurrent.run_with_edits (gradients)": lambda w: w.model.run_with_edits(
         TOKENS[:1], [DELETE], gradients=True

@@ -105,7 +105,7 @@ class HookedMixer:
         """Whether a forward of the layer has to be handled: a hook, an edit or a recording is active, or it does not
         run alone. Inside a forward that is handled it always has, so that its ops do not go to that one's handler."""
         asked = not self.runs_alone or self.hooks.listeners.exist() or current(self.owner).asks_layers
-        return asked or bool(open_handlers())
+        return asked or bool(open_handlers()) or (self.rule.overwrites and torch.is_grad_enabled())
 
 
 def hook_layer(mixer: HookedMixer, counts: bool) -> Callable[[], None]:

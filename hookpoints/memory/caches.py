@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Mapping
-from typing import Any
+from types import MethodType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from transformers import Cache
 
 from hookpoints.errors import UnsupportedModelError
 from hookpoints.layer.context import count_tokens, drop_sources
+
+if TYPE_CHECKING:
+    from transformers.cache_utils import LinearAttentionLayer
 
 
 def tensors_of(cache: Cache) -> dict[str, Tensor]:
@@ -53,7 +57,7 @@ def state_of(cache: Cache, layer: int, value_first: bool) -> Tensor:
 
 
 def put_state(cache: Cache, layer: int, state: Tensor, value_first: bool) -> None:
-    """Replace the state of a recurrent layer by ``state`` [B,H,K,V]."""
+    """Replace the state of a recurrent layer by ``state`` [B,H,K,V], or by a copy through which gradients pass."""
     turned_back = (state.mT if value_first else state).to(state_of(cache, layer, value_first).dtype)
     fill(cache, {f"{layer}/recurrent_states/0": turned_back.contiguous()})
 
@@ -81,14 +85,23 @@ def attention_of(cache: Cache, tokens: int) -> dict[str, Tensor]:
     return attention
 
 
-def cut(cache: Cache, tokens: int) -> Cache:
-    """What ``cache``, which recorded its past, held after ``tokens`` tokens; it shares tensors with it. Recurrent
-    states are still the last ones (``put_state``)."""
+def shared(cache: Cache) -> Cache:
+    """Another cache with the same tensors. Tensors of one can be replaced (``fill``, ``put_state``) without the other;
+    one that is written in place changes in both."""
     branch = copy.copy(cache)
     branch.layers = [copy.copy(layer) for layer in cache.layers]
     for layer in branch.layers:
-        copied = {name: dict(value) for name, value in vars(layer).items() if isinstance(value, dict)}
-        vars(layer).update(copied, record_past=False)
+        vars(layer).update({name: dict(value) for name, value in vars(layer).items() if isinstance(value, dict)})
+        vars(layer).pop("update_recurrent_state", None)  # that of `chosen_rows` is bound to the other's layer
+    return branch
+
+
+def cut(cache: Cache, tokens: int) -> Cache:
+    """What ``cache``, which recorded its past, held after ``tokens`` tokens; it shares tensors with it. Recurrent
+    states are still the last ones (``put_state``)."""
+    branch = shared(cache)
+    for layer in branch.layers:
+        vars(layer).update(record_past=False)
     cropped: dict[str, Tensor] = {}
     for place, x in tensors_of(branch).items():
         layer, name, key = place.split("/")
@@ -126,13 +139,24 @@ def _convolution_sizes(cache: Cache) -> list[int]:
 
 
 def chosen_rows(cache: Cache, rows: Tensor) -> Cache:
-    """A copy with ``rows`` [N] of the cache, in this order; a row may come several times."""
-    copied = copy.deepcopy(cache)
+    """A copy with ``rows`` [N] of the cache, in this order; a row may come several times. In grad mode, gradients pass
+    from what reads the copy to the states of ``cache``."""
+    copied = shared(cache)
     whole = tensors_of(cache)
     fill(copied, {place: x.index_select(0, rows.to(x.device)) for place, x in whole.items()})
     if any(len(rows) != len(x) for x in whole.values()):
         drop_sources(copied)
+    if torch.is_grad_enabled():
+        # Upstream writes the new state over the old one, which autograd saved for the backward pass.
+        for layer in copied.layers:
+            vars(layer).update(update_recurrent_state=MethodType(_replaced_state, layer))
     return copied
+
+
+def _replaced_state(layer: LinearAttentionLayer, recurrent_states: Tensor, state_idx: int = 0, **_: object) -> Tensor:
+    """What ``update_recurrent_state`` of a cache's layer does, without writing over the state that was there."""
+    layer.recurrent_states[state_idx] = recurrent_states
+    return recurrent_states
 
 
 def turned(model: nn.Module, backbone: nn.Module | None, keys: Tensor, by: int) -> Tensor:

@@ -14,7 +14,6 @@ was recorded.
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -39,6 +38,7 @@ from hookpoints.memory.caches import (
     fill,
     put_state,
     reach,
+    shared,
     state_of,
     tensors_of,
     turned,
@@ -117,7 +117,7 @@ class Memory:
 
     model: Tokens
     cache: Cache
-    """The model's own. Not to be changed: hand on ``copy.deepcopy(memory.cache)``."""
+    """The model's own. Not to be changed: ``branch`` makes copies."""
     kept: Kept
     """What is stored of each token."""
     forms: Mapping[int, Form]
@@ -474,16 +474,18 @@ class Memory:
         return self.with_states(states)
 
     def with_states(self, states: Mapping[int, Tensor]) -> Memory:
-        """With other states [B,H,K,V] of the layers that are named.
+        """With copies of other states [B,H,K,V] of the layers that are named. Gradients pass to states that ask for
+        them, from ``model.logits_after(memory, input, gradients=True)`` and ``model.forward``. Calls that read tokens
+        into a memory, or generate, make none.
 
         Raises:
-            InputError: a state has another shape or device, or a gradient.
+            InputError: a state has another shape or device.
             UnsupportedModelError: a layer has no recurrence.
         """
         self._check_states(states)
-        cache = copy.deepcopy(self.cache)  # this memory stays as it is
+        cache = shared(self.cache)  # this memory stays as it is
         for layer, state in states.items():
-            put_state(cache, layer, state, self.forms[layer].value_first)
+            put_state(cache, layer, state.clone(), self.forms[layer].value_first)
         drop_sources(cache)
         return replace(self, cache=cache, edited=True)
 
@@ -491,7 +493,8 @@ class Memory:
 
     def branch(self, model: Tokens, tokens: Tensor, copies: int = 1) -> Cache:
         """A copy of the cache, for ``model`` to read ``tokens`` [B,T'] on from here; with ``copies`` of each row, one
-        after the other, as transformers expands rows to beams and to several returned sequences.
+        after the other, as transformers expands rows to beams and to several returned sequences. In grad mode,
+        gradients pass through it to states that ask for them.
 
         Raises:
             InputError: the memory belongs to another model, dtype or device, or to another number of rows.
@@ -549,7 +552,7 @@ class Memory:
     def _next_log_probs(self, question: str | Tensor) -> Tensor:
         """[vocab], of the token after ``question``, which is read after the tokens of the only row."""
         tokens = question if isinstance(question, Tensor) else torch.tensor([token_list(self.model, question)])
-        return read_on(self.model, tokens.to(self.tokens.device), self.T, copy.deepcopy(self.cache))[1][0]
+        return read_on(self.model, tokens.to(self.tokens.device), self.T, self.branch(self.model, tokens))[1][0]
 
     def _states_alone(self, text: str | Sequence[int] | None) -> LayerStates:
         """States [1,H,K,V] after a text alone, which stands after the first token (bos) where the model has one."""
@@ -574,8 +577,6 @@ class Memory:
 
     def _check_states(self, states: Mapping[int, Tensor]) -> None:
         for layer, state in states.items():
-            if state.requires_grad:
-                raise InputError(f"layer {layer}: expected a state without gradient, got one; use state.detach()")
             wanted = _state_kind(self.state(layer))
             got = _state_kind(state)
             if got != wanted:
@@ -671,6 +672,7 @@ class Memory:
         return replace(self, cache=passed.cache, kept=kept, edited=self.edited or passed.edited)
 
 
+@torch.no_grad()
 def read(model: Tokens, tokens: Tensor, before: Memory | None = None) -> Memory:
     """The memory after ``tokens`` [B,T], read after those of ``before``. One pass with a cache, without logits.
 

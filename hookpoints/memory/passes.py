@@ -6,7 +6,6 @@ and attention keys have positions. `TokenReader.read_again` runs those few token
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,7 +17,7 @@ from transformers import Cache
 
 from hookpoints.hooks.guard import Hook, HookSpecs
 from hookpoints.layer.context import Recorded, all_left, drop_sources, scope
-from hookpoints.memory.caches import attention_of, fill, put_state, state_of, tensors_of, window
+from hookpoints.memory.caches import attention_of, chosen_rows, fill, put_state, state_of, tensors_of, window
 from hookpoints.model.inputs import cache_of, continuing
 from hookpoints.recurrence.canonical import over_time
 
@@ -128,7 +127,7 @@ class TokenReader(NamedTuple):
         begin = start - leading
         end = start + reread + later.T
         place = slice(leading, leading + reread)
-        cache = copy.deepcopy(self.cache) if begin else None
+        cache = chosen_rows(self.cache, torch.arange(len(again))) if begin else None
         if cache is not None:
             self.store(cache, before.span(0, begin).attention, {})
         entered: dict[str, Tensor] = {}

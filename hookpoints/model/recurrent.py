@@ -220,6 +220,7 @@ class HookedRecurrent(Tokens, Weights):
             return stopped.residual
         return self._returned_value(logits, tokens, attention_mask, return_type, loss_per_token)
 
+    @torch.no_grad()
     def generate(
         self,
         input: str | list[str] | Tensor,
@@ -272,7 +273,7 @@ class HookedRecurrent(Tokens, Weights):
             hf_kwargs[cache_argument(self.hf_model)] = memory.branch(self, batch.tokens, copies)
             _require_unpadded(mask)
             mask = F.pad(mask, (memory.T, 0), value=1)  # longer than the input: upstream takes that for what follows
-        with torch.no_grad(), self.edits(edits, edit_rows=edit_rows):
+        with self.edits(edits, edit_rows=edit_rows):
             out = self.hf_model.generate(batch.tokens, attention_mask=mask, **hf_kwargs)
         if not isinstance(out, Tensor):
             return out
@@ -301,9 +302,14 @@ class HookedRecurrent(Tokens, Weights):
         _require_unpadded(batch.attention_mask)
         return read(self, batch.tokens, memory)
 
-    def logits_after(self, memory: Memory, input: str | list[str] | Tensor) -> Tensor:
-        """Logits [B,T,vocab] of ``input`` [B,T], read after ``memory``, without gradients."""
-        with torch.no_grad():
+    def logits_after(self, memory: Memory, input: str | list[str] | Tensor, *, gradients: bool = False) -> Tensor:
+        """Logits [B,T,vocab] of ``input`` [B,T], read after ``memory``.
+
+        Args:
+            gradients: make them differentiable, by states that were put into the memory (`Memory.with_states`), and by
+                weights where the model is ``trainable``. The result then holds the graph of the pass.
+        """
+        with torch.set_grad_enabled(gradients):
             return self(input, memory=memory)
 
     def run_with_edits(self, tokens: Tensor, rows: EditRows, **kwargs: Any) -> EditedRun:

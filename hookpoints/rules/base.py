@@ -149,6 +149,8 @@ class Rule:
     starts_from_zero: bool = False
     """Whether its op for several tokens begins with zeros whatever the cache holds, so that only a pass over the whole
     sequence, or one token after the other, is the model's."""
+    overwrites: bool = False
+    """Whether an op writes over the state that it is given, which autograd may have saved."""
     companions: tuple[str, ...] = ()
     """Other fast ops of the same layers (convolutions) that only need to stay on the right device."""
     fused: tuple[str, ...] = ()

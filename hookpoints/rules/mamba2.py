@@ -3,8 +3,8 @@
     S_t = exp(dt_t A) S_{t-1} + B_t (dt_t x_t)^T,    o_t = S_t^T C_t
 
 with q = C and k = B shared by groups of heads, v = x, beta = dt and one A < 0 per head. Two ops compute it: the scan of
-a sequence, and the update by one token, which has no time axis and changes the cache's state in place. Both keep
-states value-first; here they are turned.
+a sequence, and the update by one token, which has no time axis and changes the cache's state in place, so that
+hookpoints' own kernel computes it where gradients are asked for. Both keep states value-first; here they are turned.
 
 What the ops add outside the state, the skip D x and in some Falcon-H1 models the gate silu(z), is subtracted
 and added again by ``write_result``: hooks see S^T C alone, and editing v leaves the skip as it is. The torch ops keep
@@ -27,6 +27,7 @@ from hookpoints.rules.base import (
     CONVOLUTIONS,
     Arguments,
     Names,
+    Op,
     OpFactors,
     OpResult,
     Rule,
@@ -38,6 +39,11 @@ from hookpoints.rules.base import (
 
 class Mamba2(Rule):
     """See above."""
+
+    def runs(self, op: Op, arguments: Arguments) -> bool:
+        given = (x for x in arguments.values() if isinstance(x, Tensor))
+        lost = is_update(arguments) and torch.is_grad_enabled() and any(x.requires_grad for x in given)
+        return not lost and super().runs(op, arguments)
 
     def factors(self, arguments: Arguments) -> OpFactors:
         x = arguments["hidden_states"]
@@ -117,6 +123,7 @@ MAMBA2 = Mamba2(
     companions=CONVOLUTIONS,
     fused=("mamba2_split_conv1d_scan_combined",),
     torch_only=frozenset({"beta", "log_decay"}),
+    overwrites=True,
 )
 
 

@@ -206,13 +206,7 @@ def test_exchanged_arguments_are_named(embedded, call):
         call(embedded, "The people")
 
 
-def test_memory_takes_states_without_gradient_and_files_of_its_own(embedded, tmp_path):
-    memory = embedded.memory("The people")
-    state = memory.state(1).requires_grad_()
-    for change in (memory.with_states, memory.__add__):
-        with pytest.raises(InputError, match=r"use state\.detach\(\)"):
-            change({1: state})
-    memory.with_states({1: state.detach()})
+def test_memory_takes_files_of_its_own(embedded, tmp_path):
     torch.save({"blocks.0.att.time_state": torch.zeros(2, 4, 4)}, tmp_path / "state.pth")
     with pytest.raises(InputError, match=r"a file of torch\.save, as RWKV's states are"):
         Memory.load(tmp_path / "state.pth", embedded)
