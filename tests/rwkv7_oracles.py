@@ -54,12 +54,27 @@ def _inside(name: str) -> str:
     return f"att.{_PROJECTIONS[first]}.{last}" if first in _PROJECTIONS else f"att.{rest}"
 
 
-def ask_official(model: RWKV7ForCausalLM, tokens: list[int], folder: Path, monkeypatch: pytest.MonkeyPatch) -> Answer:
-    """The official package, step by step. Its head norm knows heads of 64 alone; its states are value-first."""
+def ask_official(
+    model: RWKV7ForCausalLM,
+    tokens: list[int],
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    states: Path | None = None,
+) -> Answer:
+    """The official package, step by step. Its head norm knows heads of 64 alone; its states are value-first.
+
+    It begins with those of a file, ``states``, as RWKV-Runner hands them to it: as they are, and token shifts of zero.
+    """
     for name, value in {"RWKV_V7_ON": "1", "RWKV_JIT_ON": "0", "RWKV_CUDA_ON": "0"}.items():
         monkeypatch.setenv(name, value)  # read at import
     module = importlib.import_module("rwkv.model")
     torch.save(official_weights(model), folder / "official.pth")
     oracle = module.RWKV(model=str(folder / "official"), strategy="cpu fp32")
-    logits, state = oracle.forward(tokens, None, full_output=True)
+    begin = None
+    if states is not None:
+        shift = torch.zeros(model.config.hidden_size)
+        tuned = torch.load(states, weights_only=True)
+        layers = range(model.config.num_hidden_layers)
+        begin = [part for layer in layers for part in (shift, tuned[f"blocks.{layer}.att.time_state"].float(), shift)]
+    logits, state = oracle.forward(tokens, begin, full_output=True)
     return Answer(logits, [part.mT for part in state[1::3]])

@@ -529,8 +529,8 @@ class Memory:
         """
         if is_zipfile(path):
             raise InputError(
-                f"{path}: expected a memory that was saved, got a file of torch.save, as RWKV's states are; load "
-                "it with torch.load(path, weights_only=True), and hand its states [B,H,K,V] to memory.with_states"
+                f"{path}: expected a memory that was saved, got a file of torch.save, as RWKV's states are: "
+                "memory.rewind(0).with_states(hookpoints.rwkv7.load_states(path, model)) begins with those of RWKV-7"
             )
         named, said = load_sealed(path, "memory", _file_identity(model))
         first = _memory_of_first_token(model, named, str(path))

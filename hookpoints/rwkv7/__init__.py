@@ -7,5 +7,15 @@ registered with transformers' Auto classes, where flash-linear-attention puts it
 from hookpoints.rwkv7.configuration import RWKV7Config
 from hookpoints.rwkv7.layers import rwkv7_recurrence
 from hookpoints.rwkv7.modeling import RWKV7ForCausalLM, RWKV7Model, from_official, from_pth
+from hookpoints.rwkv7.states import load_states, save_states
 
-__all__ = ["RWKV7Config", "RWKV7ForCausalLM", "RWKV7Model", "from_official", "from_pth", "rwkv7_recurrence"]
+__all__ = [
+    "RWKV7Config",
+    "RWKV7ForCausalLM",
+    "RWKV7Model",
+    "from_official",
+    "from_pth",
+    "load_states",
+    "rwkv7_recurrence",
+    "save_states",
+]
