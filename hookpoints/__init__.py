@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from hookpoints.memory.memory import Memory
     from hookpoints.memory.reader import MemoryReader
     from hookpoints.model.attach import attach
+    from hookpoints.model.bridge import as_bridge
     from hookpoints.model.cost import Cost, cost
     from hookpoints.model.loading import cached, default_device, model_types
     from hookpoints.model.recurrent import HookedRecurrent
@@ -57,6 +58,7 @@ _HOMES = {
     "memory.memory": ("Memory",),
     "memory.reader": ("MemoryReader",),
     "model.attach": ("attach",),
+    "model.bridge": ("as_bridge",),
     "model.cost": ("Cost", "cost"),
     "model.loading": ("cached", "default_device", "model_types"),
     "model.recurrent": ("HookedRecurrent",),
@@ -84,6 +86,7 @@ __all__ = [
     "UnknownModelError",
     "UnsupportedModelError",
     "WriteEdit",
+    "as_bridge",
     "attach",
     "attribute",
     "cached",

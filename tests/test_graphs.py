@@ -155,6 +155,7 @@ CALLS: dict[str, Callable[[World], Any]] = {
     "Memory.recurrence": lambda w: w.model.memory(TOKENS).recurrence(0),
     "Memory.load": saved,
     "attach": attached,
+    "as_bridge": lambda w: hookpoints.as_bridge(w.model),
     "write_attribution": lambda w: hookpoints.write_attribution(w.model, TOKENS[:1], metric),
     "collect": collected,
     "fit_metrics": lambda w: sae_lens_writesae.fit_metrics(w.model, TOKENS, [(LAYER, HEAD)]),

@@ -7,6 +7,7 @@ from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hookpoints.errors import UnsupportedModelError
 from hookpoints.model.config import device_of
@@ -65,8 +66,7 @@ class Weights(HookedModel):
 
     @property
     def _logit_scale(self) -> float:
-        config = self.hf_model.config
-        return float(getattr(config, "lm_head_multiplier", 1.0)) / float(getattr(config, "logits_scaling", 1.0))
+        return logit_scale(self.hf_model)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """[B,T,D], the token embeddings: what ``hook_embed`` sees."""
@@ -170,3 +170,9 @@ class Weights(HookedModel):
             f"layer {layer} of {self.cfg.model_name} has no {what}; recurrent layers are {self.cfg.recurrent_layers}, "
             f"layers with attention are {sorted(self.cfg.attention)}"
         )
+
+
+def logit_scale(model: PreTrainedModel) -> float:
+    """What a model multiplies its logits by (Granite, Falcon-H1)."""
+    config = model.config
+    return float(getattr(config, "lm_head_multiplier", 1.0)) / float(getattr(config, "logits_scaling", 1.0))

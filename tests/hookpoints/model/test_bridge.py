@@ -6,6 +6,7 @@ import tomllib
 import warnings
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -15,9 +16,10 @@ from transformer_lens.factories import architecture_adapter_factory
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
-from hookpoints import HookedRecurrent, UnknownHookError, WriteEdit, attach
-from hookpoints.errors import BridgeWarning, HookpointsError
+from hookpoints import HookedRecurrent, UnknownHookError, WriteEdit, as_bridge, attach
+from hookpoints.errors import BridgeWarning, HookpointsError, UnsupportedModelError
 from hookpoints.model import loading
+from hookpoints.model.bridge import RecurrentAdapter
 
 MIXER = "blocks.1.mixer."
 GROUP = "transformer_lens.architectures"
@@ -124,3 +126,61 @@ def test_booted_from_a_model_in_hand():
     with pytest.warns(BridgeWarning, match="Qwen3_5GatedDeltaNet"), attach(bridge) as hooked:
         logits, cache = hooked.run_with_cache("The state of the Union", names_filter=MIXER + "hook_write")
     assert cache[MIXER + "hook_write"].shape[:2] == logits.shape[:2]
+
+
+@torch.no_grad()
+def test_a_model_as_a_bridge_shares_its_weights_and_stays_as_it_is(hooked, tokens):
+    if not hooked.attachment.layout.is_chain:
+        with pytest.raises(UnsupportedModelError, match="one residual stream"):
+            as_bridge(hooked)
+        return
+    expected, fingerprint, names = hooked(tokens), hooked.fingerprint(), hooked.hf_model.state_dict().keys()
+    bridge = as_bridge(hooked)
+    assert torch.equal(bridge(tokens), expected)
+    theirs = {id(parameter) for parameter in bridge.original_model.parameters()}
+    assert theirs >= {id(parameter) for parameter in hooked.hf_model.parameters()}
+    stream = bridge.run_with_cache(tokens)[1]["blocks.0.hook_out"]
+    name = "blocks.0.hook_resid_post"
+    assert torch.equal(stream, hooked.run_with_cache(tokens, names_filter=name)[1][name])
+    layer = hooked.cfg.recurrent_layers[1]
+    edit = WriteEdit(layer, 0, 5, mode="delete")
+    with cast(RecurrentAdapter, bridge.adapter).hooked.edits(edit):
+        edited = bridge(tokens)
+    assert torch.equal(hooked(tokens), expected) and torch.equal(bridge(tokens), expected)
+    with hooked.edits(edit):
+        assert torch.equal(edited, hooked(tokens)) and not torch.equal(edited, expected)
+    assert hooked.hf_model.state_dict().keys() == names and hooked.fingerprint() == fingerprint
+
+
+def test_the_jacobian_lens_of_transformer_lens(tmp_path):
+    """Fitted on a model as a bridge, it is the one that is fitted on TransformerLens' own bridge; its file is read by
+    both; and its matrices are those of derivatives by hand."""
+    lenses = pytest.importorskip("transformer_lens.tools.analysis.jacobian_lens").JacobianLens
+    model = HookedRecurrent.from_pretrained("facts-english-mamba2")
+    plain = HookedRecurrent.from_pretrained("facts-english-mamba2")
+    theirs = TransformerBridge.boot_transformers(
+        "facts-english-mamba2", hf_model=plain.hf_model, tokenizer=plain.tokenizer, device="cpu"
+    )
+    text = "Ben lives in Rome. Iris keeps a parrot. The war had ended, and we must now turn to our own people."
+    how = {"corpus": "facts", "skip_first_positions": 2, "dim_batch": 16, "show_progress": False}
+    bridge = as_bridge(model)
+    lens, other = (lenses.fit(each, [text], **how) for each in (bridge, theirs))
+    assert lens.source_layers == other.source_layers == list(range(model.cfg.n_layers - 1))
+    for layer, matrix in lens.jacobians.items():
+        assert_close(matrix, other.jacobians[layer], rtol=1e-4, atol=1e-6)
+    other.save(str(tmp_path / "lens.pt"))
+    loaded = lenses.load(str(tmp_path / "lens.pt"))
+    read, expected = (loaded.readout(each, text, top_k=5) for each in (bridge, theirs))
+    assert read.top_tokens(bridge.tokenizer) == expected.top_tokens(theirs.tokenizer)
+
+    stream = {}
+
+    def keep(x, hook):
+        stream[hook.name] = x if x.requires_grad else x.requires_grad_()
+        return stream[hook.name]
+
+    ends = ["blocks.0.hook_resid_post", f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"]
+    model.run_with_hooks(bridge.to_tokens(text), fwd_hooks=[(name, keep) for name in ends])
+    first, last = (stream[name] for name in ends)
+    (row,) = torch.autograd.grad(last[0, 2:-1, 7].sum(), first)
+    assert_close(lens.jacobians[0][7], row[0, 2:-1].mean(0), rtol=1e-4, atol=1e-6)
