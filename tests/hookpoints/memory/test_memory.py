@@ -18,12 +18,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import MAKERS, VOCAB, KeepFloat64, hooked_in_float64, make_hf
 from torch.testing import assert_close
+from transformers import DynamicCache
 
 from hookpoints import HookedRecurrent, Memory, WriteEdit, zoo
 from hookpoints.errors import InputError, UnsupportedModelError
 from hookpoints.files import tensors_hash
 from hookpoints.memory import sealing
-from hookpoints.memory.caches import attention_of, cut, tensors_of
+from hookpoints.memory.caches import attention_of, cut, state_of, tensors_of
 from hookpoints.memory.memory import _flagged_stretches
 from hookpoints.model.inputs import cache_argument, cache_of
 from hookpoints.zoo.tasks import Recall
@@ -335,6 +336,22 @@ def test_only_streams_that_are_read_are_kept(whole):
             model.logits_after(unread, AFTER), model.logits_after(memory.rewind(9), AFTER)
         ), name
     assert any(name.endswith("hook_mixer_out") for name in streams) == (model.cfg.model_type == "rwkv7")
+
+
+def test_transformers_own_crop_leaves_the_state(small):
+    """As docs/tools.md says of it."""
+    model, memory = small
+    cache = DynamicCache(config=model.hf_model.config)
+    for layer in cache.layers:
+        if hasattr(layer, "activate_past_recording"):
+            layer.activate_past_recording()
+    with torch.no_grad():
+        model.hf_model(input_ids=READ, use_cache=True, **{cache_argument(model.hf_model): cache})
+    cache.crop(STOP - T)
+    for layer, form in memory.forms.items():
+        left = state_of(cache, layer, form.value_first)
+        assert_close(left, memory.state(layer))
+        assert not torch.allclose(left, memory.rewind(STOP).state(layer), rtol=0.1)
 
 
 def test_a_cut_cache_holds_the_first_tokens(whole):
