@@ -342,9 +342,7 @@ def test_transformers_own_crop_leaves_the_state(small):
     """As docs/tools.md says of it."""
     model, memory = small
     cache = DynamicCache(config=model.hf_model.config)
-    for layer in cache.layers:
-        if hasattr(layer, "activate_past_recording"):
-            layer.activate_past_recording()
+    cache.activate_past_recording()
     with torch.no_grad():
         model.hf_model(input_ids=READ, use_cache=True, **{cache_argument(model.hf_model): cache})
     cache.crop(STOP - T)

@@ -139,9 +139,12 @@ def test_a_model_as_a_bridge_shares_its_weights_and_stays_as_it_is(hooked, token
     assert torch.equal(bridge(tokens), expected)
     theirs = {id(parameter) for parameter in bridge.original_model.parameters()}
     assert theirs >= {id(parameter) for parameter in hooked.hf_model.parameters()}
-    stream = bridge.run_with_cache(tokens)[1]["blocks.0.hook_out"]
-    name = "blocks.0.hook_resid_post"
+    last = hooked.cfg.n_layers - 1
+    stream = bridge.run_with_cache(tokens)[1][f"blocks.{last}.hook_out"]
+    name = f"blocks.{last}.hook_resid_post"
     assert torch.equal(stream, hooked.run_with_cache(tokens, names_filter=name)[1][name])
+    logits = bridge.unembed(bridge.ln_final(stream))  # as lenses make them
+    assert_close(bridge.adapter.apply_output_logits_transform(logits), expected, rtol=0, atol=1e-5)
     layer = hooked.cfg.recurrent_layers[1]
     edit = WriteEdit(layer, 0, 5, mode="delete")
     with cast(RecurrentAdapter, bridge.adapter).hooked.edits(edit):
