@@ -43,7 +43,7 @@ NAMES = (
         "real_size",
         "busy",
     ),
-    *("circuits", "states", "fact_edits", "natural_memory"),
+    *("circuits", "states", "fact_edits", "natural_memory", "facts_in_speech"),
 )
 """The benchmarks, as the page has them."""
 HEAD = """# Benchmarks

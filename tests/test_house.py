@@ -28,7 +28,7 @@ CEILINGS = {
     "study/writesae_study": 41_750,
     "tests": 89_800,
     "study/tests": 34_350,
-    "tools + benchmarks + study/tools": 39_200,
+    "tools + benchmarks + study/tools": 41_000,
 }
 """Expression nodes of folders, 3% above what there was. A smoke alarm and no target: a commit that needs more says what
 a reader gains."""

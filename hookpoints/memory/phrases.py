@@ -49,13 +49,6 @@ class Phrases(NamedTuple):
         return {layer: state_of(self.cache, layer, form.value_first).float() for layer, form in forms.items()}
 
 
-def distinct(phrases: Sequence[Sequence[int]], shared: int) -> list[int]:
-    """Places of phrases that share no ``shared`` tokens in a row with an earlier one that stays."""
-    seen = set[tuple[int, ...]]()
-    places = list[int]()
-    for place, phrase in enumerate(phrases):
-        runs = {tuple(phrase[n : n + shared]) for n in range(max(len(phrase) - shared + 1, 1))}
-        if not runs & seen:
-            places.append(place)
-            seen |= runs
-    return places
+def runs(phrase: Sequence[int], length: int) -> set[tuple[int, ...]]:
+    """Every ``length`` tokens in a row of a phrase; of a shorter one, all of it."""
+    return {tuple(phrase[n : n + length]) for n in range(max(len(phrase) - length + 1, 1))}

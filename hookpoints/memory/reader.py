@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,9 +19,19 @@ from hookpoints.errors import InputError
 from hookpoints.memory.caches import chosen_rows
 from hookpoints.memory.memory import Memory, TokenSpan, read
 from hookpoints.memory.passes import Form, LayerStates, run_tokens, token_list
-from hookpoints.memory.phrases import Phrases, distinct
+from hookpoints.memory.phrases import Phrases, runs
 from hookpoints.memory.sealing import fingerprint, load_sealed, save_sealed
-from hookpoints.memory.templates import AgeAccuracy, Fitted, Whitening, fit_templates, running_tokens, states_at
+from hookpoints.memory.templates import (
+    AgeAccuracy,
+    Directions,
+    Fitted,
+    LayerFit,
+    Pursuit,
+    Whitening,
+    fit_templates,
+    running_tokens,
+    states_at,
+)
 from hookpoints.recurrence.canonical import over_time
 
 if TYPE_CHECKING:
@@ -36,18 +47,20 @@ BEAM_BATCH = 512
 """Phrases of a pass over one token."""
 STANDING = 1024
 """Phrases of a corpus that are compared at once."""
-SHORTLIST = 20
-"""How many times more phrases of a corpus are scored exactly than are asked for."""
+SHORTLIST = 40
+"""How many times more phrases are compared with one another than are asked for."""
 SHARED = 3
 """Tokens in a row that two phrases of one list do not share."""
 FIRST_TOKENS = 4096
 """Tokens with which phrases that are read back may begin: those that the model finds likeliest after the memory."""
 FIRST_BEAM = 2
 """How many times wider the beam is after the first token, which tells little."""
-TRIED = 48
+TRIED = 32
 """Next tokens of a phrase that are tried: those that the model finds likeliest after the memory and the phrase."""
 PER_START = 3
 """Phrases of a beam that may share their first token, so that it does not hold one phrase in many forms."""
+SIDES = ("of_states", "of_templates")
+"""Whitenings of a layer, in a file."""
 
 
 class Reading(NamedTuple):
@@ -128,11 +141,7 @@ class MemoryReader:
                 fitted.
         """
         tokens = self._phrase_tokens(phrases)
-        sides = self._weighted_states(memory)
-        scores = self.fitted.weights.new_zeros(memory.tokens.shape[0], len(tokens))
-        for places, batch in _batches_by_length(tokens):
-            scores[:, places] = self._scores_of(sides, self._template_states(batch))
-        return scores
+        return self._scores_of(self.fitted, memory, tokens)
 
     def holds(
         self, memory: Memory, phrases: PhraseList, *, decoys: PhraseList | None = None, row: int = 0
@@ -149,27 +158,28 @@ class MemoryReader:
         """
         memory.check_row(row)
         tokens = self._phrase_tokens(phrases)
-        scores = self.scores(memory, tokens)[row].tolist()
+        readings = self._readings_of(memory, row, tokens)
         if decoys is None:
-            return [self._reading_of(phrase, score) for phrase, score in zip(tokens, scores, strict=True)]
+            return readings
         unread = [token_list(self.model, decoy) for decoy in decoys]
         found = list[Reading]()
-        for phrase, score in zip(tokens, scores, strict=True):
-            others = [decoy[: len(phrase)] for decoy in unread if len(decoy) >= len(phrase)]
+        for reading in readings:
+            length = len(reading.tokens)
+            others = [decoy[:length] for decoy in unread if len(decoy) >= length]
             if not others:
-                raise InputError(f"decoys: expected some of {len(phrase)} tokens or more, as the phrase has, got none")
-            above = int((self.scores(memory, others)[row] >= score).sum())
-            found.append(self._reading_of(phrase, score, (1 + above) / (1 + len(others))))
+                raise InputError(f"decoys: expected some of {length} tokens or more, as the phrase has, got none")
+            above = int((self.scores(memory, others)[row] >= reading.score).sum())
+            found.append(reading._replace(p=(1 + above) / (1 + len(others))))
         return found
 
     def search(
         self, memory: Memory, corpus: str | Sequence[str] | Tensor, n: int = 10, *, length: int = 12, row: int = 0
     ) -> list[Reading]:
-        """The ``n`` phrases of ``corpus`` that a row of ``memory`` most likely read, best first, no two of which share
+        """The ``n`` phrases of ``corpus`` that a row of ``memory`` most likely read, picked as by `pick`; no two share
         three tokens in a row.
 
         Every phrase of ``length`` tokens of the corpus is a candidate. All are compared by what their tokens write
-        where they stand in the corpus, which costs one pass over the corpus; the best, 20 n of them, by `scores`.
+        where they stand in the corpus, which costs one pass over the corpus; the best, 40 n of them, by `pick`.
 
         Args:
             corpus: running text, or token ids.
@@ -182,25 +192,40 @@ class MemoryReader:
         most = min(self.fitted.longest, len(tokens))
         if not 1 <= length <= most:
             raise InputError(f"length: expected 1 to {most} tokens, of the corpus and of the fit, got {length}")
-        sides = [side[row : row + 1] for side in self._weighted_states(memory)]
-        scores = torch.cat([self._scores_of(sides, part)[0] for part in self._standing_templates(tokens, length)])
-        likely = scores.topk(min(SHORTLIST * n, len(scores))).indices.cpu()
-        phrases = tokens.unfold(0, length, 1)[likely].tolist()
-        exact = self.scores(memory, phrases)[row]
-        order = exact.argsort(descending=True).tolist()
-        places = [order[place] for place in distinct([phrases[place] for place in order], SHARED)]
-        return [self._reading_of(phrases[place], float(exact[place])) for place in places[:n]]
+        fitted = self._above_zero
+        target = self._pursuit_of(memory, row).target
+        standing = self._standing_templates(tokens, length)
+        overlaps = torch.cat([fitted.overlaps(target, fitted.of_templates(part))[0] for part in standing])
+        likely = overlaps.topk(min(SHORTLIST * n, len(overlaps))).indices.cpu()
+        return self._picked_readings(memory, row, tokens.unfold(0, length, 1)[likely].tolist(), n, SHARED)
+
+    def pick(self, memory: Memory, phrases: PhraseList, n: int, *, row: int = 0) -> list[Reading]:
+        """The ``n`` of ``phrases`` that together explain a row of ``memory`` best, picked one after another: each by
+        what those before it leave unexplained (orthogonal matching pursuit). Phrases that are like one that was read
+        have high `scores` too; once that one is picked, nothing speaks for them.
+
+        Cost: of `scores`, and of the templates of the 40 n highest, which are held.
+
+        Raises:
+            InputError: what `scores` raises, or no such row.
+        """
+        memory.check_row(row)
+        tokens = self._phrase_tokens(phrases)
+        overlaps = self._scores_of(self._above_zero, memory, tokens)[row]
+        likely = overlaps.topk(min(SHORTLIST * n, len(tokens))).indices.tolist()
+        return self._picked_readings(memory, row, [tokens[place] for place in likely], n, self.fitted.longest)
 
     # -- phrases that are found
 
     @torch.no_grad()
-    def read_back(self, memory: Memory, n: int = 10, *, length: int = 6, beam: int = 64, row: int = 0) -> list[Reading]:
+    def read_back(self, memory: Memory, n: int = 10, *, length: int = 6, beam: int = 32, row: int = 0) -> list[Reading]:
         """The ``n`` phrases that a row of ``memory`` most likely read, in words, from the memory alone: no candidates
-        are given. Best first; no two share three tokens in a row.
+        are given. Picked as by `pick`; no two share three tokens in a row.
 
-        The model proposes tokens, the reader scores the phrases, and a beam searches.
+        The model proposes tokens, the reader scores the phrases, and a beam searches. Where a search has too few
+        phrases, another one searches what they leave unexplained.
 
-        Cost: passes over one token of (vocabulary + 48 ``beam`` (length + 1)) phrases.
+        Cost: of each search, passes over one token of (vocabulary + 32 ``beam`` (length + 1)) phrases.
 
         Raises:
             InputError: what `scores` raises, no such row, a length above the longest that was fitted, or a beam below
@@ -210,25 +235,19 @@ class MemoryReader:
         longest = self.fitted.longest
         if not 1 <= length <= longest or beam < n:
             raise InputError(f"length, beam: expected 1 to {longest} tokens, and n = {n} or more; got {length}, {beam}")
-        sides = [side[row : row + 1] for side in self._weighted_states(memory)]
-        device = self.model.cfg.device
-        lead = torch.tensor([list(self.fitted.lead)], device=device)
+        lead = torch.tensor([list(self.fitted.lead)], device=self.model.cfg.device)
         # Templates know nothing of the memory; what is proposed does.
         alone = Phrases.start(self.model, lead)
         remembered = Phrases.start(self.model, lead, chosen_rows(memory.cache, torch.tensor([row])), memory.T)
-        scores = torch.zeros(1, device=device)
-        for step in range(length):
-            count = min(TRIED if step else FIRST_TOKENS, self.model.cfg.d_vocab)
-            proposed = remembered.log_probs.topk(count).indices.to(device)
-            rows = torch.arange(len(proposed), device=device)[:, None].expand_as(proposed).flatten()
-            tokens = proposed.flatten()
-            scores = self._longer_scores(alone, rows, tokens, sides, memory.forms)
-            first = alone.tokens[rows, 0] if step else tokens
-            best = _best_of_groups(scores, first, PER_START, beam if step else FIRST_BEAM * beam)
-            alone, remembered = (phrases.then(rows[best], tokens[best]) for phrases in (alone, remembered))
-            scores = scores[best]
-        found = alone.tokens.tolist()
-        return [self._reading_of(found[place], float(scores[place])) for place in distinct(found, SHARED)[:n]]
+        pursuit = self._pursuit_of(memory, row)
+        found = list[Sequence[int]]()
+        more = True
+        while more and len(found) < n:
+            phrases = self._beam_phrases(alone, remembered, pursuit.left, memory.forms, length, beam)
+            templates = self._above_zero.of_templates(phrases.states(memory.forms))
+            more = _taken_phrases(pursuit, phrases.tokens.tolist(), templates, n - len(found), SHARED, found)
+            found += more
+        return self._readings_of(memory, row, found)
 
     def forgot(self, memory: Memory, span: TokenSpan, *, decoys: PhraseList | None = None, row: int = 0) -> Certificate:
         """Whether a memory has forgotten a span once `Memory.without` cut it: the span as it reads before the cut,
@@ -257,10 +276,12 @@ class MemoryReader:
         Raises:
             OSError: it cannot be written, or ``path`` is a link, a folder or a device, which is not replaced.
         """
-        named = {"weights": self.fitted.weights}
-        for side in ("of_states", "of_templates"):
-            for layer, whitening in getattr(self.fitted, side).items():
-                named |= {f"{side}/{layer}/{field}": x for field, x in whitening._asdict().items()}
+        named: dict[str, Tensor] = {}
+        for layer, fit in self.fitted.layers.items():
+            named[f"{layer}/weights"] = fit.weights
+            for side in SIDES:
+                whitening = getattr(fit, side)
+                named |= {f"{layer}/{side}/{field}": x for field, x in whitening._asdict().items()}
         said = {name: getattr(self.fitted, name) for name in ("bias", "lead", "longest", "horizon")}
         save_sealed(path, named, _file_identity(self.model) | said)
 
@@ -296,39 +317,79 @@ class MemoryReader:
             )
         return lists
 
-    def _reading_of(self, phrase: Sequence[int], score: float, p: float = float("nan")) -> Reading:
-        return Reading(str(self.model.to_string(list(phrase))), tuple(phrase), score, p)
+    def _readings_of(self, memory: Memory, row: int, phrases: Sequence[Sequence[int]]) -> list[Reading]:
+        scores = self._scores_of(self.fitted, memory, phrases)[row].tolist()
+        texts = (str(self.model.to_string(list(phrase))) for phrase in phrases)
+        return [
+            Reading(text, tuple(phrase), score, float("nan"))
+            for text, phrase, score in zip(texts, phrases, scores, strict=True)
+        ]
 
     def _template_states(self, phrases: Sequence[Sequence[int]]) -> LayerStates:
         """States [N,H,K,V] after phrases of one length."""
         tokens = torch.tensor([[*self.fitted.lead, *phrase] for phrase in phrases])
         return {layer: x[:, 0] for layer, x in states_at(self.model, tokens, [tokens.shape[1] - 1]).items()}
 
-    def _weighted_states(self, memory: Memory) -> list[Tensor]:
-        """[B,H,K*V] by layer: the whitened directions of a memory's states, times the heads' weights."""
+    @cached_property
+    def _above_zero(self) -> Fitted:
+        return self.fitted.above_zero()
+
+    def _pursuit_of(self, memory: Memory, row: int) -> Pursuit:
+        """Of what one row of a memory holds."""
+        whole = self._above_zero.of_states(self._states_of(memory))
+        return Pursuit(self._above_zero, [x[row : row + 1] for x in whole])
+
+    def _states_of(self, memory: Memory) -> LayerStates:
         if memory.model is not self.model:
             raise InputError(f"memory: expected one of {self.model.cfg.model_name}, the reader's model, got {memory}")
-        sides = self.fitted.of_states
-        weights = self.fitted.weights.split([whitening.mean.shape[0] for whitening in sides.values()])
-        directions = (whitening(memory.state(layer).float()) for layer, whitening in sides.items())
-        return [x * weight[:, None].to(x.device) for x, weight in zip(directions, weights, strict=True)]
+        return {layer: memory.state(layer) for layer in self.fitted.layers}
 
-    def _scores_of(self, sides: Sequence[Tensor], templates: LayerStates) -> Tensor:
-        """[B,N], of `_weighted_states` and states [N,H,K,V] of phrases."""
-        scores = self.fitted.weights.new_full((), self.fitted.bias)
-        for side, (layer, whitening) in zip(sides, self.fitted.of_templates.items(), strict=True):
-            of_layer = torch.einsum("bhx,nhx->bn", side, whitening(templates[layer]))
-            scores = scores + of_layer.to(scores.device)  # layers may have several devices
-        return scores
+    def _scores_of(self, fitted: Fitted, memory: Memory, phrases: Sequence[Sequence[int]]) -> Tensor:
+        """[B,N]"""
+        directions = fitted.of_states(self._states_of(memory))
+        scores = directions[0].new_zeros(len(directions[0]), len(phrases))
+        for places, batch in _batches_by_length(phrases):
+            scores[:, places] = fitted.overlaps(directions, fitted.of_templates(self._template_states(batch)))
+        return scores + fitted.bias
 
-    def _longer_scores(
-        self, phrases: Phrases, rows: Tensor, tokens: Tensor, sides: Sequence[Tensor], forms: Mapping[int, Form]
-    ) -> Tensor:
-        """Scores [N'] of phrases ``rows`` [N'] with ``tokens`` [N'] more, against one memory."""
-        parts = list[Tensor]()
-        for some, next_tokens in zip(rows.split(BEAM_BATCH), tokens.split(BEAM_BATCH), strict=True):
-            parts.append(self._scores_of(sides, phrases.then(some, next_tokens).states(forms))[0])
-        return torch.cat(parts)
+    def _picked_readings(
+        self, memory: Memory, row: int, phrases: list[list[int]], n: int, shared: int
+    ) -> list[Reading]:
+        """The n of phrases that explain a row best; the templates of all are held."""
+        parts = list[Directions]()
+        order = list[int]()
+        for places, batch in _batches_by_length(phrases):
+            parts.append(self._above_zero.of_templates(self._template_states(batch)))
+            order += places
+        templates = [torch.cat(of_layer) for of_layer in zip(*parts, strict=True)]
+        sorted_phrases = [phrases[place] for place in order]
+        found = _taken_phrases(self._pursuit_of(memory, row), sorted_phrases, templates, n, shared)
+        return self._readings_of(memory, row, found)
+
+    def _beam_phrases(
+        self,
+        alone: Phrases,
+        remembered: Phrases,
+        target: Directions,
+        forms: Mapping[int, Form],
+        length: int,
+        width: int,
+    ) -> Phrases:
+        """Phrases of ``length`` tokens that have most in common with a target, after the lead alone."""
+        fitted = self._above_zero
+        for step in range(length):
+            count = min(TRIED if step else FIRST_TOKENS, self.model.cfg.d_vocab)
+            proposed = remembered.log_probs.topk(count).indices.to(alone.tokens.device)
+            rows = torch.arange(len(proposed), device=proposed.device)[:, None].expand_as(proposed).flatten()
+            tokens = proposed.flatten()
+            parts = list[Tensor]()
+            for some, next_tokens in zip(rows.split(BEAM_BATCH), tokens.split(BEAM_BATCH), strict=True):
+                states = alone.then(some, next_tokens).states(forms)
+                parts.append(fitted.overlaps(target, fitted.of_templates(states))[0])
+            first = alone.tokens[rows, 0] if step else tokens
+            best = _best_of_groups(torch.cat(parts), first, PER_START, width if step else FIRST_BEAM * width)
+            alone, remembered = (phrases.then(rows[best], tokens[best]) for phrases in (alone, remembered))
+        return alone
 
     def _standing_templates(self, tokens: Tensor, length: int) -> Iterator[LayerStates]:
         """States [N,H,K,V] that each phrase of ``length`` tokens of a text [T] writes where it stands."""
@@ -346,6 +407,31 @@ def _written_states(r: Recurrence, skipped: int, length: int) -> Tensor:
     places = torch.arange(skipped, r.T, device=r.device).unfold(0, length, 1)
     fields = {name: x[0][places] for name, x in over_time(r)}
     return r.replace(**fields, initial_state=None).states(positions=-1)[:, 0].float()
+
+
+def _taken_phrases(
+    pursuit: Pursuit,
+    phrases: Sequence[Sequence[int]],
+    templates: Directions,
+    n: int,
+    shared: int,
+    before: Sequence[Sequence[int]] = (),
+) -> list[Sequence[int]]:
+    """Up to n phrases that a pursuit takes, no two of which, and none with those ``before``, share so many tokens in a
+    row."""
+    own_runs = [runs(phrase, shared) for phrase in phrases]
+    seen = set[tuple[int, ...]]().union(*(runs(phrase, shared) for phrase in before))
+    found = list[Sequence[int]]()
+    while len(found) < n:
+        left = pursuit.fitted.overlaps(pursuit.left, templates)[0]
+        left[[place for place, own in enumerate(own_runs) if own & seen]] = -torch.inf
+        best = int(left.argmax())
+        if left[best] == -torch.inf:
+            break
+        pursuit.take([x[best : best + 1] for x in templates])
+        seen |= own_runs[best]
+        found.append(phrases[best])
+    return found
 
 
 def _best_of_groups(scores: Tensor, groups: Tensor, most: int, wanted: int) -> Tensor:
@@ -377,20 +463,20 @@ def _fitted_of(named: Mapping[str, Tensor], said: Mapping[str, Any], model: Toke
     Raises:
         KeyError, TypeError, ValueError: its tensors or settings are not those of a reader of this model.
     """
-    sides: dict[str, dict[int, Whitening]] = {"of_states": {}, "of_templates": {}}
-    shapes: dict[str, list[int]] = {"weights": [sum(model.cfg.layer(n).H for n in model.cfg.recurrent_layers)]}
-    for side, whitenings in sides.items():
-        for layer in model.cfg.recurrent_layers:
-            sizes = model.cfg.layer(layer)
-            names = [f"{side}/{layer}/{field}" for field in Whitening._fields]
-            ends = ([sizes.K, sizes.V], [sizes.K, sizes.K], [sizes.V, sizes.V])
-            shapes |= {name: [sizes.H, *end] for name, end in zip(names, ends, strict=True)}
-            whitenings[layer] = Whitening(*(named[name].float().to(model.cfg.device) for name in names))
-    if wrong := {name: list(named[name].shape) for name, shape in shapes.items() if list(named[name].shape) != shape}:
-        raise ValueError(f"shapes {wrong}")
+    layers: dict[int, LayerFit] = {}
+    for layer in model.cfg.recurrent_layers:
+        sizes = model.cfg.layer(layer)
+        ends = ([sizes.K, sizes.V], [sizes.K, sizes.K], [sizes.V, sizes.V])
+        wanted = {f"{layer}/weights": [sizes.H]}
+        for side in SIDES:
+            wanted |= {f"{layer}/{side}/{field}": [sizes.H, *end] for field, end in zip(Whitening._fields, ends)}
+        parts = {name: named[name].float().to(model.cfg.device) for name in wanted}
+        if wrong := {name: list(x.shape) for name, x in parts.items() if list(x.shape) != wanted[name]}:
+            raise ValueError(f"shapes {wrong}")
+        weights, *sides = parts.values()
+        layers[layer] = LayerFit(torch.arange(sizes.H), weights, Whitening(*sides[:3]), Whitening(*sides[3:]))
     return Fitted(
-        **sides,
-        weights=named["weights"].float().to(model.cfg.device),
+        layers,
         bias=float(said["bias"]),
         lead=tuple(map(int, said["lead"])),
         longest=int(said["longest"]),
@@ -400,4 +486,4 @@ def _fitted_of(named: Mapping[str, Tensor], said: Mapping[str, Any], model: Toke
 
 def _file_identity(model: Tokens) -> dict[str, object]:
     """What a file has to agree in."""
-    return {"format": 1, "kind": "memory reader", "model": fingerprint(model.hf_model)}
+    return {"format": 2, "kind": "memory reader", "model": fingerprint(model.hf_model)}

@@ -39,10 +39,12 @@ MOST_STRETCHES = 480
 """Stretches of text that a fit reads at most."""
 BATCH = 128
 """States or phrases of a pass."""
+SINGULAR = 1e-4
+"""Share of the sizes of templates that keeps their equations solvable where two are alike."""
 
 
 class Whitening(NamedTuple):
-    """Of the states of one layer."""
+    """Of the states of some heads of one layer."""
 
     mean: Tensor
     """[H,K,V]"""
@@ -68,14 +70,36 @@ class AgeAccuracy(NamedTuple):
     """That were read, on text that took no part in the fit."""
 
 
+Directions = Sequence[Tensor]
+"""[N,H,K*V] of the heads of each layer: whitened states, of length one."""
+
+
+class LayerFit(NamedTuple):
+    """Heads of one layer."""
+
+    heads: Tensor
+    """[H], their numbers."""
+    weights: Tensor
+    """[H]. Below 0, a head says what states of unread phrases have in common with those that were read."""
+    of_states: Whitening
+    of_templates: Whitening
+
+    def directions(self, states: Tensor, whitening: Whitening) -> Tensor:
+        """[N,H,K*V] of states [N,H_all,K,V], on their device."""
+        return whitening(states[:, self.heads.to(states.device)].float())
+
+    def above_zero(self) -> LayerFit:
+        """The heads whose weight is above 0."""
+        chosen = (self.weights > 0).nonzero()[:, 0]
+        sides = (Whitening(*(x[chosen] for x in side)) for side in (self.of_states, self.of_templates))
+        return LayerFit(self.heads[chosen], self.weights[chosen], *sides)
+
+
 class Fitted(NamedTuple):
     """What a fit to running text gives."""
 
-    of_states: Mapping[int, Whitening]
+    layers: Mapping[int, LayerFit]
     """By recurrent layer."""
-    of_templates: Mapping[int, Whitening]
-    weights: Tensor
-    """[H_all], of the heads of all recurrent layers."""
     bias: float
     lead: tuple[int, ...]
     """Tokens that stand before a phrase when its template is made."""
@@ -83,6 +107,52 @@ class Fitted(NamedTuple):
     """Tokens of a phrase, at most: no longer ones were fitted."""
     horizon: tuple[AgeAccuracy, ...]
     """Accuracy by age, on text that took no part in the fit."""
+
+    def of_states(self, states: LayerStates) -> Directions:
+        """Of states [N,H,K,V] that have read texts, by layer."""
+        return [fit.directions(states[layer], fit.of_states) for layer, fit in self.layers.items()]
+
+    def of_templates(self, states: LayerStates) -> Directions:
+        """Of states [N,H,K,V] after phrases alone, by layer."""
+        return [fit.directions(states[layer], fit.of_templates) for layer, fit in self.layers.items()]
+
+    def overlaps(self, some: Directions, others: Directions) -> Tensor:
+        """[N,M]: the weighted sums of the heads' cosines, of N and M directions. On the first layer's device, since
+        layers may have several."""
+        total = some[0].new_zeros(len(some[0]), len(others[0]))
+        for x, y, fit in zip(some, others, self.layers.values(), strict=True):
+            total += torch.einsum("nhx,mhx,h->nm", x, y, fit.weights.to(x.device)).to(total.device)
+        return total
+
+    def above_zero(self) -> Fitted:
+        """The heads alone whose weight is above 0, so that overlaps are an inner product."""
+        layers = {layer: fit.above_zero() for layer, fit in self.layers.items()}
+        return self._replace(layers={layer: fit for layer, fit in layers.items() if len(fit.heads)})
+
+
+class Pursuit:
+    """Explains a target as a sum of templates, taken one after another: orthogonal matching pursuit (Pati et al. 1993).
+
+    Args:
+        fitted: heads whose weights are above 0.
+        target: directions of one state.
+    """
+
+    def __init__(self, fitted: Fitted, target: Directions) -> None:
+        self.fitted = fitted
+        self.target = target
+        self.left = target
+        """What the templates that were taken leave of the target."""
+        self._taken: Directions = [x[:0] for x in target]
+
+    def take(self, template: Directions) -> None:
+        """Explain the target by one more template."""
+        self._taken = [torch.cat(both) for both in zip(self._taken, template, strict=True)]
+        among = self.fitted.overlaps(self._taken, self._taken)
+        among.diagonal().mul_(1 + SINGULAR)
+        sizes = torch.linalg.solve(among, self.fitted.overlaps(self._taken, self.target))[:, 0]
+        explained = (torch.einsum("n,nhx->hx", sizes.to(x.device), x) for x in self._taken)
+        self.left = [x - part for x, part in zip(self.target, explained, strict=True)]
 
 
 def fit_templates(model: Tokens, tokens: Tensor, lead: Sequence[int], longest: int, context: int, seed: int) -> Fitted:
@@ -108,7 +178,12 @@ def fit_templates(model: Tokens, tokens: Tensor, lead: Sequence[int], longest: i
     weights, bias = _logistic_fit(read, unread)
     read, unread, ages = _head_cosines(plan, sides, stretches[part >= 8])
     horizon = _accuracy_by_age(read @ weights, unread @ weights, ages, context)
-    return Fitted(*sides, weights.to(model.cfg.device), bias, tuple(lead), longest, horizon)
+    by_layer = weights.split([len(whitening.mean) for whitening in sides[0].values()])
+    layers = {
+        layer: LayerFit(torch.arange(len(own)), own, of_states, sides[1][layer])
+        for (layer, of_states), own in zip(sides[0].items(), by_layer, strict=True)
+    }
+    return Fitted(layers, bias, tuple(lead), longest, horizon)
 
 
 class _Sample(NamedTuple):

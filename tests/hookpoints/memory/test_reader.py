@@ -10,10 +10,20 @@ from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent, MemoryReader, embedded
 from hookpoints.errors import InputError
-from hookpoints.memory.phrases import Phrases, distinct
+from hookpoints.memory.phrases import Phrases, runs
 from hookpoints.memory.reader import _written_states
 from hookpoints.memory.sealing import load_sealed, save_sealed
-from hookpoints.memory.templates import RIDGE, Fitted, Whitening, _Moments, area_under_curve, running_tokens
+from hookpoints.memory.templates import (
+    RIDGE,
+    Fitted,
+    LayerFit,
+    Pursuit,
+    Whitening,
+    _Moments,
+    area_under_curve,
+    running_tokens,
+)
+from hookpoints.zoo import english
 
 T = 64
 
@@ -57,20 +67,66 @@ def test_a_score_is_the_weighted_cosine_of_whitened_states(reader, texts):
     for n, phrase in enumerate(phrases):
         alone = model.memory(torch.tensor([[*fitted.lead, *phrase]]))
         for row in range(2):
-            head = 0
-            for layer in memory.forms:
-                for h in range(memory.state(layer).shape[1]):
+            for layer, fit in fitted.layers.items():
+                for place, head in enumerate(fit.heads.tolist()):
                     sides = []
                     for white, state in (
-                        (fitted.of_states, memory.state(layer)[row]),
-                        (fitted.of_templates, alone.state(layer)[0]),
+                        (fit.of_states, memory.state(layer)[row]),
+                        (fit.of_templates, alone.state(layer)[0]),
                     ):
-                        mean, keys, values = (x[h].double() for x in white[layer])
-                        sides.append((keys @ (state[h].double() - mean) @ values).flatten())
+                        mean, keys, values = (x[place].double() for x in white)
+                        sides.append((keys @ (state[head].double() - mean) @ values).flatten())
                     cosine = torch.dot(*sides) / (sides[0].norm() * sides[1].norm())
-                    expected[row, n] += float(fitted.weights[head]) * cosine
-                    head += 1
+                    expected[row, n] += float(fit.weights[place]) * cosine
     assert_close(reader.scores(memory, phrases).double(), expected, rtol=0, atol=1e-4)
+
+
+def test_a_pursuit_leaves_what_no_template_explains():
+    """It takes parts of a sum away, however alike they are; what is left has nothing in common with them."""
+    drawn = torch.Generator().manual_seed(0)
+    templates = [torch.randn(3, 2, 20, generator=drawn), torch.randn(3, 1, 30, generator=drawn)]
+    for x in templates:
+        x[1] = 0.9 * x[0] + 0.3 * x[1]
+    rest = [torch.randn(1, *x.shape[1:], generator=drawn) for x in templates]
+    nothing = Whitening(*(torch.zeros(0) for _ in Whitening._fields))
+    fits = {
+        layer: LayerFit(torch.arange(x.shape[1]), torch.rand(x.shape[1], generator=drawn), nothing, nothing)
+        for layer, x in enumerate(templates)
+    }
+    fitted = Fitted(fits, 0.0, (), 4, ())
+    pursuit = Pursuit(fitted, [2 * x[:1] + x[1:2] + y for x, y in zip(templates, rest)])
+    for place in (0, 1):
+        pursuit.take([x[place : place + 1] for x in templates])
+    roots = [fit.weights.sqrt()[:, None] for fit in fits.values()]
+    flat = [
+        torch.cat([(x * root).flatten(1) for x, root in zip(one, roots)], 1)
+        for one in (templates, pursuit.target, pursuit.left)
+    ]
+    taken = flat[0][:2].double()
+    expected = flat[1].double() - flat[1].double() @ torch.linalg.pinv(taken) @ taken
+    assert_close(flat[2].double(), expected, rtol=0, atol=2e-2)
+    assert fitted.overlaps(pursuit.left, templates)[0, :2].abs().max() < 0.05
+
+
+def test_facts_are_picked_from_all_that_could_be_told():
+    """Ranking by score finds fewer: a told name or value makes other sentences with it score high, too."""
+    model = HookedRecurrent.from_pretrained("facts-english")
+    texts = english.draw(46, facts=6, questions=0, seed=5, split="train")
+    reader = MemoryReader.fit(model, torch.tensor([text.tokens for text in texts]), longest=12)
+    (text,) = english.draw(1, facts=8, questions=0, seed=3, fillers=0.3)
+    told = {" " + fact.sentence for fact in text.facts}
+    possible = {
+        " " + fact.sentence.replace(fact.name, name).replace(fact.value, value)
+        for fact in text.facts
+        for name in {other.name for other in text.facts}
+        for value in (*english.RELATIONS[fact.relation].values[::2], fact.value)
+    }
+    candidates = sorted(possible)
+    memory = model.memory(torch.tensor([text.tokens[: text.facts[-1].stop]]))
+    picked = {reading.text for reading in reader.pick(memory, candidates, 8)}
+    ranked = {candidates[place] for place in reader.scores(memory, candidates)[0].topk(8).indices.tolist()}
+    assert len(picked & told) > len(ranked & told)
+    assert len(picked & told) >= 7
 
 
 def test_read_phrases_are_told_from_unread_ones_and_not_from_another_texts(reader, texts):
@@ -144,8 +200,9 @@ def test_what_phrases_write_is_the_state_from_zero():
             assert_close(state, part.final_state()[0].float())
 
 
-def test_phrases_of_a_list_share_no_three_tokens():
-    assert distinct([[1, 2, 3, 4], [2, 3, 4, 5], [3, 4, 6], [1, 2]], 3) == [0, 2, 3]
+def test_runs_are_the_tokens_in_a_row_of_a_phrase():
+    assert runs([1, 2, 3, 4], 3) == {(1, 2, 3), (2, 3, 4)}
+    assert runs([1, 2], 3) == {(1, 2)}
 
 
 def test_a_reader_is_saved_and_loaded(reader, texts, tmp_path):
@@ -155,7 +212,7 @@ def test_a_reader_is_saved_and_loaded(reader, texts, tmp_path):
     memory = reader.model.memory(texts[:2, :T])
     phrases = texts[:, 3:8].tolist()
     assert_close(loaded.scores(memory, phrases), reader.scores(memory, phrases), rtol=0, atol=0)
-    assert loaded.fitted[3:] == reader.fitted[3:]
+    assert loaded.fitted[1:] == reader.fitted[1:]
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     (tmp_path / "damaged").write_bytes(content)
@@ -168,8 +225,9 @@ def test_a_reader_is_saved_and_loaded(reader, texts, tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda named, said: named.pop("weights"),
-        lambda named, said: named.update(weights=named["weights"][:3].clone()),
+        lambda named, said: named.clear(),
+        lambda named, said: named.pop("2/weights"),
+        lambda named, said: named.update({"2/of_states/mean": named["2/of_states/mean"][:, 1:].clone()}),
         lambda named, said: said.pop("lead"),
         lambda named, said: said.update(horizon=3),
     ],
@@ -198,6 +256,7 @@ def test_a_sealed_file_has_what_a_reader_of_the_model_has(reader, tmp_path, chan
         (lambda reader, memory: reader.read_back(memory, length=9), "length, beam"),
         (lambda reader, memory: reader.read_back(memory, 10, beam=5), "n = 10"),
         (lambda reader, memory: reader.forgot(memory, (0, 20)), "split the phrase"),
+        (lambda reader, memory: reader.pick(memory, [], 3), "at least one"),
         (lambda reader, memory: MemoryReader.fit(reader.model, "A short text."), "at least 5760 tokens"),
         (lambda reader, memory: MemoryReader.fit(reader.model, "", longest=1), "longest, context"),
     ],
@@ -215,5 +274,6 @@ def test_a_memory_of_another_model_is_refused(reader):
 
 def test_every_field_of_a_fit_is_in_its_file():
     """`save` and `load` name the fields of a fit one by one."""
-    assert Fitted._fields == ("of_states", "of_templates", "weights", "bias", "lead", "longest", "horizon")
+    assert Fitted._fields == ("layers", "bias", "lead", "longest", "horizon")
+    assert LayerFit._fields == ("heads", "weights", "of_states", "of_templates")
     assert Whitening._fields == ("mean", "keys", "values")

@@ -1,0 +1,221 @@
+"""Facts told in running speech: read by a reader of memories, told anew, contradicted, and held by a head."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+from typing import Any
+
+sys.path.append(str(Path(__file__).parents[1] / "tools"))
+
+import frame
+import torch
+from frame import Line
+from tables import table
+
+from hookpoints import HookedRecurrent, Memory, MemoryReader
+from hookpoints.zoo import english
+
+TITLE = "Facts in running speech"
+QUICK = {"texts": 2, "models": ("facts-english",), "sizes": (2,), "names": 4}
+MODELS = ("facts-english", "facts-english-rwkv7", "facts-english-mamba2")
+SIZES = (2, 4, 8)
+SPACE = {2: 96, 4: 160, 8: 256}
+"""Tokens in which so many facts are told."""
+PEACE = " The past year was one of peace and of prosperity."
+
+
+def documents_of(size: int, n: int, seed: int) -> list[english.Document]:
+    """Of facts that training never had, all told within `SPACE`."""
+    drawn = english.draw(12 * n, facts=size, questions=0, seed=seed)
+    whole = [one for one in drawn if len(one.facts) == size and one.facts[-1].stop <= SPACE[size]]
+    assert len(whole) >= n, (size, len(whole))
+    return whole[:n]
+
+
+def possible_facts(names: int) -> dict[str, tuple[str, str, str]]:
+    """Every sentence that can be told of so many names, and its name, relation and value."""
+    return {
+        " " + wording.format(n=name, v=value): (name, relation, value)
+        for name in english.NAMES[:names]
+        for relation, each in english.RELATIONS.items()
+        for value in each.values
+        for wording in each.told
+    }
+
+
+def told_in(document: english.Document) -> set[tuple[str, str, str]]:
+    return {(fact.name, fact.relation, fact.value) for fact in document.facts}
+
+
+def read_facts(
+    model: HookedRecurrent, reader: MemoryReader, size: int, texts: Sequence[english.Document], names: int
+) -> dict[str, float]:
+    """The share of the facts that are among as many picked ones, by a reader that is given all possible sentences: of
+    the text, of another text, and where scores rank them."""
+    possible = possible_facts(names)
+    sentences = list(possible)
+    facts = list(possible.values())
+    counts = {"read": 0, "ranked": 0, "another text": 0}
+    memory = model.memory(torch.tensor([text.tokens[: SPACE[size]] for text in texts]))
+    for row, scores in enumerate(reader.scores(memory, sentences)):
+        order = scores.argsort(descending=True).tolist()
+        likely = [sentences[place] for place in order[: 40 * size]]
+        # Several wordings of one fact may be picked.
+        readings = reader.pick(memory, likely, 2 * size, row=row)
+        picked = [*dict.fromkeys(possible[reading.text] for reading in readings)][:size]
+        ranked = [*dict.fromkeys(facts[place] for place in order)][:size]
+        counts["read"] += len(told_in(texts[row]) & {*picked})
+        counts["ranked"] += len(told_in(texts[row]) & {*ranked})
+        counts["another text"] += len(told_in(texts[(row + 1) % len(texts)]) & {*picked})
+    return {name: count / (size * len(texts)) for name, count in counts.items()}
+
+
+def question(fact: english.ToldFact) -> str:
+    return " " + english.RELATIONS[fact.relation].asked[0].format(n=fact.name, v="\0").split("\0")[0].rstrip()
+
+
+def answer(model: HookedRecurrent, memory: Memory, fact: english.ToldFact) -> str:
+    logits = model.logits_after(memory, question(fact))
+    return str(model.to_string(int(logits[0, -1].argmax()))).strip()
+
+
+def another_value(fact: english.ToldFact, document: english.Document, rng: Random) -> str:
+    """One that the document tells of nobody."""
+    told = {each.value for each in document.facts}
+    return rng.choice([value for value in english.RELATIONS[fact.relation].values if value not in told])
+
+
+def edited(model: HookedRecurrent, size: int, texts: Sequence[english.Document]) -> dict[str, float]:
+    """Answers after a fact was told instead of another by `Memory.told`, and after it was appended as a sentence."""
+    rng = Random(1)
+    found: dict[str, list[bool]] = {}
+    for document in texts:
+        memory = model.memory(torch.tensor([document.tokens[: SPACE[size]]]))
+        fact = rng.choice(document.facts)
+        new = another_value(fact, document, rng)
+        old = " " + fact.sentence
+        after = memory.told(old.replace(fact.value, new), instead_of=old)
+        appended = model.memory(old.replace(fact.value, new), memory=memory)
+        rights = {
+            "unedited": answer(model, memory, fact) == fact.value,
+            "new": answer(model, after, fact) == new,
+            "old": answer(model, after, fact) == fact.value,
+            "removed": answer(model, memory.told(None, instead_of=old), fact) == fact.value,
+            "appended": answer(model, appended, fact) == new,
+        }
+        for name, right in rights.items():
+            found.setdefault(name, []).append(right)
+        for other in document.facts:
+            if other is not fact:
+                found.setdefault("others", []).append(answer(model, after, other) == other.value)
+                found.setdefault("others unedited", []).append(answer(model, memory, other) == other.value)
+    return {name: statistics.mean(rights) for name, rights in found.items()}
+
+
+def contradicted(model: HookedRecurrent, texts: Sequence[english.Document]) -> dict[str, float]:
+    """How often `suspects` flags a sentence that contradicts an earlier fact, lists it first, gives the first value
+    back without it; and flags some sentence of a text without a contradiction."""
+    rng = Random(2)
+    counts = {"flagged": 0, "first": 0, "repaired": 0, "clean flagged": 0}
+    asked = 0
+    for document in texts:
+        fact = document.facts[0]
+        memory = model.memory(torch.tensor([document.tokens[: document.facts[-1].stop]]))
+        if answer(model, memory, fact) != fact.value:
+            continue
+        asked += 1
+        injected = fact.sentence.replace(fact.value, another_value(fact, document, rng))
+        suspects = model.memory(f" {injected}{PEACE}", memory=memory).suspects(question(fact))
+        own = next(suspect for suspect in suspects if suspect.text.endswith(injected))
+        counts["flagged"] += own.flagged
+        counts["first"] += suspects[0] is own
+        counts["repaired"] += own.answer.strip() == fact.value
+        counts["clean flagged"] += any(suspect.flagged for suspect in memory.suspects(question(fact)))
+    return {name: count / asked for name, count in counts.items()} | {"texts": asked}
+
+
+def held_facts(model: HookedRecurrent, size: int, texts: Sequence[english.Document]) -> float:
+    """The share of the largest terms, as many as facts, that stand at a fact's value or at the token after it, in the
+    head that `Memory.keeping` puts first."""
+    hits = 0
+    for document in texts:
+        memory = model.memory(torch.tensor([document.tokens[: SPACE[size]]]))
+        best = memory.keeping()[0]
+        places = {fact.place + late for fact in document.facts for late in (0, 1)}
+        hits += sum(one.position in places for one in memory.held(size, layer=best.layer, head=best.head))
+    return hits / (size * len(texts))
+
+
+def of_model(name: str, texts: int, sizes: Sequence[int], names: int) -> dict[str, Any]:
+    model = HookedRecurrent.from_pretrained(name, device="cpu")
+    training = english.draw(160, facts=6, questions=0, seed=5, split="train")
+    reader = MemoryReader.fit(model, torch.tensor([document.tokens for document in training]), context=192)
+    found: dict[str, Any] = {}
+    for size in sizes:
+        documents = documents_of(size, texts, 99 + size)
+        found[f"{size} facts"] = {
+            "reader": read_facts(model, reader, size, documents, names),
+            "told": edited(model, size, documents),
+            "held": held_facts(model, size, documents),
+        }
+    return found | {"contradicted": contradicted(model, documents_of(min(4, max(sizes)), texts, 19))}
+
+
+def measure(
+    texts: int = 50,
+    models: tuple[str, ...] = MODELS,
+    sizes: tuple[int, ...] = SIZES,
+    names: int = len(english.NAMES),
+) -> dict[str, Any]:
+    """Every model, with facts that its training never had, between speeches that it never had."""
+    return {name: of_model(name, texts, sizes, names) for name in models}
+
+
+GOALS = {"2 facts": 0.95, "4 facts": 0.95, "8 facts": 0.9}
+
+
+def lines(found: dict[str, Any]) -> list[Line]:
+    """What has a goal."""
+    rows: list[Line] = []
+    for name, own in found.items():
+        for size, each in own.items():
+            if size == "contradicted":
+                rows.append(Line(f"{name}: contradictions flagged", each["flagged"], goal=0.95, least=True))
+                rows.append(Line(f"{name}: texts flagged without a contradiction", each["clean flagged"], goal=0.05))
+                continue
+            rows.append(Line(f"{name}: {size} read", each["reader"]["read"], goal=GOALS[size], least=True))
+            rows.append(Line(f"{name}: new answers, {size} told", each["told"]["new"], goal=0.97, least=True))
+            rows.append(Line(f"{name}: old answers, {size} told", each["told"]["old"], goal=0.05))
+    return rows
+
+
+READ = ("read", "ranked", "another text")
+TOLD = ("unedited", "new", "old", "others", "others unedited", "removed", "appended")
+CONTRADICTED = ("flagged", "first", "repaired", "clean flagged", "texts")
+
+
+def text(found: dict[str, Any]) -> str:
+    """Readers, edits and contradictions."""
+    readers: list[list[str]] = []
+    edits: list[list[str]] = []
+    for name, own in found.items():
+        for size, each in own.items():
+            if size != "contradicted":
+                shares = (*(each["reader"][what] for what in READ), each["held"])
+                readers.append([f"{name}: {size}", *(f"{share:.3f}" for share in shares)])
+                edits.append([f"{name}: {size}", *(f"{each['told'][what]:.2f}" for what in TOLD)])
+    flags = [[name, *(f"{own['contradicted'][what]:.3g}" for what in CONTRADICTED)] for name, own in found.items()]
+    heads = (
+        ("facts among all that could be told", "picked", "ranked by score", "another text's", "held by the first head"),
+        ("a fact told instead of another", *TOLD),
+        ("a sentence that contradicts a fact", *CONTRADICTED),
+    )
+    return "\n\n".join(table(head, rows) for head, rows in zip(heads, (readers, edits, flags), strict=True))
+
+
+if __name__ == "__main__":
+    frame.main(sys.modules[__name__])
