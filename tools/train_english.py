@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import chain, repeat
 from pathlib import Path
@@ -27,6 +27,7 @@ from transformers import Mamba2ForCausalLM, PreTrainedModel, PreTrainedTokenizer
 
 from hookpoints import HookedRecurrent, embedded, zoo
 from hookpoints.files import read_json
+from hookpoints.rwkv7 import RWKV7ForCausalLM
 from hookpoints.zoo import english
 
 
@@ -76,9 +77,9 @@ SHORT = Round(
     ),
 )
 LONG = SHORT._replace(stages=[each._replace(steps=n) for each, n in zip(SHORT.stages, (200, 250, 250))])
-LONGEST = SHORT._replace(stages=[each._replace(steps=n) for each, n in zip(SHORT.stages, (400, 200, 200))])
-"""RWKV-7 has no convolution that brings names together, and learns it from short texts first."""
 AGAIN = Round(8e-4, 0.4, (Stage(300, 6, 2, 320, (3, 12), 16, 0.4),))
+FAR = Round(1e-3, 0.5, (Stage(700, 5, 2, 384, (3, 12), 16, 0.6),))
+"""More speech between facts, where RWKV-7 forgets first."""
 PLANS = {
     "facts-english": Plan(
         "gdn",
@@ -89,8 +90,9 @@ PLANS = {
     ),
     "facts-english-rwkv7": Plan(
         "rwkv7",
-        "Four RWKV-7 layers of 6 heads, K = V = 32 (`hookpoints.rwkv7`), as `embedded-rwkv7`.",
-        (LONGEST,),
+        "Four RWKV-7 layers of 6 heads, K = V = 32 (`hookpoints.rwkv7`), as `embedded-rwkv7`. The first head of layer "
+        "0 starts with the latest name, and that of layer 1 writes values under it.",
+        (LONG, FAR),
     ),
     "facts-english-mamba2": Plan(
         "mamba2",
@@ -142,7 +144,7 @@ def grown(family: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
         spelled = old[before(f" {word}")["input_ids"]].mean(dim=0)
         rows[token] = torch.normal(old.mean(dim=0), old.std(dim=0)) if word in drawn else spelled
     if family == "rwkv7":
-        return model
+        return first_layers_with_names(model, tokenizer)
     return without_attention(model) if family == "gdn" else first_layer_with_names(model)
 
 
@@ -196,7 +198,135 @@ def start_with_names(projection: Tensor, taps: Tensor, first_key: int, first_que
         taps[rows, second] = 1.0
 
 
+@torch.no_grad()
+def first_layers_with_names(model: RWKV7ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> RWKV7ForCausalLM:
+    """The model, whose first head of layer 0 reads the latest name at every token, and whose first head of layer 1
+    writes values, and them alone, under that name.
+
+    RWKV-7 has no convolution that brings name and value together, and every write erases what its key resembles: from
+    other weights, training stops at two of three answers.
+    """
+    names = (*english.NAMES, *english.STRANGERS)
+    tokens = [tokenizer(f" {name}", add_special_tokens=False)["input_ids"][0] for name in names]
+    codes = name_codes(model.get_input_embeddings().weight, tokens)
+    carry_names(model, tokens, codes)
+    rng = Random(0)
+    options: Any = {"length": 160, "fillers": 0.3, "same": 0.6, "interleaved": 0.5}
+    documents = [training_writer(tokenizer).document(rng, rng.randint(3, 8), 10, **options) for _ in range(64)]
+    write_under_names(model, documents, dict(zip(names, codes)))
+    return model
+
+
+def name_codes(rows: Tensor, names: list[int]) -> Tensor:
+    """Codes [N,32] of the tokens ``names``, whose embeddings now differ in the 32 directions in which those of other
+    tokens differ least."""
+    named = torch.zeros(len(rows), dtype=torch.bool).index_fill(0, torch.tensor(names), True)
+    mean = rows[~named].mean(dim=0)
+    others = rows[~named] - mean
+    directions = torch.linalg.eigh(others.mT @ others).eigenvectors[:, :WIDTH]
+    codes = torch.nn.functional.normalize(torch.randn(len(names), WIDTH), dim=1)
+    rows[names] = mean + codes @ directions.mT * others.norm(dim=1).mean()
+    return codes * WIDTH**0.5
+
+
+def carry_names(model: RWKV7ForCausalLM, names: list[int], codes: Tensor) -> None:
+    """Layer 0: its first head writes the codes of names under one key, erases nothing and forgets within a sentence."""
+    block: Any = model.model.layers[0]
+    layer = start_plain(block.attn)
+    embeddings = block.pre_norm(model.get_input_embeddings().weight)
+    inputs = block.attn_norm(embeddings)
+    named = torch.zeros(len(inputs), dtype=torch.bool).index_fill(0, torch.tensor(names), True)
+    wanted = inputs.new_zeros(len(inputs), WIDTH).index_copy(0, torch.tensor(names), codes)
+    layer.v_proj.weight[:WIDTH] = linear_fit(inputs, wanted, named)
+    one_key = linear_fit(inputs, inputs.new_full((len(inputs), 1), WIDTH**-0.5), torch.ones(len(inputs)) > 0)
+    layer.k_proj.weight[:WIDTH] = one_key
+    layer.r_proj.weight[:WIDTH] = one_key
+    layer.k_a[:WIDTH] = 0.0
+    start_constant(layer.a_lora, -8.0)
+    start_constant(layer.w_lora, 0.36)  # a decay of 0.7 a token
+    # Its part of the residual stream is about as large as the embeddings.
+    layer.o_proj.weight[:, :WIDTH] = orthogonal(layer.o_proj.weight) * 1.7 * embeddings.std()
+
+
+def write_under_names(
+    model: RWKV7ForCausalLM, documents: Sequence[english.Document], codes: Mapping[str, Tensor]
+) -> None:
+    """Layer 1: keys and queries of its first head are the latest name's code where a fact or a question has its value;
+    it writes and erases where a fact has it, and does not forget."""
+    block: Any = model.model.layers[1]
+    layer = start_plain(block.attn)
+    tokens = torch.tensor([document.tokens for document in documents])
+    seen: list[Tensor] = []
+    with block.attn_norm.register_forward_hook(lambda *args: seen.append(args[2])):
+        model(tokens, use_cache=False)
+    wanted = torch.zeros(*tokens.shape, WIDTH)
+    told = torch.zeros(tokens.shape, dtype=torch.bool)
+    for row, document in enumerate(documents):
+        for fact in document.facts:
+            wanted[row, fact.place] = codes[fact.name]
+            told[row, fact.place] = True
+        for question in document.questions:
+            wanted[row, question.position] = codes[question.fact.name]
+    inputs, wanted, told = seen[0].flatten(0, 1), wanted.flatten(0, 1), told.flatten()
+    key = linear_fit(inputs, wanted, wanted.any(1)) * WIDTH**-0.5
+    layer.k_proj.weight[:WIDTH] = key
+    layer.r_proj.weight[:WIDTH] = key
+    layer.k_a[:WIDTH] = 1.0
+    start_constant(layer.w_lora, -8.0)  # a decay of 0.9998 a token
+    start_constant(layer.v_lora, -6.0)
+    with_one = torch.cat([inputs, torch.ones(len(inputs), 1)], 1)
+    rate = linear_fit(with_one, torch.where(told, 4.0, -7.0)[:, None], told)[0]
+    start_constant(layer.a_lora, rate[-1])
+    layer.a_lora.lora[0].weight[0] = rate[:-1]
+    layer.a_lora.lora[2].weight[:WIDTH, 0] = 1.0
+    layer.v_proj.weight[:WIDTH] = orthogonal(layer.o_proj.weight).mT
+    layer.o_proj.weight[:, :WIDTH] = orthogonal(layer.o_proj.weight) * 0.7 * inputs.std()
+
+
+WIDTH = 32
+"""K and V of the heads of embedded-rwkv7."""
+
+
+def start_plain(layer: Any) -> Any:
+    """A layer without token shifts, whose first head has a gate of about 1 and no bonus."""
+    for shifted in ("x_r", "x_k", "x_v", "x_a", "x_g"):
+        getattr(layer, shifted).zero_()
+    layer.r_k[0] = 0.0
+    layer.k_k[:WIDTH] = 1.0
+    layer.g_norm.weight[:WIDTH] = 1.0
+    layer.g_norm.bias[:WIDTH] = 0.0
+    gate = layer.g_lora.lora[2].weight
+    gate[:WIDTH] = 2 / gate.shape[1]
+    return layer
+
+
+def start_constant(lora: Any, value: float | Tensor) -> None:
+    """What the first head gets is ``value`` at every token, before the sigmoid."""
+    lora.lora[2].weight[:WIDTH] = 0.0
+    lora.lora[2].bias[:WIDTH] = value
+
+
+def linear_fit(inputs: Tensor, wanted: Tensor, rows: Tensor) -> Tensor:
+    """W [out,in] with W x ~ y for inputs [N,in] and ``wanted`` [N,out], by least squares with a ridge. The chosen
+    ``rows`` [N] weigh as much as all others."""
+    weights = torch.where(rows, 1 / rows.sum(), 1 / (~rows).sum().clamp_min(1))[:, None]
+    moments = inputs.mT @ (inputs * weights)
+    ridge = 0.01 * moments.diagonal().mean() * torch.eye(len(moments))
+    return torch.linalg.solve(moments + ridge, (inputs * weights).mT @ wanted).mT
+
+
+def orthogonal(like: Tensor) -> Tensor:
+    """Random orthonormal columns [D,32], of as many rows as ``like``."""
+    return torch.linalg.qr(torch.randn(len(like), WIDTH)).Q
+
+
 # -- training
+
+
+def training_writer(tokenizer: PreTrainedTokenizerFast) -> english.Writer:
+    """Of documents of the training split, between the sentences of the training speeches."""
+    speeches = train_embedded.split_corpus(train_embedded.read_speeches())[0]
+    return english.Writer(tokenizer, english.sentences("\n".join(speeches)), "train")
 
 
 def batches(part: Round, tokenizer: PreTrainedTokenizerFast, seed: int) -> train_embedded.Batches:
@@ -204,7 +334,7 @@ def batches(part: Round, tokenizer: PreTrainedTokenizerFast, seed: int) -> train
     all other tokens the sum 1."""
     speeches = train_embedded.split_corpus(train_embedded.read_speeches())[0]
     stream = torch.tensor([token for ids in tokenizer(speeches)["input_ids"] for token in ids])
-    writer = english.Writer(tokenizer, english.sentences("\n".join(speeches)), "train")
+    writer = training_writer(tokenizer)
     rng = Random(seed)
     for stage in chain.from_iterable(repeat(each, each.steps) for each in part.stages):
         options: Any = {"length": stage.length, "fillers": stage.fillers, "same": part.same, "interleaved": 0.5}
