@@ -57,33 +57,60 @@ def photographed(page: Path, size: str, file: Path) -> None:
     subprocess.run([*command, f"--screenshot={file}", page.as_uri()], check=True, capture_output=True)
 
 
+SENTENCES = (
+    "The crops were good, and no nation has reason to complain of us.",
+    "Clara lives in Paris.",
+    "The report of the Secretary of the Treasury will be laid before you.",
+    "Our commerce has been extended to new markets.",
+    "The home of Clara is Vienna.",
+    "We are at peace with all nations.",
+)
+"""What README's first picture has read; the fifth contradicts the second."""
+
+
 def front(file: Path) -> None:
-    """A text, the facts that its memory holds, one of them replaced, both answers, and the circuit of the first."""
+    """A text with a sentence that contradicts another; phrases read back from its memory, and the answer; both once the
+    sentence is cut; and whether the memory has read it."""
     import jinja2
     import torch
 
-    from hookpoints import HookedRecurrent, attribute, zoo
-    from sae_lens_writesae import load_sae
+    from hookpoints import HookedRecurrent, Memory, MemoryReader, embedded
+    from hookpoints.memory.phrases import runs
+    from hookpoints.zoo import english
 
-    model = HookedRecurrent.from_pretrained("facts").requires_grad_(False)
-    pairs = load_sae(zoo.path("facts") / "pairs")
-    text = "Ben lives in Rome . Iris keeps a parrot . Ben is a baker . Clara dresses in green ."
-    question, old, new = "Ben lives in", "Rome", "Oslo"
-    memory = model.memory(text)
-    edited = memory.with_fact(pairs, question, new, instead_of=old)
-    memories = []
-    for title, own in (("What its memory holds", memory), (f"{old} replaced by {new} in the memory", edited)):
-        chances = model.logits_after(own, question)[0, -1].softmax(-1)
-        answer = model.to_string(chances.argmax(keepdim=True))
-        memories.append((title, own.facts(pairs, n=4), question, answer, float(chances.max())))
-    with torch.enable_grad():
-        graph = attribute(f"{text} {question}", model, [old], against=new, frozen=True)
-    most = max(fact.strength for _, facts, *_ in memories for fact in facts)
+    model = HookedRecurrent.from_pretrained("facts-english")
+    reader = MemoryReader.fit(model, embedded.text("train")[:60_000], context=64, longest=8)
+    memory = model.memory(" ".join(SENTENCES))
+    question = "Where does Clara live?"
+    suspect = memory.suspects(f" {question}")[0]
+
+    def shown(title: str, own: Memory) -> tuple[str, list[tuple[str, bool]], str, float]:
+        in_text = runs(own.tokens[0].tolist(), 3)
+        phrases = [(reading.text, bool(runs(reading.tokens, 3) & in_text)) for reading in reader.read_back(own, 5)]
+        chances = model.logits_after(own, f" {question}")[0, -1].softmax(-1)
+        return title, phrases, model.to_string(chances.argmax(keepdim=True)), float(chances.max())
+
+    cut = memory.without(suspect.span)
+    never = model.memory(" ".join(sentence for sentence in SENTENCES if sentence != suspect.text.strip()))
+    cities = english.RELATIONS["home"].values
+    alike = [
+        suspect.text,
+        *(suspect.text.replace("Vienna", city) for city in cities if city not in ("Vienna", "Paris")),
+    ]
+    scores = torch.stack([reader.scores(own, alike)[0] for own in (memory, cut, never)])
+    places = (2 + 94 * (scores - scores.min()) / (scores.max() - scores.min())).tolist()
+    before, after = " ".join(SENTENCES).split(suspect.text)
     template = jinja2.Template((ROOT / "tools" / "front.html").read_text(encoding="utf-8"))
-    page = template.render(text=text, memories=memories, new=new, most=most, question=question, svg=graph.draw())
+    page = template.render(
+        parts=((before, False), (suspect.text, True), (after, False)),
+        memories=(shown("Its memory", memory), shown("With the marked sentence cut out", cut)),
+        question=question,
+        others=len(alike) - 1,
+        scores=[(title, own, unread) for title, (own, *unread) in zip(("read", "cut", "never read"), places)],
+    )
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "front.html").write_text(page, encoding="utf-8")
-        photographed(Path(folder) / "front.html", "1180,640", file)
+        photographed(Path(folder) / "front.html", "1180,610", file)
 
 
 def write(file: Path) -> None:
@@ -184,9 +211,9 @@ PICTURES = {
     "front.png": Picture(
         front,
         (
-            "hookpoints/zoo/facts/model.safetensors",
-            "hookpoints/zoo/facts/pairs/sae_weights.safetensors",
-            "hookpoints/circuit/draw.py",
+            "hookpoints/zoo/facts-english/model.safetensors",
+            "hookpoints/memory/reader.py",
+            "hookpoints/memory/templates.py",
             "tools/front.html",
         ),
     ),
