@@ -17,6 +17,7 @@ from frame import Line
 from tables import table
 
 from hookpoints import HookedRecurrent, Memory, MemoryReader
+from hookpoints.memory.templates import area_under_curve
 from hookpoints.zoo import english
 
 TITLE = "Facts in running speech"
@@ -36,11 +37,11 @@ def documents_of(size: int, n: int, seed: int) -> list[english.Document]:
     return whole[:n]
 
 
-def possible_facts(names: int) -> dict[str, tuple[str, str, str]]:
-    """Every sentence that can be told of so many names, and its name, relation and value."""
+def possible_facts(names: set[str]) -> dict[str, tuple[str, str, str]]:
+    """Every sentence that can be told of names, and its name, relation and value."""
     return {
         " " + wording.format(n=name, v=value): (name, relation, value)
-        for name in english.NAMES[:names]
+        for name in sorted(names)
         for relation, each in english.RELATIONS.items()
         for value in each.values
         for wording in each.told
@@ -56,7 +57,7 @@ def read_facts(
 ) -> dict[str, float]:
     """The share of the facts that are among as many picked ones, by a reader that is given all possible sentences: of
     the text, of another text, and where scores rank them."""
-    possible = possible_facts(names)
+    possible = possible_facts({*english.NAMES[:names], *(fact.name for text in texts for fact in text.facts)})
     sentences = list(possible)
     facts = list(possible.values())
     counts = {"read": 0, "ranked": 0, "another text": 0}
@@ -72,6 +73,26 @@ def read_facts(
         counts["ranked"] += len(told_in(texts[row]) & {*ranked})
         counts["another text"] += len(told_in(texts[(row + 1) % len(texts)]) & {*picked})
     return {name: count / (size * len(texts)) for name, count in counts.items()}
+
+
+def paraphrased(
+    model: HookedRecurrent, reader: MemoryReader, size: int, texts: Sequence[english.Document]
+) -> dict[str, float]:
+    """AUC of sentences of told facts against the same sentences with a value that nobody was told: in the words that
+    were read, and in words that neither the text nor the training of the model had."""
+    rng = Random(3)
+    scores: dict[str, tuple[list[float], list[float]]] = {"same words": ([], []), "other words": ([], [])}
+    for document in texts:
+        memory = model.memory(torch.tensor([document.tokens[: SPACE[size]]]))
+        for fact in document.facts:
+            other = another_value(fact, document, rng)
+            wording = english.RELATIONS[fact.relation].held_out[0]
+            sentences = (fact.sentence, wording.format(n=fact.name, v=fact.value))
+            for lists, sentence in zip(scores.values(), sentences, strict=True):
+                pair = [f" {sentence}", f" {sentence.replace(fact.value, other)}"]
+                for own, score in zip(lists, reader.scores(memory, pair)[0].tolist(), strict=True):
+                    own.append(score)
+    return {name: area_under_curve(*map(torch.tensor, lists)) for name, lists in scores.items()}
 
 
 def question(fact: english.ToldFact) -> str:
@@ -161,12 +182,13 @@ def of_model(name: str, texts: int, sizes: Sequence[int], names: int) -> dict[st
             "reader": read_facts(model, reader, size, documents, names),
             "told": edited(model, size, documents),
             "held": held_facts(model, size, documents),
+            "AUC": paraphrased(model, reader, size, documents),
         }
     return found | {"contradicted": contradicted(model, documents_of(min(4, max(sizes)), texts, 19))}
 
 
 def measure(
-    texts: int = 50,
+    texts: int = 30,
     models: tuple[str, ...] = MODELS,
     sizes: tuple[int, ...] = SIZES,
     names: int = len(english.NAMES),
@@ -205,12 +227,15 @@ def text(found: dict[str, Any]) -> str:
     for name, own in found.items():
         for size, each in own.items():
             if size != "contradicted":
-                shares = (*(each["reader"][what] for what in READ), each["held"])
+                shares = (*(each["reader"][what] for what in READ), *each["AUC"].values(), each["held"])
                 readers.append([f"{name}: {size}", *(f"{share:.3f}" for share in shares)])
                 edits.append([f"{name}: {size}", *(f"{each['told'][what]:.2f}" for what in TOLD)])
     flags = [[name, *(f"{own['contradicted'][what]:.3g}" for what in CONTRADICTED)] for name, own in found.items()]
     heads = (
-        ("facts among all that could be told", "picked", "ranked by score", "another text's", "held by the first head"),
+        (
+            *("facts among all that could be told", "picked", "ranked by score", "another text's"),
+            *("AUC, the told words", "AUC, other words", "held by the first head"),
+        ),
         ("a fact told instead of another", *TOLD),
         ("a sentence that contradicts a fact", *CONTRADICTED),
     )

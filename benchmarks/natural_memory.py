@@ -134,6 +134,32 @@ def read_back(reader: MemoryReader, texts: Tensor) -> dict[str, Any]:
     return found
 
 
+def shuffled(reader: MemoryReader, texts: Tensor) -> float:
+    """How many phrases share three tokens in a row with their text, where the key channels of states are shuffled."""
+    hits: list[bool] = []
+    drawn = torch.Generator().manual_seed(0)
+    for text in texts:
+        memory = reader.model.memory(text[None, :T])
+        states = {layer: memory.state(layer) for layer in memory.forms}
+        mixed = {layer: x[:, :, torch.randperm(x.shape[2], generator=drawn)] for layer, x in states.items()}
+        own = runs(text[:T].tolist())
+        hits += [bool(runs(phrase.tokens) & own) for phrase in reader.read_back(memory.with_states(mixed))]
+    return statistics.mean(hits)
+
+
+def whole_texts(reader: MemoryReader, texts: Tensor, length: int = 12) -> dict[str, float]:
+    """The share of a short text's tokens that are in the phrase that is read back from it, and of another text's."""
+    found: dict[str, float] = {"own": 0.0, "another text's": 0.0}
+    lead = torch.tensor(reader.fitted.lead)
+    for n, text in enumerate(texts):
+        memory = reader.model.memory(torch.cat([lead, text[:length]])[None])
+        (phrase,) = reader.read_back(memory, 1, length=length)
+        for name, other in (("own", text), ("another text's", texts[(n + 1) % len(texts)])):
+            tokens = {*other[:length].tolist()}
+            found[name] += len(tokens & {*phrase.tokens}) / len(tokens) / len(texts)
+    return found
+
+
 def runs(tokens: Any) -> set[tuple[int, ...]]:
     """Every three tokens in a row."""
     return set(zip(tokens, tokens[1:], tokens[2:]))
@@ -147,6 +173,7 @@ def of_model(name: str, texts: int, cut: int, phrases: int) -> dict[str, Any]:
     fit = time.process_time() - began
     corpus = running_tokens(model, embedded.text("test"))
     drawn = drawn_texts(corpus, texts)
+    few = drawn_texts(corpus, phrases)
     half = len(corpus) // 2
     return {
         "fit, CPU seconds": fit,
@@ -154,11 +181,12 @@ def of_model(name: str, texts: int, cut: int, phrases: int) -> dict[str, Any]:
         "AUC": accuracies(reader, drawn),
         "of 3,000": first_of(reader, drawn_texts(corpus[:half], texts // 2), corpus[half:]),
         "certificate": certificates(reader, drawn_texts(corpus, cut)),
-        "read back": read_back(reader, drawn_texts(corpus, phrases)),
+        "read back": read_back(reader, few) | {"shuffled": shuffled(reader, few[:3])},
+        "short texts": whole_texts(reader, few),
     }
 
 
-def measure(texts: int = 150, cut: int = 50, read_back: int = 10, models: tuple[str, ...] = MODELS) -> dict[str, Any]:
+def measure(texts: int = 60, cut: int = 20, read_back: int = 6, models: tuple[str, ...] = MODELS) -> dict[str, Any]:
     """Every model."""
     return {name: of_model(name, texts, cut, read_back) for name in models}
 
@@ -177,6 +205,10 @@ def lines(found: dict[str, Any]) -> list[Line]:
         back = own["read back"]
         rows.append(Line(f"{name}: phrases read back, first 10", back["first 10"], goal=0.6, least=True))
         rows.append(Line(f"{name}: phrases read back, another text's", back["another text"], goal=0.02))
+        rows.append(Line(f"{name}: phrases read back, shuffled key channels", back["shuffled"], goal=0.02))
+        short = own["short texts"]
+        rows.append(Line(f"{name}: tokens of texts of 12, read back", short["own"], goal=0.75, least=True))
+        rows.append(Line(f"{name}: tokens of texts of 12, another text's", short["another text's"]))
         rows.append(Line(f"{name}: CPU of phrases read back", back["CPU seconds"], " s", goal=20))
     return rows
 
