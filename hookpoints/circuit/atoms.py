@@ -76,7 +76,7 @@ def taken_apart(tracing: Tracing, whole: Node, explained: Sequence[Node], writes
 @torch.no_grad()
 def atoms_of(tracing: Tracing, sae: HeadSAE, whole: Node) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Nodes of what a dictionary makes of a write or a state: atoms, an error and its bias, and the state itself;
-    and edges from the parts into the whole.
+    and edges from the parts into the whole, and from the state to the logit.
 
     What is taken off the state after a token and what is taken off that token's write change all that follows
     alike, so that one gradient and one edit serve both."""
@@ -96,7 +96,8 @@ def atoms_of(tracing: Tracing, sae: HeadSAE, whole: Node) -> tuple[pd.DataFrame,
     changes = [Change(whole.layer, whole.position, {name: write - matrix}) for matrix in taken.values()]
     measured = tracing.runs.effects(changes)
     edges = edge_table(predicted, whole.node_id, "part", -1, measured)
-    return node_table(list(predicted), list(predicted.values()), measured), edges[edges.source != whole.node_id]
+    edges.loc[edges.source == whole.node_id, ["target", "port"]] = ["logit", "state"]
+    return node_table(list(predicted), list(predicted.values()), measured), edges
 
 
 def _parts_of(sae: HeadSAE, whole: Node, text: Text) -> dict[Node, Tensor]:

@@ -54,7 +54,7 @@ def attribute(
             are taken apart into atoms, an error and the dictionary's bias; of states, that of the token through whose
             read the head matters most.
         frozen: as of `write_attribution`, for saturated answers.
-        targets: so many of the measured writes get edges, and a quarter as many softmax heads.
+        targets: so many of the measured writes get edges, as many MLPs, and a quarter as many softmax heads.
 
     Raises:
         InputError: several sequences, training mode, a model that was loaded in inference mode, a target that the
@@ -98,7 +98,8 @@ def attribute(
         tracing.measure_nodes(nodes, measure)
         writes = nodes[nodes.feature_type == "write"]
         heads = nodes[(nodes.feature_type == "attn") & (nodes["head"] >= 0)]
-        explained = pd.concat([largest(writes, targets), largest(heads, targets // 4)])
+        mlps = nodes[nodes.feature_type == "mlp"]
+        explained = pd.concat([largest(writes, targets), largest(heads, targets // 4), largest(mlps, targets)])
         best = [node_of(row) for row in explained.itertuples()]
         edges = [tracing.direct(nodes), *map(tracing.edges_into, best)]
         tables = [nodes]

@@ -40,10 +40,10 @@ _SHAPES = {"write": _CIRCLE, "state": _CIRCLE, "embedding": _SQUARE, "attn": _SQ
 _SOURCES = {"direct": 1000, "part": 4}
 """Sources of a port that are drawn."""
 _LEAST = 0.08
-"""Share of the largest effect from which on an edge is drawn."""
+"""Share of the largest edge from which on an edge is drawn that is not the largest of its source."""
 LEGEND = (
     "Circle: a write. Square: MLP, head or embedding. Size and width: measured effect; blue helps, red hurts.",
-    "Lines into a value are solid, into a key dotted, into a query or gate dashed.",
+    "Lines into a value or an MLP are solid, into a key dotted, into a query or gate dashed.",
     "Diamonds: atoms of a write or a state, what they miss (error), and the bias.",
 )
 """The last line is of graphs that have some."""
@@ -143,15 +143,26 @@ def svg(nodes: pd.DataFrame, edges: pd.DataFrame, metadata: Mapping[str, object]
 
 def _visible_lines(edges: pd.DataFrame) -> list[Line]:
     """The measured edges that are worth a line, largest first: for each port the largest sources, and a token's stream
-    only where nothing that it holds has one."""
-    size = edges.measured.abs()
-    large = edges[(size >= _LEAST * size.max()) | (edges.port == "part")].dropna(subset="measured")
+    only where nothing that it holds has one. The largest edge of each node has one, so that its path is drawn."""
+    measured = edges.dropna(subset="measured")
+    lines = sorted(map(Line._make, measured[list(Line._fields)].to_numpy().tolist()), key=_drawn_size)
+    least = _LEAST * max((abs(line.measured) for line in lines), default=0.0)
+    of_nodes = [line for line in lines if not line.source.startswith("stream@")]
+    paths = {line.source: line for line in reversed(of_nodes) if line.port != "part"}
     drawn = list[Line]()
-    for (_, port), group in large.groupby(["target", "port"], sort=False):
-        lines = sorted(map(Line._make, group[list(Line._fields)].to_numpy().tolist()), key=_drawn_size)
-        parts = [line for line in lines if not line.source.startswith("stream@")][: _SOURCES.get(port, 2)]
-        tokens = {_token_of_node(line.source) for line in parts}
-        drawn += [*parts, *[line for line in lines if _token_of_node(line.source) not in tokens][:1]]
+    taken = Counter[tuple[str, str]]()
+    for line in of_nodes:
+        is_large = line.port == "part" or abs(line.measured) >= least
+        has_room = taken[line.target, line.port] < _SOURCES.get(line.port, 2)
+        if line is paths.get(line.source) or (is_large and has_room):
+            drawn.append(line)
+            taken[line.target, line.port] += 1
+    told = {(line.target, line.port, _token_of_node(line.source)) for line in drawn}
+    for line in lines:
+        places = {(line.target, line.port, token) for token in (_token_of_node(line.source), -1)}
+        if line.source.startswith("stream@") and abs(line.measured) >= least and not told & places:
+            drawn.append(line)
+            told |= places
     return sorted(drawn, key=_drawn_size)
 
 
@@ -165,12 +176,10 @@ def _token_of_node(node_id: str) -> int:
 
 
 def _visible_spots(nodes: pd.DataFrame, lines: Sequence[Line]) -> list[Spot]:
-    """The nodes that have a line, or an effect to speak of, the largest first; parts have a line."""
+    """The nodes that have a line, the largest first."""
     named = {name for line in lines for name in (line.source, line.target)}
-    least = _LEAST * nodes.measured.abs().max()
-    known = nodes.fillna({"measured": 0.0})
-    spots = sorted(map(Spot._make, known[list(Spot._fields)].to_numpy().tolist()), key=_drawn_size)
-    return [s for s in spots if s.node_id in named or (not s.is_part and abs(s.measured) >= least)]
+    known = nodes[nodes.node_id.isin(named)].fillna({"measured": 0.0})
+    return sorted(map(Spot._make, known[list(Spot._fields)].to_numpy().tolist()), key=_drawn_size)
 
 
 def _grid_elements(layout: Layout, texts: Sequence[str]) -> Iterator[str]:
@@ -196,7 +205,7 @@ def _line_element(line: Line, layout: Layout, most: float) -> str:
     points = [(x1, y1), (x1 + side, y1 + bend), (x2 + side, y2 - bend), (x2, y2)]
     start, *rest = (f"{x:.1f} {y:.1f}" for x, y in points)
     way = f"M{start}C{' '.join(rest)}" if line.port != "part" else f"M{start}H{x2:.1f}V{y2:.1f}"
-    into = {"direct": "into", "part": "a part of"}.get(line.port, f"into the {line.port} of")
+    into = {"direct": "into", "state": "into", "part": "a part of"}.get(line.port, f"into the {line.port} of")
     said = _text_element("title", f"{line.source} {into} {line.target}: {line.measured:+.2f} measured")
     wide = 1 + 6 * abs(line.measured) / most
     sign = "help" if line.measured > 0 else "hurt"

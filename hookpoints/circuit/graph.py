@@ -12,12 +12,14 @@ import numpy as np
 import pandas as pd
 
 from hookpoints.circuit.draw import svg
-from hookpoints.circuit.tables import EDGE_COLUMNS, NODE_COLUMNS, Node, largest
+from hookpoints.circuit.tables import EDGE_COLUMNS, NODE_COLUMNS, Node, by_size
 from hookpoints.errors import InputError, PredictionWarning
 from hookpoints.files import atomic_text, read_sealed_json, sealed_json, versions
 
 SCHEMA = 2
 """Version of the format of `Graph.save`."""
+_LEAST = 0.03
+"""Share of the largest edge from which on an edge makes a graph grow."""
 MAX_BYTES = 200_000_000
 """Largest file that `Graph.load` reads."""
 
@@ -106,7 +108,7 @@ class Graph:
                 f"graph: expected at least 3 measured writes to compare, got {len(tried)}; attribute with measure=50"
             )
         r, slope = _correlation_and_slope(tried)
-        inner = self.edges[~self.edges.port.isin(["direct", "part"]) & self.edges.predicted.notna()]
+        inner = self.edges[(self.edges.target != "logit") & (self.edges.port != "part") & self.edges.predicted.notna()]
         size = writes.predicted.abs().sum()
         completeness = cast(Mapping[str, float], self.metadata["completeness"])
         covered = float(tried.predicted.abs().sum() / size) if size else 0.0
@@ -152,14 +154,20 @@ class Graph:
     # ------------------------------------------------------------------------------------ parts and files
 
     def prune(self, nodes: int = 12) -> Graph:
-        """The graph of the nodes with the largest measured effect, and of the sources of their ports. Parts of a write
-        or a state are sources, and come with it."""
-        is_part = self.nodes.node_id.isin(self.edges[self.edges.port == "part"].source)
-        targets = {*largest(self.nodes[~is_part], nodes).node_id, "logit"}
-        edges = self.edges[self.edges.target.isin(targets)]
-        direct = edges.port == "direct"
-        edges = edges[~direct | edges.source.isin(targets)]
-        named = {*targets, *edges.source}
+        """The graph that grows backward from the logit: ``nodes`` times the source of the largest measured edge into
+        what it has joins it, as long as that is 3% of the largest. So each node has a path to the logit. The parts of a
+        write or a state come with it; edges are those among nodes, and from streams, biases and the rest."""
+        is_part = self.edges.port == "part"
+        is_node = self.edges.source.isin(self.nodes.node_id)
+        size = self.edges.measured.abs()[is_node & ~is_part]
+        tried = self.edges.loc[by_size(size[size >= _LEAST * size.max()])]
+        joined = ["logit"]
+        for _ in range(nodes):
+            near = tried[tried.target.isin(joined) & ~tried.source.isin(joined)]
+            joined += near.source[:1].tolist()
+        into = self.edges.target.isin(joined)
+        named = {*joined, *self.edges.source[into & is_part]}
+        edges = self.edges[into & (self.edges.source.isin(named) | ~is_node)]
         return replace(self, nodes=self.nodes[self.nodes.node_id.isin(named)], edges=edges)
 
     def save(self, path: str | Path) -> Path:

@@ -25,7 +25,7 @@ from hookpoints.recurrence.recurrence import Recurrence
 if TYPE_CHECKING:
     from transformer_lens.hook_points import HookPoint
 
-    from hookpoints.hooks.guard import HookSpecs
+    from hookpoints.hooks.guard import Hook, HookSpecs, Name
     from hookpoints.layer.context import Recorded
     from hookpoints.model.recurrent import HookedRecurrent
 
@@ -35,7 +35,7 @@ class Port(NamedTuple):
 
     Sides of a write are its value, its key, the query that reads it, and its gate: what decay and erase leave of the
     state before it. Those of a softmax head are what it hands on where its values, its keys, its query or its gate
-    alone are others; the pattern is computed again.
+    alone are others; the pattern is computed again. An MLP has one, what it adds where its input is another.
     """
 
     node: Node
@@ -49,6 +49,11 @@ class Port(NamedTuple):
     query the write [K,V] as the transitions since have left it, times the scale of reads."""
     readers: Tensor | None = None
     """[T',K], what tokens from ``at`` on read of the state after it, or [1,1] of what a query reads."""
+
+    @property
+    def entered(self) -> int:
+        """The block of which what enters is all that the side depends on: for an MLP, heads of its block count, too."""
+        return self.node.layer + (self.name == "input")
 
     @property
     def is_linear(self) -> bool:
@@ -65,8 +70,8 @@ class Port(NamedTuple):
         return factor[:, -1, self.node.head].reshape(r.B, -1, factor.shape[-1])
 
     def given(self, sides: Tensor) -> Tensor:
-        """[N,K,V], what sides give to the state after their token, [N,1,V], what a query reads, or [N,V], what a
-        softmax head hands on."""
+        """[N,K,V], what sides give to the state after their token, [N,1,V], what a query reads, [N,V], what a softmax
+        head hands on, or [N,D], what an MLP adds."""
         sides = sides.to(self.gradient)
         if self.other is None or self.name == "gate":
             return sides
@@ -108,6 +113,8 @@ class Inputs(NamedTuple):
     """[N,W,D]."""
     embedded: Tensor
     """[N,W,D], the token embeddings, for blocks that read these again."""
+    missing: Tensor | float = 0.0
+    """[N,W,D], what is taken off what the block's own heads add, before an MLP reads it."""
 
     def repeated(self, n: int) -> Inputs:
         """One row, ``n`` times."""
@@ -145,10 +152,10 @@ class Blocks:
     def text(self) -> Text:
         return self.decomposition.clean
 
-    def window(self, layer: int, at: int) -> range:
-        """Tokens of the block's input on which its factors at ``at`` depend."""
+    def window(self, layer: int, at: int, mlp: bool = False) -> range:
+        """Tokens of the block's input on which its factors at ``at`` depend, or what its ``mlp`` adds there."""
         mixes = self.model.attachment.layout.blocks[layer].attn_namespace is not None
-        if self.reach is None or mixes:
+        if self.reach is None or (mixes and not mlp):
             return range(at + 1)
         return range(max(0, at - self.reach), at + 1)
 
@@ -182,6 +189,9 @@ class Blocks:
         if node.feature_type == "write":
             seen = self.run(f"{block}.mixer.hook_read", inputs, gradients=gradients).seen
             return [port.of(seen[node.layer].recurrence) for port in ports]
+        if node.feature_type == "mlp":
+            heads = self._fixed_heads(inputs)
+            return [self.run(f"{block}.hook_mlp_out", inputs, heads, gradients).value[:, -1]]
         z = f"{block}.attn.hook_z"
         names = {"query": f"{block}.attn.hook_q", "key": f"{block}.attn.hook_k", "value": f"{block}.attn.hook_v"}
         kept: dict[str, Tensor] = {}
@@ -206,11 +216,22 @@ class Blocks:
             sides.append(ran.value[:, -1, node.head].clone())  # a view would hold the whole text's
         return sides
 
+    def _fixed_heads(self, inputs: Inputs) -> list[tuple[Name, Hook]]:
+        """Hooks that leave what the heads of a block add as it is in the text, but for what is missing."""
+        names = self.decomposition.heads_out(inputs.layer)
+        tokens = slice(inputs.window.start, inputs.window.stop)
+
+        def put(x: Tensor, hook: HookPoint) -> Tensor:
+            added = self.text.at(str(hook.name))[tokens].to(x)
+            return (added - inputs.missing if hook.name == names[0] else added).expand_as(x)
+
+        return [(name, put) for name in names]
+
     def maps(self, ports: Sequence[Port], live: bool) -> list[Maps]:
         """Gradients of ports at one token, ``live`` or with norms, gates and activations held fixed: the port is then
         linear but for biases, and parts of the stream add up. Cost: one block on a few tokens, and back for each."""
         layer = ports[0].node.layer
-        plain = self.inputs(layer, self.window(layer, ports[0].at))
+        plain = self.inputs(layer, self.window(layer, ports[0].at, ports[0].entered > layer))
         leaves = [x.clone().requires_grad_() for x in (plain.stream, plain.embedded)]
         with torch.enable_grad(), constants(() if live else AFFINE):
             sides = self.sides(ports, Inputs(layer, plain.window, *leaves), gradients=True)
@@ -252,7 +273,7 @@ class Blocks:
         """[1+N,...] of each port of one node at one token: as it is, and without each source, the others as they are.
         With a corrupt text a source is replaced by that of the corrupt text instead."""
         layer = ports[0].node.layer
-        window = self.window(layer, ports[0].at)
+        window = self.window(layer, ports[0].at, ports[0].entered > layer)
         step = max(1, _TOKENS // len(window))
         rows = []
         for first in range(0, len(sources) + 1, step):
@@ -262,7 +283,11 @@ class Blocks:
             for row, source in enumerate(some):
                 if source is not None and source.feature_type == "embedding" and source.position in window:
                     embedded[row, source.position - window.start] = self.other("hook_embed")[source.position]
-            rows.append(self.sides(ports, Inputs(layer, window, plain.stream - self.given(some, window), embedded)))
+            given = self.given(some, window)
+            own = torch.tensor([is_head_of(source, layer) for source in some], device=given.device)[:, None, None]
+            missing = torch.where(own, given, 0)
+            inputs = Inputs(layer, window, plain.stream - given + missing, embedded, missing)
+            rows.append(self.sides(ports, inputs))
         return [torch.cat(sides) for sides in zip(*rows)]
 
     def other(self, name: str) -> Tensor:
@@ -344,6 +369,11 @@ class Blocks:
         return (self.text.at(added)[None, stretch] - ran.value)[:, window.start - first :]
 
 
+def is_head_of(source: Node | None, layer: int) -> bool:
+    """Whether a source is of the heads of a block, and not below it."""
+    return source is not None and source.layer == layer and source.feature_type in ("write", "attn")
+
+
 @torch.no_grad()
 def reach_of(model: HookedRecurrent, tokens: Tensor) -> int | None:
     """How many tokens before a token its factors depend on, from what a cache keeps after one token; None where it
@@ -408,6 +438,15 @@ def ports_of_head(node: Node, at_z: Tensor) -> list[Port]:
     return [Port(node, name, node.position, at_z[0, node.position, node.head]) for name in names]
 
 
+def port_of_mlp(node: Node, at_out: Tensor) -> Port:
+    """The port of an MLP at a token.
+
+    Args:
+        at_out: [1,T,D], gradients of the metric by what the MLP adds.
+    """
+    return Port(node, "input", node.position, at_out[0, node.position])
+
+
 def change_for(port: Port, clean: Text, taken: Tensor) -> list[Change]:
     """For each of ``taken`` [N,...], what takes it off the side of a port and leaves the other ports alone."""
     node = port.node
@@ -417,6 +456,8 @@ def change_for(port: Port, clean: Text, taken: Tensor) -> list[Change]:
         name = f"{mixer}.heads.{node.head}.hook_write"
         write = clean.recurrences[node.layer].write(heads=node.head, positions=node.position)[0, 0, 0]
         return [Change(node.layer, port.at, {name: write - row}) for row in given]
-    name = f"{mixer}.hook_read" if node.feature_type == "write" else f"blocks.{node.layer}.attn.hook_z"
-    value = clean.at(name)[port.at, node.head]
+    names: dict[FeatureType, str] = {"write": f"{mixer}.hook_read", "attn": f"blocks.{node.layer}.attn.hook_z"}
+    name = names.get(node.feature_type, f"blocks.{node.layer}.hook_mlp_out")
+    at_token = clean.at(name)[port.at]
+    value = at_token if node.head < 0 else at_token[node.head]
     return [Change(node.layer, port.at, {name: value - row}, node.head) for row in given.reshape(-1, len(value))]

@@ -161,12 +161,14 @@ class Decomposition:
         if name in text.values:
             return text.at(name)
         added = text.at(f"blocks.{block}.hook_resid_post") - text.at(f"blocks.{block}.hook_resid_pre")
+        return added - sum(text.at(hook) for hook in self.heads_out(block))
+
+    def heads_out(self, block: int) -> list[str]:
+        """Names of the hooks that see what the heads of a block add: recurrent ones, softmax ones, or both."""
         outs = {"hook_mixer_out": block in self.model.cfg.layers}
         outs["hook_attn_out"] = block in self.model.cfg.attention or block not in self.model.cfg.layers
-        for hook, counts in outs.items():
-            if counts and f"blocks.{block}.{hook}" in text.values:
-                added = added - text.at(f"blocks.{block}.{hook}")
-        return added
+        names = [f"blocks.{block}.{hook}" for hook, counts in outs.items() if counts]
+        return [name for name in names if name in self.clean.values]
 
     def _whole_part(self, feature_type: FeatureType, directions: Tensor, block: int, added: Tensor) -> Part:
         return Part(feature_type, block, torch.einsum("ntd,td->nt", directions, added)[..., None])

@@ -27,7 +27,7 @@ from hookpoints.circuit.nodes import (
     record,
 )
 from hookpoints.circuit.norms import constants
-from hookpoints.circuit.ports import Blocks, Port, change_for, ports_of, ports_of_head, reach_of
+from hookpoints.circuit.ports import Blocks, Port, change_for, port_of_mlp, ports_of, ports_of_head, reach_of
 from hookpoints.circuit.stream import Decomposition, Part, Text, reading, stretches_of
 from hookpoints.circuit.tables import (
     Change,
@@ -110,8 +110,6 @@ class Tracing:
             other = Text(corrupt, donors, others, {})
         blocks = Blocks(Decomposition(model, clean), other, reach_of(model, tokens))
         predicted = pd.concat(_predicted_tables(blocks, writes, gradients), ignore_index=True)
-        of_heads = {name: gradient for name, gradient in gradients.other.items() if name.endswith("attn.hook_z")}
-        gradients = gradients._replace(other=of_heads)  # others are of no use any more, and as large as the text
         runs = Measure(session, wanted.metric)
         return cls(model, wanted, blocks, gradients, writes.unknown, runs, frozen), predicted
 
@@ -196,16 +194,19 @@ class Tracing:
         return [part._replace(given=part.given.cpu()) for part in parts], (rest - whole).cpu()
 
     def edges_into(self, node: Node, read: int | None = None) -> pd.DataFrame:
-        """Edges into the ports of a write: the largest sources, of which some are measured, and what the stream holds
-        at each token that the block looks at."""
+        """Edges into the ports of a write, a softmax head or an MLP: the largest sources, of which some are measured,
+        and what the stream holds at each token that the block looks at."""
         through = None
+        block = f"blocks.{node.layer}"
         if node.feature_type == "write":
             r = self.blocks.text.recurrences[node.layer]
             ports = ports_of(node, r, self.gradients.reads[node.layer], read)
             if node.layer not in self.unknown:
                 through = self.blocks.through(node, self.gradients.handed_on[node.layer])
+        elif node.feature_type == "mlp":
+            ports = [port_of_mlp(node, self.gradients.other[f"{block}.hook_mlp_out"])]
         else:
-            ports = ports_of_head(node, self.gradients.other[f"blocks.{node.layer}.attn.hook_z"])
+            ports = ports_of_head(node, self.gradients.other[f"{block}.attn.hook_z"])
         tables = [self._edges_into(list(group), through) for _, group in groupby(ports, key=lambda port: port.at)]
         return pd.concat(tables, ignore_index=True)
 
@@ -250,7 +251,7 @@ class Tracing:
         directions = torch.stack([maps.stream for maps in [*fixed, *live]])
         labels = [f"{node.node_id} {port.name}" for port in linear]
         name = f"blocks.{node.layer}.hook_resid_pre"
-        parts, left = self._parts_below(labels, directions, node.layer, text.at(name))
+        parts, left = self._parts_below(labels, directions, ports[0].entered, text.at(name))
         biases: dict[PortName, float] = {}
         for port, maps, rest in zip(linear, fixed, left.tolist()):
             biases[port.name] = maps.whole - float((maps.embedded * text.at("hook_embed")).sum()) + rest
@@ -258,7 +259,7 @@ class Tracing:
         embedded = text.at("hook_embed") - self.blocks.other("hook_embed")
         found = []
         for row, maps in enumerate(live, start=len(fixed)):
-            own = [part._replace(given=part.given[row]) for part in parts]
+            own = [part._replace(given=part.given[row]) for part in parts if part[:2] != node[:2]]
             own[0].given[:, 0] += (maps.embedded * embedded).sum(-1).cpu()
             held = (maps.stream * differs).sum(-1, keepdim=True).cpu()
             streams = _largest_sources([Part("stream", node.layer, held)], _STREAMS)

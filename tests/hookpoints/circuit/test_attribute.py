@@ -28,7 +28,7 @@ from hookpoints import Graph, HookedRecurrent, Recurrence, WriteEdit, attribute,
 from hookpoints.circuit.atoms import atoms_of, taken_apart
 from hookpoints.circuit.graph import Check
 from hookpoints.circuit.nodes import write_attribution
-from hookpoints.circuit.ports import change_for, ports_of, ports_of_head
+from hookpoints.circuit.ports import change_for, port_of_mlp, ports_of, ports_of_head
 from hookpoints.circuit.stream import reads_of
 from hookpoints.circuit.tables import Node
 from hookpoints.errors import InputError, PredictionWarning, UnknownHookError, UnsupportedModelError
@@ -250,6 +250,39 @@ def test_edges_into_a_softmax_head_compute_its_pattern_again(model64: HookedRecu
     assert {*graph.edges[graph.edges.target.str.startswith("L3A")].port} == {"query", "key", "value", "gate"}
 
 
+def test_an_edge_into_an_mlp_is_a_run_with_its_input_changed(ruled64: HookedRecurrent) -> None:
+    """In every family, of the MLP below and of a write of the same block: what the MLP then adds at its token, and
+    nothing else, is another."""
+    if not ruled64.attachment.layout.is_chain:
+        pytest.skip("its blocks are no chain along one residual stream")
+    layer = ruled64.cfg.recurrent_layers[-1]
+    out, at = f"blocks.{layer}.hook_mlp_out", SEQUENCE.shape[1] - 1
+    if out not in ruled64.hook_dict:
+        pytest.skip("its blocks have no MLP, or several")
+    tracer: Any = attribute(SEQUENCE, ruled64, [5], against=9, measure=3, targets=0).tracer
+    port = port_of_mlp(Node("mlp", layer, -1, at), tracer.gradients.other[out])
+    below = Node("mlp" if layer else "embedding", layer - 1, -1, at)
+    write = Node("write", layer, ruled64.cfg.layer(layer).H - 1, 9)
+    sides = tracer.blocks.sides_without([port], [below, write])[0]
+    _, clean = ruled64.run_with_cache(SEQUENCE)
+    taken = clean[f"blocks.{layer - 1}.hook_mlp_out" if layer else "hook_embed"][0, at]
+    hooks: list[Any] = [(f"blocks.{layer}.hook_resid_pre", partial(less, at=at, taken=taken))]
+    for name in (f"blocks.{layer}.hook_mixer_out", f"blocks.{layer}.hook_attn_out"):
+        hooks += [(name, partial(put, value=clean[name]))] if name in clean else []
+    expected = [clean[out]]
+    for hook, edit in ((hooks, ()), ([], WriteEdit(layer, write.head, 9, mode="delete"))):
+        with torch.no_grad(), ruled64.hooks(hook), ruled64.edits(edit):
+            expected.append(ruled64.run_with_cache(SEQUENCE, names_filter=out)[1][out])
+    torch.testing.assert_close(sides, torch.cat(expected)[:, at], rtol=1e-9, atol=1e-12)
+    found = tracer.runs.effects(change_for(port, tracer.blocks.text, sides[:1] - sides))
+    for effect, value in zip(found, sides):
+        swap: Any = partial(with_part, at=at, head=-1, value=value)
+        with torch.no_grad():
+            left = float(difference(ruled64.run_with_hooks(SEQUENCE, fwd_hooks=[(out, swap)])))
+        assert effect == pytest.approx(tracer.runs.plain - left, abs=1e-9)
+    assert abs(found[1]) > 1e-8 and {"input"} == {port.name}
+
+
 def test_a_graph_is_saved_and_read(graph: Graph, tmp_path: Path) -> None:
     loaded = Graph.load(graph.save(tmp_path / "graph.json"))
     pd.testing.assert_frame_equal(loaded.nodes, graph.nodes.reset_index(drop=True))
@@ -372,12 +405,35 @@ def test_nodes_that_were_measured_are_explained(model64: HookedRecurrent) -> Non
     assert {*few.edges[few.edges.port == "direct"].source} <= {*measured, "bias"}
 
 
-def test_a_pruned_graph_has_its_nodes_and_their_sources(graph: Graph) -> None:
+def test_a_pruned_graph_grows_by_the_largest_edge_into_what_it_has(graph: Graph) -> None:
+    """Of either sign; so that each of its nodes has a path to the logit."""
     pruned = graph.prune(5)
-    largest = graph.nodes.measured.abs().nlargest(5).index
-    assert {*graph.nodes.loc[largest].node_id} <= {*pruned.nodes.node_id}
-    assert len(pruned.edges) < len(graph.edges)
-    assert {*pruned.edges[pruned.edges.port == "direct"].source} <= {*pruned.nodes.node_id}
+    nodes: Any = graph.nodes
+    tried: Any = graph.edges[graph.edges.measured.notna() & graph.edges.source.isin(nodes.node_id)]
+    joined = ["logit"]
+    while len(joined) < 6:
+        near = tried[tried.target.isin(joined) & ~tried.source.isin(joined)]
+        joined.append(near.loc[near.measured.abs().idxmax()].source)
+    assert {*pruned.nodes.node_id} == {*joined[1:]} and (tried.measured < 0).any()
+    sources: Any = pruned.edges.source[pruned.edges.source.isin(nodes.node_id)]
+    assert {*sources} == {*joined[1:]} and {*pruned.edges.target} <= {*joined}
+
+
+def test_every_shape_of_a_picture_has_a_path_to_the_answer(graph: Graph, embedded: HookedRecurrent) -> None:
+    """Along the lines that are drawn, also through MLPs."""
+    text = "The Secretary of the Treasury will report. The report of the Secretary of the"
+    treasury = attribute(text, embedded, [" Treasury"], against=" Navy", corrupt=text.replace("Treasury", "Navy"))
+    for picture in (graph.draw(), treasury.draw()):
+        root = ElementTree.fromstring(picture)
+        said = [element.text or "" for element in root.iter() if element.tag.endswith("}title")]
+        matches = (re.match(r"(.+?) (?:into the \w+ of|into) (.+): ", title) for title in said)
+        lines = [match.groups() for match in matches if match]
+        joined = {"logit"}
+        for _ in lines:
+            joined |= {source for source, target in lines if target in joined}
+        shapes = {element.attrib["data-node"] for element in root.iter() if "data-node" in element.attrib}
+        assert shapes and shapes <= joined
+    assert {("E@4", "MLP0@4"), ("MLP0@4", "L4H0@5"), ("L4H0@5", "logit")} <= {*lines}
 
 
 @pytest.mark.parametrize(
@@ -549,9 +605,7 @@ def test_atoms_are_drawn_below_their_state_with_their_words() -> None:
         text, HookedRecurrent.from_pretrained("facts"), "Rome", frozen=True, measure=4, targets=1, saes=[pairs]
     )
     parts: Any = graph.edges[graph.edges.port == "part"]
-    wholes: Any = graph.nodes[~graph.nodes.node_id.isin(parts.source)]
-    first = wholes.loc[wholes.measured.abs().nlargest(6).index].node_id
-    assert {*first, *parts.source} <= {*graph.prune(6).nodes.node_id}
+    assert {*parts.source, *parts.target} <= {*graph.prune(6).nodes.node_id}
     root = ElementTree.fromstring(graph.draw())
     shapes = [element for element in root.iter() if element.get("data-node") in {*parts.source}]
     largest = parts.loc[parts.measured.abs().nlargest(4).index].source
@@ -580,6 +634,4 @@ def test_a_picture_is_one_file_without_network(graph: Graph) -> None:
             x, y = (float(label.attrib[side]) for side in "xy")
             room = torch.tensor([2.9 * len(label.text or ""), 6.0])
             assert not ((centers - torch.tensor([x, y - 3])).abs() < room).all(1).any(), label.text
-        names = [element.attrib["data-node"] for element in root.iter() if "data-node" in element.attrib]
-        assert {*graph.nodes.loc[[graph.nodes.measured.abs().idxmax()]].node_id} <= {*names}
         assert {"key", "query"} & {word for element in root.iter() for word in element.get("class", "").split()}
