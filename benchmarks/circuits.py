@@ -136,7 +136,7 @@ def of_question(model: HookedRecurrent, name: str, batch: Any, row: int) -> Iter
             order = rows.sort_values("measured", ascending=False)
             yield f"{port}: its source", order.source.iloc[0] == source
     yield "r", graph.check().r
-    yield "8 writes keep the answer", graph.sufficient(8).same_answer
+    yield "8 writes keep the answer", bool(graph.sufficient(8).same_answer[0])
 
 
 def measure(passages: int = 11, sequences: int = 6, length: int = 32) -> dict[str, Any]:

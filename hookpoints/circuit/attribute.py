@@ -21,13 +21,16 @@ from hookpoints.scopes import own_gradients
 if TYPE_CHECKING:
     from hookpoints.model.recurrent import HookedRecurrent
 
+_CHEAP = 2**15
+"""Nodes times tokens up to which all nodes are measured."""
+
 
 def attribute(
     text: str | Tensor,
     model: HookedRecurrent,
     attribution_targets: Sequence[Token] | Token | None = None,
     against: Token | Sequence[Token] | None = None,
-    measure: int = 50,
+    measure: int | None = None,
     *,
     metric: LogitMetric | None = None,
     corrupt: str | Tensor | None = None,
@@ -46,7 +49,9 @@ def attribute(
         text: one sequence, a string or tokens [1,T].
         attribution_targets: tokens whose mean logit after the last token is explained. None: the most likely one.
         against: the token or tokens whose logit is taken off. None: the mean of all logits.
-        measure: how many writes are deleted, one run each, and a fifth as many heads, MLPs and embeddings each.
+        measure: how many writes are deleted, one run each, and a fifth as many heads, MLPs and embeddings each; and
+            20 of the other writes, drawn at random. None: all nodes while that is cheap, up to about 35 tokens in the
+            models that ship, and 50 of longer texts.
         metric: a function of logits [1,T,vocab] instead of targets.
         corrupt: another text of as many tokens; nodes are replaced by those of the corrupt text instead of deleted.
             The best first thing to try, since predictions then hold best.
@@ -83,7 +88,7 @@ def attribute(
                 "or take write_attribution, which works on several"
             )
         wanted = _metric_of_logits(model, tokens, attribution_targets, against, metric)
-        if measure < 1 or targets < 0:
+        if (measure is not None and measure < 1) or targets < 0:
             raise InputError(f"measure and targets: expected at least 1 and 0, got {measure} and {targets}")
         if getattr(model.hf_model, "is_quantized", False):
             warnings.warn(
@@ -94,14 +99,15 @@ def attribute(
             )
         donor = None if corrupt is None else same_length(model, corrupt, tokens)
         wholes = wholes_of(model, saes)
-        tracing, nodes = Tracing.of(model, tokens, wanted, donor, frozen)
-        tracing.measure_nodes(nodes, measure)
+        tracing = Tracing.of(model, tokens, wanted, donor, frozen)
+        nodes = tracing.nodes
+        tracing.measure_nodes(50 if measure is None and len(nodes) * tokens.shape[1] > _CHEAP else measure)
         writes = nodes[nodes.feature_type == "write"]
         heads = nodes[(nodes.feature_type == "attn") & (nodes["head"] >= 0)]
         mlps = nodes[nodes.feature_type == "mlp"]
         explained = pd.concat([largest(writes, targets), largest(heads, targets // 4), largest(mlps, targets)])
         best = [node_of(row) for row in explained.itertuples()]
-        edges = [tracing.direct(nodes), *map(tracing.edges_into, best)]
+        edges = [tracing.direct(), tracing.edges_into(best)]
         tables = [nodes]
         labels: dict[str, str] = {}
         for sae, whole in zip(saes, wholes):
@@ -135,9 +141,11 @@ def _metric_of_logits(
     ids = _token_ids(model, targets, "attribution_targets")
     others = () if against is None else _token_ids(model, against, "against")
 
+    wanted, other = (torch.tensor(some, device=model.hf_model.device, dtype=torch.long) for some in (ids, others))
+
     def lead(logits: Tensor) -> Tensor:
         last = logits[0, -1]
-        return last[list(ids)].mean() - (last[list(others)] if others else last).mean()
+        return last[wanted].mean() - (last[other] if others else last).mean()
 
     return Wanted(lead, ids, others)
 

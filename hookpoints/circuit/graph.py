@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, Protocol, cast
@@ -12,11 +12,17 @@ import numpy as np
 import pandas as pd
 
 from hookpoints.circuit.draw import svg
-from hookpoints.circuit.tables import EDGE_COLUMNS, NODE_COLUMNS, Node, by_size
+from hookpoints.circuit.tables import EDGE_COLUMNS, NODE_COLUMNS, Answer, Node, by_size, node_of
 from hookpoints.errors import InputError, PredictionWarning
 from hookpoints.files import atomic_text, read_sealed_json, sealed_json, versions
 
-SCHEMA = 2
+_DRAWS = 5
+"""Random sets of each size."""
+_DECISIVE = 8
+"""Writes without which another answer makes a graph decisive."""
+_ANSWER = ("metric", "answer", "same_answer")
+"""Columns of an `Answer`."""
+SCHEMA = 3
 """Version of the format of `Graph.save`."""
 _LEAST = 0.03
 """Share of the largest edge from which on an edge makes a graph grow."""
@@ -25,46 +31,49 @@ MAX_BYTES = 200_000_000
 
 
 class Check(NamedTuple):
-    """How far predictions carry, and whether parts add up."""
+    """What is exact in a graph, and how far predictions carry."""
 
     n: int
     """Writes that were deleted (or replaced) one by one."""
+    writes: int
+    """All writes."""
+    largest: float
+    """The largest |effect| that was measured."""
+    missed: float
+    """The largest |effect| of unmeasured writes of which some were drawn at random and measured; 0 where none is left.
+    Of 20 that were drawn, 14% of the others may exceed it (one chance in twenty)."""
+    completeness: float
+    """Largest difference between a logit difference, or a port, and the sum of its parts, in units of the metric."""
     r: float
-    """Pearson's correlation of their predicted and measured effects."""
+    """Pearson's correlation of predicted and measured effects of writes."""
     slope: float
     """Of measured by predicted, by least squares: 1 where predictions are right."""
     edges_r: float
-    """The correlation over edges into keys, values and queries; NaN for fewer than three."""
-    covered: float
-    """Share of the predicted |effect| of all writes that was measured."""
-    completeness: float
-    """Largest difference between a logit difference, or a port, and the sum of its parts, in units of the metric."""
+    """The correlation over edges into nodes; NaN for fewer than three."""
+    decisive: bool | None = None
+    """Whether the model says what is explained, and another token without the eight writes of the largest |effect|, and
+    the same without random eights of the others. Untrained models do not. None: the graph was loaded."""
 
     def __str__(self) -> str:
-        nodes = f"{self.n} writes measured: r {self.r:.3f}, slope {self.slope:.2f}; edges r {self.edges_r:.2f}"
-        return f"{nodes}; {self.covered:.0%} of |effect| measured; parts add up to {self.completeness:.0e}"
-
-
-class Sufficiency(NamedTuple):
-    """What is left of a metric without all writes but some."""
-
-    n: int
-    kept: float
-    """Share of what all writes together do to the metric: 1 as the model, 0 as without any write. Near 0 in the
-    denominator (writes that do nothing together) it is NaN."""
-    same_answer: bool
-    """Whether the most likely next token is the target still."""
-    metric: float
-    """With these writes alone."""
+        audit = f", a random other one at most {self.missed:.2g}" if self.n < self.writes else ""
+        decides = "; without the largest 8 it says another token" if self.decisive else ""
+        exact = f"{self.n} of {self.writes} writes measured, the largest {self.largest:.2g}{audit}{decides}"
+        parts = f"parts add up to {self.completeness:.0e}"
+        return f"exact: {exact}; {parts}\npredicted: r {self.r:.3f}, slope {self.slope:.2f}; edges r {self.edges_r:.2f}"
 
 
 class Tracer(Protocol):
     """What answers questions about the model that a graph is of."""
 
+    @property
+    def nodes(self) -> pd.DataFrame:
+        """All nodes that can be taken out."""
+        ...
+
     def why(self, layer: int, head: int, read: int, source: int) -> pd.DataFrame: ...
 
-    def sufficient(self, keep: Sequence[Node]) -> tuple[float, float, bool]:
-        """The metric with these writes alone, and without any; whether the answer is the target."""
+    def answers(self, sets: Sequence[Collection[Node]]) -> list[Answer]:
+        """Of runs each without one set of nodes."""
         ...
 
 
@@ -94,12 +103,14 @@ class Graph:
     # ------------------------------------------------------------------------------------ how far to believe it
 
     def check(self) -> Check:
-        """Compare predictions with measurements, and parts with their sums.
+        """What was measured, what random writes that no prediction chose did, and how far predictions agree.
 
-        Warns (`PredictionWarning`) where r is below 0.9: then believe ``measured`` alone, and measure more.
+        Warns (`PredictionWarning`) where r is below 0.9 and writes are left unmeasured: then measure more.
 
         Raises:
             InputError: fewer than three writes were measured.
+
+        Cost: seven passes; none of a loaded graph.
         """
         writes = self.nodes[self.nodes.feature_type == "write"]
         tried = writes[writes.measured.notna()]
@@ -109,34 +120,117 @@ class Graph:
             )
         r, slope = _correlation_and_slope(tried)
         inner = self.edges[(self.edges.target != "logit") & (self.edges.port != "part") & self.edges.predicted.notna()]
-        size = writes.predicted.abs().sum()
         completeness = cast(Mapping[str, float], self.metadata["completeness"])
-        covered = float(tried.predicted.abs().sum() / size) if size else 0.0
         edges_r, _ = _correlation_and_slope(inner[inner.measured.notna()])
-        if not r >= 0.9:
+        if not r >= 0.9 and len(tried) < len(writes):
             warnings.warn(
-                f"predicted and measured effects of {len(tried)} writes have a correlation of {r:.2f}: believe "
-                "measured numbers alone. A corrupt text (corrupt=) predicts best; frozen=True is for saturated answers",
+                f"predicted and measured effects of {len(tried)} writes have a correlation of {r:.2f}, and "
+                f"{len(writes) - len(tried)} are not measured: measure more. A corrupt text (corrupt=) predicts best; "
+                "frozen=True is for saturated answers",
                 PredictionWarning,
                 stacklevel=2,
             )
-        return Check(len(tried), r, slope, edges_r, covered, max(map(abs, completeness.values()), default=0.0))
+        return Check(
+            n=len(tried),
+            writes=len(writes),
+            largest=tried.measured.abs().max(),
+            missed=cast(Mapping[str, float], self.metadata["audit"])["largest"],
+            completeness=max(map(abs, completeness.values()), default=0.0),
+            r=r,
+            slope=slope,
+            edges_r=edges_r,
+            decisive=None if self.tracer is None else self._is_decisive(),
+        )
 
-    def sufficient(self, n: int) -> Sufficiency:
-        """Keep the n writes that help most, take all other writes out in one run, and look what is left.
+    def _is_decisive(self) -> bool:
+        order, *orders = self._ordered_writes()
+        best = order[:_DECISIVE]
+        others = [writes.drop(best.index)[:_DECISIVE] for writes in orders]
+        without, *random = self._answers([best, *others])
+        is_said = self.metadata["answer"] in cast(Sequence[str], self.metadata["targets"])
+        return is_said and not without.same and all(answer.same for answer in random)
 
-        Cost: two passes.
+    def without(self, nodes: Collection[str]) -> Answer:
+        """The answer of a run without some nodes, all at once: with a corrupt text they are those of that text.
+
+        Args:
+            nodes: ids of writes, softmax heads, MLPs and embeddings.
         """
-        writes = self.nodes[self.nodes.feature_type == "write"]
-        if not 1 <= n <= len(writes):
-            raise InputError(f"n: expected 1 to {len(writes)} writes, got {n}")
-        best = writes.assign(effect=writes.measured.fillna(-np.inf)).nlargest(n, ["effect", "predicted"])
-        keep = [Node("write", *row) for row in best[["layer", "head", "position"]].to_numpy().tolist()]
-        alone, without, same = self._own_tracer().sufficient(keep)
-        whole = cast(float, self.metadata["metric"])
-        effect = whole - without
-        kept = (alone - without) / effect if abs(effect) > 1e-9 else float("nan")
-        return Sufficiency(n, kept, same, alone)
+        table = self._own_tracer().nodes
+        return self._answers([table[self._is_among(nodes)]])[0]
+
+    def keep(self, nodes: Collection[str]) -> Answer:
+        """The answer of a run with some nodes, and without all others of the kinds that are among them: writes alone
+        leave all heads, MLPs and embeddings as they are. ``nodes`` as of `without`."""
+        table = self._own_tracer().nodes
+        kept = self._is_among(nodes)
+        return self._answers([table[~kept & table.feature_type.isin(table[kept].feature_type)]])[0]
+
+    def sufficient(self, sizes: int | Sequence[int] = (1, 2, 4, 8, 16, 32)) -> pd.DataFrame:
+        """What few writes do alone: the n with the largest |effect| are kept and all others taken out, in one run. So
+        are random sets of as many writes, five of each size.
+
+        Args:
+            sizes: numbers of writes; those that the text does not have are left out.
+
+        Returns: a row for each size: ``n``, ``kept`` (share of what all writes together do to the metric: 1 as the
+        model, 0 as without any write; NaN where all together do nothing), ``random_low`` and ``random_high`` (the
+        least and largest share of the random sets), ``metric``, ``answer`` (the most likely next token) and
+        ``same_answer`` (whether the model says that, too).
+
+        Raises:
+            InputError: there is no such size.
+
+        Warns (`PredictionWarning`) where a share is outside 0 to 1.5 without a corrupt text.
+
+        Cost: six passes for each size, and one.
+        """
+        orders = self._ordered_writes()
+        wanted = [sizes] if isinstance(sizes, int) else list(sizes)
+        possible = [n for n in wanted if 1 <= n <= len(orders[0])]
+        if not possible:
+            raise InputError(f"sizes: expected some of 1 to {len(orders[0])} writes, got {wanted}")
+        others = [writes[n:] for n in possible for writes in orders]
+        none, *answers = self._answers([orders[0], *others])
+        effect = cast(float, self.metadata["metric"]) - none.metric
+        rows = []
+        for row, n in enumerate(possible):
+            some = answers[row * len(orders) : (row + 1) * len(orders)]
+            kept, *random = ((x.metric - none.metric) / effect if abs(effect) > 1e-9 else np.nan for x in some)
+            rows.append((n, kept, min(random), max(random), *some[0]))
+        columns = ["n", "kept", "random_low", "random_high", *_ANSWER]
+        found = pd.DataFrame(rows, columns=columns)
+        low, high = found.kept.min(), found.kept.max()
+        if self.metadata["corrupt"] is None and (low < 0 or high > 1.5):
+            warnings.warn(
+                f"sufficient: expected shares of 0 to 1.5, got {low:.1f} to {high:.1f}: a model without most writes "
+                "reads what it never saw. Give attribute a corrupt text (corrupt=), whose writes replace these",
+                PredictionWarning,
+                stacklevel=2,
+            )
+        return found
+
+    def _ordered_writes(self) -> list[pd.DataFrame]:
+        """All writes, first by |effect|, then in random orders."""
+        table = self._own_tracer().nodes
+        writes = table[table.feature_type == "write"]
+        order = by_size(writes.measured.fillna(writes.predicted))
+        return [writes.loc[order], *(writes.sample(frac=1, random_state=draw) for draw in range(_DRAWS))]
+
+    def _is_among(self, ids: Collection[str]) -> pd.Series:
+        """Rows of the tracer's nodes that have one of ``ids``."""
+        table = self._own_tracer().nodes
+        unknown = sorted({*ids} - {*table.node_id})
+        if unknown or not len(ids):
+            raise InputError(
+                "nodes: expected ids of writes, softmax heads, MLPs or embeddings, as in graph.nodes.node_id, "
+                f"got {', '.join(unknown) or 'none'}"
+            )
+        return table.node_id.isin(ids)
+
+    def _answers(self, sets: Sequence[pd.DataFrame]) -> list[Answer]:
+        """Of runs each without the nodes of one table."""
+        return self._own_tracer().answers([[node_of(row) for row in table.itertuples()] for table in sets])
 
     def why(self, layer: int, head: int, read: int, source: int) -> pd.DataFrame:
         """Why head ``head`` of ``layer`` reads at token ``read`` what it wrote at token ``source``: the sources of the

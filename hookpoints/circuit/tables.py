@@ -9,10 +9,13 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-FeatureType = Literal["embedding", "write", "state", "attn", "mlp", "skip", "bias", "atom", "error", "stream", "logit"]
+FeatureType = Literal[
+    "embedding", "write", "state", "attn", "mlp", "skip", "bias", "atom", "error", "stream", "rest", "logit"
+]
 """What a node is: a token's embedding, the write of a recurrent head, all that it holds, the output of a softmax head,
 of an MLP, what a recurrent head hands on besides its state (Mamba-2's D x, RWKV's bonus), what biases add, a part of a
-write or a state and what the parts miss, all that the stream holds at a token, a logit."""
+write or a state and what the parts miss, all that the stream holds at a token, all sources of a port that are not
+listed, a logit."""
 PortName = Literal["value", "key", "query", "gate", "input", "part", "state", "direct"]
 """Where an edge enters: the value or the key of a write, the query that reads it, its gate (what decay and erase leave
 of the state before it); values, keys, query or gate of a softmax head; the input of an MLP; the write or the state of
@@ -45,9 +48,20 @@ class Node(NamedTuple):
             "error": f"{place} error",
             "stream": f"stream@{self.position}",
             "bias": "bias" if self.position < 0 else f"{place} bias",
+            "rest": "rest",
             "logit": "logit",
         }
         return names[self.feature_type]
+
+
+class Answer(NamedTuple):
+    """What a model says in a run without some nodes."""
+
+    metric: float
+    token: str
+    """The most likely next one."""
+    same: bool
+    """Whether that is what the model says with all of them."""
 
 
 class Change(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, groupby
@@ -30,6 +30,8 @@ from hookpoints.circuit.norms import constants
 from hookpoints.circuit.ports import Blocks, Port, change_for, port_of_mlp, ports_of, ports_of_head, reach_of
 from hookpoints.circuit.stream import Decomposition, Part, Text, reading, stretches_of
 from hookpoints.circuit.tables import (
+    EDGE_COLUMNS,
+    Answer,
     Change,
     FeatureType,
     Node,
@@ -56,6 +58,10 @@ _DIRECT = 96
 """Measured nodes whose direct edges are looked at."""
 _MEASURED = 4
 """Of those, how many are measured."""
+_AUDITED = 20
+"""Writes that are drawn at random, of those that predictions leave out."""
+_TOKENS = 2**11
+"""Tokens of whole runs at once."""
 _STREAMS = 8
 """Last tokens of a window whose whole stream is a source, too."""
 
@@ -84,16 +90,20 @@ class Tracing:
     """By what heads read and hand on."""
     unknown: Container[int]
     """Layers whose heads hand on their reads in no known way."""
+    nodes: pd.DataFrame
+    """All of them, with predictions."""
     runs: Measure
     frozen: bool
+    audit: Mapping[str, float] = field(default_factory=dict)
+    """Of writes that were drawn from those that no prediction chose: how many, and their largest |effect|."""
     completeness: dict[str, float] = field(default_factory=dict)
     """Sum of the parts less the whole, by port."""
 
     @classmethod
     def of(
         cls, model: HookedRecurrent, tokens: Tensor, wanted: Wanted, corrupt: Tensor | None, frozen: bool
-    ) -> tuple[Tracing, pd.DataFrame]:
-        """Read the texts, and follow the metric back. Returns all nodes, too, with predictions."""
+    ) -> Tracing:
+        """Read the texts, and follow the metric back."""
         further = tuple(name for name in model.hook_dict if _kind_of_hook(model, name) is not None)
         gradients = read_gradients(model, tokens, wanted.metric, frozen, further, wanted.last)
         donors = {} if corrupt is None else record(model, corrupt)
@@ -111,19 +121,35 @@ class Tracing:
         blocks = Blocks(Decomposition(model, clean), other, reach_of(model, tokens))
         predicted = pd.concat(_predicted_tables(blocks, writes, gradients), ignore_index=True)
         runs = Measure(session, wanted.metric)
-        return cls(model, wanted, blocks, gradients, writes.unknown, runs, frozen), predicted
+        return cls(model, wanted, blocks, gradients, writes.unknown, predicted, runs, frozen)
 
     # ------------------------------------------------------------------------------------ nodes
 
-    def measure_nodes(self, nodes: pd.DataFrame, measure: int) -> None:
-        """Fill the column ``measured`` of the largest nodes of each kind: ``measure`` writes, a fifth of the others."""
-        for kind, rows in nodes.groupby("feature_type"):
-            tried = rows.loc[by_size(rows.predicted)[: measure if kind == "write" else max(1, measure // 5)]]
-            changes = [self._change_without(node_of(row)) for row in tried.itertuples()]
-            nodes.loc[tried.index, "measured"] = self.runs.effects(changes)
+    def measure_nodes(self, measure: int | None) -> None:
+        """Fill the column ``measured`` of the largest nodes of each kind: ``measure`` writes, a fifth of the others;
+        None: of all. Then of some of the other writes, drawn at random, of which `audit` is noted."""
+        for kind, rows in self.nodes.groupby("feature_type"):
+            most = len(rows) if measure is None else measure if kind == "write" else max(1, measure // 5)
+            order = by_size(rows.predicted)
+            self._measure(order[:most])
+            if kind == "write":
+                drawn = np.random.default_rng(0).permutation(order[most:])[:_AUDITED]
+                self._measure(drawn)
+                self.audit = {"n": len(drawn), "largest": max(self.nodes.measured[drawn].abs(), default=0.0)}
+
+    def _measure(self, rows: pd.Index | np.ndarray) -> None:
+        nodes = [node_of(row) for row in self.nodes.loc[rows].itertuples()]
+        self.nodes.loc[rows, "measured"] = self.runs.effects([self._change_without(node) for node in nodes])
 
     def _change_without(self, node: Node) -> Change:
         """A run without a node, or with that of the corrupt text instead."""
+        values = {name: value[node.position] for name, value in self._replaced(node).items()}
+        if node.head >= 0:
+            values = {name: value[node.head] for name, value in values.items()}
+        return Change(node.layer, node.position, values, node.head)
+
+    def _replaced(self, node: Node) -> dict[str, Tensor]:
+        """[T,...] by the names of hooks, what replaces a node at its token and head."""
         block = f"blocks.{node.layer}"
         attention = "hook_attn_out" if node.head < 0 else "attn.hook_z"
         names: dict[FeatureType, list[str]] = {
@@ -131,16 +157,13 @@ class Tracing:
             "mlp": [f"{block}.hook_mlp_out"],
             "attn": [f"{block}.{attention}"],
         }
-        wanted = {name: self.blocks.other(name) for name in names.get(node.feature_type, [])}
-        wanted = self.blocks.other_writes(node.layer) if node.feature_type == "write" else wanted
-        values = {name: value[node.position] for name, value in wanted.items()}
-        if node.head >= 0:
-            values = {name: value[node.head] for name, value in values.items()}
-        return Change(node.layer, node.position, values, node.head)
+        if node.feature_type == "write":
+            return self.blocks.other_writes(node.layer)
+        return {name: self.blocks.other(name) for name in names[node.feature_type]}
 
     # ------------------------------------------------------------------------------------ edges
 
-    def direct(self, nodes: pd.DataFrame) -> pd.DataFrame:
+    def direct(self) -> pd.DataFrame:
         """Edges into the logit: what each measured node gives on its direct path with the final norm's scale as it is,
         and what taking that off the last stream does."""
         text = self.blocks.text
@@ -155,7 +178,7 @@ class Tracing:
         parts, left = self._parts_below(["logit"], direction, n_layers, stream[0])
         by_kind = {(part.feature_type, part.layer): part.given[0] for part in parts}
         sources = {}
-        for node in map(node_of, largest(nodes, _DIRECT).itertuples()):
+        for node in map(node_of, largest(self.nodes, _DIRECT).itertuples()):
             given = by_kind.get((node.feature_type, node.layer))
             if given is not None and given[node.position, max(node.head, 0)]:
                 sources[node] = float(given[node.position, max(node.head, 0)])
@@ -166,7 +189,9 @@ class Tracing:
                 given = self.blocks.given(list(sources), range(first, first + 1))
                 left = [self.wanted.metric(self._logits_of_stream(stream[:, first:] - row)) for row in given]
             measured = self.runs.plain - np.array([float(metric) for metric in left])
-        return edge_table({**sources, Node("bias"): bias}, "logit", "direct", -1, measured)
+        unlisted = sum(float(part.given.sum()) for part in parts) - sum(sources.values())
+        ends = {Node("bias"): bias, Node("rest"): unlisted}
+        return edge_table({**sources, **ends}, "logit", "direct", -1, measured)
 
     def _logits_of_stream(self, stream: Tensor) -> Tensor:
         final = self.model.attachment.layout.final_norm
@@ -193,9 +218,21 @@ class Tracing:
             parts = [part._replace(given=part.given - other.given) for part, other in pairs]
         return [part._replace(given=part.given.cpu()) for part in parts], (rest - whole).cpu()
 
-    def edges_into(self, node: Node, read: int | None = None) -> pd.DataFrame:
-        """Edges into the ports of a write, a softmax head or an MLP: the largest sources, of which some are measured,
-        and what the stream holds at each token that the block looks at."""
+    def edges_into(self, nodes: Sequence[Node], read: int | None = None) -> pd.DataFrame:
+        """Edges into the ports of writes, softmax heads and MLPs: the largest sources, of which some are measured, and
+        what the stream holds at each token that the block looks at."""
+        changes: list[Change] = []
+        tables = list(chain.from_iterable(self._tables_into(node, read, changes) for node in nodes))
+        if not tables:
+            return pd.DataFrame(columns=list(EDGE_COLUMNS))
+        table = pd.concat(tables, ignore_index=True)
+        tried = table.measured.notna()
+        table.loc[tried, "measured"] = self.runs.effects(changes)[table.measured[tried].astype(int)]
+        return table
+
+    def _tables_into(self, node: Node, read: int | None, changes: list[Change]) -> Iterator[pd.DataFrame]:
+        """Edges into one node, by token. Changes that measure some join ``changes``, and their numbers are in the
+        column ``measured``."""
         through = None
         block = f"blocks.{node.layer}"
         if node.feature_type == "write":
@@ -207,42 +244,37 @@ class Tracing:
             ports = [port_of_mlp(node, self.gradients.other[f"{block}.hook_mlp_out"])]
         else:
             ports = ports_of_head(node, self.gradients.other[f"{block}.attn.hook_z"])
-        tables = [self._edges_into(list(group), through) for _, group in groupby(ports, key=lambda port: port.at)]
-        return pd.concat(tables, ignore_index=True)
+        for _, group in groupby(ports, key=lambda port: port.at):
+            yield self._table_into(list(group), through, changes)
 
     @torch.no_grad()
-    def _edges_into(self, ports: Sequence[Port], through: ThroughNorm | None) -> pd.DataFrame:
+    def _table_into(self, ports: Sequence[Port], through: ThroughNorm | None, changes: list[Change]) -> pd.DataFrame:
         """Edges into ports of one node at one token. Gradients choose sources; the block is run again without each, and
         what a port is then is followed ``through`` the norm of its head: a prediction that is to first order in what
-        follows the head alone."""
+        follows the head alone. ``changes`` as of `_tables_into`."""
         node = ports[0].node
-        found, biases = self._likely_sources(ports)
+        found, ends = self._likely_sources(ports)
         rows = {source: row for row, source in enumerate(dict.fromkeys(chain(*found)), start=1)}
-        listed: list[dict[Node, float]] = []
-        tried: list[list[Node]] = []
-        changes = []
-        for port, sides, candidates in zip(ports, self.blocks.sides_without(ports, list(rows)), found):
+        tables = []
+        for port, sides, candidates, last in zip(ports, self.blocks.sides_without(ports, list(rows)), found, ends):
             taken = sides[0] - sides
             effects = port.effects(taken, through).tolist()
             exact = {source: effects[rows[source]] for source in candidates}
             streams = [source for source in candidates if source.feature_type == "stream"]
             known = [source for source in candidates if source not in streams and not isnan(exact[source])]
-            tried.append([*sorted(known, key=lambda source: -abs(exact[source]))[:_MEASURED], *streams])
-            listed.append({source: candidates[source] if isnan(x) else x for source, x in exact.items()})
-            changes += change_for(port, self.blocks.text, taken[[rows[source] for source in tried[-1]]])
-        effects = iter(self.runs.effects(changes))
-        tables = []
-        for port, sources, measured in zip(ports, listed, tried):
-            by_source = dict(zip(measured, effects))
-            column = np.array([by_source.get(source, np.nan) for source in sources])
+            tried = [*sorted(known, key=lambda source: -abs(exact[source]))[:_MEASURED], *streams]
+            numbers = {source: number for number, source in enumerate(tried, start=len(changes))}
+            changes += change_for(port, self.blocks.text, taken[[rows[source] for source in tried]])
+            sources = {source: candidates[source] if isnan(x) else x for source, x in exact.items()} | last
+            measured = np.array([numbers.get(source, np.nan) for source in sources])
             read = port.at if port.name == "query" else -1
-            bias = {Node("bias"): biases[port.name]} if port.name in biases else {}
-            tables.append(edge_table({**sources, **bias}, node.node_id, port.name, read, column))
+            tables.append(edge_table(sources, node.node_id, port.name, read, measured))
         return pd.concat(tables, ignore_index=True)
 
-    def _likely_sources(self, ports: Sequence[Port]) -> tuple[list[dict[Node, float]], dict[PortName, float]]:
-        """Of each port, the sources and the tokens' streams that give most by the gradient through the block, and what
-        biases add to those that are linear with norms, gates and activations held fixed."""
+    def _likely_sources(self, ports: Sequence[Port]) -> tuple[list[dict[Node, float]], list[dict[Node, float]]]:
+        """Of each port, the sources and the tokens' streams that give most by the gradient through the block; and what
+        biases add to those that are linear with norms, gates and activations held fixed, and the rest, which is what
+        all other sources give by the gradient."""
         text = self.blocks.text
         node = ports[0].node
         linear = [port for port in ports if port.is_linear]
@@ -258,13 +290,18 @@ class Tracing:
         differs = text.at(name) - self.blocks.other(name)
         embedded = text.at("hook_embed") - self.blocks.other("hook_embed")
         found = []
-        for row, maps in enumerate(live, start=len(fixed)):
+        ends = []
+        for row, (port, maps) in enumerate(zip(ports, live), start=len(fixed)):
             own = [part._replace(given=part.given[row]) for part in parts if part[:2] != node[:2]]
             own[0].given[:, 0] += (maps.embedded * embedded).sum(-1).cpu()
             held = (maps.stream * differs).sum(-1, keepdim=True).cpu()
             streams = _largest_sources([Part("stream", node.layer, held)], _STREAMS)
-            found.append(_largest_sources(own, _LISTED) | streams)
-        return found, biases
+            sources = _largest_sources(own, _LISTED)
+            found.append(sources | streams)
+            unlisted = sum(float(part.given.sum()) for part in own) - sum(sources.values())
+            bias = {Node("bias"): biases[port.name]} if port.name in biases else {}
+            ends.append(bias | {Node("rest"): unlisted})
+        return found, ends
 
     # ------------------------------------------------------------------------------------ questions of a graph
 
@@ -278,29 +315,38 @@ class Tracing:
                 f"got {head}, {read} and {source}"
             )
         with own_gradients(self.model.cfg.device.type):
-            table = self.edges_into(Node("write", layer, head, source), read)
+            table = self.edges_into([Node("write", layer, head, source)], read)
         return table.loc[by_size(table.measured.fillna(table.predicted))].sort_values("port", kind="stable")
 
-    def sufficient(self, keep: Sequence[Node]) -> tuple[float, float, bool]:
-        """`Tracer.sufficient`."""
-        text = self.blocks.text
-        logits = []
-        with own_gradients(self.model.cfg.device.type), torch.no_grad():
-            for nodes in (keep, ()):
-                with self.model.hooks(self._hooks_of_others(nodes)):
-                    logits.append(logits_of(self.model, text.tokens, self.wanted.last))
-            alone, without = (float(self.wanted.metric(x)) for x in logits)
-        targets = self.wanted.targets or (int(self.runs.session.logits[0, -1].argmax()),)
-        return alone, without, int(logits[0][0, -1].argmax()) in targets
+    def answers(self, sets: Sequence[Collection[Node]]) -> list[Answer]:
+        """`Tracer.answers`."""
+        tokens = self.blocks.text.tokens
+        plain = int(self.runs.session.logits[0, -1].argmax())
+        step = max(1, _TOKENS // tokens.shape[1])
+        answers = []
+        for first in range(0, len(sets), step):
+            some = sets[first : first + step]
+            hooks = self._hooks_without(some)
+            with own_gradients(self.model.cfg.device.type), torch.no_grad(), self.model.hooks(hooks):
+                logits = logits_of(self.model, tokens.expand(len(some), -1), self.wanted.last)
+                for row in logits:
+                    said = int(row[-1].argmax())
+                    metric = float(self.wanted.metric(row[None]))
+                    answers.append(Answer(metric, self._token_texts([said])[0], said == plain))
+        return answers
 
-    def _hooks_of_others(self, keep: Sequence[Node]) -> list[tuple[Name, Hook]]:
-        """Hooks that leave these writes alone; the others are those of the corrupt text, or none."""
-        hooks: list[tuple[Name, Hook]] = []
-        for layer in self.model.cfg.recurrent_layers:
-            kept = [(node.position, node.head) for node in keep if node.layer == layer]
-            for name, other in self.blocks.other_writes(layer).items():
-                hooks.append((name, partial(_kept_and_others, kept=kept, other=other)))
-        return hooks
+    def _hooks_without(self, sets: Sequence[Collection[Node]]) -> list[tuple[Name, Hook]]:
+        """Hooks that replace one set of nodes in each row."""
+        replaced: dict[tuple[str, int, bool], dict[str, Tensor]] = {}
+        places: dict[str, list[tuple[int, ...]]] = {}
+        for row, node in ((row, node) for row, nodes in enumerate(sets) for node in nodes):
+            kind = (node.feature_type, node.layer, node.head < 0)
+            if kind not in replaced:
+                replaced[kind] = self._replaced(node)
+            for name in replaced[kind]:
+                places.setdefault(name, []).append((row, node.position, *([node.head] if node.head >= 0 else [])))
+        others = {name: other for values in replaced.values() for name, other in values.items()}
+        return [(name, partial(_with_others, other=others[name], places=places[name])) for name in others]
 
     def metadata(self) -> dict[str, object]:
         """`Graph.metadata`."""
@@ -316,9 +362,11 @@ class Tracing:
             "against": against,
             "title": title or "metric",
             "metric": self.runs.plain,
+            "answer": self._token_texts([int(self.runs.session.logits[0, -1].argmax())])[0],
             "corrupt": None if corrupt is None else self._token_texts(corrupt.tokens[0].tolist()),
             "frozen": self.frozen,
             "completeness": self.completeness,
+            "audit": self.audit,
             "runs": self.runs.runs,
         }
 
@@ -338,11 +386,11 @@ def _predicted_tables(blocks: Blocks, writes: Writes, gradients: Gradients) -> l
     return tables
 
 
-def _kept_and_others(x: Tensor, hook: HookPoint, *, kept: Sequence[tuple[int, int]], other: Tensor) -> Tensor:
-    """``x`` [1,T,H,...] at ``kept`` tokens and heads, ``other`` [T,H,...] elsewhere."""
-    left = other[None].to(x).clone()
-    for position, head in kept:
-        left[:, position, head] = x[:, position, head]
+def _with_others(x: Tensor, hook: HookPoint, *, other: Tensor, places: Sequence[tuple[int, ...]]) -> Tensor:
+    """``x`` [N,T,...] with ``other`` [T,...] at ``places``: rows, tokens, and heads if there are any."""
+    left = x.clone()
+    row, *at = torch.tensor(places, device=x.device).T
+    left[row, *at] = other.to(x)[*at]
     return left
 
 

@@ -73,7 +73,7 @@ def test_parts_add_up_at_the_logit_and_at_every_port(hooked64: HookedRecurrent) 
     writes = graph.nodes[graph.nodes.feature_type == "write"]
     expected = write_attribution(hooked64, SEQUENCE, difference)
     assert writes.predicted.tolist() == pytest.approx(expected.attribution.tolist(), abs=1e-12)
-    assert writes.measured.notna().sum() == 3
+    assert writes.measured.notna().sum() == min(3 + 20, len(writes))
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_5", "mamba2", "rwkv7"])
@@ -287,11 +287,13 @@ def test_a_graph_is_saved_and_read(graph: Graph, tmp_path: Path) -> None:
     loaded = Graph.load(graph.save(tmp_path / "graph.json"))
     pd.testing.assert_frame_equal(loaded.nodes, graph.nodes.reset_index(drop=True))
     pd.testing.assert_frame_equal(loaded.edges, graph.edges.reset_index(drop=True))
-    assert loaded.metadata == json.loads(json.dumps(dict(graph.metadata))) and checked(loaded) == checked(graph)
-    with pytest.raises(InputError, match="has no model"):
-        loaded.why(1, 0, 5, 3)
-    sealed = ({"schema": 7}, {"schema": 2, "metadata": {}, "nodes": [{"layer": 1}], "edges": []})
-    for content in ("{", '{"schema": 2}', *map(sealed_json, sealed)):
+    assert loaded.metadata == json.loads(json.dumps(dict(graph.metadata)))
+    assert checked(loaded) == checked(graph)._replace(decisive=None)
+    for ask in (lambda: loaded.why(1, 0, 5, 3), lambda: loaded.keep(["E@3"]), lambda: loaded.sufficient(4)):
+        with pytest.raises(InputError, match="has no model"):
+            ask()
+    sealed = ({"schema": 7}, {"schema": 3, "metadata": {}, "nodes": [{"layer": 1}], "edges": []})
+    for content in ("{", '{"schema": 3}', *map(sealed_json, sealed)):
         (tmp_path / "bad.json").write_text(content)
         with pytest.raises(ValueError, match=r"bad\.json"):
             Graph.load(tmp_path / "bad.json")
@@ -334,25 +336,67 @@ def test_why_asks_for_any_head_and_pair_of_tokens(graph: Graph) -> None:
 
 @pytest.mark.usefixtures("_keep_float64")
 def test_all_writes_are_sufficient_and_none_are_not(graph: Graph) -> None:
-    writes = int((graph.nodes.feature_type == "write").sum())
-    every = graph.sufficient(writes)
-    assert every.kept == pytest.approx(1, abs=1e-9) and every.metric == pytest.approx(
-        graph.metadata["metric"], abs=1e-9
-    )
-    with pytest.raises(InputError, match="n: expected"):
+    count = int((graph.nodes.feature_type == "write").sum())
+    curve = graph.sufficient([8, count, count + 1])
+    assert curve.n.tolist() == [8, count] and set(curve.columns[1:4]) == {"kept", "random_low", "random_high"}
+    every = curve.iloc[1]
+    assert [every.kept, every.random_low, every.random_high] == pytest.approx([1, 1, 1], abs=1e-9)
+    assert every.same_answer and every.metric == pytest.approx(graph.metadata["metric"], abs=1e-9)
+    with pytest.raises(InputError, match="sizes: expected some of 1 to"):
         graph.sufficient(0)
 
 
 @pytest.mark.usefixtures("_keep_float64")
-def test_sufficient_writes_are_those_that_help_most(model64: HookedRecurrent, graph: Graph) -> None:
-    """The metric of a run in which all other writes are 0: a layer keeps its own writes, and those of no other."""
-    best: Any = graph.nodes[graph.nodes.feature_type == "write"].nlargest(4, "measured")
+def test_sufficient_writes_are_those_of_the_largest_effect(model64: HookedRecurrent, graph: Graph) -> None:
+    """Of either sign, and the metric is that of a run in which all other writes are 0: a layer keeps its own writes,
+    and those of no other. The answer is compared with the model's own."""
+    writes: Any = graph.nodes[graph.nodes.feature_type == "write"]
+    best = writes.loc[writes.measured.abs().nlargest(8).index]
     hooks: list[Any] = []
     for layer in model64.cfg.recurrent_layers:
         hooks.append((f"blocks.{layer}.mixer.hook_write_value", partial(only, kept=best[best.layer == layer])))
     with torch.no_grad():
-        alone = float(difference(model64.run_with_hooks(SEQUENCE, fwd_hooks=hooks)))
-    assert best.layer.nunique() > 1 and graph.sufficient(4).metric == pytest.approx(alone, abs=1e-9)
+        said = model64(SEQUENCE)[0, -1].argmax()
+        logits = model64.run_with_hooks(SEQUENCE, fwd_hooks=hooks)
+    assert best.layer.nunique() > 1 and (best.measured < 0).any()
+    row = graph.sufficient(8).iloc[0]
+    assert row.metric == pytest.approx(float(difference(logits)), abs=1e-9)
+    assert row.same_answer == bool(logits[0, -1].argmax() == said)
+    kept = graph.keep(best.node_id)
+    assert kept.metric == pytest.approx(row.metric, abs=1e-9) and kept.token == row.answer
+
+
+@pytest.mark.usefixtures("_keep_float64")
+def test_sets_of_nodes_are_taken_out_in_one_run(model64: HookedRecurrent, graph: Graph) -> None:
+    """Of all kinds, as by hooks and edits by hand; what is kept is all that is not taken out of the same kinds."""
+    ids = ["L1H1@5", "L3A0@15", "MLP2@9", "E@3"]
+    nothing = torch.zeros(())
+    taken: Any = [("hook_embed", partial(with_part, at=3, head=-1, value=nothing))]
+    taken.append(("blocks.2.hook_mlp_out", partial(with_part, at=9, head=-1, value=nothing)))
+    taken.append(("blocks.3.attn.hook_z", partial(with_part, at=15, head=0, value=nothing)))
+    with torch.no_grad(), model64.edits(WriteEdit(1, 1, 5, mode="delete")):
+        left = float(difference(model64.run_with_hooks(SEQUENCE, fwd_hooks=taken)))
+    without = graph.without(ids)
+    assert without.metric == pytest.approx(left, abs=1e-9)
+    others = graph.nodes[~graph.nodes.node_id.isin(ids)].node_id
+    assert graph.keep(others).metric == pytest.approx(left, abs=1e-9)
+    heads = graph.nodes[graph.nodes.feature_type == "attn"].node_id
+    assert graph.keep(heads).metric == pytest.approx(graph.metadata["metric"], abs=1e-9)
+    for wrong in (["L9H9@99"], []):
+        with pytest.raises(InputError, match="nodes: expected ids"):
+            graph.without(wrong)
+
+
+def test_a_curve_of_deleted_writes_asks_for_a_corrupt_text(embedded: HookedRecurrent) -> None:
+    """Where it leaves 0 to 1.5; with the corrupt text few writes are enough, and random ones are not."""
+    text = "The Secretary of the Treasury will report. The report of the Secretary of the"
+    ask = partial(attribute, text, embedded, [" Treasury"], against=" Navy", targets=0)
+    with pytest.warns(PredictionWarning, match="corrupt="):
+        ask().sufficient([2, 4])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PredictionWarning)
+        curve = ask(corrupt=text.replace("Treasury", "Navy")).sufficient([1, 4, 8])
+    assert (curve.kept.iloc[1:] > 0.8).all() and curve.kept.max() < 1.1 and curve.random_high.iloc[0] < 0.1
 
 
 def only(x: Tensor, hook: object, kept: pd.DataFrame) -> Tensor:
@@ -370,6 +414,45 @@ def test_a_check_has_the_slope_of_measured_effects_and_the_largest_miss(graph: G
     metadata = {**graph.metadata, "completeness": {"logit": -0.5, "a port": 0.25}}
     check = checked(dataclasses.replace(graph, nodes=nodes, metadata=metadata))
     assert (check.slope, check.completeness) == (pytest.approx(1.8), 0.5)
+
+
+def test_writes_that_no_prediction_chose_are_drawn(model64: HookedRecurrent, graph: Graph) -> None:
+    """Twenty of them, and the largest is told; they are measured. Of few nodes all are."""
+    few = attribute(SEQUENCE, model64, [5], against=9, measure=4, targets=0)
+    writes: Any = few.nodes[few.nodes.feature_type == "write"]
+    chosen = writes.predicted.abs().nlargest(4).index
+    drawn = writes.drop(chosen).measured.dropna()
+    check = checked(few)
+    assert len(drawn) == 20 and writes.measured[chosen].notna().all()
+    assert (check.n, check.writes, check.missed) == (24, len(writes), drawn.abs().max())
+    assert attribute(SEQUENCE, model64, [5], targets=0).nodes.measured.notna().all()
+    assert len(str(check).splitlines()) == 2 and str(check).startswith("exact: 24 of ")
+
+
+@pytest.mark.usefixtures("_keep_float64")
+def test_sources_that_are_not_listed_are_the_rest(graph: Graph) -> None:
+    """Of the logit the rows add up to the metric; of a port, listed sources and the rest to what the gradient through
+    the block gives in all."""
+    edges: Any = graph.edges
+    direct = edges[edges.port == "direct"]
+    assert direct.predicted.sum() == pytest.approx(graph.metadata["metric"], abs=1e-9)
+    assert abs(direct[direct.source == "rest"].predicted.item()) > 1e-6
+    tracer: Any = graph.tracer
+    node = Node("write", 2, 1, 7)
+    ports = ports_of(node, tracer.blocks.text.recurrences[2], tracer.gradients.reads[2])[:2]
+    listed, ends = tracer._likely_sources(ports)
+    for maps, sources, last in zip(tracer.blocks.maps(ports, live=True), listed, ends):
+        whole = float((maps.stream * tracer.blocks.text.at("blocks.2.hook_resid_pre")).sum())
+        given = sum(value for source, value in sources.items() if source.feature_type != "stream")
+        assert given + last[Node("rest")] == pytest.approx(whole, abs=1e-9)
+    rest = edges[(edges.source == "rest") & (edges.target == edges.target[edges.port == "value"].iloc[0])]
+    assert {*rest.port} == {"value", "key", "gate", "query"}
+
+
+def test_the_largest_nodes_of_either_sign_are_explained(graph: Graph) -> None:
+    for kind, n in (("write", 4), ("mlp", 4), ("attn", 1)):
+        rows: Any = graph.nodes[graph.nodes.feature_type == kind]
+        assert {*rows.loc[rows.measured.abs().nlargest(n).index].node_id} <= {*graph.edges.target}
 
 
 def test_a_query_is_that_of_the_token_through_which_a_write_does_most(graph: Graph) -> None:
@@ -402,7 +485,7 @@ def test_nodes_that_were_measured_are_explained(model64: HookedRecurrent) -> Non
     few = attribute(SEQUENCE, model64, [5], measure=1, targets=4)
     measured = few.nodes[few.nodes.measured.notna()].node_id
     assert {*few.edges.target} <= {*measured, "logit"}
-    assert {*few.edges[few.edges.port == "direct"].source} <= {*measured, "bias"}
+    assert {*few.edges[few.edges.port == "direct"].source} <= {*measured, "bias", "rest"}
 
 
 def test_a_pruned_graph_grows_by_the_largest_edge_into_what_it_has(graph: Graph) -> None:
