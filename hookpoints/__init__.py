@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from hookpoints.circuit.attribute import attribute
     from hookpoints.circuit.graph import Graph
     from hookpoints.circuit.nodes import write_attribution
+    from hookpoints.circuit.task import attribute_task
     from hookpoints.edits.edit import EditRow, WriteEdit
     from hookpoints.edits.session import EditSession
     from hookpoints.errors import EditError, HookpointsError, UnknownHookError, UnknownModelError, UnsupportedModelError
@@ -50,6 +51,7 @@ _HOMES = {
     "circuit.attribute": ("attribute",),
     "circuit.graph": ("Graph",),
     "circuit.nodes": ("write_attribution",),
+    "circuit.task": ("attribute_task",),
     "edits.edit": ("EditRow", "WriteEdit"),
     "edits.session": ("EditSession",),
     "errors": ("EditError", "HookpointsError", "UnknownHookError", "UnknownModelError", "UnsupportedModelError"),
@@ -89,6 +91,7 @@ __all__ = [
     "as_bridge",
     "attach",
     "attribute",
+    "attribute_task",
     "cached",
     "cost",
     "default_device",

@@ -179,6 +179,7 @@ BACKWARD = {
 
 DIFFERENTIABLE: dict[str, Callable[[World], Any]] = {
     "attribute": lambda w: hookpoints.attribute(TOKENS[:1], w.model, [3], measure=3, targets=1),
+    "attribute_task": lambda w: hookpoints.attribute_task([(TOKENS[:1], TOKENS[1:2], 3, 4)], w.model, measure=3),
     "HookedRecurrent.forward": lambda w: w.model(TOKENS),
     "HookedRecurrent.run_with_hooks": lambda w: w.model.run_with_hooks(TOKENS, fwd_hooks=[(HOOK, lambda x, hook: x)]),
     "HookedRecurrent.run_with_cache": lambda w: w.model.run_with_cache(TOKENS),

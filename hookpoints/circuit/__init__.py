@@ -4,4 +4,5 @@
 the residual stream apart; ``measure`` runs the model without a node; ``ports`` says what the key, value and query of a
 write are made of; ``tracing`` follows one text with these, and ``atoms`` takes its writes and states apart;
 ``attribute`` puts this together; ``graph`` is the result, ``tables`` are its rows, and ``draw`` is its picture.
+``task`` averages graphs of texts of one form.
 """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,8 @@ import pytest
 import torch
 import transformers
 
-from hookpoints import Graph, HookedRecurrent, attribute, zoo
-from hookpoints.errors import PredictionWarning
+from hookpoints import Graph, HookedRecurrent, attribute, attribute_task, zoo
+from hookpoints.errors import InputError, PredictionWarning
 from sae_lens_writesae import load_sae
 
 SIZES = {"composition": {"pairs": 5}, "induction": {"words": 10}, "facts": {"pairs": 4}}
@@ -130,6 +130,33 @@ def asked_fact(model: HookedRecurrent, pairs: Any, seed: int, told: int) -> bool
     labels: Any = graph.metadata["labels"]
     is_asked = labels.get(best.node_id) == f"{asked} → {zoo.task('facts').vocabulary[question.answer]}"
     return is_asked and best.measured > 0.5 * state.measured
+
+
+@pytest.mark.parametrize("name", ["embedded", "embedded-rwkv7"])
+def test_the_circuit_of_a_task_is_faithful_to_texts_held_out(name: str) -> None:
+    """Of 240 and 360 writes, eight that three texts choose keep most of the effect on others; random ones keep none."""
+    model = HookedRecurrent.from_pretrained(name)
+    text = "The Secretary of the {} will report. The report of the Secretary of the"
+
+    def task(*words: str, **settings: Any) -> Any:
+        pairs = [(text.format(a), text.format(b), f" {a}", f" {b}") for a, b in pairwise(words)]
+        return attribute_task(pairs, model, measure=40, **settings)
+
+    found = task("Treasury", "Navy", "Senate", "House")
+    curve = found.faithful(task("State", "Union", "Congress"), [1, 8])
+    assert curve.kept.iloc[1] > 0.7 and curve.kept.iloc[0] < curve.kept.iloc[1] and curve.random.abs().max() < 0.1
+    assert len(found.effects) == len(found.cases[0].writes) and found.effects.effect.abs().is_monotonic_decreasing
+    one = found.effects.iloc[0]
+    alike = [case.writes[(case.writes[["role", "layer", "head"]] == one[:3]).all(axis=1)] for case in found.cases]
+    assert one.effect == pytest.approx(np.mean([rows.effect.item() for rows in alike]))
+    with pytest.raises(InputError, match="roles: expected 15 of pair 0"):
+        task("Navy", "House", roles=[["a"]])
+    with pytest.raises(InputError, match="pairs: expected texts"):
+        task()
+    named = task("Navy", "House", roles=[["a", *14 * ["b"]]])
+    assert {*named.effects.role} == {"a", "b"}
+    with pytest.raises(InputError, match="held_out: expected roles"):
+        found.faithful(named)
 
 
 @pytest.mark.filterwarnings("default")

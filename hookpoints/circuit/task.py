@@ -1,0 +1,123 @@
+"""The circuit of a task: graphs of texts of one form, averaged by role of the token, and tried on texts held out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, cast
+
+import numpy as np
+import pandas as pd
+from torch import Tensor
+
+from hookpoints.circuit.attribute import attribute
+from hookpoints.circuit.graph import Graph, Tracer
+from hookpoints.circuit.nodes import Token
+from hookpoints.circuit.tables import by_size, node_of
+from hookpoints.errors import InputError
+
+if TYPE_CHECKING:
+    from hookpoints.model.recurrent import HookedRecurrent
+
+_DRAWS = 5
+"""Random circuits of each size."""
+_PLACE = ["role", "layer", "head"]
+
+
+class Pair(NamedTuple):
+    """One case of a task: a text, another of as many tokens, and what is to be said after each."""
+
+    text: str | Tensor
+    corrupt: str | Tensor
+    target: Token
+    against: Token
+
+
+class Case(NamedTuple):
+    """One text of a task."""
+
+    graph: Graph
+    writes: pd.DataFrame
+    """Rows of its nodes, with columns ``role`` and ``effect``: measured, or else predicted."""
+
+    def kept(self, circuits: Sequence[pd.DataFrame]) -> list[float]:
+        """Share of the effect of all writes that those of each circuit (role, layer, head) have alone."""
+        others = [self.writes]
+        for circuit in circuits:
+            ids = self.writes.merge(circuit[_PLACE], on=_PLACE).node_id
+            others.append(self.writes[~self.writes.node_id.isin(ids)])
+        tracer = cast(Tracer, self.graph.tracer)
+        none, *left = tracer.answers([[node_of(row) for row in table.itertuples()] for table in others])
+        effect = cast(float, self.graph.metadata["metric"]) - none.metric
+        return [(answer.metric - none.metric) / effect for answer in left]
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What texts of one form have in common: the writes that matter in all of them."""
+
+    effects: pd.DataFrame
+    """A row for each role, layer and head: ``effect``, the mean over texts of what the metric loses where the write is
+    replaced by that of the corrupt text, and ``spread``, the standard deviation. Largest |effect| first."""
+    cases: Sequence[Case]
+
+    def faithful(self, held_out: Task, sizes: Sequence[int] = (1, 2, 4, 8, 16)) -> pd.DataFrame:
+        """How much the largest writes of these texts keep in texts that they were not chosen from.
+
+        Returns: a row for each size: ``n``, ``kept`` (median over the held-out texts of the share of the effect of all
+        writes: 1 as the model, 0 as with all writes of the corrupt text), ``low`` and ``high`` (least and largest), and
+        ``random`` (the median of five random circuits of as many writes in each text).
+
+        Raises:
+            InputError: the texts have other roles.
+
+        Cost: six passes for each text and size, and one for each text.
+        """
+        ours, theirs = ({*task.effects.role} for task in (self, held_out))
+        if ours != theirs:
+            raise InputError(f"held_out: expected roles {sorted(ours)}, got {sorted(theirs)}; name them with roles=")
+        circuits = [self.effects[:n] for n in sizes]
+        kept = np.array([case.kept(circuits) for case in held_out.cases])
+        draws = [self.effects.sample(n, random_state=draw) for n in sizes for draw in range(_DRAWS)]
+        random = np.array([case.kept(draws) for case in held_out.cases]).reshape(-1, len(circuits), _DRAWS)
+        columns = {"n": list(sizes), "kept": np.median(kept, 0), "low": kept.min(0), "high": kept.max(0)}
+        return pd.DataFrame(columns | {"random": np.median(random, (0, 2))})
+
+
+def attribute_task(
+    pairs: Sequence[Pair | tuple[str | Tensor, str | Tensor, Token, Token]],
+    model: HookedRecurrent,
+    roles: Sequence[Sequence[str]] | None = None,
+    measure: int | None = None,
+) -> Task:
+    """The circuit of a task: the writes that matter in all texts of one form, by the role of their token.
+
+    Args:
+        pairs: (text, corrupt text of as many tokens, target, against) of each case, as of `attribute`.
+        roles: of each pair the name of each token's role, the same names in all; a role may have several tokens. None:
+            the position, of texts of one template that all have as many tokens.
+        measure: as of `attribute`.
+
+    Raises:
+        InputError: no pairs, texts of several lengths without roles, or another number of roles than of tokens; and
+            what `attribute` raises.
+
+    Cost: that of a graph without edges for each pair.
+    """
+    cases = []
+    for row, (text, corrupt, target, against) in enumerate(pairs):
+        graph = attribute(text, model, [target], against=against, corrupt=corrupt, measure=measure, targets=0)
+        length = len(cast(Sequence[str], graph.metadata["tokens"]))
+        names = [str(position) for position in range(length)] if roles is None else roles[row]
+        if len(names) != length:
+            raise InputError(f"roles: expected {length} of pair {row}, one for each token, got {len(names)}")
+        writes = graph.nodes[graph.nodes.feature_type == "write"]
+        effect = writes.measured.fillna(writes.predicted)
+        role = writes.position.map(dict(enumerate(names)))
+        cases.append(Case(graph, writes.assign(role=role, effect=effect)))
+    if len({frozenset(case.writes.role) for case in cases}) != 1:
+        counts = sorted({case.writes.role.nunique() for case in cases}) or "no"
+        raise InputError(f"pairs: expected texts of the same roles, got {counts} roles; name them with roles=")
+    found = pd.concat([case.writes for case in cases]).groupby(_PLACE, sort=False).effect
+    effects = pd.DataFrame({"effect": found.mean(), "spread": found.std()}).reset_index()
+    return Task(effects.loc[by_size(effects.effect)].reset_index(drop=True), cases)
