@@ -19,10 +19,9 @@ import hookpoints._waiting  # before torch loads  # noqa: F401
 
 if TYPE_CHECKING:
     from hookpoints import embedded, errors, zoo
-    from hookpoints.circuit.attribute import attribute
+    from hookpoints.circuit.attribute import attribute, attribute_task
     from hookpoints.circuit.graph import Graph
     from hookpoints.circuit.nodes import write_attribution
-    from hookpoints.circuit.task import attribute_task
     from hookpoints.edits.edit import EditRow, WriteEdit
     from hookpoints.edits.session import EditSession
     from hookpoints.errors import EditError, HookpointsError, UnknownHookError, UnknownModelError, UnsupportedModelError
@@ -48,10 +47,9 @@ if len(_BOTH) > 1:
     )
 
 _HOMES = {
-    "circuit.attribute": ("attribute",),
+    "circuit.attribute": ("attribute", "attribute_task"),
     "circuit.graph": ("Graph",),
     "circuit.nodes": ("write_attribution",),
-    "circuit.task": ("attribute_task",),
     "edits.edit": ("EditRow", "WriteEdit"),
     "edits.session": ("EditSession",),
     "errors": ("EditError", "HookpointsError", "UnknownHookError", "UnknownModelError", "UnsupportedModelError"),

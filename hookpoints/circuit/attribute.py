@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import pandas as pd
 import torch
@@ -14,6 +14,7 @@ from hookpoints.circuit.atoms import HeadSAE, atoms_of, labels_of, taken_apart, 
 from hookpoints.circuit.graph import Graph
 from hookpoints.circuit.nodes import LogitMetric, Token, check_is_text, logits_of, one_sequence, same_length
 from hookpoints.circuit.tables import EDGE_COLUMNS, NODE_COLUMNS, largest, node_of
+from hookpoints.circuit.task import Pair, Task, case_of, task_of
 from hookpoints.circuit.tracing import Tracing, Wanted
 from hookpoints.errors import InputError, PredictionWarning, UnsupportedModelError
 from hookpoints.scopes import own_gradients
@@ -122,6 +123,34 @@ def attribute(
             metadata=tracing.metadata() | {"labels": labels},
             tracer=tracing,
         )
+
+
+def attribute_task(
+    pairs: Sequence[Pair | tuple[str | Tensor, str | Tensor, Token, Token]],
+    model: HookedRecurrent,
+    roles: Sequence[Sequence[str]] | None = None,
+    measure: int | None = None,
+) -> Task:
+    """The circuit of a task: the writes that matter in all texts of one form, by the role of their token.
+
+    Args:
+        pairs: (text, corrupt text of as many tokens, target, against) of each case, as of `attribute`.
+        roles: of each pair the name of each token's role, the same names in all; a role may have several tokens. None:
+            the position, of texts of one template that all have as many tokens.
+        measure: as of `attribute`.
+
+    Raises:
+        InputError: no pairs, texts of several lengths without roles, or another number of roles than of tokens; and
+            what `attribute` raises.
+
+    Cost: that of a graph without edges for each pair.
+    """
+    cases = []
+    for row, (text, corrupt, target, against) in enumerate(pairs):
+        graph = attribute(text, model, [target], against=against, corrupt=corrupt, measure=measure, targets=0)
+        positions = map(str, range(len(cast("Sequence[str]", graph.metadata["tokens"]))))
+        cases.append(case_of(graph, list(positions) if roles is None else roles[row]))
+    return task_of(cases)
 
 
 def _metric_of_logits(

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from hookpoints.circuit.draw import svg
-from hookpoints.circuit.tables import EDGE_COLUMNS, NODE_COLUMNS, Answer, Node, by_size, node_of
+from hookpoints.circuit.tables import EDGE_COLUMNS, NODE_COLUMNS, Node, RunAnswer, by_size, node_of
 from hookpoints.errors import InputError, PredictionWarning
 from hookpoints.files import atomic_text, read_sealed_json, sealed_json, versions
 
@@ -21,7 +21,7 @@ _DRAWS = 5
 _DECISIVE = 8
 """Writes without which another answer makes a graph decisive."""
 _ANSWER = ("metric", "answer", "same_answer")
-"""Columns of an `Answer`."""
+"""Columns of an `RunAnswer`."""
 SCHEMA = 3
 """Version of the format of `Graph.save`."""
 _LEAST = 0.03
@@ -67,12 +67,12 @@ class Tracer(Protocol):
 
     @property
     def nodes(self) -> pd.DataFrame:
-        """All nodes that can be taken out."""
+        """All that can be ablated."""
         ...
 
     def why(self, layer: int, head: int, read: int, source: int) -> pd.DataFrame: ...
 
-    def answers(self, sets: Sequence[Collection[Node]]) -> list[Answer]:
+    def answers(self, sets: Sequence[Collection[Node]]) -> list[RunAnswer]:
         """Of runs each without one set of nodes."""
         ...
 
@@ -146,28 +146,28 @@ class Graph:
         order, *orders = self._ordered_writes()
         best = order[:_DECISIVE]
         others = [writes.drop(best.index)[:_DECISIVE] for writes in orders]
-        without, *random = self._answers([best, *others])
+        without, *random = self._answers_without([best, *others])
         is_said = self.metadata["answer"] in cast(Sequence[str], self.metadata["targets"])
         return is_said and not without.same and all(answer.same for answer in random)
 
-    def without(self, nodes: Collection[str]) -> Answer:
+    def without(self, nodes: Collection[str]) -> RunAnswer:
         """The answer of a run without some nodes, all at once: with a corrupt text they are those of that text.
 
         Args:
             nodes: ids of writes, softmax heads, MLPs and embeddings.
         """
         table = self._own_tracer().nodes
-        return self._answers([table[self._is_among(nodes)]])[0]
+        return self._answers_without([table[self._is_among(nodes)]])[0]
 
-    def keep(self, nodes: Collection[str]) -> Answer:
+    def keep(self, nodes: Collection[str]) -> RunAnswer:
         """The answer of a run with some nodes, and without all others of the kinds that are among them: writes alone
         leave all heads, MLPs and embeddings as they are. ``nodes`` as of `without`."""
         table = self._own_tracer().nodes
         kept = self._is_among(nodes)
-        return self._answers([table[~kept & table.feature_type.isin(table[kept].feature_type)]])[0]
+        return self._answers_without([table[~kept & table.feature_type.isin(table[kept].feature_type)]])[0]
 
     def sufficient(self, sizes: int | Sequence[int] = (1, 2, 4, 8, 16, 32)) -> pd.DataFrame:
-        """What few writes do alone: the n with the largest |effect| are kept and all others taken out, in one run. So
+        """What few writes do alone: all but the n with the largest |effect| are ablated in one run. So
         are random sets of as many writes, five of each size.
 
         Args:
@@ -191,7 +191,7 @@ class Graph:
         if not possible:
             raise InputError(f"sizes: expected some of 1 to {len(orders[0])} writes, got {wanted}")
         others = [writes[n:] for n in possible for writes in orders]
-        none, *answers = self._answers([orders[0], *others])
+        none, *answers = self._answers_without([orders[0], *others])
         effect = cast(float, self.metadata["metric"]) - none.metric
         rows = []
         for row, n in enumerate(possible):
@@ -228,7 +228,7 @@ class Graph:
             )
         return table.node_id.isin(ids)
 
-    def _answers(self, sets: Sequence[pd.DataFrame]) -> list[Answer]:
+    def _answers_without(self, sets: Sequence[pd.DataFrame]) -> list[RunAnswer]:
         """Of runs each without the nodes of one table."""
         return self._own_tracer().answers([[node_of(row) for row in table.itertuples()] for table in sets])
 

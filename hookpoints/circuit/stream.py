@@ -221,7 +221,8 @@ def of_writes(clean: Recurrence, text: Recurrence, at_reads: Tensor) -> Tensor:
     values = _by_term(text.u[0]).to(at_reads)
     given = at_reads.new_zeros(len(at_reads), clean.T, clean.H)
     tokens = at_reads.abs().sum((0, 2, 3)).nonzero().flatten()
-    for some in tokens.split(max(1, _ROOM // given.numel())):
+    step = max(1, _ROOM // given.numel())
+    for some in tokens.split(step) if len(tokens) else ():
         single = at_reads.new_zeros(1, clean.T, clean.H, len(some))
         single[0, some, :, torch.arange(len(some), device=some.device)] = 1
         weights = _by_term(carried.value_gradients(single)[0])

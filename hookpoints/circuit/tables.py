@@ -54,7 +54,7 @@ class Node(NamedTuple):
         return names[self.feature_type]
 
 
-class Answer(NamedTuple):
+class RunAnswer(NamedTuple):
     """What a model says in a run without some nodes."""
 
     metric: float
@@ -137,5 +137,6 @@ def edge_table(
 
 
 def largest(nodes: pd.DataFrame, n: int) -> pd.DataFrame:
-    """The n rows with the largest measured effect."""
-    return nodes.loc[nodes.measured.abs().dropna().nlargest(n).index]
+    """The n rows with the largest measured effect, without those that have none."""
+    size = nodes.measured.abs()
+    return nodes.loc[size[size > 0].nlargest(n).index]

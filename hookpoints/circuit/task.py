@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from hookpoints.circuit.attribute import attribute
 from hookpoints.circuit.graph import Graph, Tracer
 from hookpoints.circuit.nodes import Token
 from hookpoints.circuit.tables import by_size, node_of
 from hookpoints.errors import InputError
-
-if TYPE_CHECKING:
-    from hookpoints.model.recurrent import HookedRecurrent
 
 _DRAWS = 5
 """Random circuits of each size."""
@@ -84,37 +80,18 @@ class Task:
         return pd.DataFrame(columns | {"random": np.median(random, (0, 2))})
 
 
-def attribute_task(
-    pairs: Sequence[Pair | tuple[str | Tensor, str | Tensor, Token, Token]],
-    model: HookedRecurrent,
-    roles: Sequence[Sequence[str]] | None = None,
-    measure: int | None = None,
-) -> Task:
-    """The circuit of a task: the writes that matter in all texts of one form, by the role of their token.
+def case_of(graph: Graph, names: Sequence[str]) -> Case:
+    """A text whose tokens have these roles."""
+    length = len(cast(Sequence[str], graph.metadata["tokens"]))
+    if len(names) != length:
+        raise InputError(f"roles: expected {length} of {graph.metadata['title']}, a token each, got {len(names)}")
+    writes = graph.nodes[graph.nodes.feature_type == "write"]
+    role = writes.position.map(dict(enumerate(names)))
+    return Case(graph, writes.assign(role=role, effect=writes.measured.fillna(writes.predicted)))
 
-    Args:
-        pairs: (text, corrupt text of as many tokens, target, against) of each case, as of `attribute`.
-        roles: of each pair the name of each token's role, the same names in all; a role may have several tokens. None:
-            the position, of texts of one template that all have as many tokens.
-        measure: as of `attribute`.
 
-    Raises:
-        InputError: no pairs, texts of several lengths without roles, or another number of roles than of tokens; and
-            what `attribute` raises.
-
-    Cost: that of a graph without edges for each pair.
-    """
-    cases = []
-    for row, (text, corrupt, target, against) in enumerate(pairs):
-        graph = attribute(text, model, [target], against=against, corrupt=corrupt, measure=measure, targets=0)
-        length = len(cast(Sequence[str], graph.metadata["tokens"]))
-        names = [str(position) for position in range(length)] if roles is None else roles[row]
-        if len(names) != length:
-            raise InputError(f"roles: expected {length} of pair {row}, one for each token, got {len(names)}")
-        writes = graph.nodes[graph.nodes.feature_type == "write"]
-        effect = writes.measured.fillna(writes.predicted)
-        role = writes.position.map(dict(enumerate(names)))
-        cases.append(Case(graph, writes.assign(role=role, effect=effect)))
+def task_of(cases: Sequence[Case]) -> Task:
+    """What several texts have in common."""
     if len({frozenset(case.writes.role) for case in cases}) != 1:
         counts = sorted({case.writes.role.nunique() for case in cases}) or "no"
         raise InputError(f"pairs: expected texts of the same roles, got {counts} roles; name them with roles=")

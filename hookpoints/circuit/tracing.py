@@ -31,11 +31,11 @@ from hookpoints.circuit.ports import Blocks, Port, change_for, port_of_mlp, port
 from hookpoints.circuit.stream import Decomposition, Part, Text, reading, stretches_of
 from hookpoints.circuit.tables import (
     EDGE_COLUMNS,
-    Answer,
     Change,
     FeatureType,
     Node,
     PortName,
+    RunAnswer,
     by_size,
     edge_table,
     largest,
@@ -131,24 +131,24 @@ class Tracing:
         for kind, rows in self.nodes.groupby("feature_type"):
             most = len(rows) if measure is None else measure if kind == "write" else max(1, measure // 5)
             order = by_size(rows.predicted)
-            self._measure(order[:most])
+            self._measure_rows(order[:most])
             if kind == "write":
                 drawn = np.random.default_rng(0).permutation(order[most:])[:_AUDITED]
-                self._measure(drawn)
+                self._measure_rows(drawn)
                 self.audit = {"n": len(drawn), "largest": max(self.nodes.measured[drawn].abs(), default=0.0)}
 
-    def _measure(self, rows: pd.Index | np.ndarray) -> None:
+    def _measure_rows(self, rows: pd.Index | np.ndarray) -> None:
         nodes = [node_of(row) for row in self.nodes.loc[rows].itertuples()]
         self.nodes.loc[rows, "measured"] = self.runs.effects([self._change_without(node) for node in nodes])
 
     def _change_without(self, node: Node) -> Change:
         """A run without a node, or with that of the corrupt text instead."""
-        values = {name: value[node.position] for name, value in self._replaced(node).items()}
+        values = {name: value[node.position] for name, value in self._replacing_values(node).items()}
         if node.head >= 0:
             values = {name: value[node.head] for name, value in values.items()}
         return Change(node.layer, node.position, values, node.head)
 
-    def _replaced(self, node: Node) -> dict[str, Tensor]:
+    def _replacing_values(self, node: Node) -> dict[str, Tensor]:
         """[T,...] by the names of hooks, what replaces a node at its token and head."""
         block = f"blocks.{node.layer}"
         attention = "hook_attn_out" if node.head < 0 else "attn.hook_z"
@@ -318,7 +318,7 @@ class Tracing:
             table = self.edges_into([Node("write", layer, head, source)], read)
         return table.loc[by_size(table.measured.fillna(table.predicted))].sort_values("port", kind="stable")
 
-    def answers(self, sets: Sequence[Collection[Node]]) -> list[Answer]:
+    def answers(self, sets: Sequence[Collection[Node]]) -> list[RunAnswer]:
         """`Tracer.answers`."""
         tokens = self.blocks.text.tokens
         plain = int(self.runs.session.logits[0, -1].argmax())
@@ -332,7 +332,7 @@ class Tracing:
                 for row in logits:
                     said = int(row[-1].argmax())
                     metric = float(self.wanted.metric(row[None]))
-                    answers.append(Answer(metric, self._token_texts([said])[0], said == plain))
+                    answers.append(RunAnswer(metric, self._token_texts([said])[0], said == plain))
         return answers
 
     def _hooks_without(self, sets: Sequence[Collection[Node]]) -> list[tuple[Name, Hook]]:
@@ -342,7 +342,7 @@ class Tracing:
         for row, node in ((row, node) for row, nodes in enumerate(sets) for node in nodes):
             kind = (node.feature_type, node.layer, node.head < 0)
             if kind not in replaced:
-                replaced[kind] = self._replaced(node)
+                replaced[kind] = self._replacing_values(node)
             for name in replaced[kind]:
                 places.setdefault(name, []).append((row, node.position, *([node.head] if node.head >= 0 else [])))
         others = {name: other for values in replaced.values() for name, other in values.items()}

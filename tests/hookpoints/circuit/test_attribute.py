@@ -334,6 +334,15 @@ def test_why_asks_for_any_head_and_pair_of_tokens(graph: Graph) -> None:
         graph.why(3, 0, 12, 5)
 
 
+def test_a_read_that_reaches_no_answer_has_edges_of_no_effect() -> None:
+    """That of a token before the last, in the last block."""
+    model = hooked_in_float64("mamba2")
+    with KeepFloat64():
+        table = attribute(SEQUENCE, model, [5], measure=3, targets=0).why(2, 0, read=9, source=5)
+    query = table[table.port == "query"]
+    assert len(query) and not query.predicted.any() and not query.measured.fillna(0).any()
+
+
 @pytest.mark.usefixtures("_keep_float64")
 def test_all_writes_are_sufficient_and_none_are_not(graph: Graph) -> None:
     count = int((graph.nodes.feature_type == "write").sum())
