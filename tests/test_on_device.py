@@ -23,14 +23,14 @@ import torch
 from remembering import drawn_ids
 from saes import HEAD, LAYER, random_sae
 from safetensors.torch import load_file
-from test_graphs import CALLS, DIFFERENTIABLE, World, tensors
+from test_graphs import CALLS, DIFFERENTIABLE, TOKENS, World, tensors
 from tiny_models import make_hf
 from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils._pytree import tree_flatten, tree_map
 
 import hookpoints
-from hookpoints import HookedRecurrent, Memory, WriteEdit
+from hookpoints import HookedRecurrent, Memory, WriteEdit, attribute_task
 from hookpoints.errors import InputError, UnsupportedModelError
 from hookpoints.model import loading
 from sae_lens_writesae import HookedSAERecurrent, steer
@@ -104,12 +104,16 @@ def there(host: HookedRecurrent) -> Iterator[HookedRecurrent]:
         yield HookedRecurrent.from_hf(PLACES["device"](make_hf()))
 
 
-PUBLIC = {name: call for name, call in {**CALLS, **DIFFERENTIABLE}.items() if "from_" not in name and name != "attach"}
+ELSEWHERE = ("attach", "attribute_task")
+"""Calls with a test of their own kind."""
+PUBLIC = {
+    name: call for name, call in {**CALLS, **DIFFERENTIABLE}.items() if "from_" not in name and name not in ELSEWHERE
+}
 """Public calls on a model at hand."""
 LONG = ("train", "head_effects", "dictionary_quality")
 """Not made on models that lie on two devices."""
-ONE_DEVICE = ("attribute", "attribute_task")
-"""The calls that refuse them."""
+ONE_DEVICE = "attribute"
+"""The call that refuses them."""
 
 
 def numbers(value: Any) -> list[Tensor]:
@@ -132,7 +136,7 @@ def at_home(home: World) -> Callable[[str], list[Tensor]]:
 @pytest.mark.parametrize("name", PUBLIC)
 def test_public_calls(at_home: Callable[[str], list[Tensor]], away: World, name: str) -> None:
     spread = len({parameter.device for parameter in away.model.parameters()}) > 1
-    if spread and name in ONE_DEVICE:
+    if spread and name == ONE_DEVICE:
         with pytest.raises(UnsupportedModelError, match="expected a model on one device, got one on cpu, npu:0"):
             PUBLIC[name](away)
     elif not spread or name not in LONG:
@@ -143,6 +147,12 @@ def close(found: list[Tensor], expected: list[Tensor]) -> None:
     assert len(found) == len(expected)
     for one, other in zip(found, expected):
         assert_close(one, other, rtol=1e-3, atol=3e-5)
+
+
+def test_a_task_has_the_same_effects(host: HookedRecurrent, there: HookedRecurrent) -> None:
+    pairs = [(TOKENS[:1], TOKENS[1:2], 3, 4)]
+    tasks = [attribute_task(pairs, model, measure=3) for model in (host, there)]
+    close(*([torch.tensor(task.cases[0].writes.effect.to_numpy())] for task in tasks))
 
 
 @pytest.mark.parametrize("layer", [0, 2])

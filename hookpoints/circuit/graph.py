@@ -167,8 +167,8 @@ class Graph:
         return self._answers_without([table[~kept & table.feature_type.isin(table[kept].feature_type)]])[0]
 
     def sufficient(self, sizes: int | Sequence[int] = (1, 2, 4, 8, 16, 32)) -> pd.DataFrame:
-        """What few writes do alone: all but the n with the largest |effect| are ablated in one run. So
-        are random sets of as many writes, five of each size.
+        """What few writes do alone: all but the n with the largest |effect| are ablated in one run. So it is done for
+        five random sets of as many writes.
 
         Args:
             sizes: numbers of writes; those that the text does not have are left out.
