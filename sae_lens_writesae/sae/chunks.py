@@ -26,12 +26,11 @@ from torch import Tensor
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae.factors import Collection
 from sae_lens_writesae.sae.fast import Stack
-from sae_lens_writesae.sae.fused import FACTORS, Dead, Step, with_aux
+from sae_lens_writesae.sae.fused import FACTORS, Dead, Step, with_aux, with_encoder
 from sae_lens_writesae.sae.target import HeadHook, RunnerConfig
 
 if TYPE_CHECKING:
     from hookpoints.recurrence.chunked import Chunk
-    from sae_lens_writesae.sae.architectures import WriteBatchTopKTrainingSAE
     from sae_lens_writesae.sae.architectures import WriteTopKTrainingSAEConfig as Config
 
 SPAN = 64
@@ -129,17 +128,9 @@ class StateStack(Stack):
             parts.append(_chunk_states(chunk, in_chunk.to(like.device), tokens.to(like.device), self.scales[m]))
         return States(*(torch.cat(side).to(like) for side in zip(*parts)))
 
-    def losses(self, p: dict[str, Tensor], batch: Sequence[Any], ks: Sequence[int], dead: Dead | None = None) -> Step:
+    def losses(self, p: dict[str, Tensor], batch: Sequence[Any], ks: Sequence[float], dead: Dead | None = None) -> Step:
         self.optimizer.zero_grad()  # gradients of blocks add up
-        done = step_on_states(p, batch[0], self.cfg, dead)
-        is_training = p is self.p  # and not the pass in which training ends
-        if is_training and self.cfg.architecture() == "writesae_batchtopk":
-            sae = cast("WriteBatchTopKTrainingSAE", self.saes[0])
-            scores = done.code
-            if self.cfg.rescale_acts_by_decoder_norm:
-                scores = scores * sae.get_W_dec_norm()[done.atoms]
-            sae.update_topk_threshold(scores)
-        return done
+        return step_on_states(p, batch[0], self.cfg, dead)
 
     def matrices(self, rows: Any) -> Tensor:
         return rows.dense().flatten(1)
@@ -169,6 +160,7 @@ def _chunk_states(chunk: Chunk, sequences: Tensor, tokens: Tensor, scale: float)
 def step_on_states(p: dict[str, Tensor], rows: States, cfg: Config, dead: Dead | None = None) -> Step:
     """One step of one dictionary (M = 1), as `fused.step_on_writes`: scores of all atoms in chunks, and the loss of
     those that SAELens' TopK or BatchTopK selects on the states of some rows at a time. Adds to the gradients of `p`."""
+    p = with_encoder(p)
     with torch.no_grad():
         scores, atoms = _selected_atoms(p, rows, cfg)
     P = rows.since.shape[1]

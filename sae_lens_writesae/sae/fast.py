@@ -1,8 +1,9 @@
-"""Training on the factors of writes: many TopK dictionaries at once, in one plain loop.
+"""Training on the factors of writes: many TopK or BatchTopK dictionaries at once, in one plain loop.
 
 Errors, gradients, dead atoms, order of the rows and random numbers are those of each dictionary, which is the one that
-trains alone, but for rounding. The step is in `fused`. Other variants (a dense or flat side, other architectures) are
-trained by SAELens' trainer on matrices.
+trains alone, but for rounding. The step is in `fused`. Other variants are trained by SAELens' trainer on matrices: a
+dense or flat side has K V numbers an atom, of the other architectures any number of atoms may be active (Matryoshka
+decodes once for each width, and pursuit once for each atom).
 """
 
 from __future__ import annotations
@@ -50,17 +51,15 @@ one chunk resemble each other more than shuffled ones."""
 def shape_of(cfg: RunnerConfig) -> str | None:
     """What dictionaries that train together on factors have in common; None for one that is trained on matrices.
 
-    On factors are trained, with factors on both sides and squared errors (in either metric), `writesae_topk` on writes;
-    and on states of `STATES_FROM` entries or more also `writesae_batchtopk`.
+    On factors are trained `writesae_topk` and `writesae_batchtopk` with factors on both sides (shared ones too) and
+    squared errors (in either metric): on writes, and on states of `STATES_FROM` entries or more.
     """
     sae = cfg.sae
-    of_states = "hook_state" in cfg.hook_name
-    architectures = ("writesae_topk", "writesae_batchtopk") if of_states else ("writesae_topk",)
-    if sae.architecture() not in architectures or cfg.autocast or sae.use_sparse_activations:
+    if sae.architecture() not in ("writesae_topk", "writesae_batchtopk") or cfg.autocast or sae.use_sparse_activations:
         return None
-    if (sae.encoder, sae.decoder, sae.loss) != ("bilinear", "rank", "mse"):
+    if sae.encoder == "dense" or (sae.decoder, sae.loss) != ("rank", "mse"):
         return None
-    if of_states and sae.d_in < STATES_FROM:
+    if "hook_state" in cfg.hook_name and sae.d_in < STATES_FROM:
         return None
     # One step has the scores of all dictionaries, and takes of each as many as its own k.
     return step_settings(cfg, k=1)
@@ -81,8 +80,8 @@ def writes_at_hand(writes: Sequence[LowRank], device: torch.device) -> Sequence[
 
 
 class Stack:
-    """M dictionaries in training. Atom f of dictionary m is number m F + f of all. Parameters of the M autoencoders are
-    views of the stacked ones, `p`, so that their own upkeep works on them.
+    """M dictionaries in training. Atom f of dictionary m is number m F + f of all. Parameters and buffers of the M
+    autoencoders are views of the stacked ones, `p` and `buffers`, so that their own upkeep works on them.
 
     A subclass trains on other rows with `rows`, `losses` and `matrices`.
     """
@@ -99,12 +98,14 @@ class Stack:
         self.saes = [new_sae(cfg, metric) for cfg, metric in zip(configs, metrics)]
         self.runner = configs[0]
         self.cfg = cast("Config", self.saes[0].cfg)
-        self.ks = [int(cfg.sae.k) for cfg in self.configs]
-        self.p: dict[str, Tensor] = torch.func.stack_module_state(self.saes)[0]
+        self.ks = [float(cfg.sae.k) for cfg in self.configs]
+        self.p: dict[str, Tensor]
+        self.buffers: dict[str, Tensor]
+        self.p, self.buffers = torch.func.stack_module_state(self.saes)
         # The optimizer steps the stacked parameters; each autoencoder sees its part of them.
         for m, sae in enumerate(self.saes):
-            for name, x in self.p.items():
-                sae.get_parameter(name).data = x.data[m]
+            for name, x in (self.p | self.buffers).items():
+                getattr(sae, name).data = x.data[m]
         self.scales = [1.0] * len(configs)
         if self.cfg.normalize_activations != "none":
             self.scales = [self._input_scale(m) for m in range(len(configs))]
@@ -161,10 +162,10 @@ class Stack:
         return part * self.scales[m]
 
     def losses(
-        self, p: dict[str, Tensor], batch: Sequence[LowRank], ks: Sequence[int], dead: Dead | None = None
+        self, p: dict[str, Tensor], batch: Sequence[LowRank], ks: Sequence[float], dead: Dead | None = None
     ) -> Step:
-        """A step on N rows of each dictionary; puts the gradients of its losses into the parameters `p`. The loss of
-        `dead` atoms is among them, where they are given."""
+        """A step on N rows of each dictionary; puts the gradients of its losses into the parameters `p` (which come
+        with the buffers). The loss of `dead` atoms is among them, where they are given."""
         if len(batch) == 1:  # without a copy
             return step_on_writes(p, batch[0].keys[None], batch[0].values[None], ks, self.cfg, dead)
         keys = torch.stack([rows.keys for rows in batch])
@@ -228,7 +229,9 @@ class Stack:
                 # Each draws what it would draw alone.
                 with seeded(cfg.seed, self.step):
                     sae._upkeep_resampled(self.matrices(batch[m]), self.step, dead_atoms)  # pyright: ignore  (decorator)
-        done = self.losses(self.p, batch, self.ks, dead if self.cfg.aux_loss_coefficient else None)
+        p = self.p | self.buffers
+        done = self.losses(p, batch, self.ks, dead if self.cfg.aux_loss_coefficient else None)
+        self._follow_thresholds(done)
         self.errors += done.errors.sum()
         if self.step % self.looks == 0:
             self._check_finite()
@@ -242,6 +245,20 @@ class Stack:
         self.silent.view(-1).scatter_reduce_(0, done.atoms.flatten(), since.flatten(), "amin")
         self.step += 1
         return done
+
+    @torch.no_grad()
+    def _follow_thresholds(self, done: Step) -> None:
+        """SAELens' running mean of the least active score of a batch, without a wait for the device."""
+        threshold = self.buffers.get("topk_threshold")
+        if threshold is None:
+            return
+        scores = done.code
+        if self.cfg.rescale_acts_by_decoder_norm:
+            norms = torch.stack([sae.get_W_dec_norm() for sae in self.saes])
+            scores = scores * norms.view(-1)[done.atoms]
+        least = scores.masked_fill(scores <= 0, torch.inf).flatten(1).amin(1).to(threshold)
+        moved = threshold.lerp(least, cast(Any, self.cfg).topk_threshold_lr)
+        threshold.copy_(torch.where(least.isfinite(), moved, threshold))  # as it is, where no atom is active
 
     def _check_finite(self) -> None:
         if not self.errors.isfinite():
@@ -276,9 +293,10 @@ class Stack:
         """A dictionary with its own weights, whose reconstructions are right on average over `b_dec_rows` rows."""
         sae = self.saes[m]
         metric = self.metrics[m]
-        for parameter in sae.parameters():  # views of the stack so far, which all dictionaries would keep alive
-            parameter.data = parameter.data.clone()
+        for x in (*sae.parameters(), *sae.buffers()):  # views of the stack so far, which all would keep alive
+            x.data = x.data.clone()
         p: dict[str, Tensor] = {name: nn.Parameter(x[m : m + 1]) for name, x in self.p.items()}
+        p |= {name: x[m : m + 1] for name, x in self.buffers.items()}
         parts = self._spread_rows(m, sae.cfg.b_dec_rows or self.trainer.train_batch_size_samples)
         total = self.together * sum(map(len, parts))
         code = torch.zeros_like(sae.b_enc)

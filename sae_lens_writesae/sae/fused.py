@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache, partial, reduce
 from itertools import product
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -70,7 +70,7 @@ class Biases(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """The k atoms on top for each of M N rows."""
+    """The k atoms on top for each of M N rows; of a batch, k of the row that has most."""
 
     atoms: Tensor
     """[M N,k] numbers among those of all dictionaries."""
@@ -99,39 +99,64 @@ def step_on_writes(
     p: dict[str, Tensor],
     keys: Tensor,
     values: Tensor,
-    ks: Sequence[int],
+    ks: Sequence[float],
     cfg: Config,
     dead: Dead | None = None,
 ) -> Step:
     """One step on rows [M,N,S,K] and [M,N,S,V]; puts the gradients of each dictionary's mean error and weighted
     auxiliary loss (`with_aux`, of the `dead` atoms) into the parameters.
 
-    With c = (<X - B, encoder atom> + b_enc)_+ of the k atoms on top (after a factor of their norms, if
-    `rescale_acts_by_decoder_norm`; X instead of X - B unless `apply_b_dec_to_input`), and E = B + sum_f c_f A_f - X,
+    With c = (<X - B, encoder atom> + b_enc)_+ of the k atoms on top of the row, or for BatchTopK of the k N on top of
+    the batch (after a factor of their norms, if `rescale_acts_by_decoder_norm`; X instead of X - B unless
+    `apply_b_dec_to_input`), and E = B + sum_f c_f A_f - X,
     the gradients of |E|^2 by c, and by the sides of an atom v w^T, are 2 v^T E w, 2 c E w and 2 c E^T v. E is a sum of
     outer products of the terms of atoms and of rows (and B, which stays apart): M F R + M N S terms.
     """
     M, N = keys.shape[:2]
+    p = with_encoder(p)
     with torch.no_grad():
         biases = _bias_products(p, cfg)
-        chosen = _chosen_atoms(p, keys, values, biases, ks)
-        by_error = chosen.code * (2 / N)
-        decoded = _decoded_rows(p, keys, values, chosen, by_error)
-        by_shift = _by_atom(chosen.atoms, decoded.by_code, p)
-        by_product = _by_atom(chosen.atoms, by_error, p)
-        sides = [*decoded.by_atom.split([keys.shape[3], values.shape[3]], 1)]
-        sides += _encoder_gradients(p, keys, values, chosen, decoded.by_code)
+        if cfg.architecture() == "writesae_batchtopk":
+            chosen = _chosen_of_batch(p, keys, values, biases, ks)
+            parts = _parts_alike(chosen)
+        else:
+            chosen = _chosen_atoms(p, keys, values, biases, list(map(int, ks)))
+            parts = [(slice(None), chosen)]
+        errors = keys.new_empty(M * N)
+        found = list[tuple[Tensor, ...]]()
+        for rows, part in parts:
+            part_keys, part_values = (side.flatten(0, 1)[None, rows] for side in (keys, values))
+            errors[rows], *sums = _decoded_sums(p, part_keys, part_values, part, 2 / N)
+            found.append(tuple(sums))
+        by_shift, by_product, *sides = (reduce(torch.add, of_parts) for of_parts in zip(*found))
         # An atom meets the bias in the error, with its coefficient; its encoder meets it in the shift, less it.
         weights = [(by_product, 1), (by_product, 1), (by_shift, -1), (by_shift, -1)]
-        for name, side, of_bias, (weight, sign) in zip(FACTORS, sides, biases.products, weights):
-            p[name].grad = torch.addcmul(side.view(of_bias.shape), of_bias, weight, value=sign)
+        gradients = [
+            torch.addcmul(side.view(of_bias.shape), of_bias, weight, value=sign)
+            for side, of_bias, (weight, sign) in zip(sides, biases.products, weights)
+        ]
+        if cfg.encoder == "tied":
+            gradients[0] += gradients.pop(2)
+            gradients[1] += gradients.pop() * p["encoder_scale"][..., None, None]
+        for name, gradient in zip(FACTORS, gradients):
+            p[name].grad = gradient
         p["b_enc"].grad = by_shift.flatten(1)
         taken = by_shift if cfg.apply_b_dec_to_input else torch.zeros_like(by_shift)
         p["b_dec"].grad = _bias_gradient(p, keys, values, taken, by_product)
-        with_bias = torch.add(decoded.errors, (chosen.code * chosen.of_bias).sum(1), alpha=2)
-        errors = with_bias.view(M, N) + _bias_errors(p, keys, values)
-        step = Step(errors, chosen.atoms.view(M, N, -1), chosen.code.view(M, N, -1))
+        with_bias = torch.add(errors, (chosen.code * chosen.of_bias).sum(1), alpha=2)
+        step = Step(
+            with_bias.view(M, N) + _bias_errors(p, keys, values),
+            chosen.atoms.view(M, N, -1),
+            chosen.code.view(M, N, -1),
+        )
     return with_aux(p, partial(inners, keys, values), lambda: keys.mT @ values, step, cfg, dead)
+
+
+def with_encoder(p: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by `FACTORS`, also where the encoder is tied to the atoms, times the buffer `encoder_scale`."""
+    if "v_enc" in p:
+        return p
+    return p | {"v_enc": p["v"], "w_enc": p["w"] * p["encoder_scale"][..., None, None]}
 
 
 # ------------------------------------------------------------------------------------------------ selection
@@ -165,6 +190,57 @@ def _chosen_atoms(p: dict[str, Tensor], keys: Tensor, values: Tensor, biases: Bi
     if min(ks) < max(ks):
         code = code * asked
     return Chosen(atoms, code.relu(), of_keys, of_values, of_bias)
+
+
+def _chosen_of_batch(p: dict[str, Tensor], keys: Tensor, values: Tensor, biases: Biases, ks: Sequence[float]) -> Chosen:
+    """The k N active atoms on top of the batch of each dictionary, as SAELens' BatchTopK, the strongest of a row first.
+
+    They are taken from the atoms on top of each row. A row all of whose atoms are among them may have more: of such
+    rows twice as many are looked at, until none is left. A device is waited for twice, and once for each look.
+    """
+    M, N = keys.shape[:2]
+    F = p["v"].shape[1]
+    width = min(F, 4 * math.ceil(max(ks)))
+    chosen = _chosen_atoms(p, keys, values, biases, [width] * M)
+    while True:
+        kept = _kept_scores(chosen, biases, [int(k * N) for k in ks])
+        rows = (kept > 0).all(1).view(M, N).any(0).nonzero().flatten()
+        if width == F or not len(rows):
+            break
+        added = min(F, 2 * width) - width
+        width += added
+        wide = _chosen_atoms(p, keys[:, rows], values[:, rows], biases, [width] * M)
+        numbers = (torch.arange(M, device=rows.device)[:, None] * N + rows).flatten()
+        padding = [(0, added) if x.ndim == 2 else (0, 0, 0, added) for x in chosen]
+        chosen = Chosen(*(pad(x, by).index_copy_(0, numbers, new) for x, by, new in zip(chosen, padding, wide)))
+    kept, places = kept.topk(max(1, int((kept > 0).sum(1).max())))
+    of_keys, of_values = (x.take_along_dim(places[:, None, :, None], 2) for x in (chosen.of_keys, chosen.of_values))
+    atoms, code, of_bias = (x.gather(1, places) for x in (chosen.atoms, chosen.code, chosen.of_bias))
+    return Chosen(atoms, code * (kept > 0), of_keys, of_values, of_bias)
+
+
+def _kept_scores(chosen: Chosen, biases: Biases, counts: Sequence[int]) -> Tensor:
+    """[M N,k] scores of so many atoms of each dictionary as are on top, else 0."""
+    scores = chosen.code * embedding(chosen.atoms, biases.gain.view(-1, 1)).squeeze(2)
+    kept = torch.zeros_like(scores)
+    for of_dictionary, of_kept, count in zip(scores.view(len(counts), -1), kept.view(len(counts), -1), counts):
+        on_top, index = of_dictionary.topk(count, sorted=False)
+        of_kept.scatter_(0, index, on_top)
+    return kept
+
+
+def _parts_alike(chosen: Chosen) -> Iterator[tuple[Tensor, Chosen]]:
+    """Rows by how many atoms they have: numbers of a part, and what is chosen for them, as wide as they need."""
+    counts, order = (chosen.code > 0).sum(1).sort(descending=True)
+    edges = [len(order) * part // 16 for part in (0, 1, 4, 8, 16)]
+    widths = counts[edges[:-1]].tolist()  # one wait
+    for start, stop, width in zip(edges, edges[1:], widths):
+        if stop > start:
+            rows = order[start:stop]
+            cut = slice(max(1, width))
+            of_keys, of_values = (side[rows, :, cut] for side in (chosen.of_keys, chosen.of_values))
+            atoms, code, of_bias = (x[rows, cut] for x in (chosen.atoms, chosen.code, chosen.of_bias))
+            yield rows, Chosen(atoms, code, of_keys, of_values, of_bias)
 
 
 @lru_cache(maxsize=16)
@@ -227,23 +303,40 @@ def top_atoms(scores: Tensor, k: int, *, ordered: bool = False) -> Tensor:
 # ------------------------------------------------------------------------------------------------ errors, gradients
 
 
-def _decoded_rows(p: dict[str, Tensor], keys: Tensor, values: Tensor, chosen: Chosen, by_error: Tensor) -> Decoded:
+def _decoded_sums(
+    p: dict[str, Tensor], keys: Tensor, values: Tensor, chosen: Chosen, weight: float
+) -> tuple[Tensor, ...]:
+    """Of rows [1,n,S,K] and [1,n,S,V] the errors [n], and sums over them, each row `weight` / 2 of the mean error: of
+    its gradients by codes and of codes themselves, for each atom [M,F,1,1]; and by `FACTORS` its gradients, without
+    what the bias adds."""
+    by_error = chosen.code * weight
+    decoded = _decoded_rows(p, keys, values, chosen, by_error, weight)
+    of_atoms = decoded.by_atom.split([keys.shape[3], values.shape[3]], 1)
+    of_encoder = _encoder_gradients(p, keys, values, chosen, decoded.by_code)
+    by_atom = [_by_atom(chosen.atoms, x, p) for x in (decoded.by_code, by_error)]
+    return decoded.errors, *by_atom, *of_atoms, *of_encoder
+
+
+def _decoded_rows(
+    p: dict[str, Tensor], keys: Tensor, values: Tensor, chosen: Chosen, by_error: Tensor, weight: float
+) -> Decoded:
     """Errors and gradients, some rows at a time: a row is a sum of k R terms of atoms less its own S. `by_error` are
     the coefficients in the gradient of the mean error."""
-    M, N, S, K = keys.shape
-    F, R, V = p["w"].shape[1:]
+    N, S = keys.shape[1:3]
+    M, F, R, K = p["v"].shape
+    V = values.shape[3]
     k = chosen.atoms.shape[1]
     # Sides of atoms and of rows lie in one table, so that one lookup gathers all terms of a row's error.
-    lefts = torch.cat([p["v"].flatten(0, 2), keys.flatten(0, 2)])  # [M F R + M N S,K]
+    lefts = torch.cat([p["v"].flatten(0, 2), keys.flatten(0, 2)])  # [M F R + N S,K]
     rights = torch.cat([p["w"].flatten(0, 2), values.flatten(0, 2)])
     of_atoms = _term_numbers(chosen.atoms, R)
-    of_rows = _numbers_in(M * N, S, first=M * F * R, device=keys.device)
-    index = torch.cat([of_atoms, of_rows], 1)  # [M N,k R + S]
+    of_rows = _numbers_in(N, S, first=M * F * R, device=keys.device)
+    index = torch.cat([of_atoms, of_rows], 1)  # [N,k R + S]
     sizes = pad(_of_terms(chosen.code, R), (0, S), value=-1.0)
     by_atom = keys.new_zeros(M * F * R, K + V)
     by_term = list[Tensor]()
     errors = list[Tensor]()
-    for rows in _row_blocks(M * N, (k * R + S) * max(K, V), keys.device):
+    for rows in _row_blocks(N, (k * R + S) * max(K, V), keys.device):
         size = sizes[rows]
         terms = index[rows]
         left = embedding(terms, lefts)
@@ -257,7 +350,7 @@ def _decoded_rows(p: dict[str, Tensor], keys: Tensor, values: Tensor, chosen: Ch
         by_atom.index_add_(0, of_atoms[rows].flatten(), change.flatten(0, 1))
     of_terms = _joined_blocks(by_term)
     by_code = (of_terms if R == 1 else of_terms.unflatten(1, (k, R)).sum(2)) + chosen.of_bias
-    return Decoded(_joined_blocks(errors), by_code * (chosen.code > 0) * (2 / N), by_atom)
+    return Decoded(_joined_blocks(errors), by_code * (chosen.code > 0) * weight, by_atom)
 
 
 def _products_of_three(left: Tensor, right: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:

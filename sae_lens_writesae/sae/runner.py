@@ -307,8 +307,9 @@ def train(
     sources = [source_of(each, given) for each, given in zip(cfg, data, strict=True)]
     groups: dict[str | int, dict] = {}
     for n, member in enumerate(zip(cfg, sources, metrics, strict=True)):
-        in_one_step = isinstance(sources[n], LowRank) and cfg[n].sae.architecture() == "writesae_topk"
-        shape = shape_of(cfg[n]) if in_one_step else None
+        # States at hand have K terms each, of which BatchTopK would gather several times as many products.
+        few_products = "hook_write" in cfg[n].hook_name or cfg[n].sae.architecture() == "writesae_topk"
+        shape = shape_of(cfg[n]) if isinstance(sources[n], LowRank) and few_products else None
         groups.setdefault(shape or n, {})[n] = member
     if checkpoint is not None and len(groups) > 1:
         raise ValueError(f"checkpoint: expected dictionaries of one shape, got {len(groups)}; train each by itself")

@@ -44,10 +44,12 @@ def config(seed: int = 0, steps: int = 6, name: str = "writesae_topk", **changes
 
 
 def state(sae: nn.Module) -> dict[str, Tensor]:
-    """Weights, without the atoms of the start: where rows are resampled they are of fp32."""
-    return dict(sae.named_parameters())
+    """Weights and BatchTopK's threshold, without the atoms of the start: where rows are resampled they are of fp32."""
+    found = sae.state_dict()
+    return {name: found[name] for name in (*dict(sae.named_parameters()), "topk_threshold") if name in found}
 
 
+BATCH: dict[str, Any] = {"name": "writesae_batchtopk", "k": 2.5}
 CHANGES: list[dict[str, Any]] = [
     {},
     {"k": 1},
@@ -56,6 +58,11 @@ CHANGES: list[dict[str, Any]] = [
     {"apply_b_dec_to_input": False},
     {"rescale_acts_by_decoder_norm": False, "unit_norm_every": 0},
     {"aux_loss_coefficient": 0.0},
+    {"encoder": "tied"},
+    BATCH,
+    BATCH | {"k": 0.5, "rank": 2},  # rows have more than 4 k atoms
+    BATCH | {"k": F},
+    BATCH | {"encoder": "tied", "rescale_acts_by_decoder_norm": False, "unit_norm_every": 0},
 ]
 WIDE: dict[str, Any] = {"d_in": 96, "d_k": 12, "d_v": 8}
 """Large enough that the loss of dead atoms takes inner products, and not matrices as with K V."""
@@ -74,14 +81,17 @@ def test_losses_and_gradients_are_those_of_the_dense_step(
     for sae in saes:
         for parameter in sae.parameters():
             parameter.data = torch.randn(parameter.shape, generator=g, dtype=parameter.dtype)
+        getattr(sae, "encoder_scale", torch.ones(F)).uniform_(0.5, 2.0, generator=g)
     cfg = saes[0].cfg
     dead = torch.rand(3, F, generator=g) < torch.tensor([0.0, 0.2, 0.6])[:, None]
     keys, values = (torch.randn(3, 32, terms, n, generator=g, dtype=torch.float64) for n in (cfg.d_k, cfg.d_v))
     outputs = [train_step(sae, LowRank(keys[m], values[m]), 1, dead[m]) for m, sae in enumerate(saes)]
-    p = {n: nn.Parameter(torch.stack([sae.get_parameter(n).data for sae in saes]).to(real)) for n in state(saes[0])}
+    stacked, buffers = torch.func.stack_module_state(saes)
+    p = {name: nn.Parameter(x.data.to(real)) for name, x in stacked.items()}
+    p_and_buffers: dict[str, Any] = p | {name: x.to(real) for name, x in buffers.items()}
     few = fused.Dead(dead, int(dead.sum(1).max()) + 2)  # a bound, as on a device that is not waited for
     rows = keys.to(real), values.to(real)
-    done = fused.step_on_writes(p, *rows, [cfg.k] * 3, cfg, few if cfg.aux_loss_coefficient else None)
+    done = fused.step_on_writes(p_and_buffers, *rows, [cfg.k] * 3, cfg, few if cfg.aux_loss_coefficient else None)
     assert_same_step(done, p, saes, outputs, 1e-10 if dtype == "float64" else 5e-5)
 
 
@@ -132,6 +142,7 @@ def test_writes_start_the_atoms_that_their_matrices_start(terms: int, rank: int)
 def test_each_dictionary_is_the_one_that_trains_alone(changes: dict[str, Any]) -> None:
     configs = [config(seed, **changes) for seed in (0, 1, 2)]
     configs[2].sae.k = 1  # numbers of active atoms may differ
+    assert len({fast.shape_of(cfg) for cfg in configs} - {None}) == 1
     rows = [writes(0), writes(0), writes(1) * 3.0]
     for cfg, each, sae in zip(configs, rows, train(configs, rows)):
         alone = train(cfg, each)
@@ -140,9 +151,11 @@ def test_each_dictionary_is_the_one_that_trains_alone(changes: dict[str, Any]) -
         assert sae.cfg.metadata.num_dead_features == alone.cfg.metadata.num_dead_features
 
 
-def test_a_run_is_the_one_of_saelens_trainer() -> None:
+@pytest.mark.parametrize("changes", [{}, {"encoder": "tied"}, BATCH, BATCH | {"k": 0.5}], ids=str)
+def test_a_run_is_the_one_of_saelens_trainer(changes: dict[str, Any]) -> None:
     """On the same rows from the same start; the output bias is then calibrated by one and averaged by the other."""
-    cfg, rows = config(steps=12, b_dec_rows=0, decoder_init="random", resample_every=0), writes()
+    cfg, rows = config(steps=12, b_dec_rows=0, decoder_init="random", resample_every=0, **changes), writes()
+    assert fast.shape_of(cfg) is not None
     matrices = rows_.train_on_rows(cfg, rows_.ShuffledWrites(cfg, rows))
     torch.testing.assert_close(
         state(train(cfg, LowRank.rank_one(rows.keys[:, 0], rows.values[:, 0]))), state(matrices), rtol=1e-7, atol=1e-9
@@ -235,7 +248,7 @@ def test_dictionaries_of_several_shapes_come_in_the_order_of_their_configs() -> 
 
 
 def test_matrices_are_the_sums_of_their_rows() -> None:
-    """Those of BatchTopK by its own step, however large they are."""
+    """Those of BatchTopK in SAELens' own step, however large they are."""
     matrices = torch.randn(96, 64, 64, generator=torch.Generator().manual_seed(0))
     shape = {"d_in": 64 * 64, "d_k": 64, "d_v": 64, "dtype": "float32", "k": 2}
     for name in ("writesae_topk", "writesae_batchtopk"):
