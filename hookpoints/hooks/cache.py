@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,7 +15,22 @@ from hookpoints.hooks.table import is_matrix, time_axis
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 """A hook's name, several, a predicate on names, or None for every vector hook."""
-Saving = Callable[..., None]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Saving:
+    """A hook that keeps what it is given, and changes nothing."""
+
+    saved: dict[str, Tensor]
+    suffix: str
+    device: torch.device | str | None
+    remove_batch_dim: bool
+    cut: Slice
+
+    def __call__(self, tensor: Tensor, hook: HookPoint) -> None:
+        name = str(hook.name)
+        value = self.cut.apply(tensor.detach().to(self.device), dim=time_axis(name))
+        self.saved[name + self.suffix] = value[0] if self.remove_batch_dim else value
 
 
 def caching_hooks(
@@ -30,18 +46,11 @@ def caching_hooks(
     Activations are detached and shared, not copied."""
     saved: dict[str, Tensor] = {} if cache is None else cache
     wanted = _name_predicate(names_filter)
-    cut = Slice.unwrap(pos_slice)
-
-    def save(suffix: str) -> Saving:
-        def hook(tensor: Tensor, hook: HookPoint) -> None:
-            name = str(hook.name)
-            value = cut.apply(tensor.detach().to(device), dim=time_axis(name))
-            saved[name + suffix] = value[0] if remove_batch_dim else value
-
-        return hook
-
+    save, save_grad = (
+        Saving(saved, suffix, device, remove_batch_dim, Slice.unwrap(pos_slice)) for suffix in ("", "_grad")
+    )
     names = [name for name in points if wanted(name)]
-    return saved, [(name, save("")) for name in names], [(name, save("_grad")) for name in names if incl_bwd]
+    return saved, [(name, save) for name in names], [(name, save_grad) for name in names if incl_bwd]
 
 
 def reachable(names_filter: NamesFilter, start: int | None, stop: int | None, n_layers: int) -> NamesFilter:

@@ -13,8 +13,8 @@ from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint, LensHandle
 
 from hookpoints.errors import HookDidNotFireError, HookShapeError, InputError, UnknownHookError, nearest
-from hookpoints.hooks.cache import NamesFilter
-from hookpoints.hooks.points import scopes_of
+from hookpoints.hooks.cache import NamesFilter, Saving
+from hookpoints.hooks.points import mark_reading, scopes_of
 from hookpoints.scopes import scoped
 
 if TYPE_CHECKING:
@@ -161,6 +161,8 @@ def scoped_hooks(
             with ADDING:
                 point.add_hook(watched(name, way, hook), dir=way)
                 handles.append((point, (point.fwd_hooks if way == "fwd" else point.bwd_hooks)[-1]))
+                if way == "fwd" and isinstance(hook, Saving):
+                    mark_reading(point, handles[-1][1].hook)
                 if not stay:
                     scopes_of(point).append(scope)
         yield

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformer_lens.hook_points import HookPoint
 
 from hookpoints.errors import HookShapeError
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 HOOK_DICTS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 """Where PyTorch keeps the hooks of a module, by whatever method they came."""
+_READING = "hookpoints_reads"
 
 
 class Listeners:
@@ -99,6 +100,37 @@ class HookSet(nn.Module):
         assert point is not None
         return fire(point, name, value)
 
+    def watch(self, name: str, value: Tensor, *, seen_later: bool = False) -> tuple[Tensor, bool]:
+        """Fire a hook on ``value``: what it returned, and whether that differs from what it was given. Edits in place
+        count, through numpy and ``.data`` too, of which PyTorch takes no note. Costs a copy of ``value``, and a wait
+        for a device, unless all that is attached only reads.
+
+        ``seen_later``: the caller looks at the difference itself, so that another tensor than ``value`` counts as
+        changed without a wait.
+
+        In grad mode the hook is given its own view and counts as changed, so that a gradient taken at the hook
+        sees everything downstream of it.
+        """
+        if torch.is_grad_enabled() and value.requires_grad:
+            return self.fire(name, value.view_as(value)), True
+        only_reads = self.only_reads(name)
+        before = value if only_reads else value.clone()
+        returned = self.fire(name, value)
+        changed = returned.requires_grad or (seen_later and returned is not value)
+        return returned, changed or not (only_reads or torch.equal(before, returned))
+
+    def only_reads(self, name: str) -> bool:
+        """Whether all hooks of a point are known to change nothing (`mark_reading`)."""
+        point = self._modules[name]
+        if type(point) is not Point:
+            return False
+        return all(hasattr(hook, _READING) for kind in HOOK_DICTS for hook in getattr(point, kind).values())
+
+
+def mark_reading(point: nn.Module, handle: RemovableHandle) -> None:
+    """Say of a forward hook of a point that it changes nothing, so that values need not be compared after it."""
+    setattr(point._forward_hooks[handle.id], _READING, True)
+
 
 def fire(point: nn.Module, name: str, value: Tensor) -> Tensor:
     """Pass ``value`` through a hook point; returns what its hooks return, in the dtype of ``value``. A backward hook
@@ -139,7 +171,7 @@ def through_hook(
         shown = value if split is None else value.reshape(*value.shape[:2], *split).clone()
         if scale == 1.0:
             return hooks.fire(name, shown).reshape(value.shape)
-        fired, changed = watch(shown * scale, partial(hooks.fire, name))
+        fired, changed = hooks.watch(name, shown * scale)
         # The difference, so that what a hook leaves as it is stays bit-identical.
         if changed:
             return value + ((fired - shown * scale) / scale).reshape(value.shape)
@@ -192,22 +224,3 @@ def scopes_of(point: nn.Module) -> list[HookScope]:
     """The scopes of a point's hooks that have one, one entry per hook. Hooks sit on modules, which threads share, but
     a scope belongs to the thread that opened it."""
     return point.__dict__.setdefault("hookpoints_scopes", [])
-
-
-def watch(value: Tensor, fire: Callable[[Tensor], Tensor], *, seen_later: bool = False) -> tuple[Tensor, bool]:
-    """Fire a hook on ``value``: what it returned, and whether that differs from what it was given. Edits in place
-    count, through numpy and ``.data`` too, of which PyTorch takes no note. Costs a copy of ``value``, and a wait for a
-    device.
-
-    ``seen_later``: the caller looks at the difference itself, so that another tensor than ``value`` counts as changed
-    without a wait.
-
-    In grad mode the hook is given its own view and counts as changed, so that a gradient taken at the hook
-    sees everything downstream of it.
-    """
-    if torch.is_grad_enabled() and value.requires_grad:
-        return fire(value.view_as(value)), True
-    before = value.clone()
-    returned = fire(value)
-    changed = returned.requires_grad or (seen_later and returned is not value)
-    return returned, changed or not torch.equal(before, returned)

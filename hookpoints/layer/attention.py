@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from hookpoints.errors import UnsupportedModelError
-from hookpoints.hooks.points import HookSet, watch
+from hookpoints.hooks.points import HookSet
 from hookpoints.layer.intercept import Function, running, wrap_forward
 
 
@@ -46,7 +45,7 @@ class AttentionCall:
         pattern = _attention_pattern(arguments)
         outputs, *weights = cast(tuple[Tensor, ...], op(**arguments))
         # A copy: a hook may write into what it is given, and the difference below needs the pattern as it was.
-        fired, changed = watch(pattern.clone(), partial(self.hooks.fire, "hook_pattern"))
+        fired, changed = self.hooks.watch("hook_pattern", pattern.clone())
         if changed:
             value = cast(Tensor, arguments["value"])
             # Of grouped queries: H heads read from fewer heads of values.

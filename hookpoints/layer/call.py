@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from hookpoints.edits.edit import changes_of
 from hookpoints.errors import UnsupportedModelError
-from hookpoints.hooks.points import HookSet, MixerHooks, watch
+from hookpoints.hooks.points import HookSet, MixerHooks
 from hookpoints.layer.context import (
     Backend,
     Recorded,
@@ -281,7 +281,7 @@ class LayerCall:
 
     def _fire_copy(self, hook: str, value: Tensor | None, *, seen_later: bool = False) -> Tensor | None:
         """What a hook makes of ``value``, or None where it changes nothing. It is given a copy: ``value`` may be a view
-        of what the layer still uses. ``seen_later``: as in `watch`."""
+        of what the layer still uses. ``seen_later``: as in `HookSet.watch`."""
         if value is None or not self.hooks.listens(hook):
             return None
         given = value.clone()  # so ``value`` itself tells, in place or not, whether it changed
@@ -289,7 +289,7 @@ class LayerCall:
         graph = fired.requires_grad or (torch.is_grad_enabled() and value.requires_grad)
         if graph or (seen_later and fired is not given):
             return fired
-        return None if torch.equal(value, fired) else fired
+        return None if self.hooks.only_reads(hook) or torch.equal(value, fired) else fired
 
     def _fire_sides(self, r: Recurrence, *, seen_later: bool = False, **hooks: str) -> Recurrence:
         """The recurrence with what ``hooks`` made of the fields that they show; ``r`` itself where nothing changed."""
@@ -308,7 +308,7 @@ class LayerCall:
         sets = cast(Sequence[HookSet], self.hooks.heads)
         heads = [head for head, hooks in enumerate(sets) if hooks.listens(matrix, vector)]
         if self.hooks.listens(matrix):  # all heads at once; then those with hooks of their own
-            value, changed = watch(build(slice(None)), partial(self.hooks.fire, matrix), seen_later=True)
+            value, changed = self.hooks.watch(matrix, build(slice(None)), seen_later=True)
             for head in heads:
                 fired = _fire_head(sets[head], matrix, value[:, :, head])
                 if fired is not None:
@@ -355,11 +355,11 @@ def _fire_head(hooks: HookSet, matrix: str, value: Tensor) -> Tensor | None:
     after_matrix = value
     by_matrix = False
     if hooks.listens(matrix):
-        after_matrix, by_matrix = watch(value, partial(hooks.fire, matrix), seen_later=True)
+        after_matrix, by_matrix = hooks.watch(matrix, value, seen_later=True)
     vector = f"{matrix}_vec"
     if not hooks.listens(vector):
         return after_matrix if by_matrix else None
-    after_vector, by_vector = watch(after_matrix.flatten(2), partial(hooks.fire, vector), seen_later=True)
+    after_vector, by_vector = hooks.watch(vector, after_matrix.flatten(2), seen_later=True)
     return after_vector.view_as(value) if by_matrix or by_vector else None
 
 

@@ -100,6 +100,14 @@ def test_each_hook_can_be_edited_and_only_the_future_moves(model, tokens, row):
     # Doubling the whole residual stream before the final norm changes nothing but rounding; elsewhere it must.
     assert not torch.allclose(edited[:, t], plain[:, t], rtol=0, atol=1e-6)
     assert_close(model.run_with_hooks(tokens, fwd_hooks=[(name, in_place)]), edited)
+    # Beside hooks that only keep what they see, after which values are not compared.
+    kept, saving, _ = model.get_caching_hooks(name)
+    assert torch.equal(model.run_with_hooks(tokens, fwd_hooks=saving), plain) and [*kept] == [name]
+    for both in ([*saving, (name, in_place)], [(name, in_place), *saving]):
+        assert_close(model.run_with_hooks(tokens, fwd_hooks=both), edited)
+    other = model.mod_dict[name].register_forward_pre_hook(lambda _, inputs: in_place(inputs[0], None))
+    assert_close(model.run_with_hooks(tokens, fwd_hooks=saving), edited)
+    other.remove()
 
 
 @torch.no_grad()
