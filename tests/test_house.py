@@ -22,11 +22,11 @@ PACKAGES = ("hookpoints", "sae_lens_writesae", "writesae", "writesae_study")
 HOMES = {"writesae_study": ROOT / "study"}
 """Folder of a package that is not in the root."""
 CEILINGS = {
-    "hookpoints": 55_000,
+    "hookpoints": 57_000,
     "sae_lens_writesae": 18_900,
     "writesae": 15_200,
     "study/writesae_study": 41_750,
-    "tests": 89_800,
+    "tests": 92_500,
     "study/tests": 34_350,
     "tools + benchmarks + study/tools": 41_000,
 }

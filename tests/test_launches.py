@@ -45,15 +45,15 @@ def test_hooks_cost_what_the_page_says(costs: Costs) -> None:
 
 @pytest.mark.slow
 def test_a_graph_stays_below_its_ceilings() -> None:
-    """Of 15 tokens: nodes, 50 measured ones, and edges."""
+    """Of 15 tokens: all nodes measured, edges, and random writes."""
     model = HookedRecurrent.from_pretrained("embedded", device="cpu", self_check=False)
     tokens = torch.arange(100, 115)[None]
     with device.pretended() as seen:
         model.to("npu")
         costs = seen.of(lambda: attribute(tokens.to("npu"), model))
         forward = seen.of(lambda: model(tokens.to("npu")))
-    assert costs["launch"] <= 75 * forward["launch"]  # 31,524 of 474
-    assert costs["sync"] <= 400 and costs["to_device"] <= 900
+    assert costs["launch"] <= 90 * forward["launch"]  # 40,170 of 474
+    assert costs["sync"] <= 430 and costs["to_device"] <= 700
 
 
 def test_a_step_waits_for_nothing(costs: Costs) -> None:
