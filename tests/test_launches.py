@@ -116,6 +116,17 @@ def order(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, str, int]
         yield noted
 
 
+def test_a_step_of_a_batch_waits_for_its_shapes_alone(order: list[tuple[str, str, int]]) -> None:
+    """Which rows may have more atoms, the most that a row has, and widths of the parts."""
+    keys, values = (side[:, None].to("npu") for side in writes())
+    stack = Stack([config("npu", architecture="writesae_batchtopk", sae={"k": 16})], [LowRank(keys, values)], [None])
+    rows = torch.arange(32).to("npu")
+    for _ in range(25):
+        order.clear()
+        stack.take([stack.rows(0, rows)])
+    assert sum(n for kind, _, n in order if kind in ("sync", "to_host")) == 3
+
+
 def test_two_steps_launch_the_same_so_that_a_graph_can_replay_them(order: list[tuple[str, str, int]]) -> None:
     keys, values = (side[:, None].to("npu") for side in writes())
     stack, rows, steps = Stack([config("npu")], [LowRank(keys, values)], [None]), torch.arange(32).to("npu"), []

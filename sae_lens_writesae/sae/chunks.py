@@ -26,7 +26,7 @@ from torch import Tensor
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae.factors import Collection
 from sae_lens_writesae.sae.fast import Stack
-from sae_lens_writesae.sae.fused import FACTORS, Dead, Step, with_aux, with_encoder
+from sae_lens_writesae.sae.fused import FACTORS, Dead, Step, top_of_batch, top_of_rows, with_aux
 from sae_lens_writesae.sae.target import HeadHook, RunnerConfig
 
 if TYPE_CHECKING:
@@ -160,7 +160,6 @@ def _chunk_states(chunk: Chunk, sequences: Tensor, tokens: Tensor, scale: float)
 def step_on_states(p: dict[str, Tensor], rows: States, cfg: Config, dead: Dead | None = None) -> Step:
     """One step of one dictionary (M = 1), as `fused.step_on_writes`: scores of all atoms in chunks, and the loss of
     those that SAELens' TopK or BatchTopK selects on the states of some rows at a time. Adds to the gradients of `p`."""
-    p = with_encoder(p)
     with torch.no_grad():
         scores, atoms = _selected_atoms(p, rows, cfg)
     P = rows.since.shape[1]
@@ -189,11 +188,7 @@ def _selected_atoms(p: dict[str, Tensor], rows: States, cfg: Config) -> tuple[Te
     if cfg.architecture() != "writesae_batchtopk":
         return scores.topk(cfg.k, sorted=False)
     # As SAELens: so many of the whole batch, also where some tie.
-    top = scores.flatten().topk(int(cfg.k * len(scores)), sorted=False).indices
-    is_top = torch.zeros_like(scores, dtype=torch.bool)
-    is_top.view(-1)[top] = True
-    most = max(1, int(is_top.sum(1).max()))
-    return scores.masked_fill(~is_top, -torch.inf).topk(most, sorted=False)
+    return top_of_rows(top_of_batch(scores, int(cfg.k * len(scores))))
 
 
 def _decoded_states(

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from hookpoints.scopes import threads_for
 from sae_lens_writesae.atom.low_rank import LowRank
-from sae_lens_writesae.sae.fused import Dead, Step, step_on_writes
+from sae_lens_writesae.sae.fused import Dead, Step, atom_norms, step_on_writes
 from sae_lens_writesae.sae.metric import Metric
 from sae_lens_writesae.sae.rows import (
     Checkpoint,
@@ -36,6 +36,7 @@ from sae_lens_writesae.sae.target import RunnerConfig
 from sae_lens_writesae.sae.training import LOOK, START_STEPS, MatrixTrainingSAE, is_due, mean_row, sizes
 
 if TYPE_CHECKING:
+    from sae_lens_writesae.sae.architectures import WriteBatchTopKTrainingSAEConfig as BatchConfig
     from sae_lens_writesae.sae.architectures import WriteTopKTrainingSAEConfig as Config
 
 MAX_STACK = 32
@@ -51,15 +52,15 @@ one chunk resemble each other more than shuffled ones."""
 def shape_of(cfg: RunnerConfig) -> str | None:
     """What dictionaries that train together on factors have in common; None for one that is trained on matrices.
 
-    On factors are trained `writesae_topk` and `writesae_batchtopk` with factors on both sides (shared ones too) and
-    squared errors (in either metric): on writes, and on states of `STATES_FROM` entries or more.
+    On factors are trained `writesae_topk` and `writesae_batchtopk` with factors on both sides and squared errors (in
+    either metric): on writes, with a tied encoder too, and on states of `STATES_FROM` entries or more.
     """
     sae = cfg.sae
     if sae.architecture() not in ("writesae_topk", "writesae_batchtopk") or cfg.autocast or sae.use_sparse_activations:
         return None
     if sae.encoder == "dense" or (sae.decoder, sae.loss) != ("rank", "mse"):
         return None
-    if "hook_state" in cfg.hook_name and sae.d_in < STATES_FROM:
+    if "hook_state" in cfg.hook_name and (sae.d_in < STATES_FROM or sae.encoder == "tied"):
         return None
     # One step has the scores of all dictionaries, and takes of each as many as its own k.
     return step_settings(cfg, k=1)
@@ -98,7 +99,7 @@ class Stack:
         self.saes = [new_sae(cfg, metric) for cfg, metric in zip(configs, metrics)]
         self.runner = configs[0]
         self.cfg = cast("Config", self.saes[0].cfg)
-        self.ks = [float(cfg.sae.k) for cfg in self.configs]
+        self.ks = [cfg.sae.k for cfg in self.configs]
         self.p: dict[str, Tensor]
         self.buffers: dict[str, Tensor]
         self.p, self.buffers = torch.func.stack_module_state(self.saes)
@@ -229,8 +230,7 @@ class Stack:
                 # Each draws what it would draw alone.
                 with seeded(cfg.seed, self.step):
                     sae._upkeep_resampled(self.matrices(batch[m]), self.step, dead_atoms)  # pyright: ignore  (decorator)
-        p = self.p | self.buffers
-        done = self.losses(p, batch, self.ks, dead if self.cfg.aux_loss_coefficient else None)
+        done = self.losses(self.p | self.buffers, batch, self.ks, dead if self.cfg.aux_loss_coefficient else None)
         self._follow_thresholds(done)
         self.errors += done.errors.sum()
         if self.step % self.looks == 0:
@@ -254,10 +254,9 @@ class Stack:
             return
         scores = done.code
         if self.cfg.rescale_acts_by_decoder_norm:
-            norms = torch.stack([sae.get_W_dec_norm() for sae in self.saes])
-            scores = scores * norms.view(-1)[done.atoms]
-        least = scores.masked_fill(scores <= 0, torch.inf).flatten(1).amin(1).to(threshold)
-        moved = threshold.lerp(least, cast(Any, self.cfg).topk_threshold_lr)
+            scores = scores * atom_norms(self.p["v"], self.p["w"]).flatten()[done.atoms]
+        least = scores.masked_fill(scores == 0, torch.inf).flatten(1).amin(1).to(threshold)
+        moved = threshold.lerp(least, cast("BatchConfig", self.cfg).topk_threshold_lr)
         threshold.copy_(torch.where(least.isfinite(), moved, threshold))  # as it is, where no atom is active
 
     def _check_finite(self) -> None:

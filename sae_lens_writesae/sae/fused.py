@@ -173,7 +173,7 @@ def _bias_products(p: dict[str, Tensor], cfg: Config) -> Biases:
         _side_products(v_enc, taken),
     )
     shift = p["b_enc"] - (v_enc * products[2]).sum((2, 3))
-    gain = _atom_norms(v, w) if cfg.rescale_acts_by_decoder_norm else torch.ones_like(shift)
+    gain = atom_norms(v, w) if cfg.rescale_acts_by_decoder_norm else torch.ones_like(shift)
     return Biases(products, of_atoms=(v * products[0]).sum((2, 3)), shift=shift, gain=gain)
 
 
@@ -207,40 +207,44 @@ def _chosen_of_batch(p: dict[str, Tensor], keys: Tensor, values: Tensor, biases:
         rows = (kept > 0).all(1).view(M, N).any(0).nonzero().flatten()
         if width == F or not len(rows):
             break
-        added = min(F, 2 * width) - width
+        added = min(width, F - width)
         width += added
         wide = _chosen_atoms(p, keys[:, rows], values[:, rows], biases, [width] * M)
-        numbers = (torch.arange(M, device=rows.device)[:, None] * N + rows).flatten()
-        padding = [(0, added) if x.ndim == 2 else (0, 0, 0, added) for x in chosen]
-        chosen = Chosen(*(pad(x, by).index_copy_(0, numbers, new) for x, by, new in zip(chosen, padding, wide)))
-    kept, places = kept.topk(max(1, int((kept > 0).sum(1).max())))
-    of_keys, of_values = (x.take_along_dim(places[:, None, :, None], 2) for x in (chosen.of_keys, chosen.of_values))
-    atoms, code, of_bias = (x.gather(1, places) for x in (chosen.atoms, chosen.code, chosen.of_bias))
-    return Chosen(atoms, code * (kept > 0), of_keys, of_values, of_bias)
+        numbers = _numbers_in(M, N, device=rows.device)[:, rows].flatten()
+        padded = (pad(x, (*[0] * (x.ndim - 1), added)) for x in chosen)
+        chosen = Chosen(*(x.index_copy_(0, numbers, new) for x, new in zip(padded, wide)))
+    places = top_of_rows(kept).indices
+    chosen = chosen._replace(code=chosen.code * (kept > 0))
+    indices = [places if x.ndim == 2 else places[:, None, :, None] for x in chosen]
+    return Chosen(*(x.take_along_dim(index, x.ndim // 2) for x, index in zip(chosen, indices)))
 
 
 def _kept_scores(chosen: Chosen, biases: Biases, counts: Sequence[int]) -> Tensor:
     """[M N,k] scores of so many atoms of each dictionary as are on top, else 0."""
     scores = chosen.code * embedding(chosen.atoms, biases.gain.view(-1, 1)).squeeze(2)
-    kept = torch.zeros_like(scores)
-    for of_dictionary, of_kept, count in zip(scores.view(len(counts), -1), kept.view(len(counts), -1), counts):
-        on_top, index = of_dictionary.topk(count, sorted=False)
-        of_kept.scatter_(0, index, on_top)
-    return kept
+    return torch.cat([top_of_batch(part, count) for part, count in zip(scores.chunk(len(counts)), counts)])
+
+
+def top_of_batch(scores: Tensor, count: int) -> Tensor:
+    """[N,k] scores where they are among so many on top, and above 0; else 0. Of those that tie, exactly so many."""
+    top, index = scores.relu().flatten().topk(count, sorted=False)
+    return torch.zeros_like(scores).flatten().scatter_(0, index, top).view_as(scores)
+
+
+def top_of_rows(kept: Tensor) -> torch.return_types.topk:
+    """The scores above 0 of each row, in order, and as many places for all rows as one has at most. Waits for a
+    device."""
+    return kept.topk(max(1, int((kept > 0).sum(1).max())))
 
 
 def _parts_alike(chosen: Chosen) -> Iterator[tuple[Tensor, Chosen]]:
     """Rows by how many atoms they have: numbers of a part, and what is chosen for them, as wide as they need."""
     counts, order = (chosen.code > 0).sum(1).sort(descending=True)
-    edges = [len(order) * part // 16 for part in (0, 1, 4, 8, 16)]
-    widths = counts[edges[:-1]].tolist()  # one wait
-    for start, stop, width in zip(edges, edges[1:], widths):
-        if stop > start:
-            rows = order[start:stop]
-            cut = slice(max(1, width))
-            of_keys, of_values = (side[rows, :, cut] for side in (chosen.of_keys, chosen.of_values))
-            atoms, code, of_bias = (x[rows, cut] for x in (chosen.atoms, chosen.code, chosen.of_bias))
-            yield rows, Chosen(atoms, code, of_keys, of_values, of_bias)
+    sixteenths = (0, 1, 4, 8, 16) if order.device.type == "cpu" else (0, 2, 16)  # a part has some fifty launches
+    edges = sorted({len(order) * part // 16 for part in sixteenths})
+    for start, stop, width in zip(edges, edges[1:], counts[edges[:-1]].tolist()):  # one wait
+        rows = order[start:stop]
+        yield rows, Chosen(*(x.narrow(x.ndim // 2, 0, max(1, width))[rows] for x in chosen))
 
 
 @lru_cache(maxsize=16)
@@ -432,7 +436,7 @@ def with_aux(
     if cfg.apply_b_dec_to_input:
         shift = shift - (_side_products(v_enc, bias) * w_enc).sum((2, 3))
     acts = of_rows(v_enc, w_enc) + shift[:, None]
-    norms = _atom_norms(v, w).detach() if cfg.rescale_acts_by_decoder_norm else torch.ones_like(shift)
+    norms = atom_norms(v, w).detach() if cfg.rescale_acts_by_decoder_norm else torch.ones_like(shift)
     is_dead = dead.atoms.gather(1, index)
     code = acts * _most_active(acts.detach() * norms[:, None], is_dead, min(wanted, dead.most))
     if (F / N + 1) * (cfg.d_k + cfg.d_v) + k + dead.most < cfg.d_in:  # by a factor of 3 to 14, one way or the other
@@ -486,7 +490,7 @@ def inners(keys: Tensor, values: Tensor, v: Tensor, w: Tensor) -> Tensor:
     return (of_keys * of_values).view(*keys.shape[:3], *v.shape[1:3]).sum((2, 4))
 
 
-def _atom_norms(v: Tensor, w: Tensor) -> Tensor:
+def atom_norms(v: Tensor, w: Tensor) -> Tensor:
     """[M,F] of atoms, above 0."""
     return ((v @ v.mT) * (w @ w.mT)).sum((2, 3)).clamp_min(1e-36).sqrt()
 

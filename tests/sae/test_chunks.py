@@ -178,3 +178,4 @@ def test_small_states_are_trained_on_matrices(collections: Any, monkeypatch: pyt
     for least, in_chunks in ((cfg.sae.d_in, True), (cfg.sae.d_in + 1, False)):
         monkeypatch.setattr(fast, "STATES_FROM", least)
         assert (fast.shape_of(cfg) is not None) == in_chunks
+    assert fast.shape_of(config(collections["qwen3_5"], encoder="tied")) is None
