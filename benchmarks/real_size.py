@@ -28,7 +28,7 @@ from frame import Line, apart, main, number, peak_memory
 
 from hookpoints import HookedRecurrent, attribute, embedded
 from hookpoints.errors import PredictionWarning
-from sae_lens_writesae import Collection, collect, load_sae, text_dataset, train, training_config
+from sae_lens_writesae import VARIANTS, Collection, collect, load_sae, text_dataset, train, training_config
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae.factors import INDEX, read_json
 from writesae.choices import MATCHED, DictionaryName
@@ -75,8 +75,8 @@ TABLE_LAYERS = (1, 9, 17)
 H100 = {"bfloat16": 989e12, "float32": 67e12, "bytes": 3.35e12, "share": 0.4}
 """Dense bf16, float32 and HBM3 of the data sheet, a second, and the share that is assumed. Nothing was run on one."""
 
-ON_MATRICES, ON_FACTORS = "train, on matrices", "train, the same on factors"
-LAUNCHES = {"collect": 2012 / 5120, ON_MATRICES: 110 / 4096, ON_FACTORS: 107 / 4096, "substitution": 5894}
+ON_MATRICES, ON_FACTORS = "train, on matrices", "train, on factors"
+LAUNCHES = {"collect": 2012 / 5120, ON_MATRICES: 110 / 4096, ON_FACTORS: 215 / 4096, "substitution": 5894}
 """Per token, token and firing: of a pass over the five sequences that `collect` takes at once on a GPU, of a step of
 4,096 writes, and of a test at layer 9. `launches.py` counts them."""
 LAUNCH = 5e-6
@@ -149,7 +149,7 @@ def training(options: dict[str, Any], folder: Path) -> Row:
             collection,
             layer,
             head,
-            architecture="writesae_topk",
+            architecture=ReproduceConfig.architecture,
             d_sae=options["F"],
             sae={"k": options["k"], "rank": 1},
             training_tokens=options["training_tokens"],
@@ -331,13 +331,26 @@ def bound(count: Row, rate: Row, dtype: str) -> dict[str, float]:
 
 
 def trained() -> dict[str, int]:
-    """Dictionaries of a head that `writesae reproduce` trains: all, those on matrices, and those of these that have as
-    few parameters on matrices as a WriteSAE has."""
+    """Dictionaries of a head that `writesae reproduce` trains: all, those on factors of writes, those on matrices, and
+    those of these that have as few parameters on matrices as a WriteSAE has."""
     config = ReproduceConfig()
     names = [DictionaryName.parse(name) for each in config.dictionaries().values() for name in each]
-    on_matrices = [name for name in names if (name.target, name.loss) != ("state", "mse")]  # which train in chunks
+    of_factors = [name for name in names if name.loss == "mse" and _has_factors(name)]
+    on_factors = [name for name in of_factors if name.target == "write"]  # those of states train in chunks
+    on_matrices = [name for name in names if name not in of_factors]
     few = [name for name in on_matrices if name.variant == MATCHED]
-    return {"all": len(names), "on_matrices": len(on_matrices), "few": len(few)}
+    return {
+        "all": len(names),
+        "on_factors": len(on_factors),
+        "on_matrices": len(on_matrices),
+        "few": len(few),
+    }
+
+
+def _has_factors(name: DictionaryName) -> bool:
+    """Whether encoder and decoder are made of factors."""
+    sides = VARIANTS.get(name.variant, VARIANTS["FlatSAE"])
+    return sides.get("encoder") != "dense" and sides.get("decoder", "rank") == "rank"
 
 
 def paper(stages: dict[str, Row], options: dict[str, Any], rate: Row) -> dict[str, Row]:
@@ -374,7 +387,8 @@ def paper_units() -> dict[str, int]:
     large = trained()["on_matrices"] - trained()["few"]
     tokens = PAPER["tokens"]
     firings = PAPER["tested"] * PAPER["firings"]
-    return {"collect": tokens, ON_MATRICES: tokens * large, ON_FACTORS: tokens * large, "substitution": firings}
+    on_factors = trained()["on_factors"]
+    return {"collect": tokens, ON_MATRICES: tokens * large, ON_FACTORS: tokens * on_factors, "substitution": firings}
 
 
 def with_launches(stage: str, hours: Row) -> Row:
@@ -476,8 +490,8 @@ machine reached: matrix products {bf16:.0f} GFLOP/s in bf16 and {fp32:.0f} in fl
 ### The paper's table
 
 `writesae reproduce` trains {trained_all} dictionaries a head, `writesae_batchtopk`, on {paper_tokens:,} tokens each.
-{trained_on_matrices} of them train on matrices, and {trained_few} of these are small. The one of states trains in
-chunks and is left out. `writesae_topk` trains on factors, which no step of `reproduce` does by default. The
+{trained_on_factors} of them train on factors of writes, each counted as one of rank 1, and {trained_on_matrices} on
+matrices, {trained_few} of which are small and left out. So is the one of states, which trains in chunks. The
 substitution test is counted for {paper_tested} dictionaries and {paper_firings:,} firings of each.
 
 Hours on one core follow from the rates above, with what a stage does once. Training on matrices was not run at this
@@ -515,8 +529,8 @@ def text(found: dict[str, Any]) -> str:
         bounds.append(f"| {' | '.join(cells)} |")
     columns = ("core", "h100", "core_all", "h100_all")
     hours = {name: with_launches(name, row) for name, row in table.items() if name != "disk"}
-    parts = [row for name, row in hours.items() if name != ON_FACTORS]
-    hours["together, on matrices"] = {each: sum(row[each] for row in parts) for each in columns}
+    parts = [*hours.values()]
+    hours["together"] = {each: sum(row[each] for row in parts) for each in columns}
     named = {
         "table": "\n".join(rows),
         "bounds": "\n".join(bounds),
