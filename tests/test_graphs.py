@@ -64,7 +64,8 @@ def recorded(world: World) -> Any:
 def fitted(world: World) -> Any:
     reader = MemoryReader.fit(world.model, drawn_ids(900), lead=[3], longest=4, context=16)
     memory = world.model.memory(TOKENS)
-    return reader, reader.scores(memory, [[1, 2]]), reader.fitted
+    read = reader.read_back(memory, 2, length=3, beam=4)
+    return reader, reader.scores(memory, [[1, 2]]), torch.tensor([phrase.tokens for phrase in read]), reader.fitted
 
 
 def attached(world: World) -> Any:

@@ -209,6 +209,12 @@ def token_list(model: Tokens, phrase: str | Sequence[int] | Tensor) -> list[int]
     return [int(token) for token in phrase]
 
 
+def spelled(model: Tokens, tokens: Sequence[int]) -> str:
+    """The text of tokens; their ids, where the model has no tokenizer."""
+    has_text = model.tokenizer is not None and len(tokens) > 0
+    return str(model.to_string(list(tokens))) if has_text else " ".join(map(str, tokens))
+
+
 def recorded_streams(model: HookedModel) -> list[str]:
     """Hooks that tell what blocks were given, and what mixers added to it."""
     names: list[str] = []

@@ -18,7 +18,7 @@ from torch import Tensor
 from hookpoints.errors import InputError
 from hookpoints.memory.caches import chosen_rows
 from hookpoints.memory.memory import Memory, TokenSpan, read
-from hookpoints.memory.passes import Form, LayerStates, run_tokens, token_list
+from hookpoints.memory.passes import Form, LayerStates, run_tokens, spelled, token_list
 from hookpoints.memory.phrases import Phrases, runs
 from hookpoints.memory.sealing import fingerprint, load_sealed, save_sealed
 from hookpoints.memory.templates import (
@@ -185,9 +185,9 @@ class MemoryReader:
             corpus: running text, or token ids.
 
         Raises:
-            InputError: what `scores` raises, no such row, or a corpus shorter than a phrase.
+            InputError: what `scores` raises, no such row, ``n`` is below 1, or a corpus shorter than a phrase.
         """
-        memory.check_row(row)
+        _check_wanted(memory, row, n)
         tokens = running_tokens(self.model, corpus)
         most = min(self.fitted.longest, len(tokens))
         if not 1 <= length <= most:
@@ -207,9 +207,9 @@ class MemoryReader:
         Cost: of `scores`, and of the templates of the 40 n highest, which are held.
 
         Raises:
-            InputError: what `scores` raises, or no such row.
+            InputError: what `scores` raises, no such row, or ``n`` is below 1.
         """
-        memory.check_row(row)
+        _check_wanted(memory, row, n)
         tokens = self._phrase_tokens(phrases)
         overlaps = self._scores_of(self._above_zero, memory, tokens)[row]
         likely = overlaps.topk(min(SHORTLIST * n, len(tokens))).indices.tolist()
@@ -228,10 +228,10 @@ class MemoryReader:
         Cost: of each search, passes over one token of (vocabulary + 32 ``beam`` (length + 1)) phrases.
 
         Raises:
-            InputError: what `scores` raises, no such row, a length above the longest that was fitted, or a beam below
-                ``n``.
+            InputError: what `scores` raises, no such row, ``n`` is below 1, a length above the longest that was
+                fitted, or a beam below ``n``.
         """
-        memory.check_row(row)
+        _check_wanted(memory, row, n)
         longest = self.fitted.longest
         if not 1 <= length <= longest or beam < n:
             raise InputError(f"length, beam: expected 1 to {longest} tokens, and n = {n} or more; got {length}, {beam}")
@@ -319,10 +319,9 @@ class MemoryReader:
 
     def _readings_of(self, memory: Memory, row: int, phrases: Sequence[Sequence[int]]) -> list[Reading]:
         scores = self._scores_of(self.fitted, memory, phrases)[row].tolist()
-        texts = (str(self.model.to_string(list(phrase))) for phrase in phrases)
         return [
-            Reading(text, tuple(phrase), score, float("nan"))
-            for text, phrase, score in zip(texts, phrases, scores, strict=True)
+            Reading(spelled(self.model, phrase), tuple(phrase), score, float("nan"))
+            for phrase, score in zip(phrases, scores, strict=True)
         ]
 
     def _template_states(self, phrases: Sequence[Sequence[int]]) -> LayerStates:
@@ -399,6 +398,12 @@ class MemoryReader:
             with torch.no_grad(), self.model.recording() as recorded:
                 run_tokens(self.model, some, 0, None)
             yield {layer: _written_states(x.recurrence, first - begin, length) for layer, x in recorded.items()}
+
+
+def _check_wanted(memory: Memory, row: int, n: int) -> None:
+    memory.check_row(row)
+    if n < 1:
+        raise InputError(f"n: expected a number of phrases from 1 on, got {n}")
 
 
 def _written_states(r: Recurrence, skipped: int, length: int) -> Tensor:

@@ -255,6 +255,8 @@ def test_a_sealed_file_has_what_a_reader_of_the_model_has(reader, tmp_path, chan
         (lambda reader, memory: reader.search(memory, "a", length=5), "length"),
         (lambda reader, memory: reader.read_back(memory, length=9), "length, beam"),
         (lambda reader, memory: reader.read_back(memory, 10, beam=5), "n = 10"),
+        (lambda reader, memory: reader.read_back(memory, 0), "n: expected"),
+        (lambda reader, memory: reader.pick(memory, ["a"], 0), "n: expected"),
         (lambda reader, memory: reader.forgot(memory, (0, 20)), "split the phrase"),
         (lambda reader, memory: reader.pick(memory, [], 3), "at least one"),
         (lambda reader, memory: MemoryReader.fit(reader.model, "A short text."), "at least 5760 tokens"),
