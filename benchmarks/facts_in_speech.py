@@ -138,25 +138,31 @@ def edited(model: HookedRecurrent, size: int, texts: Sequence[english.Document])
 
 
 def contradicted(model: HookedRecurrent, texts: Sequence[english.Document]) -> dict[str, float]:
-    """How often `suspects` flags a sentence that contradicts an earlier fact, lists it first, gives the first value
-    back without it; and flags some sentence of a text without a contradiction."""
+    """How often `suspects` flags a sentence that contradicts an earlier fact and is believed, lists it first, gives
+    the first value back without it; and flags some sentence of a text without a contradiction."""
     rng = Random(2)
     counts = {"flagged": 0, "first": 0, "repaired": 0, "clean flagged": 0}
     asked = 0
+    believed = 0
     for document in texts:
         fact = document.facts[0]
         memory = model.memory(torch.tensor([document.tokens[: document.facts[-1].stop]]))
         if answer(model, memory, fact) != fact.value:
             continue
         asked += 1
+        counts["clean flagged"] += any(suspect.flagged for suspect in memory.suspects(question(fact)))
         injected = fact.sentence.replace(fact.value, another_value(fact, document, rng))
-        suspects = model.memory(f" {injected}{PEACE}", memory=memory).suspects(question(fact))
+        contradicting = model.memory(f" {injected}{PEACE}", memory=memory)
+        if answer(model, contradicting, fact) == fact.value:
+            continue  # there is nothing to find
+        believed += 1
+        suspects = contradicting.suspects(question(fact))
         own = next(suspect for suspect in suspects if suspect.text.endswith(injected))
         counts["flagged"] += own.flagged
         counts["first"] += suspects[0] is own
         counts["repaired"] += own.answer.strip() == fact.value
-        counts["clean flagged"] += any(suspect.flagged for suspect in memory.suspects(question(fact)))
-    return {name: count / asked for name, count in counts.items()} | {"texts": asked}
+    shares = {name: count / max(believed, 1) for name, count in counts.items()}
+    return shares | {"clean flagged": counts["clean flagged"] / asked, "texts": asked, "believed": believed}
 
 
 def held_facts(model: HookedRecurrent, size: int, texts: Sequence[english.Document]) -> float:
@@ -217,7 +223,7 @@ def lines(found: dict[str, Any]) -> list[Line]:
 
 READ = ("read", "ranked", "another text")
 TOLD = ("unedited", "new", "old", "others", "others unedited", "removed", "appended")
-CONTRADICTED = ("flagged", "first", "repaired", "clean flagged", "texts")
+CONTRADICTED = ("flagged", "first", "repaired", "clean flagged", "texts", "believed")
 
 
 def text(found: dict[str, Any]) -> str:

@@ -9,16 +9,21 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
 from hookpoints.errors import InputError
 
+if TYPE_CHECKING:
+    from hookpoints.memory.passes import LayerStates
+
 CONTEXT = 3
 """Tokens that are shown before a token."""
-SURE = 0.9
+SURE = 0.8
 """Probability from which an answer is one that the model is sure of."""
+HELD = 0.03
+"""Share of a sentence from which a memory holds it."""
 _END = re.compile(r"[.!?]['\")\]]*\s*$")
 """How the last token of a sentence ends."""
 
@@ -58,10 +63,26 @@ class Suspect(NamedTuple):
     """Of that answer."""
     kl: float
     """KL divergence in nats, of the next token: from the memory without the sentence to the memory as it is."""
+    held: float
+    """How much of the sentence with that answer the memory without the sentence holds, by `held_share`: 1 if nothing
+    but it had been read. NaN where the answer stays as it is, or the sentence does not say it."""
     flagged: bool
-    """The answer is another one without the sentence, and the model is sure of it (`probability` at least `SURE`): the
-    sentence overwrote it. A flag is no proof: without the only sentence that told an answer, a model may be sure of a
-    wrong one."""
+    """The sentence overwrote that answer: the model is sure of it (`probability` at least `SURE`), and the memory holds
+    it (`held` at least `HELD`). A flag is no proof. Without the only sentence that told an answer a model may be sure
+    of a wrong one, but its memory rarely holds it."""
+
+
+def head_shares(states: Tensor, change: Tensor) -> Tensor:
+    """[B,H,1,1]: how much of a change [1,H,K,V] the states [B,H,K,V] of each head hold already, from 0 to 1, by least
+    squares."""
+    sizes = change.square().sum((2, 3), keepdim=True)
+    return ((states * change).sum((2, 3), keepdim=True) / sizes.clamp_min(1e-30)).clamp(0, 1)
+
+
+def held_share(states: LayerStates, change: LayerStates) -> float:
+    """How much of a change [1,H,K,V] of states [1,H,K,V] they hold already, by least squares over all heads."""
+    held = sum(float((states[layer] * x).sum()) for layer, x in change.items())
+    return held / max(sum(float(x.square().sum()) for x in change.values()), 1e-30)
 
 
 def term_sizes(keys: Tensor, values: Tensor) -> Tensor:

@@ -56,10 +56,13 @@ from hookpoints.memory.facts import (
 )
 from hookpoints.memory.held import (
     CONTEXT,
+    HELD,
     SURE,
     HeldToken,
     Keeping,
     Suspect,
+    head_shares,
+    held_share,
     kept_shares,
     largest_terms,
     sentence_spans,
@@ -75,6 +78,7 @@ from hookpoints.memory.passes import (
     read_on,
     recorded_streams,
     run_tokens,
+    spelled,
     token_list,
 )
 from hookpoints.memory.sealing import fingerprint, load_sealed, save_sealed
@@ -328,7 +332,8 @@ class Memory:
         Args:
             question: text or tokens [1,T].
 
-        Cost: `without`, and a pass over the question, for each sentence.
+        Cost: `without`, and a pass over the question, for each sentence; of those that change the answer, two passes
+        over the sentence.
 
         Raises:
             InputError: several rows, fewer than two sentences, or the states were set by hand.
@@ -341,13 +346,15 @@ class Memory:
         whole = self._next_log_probs(question)
         found = list[Suspect]()
         for span in spans:
-            without = self.without(span)._next_log_probs(question)
+            memory = self.without(span)
+            without = memory._next_log_probs(question)
             answer = int(without.argmax())
             probability = float(without[answer].exp())
             kl = float(F.kl_div(whole, without, log_target=True, reduction="sum"))
-            flagged = answer != int(whole.argmax()) and probability >= SURE
-            said = str(self.model.to_string([answer]))
-            found.append(Suspect(span, self._span_text(*span), said, probability, kl, flagged))
+            held = memory._held_answer(self.tokens[0, slice(*span)].tolist(), int(whole.argmax()), answer)
+            said = spelled(self.model, [answer])
+            flagged = probability >= SURE and held >= HELD
+            found.append(Suspect(span, self._span_text(*span), said, probability, kl, held, flagged))
         return sorted(found, key=lambda suspect: (not suspect.flagged, -suspect.kl))
 
     # -- cutting and joining
@@ -437,8 +444,9 @@ class Memory:
 
     def told(self, new: str | Sequence[int] | None, *, instead_of: str | Sequence[int] | None = None) -> Memory:
         """As if a sentence had been told ``instead_of`` another: ``new`` is added to the states as the model reads it
-        alone, and the old one subtracted. No dictionary is needed. Without ``instead_of`` it is told in addition; with
-        ``new`` None the old one is removed.
+        alone, and what each head holds of the old one is subtracted, by least squares. No dictionary is needed. Without
+        ``instead_of`` it is told in addition; with ``new`` None all of the old one is subtracted: what a head holds of
+        it is not always found, and a new answer covers the rest.
 
         Name the old sentence in the words that were read. Convolutions, token shifts and attention stay as they are.
 
@@ -452,9 +460,14 @@ class Memory:
         """
         if new is None and instead_of is None:
             raise InputError("new: expected a sentence, or instead_of, the one that is removed; got neither")
+        untold = self._states_alone(None)
+        changes: dict[int, Tensor] = {}
         old = self._states_alone(instead_of)
-        changes = {layer: state - old[layer] for layer, state in self._states_alone(new).items()}
-        return self + {layer: change.expand_as(self.state(layer)) for layer, change in changes.items()}
+        for layer, state in self._states_alone(new).items():
+            told = old[layer] - untold[layer]
+            share = 1.0 if new is None else head_shares(self.state(layer), told)
+            changes[layer] = (state - untold[layer] - share * told).expand_as(self.state(layer))
+        return self + changes
 
     def lerp(self, other: Memory, t: float) -> Memory:
         """With states S + t (S' - S), where S' are those of ``other``."""
@@ -547,7 +560,7 @@ class Memory:
 
     def _span_text(self, start: int, stop: int, row: int = 0) -> str:
         """Of tokens start <= t < stop."""
-        return str(self.model.to_string(self.tokens[row, start:stop].tolist())) if stop > start else ""
+        return spelled(self.model, self.tokens[row, start:stop].tolist())
 
     def _next_log_probs(self, question: str | Tensor) -> Tensor:
         """[vocab], of the token after ``question``, which is read after the tokens of the only row."""
@@ -564,6 +577,14 @@ class Memory:
         if not first + tokens:
             return {layer: torch.zeros_like(state[:1]) for layer, state in self._layer_states().items()}
         return read(self.model, torch.tensor([first + tokens], device=self.model.cfg.device))._layer_states()
+
+    def _held_answer(self, sentence: Sequence[int], answer: int, other: int) -> float:
+        """How much of a sentence with another answer the states hold; NaN where it is the same, or not in it."""
+        if other == answer or answer not in sentence:
+            return math.nan
+        old = self._states_alone(sentence)
+        new = self._states_alone([other if token == answer else token for token in sentence])
+        return held_share(self._layer_states(), {layer: state - old[layer] for layer, state in new.items()})
 
     def _head_state(self, layer: int, head: int) -> Tensor:
         """[B,K,V], of a head that there is."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from remembering import drawn_ids
@@ -10,7 +12,7 @@ from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent
 from hookpoints.errors import InputError
-from hookpoints.memory.held import sentence_spans, term_sizes
+from hookpoints.memory.held import HELD, SURE, sentence_spans, term_sizes
 from hookpoints.zoo import english
 
 
@@ -79,12 +81,18 @@ def test_a_sentence_is_told_instead_of_another(speaker, documents):
         assert [answer(memory, fact), answer(told, fact)] == [fact.value, new]
         assert answer(memory.told(None, instead_of=old), fact) != fact.value
         assert [answer(told, each) for each in others] == [answer(memory, each) for each in others]
-        alone = [
-            speaker.memory(torch.tensor([[0, *speaker.to_tokens(text, prepend_bos=False)[0]]]))
-            for text in (old.replace(fact.value, new), old)
-        ]
-        for layer, change in (alone[0] - alone[1]).items():
-            assert_close(told.state(layer), memory.state(layer) + change, rtol=0, atol=1e-5)
+        removed = memory.told(None, instead_of=old)
+        added, subtracted, untold = map(speaker.memory, (old.replace(fact.value, new), old, torch.tensor([[0]])))
+        for layer, whole in (subtracted - untold).items():
+            left = told.state(layer) - (added - untold)[layer]
+            shares = (memory.state(layer) - left).flatten(2).norm(dim=2) / whole.flatten(2).norm(dim=2)
+            assert_close(memory.state(layer) - left, shares[..., None, None] * whole, rtol=0, atol=1e-4)
+            # All that a head holds of it, from nothing to the whole.
+            inner = (left * whole).sum((2, 3)) / whole.square().sum((2, 3))
+            held_none = (shares < 1e-3) & (inner < 0)
+            held_more = (shares > 0.999) & (inner > 0)
+            assert bool((held_none | held_more | (inner.abs() < 1e-3)).all())
+            assert_close(removed.state(layer), memory.state(layer) - whole, rtol=0, atol=1e-4)
 
 
 def test_the_sentence_that_overwrote_an_answer_is_found(speaker, documents):
@@ -101,6 +109,10 @@ def test_the_sentence_that_overwrote_an_answer_is_found(speaker, documents):
         assert answer(memory, fact) == new and first.text.endswith(injected.strip())
         assert first.answer.strip() == answer(memory.without(first.span), fact)
         found += first.flagged and first.answer.strip() == fact.value
+        for said, read in ((new, memory), (fact.value, clean)):
+            for suspect in read.suspects(question(fact)):
+                assert math.isnan(suspect.held) == (suspect.answer.strip() == said or said not in suspect.text)
+                assert suspect.flagged == (suspect.probability >= SURE and suspect.held >= HELD)
     assert found >= 3
 
 
