@@ -114,3 +114,8 @@ def _decayed(k: Tensor, log_decay: Tensor | None) -> Tensor:
         return k
     alpha = (log_decay if log_decay.ndim == 4 else log_decay[..., None]).exp()
     return k * (alpha if k.ndim == 4 else alpha[..., None, :])
+
+
+def entrywise(r: Recurrence) -> Recurrence:
+    """With a decay for each entry of the state instead, as in Mamba-1; needs an initial state."""
+    return r.without_erase().replace(log_decay=-r.u.abs() / 4, rates=r.starting_state()[0].abs())

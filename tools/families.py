@@ -48,8 +48,8 @@ S_t = (\\mathrm{{diag}}(\\alpha_t) + a_t b_t^\\top)\\, S_{{t-1}} + k_t u_t^\\top
 
 {rules}
 *State* has the names that upstream's layers give to the two sizes. A write has rank 1; in Gated DeltaProduct it has
-rank R, the number of its steps. In {entries} each entry of the state has its own decay, and there is no `hook_pattern`.
-A token reads the state after its own write; in {before} it reads the state before it.
+rank R, the number of its steps. In Mamba-1 each entry of the state has its own decay, and each value channel its own
+pattern. A token reads the state after its own write; in {before} it reads the state before it.
 
 Every family has {common}.
 The page of [each hook](hooks/index.md) lists the rules that have it.
@@ -148,7 +148,6 @@ def page(families: list[Family]) -> str:
             (rule_row(name, members) for name, members in by_rule.items()),
         ),
         before=" and ".join(dict.fromkeys(rule.name for rule in RULES if rule.read_before_write)),
-        entries=" and ".join(rule.name for rule in RULES if rule.decays_entries),
         common=", ".join(f"`{name}`" for name in common),
         models=table(
             ("model type", "from", "H, K, V", "oracle", "op", "logits", "largest logit", "kernels"),

@@ -34,8 +34,8 @@ class HookRow:
     """True for activations that hold a matrix per token (K x V), or a number for each token before it (patterns): built
     only for a listener, and left out of ``run_with_cache`` unless named."""
     factor: str | None = None
-    """What of the rule this hook shows: a field of ``rules.OpFactors``, "a" or "b" of the canonical form, or "pattern".
-    The hook exists only where the rule has it (``Rule.hook_factors``)."""
+    """What of the rule this hook shows: a field of ``rules.OpFactors``, or "a" or "b" of the canonical form. The hook
+    exists only where the rule has it (``Rule.hook_factors``)."""
     fires: str = "prefill and decode"
     """When it fires."""
     per_step: bool = False
@@ -165,13 +165,12 @@ HOOKS: tuple[HookRow, ...] = (
     HookRow(
         "hook_pattern",
         "mixer",
-        "BHTS",
+        "BHTS or BVTS",
         "attention of the recurrent head: the weight A with which token t reads the value u of the write at s, exactly "
-        "o = A u; it has a sign and is not normalized. S counts all tokens so far. None in Mamba-1, whose weights "
-        "differ from one value channel to the next",
+        "o = A u; it has a sign and is not normalized. S counts all tokens so far. In Mamba-1 (BVTS) each value "
+        "channel has its own",
         "the reads follow, o + (A' - A) u; the state does not change",
         matrix=True,
-        factor="pattern",
         per_step=True,
     ),
     HookRow("hook_read", "mixer", "BTHV", "what the state returns: S^T (scale q)", "feeds the head norm and out_proj"),

@@ -332,7 +332,8 @@ class LayerCall:
         if self.cache is not None and r.initial_state is not None:
             past = sources_of(self.cache, self.mixer.layer, first, r.initial_state)
         reads, keys = r.by_source(None if past is None else past.keys).scan()
-        values = r.u if past is None else torch.cat([past.values, r.u], dim=1)
+        values = r.by_channel().u
+        values = values if past is None else torch.cat([past.values, values], dim=1)
         if self.cache is not None and result.final_state is not None:
             next_token = None if first is None else first + r.T
             keep_sources(self.cache, self.mixer.layer, Sources(keys, values, result.final_state.clone(), next_token))
@@ -346,7 +347,7 @@ class LayerCall:
             return result
         moved = (fired[:, :, :, unseen:] - pattern).flatten(3)
         change = moved @ values.transpose(1, 2).flatten(2, -2)
-        outputs = result.outputs + change.transpose(1, 2)
+        outputs = result.outputs + change.transpose(1, 2).reshape(result.outputs.shape)
         return result._replace(outputs=outputs.to(result.outputs.dtype))
 
 

@@ -117,24 +117,45 @@ class Recurrence(CanonicalForm):
             return key.mT @ value
         return key[..., :, None] * value[..., None, :]
 
+    def by_channel(self) -> Self:
+        """The same recurrence with one decay for each key channel at most: where each entry of the state has its own
+        (`rates`), H V heads of V = 1, in the order of heads and then of value channels; else the recurrence itself.
+
+        The log-decay becomes K V numbers per token and head, as many as a state has.
+        """
+        if self.rates is None or self.log_decay is None:
+            return self
+
+        def of_channels(x: Tensor) -> Tensor:  # [B,T,H,...] as [B,T,H V,...]
+            return x.unsqueeze(3).expand(-1, -1, -1, self.V, *x.shape[3:]).flatten(2, 3)
+
+        state = self.initial_state
+        return dataclasses.replace(
+            self,
+            q=of_channels(self.q),
+            k=of_channels(self.k),
+            u=self.u.movedim(-1, 3).flatten(2, 3).unsqueeze(-1),
+            log_decay=(self.log_decay[..., None] * self.rates.mT).flatten(2, 3),
+            rates=None,
+            initial_state=None if state is None else state.mT.flatten(1, 2).unsqueeze(-1),
+        )
+
     def by_source(self, past_keys: Tensor | None = None) -> Self:
         """The same recurrence with one value channel for each term that a token writes, [S R], instead of V.
 
         Its reads are the weights of `attention`. Its states [B,H,K,S R] are the keys as the transitions since have
         left them, p_t(k_s): hand the last one to `by_source` of the tokens that follow, as `past_keys` [B,H,K,S' R],
-        and their reads have S' more sources in front.
-
-        Raises ValueError where each entry of the state has its own decay (`rates`): there is a weight for each
-        value channel then, and no pattern.
+        and their reads have S' more sources in front. Where each entry of the state has its own decay (`rates`), heads
+        are those of `by_channel`, since there is a weight for each value channel.
         """
-        self._check_transition()
-        count = self.T * self.R
+        r = self.by_channel()
+        count = r.T * r.R
         past = 0 if past_keys is None else past_keys.shape[-1]
         # Each write gets a separate channel, and so leaves in a read the weight with which it is read.
-        ones = torch.eye(count, dtype=self.dtype, device=self.device)
-        values = F.pad(ones, (past, 0)).view(self.T, 1, self.R, -1).expand(self.B, -1, self.H, -1, -1)
-        state = None if past_keys is None else F.pad(past_keys.to(self.dtype), (0, count))
-        return dataclasses.replace(self, u=values if self.k.ndim == 5 else values.squeeze(3), initial_state=state)
+        ones = torch.eye(count, dtype=r.dtype, device=r.device)
+        values = F.pad(ones, (past, 0)).view(r.T, 1, r.R, -1).expand(r.B, -1, r.H, -1, -1)
+        state = None if past_keys is None else F.pad(past_keys.to(r.dtype), (0, count))
+        return dataclasses.replace(r, u=values if r.k.ndim == 5 else values.squeeze(3), initial_state=state)
 
     def attention(self, *, method: Method = "chunked", chunk_size: int | None = None) -> Tensor:
         """How much token t reads of what token s wrote, exactly: A[t,s] = <p_t(k_s), scale q_t>, [B,H,T,S], S = T.
@@ -142,7 +163,8 @@ class Recurrence(CanonicalForm):
         p_t(k_s) is the key of write s after the decays and erases of the tokens s+1 .. t, so that o_t is the sum over
         s of A[t,s] u_s, plus what is read of `initial_state`. Weights have a sign and do not add up to 1; what is
         above the diagonal is 0. Where a token writes R > 1 terms, [B,H,T,S,R]: each term has its own weight, and
-        its own value.
+        its own value. Where each entry of the state has its own decay (`rates`), each value channel has its own
+        weights: [B,H V,T,S], as `by_channel` orders them.
 
         Cost O(K T R) per token and head, T / V times that of `outputs`; memory is the result's.
         """
@@ -222,7 +244,12 @@ class Recurrence(CanonicalForm):
 
         Raises ValueError where each entry of the state has its own decay (`rates`): a response is not of rank 1.
         """
-        self._check_transition()
+        if self.rates is not None:
+            raise ValueError(
+                "each entry of this state has its own decay (rates, as in Mamba-1), so that a key changes in another "
+                "way for each value channel, which by_channel() makes a head of. outputs(), states() and with_write() "
+                "answer for whole writes"
+            )
         start = resolve_index(int(start), self.T, "start")[0]
         selected = self.select(heads=int(head))
         selected = choice(loop, {"closed": lambda: selected, "open": selected.without_erase}, "loop")()
@@ -236,15 +263,6 @@ class Recurrence(CanonicalForm):
         )
         moved = idle.states(method=method)[:, :, 0].permute(0, 3, 1, 2)
         return torch.cat([vectors.unsqueeze(2), moved], dim=2)
-
-    def _check_transition(self) -> None:
-        """Raise ValueError where the transition does not act on the key side alone."""
-        if self.rates is not None:
-            raise ValueError(
-                "each entry of this state has its own decay (rates, as in Mamba-1), so that a key changes in "
-                "another way for each value channel: there is no one weight of token s for token t. outputs(), "
-                "states() and with_write() answer for whole writes"
-            )
 
     def _by_token(self, method: Method, chunk_size: int | None = None) -> bool:
         """Whether the reference does the work: where it is asked for, and where chunks have no advantage."""

@@ -143,9 +143,6 @@ class Rule:
     """Which argument has the dtype in which the torch op returns its outputs."""
     not_fed: frozenset[str] = frozenset()
     """Factors that no op takes apart from the others; hookpoints' own kernel computes calls in which one changed."""
-    decays_entries: bool = False
-    """Whether each entry of the state has its own decay, so that reads are no weighted sums of values and there is
-    no ``hook_pattern``."""
     starts_from_zero: bool = False
     """Whether its op for several tokens begins with zeros whatever the cache holds, so that only a pass over the whole
     sequence, or one token after the other, is the model's."""
@@ -165,10 +162,8 @@ class Rule:
 
     @property
     def hook_factors(self) -> tuple[str, ...]:
-        """What of the rule has a hook: its factors, "a" and "b" of the canonical form where it erases, and the pattern
-        where there is one."""
-        erase = ("a", "b") if self.erases or self.own_erase else ()
-        return (*self.factor_names, *erase, *(() if self.decays_entries else ("pattern",)))
+        """What of the rule has a hook: its factors, and "a" and "b" of the canonical form where it erases."""
+        return (*self.factor_names, *(("a", "b") if self.erases or self.own_erase else ()))
 
     def head_shape(self, mixer: nn.Module) -> tuple[int, int, int]:
         """(H, K, V) of a mixer module. H counts value heads where keys are shared by groups of them."""

@@ -7,7 +7,7 @@ The write has rank 1. The decay is elementwise: A < 0 is K x V, and so each entr
 exp(log_decay_t[v] rates[k,v]) with log_decay = -dt and rates = -A. The two are held apart, V numbers a token and K V a
 layer: their product would be as large as all states. So ``hook_beta`` and ``hook_log_decay`` are [B,T,H,V]: dt as the
 write meets it and -dt as the decay does, and an edit of one leaves the other alone. The weight with which token t reads
-what s wrote depends on the value channel, so that there is no ``hook_pattern``.
+what s wrote depends on the value channel, so that ``hook_pattern`` is [B,V,T,S] (Ali et al., arXiv 2403.01590).
 
 Two ops compute it: the scan of a sequence, and the update by one token, which has no time axis and changes the cache's
 state in place. Both keep states value-first, [B,V,K], and know no heads. The scan begins with zeros whatever the cache
@@ -104,7 +104,6 @@ MAMBA1 = Mamba1(
     companions=CONVOLUTIONS,
     fused=("mamba_inner_fn",),
     not_fed=frozenset({"beta", "log_decay"}),
-    decays_entries=True,
     starts_from_zero=True,
 )
 

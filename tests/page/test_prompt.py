@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from recurrences import FORMS, random_recurrence
+from recurrences import FORMS, entrywise, random_recurrence
 from sae_lens import SAE
 from sae_lens.saes.sae import SAEMetadata
 
@@ -35,10 +35,11 @@ def ask(server: PromptServer, method: str, path: str, body: Any = None, **header
     return answer.status, json.loads(content) if answer.getheader("Content-Type") == "application/json" else content
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [*FORMS, "a decay for each entry"])
 def test_a_share_is_what_the_read_has_of_one_write(form: str) -> None:
     """Compared with the response to the writes of one token alone; what a memory holds likewise."""
-    r = random_recurrence(form, T=9, H=1, dtype=torch.float64).replace(initial_state=None)
+    r = random_recurrence(form if form in FORMS else "gdn", T=9, H=1, dtype=torch.float64, initial_state=True)
+    r = (r if form in FORMS else entrywise(r)).replace(initial_state=None)
     shares, read = read_shares(r), r.outputs()[0, :, 0]
     held, states = held_shares(r), r.states()[0, :, 0]
     for s in range(r.T):

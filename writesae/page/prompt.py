@@ -42,21 +42,26 @@ _POLICY = (
 def read_shares(recurrence: Recurrence) -> torch.Tensor:
     """[T,S] of one head on one sequence, S = T: the part of token t's read that comes from what token s wrote, A[t,s]
     <u_s, o_t> / |o_t|^2. A row adds up to 1, or to 0 where nothing is read. Cost T / V times that of its reads."""
-    read = recurrence.outputs()[0, :, 0].double()
-    values = recurrence.u[0, :, 0].double()
-    pattern = recurrence.attention()[0, 0].double()
-    along = torch.einsum("srv,tv->tsr", values.view(len(values), -1, values.shape[-1]), read)
-    return (pattern.view(along.shape) * along).sum(-1) / read.square().sum(-1, keepdim=True).clamp_min(1e-30)
+    channels = recurrence.by_channel()  # Mamba-1 has a pattern for each
+    read = recurrence.outputs()[0].double().view(channels.T, channels.H, -1)
+    values = channels.u[0].double().view(channels.T, channels.H, -1, channels.V)
+    along = torch.einsum("shrv,thv->htsr", values, read)
+    shares = (channels.attention()[0].double().view(along.shape) * along).sum((0, 3))
+    return shares / read.square().sum((1, 2))[:, None].clamp_min(1e-30)
 
 
 def held_shares(recurrence: Recurrence) -> torch.Tensor:
     """[T,S] of one head on one sequence, S = T: the part of the state after token t that token s wrote, <P_t k_s u_s^T,
-    S_t> / |S_t|^2, where P_t is what the transitions since have made of the key. A row sums to 1. Memory T K S."""
-    states = recurrence.states()[0, :, 0].double()
-    values = recurrence.u[0, :, 0].double().flatten(0, -2)
-    keys = recurrence.by_source().states()[0, :, 0].double()
-    shares = torch.einsum("tks,tkv,sv->ts", keys, states, values).view(recurrence.T, recurrence.T, -1).sum(-1)
-    return shares / states.square().sum((1, 2))[:, None].clamp_min(1e-30)
+    S_t> / |S_t|^2, where P_t is what the transitions since have made of the key. A row sums to 1. Memory K S (in
+    Mamba-1 K S V) for each of a few tokens."""
+    channels = recurrence.by_channel()
+    values = channels.u[0].double().view(channels.T, channels.H, -1, channels.V).transpose(1, 2).flatten(0, 1)
+    rows = list[torch.Tensor]()
+    for keys, states in zip(channels.by_source().state_blocks(), channels.state_blocks(), strict=True):
+        state = states[0].double()
+        shares = torch.einsum("thks,thkv,shv->ts", keys[0].double(), state, values)
+        rows.append(shares / state.square().sum((1, 2, 3))[:, None].clamp_min(1e-30))
+    return torch.cat(rows).view(channels.T, channels.T, -1).sum(-1)
 
 
 def run_prompt(flags: Prompt) -> None:

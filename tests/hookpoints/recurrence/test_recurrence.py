@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from recurrences import FORMS, normal, random_recurrence
+from recurrences import FORMS, entrywise, normal, random_recurrence
 from torch.autograd import gradcheck
 
 import hookpoints
@@ -25,19 +25,6 @@ def same(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-12) 
 @pytest.fixture
 def r() -> Recurrence:
     return random_recurrence("gdn", B=2, T=40, H=3, K=5, V=4, dtype=torch.float64, initial_state=True)
-
-
-def entrywise(r: Recurrence) -> Recurrence:
-    """With a decay for each entry of the state instead, as in Mamba-1."""
-    return r.without_erase().replace(log_decay=-r.u.abs() / 4, rates=r.starting_state()[0].abs())
-
-
-def heads_of(r: Recurrence) -> Recurrence:
-    """Every value channel of such a recurrence as a head with V = 1 and a decay for each key channel."""
-    q, k = (x.repeat_interleave(r.V, 2) for x in (r.q, r.k))
-    log_decay = (r.log_decay[..., None, :] * r.rates).mT.flatten(2, 3)
-    state = r.starting_state().mT.flatten(1, 2).unsqueeze(-1)
-    return Recurrence(q, k, r.u.flatten(2).unsqueeze(-1), log_decay, scale=r.scale, initial_state=state)
 
 
 def leaves_of(r: Recurrence) -> dict[str, torch.Tensor]:
@@ -204,7 +191,6 @@ MISUSES = {
     "method": (lambda r: r.outputs(method="fast"), ValueError, "fast"),
     "loop": (lambda r: r.propagate(normal(1, 5), 0, 0, loop="half"), ValueError, "half"),
     "kind": (lambda r: r.write(kind="dense"), ValueError, "dense"),
-    "pattern": (lambda r: entrywise(r).attention(), ValueError, "no one weight"),
     "carried key": (lambda r: entrywise(r).propagate(normal(1, 5), 0, 0), ValueError, "rates"),
     "start": (lambda r: r.propagate(normal(1, 5), 40, 0), IndexError, "start 40"),
     "late tokens": (lambda r: r.select(tokens=slice(4, 9)), ValueError, "initial_state"),
@@ -224,12 +210,23 @@ def test_with_a_decay_for_each_entry_value_channels_are_heads(r: Recurrence, met
     """Outputs, states, gradients, of a part as well, and the answer to other writes."""
     r = entrywise(r)
     part = r.select(heads=1, tokens=slice(0, 20))
-    part_of_heads = heads_of(r).select(heads=slice(r.V, 2 * r.V), tokens=slice(0, 20))
+    part_of_heads = r.by_channel().select(heads=slice(r.V, 2 * r.V), tokens=slice(0, 20))
     other = r.with_write(r.q, r.u.flip(1))
-    for one, heads in ((r, heads_of(r)), (part, part_of_heads), (other, heads_of(other))):
+    for one, heads in ((r, r.by_channel()), (part, part_of_heads), (other, other.by_channel())):
         same(one.outputs(), heads.outputs(method=method).unflatten(2, (-1, r.V)).squeeze(-1))
         same(one.states(0, [3, 17]), heads.states(range(r.V), [3, 17], method=method)[..., 0].mT.unsqueeze(2))
         same(one.value_gradients(one.u), heads.value_gradients(heads.u, method=method).unflatten(2, (-1, r.V))[..., 0])
+
+
+def test_with_a_decay_for_each_entry_value_channels_have_their_own_pattern(r: Recurrence) -> None:
+    """As the equation has it; of keys that were carried as well."""
+    r = entrywise(r).replace(initial_state=None)
+    passed = (r.log_decay[..., None, :] * r.rates).cumsum(1)
+    since = (passed[:, :, None] - passed[:, None]).exp()  # [B,T,S,H,K,V]
+    weights = r.scale * torch.einsum("bthk,btshkv,bshk->bhvts", r.q, since, r.k).tril().flatten(1, 2)
+    same(r.attention(), weights)
+    first, later = (r.select(tokens=part, initial_state=r.starting_state()) for part in (slice(0, 17), slice(17, 40)))
+    same(later.by_source(first.by_source().final_state()).outputs().transpose(1, 2), weights[:, :, 17:])
 
 
 def test_rank_of_write_and_erase_are_free() -> None:
