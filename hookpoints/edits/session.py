@@ -58,8 +58,7 @@ class EditSession:
     stream that the plain pass left below l and the memory that it had at t: states from its factors, what convolutions
     hold, and attention's keys and values up to t. Where a cache keeps no past (sliding windows, fla's own, transformers
     before 5.24), or edits and hooks act on the plain pass, one row walks the tokens before t again; it resumes from
-    where it was last, so that calls with rising positions walk each token once. Of Mamba-1, whose op for several tokens
-    begins without a cache, a run recomputes all tokens.
+    where it was last, so that calls with rising positions walk each token once.
     Edits in force when the session is made are part of its plain pass, and of every run. Not for use by several
     threads at once: each makes its own session.
 
@@ -162,17 +161,16 @@ class EditSession:
         firsts = [start] * len(rows)  # where each row first differs, or where all of a batch begin
         if apart:
             firsts = [min((edit.position or 0 for edit in as_edits(row)), default=start) for row in rows]
-        from_zero = gradients or any(mixer.rule.starts_from_zero for mixer in self.model.attachment.mixers.values())
         logits = self.logits[:, start:stop].repeat(len(rows), 1, 1)
         numbers = list(range(len(rows)))
         batches: Iterable[list[int]] = [numbers[i : i + batch_size] for i in range(0, len(rows), batch_size)]
         if apart:
-            batches = self.batches([0] * len(rows) if from_zero else firsts, stop, batch_size)
+            batches = self.batches(firsts, stop, batch_size)
         with torch.set_grad_enabled(gradients and torch.is_grad_enabled()):
             for batch in batches:
                 # Up to its first edit a row is the plain pass, whose logits are there already.
                 first = min(firsts[row] for row in batch)
-                begin = 0 if from_zero else first
+                begin = 0 if gradients else first
                 fresh = self._run_batch([rows[row] for row in batch], begin, stop, gradients)
                 logits[batch, first - start :] = fresh[:, first - begin :]
         return EditedRun(logits, start, stop)
@@ -217,9 +215,7 @@ class EditSession:
     @torch.no_grad()
     def run_hooked(self, rows: int, layer: int, start: int, fwd_hooks: HookSpecs) -> EditedRun:
         """Run the sequence ``rows`` times with hooks that change block ``layer`` or those above, at tokens from
-        ``start`` on. They see [rows,T',...], the tokens from `EditedRun.start` on, which is 0 for Mamba-1."""
-        if any(mixer.rule.starts_from_zero for mixer in self.model.attachment.mixers.values()):
-            start = 0
+        ``start`` on. They see [rows,T',...], the tokens from `EditedRun.start` on."""
         lowest = max((recurrent for recurrent in self.model.cfg.recurrent_layers if recurrent <= layer), default=0)
         stop = self.tokens.shape[1]
         logits = self._run_batch([[]] * rows, start, stop, False, lowest, fwd_hooks)

@@ -19,6 +19,7 @@ from hookpoints.layer.context import (
     Recorded,
     Sources,
     cache_among,
+    cached_state,
     count_tokens,
     current,
     keep_sources,
@@ -27,7 +28,7 @@ from hookpoints.layer.context import (
 from hookpoints.layer.intercept import Function, open_handlers, running, torch_form, wrap_forward
 from hookpoints.layer.response import EditResponse
 from hookpoints.recurrence.recurrence import Recurrence, pattern_of
-from hookpoints.rules.base import Arguments, OpFactors, OpResult, Rule
+from hookpoints.rules.base import Arguments, OpFactors, OpResult, Rule, is_update
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +96,7 @@ class HookedMixer:
         self.heads = heads
         self.projection = projection
         self.backend: Backend = backend
-        self.runs_alone = in_torch and backend == "auto" and not rule.kernel_only
+        self.runs_alone = in_torch and backend == "auto" and not (rule.kernel_only or rule.starts_from_zero)
         """Whether the layer needs nothing of this package to run."""
         self.hooks = MixerHooks(heads, rule.hook_factors)
         self.calls = 0
@@ -174,6 +175,9 @@ class LayerCall:
         run = self.run
         layer = self.mixer.layer
         self.mixer.calls += 1
+        if rule.starts_from_zero and self.cache is not None and not is_update(arguments):
+            state = cached_state(self.cache, layer)
+            arguments = arguments if state is None else {"initial_state": state, **arguments}
         native_op = self._native_op(op, arguments)
         edited = any(layer in plan.by_layer for plan in run.plans)
         if not (edited or self._is_recorded() or native_op is None or self.hooks.listeners.exist()):

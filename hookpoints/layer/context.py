@@ -253,6 +253,12 @@ def sources_of(cache: Cache, layer: int, first_token: int | None, state: Tensor)
     return Sources(sources.keys[row], sources.values[row], sources.state[row], first_token)
 
 
+def cached_state(cache: Cache, layer: int) -> Tensor | None:
+    """What a cache of transformers holds as the state of a recurrent layer, as the layer put it there."""
+    states = vars(cache.layers[layer]).get("recurrent_states")
+    return states.get(0) if isinstance(states, dict) else states
+
+
 def cache_among(*values: object) -> Cache | None:
     """The cache among a module's arguments. Its name differs between versions of transformers, its type does not."""
     return next((value for value in values if isinstance(value, Cache)), None)

@@ -144,8 +144,8 @@ class Rule:
     not_fed: frozenset[str] = frozenset()
     """Factors that no op takes apart from the others; hookpoints' own kernel computes calls in which one changed."""
     starts_from_zero: bool = False
-    """Whether its op for several tokens begins with zeros whatever the cache holds, so that only a pass over the whole
-    sequence, or one token after the other, is the model's."""
+    """Whether its op for several tokens takes no state, and so begins with zeros whatever the cache holds. Then the
+    call is given the cache's state (``initial_state``), and hookpoints' own kernel computes it."""
     overwrites: bool = False
     """Whether an op writes over the state that it is given, which autograd may have saved."""
     companions: tuple[str, ...] = ()
@@ -178,7 +178,16 @@ class Rule:
         """Whether upstream's op can compute this call where its tensors are; else hookpoints' own kernel does."""
         v = arguments[self.names.v]
         runs_here = not self.kernel_only or v.device.type != "cpu"
-        return runs_here and not (v.dtype == torch.float32 and op.__name__ in self.refuses_float32)
+        given = (x for x in arguments.values() if isinstance(x, Tensor))
+        overwrites = self.overwrites and is_update(arguments) and torch.is_grad_enabled()
+        lost = overwrites and any(x.requires_grad for x in given)
+        forgets = self.starts_from_zero and arguments.get("initial_state") is not None
+        return (
+            runs_here
+            and not lost
+            and not forgets
+            and not (v.dtype == torch.float32 and op.__name__ in self.refuses_float32)
+        )
 
     # -- from arguments to the canonical form
 

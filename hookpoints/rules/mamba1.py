@@ -10,8 +10,9 @@ write meets it and -dt as the decay does, and an edit of one leaves the other al
 what s wrote depends on the value channel, so that ``hook_pattern`` is [B,V,T,S] (Ali et al., arXiv 2403.01590).
 
 Two ops compute it: the scan of a sequence, and the update by one token, which has no time axis and changes the cache's
-state in place. Both keep states value-first, [B,V,K], and know no heads. The scan begins with zeros whatever the cache
-holds: upstream reads a cache one token at a time only, and several tokens at once as a new text.
+state in place. Both keep states value-first, [B,V,K], and know no heads. The scan takes no state: upstream, which reads
+several tokens after a cache, continues its convolution and begins its state with zeros. A hooked layer begins with the
+cache's state, by hookpoints' own kernel.
 
 What the ops add outside the state, the skip D x and the gate silu(z), is subtracted and added again as in ``mamba2``.
 """
@@ -44,7 +45,7 @@ class Mamba1(Rule):
     def factors(self, arguments: Arguments) -> OpFactors:
         dtype = compute_dtype(arguments["hidden_states"])
         fields = {field: self.read(field, arguments, dtype) for field in self.names.fields()}
-        state = arguments.get("state")
+        state = arguments.get("state", arguments.get("initial_state"))
         # A copy: the update overwrites the state that it is given.
         return OpFactors(**fields, initial_state=None if state is None else state.mT.unsqueeze(1).to(dtype).clone())
 
@@ -65,6 +66,9 @@ class Mamba1(Rule):
             name = self.argument(field, arguments)
             fed[name] = _native_factor(getattr(factors, field), arguments).to(arguments[name].dtype)
         return {**arguments, **fed}
+
+    def value_first(self, arguments: Arguments) -> bool:
+        return True
 
     def wants_state(self, arguments: Arguments) -> bool:
         return is_update(arguments) or bool(arguments["return_last_state"])
@@ -105,6 +109,7 @@ MAMBA1 = Mamba1(
     fused=("mamba_inner_fn",),
     not_fed=frozenset({"beta", "log_decay"}),
     starts_from_zero=True,
+    overwrites=True,
 )
 
 

@@ -27,7 +27,6 @@ from hookpoints.rules.base import (
     CONVOLUTIONS,
     Arguments,
     Names,
-    Op,
     OpFactors,
     OpResult,
     Rule,
@@ -39,11 +38,6 @@ from hookpoints.rules.base import (
 
 class Mamba2(Rule):
     """See above."""
-
-    def runs(self, op: Op, arguments: Arguments) -> bool:
-        given = (x for x in arguments.values() if isinstance(x, Tensor))
-        lost = is_update(arguments) and torch.is_grad_enabled() and any(x.requires_grad for x in given)
-        return not lost and super().runs(op, arguments)
 
     def factors(self, arguments: Arguments) -> OpFactors:
         x = arguments["hidden_states"]

@@ -120,3 +120,13 @@ def test_other_dtypes_are_bit_identical(model_type, dtype, tokens):
     with model.hooks([(lambda name: True, lambda x, hook: None)]):
         out = model.generate(tokens, max_new_tokens=3, do_sample=False)
     assert torch.equal(out, plain.generate(tokens, max_new_tokens=3, do_sample=False))
+
+
+@torch.no_grad()
+def test_several_tokens_after_a_cache_continue_it_in_mamba1(tokens):
+    """Upstream's own layers begin their states with zeros."""
+    plain, hooked = make_hf("mamba"), HookedRecurrent.from_hf(make_hf("mamba"))
+    whole = plain(tokens).logits[:, 40:]
+    for hf, follows in ((plain, False), (hooked.hf_model, True)):
+        after = continuing(hf, cache_of(hf(tokens[:, :40], use_cache=True)), 40, tokens[:, 40:])
+        assert torch.allclose(hf(tokens[:, 40:], **after).logits, whole, rtol=0, atol=5e-5) is follows
