@@ -235,7 +235,7 @@ def fast_of(names: tuple[str, ...], every=MAKERS) -> list:
 
 
 MAMBA1 = ("falcon_mamba", "jamba", "mamba")
-"""Model types whose weights differ between value channels, so that their heads have no pattern."""
+"""Model types whose decays differ between value channels, so that a response to an edit is not of rank 1."""
 
 
 def modelling(model_type: str):

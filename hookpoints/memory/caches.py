@@ -53,13 +53,16 @@ def state_of(cache: Cache, layer: int, value_first: bool) -> Tensor:
             f"layer {layer}: expected its state in recurrent_states of the cache, as transformers has it, got a "
             f"{type(cache.layers[layer]).__name__} with {', '.join(vars(cache.layers[layer]))}"
         )
-    return state.mT if value_first else state
+    state = state.mT if value_first else state
+    return state.unsqueeze(1) if state.ndim == 3 else state  # Mamba-1 knows no heads
 
 
 def put_state(cache: Cache, layer: int, state: Tensor, value_first: bool) -> None:
     """Replace the state of a recurrent layer by ``state`` [B,H,K,V], or by a copy through which gradients pass."""
-    turned_back = (state.mT if value_first else state).to(state_of(cache, layer, value_first).dtype)
-    fill(cache, {f"{layer}/recurrent_states/0": turned_back.contiguous()})
+    place = f"{layer}/recurrent_states/0"
+    there = tensors_of(cache)[place]
+    turned_back = (state.mT if value_first else state).to(there.dtype)
+    fill(cache, {place: turned_back.contiguous().view(-1, *there.shape[1:])})
 
 
 def attention_of(cache: Cache, tokens: int) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import Cache
 
-from hookpoints.errors import InputError, UnsupportedModelError
+from hookpoints.errors import InputError
 from hookpoints.layer.context import all_left, count_tokens, drop_sources
 from hookpoints.memory.caches import (
     attends_and_convolves,
@@ -178,12 +178,15 @@ class Memory:
     def terms(self, layer: int, head: int | None = None) -> WriteTerms:
         """What each token still contributes to S, as factors: S is the sum of keys values^T over all tokens exactly.
 
+        In Mamba-1, where a token decays in another way in each value channel, these are the heads: S[:,v] is the sum
+        of keys[v] values[v]. So it is for `held` and `keeping`.
+
         Cost: O(K T) per token and head, T / V times that of the recurrence. `holdings` is cheaper.
 
         Raises:
             InputError: the state was set by hand, so that no token wrote it.
         """
-        r = self.recurrence(layer)
+        r = self.recurrence(layer).by_channel()
         # With each write as its own column of values, the last state has their keys as its columns.
         by_source = r.by_source().states(positions=-1)[:, 0].movedim(-1, 1)  # [B,T*R,H,K]
         keys = by_source.unflatten(1, (r.T, r.R)).movedim(2, 3).reshape(r.k.shape)
@@ -634,12 +637,12 @@ class Memory:
         return TokenReader(self.model, self.cache, self.forms)
 
     def _stored_recurrence(self, kept: Kept, layer: int) -> Recurrence:
-        form = self.forms[layer]
-        return Recurrence(**kept.factor[layer], scale=form.scale, read_before_write=form.read_before_write)
+        _, scale, read_before_write, rates = self.forms[layer]
+        return Recurrence(**kept.factor[layer], scale=scale, read_before_write=read_before_write, rates=rates)
 
     def _states_after(self, kept: Kept, states: LayerStates | None = None) -> LayerStates:
         """States after what the tokens of ``kept`` wrote, made on ``states`` (None: zeros). Layers of one shape on
-        one device are rows of one recurrence, so that a GPU launches its steps once."""
+        one device are heads of one recurrence, so that a GPU launches its steps once."""
         parts = {layer: self._stored_recurrence(kept, layer) for layer in self.forms}
         if states is not None:
             parts = {layer: part.replace(initial_state=states[layer]) for layer, part in parts.items()}
@@ -647,14 +650,14 @@ class Memory:
             return {layer: part.starting_state() for layer, part in parts.items()}
         alike: dict[object, list[int]] = {}
         for layer, part in parts.items():
-            alike.setdefault((self.forms[layer], part.device, _field_shapes(part)), []).append(layer)
+            alike.setdefault((part.scale, part.read_before_write, part.device, _field_shapes(part)), []).append(layer)
         after: LayerStates = {}
         for layers in alike.values():
             count = max(_TOGETHER // parts[layers[0]].k.numel(), 1)
             for first in range(0, len(layers), count):
                 group = layers[first : first + count]
-                last = _rows_of([parts[layer] for layer in group]).states(positions=-1)[:, 0]
-                after |= zip(group, last.split(self.tokens.shape[0]))
+                last = _heads_of([parts[layer] for layer in group]).states(positions=-1)[:, 0]
+                after |= zip(group, last.split(parts[layers[0]].H, dim=1))
         return after
 
     def _composed_memory(self, stop: int, again: Tensor, later: Kept, moved_by: int) -> Memory:
@@ -698,15 +701,10 @@ def read(model: Tokens, tokens: Tensor, before: Memory | None = None) -> Memory:
     """The memory after ``tokens`` [B,T], read after those of ``before``. One pass with a cache, without logits.
 
     Raises:
-        UnsupportedModelError: attention does not hold all tokens, or a layer reads no tokens after its cache (Mamba-1).
+        UnsupportedModelError: attention does not hold all tokens.
         InputError: the tokens or ``before`` do not fit the model.
     """
     check_tokens(tokens, model.cfg)
-    if from_zero := {m.rule.name for m in model.attachment.mixers.values() if m.rule.starts_from_zero}:
-        raise UnsupportedModelError(
-            f"no memory of {model.cfg.model_name}: upstream's {from_zero.pop()} reads a cache one token at a time "
-            "only, and several tokens as a new text. generate and forward take upstream's cache"
-        )
     position = 0
     cache = None
     if before is not None:
@@ -718,7 +716,7 @@ def read(model: Tokens, tokens: Tensor, before: Memory | None = None) -> Memory:
     forms: dict[int, Form] = {}
     for layer, record in recorded.items():
         r = record.recurrence
-        forms[layer] = Form(record.value_first, r.scale, r.read_before_write)
+        forms[layer] = Form(record.value_first, r.scale, r.read_before_write, r.rates)
     attention = attention_of(cache, position + tokens.shape[1])
     exact = torch.zeros_like(tokens, dtype=torch.bool)
     kept = Kept(
@@ -794,7 +792,7 @@ def _field_shapes(r: Recurrence) -> tuple[tuple[str, torch.Size], ...]:
     return tuple((name, x.shape) for name, x in tensors(r))
 
 
-def _rows_of(parts: Sequence[Recurrence]) -> Recurrence:
-    """Recurrences of one shape as the rows of one."""
-    names = [name for name, _ in tensors(parts[0])]
-    return parts[0].replace(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+def _heads_of(parts: Sequence[Recurrence]) -> Recurrence:
+    """Recurrences of one shape as the heads of one."""
+    axes = {name: {"initial_state": 1, "rates": 0}.get(name, 2) for name, _ in tensors(parts[0])}
+    return parts[0].replace(**{name: torch.cat([getattr(part, name) for part in parts], n) for name, n in axes.items()})

@@ -88,6 +88,8 @@ class Form(NamedTuple):
     """Whether the cache has its state turned, [B,H,V,K]."""
     scale: float
     read_before_write: bool
+    rates: Tensor | None = None
+    """[H,K,V], where each entry of the state has its own decay (Mamba-1)."""
 
 
 class Passed(NamedTuple):

@@ -295,8 +295,7 @@ class HookedRecurrent(Tokens, Weights):
 
         Raises:
             InputError: padding, or a memory of another model or number of rows.
-            UnsupportedModelError: attention does not hold all tokens, or a layer reads no tokens after its cache
-                (Mamba-1).
+            UnsupportedModelError: attention does not hold all tokens.
         """
         batch = self._token_batch(input, prepend_bos, None, None, memory)
         _require_unpadded(batch.attention_mask)

@@ -11,10 +11,10 @@ from torch.testing import assert_close
 from hookpoints import HookedRecurrent
 
 READ = drawn_ids(2, 9)
-FAMILIES = ("falcon_h1", "mamba2", "olmo_hybrid", "qwen3_5", "rwkv7", "zamba2")
+FAMILIES = ("falcon_h1", "mamba", "mamba2", "olmo_hybrid", "qwen3_5", "rwkv7", "zamba2")
 
 
-@pytest.fixture(scope="module", params=fast_of(("mamba2", "qwen3_5", "rwkv7"), FAMILIES))
+@pytest.fixture(scope="module", params=fast_of(("mamba", "mamba2", "qwen3_5", "rwkv7"), FAMILIES))
 def _read(request):
     with KeepFloat64():
         model = hooked_in_float64(request.param)
