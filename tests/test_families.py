@@ -39,7 +39,8 @@ def test_measured_again_a_family_is_what_its_row_says(row):
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['source']}-{row['model_type']}")
 def test_every_error_is_within_the_tolerance(row):
-    assert 0 < row["op_error"] < OP and 0 < row["logits_error"] < LOGITS < row["largest_logit"]
+    least = -1 if row["model_type"] == "hgrn" else 0  # its product and sum of a token are the oracle's, bit by bit
+    assert least < row["op_error"] < OP and least < row["logits_error"] < LOGITS < row["largest_logit"]
     if row["kernels_error"]:
         # RWKV-7's chunked kernel solves in float16: tools/oracles/test_fla_kernels.py has the proof.
         assert row["source"] == "fla" and row["kernels_error"] < (1e-4 if row["model_type"] == "rwkv7" else LOGITS)

@@ -48,8 +48,9 @@ S_t = (\\mathrm{{diag}}(\\alpha_t) + a_t b_t^\\top)\\, S_{{t-1}} + k_t u_t^\\top
 
 {rules}
 *State* has the names that upstream's layers give to the two sizes. A write has rank 1; in Gated DeltaProduct it has
-rank R, the number of its steps. In Mamba-1 each entry of the state has its own decay, and each value channel its own
-pattern. A token reads the state after its own write; in {before} it reads the state before it.
+rank R, the number of its steps. In Mamba-1 and HGRN each entry of the state has its own decay, and each value channel
+its own pattern. HGRN keeps a vector, which is a matrix of one row: its keys and queries are 1, and have no hooks.
+A token reads the state after its own write; in {before} it reads the state before it.
 
 Every family has {common}.
 The page of [each hook](hooks/index.md) lists the rules that have it.
@@ -70,7 +71,7 @@ The table compares each family with an oracle, on tiny random models, a CPU and 
 
 `tests/hookpoints` also tests decoding, padding, other dtypes and edits. `tools/families.py` makes this page from the
 rules and from `families.json`, and `--measure` measures the families of transformers again. The other errors are from
-2026-11-25 and, for Gated DeltaNet-2, 2026-11-28.
+2026-11-25 and, for Gated DeltaNet-2, 2026-11-28, for HGRN, 2026-12-01.
 
 {models}
 ## Models that do not load

@@ -100,8 +100,8 @@ HOOKS: tuple[HookRow, ...] = (
         "hook_log_decay",
         "mixer",
         "BTH or BTHK or BTHV",
-        "natural log of the factor that multiplies the old state, <= 0; in Mamba-1 (BTHV) it is that of a rate of 1, "
-        "and each entry of the state has a rate",
+        "natural log of the factor that multiplies the old state, <= 0; in Mamba-1 and HGRN (BTHV) it is that of a "
+        "rate of 1, and each entry of the state has a rate",
         _FEEDS,
         factor="log_decay",
     ),
@@ -167,8 +167,8 @@ HOOKS: tuple[HookRow, ...] = (
         "mixer",
         "BHTS or BVTS",
         "attention of the recurrent head: the weight A with which token t reads the value u of the write at s, exactly "
-        "o = A u; it has a sign and is not normalized. S counts all tokens so far. In Mamba-1 (BVTS) each value "
-        "channel has its own",
+        "o = A u; it has a sign and is not normalized. S counts all tokens so far. In Mamba-1 and HGRN (BVTS) "
+        "each value channel has its own",
         "the reads follow, o + (A' - A) u; the state does not change",
         matrix=True,
         per_step=True,

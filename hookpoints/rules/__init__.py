@@ -24,6 +24,7 @@ How to add a rule, here one that fla would compute by ``chunk_new_rule(q, k, v, 
 
 from hookpoints.rules.base import Arguments, FlaRule, Names, Op, OpFactors, OpResult, Rule
 from hookpoints.rules.delta_product import GATED_DELTA_PRODUCT
+from hookpoints.rules.hgrn import HGRN
 from hookpoints.rules.mamba1 import MAMBA1
 from hookpoints.rules.mamba2 import MAMBA2
 from hookpoints.rules.refused import REFUSED, REFUSED_LAYERS
@@ -59,6 +60,7 @@ RULES: tuple[Rule, ...] = (
     GATED_DELTA_PRODUCT,
     FLA_RWKV6,
     FLA_COMBA,
+    HGRN,
 )
 """The rules that hookpoints can hook."""
 

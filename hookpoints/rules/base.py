@@ -61,7 +61,7 @@ class OpFactors:
     beta: Tensor | None = None
     """[B,T,H] or [B,T,H,R] write strength; [B,T,H,V] one for each value channel (Mamba-1, Gated DeltaNet-2)."""
     log_decay: Tensor | None = None
-    """[B,T,H] or [B,T,H,K] natural log-decay, <= 0; [B,T,H,V] in Mamba-1, where each entry has a rate besides."""
+    """[B,T,H] or [B,T,H,K] natural log-decay, <= 0; [B,T,H,V] in Mamba-1 and HGRN, where entries have rates."""
     back: Tensor | None = None
     """[B,T,H,K] key with which the erase reads the state, where it is neither k nor made of k, or what makes it of k
     (Gated DeltaNet-2's gate). Its hook is that of the canonical b."""
@@ -88,8 +88,8 @@ class OpResult(NamedTuple):
 class Names(NamedTuple):
     """The name map of a rule: which argument of its ops holds which factor. None where the rule has no such factor."""
 
-    q: str
-    k: str
+    q: str | None
+    k: str | None
     v: str
     beta: str | None = None
     log_decay: str | None = None
@@ -231,7 +231,12 @@ class Rule:
             scale=default if scale is None else float(scale),
             initial_state=factors.initial_state,
             read_before_write=self.read_before_write,
+            rates=self.rates(factors, arguments),
         )
+
+    def rates(self, factors: OpFactors, arguments: Arguments) -> Tensor | None:
+        """[H,K,V], where each entry of the state has its own decay."""
+        return None
 
     def write_key(self, factors: OpFactors) -> Tensor:
         """The key under which the write is stored, like ``factors.k``."""

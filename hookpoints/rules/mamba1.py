@@ -26,7 +26,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hookpoints.recurrence.canonical import CanonicalForm
 from hookpoints.rules.base import CONVOLUTIONS, Arguments, Names, OpFactors, OpResult, Rule, compute_dtype, is_update
 
 
@@ -49,16 +48,8 @@ class Mamba1(Rule):
         # A copy: the update overwrites the state that it is given.
         return OpFactors(**fields, initial_state=None if state is None else state.mT.unsqueeze(1).to(dtype).clone())
 
-    def form(self, factors: OpFactors, arguments: Arguments) -> CanonicalForm:
-        assert factors.beta is not None
-        return CanonicalForm(
-            factors.q,
-            factors.k,
-            factors.beta * factors.v,
-            factors.log_decay,
-            rates=-arguments["A"].mT.unsqueeze(0).to(factors.k.dtype),
-            initial_state=factors.initial_state,
-        )
+    def rates(self, factors: OpFactors, arguments: Arguments) -> Tensor:
+        return -arguments["A"].mT.unsqueeze(0).to(factors.k.dtype)
 
     def arguments(self, arguments: Arguments, factors: OpFactors, changed: Set[str]) -> Arguments:
         fed: dict[str, object] = {"D": None, "z": None}
@@ -105,6 +96,7 @@ MAMBA1 = Mamba1(
     ("mamba_selective_scan", "mamba_selective_state_update"),
     Names("C", "B", "hidden_states", beta="dt", log_decay="A"),
     sizes=("ssm_state_size", "intermediate_size"),
+    default_scale=1.0,
     companions=CONVOLUTIONS,
     fused=("mamba_inner_fn",),
     not_fed=frozenset({"beta", "log_decay"}),

@@ -30,7 +30,6 @@ REFUSED: dict[str, str] = {
     "lightnet": "LightNet normalizes its keys over all tokens so far, which takes a second state",
     "log_linear_mamba2": "log-linear attention keeps a state for each level of a hierarchy, not one",
     "mom": "MoM routes each token to some of several memories, so its op sees other sequences than the model does",
-    "hgrn": "HGRN keeps a vector, not a matrix: there is no rank-1 write",
     "titans": "Titans' memory is an MLP updated by gradient steps",
     "mesa_net": "MesaNet solves a linear system over its keys at each read",
     "xlstm": f"xLSTM {_SECOND_STATE}",

@@ -155,9 +155,14 @@ def _rounded(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     return function(*(x.to(dtype) for x in inputs)).to(inputs[0].dtype)
 
 
+def swiglu(x: Tensor, y: Tensor) -> Tensor:
+    """swish(x) y."""
+    return _rounded(lambda x, y: F.silu(x) * y, x, y)
+
+
 def swiglu_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """swish(x) y, then a linear map."""
-    return F.linear(_rounded(lambda x, y: F.silu(x) * y, x, y), weight, bias)
+    return F.linear(swiglu(x, y), weight, bias)
 
 
 # -- what RWKV-7 layers compute around the recurrence
@@ -391,6 +396,7 @@ SUBSTITUTES: Mapping[str, Mapping[str, Callable[..., object]]] = {
     "fla.modules.activations.ops": {
         "swish": lambda x: _rounded(F.silu, x),
         "sqrelu": lambda x: _rounded(lambda x: F.relu(x).square(), x),
+        "swiglu": swiglu,
         "swiglu_linear": swiglu_linear,
     },
     "fla.modules.causal_conv1d.ops": {"causal_conv1d": causal_conv1d, "causal_conv1d_update": causal_conv1d_update},

@@ -30,6 +30,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gated_deltanet": ("GatedDeltaNet", {"head_dim": 8, "expand_v": 2.0, "num_heads": 2, "num_v_heads": 4}),
     "delta_net": ("DeltaNet", {"num_heads": 2, "expand_k": 0.5, "expand_v": 1.0}),
     "gla": ("GLA", {"num_heads": 2, "expand_k": 0.5, "expand_v": 1.0}),
+    "hgrn": ("HGRN", {"expand_ratio": 2}),  # one head, K = 1, V = 64
     "hgrn2": ("HGRN2", {"expand_ratio": 8, "hidden_size": 48}),
     "kda": ("KDA", {"head_dim": 8, "expand_v": 2.0, "num_heads": 2, "num_v_heads": 4}),
     "retnet": ("RetNet", {"num_heads": 2, "expand_k": 0.5, "expand_v": 1.0}),

@@ -58,7 +58,8 @@ def test_hooked_types_load_and_their_writes_fire(model_type, tmp_path, tokens):
     make_fla(model_type).save_pretrained(tmp_path)
     model = HookedRecurrent.from_pretrained(str(tmp_path), device="cpu")
     assert model.cfg.model_type == model_type and model.cfg.recurrent_layers == [0, 1, 2]
-    names = [f"blocks.{layer}.mixer.heads.1.hook_write" for layer in model.cfg.recurrent_layers]
+    head = min(1, model.cfg.layer(0).H - 1)
+    names = [f"blocks.{layer}.mixer.heads.{head}.hook_write" for layer in model.cfg.recurrent_layers]
     _, cache = model.run_with_cache(tokens, names_filter=names)
     for layer, name in zip(model.cfg.recurrent_layers, names, strict=True):
         shape = model.cfg.layer(layer)

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 from hookpoints import Recurrence
 from hookpoints.rules.base import l2_normalise
+from hookpoints.rules.hgrn import HGRN
 from hookpoints.rules.tables import (
     FLA_GATED_DELTA,
     FLA_GATED_DELTA_2,
@@ -129,6 +130,25 @@ def test_gated_delta_2(dtype):
             q, k, *(given[name] for name in "vgbw"), None, given["initial_state"].mT, output_final_state=True
         )
     check(FLA_GATED_DELTA_2, given, *out, dtype, rounded=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_hgrn(dtype):
+    """A vector as a matrix of one row; and what is fed and returned is in the form that the ops have."""
+    import_fla()
+    from fla.ops.hgrn.naive import naive_recurrent_hgrn
+
+    given = {"x": normal(0, B, T, V, dtype=dtype), "g": -normal(1, B, T, V, dtype=dtype).exp()}
+    # The reference begins in float32 whatever it is given.
+    given |= {"initial_state": normal(2, B, V, dtype=torch.float32).to(dtype), "output_final_state": True}
+    with exact(dtype):
+        native = naive_recurrent_hgrn(**given)
+    result = HGRN.read_result(native, given)
+    check(HGRN, given, result.outputs, result.final_state, dtype)
+    assert_close(HGRN.write_result(result, given), native)
+    changed = HGRN.factors(given).over_time(lambda x: x / 2)
+    fed = HGRN.factors(HGRN.arguments(given, changed, {"v", "log_decay"}))
+    assert_close((fed.v, fed.log_decay), (changed.v, changed.log_decay))
 
 
 @pytest.mark.parametrize(

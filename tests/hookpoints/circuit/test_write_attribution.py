@@ -35,6 +35,8 @@ def at(table, layer: int, head: int, position: int) -> float:
 
 def test_a_write_goes_exactly_through_recurrence_and_norm(hooked64: HookedRecurrent) -> None:
     """What an edited run hands on, times the gradient there."""
+    if hooked64.cfg.layer(hooked64.cfg.recurrent_layers[0]).rule == "HGRN":
+        pytest.skip("whose channels decay apart: its norm is met to first order")
     assert_exact(hooked64, predicted(hooked64))
 
 

@@ -113,7 +113,8 @@ def test_a_state_that_is_set_is_as_a_cache_that_is_set(ruled64):
 
     def by_hand(cache):
         native = cache[layer]["recurrent_state"] if of_fla else cache.layers[layer].recurrent_states[0]
-        native = native.view(native.shape[0], shape.H, *native.shape[-2:])  # Mamba-1's knows no heads
+        sides = (shape.V, shape.K) if shape.rule in VALUE_FIRST[of_fla] else (shape.K, shape.V)
+        native = native.view(-1, shape.H, *sides)  # Mamba-1's knows no heads, HGRN's no keys
         (native.mT if shape.rule in VALUE_FIRST[of_fla] else native)[:, head] = state[:, 0]
 
     expected = passes(ruled64, layer, [t, 1, 1, 1, 1], by_hand)
