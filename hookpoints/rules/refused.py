@@ -18,7 +18,9 @@ REFUSED: dict[str, str] = {
     "mamba_ssm's GPU kernels are missing; Mamba, Falcon-Mamba and Jamba models are supported",
     "minimax": "its lightning attention is written out inside MiniMaxLightningAttention.forward, in plain products of "
     "blocks: there is no op to intercept, and hooks would need a copy of that forward",
-    "recurrent_gemma": "its RG-LRU keeps a vector, not a matrix: there is no rank-1 write",
+    "recurrent_gemma": "transformers keeps its states in the modules, not in a cache: after another text, in beams and "
+    "for several tokens at once its own logits are wrong, so that nothing can be read on from; and its recurrence is a "
+    "method (RecurrentGemmaRglru._rnn_scan), no op to intercept",
     "rwkv": "RWKV-4 keeps vectors and divides its reads by a second, normalizing state",
     "mamba3": "Mamba-3 adds two terms per token, the second with the token before (its trapezoidal rule), and only "
     "mamba_ssm's GPU kernels (mamba3_siso_combined, mamba3_step_fn) compute it, with no form in torch to compare with; "
