@@ -20,9 +20,6 @@ from sae_lens_writesae.sae.metric_fit import fit_metrics
 from sae_lens_writesae.sae.runner import (
     text_dataset,
     train,
-    train_many_on_writes,
-    train_on_states,
-    train_on_writes,
     training_config,
 )
 from sae_lens_writesae.sae.target import head_target
@@ -55,8 +52,5 @@ __all__ = [
     "steer",
     "text_dataset",
     "train",
-    "train_many_on_writes",
-    "train_on_states",
-    "train_on_writes",
     "training_config",
 ]

@@ -218,7 +218,6 @@ NO_RUN = {
     *("UnknownModelError", "UnsupportedModelError", "WriteEdit", "cached", "default_device", "embedded", "model_types"),
     *("PAPER_RUNNER", "VARIANTS", "LowRank", "MatrixSAE", "MatrixTrainingSAE", "Metric", "Collection", "load_sae"),
     *("Fact", "read_memory", "label_atoms", "calibrate_threshold", "head_target", "text_dataset", "training_config"),
-    *("train_many_on_writes", "train_on_states", "train_on_writes"),
     *("half_lives", "sample_sequences", "fingerprint", "origin", "check_dictionary", "boot_transformers"),
 }
 """Public names that run no model, or scopes in which others do."""

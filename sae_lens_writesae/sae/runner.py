@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast, overload
@@ -252,8 +251,7 @@ Data = tuple[HookedRecurrent, Dataset | None] | Collection | LowRank | Tensor | 
 @overload
 def train(
     cfg: RunnerConfig,
-    data: Data | HookedRecurrent = None,
-    text: Dataset | None = None,
+    data: Data = None,
     *,
     metric: Metric | None = None,
     checkpoint: Path | None = None,
@@ -267,7 +265,7 @@ def train(
     checkpoint: Path | None = None,
 ) -> list[MatrixTrainingSAE]: ...
 def train(
-    cfg: Any, data: Any = None, text: Dataset | None = None, *, metric: Any = None, checkpoint: Path | None = None
+    cfg: Any, data: Any = None, *, metric: Any = None, checkpoint: Path | None = None
 ) -> MatrixTrainingSAE | list[MatrixTrainingSAE]:
     """Train an SAE and return it, still of its training class; of several configs with data each, all of them.
 
@@ -284,7 +282,6 @@ def train(
         data: (model, text) for SAELens' own runner, (model, None) for the text that the config names;
             a `Collection`; writes, as a `LowRank`; matrices [N,K,V], such as states, of any float dtype. None: what the
             config names, which is a collection (of `training_config(collection, ...)`), or else a model and a text.
-        text: of a model as `data`, which goes with the next version: `train(cfg, (model, text))`.
         metric: where `cfg.sae.metric` is `gauss_newton`, the metric of this head (`sae.metric_fit.fit_metrics`). The
             dictionary that is returned has it folded in. Not with SAELens' runner.
         checkpoint: a folder that is written every minute, from which the same call resumes after a kill, to the same
@@ -299,9 +296,6 @@ def train(
     Cost of a step on writes: F*R*S*(K+V) operations a row, and k*k*R*R*(K+V) for the selected atoms; on matrices F*K*V.
     """
     if not isinstance(cfg, Sequence):
-        if isinstance(data, HookedRecurrent):
-            warnings.warn("train(cfg, model, text) goes: train(cfg, (model, text))", DeprecationWarning, stacklevel=2)
-            data = (data, text)
         return train([cfg], [data], metric=[metric], checkpoint=checkpoint)[0]
     metrics = metric or [None] * len(cfg)
     sources = [source_of(each, given) for each, given in zip(cfg, data, strict=True)]
@@ -405,39 +399,3 @@ def head_rows(recurrence: Recurrence, target: HookTarget, loss: Loss, positions:
     else:
         columns = writes[..., :0]
     return torch.cat([matrices, COLUMN_SCALE * columns.to(matrices)], dim=-1)
-
-
-# ------------------------------------------------------------------------------------------------ the last version
-
-
-def _warn_of_old(old: str, new: str) -> None:
-    warnings.warn(f"{old} goes with the next version: use {new}", DeprecationWarning, stacklevel=3)
-
-
-def train_on_writes(
-    cfg: RunnerConfig, keys: Tensor, values: Tensor, *, metric: Metric | None = None, checkpoint: Path | None = None
-) -> MatrixTrainingSAE:
-    """`train` on writes of keys [N,S,K] and values [N,S,V], or [N,K] and [N,V]."""
-    _warn_of_old(
-        "train_on_writes(cfg, keys, values)", "train(cfg, LowRank(keys, values)), LowRank.rank_one for [N,K], [N,V]"
-    )
-    writes = LowRank.rank_one(keys, values) if keys.ndim == 2 else LowRank(keys, values)
-    return train(cfg, writes, metric=metric, checkpoint=checkpoint)
-
-
-def train_on_states(cfg: RunnerConfig, states: Tensor, *, checkpoint: Path | None = None) -> MatrixTrainingSAE:
-    """`train` on matrices [N,K,V]."""
-    _warn_of_old("train_on_states(cfg, states)", "train(cfg, states)")
-    return train(cfg, states, checkpoint=checkpoint)
-
-
-def train_many_on_writes(
-    configs: Sequence[RunnerConfig],
-    writes: Sequence[LowRank],
-    metrics: Sequence[Metric | None] | None = None,
-    *,
-    checkpoint: Path | None = None,
-) -> list[MatrixTrainingSAE]:
-    """`train` of several configs."""
-    _warn_of_old("train_many_on_writes(configs, writes, metrics)", "train(configs, writes, metric=metrics)")
-    return train(configs, writes, metric=metrics, checkpoint=checkpoint)

@@ -13,7 +13,6 @@ from sae_lens import LoggingConfig
 from saes import runner_config, train_step
 from torch import Tensor, nn
 
-import sae_lens_writesae
 from sae_lens_writesae import train
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae import TRAINING, fast, fused
@@ -258,18 +257,6 @@ def test_matrices_are_the_sums_of_their_rows() -> None:
         rows = LowRank(torch.eye(64).expand(96, -1, -1), matrices)
         torch.testing.assert_close(state(sae), state(train(cfg, rows)), rtol=0, atol=0)
         assert float(sae.state_dict().get("topk_threshold", 1)) > 0
-
-
-def test_names_of_the_last_version_still_train() -> None:
-    rows = writes()
-    for call, new in (
-        (lambda: sae_lens_writesae.train_on_writes(config(), rows.keys, rows.values), lambda: train(config(), rows)),
-        (lambda: sae_lens_writesae.train_on_states(config(), rows.dense()), lambda: train(config(), rows.dense())),
-        (lambda: sae_lens_writesae.train_many_on_writes([config()], [rows])[0], lambda: train(config(), rows)),
-    ):
-        with pytest.warns(DeprecationWarning, match=r"use train\("):
-            old = call()
-        torch.testing.assert_close(state(old), state(new()), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("fields", "metric"), [({}, True), ({"metric": "gauss_newton"}, False)])
