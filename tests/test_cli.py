@@ -33,6 +33,7 @@ from writesae.dictionary.quality import dictionary_quality
 from writesae.experiment.tokens import sample_sequences
 from writesae.models import summary
 from writesae.page.template import share_text
+from writesae.processes import choose_device
 
 COUNTS = ["--sequences", "6", "--context-size", "48"]
 
@@ -423,6 +424,55 @@ def test_a_text_file_or_a_folder_of_them_is_trained_on(
     (folder / "a.txt").write_bytes(b"\xff\xfe")
     done = run(capsys, "collect", *HEAD, "--dataset", folder, "--out", tmp_path / "other")
     assert done.status == 2 and "a.txt: expected a text in UTF-8" in done.err
+
+
+@pytest.mark.parametrize(
+    ("visible", "rank", "name", "seen"),
+    [
+        (None, None, None, None),
+        (None, None, "cuda:2", "2"),
+        (None, None, "cuda", "0,1,2,3"),
+        (None, None, "cpu", ""),
+        ("6,7", None, "cuda:1", "7"),
+        (None, "5", None, "1"),  # five processes and more than GPUs take turns
+        ("6,7", "1", None, "7"),
+        ("6,7", "1", "cpu", ""),
+        ("6,7", None, "cuda:2", ValueError),
+        (None, None, "gpu", ValueError),
+    ],
+)
+def test_a_process_sees_the_device_that_is_named(
+    visible: str | None, rank: str | None, name: str | None, seen: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of four GPUs, or those of them that are visible."""
+    given = {"CUDA_VISIBLE_DEVICES": visible, "LOCAL_RANK": rank}
+    for variable, value in given.items():
+        monkeypatch.setenv(variable, value or "")
+        if value is None:
+            monkeypatch.delenv(variable)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len((visible or "0,1,2,3").split(",")))
+    if seen is ValueError:
+        with pytest.raises(ValueError, match=f"device: expected .*cpu, cuda, cuda:0.*, got '{name}'"):
+            choose_device(name)
+    else:
+        choose_device(name)
+        assert os.environ.get("CUDA_VISIBLE_DEVICES") == seen
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["demo"],
+        ["collect", "--model", "none", "--layers", "0"],
+        ["train", "--model", "none", "--layers", "0", "--heads", "0"],
+        ["show", "none"],
+        ["export", "none"],
+        ["prompt"],
+    ],
+)
+def test_every_command_that_runs_a_model_takes_a_device(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+    refused = run(capsys, *words, "--device", "gpu")
+    assert refused.status == 2 and "device: expected one of this machine" in refused.err
 
 
 def test_no_hint_names_an_index_that_lacks_the_package() -> None:

@@ -24,6 +24,8 @@ from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_origin, ge
 import tyro
 from docstring_parser import parse_from_object
 
+from writesae.processes import choose_device
+
 T = TypeVar("T")
 
 
@@ -167,7 +169,7 @@ def choose(program: str, arguments: Sequence[str], names: Mapping[str, str]) -> 
 
 
 def parse(command: type[T], program: str, arguments: Sequence[str], default: T | None = None) -> T:
-    """The command line as a value of `command`.
+    """The command line as a value of `command`. A flag `device` is obeyed at once, for all that this process does.
 
     Raises:
         ValueError: an argument is unknown, missing or refused; in one line.
@@ -180,6 +182,7 @@ def parse(command: type[T], program: str, arguments: Sequence[str], default: T |
         with contextlib.redirect_stderr(shown):
             values, unknown = tyro.cli(form, prog=program, args=arguments, description="", return_unknown_args=True)
         if not unknown:
+            choose_device(vars(values).get("device"))
             return filled(command, vars(values))
         refusal = unknown_arguments(unknown, form)
     except SystemExit as end:

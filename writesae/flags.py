@@ -48,6 +48,8 @@ class Demo:
     """Sequences of the held-out text."""
     seed: int = 0
     """Seed of training."""
+    device: str | None = None
+    """cpu, cuda or cuda:N; by default a GPU, if there is one."""
     out: Path = Path("writesae-out")
     """Folder for demo.html, circuit.svg, the writes that were read, and the dictionaries."""
 
@@ -61,7 +63,9 @@ class Collect:
     """Run a language model over a text once, and write the factors of the heads' recurrences to disk. Any number of
     dictionaries train from them, without the language model (`writesae train --collection OUT`).
 
-    The size is said beforehand. The same command resumes where it was stopped or killed."""
+    The size is said beforehand. The same command resumes where it was stopped or killed. Started several times, also on
+    machines with a common folder, the commands share the work: `torchrun --nproc-per-node 8 -m writesae collect ...`
+    starts one for each of eight GPUs."""
 
     model: str
     """Model on the hub, a folder, or one that ships with the package (embedded, embedded-mamba2, embedded-rwkv7)."""
@@ -84,6 +88,8 @@ class Collect:
     """Of the stored vectors; auto: the smallest that is safe on a first batch."""
     model_dtype: Dtype = "float32"
     """The model's dtype."""
+    device: str | None = None
+    """cpu, cuda or cuda:N; by default a GPU, if there is one, and under torchrun each process has its own."""
     revision: str | None = None
     """Branch, tag or commit of the model on the hub."""
 
@@ -100,7 +106,8 @@ class Train:
     """Train dictionaries on heads of a model: every target, loss, variant and seed of every head that is named.
 
     Each dictionary is saved in OUT/L{layer}H{head}/{name}/sae, whole or not at all. The same command resumes where it
-    was stopped or killed, and trains nothing twice."""
+    was stopped or killed, and trains nothing twice. Started several times, the commands share the work: each takes the
+    next dictionaries that none of them trains (`torchrun --nproc-per-node 8 -m writesae train ...`)."""
 
     model: str | None = None
     """Model on the hub, a folder, or one that ships with the package (embedded, embedded-mamba2, embedded-rwkv7). It
@@ -150,6 +157,8 @@ class Train:
     """Tokens per sequence; that of a collection holds."""
     dtype: Dtype = "float32"
     """The model's dtype."""
+    device: str | None = None
+    """cpu, cuda or cuda:N; by default a GPU, if there is one, and under torchrun each process has its own."""
     out: Path = Path("writesae-out/saes")
     """Folder of the dictionaries."""
     summary: bool = True
@@ -194,6 +203,8 @@ class OnText:
     """Take dictionaries of other weights than the model's: of the model that it was fine-tuned from, say."""
     dtype: Dtype = "float32"
     """The model's dtype."""
+    device: str | None = None
+    """cpu, cuda or cuda:N; by default a GPU, if there is one."""
     text: Path | None = None
     """Text file; by default the held-out text of the package. `last`: the text that only the final run uses."""
     sequences: int = 100
@@ -307,6 +318,8 @@ class Prompt:
     """Take dictionaries of other weights than the model's: of the model that it was fine-tuned from, say."""
     dtype: Dtype = "float32"
     """The model's dtype."""
+    device: str | None = None
+    """cpu, cuda or cuda:N; by default a GPU, if there is one."""
     port: int = 8765
     """Port of 127.0.0.1. 0: a free one."""
 

@@ -70,6 +70,9 @@ def test_what_is_asked_is_read_off_the_source_as_the_classes_have_it() -> None:
     ("arguments", "word"),
     [
         (["eval", "substition"], "Did you mean 'substitution'"),
+        (["eval", "all", "SAE", "--device", "gpu"], "device: expected one of this machine"),
+        (["zoo", "--device", "gpu"], "device: expected one of this machine"),
+        (["reproduce", "--device", "gpu"], "device: expected one of this machine"),
         (["evl", "sign"], "Did you mean 'eval'"),
         (["eval", "all", "[/nothing]"], "[/nothing]"),
         (["eval", "sign", "[/nothing]"], "[/nothing]"),

@@ -9,7 +9,7 @@ from typing import Any
 from writesae.choices import at_least
 from writesae.files import GENERATOR, check_absent, check_ours, check_writable
 
-HOW = ("models", "writes", "states", "only", "out")
+HOW = ("models", "writes", "states", "only", "device", "out")
 """Fields that no number of a model depends on."""
 
 Entries = dict[str, Any]
@@ -42,6 +42,8 @@ class Zoo:
     only: str | None = None
     """One quantizer, by its name on the page: its rows are put into the zoo.json that `out` has, whose settings must be
     these. None: every method."""
+    device: str | None = None
+    """cpu, cuda or cuda:N; by default a GPU, if there is one."""
     out: Path = Path("writesae-out/zoo")
     """Folder for index.html, zoo.json and zoo.md. Models that its zoo.json has with these settings, measured by this
     version of the package, are not measured again: a command that was stopped resumes."""

@@ -44,6 +44,8 @@ class Reproduce:
     out: Path = Path("writesae-out/reproduce")
     """Folder of the run; the same folder resumes where it stopped. Where weights or files of text changed, what is
     there is moved into `earlier-N`, and all steps are done anew."""
+    device: str | None = None
+    """cpu, cuda or cuda:N, for all steps; by default those of the profile."""
     small: bool = False
     """Small numbers, for a trial on a laptop. Flags that are given win over them."""
     profile: str | None = None
