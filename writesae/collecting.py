@@ -13,8 +13,9 @@ from sae_lens_writesae.sae.collecting import check_own, collect
 from sae_lens_writesae.sae.runner import text_dataset
 from sae_lens_writesae.sae.target import head_target
 from writesae.experiment.tokens import text_of
-from writesae.files import check_writable, taken
+from writesae.files import check_writable
 from writesae.flags import Collect
+from writesae.processes import part
 
 Say = Callable[[str], object]
 
@@ -28,23 +29,23 @@ def run_collect(flags: Collect, say: Say = print) -> Path:
 
 
 def collect_from(flags: Collect, model: HookedRecurrent, text: Dataset, say: Say = print) -> Path:
-    """Collect from a model that is loaded; returns the folder."""
+    """Collect from a model that is loaded, as one of the processes that torchrun started; returns the folder."""
     for layer, head in itertools.product(flags.layers, flags.heads):
         head_target(model, layer, head)
     check_own(flags.out)
-    with taken(flags.out, say):
-        collect(
-            model,
-            text,
-            flags.layers,
-            flags.heads or None,
-            flags.out,
-            n_tokens=flags.n_tokens,
-            context_size=flags.context_size,
-            targets=flags.targets,
-            dtype=flags.dtype,
-            say=say,
-        )
+    collect(
+        model,
+        text,
+        flags.layers,
+        flags.heads or None,
+        flags.out,
+        n_tokens=flags.n_tokens,
+        context_size=flags.context_size,
+        targets=flags.targets,
+        dtype=flags.dtype,
+        part=part(),
+        say=say,
+    )
     return flags.out
 
 

@@ -1,13 +1,14 @@
 """The pass over a text that makes a collection (`factors`): it writes shards, and resumes where it was stopped.
 
 A shard that is there is whole; `SHA256SUMS` is written when all are. What there is of the next one is written to
-`.shard-00001.safetensors` every minute, and taken up again.
+`.shard-00001.safetensors` every minute, and taken up again. Any number of processes may collect into one folder: each
+takes the next shard that no other one has locked.
 """
 
 from __future__ import annotations
 
 import json
-import re
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -40,7 +41,7 @@ from hookpoints.files import (
     write_checksums,
 )
 from sae_lens_writesae.errors import DiskTooSmallError
-from sae_lens_writesae.files import SAVE_SECONDS, free_bytes, size_text
+from sae_lens_writesae.files import SAVE_SECONDS, in_turn, size_text
 from sae_lens_writesae.sae.factors import (
     FORMAT,
     INDEX,
@@ -71,10 +72,8 @@ _HEADROOM = 16
 """A first batch must leave this much of a dtype's range, since later ones may be larger."""
 _ROUNDING: dict[FactorDtype, float] = {"float16": 1e-3, "bfloat16": 1e-2}
 """Largest relative error (Frobenius) with which a dtype may store a factor of the first batch."""
-_LOCKS = (".lock", ".taken")
-"""Files that this and the commands of the study lock, so that one process works in a folder."""
-_PART = re.compile(r"\.shard-\d{5}\.safetensors")
-"""Name of what there is of a shard."""
+_LOCK = ".lock"
+"""What processes lock to look at a folder or to seal it; a suffix of what they lock to collect a shard."""
 
 
 def collect(
@@ -90,6 +89,7 @@ def collect(
     dtype: FactorDtype | Literal["auto"] = "auto",
     batch_size: int | None = None,
     shard_bytes: float = SHARD_BYTES,
+    part: tuple[int, int] = (0, 1),
     say: Callable[[str], object] = lambda line: None,
     progress: bool = True,
 ) -> Collection:
@@ -98,6 +98,10 @@ def collect(
     The same call resumes where an earlier one was stopped or killed, which loses a minute or a batch. The files are
     those of a run that was never stopped, bit for bit. A shard that was damaged since is renamed, with a DamageWarning,
     and collected again. A batch for which memory runs out is run in halves, with a warning.
+
+    Several processes, on one machine or on some with a common folder, make one collection by the same call: each takes
+    the next shard that no other one has. A process that has found none left waits for the last ones, and collects those
+    of a process that died.
 
     Args:
         text: token ids [N,T], or a dataset with a column `text` (tokenized and joined, as SAELens does it), `tokens` or
@@ -111,20 +115,21 @@ def collect(
         batch_size: sequences of one forward pass; None: what `BATCH_BYTES` holds by the sizes of the layers, and one
             at least. On it the last bits of results may depend.
         shard_bytes: size of a shard at most, about.
+        part: (rank, world) of this process among several. It begins with its share of the shards that are missing, and
+            checks its share of those that are there.
         say: is told the size.
         progress: show a bar with tokens a second.
 
     Raises:
         DiskTooSmallError: the rest of the collection is larger than the room on the disk. Nothing was written.
         CollectionError: the folder holds another collection, or a value does not fit the dtype.
-        OSError: the folder cannot be written (what is there stays, and the same call resumes), or another process
-            collects into it.
+        OSError: the folder cannot be written. What is there stays, and the same call resumes.
         UnsupportedModelError, UnknownHookError: a layer or head that does not exist.
         ValueError: too short a text, a bad setting, or a batch for which there is no memory.
 
-    Cost: a forward pass of each batch up to the op of the highest layer (what follows does not run), a pass over the
-    weights for their hash, and a reading of the shards that are there. Memory: a shard, a batch of one layer's factors,
-    and the token ids.
+    Cost: a forward pass of each batch up to the op of the highest layer (what follows does not run), a reading of the
+    shards that are there, and in each process the tokens of the text and a pass over the weights for their hash.
+    Memory: a shard, a batch of one layer's factors, and the token ids.
     """
     folder = Path(folder)
     model.require_weights()
@@ -133,6 +138,9 @@ def collect(
             "layers, targets, dtype: expected one layer or more, one target or more, and auto, float16, bfloat16 or "
             f"float32, got {list(layers)}, {list(targets)} and {dtype!r}"
         )
+    rank, world = part
+    if not 0 <= rank < world:
+        raise ValueError(f"part: expected a rank and the number of processes, which is larger, got {part}")
     chosen = {layer: sorted({*(heads or range(model.cfg.layer(layer).H))}) for layer in sorted({*layers})}
     for layer, numbers in chosen.items():
         for head, target in product(numbers, targets):
@@ -154,17 +162,25 @@ def collect(
     if folder.is_symlink():
         raise ValueError(f"folder: expected no link, got {folder}; name {folder.resolve()}")
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock", timeout=0):  # fails at once where another run writes
+    lock = FileLock(folder / _LOCK)
+    seal = folder / CHECKSUMS
+    with lock:  # the first process makes the index, and the others wait for it
         index = _index_of(model, ids, folder, asked, batch_size, shard_bytes)
         # Before any work: what is there is checked, and the room for the rest.
-        missing = _missing_shards(folder, index)
+        missing = _missing_shards(folder, index, part)
         _check_room(folder, index, missing, say)
         atomic_text(folder / INDEX, json.dumps(index, indent=1))
-        with _token_bar(ids, missing, progress) as bar:
-            for name, span in missing.items():
-                _write_shard(model, ids[span.start : span.stop], index, folder / name, bar)
-        if missing or not (folder / CHECKSUMS).exists():
-            write_checksums(folder, (INDEX, *shard_spans(index)))
+        if missing:
+            seal.unlink(missing_ok=True)
+    with _token_bar(ids, missing, progress) as bar:
+        while not seal.exists():
+            for name in in_turn({name: folder / f".{name}{_LOCK}" for name in missing}, part):
+                if not (folder / name).exists():  # made by another process
+                    _write_shard(model, ids[missing[name]], index, folder / name, bar)
+            with lock:
+                missing = _missing_shards(folder, index)  # another process may have found a damaged one
+                if not missing and not seal.exists():
+                    _write_seal(folder, index)
     return Collection.open(folder)
 
 
@@ -210,14 +226,23 @@ def _index_of(
     return index
 
 
-def _missing_shards(folder: Path, index: CollectionIndex) -> dict[str, range]:
-    """Shards that are not there as they were written, with the numbers of their sequences. What is left of a run that
-    was killed after it finished a shard is deleted."""
-    missing = {name: span for name, span in shard_spans(index).items() if not _is_whole(folder / name)}
-    for part in folder.glob(".shard-*"):
-        if _PART.fullmatch(part.name) and part.name[1:] not in missing:
-            part.unlink()
-    return missing
+def _missing_shards(folder: Path, index: CollectionIndex, part: tuple[int, int] = (-1, 1)) -> dict[str, range]:
+    """Shards that are not there, with the numbers of their sequences. Those of a `part` are there if they are as they
+    were written, the others if there is a file."""
+    rank, world = part
+    spans = enumerate(shard_spans(index).items())
+    return {
+        name: span for n, (name, span) in spans if not (_is_whole if n % world == rank else Path.exists)(folder / name)
+    }
+
+
+def _write_seal(folder: Path, index: CollectionIndex) -> None:
+    """Seal a collection whose shards are all there. Locks of shards go, and what a run left that was killed after it
+    finished one."""
+    write_checksums(folder, (INDEX, *shard_spans(index)))
+    for left in folder.glob(".shard-*"):
+        if left.suffix in (".safetensors", _LOCK):
+            left.unlink(missing_ok=True)
 
 
 def _check_room(
@@ -227,11 +252,12 @@ def _check_room(
     sequence = sequence_bytes(index)
     total = sequence * index["shape"][0]
     rest = sequence * sum(map(len, missing.values()))
-    free = free_bytes(folder)
-    sizes = f"{total} bytes ({size_text(total)}), {size_text(rest)} to write"
-    say(f"{sizes} in {len(missing)} shards, {size_text(free)} free")
+    free = shutil.disk_usage(folder).free
+    sizes = f"{total} bytes ({size_text(total)}), {size_text(rest)} to write in {len(missing)} shards"
+    said = f"{sizes}, {size_text(free)} free"
+    say(said)
     if rest > free:
-        raise DiskTooSmallError(f"{folder}: {sizes}, but {size_text(free)} free; take fewer tokens, layers or heads")
+        raise DiskTooSmallError(f"{folder}: {said}; take fewer tokens, layers or heads")
 
 
 def _batch_size(model: HookedRecurrent, n_layers: int, n_tokens: int, asked: int | None) -> int:
@@ -267,13 +293,10 @@ def _batch_size(model: HookedRecurrent, n_layers: int, n_tokens: int, asked: int
 def check_own(folder: Path) -> None:
     """Raise CollectionError unless a folder has the index of a collection, or nothing but locks and what a killed run
     left."""
-    if not folder.exists():
-        return
     file = folder / INDEX
-    foreign = [path for path in folder.iterdir() if not path.name.endswith(".aside") and path.name not in _LOCKS]
-    if file.is_file() and not file.is_symlink() and "format" in _read_index(file):
-        foreign = []
-    if foreign:
+    if not folder.exists() or (file.is_file() and not file.is_symlink() and "format" in _read_index(file)):
+        return
+    if foreign := [path for path in folder.iterdir() if not path.name.endswith(".aside") and path.name != _LOCK]:
         raise CollectionError(
             f"{folder}: expected an empty folder or a collection, got {min(foreign).name}; name another folder"
         )
@@ -303,9 +326,9 @@ def _write_shard(model: HookedRecurrent, ids: Tensor, index: CollectionIndex, fi
     collected = sum(len(part["tokens"]) for part in parts)
     bar.update(collected * ids.shape[1])
     for start in range(collected, len(ids), size):
-        part = _stored_by_halves(model, ids[start : start + size], index)
-        parts.append(part)
-        bar.update(part["tokens"].numel())
+        batch = ids[start : start + size]
+        parts += _stored_by_halves(model, batch, index)
+        bar.update(batch.numel())
         is_last = start + size >= len(ids)
         if is_last or time.monotonic() - saved > SAVE_SECONDS:
             # Popped, so that each factor is held twice only while it is joined.
@@ -335,10 +358,10 @@ def _is_whole(file: Path) -> bool:
     return True
 
 
-def _stored_by_halves(model: HookedRecurrent, ids: Tensor, index: CollectionIndex) -> dict[str, Tensor]:
+def _stored_by_halves(model: HookedRecurrent, ids: Tensor, index: CollectionIndex) -> list[dict[str, Tensor]]:
     """What a shard has of a batch. Where memory runs out, the batch is run in halves; Python shows the warning once."""
     try:
-        return _stored_batch(model, ids, index)
+        return [_stored_batch(model, ids, index)]
     except torch.OutOfMemoryError:
         if len(ids) == 1:
             raise
@@ -347,8 +370,7 @@ def _stored_by_halves(model: HookedRecurrent, ids: Tensor, index: CollectionInde
         f"collect: no memory for {len(ids)} sequences at once, so they run in halves; batch_size={half} asks for that",
         stacklevel=2,
     )
-    halves = [_stored_by_halves(model, part, index) for part in (ids[:half], ids[half:])]
-    return {name: torch.cat([part[name] for part in halves]) for name in halves[0]}
+    return [*_stored_by_halves(model, ids[:half], index), *_stored_by_halves(model, ids[half:], index)]
 
 
 def _stored_batch(model: HookedRecurrent, ids: Tensor, index: CollectionIndex) -> dict[str, Tensor]:

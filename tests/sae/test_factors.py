@@ -6,13 +6,17 @@ import json
 import os
 import resource
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
-from filelock import FileLock, Timeout
 from tiny_models import make_hf
 from transformer_lens.hook_points import HookPoint
 
@@ -41,7 +45,7 @@ def small(model: HookedRecurrent, folder: Path, **changes: Any) -> Collection:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".lock" != path.name}
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +212,7 @@ def test_a_dataset_of_text_gives_the_sequences_that_saelens_trains_on(embedded, 
         ({"targets": ("reads",)}, ValueError),
         ({"targets": ()}, ValueError),
         ({"dtype": "int8"}, ValueError),
+        ({"part": (2, 2)}, ValueError),
         ({"n_tokens": 10**6}, ValueError),
         ({"n_tokens": 5}, ValueError),
         ({"text": TOKENS.float()}, ValueError),
@@ -249,7 +254,7 @@ def test_a_full_disk_is_named_and_what_is_missing_is_collected_later(model, copy
             small(model, copy)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert error.value.filename == str(copy / SHARDS[1]) and {*contents(copy)} == {INDEX, *times}
+    assert error.value.filename == str(copy / SHARDS[1]) and {*contents(copy)} == {INDEX, f".{SHARDS[3]}", *times}
     small(model, copy)
     assert contents(copy) == contents(whole)
     assert all((copy / name).stat().st_mtime_ns == was for name, was in times.items())
@@ -308,9 +313,75 @@ def test_a_batch_for_which_memory_runs_out_is_run_in_halves(model, tmp_path, who
     assert contents(tmp_path) == contents(whole)
 
 
-def test_a_folder_that_is_in_use_is_refused(model, tmp_path):
-    with FileLock(tmp_path / ".lock"), pytest.raises(Timeout):
-        small(model, tmp_path)
+# ------------------------------------------------------------------------------------------------ several processes
+
+
+def forked(model: HookedRecurrent, folder: Path, rank: int, world: int, wait: Callable[[int], object]) -> int:
+    """A process that collects as one of several; its exit code is the number of passes. `wait` is called in each."""
+    if process := os.fork():
+        return process
+    passes: list[int] = []
+    try:
+        model.add_hook("hook_embed", lambda *_, **__: wait(passes.append(1) or len(passes)))
+        small(model, folder, part=(rank, world), progress=False)
+    except BaseException:
+        os._exit(255)
+    os._exit(len(passes))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_four_processes_share_the_shards_and_leave_the_files_of_one(model, tmp_path, whole):
+    """No batch runs twice but the first, which the index describes."""
+    started = [forked(model, tmp_path / "new", rank, 4, lambda _: time.sleep(0.1)) for rank in range(4)]
+    passes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in started]
+    assert min(passes) >= 1 and sum(passes) == 11 + 1, passes
+    assert contents(tmp_path / "new") == contents(whole)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("ends", ["killed", "held on a disk without locks"])
+def test_a_shard_whose_process_stands_still_is_waited_for_and_collected_when_it_died(model, tmp_path, whole, ends):
+    """Where locks do not hold, two processes collect it, to the same bits."""
+    folder = tmp_path / "new"
+
+    def stand_still(passes: int) -> None:
+        while passes == 2 and not (tmp_path / "on").exists():  # in the first shard
+            time.sleep(0.02)
+
+    first = forked(model, folder, 0, 2, stand_still)
+    try:
+        while not (folder / f".{SHARDS[0]}.lock").exists():
+            time.sleep(0.02)
+        refused("another text", small, model, folder, text=TOKENS.flip(0), part=(1, 2))
+        if ends != "killed":
+            (folder / f".{SHARDS[0]}.lock").unlink()
+        second = forked(model, folder, 1, 2, lambda _: None)
+        while {path.name for path in folder.glob("shard-*")} < {*SHARDS[1:]}:
+            time.sleep(0.02)
+        if ends == "killed":
+            assert not (folder / SHARDS[0]).exists() and os.waitpid(second, os.WNOHANG) == (0, 0)
+            os.kill(first, signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(second, 0)[1]) == 11  # the index was there
+        assert contents(folder) == contents(whole)
+    finally:
+        (tmp_path / "on").touch()
+        code = os.waitstatus_to_exitcode(os.waitpid(first, 0)[1])
+    assert code == (-signal.SIGKILL if ends == "killed" else 3) and contents(folder) == contents(whole)
+
+
+@pytest.mark.slow
+def test_torchrun_collects_and_a_rank_with_other_settings_is_refused_in_a_line(tmp_path):
+    words = ["-m", "writesae", "collect", "--model", "embedded", "--layers", "2", "--heads", "0", "--n-tokens", "16384"]
+    one, two = (tmp_path / name for name in ("one", "two"))
+    main([*words[2:], "--out", str(one)])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*launch, *words, "--out", str(two)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert contents(two) == contents(one)
+    other = [*launch, *words, "--targets", "state", "--out", str(two)]
+    done = subprocess.run(other, capture_output=True, text=True, check=False)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 2 and all("another targets" in line for line in errors) and contents(two) == contents(one)
 
 
 @pytest.mark.parametrize(
