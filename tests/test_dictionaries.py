@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from saes import Steps
 from safetensors.torch import load_file, save_file
 
@@ -237,3 +241,57 @@ def test_a_killed_training_goes_on_from_its_checkpoint(
         sae_folders(tmp_path / "killed")
     assert trained(tmp_path / "killed") == whole and steps.taken == 32
     assert not list((tmp_path / "killed").rglob("*checkpoint*"))
+
+
+def started(train: Train, rank: int, world: int, monkeypatch: pytest.MonkeyPatch, stop: int = -1) -> int:
+    """A process that trains as one of several, by torchrun's environment; its exit code is the number of steps. At the
+    step `stop` it stands still."""
+    if process := os.fork():
+        return process
+    steps = Steps(monkeypatch)
+    step = torch.optim.Adam.step
+
+    def stand_still(*arguments: object) -> object:
+        if steps.taken == stop:
+            time.sleep(600)
+        return step(*arguments)
+
+    try:
+        monkeypatch.setattr(torch.optim.Adam, "step", stand_still)
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        run_train(train, str)
+    except BaseException:
+        os._exit(255)
+    os._exit(steps.taken)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_processes_train_the_next_group_that_nobody_trains_and_those_of_a_dead_one(
+    collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four groups of 8 steps each: of seeds, in one step, and three of dictionaries that train alone."""
+    monkeypatch.setattr(rows, "SAVE_SECONDS", -1.0)
+    names = ("write-seed0", "write-seed1", "write-MatrixSAE-seed0", "write-FlatSAE-seed0", "state-seed0")
+    train = Train(collection=collection.folder, heads=(0,), names=names, out=tmp_path / "out", **SIZES)
+
+    def weights(out: Path) -> dict[str, bytes]:
+        return {name: (out / f"L2H0/{name}/sae/sae_weights.safetensors").read_bytes() for name in names}
+
+    run_train(replace(train, out=tmp_path / "whole"), str)
+    first = started(train, 0, 2, monkeypatch, stop=5)
+    try:
+        while not list(train.out.rglob("checkpoint")):
+            time.sleep(0.02)
+        with pytest.raises(ValueError, match="d_sae: 16, now 8"):
+            run_train(replace(train, d_sae=8), str)
+        second = started(train, 1, 2, monkeypatch)
+        while len(list(train.out.glob("L2H0/*/sae"))) < 3:
+            time.sleep(0.02)
+        assert not (train.out / "L2H0/write-seed0/sae").exists() and os.waitpid(second, os.WNOHANG) == (0, 0)
+    finally:
+        os.kill(first, signal.SIGKILL)
+        os.waitpid(first, 0)
+    # Of the first group the three steps after its checkpoint.
+    assert os.waitstatus_to_exitcode(os.waitpid(second, 0)[1]) == 3 * 8 + 3
+    assert weights(train.out) == weights(tmp_path / "whole")

@@ -94,14 +94,19 @@ def check_writable(folder: Path) -> None:
         raise ValueError(f"{folder} cannot be written: {existing} {reason}; name another --out") from error
 
 
+def lock_in(folder: Path) -> Path:
+    """The file that processes lock to have a folder, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / ".taken"
+
+
 @contextmanager
 def taken(folder: Path, say: Callable[[str], object] = print) -> Iterator[None]:
     """Have a folder, which is made, to oneself among the processes that ask; waits for the one that has it.
 
     The operating system lets go of the lock when a process dies, so that a killed one blocks nobody.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".taken")
+    lock = FileLock(lock_in(folder))
     try:
         held = lock.acquire(timeout=0)
     except Timeout:

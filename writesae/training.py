@@ -1,4 +1,4 @@
-"""`writesae train`: many dictionaries from one pass of a model, in one process.
+"""`writesae train`: many dictionaries from one pass of a model, in one process or several that share the work.
 
 Each dictionary is in its folder when it is whole, so that the same command resumes where it was stopped or killed.
 """
@@ -21,6 +21,7 @@ from hookpoints.errors import DamageWarning
 from hookpoints.files import atomic_folder
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.choices import VARIANTS
+from sae_lens_writesae.files import in_turn
 from sae_lens_writesae.sae.factors import Collection, CollectionError
 from sae_lens_writesae.sae.fast import MAX_STACK, shape_of
 from sae_lens_writesae.sae.load import load_sae, model_of
@@ -34,9 +35,10 @@ from writesae.collecting import Say, check_text, collect_from, documents, enough
 from writesae.dictionary.quality import quality_of_heads
 from writesae.dictionary.traits import matched_flat, sparsity_fields
 from writesae.experiment.tokens import sample_sequences
-from writesae.files import check_settings, check_writable, keep_settings, taken
+from writesae.files import check_settings, check_writable, keep_settings, lock_in
 from writesae.flags import SIZES, Collect, Train
 from writesae.page.template import share_text
+from writesae.processes import part
 
 Head = tuple[int, int]
 """Layer and head."""
@@ -81,7 +83,8 @@ def quality_table(qualities: Mapping[str, object]) -> str:
 
 
 def run_train(flags: Train, say: Say = print) -> Path:
-    """Train what is missing.
+    """Train what is missing: one group of dictionaries after the other, first those that no other process trains. It
+    then waits for the others, and trains those of a process that died.
 
     Raises:
         ValueError, UnsupportedModelError, UnknownHookError: a head that is not there, a text or a folder that
@@ -106,17 +109,17 @@ def run_train(flags: Train, say: Say = print) -> Path:
     say(f"{len(configs)} dictionaries, {len(configs) - len(untrained)} of them trained already")
     groups = [group for group in trained_together(configs, collection) if not {*untrained}.isdisjoint(group)]
     metrics = fitted_metrics(flags, [configs[folder] for group in groups for folder in group], collection)
-    for group in groups:
-        with taken(group[0], say):
-            missing = [folder for folder in group if not (folder / "sae").exists()]
-            for folder in missing:
-                keep_settings(folder, settings, _WRITTEN)
-            if missing:
-                train_group(collection, {folder: configs[folder] for folder in group}, metrics)
-                names = ", ".join(str(folder.relative_to(flags.out)) for folder in missing)
-                n_trained = sum((folder / "sae").exists() for folder in untrained)
-                say(f"{names}  {n_trained} of {len(untrained)}")
-    if flags.summary:
+    locks = {n: lock_in(group[0]) for n, group in enumerate(groups)}
+    for group in map(groups.__getitem__, in_turn(locks, part())):
+        missing = [folder for folder in group if not (folder / "sae").exists()]
+        for folder in missing:
+            keep_settings(folder, settings, _WRITTEN)
+        if missing:
+            train_group(collection, {folder: configs[folder] for folder in group}, metrics)
+            names = ", ".join(str(folder.relative_to(flags.out)) for folder in missing)
+            n_trained = sum((folder / "sae").exists() for folder in untrained)
+            say(f"{names}  {n_trained} of {len(untrained)}")
+    if flags.summary and part()[0] == 0:
         say(summary_table(flags, [folder / "sae" for folder in configs]))
     return flags.out
 
