@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, cast, get_args
 
 Target = Literal["write", "state", "last_state"]
@@ -90,6 +90,12 @@ class DictionaryName:
             seed=int(seed),
             metric=cast(MetricName, metric or "frobenius"),
         )
+
+    @property
+    def company(self) -> str:
+        """One word for those that may train in one step: seeds of a variant with factors on both sides, on writes."""
+        stacks = self.on_factors and self.variant in ("WriteSAE", "TiedSAE", "WriteSAE-rank2", "WriteSAE-rank4")
+        return str(replace(self, seed=0)) if stacks else str(self)
 
     @property
     def on_factors(self) -> bool:

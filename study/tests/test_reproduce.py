@@ -21,13 +21,19 @@ from tiny_models import _GDN
 
 from hookpoints import HookedRecurrent
 from hookpoints import embedded as shipped
+from sae_lens_writesae.sae.collecting import collect
+from sae_lens_writesae.sae.factors import Collection
+from sae_lens_writesae.sae.runner import text_dataset
+from writesae import training
+from writesae.choices import DictionaryName
 from writesae.cli import parse
 from writesae.flags import Collect, Train
+from writesae.training import config_of
 from writesae_study.evaluate import EvalAll
 from writesae_study.evaluations import EVALUATIONS
 from writesae_study.experiment.evaluation import Evaluation
 from writesae_study.reproduce.command import Reproduce, for_model, move_earlier, own_run, profile_folder
-from writesae_study.reproduce.config import SMALL, ReproduceConfig
+from writesae_study.reproduce.config import SMALL, ReproduceConfig, training_jobs
 from writesae_study.reproduce.published import (
     RUNS,
     Place,
@@ -60,6 +66,46 @@ def test_seeds_losses_and_variants_are_those_of_the_comparisons():
     assert len(ReproduceConfig().dictionaries()["write"]) == 3 + 14  # seven variants of two seeds each
     only = ReproduceConfig(targets=("last_state",), seeds=(3,), variants=())
     assert only.dictionaries() == {"last_state": ["last_state-seed3"]}
+
+
+def test_a_job_trains_what_trains_in_one_step(tmp_path, embedded):
+    """Of 17 dictionaries of writes the four variants on factors are a job each, and of all others each one."""
+    text = text_dataset("We, the people of the United States. " * 200)
+    collect(embedded, text, [2], [0], tmp_path, n_tokens=512, targets=("write", "state"), progress=False)
+    names = ReproduceConfig().dictionaries()
+    train = Train(collection=tmp_path, architecture="writesae_batchtopk", d_sae=32, k=4, training_tokens=512)
+    for target, jobs in (("write", 4 + 3 * 2 + 2), ("state", 3)):
+        configs = {
+            Path(name): config_of(train, Collection.open(tmp_path), 2, 0, DictionaryName.parse(name))
+            for name in names[target]
+        }
+        steps = [
+            [str(folder) for folder in group] for group in training.trained_together(configs, Collection.open(tmp_path))
+        ]
+        assert training_jobs(names[target]) == steps and len(steps) == jobs
+
+
+@pytest.mark.parametrize("chosen", [None, "5"])
+def test_steps_of_one_machine_have_a_gpu_each(tmp_path, chosen):
+    """Eight at once, as the system runs them; where one was chosen, they have that."""
+    programs = {
+        "nvidia-smi": "seq 0 7",
+        "python": 'echo "$CUDA_VISIBLE_DEVICES" >>seen; until [[ -e on ]]; do sleep 0.05; done',
+    }
+    for name, script in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": "python"}
+    environment |= {"CUDA_VISIBLE_DEVICES": chosen} if chosen else {}
+    script = f"source {profile_folder('laptop').parents[1] / 'steps.sh'}; writesae train"
+    steps = [subprocess.Popen(["bash", "-c", script], cwd=tmp_path, env=environment) for _ in range(8)]
+    try:
+        while not (tmp_path / "seen").exists() or len((tmp_path / "seen").read_text().split()) < 8:
+            time.sleep(0.02)
+    finally:
+        (tmp_path / "on").touch()
+    assert [step.wait() for step in steps] == [0] * 8
+    assert sorted((tmp_path / "seen").read_text().split()) == ([chosen] * 8 if chosen else [*"01234567"])
 
 
 @pytest.mark.parametrize(
@@ -162,13 +208,14 @@ def planned(said: str) -> dict[str, int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("profile", ["laptop", "gpu", "slurm"])
+@pytest.mark.parametrize("profile", ["laptop", "gpu", "gpus", "slurm"])
 def test_a_dry_run_of_every_profile_plans_every_step_once(tmp_path, profile):
     replace(TINY, layers=(1, 2), heads=(0, 3), evaluations=("sign", "amplify"), dashboards=2).keep_in(tmp_path)
     said = snakemake(tmp_path, "--profile", str(profile_folder(profile)), "--dry-run")
     steps = {"collect": 1, "train": 8, "evaluate": 8, "compare": 4, "together": 2, "show": 4, "report": 1}.items()
     assert planned(said).items() >= steps
     assert said.count("writesae train --collection collection --layers 2 --heads 3") == 2 * 1
+    assert f"share {8 if profile == 'gpus' else 1} collect --model embedded" in said
     assert sorted(each.name for each in tmp_path.iterdir() if each.name != ".snakemake") == ["config.json"]
 
 
@@ -189,7 +236,7 @@ def test_a_changed_text_is_planned_anew(tmp_path):
 
     steps = planned(dry_run(0))
     assert steps["total"] >= 6
-    marks = ("write.trained", "state.trained", "write.evaluated", "state.evaluated", "compared")
+    marks = ("write.0.trained", "state.0.trained", "write.evaluated", "state.evaluated", "compared")
     for place in ("collection/collected", *(f"L2H0/marks/{mark}" for mark in marks), "report/report.html"):
         file = out / place
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -49,8 +49,8 @@ class Reproduce:
     small: bool = False
     """Small numbers, for a trial on a laptop. Flags that are given win over them."""
     profile: str | None = None
-    """Where it runs: laptop, gpu, slurm, or a folder with a profile of Snakemake. By default what this machine
-    has."""
+    """Where it runs: laptop, gpu, gpus (eight), slurm, or a folder with a profile of Snakemake. By default laptop or
+    gpu, as this machine has one."""
     published: bool = False
     """Instead, do the runs behind study/docs/results that `out` lacks: seven hours of one core. No flag but `out` and
     `profile` is taken with it."""

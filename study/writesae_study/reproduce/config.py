@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -116,6 +116,14 @@ class ReproduceConfig:
     def settings(self) -> Mapping[str, object]:
         """What `config.json` has."""
         return asdict(self) | {"dictionaries": self.dictionaries()}
+
+
+def training_jobs(names: Sequence[str]) -> list[list[str]]:
+    """Dictionaries of a head by the job that trains them, each in the order of the names."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(DictionaryName.parse(name).company, []).append(name)
+    return list(groups.values())
 
 
 SMALL = ReproduceConfig(

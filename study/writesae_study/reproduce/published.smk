@@ -3,12 +3,14 @@
 # killed costs little; what Snakemake looks at are empty marks.
 import shlex
 import sys
+from pathlib import Path
 
 from writesae_study.reproduce.published import (
     RUNS, Place, at_equal_bits, codes_of, collecting, command_lines, places, question, without_learning
 )
 
-shell.prefix("writesae() {{ %s -m writesae \"$@\"; }}; " % shlex.quote(sys.executable))  # this one, on any node
+STEPS = Path(workflow.snakefile).with_name("steps.sh")
+shell.prefix(f"PYTHON={shlex.quote(sys.executable)}; source {shlex.quote(str(STEPS))}; ")
 
 HEADS = {kind: [places(row["heads"]) for row in RUNS[kind]] for kind in ("run", "null", "bits")}
 
