@@ -1,6 +1,6 @@
 """Run every benchmark, or those that are named, and write docs/benchmarks.md from their records.
 
-    python benchmarks/run.py [NAME ...]      an hour for all; records go to docs/benchmarks/NAME.json
+    python benchmarks/run.py [NAME ...]      an hour for all; records go to docs/benchmarks/NAME.json (gpu: `.ci/gpu`)
     python benchmarks/run.py --quick         small sizes, minutes; records and page go to a folder that is printed
     python benchmarks/run.py --page          the page alone, from the records that are there
 
@@ -46,6 +46,8 @@ NAMES = (
     *("circuits", "states", "fact_edits", "natural_memory", "facts_in_speech"),
 )
 """The benchmarks, as the page has them."""
+ON_GPU = "gpu"
+"""One more, which runs only where it is named."""
 HEAD = """# Benchmarks
 
 What do hooks, edits, memories and training cost? `python benchmarks/run.py` measures it and writes this page from the
@@ -83,7 +85,7 @@ def records(folder: Path, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     return {name: json.loads(file.read_text("utf-8")) for name, file in files.items() if file.exists()}
 
 
-def page(folder: Path, names: tuple[str, ...] = NAMES) -> str:
+def page(folder: Path, names: tuple[str, ...] = (*NAMES, ON_GPU)) -> str:
     """docs/benchmarks.md from the records in a folder."""
     made = [section(name, record) for name, record in records(folder, names).items()]
     goals = [line for _, lines in made for line in lines if line.goal is not None]
@@ -91,9 +93,9 @@ def page(folder: Path, names: tuple[str, ...] = NAMES) -> str:
     return "\n".join([HEAD.format(goals=f"Of {len(goals)} goals {met} are met."), *(text for text, _ in made)])
 
 
-def write(docs: Path, names: tuple[str, ...] = NAMES) -> None:
+def write(docs: Path) -> None:
     """The page."""
-    atomic_text(docs / "benchmarks.md", page(docs / "benchmarks", names))
+    atomic_text(docs / "benchmarks.md", page(docs / "benchmarks"))
 
 
 def run(names: tuple[str, ...], docs: Path, quick: bool) -> list[str]:
@@ -113,12 +115,12 @@ def run(names: tuple[str, ...], docs: Path, quick: bool) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(NAMES))
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join((*NAMES, ON_GPU)))
     parser.add_argument("--quick", action="store_true", help="small sizes; leaves docs as it is")
     parser.add_argument("--page", action="store_true", help="run nothing")
     options = parser.parse_args()
-    if unknown := set(options.names) - set(NAMES):
-        parser.error(f"expected names out of {', '.join(NAMES)}; got {', '.join(sorted(unknown))}")
+    if unknown := set(options.names) - {*NAMES, ON_GPU}:
+        parser.error(f"expected names out of {', '.join((*NAMES, ON_GPU))}; got {', '.join(sorted(unknown))}")
     docs = Path(tempfile.mkdtemp(prefix="benchmarks-")) if options.quick else DOCS
     failed = [] if options.page else run(tuple(options.names) or NAMES, docs, options.quick)
     write(docs)

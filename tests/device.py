@@ -1,4 +1,5 @@
-"""A pretended accelerator `npu:0` for machines without a GPU: its tensors hold their data on the host.
+"""A pretended accelerator `npu:0` for machines without a GPU: its tensors hold their data on the host. Tests that
+compare a device with the host take the one that HOOKPOINTS_DEVICE names (`.ci/gpu`: cuda), which then is there.
 
 What CUDA refuses raises here: tensors of two devices, NumPy on a tensor of a device, a generator of the other device.
 What costs on CUDA is counted. Counts are exact: the same on every machine and beside any load.
@@ -9,7 +10,8 @@ What costs on CUDA is counted. Counts are exact: the same on every machine and b
 """
 
 import collections
-from contextlib import contextmanager
+import os
+from contextlib import contextmanager, nullcontext
 from unittest import mock
 
 import torch
@@ -27,6 +29,7 @@ NO_NUMPY = "can't convert npu:0 device type tensor to numpy. Use Tensor.cpu() to
 FACTORIES = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
 OF_BOTH = {Tensor.__getitem__, Tensor.__setitem__, Tensor.data.__set__}
 """Functions whose first tensor may be the host's and another one the device's."""
+PLACE = os.environ.get("HOOKPOINTS_DEVICE", "npu")
 seen = Seen()
 
 
@@ -155,3 +158,8 @@ def pretended():
     changed = mock.patch.multiple(torch, Generator=Generator, load=load)
     with _Dispatch(), _Function(), changed, mock.patch.object(Tensor, "as_subclass", as_subclass):
         yield seen
+
+
+def there():
+    """A scope in which `PLACE` is there."""
+    return pretended() if PLACE == "npu" else nullcontext()

@@ -20,6 +20,7 @@ import device
 import pandas as pd
 import pytest
 import torch
+from device import PLACE
 from remembering import drawn_ids
 from saes import HEAD, LAYER, random_sae
 from safetensors.torch import load_file
@@ -45,7 +46,7 @@ TEXT = drawn_ids(8, 24, seed=3)
 def moved_by_hand(model: Any) -> nn.Module:
     """With the blocks after the first on the device; each block, and the norm after them, takes its inputs there."""
     for number, block in enumerate(model.model.layers):
-        follow(block.to("npu" if number else "cpu"))
+        follow(block.to(PLACE if number else "cpu"))
     follow(model.model.norm)
     return model
 
@@ -61,7 +62,7 @@ def follow(module: nn.Module) -> None:
 
 def dispatched(model: Any) -> nn.Module:
     """The same by a ``device_map`` of two devices. Without ``main_device`` all would run on the other one."""
-    blocks = {f"model.layers.{number}": "npu:0" for number in range(1, len(model.model.layers))}
+    blocks = {f"model.layers.{number}": f"{PLACE}:0" for number in range(1, len(model.model.layers))}
     others = [name for name, child in model.named_modules() if next(child.parameters(recurse=False), None) is not None]
     host = {name: "cpu" for name in others if not any(name.startswith(f"{block}.") for block in blocks)}
     main: Any = "cpu"  # which accelerate compares as a string
@@ -70,7 +71,7 @@ def dispatched(model: Any) -> nn.Module:
 
 
 PLACES: dict[str, Callable[[Any], Any]] = {
-    "device": lambda model: model.to("npu"),
+    "device": lambda model: model.to(PLACE),
     "by hand": moved_by_hand,
     "dispatched": dispatched,
 }
@@ -87,9 +88,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> World:
 @pytest.fixture(scope="module", params=PLACES)
 def away(request: pytest.FixtureRequest, home: World) -> Iterator[World]:
     """The same elsewhere. The head of the dictionary lies on the device."""
-    with device.pretended():
+    with device.there():
         model = HookedSAERecurrent.from_hf(PLACES[request.param](make_hf()))
-        yield World(model, random_sae(home.model).to("npu"), home.folder)
+        yield World(model, random_sae(home.model).to(PLACE), home.folder)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +101,7 @@ def host(home: World) -> HookedRecurrent:
 @pytest.fixture(scope="module")
 def there(host: HookedRecurrent) -> Iterator[HookedRecurrent]:
     """The same model on the device."""
-    with device.pretended():
+    with device.there():
         yield HookedRecurrent.from_hf(PLACES["device"](make_hf()))
 
 
@@ -137,7 +138,7 @@ def at_home(home: World) -> Callable[[str], list[Tensor]]:
 def test_public_calls(at_home: Callable[[str], list[Tensor]], away: World, name: str) -> None:
     spread = len({parameter.device for parameter in away.model.parameters()}) > 1
     if spread and name == ONE_DEVICE:
-        with pytest.raises(UnsupportedModelError, match="expected a model on one device, got one on cpu, npu:0"):
+        with pytest.raises(UnsupportedModelError, match=f"expected a model on one device, got one on cpu, {PLACE}:0"):
             PUBLIC[name](away)
     elif not spread or name not in LONG:
         close(numbers(PUBLIC[name](away)), at_home(name))
@@ -181,9 +182,11 @@ def test_layers_are_read_and_edited_where_they_lie(home: World, away: World, lay
 def test_what_lies_on_the_other_device_is_refused(away: World) -> None:
     """SAELens attaches such a dictionary, and its first pass fails in the middle of the layer."""
     model, memory = away.model, away.model.memory(TEXT[:1])
-    with pytest.raises(InputError, match=r"layer 2: expected .*npu.* got .*cpu"):
+    with pytest.raises(InputError, match=rf"layer 2: expected .*{PLACE}.* got .*cpu"):
         memory.with_states({2: memory.state(2).cpu()})
-    with pytest.raises(ValueError, match=r"expected one on npu:0, as blocks\.1\..*, got one on cpu; move it: sae\.to"):
+    with pytest.raises(
+        ValueError, match=rf"expected one on {PLACE}:0, as blocks\.1\..*, got one on cpu; move it: sae\.to"
+    ):
         model.run_with_saes(TEXT, saes=[random_sae(model).cpu()])
     assert not model.acts_to_saes
 
@@ -234,9 +237,9 @@ def on_device(monkeypatch: pytest.MonkeyPatch) -> Callable[[], AbstractContextMa
 
     @contextmanager
     def there() -> Iterator[None]:
-        with device.pretended(), monkeypatch.context() as patched:
+        with device.there(), monkeypatch.context() as patched:
             for module in (hookpoints, loading, runner):
-                patched.setattr(module, "default_device", lambda: "npu")
+                patched.setattr(module, "default_device", lambda: PLACE)
             yield
 
     return there

@@ -127,12 +127,12 @@ def make(models: Any, model_type: str) -> Any:
     return model
 
 
-def simple_gla_call() -> dict[str, Any]:
+def simple_gla_call(device: str = "cpu") -> dict[str, Any]:
     """SimpleGLA is an op and a layer of fla without a model of its own: one call, with a state to begin with."""
     generator = torch.Generator().manual_seed(2)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
+        return torch.randn(shape, generator=generator).to(device)
 
     return {
         "q": normal(1, 67, 2, 8),

@@ -1,4 +1,5 @@
-"""Run fla's own Triton kernels on a CPU, in Triton's interpreter, and save what they give.
+"""Run fla's own Triton kernels on a CPU, in Triton's interpreter, and save what they give. With HOOKPOINTS_DEVICE=cuda
+they run compiled, on a GPU (`.ci/gpu`), where nothing is made up for but the refusals of float32.
 
     python tools/oracles/fla_interpreted.py FOLDER [family ...]
 
@@ -30,6 +31,7 @@ import torch
 from fla_families import FAMILIES, SCHEDULES, make, passes, simple_gla_call
 from safetensors.torch import save_file
 
+DEVICE = os.environ.get("HOOKPOINTS_DEVICE", "cpu")
 SETTINGS = {"TRITON_INTERPRET": "1", "FLA_USE_COMPILE": "0", "HF_HUB_OFFLINE": "1"}
 """Read by triton, fla and transformers when they are imported."""
 
@@ -85,17 +87,18 @@ def allow_float32(module: Any, name: str) -> None:
 
 
 def prepare() -> None:
-    """Make this process one in which fla runs on a CPU."""
-    os.environ.update(SETTINGS)
+    """Make this process one in which fla runs on a CPU, or in float32 on a GPU."""
+    if DEVICE == "cpu":
+        os.environ.update(SETTINGS)
+        take_the_first_configuration()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    take_the_first_configuration()
     import fla.models  # noqa: F401
     from fla.ops.delta_rule import chunk as delta_rule
     from fla.ops.gated_delta_product import chunk as delta_product
 
     for label, module in list(sys.modules.items()):
-        if label.startswith("fla.") and hasattr(module, "triton"):
+        if DEVICE == "cpu" and label.startswith("fla.") and hasattr(module, "triton"):
             module.__dict__["range"] = counters
     allow_float32(delta_rule, "chunk_delta_rule")
     allow_float32(delta_product, "chunk_gated_delta_product")
@@ -106,12 +109,13 @@ def run_model(model_type: str) -> dict[str, torch.Tensor]:
     """Weights, and by schedule and pass the logits and every layer's state."""
     import fla.models
 
-    model = make(fla.models, model_type)
+    model = make(fla.models, model_type).to(DEVICE)
     saved = {f"weight.{name}": x for name, x in model.state_dict().items()}
     for schedule in SCHEDULES:
         cache = None
         for i, (tokens, mask) in enumerate(passes(schedule)):
-            out = model(tokens, attention_mask=mask, use_cache=True, past_key_values=cache)
+            mask = None if mask is None else mask.to(DEVICE)
+            out = model(tokens.to(DEVICE), attention_mask=mask, use_cache=True, past_key_values=cache)
             cache = out.past_key_values
             saved[f"{schedule}.{i}.logits"] = out.logits
             for layer in range(model.config.num_hidden_layers):
@@ -125,7 +129,7 @@ def run_simple_gla() -> dict[str, torch.Tensor]:
 
     saved = {}
     for name, op in (("chunked", chunk_simple_gla), ("recurrent", fused_recurrent_simple_gla)):
-        saved[f"{name}.outputs"], saved[f"{name}.state"] = op(**simple_gla_call())
+        saved[f"{name}.outputs"], saved[f"{name}.state"] = op(**simple_gla_call(DEVICE))
     return saved
 
 
@@ -133,7 +137,7 @@ def run(family: str, folder: Path) -> str:
     """Write one family's file, in a process that is prepared; says how long that took."""
     wall, cpu = time.time(), time.process_time()
     found = run_simple_gla() if family == "simple_gla" else run_model(family)
-    save_file({label: x.clone().contiguous() for label, x in found.items()}, folder / f"{family}.safetensors")
+    save_file({label: x.cpu().clone().contiguous() for label, x in found.items()}, folder / f"{family}.safetensors")
     return f"{family}: {time.time() - wall:.0f} s ({time.process_time() - cpu:.0f} s of CPU)"
 
 
