@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
@@ -22,7 +22,7 @@ def size_text(n: float) -> str:
     return f"{n / 1e6:.0f} MB" if n >= 1e6 else f"{n / 1e3:.0f} KB"
 
 
-def in_turn(locks: Mapping[T, Path], part: tuple[int, int] = (0, 1)) -> Iterator[T]:
+def in_turn(locks: Mapping[T, Path], part: tuple[int, int], say: Callable[[str], object]) -> Iterator[T]:
     """Pieces of work by their lock files, each while this process has its lock: first those that no other process has,
     then the others, once their holders let go.
 
@@ -31,10 +31,13 @@ def in_turn(locks: Mapping[T, Path], part: tuple[int, int] = (0, 1)) -> Iterator
 
     Args:
         part: (rank, world) of this process among several, which begins with every world-th piece.
+        say: is told of waiting.
     """
     rank, world = part
     waiting = dict.fromkeys([*[*locks][rank::world], *locks])
     for timeout in (0, -1):  # seconds; -1: as long as it takes
+        if timeout and waiting:
+            say("another process works on what is left; waiting for it")
         for piece in [*waiting]:
             with suppress(Timeout), FileLock(locks[piece], timeout=timeout):
                 del waiting[piece]

@@ -25,7 +25,7 @@ from sae_lens_writesae.sae.load import load_sae
 from sae_lens_writesae.sae.runner import text_dataset
 from sae_lens_writesae.sae.target import HeadHook
 from writesae.choices import MATCHED, DictionaryName
-from writesae.collecting import collect_from
+from writesae.collecting import Say, collect_from
 from writesae.files import sae_folders
 from writesae.flags import Collect, Train
 from writesae.training import run_train
@@ -243,7 +243,9 @@ def test_a_killed_training_goes_on_from_its_checkpoint(
     assert not list((tmp_path / "killed").rglob("*checkpoint*"))
 
 
-def started(train: Train, rank: int, world: int, monkeypatch: pytest.MonkeyPatch, stop: int = -1) -> int:
+def started(
+    train: Train, rank: int, world: int, monkeypatch: pytest.MonkeyPatch, stop: int = -1, say: Say = str
+) -> int:
     """A process that trains as one of several, by torchrun's environment; its exit code is the number of steps. At the
     step `stop` it stands still."""
     if process := os.fork():
@@ -260,7 +262,7 @@ def started(train: Train, rank: int, world: int, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(torch.optim.Adam, "step", stand_still)
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", str(world))
-        run_train(train, str)
+        run_train(train, say)
     except BaseException:
         os._exit(255)
     os._exit(steps.taken)
@@ -285,8 +287,10 @@ def test_processes_train_the_next_group_that_nobody_trains_and_those_of_a_dead_o
             time.sleep(0.02)
         with pytest.raises(ValueError, match="d_sae: 16, now 8"):
             run_train(replace(train, d_sae=8), str)
-        second = started(train, 1, 2, monkeypatch)
+        second = started(train, 1, 2, monkeypatch, say=(tmp_path / "said").write_text)
         while len(list(train.out.glob("L2H0/*/sae"))) < 3:
+            time.sleep(0.02)
+        while "waiting" not in (tmp_path / "said").read_text():
             time.sleep(0.02)
         assert not (train.out / "L2H0/write-seed0/sae").exists() and os.waitpid(second, os.WNOHANG) == (0, 0)
     finally:

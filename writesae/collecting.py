@@ -45,6 +45,7 @@ def collect_from(flags: Collect, model: HookedRecurrent, text: Dataset, say: Say
         dtype=flags.dtype,
         part=part(),
         say=say,
+        progress=part()[0] == 0,
     )
     return flags.out
 

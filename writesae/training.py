@@ -110,7 +110,7 @@ def run_train(flags: Train, say: Say = print) -> Path:
     groups = [group for group in trained_together(configs, collection) if not {*untrained}.isdisjoint(group)]
     metrics = fitted_metrics(flags, [configs[folder] for group in groups for folder in group], collection)
     locks = {n: lock_in(group[0]) for n, group in enumerate(groups)}
-    for group in map(groups.__getitem__, in_turn(locks, part())):
+    for group in map(groups.__getitem__, in_turn(locks, part(), say)):
         missing = [folder for folder in group if not (folder / "sae").exists()]
         for folder in missing:
             keep_settings(folder, settings, _WRITTEN)

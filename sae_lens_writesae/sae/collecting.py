@@ -117,7 +117,7 @@ def collect(
         shard_bytes: size of a shard at most, about.
         part: (rank, world) of this process among several. It begins with its share of the shards that are missing, and
             checks its share of those that are there.
-        say: is told the size.
+        say: is told the size, and of waiting for another process.
         progress: show a bar with tokens a second.
 
     Raises:
@@ -174,7 +174,7 @@ def collect(
             seal.unlink(missing_ok=True)
     with _token_bar(ids, missing, progress) as bar:
         while not seal.exists():
-            for name in in_turn({name: folder / f".{name}{_LOCK}" for name in missing}, part):
+            for name in in_turn({name: folder / f".{name}{_LOCK}" for name in missing}, part, say):
                 if not (folder / name).exists():  # made by another process
                     _write_shard(model, ids[missing[name]], index, folder / name, bar)
             with lock:
@@ -253,8 +253,10 @@ def _check_room(
     total = sequence * index["shape"][0]
     rest = sequence * sum(map(len, missing.values()))
     free = shutil.disk_usage(folder).free
-    sizes = f"{total} bytes ({size_text(total)}), {size_text(rest)} to write in {len(missing)} shards"
-    said = f"{sizes}, {size_text(free)} free"
+    said = (
+        f"{total} bytes ({size_text(total)}), {size_text(rest)} to write in {len(missing)} shards, "
+        f"{size_text(free)} free"
+    )
     say(said)
     if rest > free:
         raise DiskTooSmallError(f"{folder}: {said}; take fewer tokens, layers or heads")

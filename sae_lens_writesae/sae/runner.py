@@ -186,7 +186,6 @@ def training_config(
         "is_dataset_tokenized": False,
         "device": default_device() if collected else str(model.cfg.device),
         "logger": LoggingConfig(log_to_wandb=False),
-        "n_checkpoints": 0,
         "checkpoint_path": None,
         "output_path": None,
         **RUNNER,
