@@ -64,7 +64,7 @@ def run_demo(flags: Demo, say: Say = print) -> Path:
         ValueError: the head is not there, or `out` cannot be written or holds a demo with other settings; before
             any training.
     """
-    settings = {name: value for name, value in dataclasses.asdict(flags).items() if name != "out"}
+    settings = {name: value for name, value in dataclasses.asdict(flags).items() if name not in ("out", "device")}
     check_writable(flags.out)
     recipes: dict[str, MetricName] = {
         str(DictionaryName("write", seed=flags.seed, metric=metric)): metric for metric in RECIPES
