@@ -15,7 +15,7 @@ from hookpoints import HookedRecurrent
 from sae_lens_writesae.sae.rows import row_orders
 from writesae.head.upper import UpperModel
 from writesae_study.codes.books import centered, descend, of_books, pursued, residual_quantizer
-from writesae_study.evaluations.bits import RIVAL, WAYS, Bits, contender, divergence
+from writesae_study.evaluations.bits import RIVAL, WAYS, Bits, contender, divergence, whitening
 from writesae_study.experiment.evaluation import Result
 from writesae_study.experiment.terms import Terms, TermsError
 
@@ -43,12 +43,27 @@ def test_streams_are_replaced_as_by_hand_and_tuning_lowers_their_divergence(mode
 
 
 def test_codes_have_no_more_bits_than_their_budget_and_what_is_no_code_has_none(model: HookedRecurrent) -> None:
-    few = Bits(budgets=(16,), steps=1, tune_steps=0)
+    few = Bits(budgets=(16,), steps=1, tune_steps=0, whitened=True)
     found = few.run(model, (LAYER, HEAD), TEXT, reference=Terms(model, TEXT.flip(1)), progress=False).tables["codes"]
     bits = found.groupby("code")["bits"].max()
     assert bits[["native", "delete"]].tolist() == [0, 0]
     coded = bits.drop(["native", "delete"])
     assert len(coded) > 5 and (coded <= 16).all() and (coded > 0).all()
+    assert {*found["way"]} == {"", *few.ways} and "whitened" in few.ways
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_whitened_writes_have_second_moments_near_the_identity(rank: int) -> None:
+    """Those of the writes are far from it, and sizes stay."""
+    writes = random_low_rank(rank, 5, n=4000)
+    writes = type(writes)(writes.keys * torch.arange(1, writes.keys.shape[-1] + 1), writes.values)
+    moved = whitening(writes).move(writes)
+    assert float(moved.norm().square().mean()) == pytest.approx(float(writes.norm().square().mean()), rel=1e-4)
+    spreads = []
+    for matrices in (writes.dense(), moved.dense()):
+        sizes = torch.linalg.eigvalsh((matrices @ matrices.mT).mean(0))
+        spreads.append(float(sizes[-1] / sizes[0]))
+    assert spreads[0] > 10 and spreads[1] < 1.6
 
 
 @pytest.mark.parametrize("seed", range(4))

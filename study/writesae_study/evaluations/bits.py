@@ -30,6 +30,10 @@ from writesae_study.verdict.finding import Against, Claim, EffectSize, Finding, 
 
 WAYS = ("squared errors", "the metric", "tuned")
 """How codes are fitted; what is tuned was fitted in the metric before."""
+WHITENED = "whitened"
+"""The way that is measured if `Bits.whitened` asks for it."""
+RIDGE = 0.03
+"""Share of the mean eigenvalue that is added to second moments of writes before they are inverted."""
 METRIC = 64
 """Sequences that the metric is fitted to."""
 RELEVANT = 0.01
@@ -73,6 +77,8 @@ class Bits(Evaluation):
     """Steps of four sequences on the model's KL divergence."""
     lr: float = 2e-3
     """Learning rate of these."""
+    whitened: bool = False
+    """Fit codes in whitened coordinates too: with writes whose keys and values have second moments of 1."""
 
     question: ClassVar[str] = "What is a code of a write worth at equal bits?"
     scope: ClassVar[Scope] = Scope.HEAD
@@ -80,7 +86,7 @@ class Bits(Evaluation):
         "codes": described(
             "sequence",
             budget="bits that a write may have; 0 for native and delete",
-            way="how the code is fitted: " + ", ".join(WAYS),
+            way="how the code is fitted: " + ", ".join((*WAYS, WHITENED)),
             code="what replaces all writes; native and delete too",
             bits="bits that it needs",
             parameters="numbers that are trained",
@@ -120,8 +126,12 @@ class Bits(Evaluation):
         measured(Code("delete", 0.0, lambda native: 0 * native.dense(), []))
         squared_errors, in_metric, tuned = WAYS
         fitted_metric = terms.metric(layer, head, min(METRIC, len(terms.tokens)))
-        for way, metric in {squared_errors: None, in_metric: fitted_metric}.items():
-            for budget, code in self.codes(lab, terms.writes(layer, head), metric):
+        writes = terms.writes(layer, head)
+        metrics = {squared_errors: None, in_metric: fitted_metric}
+        if self.whitened:
+            metrics[WHITENED] = whitening(writes)
+        for way, metric in metrics.items():
+            for budget, code in self.codes(lab, writes, metric):
                 measured(code, budget, way)
                 compared = code.name in (contender(budget), f"{RIVAL} {budget // 16}")
                 if way == in_metric and self.tune_steps and compared:
@@ -140,6 +150,11 @@ class Bits(Evaluation):
 
     # -- judging
 
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """How codes were fitted, in the order of the claims."""
+        return (*WAYS[: 3 if self.tune_steps else 2], *((WHITENED,) if self.whitened else ()))
+
     def paired(self, result: Result, budget: int, way: str) -> tuple[Paired, list[str]]:
         """Sequences by code, of one budget and way to fit; and the names of codes, the dictionary first."""
         table = result.tables["codes"]
@@ -152,7 +167,7 @@ class Bits(Evaluation):
     def findings(self, result: Result) -> list[Finding]:
         """The dictionary of each budget and way to fit, compared with every other code."""
         findings = []
-        for way, budget in product(WAYS[: 3 if self.tune_steps else 2], self.budgets):
+        for way, budget in product(self.ways, self.budgets):
             kl, (ours, *others) = self.paired(result, budget, way)
             share = kl.recovered(ours)
             rivals = {name: kl.recovered(name) for name in others}
@@ -180,7 +195,7 @@ class Bits(Evaluation):
         require_equal(terms)
         test = cast(Bits, results[0].evaluation)
         claims = []
-        for way, budget in product(WAYS[: 3 if test.tune_steps else 2], test.budgets):
+        for way, budget in product(test.ways, test.budgets):
             tables = [test.paired(result, budget, way) for result in results]
             ours, *others = tables[0][1]
             n = sum(len(kl.wide) for kl, _ in tables)
@@ -224,6 +239,20 @@ def claimed(
         least=-0.5,
         of="sequences" if result else "sequences of {} heads",
     )
+
+
+def whitening(writes: LowRank) -> Metric:
+    """The metric in which writes W have second moments E[W W^T] and E[W^T W] near the identity."""
+    k, u = (side.double() for side in (writes.keys, writes.values))
+    inverses: list[Tensor] = []
+    for side, other in ((k, u), (u, k)):
+        moments = torch.einsum("nri,nrs,nsj->ij", side, other @ other.mT, side) / len(side)
+        ridge = RIDGE * moments.diagonal().mean() * torch.eye(len(moments)).to(moments)
+        inverses.append(torch.linalg.inv(moments + ridge))
+    whole = Metric.of(*inverses, scale=1.0, damping=RIDGE, n_sequences=0)
+    # As large on average as the writes are, as a metric's are.
+    size = float(writes.norm().square().mean() / whole.move(writes).norm().square().mean())
+    return Metric.of(*(side * size**0.5 for side in inverses), scale=1.0, damping=RIDGE, n_sequences=0)
 
 
 def divergence(upper: UpperModel, plain: Tensor, head: int, code: Code) -> Tensor:
