@@ -306,7 +306,7 @@ def test_the_page_of_a_prompt(made: Path, on_device: Callable[[], AbstractContex
     def payload() -> dict[str, object]:
         with PromptServer(Prompt(sae=made / "train", port=0)) as server:
             assert server.model.cfg.device.type == hookpoints.default_device()
-            return server.read("The war between the States was over.", 2, 1)
+            return server.read(server.prompted("The war between the States was over.", "The"), 2, 1)
 
     expected = payload()
     with on_device():

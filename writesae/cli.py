@@ -72,7 +72,7 @@ COMMANDS = {
         "writesae.flags:Export",
     ),
     "prompt": Command(
-        "Type a text in a browser: what heads write and read, which atoms fire.",
+        "Read a text in a browser, change the memory of it, and ask why the model answers.",
         "writesae.page.prompt:run_prompt",
         "writesae.flags:Prompt",
     ),

@@ -305,15 +305,19 @@ class Export(OnAtoms):
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """Open a page on this machine: type a text, and see what heads write and read, and which atoms fire.
+    """Open a page on this machine: read a text, cut or replace what the model remembers of it, and ask why it answers.
 
-    Needs no network. It answers to this machine alone, until it is interrupted.
+    The page also shows what each head reads, and which atoms fire. Needs no network. It answers to this machine alone,
+    until it is interrupted.
     """
 
     model: tyro.conf.Positional[str | None] = None
     """Model; by default the one named in the SAE's metadata, or without an SAE the embedded one."""
     sae: Path | None = None
     """Folder of a dictionary, or one that holds such folders; the atoms of the first of each head are shown."""
+    reader: Path | None = None
+    """File of a reader of the model's memories (`MemoryReader.save`). By default one is fitted to text that ships with
+    the package, when the page asks for it."""
     other_model: bool = False
     """Take dictionaries of other weights than the model's: of the model that it was fine-tuned from, say."""
     dtype: Dtype = "float32"

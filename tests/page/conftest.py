@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hookpoints import HookedRecurrent
+from hookpoints import HookedRecurrent, MemoryReader
 from hookpoints import embedded as shipped
 from page.planted_atoms import SMALL, N, T, empty_sae, planted_sae
 from sae_lens_writesae.sae import WriteTopKSAE
@@ -28,15 +29,32 @@ def folder(embedded: HookedRecurrent, tmp_path_factory: pytest.TempPathFactory) 
     return path
 
 
+@contextmanager
+def serving(flags: Prompt) -> Iterator[PromptServer]:
+    """The prompt page, served."""
+    with PromptServer(flags) as started:
+        thread = threading.Thread(target=started.serve_forever)
+        thread.start()
+        yield started
+        started.shutdown()
+        thread.join()
+
+
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[PromptServer]:
-    """The prompt page, served."""
-    with PromptServer(Prompt(sae=folder, port=0)) as serving:
-        thread = threading.Thread(target=serving.serve_forever)
-        thread.start()
-        yield serving
-        serving.shutdown()
-        thread.join()
+    """Of a model with a dictionary."""
+    with serving(Prompt(sae=folder, port=0)) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def speaker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PromptServer]:
+    """Of a model that answers questions, with a reader that was saved."""
+    told = HookedRecurrent.from_pretrained("facts-english")
+    file = tmp_path_factory.mktemp("reader") / "reader.safetensors"
+    MemoryReader.fit(told, shipped.text("train")[:20_000], context=64, longest=8).save(file)
+    with serving(Prompt(model="facts-english", reader=file, port=0)) as started:
+        yield started
 
 
 @pytest.fixture(scope="session")

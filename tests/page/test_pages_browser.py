@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -61,7 +62,7 @@ def places(data: AtomPagesData, server: PromptServer, tmp_path_factory: pytest.T
         "demo": folder / "demo.html",
         "index": index,
         "atom": folder / "atom-0.html",
-        "prompt": f"http://127.0.0.1:{server.server_address[1]}",
+        "prompt": address(server),
     }
 
 
@@ -131,7 +132,7 @@ def test_the_keyboard_reaches_every_control_and_shows_where_it_is(browser: Brows
 def assert_keyboard(browser: Browser, place: Any) -> None:
     """It reaches every control, and shows where it is."""
     with opened(browser, place) as page:
-        page.locator("#said:has-text('tokens'), body:not(:has(#said))").wait_for()
+        page.locator("#sources li, body:not(:has(#sources))").first.wait_for()
         controls = page.locator(CONTROLS)
         for _ in range(2 * controls.count()):
             page.keyboard.press("Tab")
@@ -151,43 +152,89 @@ def assert_no_markup(browser: Browser, place: Path, where: str) -> None:
         assert any(EVIL in said.replace("·", " ") for said in page.locator(where).all_inner_texts())
 
 
+def address(server: PromptServer) -> str:
+    return f"http://127.0.0.1:{server.server_address[1]}"
+
+
 def test_a_prompt_is_read_and_stays_text(browser: Browser, server: PromptServer) -> None:
-    with opened(browser, f"http://127.0.0.1:{server.server_address[1]}", **PHONE) as page:
-        page.locator("#grid td").first.wait_for()
+    with opened(browser, address(server), **PHONE) as page:
+        page.locator("#sources li").first.wait_for()
         page.get_by_label("Text").fill(EVIL[5:-160])
-        page.get_by_role("button", name="Read").click()
+        page.get_by_role("button", name="Read", exact=True).click()
         shown = page.locator("#text")
         shown.get_by_text("onerror").or_(shown.get_by_text("script")).first.wait_for()
-        assert shown.inner_text().replace("\n", "").replace("·", " ") == EVIL[5:-160]
+        assert EVIL[5:-160] in shown.inner_text().replace("\n", "").replace("·", " ")
         assert page.locator("img").count() == 0 and page.locator("script").count() == 1
         shown.get_by_role("button").nth(3).click()
-        assert [page.locator(f"#{name} li").count() for name in ("sources", "holdings", "atoms")] == [4, 4, 1]
-        read = shown.locator("button").first.get_attribute("style")
-        page.get_by_label("Color").select_option("what the state holds")
-        assert shown.locator("button").first.get_attribute("style") != read
-        page.locator("#grid").press("ArrowRight")
-        assert shown.locator("[aria-current]").count() == 1 and page.locator("#sources li").count() == 5
-        page.locator("#grid").press("ArrowUp")
+        assert [page.locator(f"#{name} li").count() for name in ("sources", "atoms")] == [4, 1]
+        page.get_by_label("Head").select_option(str(HEAD - 1))
         page.get_by_text("No dictionary of this head is loaded.").wait_for()
-        assert page.get_by_label("Head").input_value() == str(HEAD - 1)
-        assert (page.locator("#grid [aria-current]").get_attribute("title") or "").startswith(
-            f"head {HEAD - 1}, token 4 "
-        )
 
 
-def test_what_made_a_write_is_shown_when_it_is_chosen(browser: Browser, server: PromptServer) -> None:
-    with opened(browser, f"http://127.0.0.1:{server.server_address[1]}", **PHONE) as page:
-        page.locator("#grid td").first.wait_for()
-        made = page.locator("#made")
-        assert not made.is_visible()
-        page.get_by_label("Text").fill("The Secretary of the Treasury and the Secretary of the")
-        page.get_by_role("button", name="Why this token?").click()
-        page.locator('[data-node^="L4H"]').first.press("Enter")
-        page.locator("#value li").first.wait_for()
-        assert made.is_visible() and page.locator("#gate li").count() and not scrolls_sideways(page)
+@pytest.mark.parametrize("context", [{"viewport": {"width": 1440, "height": 900}}, PHONE | {"color_scheme": "dark"}])
+def test_a_sentence_is_cut_replaced_and_restored(browser: Browser, speaker: PromptServer, context: Any) -> None:
+    """The question is asked again each time; the reader's score of the sentence follows."""
+    with opened(browser, address(speaker), **context) as page:
+        sentence = page.locator("#acts li").filter(has_text="The home of Clara is Vienna.")
+        said, after, kl = page.locator("#said"), page.locator("#after"), page.locator("#kl")
+        sentence.get_by_text("this sentence overwrote another answer").wait_for()
+        assert after.inner_text() == page.locator("#before").inner_text() == "Vienna."
+        sentence.get_by_role("button", name="Cut").click()
+        said.get_by_text("The model now says “Paris.”; it said “Vienna.”.").wait_for()
+        assert after.inner_text() == "Paris." and page.locator("#after-tokens li").count() == 5
+        assert kl.inner_text().startswith("KL divergence of the next sentence: 11.5")
+        assert page.evaluate("document.activeElement.textContent") == "Restore"
+        page.get_by_role("button", name="Score the phrases").click()
+        sentence.get_by_text("Reader: read").wait_for()
+        read, cut, never = map(float, re.findall(r"-?\d+\.\d\d", sentence.inner_text().split("Reader")[1]))
+        assert read > 5 and abs(cut - never) < 0.1 < read - cut
+        sentence.get_by_role("button", name="Restore").click()
+        said.get_by_text("The model still says “Vienna.”").wait_for()
+        assert kl.inner_text() == "Nothing is changed yet."
+        sentence.get_by_role("textbox").fill("The home of Clara is Rome.")
+        sentence.get_by_role("button", name="Replace").click()
+        said.get_by_text("The model now says “Rome.”; it said “Vienna.”.").wait_for()
+        assert page.locator("#text .told").count() == 7
+        page.get_by_role("button", name="Restore all").click()
+        said.get_by_text("The model still says “Vienna.”").wait_for()
+        assert not scrolls_sideways(page)
+
+
+def test_a_phrase_of_the_text_is_marked_taken_and_cut(browser: Browser, speaker: PromptServer) -> None:
+    with opened(browser, address(speaker)) as page:
+        page.locator("#sources li").first.wait_for()
+        tokens = page.locator("#text button")
+        vienna = tokens.all_inner_texts().index("·Vienna")
+        tokens.nth(vienna - 1).click()
+        tokens.nth(vienna).click()
+        page.get_by_role("button", name="Take the marked phrase").click()
+        phrase, sentence = page.locator("#acts li").first, page.locator("#acts li").filter(has_text="The home of Clara")
+        phrase.get_by_role("button", name="Cut is Vienna").click()
+        page.locator("#text .cut").first.wait_for()
+        assert page.locator("#text .cut").all_inner_texts() == ["·is", "·Vienna"]
+        sentence.get_by_role("button", name="Cut").click()
+        page.get_by_text("shares tokens with “is Vienna”").wait_for()
+
+
+def test_nodes_are_chosen_pinned_kept_and_deleted(browser: Browser, server: PromptServer) -> None:
+    with opened(browser, address(server), **PHONE) as page:
+        page.locator("#sources li").first.wait_for()
+        page.get_by_role("button", name="Why this answer?").click()
+        page.locator('[data-node*="H"]').first.press("Enter")
+        page.locator("#port-value li").first.wait_for()
+        assert page.locator("#port-gate li").count() and not scrolls_sideways(page)
+        assert page.locator("#node").inner_text().startswith("write of L")
+        page.get_by_role("button", name="Pin", exact=True).click()
         page.locator('[data-node^="MLP"]').first.press("Enter")
-        page.get_by_text("is no write").wait_for()
-        assert not made.is_visible()
+        page.locator("#port-input li").first.wait_for()
+        page.get_by_role("button", name="Pin", exact=True).click()
+        assert page.locator("#pinned li").count() == page.locator("#picture .pinned").count() == 2
+        for act, said in (("Keep these alone", "With these alone, and"), ("Delete these", "Without these, the model")):
+            page.get_by_role("button", name=act).click()
+            page.locator("#set-said").get_by_text(said).wait_for()
+            assert "with all nodes it is" in page.locator("#set-said").inner_text()
+        page.get_by_role("button", name="Unpin all").click()
+        assert not page.locator("#set").is_visible() and not page.locator("#picture .pinned").count()
 
 
 def listed(page: Page) -> list[int]:

@@ -1,4 +1,4 @@
-"""The prompt page: its numbers, and what it refuses."""
+"""The prompt page: its numbers and acts, compared with calls of the library; and what it refuses."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ import pytest
 import torch
 from recurrences import FORMS, entrywise, random_recurrence
 from sae_lens import SAE
-from sae_lens.saes.sae import SAEMetadata
 
-from hookpoints import HookedRecurrent, read_memory
+from hookpoints import HookedRecurrent, Memory
 from page.planted_atoms import HEAD, HOOK, LAYER, empty_sae
-from sae_lens_writesae.sae import WriteProductSAE, WriteProductSAEConfig
 from writesae.flags import Prompt
-from writesae.page.prompt import MAX_BYTES, MAX_TOKENS, PromptServer, held_shares, read_shares
+from writesae.page.prompt import MAX_BYTES, MAX_TOKENS, PromptServer, read_shares
+from writesae.page.remembered import Changes, default_prompt, unknown_words
 
 
 def ask(server: PromptServer, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
@@ -37,85 +36,140 @@ def ask(server: PromptServer, method: str, path: str, body: Any = None, **header
 
 @pytest.mark.parametrize("form", [*FORMS, "a decay for each entry"])
 def test_a_share_is_what_the_read_has_of_one_write(form: str) -> None:
-    """Compared with the response to the writes of one token alone; what a memory holds likewise."""
+    """Compared with the response to the writes of one token alone."""
     r = random_recurrence(form if form in FORMS else "gdn", T=9, H=1, dtype=torch.float64, initial_state=True)
     r = (r if form in FORMS else entrywise(r)).replace(initial_state=None)
     shares, read = read_shares(r), r.outputs()[0, :, 0]
-    held, states = held_shares(r), r.states()[0, :, 0]
     for s in range(r.T):
         alone = torch.zeros_like(r.u)
         alone[:, s] = r.u[:, s]
         response = r.with_write(r.k, alone)
         part = (response.outputs()[0, :, 0] * read).sum(-1) / read.square().sum(-1).clamp_min(1e-30)
         torch.testing.assert_close(shares[:, s], part, rtol=0, atol=1e-10)
-        part = (response.states()[0, :, 0] * states).sum((1, 2)) / states.square().sum((1, 2))
-        torch.testing.assert_close(held[:, s], part, rtol=0, atol=1e-10)
     reads = slice(int(r.read_before_write), None)  # such a rule reads nothing at its first token
     torch.testing.assert_close(shares[reads].sum(-1), torch.ones(r.T, dtype=torch.float64)[reads], rtol=0, atol=1e-10)
 
 
-def test_a_text_is_read(embedded: HookedRecurrent, server: PromptServer, folder: Path) -> None:
-    text = "The war between the States was over."
-    status, reading = ask(server, "POST", "/read", {"text": text, "layer": LAYER, "head": HEAD})
-    tokens = embedded.to_tokens(text, prepend_bos=False)
-    assert status == 200 and "".join(reading["tokens"]) == text.replace(" ", "·")
-    writes = embedded.recurrence(tokens, LAYER).write()[0].norm(dim=(-2, -1)).T
-    torch.testing.assert_close(torch.tensor(reading["writes"]), writes.detach(), rtol=1e-3, atol=1e-6)
-    for shares in (reading["shares"], reading["held"]):
-        assert [len(row) for row in shares] == list(range(1, tokens.shape[1] + 1))
-        assert all(sum(row) == pytest.approx(1, abs=2e-3) for row in shares)
+TEXT = "The war between the States was over."
+READ: dict[str, Any] = {"text": TEXT, "question": "The", "layer": LAYER, "head": HEAD}
+
+
+def test_a_text_is_read_by_a_head(embedded: HookedRecurrent, server: PromptServer, folder: Path) -> None:
+    status, reading = ask(server, "POST", "/head", READ)
+    tokens = embedded.to_tokens(f"{TEXT} The")
+    assert status == 200 and [len(row) for row in reading["shares"]] == list(range(1, tokens.shape[1] + 1))
+    assert all(sum(row) == pytest.approx(1, abs=2e-3) for row in reading["shares"])
     sae: Any = SAE.load_from_disk(folder)
     _, cache = embedded.run_with_cache(tokens, names_filter=[sae.cfg.metadata.hook_name])
     active = sae.encode(cache[sae.cfg.metadata.hook_name][0]).detach()
-    expected = [pytest.approx({i: float(x) for i, x in enumerate(row) if x > 0}, rel=1e-3) for row in active]
+    expected = [pytest.approx({f"atom {i}": float(x) for i, x in enumerate(row) if x > 0}, rel=1e-3) for row in active]
     assert [dict(shown) for shown in reading["atoms"]] == expected
-    other = ask(server, "POST", "/read", {"text": text, "layer": LAYER, "head": HEAD - 1})[1]
+    other = ask(server, "POST", "/head", READ | {"head": HEAD - 1})[1]
     assert other["atoms"] is None and other["shares"] != reading["shares"]
 
 
+UNCHANGED: dict[str, Any] = {"spans": [], "facts": []}
+
+
+def likeliest(model: HookedRecurrent, memory: Memory, question: str) -> list[tuple[str, Any]]:
+    """The five likeliest next tokens, as the page shows them."""
+    top = model.logits_after(memory, question)[0, -1].softmax(-1).topk(5)
+    texts = [str(model.to_string([token])).replace(" ", "·") for token in top.indices.tolist()]
+    return [(text, pytest.approx(float(chance), rel=1e-3)) for text, chance in zip(texts, top.values)]
+
+
+def shown(found: Any, number: int) -> list[tuple[str, float]]:
+    return [tuple(row) for row in found["answers"][number]["likeliest"]]
+
+
+def test_phrases_are_cut_and_replaced_as_the_library_does(speaker: PromptServer) -> None:
+    text, question = default_prompt("facts-english-rwkv7")
+    asked = {"text": text, "question": question} | UNCHANGED
+    model = speaker.model
+    memory = model.memory(text)
+    status, found = ask(speaker, "POST", "/memory", asked)
+    assert status == 200 and found["kl"] == 0 and found["answers"][0] == found["answers"][1]
+    assert shown(found, 0) == likeliest(model, memory, f" {question}") and found["answers"][0]["said"] == "Vienna."
+    # Six sentences: the one whose city is the answer overwrote another one. The model's own first token is in none.
+    spans = [tuple(row[:2]) for row in found["sentences"]]
+    assert spans[0][0] == found["first"] == 1 and [row[4] for row in found["sentences"]] == [False] * 4 + [True, False]
+    told, suspect = spans[1], spans[4]
+    for changes, changed in (
+        ([[*suspect, None]], memory.without(suspect)),
+        ([[*told, None], [*suspect, None]], memory.without(suspect).without(told)),
+        (
+            [[*told, None], [*suspect, "The home of Clara is Rome."]],
+            memory.without(told).told(
+                " The home of Clara is Rome.", instead_of=memory.tokens[0, slice(*suspect)].tolist()
+            ),
+        ),
+    ):
+        found = ask(speaker, "POST", "/memory", asked | {"spans": changes})[1]
+        assert shown(found, 1) == likeliest(model, changed, f" {question}")
+    said = model.to_tokens(f" {question} Vienna.", prepend_bos=False)
+    p, q = (model.logits_after(each, said)[0, -3:-1].double().log_softmax(-1) for each in (memory, changed))
+    assert found["kl"] == pytest.approx(float((p.exp() * (p - q)).sum()), rel=1e-3)
+
+
+def test_scores_are_those_of_the_reader(speaker: PromptServer) -> None:
+    """Of a phrase that is cut, the certificate's."""
+    text, question = default_prompt("facts-english")
+    memory = speaker.model.memory(text)
+    span = memory.suspects(f" {question}")[0].span
+    asked = {"text": text, "question": question, "facts": [], "spans": [[*span, None]], "phrases": [span], "back": True}
+    status, found = ask(speaker, "POST", "/reader", asked)
+    certificate = speaker.reader().forgot(memory, span)
+    assert status == 200 and found["scores"] == [[pytest.approx(each.score, rel=1e-3) for each in certificate]]
+    assert len(found["back"]) == 4 and any(each["span"] for each in found["back"])
+
+
 @torch.no_grad()
-def test_facts_are_those_of_the_state_at_each_token(embedded: HookedRecurrent, tmp_path: Path) -> None:
-    """By a dictionary of the first singular vectors of these states."""
-    text = "The war between the States was over."
-    states = embedded.recurrence(embedded.to_tokens(text, prepend_bos=False), LAYER).states()[0, :, HEAD]
-    shape = embedded.cfg.layer(LAYER)
-    hook = f"blocks.{LAYER}.mixer.heads.{HEAD}.hook_state_vec"
-    metadata = SAEMetadata(hook_name=hook, model_name="embedded")
-    sizes: dict[str, Any] = {"d_in": shape.K * shape.V, "d_k": shape.K, "d_sae": 64, "encoder": "pursuit"}
-    sae = WriteProductSAE(WriteProductSAEConfig(**sizes, metadata=metadata))
-    left, _, right = torch.linalg.svd(states[-8:])
-    sae.key_atoms.copy_(left[..., 0])
-    sae.value_atoms.copy_(right[:, 0])
-    words = {"words": [f"<b>{atom}" for atom in range(8)], "correlations": [1.0] * 8, "sizes": [1e-3] * 8}
-    sae.cfg.metadata.labels = {"keys": words, "values": words}
-    sae.save_model(tmp_path / "sae")
-    with PromptServer(Prompt(sae=tmp_path / "sae", port=0)) as server:
-        reading: Any = server.read(text, LAYER, HEAD)
-        other: Any = server.read(text, LAYER, HEAD - 1)
-        picture = str(server.explain(text, "", "", 390)["svg"])
-        assert server.graph is not None and (server.graph.edges.port == "part").any() and "<b>" not in picture
-    for fired in reading["atoms"]:
-        strengths = [abs(value) for _, value in fired]
-        assert strengths == sorted(strengths, reverse=True)
-    assert any(value < 0 for _, value in reading["atoms"][-1])
-    wanted = [[f"{fact.key} → {fact.value}" for fact in facts] for facts in read_memory(states, sae)]
-    assert [[name for name, _ in shown] for shown in reading["facts"]] == wanted and any(wanted)
-    assert other["facts"] is None
+def test_facts_that_ship_with_a_model_are_changed() -> None:
+    text, question = default_prompt("facts")
+    asked = {"text": text, "question": question}
+    with PromptServer(Prompt(model="facts", port=0)) as server:
+        prompt = server.prompted(**asked)
+        before: Any = server.remember(prompt, Changes([], []))
+        changed: Any = server.remember(prompt, Changes([], [("Mia lives in", "Quito", "Paris")]))
+        cut: Any = server.remember(prompt, Changes([], [("Mia lives in", "Quito", None)]))
+        assert unknown_words(server.model, "Mia lives in Zork .") == ["Zork"]
+        assert server.explain(prompt, "", "", 390)["labels"]
+    (fact,) = [row for row in before["facts"] if row[0] == "Mia lives in"]
+    wanted = server.model.memory(text).facts(server.pairs)
+    assert [row[1] for row in before["facts"]] == [each.value for each in wanted] and fact[1] == "Quito"
+    assert [found["answers"][1]["said"] for found in (before, changed)] == ["Quito.", "Paris."]
+    assert cut["answers"][1]["said"] != "Quito." and cut["kl"] > 1
 
 
-def test_why_a_token_is_drawn_and_a_write_is_taken_apart(server: PromptServer) -> None:
-    asked = {"text": "The Secretary of the Treasury and the Secretary of the", "against": "", "width": 390}
-    assert ask(server, "POST", "/write", {"layer": 4, "head": 0, "position": 3})[0] == 400  # nothing was explained
+def test_why_a_token_is_drawn_and_nodes_are_taken_apart_kept_and_deleted(server: PromptServer) -> None:
+    asked = {
+        "text": "The Secretary of the Treasury and the",
+        "question": "Secretary of the",
+        "against": "",
+        "width": 390,
+    }
+    assert ask(server, "POST", "/node", {"node": "L4H0@3"})[0] == 400  # nothing was explained
     status, why = ask(server, "POST", "/explain", asked | {"target": " Treasury"})
     assert status == 200 and why["svg"].startswith("<svg") and "writes measured" in why["said"]
-    name = re.search(r'data-node="L(\d+)H(\d+)@(\d+)"', why["svg"])
-    assert name is not None
-    place = dict(zip(("layer", "head", "position"), map(int, name.groups())))
-    status, ports = ask(server, "POST", "/write", place)
+    write, mlp = (
+        re.findall(form, why["svg"])[0] for form in (r'data-node="(L\d+H\d+@\d+)"', r'data-node="(MLP[^"]+)"')
+    )
+    status, ports = ask(server, "POST", "/node", {"node": write})
     assert status == 200 and {"value", "key", "query", "gate"} == ports.keys()
     assert all(len(row) == 3 for rows in ports.values() for row in rows)
-    for wrong in ({"target": "two tokens of"}, {"target": " Treasury", "text": ""}):
-        status, said = ask(server, "POST", "/explain", asked | wrong)
+    assert ask(server, "POST", "/node", {"node": mlp})[1].keys() == {"input"}
+    graph = server.explained()
+    for kept, answer in ((True, graph.keep([write, mlp])), (False, graph.without([write, mlp]))):
+        status, found = ask(server, "POST", "/set", {"nodes": [write, mlp], "kept": kept})
+        assert status == 200 and (found["token"], found["same"]) == (answer.token, answer.same)
+        assert found["metric"] == pytest.approx(answer.metric) and found["whole"] == graph.metadata["metric"]
+    for path, wrong in (
+        ("/explain", asked | {"target": "two tokens of"}),
+        ("/explain", asked | {"target": " Treasury", "text": ""}),
+        ("/node", {"node": "L9H9@9"}),
+        ("/set", {"nodes": [], "kept": True}),
+    ):
+        status, said = ask(server, "POST", path, wrong)
         assert status == 400 and "expected" in said["error"]
 
 
@@ -130,27 +184,26 @@ def test_the_page_opens_at_the_head_of_the_first_dictionary(embedded: HookedRecu
     assert f'data-first="{HEAD}"' in page
 
 
-READ: dict[str, Any] = {"text": "war", "layer": LAYER, "head": 0}
-
-
 @pytest.mark.parametrize(
     ("status", "method", "path", "body", "headers"),
     [
-        (200, "POST", "/read", READ, {"Origin": "http://localhost:PORT"}),
+        (200, "POST", "/head", READ, {"Origin": "http://localhost:PORT"}),
         (200, "GET", "/", None, {"Host": "localhost:PORT"}),
         (403, "GET", "/", None, {"Host": "evil.example"}),
-        (403, "POST", "/read", READ, {"Host": "evil.example:PORT"}),
-        (403, "POST", "/read", READ, {"Origin": "http://evil.example"}),
-        (403, "POST", "/read", READ, {"Origin": "null"}),
+        (403, "POST", "/head", READ, {"Host": "evil.example:PORT"}),
+        (403, "POST", "/head", READ, {"Origin": "http://evil.example"}),
+        (403, "POST", "/head", READ, {"Origin": "null"}),
         (404, "GET", "/../prompt.py", None, {}),
         (404, "POST", "/", READ, {}),
-        (400, "POST", "/read", {"text": "war"}, {}),
-        (400, "POST", "/read", ["war"], {}),
-        (400, "POST", "/read", READ | {"layer": 99}, {}),
-        (400, "POST", "/read", READ | {"head": 99}, {}),
-        (400, "POST", "/read", READ | {"head": float("inf")}, {}),
-        (400, "POST", "/read", READ | {"text": ""}, {}),
-        (400, "POST", "/read", READ | {"text": "war " * (MAX_TOKENS + 1)}, {}),
+        (400, "POST", "/head", {"text": "war", "question": "The"}, {}),
+        (400, "POST", "/head", ["war"], {}),
+        (400, "POST", "/memory", READ | {"spans": [[1, 2, 3]], "facts": []}, {}),
+        (400, "POST", "/memory", READ | {"spans": [[5, 99, None]], "facts": []}, {}),
+        (400, "POST", "/head", READ | {"layer": 99}, {}),
+        (400, "POST", "/head", READ | {"head": 99}, {}),
+        (400, "POST", "/head", READ | {"head": float("inf")}, {}),
+        (400, "POST", "/head", READ | {"text": ""}, {}),
+        (400, "POST", "/head", READ | {"text": "war " * (MAX_TOKENS + 1)}, {}),
     ],
 )
 def test_other_sites_and_other_requests_are_refused(
@@ -167,7 +220,7 @@ def test_the_length_that_a_request_claims_is_no_order(server: PromptServer, leng
     """It is refused at once: nothing is reserved for it, and nobody waits for the rest."""
     with socket.create_connection(("127.0.0.1", server.server_address[1]), timeout=10) as connection:
         host = f"127.0.0.1:{server.server_address[1]}"
-        connection.sendall(f"POST /read HTTP/1.1\r\nHost: {host}\r\nContent-Length: {length}\r\n\r\n{{".encode())
+        connection.sendall(f"POST /head HTTP/1.1\r\nHost: {host}\r\nContent-Length: {length}\r\n\r\n{{".encode())
         said = connection.makefile("rb").read().decode()
     assert " 400 " in said.splitlines()[0] and f"got {length}" in said
 

@@ -1,82 +1,41 @@
 // Text of the page is set as text (textContent, title), never as markup.
-const form = document.querySelector("form");
-const part = (id) => document.getElementById(id);
-let reading = null, at = 0;
+const part = (id) => document.getElementById(id), form = part("prompt");
+let memory = null, changes = [], at = 0, marked = null, hasReader = false, back = null, reading = null, labels = {}, chosen = "", pinned = new Set();
 
-function element(tag, text, title, shade, low) {
+function element(tag, text, title) {
   const made = document.createElement(tag);
   made.textContent = text;
   if (title) made.title = title;
-  if (shade > 0) made.style.background = `color-mix(in srgb, var(${low ? "--rival" : "--atom"}) ${Math.min(100, Math.round(70 * shade))}%, transparent)`;
+  return made;
+}
+
+function button(text, act, name) {
+  const made = element("button", text);
+  made.type = "button";
+  if (name) made.setAttribute("aria-label", name);
+  made.addEventListener("click", act);
   return made;
 }
 
 function meter(list, rows) {
   const most = Math.max(1e-12, ...rows.map((row) => Math.abs(row.value)));
-  list.replaceChildren(...rows.map(({ name, value, shown, go, chosen }) => {
-    const item = document.createElement("li"), label = element(go ? "button" : "span", name);
+  list.replaceChildren(...rows.map(({ name, value, shown, go }) => {
+    const item = document.createElement("li"), label = go ? button(name, go) : element("span", name);
     item.style.setProperty("--size", `${Math.round((100 * Math.abs(value)) / most)}%`);
     item.classList.toggle("low", value < 0);
-    label.className = "tok";
-    if (go) label.addEventListener("click", go);
-    if (chosen) label.setAttribute("aria-current", "true");
+    label.classList.add("tok");
+    label.title = name;
     item.append(label, element("span", shown));
     return item;
   }));
 }
 
-function fillHeads() {
-  const n = Number(form.elements.layer.selectedOptions[0].dataset.heads), first = Math.min(Number(form.elements.head.dataset.first), n - 1);
-  form.elements.head.replaceChildren(...Array.from({ length: n }, (_, head) => new Option(head, head, head === first, head === first)));
-}
-
-function choose(token) {
-  at = token;
-  const { tokens, shares, held, atoms, facts, writes } = reading, row = (form.elements.shade.value === "held" ? held : shares)[at];
-  const most = Math.max(1e-12, ...row.map(Math.abs)), percent = (x) => `${(100 * x).toFixed(1)}%`;
-  part("text").replaceChildren(...tokens.map((piece, s) => {
-    const share = s < row.length ? row[s] : 0;
-    const shown = element("button", piece, `${s}: ${s < row.length ? percent(share) : "later"}`, Math.abs(share) / most, share < 0);
-    if (s === at) shown.setAttribute("aria-current", "true");
-    shown.addEventListener("click", () => choose(s));
-    return shown;
-  }));
-  for (const [list, values] of [["sources", shares[at]], ["holdings", held[at]]]) {
-    const order = values.map((value, s) => ({ name: `${s} ${tokens[s]}`, value, shown: percent(value), go: () => choose(s) }));
-    meter(part(list), order.sort((a, b) => Math.abs(b.value) - Math.abs(a.value)).slice(0, 10));
-  }
-  part("reads").textContent = `The largest shares of what the head reads at token ${at}, ${tokens[at]}.`;
-  part("holds").textContent = `The largest shares of the state after token ${at}, ${tokens[at]}.`;
-  const known = facts ? facts[at] : [], before = new Set(facts && at ? facts[at - 1].map(([name]) => name) : []), now = new Set(known.map(([name]) => name));
-  part("known").textContent = !facts ? "No dictionary of pairs of this head's states is loaded." : known.length ? `Pairs of a key and a value in the state after token ${at}, as shares of its norm.` : "No pair stands out here.";
-  meter(part("facts"), known.map(([name, value]) => ({ name, value, shown: String(value) })));
-  const came = [...now].filter((name) => !before.has(name)), left = [...before].filter((name) => !now.has(name));
-  part("changed").textContent = [came.length ? `New here: ${came.join(", ")}.` : "", left.length ? `No longer here: ${left.join(", ")}.` : ""].join(" ").trim();
-  const here = atoms ? atoms[at] : [];
-  part("none").textContent = atoms ? (here.length ? "" : "No atom fires here.") : "No dictionary of this head is loaded.";
-  meter(part("atoms"), here.slice(0, 20).map(([atom, value]) => ({ name: `atom ${atom}`, value, shown: String(value) })));
-  const head = Number(form.elements.head.value);
-  [...part("grid").rows].forEach((row, h) => [...row.cells].forEach((cell, t) => cell.toggleAttribute("aria-current", h === head && t === at + 1)));
-  meter(part("heads"), writes.map((sizes, h) => ({ name: `head ${h}`, value: sizes[at], shown: String(sizes[at]), go: () => goTo(h, at), chosen: h === head })));
-}
-
-function goTo(head, token) {
-  if (head === Number(form.elements.head.value)) return choose(token);
-  form.elements.head.value = head;
-  read(token);
-}
-
-function grid() {
-  part("grid").replaceChildren(...reading.writes.map((sizes, head) => {
-    const row = document.createElement("tr"), most = Math.max(1e-12, ...sizes);
-    row.append(element("th", head), ...sizes.map((size, t) => {
-      const cell = element("td", "", `head ${head}, token ${t} ${reading.tokens[t]}: ${size}`, size / most);
-      cell.addEventListener("click", () => goTo(head, t));
-      return cell;
-    }));
-    return row;
-  }));
-}
+const percent = (x) => `${(100 * x).toFixed(1)}%`, signed = (x) => (x > 0 ? "+" : "") + x;
+const prompt = () => ({ text: form.elements.text.value, question: form.elements.question.value });
+const changed = () => ({
+  spans: changes.filter((each) => each.isSpan && each.now !== undefined).map(({ start, stop, now }) => [start, stop, now]),
+  facts: changes.filter((each) => !each.isSpan && each.now !== undefined).map(({ key, value, now }) => [key, value, now]),
+});
 
 async function post(path, asked) {
   const answer = await fetch(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(asked) });
@@ -85,70 +44,257 @@ async function post(path, asked) {
   return given;
 }
 
+let last = Promise.resolve(); // one thing at a time, in the order of clicks
+
+function during(place, words, work) { // what runs is said, and so is an error
+  const run = async () => {
+    part(place).textContent = words;
+    part("result").setAttribute("aria-busy", "true");
+    try {
+      part(place).textContent = (await work()) ?? "";
+      return true;
+    } catch (error) {
+      part(place).textContent = error.message;
+      return false;
+    } finally {
+      part("result").removeAttribute("aria-busy");
+    }
+  };
+  return (last = last.then(run));
+}
+
+// ---- the memory
+
+async function readText() {
+  const unknown = await post("/unknown", prompt()).catch(() => []), { text, question } = prompt();
+  part("unknown").hidden = !unknown.length;
+  part("unknown").replaceChildren("The tokenizer does not know the words that are marked: ", ...`${text} ${question}`.split(/(\s+)/).map((word) => element(unknown.includes(word) ? "mark" : "span", word)));
+  const done = await during("said", "reading", async () => {
+    memory = await post("/memory", { ...prompt(), spans: [], facts: [] });
+    changes = [...memory.facts.map(([key, value, size]) => ({ key, value, text: `${key} → ${value}`, said: `Strength ${size}.` })), ...memory.sentences.map(sentence)];
+    [marked, back, reading, at, pinned, chosen] = [null, null, null, memory.tokens.length - 1, new Set(), ""];
+    for (const id of ["picture", "chosen", "set", "back"]) part(id).hidden = true;
+    for (const id of ["answer", "reader-said", "set-said", "checked"]) part(id).textContent = "";
+    show();
+    return `${memory.stop} tokens of text, ${memory.tokens.length - memory.stop} of the question`;
+  });
+  part("result").hidden = !done;
+  if (done) readHead();
+}
+
+function phrase(start, stop) { // tokens of whole words have no spaces
+  const { tokens } = memory, between = tokens.some((piece) => piece.startsWith("·")) ? "" : " ";
+  return tokens.slice(start, stop).join(between).replaceAll("·", " ").trim();
+}
+
+function sentence([start, stop, answer, probability, flagged]) {
+  const said = `Without it the model says “${answer}” (${percent(probability)})`;
+  return { isSpan: true, start, stop, text: phrase(start, stop), flagged, said: flagged ? `${said}: this sentence overwrote another answer.` : `${said}.` };
+}
+
+async function change(item, now) {
+  const before = item.now, other = changes.find((each) => each !== item && each.isSpan && each.now !== undefined && item.start < each.stop && each.start < item.stop);
+  if (other && now !== undefined) { part("said").textContent = `“${item.text}” shares tokens with “${other.text}”, which is changed: restore that first.`; return; }
+  await during("said", "changing the memory", async () => {
+    item.now = now;
+    try {
+      memory = { ...memory, ...(await post("/memory", { ...prompt(), ...changed() })) };
+    } catch (error) {
+      item.now = before;
+      throw error;
+    }
+    part("back").hidden = true; // of the memory before
+    show();
+    item.row?.querySelector("button").focus();
+    const [was, is] = memory.answers.map(({ said }) => `“${said}”`);
+    return was === is ? `The model still says ${is}.` : `The model now says ${is}; it said ${was}.`;
+  });
+  if (hasReader) await askReader(false);
+}
+
+function show() {
+  const isChanged = changes.some((each) => each.now !== undefined);
+  ["before", "after"].forEach((name, n) => {
+    const { said, likeliest } = memory.answers[n];
+    part(name).textContent = said;
+    meter(part(`${name}-tokens`), likeliest.map(([text, value]) => ({ name: text, value, shown: percent(value) })));
+  });
+  part("kl").replaceChildren(...(isChanged ? ["KL divergence of the next sentence: ", element("b", memory.kl.toFixed(3)), " nats."] : ["Nothing is changed yet."]));
+  part("notes").textContent = memory.notes.join(" ");
+  part("restore").hidden = !isChanged;
+  part("acts").replaceChildren(...changes.map(row));
+  showText();
+}
+
+function row(item) {
+  const made = document.createElement("li"), field = document.createElement("input"), { now, text, scores } = item;
+  const words = now ? `${text} ⟶ ${now}` : text;
+  field.value = item.isSpan ? text : item.value;
+  field.setAttribute("aria-label", `What replaces ${text}`);
+  field.addEventListener("keydown", (event) => { if (event.key === "Enter") change(item, field.value); });
+  item.row = made;
+  made.className = now === null ? "cut" : item.flagged ? "flagged" : "";
+  made.append(element("span", words), now === undefined ? button("Cut", () => change(item, null), `Cut ${text}`) : button("Restore", () => change(item, undefined), `Restore ${text}`));
+  made.firstChild.className = "what";
+  if (now === undefined) made.append(field, button("Replace", () => change(item, field.value), `Replace ${text}`));
+  const score = scores ? ` Reader: read ${scores[0].toFixed(2)}, now ${scores[1].toFixed(2)}, never read ${scores[2].toFixed(2)}.` : "";
+  made.append(element("small", `${item.said ?? ""}${score}`));
+  return made;
+}
+
+function showText() {
+  const { tokens, stop, first } = memory, row = reading ? reading.shares[at] : [], most = Math.max(1e-12, ...row.map(Math.abs));
+  part("text").replaceChildren(...tokens.map((piece, s) => {
+    const share = row[s] ?? 0, shown = button(piece, () => chooseToken(s));
+    shown.title = `${s}${s < row.length ? `: ${percent(share)} of the read` : ""}`;
+    if (share) shown.style.background = `color-mix(in srgb, var(${share < 0 ? "--rival" : "--atom"}) ${Math.min(100, Math.round((70 * Math.abs(share)) / most))}%, transparent)`;
+    if (s === at) shown.setAttribute("aria-current", "true");
+    if (s >= stop || s < first) shown.classList.add("asked");
+    if (marked && s >= marked[0] && s < marked[1]) shown.classList.add("marked");
+    const item = changes.find((each) => each.isSpan && each.now !== undefined && s >= each.start && s < each.stop);
+    if (item) shown.classList.add(item.now === null ? "cut" : "told");
+    return shown;
+  }));
+  part("take").hidden = !marked;
+}
+
+function chooseToken(s) {
+  at = s;
+  const { stop, first } = memory, open = marked && marked[1] - marked[0] === 1 && marked[0] !== s;
+  if (s >= first && s < stop) marked = open ? [Math.min(marked[0], s), Math.max(marked[0], s) + 1] : [s, s + 1];
+  showText();
+  showHead();
+}
+
+function take([start, stop]) {
+  if (!changes.some((each) => each.isSpan && each.start === start && each.stop === stop)) changes.unshift({ isSpan: true, start, stop, text: phrase(start, stop) });
+  marked = null;
+  show();
+}
+
+async function askReader(isBack) {
+  const phrases = changes.filter((each) => each.isSpan), asked = { ...prompt(), phrases: phrases.map(({ start, stop }) => [start, stop]), back: isBack };
+  await during("reader-said", hasReader ? "reading the memory" : "fitting a reader to text that ships with the package, some seconds", async () => {
+    if (isBack && !back) back = [(await post("/reader", { ...asked, spans: [], facts: [] })).back];
+    const isChanged = changes.some((each) => each.now !== undefined), found = await post("/reader", { ...asked, ...changed(), back: isBack && isChanged });
+    hasReader = true;
+    found.scores.forEach((scores, n) => { phrases[n].scores = scores; });
+    show();
+    if (!isBack) return `Of long phrases the last ${found.longest} tokens are scored.`;
+    back[1] = found.back ?? back[0];
+    part("back").hidden = false;
+    back.forEach((list, n) => meter(part(`back-${n ? "after" : "before"}`), list.map(({ text, score, span }) => ({ name: text, value: score, shown: score.toFixed(2), go: span && (() => take(span)) }))));
+    return "Choose a phrase that is in the text to take it into the list above.";
+  });
+}
+
+// ---- the circuit
+
+function inWords(node) { // "L4H0@13" is "write of L4H0 at “·war” (13)"
+  const [place, kind] = node.split(/ (.*)/), [name, token] = place.split("@");
+  if (!token) return { rest: "all other sources", bias: "biases" }[name] ?? name;
+  const what = { E: "embedding", s: "all sources" }[name[0]] ?? (/^L\d+A/.test(name) ? `softmax head ${name}` : name[0] === "M" ? name : `write of ${name}`);
+  return `${kind ? (kind === "state" ? `state of ${name}` : `${labels[node] ? `atom ${labels[node]}` : kind} of ${name}`) : what} at “${memory.tokens[token]}” (${token})`;
+}
+
 async function explain() {
   const { target, against } = part("ask").elements, box = part("picture");
-  part("answer").textContent = "deleting writes, one run each";
-  part("made").hidden = true;
-  try {
+  await during("answer", "deleting nodes, one run each", async () => {
     const width = Math.min(960, part("result").clientWidth - 36);
-    const { svg, said, target: title } = await post("/explain", { text: form.elements.text.value, target: target.value, against: against.value, width });
-    const drawn = document.importNode(new DOMParser().parseFromString(svg, "image/svg+xml").documentElement, true);
+    box.hidden = true;
+    const found = await post("/explain", { ...prompt(), target: target.value, against: against.value, width });
+    const drawn = document.importNode(new DOMParser().parseFromString(found.svg, "image/svg+xml").documentElement, true);
+    [labels, chosen, pinned] = [found.labels, "", new Set()];
     box.replaceChildren(drawn);
     box.hidden = false;
-    part("answer").textContent = `${title}. ${said}`;
+    part("checked").textContent = found.said;
+    part("set-said").textContent = "";
     for (const node of drawn.querySelectorAll(".node")) {
-      node.addEventListener("click", () => made(node.dataset.node));
-      node.addEventListener("keydown", (event) => { if (event.key === "Enter") made(node.dataset.node); });
+      node.addEventListener("click", () => choose(node.dataset.node));
+      node.addEventListener("keydown", (event) => { if (event.key === "Enter") choose(node.dataset.node); });
     }
-  } catch (error) {
-    box.hidden = true;
-    part("answer").textContent = error.message;
-  }
+    showPins();
+    return `${found.target}.`;
+  });
 }
 
-async function made(name) {
-  const write = /^L(\d+)H(\d+)@(\d+)$/.exec(name);
-  part("made").hidden = !write;
-  if (!write) { part("answer").textContent = `${name} is no write: circles named by a layer and a head are, and have a key, a value, a query and a gate.`; return; }
-  const [layer, head, position] = write.slice(1).map(Number);
-  try {
-    const ports = await post("/write", { layer, head, position });
-    part("answer").textContent = `What made ${name}: effects on the logit of each source; those with ~ are predicted, the others measured.`;
-    for (const port of ["value", "key", "query", "gate"]) {
-      meter(part(port), (ports[port] ?? []).map(([source, value, measured]) => ({ name: source, value, shown: (measured ? "" : "~") + value })));
-    }
-  } catch (error) {
-    part("made").hidden = true;
-    part("answer").textContent = error.message;
-  }
+async function choose(name) {
+  await during("answer", "running the model without each source", async () => {
+    const ports = await post("/node", { node: name }), cards = Object.entries(ports).map(([port, rows]) => {
+      const card = element("section", ""), list = element("ul", "");
+      [card.className, list.className, list.id] = ["card", "meter", `port-${port}`];
+      meter(list, rows.map(([source, value, measured]) => ({ name: inWords(source), value, shown: (measured ? "" : "~") + signed(value) })));
+      card.append(element("h3", port[0].toUpperCase() + port.slice(1)), list);
+      return card;
+    });
+    chosen = name;
+    part("made").replaceChildren(...cards);
+    showPins();
+    return cards.length ? `What made the ${inWords(name)}: the effect of each source on the answer. Those with ~ are predicted, the others measured.` : `Nothing is known of what made the ${inWords(name)}: it is an input, or not among the largest nodes.`;
+  });
 }
 
-async function read(token) {
-  const { text, layer, head } = form.elements;
-  part("said").textContent = "reading";
-  try {
-    reading = await post("/read", { text: text.value, layer: Number(layer.value), head: Number(head.value) });
-    part("said").textContent = `${reading.tokens.length} tokens`;
-    part("result").hidden = false;
-    grid();
-    choose(Math.min(token ?? Infinity, reading.tokens.length - 1));
-  } catch (error) {
-    part("result").hidden = true;
-    part("said").textContent = error.message;
-  }
+function showPins() {
+  part("chosen").hidden = !chosen;
+  part("set").hidden = !pinned.size;
+  part("node").textContent = chosen && inWords(chosen);
+  part("pin").hidden = chosen.includes(" "); // a part of a node: there is no run without it
+  part("pin").textContent = pinned.has(chosen) ? "Unpin" : "Pin";
+  part("pinned").replaceChildren(...[...pinned].map((name) => {
+    const item = element("li", "");
+    item.append(element("span", inWords(name)), button("Unpin", () => togglePin(name), `Unpin ${inWords(name)}`));
+    item.firstChild.className = "what";
+    return item;
+  }));
+  for (const node of part("picture").querySelectorAll(".node")) node.classList.toggle("pinned", pinned.has(node.dataset.node));
 }
 
-const moves = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
-part("grid").addEventListener("keydown", (event) => {
-  const [down, right] = moves[event.key] ?? [0, 0], head = Number(form.elements.head.value) + down, token = at + right;
-  if (!(event.key in moves) || !reading.writes[head] || !reading.tokens[token]) return;
-  event.preventDefault();
-  goTo(head, token);
+function togglePin(name) {
+  if (!pinned.delete(name)) pinned.add(name);
+  part("set-said").textContent = "";
+  showPins();
+}
+
+const runSet = (kept) => during("set-said", "running the model", async () => {
+  const { token, same, metric, whole } = await post("/set", { nodes: [...pinned], kept });
+  const how = kept ? "With these alone, and all nodes of other kinds" : "Without these";
+  return `${how}, the model says “${token.trim()}”${same ? ", as with all nodes" : ", another token than with all nodes"}. The logit difference is ${metric.toFixed(2)}; with all nodes it is ${whole.toFixed(2)}.`;
 });
-form.addEventListener("submit", (event) => { event.preventDefault(); read(); });
+
+// ---- one head
+
+function fillHeads() {
+  const n = Number(part("layer").selectedOptions[0].dataset.heads), first = Math.min(Number(part("head").dataset.first), n - 1);
+  part("head").replaceChildren(...Array.from({ length: n }, (_, head) => new Option(head, head, head === first, head === first)));
+}
+
+const readHead = () => during("at", "reading", async () => {
+  reading = await post("/head", { ...prompt(), layer: Number(part("layer").value), head: Number(part("head").value) });
+  showText();
+  return showHead();
+});
+
+function showHead() {
+  if (!reading) return "";
+  const { shares, atoms } = reading, { tokens } = memory, here = atoms ? atoms[at] : [];
+  const order = shares[at].map((value, s) => ({ name: `${s} ${tokens[s]}`, value, shown: percent(value), go: () => chooseToken(s) }));
+  meter(part("sources"), order.sort((a, b) => Math.abs(b.value) - Math.abs(a.value)).slice(0, 10));
+  part("none").textContent = atoms ? (here.length ? "" : "No atom fires here.") : "No dictionary of this head is loaded.";
+  meter(part("atoms"), here.slice(0, 20).map(([name, value]) => ({ name, value, shown: String(value) })));
+  return (part("at").textContent = `at token ${at}, ${tokens[at]}`);
+}
+
+form.addEventListener("submit", (event) => { event.preventDefault(); readText(); });
 part("ask").addEventListener("submit", (event) => { event.preventDefault(); explain(); });
-form.elements.layer.addEventListener("change", () => { fillHeads(); read(at); });
-form.elements.head.addEventListener("change", () => read(at));
-form.elements.shade.addEventListener("change", () => { if (reading) choose(at); });
+part("take").addEventListener("click", () => take(marked));
+part("restore").addEventListener("click", () => { for (const each of changes) each.now = undefined; change({ isSpan: false }, undefined); });
+part("ask-reader").addEventListener("click", () => askReader(false));
+part("ask-back").addEventListener("click", () => askReader(true));
+part("pin").addEventListener("click", () => togglePin(chosen));
+part("unpin").addEventListener("click", () => { pinned.clear(); showPins(); });
+part("keep").addEventListener("click", () => runSet(true));
+part("delete").addEventListener("click", () => runSet(false));
+part("layer").addEventListener("change", () => { fillHeads(); readHead(); });
+part("head").addEventListener("change", readHead);
 fillHeads();
-read();
+readText();

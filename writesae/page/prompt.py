@@ -1,4 +1,4 @@
-"""The command `writesae prompt`: type a text in a browser; see what heads write and read, and which atoms fire.
+"""The command `writesae prompt`: a page that reads a text, changes what the model remembers of it, and asks why.
 
 The page is served by this process to this machine alone: on 127.0.0.1, to requests that name it as their host and come
 from its own page, so that no other site that is open in the browser can use it (by DNS rebinding, say).
@@ -18,21 +18,23 @@ from typing import cast
 
 import torch
 
-from hookpoints import Graph, Recurrence, attribute, read_memory
-from hookpoints.errors import HookpointsError, PredictionWarning
+from hookpoints import Graph, MemoryReader, Recurrence, attribute, embedded, read_memory, zoo
+from hookpoints.errors import HookpointsError, InputError, PredictionWarning
 from sae_lens_writesae.sae import WriteProductSAE
 from sae_lens_writesae.sae.load import load_sae, model_of
 from sae_lens_writesae.sae.target import HeadHook, check_hook
 from writesae.files import sae_folders
 from writesae.flags import Prompt
-from writesae.head.writes import head_writes
 from writesae.page.atoms.text import TokenTexts, short, visible
+from writesae.page.remembered import Changes, PromptText, default_prompt, unknown_words
 from writesae.page.template import environment
 
 MAX_BYTES = 1_000_000
 """Longest request that is read."""
 MAX_TOKENS = 256
 """Longest text that is read: a page shows a number for each pair of tokens."""
+FITTED = 60_000
+"""Characters of text to which a reader is fitted."""
 _POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'nonce-{nonce}'; connect-src 'self'; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'"
@@ -50,20 +52,6 @@ def read_shares(recurrence: Recurrence) -> torch.Tensor:
     return shares / read.square().sum((1, 2))[:, None].clamp_min(1e-30)
 
 
-def held_shares(recurrence: Recurrence) -> torch.Tensor:
-    """[T,S] of one head on one sequence, S = T: the part of the state after token t that token s wrote, <P_t k_s u_s^T,
-    S_t> / |S_t|^2, where P_t is what the transitions since have made of the key. A row sums to 1. Memory K S (in
-    Mamba-1 K S V) for each of a few tokens."""
-    channels = recurrence.by_channel()
-    values = channels.u[0].double().view(channels.T, channels.H, -1, channels.V).transpose(1, 2).flatten(0, 1)
-    rows = list[torch.Tensor]()
-    for keys, states in zip(channels.by_source().state_blocks(), channels.state_blocks(), strict=True):
-        state = states[0].double()
-        shares = torch.einsum("thks,thkv,shv->ts", keys[0].double(), state, values)
-        rows.append(shares / state.square().sum((1, 2, 3))[:, None].clamp_min(1e-30))
-    return torch.cat(rows).view(channels.T, channels.T, -1).sum(-1)
-
-
 def run_prompt(flags: Prompt) -> None:
     """Serve until interrupted. Raises what `PromptServer` raises."""
     with PromptServer(flags) as server, suppress(KeyboardInterrupt):
@@ -73,10 +61,11 @@ def run_prompt(flags: Prompt) -> None:
 
 class PromptServer(ThreadingHTTPServer):
     """The page of a model, and of dictionaries of its heads if a folder has some: the first of each head, by the names
-    of their folders. Answers on several connections, one of which reads at a time.
+    of their folders. Of a model of the zoo, the dictionary of pairs that ships with it. Answers on several connections,
+    one of which reads at a time.
 
     Raises:
-        ValueError: the folder holds no whole dictionary, or one of another model.
+        ValueError: the folder holds no whole dictionary, or one of another model; the reader belongs to another model.
         OSError: the port is taken; before a model is loaded.
     """
 
@@ -84,7 +73,9 @@ class PromptServer(ThreadingHTTPServer):
     """Connections that wait to be accepted; more are reset."""
 
     def __init__(self, flags: Prompt) -> None:
-        found = [] if flags.sae is None else [load_sae(folder) for folder in reversed(sae_folders(flags.sae))]
+        shipped = zoo.path(flags.model) / "pairs" if flags.model in zoo.names() else None
+        folder = shipped if flags.sae is None and shipped is not None and shipped.is_dir() else flags.sae
+        found = [] if folder is None else [load_sae(each) for each in reversed(sae_folders(folder))]
         self.saes = {HeadHook.of(each).cell: each for each in found}
         self.lock = threading.Lock()
         self.graph: Graph | None = None
@@ -94,108 +85,197 @@ class PromptServer(ThreadingHTTPServer):
             name = flags.model if flags.model or found else "embedded"
             self.model = model_of(found, name, dtype=flags.dtype, other_model=flags.other_model)
             for each in found:
-                check_hook(self.model, HeadHook.of(each).name, each.cfg, f"the SAE in {flags.sae}")
+                check_hook(self.model, HeadHook.of(each).name, each.cfg, f"the SAE in {folder}")
+            self._reader = None if flags.reader is None else MemoryReader.load(flags.reader, self.model)
         except BaseException:
             self.server_close()
             raise
         self.texts = TokenTexts(self.model)
 
-    @torch.no_grad()
-    def _short_tokens(self, text: str) -> torch.Tensor:
-        """[1,T] of a text that has some tokens, and at most `MAX_TOKENS`."""
-        tokens = self.model.to_tokens(text, prepend_bos=False, truncate=False)
-        if not 0 < tokens.shape[1] <= MAX_TOKENS:
-            raise ValueError(f"text: expected 1 to {MAX_TOKENS} tokens, got {tokens.shape[1]}")
-        return tokens
+    @property
+    def pairs(self) -> list[WriteProductSAE]:
+        """Dictionaries that read states as facts."""
+        found = [each for each in self.saes.values() if isinstance(each, WriteProductSAE)]
+        return [each for each in found if HeadHook.of(each).target == "state"]
 
-    def read(self, text: str, layer: int, head: int) -> dict[str, object]:
+    def reader(self) -> MemoryReader:
+        """The one that was given, or else one that is fitted now to text that ships with the package.
+
+        Raises:
+            InputError: the model has no tokens for that text.
+        """
+        if self._reader is None:
+            text = embedded.text("train")[:FITTED]
+            if unknown_words(self.model, text[:100]):
+                raise InputError("reader: expected a model that reads English, or --reader FILE, got neither")
+            self._reader = MemoryReader.fit(self.model, text, context=64, longest=8)
+        return self._reader
+
+    @torch.no_grad()
+    def prompted(self, text: str, question: str) -> PromptText:
+        """A text and a question, read: each of some tokens, and both of at most `MAX_TOKENS`.
+
+        Raises:
+            ValueError: there are no tokens, or more.
+        """
+        tokens = self.model.to_tokens(text, truncate=False)
+        asked = self.model.to_tokens(f" {question.strip()}", prepend_bos=False, truncate=False)
+        total = tokens.shape[1] + asked.shape[1]
+        if not text.strip() or not question.strip() or total > MAX_TOKENS:
+            raise ValueError(f"text, question: expected words of each, at most {MAX_TOKENS} tokens in all, got {total}")
+        return PromptText(self.model, self.texts, self.model.memory(tokens), asked)
+
+    def remember(self, prompt: PromptText, changes: Changes) -> dict[str, object]:
+        """What a memory says before and after changes, as JSON values.
+
+        Returns: `tokens` [T] of text and question, `stop`, the number of those of the text, and `first`, the first that
+        is none of the model's own; `sentences`; `facts`, (key, value, size) before the changes; `answers` and `kl` of
+        `PromptText.answers`; `notes`, warnings about the changes.
+        """
+        with warnings.catch_warnings(record=True) as notes:
+            warnings.simplefilter("always")
+            memory = prompt.changed(changes, self.pairs)
+        facts = prompt.memory.facts(self.pairs) if self.pairs else []
+        return {
+            "tokens": [visible(piece) for piece in self.texts.many(prompt.tokens[0].tolist())],
+            "first": prompt.first,
+            "stop": prompt.memory.T,
+            "sentences": prompt.sentences(),
+            "facts": [(fact.key, fact.value, short(abs(fact.coefficient))) for fact in facts],
+            "notes": [str(note.message) for note in notes],
+            **prompt.answers(memory),
+        }
+
+    def read(self, prompt: PromptText, layer: int, head: int) -> dict[str, object]:
         """What one head of a layer does on a text of T tokens, as JSON values.
 
-        Returns: `tokens` [T]; `writes` [H][T], the size |k_t u_t^T| of each head's write; `shares` [T][S], S = t + 1,
-        of `read_shares`, and `held` likewise of `held_shares`; `atoms` [T], active atoms with their activation,
-        strongest first, None for a head without a dictionary; `facts` [T], pairs of the state, strongest first, None
-        for a head without a dictionary of pairs of states.
+        Returns: `shares` [T][S], S = t + 1, of `read_shares`; `atoms` [T], active atoms with their activation,
+        or the facts of the state for a dictionary of those, strongest first; None for a head without a dictionary.
 
         Cost: one forward up to the layer, a second one for atoms, and T / V times the cost of the head's reads.
 
         Raises:
-            ValueError: the text has no token, or more than `MAX_TOKENS`; the layer or the head does not exist.
+            ValueError: the layer or the head does not exist.
         """
-        tokens = self._short_tokens(text)
+        tokens = prompt.tokens
         atoms = None
         recurrence = self.model.recurrence(tokens, layer)
         if not 0 <= head < recurrence.H:
             raise ValueError(f"head: expected 0 to {recurrence.H - 1} in layer {layer}, got {head}")
-        if (sae := self.saes.get(f"L{layer}H{head}")) is not None:
+        sae = self.saes.get(f"L{layer}H{head}")
+        if sae is not None and sae in self.pairs:
+            held = read_memory(recurrence.states()[0, :, head].float(), cast(WriteProductSAE, sae))
+            atoms = [[(f"{fact.key} → {fact.value}", short(abs(fact.coefficient))) for fact in facts] for facts in held]
+        elif sae is not None:
             hook = HeadHook.of(sae).name
             _, cache = self.model.run_with_cache(tokens, names_filter=[hook], stop_at_layer=layer + 1)
             active = sae.encode(cache[hook][0].to(next(sae.parameters())))
             order = active.abs().argsort(descending=True)  # those of pairs have signs
             rows = zip(order.tolist(), active.gather(1, order).tolist())
-            atoms = [[(atom, short(value)) for atom, value in zip(*row) if value] for row in rows]
-        facts = None
-        if isinstance(sae, WriteProductSAE) and HeadHook.of(sae).target == "state":
-            states = recurrence.states()[0, :, head].float()
-            facts = [
-                [(f"{fact.key} → {fact.value}", short(fact.coefficient)) for fact in held]
-                for held in read_memory(states, sae)
-            ]
-        one = recurrence.select(heads=slice(head, head + 1))
-        found = {"shares": read_shares(one), "held": held_shares(one)}
-        return {
-            "tokens": [visible(piece) for piece in self.texts.many(tokens[0].tolist())],
-            "writes": [[short(n) for n in head_writes(recurrence, h).norm().tolist()] for h in range(recurrence.H)],
-            **{
-                name: [[*map(short, row[: t + 1])] for t, row in enumerate(each.tolist())]
-                for name, each in found.items()
-            },
-            "atoms": atoms,
-            "facts": facts,
-        }
+            atoms = [[(f"atom {atom}", short(value)) for atom, value in zip(*row) if value] for row in rows]
+        shares = read_shares(recurrence.select(heads=slice(head, head + 1))).tolist()
+        rows = [[*map(short, row[: t + 1])] for t, row in enumerate(shares)]
+        return {"shares": rows, "atoms": atoms}
 
-    def explain(self, text: str, target: str, against: str, width: int) -> dict[str, object]:
-        """Why the model says a token after a text: the picture of an attribution graph.
+    def explain(self, prompt: PromptText, target: str, against: str, width: int) -> dict[str, object]:
+        """Why the model says a token after a question: the picture of an attribution graph.
 
         Args:
             target, against: the token, and that whose logit is taken off; empty for the most likely one, and the mean.
             width: of the picture, in pixels.
 
-        Returns: `svg`; `said`, how far predictions hold; `target`.
+        Returns: `svg`; `said`, how far predictions hold; `target`; `names`, the nodes of the picture in words.
 
         Raises:
-            ValueError: the text has no token or more than `MAX_TOKENS`, or a target is not one token.
+            ValueError: a target is not one token.
         """
-        tokens = self._short_tokens(text)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PredictionWarning)  # the numbers are shown
             wanted = [target] if target else None
-            graph = attribute(tokens, self.model, wanted, against or None, saes=list(self.saes.values()))
-            said = str(graph.check()) if tokens.shape[1] > 1 else ""
+            graph = attribute(prompt.tokens, self.model, wanted, against or None, saes=list(self.saes.values()))
+            said = str(graph.check()) if prompt.tokens.shape[1] > 1 else ""
         self.graph = graph
         picture = graph.draw(width=min(max(width, 320), 1200))
-        return {"svg": picture, "said": said, "target": graph.metadata["title"]}
+        return {"svg": picture, "said": said, "target": graph.metadata["title"], "labels": graph.metadata["labels"]}
 
-    def made_of(self, layer: int, head: int, position: int) -> dict[str, list[list[object]]]:
-        """What made a write of the text that was explained last, and the query of its last token: for each port the
-        largest sources, with their effect and whether it was measured.
+    def explained(self) -> Graph:
+        """The graph of the text that was explained last.
 
         Raises:
-            ValueError: no text was explained, or there is no such write.
+            ValueError: there is none.
         """
         if self.graph is None:
             raise ValueError("no text was explained yet: ask why first")
-        last = len(cast("list[str]", self.graph.metadata["tokens"])) - 1
-        table = self.graph.why(layer, head, read=last, source=position)
-        ports: dict[str, list[list[object]]] = {}
-        for row in table[table.source != "bias"].to_dict("records"):
-            is_measured = row["measured"] == row["measured"]
-            effect = short(row["measured"] if is_measured else row["predicted"])
-            ports.setdefault(row["port"], []).append([row["source"], effect, is_measured])
-        return {port: rows[:8] for port, rows in ports.items()}
+        return self.graph
+
+    def made_of(self, node: str) -> dict[str, list[tuple[str, float, bool]]]:
+        """What made a node of the text that was explained last: for each port the largest sources, with their effect
+        and whether it was measured. Of a write also what made the query of the last token.
+
+        Raises:
+            ValueError: no text was explained, or there is no such node.
+        """
+        graph = self.explained()
+        named = graph.nodes[graph.nodes.node_id == node]
+        if not len(named):
+            raise ValueError(f"node: expected one of the picture, got {node!r}")
+        row = named.iloc[0]
+        table = graph.edges[graph.edges.target == node]
+        if row.feature_type == "write":
+            last = len(cast("list[str]", graph.metadata["tokens"])) - 1
+            table = graph.why(int(row.layer), int(row["head"]), read=last, source=int(row.position))
+        ports: dict[str, list[tuple[str, float, bool]]] = {}
+        for edge in table[table.source != "bias"].to_dict("records"):
+            is_measured = edge["measured"] == edge["measured"]
+            effect = short(edge["measured"] if is_measured else edge["predicted"])
+            ports.setdefault(edge["port"], []).append((edge["source"], effect, is_measured))
+        return {port: edges[:8] for port, edges in ports.items()}
+
+    def answer_with(self, nodes: list[str], is_kept: bool) -> dict[str, object]:
+        """The answer of a run with some nodes alone, or of one without them.
+
+        Raises:
+            InputError: what `Graph.keep` and `Graph.without` raise.
+        """
+        graph = self.explained()
+        answer = graph.keep(nodes) if is_kept else graph.without(nodes)
+        return {**answer._asdict(), "whole": graph.metadata["metric"]}
+
+
+_REFUSED = (AttributeError, HookpointsError, KeyError, OverflowError, RecursionError, TypeError, ValueError)
+"""What a request of a stranger may raise."""
+_REQUESTS = ("/unknown", "/memory", "/reader", "/head", "/explain", "/node", "/set")
+"""What the page may ask for."""
+
+
+def _page_answer(server: PromptServer, path: str, body: bytes) -> object:
+    """What the page gets for the JSON that it sends."""
+    asked = json.loads(body)
+    match path:
+        case "/node":
+            return server.made_of(str(asked["node"]))
+        case "/set":
+            return server.answer_with([*map(str, asked["nodes"])], bool(asked["kept"]))
+        case "/unknown":
+            return unknown_words(server.model, f"{asked['text']} {asked['question']}")
+    prompt = server.prompted(str(asked["text"]), str(asked["question"]))
+    match path:
+        case "/head":
+            return server.read(prompt, int(asked["layer"]), int(asked["head"]))
+        case "/explain":
+            return server.explain(prompt, str(asked["target"]), str(asked["against"]), int(asked["width"]))
+    changes = Changes(asked["spans"], asked["facts"])
+    if path == "/memory":
+        return server.remember(prompt, changes)
+    reader = server.reader()
+    memory = prompt.changed(changes, server.pairs)
+    back = prompt.read_back(reader, memory) if asked["back"] else None
+    scores = prompt.scores(reader, memory, asked["phrases"])
+    return {"scores": scores, "back": back, "longest": reader.fitted.longest}
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """`GET /` is the page, `POST /read`, `/explain` and `/write` what it asks for; everything else is refused."""
+    """`GET /` is the page, `POST` to `_REQUESTS` what it asks for; everything else is refused."""
 
     server: PromptServer  # type: ignore[assignment]
     timeout = 60
@@ -203,23 +283,18 @@ class _Handler(BaseHTTPRequestHandler):
     def page(self, nonce: str) -> str:
         cfg = self.server.model.cfg
         hooks = [HeadHook.of(sae) for sae in reversed(self.server.saes.values())]
+        text, question = default_prompt(cfg.model_name)
         shown = {"model": cfg.model_name, "heads": {layer: cfg.layer(layer).H for layer in cfg.recurrent_layers}}
-        return environment().get_template("prompt.html").render(shown, hooks=hooks, nonce=nonce, most=MAX_TOKENS)
+        shown |= {"hooks": hooks, "text": text, "question": question}
+        return environment().get_template("prompt.html").render(shown, nonce=nonce, most=MAX_TOKENS)
 
     def reading(self, _: str) -> str:
         length = int(self.headers["Content-Length"])
         if not 0 <= length <= MAX_BYTES:
             raise ValueError(f"request: expected 0 to {MAX_BYTES} bytes, got {length}; send a shorter text")
-        asked = json.loads(self.rfile.read(length))
-        server = self.server
-        with server.lock:
-            if self.path == "/explain":
-                text, target, against = (str(asked[name]) for name in ("text", "target", "against"))
-                return json.dumps(server.explain(text, target, against, int(asked["width"])))
-            if self.path == "/write":
-                layer, head, position = (int(asked[name]) for name in ("layer", "head", "position"))
-                return json.dumps(server.made_of(layer, head, position))
-            return json.dumps(server.read(str(asked["text"]), int(asked["layer"]), int(asked["head"])))
+        body = self.rfile.read(length)
+        with self.server.lock:
+            return json.dumps(_page_answer(self.server, self.path, body))
 
     def answer(self, paths: tuple[str, ...], content: Callable[[_Handler, str], str]) -> None:
         """Send what `content` makes of a nonce. A request is refused if it names another host than this server, comes
@@ -232,7 +307,15 @@ class _Handler(BaseHTTPRequestHandler):
         refusal = f"expected {paths[0]} of {hosts[0]}, got {self.path} of {self.headers.get('Host')}"
         try:
             body = content(self, nonce) if status == 200 else json.dumps({"error": refusal})
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError, HookpointsError) as error:
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            OverflowError,
+            RecursionError,
+            HookpointsError,
+        ) as error:
             status = 400
             body = json.dumps({"error": str(error)})
         is_page = (status, self.path) == (200, "/")
@@ -252,7 +335,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body.encode())
 
     do_GET = partialmethod(answer, ("/",), page)
-    do_POST = partialmethod(answer, ("/read", "/explain", "/write"), reading)
+    do_POST = partialmethod(answer, _REQUESTS, reading)
 
     def log_message(self, format: str, *args: object) -> None:
         """Log nothing: texts are private."""

@@ -1,0 +1,180 @@
+"""What the prompt page does with a memory: phrases that are cut or replaced, other facts, and the answers before and
+after."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from difflib import SequenceMatcher
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hookpoints import HookedRecurrent, Memory, MemoryReader
+from hookpoints.errors import InputError
+from sae_lens_writesae.sae import WriteProductSAE
+from writesae.page.atoms.text import TokenTexts, short, visible
+
+LIKELIEST = 5
+"""Next tokens that are shown."""
+CONTINUED = 16
+"""Tokens of an answer, at most."""
+SHARED = 3
+"""Tokens in a row that a phrase which is read back shares with the text, if it is found there."""
+READ_BACK = 4
+"""Phrases that are read back."""
+_END = re.compile(r"[.!?]")
+_SPEECH = (
+    "The crops were good, and no nation has reason to complain of us. Clara lives in Paris. The report of the "
+    "Secretary of the Treasury will be laid before you. Our commerce has been extended to new markets. The home of "
+    "Clara is Vienna. We are at peace with all nations."
+)
+_DEFAULTS = {
+    "facts-english": (_SPEECH, "Where does Clara live?"),
+    "facts": ("Jack dresses in green . Mia lives in Quito . Jack keeps a parrot .", "Mia lives in"),
+    "recall": ("Mia Havana Jack Ghent Sara Moscow Boris Paris", "Mia"),
+    "composition": ("Mia blue-brass-ring Boris pink-glass-cup", "Boris color?"),
+    "induction": ("w12 w27 w2 w3 w18 w13", "w12"),
+    "parity": ("1 0", "1"),
+}
+"""A text and a question for models of the zoo, by the name without that of another family."""
+_ANY = (
+    "The war with Mexico was over. The Secretary of the Treasury will report. The army has returned to its posts.",
+    "The report of the Secretary of the",
+)
+
+
+def default_prompt(name: str) -> tuple[str, str]:
+    """A text and a question that a model can answer, or one that every reader of English can read."""
+    return _DEFAULTS.get(re.sub("-(mamba2|rwkv7)$", "", name), _ANY)
+
+
+def unknown_words(model: HookedRecurrent, text: str) -> list[str]:
+    """The words of a text that the tokenizer has no token for, each once."""
+    tokenizer = model.tokenizer
+    unknown = None if tokenizer is None else tokenizer.unk_token_id
+    found = list[str]()
+    for word in dict.fromkeys(text.split()):
+        try:
+            is_known = unknown not in model.to_tokens(word, prepend_bos=False)[0].tolist()
+        except InputError:
+            is_known = False
+        if not is_known:
+            found.append(word)
+    return found
+
+
+class Changes(NamedTuple):
+    """What is changed in a memory."""
+
+    spans: Sequence[tuple[int, int, str | None]]
+    """Tokens start <= t < stop of the text, and what is told instead of them; None: they are cut."""
+    facts: Sequence[tuple[str, str, str | None]]
+    """A key, a value that it has, and the one that it gets; None: it loses it."""
+
+
+class PromptText(NamedTuple):
+    """A text and a question, as a model read them."""
+
+    model: HookedRecurrent
+    texts: TokenTexts
+    memory: Memory
+    question: Tensor
+    """[1,T]"""
+
+    @property
+    def first(self) -> int:
+        """The first token that is no begin-of-sequence token."""
+        tokenizer = self.model.tokenizer
+        return int(tokenizer is not None and int(self.memory.tokens[0, 0]) == tokenizer.bos_token_id)
+
+    @property
+    def tokens(self) -> Tensor:
+        """[1,T] of both."""
+        return torch.cat([self.memory.tokens, self.question], 1)
+
+    def text_of(self, tokens: Sequence[int]) -> str:
+        """Tokens as they are read."""
+        return str(self.model.to_string(list(tokens))).strip()
+
+    def sentences(self) -> list[tuple[int, int, str, float, bool]]:
+        """Start and stop of each sentence that was read, with the answer without it, its probability, and whether the
+        sentence overwrote another answer; none where there are no two sentences."""
+        found = list[tuple[int, int, str, float, bool]]()
+        with suppress(InputError):
+            for span, _, answer, probability, _, flagged in sorted(self.memory.suspects(self.question)):
+                found.append((max(span[0], self.first), span[1], answer.strip(), short(probability), flagged))
+        return found
+
+    def changed(self, changes: Changes, dictionaries: Sequence[WriteProductSAE]) -> Memory:
+        """The memory with all changes: first without what is cut, then with what is told instead, then with facts.
+
+        Raises:
+            InputError: what `Memory.without`, `told` and `with_fact` raise.
+        """
+        memory = self.memory
+        ordered = sorted(changes.spans, reverse=True)  # the last first, so that others keep their place
+        for start, stop, new in ordered:
+            if new is None:
+                memory = memory.without((start, stop))
+        for start, stop, new in ordered:
+            if new is not None:
+                memory = memory.told(f" {new.strip()}", instead_of=self.memory.tokens[0, start:stop].tolist())
+        for key, old, new in changes.facts:
+            memory = memory.with_fact(dictionaries, key, new, instead_of=old)
+        return memory
+
+    def answers(self, memory: Memory) -> dict[str, object]:
+        """What the model says after the question, from the memory as it was read and from another one: the sentence
+        (`said`), the five likeliest next tokens with their probabilities, and the KL divergence in nats over the
+        tokens of the first sentence, from the other memory's predictions to those of the first."""
+        sentence = self._next_sentence(self.memory)
+        asked = torch.cat([self.question, sentence], 1)
+        start = self.question.shape[1] - 1
+        logits = [self.model.logits_after(each, asked)[0, start:-1].double() for each in (self.memory, memory)]
+        before, after = (each.log_softmax(-1) for each in logits)
+        sentences = (sentence, self._next_sentence(memory))
+        return {
+            "answers": [
+                {"said": self.text_of(said[0].tolist()), "likeliest": self._likely_tokens(log_probs[0])}
+                for said, log_probs in zip(sentences, (before, after))
+            ],
+            "kl": short(float((before.exp() * (before - after)).sum())),
+        }
+
+    def _next_sentence(self, memory: Memory) -> Tensor:
+        """[1,T] of the likeliest tokens after the question, up to the end of a sentence."""
+        asked = self.question
+        out = self.model.generate(asked, memory=memory, do_sample=False, max_new_tokens=CONTINUED)
+        said = out[:, asked.shape[1] :]
+        ends = [place for place, text in enumerate(self.texts.many(said[0].tolist())) if _END.search(text)]
+        return said[:, : ends[0] + 1] if ends else said
+
+    def _likely_tokens(self, log_probs: Tensor) -> list[tuple[str, float]]:
+        top = log_probs.exp().topk(LIKELIEST)
+        chances = zip(top.indices.tolist(), top.values.tolist())
+        return [(visible(self.texts[token]), short(chance)) for token, chance in chances]
+
+    def scores(self, reader: MemoryReader, memory: Memory, spans: Sequence[tuple[int, int]]) -> list[list[float]]:
+        """Log odds that phrases were read: by the memory as it was read, by another one, and by one that read all other
+        tokens. Of a long phrase the last tokens count."""
+        tokens = self.memory.tokens
+        phrases = [tokens[0, start:stop].tolist()[-reader.fitted.longest :] for start, stop in spans]
+        rows = list[list[float]]()
+        for number, (start, stop) in enumerate(spans):
+            never = self.model.memory(torch.cat([tokens[:, :start], tokens[:, stop:]], 1))
+            scores = [reader.scores(each, phrases[number : number + 1]) for each in (self.memory, memory, never)]
+            rows.append([short(float(score)) for score in scores])
+        return rows
+
+    def read_back(self, reader: MemoryReader, memory: Memory) -> list[dict[str, object]]:
+        """The phrases that a memory most likely read, in words, with their place in the text if it has them."""
+        tokens = self.memory.tokens[0].tolist()
+        found = list[dict[str, object]]()
+        for reading in reader.read_back(memory, READ_BACK, beam=3 * READ_BACK):
+            match = SequenceMatcher(None, reading.tokens, tokens, autojunk=False).find_longest_match()
+            place = (match.b, match.b + match.size) if match.size >= SHARED else None
+            found.append({"text": self.text_of(reading.tokens), "score": short(reading.score), "span": place})
+        return found
