@@ -30,6 +30,7 @@ BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)\n```$)?", flags=
 """A Python block, and what it prints, where that stands below it."""
 EXAMPLES = sorted((DOCS / "hooks").glob("[!i]*.md"))
 WRITTEN = [page for page in sorted(DOCS.glob("*.md")) if "```python" in page.read_text()]
+WRITTEN.remove(DOCS / "your_model.md")  # it needs a checkpoint: test_your_model.py
 
 
 def page_names(folder: str) -> list[str]:
