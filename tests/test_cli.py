@@ -34,6 +34,7 @@ from writesae.experiment.tokens import sample_sequences
 from writesae.models import summary
 from writesae.page.template import share_text
 from writesae.processes import choose_device
+from writesae.training import quality_table
 
 COUNTS = ["--sequences", "6", "--context-size", "48"]
 
@@ -488,6 +489,15 @@ def test_no_hint_names_an_index_that_lacks_the_package() -> None:
 def test_costs_of_a_model_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     listed = run(capsys, "models", "--cost", "embedded", "--tokens", "64").out
     assert "blocks.{l}.mixer.hook_write                     4         32,768       2 MB       8 MB" in listed
+
+
+def test_a_summary_warns_of_dictionaries_of_which_few_atoms_fire() -> None:
+    shares = {"few": 0.09, "enough": 0.11}
+    table = quality_table(
+        {name: {"alive": alive, "explained": None} for name, alive in shares.items()} | {"late": None}
+    )
+    assert len(table.splitlines()) == 5 and "fewer than 10% of atoms fire of few;" in table.splitlines()[-1]
+    assert "warning" not in quality_table({"enough": {"alive": 0.1}})
 
 
 def test_a_summary_tells_layers_of_several_steps_apart(embedded: HookedRecurrent) -> None:

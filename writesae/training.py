@@ -47,6 +47,8 @@ _WRITES_IN_MEMORY = 4_000_000_000
 """Bytes of the writes that are trained on at once."""
 _WRITTEN = ("sae", "checkpoint")
 """What the folder of a dictionary has besides its settings."""
+FEW_ALIVE = 0.1
+"""Share of atoms that fire on held-out text below which a summary warns."""
 _METRIC_TOKENS = 32_768
 """Tokens on which a metric is fitted."""
 
@@ -79,7 +81,14 @@ def quality_table(qualities: Mapping[str, object]) -> str:
         shares = cast(dict, quality or {})
         rows.append((label, *(share_text(shares.get(name)) for name in columns)))
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    few = [label for label, quality in qualities.items() if quality and cast(dict, quality)["alive"] < FEW_ALIVE]
+    if few:
+        lines.append(
+            f"warning: fewer than {FEW_ALIVE:.0%} of atoms fire of {', '.join(few)}; train on more tokens "
+            "(--training-tokens), or fewer atoms (--d-sae)"
+        )
+    return "\n".join(lines)
 
 
 def run_train(flags: Train, say: Say = print) -> Path:
