@@ -103,14 +103,14 @@ def front(file: Path) -> None:
     template = jinja2.Template((ROOT / "tools" / "front.html").read_text(encoding="utf-8"))
     page = template.render(
         parts=((before, False), (suspect.text, True), (after, False)),
-        memories=(shown("Its memory", memory), shown("With the marked sentence cut out", cut)),
+        memories=(shown("Its memory", memory), shown("After the cut", cut)),
         question=question,
         others=len(alike) - 1,
         scores=[(title, own, unread) for title, (own, *unread) in zip(("read", "cut", "never read"), places)],
     )
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "front.html").write_text(page, encoding="utf-8")
-        photographed(Path(folder) / "front.html", "1180,610", file)
+        photographed(Path(folder) / "front.html", "640,715", file)
 
 
 def write(file: Path) -> None:

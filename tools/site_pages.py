@@ -1,6 +1,6 @@
 """MkDocs hook: what the site has and docs/ has not.
 
-* Blocks ```` ```math ````, and `$...$` of notebooks, become MathML: browsers draw it without a script or a network.
+* Blocks ```` ```math ````, and `$...$`, become MathML: browsers draw it without a script or a network.
 * Tutorials are pages, with the outputs that they were committed with.
 * A comment such as `<!-- hook -->` on a page of docs/hooks is replaced by what the code says.
 * A link from the product's pages to the study's, or back, leads from one site to the other.
@@ -46,7 +46,7 @@ def fence(source: str, *_: Any, **__: Any) -> str:
 
 
 def formulas(text: str) -> str:
-    """Markdown of a notebook with `$$...$$` and `$...$` as MathML; a dollar sign in code is left alone."""
+    """Markdown with `$$...$$` and `$...$` as MathML; a dollar sign in code is left alone."""
 
     def one(found: re.Match[str]) -> str:
         code, display, inline = found.groups()
@@ -78,8 +78,10 @@ def notebook_links(body: str) -> str:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """The text of a page with its comments replaced."""
-    return with_links(with_parts(markdown, PARTS, Path(page.file.src_uri).stem))
+    """The text of a page with its comments and formulas replaced."""
+    place = Path(page.file.src_uri)
+    text = markdown if place.parent.name == "tutorials" else formulas(markdown)  # those of notebooks are, with outputs
+    return with_links(with_parts(text, PARTS, place.stem))
 
 
 def with_parts(markdown: str, parts: dict[str, Callable[[str], str]], name: str) -> str:
