@@ -161,12 +161,12 @@ class PromptText(NamedTuple):
         """Log odds that phrases were read: by the memory as it was read, by another one, and by one that read all other
         tokens. Of a long phrase the last tokens count."""
         tokens = self.memory.tokens
-        phrases = [tokens[0, start:stop].tolist()[-reader.fitted.longest :] for start, stop in spans]
         rows = list[list[float]]()
-        for number, (start, stop) in enumerate(spans):
+        for start, stop in spans:
+            phrase = tokens[0, start:stop].tolist()[-reader.fitted.longest :]
             never = self.model.memory(torch.cat([tokens[:, :start], tokens[:, stop:]], 1))
-            scores = [reader.scores(each, phrases[number : number + 1]) for each in (self.memory, memory, never)]
-            rows.append([short(float(score)) for score in scores])
+            memories = (self.memory, memory, never)
+            rows.append([short(float(reader.scores(each, [phrase]))) for each in memories])
         return rows
 
     def read_back(self, reader: MemoryReader, memory: Memory) -> list[dict[str, object]]:
