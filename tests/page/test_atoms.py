@@ -36,6 +36,17 @@ from writesae.page.format import percent
 from writesae.show import run_show
 
 
+def test_a_rare_token_is_not_named_beside_the_one_that_an_atom_fires_on(data: AtomPagesData, tmp_path: Path) -> None:
+    seen = [
+        TokenValue(n, text, value, 1)
+        for n, (text, value) in enumerate({"real": 0.8, "half": 0.2, "stray": 0.1}.items())
+    ]
+    atom = replace(data.atoms[0], fires_on=seen, fires_after=[])
+    index = write_atom_pages(AtomPagesData(data.info, [atom]), tmp_path)
+    for page in (index.read_text(), (tmp_path / "atom-0.html").read_text().split("Strongest firings")[0]):
+        assert "real" in page and "half" in page and "stray" not in page
+
+
 def test_a_planted_write_is_found_where_it_was_taken(
     model: HookedRecurrent, tokens: Tensor, data: AtomPagesData
 ) -> None:

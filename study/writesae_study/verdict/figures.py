@@ -58,6 +58,8 @@ _STYLE: dict[str, object] = {
     "lines.solid_capstyle": "round",
 }
 _DASHED = (0, (3, 3))
+_LEAST_HEIGHT = 2.7
+"""Of a panel, in inches: those of few rows or lines are as high as each other."""
 _HOVER = "hover:"
 """Marks the ids that are texts to show: each becomes a title in the SVG, which a browser shows over it."""
 
@@ -185,7 +187,7 @@ def _panel_axes(height: float, grid: str = "x") -> tuple[Figure, Axes]:
     ink, numbers are not."""
     style = _STYLE | {"axes.grid.axis": grid, "ytick.labelcolor": INK if grid == "x" else MUTED}
     with matplotlib.rc_context(style):  # pyright: ignore[reportArgumentType]  # matplotlib types keys as literals
-        figure = Figure(figsize=(3.9, height), layout="constrained")
+        figure = Figure(figsize=(3.9, max(height, _LEAST_HEIGHT)), layout="constrained")
         axes = figure.add_subplot()
     figure.patch.set_alpha(0)
     axes.patch.set_alpha(0)

@@ -70,9 +70,10 @@ class AtomFacts:
         self.firings = lab.firings()
         alive = self.firings.alive(tokens.numel(), 1)
         often = self.firings.alive(tokens.numel(), settings.min_firings)
+        lab.skipped[f"that fire fewer than {settings.min_firings} times"] = len(alive) - len(often)
         has_size = (lab.atoms(often).norm() > 0).cpu().numpy()  # an atom that is zero has no sides to show
+        lab.skipped["whose matrix is zero"] = len(often) - int(has_size.sum())
         often = often[has_size]
-        lab.skipped["atoms with fewer firings than min_firings, or zero"] = len(alive) - len(often)
         lab.facts = {"n_alive": len(alive), "n_frequent": len(often)}
         needed = f"each must fire {settings.min_firings} times on this text"
         rng = np.random.default_rng(settings.seed)
