@@ -23,12 +23,12 @@ HOMES = {"writesae_study": ROOT / "study"}
 """Folder of a package that is not in the root."""
 CEILINGS = {
     "hookpoints": 57_000,
-    "sae_lens_writesae": 18_900,
-    "writesae": 15_200,
+    "sae_lens_writesae": 19_150,
+    "writesae": 16_500,
     "study/writesae_study": 41_750,
-    "tests": 92_500,
+    "tests": 95_500,
     "study/tests": 34_350,
-    "tools + benchmarks + study/tools": 41_000,
+    "tools + benchmarks + study/tools": 41_500,
 }
 """Expression nodes of folders, 3% above what there was. A smoke alarm and no target: a commit that needs more says what
 a reader gains."""
