@@ -5,7 +5,8 @@ The names that most programs need. Everything else is imported from its own modu
 layout), ``hookpoints.hooks.table`` and ``hookpoints.edits``.
 
 Names are imported when they are asked for: ``import hookpoints`` loads neither torch nor transformers, ``WriteEdit``
-and ``Recurrence`` load torch, and ``HookedRecurrent`` loads TransformerLens, whose classes it extends.
+and ``Recurrence`` load torch, and ``HookedRecurrent`` loads both. TransformerLens, whose classes it extends, is loaded
+with the first model.
 """
 
 from __future__ import annotations

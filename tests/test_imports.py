@@ -22,12 +22,25 @@ for first, then in json.loads(sys.argv[1]):
     exec(then)
     print(*(set(sys.modules) - before))
 """
+FIRST_MODEL = """
+class Mine(HookedRecurrent):
+    pass
+
+model = Mine.from_pretrained("embedded", self_check=False)
+from transformer_lens import ActivationCache, HookedRootModule
+from transformer_lens.hook_points import HookPoint
+assert type(model) is Mine and isinstance(model, HookedRootModule) and issubclass(HookedRecurrent, HookedRootModule)
+assert all(isinstance(point, HookPoint) for point in model.hook_points())
+assert isinstance(model.run_with_cache("The")[1], ActivationCache)
+"""
 LIBRARIES = {"torch", "transformers", "transformer_lens", "sae_lens"}
 STEPS = {
     ("", "import hookpoints; from hookpoints import HOOKS, EditError, embedded"): (100, set()),
     ("", "from hookpoints import RULES, Recurrence, WriteEdit, zoo"): (2_000, {"torch"}),
-    ("import transformer_lens", "from hookpoints import HookedRecurrent, Memory, attach, cost"): (80, set()),
-    ("import sae_lens; from hookpoints import HookedRecurrent", "import sae_lens_writesae"): (60, set()),
+    ("", "from hookpoints import HookedRecurrent, Memory, MemoryReader, attach"): (700, {"transformers"}),
+    ("", FIRST_MODEL): (9_000, {"transformer_lens"}),
+    ("import transformer_lens", "from hookpoints import attribute, cost"): (80, set()),
+    ("import sae_lens", "import sae_lens_writesae"): (60, set()),
 }
 """What is imported first, and then: how many modules the second loads at most, and which libraries."""
 

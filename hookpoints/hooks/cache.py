@@ -5,13 +5,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformer_lens.hook_points import HookPoint
-from transformer_lens.utilities.slice import Slice, SliceInput
 
 from hookpoints.hooks.table import is_matrix, time_axis
+
+if TYPE_CHECKING:
+    from transformer_lens.hook_points import HookPoint
+    from transformer_lens.utilities.slice import Slice, SliceInput
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 """A hook's name, several, a predicate on names, or None for every vector hook."""
@@ -44,6 +47,8 @@ def caching_hooks(
 ) -> tuple[dict[str, Tensor], list[tuple[str, Saving]], list[tuple[str, Saving]]]:
     """As TransformerLens' ``get_caching_hooks`` over the hook ``points``: (cache, forward hooks, backward hooks).
     Activations are detached and shared, not copied."""
+    from transformer_lens.utilities.slice import Slice  # loaded with the model that has the points
+
     saved: dict[str, Tensor] = {} if cache is None else cache
     wanted = _name_predicate(names_filter)
     save, save_grad = (

@@ -9,8 +9,6 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor, nn
-from transformer_lens import HookedRootModule
-from transformer_lens.hook_points import HookPoint, LensHandle
 
 from hookpoints.errors import HookDidNotFireError, HookShapeError, InputError, UnknownHookError, nearest
 from hookpoints.hooks.cache import NamesFilter, Saving
@@ -18,6 +16,9 @@ from hookpoints.hooks.points import mark_reading, scopes_of
 from hookpoints.scopes import scoped
 
 if TYPE_CHECKING:
+    from transformer_lens import HookedRootModule
+    from transformer_lens.hook_points import LensHandle
+
     from hookpoints.layer.context import HookScope
 
 Hook = Callable[..., object]
@@ -121,6 +122,8 @@ def scoped_hooks(
         HookDidNotFireError: the model ran in the scope and a forward hook was never called, or a backward pass went
             through it and a backward hook never was.
     """
+    from transformer_lens.hook_points import HookPoint  # loaded with the model that has the points
+
     called: set[tuple[str, Way]] = set()
     gone_backward: list[bool] = []
     handles: list[tuple[HookPoint, LensHandle]] = []

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformer_lens.hook_points import HookPoint
 
 from hookpoints.errors import HookShapeError
 from hookpoints.hooks import table as hook_table
+from hookpoints.hooks.late import extend
 
 if TYPE_CHECKING:
-    from hookpoints.layer.context import HookScope
+    from transformer_lens.hook_points import HookPoint
 
+    from hookpoints.layer.context import HookScope
+else:
+    HookPoint = nn.Module  # until a first point is made
 
 HOOK_DICTS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 """Where PyTorch keeps the hooks of a module, by whatever method they came."""
@@ -69,9 +72,13 @@ class _Noting(OrderedDict[Any, Any]):
 class Point(HookPoint):
     """TransformerLens' hook point; ``listeners`` note each hook that is put on it."""
 
-    def __init__(self, listeners: Listeners):
+    def __new__(cls, *_: object) -> Self:
+        extend(Point, "transformer_lens.hook_points", "HookPoint")
+        return super().__new__(cls)
+
+    def __init__(self, listeners: Listeners | None = None):
         super().__init__()
-        self.listeners = listeners
+        self.listeners = listeners or Listeners()
         for kind in HOOK_DICTS:
             setattr(self, kind, getattr(self, kind))
 
@@ -211,7 +218,7 @@ def _is_hooked(point: nn.Module | None) -> bool:
 def is_listening(point: nn.Module | None) -> bool:
     """Whether a hook point does anything here: it has hooks whose scope (if they have one) is in force for the code
     that runs now, or something (an attached SAE) replaces it."""
-    if type(point) not in (Point, HookPoint):
+    if type(point) is not Point:
         return point is not None
     count = sum(len(getattr(point, kind)) for kind in HOOK_DICTS)
     if not count:

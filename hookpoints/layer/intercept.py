@@ -21,13 +21,15 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from types import ModuleType
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
 from hookpoints.rules.base import Rule
+
+if TYPE_CHECKING:
+    from transformers import AttentionInterface
 
 Function = Callable[..., object]
 Around = Callable[[Function, tuple[object, ...], dict[str, object]], object]
@@ -55,6 +57,7 @@ class _WrappedForward:
         self.replaced = module.__dict__.get("forward")  # accelerate sets one on the instance, too
         self.original: Function = module.forward
         self.arounds: tuple[tuple[Around, Needed | None], ...] = ()
+        self.uncompiled = _uncompiled_call()
         self.__signature__ = inspect.signature(self.original)  # upstream looks at it
         # What accelerate wraps, as it does a bound method's; and what it unwraps this to, not upstream's own forward.
         self.__func__ = functools.partial(_call_unbound, cast(Function, self), module)
@@ -64,7 +67,7 @@ class _WrappedForward:
     def __call__(self, *args: object, **kwargs: object) -> object:
         # torch.compile would freeze the hooks of its first call, so a compiled model runs wrapped modules uncompiled.
         if torch.compiler.is_dynamo_compiling():
-            return _run_uncompiled(self, *args, **kwargs)
+            return self.uncompiled(self, *args, **kwargs)
         forward = self.original
         for around, needed in self.arounds:
             if needed is None or needed():
@@ -91,9 +94,14 @@ def _call_unbound(
     return type(module).forward(module, *args, **kwargs)
 
 
-@torch.compiler.disable
-def _run_uncompiled(wrapped: Function, *args: object, **kwargs: object) -> object:
+def _called_plainly(wrapped: Function, *args: object, **kwargs: object) -> object:
     return wrapped(*args, **kwargs)
+
+
+@functools.cache
+def _uncompiled_call() -> Function:
+    """Made with the first model: torch's compiler, which the decorator loads, takes seconds."""
+    return torch.compiler.disable(_called_plainly)
 
 
 def _call_around(around: Around, forward: Function, *args: object, **kwargs: object) -> object:

@@ -6,16 +6,19 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
 from hookpoints.errors import InputError
 from hookpoints.files import atomic_write, tensors_hash
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _WORDS = {"cpu": 2**17, "cuda": 2**22}
 """Words of 8 bytes that are summed at once, by device: what fits into a cache, or few launches."""

@@ -6,12 +6,10 @@ import warnings
 from contextlib import suppress
 from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import nn
-from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 from hookpoints.errors import BridgeWarning, HookpointsError
 from hookpoints.layer.context import Backend
@@ -22,6 +20,10 @@ from hookpoints.model.hooked import HookedModel
 from hookpoints.model.layout import find_layout
 from hookpoints.model.refused import check_forward_arguments
 from hookpoints.model.wrappers import unwrap
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 
 def attach(model: nn.Module, *, backend: Backend = "auto", self_check: bool = True) -> Attached:
@@ -53,6 +55,8 @@ def attach(model: nn.Module, *, backend: Backend = "auto", self_check: bool = Tr
             not act; says why.
         SelfCheckError: the model does not behave as hooks need. It is left as it was.
     """
+    from transformer_lens.model_bridge import TransformerBridge  # takes seconds
+
     model = unwrap(model)
     if isinstance(model, HookedModel):
         raise HookpointsError(
@@ -132,6 +136,8 @@ class AttachedBridge(Attached):
         return self.bridge(*args, **kwargs)
 
     def _check_model(self) -> None:
+        from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+
         tokens = torch.arange(1, 8, device=self.cfg.device).remainder(self.cfg.d_vocab).unsqueeze(0)
         # A copied forward runs only without a cache, and may not fit this version of transformers.
         with suppress(Exception), torch.no_grad(), self.recording():
@@ -155,4 +161,6 @@ def _run_upstreams(
     component: GeneralizedComponent, _forward: Function, args: tuple[object, ...], kwargs: dict[str, object]
 ) -> object:
     """Instead of a component's own forward the general one, which calls the upstream module."""
+    from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+
     return GeneralizedComponent.forward(component, *args, **kwargs)

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from transformer_lens.hook_points import HookPoint
 from transformers import PreTrainedConfig
 
 from hookpoints.errors import HookpointsError, UnsupportedModelError
 from hookpoints.fla.scope import is_fla, wrap_model
-from hookpoints.hooks.points import BlockHooks, HookSet, MixerHooks, fire, is_listening, through_hook
+from hookpoints.hooks.points import BlockHooks, HookSet, MixerHooks, Point, fire, is_listening, through_hook
 from hookpoints.layer.attention import hook_pattern
 from hookpoints.layer.call import HookedMixer, hook_layer, hook_projection
 from hookpoints.layer.context import (
@@ -61,7 +60,7 @@ class Attachment:
         self._root = root
         self.undo = ExitStack()
         """What takes everything off the model again."""
-        root.hook_embed = HookPoint()
+        root.hook_embed = Point()
         root.blocks = nn.ModuleList()
         try:
             if layout.backbone is not None and layout.backbone is not model:

@@ -10,24 +10,28 @@ from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import Tensor, nn
-from transformer_lens import HookedRootModule
-from transformer_lens.hook_points import HookPoint
-from transformer_lens.utilities.slice import Slice, SliceInput
 from transformers import Cache
 
 from hookpoints.edits.edit import EditPlan, EditRow, Edits
 from hookpoints.errors import EditError, HookpointsError, InputError, OtherModelWarning
 from hookpoints.hooks.cache import NamesFilter, Saving, caching_hooks, reachable
 from hookpoints.hooks.guard import ADDING, Hook, HookSpecs, Name, find_all_hooks, find_hooks, named_hooks, scoped_hooks
+from hookpoints.hooks.late import extend
 from hookpoints.layer.context import Backend, Recorded, current, position_of, scope
 from hookpoints.memory.sealing import fingerprint
-from hookpoints.model.cache import RecurrentCache
 from hookpoints.model.config import HookedRecurrentConfig, describe, device_of
 from hookpoints.recurrence.recurrence import Recurrence
 from hookpoints.scopes import scoped
 
 if TYPE_CHECKING:
+    from transformer_lens import HookedRootModule
+    from transformer_lens.hook_points import HookPoint
+    from transformer_lens.utilities.slice import Slice, SliceInput
+
     from hookpoints.model.attachment import Attachment
+    from hookpoints.model.cache import RecurrentCache
+else:
+    HookedRootModule = nn.Module  # until a first model is made
 
 
 class HookedModel(HookedRootModule):
@@ -46,6 +50,10 @@ class HookedModel(HookedRootModule):
     attachment: Attachment
     """Puts the hook points on it."""
     _cfg: HookedRecurrentConfig
+
+    def __new__(cls, *_: object, **__: object) -> Self:
+        extend(HookedModel, "transformer_lens", "HookedRootModule")
+        return super().__new__(cls)
 
     @property
     def cfg(self) -> HookedRecurrentConfig:
@@ -79,6 +87,8 @@ class HookedModel(HookedRootModule):
 
     def setup(self) -> None:
         """Name the hook points. The Hugging Face model's own modules are left out, and untouched."""
+        from transformer_lens.hook_points import HookPoint  # takes seconds
+
         self.mod_dict: dict[str, nn.Module] = {}
         self.hook_dict: dict[str, HookPoint] = {}
         for name, module in self.named_modules():
@@ -196,6 +206,8 @@ class HookedModel(HookedRootModule):
         """
         names = reachable(names_filter, kwargs.get("start_at_layer"), kwargs.get("stop_at_layer"), self.cfg.n_layers)
         out, cache = super().run_with_cache(*args, names_filter=names, remove_batch_dim=remove_batch_dim, **kwargs)
+        from hookpoints.model.cache import RecurrentCache  # extends TransformerLens' class
+
         whole = RecurrentCache(cache, self, has_batch_dim=not remove_batch_dim)
         return out, whole if return_cache_object else cache
 

@@ -15,7 +15,6 @@ from types import ModuleType
 from typing import Literal, NamedTuple
 
 from torch import nn
-from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 from hookpoints.errors import UnsupportedModelError
 from hookpoints.rules import REFUSED, REFUSED_LAYERS, RULES, Rule
@@ -178,9 +177,7 @@ def find_layout(model: nn.Module) -> ModelLayout:
     blocks = tuple(map(_block_layout, modules))
     streams = [getattr(getattr(backbone, "config", None), name, None) or 1 for name in _STREAMS]
     # What a block adds to the stream is known with its mixer or MLP; of TransformerLens' blocks it is what is asked.
-    parts_are_known = all(
-        block.mixer is not None or block.mlps > 0 or isinstance(block.block, GeneralizedComponent) for block in blocks
-    )
+    parts_are_known = all(block.mixer is not None or block.mlps > 0 or _is_of_bridge(block.block) for block in blocks)
     is_chain = isinstance(modules, nn.ModuleList) and max(streams) == 1 and parts_are_known
     if not is_chain:
         blocks = tuple(replace(block, mixer_out=None, attn_out=None, mlp_out=None, mlps=0) for block in blocks)
@@ -231,13 +228,20 @@ def _recurrent_mixer(block: nn.Module) -> tuple[nn.Module | None, Rule | None, M
     return None, None, None
 
 
+def _is_of_bridge(module: nn.Module) -> bool:
+    """Whether the module is one that TransformerLens' bridge put there instead of the model's own."""
+    from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent  # takes seconds
+
+    return isinstance(module, GeneralizedComponent)
+
+
 def _block_layout(block: nn.Module) -> BlockLayout:
     # Families differ in what a block holds: a recurrence or attention (Qwen3.5), both side by side (Falcon-H1), a
     # recurrence somewhere below (Zamba2), or an MLP alone that is called a mixer (Nemotron-H). A recurrence is known by
     # the op that its forward calls, attention by taking an attention mask; names only say where to look.
     recurrent, rule, namespace = _recurrent_mixer(block)
     mixer_out = _scaled_output(block, recurrent, "residual_multiplier", "ssm_out_multiplier")
-    if isinstance(block, GeneralizedComponent):  # TransformerLens' parts do not tell attention from an MLP
+    if _is_of_bridge(block):  # TransformerLens' parts do not tell attention from an MLP
         return BlockLayout(block, recurrent, rule, namespace, mixer_out, None, None)
     named = _named_children(block, _MIXER_NAMES)
     attention = next((child for child in named if child is not recurrent and _mixes_tokens(child)), None)

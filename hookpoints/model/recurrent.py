@@ -10,7 +10,6 @@ from typing import Any, Literal, NamedTuple, Self, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformer_lens.utilities.lm_utils import lm_cross_entropy_loss
 from transformers import PreTrainedTokenizerBase
 
 from hookpoints.edits.edit import EditRow, EditRows, Edits
@@ -18,7 +17,6 @@ from hookpoints.edits.session import EditedRun, EditSession
 from hookpoints.errors import InputError
 from hookpoints.layer.context import Backend, StopForward, cache_among
 from hookpoints.memory.memory import Memory, read
-from hookpoints.model import loading
 from hookpoints.model.attachment import Attachment
 from hookpoints.model.inputs import as_tokens, cache_argument, check_loss, check_mask, check_tokens, continuing
 from hookpoints.model.layout import find_layout
@@ -114,6 +112,8 @@ class HookedRecurrent(Tokens, Weights):
             UnsupportedModelError: the model has no recurrence of the canonical form; says why.
             SelfCheckError: the model does not behave as hooks need.
         """
+        from hookpoints.model import loading  # takes seconds
+
         name = os.fspath(name_or_path)
         loaded = loading.load(name, device=device, dtype=dtype, revision=revision, **hf_kwargs)
         self_check = self_check and next(loaded.model.parameters()).device.type != "meta"
@@ -148,8 +148,10 @@ class HookedRecurrent(Tokens, Weights):
     def origin(self) -> dict[str, str | None]:
         """Where the model is to be had again, and which it is: ``model_name`` (a folder as an absolute path),
         ``revision`` (the commit on the hub) and `fingerprint`. Cost: a reading of all weights."""
+        from hookpoints.model.loading import whole_name
+
         return {
-            "model_name": loading.whole_name(self.cfg.model_name),
+            "model_name": whole_name(self.cfg.model_name),
             "revision": getattr(self.hf_model.config, "_commit_hash", None),
             "fingerprint": self.fingerprint(),
         }
@@ -337,6 +339,8 @@ class HookedRecurrent(Tokens, Weights):
         Raises:
             InputError: a mean over no token at all.
         """
+        from transformer_lens.utilities.lm_utils import lm_cross_entropy_loss
+
         if not per_token:
             check_loss(tokens, attention_mask)
         return lm_cross_entropy_loss(

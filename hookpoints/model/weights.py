@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
-from typing import NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from hookpoints.errors import UnsupportedModelError
 from hookpoints.model.config import device_of
 from hookpoints.model.hooked import HookedModel
 from hookpoints.model.layout import Added, Part, out_projection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _PARTS: tuple[Part, Part] = ("mixer", "attn")
 
