@@ -89,6 +89,8 @@ def of_passes(seen: Any, length: int) -> dict[str, Counts]:
     costs["memory without a span"] = seen.of(lambda: memory.without(span, reread=0))
     costs["memory without it, 4 tokens reread"] = seen.of(lambda: memory.without(span, reread=4))
     r = model.recurrence(ids, layer=LAYER)
+    alone = WriteEdit(LAYER, HEAD, length // 4, r.k[0, 0, 0], r.u[0, 5, 0], mode="replace")
+    costs["one edit"] = seen.of(partial(model.run_with_edits, ids, alone))
     for name, step in (("64 positions", 1), ("one position", 0)):
         start = length // 4
         edits = [

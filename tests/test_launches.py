@@ -40,6 +40,8 @@ def test_hooks_cost_what_the_page_says(costs: Costs) -> None:
     read, native = costs["one head's writes read"], costs["native forward"]
     assert launches.waits(read) <= launches.waits(native) + 2  # ids, and where the span of a write is looked for
     assert launches.waits(costs["session of 64 replaces, one position"]) <= 3
+    edit = costs["one edit"]
+    assert edit["launch"] <= 650 and launches.waits(edit) <= launches.waits(native) + 2  # is it finite?
     assert launches.waits(costs["all hooks"]) <= launches.waits(native) + 2  # no hook that only reads is looked after
 
 

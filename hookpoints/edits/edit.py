@@ -3,7 +3,9 @@ of a pass that realize it."""
 
 from __future__ import annotations
 
+import math
 import operator
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, cast
@@ -141,7 +143,8 @@ class EditPlan:
         by_device: dict[torch.device, list[Tensor]] = {}
         for side in self.factors():
             by_device.setdefault(side.device, []).append(side.detach().flatten())
-        return all(bool(torch.cat(sides).isfinite().all()) for sides in by_device.values())
+        # Zero times anything that is not finite is NaN: few launches, and rank 0 and whole numbers are in order.
+        return all(math.isfinite(torch.cat(sides).mul(0).sum()) for sides in by_device.values())
 
     def check_acted(self) -> None:
         """Raise EditError if an edit never met its token."""
@@ -180,16 +183,15 @@ class LowRankChange(NamedTuple):
     values: Tensor
     """[B,T,V] or [B,T,R,V]."""
     loop: Loop = "closed"
+    span: slice | None = None
+    """Outside of these tokens nothing is added; None: that is not known."""
 
-    def size(self) -> Tensor:
-        """[B,T], zero exactly where nothing is added."""
-        terms = self.keys.abs().amax(-1) * self.values.abs().amax(-1)
-        return terms if terms.ndim == 2 else terms.amax(-1)
-
-    def taken_away(self, where: Tensor, loop: Loop) -> LowRankChange:
-        """What undoes it at the tokens ``where`` [B,T] is true, and changes nothing elsewhere."""
-        gone = where[..., None] if self.keys.ndim == 3 else where[..., None, None]
-        return LowRankChange(self.head, self.keys * gone, -self.values * gone, loop)
+    def taken_away(self, where: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys [B,T,R,K] and values [B,T,R,V] of what undoes it at the tokens ``where`` [B,T] is true, and changes
+        nothing elsewhere."""
+        keys, values = (side.reshape(*where.shape, -1, side.shape[-1]) for side in (self.keys, self.values))
+        gone = where[..., None, None]
+        return keys * gone, -values * gone
 
 
 # -- from edits at positions of batch rows to changes of the writes of a pass
@@ -239,6 +241,7 @@ def changes_of(
             at = slice(token, token + 1)
         plan.acted.add(id(placed))  # by identity: two equal edits are two
         stack = stacks.setdefault(edit.head, _HeadChanges(r, edit.head))
+        stack.tokens.update(range(r.T)[at])
         rows = slice(None) if row is None else slice(row, row + 1)
         if edit.mode != "add":
             stack.remove(rows, at, edit)
@@ -271,8 +274,8 @@ class _Slots:
         free[rows, at] = len(self.terms)
 
     def sides(self) -> Iterator[Tensor]:
-        """Keys [B,T,S,K] and values [B,T,S,V] of S slots, or without their axis of one; 0 where no term is."""
-        which = torch.stack(self.which, -1).squeeze(-1).to(self.r.device)
+        """Keys [B,T,S,K] and values [B,T,S,V] of S slots; 0 where no term is."""
+        which = torch.stack(self.which, -1).to(self.r.device)
         for side in zip(*self.terms):
             if len({x.device for x in side}) > 1:  # vectors of one device cross at once
                 side = [x.to(self.r.device) for x in side]
@@ -289,6 +292,8 @@ class _HeadChanges:
         self.removed: dict[Loop, Tensor] = {}
         """[B,T] on the host, by loop; a write is removed once, in one of them."""
         self.slots: dict[Loop, _Slots] = {}
+        self.tokens: set[int] = set()
+        """Those with an edit: outside of them nothing is added, and nobody need look at the device to see it."""
 
     def remove(self, rows: slice, at: slice, edit: WriteEdit) -> None:
         if any(removed[rows, at].any() for removed in self.removed.values()):
@@ -303,12 +308,17 @@ class _HeadChanges:
         self.slots.setdefault(loop, _Slots(self.r)).put(rows, at, key, value)
 
     def changes(self, current: Sequence[LowRankChange]) -> Iterator[LowRankChange]:
-        for loop, slots in self.slots.items():  # one pass for all terms of an edit
-            keys, values = slots.sides()
-            yield LowRankChange(self.head, keys, values, loop)
+        """One for each loop: a pass of the recurrence answers to all of its terms."""
+        terms = defaultdict[Loop, list[Iterable[Tensor]]](list)
+        for loop, slots in self.slots.items():
+            terms[loop].append(slots.sides())
         # A removal takes away the native write and what hooks and outer edits made of it.
         native = LowRankChange(self.head, self.r.k[:, :, self.head], self.r.u[:, :, self.head])
+        written = [native, *(change for change in current if change.head == self.head)]
         for loop, on_host in self.removed.items():
             removed = on_host.to(self.r.device)
-            for change in (native, *(change for change in current if change.head == self.head)):
-                yield change.taken_away(removed, loop)
+            terms[loop] += [change.taken_away(removed) for change in written]
+        span = slice(min(self.tokens), max(self.tokens) + 1)
+        for loop, sides in terms.items():
+            keys, values = (torch.cat(terms_of_side, dim=2) for terms_of_side in zip(*sides))
+            yield LowRankChange(self.head, keys, values, loop, span)

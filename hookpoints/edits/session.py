@@ -69,12 +69,8 @@ class EditSession:
     """
 
     def __init__(self, model: HookedModel, tokens: Tensor, *, logits_to_keep: int = 0):
-        tokens = as_tokens(tokens)
-        if tokens.ndim != 2 or tokens.shape[0] != 1:
-            raise EditError(f"a session is about one sequence [1,T], got tokens of shape {list(tokens.shape)}")
-        check_tokens(tokens, model.cfg)
         self.model = model
-        self.tokens = tokens.to(model.cfg.device)
+        self.tokens = _one_sequence(model, tokens)
         self._outer_plans = current(model.attachment).plans
         names = [name for layer in model.cfg.recurrent_layers if (name := _entering_hook(layer)) in model.hook_dict]
         self._weights = sum(weight.numel() for weight in model.hf_model.parameters())
@@ -135,27 +131,9 @@ class EditSession:
             raise EditError("run: expected a session of all logits, got one of the last; use run_hooked")
         rows = as_rows(rows)
         plan = EditPlan.for_rows(rows)
-        self.model.check_edits(plan)
-        edits = plan.all()
-        if not edits:
-            raise EditError("run needs at least one edit; the unedited logits are session.logits")
-        stop = self.tokens.shape[1] if stop is None else stop
-        if not 1 <= stop <= self.tokens.shape[1] or batch_size < 1:
-            raise EditError(
-                f"stop must be between 1 and {self.tokens.shape[1]}, the length of the sequence, and batch_size at "
-                f"least 1; got {stop} and {batch_size}"
-            )
-        positions = [edit.position or 0 for edit in edits]
-        start = min(positions)
-        last = max(positions)
-        if last >= stop:
-            raise EditError(f"position {last} is outside the stretch that is run, which ends at {stop}")
-        plans = (*self._outer_plans, plan) if torch.is_grad_enabled() and not gradients else ()
-        if any(_is_trained(factor) for edit_plan in plans for factor in edit_plan.factors()):
-            raise EditError(
-                "keys or values of an edit require a gradient, which runs of a session have with gradients=True only; "
-                "ask for it, or detach them"
-            )
+        start, stop = _checked_stretch(self.model, self.tokens, plan, stop, batch_size)
+        if not gradients:
+            _refuse_trained((*self._outer_plans, plan))
         # With gradients all rows from the same token on: what is before an own edit may depend on outer ones.
         apart = apart and not gradients
         firsts = [start] * len(rows)  # where each row first differs, or where all of a batch begin
@@ -298,6 +276,68 @@ class EditSession:
         branch = copy.copy(cast(Cache, cache))
         branch.layers = [*branch.layers[:layer], *copy.deepcopy(branch.layers[layer:])]
         return branch
+
+
+def run_alone(
+    model: HookedModel,
+    tokens: Tensor,
+    row: EditRow,
+    stop: int | None = None,
+    batch_size: int = 64,
+    gradients: bool = False,
+    apart: bool = True,
+) -> EditedRun:
+    """What a session of ``tokens`` [1,T] runs for this one row, in one pass from the first token on: a plain pass would
+    serve no other row. Arguments and errors are those of `EditSession.run`."""
+    tokens = _one_sequence(model, tokens)
+    plan = EditPlan.for_rows([row])
+    start, stop = _checked_stretch(model, tokens, plan, stop, batch_size)
+    if not gradients:
+        _refuse_trained((*current(model.attachment).plans, plan))
+    with torch.set_grad_enabled(gradients and torch.is_grad_enabled()), scope(model.attachment, (plan,)):
+        logits = model.hf_model(input_ids=tokens[:, :stop], use_cache=False).logits
+    plan.check_acted()
+    return EditedRun(logits[:, start:], start, stop)
+
+
+def _one_sequence(model: HookedModel, tokens: Tensor) -> Tensor:
+    """One sequence [1,T] on the model's device."""
+    tokens = as_tokens(tokens)
+    if tokens.ndim != 2 or tokens.shape[0] != 1:
+        raise EditError(f"a session is about one sequence [1,T], got tokens of shape {list(tokens.shape)}")
+    check_tokens(tokens, model.cfg)
+    return tokens.to(model.cfg.device)
+
+
+def _checked_stretch(
+    model: HookedModel, tokens: Tensor, plan: EditPlan, stop: int | None, batch_size: int
+) -> tuple[int, int]:
+    """The first edited position of all rows, and the end of the run."""
+    model.check_edits(plan)
+    edits = plan.all()
+    if not edits:
+        raise EditError("run needs at least one edit; the unedited logits are session.logits")
+    length = tokens.shape[1]
+    stop = length if stop is None else stop
+    if not 1 <= stop <= length or batch_size < 1:
+        raise EditError(
+            f"stop must be between 1 and {length}, the length of the sequence, and batch_size at "
+            f"least 1; got {stop} and {batch_size}"
+        )
+    positions = [edit.position or 0 for edit in edits]
+    last = max(positions)
+    if last >= stop:
+        raise EditError(f"position {last} is outside the stretch that is run, which ends at {stop}")
+    return min(positions), stop
+
+
+def _refuse_trained(plans: Sequence[EditPlan]) -> None:
+    """Raise EditError where a pass without gradients would lose those that someone trains by."""
+    if torch.is_grad_enabled() and any(_is_trained(factor) for plan in plans for factor in plan.factors()):
+        raise EditError(
+            "keys or values of an edit require a gradient, which runs of a session have with gradients=True only; "
+            "ask for it, or detach them"
+        )
 
 
 def _recording_cache(model: HookedModel) -> Cache | None:

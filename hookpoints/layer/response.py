@@ -37,12 +37,11 @@ class EditResponse:
         self.final_state: Tensor | None = None
 
     def add_low_rank(self, change: LowRankChange) -> None:
-        """Cost: one chunked pass over one head, from the first changed token on. Many terms are added up at the tokens
-        that change, and are dense there."""
-        span = _changed_tokens(change.size(), change.keys, change.values)
-        if span is not None:
-            self.low_rank.append(change)
-            self._add_answer(slice(change.head, change.head + 1), self._answering_recurrence(change), span)
+        """Cost: one chunked pass over one head, from the first token of its span on. Many terms are added up at these
+        tokens, and are dense there."""
+        self.low_rank.append(change)
+        span = change.span or slice(0, self.recurrence.T)
+        self._add_answer(slice(change.head, change.head + 1), self._answering_recurrence(change), span)
 
     def add_of_heads(self, keys: Tensor, values: Tensor) -> None:
         """A change of the writes of all heads, keys [B,T,H,K] or [B,T,H,R,K] and values likewise. Cost: a look at the
@@ -52,18 +51,14 @@ class EditResponse:
         if _is_unseen(keys):
             self.low_rank += changes
             self._add_answer(slice(None), self.recurrence.with_write(keys, values), slice(0, 1))
-        elif torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
-            for change in changes:
-                self.add_low_rank(change)
-        else:
-            terms = keys.abs().amax(-1) * values.abs().amax(-1)
-            changed = (terms != 0).any(0).cpu()
-            for change in changes:
-                tokens = changed[:, change.head].reshape(len(changed), -1).any(1).nonzero()
-                if len(tokens):
-                    self.low_rank.append(change)
-                    span = slice(int(tokens[0]), int(tokens[-1]) + 1)
-                    self._add_answer(slice(change.head, change.head + 1), self._answering_recurrence(change), span)
+            return
+        terms = keys.abs().amax(-1) * values.abs().amax(-1)
+        changed = (terms != 0).any(0, keepdim=True).cpu()
+        for change in changes:
+            of_head = changed[:, :, change.head].reshape(1, self.recurrence.T, -1).any(-1)
+            span = _changed_tokens(of_head, keys, values)
+            if span is not None:
+                self.add_low_rank(change._replace(span=span))
 
     def _add_answer(self, heads: slice, answer: Recurrence, span: slice) -> None:
         """What ``answer``, that of ``heads`` to a change at the tokens ``span``, gives is added."""

@@ -67,6 +67,19 @@ def test_many_rows_of_a_session_are_what_each_is_alone(model64, sequence):
 
 
 @torch.no_grad()
+def test_one_row_is_one_pass(model64, sequence):
+    """A session has a plain pass, too; the row is the same, also within edits in force."""
+    row = [edit_of("replace", 30), edit_of("delete", 40), edit_of("add", 40, seed=5)]
+    widths = []
+    with model64.edits(edit_of("replace", 3, rank=1)):
+        expected = model64.edit_session(sequence).run([row], stop=60)
+        with model64.hooks([("hook_embed", lambda x, hook: widths.append(x.shape[1]))]):
+            run = model64.run_with_edits(sequence, [row], stop=60)
+    assert widths == [60] and (run.start, run.stop) == (expected.start, expected.stop) == (30, 60)
+    assert_close(run.logits, expected.logits, rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
 def test_one_row_walks_on_where_the_plain_pass_cannot_be_cut(model64, sequence):
     """As under an edit in force: while positions rise each token is walked once."""
     widths, positions = [], (20, 30, 10)
