@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -16,6 +17,7 @@ from tqdm.auto import tqdm
 from hookpoints import HookedRecurrent
 from hookpoints import embedded as shipped
 from sae_lens_writesae.sae.load import load_sae
+from writesae import demo
 from writesae.demo import (
     CIRCUIT,
     PAGE,
@@ -51,18 +53,21 @@ def test_the_head_is_the_one_whose_writes_do_most_of_those_that_remember(embedde
 
 def test_a_memory_is_read_one_fact_replaced_and_the_answer_follows() -> None:
     recalled = recall()
-    first, edited = recalled.memories
+    first, cut, edited = recalled.memories
     assert (first.answer, edited.answer) == ("Rome", "Oslo") and min(first.share, edited.share) > 0.9
+    assert cut.share < 0.5 and {*dict(cut.facts)} == {fact for fact, _ in first.facts if "Rome" not in fact}
     facts, others = dict(first.facts), dict(edited.facts)
     changed = {"Ben lives in → Rome", "Ben lives in → Oslo"}
     assert facts.keys() ^ others.keys() == changed and len(facts) == len(others) == 4
     assert all(others[fact] == pytest.approx(facts[fact], abs=0.05) for fact in facts.keys() - changed)
     lines = recalled.lines().splitlines()
     assert (
-        len(lines) == 5
+        len(lines) == 7
         and re.match("memory .*Ben lives in → Rome 0.48", lines[1])
-        and lines[4] == "answer    Ben lives in Oslo (99%)"
+        and lines[6] == "answer    Ben lives in Oslo (99%)"
     )
+    guess = f"Ben lives in {cut.answer} ({cut.share:.0%})"
+    assert recalled.answers().startswith(f"Ben lives in Rome (99%)\n{guess}")
     page = page_of(recalled, HEAD, {})
     assert page.index("Ben lives in → Oslo") < page.index(recalled.circuit) and "Dictionaries" not in page
     ElementTree.fromstring(recalled.circuit)
@@ -96,7 +101,8 @@ def test_one_bar_says_the_stage_and_those_of_libraries_are_not_drawn(monkeypatch
             stages.next()
             stages.say("a sentence")
         drawn = terminal.getvalue()
-        assert sys.stderr is terminal and said == ["a sentence"] and "librar" not in drawn and "another" not in drawn
+        assert said == ["stage 1 of 2: facts", "stage 2 of 2: training", "a sentence"]
+        assert sys.stderr is terminal and "librar" not in drawn and "another" not in drawn
         if terminal.isatty():
             stages_drawn = list(dict.fromkeys(re.findall(r"stage \d of \d: \w+", drawn)))
             assert stages_drawn == ["stage 1 of 2: facts", "stage 2 of 2: training"] and "a warning\n" in drawn
@@ -104,27 +110,42 @@ def test_one_bar_says_the_stage_and_those_of_libraries_are_not_drawn(monkeypatch
             assert drawn == "a warning\n"
 
 
+def test_a_long_stage_says_again_what_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "SILENCE", 0.01)
+    again = threading.Event()
+
+    def say(line: object) -> None:
+        if line == "still in stage 1 of 1: training":
+            again.set()
+
+    with one_bar(("training",), say) as stages:
+        stages.next()
+        assert again.wait(60)
+    assert not any("keep_saying" in thread.name for thread in threading.enumerate())
+
+
 @pytest.mark.slow
 def test_the_demo_leaves_a_page_and_dictionaries(
     embedded: HookedRecurrent, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     said: list[str] = []
-    demo = Demo(layer=4, head=0, training_tokens=64_000, train_sequences=160, out=tmp_path / "out")
-    page = run_demo(demo, lambda line: said.append(str(line)))
+    flags = Demo(layer=4, head=0, training_tokens=64_000, train_sequences=160, out=tmp_path / "out")
+    page = run_demo(flags, lambda line: said.append(str(line)))
     screen = "\n".join(said)
-    assert re.match(r"about \d+ s on this machine", said[0]) and "half of a write is left" in screen
+    assert re.search(r"^about \d+ s on this machine", screen, re.MULTILINE) and "half of a write is left" in screen
     assert "%|" not in capfd.readouterr().err  # a bar of a library
-    assert "Ben lives in Oslo (99%)" in screen and said[-1].endswith(f"{demo.out / CIRCUIT}\n\nopen in a browser:")
-    ElementTree.parse(demo.out / CIRCUIT)
+    assert "Ben lives in Oslo (99%)" in screen and f"{flags.out / CIRCUIT}\n" in said[-1]
+    assert re.search(r"Ben lives in Rome \(99%\)\nBen lives in .*\n\nopen in a browser:$", said[-1])
+    ElementTree.parse(flags.out / CIRCUIT)
     text = page.read_text()
     assert page == tmp_path / "out" / PAGE and "Ben lives in → Oslo" in text and all(name in text for name in NAMES)
-    whole = {name: next((demo.out / name).rglob("*.safetensors")) for name in NAMES}
+    whole = {name: next((flags.out / name).rglob("*.safetensors")) for name in NAMES}
     before = {label: file.stat().st_mtime_ns for label, file in whole.items()}
-    assert run_demo(demo, said.append) == page and page.read_text() == text
+    assert run_demo(flags, said.append) == page and page.read_text() == text
     assert before == {label: file.stat().st_mtime_ns for label, file in whole.items()}
     with pytest.raises(ValueError, match="seed: 0, now 1"):
-        run_demo(replace(demo, seed=1))
-    tokens = sample_sequences(embedded, shipped.text("test"), demo.context_size, demo.eval_sequences)
+        run_demo(replace(flags, seed=1))
+    tokens = sample_sequences(embedded, shipped.text("test"), flags.context_size, flags.eval_sequences)
     saes = {label: load_sae(file.parent) for label, file in whole.items()}
     recovered = [dictionary_quality(embedded, sae, tokens).recovered for sae in saes.values()]
     assert len(recovered) == 2 and all(each is not None and each.low > 0.3 for each in recovered)

@@ -140,6 +140,8 @@ def run_command(words: Sequence[str]) -> None:
         given = parse(resolve_name(command.flags), f"writesae {name}", words[1:])
         if hasattr(given, "check"):
             given.check()
+    if name == "demo":
+        print("loading PyTorch, transformers and SAELens", flush=True)  # ten seconds, and more beside other work
     written = resolve_name(command.work)(given)
     if written is not None:
         print(written)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from hookpoints import HookedRecurrent, attribute, embedded, zoo
 from hookpoints.files import atomic_text
+from hookpoints.scopes import threads_for
 from sae_lens_writesae.sae.collecting import collect
 from sae_lens_writesae.sae.factors import Collection
 from sae_lens_writesae.sae.load import load_sae
@@ -50,7 +52,9 @@ STAGES = (
 TOLD = "Ben lives in Rome . Iris keeps a parrot . Ben is a baker . Clara dresses in green ."
 ASKED = "Ben lives in"
 REPLACED = ("Rome", "Oslo")
-"""What the model `facts` is told and asked, and the value that another one replaces: those of README."""
+"""What the model `facts` is told and asked, and the value that another one replaces. The first sentence is cut."""
+SILENCE = 8.0
+"""Seconds after which the demo says again what it does."""
 DEMO_PASSES = 2000
 """What the demo takes, in the time that a pass over a sequence does."""
 
@@ -72,7 +76,7 @@ def run_demo(flags: Demo, say: Say = print) -> Path:
     names = (PAGE, CIRCUIT, "collection", *recipes)
     check_settings(flags.out, settings, names)
     check_ours(flags.out / PAGE)
-    with one_bar(STAGES, say) as stages:
+    with one_bar(STAGES, say) as stages, threads_for(0):  # two threads cost more than they win here
         stages.next()
         model = HookedRecurrent.from_pretrained(flags.model)
         check_head(flags, model)
@@ -101,7 +105,7 @@ def run_demo(flags: Demo, say: Say = print) -> Path:
             qualities = {name: quality(name) for name in saes}
             stages.say(quality_table(qualities))
             page = atomic_text(flags.out / PAGE, page_of(recalled, head, qualities))
-    say(f"circuit   {flags.out / CIRCUIT}\n\nopen in a browser:")
+    say(f"circuit   {flags.out / CIRCUIT}\n\n{recalled.answers()}\n\nopen in a browser:")
     return page
 
 
@@ -162,10 +166,13 @@ class Held(NamedTuple):
     """To the question, and its probability."""
     share: float
 
+    def __str__(self) -> str:
+        return f"{self.answer} ({self.share:.0%})"
+
 
 @dataclass(frozen=True)
 class Recalled:
-    """A text that a model was told, its memory as facts, and with one of them replaced."""
+    """A text that a model was told, its memory as facts, without the first sentence, and with another fact for it."""
 
     text: str
     question: str
@@ -176,10 +183,15 @@ class Recalled:
     def lines(self) -> str:
         """As lines of a terminal."""
         lines = [f"text      {self.text}"]
-        for title, held in zip(("memory", "replaced"), self.memories):
+        for title, held in zip(("memory", "cut", "replaced"), self.memories):
             facts = ", ".join(f"{fact} {strength:.2f}" for fact, strength in held.facts)
-            lines += [f"{title:8}  {facts}", f"answer    {self.question} {held.answer} ({held.share:.0%})"]
+            lines += [f"{title:8}  {facts}", f"answer    {self.question} {held}"]
         return "\n".join(lines)
+
+    def answers(self) -> str:
+        """The answer before the cut and after it, as lines of a terminal."""
+        told, cut, _ = self.memories
+        return f"{self.question} {told}\n{self.question} {cut}, a guess: the sentence was cut out of the memory"
 
 
 def page_of(recalled: Recalled, head: ChosenHead, qualities: Mapping[str, Json]) -> str:
@@ -189,16 +201,21 @@ def page_of(recalled: Recalled, head: ChosenHead, qualities: Mapping[str, Json])
 
 
 def recall() -> Recalled:
-    """Tell the model `facts` a text, read its memory as facts, replace one, ask for it before and after, and find the
-    circuit of the first answer."""
+    """Tell the model `facts` a text, read its memory as facts, cut the sentence of one of them, replace that fact, ask
+    for it each time, and find the circuit of the first answer."""
     with quiet():
         model = HookedRecurrent.from_pretrained("facts").requires_grad_(False)
     pairs = cast("PairDictionary", load_sae(zoo.path("facts") / "pairs"))
     old, new = REPLACED
     memory = model.memory(TOLD)
-    edited = memory.with_fact(pairs, ASKED, new, instead_of=old)
+    span = memory.suspects(ASKED)[0].span  # the sentence that the answer hangs on
+    states = {
+        "What its memory holds": memory,
+        f"The memory without “{ASKED} {old}”": memory.without(span),
+        f"The memory with {new} instead of {old}": memory.with_fact(pairs, ASKED, new, instead_of=old),
+    }
     memories = []
-    for title, state in (("What its memory holds", memory), (f"The memory with {new} instead of {old}", edited)):
+    for title, state in states.items():
         chances = model.logits_after(state, ASKED)[0, -1].softmax(-1)
         facts = [(f"{fact.key} → {fact.value}", fact.strength) for fact in state.facts(pairs, n=4)]
         answer = str(model.to_string(int(chances.argmax()))).strip()
@@ -226,12 +243,18 @@ class Stages(io.TextIOBase):
         self.bar.n = self._stage
         self._stage += 1
         self.bar.set_description_str(f"stage {self._stage} of {self.bar.total}: {next(self._names)}")
+        self.say(self.bar.desc)
 
     def say(self, line: str) -> None:
         """A line above the bar."""
         self.bar.clear()
         self._say(line)
         self.bar.refresh()
+
+    def keep_saying(self, over: threading.Event) -> None:
+        """What is being done, until it is ``over``: a stage may be long."""
+        while not over.wait(SILENCE):
+            self.say(f"still in {self.bar.desc}")
 
     def write(self, text: str) -> int:
         """What somebody writes to standard error."""
@@ -249,5 +272,12 @@ class Stages(io.TextIOBase):
 def one_bar(stages: Sequence[str], say: Say) -> Iterator[Stages]:
     """A scope in which `Stages` is all that is drawn."""
     shown = Stages(stages, say)
+    over = threading.Event()
+    ticker = threading.Thread(target=shown.keep_saying, args=(over,), daemon=True)
     with shown.bar, redirect_stderr(shown):
-        yield shown
+        ticker.start()
+        try:
+            yield shown
+        finally:
+            over.set()
+            ticker.join()
