@@ -185,6 +185,31 @@ TRANSFORMER_LENS: dict[str, dict[str, str]] = {
         "patching.get_act_patch_mlp_out(model, tokens, cache, metric)": WORKS,
         "patching.get_act_patch_attn_out(model, tokens, cache, metric)": WORKS,
     },
+    "Their notebooks": {
+        "model.enable_compatibility_mode(disable_warnings=True)": "no switch changes which hooks there are",
+        "model.set_use_hook_mlp_in(True)": "no switch changes which hooks there are",
+        "model.tl_named_parameters()": "model.hf_model.named_parameters()",
+        "model.get_token_position(' people', text, prepend_bos=False)": "to_str_tokens",
+        "model.loss_fn(logits, tokens, per_token=True)": WORKS,
+        "model.blocks[2].mixer.hook_z.add_hook(double)": WORKS,
+        "model.run_with_hooks(tokens, fwd_hooks=[(utils.get_act_name('v', 2), double)])": WORKS,
+        "model.run_with_hooks(tokens, fwd_hooks=[(utils.get_act_name('pattern', 2), double)])": WORKS,
+        "model.run_with_hooks(tokens, fwd_hooks=[(utils.get_act_name('attn', 2, 'attn'), double)])": WORKS,
+        "model.run_with_hooks(tokens, fwd_hooks=[(utils.get_act_name('in', 2), double)])": "blocks.2.hook_resid_pre",
+        "model.run_with_hooks(tokens, fwd_hooks=[(lambda name: name.endswith('pattern'), double)])": WORKS,
+        "cache['pattern', 2, 'attn']": "name it in names_filter",
+        "model.run_with_cache(tokens)[1]['result', 2, 'attn']": "cache.compute_head_results()",
+        "cache['scale', 2, 'ln1']": WORKS,
+        "cache.accumulated_resid(layer=-1, incl_mid=True, pos_slice=-1, return_labels=True)": WORKS,
+        "cache.stack_head_results(layer=-1, pos_slice=-1, return_labels=True)": WORKS,
+        "cache.apply_ln_to_stack(cache.decompose_resid(pos_slice=-1), layer=-1, pos_slice=-1)": WORKS,
+        "cache.get_full_resid_decomposition(layer=-1, pos_slice=-1, apply_ln=True)": WORKS,
+        "cache.get_full_resid_decomposition(layer=-1, expand_neurons=True)": "no hook holds the neurons",
+        "patching.get_act_patch_block_every(model, tokens, cache, metric)": WORKS,
+        "patching.get_act_patch_attn_head_out_all_pos(model, tokens, cache, metric)": WORKS,
+        "patching.get_act_patch_attn_head_by_pos_every(model, tokens, cache, metric)": "index_df",
+        "model.add_hook(lambda name: 'resid' in name, double, 'bwd')": WORKS,
+    },
 }
 """Part -> call -> what its error says; nothing: it works."""
 SAE_LENS: dict[str, dict[str, str]] = {
@@ -241,6 +266,16 @@ SAE_LENS: dict[str, dict[str, str]] = {
         "training_config(model, 0, 1)": "layer 0",
         "training_config(model, 2, 9)": "head 9",
         "training_config(model, 2, 1).to_sae_trainer_config()": WORKS,
+    },
+    "Their notebooks": {
+        "model.run_with_saes(tokens, saes=sae)": WORKS,
+        "model.run_with_hooks_with_saes(tokens, saes=sae, fwd_hooks=[(f'{hook}.hook_sae_acts_post', double)])": WORKS,
+        "model.add_sae(sae, use_error_term=True)": WORKS,
+        "model.set_use_split_qkv_input(True)": "no switch changes which hooks there are",
+        "sae.decode(sae.encode(model.run_with_cache(tokens, names_filter=hook)[1][hook]))": WORKS,
+        "sae.encode(cache[hook])": "name it in names_filter",
+        "sae.W_enc / sae.W_enc.norm(dim=-1, keepdim=True)": WORKS,
+        "sae.cfg.metadata.prepend_bos": WORKS,
     },
 }
 """The same of SAELens."""

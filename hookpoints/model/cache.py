@@ -55,7 +55,8 @@ class RecurrentCache(ActivationCache):
         why = (
             "was not kept: name it in names_filter"
             if full in self.model.hook_dict
-            else "is no hook of this model (to patch over layers, pass an index_df of those that have it)"
+            else "is no hook of this model (cache.compute_head_results() makes 'result'; to patch over layers, pass an "
+            "index_df of those that have it)"
         )
         raise KeyError(f"{full} {why}; {len(self.cache_dict)} activations are cached{nearest(full, self.cache_dict)}")
 

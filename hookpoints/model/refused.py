@@ -29,9 +29,13 @@ _REASONS: tuple[tuple[str, str], ...] = (
     ),
     (
         "set_use_attn_result set_use_split_qkv_input set_use_attn_in set_use_hook_mlp_in "
-        "set_ungroup_grouped_query_attention",
+        "set_ungroup_grouped_query_attention enable_compatibility_mode",
         "no switch changes which hooks there are (hookpoints.HOOKS); heads' results come from "
         "cache.compute_head_results()",
+    ),
+    (
+        "tl_named_parameters tl_parameters tl_state_dict",
+        "model.hf_model.named_parameters() has all weights; W_E, W_U, b_U and layer_W_O have TransformerLens' names",
     ),
     ("accumulated_bias", "cache.get_full_resid_decomposition has it as its part 'bias'; b_O is each layer's own"),
     ("input_to_embed get_residual", "model(tokens, stop_at_layer=0) is the stream that enters the first block"),
