@@ -63,9 +63,9 @@ def taken_apart(tracing: Tracing, whole: Node, explained: Sequence[Node], writes
     place = (whole.layer, whole.head)
     if whole.feature_type == "state":
         name = f"blocks.{whole.layer}.mixer.hook_read"
-        read = tracing.blocks.text.at(name) - tracing.blocks.other(name)
+        read = tracing.text.at(name) - tracing.sources.other(name)
         effects = (read * tracing.gradients.reads[whole.layer][0])[:, whole.head].sum(-1)
-        before = tracing.blocks.text.recurrences[whole.layer].read_before_write
+        before = tracing.text.recurrences[whole.layer].read_before_write
         return [whole._replace(position=max(0, int(effects.abs().argmax()) - before))]
     found = [node for node in explained if node.feature_type == "write" and (node.layer, node.head) == place]
     of_head = writes[(writes.layer == whole.layer) & (writes["head"] == whole.head)]
@@ -80,11 +80,11 @@ def atoms_of(tracing: Tracing, sae: HeadSAE, whole: Node) -> tuple[pd.DataFrame,
 
     What is taken off the state after a token and what is taken off that token's write change all that follows
     alike, so that one gradient and one edit serve both."""
-    r = tracing.blocks.text.recurrences[whole.layer].select(heads=whole.head)
+    r = tracing.text.recurrences[whole.layer].select(heads=whole.head)
     reads = tracing.gradients.reads[whole.layer][:, :, whole.head : whole.head + 1]
     gradient = r.adjoint(reads).states(positions=[r.T - 1 - whole.position])[0, 0, 0]
     write = r.write(positions=whole.position)[0, 0, 0]
-    texts = (tracing.blocks.text, tracing.blocks.corrupt)
+    texts = (tracing.text, tracing.sources.corrupt)
     clean, other = ({} if text is None else _parts_of(sae, whole, text) for text in texts)
     zero = torch.zeros_like(write)
     differing = {part: clean.get(part, zero) - other.get(part, zero) for part in clean | other}
@@ -95,7 +95,7 @@ def atoms_of(tracing: Tracing, sae: HeadSAE, whole: Node) -> tuple[pd.DataFrame,
     name = f"blocks.{whole.layer}.mixer.heads.{whole.head}.hook_write"
     changes = [Change(whole.layer, whole.position, {name: write - matrix}) for matrix in taken.values()]
     measured = tracing.runs.effects(changes)
-    edges = edge_table(predicted, whole.node_id, "part", -1, measured)
+    edges = edge_table(predicted, whole.node_id, "part", -1, dict(zip(predicted, measured)))
     edges.loc[edges.source == whole.node_id, ["target", "port"]] = ["logit", "state"]
     return node_table(list(predicted), list(predicted.values()), measured), edges
 

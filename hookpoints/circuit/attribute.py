@@ -12,10 +12,11 @@ from torch import Tensor
 
 from hookpoints.circuit.atoms import HeadSAE, atoms_of, labels_of, taken_apart, wholes_of
 from hookpoints.circuit.graph import Graph
+from hookpoints.circuit.measure import Wanted
 from hookpoints.circuit.nodes import LogitMetric, Token, check_is_text, logits_of, one_sequence, same_length
 from hookpoints.circuit.tables import EDGE_COLUMNS, NODE_COLUMNS, largest, node_of
 from hookpoints.circuit.task import Pair, Task, case_of, task_of
-from hookpoints.circuit.tracing import Tracing, Wanted
+from hookpoints.circuit.tracing import Tracing
 from hookpoints.errors import InputError, PredictionWarning, UnsupportedModelError
 from hookpoints.scopes import own_gradients
 
@@ -173,8 +174,8 @@ def _metric_of_logits(
     wanted, other = (torch.tensor(some, device=model.hf_model.device, dtype=torch.long) for some in (ids, others))
 
     def lead(logits: Tensor) -> Tensor:
-        last = logits[0, -1]
-        return last[wanted].mean() - (last[other] if others else last).mean()
+        last = logits[:, -1]
+        return last[:, wanted].mean(1) - (last[:, other] if others else last).mean(1)
 
     return Wanted(lead, ids, others)
 

@@ -372,6 +372,8 @@ class Writes(NamedTuple):
     """[T,H] by layer."""
     unknown: dict[int, str]
     """Layers whose heads hand on their reads in no known way, with the reason."""
+    through: dict[int, ThroughNorm]
+    """By layer, where a norm follows the reads."""
 
 
 @torch.no_grad()
@@ -392,14 +394,18 @@ def predict_writes(
     if through is None:
         recurrences = record(model, tokens)
         swaps = {layer: Swap(r, donors.get(layer)) for layer, r in recurrences.items()}
-        return Writes({layer: swap.first_order(gradients.reads[layer]) for layer, swap in swaps.items()}, {})
-    writes = Writes({}, {})
+        return Writes({layer: swap.first_order(gradients.reads[layer]) for layer, swap in swaps.items()}, {}, {})
+    writes = Writes({}, {}, {})
 
     def predict(layer: int, way: WayOut) -> None:
         swap = Swap(recorded.pop(layer).recurrence, donors.get(layer))
         cause = way.cause()
         through = None if cause or swap.recurrence.rates is not None else way.through(gradients.handed_on[layer])
-        writes.effects[layer] = swap.first_order(gradients.reads[layer]) if through is None else through.of_writes(swap)
+        if through is None:
+            writes.effects[layer] = swap.first_order(gradients.reads[layer])
+        else:
+            writes.effects[layer] = through.of_writes(swap)
+            writes.through[layer] = through
         if cause:
             writes.unknown[layer] = cause
 

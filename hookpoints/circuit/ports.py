@@ -1,33 +1,43 @@
-"""What made a write: its key, its value, and the query that reads it, as functions of a few tokens of a block's input.
+"""What nodes are made of: key, value and gate of a write and the query that reads it, and those of softmax heads.
 
 A factor of a recurrent layer at a token depends on as many tokens of the stream as its convolution (or token shift)
-sees. So a block is run again on these tokens alone, with parts of the stream taken off, and exactly.
+sees, and what a softmax head hands on at a token on one row of its pattern. So a block is run again on these alone,
+with nodes taken off its stream, and exactly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from hookpoints.circuit.nodes import ThroughNorm, WayOut, ways_out
+from hookpoints.circuit.nodes import ThroughNorm
 from hookpoints.circuit.norms import AFFINE, constants
 from hookpoints.circuit.stream import Decomposition, Text, reads_of
 from hookpoints.circuit.tables import Change, FeatureType, Node, PortName
 from hookpoints.layer.context import StopForward, scope
+from hookpoints.layer.intercept import running, wrap_forward
 from hookpoints.memory.caches import reach
 from hookpoints.model.inputs import cache_of, continuing
 from hookpoints.recurrence.recurrence import Recurrence
+from hookpoints.scopes import scoped
 
 if TYPE_CHECKING:
     from transformer_lens.hook_points import HookPoint
 
     from hookpoints.hooks.guard import Hook, HookSpecs, Name
     from hookpoints.layer.context import Recorded
+    from hookpoints.layer.intercept import Function
     from hookpoints.model.recurrent import HookedRecurrent
+
+_TOKENS = 2**13
+"""Tokens of a block at once."""
+_NOTHING = Node("rest")
+"""What gives nothing, so that all is as it is without it."""
 
 
 class Port(NamedTuple):
@@ -93,296 +103,6 @@ class Port(NamedTuple):
         return through.select(slice(None), slice(first, first + reads.shape[1])).of_reads(reads)
 
 
-class Maps(NamedTuple):
-    """The gradient of a port by what enters its block."""
-
-    stream: Tensor
-    """[T,D], by the stream."""
-    embedded: Tensor
-    """[T,D], by the token embeddings; 0 but for blocks that read them again (RWKV-7's first values)."""
-    whole: float
-    """The port."""
-
-
-class Inputs(NamedTuple):
-    """What enters a block at some tokens."""
-
-    layer: int
-    window: range
-    stream: Tensor
-    """[N,W,D]."""
-    embedded: Tensor
-    """[N,W,D], the token embeddings, for blocks that read these again."""
-    missing: Tensor | float = 0.0
-    """[N,W,D], what is taken off what the block's own heads add, before an MLP reads it."""
-
-    def repeated(self, n: int) -> Inputs:
-        """One row, ``n`` times."""
-        sizes = (n, -1, -1)
-        return self._replace(stream=self.stream.expand(sizes), embedded=self.embedded.expand(sizes))
-
-
-class BlockRun(NamedTuple):
-    """A run of a part of one block."""
-
-    value: Tensor
-    """[N,W,...], what the hook saw at which it ended."""
-    seen: Mapping[int, Recorded]
-    """Of its recurrence, where that came before."""
-
-
-_TOKENS = 2**12
-"""Tokens of a block at once."""
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """Runs single blocks of a model on a few tokens of one text."""
-
-    decomposition: Decomposition
-    corrupt: Text | None
-    reach: int | None
-    """How many tokens before a token its factors depend on; None: all."""
-
-    @property
-    def model(self) -> HookedRecurrent:
-        return self.decomposition.model
-
-    @property
-    def text(self) -> Text:
-        return self.decomposition.clean
-
-    def window(self, layer: int, at: int, mlp: bool = False) -> range:
-        """Tokens of the block's input on which its factors at ``at`` depend, or what its ``mlp`` adds there."""
-        mixes = self.model.attachment.layout.blocks[layer].attn_namespace is not None
-        if self.reach is None or (mixes and not mlp):
-            return range(at + 1)
-        return range(max(0, at - self.reach), at + 1)
-
-    def inputs(self, layer: int, window: range) -> Inputs:
-        """What enters a block in the text, as one row."""
-        names = (f"blocks.{layer}.hook_resid_pre", "hook_embed")
-        stream, embedded = (self.text.at(name)[None, window.start : window.stop] for name in names)
-        return Inputs(layer, window, stream, embedded)
-
-    def run(self, until: str, inputs: Inputs, fwd_hooks: HookSpecs = (), gradients: bool = False) -> BlockRun:
-        """Run a block as far as the hook ``until``."""
-        layer = inputs.layer
-        tokens = self.text.tokens[:, inputs.window.start : inputs.window.stop].expand(len(inputs.stream), -1)
-        attachment = self.model.attachment
-        recurrent = [layer] if layer in self.model.cfg.layers else []
-        recording = self.model.recording(recurrent, gradients=gradients)
-        changed = scope(attachment, backend="recurrence", embedded=inputs.embedded)
-
-        def stop(x: Tensor, hook: HookPoint) -> None:
-            raise StopForward(x)
-
-        hooks = self.model.hooks([*fwd_hooks, (until, stop)])
-        with torch.set_grad_enabled(gradients), changed, recording as seen, hooks:
-            value = self.model(inputs.stream, start_at_layer=layer, stop_at_layer=layer + 1, tokens=tokens)
-        return BlockRun(value, seen)
-
-    def sides(self, ports: Sequence[Port], inputs: Inputs, gradients: bool = False) -> list[Tensor]:
-        """[N,...] of each port of one node at the last token of ``inputs``."""
-        node = ports[0].node
-        block = f"blocks.{node.layer}"
-        if node.feature_type == "write":
-            seen = self.run(f"{block}.mixer.hook_read", inputs, gradients=gradients).seen
-            return [port.of(seen[node.layer].recurrence) for port in ports]
-        if node.feature_type == "mlp":
-            heads = self._fixed_heads(inputs)
-            return [self.run(f"{block}.hook_mlp_out", inputs, heads, gradients).value[:, -1]]
-        z = f"{block}.attn.hook_z"
-        names = {"query": f"{block}.attn.hook_q", "key": f"{block}.attn.hook_k", "value": f"{block}.attn.hook_v"}
-        kept: dict[str, Tensor] = {}
-
-        def keep(x: Tensor, hook: HookPoint) -> None:
-            kept[str(hook.name)] = x
-
-        def put(x: Tensor, hook: HookPoint) -> Tensor:
-            return taken[str(hook.name)].to(x).expand_as(x)
-
-        keeping = [(name, keep) for name in names.values()]
-        plain = self.inputs(node.layer, inputs.window)
-        self.run(z, plain, keeping)
-        clean = dict(kept)
-        self.run(z, inputs, keeping, gradients)
-        changed = dict(kept)
-        sides = []
-        for port in ports:
-            taken = clean if port.name == "gate" else {names[port.name]: changed[names[port.name]]}
-            others = inputs if port.name == "gate" else plain.repeated(len(inputs.stream))
-            ran = self.run(z, others, [(name, put) for name in taken], gradients)
-            sides.append(ran.value[:, -1, node.head].clone())  # a view would hold the whole text's
-        return sides
-
-    def _fixed_heads(self, inputs: Inputs) -> list[tuple[Name, Hook]]:
-        """Hooks that leave what the heads of a block add as it is in the text, but for what is missing."""
-        names = self.decomposition.heads_out(inputs.layer)
-        tokens = slice(inputs.window.start, inputs.window.stop)
-
-        def put(x: Tensor, hook: HookPoint) -> Tensor:
-            added = self.text.at(str(hook.name))[tokens].to(x)
-            return (added - inputs.missing if hook.name == names[0] else added).expand_as(x)
-
-        return [(name, put) for name in names]
-
-    def maps(self, ports: Sequence[Port], live: bool) -> list[Maps]:
-        """Gradients of ports at one token, ``live`` or with norms, gates and activations held fixed: the port is then
-        linear but for biases, and parts of the stream add up. Cost: one block on a few tokens, and back for each."""
-        layer = ports[0].node.layer
-        plain = self.inputs(layer, self.window(layer, ports[0].at, ports[0].entered > layer))
-        leaves = [x.clone().requires_grad_() for x in (plain.stream, plain.embedded)]
-        with torch.enable_grad(), constants(() if live else AFFINE):
-            sides = self.sides(ports, Inputs(layer, plain.window, *leaves), gradients=True)
-            wholes = [port.worth(side).sum() for port, side in zip(ports, sides)]
-        found = []
-        for whole in wholes:
-            maps = [torch.zeros_like(self.text.at("hook_embed")) for _ in leaves]
-            gradients: Sequence[Tensor | None] = ()
-            if whole.requires_grad:  # a key that gates alone make is a constant where they are held fixed
-                gradients = torch.autograd.grad(whole, leaves, allow_unused=True, retain_graph=True)
-            for target, gradient in zip(maps, gradients):
-                if gradient is not None:
-                    target[plain.window.start : plain.window.stop] = gradient[0]
-            found.append(Maps(maps[0], maps[1], float(whole.detach())))
-        return found
-
-    def through(self, node: Node, gradient: Tensor) -> ThroughNorm | None:
-        """`WayOut.through` of the head of a write from its token on, with the ``gradient`` [1,T,H,V] by what the heads
-        of its layer hand on. Cost: its block on these tokens."""
-        tokens = range(self.window(node.layer, node.position).start, gradient.shape[1])
-        mixer = f"blocks.{node.layer}.mixer"
-        reads = self.text.at(f"{mixer}.hook_read")[None, tokens.start :]
-        ways: list[WayOut] = []
-
-        def put(x: Tensor, hook: HookPoint) -> Tensor:
-            return reads.to(x)
-
-        found = ways_out(self.model, [node.layer], lambda _, way: ways.append(way))
-        with self.model.hooks([(f"{mixer}.hook_read", put)]), found:
-            self.run(f"{mixer}.hook_z", self.inputs(node.layer, tokens))
-        through = ways[0].through(gradient[:, tokens.start :])
-        heads = slice(node.head, node.head + 1)
-        return through and through.select(heads, slice(node.position - tokens.start, None))
-
-    # ------------------------------------------------------------------------------------ exact changes
-
-    @torch.no_grad()
-    def sides_without(self, ports: Sequence[Port], sources: Sequence[Node]) -> list[Tensor]:
-        """[1+N,...] of each port of one node at one token: as it is, and without each source, the others as they are.
-        With a corrupt text a source is replaced by that of the corrupt text instead."""
-        layer = ports[0].node.layer
-        window = self.window(layer, ports[0].at, ports[0].entered > layer)
-        step = max(1, _TOKENS // len(window))
-        rows = []
-        for first in range(0, len(sources) + 1, step):
-            some = [None, *sources][first : first + step]
-            plain = self.inputs(layer, window).repeated(len(some))
-            embedded = plain.embedded.clone()
-            for row, source in enumerate(some):
-                if source is not None and source.feature_type == "embedding" and source.position in window:
-                    embedded[row, source.position - window.start] = self.other("hook_embed")[source.position]
-            given = self.given(some, window)
-            own = torch.tensor([is_head_of(source, layer) for source in some], device=given.device)[:, None, None]
-            missing = torch.where(own, given, 0)
-            inputs = Inputs(layer, window, plain.stream - given + missing, embedded, missing)
-            rows.append(self.sides(ports, inputs))
-        return [torch.cat(sides) for sides in zip(*rows)]
-
-    def other(self, name: str) -> Tensor:
-        """[T,...], what replaces the values of a hook: those of the corrupt text, or 0."""
-        return torch.zeros_like(self.text.at(name)) if self.corrupt is None else self.corrupt.at(name)
-
-    def other_writes(self, layer: int) -> dict[str, Tensor]:
-        """[T,H,...] by the names of hooks, what replaces the writes of a layer: the values and keys of those of the
-        corrupt text, or values of 0."""
-        mixer = f"blocks.{layer}.mixer"
-        if self.corrupt is None:
-            return {f"{mixer}.hook_write_value": torch.zeros_like(self.text.recurrences[layer].u[0])}
-        r = self.corrupt.recurrences[layer]
-        return {f"{mixer}.hook_write_value": r.u[0], f"{mixer}.hook_write_key": r.k[0]}
-
-    @torch.no_grad()
-    def given(self, sources: Sequence[Node | None], window: range) -> Tensor:
-        """[N,W,D], what each source gives to the stream at the tokens of ``window``; less what it gives in the corrupt
-        text, if there is one. NaN where it is not known, 0 of None."""
-        stream = self.text.at("blocks.0.hook_resid_pre")
-        given = stream.new_zeros(len(sources), len(window), stream.shape[-1])
-        writes: dict[int, list[tuple[int, Node]]] = {}
-        for row, source in enumerate(sources):
-            if source is None:
-                continue
-            if source.feature_type == "write":
-                writes.setdefault(source.layer, []).append((row, source))
-            elif source.feature_type in ("embedding", "mlp", "attn", "stream"):
-                if source.position in window:
-                    given[row, source.position - window.start] = self._stream_change(source)
-            else:
-                given[row] = torch.nan
-        for layer, of_layer in writes.items():
-            rows, written = zip(*of_layer)
-            given[list(rows)] = self._write_outputs(layer, written, window)
-        return given
-
-    def _stream_change(self, source: Node) -> Tensor:
-        """[D], what a node adds to the stream at its token, more than in the corrupt text."""
-        block = f"blocks.{source.layer}"
-        if source.feature_type == "mlp":
-            outs = [self.decomposition.mlp_out(source.layer, text) for text in (self.text, self.corrupt) if text]
-            return (outs[0] - outs[1] if len(outs) > 1 else outs[0])[source.position]
-        names: dict[FeatureType, str] = {
-            "embedding": "blocks.0.hook_resid_pre",
-            "stream": f"{block}.hook_resid_pre",
-            "attn": f"{block}.hook_attn_out" if source.head < 0 else f"{block}.attn.hook_z",
-        }
-        name = names[source.feature_type]
-        value = (self.text.at(name) - self.other(name))[source.position]
-        if source.head < 0:
-            return value
-        if self.model.head_outputs(source.layer, "attn").norm is not None:  # of all heads together
-            return torch.full_like(self.text.at("blocks.0.hook_resid_pre")[0], torch.nan)
-        return value[source.head] @ self.model.layer_W_O(source.layer, "attn")[source.head]
-
-    def _write_outputs(self, layer: int, sources: Sequence[Node], window: range) -> Tensor:
-        """[N,W,D], what each write gives through its head's norm: the block's output less that without the write."""
-        first = self.window(layer, window.start).start
-        longer = range(first, window.stop)
-        stretch = slice(longer.start, longer.stop)
-        reads = self.text.at(f"blocks.{layer}.mixer.hook_read")[stretch]
-        without = reads[None].repeat(len(sources), 1, 1, 1)
-        rows = list(range(len(sources)))
-        heads = [source.head for source in sources]
-        positions = [source.position for source in sources]
-        r = self.text.recurrences[layer]
-        for sign, text in ((1, self.text), (-1, self.corrupt)):
-            if text is not None:
-                taken = reads_of(r, text.recurrences[layer], heads, positions)[stretch]
-                without[rows, :, heads] -= sign * taken.movedim(1, 0).to(without)
-
-        def put(x: Tensor, hook: HookPoint) -> Tensor:
-            return without.to(x)
-
-        added = f"blocks.{layer}.hook_mixer_out"
-        inputs = self.inputs(layer, longer).repeated(len(sources))
-        ran = self.run(added, inputs, [(f"blocks.{layer}.mixer.hook_read", put)])
-        return (self.text.at(added)[None, stretch] - ran.value)[:, window.start - first :]
-
-
-def is_head_of(source: Node | None, layer: int) -> bool:
-    """Whether a source is of the heads of a block, and not below it."""
-    return source is not None and source.layer == layer and source.feature_type in ("write", "attn")
-
-
-@torch.no_grad()
-def reach_of(model: HookedRecurrent, tokens: Tensor) -> int | None:
-    """How many tokens before a token its factors depend on, from what a cache keeps after one token; None where it
-    does not tell."""
-    one = tokens[:, :1].to(model.hf_model.device)
-    inputs = model.attachment.new_cache() | continuing(model.hf_model, None, 0, one)
-    return reach(cache_of(model.hf_model(input_ids=one, **inputs))) or None
-
-
 # ------------------------------------------------------------------------------------------------ ports of a write
 
 
@@ -398,10 +118,13 @@ def ports_of(node: Node, r: Recurrence, at_reads: Tensor, read: int | None = Non
     position = node.position
     own = r.select(heads=node.head)
     gradient = at_reads[:, :, node.head : node.head + 1]
-    of_write = own.adjoint(gradient).states(positions=[r.T - 1 - position])[0, 0, 0]  # [K,V]
+    readers = None if r.rates is not None else _reads_of_state(own, position)
+    if readers is None:
+        of_write = own.adjoint(gradient).states(positions=r.T - 1 - position)[0, 0, 0]  # [K,V]
+    else:
+        of_write = readers.T @ gradient[0, position:, 0].to(readers)
     key = torch.atleast_2d(own.k[0, position, 0]).to(of_write)
     value = torch.atleast_2d(own.u[0, position, 0]).to(of_write)
-    readers = None if r.rates is not None else _reads_of_state(own, position)
     ports = [
         Port(node, "value", position, of_write, key, readers),
         Port(node, "key", position, of_write, value, readers),
@@ -424,8 +147,8 @@ def _reads_of_state(own: Recurrence, position: int) -> Tensor:
     """[T',K], what each token from ``position`` on reads of the state of one head after ``position``."""
     length = own.T - position
     single = own.q.new_zeros(1, own.T, 1, length, dtype=own.dtype)
-    single[0, position:, 0] = torch.eye(length)
-    return own.adjoint(single).states(positions=[length - 1])[0, 0, 0].T
+    single[0, position:, 0] = torch.eye(length, device=single.device)
+    return own.adjoint(single).states(positions=length - 1)[0, 0, 0].T
 
 
 def ports_of_head(node: Node, at_z: Tensor) -> list[Port]:
@@ -447,17 +170,394 @@ def port_of_mlp(node: Node, at_out: Tensor) -> Port:
     return Port(node, "input", node.position, at_out[0, node.position])
 
 
-def change_for(port: Port, clean: Text, taken: Tensor) -> list[Change]:
-    """For each of ``taken`` [N,...], what takes it off the side of a port and leaves the other ports alone."""
+def change_for(port: Port, clean: Text, taken: Sequence[Tensor]) -> list[Change]:
+    """For each of ``taken`` [...], what takes it off the side of a port and leaves the other ports alone."""
+    if not len(taken):
+        return []
     node = port.node
-    given = port.given(taken)
+    given = port.given(torch.stack([*taken]))
     mixer = f"blocks.{node.layer}.mixer"
     if node.feature_type == "write" and port.name != "query":
         name = f"{mixer}.heads.{node.head}.hook_write"
         write = clean.recurrences[node.layer].write(heads=node.head, positions=node.position)[0, 0, 0]
-        return [Change(node.layer, port.at, {name: write - row}) for row in given]
+        return [Change(node.layer, port.at, {name: left}) for left in write - given]
     names: dict[FeatureType, str] = {"write": f"{mixer}.hook_read", "attn": f"blocks.{node.layer}.attn.hook_z"}
     name = names.get(node.feature_type, f"blocks.{node.layer}.hook_mlp_out")
     at_token = clean.at(name)[port.at]
     value = at_token if node.head < 0 else at_token[node.head]
-    return [Change(node.layer, port.at, {name: value - row}, node.head) for row in given.reshape(-1, len(value))]
+    return [Change(node.layer, port.at, {name: left}, node.head) for left in value - given.reshape(-1, len(value))]
+
+
+# ------------------------------------------------------------------------------------------------ runs of a block
+
+
+class Maps(NamedTuple):
+    """The gradients of N ports by what enters their block."""
+
+    stream: Tensor
+    """[N,T,D], by the stream."""
+    embedded: Tensor
+    """[N,T,D], by the token embeddings; 0 but for blocks that read them again (RWKV-7's first values)."""
+    wholes: Tensor
+    """[N], the ports."""
+
+
+class Inputs(NamedTuple):
+    """What enters a block at some tokens."""
+
+    layer: int
+    windows: Sequence[range]
+    """Tokens of each row, as many in each."""
+    stream: Tensor
+    """[N,W,D]."""
+    embedded: Tensor
+    """[N,W,D], the token embeddings, for blocks that read these again."""
+    missing: Tensor | float = 0.0
+    """[N,W,D], what is taken off what the block's own heads add, before an MLP reads it."""
+
+    def part(self, rows: slice, token: int) -> Inputs:
+        """One token of some rows."""
+        windows = [range(window[token], window[token] + 1) for window in self.windows[rows]]
+        stream, embedded = (x[rows, token : token + 1] for x in (self.stream, self.embedded))
+        return Inputs(self.layer, windows, stream, embedded)
+
+
+class BlockRun(NamedTuple):
+    """A run of a part of one block."""
+
+    value: Tensor
+    """[N,W,...], what the hook saw at which it ended."""
+    seen: Mapping[int, Recorded]
+    """Of its recurrence, where that came before."""
+
+
+class Attending:
+    """Meets the function that computes the attention of a block, which is given ``others``; without any the pass ends
+    there."""
+
+    projection = None
+
+    def __init__(self, module: nn.Module, others: Mapping[str, Tensor | None]):
+        self.module = module
+        self.others = others
+        self.open = True
+        self.arguments: Mapping[str, object] = {}
+
+    def handle(self, op: Function, arguments: Mapping[str, object]) -> object:
+        """As of `OpHandler`."""
+        self.arguments = arguments
+        query = cast(Tensor, arguments["query"])
+        if not self.others:
+            raise StopForward(query)
+        others = {name: x if x is None else x.expand(len(query), -1, -1, -1) for name, x in self.others.items()}
+        return op(**{**arguments, **others})
+
+
+@scoped
+def attending(model: HookedRecurrent, layer: int, others: Mapping[str, Tensor | None]) -> Iterator[Attending]:
+    """In this scope attention of one block is met."""
+    block = model.attachment.layout.blocks[layer].block
+    handler = Attending(block, others)
+
+    def around(forward: Function, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+        return running(handler, forward, args, kwargs)
+
+    with scope(model.attachment) as opened:
+        unwrap = wrap_forward(block, around, opened.active)
+        try:
+            yield handler
+        finally:
+            unwrap()
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Runs single blocks of a model on a few tokens of one text."""
+
+    decomposition: Decomposition
+    reach: int | None
+    """How many tokens before a token its factors depend on; None: all."""
+
+    @property
+    def model(self) -> HookedRecurrent:
+        return self.decomposition.model
+
+    @property
+    def text(self) -> Text:
+        return self.decomposition.clean
+
+    def windows(self, layer: int, spans: Sequence[range], mixes: bool = True) -> list[range]:
+        """Tokens of the block's input on which what it makes of each span depends, as many of each. ``mixes``: whether
+        through its attention, if it has any."""
+        reach = self.reach
+        if reach is None or (mixes and self.model.attachment.layout.blocks[layer].attn_namespace is not None):
+            reach = self.text.tokens.shape[1]
+        width = max(span.stop - max(0, span.start - reach) for span in spans)
+        firsts = [max(0, span.stop - width) for span in spans]
+        return [range(first, first + width) for first in firsts]
+
+    def windows_of_ports(self, ports: Sequence[Port]) -> list[range]:
+        """The same of ports of one kind in one block."""
+        node = ports[0].node
+        return self.windows(node.layer, [range(port.at, port.at + 1) for port in ports], node.feature_type != "mlp")
+
+    def values(self, name: str, windows: Sequence[range]) -> Tensor:
+        """[N,W,...], what a hook saw in windows."""
+        return _in_windows(self.text.at(name), windows)
+
+    def inputs(self, layer: int, windows: Sequence[range]) -> Inputs:
+        """What enters a block in the text."""
+        stream, embedded = (self.values(name, windows) for name in (f"blocks.{layer}.hook_resid_pre", "hook_embed"))
+        return Inputs(layer, windows, stream, embedded)
+
+    def run(self, until: str | None, inputs: Inputs, fwd_hooks: HookSpecs = (), gradients: bool = False) -> BlockRun:
+        """Run a block as far as the hook ``until``; None: to where something else ends the run."""
+        layer = inputs.layer
+        tokens = _in_windows(self.text.tokens[0], inputs.windows)
+        attachment = self.model.attachment
+        recurrent = [layer] if layer in self.model.cfg.layers else []
+        recording = self.model.recording(recurrent, gradients=gradients)
+        changed = scope(attachment, backend="recurrence", embedded=inputs.embedded)
+
+        def stop(x: Tensor, hook: HookPoint) -> None:
+            raise StopForward(x)
+
+        hooks = self.model.hooks([*fwd_hooks, *([(until, stop)] if until else [])])
+        with torch.set_grad_enabled(gradients), changed, recording as seen, hooks:
+            value = self.model(inputs.stream, start_at_layer=layer, stop_at_layer=layer + 1, tokens=tokens)
+        return BlockRun(value, seen)
+
+    def sides(self, ports: Sequence[Port], inputs: Inputs, gradients: bool = False) -> list[Tensor]:
+        """Of each row of ``inputs`` the side of its port; ports are of one kind in one block, equal ones follow each
+        other."""
+        node = ports[0].node
+        block = f"blocks.{node.layer}"
+        if node.feature_type == "write":
+            r = self.run(f"{block}.mixer.hook_read", inputs, gradients=gradients).seen[node.layer].recurrence
+
+            def side(port: Port, rows: slice, token: int) -> Tensor:
+                return port.of(r.select(rows=rows, tokens=slice(token + 1)))
+
+        elif node.feature_type == "mlp":
+            added = self.run(f"{block}.hook_mlp_out", inputs, self._fixed_heads(inputs), gradients).value
+
+            def side(port: Port, rows: slice, token: int) -> Tensor:
+                return added[rows, token]
+
+        else:
+            changed = self._attention_arguments(inputs, gradients)
+            plain = self._attention_arguments(self.inputs(node.layer, inputs.windows[:1]))
+
+            def side(port: Port, rows: slice, token: int) -> Tensor:
+                seen = dict(plain)
+                here = inputs.part(rows, token)
+                if port.name in seen:
+                    seen[port.name] = changed[port.name][rows]
+                    here = self.inputs(node.layer, here.windows)
+                with attending(self.model, node.layer, _of_query(seen, token)):
+                    return self.run(f"{block}.attn.hook_z", here, (), gradients).value[:, 0, port.node.head]
+
+        sides: list[Tensor] = []
+        for _, group in groupby(range(len(ports)), key=lambda row: id(ports[row])):
+            rows = slice(len(sides), len(sides) + len(list(group)))
+            port = ports[rows.start]
+            sides += side(port, rows, port.at - inputs.windows[rows.start].start)
+        return sides
+
+    def _attention_arguments(self, inputs: Inputs, gradients: bool = False) -> dict[str, Tensor]:
+        """The query, key and value that attention of a block is given, [N,H,W,K], and the mask, if there is one."""
+        with attending(self.model, inputs.layer, {}) as met:
+            self.run(None, inputs, (), gradients)
+        names = ("query", "key", "value", "attention_mask")
+        return {name: x for name in names if isinstance(x := met.arguments[name], Tensor)}
+
+    def _fixed_heads(self, inputs: Inputs) -> list[tuple[Name, Hook]]:
+        """Hooks that leave what the heads of a block add as it is in the text, but for what is missing."""
+        names = self.decomposition.heads_out(inputs.layer)
+
+        def put(x: Tensor, hook: HookPoint) -> Tensor:
+            added = self.values(str(hook.name), inputs.windows)
+            return (added - inputs.missing if hook.name == names[0] else added).to(x)
+
+        return [(name, put) for name in names]
+
+    def maps(self, ports: Sequence[Port], live: bool) -> Maps:
+        """Gradients of ports of one kind in one block, ``live`` or with norms, gates and activations held fixed: a port
+        is then linear but for biases, and parts of the stream add up. Cost: a block on a few tokens, and back."""
+        plain = self.inputs(ports[0].node.layer, self.windows_of_ports(ports))
+        leaves = [x.clone().requires_grad_() for x in (plain.stream, plain.embedded)]
+        with torch.enable_grad(), constants(() if live else AFFINE):
+            sides = self.sides(ports, plain._replace(stream=leaves[0], embedded=leaves[1]), gradients=True)
+            wholes = torch.cat([port.worth(side[None]) for port, side in zip(ports, sides)])
+            total = wholes.sum()
+        stream, embedded = (x.new_zeros(len(ports), *self.text.at("hook_embed").shape) for x in leaves)
+        if total.requires_grad:  # a key that gates alone make is a constant where they are held fixed
+            gradients = torch.autograd.grad(total, leaves, materialize_grads=True)
+            for target, gradient in zip((stream, embedded), gradients):
+                for row, window in enumerate(plain.windows):
+                    target[row, window.start : window.stop] = gradient[row]
+        return Maps(stream, embedded, wholes.detach())
+
+
+def _in_windows(x: Tensor, windows: Sequence[range]) -> Tensor:
+    """[N,W,...] of [T,...]."""
+    return torch.stack([x[window.start : window.stop] for window in windows])
+
+
+def _of_query(arguments: Mapping[str, Tensor], token: int) -> dict[str, Tensor | None]:
+    """What attention of one token is given."""
+    here = slice(token, token + 1)
+    before = slice(token + 1)
+    places = {"query": (here,), "key": (before,), "value": (before,), "attention_mask": (here, before)}
+    cut = {name: x[:, :, *places[name]] for name, x in arguments.items()}
+    return {"attention_mask": None, **cut}
+
+
+@torch.no_grad()
+def reach_of(model: HookedRecurrent, tokens: Tensor) -> int | None:
+    """How many tokens before a token its factors depend on, from what a cache keeps after one token; None where it
+    does not tell."""
+    one = tokens[:, :1].to(model.hf_model.device)
+    inputs = model.attachment.new_cache() | continuing(model.hf_model, None, 0, one)
+    return reach(cache_of(model.hf_model(input_ids=one, **inputs))) or None
+
+
+@dataclass(frozen=True)
+class NodeSources:
+    """Takes nodes off the streams of a text. With a corrupt text a node is replaced by that of it instead."""
+
+    blocks: Blocks
+    corrupt: Text | None
+
+    @property
+    def text(self) -> Text:
+        return self.blocks.text
+
+    def other(self, name: str) -> Tensor:
+        """[T,...], what replaces the values of a hook: those of the corrupt text, or 0."""
+        return torch.zeros_like(self.text.at(name)) if self.corrupt is None else self.corrupt.at(name)
+
+    def other_writes(self, layer: int) -> dict[str, Tensor]:
+        """[T,H,...] by the names of hooks, what replaces the writes of a layer: the values and keys of those of the
+        corrupt text, or values of 0."""
+        mixer = f"blocks.{layer}.mixer"
+        if self.corrupt is None:
+            return {f"{mixer}.hook_write_value": torch.zeros_like(self.text.recurrences[layer].u[0])}
+        r = self.corrupt.recurrences[layer]
+        return {f"{mixer}.hook_write_value": r.u[0], f"{mixer}.hook_write_key": r.k[0]}
+
+    def knows(self, source: Node) -> bool:
+        """Whether it is known what a node gives to the stream."""
+        if source.feature_type == "attn" and source.head >= 0:  # a norm may take all heads together
+            return self.blocks.model.head_outputs(source.layer, "attn").norm is None
+        return source.feature_type in ("embedding", "write", "mlp", "attn", "stream")
+
+    @torch.no_grad()
+    def sides_without(self, ports: Sequence[Port], sources: Sequence[Sequence[Node]]) -> list[Tensor]:
+        """[1+N,...] of each port of one kind in one block: as it is, and without each of its sources, the others as
+        they are."""
+        rows = [(port, source) for port, own in zip(ports, sources) for source in (_NOTHING, *own)]
+        windows = self.blocks.windows_of_ports([port for port, _ in rows])
+        step = max(1, _TOKENS // len(windows[0]))
+        sides: list[Tensor] = []
+        for first in range(0, len(rows), step):
+            some, without = zip(*rows[first : first + step])
+            sides += self.blocks.sides(some, self._inputs_without(without, some[0].node, windows[first : first + step]))
+        found = []
+        for own in sources:
+            found.append(torch.stack(sides[: 1 + len(own)]))
+            del sides[: 1 + len(own)]
+        return found
+
+    def _inputs_without(self, sources: Sequence[Node], node: Node, windows: Sequence[range]) -> Inputs:
+        """What enters the block of a node in each window without a source."""
+        plain = self.blocks.inputs(node.layer, windows)
+        embeddings = {source for source in sources if source.feature_type == "embedding"}
+        change = self.text.at("hook_embed") - self.other("hook_embed")
+        embedded = plain.embedded - self._placed_values(sources, windows, dict.fromkeys(embeddings, change))
+        given = self.given(sources, windows)
+        own = [source[:2] in (("write", node.layer), ("attn", node.layer)) for source in sources]
+        if not any(own):
+            return plain._replace(stream=plain.stream - given, embedded=embedded)
+        missing = given * torch.tensor(own, device=given.device)[:, None, None]
+        return Inputs(node.layer, windows, plain.stream - given + missing, embedded, missing)
+
+    @torch.no_grad()
+    def given(self, sources: Sequence[Node], windows: Sequence[range]) -> Tensor:
+        """[N,W,D], what each source gives to the stream at the tokens of its window; less what it gives in the corrupt
+        text, if there is one."""
+        changes: dict[Node, Tensor] = {}
+        alike: dict[Node, Tensor] = {}
+        writes: list[int] = []
+        for row, source in enumerate(sources):
+            kind = source._replace(position=-1)
+            if source.feature_type == "write":
+                writes.append(row)
+            elif kind not in alike and source != _NOTHING:
+                alike[kind] = self._stream_change(kind)
+            if kind in alike:
+                changes[source] = alike[kind]
+        given = self._placed_values(sources, windows, changes)
+        writes.sort(key=lambda row: sources[row].layer)
+        places = torch.tensor([(row, sources[row].head, sources[row].position) for row in writes], device=given.device)
+        for layer, group in groupby(range(len(writes)), key=lambda row: sources[writes[row]].layer):
+            of_layer = list(group)
+            row, head, position = places[of_layer[0] : of_layer[-1] + 1].T
+            given[row] = self._write_outputs(layer, head, position, [windows[writes[row]] for row in of_layer])
+        return given
+
+    def _placed_values(
+        self, sources: Sequence[Node], windows: Sequence[range], changes: Mapping[Node, Tensor]
+    ) -> Tensor:
+        """[N,W,D], of each row what ``changes`` [T,D] have at the token of its source, and 0 elsewhere."""
+        stream = self.text.at("hook_embed")
+        placed = stream.new_zeros(len(sources), len(windows[0]), stream.shape[-1])
+        places = []
+        values = []
+        for row, (source, window) in enumerate(zip(sources, windows)):
+            if source in changes and source.position in window:
+                places.append((row, source.position - window.start))
+                values.append(changes[source][source.position])
+        if places:
+            row, token = torch.tensor(places, device=stream.device).T
+            placed[row, token] = torch.stack(values)
+        return placed
+
+    def _stream_change(self, source: Node) -> Tensor:
+        """[T,D], what a node adds to the stream, were it at each token, more than in the corrupt text."""
+        block = f"blocks.{source.layer}"
+        if source.feature_type == "mlp":
+            mlp_out = self.blocks.decomposition.mlp_out
+            added = mlp_out(source.layer, self.text)
+            return added if self.corrupt is None else added - mlp_out(source.layer, self.corrupt)
+        names: dict[FeatureType, str] = {
+            "embedding": "blocks.0.hook_resid_pre",
+            "stream": f"{block}.hook_resid_pre",
+            "attn": f"{block}.hook_attn_out" if source.head < 0 else f"{block}.attn.hook_z",
+        }
+        name = names[source.feature_type]
+        value = self.text.at(name) - self.other(name)
+        if source.head < 0:
+            return value
+        return value[:, source.head] @ self.blocks.model.layer_W_O(source.layer, "attn")[source.head]
+
+    def _write_outputs(self, layer: int, heads: Tensor, positions: Tensor, windows: Sequence[range]) -> Tensor:
+        """[N,W,D], what each write gives through its head's norm: the block's output less that without the write."""
+        longer = self.blocks.windows(layer, windows)
+        read = f"blocks.{layer}.mixer.hook_read"
+        without = self.blocks.values(read, longer)
+        rows = torch.arange(len(heads), device=heads.device)
+        for sign, text in ((1, self.text), (-1, self.corrupt)):
+            if text is not None:
+                taken = reads_of(self.text.recurrences[layer], text.recurrences[layer], heads, positions)
+                seen = [taken[window.start : window.stop, row] for row, window in enumerate(longer)]
+                without[rows, :, heads] -= sign * torch.stack(seen).to(without)
+
+        def put(x: Tensor, hook: HookPoint) -> Tensor:
+            return without.to(x)
+
+        added = f"blocks.{layer}.hook_mixer_out"
+        ran = self.blocks.run(added, self.blocks.inputs(layer, longer), [(read, put)])
+        change = self.blocks.values(added, longer) - ran.value
+        starts = [window.start - other.start for window, other in zip(windows, longer)]
+        return torch.stack([row[start : start + len(windows[0])] for row, start in zip(change, starts)])

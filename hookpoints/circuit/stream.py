@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Container, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hookpoints.circuit.norms import constants
 from hookpoints.circuit.tables import FeatureType
+from hookpoints.recurrence.canonical import over_time
 from hookpoints.recurrence.recurrence import Recurrence
 from hookpoints.scopes import scoped
 
@@ -34,17 +35,6 @@ class Stretch(NamedTuple):
     """What the block adds."""
 
 
-class SeenStretch(NamedTuple):
-    """What a stretch saw of one text, with the graph in between."""
-
-    start: Tensor
-    """[1,T,H,V], a leaf."""
-    handed_on: Tensor
-    """[1,T,H,V]."""
-    added: Tensor
-    """[1,T,D]."""
-
-
 class Text(NamedTuple):
     """One text through the model."""
 
@@ -59,10 +49,6 @@ class Text(NamedTuple):
     def at(self, name: str) -> Tensor:
         """[T,...]."""
         return self.values[name].detach()[0]
-
-    def seen_stretch(self, added: str) -> SeenStretch:
-        """The stretch that ends at a hook."""
-        return SeenStretch(*(self.values[name] for name in self.stretches[added]))
 
 
 @scoped
@@ -138,20 +124,10 @@ class Decomposition:
         parts = [Part("embedding", -1, embedding[..., None])]
         bias = directions.new_zeros(len(directions))
         for block in range(layer):
-            mixer_out = f"blocks.{block}.hook_mixer_out"
-            attn_out = f"blocks.{block}.hook_attn_out"
-            if mixer_out in self.clean.stretches:
-                recurrent, rest = self._of_mixer(directions, block, text)
-                parts += recurrent
+            for name in self.heads_out(block):
+                given, rest = self._of_heads(directions, block, name, text)
+                parts += given
                 bias = bias + rest
-            elif block in self.model.cfg.layers:
-                parts.append(self._whole_part("skip", directions, block, text.at(mixer_out)))
-            if attn_out in self.clean.stretches:
-                softmax, rest = self._of_attention(directions, block, text)
-                parts.append(softmax)
-                bias = bias + rest
-            elif block not in self.model.cfg.layers and attn_out in text.values:
-                parts.append(self._whole_part("attn", directions, block, text.at(attn_out)))
             parts.append(self._whole_part("mlp", directions, block, self.mlp_out(block, text)))
         return parts, bias
 
@@ -173,36 +149,29 @@ class Decomposition:
     def _whole_part(self, feature_type: FeatureType, directions: Tensor, block: int, added: Tensor) -> Part:
         return Part(feature_type, block, torch.einsum("ntd,td->nt", directions, added)[..., None])
 
-    def _of_mixer(self, directions: Tensor, block: int, text: Text) -> tuple[list[Part], Tensor]:
-        """Writes and skips of a recurrent block, and the bias of its projection."""
-        seen = self.clean.seen_stretch(f"blocks.{block}.hook_mixer_out")
-        at_z, at_reads = back(seen.added, (seen.handed_on, seen.start), directions)
-        heads = (at_z * text.at(f"blocks.{block}.mixer.hook_z")).sum(-1)
-        reads = (at_reads * text.at(f"blocks.{block}.mixer.hook_read")).sum(-1)
-        writes = of_writes(self.clean.recurrences[block], text.recurrences[block], at_reads)
-        out = torch.einsum("ntd,td->n", directions, text.at(f"blocks.{block}.hook_mixer_out"))
-        parts = [Part("write", block, writes, True), Part("skip", block, heads - reads, True)]
-        return parts, out - heads.sum((1, 2))
-
-    def _of_attention(self, directions: Tensor, block: int, text: Text) -> tuple[Part, Tensor]:
-        """Softmax heads of a block, and the bias of their projection."""
-        seen = self.clean.seen_stretch(f"blocks.{block}.hook_attn_out")
-        (at_z,) = back(seen.added, (seen.start,), directions)
-        heads = (at_z * text.at(f"blocks.{block}.attn.hook_z")).sum(-1)
-        out = torch.einsum("ntd,td->n", directions, text.at(f"blocks.{block}.hook_attn_out"))
-        return Part("attn", block, heads, True), out - heads.sum((1, 2))
+    def _of_heads(self, directions: Tensor, block: int, name: str, text: Text) -> tuple[list[Part], Tensor | float]:
+        """Heads of a block, which the hook ``name`` sees: writes and skips, or softmax heads; and the bias of their
+        projection."""
+        is_softmax = name.endswith("attn_out")
+        if name not in self.clean.stretches:
+            return [self._whole_part("attn" if is_softmax else "skip", directions, block, text.at(name))], 0.0
+        stretch = self.clean.stretches[name]
+        start, handed_on, added = (self.clean.values[hook] for hook in stretch)
+        at_z, at_start = back(added, (handed_on, start), directions)
+        heads = (at_z * text.at(stretch.handed_on)).sum(-1)
+        rest = torch.einsum("ntd,td->n", directions, text.at(name)) - heads.sum((1, 2))
+        if is_softmax:
+            return [Part("attn", block, heads, True)], rest
+        writes = of_writes(self.clean.recurrences[block], text.recurrences[block], at_start)
+        skips = heads - (at_start * text.at(stretch.start)).sum(-1)
+        return [Part("write", block, writes, True), Part("skip", block, skips, True)], rest
 
 
 def back(end: Tensor, starts: tuple[Tensor, ...], directions: Tensor) -> list[Tensor]:
     """Gradients [N,T,...] of <end, direction> by each of ``starts`` [1,T,...], for directions [N,T,D]."""
-    rows = [
-        torch.autograd.grad(end, starts, direction[None].to(end), retain_graph=True, allow_unused=True)
-        for direction in directions
-    ]
-    return [
-        torch.cat([torch.zeros_like(start) if gradient is None else gradient for gradient in gradients])
-        for start, gradients in zip(starts, zip(*rows))
-    ]
+    given = directions[:, None].to(end)
+    found = torch.autograd.grad(end, starts, given, retain_graph=True, is_grads_batched=True)
+    return [gradient.squeeze(1) for gradient in found]
 
 
 @torch.no_grad()
@@ -237,10 +206,13 @@ def _by_term(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def reads_of(r: Recurrence, writes: Recurrence, heads: Sequence[int], positions: Sequence[int]) -> Tensor:
-    """[T,N,V], what a head of ``r`` reads of one write of ``writes``, for N heads and positions of writes."""
-    written = writes.select(heads=heads)
-    alone = torch.zeros_like(written.u)
-    rows = range(len(heads))
-    alone[:, positions, rows] = written.u[:, positions, rows]
-    return r.select(heads=heads).with_write(written.k, alone).outputs()[0]
+def reads_of(r: Recurrence, writes: Recurrence, heads: Tensor, positions: Tensor) -> Tensor:
+    """[T,N,V], what a head of ``r`` reads of one write of ``writes``, for ``heads`` and ``positions`` [N] of writes."""
+    fields = {name: x.index_select(2, heads) for name, x in over_time(r)}
+    if r.rates is not None:
+        fields["rates"] = r.rates.index_select(0, heads)
+    k, u = (x.index_select(2, heads) for x in (writes.k, writes.u))
+    rows = torch.arange(len(heads), device=heads.device)
+    alone = torch.zeros_like(u)
+    alone[:, positions, rows] = u[:, positions, rows]
+    return replace(r, **fields, initial_state=None).with_write(k, alone).outputs()[0]

@@ -122,16 +122,16 @@ def node_of(row: object) -> Node:
 
 
 def edge_table(
-    sources: Mapping[Node, float], target: str, port: PortName, read: int, measured: np.ndarray
+    sources: Mapping[Node, float], target: str, port: PortName, read: int, measured: Mapping[Node, float]
 ) -> pd.DataFrame:
-    """A row for each source; the last ones may have no measurement."""
+    """A row for each source, of which some are measured."""
     table = {
         "source": [source.node_id for source in sources],
         "target": target,
         "port": port,
         "read": read,
         "predicted": list(sources.values()),
-        "measured": np.pad(measured, (0, len(sources) - len(measured)), constant_values=np.nan),
+        "measured": [measured.get(source, np.nan) for source in sources],
     }
     return pd.DataFrame(table)
 

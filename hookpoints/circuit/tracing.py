@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, groupby
-from math import isnan
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from hookpoints.circuit.measure import Measure
+from hookpoints.circuit.measure import Measure, Wanted
 from hookpoints.circuit.nodes import (
     Gradients,
-    LogitMetric,
     ThroughNorm,
     Writes,
     keeps_last,
@@ -27,14 +25,23 @@ from hookpoints.circuit.nodes import (
     record,
 )
 from hookpoints.circuit.norms import constants
-from hookpoints.circuit.ports import Blocks, Port, change_for, port_of_mlp, ports_of, ports_of_head, reach_of
+from hookpoints.circuit.ports import (
+    Blocks,
+    Maps,
+    NodeSources,
+    Port,
+    change_for,
+    port_of_mlp,
+    ports_of,
+    ports_of_head,
+    reach_of,
+)
 from hookpoints.circuit.stream import Decomposition, Part, Text, reading, stretches_of
 from hookpoints.circuit.tables import (
     EDGE_COLUMNS,
     Change,
     FeatureType,
     Node,
-    PortName,
     RunAnswer,
     by_size,
     edge_table,
@@ -62,21 +69,10 @@ _AUDITED = 20
 """Writes that are drawn at random, of those that predictions leave out."""
 _TOKENS = 2**11
 """Tokens of whole runs at once."""
+_PORTS = 2**14
+"""Tokens of gradients at once, one of each text for a port."""
 _STREAMS = 8
 """Last tokens of a window whose whole stream is a source, too."""
-
-
-class Wanted(NamedTuple):
-    """What is explained."""
-
-    metric: LogitMetric
-    targets: tuple[int, ...] = ()
-    against: tuple[int, ...] = ()
-
-    @property
-    def last(self) -> bool:
-        """Whether logits after the last token alone are asked for."""
-        return bool(self.targets)
 
 
 @dataclass(eq=False)
@@ -85,11 +81,10 @@ class Tracing:
 
     model: HookedRecurrent
     wanted: Wanted
-    blocks: Blocks
+    sources: NodeSources
     gradients: Gradients
     """By what heads read and hand on."""
-    unknown: Container[int]
-    """Layers whose heads hand on their reads in no known way."""
+    writes: Writes
     nodes: pd.DataFrame
     """All of them, with predictions."""
     runs: Measure
@@ -118,35 +113,44 @@ class Tracing:
             with reading(model) as others:
                 logits_of(model, corrupt, last=True)
             other = Text(corrupt, donors, others, {})
-        blocks = Blocks(Decomposition(model, clean), other, reach_of(model, tokens))
-        predicted = pd.concat(_predicted_tables(blocks, writes, gradients), ignore_index=True)
-        runs = Measure(session, wanted.metric)
-        return cls(model, wanted, blocks, gradients, writes.unknown, predicted, runs, frozen)
+        sources = NodeSources(Blocks(Decomposition(model, clean), reach_of(model, tokens)), other)
+        predicted = pd.concat(_predicted_tables(sources, writes, gradients), ignore_index=True)
+        return cls(model, wanted, sources, gradients, writes, predicted, Measure(session, wanted), frozen)
+
+    @property
+    def text(self) -> Text:
+        return self.sources.text
 
     # ------------------------------------------------------------------------------------ nodes
 
     def measure_nodes(self, measure: int | None) -> None:
         """Fill the column ``measured`` of the largest nodes of each kind: ``measure`` writes, a fifth of the others;
         None: of all. Then of some of the other writes, drawn at random, of which `audit` is noted."""
+        chosen: list[int] = []
+        drawn = np.empty(0, int)
         for kind, rows in self.nodes.groupby("feature_type"):
             most = len(rows) if measure is None else measure if kind == "write" else max(1, measure // 5)
             order = by_size(rows.predicted)
-            self._measure_rows(order[:most])
+            chosen.extend(order[:most])
             if kind == "write":
                 drawn = np.random.default_rng(0).permutation(order[most:])[:_AUDITED]
-                self._measure_rows(drawn)
-                self.audit = {"n": len(drawn), "largest": max(self.nodes.measured[drawn].abs(), default=0.0)}
+        rows = [*chosen, *drawn]
+        changes = self._changes_without([node_of(row) for row in self.nodes.loc[rows].itertuples()])
+        self.nodes.loc[rows, "measured"] = self.runs.effects(changes)
+        self.audit = {"n": len(drawn), "largest": max(self.nodes.measured[drawn].abs(), default=0.0)}
 
-    def _measure_rows(self, rows: pd.Index | np.ndarray) -> None:
-        nodes = [node_of(row) for row in self.nodes.loc[rows].itertuples()]
-        self.nodes.loc[rows, "measured"] = self.runs.effects([self._change_without(node) for node in nodes])
-
-    def _change_without(self, node: Node) -> Change:
-        """A run without a node, or with that of the corrupt text instead."""
-        values = {name: value[node.position] for name, value in self._replacing_values(node).items()}
-        if node.head >= 0:
-            values = {name: value[node.head] for name, value in values.items()}
-        return Change(node.layer, node.position, values, node.head)
+    def _changes_without(self, nodes: Sequence[Node]) -> list[Change]:
+        """Runs each without a node, or with that of the corrupt text instead."""
+        replacing: dict[Node, dict[str, Tensor]] = {}
+        changes = []
+        for node in nodes:
+            alike = node._replace(position=-1)
+            if alike not in replacing:
+                replacing[alike] = self._replacing_values(alike)
+            at = (node.position,) if node.head < 0 else (node.position, node.head)
+            values = {name: value[at] for name, value in replacing[alike].items()}
+            changes.append(Change(node.layer, node.position, values, node.head))
+        return changes
 
     def _replacing_values(self, node: Node) -> dict[str, Tensor]:
         """[T,...] by the names of hooks, what replaces a node at its token and head."""
@@ -158,39 +162,38 @@ class Tracing:
             "attn": [f"{block}.{attention}"],
         }
         if node.feature_type == "write":
-            return self.blocks.other_writes(node.layer)
-        return {name: self.blocks.other(name) for name in names[node.feature_type]}
+            return self.sources.other_writes(node.layer)
+        return {name: self.sources.other(name) for name in names[node.feature_type]}
 
     # ------------------------------------------------------------------------------------ edges
 
     def direct(self) -> pd.DataFrame:
         """Edges into the logit: what each measured node gives on its direct path with the final norm's scale as it is,
         and what taking that off the last stream does."""
-        text = self.blocks.text
         n_layers = self.model.cfg.n_layers
-        stream = text.at(f"blocks.{n_layers - 1}.hook_resid_post")[None]
+        stream = self.text.at(f"blocks.{n_layers - 1}.hook_resid_post")[None]
         first = stream.shape[1] - 1 if self.wanted.last else 0
         read = stream[:, first:].clone().requires_grad_()
         with torch.enable_grad(), constants(["norms"]):
             value = self.wanted.metric(self._logits_of_stream(read)).reshape(())
         direction = torch.zeros_like(stream)
         (direction[:, first:],) = torch.autograd.grad(value, read)
-        parts, left = self._parts_below(["logit"], direction, n_layers, stream[0])
+        parts, left = self._on_host(*self._parts_below(["logit"], direction, n_layers, stream[0]))
         by_kind = {(part.feature_type, part.layer): part.given[0] for part in parts}
         sources = {}
         for node in map(node_of, largest(self.nodes, _DIRECT).itertuples()):
             given = by_kind.get((node.feature_type, node.layer))
             if given is not None and given[node.position, max(node.head, 0)]:
                 sources[node] = float(given[node.position, max(node.head, 0)])
-        bias = float(value.detach() + left[0])
-        measured = np.full(len(sources), np.nan)
-        if self.wanted.last:
-            with torch.no_grad():
-                given = self.blocks.given(list(sources), range(first, first + 1))
-                left = [self.wanted.metric(self._logits_of_stream(stream[:, first:] - row)) for row in given]
-            measured = self.runs.plain - np.array([float(metric) for metric in left])
         unlisted = sum(float(part.given.sum()) for part in parts) - sum(sources.values())
-        ends = {Node("bias"): bias, Node("rest"): unlisted}
+        ends = {Node("bias"): float(value.detach()) + float(left), Node("rest"): unlisted}
+        known = [source for source in sources if self.sources.knows(source)]
+        measured: dict[Node, float] = {}
+        if self.wanted.last and known:
+            with torch.no_grad():
+                given = self.sources.given(known, [range(first, first + 1)] * len(known))
+                metrics = self.wanted.metric(self._logits_of_stream(stream[:, first:] - given))
+            measured = dict(zip(known, (self.runs.plain - metrics).tolist()))
         return edge_table({**sources, **ends}, "logit", "direct", -1, measured)
 
     def _logits_of_stream(self, stream: Tensor) -> Tensor:
@@ -207,22 +210,34 @@ class Tracing:
             directions: [N,T,D].
             entered: [T,D], the stream.
         """
-        decomposition = self.blocks.decomposition
-        parts, rest = decomposition.parts(directions, layer, self.blocks.text)
-        whole = torch.einsum("ntd,td->n", directions, entered)
-        total = rest + sum(part.given.sum((1, 2)) for part in parts)
-        self.completeness |= dict(zip(labels, (total - whole).tolist()))
-        if self.blocks.corrupt is not None:
-            others, _ = decomposition.parts(directions, layer, self.blocks.corrupt)
+        decomposition = self.sources.blocks.decomposition
+        parts, rest = decomposition.parts(directions, layer, self.text)
+        left = rest - torch.einsum("ntd,td->n", directions, entered)
+        missed = left + sum(part.given.sum((1, 2)) for part in parts)
+        self.completeness |= dict(zip(labels, missed.tolist()))
+        if self.sources.corrupt is not None:
+            others, _ = decomposition.parts(directions, layer, self.sources.corrupt)
             pairs = zip(parts, others, strict=True)
             parts = [part._replace(given=part.given - other.given) for part, other in pairs]
-        return [part._replace(given=part.given.cpu()) for part in parts], (rest - whole).cpu()
+        return parts, left
+
+    def _on_host(self, parts: Sequence[Part], left: Tensor) -> tuple[list[Part], Tensor]:
+        """The same on the host, for one wait."""
+        flat = torch.cat([left[:, None], *(part.given.flatten(1) for part in parts)], 1).cpu()
+        left, *given = flat.split([1, *(part.given[0].numel() for part in parts)], 1)
+        moved = [part._replace(given=x.view(part.given.shape)) for part, x in zip(parts, given)]
+        return moved, left[:, 0]
 
     def edges_into(self, nodes: Sequence[Node], read: int | None = None) -> pd.DataFrame:
         """Edges into the ports of writes, softmax heads and MLPs: the largest sources, of which some are measured, and
         what the stream holds at each token that the block looks at."""
         changes: list[Change] = []
-        tables = list(chain.from_iterable(self._tables_into(node, read, changes) for node in nodes))
+        tables: list[pd.DataFrame] = []
+        step = max(1, _PORTS // self.text.tokens.shape[1])
+        for _, alike in groupby(sorted(nodes, key=lambda node: node[:2]), key=lambda node: node[:2]):
+            ports = list(chain.from_iterable(self._ports_of(node, read) for node in alike))
+            for first in range(0, len(ports), step):
+                tables += self._tables_into(ports[first : first + step], changes)
         if not tables:
             return pd.DataFrame(columns=list(EDGE_COLUMNS))
         table = pd.concat(tables, ignore_index=True)
@@ -230,77 +245,67 @@ class Tracing:
         table.loc[tried, "measured"] = self.runs.effects(changes)[table.measured[tried].astype(int)]
         return table
 
-    def _tables_into(self, node: Node, read: int | None, changes: list[Change]) -> Iterator[pd.DataFrame]:
-        """Edges into one node, by token. Changes that measure some join ``changes``, and their numbers are in the
-        column ``measured``."""
-        through = None
-        block = f"blocks.{node.layer}"
+    def _ports_of(self, node: Node, read: int | None) -> list[Port]:
         if node.feature_type == "write":
-            r = self.blocks.text.recurrences[node.layer]
-            ports = ports_of(node, r, self.gradients.reads[node.layer], read)
-            if node.layer not in self.unknown:
-                through = self.blocks.through(node, self.gradients.handed_on[node.layer])
-        elif node.feature_type == "mlp":
-            ports = [port_of_mlp(node, self.gradients.other[f"{block}.hook_mlp_out"])]
-        else:
-            ports = ports_of_head(node, self.gradients.other[f"{block}.attn.hook_z"])
-        for _, group in groupby(ports, key=lambda port: port.at):
-            yield self._table_into(list(group), through, changes)
+            return ports_of(node, self.text.recurrences[node.layer], self.gradients.reads[node.layer], read)
+        if node.feature_type == "mlp":
+            return [port_of_mlp(node, self.gradients.other[f"blocks.{node.layer}.hook_mlp_out"])]
+        return ports_of_head(node, self.gradients.other[f"blocks.{node.layer}.attn.hook_z"])
+
+    def through(self, node: Node) -> ThroughNorm | None:
+        """The norm that follows the reads of a write, from its token on."""
+        through = self.writes.through.get(node.layer) if node.feature_type == "write" else None
+        return through and through.select(slice(node.head, node.head + 1), slice(node.position, None))
 
     @torch.no_grad()
-    def _table_into(self, ports: Sequence[Port], through: ThroughNorm | None, changes: list[Change]) -> pd.DataFrame:
-        """Edges into ports of one node at one token. Gradients choose sources; the block is run again without each, and
-        what a port is then is followed ``through`` the norm of its head: a prediction that is to first order in what
-        follows the head alone. ``changes`` as of `_tables_into`."""
-        node = ports[0].node
+    def _tables_into(self, ports: Sequence[Port], changes: list[Change]) -> Iterator[pd.DataFrame]:
+        """Edges into ports of one kind in one block. Gradients choose sources; the block is run again without each, and
+        what a port is then is followed through the norm of its head: a prediction that is to first order in what
+        follows the head alone. Changes that measure some join ``changes``, and their numbers are in the column
+        ``measured``."""
         found, ends = self._likely_sources(ports)
-        rows = {source: row for row, source in enumerate(dict.fromkeys(chain(*found)), start=1)}
-        tables = []
-        for port, sides, candidates, last in zip(ports, self.blocks.sides_without(ports, list(rows)), found, ends):
-            taken = sides[0] - sides
-            effects = port.effects(taken, through).tolist()
-            exact = {source: effects[rows[source]] for source in candidates}
-            streams = [source for source in candidates if source.feature_type == "stream"]
-            known = [source for source in candidates if source not in streams and not isnan(exact[source])]
-            tried = [*sorted(known, key=lambda source: -abs(exact[source]))[:_MEASURED], *streams]
-            numbers = {source: number for number, source in enumerate(tried, start=len(changes))}
-            changes += change_for(port, self.blocks.text, taken[[rows[source] for source in tried]])
-            sources = {source: candidates[source] if isnan(x) else x for source, x in exact.items()} | last
-            measured = np.array([numbers.get(source, np.nan) for source in sources])
+        known = [[source for source in candidates if self.sources.knows(source)] for candidates in found]
+        takens = [sides[0] - sides[1:] for sides in self.sources.sides_without(ports, known)]
+        effects = [port.effects(taken, self.through(port.node)) for port, taken in zip(ports, takens)]
+        exact = iter(torch.cat(effects).tolist())
+        for port, candidates, own, taken, last in zip(ports, found, known, takens, ends):
+            sources = candidates | dict(zip(own, exact))
+            streams = [row for row, source in enumerate(own) if source.feature_type == "stream"]
+            others = sorted({*range(len(own))} - {*streams}, key=lambda row: -abs(sources[own[row]]))
+            tried = [*others[:_MEASURED], *streams]
+            numbers = {own[row]: number for number, row in enumerate(tried, start=len(changes))}
+            changes += change_for(port, self.text, [taken[row] for row in tried])
             read = port.at if port.name == "query" else -1
-            tables.append(edge_table(sources, node.node_id, port.name, read, measured))
-        return pd.concat(tables, ignore_index=True)
+            yield edge_table(sources | last, port.node.node_id, port.name, read, numbers)
 
     def _likely_sources(self, ports: Sequence[Port]) -> tuple[list[dict[Node, float]], list[dict[Node, float]]]:
         """Of each port, the sources and the tokens' streams that give most by the gradient through the block; and what
         biases add to those that are linear with norms, gates and activations held fixed, and the rest, which is what
         all other sources give by the gradient."""
-        text = self.blocks.text
         node = ports[0].node
-        linear = [port for port in ports if port.is_linear]
-        fixed = self.blocks.maps(linear, live=False) if linear else []
-        live = self.blocks.maps(ports, live=True)
-        directions = torch.stack([maps.stream for maps in [*fixed, *live]])
-        labels = [f"{node.node_id} {port.name}" for port in linear]
         name = f"blocks.{node.layer}.hook_resid_pre"
-        parts, left = self._parts_below(labels, directions, ports[0].entered, text.at(name))
-        biases: dict[PortName, float] = {}
-        for port, maps, rest in zip(linear, fixed, left.tolist()):
-            biases[port.name] = maps.whole - float((maps.embedded * text.at("hook_embed")).sum()) + rest
-        differs = text.at(name) - self.blocks.other(name)
-        embedded = text.at("hook_embed") - self.blocks.other("hook_embed")
+        streams, embeddings = (self.text.at(hook) for hook in (name, "hook_embed"))
+        linear = [port for port in ports if port.is_linear]
+        runs = [self.sources.blocks.maps(linear, live=False)] if linear else []
+        maps = Maps(*map(torch.cat, zip(*runs, self.sources.blocks.maps(ports, live=True))))
+        labels = [f"{port.node.node_id} {port.name}" for port in linear]
+        parts, left = self._parts_below(labels, maps.stream, ports[0].entered, streams)
+        given = torch.einsum("ntd,td->nt", maps.embedded, embeddings - self.sources.other("hook_embed"))
+        parts[0] = parts[0]._replace(given=parts[0].given + given[..., None])
+        held = torch.einsum("ntd,td->nt", maps.stream, streams - self.sources.other(name))
+        read_again = torch.einsum("ntd,td->n", maps.embedded, embeddings)
+        parts, left = self._on_host(
+            [*parts, Part("stream", node.layer, held[..., None])], left + maps.wholes - read_again
+        )
+        biases = {id(port): {Node("bias"): rest} for port, rest in zip(linear, left.tolist())}
         found = []
         ends = []
-        for row, (port, maps) in enumerate(zip(ports, live), start=len(fixed)):
-            own = [part._replace(given=part.given[row]) for part in parts if part[:2] != node[:2]]
-            own[0].given[:, 0] += (maps.embedded * embedded).sum(-1).cpu()
-            held = (maps.stream * differs).sum(-1, keepdim=True).cpu()
-            streams = _largest_sources([Part("stream", node.layer, held)], _STREAMS)
+        for row, port in enumerate(ports, start=len(linear)):
+            *own, stream = (part._replace(given=part.given[row]) for part in parts if part[:2] != port.node[:2])
             sources = _largest_sources(own, _LISTED)
-            found.append(sources | streams)
+            found.append(sources | _largest_sources([stream], _STREAMS))
             unlisted = sum(float(part.given.sum()) for part in own) - sum(sources.values())
-            bias = {Node("bias"): biases[port.name]} if port.name in biases else {}
-            ends.append(bias | {Node("rest"): unlisted})
+            ends.append(biases.get(id(port), {}) | {Node("rest"): unlisted})
         return found, ends
 
     # ------------------------------------------------------------------------------------ questions of a graph
@@ -308,7 +313,7 @@ class Tracing:
     def why(self, layer: int, head: int, read: int, source: int) -> pd.DataFrame:
         """`Graph.why`."""
         n_heads = self.model.cfg.layer(layer).H
-        length = self.blocks.text.tokens.shape[1]
+        length = self.text.tokens.shape[1]
         if not (0 <= head < n_heads and 0 <= source <= read < length):
             raise InputError(
                 f"head, read and source: expected a head below {n_heads} and tokens 0 <= source <= read < {length}, "
@@ -320,7 +325,7 @@ class Tracing:
 
     def answers(self, sets: Sequence[Collection[Node]]) -> list[RunAnswer]:
         """`Tracer.answers`."""
-        tokens = self.blocks.text.tokens
+        tokens = self.text.tokens
         plain = int(self.runs.session.logits[0, -1].argmax())
         step = max(1, _TOKENS // tokens.shape[1])
         answers = []
@@ -350,8 +355,8 @@ class Tracing:
 
     def metadata(self) -> dict[str, object]:
         """`Graph.metadata`."""
-        text = self.blocks.text
-        corrupt = self.blocks.corrupt
+        text = self.text
+        corrupt = self.sources.corrupt
         targets = self._token_texts(self.wanted.targets)
         against = self._token_texts(self.wanted.against)
         title = " ".join(targets) + ("" if not against else f" − {' '.join(against)}")
@@ -374,13 +379,13 @@ class Tracing:
         return [str(token) if self.model.tokenizer is None else str(self.model.to_string(token)) for token in ids]
 
 
-def _predicted_tables(blocks: Blocks, writes: Writes, gradients: Gradients) -> list[pd.DataFrame]:
+def _predicted_tables(sources: NodeSources, writes: Writes, gradients: Gradients) -> list[pd.DataFrame]:
     """Tables of nodes, by block and kind."""
     tables = [nodes_of_block("write", layer, effects) for layer, effects in writes.effects.items()]
     for name, gradient in gradients.other.items():
-        kind = _kind_of_hook(blocks.model, name)
+        kind = _kind_of_hook(sources.blocks.model, name)
         layer = -1 if kind == "embedding" else int(name.split(".")[1])
-        effect = ((blocks.text.at(name) - blocks.other(name)) * gradient[0]).sum(-1)
+        effect = ((sources.text.at(name) - sources.other(name)) * gradient[0]).sum(-1)
         if kind is not None:
             tables.append(nodes_of_block(kind, layer, effect))
     return tables

@@ -149,9 +149,9 @@ def test_edges_are_measured_by_runs_with_that_side_changed(
     head = 1
     clean = model64.recurrence(SEQUENCE, layer)
     for port in ports_of(Node("write", layer, head, position), clean, tracer.gradients.reads[layer], read):
-        plain, *sides = tracer.blocks.sides_without([port], [Node("mlp", layer - 1, -1, port.at)])[0]
+        plain, *sides = tracer.sources.sides_without([port], [[Node("mlp", layer - 1, -1, port.at)]])[0]
         taken = plain - torch.stack(sides)
-        (found,) = tracer.runs.effects(change_for(port, tracer.blocks.text, taken))
+        (found,) = tracer.runs.effects(change_for(port, tracer.text, taken))
         changed = without_mlp(model64, layer, port.at)
         at = (0, position, head)
         hooks: list[Any] = []
@@ -189,14 +189,14 @@ def test_an_edge_goes_exactly_through_the_norm_of_its_head(ruled64: HookedRecurr
     reads = tracer.gradients.reads[layer]
     _, cache = ruled64.run_with_cache(SEQUENCE, names_filter=name)
     node = Node("write", layer, ruled64.cfg.layer(layer).H - 1, 13)
-    through = tracer.blocks.through(node, at_z)
-    ports = ports_of(node, tracer.blocks.text.recurrences[layer], reads)
+    through = tracer.through(node)
+    ports = ports_of(node, tracer.text.recurrences[layer], reads)
     assert {"value", "key", "gate"} <= {port.name for port in ports}
     sizes = []
     for port in ports:
-        (side,) = tracer.blocks.sides_without([port], [])
+        (side,) = tracer.sources.sides_without([port], [[]])
         taken = side + side.flip(-1)
-        (change,) = change_for(port, tracer.blocks.text, taken)
+        (change,) = change_for(port, tracer.text, taken)
         ((hook, value),) = change.values.items()
         swap: Any = partial(with_part, at=change.position, head=change.head, value=value)
         with torch.no_grad(), ruled64.hooks([(hook, swap)]):
@@ -226,8 +226,8 @@ def test_edges_into_a_softmax_head_compute_its_pattern_again(model64: HookedRecu
     token = at if name in ("query", "gate") else 7
     ports = ports_of_head(Node("attn", layer, head, at), tracer.gradients.other[f"blocks.{layer}.attn.hook_z"])
     port = next(port for port in ports if port.name == name)
-    plain, *sides = tracer.blocks.sides_without([port], [Node("mlp", layer - 1, -1, token)])[0]
-    (found,) = tracer.runs.effects(change_for(port, tracer.blocks.text, plain - torch.stack(sides)))
+    plain, *sides = tracer.sources.sides_without([port], [[Node("mlp", layer - 1, -1, token)]])[0]
+    (found,) = tracer.runs.effects(change_for(port, tracer.text, plain - torch.stack(sides)))
     attn = f"blocks.{layer}.attn"
     below = f"blocks.{layer - 1}.hook_mlp_out"
     _, clean = model64.run_with_cache(SEQUENCE)
@@ -250,6 +250,25 @@ def test_edges_into_a_softmax_head_compute_its_pattern_again(model64: HookedRecu
     assert {*graph.edges[graph.edges.target.str.startswith("L3A")].port} == {"query", "key", "value", "gate"}
 
 
+@pytest.mark.parametrize("model_type", ["kimi_linear", "falcon_h1"])
+def test_heads_of_any_attention_have_ports(model_type: str) -> None:
+    """Also where its queries and keys have no hooks, or a recurrence is beside it: a side is what the head hands on."""
+    model = hooked_in_float64(model_type)
+    with KeepFloat64():
+        graph = attribute(SEQUENCE, model, [5], measure=40, targets=4)
+        tracer: Any = graph.tracer
+        into = graph.edges[graph.edges.target.str.contains("A")]
+        assert {*into.port} == {"value", "key", "query", "gate"}
+        layer = max(model.cfg.attention)
+        name = f"blocks.{layer}.attn.hook_z"
+        _, cache = model.run_with_cache(SEQUENCE, names_filter=name)
+        ports = [
+            port for at in (4, 9) for port in ports_of_head(Node("attn", layer, 1, at), tracer.gradients.other[name])
+        ]
+        for port, sides in zip(ports, tracer.sources.sides_without(ports, [[]] * 8)):
+            torch.testing.assert_close(sides[0], cache[name][0, port.at, 1], rtol=1e-9, atol=1e-12)
+
+
 def test_an_edge_into_an_mlp_is_a_run_with_its_input_changed(ruled64: HookedRecurrent) -> None:
     """In every family, of the MLP below and of a write of the same block: what the MLP then adds at its token, and
     nothing else, is another."""
@@ -263,7 +282,7 @@ def test_an_edge_into_an_mlp_is_a_run_with_its_input_changed(ruled64: HookedRecu
     port = port_of_mlp(Node("mlp", layer, -1, at), tracer.gradients.other[out])
     below = Node("mlp" if layer else "embedding", layer - 1, -1, at)
     write = Node("write", layer, ruled64.cfg.layer(layer).H - 1, 9)
-    sides = tracer.blocks.sides_without([port], [below, write])[0]
+    sides = tracer.sources.sides_without([port], [[below, write]])[0]
     _, clean = ruled64.run_with_cache(SEQUENCE)
     taken = clean[f"blocks.{layer - 1}.hook_mlp_out" if layer else "hook_embed"][0, at]
     hooks: list[Any] = [(f"blocks.{layer}.hook_resid_pre", partial(less, at=at, taken=taken))]
@@ -274,7 +293,7 @@ def test_an_edge_into_an_mlp_is_a_run_with_its_input_changed(ruled64: HookedRecu
         with torch.no_grad(), ruled64.hooks(hook), ruled64.edits(edit):
             expected.append(ruled64.run_with_cache(SEQUENCE, names_filter=out)[1][out])
     torch.testing.assert_close(sides, torch.cat(expected)[:, at], rtol=1e-9, atol=1e-12)
-    found = tracer.runs.effects(change_for(port, tracer.blocks.text, sides[:1] - sides))
+    found = tracer.runs.effects(change_for(port, tracer.text, sides[:1] - sides))
     for effect, value in zip(found, sides):
         swap: Any = partial(with_part, at=at, head=-1, value=value)
         with torch.no_grad():
@@ -448,10 +467,11 @@ def test_sources_that_are_not_listed_are_the_rest(graph: Graph) -> None:
     assert abs(direct[direct.source == "rest"].predicted.item()) > 1e-6
     tracer: Any = graph.tracer
     node = Node("write", 2, 1, 7)
-    ports = ports_of(node, tracer.blocks.text.recurrences[2], tracer.gradients.reads[2])[:2]
+    ports = ports_of(node, tracer.text.recurrences[2], tracer.gradients.reads[2])[:2]
     listed, ends = tracer._likely_sources(ports)
-    for maps, sources, last in zip(tracer.blocks.maps(ports, live=True), listed, ends):
-        whole = float((maps.stream * tracer.blocks.text.at("blocks.2.hook_resid_pre")).sum())
+    maps = tracer.sources.blocks.maps(ports, live=True)
+    for stream, sources, last in zip(maps.stream, listed, ends):
+        whole = float((stream * tracer.text.at("blocks.2.hook_resid_pre")).sum())
         given = sum(value for source, value in sources.items() if source.feature_type != "stream")
         assert given + last[Node("rest")] == pytest.approx(whole, abs=1e-9)
     rest = edges[(edges.source == "rest") & (edges.target == edges.target[edges.port == "value"].iloc[0])]
@@ -467,9 +487,11 @@ def test_the_largest_nodes_of_either_sign_are_explained(graph: Graph) -> None:
 def test_a_query_is_that_of_the_token_through_which_a_write_does_most(graph: Graph) -> None:
     """For the metric or against it: by what the head reads of that write alone."""
     tracer: Any = graph.tracer
-    clean, gradients = tracer.blocks.text.recurrences[1], tracer.gradients.reads[1]
+    clean, gradients = tracer.text.recurrences[1], tracer.gradients.reads[1]
     for position in range(SEQUENCE.shape[1]):
-        effects = (reads_of(clean, clean, [1], [position])[:, 0] * gradients[0, :, 1]).sum(-1)
+        effects = (reads_of(clean, clean, torch.tensor([1]), torch.tensor([position]))[:, 0] * gradients[0, :, 1]).sum(
+            -1
+        )
         query = ports_of(Node("write", 1, 1, position), clean, gradients)[-1]
         assert query.name == "query" and query.at == effects.abs().argmax()
 
