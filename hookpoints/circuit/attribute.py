@@ -68,7 +68,7 @@ def attribute(
             tokenizer splits or that is no token, a corrupt text of another length, targets and a metric together, or
             two dictionaries of one head.
         UnknownHookError: a dictionary of a head that the model does not have.
-        UnsupportedModelError: the blocks add to no one residual stream, or are on several devices.
+        UnsupportedModelError: the blocks add to no one residual stream.
 
     Warns (`PredictionWarning`) of layers with a norm of unknown form, and of quantized weights.
 
@@ -82,12 +82,6 @@ def attribute(
             raise UnsupportedModelError(
                 f"{model.cfg.model_name}: expected blocks that add to one residual stream, got others (several streams "
                 "side by side), whose parts do not add up; write_attribution works on this model"
-            )
-        devices = {str(parameter.device) for parameter in model.hf_model.parameters()}
-        if len(devices) > 1:
-            raise UnsupportedModelError(
-                f"attribute: expected a model on one device, got one on {', '.join(sorted(devices))}; load it on one, "
-                "or take write_attribution, which works on several"
             )
         wanted = _metric_of_logits(model, tokens, attribution_targets, against, metric)
         if (measure is not None and measure < 1) or targets < 0:
@@ -171,11 +165,11 @@ def _metric_of_logits(
     ids = _token_ids(model, targets, "attribution_targets")
     others = () if against is None else _token_ids(model, against, "against")
 
-    wanted, other = (torch.tensor(some, device=model.hf_model.device, dtype=torch.long) for some in (ids, others))
-
     def lead(logits: Tensor) -> Tensor:
         last = logits[:, -1]
-        return last[:, wanted].mean(1) - (last[:, other] if others else last).mean(1)
+        wanted = torch.stack([last[:, index] for index in ids])  # a list of indices would be copied to a device
+        other = torch.stack([last[:, index] for index in others]) if others else last.T
+        return wanted.mean(0) - other.mean(0)
 
     return Wanted(lead, ids, others)
 

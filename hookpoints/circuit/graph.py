@@ -12,12 +12,10 @@ import numpy as np
 import pandas as pd
 
 from hookpoints.circuit.draw import svg
-from hookpoints.circuit.tables import EDGE_COLUMNS, NODE_COLUMNS, Node, RunAnswer, by_size, node_of
+from hookpoints.circuit.tables import EDGE_COLUMNS, NODE_COLUMNS, Node, RunAnswer, by_size, node_of, random_orders
 from hookpoints.errors import InputError, PredictionWarning
 from hookpoints.files import atomic_text, read_sealed_json, sealed_json, versions
 
-_DRAWS = 5
-"""Random sets of each size."""
 _DECISIVE = 8
 """Writes without which another answer makes a graph decisive."""
 _ANSWER = ("metric", "answer", "same_answer")
@@ -215,7 +213,7 @@ class Graph:
         table = self._own_tracer().nodes
         writes = table[table.feature_type == "write"]
         order = by_size(writes.measured.fillna(writes.predicted))
-        return [writes.loc[order], *(writes.sample(frac=1, random_state=draw) for draw in range(_DRAWS))]
+        return [writes.loc[order], *random_orders(writes)]
 
     def _is_among(self, ids: Collection[str]) -> pd.Series:
         """Rows of the tracer's nodes that have one of ``ids``."""

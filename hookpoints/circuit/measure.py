@@ -64,54 +64,66 @@ class Measure:
 
     def effects(self, changes: Sequence[Change]) -> np.ndarray:
         """[N], what each change takes off the metric."""
-        batches = list(self._layer_batches(changes))
-        order = list(chain.from_iterable(batches))
-        device = self.session.tokens.device
-        places = torch.tensor([(changes[row].position, changes[row].head) for row in order], device=device)
-        parts = places.reshape(-1, 2).split(list(map(len, batches)))
-        left = [self._metrics_without([changes[row] for row in rows], part) for rows, part in zip(batches, parts)]
-        effects = np.zeros(len(changes))
-        effects[order] = self.plain - np.array(torch.cat(left).tolist() if left else [])
-        self.runs += len(changes)
-        return effects
+        return self.plain - self.outcomes([[change] for change in changes])[0]
 
-    def _layer_batches(self, changes: Sequence[Change]) -> list[list[int]]:
-        """Rows that run together: of one block and near positions; those of the same hooks one after another."""
+    def outcomes(self, rows: Sequence[Sequence[Change]]) -> tuple[np.ndarray, np.ndarray]:
+        """[N] each, the metric and the most likely token of runs, each with some changes at once."""
+        batches = self._near_rows(rows)
+        named: list[dict[str, list[tuple[int, Change]]]] = []
+        for batch in batches:
+            by_name: dict[str, list[tuple[int, Change]]] = {}
+            for number, row in enumerate(batch):
+                for change in rows[row]:
+                    for name in change.values:
+                        by_name.setdefault(name, []).append((number, change))
+            named.append(by_name)
+        groups = list(chain.from_iterable(by_name.values() for by_name in named))
+        index = [(number, change.position, change.head) for some in groups for number, change in some]
+        places = torch.tensor(index, dtype=torch.long, device=self.session.tokens.device).view(-1, 3)
+        parts = iter(places.split(list(map(len, groups))))
+        metrics: list[Tensor] = []
+        said: list[Tensor] = []
+        for batch, by_name in zip(batches, named):
+            hooks = []
+            for name, some in by_name.items():
+                values = torch.stack([change.values[name] for _, change in some])
+                length = self.session.tokens.shape[1]
+                hooks.append((name, partial(_with_values, places=next(parts), length=length, values=values)))
+            layer, start = map(min, zip(*(self._first_change(rows[row]) for row in batch)))
+            run = self.session.run_hooked(len(batch), layer, start, hooks)
+            metrics.append(self.wanted.of_rows(run.logits, self.session.logits[0, : run.start]))
+            said.append(run.logits[:, -1].argmax(-1))
+        self.runs += len(rows)
+        order = np.argsort(np.array([*chain.from_iterable(batches)], int))
+        values, tokens = (torch.cat(parts).tolist() if parts else [] for parts in (metrics, said))
+        return np.array(values, float)[order], np.array(tokens, int)[order]
+
+    def _first_change(self, changes: Sequence[Change]) -> tuple[int, int]:
+        """The lowest block and the first token at which a run has something else."""
+        layer = min((change.layer for change in changes), default=0)
+        return layer, min((change.position for change in changes), default=self.session.tokens.shape[1] - 1)
+
+    def _near_rows(self, rows: Sequence[Sequence[Change]]) -> list[list[int]]:
+        """Rows that run together: of one block and near tokens."""
         length = self.session.tokens.shape[1]
         room = _TOKENS if self.wanted.last else min(_TOKENS, _ROOM // self.session.logits.shape[-1])
         most = max(1, min(_ROWS, _PAST // length))
-        order = sorted(range(len(changes)), key=lambda row: changes[row][:2])
-        batches = []
-        for _, rows_of_layer in groupby(order, key=lambda row: changes[row].layer):
-            rows = list(rows_of_layer)
-            positions = [changes[row].position for row in rows]
-            for batch in self.session.batches(positions, length, most, room=room):
-                batches.append(sorted((rows[index] for index in batch), key=lambda row: [*changes[row].values]))
+        places = [self._first_change(changes) for changes in rows]
+        order = sorted(range(len(rows)), key=lambda row: places[row])
+        batches: list[list[int]] = []
+        for _, alike in groupby(order, key=lambda row: places[row][0]):
+            of_layer = list(alike)
+            positions = [places[row][1] for row in of_layer]
+            near = self.session.batches(positions, length, most, room=room)
+            batches += [[of_layer[index] for index in batch] for batch in near]
         return batches
 
-    def _metrics_without(self, changes: Sequence[Change], places: Tensor) -> Tensor:
-        """[N], of runs of changes of one layer, at ``places`` [N,2] (token, head)."""
-        length = self.session.tokens.shape[1]
-        hooks = []
-        first = 0
-        for names, group in groupby(changes, key=lambda change: [*change.values]):
-            alike = list(group)
-            rows = slice(first, first + len(alike))
-            at = places[rows].T if alike[0].head >= 0 else places[rows, :1].T
-            for name in names:
-                values = torch.stack([change.values[name] for change in alike])
-                hooks.append((name, partial(_with_values, rows=rows, at=at, length=length, values=values)))
-            first = rows.stop
-        start = min(change.position for change in changes)
-        run = self.session.run_hooked(len(changes), changes[0].layer, start, hooks)
-        return self.wanted.of_rows(run.logits, self.session.logits[0, : run.start])
 
-
-def _with_values(x: Tensor, hook: HookPoint, *, rows: slice, at: Tensor, length: int, values: Tensor) -> Tensor:
-    """``x`` [N,T',...], of the last of ``length`` tokens, with one of ``values`` in each of ``rows``, ``at`` tokens
-    and perhaps heads [1 or 2,N']."""
+def _with_values(x: Tensor, hook: HookPoint, *, places: Tensor, length: int, values: Tensor) -> Tensor:
+    """``x`` [N,T',...], of the last of ``length`` tokens, with ``values`` at ``places`` [N',3]: row, token, and head
+    where values are of heads."""
     left = x.clone()
-    token, *head = at
-    index = torch.arange(len(values), device=x.device)
-    left[rows][index, token - (length - x.shape[1]), *head] = values.to(x)
+    row, token, head = places.to(x.device).T
+    at = (row, token - (length - x.shape[1]), head)
+    left[at[: x.ndim - values.ndim + 1]] = values.to(x)
     return left

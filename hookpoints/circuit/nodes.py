@@ -222,14 +222,11 @@ class Swap:
 
     def first_order(self, read_gradients: Tensor) -> Tensor:
         """[T,H], <W - W', dmetric/dW>, from the gradients of the reads [1,T,H,V]."""
-        total = torch.zeros(self.recurrence.T, self.recurrence.H, dtype=self.recurrence.dtype)
-        total = total.to(self.recurrence.device)
-        for donated, r in ((1, self.recurrence), (-1, self.donor)):
-            if r is not None:
-                moved = self.recurrence.with_write(r.k, r.u)
-                effect = (r.u * moved.value_gradients(read_gradients)).sum(-1)[0]
-                total = total + donated * (effect.sum(-1) if effect.ndim == 3 else effect)
-        return total
+        effects = []
+        for sign, k, u in self.sides():
+            gradients = self.recurrence.with_write(k, u).value_gradients(read_gradients)
+            effects.append(sign * (u * gradients).sum(-1)[0])
+        return torch.stack(effects).sum(0)
 
     def changes(self, heads: slice) -> list[tuple[Tensor, Tensor]]:
         """Weights [H',T,S] and values [H',S,V] whose products, summed, are what each source s takes off each read t."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hookpoints.circuit.nodes import ThroughNorm
 from hookpoints.circuit.norms import AFFINE, constants
-from hookpoints.circuit.stream import Decomposition, Text, reads_of
+from hookpoints.circuit.stream import Decomposition, Text, moved, reads_of
 from hookpoints.circuit.tables import Change, FeatureType, Node, PortName
 from hookpoints.layer.context import StopForward, scope
 from hookpoints.layer.intercept import running, wrap_forward
@@ -324,8 +324,9 @@ class Blocks:
 
         hooks = self.model.hooks([*fwd_hooks, *([(until, stop)] if until else [])])
         with torch.set_grad_enabled(gradients), changed, recording as seen, hooks:
-            value = self.model(inputs.stream, start_at_layer=layer, stop_at_layer=layer + 1, tokens=tokens)
-        return BlockRun(value, seen)
+            stream = inputs.stream.to(self.text.values[f"blocks.{layer}.hook_resid_pre"].device)
+            value = self.model(stream, start_at_layer=layer, stop_at_layer=layer + 1, tokens=tokens)
+        return BlockRun(value.to(self.text.tokens.device), seen)
 
     def sides(self, ports: Sequence[Port], inputs: Inputs, gradients: bool = False) -> list[Tensor]:
         """Of each row of ``inputs`` the side of its port; ports are of one kind in one block, equal ones follow each
@@ -333,7 +334,8 @@ class Blocks:
         node = ports[0].node
         block = f"blocks.{node.layer}"
         if node.feature_type == "write":
-            r = self.run(f"{block}.mixer.hook_read", inputs, gradients=gradients).seen[node.layer].recurrence
+            ran = self.run(f"{block}.mixer.hook_read", inputs, gradients=gradients)
+            r = moved(ran.seen[node.layer].recurrence, ran.value.device)
 
             def side(port: Port, rows: slice, token: int) -> Tensor:
                 return port.of(r.select(rows=rows, tokens=slice(token + 1)))
@@ -539,7 +541,7 @@ class NodeSources:
         value = self.text.at(name) - self.other(name)
         if source.head < 0:
             return value
-        return value[:, source.head] @ self.blocks.model.layer_W_O(source.layer, "attn")[source.head]
+        return value[:, source.head] @ self.blocks.model.layer_W_O(source.layer, "attn")[source.head].to(value)
 
     def _write_outputs(self, layer: int, heads: Tensor, positions: Tensor, windows: Sequence[range]) -> Tensor:
         """[N,W,D], what each write gives through its head's norm: the block's output less that without the write."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hookpoints.circuit.norms import constants
 from hookpoints.circuit.tables import FeatureType
-from hookpoints.recurrence.canonical import over_time
+from hookpoints.recurrence.canonical import over_time, tensors
 from hookpoints.recurrence.recurrence import Recurrence
 from hookpoints.scopes import scoped
 
@@ -20,9 +20,6 @@ if TYPE_CHECKING:
 
     from hookpoints.hooks.guard import Hook
     from hookpoints.model.recurrent import HookedRecurrent
-
-_ROOM = 2**24
-"""What writes give to reads [N,T,S,H] at once."""
 
 
 class Stretch(NamedTuple):
@@ -48,7 +45,7 @@ class Text(NamedTuple):
 
     def at(self, name: str) -> Tensor:
         """[T,...]."""
-        return self.values[name].detach()[0]
+        return self.values[name].detach()[0].to(self.tokens.device)
 
 
 @scoped
@@ -171,7 +168,12 @@ def back(end: Tensor, starts: tuple[Tensor, ...], directions: Tensor) -> list[Te
     """Gradients [N,T,...] of <end, direction> by each of ``starts`` [1,T,...], for directions [N,T,D]."""
     given = directions[:, None].to(end)
     found = torch.autograd.grad(end, starts, given, retain_graph=True, is_grads_batched=True)
-    return [gradient.squeeze(1) for gradient in found]
+    return [gradient.squeeze(1).to(directions.device) for gradient in found]
+
+
+def moved(r: Recurrence, place: torch.device) -> Recurrence:
+    """The same factors on another device."""
+    return replace(r, **{name: x.to(place) for name, x in tensors(r)})
 
 
 @torch.no_grad()
@@ -181,28 +183,14 @@ def of_writes(clean: Recurrence, text: Recurrence, at_reads: Tensor) -> Tensor:
     Args:
         at_reads: [N,T,H,V].
 
-    Cost: a scan with one channel for each token whose read counts; where each value channel has its own decay, a scan
-    for each row.
+    Cost: a scan with the value channels of all rows; where each value channel has its own decay, a scan for each row.
     """
     carried = clean.with_write(text.k, text.u)
     if clean.rates is not None:
         return torch.cat([(carried.value_gradients(row[None])[0] * text.u[0]).sum(-1)[None] for row in at_reads])
-    values = _by_term(text.u[0]).to(at_reads)
-    given = at_reads.new_zeros(len(at_reads), clean.T, clean.H)
-    tokens = at_reads.abs().sum((0, 2, 3)).nonzero().flatten()
-    step = max(1, _ROOM // given.numel())
-    for some in tokens.split(step) if len(tokens) else ():
-        single = at_reads.new_zeros(1, clean.T, clean.H, len(some))
-        single[0, some, :, torch.arange(len(some), device=some.device)] = 1
-        weights = _by_term(carried.value_gradients(single)[0])
-        gains = torch.einsum("nthv,shrv->nshrt", at_reads[:, some], values)
-        given += (gains * weights).sum((3, 4))
-    return given
-
-
-def _by_term(x: Tensor) -> Tensor:
-    """[S,H,R,V], what each rank-1 term of a write has, from [S,H,V] for one term."""
-    return x if x.ndim == 4 else x.unsqueeze(2)
+    side_by_side = at_reads.permute(1, 2, 3, 0).flatten(2)[None]
+    weights = carried.value_gradients(side_by_side)[0].unflatten(-1, (clean.V, len(at_reads)))
+    return (weights * text.u[0, ..., None]).flatten(2, -2).sum(2).permute(2, 0, 1)
 
 
 @torch.no_grad()

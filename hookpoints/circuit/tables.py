@@ -101,6 +101,11 @@ def by_size(effects: pd.Series) -> pd.Index:
     return effects.abs().sort_values(ascending=False, kind="stable").index
 
 
+def random_orders(rows: pd.DataFrame) -> list[pd.DataFrame]:
+    """Five, the same each time."""
+    return [rows.sample(frac=1, random_state=draw) for draw in range(5)]
+
+
 def nodes_of_block(kind: FeatureType, layer: int, effect: Tensor) -> pd.DataFrame:
     """Nodes of one kind in one block, with predictions [T,H] or [T]."""
     values = effect.detach().double().cpu().reshape(len(effect), -1)

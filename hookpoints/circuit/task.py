@@ -12,11 +12,9 @@ from torch import Tensor
 
 from hookpoints.circuit.graph import Graph, Tracer
 from hookpoints.circuit.nodes import Token
-from hookpoints.circuit.tables import by_size, node_of
+from hookpoints.circuit.tables import by_size, node_of, random_orders
 from hookpoints.errors import InputError
 
-_DRAWS = 5
-"""Random circuits of each size."""
 _PLACE = ["role", "layer", "head"]
 
 
@@ -74,8 +72,8 @@ class Task:
             raise InputError(f"held_out: expected roles {sorted(ours)}, got {sorted(theirs)}; name them with roles=")
         circuits = [self.effects[:n] for n in sizes]
         kept = np.array([case.kept(circuits) for case in held_out.cases])
-        draws = [self.effects.sample(n, random_state=draw) for n in sizes for draw in range(_DRAWS)]
-        random = np.array([case.kept(draws) for case in held_out.cases]).reshape(-1, len(circuits), _DRAWS)
+        draws = [order[:n] for n in sizes for order in random_orders(self.effects)]
+        random = np.array([case.kept(draws) for case in held_out.cases]).reshape(len(kept), len(circuits), -1)
         columns = {"n": list(sizes), "kept": np.median(kept, 0), "low": kept.min(0), "high": kept.max(0)}
         return pd.DataFrame(columns | {"random": np.median(random, (0, 2))})
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import chain, groupby
 from typing import TYPE_CHECKING
 
@@ -12,6 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from hookpoints.circuit.measure import Measure, Wanted
 from hookpoints.circuit.nodes import (
@@ -36,7 +36,7 @@ from hookpoints.circuit.ports import (
     ports_of_head,
     reach_of,
 )
-from hookpoints.circuit.stream import Decomposition, Part, Text, reading, stretches_of
+from hookpoints.circuit.stream import Decomposition, Part, Text, moved, reading, stretches_of
 from hookpoints.circuit.tables import (
     EDGE_COLUMNS,
     Change,
@@ -54,9 +54,6 @@ from hookpoints.errors import InputError
 from hookpoints.scopes import own_gradients
 
 if TYPE_CHECKING:
-    from transformer_lens.hook_points import HookPoint
-
-    from hookpoints.hooks.guard import Hook, Name
     from hookpoints.model.recurrent import HookedRecurrent
 
 _LISTED = 16
@@ -67,8 +64,6 @@ _MEASURED = 4
 """Of those, how many are measured."""
 _AUDITED = 20
 """Writes that are drawn at random, of those that predictions leave out."""
-_TOKENS = 2**11
-"""Tokens of whole runs at once."""
 _PORTS = 2**14
 """Tokens of gradients at once, one of each text for a port."""
 _STREAMS = 8
@@ -106,13 +101,15 @@ class Tracing:
         stretches = {stretch.added: stretch for stretch in stretches_of(model, writes.unknown)}
         with reading(model, stretches.values()) as values:
             session = EditSession(model, tokens, logits_to_keep=int(wanted.last and keeps_last(model)))
-        recurrences = {layer: session.recurrence(layer) for layer in model.cfg.recurrent_layers}
-        clean = Text(tokens, recurrences, values, stretches)
+        place = session.tokens.device  # where the model lies on several, all that is computed here is there
+        gradients, writes = tree_map_only(Tensor, lambda x: x.to(place), (gradients, writes))
+        recurrences = {layer: moved(session.recurrence(layer), place) for layer in model.cfg.recurrent_layers}
+        clean = Text(session.tokens, recurrences, values, stretches)
         other = None
         if corrupt is not None:
             with reading(model) as others:
                 logits_of(model, corrupt, last=True)
-            other = Text(corrupt, donors, others, {})
+            other = Text(corrupt.to(place), {layer: moved(r, place) for layer, r in donors.items()}, others, {})
         sources = NodeSources(Blocks(Decomposition(model, clean), reach_of(model, tokens)), other)
         predicted = pd.concat(_predicted_tables(sources, writes, gradients), ignore_index=True)
         return cls(model, wanted, sources, gradients, writes, predicted, Measure(session, wanted), frozen)
@@ -325,33 +322,13 @@ class Tracing:
 
     def answers(self, sets: Sequence[Collection[Node]]) -> list[RunAnswer]:
         """`Tracer.answers`."""
-        tokens = self.text.tokens
+        nodes = list({*chain.from_iterable(sets)})
+        with own_gradients(self.model.cfg.device.type), torch.no_grad():
+            changes = dict(zip(nodes, self._changes_without(nodes)))
+            metrics, said = self.runs.outcomes([[changes[node] for node in some] for some in sets])
         plain = int(self.runs.session.logits[0, -1].argmax())
-        step = max(1, _TOKENS // tokens.shape[1])
-        answers = []
-        for first in range(0, len(sets), step):
-            some = sets[first : first + step]
-            hooks = self._hooks_without(some)
-            with own_gradients(self.model.cfg.device.type), torch.no_grad(), self.model.hooks(hooks):
-                logits = logits_of(self.model, tokens.expand(len(some), -1), self.wanted.last)
-                for row in logits:
-                    said = int(row[-1].argmax())
-                    metric = float(self.wanted.metric(row[None]))
-                    answers.append(RunAnswer(metric, self._token_texts([said])[0], said == plain))
-        return answers
-
-    def _hooks_without(self, sets: Sequence[Collection[Node]]) -> list[tuple[Name, Hook]]:
-        """Hooks that replace one set of nodes in each row."""
-        replaced: dict[tuple[str, int, bool], dict[str, Tensor]] = {}
-        places: dict[str, list[tuple[int, ...]]] = {}
-        for row, node in ((row, node) for row, nodes in enumerate(sets) for node in nodes):
-            kind = (node.feature_type, node.layer, node.head < 0)
-            if kind not in replaced:
-                replaced[kind] = self._replacing_values(node)
-            for name in replaced[kind]:
-                places.setdefault(name, []).append((row, node.position, *([node.head] if node.head >= 0 else [])))
-        others = {name: other for values in replaced.values() for name, other in values.items()}
-        return [(name, partial(_with_others, other=others[name], places=places[name])) for name in others]
+        texts = self._token_texts(said.tolist())
+        return list(map(RunAnswer, metrics.tolist(), texts, (said == plain).tolist()))
 
     def metadata(self) -> dict[str, object]:
         """`Graph.metadata`."""
@@ -389,14 +366,6 @@ def _predicted_tables(sources: NodeSources, writes: Writes, gradients: Gradients
         if kind is not None:
             tables.append(nodes_of_block(kind, layer, effect))
     return tables
-
-
-def _with_others(x: Tensor, hook: HookPoint, *, other: Tensor, places: Sequence[tuple[int, ...]]) -> Tensor:
-    """``x`` [N,T,...] with ``other`` [T,...] at ``places``: rows, tokens, and heads if there are any."""
-    left = x.clone()
-    row, *at = torch.tensor(places, device=x.device).T
-    left[row, *at] = other.to(x)[*at]
-    return left
 
 
 def _kind_of_hook(model: HookedRecurrent, name: str) -> FeatureType | None:
