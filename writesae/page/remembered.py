@@ -104,8 +104,10 @@ class PromptText(NamedTuple):
         sentence overwrote another answer; none where there are no two sentences."""
         found = list[tuple[int, int, str, float, bool]]()
         with suppress(InputError):
-            for span, _, answer, probability, _, flagged in sorted(self.memory.suspects(self.question)):
-                found.append((max(span[0], self.first), span[1], answer.strip(), short(probability), flagged))
+            for suspect in sorted(self.memory.suspects(self.question)):
+                start, stop = suspect.span
+                answer = suspect.answer.strip()
+                found.append((max(start, self.first), stop, answer, short(suspect.probability), suspect.flagged))
         return found
 
     def changed(self, changes: Changes, dictionaries: Sequence[WriteProductSAE]) -> Memory:
