@@ -19,7 +19,6 @@ from sae_lens.registry import get_sae_training_class
 from hookpoints import HookedRecurrent, HookpointsError, default_device, embedded
 from hookpoints.errors import DamageWarning
 from hookpoints.files import atomic_folder
-from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.choices import VARIANTS
 from sae_lens_writesae.files import in_turn
 from sae_lens_writesae.sae.factors import Collection, CollectionError
@@ -44,7 +43,8 @@ Head = tuple[int, int]
 """Layer and head."""
 
 _WRITES_IN_MEMORY = 4_000_000_000
-"""Bytes of the writes that are trained on at once."""
+"""Bytes of the writes that are trained on at once. They are read from disk as they are drawn, again and again; of so
+many the system keeps the files in memory."""
 _WRITTEN = ("sae", "checkpoint")
 """What the folder of a dictionary has besides its settings."""
 FEW_ALIVE = 0.1
@@ -260,14 +260,7 @@ def train_group(collection: Collection, group: Mapping[Path, RunnerConfig], metr
     checkpoint = next(iter(group)) / "checkpoint"  # one of the whole group, in the folder of its first
     of_configs = [metrics[head_of(config)] if config.sae.metric != "frobenius" else None for config in configs]
     with quiet():
-        data: list[LowRank | None] = [None]  # what the config names
-        if common_shape(configs[0]):
-            writes = {}
-            for head in map(head_of, configs):
-                keys, values = collection.factors(*head)
-                writes[head] = LowRank(keys[:], values[:])
-            data = [writes[head_of(config)] for config in configs]
-        saes = train(configs, data, metric=of_configs, checkpoint=checkpoint)
+        saes = train(configs, [collection] * len(configs), metric=of_configs, checkpoint=checkpoint)
     for folder, sae in zip(group, saes):
         if not (folder / "sae").exists():
             save_dictionary(sae, folder)

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import cached_property
-from itertools import accumulate, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
@@ -29,42 +29,19 @@ from torch import Tensor
 from hookpoints import HookedRecurrent, Recurrence
 from hookpoints.files import CHECKSUMS, SealedFolder, file_hash, read_json, tensors_hash
 from sae_lens_writesae.atom.low_rank import LowRank
+from sae_lens_writesae.atom.mapped import Mapped, RowIndex
 from sae_lens_writesae.sae.target import HeadTarget, Target
 
 INDEX = "index.json"
 FORMAT = 2
 """Version of the files."""
 FactorDtype = Literal["float16", "bfloat16", "float32"]
-Sequences = slice | Sequence[int] | Tensor
-"""Which sequences."""
 CollectionIndex = dict[str, Any]
 """What `index.json` holds: what was asked for, and then what a first batch showed."""
 
 
 class CollectionError(ValueError):
     """A folder does not hold the whole collection that was asked for; the message names the file."""
-
-
-class Mapped:
-    """Rows [N,...] that lie in several memory-mapped tensors, indexed as one tensor is. What is indexed is read."""
-
-    def __init__(self, parts: Sequence[Tensor]):
-        self.parts = list(parts)
-        self.dtype = parts[0].dtype
-        self.ends = list(accumulate(map(len, parts)))
-        self.shape = torch.Size([self.ends[-1], *parts[0].shape[1:]])
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, index: Sequences) -> Tensor:
-        rows = torch.arange(len(self))[index]
-        out = torch.empty(*rows.shape, *self.shape[1:], dtype=self.dtype)
-        for part, end in zip(self.parts, self.ends):
-            start = end - len(part)
-            in_part = (rows >= start) & (rows < end)
-            out[in_part] = part[rows[in_part] - start]
-        return out
 
 
 class Collection:
@@ -154,7 +131,7 @@ class Collection:
 
         return by_token(keys), by_token(values)
 
-    def recurrence(self, layer: int, head: int, sequences: Sequences = slice(None)) -> Recurrence:
+    def recurrence(self, layer: int, head: int, sequences: RowIndex = slice(None)) -> Recurrence:
         """The recurrence of a head (H = 1) on some sequences, from which `states()` and the rest are computed.
 
         Raises:
@@ -169,7 +146,7 @@ class Collection:
             stored["b"] = faded(stored["k"].float(), stored.get("log_decay"))
         return Recurrence(**stored, scale=described["scale"], read_before_write=described["read_before_write"])
 
-    def rows(self, layer: int, head: int, target: Target = "write", sequences: Sequences = slice(None)) -> Tensor:
+    def rows(self, layer: int, head: int, target: Target = "write", sequences: RowIndex = slice(None)) -> Tensor:
         """[N,K*V] float32, what the hook of a head carries: its writes or states token by token, or with `last_state`
         the state at the end of each sequence. Memory is the result's: name few sequences at a time."""
         if target == "write":

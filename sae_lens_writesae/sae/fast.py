@@ -21,10 +21,12 @@ from tqdm.auto import tqdm
 
 from hookpoints.scopes import threads_for
 from sae_lens_writesae.atom.low_rank import LowRank
+from sae_lens_writesae.atom.mapped import Writes
 from sae_lens_writesae.sae.fused import Dead, Step, atom_norms, step_on_writes
 from sae_lens_writesae.sae.metric import Metric
 from sae_lens_writesae.sae.rows import (
     Checkpoint,
+    inputs_of,
     new_sae,
     row_orders,
     saved_state,
@@ -69,7 +71,7 @@ def shape_of(cfg: RunnerConfig) -> str | None:
 # ------------------------------------------------------------------------------------------------ the loop
 
 
-def writes_at_hand(writes: Sequence[LowRank], device: torch.device) -> Sequence[LowRank]:
+def writes_at_hand(writes: Sequence[Writes], device: torch.device) -> Sequence[Writes]:
     """Writes on the device of training, where they take less than half of what is free there: no step then copies."""
     different = set(writes)  # several dictionaries may have the same rows
     needed = sum(part.keys.nbytes + part.values.nbytes for part in different)
@@ -91,7 +93,7 @@ class Stack:
     """Rows that are drawn together, and have one number."""
 
     def __init__(
-        self, configs: Sequence[RunnerConfig], writes: Sequence[LowRank], metrics: Sequence[Metric | None]
+        self, configs: Sequence[RunnerConfig], writes: Sequence[Writes], metrics: Sequence[Metric | None]
     ) -> None:
         self.configs = configs
         self.writes = writes
@@ -145,7 +147,7 @@ class Stack:
         n = len(self.writes[m])
         return torch.linspace(0, n - 1, min(n, most // self.together)).long().split(1024 // self.together)
 
-    def place(self, writes: LowRank) -> torch.device:
+    def place(self, writes: Writes) -> torch.device:
         """Where numbers of rows are used."""
         return writes.keys.device
 
@@ -321,7 +323,7 @@ class Stack:
     @cached_property
     def inputs(self) -> object:
         """What it trains on, as `content_hash` takes it: the rows, and the metrics."""
-        writes = [[rows.keys, rows.values] for rows in self.writes]
+        writes = [inputs_of(rows) for rows in self.writes]
         return [writes, [metric and vars(metric) for metric in self.metrics]]
 
     def _run_state(self) -> dict[str, object]:

@@ -39,7 +39,7 @@ from hookpoints.files import (
     write_checksums,
 )
 from hookpoints.scopes import threads_for
-from sae_lens_writesae.atom.low_rank import LowRank
+from sae_lens_writesae.atom.mapped import CollectedWrites, Writes
 from sae_lens_writesae.files import SAVE_SECONDS
 from sae_lens_writesae.sae.metric import Metric
 from sae_lens_writesae.sae.target import RunnerConfig
@@ -182,6 +182,11 @@ def saved_state(folder: Path) -> dict[str, Any]:
     return torch.load(folder / _STATE, weights_only=True)
 
 
+def inputs_of(writes: Writes) -> object:
+    """What a checkpoint compares of writes: their name, or the factors themselves."""
+    return writes.name if isinstance(writes, CollectedWrites) else (writes.keys, writes.values)
+
+
 class Batches(ABC, Iterator[Tensor]):
     """Batches of rows [N,K*V + columns] without end. After `resume`, batches are those that follow the
     `state`."""
@@ -204,11 +209,11 @@ class ShuffledWrites(Batches):
     """Writes as rows [N,K*V], and behind them the same again, where the loss compares with writes. Every epoch has its
     own order."""
 
-    def __init__(self, cfg: RunnerConfig, writes: LowRank) -> None:
+    def __init__(self, cfg: RunnerConfig, writes: Writes) -> None:
         self.cfg = cfg
         self.writes = writes
         self.n_rows = len(writes)
-        self.inputs = (writes.keys, writes.values)
+        self.inputs = inputs_of(writes)
         self.resume({"taken": torch.tensor(0)})
 
     def __next__(self) -> Tensor:

@@ -33,6 +33,7 @@ from transformer_lens import HookedRootModule
 from hookpoints import HookedRecurrent, Recurrence, default_device
 from hookpoints.errors import with_fields
 from sae_lens_writesae.atom.low_rank import LowRank
+from sae_lens_writesae.atom.mapped import CollectedWrites, Writes
 from sae_lens_writesae.choices import Loss, MetricName
 from sae_lens_writesae.sae.architectures import training_config_class
 from sae_lens_writesae.sae.chunks import StateStack
@@ -293,6 +294,7 @@ def train(
         OSError: the checkpoint is a folder of something else.
 
     Cost of a step on writes: F*R*S*(K+V) operations a row, and k*k*R*R*(K+V) for the selected atoms; on matrices F*K*V.
+    Memory: a batch. The writes of a collection stay on disk, which may be larger than memory.
     """
     if not isinstance(cfg, Sequence):
         return train([cfg], [data], metric=[metric], checkpoint=checkpoint)[0]
@@ -302,7 +304,7 @@ def train(
     for n, member in enumerate(zip(cfg, sources, metrics, strict=True)):
         # States at hand have K terms each, of which BatchTopK would gather several times as many products.
         few_products = "hook_write" in cfg[n].hook_name or cfg[n].sae.architecture() == "writesae_topk"
-        shape = shape_of(cfg[n]) if isinstance(sources[n], LowRank) and few_products else None
+        shape = shape_of(cfg[n]) if isinstance(sources[n], Writes) and few_products else None
         groups.setdefault(shape or n, {})[n] = member
     if checkpoint is not None and len(groups) > 1:
         raise ValueError(f"checkpoint: expected dictionaries of one shape, got {len(groups)}; train each by itself")
@@ -317,9 +319,12 @@ def train(
     return [trained[n] for n in range(len(trained))]
 
 
-def source_of(cfg: RunnerConfig, data: Data) -> LowRank | Collection | tuple[HookedRecurrent | None, Dataset | None]:
-    """What the dictionary of a config is trained on, which has its sizes: writes in memory, a collection of states, or
-    what SAELens' runner runs."""
+Source = Writes | Collection | tuple[HookedRecurrent | None, Dataset | None]
+"""What a dictionary is trained on: writes, a collection of states, or what SAELens' runner runs."""
+
+
+def source_of(cfg: RunnerConfig, data: Data) -> Source:
+    """What the dictionary of a config is trained on, which has its sizes."""
     path = cfg.cached_activations_path
     # Without the index, what is cached is SAELens' own, or nothing.
     if data is None and cfg.use_cached_activations and path is not None and (Path(path) / INDEX).is_file():
@@ -341,17 +346,17 @@ def source_of(cfg: RunnerConfig, data: Data) -> LowRank | Collection | tuple[Hoo
         )
     if hook.target != "write" or cfg.sae.loss == "reads":
         return data
-    keys, values = data.factors(hook.layer, hook.head)
-    return LowRank(keys[:], values[:])
+    name = f"{data.sha256} {hook.layer}.{hook.head}"
+    return CollectedWrites(name, *data.factors(hook.layer, hook.head))
 
 
 def _trained_alone(
     cfg: RunnerConfig,
-    source: LowRank | Collection | tuple[HookedRecurrent | None, Dataset | None],
+    source: Source,
     metric: Metric | None,
     checkpoint: Path | None,
 ) -> MatrixTrainingSAE:
-    if isinstance(source, LowRank):
+    if isinstance(source, Writes):
         return train_on_rows(cfg, ShuffledWrites(cfg, source), metric, checkpoint)
     if isinstance(source, Collection):
         if "hook_state" in cfg.hook_name and shape_of(cfg) is not None:

@@ -24,11 +24,12 @@ from hookpoints import HookedRecurrent, UnknownHookError, UnsupportedModelError
 from hookpoints import embedded as shipped
 from hookpoints.errors import DamageWarning
 from hookpoints.files import CHECKSUMS, write_checksums
+from sae_lens_writesae.atom.mapped import Mapped
 from sae_lens_writesae.errors import DiskTooSmallError
 from sae_lens_writesae.files import size_text
 from sae_lens_writesae.sae import collecting as module
 from sae_lens_writesae.sae.collecting import collect
-from sae_lens_writesae.sae.factors import INDEX, Collection, CollectionError, Mapped
+from sae_lens_writesae.sae.factors import INDEX, Collection, CollectionError
 from sae_lens_writesae.sae.runner import text_dataset
 from writesae.cli import main
 
@@ -456,8 +457,10 @@ def test_rows_over_files_index_like_one_tensor():
     lists: list[Any] = [[0, 22, 5, 5, -1], [], torch.randint(-23, 23, (50,), generator=generator)]
     for index in [*slices, *lists, torch.rand(23, generator=generator) > 0.5]:
         assert torch.equal(mapped[index], rows[index]), index
-    with pytest.raises(IndexError):
-        mapped[[23]]
+    assert torch.equal(mapped.to(mapped.device), rows) and mapped.nbytes == rows.nbytes
+    for beyond in ([23], torch.tensor([23])):
+        with pytest.raises(IndexError):
+            mapped[beyond]
 
 
 def test_what_was_not_collected_is_said(model, whole, tmp_path):
