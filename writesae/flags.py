@@ -112,9 +112,9 @@ class Train:
     model: str | None = None
     """Model on the hub, a folder, or one that ships with the package (embedded, embedded-mamba2, embedded-rwkv7). It
     runs once, for all dictionaries."""
-    collection: Path | None = None
-    """Folder that `writesae collect`, `train`, `demo` or `reproduce` wrote instead of a model; by default the model's
-    is made in OUT/collection."""
+    collection: str | Path | None = None
+    """Instead of a model, a folder that `writesae collect`, `train`, `demo` or `reproduce` wrote, or the address of a
+    collection (s3://BUCKET/FOLDER); by default the model's is made in OUT/collection."""
     layers: Annotated[tuple[int, ...], tyro.conf.arg(aliases=("--layer",))] = ()
     """Recurrent layers; by default those of the collection."""
     heads: Annotated[tuple[int, ...], tyro.conf.arg(aliases=("--head",))] = ()
@@ -189,7 +189,7 @@ class Train:
 
     def check(self) -> None:
         """Raise ValueError where the collection is not there."""
-        if self.collection is not None and not self.collection.is_dir():
+        if self.collection is not None and "://" not in str(self.collection) and not Path(self.collection).is_dir():
             raise ValueError(f"collection: expected the folder of one, got {self.collection}, which does not exist")
 
 

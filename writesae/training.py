@@ -152,10 +152,11 @@ def opened_collection(flags: Train, say: Say) -> Collection:
     Raises:
         CollectionError: it is of other weights, another dtype, another text or other contexts; says of which.
     """
-    folder = flags.collection or flags.out
-    folder = folder / "collection" if flags.collection is None or (folder / "collection").is_dir() else folder
+    folder = flags.out / "collection"
     if flags.model is None:
-        return Collection.open(folder)
+        given = flags.collection or flags.out
+        inside = Path(given) / "collection"
+        return Collection.open(inside if inside.is_dir() else given)
     with suppress(CollectionError):  # none yet
         name = Collection.open(folder).model_name
         if name not in (flags.model, str(Path(flags.model).resolve())):

@@ -1,4 +1,4 @@
-"""Training from collections that are larger than memory."""
+"""Training from collections that are larger than memory, or on another machine."""
 
 from __future__ import annotations
 
@@ -6,26 +6,29 @@ import json
 import re
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from hookpoints.files import write_checksums
-from sae_lens_writesae import train
+from sae_lens_writesae import files, train
 from sae_lens_writesae.atom.low_rank import LowRank
-from sae_lens_writesae.sae.factors import FORMAT, INDEX, Collection
-from sae_lens_writesae.sae.runner import training_config
+from sae_lens_writesae.atom.mapped import CollectedWrites
+from sae_lens_writesae.sae.factors import FORMAT, INDEX, Collection, CollectionError
+from sae_lens_writesae.sae.runner import source_of, training_config
+from writesae.cli import main
 
-WIDTH, T = 128, 1024
+WIDTH = 128
 
 
-def collected(folder: Path, n_sequences: int, per_shard: int) -> Path:
+def collected(folder: Path, n_sequences: int, per_shard: int, tokens: int = 1024) -> Path:
     """A collection of random writes of one head."""
     g = torch.Generator().manual_seed(0)
     names = [f"shard-{n:05d}.safetensors" for n in range(n_sequences // per_shard)]
     index = {
         "format": FORMAT,
-        "shape": [n_sequences, T],
+        "shape": [n_sequences, tokens],
         "sequences_per_shard": per_shard,
         "dtype": "float16",
         "model_name": "none",
@@ -34,8 +37,8 @@ def collected(folder: Path, n_sequences: int, per_shard: int) -> Path:
     }
     (folder / INDEX).write_text(json.dumps(index))
     for name in names:
-        sides = {f"0.0.{side}": torch.randn(per_shard, T, WIDTH, generator=g).half() for side in "ku"}
-        save_file({"tokens": torch.zeros(per_shard, T, dtype=torch.int32), **sides}, folder / name)
+        sides = {f"0.0.{side}": torch.randn(per_shard, tokens, WIDTH, generator=g).half() for side in "ku"}
+        save_file({"tokens": torch.zeros(per_shard, tokens, dtype=torch.int32), **sides}, folder / name)
     write_checksums(folder, [INDEX, *names])
     return folder
 
@@ -65,3 +68,46 @@ def test_training_holds_no_more_than_a_quarter_of_the_writes(tmp_path: Path, mon
     assert 4 * (max(held) - held[0]) < collection.total_bytes
     whole = train(cfg, LowRank(*(side[:] for side in collection.factors(0, 0))))
     assert all(torch.equal(x, y) for x, y in zip(found.parameters(), whole.parameters(), strict=True))
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The address of a collection, whose files lie in the folder of the test as well."""
+    monkeypatch.setattr(files, "COPIES", tmp_path / "copies")
+    memory = fsspec.filesystem("memory")
+    memory.store.clear()
+    for file in collected(tmp_path, 3, 1, tokens=64).iterdir():
+        memory.pipe_file(f"/writes/{file.name}", file.read_bytes())
+    return "memory://writes"
+
+
+def test_an_address_is_copied_as_it_is_read_and_compared(elsewhere: str, tmp_path: Path) -> None:
+    collection = Collection.open(elsewhere)
+    assert not list((tmp_path / "copies").rglob("*.safetensors"))
+    local = Collection.open(tmp_path)
+    assert collection.sha256 == local.sha256 and torch.equal(collection.rows(0, 0), local.rows(0, 0))
+    fsspec.filesystem("memory").rm("/writes/shard-00001.safetensors")
+    assert torch.equal(Collection.open(elsewhere).rows(0, 0), local.rows(0, 0))  # of the copies
+    copy = collection.folder / "shard-00001.safetensors"
+    copy.write_bytes(copy.read_bytes()[:-1] + b"x")
+    with pytest.raises(CollectionError, match=r"shard-00001.*expected the SHA-256"):
+        Collection.open(elsewhere).rows(0, 0)
+    with pytest.raises(CollectionError, match=r"memory://writes: expected .* shard-00001.* got FileNotFoundError"):
+        Collection.open(elsewhere).rows(0, 0)
+    with pytest.raises(CollectionError, match=r"nowhere: expected an address .* SHA256SUMS .* got FileNotFoundError"):
+        Collection.open("memory://nowhere")
+    with pytest.raises(CollectionError, match=r"^none://a: expected an address[^\n]*got ValueError: Protocol[^\n]*$"):
+        Collection.open("none://a")
+
+
+def test_the_command_trains_on_an_address(elsewhere: str, tmp_path: Path) -> None:
+    """To the same bytes; a config names the address, so that it is opened again."""
+    sizes = ["--d-sae", "8", "--training-tokens", "512", "--train-batch-size-tokens", "64", "--no-summary"]
+    found = []
+    for name, collection in (("here", str(tmp_path)), ("there", elsewhere)):
+        out = tmp_path / name
+        main(["train", "--collection", collection, *sizes, "--out", str(out)])
+        found.append((out / "L0H0/write-seed0/sae/sae_weights.safetensors").read_bytes())
+    assert found[0] == found[1]
+    cfg = training_config(Collection.open(elsewhere), 0, 0, training_tokens=512, d_sae=8)
+    assert cfg.cached_activations_path == elsewhere and isinstance(source_of(cfg, None), CollectedWrites)
