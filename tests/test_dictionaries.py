@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing import get_context
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 import pytest
@@ -25,7 +28,7 @@ from sae_lens_writesae.sae.load import load_sae
 from sae_lens_writesae.sae.runner import text_dataset
 from sae_lens_writesae.sae.target import HeadHook
 from writesae.choices import MATCHED, DictionaryName
-from writesae.collecting import Say, collect_from
+from writesae.collecting import collect_from
 from writesae.files import sae_folders
 from writesae.flags import Collect, Train
 from writesae.training import run_train
@@ -243,14 +246,11 @@ def test_a_killed_training_goes_on_from_its_checkpoint(
     assert not list((tmp_path / "killed").rglob("*checkpoint*"))
 
 
-def started(
-    train: Train, rank: int, world: int, monkeypatch: pytest.MonkeyPatch, stop: int = -1, say: Say = str
-) -> int:
-    """A process that trains as one of several, by torchrun's environment; its exit code is the number of steps. At the
-    step `stop` it stands still."""
-    if process := os.fork():
-        return process
-    steps = Steps(monkeypatch)
+def train_as_one_of(train: Train, rank: int, threads: int, stop: int, said: Path) -> None:
+    """What a process does that trains as one of two, by torchrun's environment; its exit code is the number of steps.
+    At the step `stop` it stands still."""
+    patch = pytest.MonkeyPatch()
+    steps = Steps(patch)
     step = torch.optim.Adam.step
 
     def stand_still(*arguments: object) -> object:
@@ -258,17 +258,28 @@ def started(
             time.sleep(600)
         return step(*arguments)
 
-    try:
-        monkeypatch.setattr(torch.optim.Adam, "step", stand_still)
-        monkeypatch.setenv("RANK", str(rank))
-        monkeypatch.setenv("WORLD_SIZE", str(world))
-        run_train(train, say)
-    except BaseException:
-        os._exit(255)
-    os._exit(steps.taken)
+    torch.set_num_threads(threads)  # results are bitwise the same for one number of threads
+    patch.setattr(rows, "SAVE_SECONDS", -1.0)
+    patch.setattr(torch.optim.Adam, "step", stand_still)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+    run_train(train, said.write_text)
+    sys.exit(steps.taken)
 
 
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def started(*arguments: object) -> SpawnProcess:
+    """A fresh process: autograd does not work in one that was forked after a backward pass on a device."""
+    process = get_context("spawn").Process(target=train_as_one_of, args=arguments)
+    process.start()
+    return process
+
+
+def wait_for(is_so: Callable[[], bool], process: SpawnProcess) -> None:
+    while not is_so():
+        assert process.is_alive(), process.exitcode
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
 def test_processes_train_the_next_group_that_nobody_trains_and_those_of_a_dead_one(
     collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -276,26 +287,25 @@ def test_processes_train_the_next_group_that_nobody_trains_and_those_of_a_dead_o
     monkeypatch.setattr(rows, "SAVE_SECONDS", -1.0)
     names = ("write-seed0", "write-seed1", "write-MatrixSAE-seed0", "write-FlatSAE-seed0", "state-seed0")
     train = Train(collection=collection.folder, heads=(0,), names=names, out=tmp_path / "out", **SIZES)
+    said = [tmp_path / "first", tmp_path / "second"]
 
     def weights(out: Path) -> dict[str, bytes]:
         return {name: (out / f"L2H0/{name}/sae/sae_weights.safetensors").read_bytes() for name in names}
 
     run_train(replace(train, out=tmp_path / "whole"), str)
-    first = started(train, 0, 2, monkeypatch, stop=5)
+    first = started(train, 0, torch.get_num_threads(), 5, said[0])
     try:
-        while not list(train.out.rglob("checkpoint")):
-            time.sleep(0.02)
+        wait_for(lambda: bool(list(train.out.rglob("checkpoint"))), first)
         with pytest.raises(ValueError, match="d_sae: 16, now 8"):
             run_train(replace(train, d_sae=8), str)
-        second = started(train, 1, 2, monkeypatch, say=(tmp_path / "said").write_text)
-        while len(list(train.out.glob("L2H0/*/sae"))) < 3:
-            time.sleep(0.02)
-        while "waiting" not in (tmp_path / "said").read_text():
-            time.sleep(0.02)
-        assert not (train.out / "L2H0/write-seed0/sae").exists() and os.waitpid(second, os.WNOHANG) == (0, 0)
+        second = started(train, 1, torch.get_num_threads(), -1, said[1])
+        wait_for(lambda: said[1].exists() and "waiting" in said[1].read_text(), second)
+        assert len(list(train.out.glob("L2H0/*/sae"))) == 3 and second.is_alive()
+        assert not (train.out / "L2H0/write-seed0/sae").exists()
     finally:
-        os.kill(first, signal.SIGKILL)
-        os.waitpid(first, 0)
+        first.kill()
+        first.join()
+    second.join()
     # Of the first group the three steps after its checkpoint.
-    assert os.waitstatus_to_exitcode(os.waitpid(second, 0)[1]) == 3 * 8 + 3
+    assert second.exitcode == 3 * 8 + 3
     assert weights(train.out) == weights(tmp_path / "whole")

@@ -23,7 +23,7 @@ HOMES = {"writesae_study": ROOT / "study"}
 """Folder of a package that is not in the root."""
 CEILINGS = {
     "hookpoints": 57_400,
-    "sae_lens_writesae": 19_150,
+    "sae_lens_writesae": 19_400,
     "writesae": 16_500,
     "study/writesae_study": 41_750,
     "tests": 95_500,
