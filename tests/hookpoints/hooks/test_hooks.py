@@ -245,9 +245,9 @@ def test_a_hook_that_does_not_fire_is_an_error(model, tokens):
     assert not any(point.fwd_hooks for point in model.hook_dict.values())
 
 
-def test_a_backward_hook_is_missed_where_a_backward_pass_does_not_reach_it(model, tokens):
+def test_a_backward_hook_is_missed_where_a_backward_pass_does_not_reach_it(tokens):
     kept = []
-    model.requires_grad_()
+    model = HookedRecurrent.from_hf(make_hf(), trainable=True)
     low, high = (
         [(f"blocks.{layer}.mixer.hook_write", lambda gradient, hook: kept.append(gradient))] for layer in (0, 2)
     )
