@@ -58,7 +58,7 @@ def test_blocks_print_what_their_comments_say_and_change_what_the_model_does(tmp
     assert read - cut > 2 > abs(cut - never)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # .ci/lens4 runs the block so, too
 def test_the_wheel_of_hookpoints_runs_the_first_block_alone(tmp_path):
     """As `pip install ./hookpoints` has it: SAELens and what needs it are not there."""
     tree = shutil.copytree(ROOT / "hookpoints", tmp_path / "tree/hookpoints")

@@ -37,7 +37,9 @@ def save_checkpoint(model_type: str, text: str, folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", ["qwen3_5", "mamba2", "rwkv7"])
+@pytest.mark.parametrize(
+    "model_type", ["qwen3_5", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("mamba2", "rwkv7"))]
+)
 def test_a_checkpoint_is_taken_from_loading_to_a_circuit(
     model_type: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -219,7 +219,7 @@ def test_a_dry_run_of_every_profile_plans_every_step_once(tmp_path, profile):
     assert sorted(each.name for each in tmp_path.iterdir() if each.name != ".snakemake") == ["config.json"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # a minute of dry runs
 def test_a_changed_text_is_planned_anew(tmp_path):
     """Of a run whose steps are all done, or say so; a dry run moves nothing."""
     words = shipped.text("train").split()

@@ -370,7 +370,7 @@ def test_a_shard_whose_process_stands_still_is_waited_for_and_collected_when_it_
     assert code == (-signal.SIGKILL if ends == "killed" else 3) and contents(folder) == contents(whole)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # a minute of imports; processes share shards in other tests, too
 def test_torchrun_collects_and_a_rank_with_other_settings_is_refused_in_a_line(tmp_path):
     words = ["-m", "writesae", "collect", "--model", "embedded", "--layers", "2", "--heads", "0", "--n-tokens", "16384"]
     one, two = (tmp_path / name for name in ("one", "two"))
