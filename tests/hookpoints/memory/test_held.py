@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent
 from hookpoints.errors import InputError
-from hookpoints.memory.held import HELD, SURE, sentence_spans, term_sizes
+from hookpoints.memory.held import HELD, SURE, held_share, sentence_spans, term_sizes
 from hookpoints.zoo import english
 
 
@@ -114,6 +114,15 @@ def test_the_sentence_that_overwrote_an_answer_is_found(speaker, documents):
                 assert math.isnan(suspect.held) == (suspect.answer.strip() == said or said not in suspect.text)
                 assert suspect.flagged == (suspect.probability >= SURE and suspect.held >= HELD)
     assert found >= 3
+
+
+def test_what_states_hold_of_a_change_is_its_share_over_all_layers():
+    change = {layer: torch.randn(1, 3, 4, 5, dtype=torch.float64) for layer in (0, 2)}
+    other = {0: change[0].roll(1, 3), 2: change[2].roll(1, 3)}
+    other = {layer: x - held_share(other, change) * change[layer] for layer, x in other.items()}
+    states = {layer: 0.3 * x + other[layer] for layer, x in change.items()}
+    assert held_share(other, change) == pytest.approx(0, abs=1e-12)
+    assert held_share(states, change) == pytest.approx(0.3)
 
 
 def test_spans_of_sentences_cover_all_tokens():
