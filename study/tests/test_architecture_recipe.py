@@ -1,106 +1,43 @@
-"""The recipe "an evaluation is one file": `recipe/repeat.py` is put into a copy of the package, and everything else,
-the command, the conformance tests and the report, finds it by itself."""
+"""The recipe "an evaluation is one file": with `recipe/repeat.py` in the package, everything else, the command, the
+conformance tests and the report, finds it by itself."""
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from evaluations import test_conformance as conformance
+from measured import result_of
 
-TESTS = Path(__file__).parent
-ROOT = TESTS.parents[1]
-RECIPE = TESTS / "recipe" / "repeat.py"
-
-USE = """
-import json, sys
-from contextlib import redirect_stdout
-from io import StringIO
-from pathlib import Path
-
-sys.path += ["tests", "study/tests"]
-from saes import make_sae
-from hookpoints import HookedRecurrent, embedded
-from writesae import sample_sequences
-from writesae_study import EVALUATIONS, load_result, write_report
+from writesae_study import evaluations
 from writesae_study.evaluate import run_eval
+from writesae_study.page.report import write_report
 
-evaluation = EVALUATIONS["repeat"]
-help = StringIO()
-with redirect_stdout(help):
-    try:
+RECIPE = Path(__file__).parent / "recipe" / "repeat.py"
+
+
+@pytest.fixture
+def _added(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is where evaluations are looked for."""
+    monkeypatch.setattr(evaluations, "__file__", str(RECIPE))
+    monkeypatch.setitem(evaluations.ASKED, "repeat", evaluations._asked_questions()["repeat"])
+    monkeypatch.setattr(evaluations, "__path__", [*evaluations.__path__, str(RECIPE.parent)])
+
+
+@pytest.mark.usefixtures("_added")
+def test_everything_finds_the_new_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
         run_eval(["repeat", "--help"])
-    except SystemExit:
-        pass
-from tiny_models import make_hf
-model = HookedRecurrent.from_hf(make_hf())
-tokens = sample_sequences(HookedRecurrent.from_pretrained("embedded"), embedded.text("test"), 40, 8) % 64
-result = evaluation(n_positions=48, horizon=4).run(model, make_sae(model), tokens, progress=False)
-result.save("out/repeat")
-page = write_report([load_result("out/repeat")], "out/report")
-answer = {
-    "file": sys.modules["writesae_study"].__file__,
-    "help": help.getvalue(),
-    "page": page.read_text(),
-    "claims": [vars(claim) for claim in result.claims()],
-}
-print(json.dumps(answer), flush=True)
-
-import pytest
-options = ["-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning", "-k", "repeat"]
-pytest.main([*options, "study/tests/evaluations/test_conformance.py"])
-"""
-
-
-@pytest.fixture(scope="module")
-def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The packages, with one file more in that of the study."""
-    folder = tmp_path_factory.mktemp("recipe")
-    study = folder / "study"
-    shutil.copytree(ROOT / "study" / "writesae_study", study / "writesae_study")
-    shutil.copy(RECIPE, study / "writesae_study" / "evaluations")
-    for name in ("hookpoints", "sae_lens_writesae", "writesae"):
-        (folder / name).symlink_to(ROOT / name)
-    names = ("tiny_models", "remembering", "saes", "device", "backend", "counted")
-    support = [f"tests/{name}.py" for name in names]
-    for name in ("pyproject.toml", "conftest.py", *support):
-        (folder / name).parent.mkdir(exist_ok=True)
-        shutil.copy(ROOT / name, folder / name)
-    tests = study / "tests"
-    shutil.copytree(TESTS / "golden", tests / "golden", ignore=shutil.ignore_patterns("tables"))
-    (tests / "evaluations").mkdir()
-    shutil.copy(TESTS / "evaluations" / "test_conformance.py", tests / "evaluations")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def said(copy: Path) -> str:
-    """What one process prints, in which the file is used and the conformance tests run on it."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (copy, copy / "study")))}
-    command = [sys.executable, "-c", USE]
-    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout.startswith("{"), done.stdout[-2000:] + done.stderr[-2000:]
-    return done.stdout
-
-
-@pytest.mark.slow
-def test_everything_finds_the_new_evaluation(copy: Path, said: str) -> None:
-    answer = json.loads(said.splitlines()[0])
-    assert Path(answer["file"]).is_relative_to(copy)
-    assert "--n-positions" in answer["help"] and "--horizon" in answer["help"]
-    assert "Does a repeated write disturb more than a missing one?" in answer["page"]
-    (claim,) = answer["claims"]
-    assert claim["n"] == 48 and claim["sentence"] in answer["page"]
-    assert "<strong>Control.</strong>" in answer["page"]  # its docstring is its page
-
-
-@pytest.mark.slow
-def test_the_conformance_tests_run_on_it(said: str) -> None:
-    assert " passed" in said and "failed" not in said.partition("\n")[2]
+    assert "--n-positions" in capsys.readouterr().out
+    conformance.test_the_class_says_what_it_is_and_checks_its_settings("repeat")
+    conformance.test_a_result_is_what_the_class_documents_and_the_same_when_loaded("repeat", tmp_path / "result")
+    conformance.test_poor_input_is_refused_or_gives_no_verdict("repeat", tmp_path / "poor")
+    conformance.test_a_question_about_a_head_needs_no_dictionary("repeat")
+    result = result_of("repeat")
+    (claim,) = result.claims()
+    page = write_report([result], tmp_path / "report").read_text()
+    assert "Does a repeated write disturb more than a missing one?" in page and claim.sentence in page
+    assert "<strong>Control.</strong>" in page  # its docstring is its page
 
 
 def test_the_recipe_is_short() -> None:

@@ -1,6 +1,6 @@
 """What every evaluation promises, whatever it asks: found by its class, so that a new one is tested too.
 
-The results are those that the golden tables are compared with.
+The results are those of `measured.toml`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ from typing import Any, get_args
 import pandas as pd
 import pytest
 import torch
-from golden.cases import HEADS, WRITE
-from golden.dictionaries import load_model, make_dictionary, sequences
-from golden.make import FIRST, result_of
+from measured import PLACE, load_model, make_dictionary, result_of, sequences
 from saes import muted, random_sae
 from torch import Tensor
 
@@ -37,7 +35,7 @@ def test_the_class_says_what_it_is_and_checks_its_settings(kind: str) -> None:
     description = inspect.getdoc(made) or ""
     assert "erdict" in description or "laim" in description, "the docstring is the page: it states the rule"
     assert made.question.endswith("?") and set(made.answers) <= PAPER_CLAIMS.keys()
-    evaluation = dataclasses.replace(result_of(FIRST.get(kind, kind)).evaluation, seed=7, label="x")
+    evaluation = dataclasses.replace(result_of(kind).evaluation, seed=7, label="x")
     assert made.from_dict(json.loads(json.dumps(evaluation.to_dict()))) == evaluation
     wrong = [(name, -1) for name in made.bounds()] + [(each.name, {1: 2}) for each in dataclasses.fields(made)]
     for name, value in wrong:
@@ -83,7 +81,7 @@ def test_settings_that_make_no_sense(kind: str, settings: dict[str, object], wor
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_result_is_what_the_class_documents_and_the_same_when_loaded(kind: str, tmp_path: Path) -> None:
-    result = result_of(FIRST.get(kind, kind))
+    result = result_of(kind)
     for name, columns in EVALUATIONS[kind].columns.items():
         table = result.tables[name]
         allowed = {column for column, text in columns.items() if "missing" in text or column.endswith("_last")}
@@ -141,9 +139,9 @@ def test_what_is_chosen_never_sees_the_test_half(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_poor_input_is_refused_or_gives_no_verdict(kind: str, tmp_path: Path) -> None:
-    evaluation, model = result_of(FIRST.get(kind, kind)).evaluation, load_model("embedded")
-    tokens, labels = sequences("embedded", 48)[:8], ("a", "b") if evaluation.scope.compares else ("a",)
-    dead = {label: make_dictionary("embedded", **WRITE) for label in labels}  # type: ignore[arg-type]
+    evaluation, model = result_of(kind).evaluation, load_model()
+    tokens, labels = sequences()[:8], ("a", "b") if evaluation.scope.compares else ("a",)
+    dead = {label: make_dictionary() for label in labels}
     with torch.no_grad():
         for sae in dead.values():
             sae.b_enc.fill_(-1e6)
@@ -169,7 +167,7 @@ def test_poor_input_is_refused_or_gives_no_verdict(kind: str, tmp_path: Path) ->
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_question_about_a_head_needs_no_dictionary(kind: str) -> None:
     """It gives the numbers that it gives with one; the other questions refuse a head alone."""
-    result, model, tokens = result_of(FIRST.get(kind, kind)), load_model("embedded"), sequences("embedded", 48)[:8]
+    result, model, tokens = result_of(kind), load_model(), sequences()[:8]
     run = partial(result.evaluation.run, model, tokens=tokens, progress=False)
     if result.evaluation.scope is not Scope.HEAD:
         with pytest.raises(ValueError, match="expected a dictionary, got layer and head"):
@@ -177,7 +175,7 @@ def test_a_question_about_a_head_needs_no_dictionary(kind: str) -> None:
         return
     with pytest.raises(UnknownHookError):
         run((2, 99))
-    alone = run(HEADS["embedded"])
+    alone = run(PLACE)
     for name, table in result.tables.items():
         pd.testing.assert_frame_equal(alone.tables[name], table)
     assert result.info.keys() - alone.info.keys() == {"architecture", "d_sae"} and alone.info["saes"] == []

@@ -27,9 +27,8 @@ import test_passage
 import test_seeds
 import test_sign
 import torch
-from golden.cases import HEADS
-from golden.dictionaries import load_model, make_dictionary, sequences
 from made_up import made_up, replaced
+from measured import PLACE, load_model, make_dictionary, sequences
 from torch.nn.functional import normalize
 
 from writesae.dictionary import estimates
@@ -280,15 +279,15 @@ def test_too_few_units_one_head_or_no_null_give_no_verdict(kind: str) -> None:
 # -- real nulls
 
 
-UNTRAINED = sequences("embedded", 48)[:24]
+UNTRAINED = sequences()[:24]
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
 def test_an_untrained_dictionary_and_random_writes_hold_nothing(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Claims 8, 24, 26 and 9 in full: random atoms of unit norm; writes toward a token at random value sides."""
-    model, (layer, head) = load_model("embedded"), HEADS["embedded"]
+    model, (layer, head) = load_model(), PLACE
     writes = model.recurrence(UNTRAINED[:4], layer).write(head)[:, :, 0].flatten(0, 1).flatten(1)
-    sae, small = control_dictionary(make_dictionary("embedded"), writes, seed=seed), {"n_atoms": 10, "seed": seed}
+    sae, small = control_dictionary(make_dictionary(), writes, seed=seed), {"n_atoms": 10, "seed": seed}
     sides = torch.Generator().manual_seed(seed)
     monkeypatch.setattr(sign_module, "value_direction", lambda *_: normalize(torch.randn(32, generator=sides), dim=0))
     found = [

@@ -13,6 +13,7 @@ from saes import random_low_rank as draw
 from torch import Tensor
 
 from hookpoints import HookedRecurrent
+from hookpoints.recurrence.reference import transition
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.errors import NothingToMeasureError
 from writesae_study.experiment import conditions as C
@@ -92,11 +93,12 @@ def directions(lab: Bench, firings: pd.DataFrame, names: tuple[str, ...], **more
 
 
 def test_states_give_their_top_direction(lab: Bench) -> None:
-    """What the states are: `test_golden.py`."""
     firings, site = some_firings(lab), lab.site(1)
     at = firings["position"].to_list()
     made = directions(lab, firings, ("state", "state_after"))
-    for name, states in (("state", site.state_before(at)), ("state_after", site.state_after(at))):
+    r = site.recurrence
+    before = torch.cat([transition(r, t, r.states(positions=t - 1)[:, 0])[0] for t in at])
+    for name, states in (("state", before), ("state_after", r.states()[0, at, 0])):
         close(made[name].cosine(state_direction(states)), torch.ones(len(at), dtype=torch.float64))
     assert (made["state"].cosine(made["state_after"]) < 1 - 1e-6).any()  # they are not the same control
 
