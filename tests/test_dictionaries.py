@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing import get_context
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -29,7 +29,6 @@ from sae_lens_writesae.sae.runner import text_dataset
 from sae_lens_writesae.sae.target import HeadHook
 from writesae.choices import MATCHED, DictionaryName
 from writesae.collecting import collect_from
-from writesae.files import sae_folders
 from writesae.flags import Collect, Train
 from writesae.training import run_train
 
@@ -222,30 +221,6 @@ def test_a_head_or_architecture_that_is_not_there_is_said_first(collection: Coll
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["write-seed0", "state-reads-seed0"])
-def test_a_killed_training_goes_on_from_its_checkpoint(
-    name: str, collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """To the same bytes, on factors and in SAELens' trainer."""
-    monkeypatch.setattr(rows, "SAVE_SECONDS", -1.0)
-    steps = Steps(monkeypatch)
-
-    def trained(out: Path) -> bytes:
-        sizes = SIZES | {"training_tokens": 4096}
-        run_train(Train(collection=collection.folder, heads=(0,), names=(name,), out=out, **sizes), str)
-        return (out / f"L2H0/{name}/sae/sae_weights.safetensors").read_bytes()
-
-    whole = trained(tmp_path / "whole")
-    steps.taken, steps.stop = 0, 21
-    with pytest.raises(InterruptedError):
-        trained(tmp_path / "killed")
-    assert list((tmp_path / "killed").rglob("checkpoint"))
-    with pytest.raises(ValueError, match="no dictionary"):  # a checkpoint is none
-        sae_folders(tmp_path / "killed")
-    assert trained(tmp_path / "killed") == whole and steps.taken == 32
-    assert not list((tmp_path / "killed").rglob("*checkpoint*"))
-
-
 def train_as_one_of(train: Train, rank: int, threads: int, stop: int, said: Path) -> None:
     """What a process does that trains as one of two, by torchrun's environment; its exit code is the number of steps.
     At the step `stop` it stands still."""
@@ -266,14 +241,17 @@ def train_as_one_of(train: Train, rank: int, threads: int, stop: int, said: Path
     sys.exit(steps.taken)
 
 
-def started(*arguments: object) -> SpawnProcess:
-    """A fresh process: autograd does not work in one that was forked after a backward pass on a device."""
-    process = get_context("spawn").Process(target=train_as_one_of, args=arguments)
+def started(*arguments: object) -> BaseProcess:
+    """A process of another one: autograd does not work in one that was forked after a backward pass on a device. The
+    other one imports what it needs once."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["writesae.training"])
+    process = context.Process(target=train_as_one_of, args=arguments)
     process.start()
     return process
 
 
-def wait_for(is_so: Callable[[], bool], process: SpawnProcess) -> None:
+def wait_for(is_so: Callable[[], bool], process: BaseProcess) -> None:
     while not is_so():
         assert process.is_alive(), process.exitcode
         time.sleep(0.02)

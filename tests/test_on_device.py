@@ -261,7 +261,9 @@ def read(file: Path) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.nightly] * (name == "demo")) for name in COMMANDS]
+)
 def test_commands(name: str, made: Path, on_device: Callable[[], AbstractContextManager[Any]], tmp_path: Path) -> None:
     call(name, made, made / name)
     with on_device():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 
@@ -11,10 +10,11 @@ import matplotlib.pyplot as plt
 import nbformat
 import pytest
 from examples import fresh_start, printed
-from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "tutorials").glob("*.ipynb"))
+LONG = ("4", "5", "6", "7", "8")
+"""What the names of those begin with that run at night."""
 EACH = pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
 INSTALL = """\
 import importlib.util
@@ -58,8 +58,13 @@ def test_a_stale_output_is_seen() -> None:
             same(stale, "P 0.70, 8e-07 'Navy'\n", trains=False)
 
 
-@pytest.mark.slow
-@EACH
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=pytest.mark.nightly if path.stem.startswith(LONG) else pytest.mark.slow)
+        for path in NOTEBOOKS
+    ],
+)
 def test_runs(path, tmp_path):
     """A cell that raises fails the test; the notebook finds nothing but the package, in an empty folder. Cells print
     what was committed, as far as it does not hang on the machine (see `same`)."""
@@ -72,21 +77,6 @@ def test_runs(path, tmp_path):
             said += printed(cell.source, f"{path.name}, cell {number}", namespace)
     plt.close("all")
     same(said, committed, trains="train" in path.stem or "train(" in str(cells) or "train_on_" in str(cells))
-
-
-@pytest.mark.nightly
-@EACH
-def test_runs_in_a_kernel_of_its_own(path, tmp_path, monkeypatch):
-    """As it was run when it was committed."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
-    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    notebook = nbformat.read(path, as_version=4)
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    for cell in code:
-        cell.update(outputs=[], execution_count=None)
-    NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    assert all(cell.execution_count for cell in code) and any(cell.outputs for cell in code)
 
 
 @EACH

