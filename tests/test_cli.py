@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 from types import FrameType, SimpleNamespace
@@ -31,7 +30,6 @@ from writesae import choices
 from writesae.cli import COMMANDS, commands, main
 from writesae.dictionary.quality import dictionary_quality
 from writesae.experiment.tokens import sample_sequences
-from writesae.models import summary
 from writesae.page.template import share_text
 from writesae.processes import choose_device
 from writesae.training import quality_table
@@ -476,16 +474,6 @@ def test_every_command_that_runs_a_model_takes_a_device(capsys: pytest.CaptureFi
     assert refused.status == 2 and "device: expected one of this machine" in refused.err
 
 
-def test_no_hint_names_an_index_that_lacks_the_package() -> None:
-    """The package is installed from a clone: `pip install "sae-lens-writesae[study]"` finds nothing."""
-    root = Path(__file__).parents[1]
-    files = [
-        file for name in ("hookpoints", "sae_lens_writesae", "writesae", "docs") for file in (root / name).rglob("*")
-    ]
-    texts = {file: file.read_text("utf-8") for file in [*files, root / "README.md"] if file.suffix in (".py", ".md")}
-    assert not [file for file, text in texts.items() if re.search("install [^\n]*sae-lens-writesae", text)]
-
-
 def test_costs_of_a_model_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     listed = run(capsys, "models", "--cost", "embedded", "--tokens", "64").out
     assert "blocks.{l}.mixer.hook_write                     4         32,768       2 MB       8 MB" in listed
@@ -498,12 +486,3 @@ def test_a_summary_warns_of_dictionaries_of_which_few_atoms_fire() -> None:
     )
     assert len(table.splitlines()) == 5 and "fewer than 10% of atoms fire of few;" in table.splitlines()[-1]
     assert "warning" not in quality_table({"enough": {"alive": 0.1}})
-
-
-def test_a_summary_tells_layers_of_several_steps_apart(embedded: HookedRecurrent) -> None:
-    first = min(embedded.cfg.layers)
-    layers = {n: replace(layer, R=1 if n == first else 3) for n, layer in embedded.cfg.layers.items()}
-    stepped = SimpleNamespace(cfg=replace(embedded.cfg, layers=layers))
-    assert "rank" not in summary(embedded)
-    alike, several, *_ = summary(stepped).split("; ")
-    assert several == f"{alike}, rank 3"

@@ -238,18 +238,6 @@ def assert_link_to_a_folder_is_refused(run: Act, name: str, place: Path) -> None
     assert run(name, folder) == 2 and not list(elsewhere.iterdir())
 
 
-def test_a_folder_that_has_the_name_of_a_part_is_the_users(tmp_path: Path) -> None:
-    """Of dictionaries that SAELens' trainer makes, checkpoints are written aside."""
-    folder = tmp_path / "out"
-    users = folder / "L2H1/write-reads-seed0/.checkpoint.part"
-    users.mkdir(parents=True)
-    (users / "thesis.txt").write_text("the user's")
-    main(["train", *EMBEDDED, *TINY, "--loss", "reads", "--out", str(folder)])
-    assert (users / "thesis.txt").read_text() == "the user's"
-    names = {path.name for path in users.parent.iterdir()}
-    assert names >= {"sae", "config.json"} and not [name for name in names if name.endswith(".aside")]
-
-
 @pytest.mark.parametrize("name", STRICT)
 def test_an_earlier_collection_is_no_obstacle(name: str, run: Act, tmp_path: Path) -> None:
     assert [run(name, tmp_path), run(name, tmp_path)] == [0, 0]

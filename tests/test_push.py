@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-import torch
 import yaml
 from huggingface_hub import constants
 from sae_lens import SAE, StandardSAE, StandardSAEConfig
@@ -23,7 +22,7 @@ from sae_lens.saes.sae import SAEMetadata
 from saes import make_sae
 from sealing import reseal
 
-from hookpoints import HookedRecurrent, zoo
+from hookpoints import HookedRecurrent
 from sae_lens_writesae.sae.load import CheckpointError, load_sae
 from writesae.cli import main
 from writesae.flags import Push
@@ -117,18 +116,6 @@ def test_what_is_pushed_loads_by_the_lines_of_its_card(folder: Path, hub: dict[s
         f"me/saes/{name}/{file}" for name in names for file in ("cfg.json", "sae_weights.safetensors", "SHA256SUMS")
     }
     assert b"PRIVATE KEY" not in b"".join(hub.values())
-
-
-@pytest.mark.usefixtures("hub")
-def test_words_of_pairs_are_published() -> None:
-    """A state is read and written by the downloaded dictionary as by the one that ships."""
-    run_push(Push(zoo.path("facts") / "pairs", "me/saes"))
-    shipped: Any = load_sae(zoo.path("facts") / "pairs")
-    pairs: Any = SAE.from_pretrained("me/saes", "pairs")
-    memory = HookedRecurrent.from_pretrained("facts").memory("Ben lives in Rome .")
-    assert str(memory.facts(pairs)[0]).startswith("Ben lives in → Rome")
-    changed, wanted = (memory.with_fact(each, "Ben lives in", "Oslo", instead_of="Rome") for each in (pairs, shipped))
-    assert torch.equal(changed.state(0), wanted.state(0))
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,6 @@ from page.planted_atoms import HEAD, HOOK, LAYER, SMALL, T, empty_sae, matrix, p
 from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.sae import WriteTopKSAE
 from writesae.cli import parse
-from writesae.dictionary.quality import dictionary_quality
 from writesae.flags import Show
 from writesae.page.atoms import AtomPagesData, write_atom_pages
 from writesae.page.atoms.collect import atom_memory
@@ -32,19 +31,7 @@ from writesae.page.atoms.data import TokenValue
 from writesae.page.atoms.measure import AtomFacts
 from writesae.page.atoms.pages import heatmap
 from writesae.page.atoms.text import TokenTexts, token_bytes, visible
-from writesae.page.format import percent
 from writesae.show import run_show
-
-
-def test_a_rare_token_is_not_named_beside_the_one_that_an_atom_fires_on(data: AtomPagesData, tmp_path: Path) -> None:
-    seen = [
-        TokenValue(n, text, value, 1)
-        for n, (text, value) in enumerate({"real": 0.8, "half": 0.2, "stray": 0.1}.items())
-    ]
-    atom = replace(data.atoms[0], fires_on=seen, fires_after=[])
-    index = write_atom_pages(AtomPagesData(data.info, [atom]), tmp_path)
-    for page in (index.read_text(), (tmp_path / "atom-0.html").read_text().split("Strongest firings")[0]):
-        assert "real" in page and "half" in page and "stray" not in page
 
 
 def test_a_planted_write_is_found_where_it_was_taken(
@@ -207,29 +194,6 @@ def test_an_atom_is_shown_as_a_matrix(planted: WriteTopKSAE, data: AtomPagesData
         signs = np.where(drawn[..., 2] > drawn[..., 0], 1, -1)  # blue or orange
         whole = matrix(planted, page.atom).numpy()
         np.testing.assert_allclose(signs * drawn[..., 3] / 255, whole / np.abs(whole).max(), atol=0.04)
-
-
-def test_histograms_hold_every_firing_and_every_token_of_the_vocabulary(data: AtomPagesData) -> None:
-    for page in data.atoms:
-        for bars in (page.density, page.logits):
-            assert sum(bars.values) == pytest.approx(1, abs=1e-3) and bars.edges == sorted(bars.edges)
-        assert page.density.edges[0] == 0 and page.density.edges[-1] == pytest.approx(page.max_activation, rel=1e-3)
-        assert page.effect is not None
-        top, bottom = page.effect.tokens.high[0].value, page.effect.tokens.low[0].value
-        assert [page.logits.edges[0], page.logits.edges[-1]] == pytest.approx([bottom, top], rel=1e-3)
-
-
-def test_the_index_alone_says_how_good_the_dictionary_is(
-    model: HookedRecurrent, planted: WriteTopKSAE, tokens: Tensor, data: AtomPagesData, site: Path
-) -> None:
-    quality = dictionary_quality(model, planted, tokens)
-    assert data.info["quality"] == quality.to_dict() and quality.explained is not None
-    said = {
-        f"explained variance <b>{percent(quality.explained)}</b>",
-        f"dead atoms <b>{percent(1 - quality.alive)}</b>",
-    }
-    assert all(words in (site / "index.html").read_text() for words in said)
-    assert "explained variance" not in (site / "atom-0.html").read_text()
 
 
 def test_memory_counts_writes_that_outlive_their_sequence() -> None:

@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 from hookpoints import HookedRecurrent, zoo
 from hookpoints.errors import InputError
 from hookpoints.memory.facts import joined_facts
-from hookpoints.zoo.tasks import RELATIONS, Facts
+from hookpoints.zoo.tasks import Facts
 from sae_lens_writesae import Fact, label_atoms, load_sae, read_memory
 from sae_lens_writesae.sae import WriteProductSAE, WriteProductSAEConfig
 
@@ -390,22 +390,3 @@ def test_the_shipped_dictionary_reads_english_facts_from_states(pairs: int, leas
     states = model.recurrence(tokens, 0).final_state()[:, 0]
     for n in (pairs, None):
         assert_read(states, load_sae(zoo.path("facts") / "pairs"), [set(facts.items()) for facts in told], n, least)
-
-
-def test_a_replaced_english_fact_is_answered_and_others_stay() -> None:
-    model, tokens, told = states_of_facts(4, 20, seed=5)
-    sae = load_sae(zoo.path("facts") / "pairs")
-    values = {value for facts in told for value in facts.values()}
-    new, others = [], []
-    for text, facts in zip(tokens, told):
-        key, old = next(iter(facts.items()))
-        verb = key.partition(" ")[2]
-        options = sorted(value for value in values if value != old and value in dict(RELATIONS)[verb])
-        memory = model.memory(text[None]).with_fact(sae, key, options[0], instead_of=old)
-        answers = {
-            asked: model.generate(asked, memory=memory, max_new_tokens=1, do_sample=False).split()[-1]
-            for asked in facts
-        }
-        new.append(answers.pop(key) == options[0])
-        others += [answer == facts[asked] for asked, answer in answers.items()]
-    assert sum(new) >= 0.95 * len(new) and sum(others) >= 0.98 * len(others)

@@ -11,13 +11,11 @@ import torch
 from sae_lens import SAE
 from saes import normal, runner_config, train_step
 from test_metric import made_up
-from test_runner import HEAD, LAYER, small_config
 from torch import Tensor
 from torch.nn.functional import normalize
 from torch.testing import assert_close
 
-from hookpoints import embedded as shipped
-from sae_lens_writesae import collect, load_sae, train
+from sae_lens_writesae import load_sae, train
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae import (
     WriteProductSAE,
@@ -29,7 +27,6 @@ from sae_lens_writesae.sae.pairs import PairSumsSAE
 from sae_lens_writesae.sae.product import distinct_rows
 from sae_lens_writesae.sae.sides import SidesSAE, _oriented_writes, rank_one_rows
 from writesae.dictionary.traits import matched_flat, n_parameters
-from writesae.experiment.tokens import sample_sequences
 
 K, V, N = 5, 7, 13
 SHAPE: dict[str, Any] = {"d_in": K * V, "d_k": K, "d_v": V, "d_sae": 24, "f_key": 4, "f_value": 6, "dtype": "float64"}
@@ -352,13 +349,3 @@ def test_a_side_is_put_on_rows_of_large_writes() -> None:
 
 
 # ---------------------------------------------------------------------------------------- on a model
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_a_collection_trains_it_in_the_metric(embedded: Any, tmp_path: Path) -> None:
-    text = sample_sequences(embedded, shipped.text("train"), 32, 32)
-    collection = collect(embedded, text, [LAYER], [HEAD], tmp_path / "collection")
-    fields = {"d_sae": 1024, "decoder_init": "native", "b_dec_rows": 256}
-    cfg = small_config(collection, architecture="writesae_product", metric="gauss_newton", sae=fields)
-    sae = train(cfg, metric=made_up(64, 32))
-    assert sae.cfg.metadata.metric == "gauss_newton" and sae.b_dec.any()

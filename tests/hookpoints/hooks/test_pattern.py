@@ -7,7 +7,6 @@ from typing import cast
 import torch
 from tiny_models import continuing
 from torch.testing import assert_close
-from transformer_lens import head_detector
 
 from hookpoints import HookedRecurrent
 from hookpoints.model.inputs import cache_of
@@ -123,22 +122,6 @@ def test_it_follows_hooks_on_factors_and_on_the_write(model64, tokens):
         expected = weighted(cache[names[0]], cache[names[1]])
         assert_close(cache[names[2]], expected, rtol=0, atol=1e-10)
         assert torch.allclose(cache[names[0]], plain) is not moves
-
-
-@torch.no_grad()
-def test_transformer_lens_head_detectors(embedded):
-    """On the cache as it is; a detector's score is the share of a head's weights that lies where it looks."""
-    text, heads = "The people of the United States. The people of the United States.", [(1, 0), (2, 3)]
-    tokens = embedded.to_tokens(text)
-    _, cache = embedded.run_with_cache(
-        tokens, remove_batch_dim=True, names_filter=lambda name: name.endswith("hook_pattern")
-    )
-    for kind in head_detector.HEAD_NAMES:
-        scores = head_detector.detect_head(embedded, text, kind, heads=heads, cache=cache)
-        assert scores.shape == (5, 4) and (scores != -1).sum() == 2
-    pattern = cache["pattern", 2][3]
-    previous = head_detector.detect_head(embedded, text, "previous_token_head", heads=heads, cache=cache)
-    assert_close(previous[2, 3], pattern.diagonal(-1).sum() / pattern.sum(), rtol=1e-4, atol=1e-6)
 
 
 @torch.no_grad()

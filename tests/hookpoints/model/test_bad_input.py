@@ -10,7 +10,6 @@ from tiny_models import MAKERS
 
 from hookpoints import (
     HookedRecurrent,
-    Memory,
     UnsupportedModelError,
     WriteEdit,
     attribute,
@@ -204,25 +203,6 @@ def test_input_that_is_no_text_and_no_ids(embedded, input):
 def test_exchanged_arguments_are_named(embedded, call):
     with pytest.raises(InputError, match=r"attribute\(text, model\)"):
         call(embedded, "The people")
-
-
-def test_memory_takes_files_of_its_own(embedded, tmp_path):
-    torch.save({"blocks.0.att.time_state": torch.zeros(2, 4, 4)}, tmp_path / "state.pth")
-    with pytest.raises(InputError, match=r"a file of torch\.save, as RWKV's states are"):
-        Memory.load(tmp_path / "state.pth", embedded)
-
-
-def test_one_edit_without_a_list_is_one_row(model, tokens):
-    edit = WriteEdit(1, 0, 2, mode="delete")
-    runs = [model.run_with_edits(tokens[:1], rows).logits for rows in (edit, [edit])]
-    assert torch.equal(*runs)
-    texts = [model.generate(tokens[:1], max_new_tokens=2, edit_rows=rows) for rows in (edit, [edit])]
-    assert torch.equal(*texts)
-
-
-@pytest.mark.parametrize("how", [{"torch_dtype": "bfloat16"}, {"dtype": "bfloat16", "torch_dtype": torch.bfloat16}])
-def test_torch_dtype_is_dtype(how):
-    assert HookedRecurrent.from_pretrained("embedded", **how).cfg.dtype is torch.bfloat16
 
 
 def test_a_loss_of_no_token(model, tokens):

@@ -5,17 +5,15 @@ from __future__ import annotations
 import inspect
 from importlib.metadata import version
 
-import pandas as pd
 import pytest
 import torch
 import transformer_lens
 from tiny_models import make_hf
 from torch import nn
 from torch.testing import assert_close
-from transformer_lens import patching
 
 from hookpoints import HookedRecurrent
-from hookpoints.errors import HookShapeError, InputError
+from hookpoints.errors import InputError
 from hookpoints.model.refused import REFUSED_NAMES, refuse_arguments
 
 THEIRS = getattr(transformer_lens, "HookedTransformer", None) if version("transformer-lens") < "4" else None
@@ -92,29 +90,6 @@ def test_arguments_of_its_generation(model, tokens):
     with model.hooks([("hook_embed", lambda x, hook: seen.append(x.shape[1]))]):
         assert torch.equal(model.generate(tokens[:1], use_past_kv_cache=False, **how), plain)
     assert seen == [70, 71, 72]  # without a cache all tokens are read again
-
-
-def test_strings_of_several_texts(embedded):
-    texts = ["of the people", "by"]
-    assert embedded.to_str_tokens(texts) == [embedded.to_str_tokens(text) for text in texts]
-    assert embedded.to_str_tokens(embedded.to_tokens("of the")[0].tolist()) == embedded.to_str_tokens("of the")
-
-
-def test_loading_without_processing_is_loading():
-    model = HookedRecurrent.from_pretrained_no_processing("embedded", fold_ln=False, self_check=False)
-    assert torch.equal(model.W_U, HookedRecurrent.from_pretrained("embedded", self_check=False).W_U)
-
-
-def test_patching_heads_that_a_block_lacks_says_so(model, tokens):
-    """Its helper visits every head in every block; keys of the attention block are shared by two heads each."""
-    _, cache = model.run_with_cache(tokens, names_filter=lambda name: name.endswith(("hook_q", "hook_k")))
-    with pytest.raises(HookShapeError, match=r"hook_k, whose value is .* index_df"):
-        patching.get_act_patch_attn_head_k_all_pos(model, tokens, cache, lambda logits: logits[0, -1, 3])
-    sites = pd.DataFrame([(layer, head) for layer in (0, 1) for head in range(4)], columns=["layer", "head"])
-    found = patching.generic_activation_patch(
-        model, tokens, cache, lambda logits: logits[0, -1, 3], patching.layer_head_vector_patch_setter, "k", None, sites
-    )
-    assert found.shape == (8,)
 
 
 def test_the_first_token_is_forced_or_taken_off(embedded):

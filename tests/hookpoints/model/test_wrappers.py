@@ -95,17 +95,6 @@ def test_a_model_that_accelerate_prepares_and_unwraps(tokens, accelerator, order
     assert not twin(tokens).logits.any() and torch.equal(model(tokens).logits, logits)
 
 
-@torch.no_grad()
-def test_nnsight(tokens):
-    nnsight = pytest.importorskip("nnsight")
-    model = make_hf()
-    wrapper, plain = nnsight.NNsight(model), model(tokens).logits
-    with attach(wrapper) as hooked, hooked.hooks([(WRITE, lambda write, hook: 0 * write)]):
-        with wrapper.trace(tokens):
-            edited = wrapper.output.logits.save()
-        assert torch.equal(edited, model(tokens).logits) and not torch.allclose(edited, plain)
-
-
 def prompted(model: nn.Module) -> nn.Module:
     peft = pytest.importorskip("peft")
     return peft.get_peft_model(model, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
