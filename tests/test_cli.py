@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import re
@@ -101,26 +100,6 @@ for status, lines in ((0, {asked!r}), (2, {wrong!r})):
 
 def test_help_and_wrong_flags_load_no_torch() -> None:
     assert_no_torch([[name] for name in COMMANDS], ["--help"], ["--version"])
-
-
-def assert_full_lines(capsys: pytest.CaptureFixture[str], *command: str) -> None:
-    """No line ends where a line of the source does: the first word of the next one would not have fitted."""
-
-    def short(lines: list[str], width: int) -> list[str]:
-        pairs = [(line, following.split()) for line, following in itertools.pairwise(lines)]
-        return [line for line, rest in pairs if line and rest and len(f"{line} {rest[0]}") <= width]
-
-    done = run(capsys, *command, "--help")
-    about, _, flags = done.out.partition("\n\nusage: ")
-    plain = [line.replace("│", " ").rstrip() for line in flags.splitlines()]  # a terminal gets a frame
-    texts = [line if line.startswith(" " * 6) else "" for line in plain]
-    assert done.status == 0 and len(about) > 30 and sum(map(bool, texts)) > 1
-    assert not short(about.splitlines(), 80) and not short(texts, 75)
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_has_lines_as_long_as_it_allows(capsys: pytest.CaptureFixture[str], command: str) -> None:
-    assert_full_lines(capsys, command)
 
 
 def test_words_of_flags_are_those_of_the_plugin() -> None:
@@ -343,16 +322,18 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("folder", ["trained", "demo", "collected"])
+SHOWN = ["show", "FOLDER", *COUNTS, *ONE_ATOM, "--no-quality"], "index.html"
+
+
 @pytest.mark.parametrize(
-    ("arguments", "written"),
+    ("folder", "arguments", "written"),
     [
-        (["show", "FOLDER", *COUNTS, *ONE_ATOM, "--no-quality"], "index.html"),
-        (["export", "FOLDER", *COUNTS, *ONE_ATOM], "batch-0.json"),
-        (["train", "--collection", "FOLDER", *TINY, "--no-summary"], "cfg.json"),
-        (["push", "FOLDER", "me/saes", "--dry-run"], None),
+        *((folder, *SHOWN) for folder in ("trained", "demo")),
+        ("trained", ["export", "FOLDER", *COUNTS, *ONE_ATOM], "batch-0.json"),
+        ("demo", ["train", "--collection", "FOLDER", *TINY, "--no-summary"], "cfg.json"),
+        ("collected", ["push", "FOLDER", "me/saes", "--dry-run"], None),
     ],
-    ids=lambda given: given[0] if isinstance(given, list) else "",
+    ids=lambda given: given[0] if isinstance(given, list) else given or "",
 )
 def test_what_one_command_writes_another_takes(
     capsys: pytest.CaptureFixture[str],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import re
 import sys
-import threading
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -17,7 +16,6 @@ from tqdm.auto import tqdm
 from hookpoints import HookedRecurrent
 from hookpoints import embedded as shipped
 from sae_lens_writesae.sae.load import load_sae
-from writesae import demo
 from writesae.demo import (
     CIRCUIT,
     PAGE,
@@ -73,14 +71,6 @@ def test_a_memory_is_read_one_fact_replaced_and_the_answer_follows() -> None:
     ElementTree.fromstring(recalled.circuit)
 
 
-def test_a_name_on_the_page_is_no_markup() -> None:
-    evil = "<script>alert(1)</script>"
-    recalled = recall()
-    held = recalled.memories[0]._replace(facts=((evil, 0.5),), answer=evil)
-    page = page_of(replace(recalled, text=evil, memories=(held,)), HEAD, {})
-    assert evil not in page and page.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 3
-
-
 class Terminal(io.StringIO):
     """Standard error of somebody who looks."""
 
@@ -108,20 +98,6 @@ def test_one_bar_says_the_stage_and_those_of_libraries_are_not_drawn(monkeypatch
             assert stages_drawn == ["stage 1 of 2: facts", "stage 2 of 2: training"] and "a warning\n" in drawn
         else:
             assert drawn == "a warning\n"
-
-
-def test_a_long_stage_says_again_what_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "SILENCE", 0.01)
-    again = threading.Event()
-
-    def say(line: object) -> None:
-        if line == "still in stage 1 of 1: training":
-            again.set()
-
-    with one_bar(("training",), say) as stages:
-        stages.next()
-        assert again.wait(60)
-    assert not any("keep_saying" in thread.name for thread in threading.enumerate())
 
 
 @pytest.mark.slow

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -12,15 +10,14 @@ from dataclasses import replace
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from saes import Steps
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from hookpoints import HookedRecurrent, UnsupportedModelError
-from hookpoints import embedded as shipped
-from hookpoints.files import CHECKSUMS
+from hookpoints import HookedRecurrent
 from sae_lens_writesae.choices import VARIANTS
 from sae_lens_writesae.sae import rows
 from sae_lens_writesae.sae.factors import Collection
@@ -109,45 +106,14 @@ def test_a_model_runs_once_for_all_dictionaries_and_nothing_is_trained_twice(
     assert again.equal(weights[names[3]])  # the seed decides
 
 
-@pytest.mark.parametrize(
-    ("changes", "word"),
-    [
-        ({"context_size": 64}, "shape"),
-        ({"dataset": "DATASET"}, "text"),
-        ({"dtype": "bfloat16"}, "model"),
-        ({"model": "MODEL"}, "model"),
-    ],
-    ids=lambda value: "" if isinstance(value, str) else str(value),
-)
+@pytest.mark.parametrize(("changes", "word"), [({"context_size": 64}, "shape"), ({"dtype": "bfloat16"}, "model")])
 def test_a_finished_folder_of_another_input_is_refused_by_name(
-    changes: dict[str, object], word: str, finished: Train, tmp_path: Path
+    changes: dict[str, Any], word: str, finished: Train
 ) -> None:
-    """A model in a folder, whose weights change there."""
-    out = Path(shutil.copytree(finished.out, tmp_path / "out"))
-    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    same = replace(finished, out=out)
-    if "dataset" in changes:
-        (tmp_path / "text").mkdir()
-        (tmp_path / "text" / "text.jsonl").write_text(
-            json.dumps({"text": "Another text of some tokens. " * 400}) + "\n"
-        )
-        changes = {"dataset": str(tmp_path / "text")}
-    if "model" in changes:
-        file = Path(str(finished.model)) / "model.safetensors"
-        weights = load_file(file)
-        name = next(name for name in weights if "in_proj" in name)
-        whole = file.read_bytes()
-        save_file(weights | {name: weights[name] * 2}, file, {"format": "pt"})
-        try:
-            with pytest.raises(ValueError, match=f"index.json: .*got one of another {word}"):
-                run_train(same, lambda line: None)
-        finally:
-            file.write_bytes(whole)
-    else:
-        with pytest.raises(ValueError, match=f"index.json: .*got one of another {word}"):
-            run_train(replace(same, **changes), lambda line: None)
-    assert {path: path.read_bytes() for path in before} == before
-    run_train(same, lambda line: None)
+    before = {path: path.read_bytes() for path in finished.out.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=f"index.json: .*got one of another {word}"):
+        run_train(replace(finished, **changes), str)
+    run_train(finished, str)
     assert {path: path.read_bytes() for path in before} == before
 
 
@@ -164,22 +130,10 @@ def test_a_finished_folder_of_another_collection_is_refused_by_name(
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Train:
-    """A training that is finished, on a model in a folder and a text in another."""
-    folder = tmp_path_factory.mktemp("finished")
-    shutil.copytree(shipped.path(), folder / "model")
-    (folder / "model" / CHECKSUMS).unlink(missing_ok=True)
-    (folder / "text").mkdir()
-    (folder / "text" / "text.jsonl").write_text(json.dumps({"text": "We, the people of the States. " * 400}) + "\n")
-    train = Train(
-        model=str(folder / "model"),
-        layers=(2,),
-        heads=(0,),
-        dataset=str(folder / "text"),
-        context_size=32,
-        out=folder / "out",
-        **SIZES,
-    )
-    run_train(train, lambda line: None)
+    """A training that is finished."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    train = Train(model="embedded", layers=(2,), heads=(0,), context_size=32, out=out, **SIZES)
+    run_train(train, str)
     return train
 
 
@@ -209,15 +163,9 @@ def test_every_kind_trains_from_a_collection(collection: Collection, tmp_path: P
     assert not list(tmp_path.rglob("checkpoint"))
 
 
-def test_a_head_or_architecture_that_is_not_there_is_said_first(collection: Collection, tmp_path: Path) -> None:
+def test_a_head_that_is_not_there_is_said_first(collection: Collection, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="3"):
         run_train(Train(collection=collection.folder, heads=(0, 3), out=tmp_path / "out", **SIZES), lambda line: None)
-    with pytest.raises(ValueError, match="nearest: writesae_topk"):
-        run_train(
-            Train(collection=collection.folder, architecture="topk", out=tmp_path / "out", **SIZES), lambda line: None
-        )
-    with pytest.raises(UnsupportedModelError):
-        run_train(Train(model="embedded", layers=(0,), heads=(0,), out=tmp_path / "out", **SIZES), lambda line: None)
     assert not list(tmp_path.iterdir())
 
 

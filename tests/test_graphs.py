@@ -1,5 +1,5 @@
 """No public call keeps an autograd graph by mistake, though the parameters require gradients: a graph holds all
-activations of its pass. Run this file to print what each call holds."""
+activations of its pass."""
 
 from __future__ import annotations
 
@@ -301,10 +301,3 @@ def test_every_public_name_is_in_a_list() -> None:
     }
     known = {name.split(" ")[0].removeprefix("HookedRecurrent.") for name in (*CALLS, *DIFFERENTIABLE)}
     assert (methods - theirs) | (packages - owners) | (of_classes - plain) <= known | NO_RUN
-
-
-if __name__ == "__main__":
-    made = HookedSAERecurrent.from_hf(make_hf())
-    here = World(made, random_sae(made), Path(tempfile.mkdtemp()))
-    for called, function in {**CALLS, **DIFFERENTIABLE}.items():
-        print(f"{called:50} {held(lambda call=function: call(here), made.parameters())[0]:>12,}")

@@ -238,27 +238,6 @@ def test_fewer_public_names_have_two_meanings():
     assert len(several) <= TWO_MEANINGS, several
 
 
-@pytest.mark.parametrize(
-    ("kind", "code", "mended"),
-    [
-        ("statement", "f(" + " + ".join(["a.b"] * 11) + ")", "f([" + ", ".join(["a.b"] * 11) + "])"),
-        ("joined", "a, b = f(c, d, e), f(g(c), h(d), e)", "a = f(c, d, e)\nb = f(g(c), h(d), e)"),
-        (
-            "function",
-            "def f():\n" + "    a = b\n" * 176,
-            "def f():\n" + "    a = b\n" * 100 + "def g():\n" + "    a = b\n" * 76,
-        ),
-    ],
-)
-def test_the_guard_sees_each_kind_of_offence(kind: str, code: str, mended: str):
-    assert [found for found, _ in offences(ast.parse(code))] == [kind]
-    assert not list(offences(ast.parse(mended)))
-
-
-def test_joining_lines_saves_nothing():
-    assert size(ast.parse("a = b\nc = d")) == size(ast.parse("a, c = b, d")) - 2
-
-
 def test_a_question_is_one_short_file():
     for file in (ROOT / "study" / "writesae_study" / "evaluations").glob("*.py"):
         assert len(file.read_text(encoding="utf-8").splitlines()) <= 400, file

@@ -133,7 +133,7 @@ def at_home(home: World) -> Callable[[str], list[Tensor]]:
 
 
 @pytest.mark.parametrize(
-    "away", ["device", pytest.param("by hand", marks=pytest.mark.slow), "dispatched"], indirect=True
+    "away", ["device", pytest.param("by hand", marks=pytest.mark.nightly), "dispatched"], indirect=True
 )
 @pytest.mark.parametrize("name", PUBLIC)
 def test_public_calls(at_home: Callable[[str], list[Tensor]], away: World, name: str) -> None:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
-from email import message_from_string
 from pathlib import Path
-from zipfile import ZipFile
 
 import pytest
 
@@ -56,30 +53,6 @@ def test_blocks_print_what_their_comments_say_and_change_what_the_model_does(tmp
     assert [line.split()[-1] for line in first[-3:-1]] == ["Vienna", "Paris"]
     read, cut, never = numbers(first[-1])
     assert read - cut > 2 > abs(cut - never)
-
-
-@pytest.mark.nightly  # .ci/lens4 runs the block so, too
-def test_the_wheel_of_hookpoints_runs_the_first_block_alone(tmp_path):
-    """As `pip install ./hookpoints` has it: SAELens and what needs it are not there."""
-    tree = shutil.copytree(ROOT / "hookpoints", tmp_path / "tree/hookpoints")
-    build = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
-    subprocess.run([sys.executable, "-c", build, tmp_path], cwd=tree, capture_output=True, check=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    site = tmp_path / "site"
-    with ZipFile(wheel) as archive:
-        archive.extractall(site)
-    (info,) = site.glob("*.dist-info")
-    assert (info / "licenses/LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
-    said = message_from_string((info / "METADATA").read_text())
-    assert said["Author"] and said.get_payload().strip() == (ROOT / "hookpoints/README.md").read_text().strip()
-    code = next(iter(blocks().values()))
-    alone = f"import sys\nsys.modules |= dict.fromkeys(['sae_lens', 'sae_lens_writesae', 'writesae'])\n{code}"
-    where = f"\nimport hookpoints\nassert hookpoints.__file__.startswith({str(site)!r})"
-    command = [sys.executable, "-c", alone + where]
-    env = os.environ | {"PYTHONPATH": str(site)}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert_comments_hold(code, done.stdout)
 
 
 def test_every_linked_file_exists():

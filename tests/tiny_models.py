@@ -224,14 +224,14 @@ _ABSENT = _OF_TRANSFORMERS.keys() - CONFIG_MAPPING_NAMES
 MAKERS = {name: make for name, make in _OF_TRANSFORMERS.items() if name not in _ABSENT} | {"rwkv7": _rwkv7}
 """Model type -> maker of a tiny random model; those that the installed transformers (or this package) has."""
 EACH_RULE = ("falcon_h1", "jamba", "kimi_linear", "qwen3_5", "rwkv7")
-"""A model type for each update rule. Tests of what a rule does run on the others where slow ones do."""
+"""A model type for each update rule. Tests of what a rule does run on the others at night."""
 EACH_LAYOUT = (*EACH_RULE, "mamba2", "nemotron_h", "qwen4_exp", "zamba2")
 """And for each layout: no attention, blocks of one kind each, several streams, and a block that layers share."""
 
 
 def fast_of(names: tuple[str, ...], every=MAKERS) -> list:
-    """Every model type as a case; those that are not named are slow ones."""
-    return [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in sorted(every)]
+    """Every model type as a case; those that are not named run at night."""
+    return [name if name in names else pytest.param(name, marks=pytest.mark.nightly) for name in sorted(every)]
 
 
 MAMBA1 = ("falcon_mamba", "jamba", "mamba")
@@ -270,7 +270,7 @@ def make_hf(model_type: str = "qwen3_5", seed: int = 0, **changes):
 
 @pytest.fixture(scope="session", params=fast_of(EACH_LAYOUT))
 def hooked(request):
-    """One hooked model of each layout, and of the other types where slow tests run; not to be changed by a test."""
+    """One hooked model of each layout, and of the other types at night; not to be changed by a test."""
     from hookpoints import HookedRecurrent
 
     return HookedRecurrent.from_hf(make_hf(request.param))
@@ -358,8 +358,8 @@ def _hooked64(request):
 
 @pytest.fixture
 def hooked64(_hooked64, _keep_float64):
-    """One hooked float64 model of each layout, kept in float64 through upstream's casts; of the others where slow
-    tests run."""
+    """One hooked float64 model of each layout, kept in float64 through upstream's casts; of the others at
+    night."""
     return _hooked64
 
 

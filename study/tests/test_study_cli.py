@@ -14,7 +14,6 @@ from test_cli import (
     COUNTS,
     HEAD,
     TINY,
-    assert_full_lines,
     assert_interrupted,
     assert_listed,
     assert_missing_is_named,
@@ -54,11 +53,6 @@ def test_no_help_and_no_wrong_flag_loads_torch() -> None:
     assert_no_torch([["eval", "all"], *EACH_COMMAND[: len(COMMANDS) - 1]], ["--help"], ["eval", "--help"])
 
 
-@pytest.mark.parametrize("command", EACH_COMMAND, ids=" ".join)
-def test_help_fills_its_lines(capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
-    assert_full_lines(capsys, *command)
-
-
 def test_what_is_asked_is_read_off_the_source_as_the_classes_have_it() -> None:
     assert {kind: asked[1:] for kind, asked in ASKED.items()} == {
         kind: (each.question, each.answers, each.scope is not Scope.HEAD) for kind, each in EVALUATIONS.items()
@@ -71,11 +65,8 @@ def test_what_is_asked_is_read_off_the_source_as_the_classes_have_it() -> None:
     [
         (["eval", "substition"], "Did you mean 'substitution'"),
         (["eval", "all", "SAE", "--device", "gpu"], "device: expected one of this machine"),
-        (["zoo", "--device", "gpu"], "device: expected one of this machine"),
-        (["reproduce", "--device", "gpu"], "device: expected one of this machine"),
         (["evl", "sign"], "Did you mean 'eval'"),
         (["eval", "all", "[/nothing]"], "[/nothing]"),
-        (["eval", "sign", "[/nothing]"], "[/nothing]"),
         (["eval", "sign"], "got none"),
         (["eval", "sign", "--layer", "2"], "no model and no head"),
         (["eval", "sign", "SAE", *HEAD], "folders of SAEs too"),
@@ -85,25 +76,19 @@ def test_what_is_asked_is_read_off_the_source_as_the_classes_have_it() -> None:
         (["eval", "all", "SAE", "--set", "n_atms=5"], "nearest: n_atoms"),
         (["eval", "all", "SAE", "--set", "n_atoms"], "FIELD=VALUE"),
         (["eval", "all", "SAE", "--set", "foo=1"], "FIELD of seed, label, rows_per_run, n_atoms,"),
-        (["eval", "all", "SAE", "--set"], "FIELD of seed, label, rows_per_run, n_atoms,"),
         (["eval", "all", "SAE", "--set", "sign.foo=1"], "n_positions"),
         (["eval", "all", "SAE", "--set", "sgn.n_positions=1"], "substitution, partition"),
-        (["eval", "all", "SAE", "--set", "horizon=2.5"], "got 2.5"),
         (["eval", "sign", "SAE", "SAE"], "same name"),
         (["eval", "sign", "--saes", "SAE"], "saes has no flag, give the value alone"),
         (["eval", "sign", "SAE", "--sequences", "-5"], "sequences"),
-        (["eval", "sign", "SAE", "--text", "[/nothing]"], "[/nothing]"),
         (["eval", "substitution", "SAE", "--n-atoms", "0"], "n_atoms"),
-        (["eval", "substitution", "SAE", "--n-atoms", "abc"], "abc"),
         (["eval", "substitution", "SAE", "--scales", "matched", "unit"], "unit"),
-        (["eval", "substitution", "SAE", "--horizon", "0"], "horizon"),
         (["eval", "substitution", "SAE", "--horizn", "3"], "horizn"),
         (["report", "[/nothing]"], "[/nothing]"),
         (["reproduce", "--small", "--set", "foo=1"], "foo"),
         (["reproduce", "--small", "--profile", "nowhere"], "nowhere"),
         (["reproduce", "--model", "embedded", "--layers", "0", "--heads", "0"], "layer 0"),
         (["reproduce", "--model", "embedded", "--layers", "2", "--heads", "9"], "heads 0 to 3"),
-        (["reproduce", "--model", "embedded", "--evaluations", "wrong"], "wrong"),
         (["reproduce", "--model", str(shipped.path("embedded"))], "dataset"),
         (["reproduce", "--small", "--architecture", "writesae_jumpreluu"], "nearest: writesae_jumprelu"),
         (["zoo", "--models", "recall", "nosuch"], "got 'nosuch'"),
@@ -204,15 +189,6 @@ def test_what_training_left_is_asked(
     assert (tmp_path / "report.html").is_file()
 
 
-def test_a_dictionary_away_from_its_run_is_asked(sae_folder: Path, tmp_path: Path) -> None:
-    """A folder further up that happens to be called a collection belongs to somebody else."""
-    (tmp_path / "collection").mkdir()
-    (tmp_path / "collection/index.json").write_text("{}")
-    alone = shutil.copytree(sae_folder, tmp_path / "a/b/sae")
-    main(["eval", "sign", str(alone), *COUNTS, *SIGN, "--out", str(tmp_path / "out")])
-    assert (tmp_path / "out/report.html").is_file()
-
-
 def test_a_question_about_a_head_is_asked_without_a_dictionary(tmp_path: Path) -> None:
     main(["eval", "sign", *HEAD, *COUNTS, *SIGN, "--out", str(tmp_path / "one")])
     main(["eval", "all", *HEAD, *COUNTS, *SIGN[2:], "--kinds", "substitution", "sign", "--out", str(tmp_path / "all")])
@@ -249,22 +225,6 @@ def test_a_report_is_written_where_its_results_are(
         assert (tmp_path / page).is_file()
     assert "out: expected a page" in run(capsys, "report", "results", "results").err
     assert [each.name for each in tmp_path.iterdir()] == ["results"] and load_result(info.parent)
-
-
-def test_a_report_has_what_other_evaluations_found(
-    capsys: pytest.CaptureFixture[str], sae_folder: Path, tmp_path: Path
-) -> None:
-    settings = ["--kinds", "sign", "multistep", "--set", "n_positions=2", "n_steps=99", "--no-control-dictionaries"]
-    done = run(capsys, "eval", "all", sae_folder, *settings, *COUNTS, "--out", tmp_path)
-    assert done.status == 2 and "multistep needs" in done.err
-    assert "sign" in (tmp_path / "report.html").read_text() and not (tmp_path / "multistep").exists()
-
-
-def test_a_single_evaluation_with_nothing_to_measure_is_an_error(
-    capsys: pytest.CaptureFixture[str], sae_folder: Path, tmp_path: Path
-) -> None:
-    done = run(capsys, "eval", "substitution", sae_folder, "--out", tmp_path, *COUNTS, "--atoms", "999")
-    assert done.status == 2 and "999" in done.err
 
 
 def test_evaluations_are_chosen_by_what_they_are_done_for() -> None:

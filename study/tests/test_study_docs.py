@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import shutil
 import sys
@@ -26,26 +25,6 @@ def test_every_evaluation_has_a_page() -> None:
     assert sorted(path.stem for path in (DOCS / "evaluations").glob("*.md") if path.stem != "index") == sorted(
         EVALUATIONS
     )
-
-
-def test_pages_of_tables_are_linked_and_not_in_the_navigation() -> None:
-    config = (STUDY / "mkdocs.yml").read_text()
-    pages = {page.name: page.read_text() for page in DOCS.glob("*.md")}
-    unlisted = re.findall(r"^  /(\S+)$", config, flags=re.MULTILINE)
-    assert unlisted == ["dictionaries.md", "coverage.md"]
-    assert not any(re.search(rf"^ +- {name}$", config, flags=re.MULTILINE) for name in unlisted)
-    for name in unlisted:
-        assert any(f"({name}" in text for other, text in pages.items() if other != name), name
-
-
-@pytest.mark.parametrize("kind", EVALUATIONS)
-def test_the_page_of_an_evaluation_says_what_its_class_says(kind: str) -> None:
-    study_pages = pytest.importorskip("study_pages", reason="needs the extra docs")
-    evaluation, text = EVALUATIONS[kind], (DOCS / "evaluations" / f"{kind}.md").read_text()
-    assert text.startswith(f"# {evaluation.question}\n") and f"Takes {evaluation.scope.value}." in text
-    made = study_pages.definition(kind) + study_pages.settings(kind)
-    assert all(f"| `{field.name}` |" in made for field in dataclasses.fields(evaluation))
-    assert all(f"| `{column}` |" in made for columns in evaluation.columns.values() for column in columns)
 
 
 @pytest.fixture(scope="module")

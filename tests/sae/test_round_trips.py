@@ -28,7 +28,7 @@ K, V, F = 64, 32, 16
 HOOK = "blocks.2.mixer.heads.1.hook_{}_vec"
 CASES = [
     *((name, "write", 1) for name in TRAINING),
-    *((name, "state", 2) for name in TRAINING if name != "writesae_product"),
+    ("writesae_batchtopk", "state", 2),
     ("writesae_product", "state", 1),
 ]
 FIELDS: dict[str, dict[str, Any]] = {
@@ -141,7 +141,7 @@ def test_saved_autoencoders_load(case: tuple[str, str, int], run: Any, tmp_path:
     assert load_sae(tmp_path / "of-training").cfg.metadata.hook_name == HOOK.format(case[1])
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES[-2:], ids=str)
 def test_a_release_on_this_disk_loads(
     case: tuple[str, str, int], run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,13 +11,12 @@ from sae_lens.training.mixing_buffer import mixing_buffer
 from saes import train_step, untrained_sae
 from torch.nn.functional import cosine_similarity
 
-from sae_lens_writesae import collect, load_sae, train, training_config
+from sae_lens_writesae import collect, train, training_config
 from sae_lens_writesae.sae import TRAINING
 from sae_lens_writesae.sae.losses import read_loss, read_queries, write_loss
 from sae_lens_writesae.sae.metric import Metric
 from sae_lens_writesae.sae.rows import COLUMN_SCALE, MixedRows
 from sae_lens_writesae.sae.runner import head_rows
-from sae_lens_writesae.sae.training import MatrixTrainingSAE
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -125,34 +124,6 @@ def test_columns_are_the_models_own_queries_and_writes(model: Any, tokens: Any, 
     size = torch.ones(found.shape[-1])
     size[: K * V] = COLUMN_SCALE
     torch.testing.assert_close(found * size, expected * size, atol=1e-11, rtol=1e-5)
-
-
-@pytest.mark.parametrize("target, loss", [("state", "reads"), ("write", "write")])
-def test_training_lowers_the_loss_and_saves_an_ordinary_sae(
-    collection: Any, tmp_path: Any, target: Any, loss: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The write loss on writes, where the code is known to tell the write; a random model's states do not. Atoms start
-    at random, because those that start on writes already point along them."""
-    sae = {"k": 8, "normalize_activations": "expected_average_only_in", "decoder_init": "random"}
-    cfg = config(collection, target=target, loss=loss, loss_weight=0.9, n_batches_for_norm_estimate=2, sae=sae)
-    seen: list[float] = []
-    forward = MatrixTrainingSAE.training_forward_pass
-
-    def spy(self: Any, step_input: Any) -> Any:
-        output = forward(self, step_input)
-        seen.append(float(output.losses[f"{loss}_loss"].detach()))
-        return output
-
-    monkeypatch.setattr(MatrixTrainingSAE, "training_forward_pass", spy)
-    trained = train(cfg)
-    assert len(seen) == 60 and sum(seen[-10:]) < 0.95 * sum(seen[:10])
-    trained.save_inference_model(tmp_path)
-    loaded = load_sae(tmp_path)
-    assert loaded.cfg.d_in == K * V and not hasattr(loaded.cfg, "loss")
-    assert loaded.cfg.metadata.loss == loss
-    assert loaded.cfg.metadata.hook_name == f"blocks.{LAYER}.mixer.heads.{HEAD}.hook_{target}_vec"
-    again = train(cfg)
-    assert all(torch.equal(p, q) for p, q in zip(trained.parameters(), again.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.5, 1.0])

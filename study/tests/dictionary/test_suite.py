@@ -161,13 +161,6 @@ def test_controls_and_quality_go_with_every_dictionary(
     assert [(r.label, r.info.get("control")) for r in again] == found and not capsys.readouterr().out
 
 
-def test_comparisons_are_run_on_controls_of_all_they_compare(suite: Suite, model: HookedRecurrent) -> None:
-    results = suite([Seeds()], {"a": make_sae(model), "b": make_sae(model)}, controls=OTHER)
-    assert [r.label for r in results] == ["L1H2", "L1H2, untrained", "L1H2, native writes"]
-    assert all(r.info["saes"] == ["a", "b"] for r in results)
-    assert list(results[1].info["quality"]) == ["a, untrained", "b, untrained"]  # type: ignore[call-overload]
-
-
 def test_baselines_are_fitted_on_the_text_of_the_controls(suite: Suite, model: HookedRecurrent) -> None:
     saes = {"mine": make_sae(model)}
     few = {"n_atoms": 1, "firings_per_atom": 2, "n_codes": 3, "pca_components": 1}

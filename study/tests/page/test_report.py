@@ -23,7 +23,7 @@ from writesae_study.evaluations.substitution import Substitution
 from writesae_study.experiment.evaluation import Result
 from writesae_study.page import report
 from writesae_study.page.report import control_rows, find_results, in_order, write_report
-from writesae_study.verdict.finding import Finding, said
+from writesae_study.verdict.finding import said
 from writesae_study.verdict.paper import PAPER_CLAIMS
 
 EVIL = "<script>alert(1)</script>"
@@ -89,25 +89,6 @@ def test_every_answer_is_on_the_page_and_in_json(saved: Path, html: Path, text: 
         Substitution.from_dict(numbers["results"][0]["settings"])
         == load_result(saved / "1" / "substitution").evaluation
     )
-
-
-def test_findings_are_made_once_for_each_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = Counter[str]()
-    findings = Substitution.findings
-
-    def counted(evaluation: Substitution, result: Result) -> list[Finding]:
-        made[result.label] += 1
-        return findings(evaluation, result)
-
-    monkeypatch.setattr(Substitution, "findings", counted)
-    write_report([made_up(HOLDS, label=label, **FEW) for label in ("one", "other")], tmp_path / "page")
-    assert made == {"one": 1, "other": 1}
-
-
-def test_every_table_is_written_with_the_page(saved: Path, html: Path) -> None:
-    firings = pd.read_parquet(html.parent / "tables" / "substitution-firings.parquet")
-    tables = [r.tables["firings"] for r in find_results([saved]) if r.skipped is None]
-    assert len(firings) == sum(map(len, tables)) and {"label", "layer", "head"} <= set(firings.columns)
 
 
 def test_a_docstring_is_markdown_without_html() -> None:
@@ -185,16 +166,6 @@ def test_control_dictionaries_are_compared_and_quality_is_at_the_top(tmp_path: P
     assert html.read_text().count("<summary>mine") == 1  # figures are those of the trained one
     labels = pd.read_parquet(html.parent / "tables" / "substitution-firings.parquet")["label"]
     assert set(labels) == {row["dictionary"] for row in numbers["quality"]} == {"mine", "mine, untrained"}
-
-
-def test_numbers_are_in_columns(html: Path) -> None:
-    """In every table, a column whose values are numbers says so in its heading, too."""
-    tables = re.findall(r'<div class="scroll"><table>.*?</table>', html.read_text(), flags=re.DOTALL)
-    assert len(tables) >= 4
-    for table in tables:
-        heading, row = re.findall(r"<tr>(.*?)</tr>", table, flags=re.DOTALL)[:2]
-        assert re.findall(r'<th( class="num")?', heading) == re.findall(r'<td( class="num")?', row)
-        assert {"num" in kind for kind in re.findall("<th(.*?)>", heading)} == {True, False}
 
 
 def test_outcomes_and_intervals_are_counted(tmp_path: Path) -> None:

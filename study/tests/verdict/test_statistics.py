@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable
@@ -230,26 +229,6 @@ def test_intervals_cover_in_draws_from_measured_effects(head: str, n: int) -> No
         found = [number({c: x[draw].ravel() for c, x in kl.items()}, np.repeat(np.arange(n), 6)) for draw in draws]
         assert np.mean([e.low <= truth <= e.high for e in found]) >= 0.93, name
         assert np.mean([e.low > truth for e in found]) <= 0.04, name
-
-
-def test_totals_cover_on_heads_that_did_not_set_their_interval() -> None:
-    """Published effects of all heads but those of `POOL`: draws of 20 sequences from those of each result."""
-    tables = Path(__file__).parents[2] / "docs/results"
-    about = pd.read_parquet(tables / "results.parquet")["info"].map(json.loads)
-    heads = about.map(lambda info: f"{info['model']} L{info['layer']}H{info['head']}")
-    firings = pd.read_parquet(tables / "substitution-firings.parquet")
-    others = firings[~firings["result"].map(heads).isin(POOL.index.levels[0])]
-    sums = others.pivot_table("kl_window", ["result", "sequence"], "condition", "sum")
-    rng = np.random.default_rng(1)
-    covered = []
-    for _, kl in sums.groupby("result"):
-        deleted = kl["delete"].to_numpy()
-        for code in (kl["quantised"].to_numpy(), kl["pca"].to_numpy()):
-            truth = (deleted - code).sum() / deleted.sum()
-            drawn = (rng.integers(len(code), size=20) for _ in range(10))
-            found = [S.total((deleted - code)[draw], deleted[draw], range(20)) for draw in drawn]
-            covered += [each.low <= truth <= each.high for each in found]
-    assert len(covered) > 500 and np.mean(covered) >= 0.93
 
 
 @pytest.mark.parametrize("spread", [0.5, 1.5])

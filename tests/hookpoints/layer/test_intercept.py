@@ -11,7 +11,7 @@ import types
 import pytest
 import torch
 import transformers.models.qwen3_5.modeling_qwen3_5 as upstream
-from tiny_models import continuing, make_hf
+from tiny_models import make_hf
 from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent, HookpointsError, WriteEdit
@@ -116,31 +116,6 @@ def test_several_hooked_models_detach_in_any_order(tokens, order):
         models[gone].attachment.detach()  # a second time changes nothing
         assert torch.equal(hf(tokens).logits, plain)
     assert traces(hf) == count
-
-
-@torch.no_grad()
-def test_accelerate_may_set_forwards_of_its_own(tokens):
-    """On top of hooks that are there. Below them: ``model/test_wrappers.py``."""
-    accelerate = pytest.importorskip("accelerate.hooks")
-    hf, plain, calls = make_hf(), make_hf()(tokens).logits, []
-
-    class Counting(accelerate.ModelHook):
-        def pre_forward(self, module, *args, **kwargs):
-            calls.append(module)
-            return args, kwargs
-
-    model = HookedRecurrent.from_hf(hf, self_check=False)
-    for block in hf.model.layers:
-        for module in (block.mlp, getattr(block, "linear_attn", None)):
-            if module is not None:
-                accelerate.add_hook_to_module(module, Counting())
-    with model.hooks([(WRITE, doubled)]):
-        assert not torch.equal(hf(tokens).logits, plain)
-    assert len(calls) == 7
-    model.attachment.detach()
-    assert torch.equal(hf(tokens).logits, plain) and len(calls) == 14
-    accelerate.remove_hook_from_submodules(hf)
-    assert torch.equal(hf(tokens).logits, plain) and len(calls) == 14
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda hf: pickle.loads(pickle.dumps(hf))])
@@ -263,19 +238,6 @@ def test_where_a_pass_begins_is_unknown_after_a_cache_from_outside():
         hf(tokens[:, :1], **{cache_argument(hf): cache})
         hf(tokens)
     assert seen == [None, 0]
-
-
-@torch.no_grad()
-def test_a_changed_write_reaches_the_next_pass_once(model, tokens):
-    """A token before the last of the pass: the rest of the prompt carries the change on, and then the cache does."""
-
-    def tripled(x, hook):
-        x[:, 5:6] *= 3  # nothing in a step of one token
-
-    with model.hooks([(WRITE, tripled)]):
-        whole, out = model(tokens[:, :21]), model.hf_model(tokens[:, :20], use_cache=True)
-        step = model.hf_model(tokens[:, 20:21], **continuing(model.hf_model, out)).logits
-    assert_close(step, whole[:, 20:], rtol=0, atol=5e-5)
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_5", "mamba2", "rwkv7"])

@@ -155,9 +155,9 @@ def test_a_model_as_a_bridge_shares_its_weights_and_stays_as_it_is(hooked, token
     assert hooked.hf_model.state_dict().keys() == names and hooked.fingerprint() == fingerprint
 
 
-def test_the_jacobian_lens_of_transformer_lens(tmp_path):
-    """Fitted on a model as a bridge, it is the one that is fitted on TransformerLens' own bridge; its file is read by
-    both; and its matrices are those of derivatives by hand."""
+def test_the_jacobian_lens_of_transformer_lens():
+    """Fitted on a model as a bridge, it is the one that is fitted on TransformerLens' own bridge, and its matrices are
+    those of derivatives by hand."""
     lenses = pytest.importorskip("transformer_lens.tools.analysis.jacobian_lens").JacobianLens
     model = HookedRecurrent.from_pretrained("facts-english-mamba2")
     plain = HookedRecurrent.from_pretrained("facts-english-mamba2")
@@ -171,11 +171,6 @@ def test_the_jacobian_lens_of_transformer_lens(tmp_path):
     assert lens.source_layers == other.source_layers == list(range(model.cfg.n_layers - 1))
     for layer, matrix in lens.jacobians.items():
         assert_close(matrix, other.jacobians[layer], rtol=1e-4, atol=1e-6)
-    other.save(str(tmp_path / "lens.pt"))
-    loaded = lenses.load(str(tmp_path / "lens.pt"))
-    read, expected = (loaded.readout(each, text, top_k=5) for each in (bridge, theirs))
-    assert read.top_tokens(bridge.tokenizer) == expected.top_tokens(theirs.tokenizer)
-
     stream = {}
 
     def keep(x, hook):
