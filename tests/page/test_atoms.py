@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from hookpoints import HookedRecurrent, Recurrence, embedded
+from hookpoints import HookedRecurrent, Recurrence
 from page.planted_atoms import HEAD, HOOK, LAYER, SMALL, T, empty_sae, matrix, places
 from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.sae import WriteTopKSAE
@@ -276,22 +276,10 @@ def show(*arguments: object) -> str:
     return run_show(parse(Show, "writesae show", [str(each) for each in arguments]))
 
 
-def test_the_command_writes_pages_from_folders(planted: WriteTopKSAE, tmp_path: Path) -> None:
-    for name in ("one", "other"):
-        planted.save_model(str(tmp_path / name / "sae"))
-    (tmp_path / "text.txt").write_text(embedded.text("test")[:3000])
-    flags = ["--text", tmp_path / "text.txt", "--context-size", 48, "--n-atoms", 2, "--no-quality"]
-    said = show(tmp_path, *flags, "--out", tmp_path / "out")  # finds both folders
-    for line, name in zip(said.splitlines(), ("one", "other"), strict=True):
-        assert line == str(tmp_path / "out" / name / "index.html") and Path(line).is_file()
-        info = json.loads((tmp_path / "out" / name / "data.json").read_text())["info"]
-        assert info["quality"] is None and info["settings"]["n_atoms"] == 2
-    flags += ["--min-firings", 999, "--optional", "--out", tmp_path]
-    reason = show(tmp_path / "one", *flags)
-    assert "999" in Path(reason).read_text()
-    (tmp_path / "latin.txt").write_bytes(b"na\xefve")
-    with pytest.raises(ValueError, match=r"latin\.txt"):
-        show(tmp_path / "one", "--text", tmp_path / "latin.txt", "--out", tmp_path)
+def test_where_a_page_is_optional_it_says_why_there_is_none(planted: WriteTopKSAE, tmp_path: Path) -> None:
+    planted.save_model(str(tmp_path / "sae"))
+    few = ["--sequences", 4, "--context-size", 48, "--no-quality", "--min-firings", 999]
+    assert "999" in Path(show(tmp_path / "sae", *few, "--optional", "--out", tmp_path)).read_text()
 
 
 @pytest.mark.parametrize("tokenizer", [range(10), None])

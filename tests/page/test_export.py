@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
-import pytest
 from torch import Tensor
 
 from hookpoints import HookedRecurrent
-from hookpoints import embedded as shipped
 from page.planted_atoms import SMALL
 from sae_lens_writesae.sae import WriteTopKSAE
-from writesae.flags import AtomSettings, Export
-from writesae.page.atoms import AtomPagesData, collect
+from writesae.page.atoms import AtomPagesData
 from writesae.page.atoms.export import neuronpedia_batch
 from writesae.page.atoms.measure import AtomFacts
-from writesae.show import run_export
 
 _INTS = ("feature_index", "n_prompts_total", "n_tokens_in_prompt")
 _LISTS = (
@@ -66,17 +61,3 @@ def test_neuronpedia_gets_the_numbers_of_the_pages(
         assert len(bands) == page.n_firings  # all of them, with these settings
         assert all(each["bin_min"] <= peak <= each["bin_max"] for each, peak in bands)
     assert not {"writes", "traces", "direct"} & vars(facts).keys()  # what no dashboard shows
-
-
-def test_what_no_other_tool_shows_is_not_measured(
-    planted: WriteTopKSAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Quality needs a pass of the model for every sequence and replacement; cosines and memory cost, too."""
-    for name in ("qualities", "_atom_page"):
-        monkeypatch.setattr(collect, name, lambda *_: pytest.fail("was measured"))
-    planted.save_model(tmp_path / "sae")
-    (text := tmp_path / "text.txt").write_text(shipped.text("test")[:3000])
-    export = Export(
-        sae=tmp_path / "sae", text=text, context_size=48, out=tmp_path / "out", atoms=AtomSettings(**vars(SMALL))
-    )
-    assert run_export(export) == str(tmp_path / "out/batch-0.json")

@@ -166,7 +166,7 @@ def config(steps: int, seed: int = 0) -> Any:
     return runner_config(cfg, steps, 96, seed=seed, lr_scheduler_name="cosineannealing")
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.nightly) for n in (1, 2))])
 def test_planted_pairs_are_found_in_states_alone(seed: int) -> None:
     world = World(seed)
     states, _ = world.draw(1000, 1)

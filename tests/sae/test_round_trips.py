@@ -20,7 +20,6 @@ from torch.testing import assert_close
 from hookpoints import embedded as shipped
 from sae_lens_writesae import load_sae, text_dataset
 from sae_lens_writesae.sae import TRAINING
-from writesae.cli import main
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -156,16 +155,3 @@ def test_a_release_on_this_disk_loads(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     for name in ("exported", "checkpoint"):
         same(SAE.load_from_disk(exported), SAE.from_pretrained("me/saes", name), rows)
-
-
-def test_the_command_line_reads_what_saelens_saved(run: Any, tmp_path: Path) -> None:
-    """What `save_model` wrote in training, and checkpoints."""
-    for name in TRAINING:
-        trained = run(name, "write", 1)
-        trained.sae.save_model(tmp_path / "saes" / name / "saved")
-        shutil.copytree(trained.checkpoints[-1], tmp_path / "saes" / name / "last")
-    few = ["--no-quality", "--n-atoms", "1", "--effect-firings", "1", "--half-life-firings", "1"]
-    text = ["--sequences", "4", "--context-size", "32"]
-    main(["show", str(tmp_path / "saes"), "--out", str(tmp_path / "show"), *few, *text])
-    shown = {str(file.parent.relative_to(tmp_path / "show")) for file in (tmp_path / "show").rglob("index.html")}
-    assert shown >= {f"{name}/{kind}" for name in TRAINING for kind in ("saved", "last")}

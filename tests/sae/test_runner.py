@@ -54,13 +54,12 @@ def small_config(model, target="write", architecture="writesae_topk", sae=None, 
     )
 
 
-@pytest.mark.parametrize("target", ["write", "state", "last_state"])
-def test_stock_runner_trains_and_exports(embedded, dataset, tmp_path, target):
-    """LanguageModelSAETrainingRunner with override_model; the export loads by SAELens' own loader."""
-    changes = {"training_tokens": 128, "n_batches_in_buffer": 64} if target == "last_state" else {}
-    cfg = small_config(embedded, target, output_path=str(tmp_path), **changes)
+def test_stock_runner_trains_and_exports(embedded, dataset, tmp_path):
+    """LanguageModelSAETrainingRunner with override_model, on last states; the export loads by SAELens' own loader."""
+    sizes = {"training_tokens": 128, "n_batches_in_buffer": 64}
+    cfg = small_config(embedded, "last_state", output_path=str(tmp_path), **sizes)
     sae = LanguageModelSAETrainingRunner(cfg, override_model=embedded, override_dataset=dataset).run()
-    assert sae.cfg.metadata.hook_name == head_target(embedded, LAYER, HEAD, target).hook_name
+    assert sae.cfg.metadata.hook_name == head_target(embedded, LAYER, HEAD, "last_state").hook_name
     loaded = SAE.load_from_disk(str(tmp_path))
     assert loaded.cfg.d_sae == sae.cfg.d_sae
     runner_cfg = json.loads((tmp_path / "runner_cfg.json").read_text())

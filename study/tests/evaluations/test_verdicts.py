@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made_up import CONFOUNDED, FAILS, HOLDS, NO_EFFECT
+from made_up import HOLDS
 from test_amplify import counted
 from test_baselines import NOTHING
 from test_baselines import made_up as compared
@@ -42,7 +42,6 @@ CASES: dict[str, tuple[int | None, list[tuple[Any, dict[int, str]]]]] = {
             (of(counted, 3.0, other=0.5), {0: "holds", 1: "holds"}),
             (of(counted, -2.0), {0: "holds", 1: "holds"}),  # either direction moves the token
             (of(counted, 3.0, random=3.0), {0: "confounded", 1: "fails"}),
-            (of(counted, 3.0, other=3.0), {0: "confounded", 1: "fails"}),
             (of(counted, -2.0, other=-4.0), {0: "confounded", 1: "holds"}),  # a control that moves it further
             (of(counted, 0.0, random=1.0, noise=0), {0: "below the floor"}),
             (of(counted, 0.0), {0: "fails", 1: "fails"}),
@@ -63,7 +62,6 @@ CASES: dict[str, tuple[int | None, list[tuple[Any, dict[int, str]]]]] = {
             (of(compared, NOTHING), {0: "below the floor", 1: "below the floor", 2: "below the floor"}),
             (of(compared, small=500), {2: "not tested"}),  # its rival has fewer parameters
             (of(compared, drop=("flat",)), {0: "not tested", 1: "not tested", 2: "holds", 4: "not tested"}),
-            (of(compared, drop=("small", "two")), {0: "holds", 2: "not tested", 3: "not tested"}),
             (of(compared, drop=("ours",)), {0: "not tested", 3: "not tested", 4: "not tested", 6: "not tested"}),
             (of(compared, nats={("write", "two", "dictionary"): 0.05}), {3: "fails"}),
             (of(compared, nats={("write", "two", "dictionary"): 0.0105}), {3: "holds"}),  # 0.05% more does not matter
@@ -71,7 +69,6 @@ CASES: dict[str, tuple[int | None, list[tuple[Any, dict[int, str]]]]] = {
             (of(compared, nats=_ITSELF), {3: "below the floor"}),
             (of(compared, dead={"flat": 300, "dense": 200}), {4: "holds"}),
             (of(compared, dead={"flat": 300}), {4: "confounded"}),  # so does the dense encoder
-            (of(compared, dead={"flat": 300}, drop=("dense",)), {4: "holds"}),
             (of(compared, nats={("state", "", "rank 1"): 0.002}), {5: "fails"}),
             (of(compared, nats=_STATE_ITSELF, target="state"), {5: "below the floor"}),
             (of(compared, selectivity=0.999), {6: "holds"}),
@@ -82,13 +79,10 @@ CASES: dict[str, tuple[int | None, list[tuple[Any, dict[int, str]]]]] = {
         [
             (of(erased, effect=-0.1, random=-0.05), {0: "holds", 1: "holds", 2: "holds"}),
             (of(erased, effect=-0.1, random=-0.15), {0: "confounded", 1: "fails"}),
-            (of(erased, effect=-0.1, wrong=-0.1), {0: "confounded", 1: "fails"}),
             (of(erased, effect=0.1), {0: "fails", 1: "fails", 2: "fails"}),  # put in: as in the paper
             (of(erased, effect=-0.1, random=-0.095), {0: "holds", 1: "fails"}),  # a lead, but none that matters
             (of(erased, effect=-1e-6), {0: "below the floor", 1: "fails"}),
             (of(erased, {"raised": 0.1, "wrong": 0.1}, effect=-0.1), {2: "confounded"}),
-            # So does any direction, on the token that it moves.
-            (of(erased, {"raised": 0.1, "random": 0.1}, effect=-0.1), {2: "confounded"}),
             (of(erased, {"raised": 0.0}, effect=-0.1), {2: "below the floor"}),
         ],
     ),
@@ -97,14 +91,12 @@ CASES: dict[str, tuple[int | None, list[tuple[Any, dict[int, str]]]]] = {
         [
             (of(shares, 0.95, 0.1, 0.1), {0: "holds"}),
             (of(shares, 0.5, 0.5, 0.0), {0: "confounded"}),
-            (of(shares, 0.5, 0.0, 0.6), {0: "confounded"}),
             (of(shares, 0.3, 0.0, 0.0, 0.3, 80), {0: "fails"}),
             # Of 20 sequences that gain nothing, up to 0.15 of all may gain.
             (of(shares, 0.3, 0.0, 0.0, 0.3), {0: "inconclusive"}),
             # Ranks that improve, against a random direction.
             (of(shares, 0.9, 0.4, 0.0), {-1: "holds"}),
             (of(shares, 0.9, 0.9, 0.0), {-1: "confounded"}),
-            (of(shares, 0.3, 0.3, 0.0), {-1: "fails"}),
         ],
     ),
     "logit_change": (
@@ -136,7 +128,6 @@ CASES: dict[str, tuple[int | None, list[tuple[Any, dict[int, str]]]]] = {
             # Any write is small here, so that atoms show nothing.
             (of(known, {"atom": 0.02, "delete": 0.03}), {1: "confounded"}),
             (of(known, {"atom": 0.3, "delete": 0.2}), {1: "fails"}),
-            (of(known, {"atom": 0.02, "delete": 1e-9}), {1: "below the floor"}),
         ],
     ),
     "partition": (
@@ -149,7 +140,6 @@ CASES: dict[str, tuple[int | None, list[tuple[Any, dict[int, str]]]]] = {
             (of(aligned, TWO_BELOW, normal(0, 0.001, 300)), {0: "confounded"}),  # as many registers at random
             (of(aligned, np.full(300, 0.3), normal(0, 0.01, 300)), {0: "not tested"}),  # all are alike
             (of(aligned, normal(0.3, 0.1, 12), normal(0, 0.1, 12)), dict.fromkeys(range(4), "not tested")),
-            (of(aligned, [0.3], [0.1]), dict.fromkeys(range(4), "not tested")),  # no interval
             (of(aligned, normal(0.1, 0.05, 100), normal(0.1, 0.05, 100)[::-1]), {1: "fails"}),
             (of(aligned, normal(0.3, 0.05, 100), normal(0.1, 0.05, 100, 1)), {1: "holds", 3: "holds"}),
             # Random directions point nearer.
@@ -160,13 +150,9 @@ CASES: dict[str, tuple[int | None, list[tuple[Any, dict[int, str]]]]] = {
             (of(aligned, normal(0.4, 0.03, 60), normal(0, 0.01, 60), pca=0.4), {3: "fails"}),
             (of(alike, HOLDS), {2: "holds"}),
             (of(alike, HOLDS, 100), {2: "inconclusive"}),  # one kind may be of no use
-            (of(alike, FAILS), {2: "fails"}),
-            (of(alike, CONFOUNDED), {2: "confounded"}),
-            (of(alike, NO_EFFECT), {2: "below the floor"}),
             # Sameness needs an interval within the margin.
             (of(same, -0.05, 0.08), {2: "holds"}),
             (of(same, -0.2, 0.15), {2: "inconclusive"}),
-            (of(same, 0.02, 0.2), {2: "inconclusive"}),
             (of(same, 0.12, 0.3), {2: "fails"}),
         ],
     ),
@@ -195,7 +181,6 @@ CASES: dict[str, tuple[int | None, list[tuple[Any, dict[int, str]]]]] = {
         [
             (of(linear, 0.9, 0.5), {0: "holds"}),
             (of(linear, 0.8, 0.8), {0: "confounded"}),
-            (of(linear, 0.5, 0.9), {0: "fails"}),
             (of(linear, 1.0, 0.5, flip=-1), {0: "fails"}),
             (of(linear, 0.9, 0.5, floor=0.6), {0: "below the floor"}),
             (of(linear, 1.0, 0.5), {1: "holds"}),

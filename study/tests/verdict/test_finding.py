@@ -11,7 +11,7 @@ import pytest
 from writesae.dictionary.estimates import Estimate, recovered_share
 from writesae.page.format import percent
 from writesae_study.verdict import statistics as stats
-from writesae_study.verdict.finding import Against, Finding, Paired, medians, said
+from writesae_study.verdict.finding import Against, Finding, Paired, said
 from writesae_study.verdict.judge import Verdict
 
 
@@ -146,10 +146,3 @@ def test_the_sentence_says_subject_and_controls_with_their_intervals(paired: Pai
     assert found(paired, n=3).row().n == 3
     assert said(Estimate(-63.9, -114.0, -37.0, 60, 20), percent) == "none (KL 64.9 [38, 115] times that of deletion)"
     assert said(Estimate(0.25, np.nan, np.nan, 9, 1), percent) == "25.0%"  # one cluster gives no interval
-
-
-def test_medians_have_a_line_for_each_condition() -> None:
-    table = tidy(delete=1.0, atom=0.3).assign(step=lambda t: t["firing"] % 2)
-    names = {"atom": "the atom", "delete": "deletion", "random": "never run"}
-    svg = medians(table, "step", "kl", names, "tokens after t", "KL by tokens: x").svg
-    assert "the atom" in svg and "deletion" in svg and "never run" not in svg
