@@ -32,6 +32,9 @@ EXAMPLES = sorted((DOCS / "hooks").glob("[!i]*.md"))
 WRITTEN = [page for page in sorted(DOCS.glob("*.md")) if "```python" in page.read_text()]
 WRITTEN.remove(DOCS / "your_model.md")  # it needs a checkpoint: test_your_model.py
 
+LONG = ("natural_memory", "reading", "zoo")
+"""Pages that run at night: each takes ten seconds or more."""
+
 
 def page_names(folder: str) -> list[str]:
     return sorted(path.stem for path in (DOCS / folder).glob("*.md") if path.stem != "index")
@@ -93,8 +96,13 @@ def test_no_page_needs_a_network():
 # -- slow: everything that is shown runs
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("page", WRITTEN, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, id=page.stem, marks=pytest.mark.nightly if page.stem in LONG else pytest.mark.slow)
+        for page in WRITTEN
+    ],
+)
 def test_written_pages_run(page, tmp_path):
     code = "\n".join(code for code, _ in BLOCK.findall(page.read_text()))
     with fresh_start(tmp_path):

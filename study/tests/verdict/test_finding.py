@@ -105,26 +105,6 @@ def found(paired: Paired, **changes: Any) -> Finding:
     return Finding(**given | paired.size_of("delete") | changes)
 
 
-@pytest.mark.parametrize(
-    "kl, outcome",
-    [
-        ({"atom": 0.3, "mean": 0.8}, "holds"),
-        ({"atom": 0.3, "mean": 0.1}, "confounded"),
-        ({"atom": 1.2, "mean": 0.8}, "fails"),
-        ({"atom": 0.3, "mean": 1.2}, "holds"),  # a control that does not win by itself cannot confound
-        ({"delete": 1e-10, "atom": 1e-11, "mean": 1e-10}, "below the floor"),
-    ],
-)
-def test_the_verdict_is_that_of_the_ladder(kl: dict[str, float], outcome: str) -> None:
-    finding = found(Paired.of(tidy(**{"native": 1e-9, "delete": 1.0} | kl), "kl", "firing"))
-    assert finding.verdict.outcome == finding.row().outcome == outcome
-    assert (finding.verdict.unbeaten_controls == ("mean write",)) == (outcome == "confounded")
-    panel = finding.panel("L1H2")
-    assert ("var(--rival," in panel.svg) == (outcome == "confounded")  # it is orange
-    assert panel.title == "An atom is nearer than deletion" and f"{finding.claim}: L1H2" in panel.svg
-    assert "<title>atom: " in panel.svg and "<title>mean write: " in panel.svg
-
-
 def test_a_rule_of_the_question_comes_before_the_ladder(paired: Paired) -> None:
     other = Verdict("confounded", "Any write is small here.")
     assert found(paired, unless=other).verdict == other
