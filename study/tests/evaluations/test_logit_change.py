@@ -1,4 +1,4 @@
-"""Logit change: small edits are predicted, batches change nothing, and verdicts of tables whose answers are known."""
+"""Logit change: small edits are predicted, and verdicts of tables whose answers are known."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ import pytest
 import torch
 from saes import random_sae
 from tiny_models import VOCAB, hooked_in_float64
-from torch import Tensor
 
-from hookpoints import HookedRecurrent
 from writesae_study.evaluations.logit_change import SCORED, LogitChange
 from writesae_study.experiment.evaluation import Result
 from writesae_study.verdict.fits import scores_table, with_control
@@ -30,15 +28,7 @@ SMALL: dict[str, Any] = {
 float64 = pytest.mark.usefixtures("_keep_float64")
 
 tiny = lru_cache(maxsize=4)(partial(hooked_in_float64, backend="recurrence"))
-
-
 TOKENS = torch.randint(1, VOCAB, (8, 24), generator=torch.Generator().manual_seed(1))
-
-
-def run(model: HookedRecurrent, sae: Any = None, tokens: Tensor | None = None, **changes: Any) -> Result:
-    dictionary = random_sae(model, 24) if sae is None else sae
-    text = TOKENS[:3] if tokens is None else tokens
-    return LogitChange(**SMALL | changes).run(model, dictionary, text, progress=False)
 
 
 # -- measuring
@@ -47,7 +37,8 @@ def run(model: HookedRecurrent, sae: Any = None, tokens: Tensor | None = None, *
 @float64
 def test_small_edits_are_predicted() -> None:
     model = tiny("qwen3_5")
-    small = run(model, random_sae(model, 24), TOKENS, n_atoms=6, eps=(1e-5, 3e-5))
+    how = SMALL | {"n_atoms": 6, "eps": (1e-5, 3e-5)}
+    small = LogitChange(**how).run(model, random_sae(model, 24), TOKENS, progress=False)
     scores = small.tables["scores"].query("predictor == 'F2' and horizon == 'all' and rank == 'all'")
     assert scores.set_index("eps")["r2"]["1e-05"] > 0.999 and small.claims()[2].outcome == "holds"
 
@@ -97,5 +88,6 @@ def test_a_derivative_is_compared_with_changes_of_the_smallest_step() -> None:
 
 @float64
 def test_ranks_beyond_the_vocabulary_are_refused() -> None:
+    model, how = tiny("mamba2"), SMALL | {"ranks": ((1, 1), (60, 65))}
     with pytest.raises(ValueError, match="64 tokens"):
-        run(tiny("mamba2"), ranks=((1, 1), (60, 65)))
+        LogitChange(**how).run(model, random_sae(model, 24), TOKENS[:3], progress=False)
