@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from browsing import PHONE, opened, scrolls_sideways
-from playwright.sync_api import Browser, Page
+from playwright.sync_api import Browser, Page, expect
 
 from page.planted_atoms import HEAD
 from writesae.demo import ChosenHead, page_of, recall
@@ -163,7 +163,8 @@ def test_a_prompt_is_read_and_stays_text(browser: Browser, server: PromptServer)
         assert EVIL[5:-160] in shown.inner_text().replace("\n", "").replace("·", " ")
         assert page.locator("img").count() == 0 and page.locator("script").count() == 1
         shown.get_by_role("button").nth(3).click()
-        assert [page.locator(f"#{name} li").count() for name in ("sources", "atoms")] == [4, 1]
+        for name, count in (("sources", 4), ("atoms", 1)):
+            expect(page.locator(f"#{name} li")).to_have_count(count)
         page.get_by_label("Head").select_option(str(HEAD - 1))
         page.get_by_text("No dictionary of this head is loaded.").wait_for()
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import sae_lens
 import torch
-from sae_lens import SAE, TrainingSAE
+from sae_lens import SAE
 from sae_lens.saes.sae import TrainStepInput
 from saes import untrained_sae
 from safetensors.torch import load_file, save_file
@@ -196,21 +196,6 @@ def test_saelens_command_line_takes_our_architectures() -> None:
 
 
 # ---------------------------------------------------------------------------------------- files
-
-
-@pytest.mark.parametrize("name", S.TRAINING)
-def test_training_checkpoint_round_trip(name: str, tmp_path: Path) -> None:
-    sae = build(name)
-    sae.training_forward_pass(step_input(sae))  # gives BatchTopK a threshold
-    sae.save_model(tmp_path)
-    for again in (TrainingSAE.load_from_disk(tmp_path), W.load_sae(tmp_path, training=True)):
-        assert type(again) is type(sae) and again.cfg == sae.cfg
-        assert again.state_dict().keys() == sae.state_dict().keys()
-        for n, tensor in sae.state_dict().items():
-            torch.testing.assert_close(again.state_dict()[n], tensor, check_dtype=False, rtol=0, atol=0)
-    fresh = build(name, seed=5)
-    fresh.load_weights_from_checkpoint(tmp_path)
-    assert all(torch.equal(t, fresh.state_dict()[n]) for n, t in sae.state_dict().items())
 
 
 @pytest.mark.parametrize("name", S.INFERENCE)

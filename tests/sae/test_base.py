@@ -50,14 +50,6 @@ def test_norms_and_atoms_are_those_of_the_matrices(variant: dict) -> None:
     assert ("v_enc" in names) == (variant["encoder"] == "bilinear")
 
 
-def test_atoms_are_the_closest_of_their_rank() -> None:
-    flat = small(decoder="flat", encoder="dense", rank=2)
-    rest = flat.decoder_matrix[[3, 1]].view(-1, K, V) - flat.atoms([3, 1], rank=2).dense()
-    singular = torch.linalg.svdvals(flat.decoder_matrix[[3, 1]].view(-1, K, V))
-    torch.testing.assert_close(rest.flatten(1).norm(dim=1), singular[:, 2:].norm(dim=1))
-    assert small(rank=2).atoms(rank=1).keys.shape == (F, 1, K)
-
-
 def test_hook_names() -> None:
     hook = HeadHook.parse("blocks.12.mixer.heads.3.hook_state_vec")
     assert hook[1:] == (12, 3, "state") and hook.cell == "L12H3"

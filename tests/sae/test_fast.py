@@ -208,17 +208,6 @@ def test_a_metric_is_folded_in(encoder: str, normalize: str) -> None:
     torch.testing.assert_close(state(sae), state(plain), **CLOSE)
 
 
-def test_a_scaled_input_is_folded() -> None:
-    rows = writes()
-    how = {"normalize_activations": "expected_average_only_in"}
-    sae = train(config(**how), rows)
-    scale = (K * V) ** 0.5 / rows.norm().mean()
-    plain = train(config(), rows * scale)
-    assert sae.cfg.normalize_activations == "none"
-    x = rows.dense().flatten(1)
-    torch.testing.assert_close(sae(x), plain(x * scale) / scale, rtol=1e-8, atol=1e-8)
-
-
 def test_numbers_are_logged_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     logged: list[dict[str, float]] = []
