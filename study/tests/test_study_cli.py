@@ -191,7 +191,8 @@ def test_what_training_left_is_asked(
 
 def test_a_question_about_a_head_is_asked_without_a_dictionary(tmp_path: Path) -> None:
     main(["eval", "sign", *HEAD, *COUNTS, *SIGN, "--out", str(tmp_path / "one")])
-    main(["eval", "all", *HEAD, *COUNTS, *SIGN[2:], "--kinds", "substitution", "sign", "--out", str(tmp_path / "all")])
+    few = [*COUNTS, "--set", "n_positions=2", SIGN[2]]
+    main(["eval", "all", *HEAD, *few, "--kinds", "substitution", "sign", "--out", str(tmp_path / "all")])
     for folder in ("one", "all"):
         (file,) = (tmp_path / folder).rglob("info.json")
         assert file.parent == tmp_path / folder / "sign" / "L2H1" and load_result(file.parent).skipped is None
