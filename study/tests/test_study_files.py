@@ -41,7 +41,7 @@ METHODS: dict[str, Callable[[Path], object]] = {
     "Result.save": make_result,
     "write_report": lambda folder: write_report([made_up(HOLDS, label="mine", n_sequences=6)], folder / "page.html"),
 }
-RUN = ["report", "eval --resume", pytest.param("zoo", marks=pytest.mark.slow), *METHODS]
+RUN = ["report", "eval --resume", pytest.param("zoo", marks=pytest.mark.nightly), *METHODS]
 """Of the others refusals alone are tested: a run takes a minute."""
 TAKEN = {
     "report": ["report.html", "report.json", "tables/substitution-firings.parquet"],
