@@ -1,10 +1,9 @@
-"""Every evaluation has a page, which says what its class says, and examples that run."""
+"""Every evaluation has a page, and examples that run."""
 
 from __future__ import annotations
 
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,9 +11,7 @@ from examples import fresh_start, printed
 
 from writesae_study import EVALUATIONS
 
-STUDY = Path(__file__).parents[1]
-DOCS = STUDY / "docs"
-sys.path.append(str(STUDY / "tools"))
+DOCS = Path(__file__).parents[1] / "docs"
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)\n```$)?", flags=re.MULTILINE | re.DOTALL)
 """A Python block, and what it prints, where that stands below it."""
 DICTIONARIES = ("my-sae", "seed-0", "seed-1", "write", "state", "bilinear", "flat")
