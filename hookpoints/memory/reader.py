@@ -22,6 +22,7 @@ from hookpoints.memory.passes import Form, LayerStates, run_tokens, spelled, tok
 from hookpoints.memory.phrases import Phrases, runs
 from hookpoints.memory.sealing import fingerprint, load_sealed, save_sealed
 from hookpoints.memory.templates import (
+    BATCH,
     AgeAccuracy,
     Directions,
     Fitted,
@@ -29,6 +30,7 @@ from hookpoints.memory.templates import (
     Pursuit,
     Whitening,
     fit_templates,
+    rows_at_once,
     running_tokens,
     states_at,
 )
@@ -41,14 +43,13 @@ if TYPE_CHECKING:
 PhraseList = Sequence[str] | Sequence[Sequence[int]] | Tensor
 """Phrases as text, or as token ids. Text stands in the middle of a text: " and so it was"."""
 
-BATCH = 128
-"""Phrases of a pass."""
 BEAM_BATCH = 512
-"""Phrases of a pass over one token."""
+"""Phrases of a pass over one token, at most."""
 STANDING = 1024
-"""Phrases of a corpus that are compared at once."""
+"""Phrases of a corpus that are compared at once, at most."""
 SHORTLIST = 40
-"""How many times more phrases are compared with one another than are asked for."""
+"""How many times more phrases are compared with one another than are asked for, at most; at least four times as many,
+where states are large."""
 SHARED = 3
 """Tokens in a row that two phrases of one list do not share."""
 FIRST_TOKENS = 4096
@@ -196,7 +197,7 @@ class MemoryReader:
         target = self._pursuit_of(memory, row).target
         standing = self._standing_templates(tokens, length)
         overlaps = torch.cat([fitted.overlaps(target, fitted.of_templates(part))[0] for part in standing])
-        likely = overlaps.topk(min(SHORTLIST * n, len(overlaps))).indices.cpu()
+        likely = overlaps.topk(min(self._shortlist(n), len(overlaps))).indices.cpu()
         return self._picked_readings(memory, row, tokens.unfold(0, length, 1)[likely].tolist(), n, SHARED)
 
     def pick(self, memory: Memory, phrases: PhraseList, n: int, *, row: int = 0) -> list[Reading]:
@@ -212,7 +213,7 @@ class MemoryReader:
         _check_wanted(memory, row, n)
         tokens = self._phrase_tokens(phrases)
         overlaps = self._scores_of(self._above_zero, memory, tokens)[row]
-        likely = overlaps.topk(min(SHORTLIST * n, len(tokens))).indices.tolist()
+        likely = overlaps.topk(min(self._shortlist(n), len(tokens))).indices.tolist()
         return self._picked_readings(memory, row, [tokens[place] for place in likely], n, self.fitted.longest)
 
     # -- phrases that are found
@@ -347,9 +348,24 @@ class MemoryReader:
         """[B,N]"""
         directions = fitted.of_states(self._states_of(memory))
         scores = directions[0].new_zeros(len(directions[0]), len(phrases))
-        for places, batch in _batches_by_length(phrases):
+        for places, batch in self._batches_of(phrases):
             scores[:, places] = fitted.overlaps(directions, fitted.of_templates(self._template_states(batch)))
         return scores + fitted.bias
+
+    def _batches_of(self, phrases: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], list[Sequence[int]]]]:
+        """Phrases of one length together, some at a time, and where they stand."""
+        by_length: dict[int, list[int]] = {}
+        for place, phrase in enumerate(phrases):
+            by_length.setdefault(len(phrase), []).append(place)
+        size = rows_at_once(self.model, BATCH)
+        for places in by_length.values():
+            for first in range(0, len(places), size):
+                some = places[first : first + size]
+                yield some, [phrases[place] for place in some]
+
+    def _shortlist(self, n: int) -> int:
+        """How many phrases are compared with one another, where n are asked for: their templates are held."""
+        return max(4 * n, rows_at_once(self.model, SHORTLIST * n // 4) * 4)
 
     def _picked_readings(
         self, memory: Memory, row: int, phrases: list[list[int]], n: int, shared: int
@@ -357,7 +373,7 @@ class MemoryReader:
         """The n of phrases that explain a row best; the templates of all are held."""
         parts = list[Directions]()
         order = list[int]()
-        for places, batch in _batches_by_length(phrases):
+        for places, batch in self._batches_of(phrases):
             parts.append(self._above_zero.of_templates(self._template_states(batch)))
             order += places
         templates = [torch.cat(of_layer) for of_layer in zip(*parts, strict=True)]
@@ -382,7 +398,8 @@ class MemoryReader:
             rows = torch.arange(len(proposed), device=proposed.device)[:, None].expand_as(proposed).flatten()
             tokens = proposed.flatten()
             parts = list[Tensor]()
-            for some, next_tokens in zip(rows.split(BEAM_BATCH), tokens.split(BEAM_BATCH), strict=True):
+            at_once = rows_at_once(self.model, BEAM_BATCH)
+            for some, next_tokens in zip(rows.split(at_once), tokens.split(at_once), strict=True):
                 states = alone.then(some, next_tokens).states(forms)
                 parts.append(fitted.overlaps(target, fitted.of_templates(states))[0])
             first = alone.tokens[rows, 0] if step else tokens
@@ -392,9 +409,10 @@ class MemoryReader:
 
     def _standing_templates(self, tokens: Tensor, length: int) -> Iterator[LayerStates]:
         """States [N,H,K,V] that each phrase of ``length`` tokens of a text [T] writes where it stands."""
-        for first in range(0, len(tokens) - length + 1, STANDING):
+        at_once = rows_at_once(self.model, STANDING)
+        for first in range(0, len(tokens) - length + 1, at_once):
             begin = max(first - length, 0)  # so that the first phrase stands after some text, too
-            some = tokens[None, begin : first + STANDING + length - 1].to(self.model.cfg.device)
+            some = tokens[None, begin : first + at_once + length - 1].to(self.model.cfg.device)
             with torch.no_grad(), self.model.recording() as recorded:
                 run_tokens(self.model, some, 0, None)
             yield {layer: _written_states(x.recurrence, first - begin, length) for layer, x in recorded.items()}
@@ -449,17 +467,6 @@ def _best_of_groups(scores: Tensor, groups: Tensor, most: int, wanted: int) -> T
         if taken[group_of[place]] <= most:
             places.append(place)
     return torch.tensor(places[:wanted], device=scores.device)
-
-
-def _batches_by_length(tokens: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], list[Sequence[int]]]]:
-    """Phrases of one length together, some at a time, and where they stand."""
-    by_length: dict[int, list[int]] = {}
-    for place, phrase in enumerate(tokens):
-        by_length.setdefault(len(phrase), []).append(place)
-    for places in by_length.values():
-        for first in range(0, len(places), BATCH):
-            some = places[first : first + BATCH]
-            yield some, [tokens[place] for place in some]
 
 
 def _fitted_of(named: Mapping[str, Tensor], said: Mapping[str, Any], model: Tokens) -> Fitted:

@@ -38,7 +38,9 @@ LEAST_STRETCHES = 40
 MOST_STRETCHES = 480
 """Stretches of text that a fit reads at most."""
 BATCH = 128
-"""States or phrases of a pass."""
+"""States or phrases of a pass, at most."""
+HELD = 2**27
+"""Numbers of states that are made at once, at most: half a GB."""
 SINGULAR = 1e-4
 """Share of the sizes of templates that keeps their equations solvable where two are alike."""
 
@@ -211,7 +213,8 @@ class _Plan(NamedTuple):
         """Of batches of stretches [N,context + longest]."""
         longest = self.lengths[-1]
         ends = torch.arange(1, CHECKPOINTS + 1) * (self.context // CHECKPOINTS)
-        for batch in stretches.split(BATCH // CHECKPOINTS):
+        of_stretch = CHECKPOINTS * (1 + 2 * len(self.lengths))
+        for batch in stretches.split(rows_at_once(self.model, BATCH // CHECKPOINTS, of_stretch)):
             states = states_at(self.model, batch[:, : self.context], (ends - 1).tolist())
             last = ends.repeat(len(batch))
             starts = (torch.rand(len(last), generator=self.drawn) * (last - longest + 1)).long()
@@ -241,7 +244,9 @@ class _Moments:
     def add(self, states: LayerStates) -> None:
         for layer, x in states.items():
             rows = x.flatten(0, 1)
-            sums = (rows.sum(0), (rows @ rows.mT).sum(0), (rows.mT @ rows).sum(0))
+            by_key = torch.einsum("nhkv,nhlv->hkl", rows, rows)
+            by_value = torch.einsum("nhkv,nhkw->hvw", rows, rows)
+            sums = (rows.sum(0), by_key, by_value)
             parts = [part.cpu().double() for part in sums]  # not every device has float64
             held = self.sums.get(layer)
             self.sums[layer] = parts if held is None else [old + new for old, new in zip(held, parts)]
@@ -322,6 +327,12 @@ def area_under_curve(above: Tensor, below: Tensor) -> float:
     order = below.sort().values
     lower, upper = (torch.searchsorted(order, above.contiguous(), right=right) for right in (False, True))
     return float((lower + upper).double().mean()) / (2 * len(below))
+
+
+def rows_at_once(model: Tokens, most: int, states: int = 1) -> int:
+    """How many rows, ``most`` at most, a pass has: their states, so many of each row, stay within `HELD` numbers."""
+    numbers = sum(layer.H * layer.K * layer.V for layer in model.cfg.layers.values())
+    return max(1, min(most, HELD // (states * numbers)))
 
 
 @torch.no_grad()

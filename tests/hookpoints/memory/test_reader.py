@@ -10,10 +10,12 @@ from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent, MemoryReader, embedded
 from hookpoints.errors import InputError
+from hookpoints.memory import templates
 from hookpoints.memory.phrases import Phrases, runs
 from hookpoints.memory.reader import _written_states
 from hookpoints.memory.sealing import load_sealed, save_sealed
 from hookpoints.memory.templates import (
+    CHECKPOINTS,
     RIDGE,
     Fitted,
     LayerFit,
@@ -79,6 +81,31 @@ def test_a_score_is_the_weighted_cosine_of_whitened_states(reader, texts):
                     cosine = torch.dot(*sides) / (sides[0].norm() * sides[1].norm())
                     expected[row, n] += float(fit.weights[place]) * cosine
     assert_close(reader.scores(memory, phrases).double(), expected, rtol=0, atol=1e-4)
+
+
+def test_of_large_states_fewer_phrases_are_read_at_once(reader, texts, monkeypatch):
+    """What is held is bounded in numbers, not in phrases; what is found is the same."""
+    model = reader.model
+    memory = model.memory(texts[:1, :T])
+    phrases = [texts[n % 24, 8 * (n // 24) :][:8].tolist() for n in range(60)]
+    calls = {
+        "scores": lambda: reader.scores(memory, phrases)[0],
+        "pick": lambda: [each.tokens for each in reader.pick(memory, phrases, 3)],
+        "search": lambda: [each.tokens for each in reader.search(memory, texts[:4].flatten(), 2, length=8)],
+        "read_back": lambda: [each.tokens for each in reader.read_back(memory, 2, length=2, beam=2)],
+    }
+    expected = {name: call() for name, call in calls.items()}
+    sizes = sum(layer.H * layer.K * layer.V for layer in model.cfg.layers.values())
+    monkeypatch.setattr(templates, "HELD", 4 * sizes)
+    passes: list[torch.Size] = []
+    handle = model.attachment.layout.embed.register_forward_hook(lambda _, given, __: passes.append(given[0].shape))
+    found = {name: call() for name, call in calls.items()}
+    MemoryReader.fit(model, texts.flatten()[: 40 * 20], context=16, longest=4)
+    handle.remove()
+    assert_close(found.pop("scores"), expected.pop("scores"), rtol=0, atol=1e-4)
+    assert found == expected
+    assert max(rows for rows, _ in passes) <= max(4, CHECKPOINTS)
+    assert max(length for _, length in passes) <= 4 + 2 * 8
 
 
 def test_a_pursuit_leaves_what_no_template_explains():
