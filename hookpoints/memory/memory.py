@@ -370,7 +370,7 @@ class Memory:
         Raises:
             InputError: ``position`` is not within 0 to T, or states were set by hand and ``position`` is not 0.
         """
-        if not 0 <= position <= self.T:
+        if position not in range(self.T + 1):
             raise InputError(f"position: expected 0 to {self.T}, the tokens read, got {position}")
         if position == self.T:
             return self

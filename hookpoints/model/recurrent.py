@@ -226,6 +226,7 @@ class HookedRecurrent(Tokens, Weights):
     def generate(
         self,
         input: str | list[str] | Tensor,
+        max_new_tokens: int | None = None,
         *,
         edits: Edits = (),
         edit_rows: Sequence[EditRow] | None = None,
@@ -240,6 +241,7 @@ class HookedRecurrent(Tokens, Weights):
         """Hugging Face's own ``generate``, with hooks and edits acting at every token, prompt and generated.
 
         Args:
+            max_new_tokens: tokens that are generated; None: as the model's generation config has it.
             edits: one WriteEdit or several, which all act on every row. Positions count from the first prompt token,
                 padding included (or from the first token of a cache or memory that is passed in).
             edit_rows: for each prompt its own edits (one, several, or ``[]``); not with beams or several returned
@@ -250,7 +252,7 @@ class HookedRecurrent(Tokens, Weights):
             verbose: taken for TransformerLens' sake; there is no progress bar.
             memory: read on from here, as in `forward`; ``input`` and the result are what follows it. Beams and several
                 returned sequences of a prompt begin with the same memory.
-            hf_kwargs: ``max_new_tokens``, ``do_sample`` ...; with ``return_dict_in_generate`` the result is Hugging
+            hf_kwargs: ``do_sample``, ``temperature`` ...; with ``return_dict_in_generate`` the result is Hugging
                 Face's own. ``use_past_kv_cache`` of TransformerLens is ``use_cache``.
 
         Raises:
@@ -259,6 +261,8 @@ class HookedRecurrent(Tokens, Weights):
                 ended before its position).
         """
         hf_kwargs = generation_arguments(hf_kwargs)
+        if max_new_tokens is not None:
+            hf_kwargs["max_new_tokens"] = max_new_tokens
         batch = self._token_batch(input, prepend_bos, "left", attention_mask, memory)
         mask = torch.ones_like(batch.tokens) if batch.attention_mask is None else batch.attention_mask
         check_mask(mask, batch.tokens)

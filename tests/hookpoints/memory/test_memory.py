@@ -471,6 +471,7 @@ def test_a_sealed_file_has_the_tensors_that_the_model_has(read, tmp_path, change
         lambda model, memory: memory.without(slice(2, 8, 2)),
         lambda model, memory: memory.without(SPAN, reread=T),
         lambda model, memory: memory.rewind(-1),
+        lambda model, memory: memory.rewind(2.5),
         lambda model, memory: memory.truncate(0),
         lambda model, memory: memory.lerp(memory, float("nan")),
         lambda model, memory: memory.lerp(memory, "half"),
