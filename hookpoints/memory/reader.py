@@ -50,6 +50,8 @@ STANDING = 1024
 SHORTLIST = 40
 """How many times more phrases are compared with one another than are asked for, at most; at least four times as many,
 where states are large."""
+SEARCHED = 12
+"""Tokens of a phrase that is searched for, where they are not given."""
 SHARED = 3
 """Tokens in a row that two phrases of one list do not share."""
 FIRST_TOKENS = 4096
@@ -174,7 +176,7 @@ class MemoryReader:
         return found
 
     def search(
-        self, memory: Memory, corpus: str | Sequence[str] | Tensor, n: int = 10, *, length: int = 12, row: int = 0
+        self, memory: Memory, corpus: str | Sequence[str] | Tensor, n: int = 10, *, length: int | None = None, row: int = 0
     ) -> list[Reading]:
         """The ``n`` phrases of ``corpus`` that a row of ``memory`` most likely read, picked as by `pick`; no two share
         three tokens in a row.
@@ -184,6 +186,7 @@ class MemoryReader:
 
         Args:
             corpus: running text, or token ids.
+            length: None: 12, or the longest that was fitted.
 
         Raises:
             InputError: what `scores` raises, no such row, ``n`` is below 1, or a corpus shorter than a phrase.
@@ -191,6 +194,7 @@ class MemoryReader:
         _check_wanted(memory, row, n)
         tokens = running_tokens(self.model, corpus)
         most = min(self.fitted.longest, len(tokens))
+        length = min(SEARCHED, self.fitted.longest) if length is None else length
         if not 1 <= length <= most:
             raise InputError(f"length: expected 1 to {most} tokens, of the corpus and of the fit, got {length}")
         fitted = self._above_zero

@@ -183,7 +183,7 @@ def test_p_counts_the_decoys_that_score_as_high(reader, texts):
 
 def test_a_corpus_is_searched_for_what_was_read(reader, texts):
     corpus = torch.cat([texts[4:8].flatten(), texts[0, 30:60], texts[8:12].flatten()])
-    found = reader.search(reader.model.memory(texts[:1, :T]), corpus, 3, length=8)
+    found = reader.search(reader.model.memory(texts[:1, :T]), corpus, 3)
     own = {tuple(texts[0, n : n + 8].tolist()) for n in range(30, 53)}
     assert found[0].tokens in own and found[0].score >= found[1].score
     other = reader.search(reader.model.memory(texts[12:13, :T]), corpus, 3, length=8)
