@@ -26,6 +26,7 @@ from sae_lens_writesae.sae.runner import text_dataset
 from sae_lens_writesae.sae.target import HeadHook
 from writesae.choices import MATCHED, DictionaryName
 from writesae.collecting import collect_from
+from writesae.files import sae_folders
 from writesae.flags import Collect, Train
 from writesae.training import run_train
 
@@ -235,3 +236,28 @@ def test_processes_train_the_next_group_that_nobody_trains_and_those_of_a_dead_o
     # Of the first group the three steps after its checkpoint.
     assert second.exitcode == 3 * 8 + 3
     assert weights(train.out) == weights(tmp_path / "whole")
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["write-seed0", "state-reads-seed0"])
+def test_a_killed_training_goes_on_from_its_checkpoint(
+    name: str, collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the same bytes, on factors and in SAELens' trainer."""
+    monkeypatch.setattr(rows, "SAVE_SECONDS", -1.0)
+    steps = Steps(monkeypatch)
+
+    def trained(out: Path) -> bytes:
+        sizes = SIZES | {"training_tokens": 4096}
+        run_train(Train(collection=collection.folder, heads=(0,), names=(name,), out=out, **sizes), str)
+        return (out / f"L2H0/{name}/sae/sae_weights.safetensors").read_bytes()
+
+    whole = trained(tmp_path / "whole")
+    steps.taken, steps.stop = 0, 21
+    with pytest.raises(InterruptedError):
+        trained(tmp_path / "killed")
+    assert list((tmp_path / "killed").rglob("checkpoint"))
+    with pytest.raises(ValueError, match="no dictionary"):  # a checkpoint is none
+        sae_folders(tmp_path / "killed")
+    assert trained(tmp_path / "killed") == whole and steps.taken == 32
+    assert not list((tmp_path / "killed").rglob("*checkpoint*"))

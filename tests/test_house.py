@@ -382,3 +382,24 @@ def test_each_defined_mutant_changes_one_place_and_its_test_is_there():
         file, _, test = row["test"].partition("::")
         name = test.partition("[")[0]
         assert f"def {name}(" in (ROOT / file).read_text("utf-8"), row["definition"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "code", "mended"),
+    [
+        ("statement", "f(" + " + ".join(["a.b"] * 11) + ")", "f([" + ", ".join(["a.b"] * 11) + "])"),
+        ("joined", "a, b = f(c, d, e), f(g(c), h(d), e)", "a = f(c, d, e)\nb = f(g(c), h(d), e)"),
+        (
+            "function",
+            "def f():\n" + "    a = b\n" * 176,
+            "def f():\n" + "    a = b\n" * 100 + "def g():\n" + "    a = b\n" * 76,
+        ),
+    ],
+)
+def test_the_guard_sees_each_kind_of_offence(kind: str, code: str, mended: str):
+    assert [found for found, _ in offences(ast.parse(code))] == [kind]
+    assert not list(offences(ast.parse(mended)))
+
+
+def test_joining_lines_saves_nothing():
+    assert size(ast.parse("a = b\nc = d")) == size(ast.parse("a, c = b, d")) - 2

@@ -176,7 +176,13 @@ class MemoryReader:
         return found
 
     def search(
-        self, memory: Memory, corpus: str | Sequence[str] | Tensor, n: int = 10, *, length: int | None = None, row: int = 0
+        self,
+        memory: Memory,
+        corpus: str | Sequence[str] | Tensor,
+        n: int = 10,
+        *,
+        length: int | None = None,
+        row: int = 0,
     ) -> list[Reading]:
         """The ``n`` phrases of ``corpus`` that a row of ``memory`` most likely read, picked as by `pick`; no two share
         three tokens in a row.

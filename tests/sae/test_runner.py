@@ -6,11 +6,13 @@ import json
 
 import pytest
 import torch
+import wandb
 from sae_lens import (
     SAE,
     CacheActivationsRunner,
     CacheActivationsRunnerConfig,
     LanguageModelSAETrainingRunner,
+    LoggingConfig,
 )
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner, MultiSAETrainingRunnerConfig
 from saes import exact_sae, make_sae
@@ -209,3 +211,32 @@ def test_text_dataset_keeps_the_text():
     text = "one\n" * 3 + "two\n"
     assert text_dataset(text, min_characters=5)["text"] == ["one\none\n", "one\ntwo\n"]
     assert text_dataset("one\n" * 3 + "\n", min_characters=9)["text"] == ["one\none\none\n"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("architecture", "sae"),
+    [
+        ("writesae_batchtopk", {"k": 4}),
+        ("writesae_jumprelu", {}),
+        ("writesae_matryoshka", {"k": 4, "matryoshka_widths": [8, 24]}),
+        ("writesae_standard", {}),
+        ("writesae_gated", {}),
+        ("writesae_product", {"d_sae": 64, "b_dec_rows": 64}),
+    ],
+)
+def test_every_architecture_trains_through_the_runner(embedded, dataset, architecture, sae):
+    trained = train(small_config(embedded, architecture=architecture, sae=sae), (embedded, dataset))
+    assert all(torch.isfinite(parameter).all() for parameter in trained.parameters())
+
+
+@pytest.mark.slow
+def test_wandb_logging_offline(embedded, dataset, tmp_path, monkeypatch):
+    wandb.teardown()  # what an earlier test logged has set the folder of the session
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    values, log = {}, wandb.Run.log
+    monkeypatch.setattr(wandb.Run, "log", lambda run, data, **kwargs: (values.update(data), log(run, data, **kwargs)))
+    logger = LoggingConfig(log_to_wandb=True, wandb_project="test", wandb_log_frequency=2, eval_every_n_wandb_logs=2)
+    train(small_config(embedded, logger=logger), (embedded, dataset))
+    assert list(tmp_path.glob("wandb/offline-run-*"))
+    assert values["metrics/explained_variance"] < 1

@@ -114,3 +114,14 @@ def test_what_cannot_be_hooked_from_inside_says_why(wrap, reason):
     for call in (attach, HookedRecurrent.from_hf):
         with pytest.raises(UnsupportedModelError, match=reason):
             call(wrapper)
+
+
+@torch.no_grad()
+def test_nnsight(tokens):
+    nnsight = pytest.importorskip("nnsight")
+    model = make_hf()
+    wrapper, plain = nnsight.NNsight(model), model(tokens).logits
+    with attach(wrapper) as hooked, hooked.hooks([(WRITE, lambda write, hook: 0 * write)]):
+        with wrapper.trace(tokens):
+            edited = wrapper.output.logits.save()
+        assert torch.equal(edited, model(tokens).logits) and not torch.allclose(edited, plain)
