@@ -207,7 +207,7 @@ class MemoryReader:
         target = self._pursuit_of(memory, row).target
         standing = self._standing_templates(tokens, length)
         overlaps = torch.cat([fitted.overlaps(target, fitted.of_templates(part))[0] for part in standing])
-        likely = overlaps.topk(min(self._shortlist(n), len(overlaps))).indices.cpu()
+        likely = overlaps.topk(min(self._shortlist_size(n), len(overlaps))).indices.cpu()
         return self._picked_readings(memory, row, tokens.unfold(0, length, 1)[likely].tolist(), n, SHARED)
 
     def pick(self, memory: Memory, phrases: PhraseList, n: int, *, row: int = 0) -> list[Reading]:
@@ -223,7 +223,7 @@ class MemoryReader:
         _check_wanted(memory, row, n)
         tokens = self._phrase_tokens(phrases)
         overlaps = self._scores_of(self._above_zero, memory, tokens)[row]
-        likely = overlaps.topk(min(self._shortlist(n), len(tokens))).indices.tolist()
+        likely = overlaps.topk(min(self._shortlist_size(n), len(tokens))).indices.tolist()
         return self._picked_readings(memory, row, [tokens[place] for place in likely], n, self.fitted.longest)
 
     # -- phrases that are found
@@ -373,7 +373,7 @@ class MemoryReader:
                 some = places[first : first + size]
                 yield some, [phrases[place] for place in some]
 
-    def _shortlist(self, n: int) -> int:
+    def _shortlist_size(self, n: int) -> int:
         """How many phrases are compared with one another, where n are asked for: their templates are held."""
         return max(4 * n, rows_at_once(self.model, SHORTLIST * n // 4) * 4)
 
