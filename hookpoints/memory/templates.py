@@ -42,7 +42,7 @@ BATCH = 128
 HELD = 2**27
 """Numbers of states that are made at once, at most: half a GB."""
 SINGULAR = 1e-4
-"""Share of the sizes of templates that keeps their equations solvable where two are alike."""
+"""Added to the squared sizes of templates, which are 1: their equations are solvable where two are alike."""
 
 
 class Whitening(NamedTuple):
@@ -134,6 +134,7 @@ class Fitted(NamedTuple):
 
 class Pursuit:
     """Explains a target as a sum of templates, taken one after another: orthogonal matching pursuit (Pati et al. 1993).
+    Heads do not forget alike, so no two share their coefficients.
 
     Args:
         fitted: heads whose weights are above 0.
@@ -150,11 +151,15 @@ class Pursuit:
     def take(self, template: Directions) -> None:
         """Explain the target by one more template."""
         self._taken = [torch.cat(both) for both in zip(self._taken, template, strict=True)]
-        among = self.fitted.overlaps(self._taken, self._taken)
-        among.diagonal().mul_(1 + SINGULAR)
-        sizes = torch.linalg.solve(among, self.fitted.overlaps(self._taken, self.target))[:, 0]
-        explained = (torch.einsum("n,nhx->hx", sizes.to(x.device), x) for x in self._taken)
-        self.left = [x - part for x, part in zip(self.target, explained, strict=True)]
+        self.left = [_unexplained_part(*of_layer) for of_layer in zip(self.target, self._taken, strict=True)]
+
+
+def _unexplained_part(target: Tensor, taken: Tensor) -> Tensor:
+    """[1,H,K*V]: what no sum of ``taken`` [N,H,K*V] explains of a target."""
+    among = torch.einsum("nhx,mhx->hnm", taken, taken)
+    among.diagonal(dim1=1, dim2=2).add_(SINGULAR)
+    sizes = torch.linalg.solve(among, torch.einsum("nhx,mhx->hnm", taken, target))
+    return target - torch.einsum("hnm,nhx->mhx", sizes, taken)
 
 
 def fit_templates(model: Tokens, tokens: Tensor, lead: Sequence[int], longest: int, context: int, seed: int) -> Fitted:
