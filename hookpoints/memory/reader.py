@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 PhraseList = Sequence[str] | Sequence[Sequence[int]] | Tensor
 """Phrases as text, or as token ids. Text stands in the middle of a text: " and so it was"."""
 
-BEAM_BATCH = 512
-"""Phrases of a pass over one token, at most."""
+BEAM_BATCH = {"cpu": 64}
+"""Phrases of a pass over one token, at most, by device: what fits into a cache; 512 elsewhere, where launches cost."""
 STANDING = 1024
 """Phrases of a corpus that are compared at once, at most."""
 SHORTLIST = 40
@@ -408,7 +408,7 @@ class MemoryReader:
             rows = torch.arange(len(proposed), device=proposed.device)[:, None].expand_as(proposed).flatten()
             tokens = proposed.flatten()
             parts = list[Tensor]()
-            at_once = rows_at_once(self.model, BEAM_BATCH)
+            at_once = rows_at_once(self.model, BEAM_BATCH.get(self.model.cfg.device.type, 512))
             for some, next_tokens in zip(rows.split(at_once), tokens.split(at_once), strict=True):
                 states = alone.then(some, next_tokens).states(forms)
                 parts.append(fitted.overlaps(target, fitted.of_templates(states))[0])
