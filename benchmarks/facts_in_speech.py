@@ -64,7 +64,7 @@ def read_facts(
     memory = model.memory(torch.tensor([text.tokens[: SPACE[size]] for text in texts]))
     for row, scores in enumerate(reader.scores(memory, sentences)):
         order = scores.argsort(descending=True).tolist()
-        likely = [sentences[place] for place in order[: 40 * size]]
+        likely = [sentences[place] for place in order[: 160 * size]]
         # Several wordings of one fact may be picked.
         readings = reader.pick(memory, likely, 2 * size, row=row)
         picked = [*dict.fromkeys(possible[reading.text] for reading in readings)][:size]
