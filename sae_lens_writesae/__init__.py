@@ -17,12 +17,9 @@ from sae_lens_writesae.sae.hooked import HookedSAERecurrent
 from sae_lens_writesae.sae.load import load_sae
 from sae_lens_writesae.sae.metric import Metric
 from sae_lens_writesae.sae.metric_fit import fit_metrics
-from sae_lens_writesae.sae.runner import (
-    text_dataset,
-    train,
-    training_config,
-)
+from sae_lens_writesae.sae.runner import train, training_config
 from sae_lens_writesae.sae.target import head_target
+from sae_lens_writesae.sae.texts import text_dataset
 from sae_lens_writesae.sae.training import PAPER_RUNNER, calibrate_threshold
 from sae_lens_writesae.steering import scale_atoms, steer
 

@@ -22,8 +22,8 @@ from sae_lens_writesae.choices import VARIANTS
 from sae_lens_writesae.sae import rows
 from sae_lens_writesae.sae.factors import Collection
 from sae_lens_writesae.sae.load import load_sae
-from sae_lens_writesae.sae.runner import text_dataset
 from sae_lens_writesae.sae.target import HeadHook
+from sae_lens_writesae.sae.texts import text_dataset
 from writesae.choices import MATCHED, DictionaryName
 from writesae.collecting import collect_from
 from writesae.files import sae_folders
@@ -107,7 +107,7 @@ def test_a_model_runs_once_for_all_dictionaries_and_nothing_is_trained_twice(
     assert again.equal(weights[names[3]])  # the seed decides
 
 
-@pytest.mark.parametrize(("changes", "word"), [({"context_size": 64}, "text, shape"), ({"dtype": "bfloat16"}, "model")])
+@pytest.mark.parametrize(("changes", "word"), [({"context_size": 64}, "first_sequence"), ({"dtype": "bfloat16"}, "model")])
 def test_a_finished_folder_of_another_input_is_refused_by_name(
     changes: dict[str, Any], word: str, finished: Train
 ) -> None:

@@ -30,7 +30,7 @@ from sae_lens_writesae.sae.runner import train, training_config
 from sae_lens_writesae.sae.target import HeadHook, RunnerConfig
 from sae_lens_writesae.sae.training import MatrixTrainingSAE
 from writesae.choices import MATCHED, DictionaryName, Target
-from writesae.collecting import Say, check_text, collect_from, documents, enough
+from writesae.collecting import Say, check_text, collect_from, documents
 from writesae.dictionary.quality import quality_of_heads
 from writesae.dictionary.traits import matched_flat, sparsity_fields
 from writesae.experiment.tokens import sample_sequences
@@ -163,7 +163,7 @@ def opened_collection(flags: Train, say: Say) -> Collection:
             raise ValueError(f"{folder} is of the model {name}, not {flags.model}; name another --out")
     check_text(flags.model, flags.dataset)
     model = HookedRecurrent.from_pretrained(flags.model, dtype=flags.dtype)
-    text = enough(documents(flags.dataset), flags.training_tokens, model)
+    text = documents(flags.dataset)
     try:
         return Collection.open(folder, model=model, text=text, context_size=flags.context_size)
     except CollectionError:  # not finished, or of something else, which `collect` names
@@ -175,10 +175,11 @@ def opened_collection(flags: Train, say: Say) -> Collection:
             layers=flags.layers,
             heads=flags.heads,
             targets=tuple(sorted(needed)),
+            n_tokens=flags.training_tokens,
             context_size=flags.context_size,
             out=folder,
         )
-        collect_from(wanted, model, text, say)
+        collect_from(wanted, model, text, say, or_fewer=True)
         return Collection.open(folder)
 
 

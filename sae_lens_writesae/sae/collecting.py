@@ -1,8 +1,8 @@
 """The pass over a text that makes a collection (`factors`): it writes shards, and resumes where it was stopped.
 
 A shard that is there is whole; `SHA256SUMS` is written when all are. What there is of the next one is written to
-`.shard-00001.safetensors` every minute, and taken up again. Any number of processes may collect into one folder: each
-takes the next shard that no other one has locked.
+`.shard-00001.safetensors` every minute, and taken up again. The text becomes tokens once, which lie in `.tokens` until
+the end. Any number of processes may collect into one folder: each takes the next shard that no other one has locked.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from itertools import product
+from itertools import chain, islice, product
 from pathlib import Path
 from typing import Literal, NoReturn, get_args
 
 import psutil
 import torch
-from datasets import Dataset
 from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -32,9 +31,11 @@ from hookpoints import HookedRecurrent, Recurrence
 from hookpoints.errors import ChecksumError
 from hookpoints.files import (
     CHECKSUMS,
+    aside_of,
     atomic_text,
     atomic_write,
     content_hash,
+    file_hash,
     plain_file,
     read_json,
     set_aside,
@@ -52,12 +53,11 @@ from sae_lens_writesae.sae.factors import (
     check_same,
     faded,
     model_hash,
-    named_text,
     sequence_bytes,
     shard_spans,
-    token_rows,
 )
 from sae_lens_writesae.sae.target import Target, head_target
+from sae_lens_writesae.sae.texts import Text, mapped_tokens, token_rows, write_tokens
 
 SHARD_BYTES = 64e6
 """Size of a shard at most, about; what is held in memory."""
@@ -72,18 +72,21 @@ _HEADROOM = 16
 """A first batch must leave this much of a dtype's range, since later ones may be larger."""
 _ROUNDING: dict[FactorDtype, float] = {"float16": 1e-3, "bfloat16": 1e-2}
 """Largest relative error (Frobenius) with which a dtype may store a factor of the first batch."""
+_TOKENS = ".tokens"
+"""Token ids of all sequences, int32, of a collection that is not sealed."""
 _LOCK = ".lock"
 """What processes lock to look at a folder or to seal it; a suffix of what they lock to collect a shard."""
 
 
 def collect(
     model: HookedRecurrent,
-    text: Tensor | Dataset,
+    text: Text,
     layers: Sequence[int],
     heads: Sequence[int] | None,
     folder: str | Path,
     *,
     n_tokens: int | None = None,
+    or_fewer: bool = False,
     context_size: int = 128,
     targets: Sequence[Target] = ("write",),
     dtype: FactorDtype | Literal["auto"] = "auto",
@@ -104,10 +107,11 @@ def collect(
     of a process that died.
 
     Args:
-        text: token ids [N,T], or a dataset with a column `text` (tokenized and joined, as SAELens does it), `tokens` or
-            `input_ids`.
+        text: token ids [N,T]; a dataset, which may be streamed, with a column `text` (tokenized and joined, as SAELens
+            does it), `tokens` or `input_ids`; a text file; or documents, one by one.
         heads: of every layer; None: all of them.
         n_tokens: rounded down to whole sequences; None: the whole text.
+        or_fewer: take a text of fewer tokens than that whole, instead of refusing it.
         context_size: T, where the text is a dataset.
         targets: what dictionaries will be trained on. States need reads, decays and erases as well as writes.
         dtype: of keys, values and other vectors. `auto` takes float16 or bfloat16, the first in which a first batch is
@@ -128,8 +132,11 @@ def collect(
         ValueError: too short a text, a bad setting, or a batch for which there is no memory.
 
     Cost: a forward pass of each batch up to the op of the highest layer (what follows does not run), a reading of the
-    shards that are there, and in each process the tokens of the text and a pass over the weights for their hash.
-    Memory: a shard, a batch of one layer's factors, and the token ids.
+    shards that are there, and in each process a pass over the weights for their hash. The first process makes the
+    tokens of the text before any pass; if it is stopped meanwhile, it makes them again. The others, and a run that
+    resumes, take these tokens and compare the first sequence. For a finished collection all are
+    made again, to be compared.
+    Memory: a shard, a document, and a batch of one layer's factors. The tokens take 4 bytes each on disk until the end.
     """
     folder = Path(folder)
     model.require_weights()
@@ -141,37 +148,47 @@ def collect(
     rank, world = part
     if not 0 <= rank < world:
         raise ValueError(f"part: expected a rank and the number of processes, which is larger, got {part}")
-    chosen = {layer: sorted({*(heads or range(model.cfg.layer(layer).H))}) for layer in sorted({*layers})}
-    for layer, numbers in chosen.items():
-        for head, target in product(numbers, targets):
-            head_target(model, layer, head, target)
+    chosen = _chosen_heads(model, layers, heads, targets)
     check_own(folder)
-    ids = token_rows(model, text, context_size, n_tokens)
+    if isinstance(text, Tensor):
+        context_size = text.shape[-1]
+    rows = token_rows(model, text, context_size)
+    first = list(islice(rows, 1))
     asked: CollectionIndex = {
         "format": FORMAT,
         "model": model_hash(model),
-        **named_text(ids),
         "targets": sorted({*targets}),
         "heads": {str(layer): numbers for layer, numbers in chosen.items()},
+        "n_tokens": n_tokens,
+        "first_sequence": content_hash(first),
     }
     # What is left open is no part of what was asked: a resumed run takes what the first one chose.
     if batch_size is not None:
         asked["batch_size"] = max(1, batch_size)
     if dtype != "auto":
         asked["dtype"] = dtype
-    if folder.is_symlink():
-        raise ValueError(f"folder: expected no link, got {folder}; name {folder.resolve()}")
-    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / _LOCK)
     seal = folder / CHECKSUMS
-    with lock:  # the first process makes the index, and the others wait for it
-        index = _index_of(model, ids, folder, asked, batch_size, shard_bytes)
+    tokens = folder / _TOKENS
+    # The first process makes the tokens and the index, and the others wait for it.
+    with aside_of(tokens) as aside, lock:
+        index: CollectionIndex = read_json(folder / INDEX) if (folder / INDEX).exists() else {}
+        if not tokens.exists() or file_hash(tokens) != index.get("text"):
+            tokens = aside / _TOKENS
+            wanted = None if n_tokens is None else n_tokens // context_size
+            least = 1 if or_fewer else wanted or 1
+            n = write_tokens(chain(first, rows), tokens, least, wanted, progress)
+            asked |= {"text": file_hash(tokens), "shape": [n, context_size]}
+        check_same(folder, index or asked, asked)
+        ids = mapped_tokens(tokens, context_size)
+        index = _index_of(model, ids, index, asked, shard_bytes)
         # Before any work: what is there is checked, and the room for the rest.
         missing = _missing_shards(folder, index, part)
         _check_room(folder, index, missing, say)
         atomic_text(folder / INDEX, json.dumps(index, indent=1))
         if missing:
             seal.unlink(missing_ok=True)
+            tokens.replace(folder / _TOKENS)
     with _token_bar(ids, missing, progress) as bar:
         while not seal.exists():
             for name in in_turn({name: folder / f".{name}{_LOCK}" for name in missing}, part, say):
@@ -182,6 +199,17 @@ def collect(
                 if not missing and not seal.exists():
                     _write_seal(folder, index)
     return Collection.open(folder)
+
+
+def _chosen_heads(
+    model: HookedRecurrent, layers: Sequence[int], heads: Sequence[int] | None, targets: Sequence[Target]
+) -> dict[int, list[int]]:
+    """Numbers of the heads of each layer; raises where one is not there, or has no such target."""
+    chosen = {layer: sorted({*(heads or range(model.cfg.layer(layer).H))}) for layer in sorted({*layers})}
+    for layer, numbers in chosen.items():
+        for head, target in product(numbers, targets):
+            head_target(model, layer, head, target)
+    return chosen
 
 
 def _token_bar(ids: Tensor, missing: Mapping[str, range], progress: bool) -> tqdm[NoReturn]:
@@ -198,24 +226,15 @@ def _token_bar(ids: Tensor, missing: Mapping[str, range], progress: bool) -> tqd
 
 
 def _index_of(
-    model: HookedRecurrent,
-    ids: Tensor,
-    folder: Path,
-    asked: CollectionIndex,
-    batch_size: int | None,
-    shard_bytes: float,
+    model: HookedRecurrent, ids: Tensor, index: CollectionIndex, asked: CollectionIndex, shard_bytes: float
 ) -> CollectionIndex:
-    """The index that a folder has, or that of a new collection.
+    """The index that a folder has, or that of a new collection where it is empty.
 
     Raises:
-        CollectionError: the folder's is not what was `asked` for.
         ValueError: there is no memory for a batch.
     """
-    index: CollectionIndex = read_json(folder / INDEX) if (folder / INDEX).exists() else {}
-    if index:
-        check_same(folder, index, asked)
     # The memory is checked in a resumed run as well: it may run on another machine.
-    size = _batch_size(model, len(asked["heads"]), ids.shape[1], index.get("batch_size", batch_size))
+    size = _batch_size(model, len(asked["heads"]), ids.shape[1], (index or asked).get("batch_size"))
     if index:
         return index
     index = {"batch_size": size} | asked | model.origin()
@@ -237,9 +256,10 @@ def _missing_shards(folder: Path, index: CollectionIndex, part: tuple[int, int] 
 
 
 def _write_seal(folder: Path, index: CollectionIndex) -> None:
-    """Seal a collection whose shards are all there. Locks of shards go, and what a run left that was killed after it
-    finished one."""
+    """Seal a collection whose shards are all there. Locks of shards and tokens go, and what a run left that was killed
+    after it finished a shard."""
     write_checksums(folder, (INDEX, *shard_spans(index)))
+    (folder / _TOKENS).unlink(missing_ok=True)
     for left in folder.glob(".shard-*"):
         if left.suffix in (".safetensors", _LOCK):
             left.unlink(missing_ok=True)

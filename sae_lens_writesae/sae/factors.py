@@ -12,26 +12,24 @@ At K = V = 128 a write costs 512 bytes in two-byte dtypes, where the dense matri
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
 import torch
-from datasets import Dataset
-from sae_lens.tokenization_and_batching import concat_and_batch_sequences
 from safetensors import safe_open
 from torch import Tensor
 
 from hookpoints import HookedRecurrent, Recurrence
-from hookpoints.files import CHECKSUMS, SealedFolder, file_hash, read_json, tensors_hash
+from hookpoints.files import CHECKSUMS, SealedFolder, content_hash, file_hash, read_json, tensors_hash
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.atom.mapped import Mapped, RowIndex
 from sae_lens_writesae.files import CopiedFolder, is_address
 from sae_lens_writesae.sae.target import HeadTarget, Target
+from sae_lens_writesae.sae.texts import Text, token_rows
 
 INDEX = "index.json"
 FORMAT = 2
@@ -69,7 +67,7 @@ class Collection:
         folder: str | Path,
         *,
         model: HookedRecurrent | None = None,
-        text: Dataset | None = None,
+        text: Text | None = None,
         context_size: int = 128,
     ) -> Self:
         """Open a collection. Hashes of shards are compared when they are first mapped.
@@ -78,7 +76,7 @@ class Collection:
             folder: or an address that fsspec reads (`s3://bucket/collection`). Its files are copied to this machine,
                 below HF_HOME, when they are first asked for, and stay there.
             model: refuse a collection of other weights. Cost: a pass over the weights.
-            text, context_size: with `model`, refuse a collection of another text. Cost: the text becomes tokens.
+            text, context_size: with `model`, refuse a collection of a text whose first sequence is another.
 
         Raises:
             CollectionError: a file is missing, the index was changed, the collection is not finished, of an earlier
@@ -94,7 +92,7 @@ class Collection:
         if model is not None:
             expected["model"] = model_hash(model)
         if model is not None and text is not None:
-            expected |= named_text(token_rows(model, text, context_size, None))
+            expected["first_sequence"] = content_hash(list(islice(token_rows(model, text, context_size), 1)))
         check_same(sealed.folder, index, expected)
         _check_sizes(sealed, index)
         return cls(sealed, index, str(folder))
@@ -234,36 +232,6 @@ def _check_sizes(sealed: SealedFolder, index: CollectionIndex) -> None:
             f"{file}: expected {n_sealed} shards, as {CHECKSUMS} has, got a shape {shape} that needs {n_shards}; "
             "collect again"
         )
-
-
-def token_rows(model: HookedRecurrent, text: Tensor | Dataset, context_size: int, n_tokens: int | None) -> Tensor:
-    """[N,T] int32 token ids; of a text in the way of SAELens' store with `prepend_bos=False` and no separator."""
-    rows: Iterable[Tensor]
-    if isinstance(text, Tensor):
-        rows = text
-        context_size = text.shape[-1]
-    else:
-        column = next((name for name in ("tokens", "input_ids") if name in text.column_names), "text")
-        values = (cast("Mapping[str, Any]", row)[column] for row in text.select_columns(column))
-        if column == "text":
-            documents = (model.to_tokens(value, prepend_bos=False, truncate=False)[0].cpu() for value in values)
-            rows = concat_and_batch_sequences(documents, context_size)
-        else:
-            rows = (torch.as_tensor(ids)[:context_size] for ids in values)
-    wanted = None if n_tokens is None else n_tokens // context_size
-    taken = list(islice(rows, wanted))
-    enough = len(taken) >= (wanted or 1)
-    if not enough or taken[0].ndim != 1 or taken[0].is_floating_point():
-        got = f"{len(taken)} of {[(row.dtype, list(row.shape)) for row in taken[:1]]}"
-        raise ValueError(
-            f"text: expected {wanted or 'some'} sequences [{context_size}] of integers, got {got}; take a longer text, "
-            "or fewer tokens (n_tokens)"
-        )
-    return torch.stack(taken).to("cpu", torch.int32)
-
-
-def named_text(ids: Tensor) -> CollectionIndex:
-    return {"text": hashlib.sha256(ids.numpy().data).hexdigest(), "shape": list(ids.shape)}
 
 
 def model_hash(model: HookedRecurrent) -> str:

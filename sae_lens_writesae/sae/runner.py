@@ -9,7 +9,6 @@ states; `sae.rows` gives SAELens' trainer the rows.
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast, overload
@@ -19,12 +18,12 @@ import sae_lens.llm_sae_training_runner
 import sae_lens.load_model
 import sae_lens.multi_sae_training_runner
 import torch
-from datasets import Dataset
 from sae_lens import (
     LanguageModelSAERunnerConfig,
     LanguageModelSAETrainingRunner,
     LoggingConfig,
 )
+from sae_lens.config import HfDataset
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner
 from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
@@ -223,29 +222,9 @@ def training_config(
     return cfg
 
 
-def text_dataset(text: str | Path, min_characters: int = 2000) -> Dataset:
-    """Running text as a dataset with a `text` column: documents of whole lines with `min_characters` or more each.
-
-    A path is read (UTF-8), and so is a string that names a file, or ends in `.txt`.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-    """
-    if isinstance(text, Path) or _names_a_file(text):
-        text = Path(text).read_text(encoding="utf-8")
-    documents = re.findall(rf"(?s).{{{min_characters - 1},}}?(?:\n|\Z)|.+", text)
-    return Dataset.from_dict({"text": [document for document in documents if document.strip()]})
-
-
-def _names_a_file(text: str) -> bool:
-    """Whether a text is none, but the name of one."""
-    is_short = "\n" not in text and len(text) < 256
-    return is_short and (text.endswith(".txt") or Path(text).is_file())
-
-
 # ------------------------------------------------------------------------------------------------ running
 
-Data = tuple[HookedRecurrent, Dataset | None] | Collection | LowRank | Tensor | None
+Data = tuple[HookedRecurrent, HfDataset | None] | Collection | LowRank | Tensor | None
 """What `train` takes."""
 
 
@@ -320,7 +299,7 @@ def train(
     return [trained[n] for n in range(len(trained))]
 
 
-Source = Writes | Collection | tuple[HookedRecurrent | None, Dataset | None]
+Source = Writes | Collection | tuple[HookedRecurrent | None, HfDataset | None]
 """What a dictionary is trained on: writes, a collection of states, or what SAELens' runner runs."""
 
 

@@ -23,7 +23,7 @@ from hookpoints import HookedRecurrent
 from hookpoints import embedded as shipped
 from sae_lens_writesae.sae.collecting import collect
 from sae_lens_writesae.sae.factors import Collection
-from sae_lens_writesae.sae.runner import text_dataset
+from sae_lens_writesae.sae.texts import text_dataset
 from writesae import training
 from writesae.choices import DictionaryName
 from writesae.cli import parse

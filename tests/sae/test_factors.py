@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import pytest
 import torch
 from datasets import Dataset
 from tiny_models import make_hf
+from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from hookpoints import HookedRecurrent, UnknownHookError, UnsupportedModelError
@@ -30,7 +31,7 @@ from sae_lens_writesae.files import size_text
 from sae_lens_writesae.sae import collecting as module
 from sae_lens_writesae.sae.collecting import collect
 from sae_lens_writesae.sae.factors import INDEX, Collection, CollectionError
-from sae_lens_writesae.sae.runner import text_dataset
+from sae_lens_writesae.sae.texts import text_dataset
 from writesae.cli import main
 
 LAYERS, HEADS, T = (0, 2), (1, 3), 16
@@ -41,7 +42,7 @@ SHARDS = [f"shard-{number:05d}.safetensors" for number in range(6)]
 def small(model: HookedRecurrent, folder: Path, **changes: Any) -> Collection:
     """Eleven batches in six shards."""
     given: dict[str, Any] = {"text": TOKENS, "layers": LAYERS, "heads": HEADS, "targets": ("write", "state")}
-    given |= {"batch_size": 2, "shard_bytes": 27_000, "dtype": "float32"}
+    given |= {"context_size": T, "batch_size": 2, "shard_bytes": 27_000, "dtype": "float32"}
     return collect(model, folder=folder, **given | changes)
 
 
@@ -199,9 +200,21 @@ def test_a_dataset_of_text_gives_the_sequences_that_saelens_trains_on(embedded, 
     found = collect(embedded, text, [2], [1], tmp_path / "text", n_tokens=20 * 32 + 5, context_size=32)
     joined = torch.cat([embedded.to_tokens(each, prepend_bos=False, truncate=False)[0] for each in text["text"]])
     assert torch.equal(found.tokens.flatten(), joined[: 20 * 32])
-    pretokenized = Dataset.from_dict({"tokens": found.tokens.tolist()})
-    collect(embedded, pretokenized, [2], [1], tmp_path / "ids", context_size=32)
-    assert contents(tmp_path / "ids") == contents(tmp_path / "text")
+    file = tmp_path / "text.txt"
+    file.write_text(shipped.text("train")[:20_000], encoding="utf-8")
+    others = {
+        "ids": Dataset.from_dict({"tokens": found.tokens.tolist()}),
+        "list": [*text["text"]],
+        "read once": (document for document in text["text"]),
+        "file": str(file),
+    }
+    for name, other in others.items():
+        collect(embedded, other, [2], [1], tmp_path / name, n_tokens=20 * 32 + 5, context_size=32)
+        assert contents(tmp_path / name) == contents(tmp_path / "text"), name
+
+
+def test_a_text_of_fewer_tokens_is_taken_whole_where_that_is_asked_for(model, tmp_path):
+    assert small(model, tmp_path, n_tokens=10**6, or_fewer=True).n_sequences == 22
 
 
 @pytest.mark.parametrize(
@@ -224,7 +237,7 @@ def test_a_dataset_of_text_gives_the_sequences_that_saelens_trains_on(embedded, 
 def test_bad_input_is_refused_before_anything_is_made(model, tmp_path, changes, error):
     with pytest.raises(error):
         small(model, tmp_path / "new", **changes)
-    assert not (tmp_path / "new").exists()
+    assert not (tmp_path / "new").exists() or not contents(tmp_path / "new")
 
 
 def test_the_command(capsys, tmp_path, monkeypatch, embedded):
@@ -255,7 +268,8 @@ def test_a_full_disk_is_named_and_what_is_missing_is_collected_later(model, copy
             small(model, copy)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert error.value.filename == str(copy / SHARDS[1]) and {*contents(copy)} == {INDEX, f".{SHARDS[3]}", *times}
+    assert error.value.filename == str(copy / SHARDS[1])
+    assert {*contents(copy)} == {INDEX, ".tokens", f".{SHARDS[3]}", *times}
     small(model, copy)
     assert contents(copy) == contents(whole)
     assert all((copy / name).stat().st_mtime_ns == was for name, was in times.items())
@@ -280,6 +294,37 @@ def test_a_run_that_is_stopped_within_a_shard_goes_on_where_it_last_saved(model,
     small(model, folder, shard_bytes=54_000)
     model.reset_hooks()
     assert contents(folder) == contents(whole) and len(passes) - 8 == 11 - saved
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_run_that_goes_on_takes_the_tokens_that_are_there(model, tmp_path, whole, damaged):
+    """It reads the first sequence of the text, to compare it, and all of it where the tokens were damaged."""
+    read: list[int] = []
+    passes: list[int] = []
+
+    def stream(n: int) -> Iterator[dict[str, Tensor]]:
+        for row in TOKENS[:n]:
+            read.append(1)
+            yield {"tokens": row}
+
+    def stop(_: Tensor, hook: HookPoint) -> None:
+        passes.append(1)
+        if len(passes) == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(ValueError, match="expected 22 sequences or more, got 21 and the end of the text"):
+        small(model, tmp_path, text=stream(21), n_tokens=22 * T)
+    assert not contents(tmp_path) and not passes
+    model.add_hook("blocks.0.mixer.hook_k", stop)
+    with pytest.raises(KeyboardInterrupt):
+        small(model, tmp_path, text=stream(22))
+    model.reset_hooks()
+    if damaged:
+        (tmp_path / ".tokens").write_bytes(b"")
+    refused("first_sequence", small, model, tmp_path, text=TOKENS.flip(0))
+    read.clear()
+    small(model, tmp_path, text=stream(22))
+    assert contents(tmp_path) == contents(whole) and len(read) == (22 if damaged else 1)
 
 
 @pytest.mark.parametrize("state", ["sealed", "unsealed", "part"])
@@ -324,7 +369,7 @@ def forked(model: HookedRecurrent, folder: Path, rank: int, world: int, wait: Ca
     passes: list[int] = []
     try:
         model.add_hook("hook_embed", lambda *_, **__: wait(passes.append(1) or len(passes)))
-        small(model, folder, part=(rank, world), progress=False)
+        small(model, folder, text=({"tokens": row} for row in TOKENS), part=(rank, world), progress=False)
     except BaseException:
         os._exit(255)
     os._exit(len(passes))
@@ -353,7 +398,7 @@ def test_a_shard_whose_process_stands_still_is_waited_for_and_collected_when_it_
     try:
         while not (folder / f".{SHARDS[0]}.lock").exists():
             time.sleep(0.02)
-        refused("another text", small, model, folder, text=TOKENS.flip(0), part=(1, 2))
+        refused("another first_sequence", small, model, folder, text=TOKENS.flip(0), part=(1, 2))
         if ends != "killed":
             (folder / f".{SHARDS[0]}.lock").unlink()
         second = forked(model, folder, 1, 2, lambda _: None)

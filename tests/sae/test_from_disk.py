@@ -1,20 +1,26 @@
-"""Training from collections that are larger than memory, or on another machine."""
+"""Texts and collections that are larger than memory, or on another machine."""
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
 import pytest
 import torch
+from datasets import IterableDataset
 from safetensors.torch import save_file
 
+from hookpoints import HookedRecurrent
 from hookpoints.files import write_checksums
 from sae_lens_writesae import files, train
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.atom.mapped import CollectedWrites
+from sae_lens_writesae.errors import DiskTooSmallError
+from sae_lens_writesae.sae.collecting import collect
 from sae_lens_writesae.sae.factors import FORMAT, INDEX, Collection, CollectionError
 from sae_lens_writesae.sae.runner import source_of, training_config
 from writesae.cli import main
@@ -50,7 +56,31 @@ def anonymous_bytes() -> int:
     return 1024 * int(found[1])
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="counts memory as Linux tells it")
+needs_linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="counts memory as Linux tells it")
+
+
+@needs_linux
+def test_neither_a_text_nor_its_tokens_are_held(
+    model: HookedRecurrent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All tokens are made before the disk is found too small."""
+    n, length = 16_000, 512
+    held: list[int] = []
+
+    def stream() -> Iterator[dict[str, torch.Tensor]]:
+        for _ in range(n):
+            held.append(anonymous_bytes())
+            yield {"input_ids": torch.randint(1, 64, (length,))}
+
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
+    text = IterableDataset.from_generator(stream)
+    with pytest.raises(DiskTooSmallError):
+        collect(model, text, [0], [0], tmp_path, context_size=length, batch_size=1, progress=False)
+    assert len(held) == n and 8 * (max(held) - held[1]) < 4 * n * length
+
+
+@needs_linux
 def test_training_holds_no_more_than_a_quarter_of_the_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The dictionary is the one of writes in memory, to the last bit."""
     collection = Collection.open(collected(tmp_path, 320, 40))

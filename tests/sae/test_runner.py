@@ -23,13 +23,9 @@ from hookpoints import embedded as shipped
 from sae_lens_writesae import sae as architectures
 from sae_lens_writesae.sae.collecting import collect
 from sae_lens_writesae.sae.hooked import HookedSAERecurrent
-from sae_lens_writesae.sae.runner import (
-    MODEL_CLASS_NAME,
-    text_dataset,
-    train,
-    training_config,
-)
+from sae_lens_writesae.sae.runner import MODEL_CLASS_NAME, train, training_config
 from sae_lens_writesae.sae.target import head_target
+from sae_lens_writesae.sae.texts import text_dataset
 
 LAYER, HEAD = 2, 1
 SMALL = {
@@ -195,7 +191,7 @@ def test_a_file_of_text_is_read(tmp_path):
     assert all("".join(text["text"]) == "Line of text.\n" * 300 for text in texts)
     with pytest.raises(FileNotFoundError, match=r"nosuch\.txt"):
         text_dataset("nosuch.txt")
-    assert text_dataset("One line.")["text"] == ["One line."]
+    assert [*text_dataset("One line.")["text"]] == ["One line."]
 
 
 @pytest.mark.parametrize(("steps", "warm_up"), [(1, 0), (8, 0), (10, 1), (60, 6), (500, 20)])
@@ -209,8 +205,8 @@ def test_a_short_run_warms_up_for_a_tenth_of_it(embedded, dataset, steps, warm_u
 
 def test_text_dataset_keeps_the_text():
     text = "one\n" * 3 + "two\n"
-    assert text_dataset(text, min_characters=5)["text"] == ["one\none\n", "one\ntwo\n"]
-    assert text_dataset("one\n" * 3 + "\n", min_characters=9)["text"] == ["one\none\none\n"]
+    assert [*text_dataset(text, min_characters=5)["text"]] == ["one\none\n", "one\ntwo\n"]
+    assert [*text_dataset("one\n" * 3 + "\n", min_characters=9)["text"]] == ["one\none\none\n"]
 
 
 @pytest.mark.slow

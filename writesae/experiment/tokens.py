@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hookpoints import HookedRecurrent, embedded
 from hookpoints.scopes import threads_for
+from sae_lens_writesae.sae.texts import lines_of
 
 LAST_TEXT = Path("last")
 """Names the last text: every fourth of the Federalist Papers (1787-88), on which nothing was tuned."""
@@ -28,10 +29,7 @@ def text_of(file: Path | None) -> str:
     if file == LAST_TEXT:
         packed = Path(__file__).parents[1] / "last_text.txt.xz"
         return lzma.decompress(packed.read_bytes()).decode().replace("\f", "\n\n")
-    try:
-        return embedded.text("test") if file is None else file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: expected a text in UTF-8, got another encoding ({error}); convert it") from error
+    return embedded.text("test") if file is None else "".join(lines_of(file))
 
 
 def sample_sequences(model: HookedRecurrent, text: str, context_size: int, n_sequences: int) -> Tensor:

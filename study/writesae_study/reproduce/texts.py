@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from writesae.collecting import documents, enough
+from writesae.collecting import documents
 from writesae_study.reproduce.config import ReproduceConfig
 
 if TYPE_CHECKING:
@@ -31,9 +32,20 @@ def write_texts(config: ReproduceConfig, folder: Path, model: HookedRecurrent) -
 
     if (folder / "held-out.txt").exists():  # written last
         return
-    texts, held_out = documents(config.dataset), embedded.text("test")
+    texts = iter(documents(config.dataset)["text"])
+    held_out = embedded.text("test")
     if config.dataset is not None:
-        held_out = "\n\n".join(enough(texts, config.eval_sequences * config.context_size, model)["text"])
-    train = enough(texts, config.training_tokens, model)["text"]
+        held_out = "\n\n".join(first_texts(texts, config.eval_sequences * config.context_size, model))
+    train = first_texts(texts, config.training_tokens, model)
     atomic_text(folder / "train" / "train.jsonl", "".join(json.dumps({"text": each}) + "\n" for each in train))
     atomic_text(folder / "held-out.txt", held_out)
+
+
+def first_texts(texts: Iterator[str], n_tokens: int, model: HookedRecurrent) -> Iterator[str]:
+    """The first texts that have `n_tokens` tokens between them, or all."""
+    total = 0
+    for text in texts:
+        total += model.to_tokens(text, prepend_bos=False, truncate=False).shape[1]
+        yield text
+        if total >= n_tokens:
+            break  # a dataset on the hub is streamed, and may have no end that is worth waiting for
