@@ -60,7 +60,7 @@ class Task:
 
         Returns: a row for each size: ``n``, ``kept`` (median over the held-out texts of the share of the effect of all
         writes: 1 as the model, 0 as with all writes of the corrupt text), ``low`` and ``high`` (least and largest), and
-        ``random`` (the median of five random circuits of as many writes in each text).
+        ``random`` and ``random_high`` (median and largest of five random circuits of as many writes in each text).
 
         Raises:
             InputError: the texts have other roles.
@@ -75,7 +75,7 @@ class Task:
         draws = [order[:n] for n in sizes for order in random_orders(self.effects)]
         random = np.array([case.kept(draws) for case in held_out.cases]).reshape(len(kept), len(circuits), -1)
         columns = {"n": list(sizes), "kept": np.median(kept, 0), "low": kept.min(0), "high": kept.max(0)}
-        return pd.DataFrame(columns | {"random": np.median(random, (0, 2))})
+        return pd.DataFrame(columns | {"random": np.median(random, (0, 2)), "random_high": random.max((0, 2))})
 
 
 def case_of(graph: Graph, names: Sequence[str]) -> Case:
