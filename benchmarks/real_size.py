@@ -114,7 +114,7 @@ def collecting(options: dict[str, Any], folder: Path) -> Row:
     sequence up to the layer. Its time has all that it does once, such as the hash of the weights."""
     model, layer = load(options, folder), options["layer"]
     text = text_dataset(embedded.text("train"))
-    row = model.to_tokens(text["text"][0] * 9, prepend_bos=False, truncate=False)[:, : options["context"]]
+    row = model.to_tokens(next(iter(text))["text"] * 9, prepend_bos=False, truncate=False)[:, : options["context"]]
 
     def plain() -> float:
         with timed() as work, torch.no_grad():
