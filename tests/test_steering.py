@@ -88,6 +88,15 @@ def test_an_atom_is_written_at_the_norm_asked_for(model64: Any, ids: Tensor, at:
     torch.testing.assert_close(live[:, start:], by_hand, atol=1e-5, rtol=0)  # decoder_atoms gives float32
 
 
+def test_a_token_may_be_written_only_where_an_atom_fires(model64: Any, ids: Tensor) -> None:
+    sae = sae_of_head(model64)
+    positions = firing(model64, ids, sae)
+    with steer(model64, toward=[5, 9], sae=sae, atom=4, strength=2, at="fires"):
+        live = model64(ids)
+    with steer(model64, LAYER, HEAD, toward=[5, 9], strength=2, at=positions):
+        torch.testing.assert_close(model64(ids), live, atol=1e-12, rtol=0)
+
+
 def test_generation_is_steered_as_prefill_is(model64: Any, ids: Tensor) -> None:
     """Greedy continuation under steering = argmax of steered full passes; positions are absolute in generation."""
     places: list[Any] = ["every", (3, 12, 13)]
