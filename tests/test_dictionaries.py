@@ -107,7 +107,9 @@ def test_a_model_runs_once_for_all_dictionaries_and_nothing_is_trained_twice(
     assert again.equal(weights[names[3]])  # the seed decides
 
 
-@pytest.mark.parametrize(("changes", "word"), [({"context_size": 64}, "first_sequence"), ({"dtype": "bfloat16"}, "model")])
+@pytest.mark.parametrize(
+    ("changes", "word"), [({"context_size": 64}, "first_sequence"), ({"dtype": "bfloat16"}, "model")]
+)
 def test_a_finished_folder_of_another_input_is_refused_by_name(
     changes: dict[str, Any], word: str, finished: Train
 ) -> None:
