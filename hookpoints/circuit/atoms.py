@@ -64,7 +64,7 @@ def taken_apart(tracing: Tracing, whole: Node, explained: Sequence[Node], writes
     if whole.feature_type == "state":
         name = f"blocks.{whole.layer}.mixer.hook_read"
         read = tracing.text.at(name) - tracing.sources.other(name)
-        effects = (read * tracing.gradients.reads[whole.layer][0])[:, whole.head].sum(-1)
+        effects = (read * tracing.gradients[name][0])[:, whole.head].sum(-1)
         before = tracing.text.recurrences[whole.layer].read_before_write
         return [whole._replace(position=max(0, int(effects.abs().argmax()) - before))]
     found = [node for node in explained if node.feature_type == "write" and (node.layer, node.head) == place]
@@ -81,7 +81,7 @@ def atoms_of(tracing: Tracing, sae: HeadSAE, whole: Node) -> tuple[pd.DataFrame,
     What is taken off the state after a token and what is taken off that token's write change all that follows
     alike, so that one gradient and one edit serve both."""
     r = tracing.text.recurrences[whole.layer].select(heads=whole.head)
-    reads = tracing.gradients.reads[whole.layer][:, :, whole.head : whole.head + 1]
+    reads = tracing.gradients[f"blocks.{whole.layer}.mixer.hook_read"][:, :, whole.head : whole.head + 1]
     gradient = r.adjoint(reads).states(positions=[r.T - 1 - whole.position])[0, 0, 0]
     write = r.write(positions=whole.position)[0, 0, 0]
     texts = (tracing.text, tracing.sources.corrupt)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -27,6 +27,7 @@ from hookpoints.scopes import own_gradients, scoped
 if TYPE_CHECKING:
     from transformer_lens.hook_points import HookPoint
 
+    from hookpoints.hooks.guard import Hook
     from hookpoints.model.recurrent import HookedRecurrent
 
 Token = str | int
@@ -88,7 +89,10 @@ def write_attribution(
         tokens = one_sequence(model, input)
         donors = {} if corrupt is None else record(model, same_length(model, corrupt, tokens))
         gradients = read_gradients(model, tokens, metric, frozen)
-        effects = predict_writes(model, tokens, gradients, donors, through).effects
+        with reading(model, HEADS) as read:
+            recurrences = record(model, tokens)
+        ways = {} if through is None else read.ways
+        effects = predict_writes(model, recurrences, ways, gradients, donors).effects
     return pd.concat([_table_of_effects(layer, effect) for layer, effect in effects.items()], ignore_index=True)
 
 
@@ -99,15 +103,8 @@ def _table_of_effects(layer: int, effect: Tensor) -> pd.DataFrame:
     return pd.DataFrame({"layer": layer, "head": head, "position": position, "attribution": values.ravel()})
 
 
-class Gradients(NamedTuple):
-    """Of a metric on one text."""
-
-    reads: dict[int, Tensor]
-    """[1,T,H,V] by layer, with respect to what heads read."""
-    handed_on: dict[int, Tensor]
-    """[1,T,H,V] by layer, with respect to what heads hand on (``hook_z``)."""
-    other: dict[str, Tensor]
-    """With respect to further hooks, by name."""
+Gradients = Mapping[str, Tensor]
+"""Of a metric on one text, [1,T,...] by the name of the hook."""
 
 
 @torch.enable_grad()
@@ -119,7 +116,8 @@ def read_gradients(
     further: tuple[str, ...] = (),
     last: bool = False,
 ) -> Gradients:
-    """One pass and its backward pass, in which blocks of a long text run again.
+    """One pass and its backward pass, in which blocks of a long text run again: gradients by what heads read and hand
+    on.
 
     Args:
         further: names of hooks whose gradients are wanted as well.
@@ -130,7 +128,7 @@ def read_gradients(
     """
     kept: dict[str, Tensor] = {}
     layers = model.cfg.recurrent_layers
-    names = {f"blocks.{layer}.mixer.{hook}": None for layer in layers for hook in ("hook_read", "hook_z")}
+    names = [f"blocks.{layer}.mixer.{hook}" for layer in layers for hook in ("hook_read", "hook_z")]
 
     def begin(x: Tensor, hook: HookPoint) -> Tensor:
         x = x.detach().requires_grad_()
@@ -155,15 +153,10 @@ def read_gradients(
             raise InputError(f"metric: expected one finite number, got {value.detach()!r:.80}")
         values = list(kept.values())
         gradients = torch.autograd.grad(value.reshape(()), values, allow_unused=True)  # it need not depend on all
-    filled = {
+    return {
         name: torch.zeros_like(value) if gradient is None else gradient
         for (name, value), gradient in zip(kept.items(), gradients)
     }
-    return Gradients(
-        reads={layer: filled[f"blocks.{layer}.mixer.hook_read"] for layer in layers},
-        handed_on={layer: filled[f"blocks.{layer}.mixer.hook_z"] for layer in layers},
-        other={name: filled[name] for name in further},
-    )
 
 
 def keeps_last(model: HookedRecurrent) -> bool:
@@ -376,39 +369,32 @@ class Writes(NamedTuple):
 @torch.no_grad()
 def predict_writes(
     model: HookedRecurrent,
-    tokens: Tensor,
+    recurrences: Mapping[int, Recurrence],
+    ways: Mapping[int, WayOut],
     gradients: Gradients,
     donors: Mapping[int, Recurrence],
-    through: Through = "norm",
 ) -> Writes:
     """What each write takes off the metric: through the norm of its head, or to first order.
 
     Args:
+        ways: from what heads read to what they hand on; a layer without one is predicted to first order.
         donors: factors of a corrupt text by layer, whose writes replace those of this one; none: writes are deleted.
 
-    Warns of layers whose heads hand on their reads in no known way. Cost: one pass, which keeps nothing of a layer.
+    Warns of layers whose heads hand on their reads in no known way.
     """
-    if through is None:
-        recurrences = record(model, tokens)
-        swaps = {layer: Swap(r, donors.get(layer)) for layer, r in recurrences.items()}
-        return Writes({layer: swap.first_order(gradients.reads[layer]) for layer, swap in swaps.items()}, {}, {})
     writes = Writes({}, {}, {})
-
-    def predict(layer: int, way: WayOut) -> None:
-        swap = Swap(recorded.pop(layer).recurrence, donors.get(layer))
-        cause = way.cause()
-        through = None if cause or swap.recurrence.rates is not None else way.through(gradients.handed_on[layer])
-        if through is None:
-            writes.effects[layer] = swap.first_order(gradients.reads[layer])
-        else:
-            writes.effects[layer] = through.of_writes(swap)
-            writes.through[layer] = through
+    for layer, r in recurrences.items():
+        swap = Swap(r, donors.get(layer))
+        mixer = f"blocks.{layer}.mixer"
+        way = ways.get(layer)
+        cause = "" if way is None else way.cause()
         if cause:
             writes.unknown[layer] = cause
-
-    ways = ways_out(model, model.cfg.recurrent_layers, predict)
-    with model.recording() as recorded, ways:
-        logits_of(model, tokens, last=True)
+        elif way is not None and r.rates is None and (through := way.through(gradients[f"{mixer}.hook_z"])) is not None:
+            writes.through[layer] = through
+            writes.effects[layer] = through.of_writes(swap)
+        if layer not in writes.effects:
+            writes.effects[layer] = swap.first_order(gradients[f"{mixer}.hook_read"])
     if writes.unknown:
         said = "; ".join(f"layer {layer}: {cause}" for layer, cause in writes.unknown.items())
         warnings.warn(
@@ -421,33 +407,59 @@ def predict_writes(
     return writes
 
 
+# ------------------------------------------------------------------------------------------------ what hooks see
+
+
+class Reading(NamedTuple):
+    """What a pass leaves."""
+
+    values: dict[str, Tensor]
+    """What hooks saw, [1,T,...], by name; with graphs from what heads read or hand on to what their block adds."""
+    ways: dict[int, WayOut]
+    """By layer."""
+
+
+HEADS = ("mixer.hook_read", "mixer.hook_z")
+"""What heads read and hand on."""
+STREAM = ("hook_resid_pre", *HEADS, "hook_mixer_out", "attn.hook_z", "hook_attn_out", "hook_mlp_out", "hook_resid_post")
+"""All that the residual stream is made of."""
+
+
 @scoped
-def ways_out(model: HookedRecurrent, layers: Sequence[int], use: Callable[[int, WayOut], None]) -> Iterator[None]:
-    """In this scope passes without gradients hand the way out of each layer to ``use``, and keep nothing of it."""
-    starts: dict[int, Tensor] = {}
+def reading(model: HookedRecurrent, ends: Collection[str] = STREAM, follow: bool = True) -> Iterator[Reading]:
+    """In this scope a pass leaves the embeddings and what the hooks of blocks saw whose names end so.
 
-    def begin(x: Tensor, hook: HookPoint) -> Tensor:
-        torch.set_grad_enabled(True)
-        mode.apart = []
-        starts[_layer_of(hook)] = reads = x.detach().requires_grad_()
-        return reads
+    Args:
+        follow: by autograd, norms fixed, what heads read and hand on, as far as the last hook of ``ends``.
+    """
+    read = Reading({}, {})
+    last = {*ends} & {"hook_mixer_out", "hook_attn_out"} or {"mixer.hook_z"}
 
-    def finish(x: Tensor, hook: HookPoint) -> Tensor:
-        torch.set_grad_enabled(False)
-        norms, mode.apart = mode.apart or [], None
-        use(_layer_of(hook), WayOut(starts.pop(_layer_of(hook)), x, norms))
-        return x.detach()
+    def keep(x: Tensor, hook: HookPoint) -> None:
+        read.values[str(hook.name)] = x
 
-    hooks: list[tuple[str, Callable[..., Tensor]]] = []
-    for layer in layers:
-        mixer = f"blocks.{layer}.mixer"
-        hooks += [(f"{mixer}.hook_read", begin), (f"{mixer}.hook_z", finish)]
-    with torch.no_grad(), constants() as mode, model.hooks(hooks):
-        yield
+    def lead(x: Tensor, hook: HookPoint) -> Tensor:
+        _, layer, end = str(hook.name).split(".", 2)
+        if end in ("mixer.hook_read", "attn.hook_z"):
+            torch.set_grad_enabled(True)
+            mode.apart = [] if end == "mixer.hook_read" else None
+            x = x.detach().requires_grad_()
+        keep(x, hook)
+        if end == "mixer.hook_z":
+            read.ways[int(layer)] = WayOut(read.values[f"blocks.{layer}.mixer.hook_read"], x, mode.apart or [])
+            mode.apart = None
+        if end in last:
+            torch.set_grad_enabled(False)
+            x = x.detach()
+        return x
 
-
-def _layer_of(hook: HookPoint) -> int:
-    return int(str(hook.name).split(".")[1])
+    hooks: list[tuple[str, Hook]] = [("hook_embed", keep)]
+    for name in model.hook_dict:
+        if name.startswith("blocks.") and (end := name.split(".", 2)[-1]) in ends:
+            is_led = follow and end in (*HEADS, "attn.hook_z", *last)
+            hooks.append((name, lead if is_led else keep))
+    with torch.no_grad(), constants(["norms"]) as mode, model.hooks(hooks):
+        yield read
 
 
 # ------------------------------------------------------------------------------------------------ texts

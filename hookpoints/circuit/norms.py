@@ -26,8 +26,6 @@ AFFINE: tuple[Held, ...] = ("norms", "patterns", "gates")
 """What a block makes of the residual stream is then linear in it but for biases, and parts of the stream add up."""
 
 _ROOTS = (torch.sqrt, Tensor.sqrt)
-_INVERSE_ROOTS = (torch.rsqrt, Tensor.rsqrt)
-_NORMS = (F.layer_norm, F.group_norm, F.rms_norm)
 Arguments = tuple[object, ...]
 
 
@@ -48,27 +46,34 @@ class Normed(NamedTuple):
         return value if self.bias is None else value + self.bias
 
 
-def _norm_of(func: Callable[..., Tensor], args: Arguments, kwargs: Mapping[str, object]) -> Normed:
-    """The parts of a call of one of ``_NORMS`` over the last axis."""
-    names = ("input", "num_groups" if func is F.group_norm else "normalized_shape", "weight", "bias", "eps")
-    if func is F.rms_norm:
-        names = ("input", "normalized_shape", "weight", "eps")
-    given = {**dict(zip(names, args)), **kwargs}
-    x = given["input"]
-    weight = given.get("weight")
-    bias = given.get("bias")
-    eps = given.get("eps")
-    groups = given.get("num_groups", 1)
-    assert isinstance(x, Tensor) and isinstance(groups, int)
-    if eps is None:
-        eps = torch.finfo(x.dtype).eps if func is F.rms_norm else 1e-5
-    assert isinstance(eps, float)
-    direction = x.unflatten(-1, (groups, -1))
-    if func is not F.rms_norm:
-        direction = direction - direction.mean(-1, keepdim=True)
-    square = direction.square().mean(-1, keepdim=True) + eps
-    weight = weight if isinstance(weight, Tensor) else None
-    return Normed(square, direction, weight, bias if isinstance(bias, Tensor) else None)
+def _of_groups(
+    input: Tensor, groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Normed:
+    """As ``F.group_norm`` is called."""
+    direction = input.unflatten(-1, (groups, -1))
+    direction = direction - direction.mean(-1, keepdim=True)
+    return Normed(direction.square().mean(-1, keepdim=True) + eps, direction, weight, bias)
+
+
+def _of_layer(
+    input: Tensor, shape: object, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Normed:
+    """As ``F.layer_norm`` is called, over the last axis."""
+    return _of_groups(input, 1, weight, bias, eps)
+
+
+def _of_root(input: Tensor, shape: object, weight: Tensor | None = None, eps: float | None = None) -> Normed:
+    """As ``F.rms_norm`` is called, over the last axis."""
+    direction = input.unflatten(-1, (1, -1))
+    eps = torch.finfo(input.dtype).eps if eps is None else eps
+    return Normed(direction.square().mean(-1, keepdim=True) + eps, direction, weight, None)
+
+
+_NORMS: dict[object, Callable[..., Normed]] = {
+    F.layer_norm: _of_layer,
+    F.group_norm: _of_groups,
+    F.rms_norm: _of_root,
+}
 
 
 def rounding(x: Tensor) -> float:
@@ -121,12 +126,6 @@ _GATES = (torch.sigmoid, Tensor.sigmoid, F.sigmoid, F.softplus, torch.tanh, Tens
 """What gates, decays and strengths are made with."""
 
 
-def _at_fixed_scale(value: Tensor, norm: Normed) -> Tensor:
-    """What a norm made of its input: gain * (x - mean) / scale + bias, its scale a constant."""
-    linear = norm.scaled(norm.square.rsqrt().detach())
-    return value.detach() + (linear - linear.detach())
-
-
 def _at_fixed_length(value: Tensor, x: Tensor) -> Tensor:
     """What ``F.normalize`` made of x [...,D] over its last axis, its length a constant."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12).detach()
@@ -171,32 +170,32 @@ class Constants(TorchFunctionMode):
         if self.patterns and func is F.scaled_dot_product_attention:
             args = (*(cast(Tensor, x).detach() for x in args[:2]), *args[2:])
         value = func(*args, **kwargs)
-        is_norm = func in _NORMS
-        is_root = func in _ROOTS or func in _INVERSE_ROOTS
-        if (self.norms and is_root) or (self.gates and func in _GATES):
-            return value.detach()
         if not isinstance(value, Tensor) or not value.requires_grad:
             return value
-        if self.apart is not None and (is_root or is_norm):
-            return self._scale_apart(value, func, args, kwargs)
-        if self.norms and is_norm:
-            return _at_fixed_scale(value, _norm_of(func, args, kwargs))
+        if self.gates and func in _GATES:
+            return value.detach()
+        if (self.norms or self.apart is not None) and func in (*_ROOTS, torch.rsqrt, Tensor.rsqrt, *_NORMS):
+            return self._at_own_scale(value, func, args, kwargs)
         x = cast(Tensor, args[0])
-        if self.norms and func is F.normalize:
+        if self.norms and self.apart is None and func is F.normalize:
             return _at_fixed_length(value, x)
         return _at_fixed_gate(value, x) if self.gates and func in _SECANTS else value
 
-    def _scale_apart(
+    def _at_own_scale(
         self, value: Tensor, func: Callable[..., Tensor], args: Arguments, kwargs: Mapping[str, object]
     ) -> Tensor:
-        norm = _norm_of(func, args, kwargs) if func in _NORMS else None
-        square = cast(Tensor, args[0]) if norm is None else norm.square
-        level = torch.ones_like(square, requires_grad=True)
-        assert self.apart is not None
-        self.apart.append(HeadNorm(square, level))
-        if norm is not None:
-            return norm.scaled(square.rsqrt().detach() * level)
-        return value.detach() * level if func in _INVERSE_ROOTS else value.detach() / level
+        """What a norm or a root made of its input, its scale a constant, or that times a level which is noted."""
+        norm = _NORMS[func](*args, **kwargs) if func in _NORMS else None
+        scale = value.detach() if norm is None else norm.square.rsqrt().detach()
+        if self.apart is not None:
+            square = cast(Tensor, args[0]) if norm is None else norm.square
+            level = torch.ones_like(square, requires_grad=True)
+            self.apart.append(HeadNorm(square, level))
+            scale = scale / level if func in _ROOTS else scale * level
+        if norm is None:
+            return scale
+        linear = norm.scaled(scale)
+        return value.detach() + (linear - linear.detach())
 
 
 @scoped

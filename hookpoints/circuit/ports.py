@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hookpoints.circuit.nodes import ThroughNorm
 from hookpoints.circuit.norms import AFFINE, constants
 from hookpoints.circuit.stream import Decomposition, Text, moved, reads_of
-from hookpoints.circuit.tables import Change, FeatureType, Node, PortName
+from hookpoints.circuit.tables import Change, Node, PortName
 from hookpoints.layer.context import StopForward, scope
 from hookpoints.layer.intercept import running, wrap_forward
 from hookpoints.memory.caches import reach
@@ -43,9 +43,10 @@ _NOTHING = Node("rest")
 class Port(NamedTuple):
     """One side of a node, and what it does to the metric.
 
-    Sides of a write are its value, its key, the query that reads it, and its gate: what decay and erase leave of the
-    state before it. Those of a softmax head are what it hands on where its values, its keys, its query or its gate
-    alone are others; the pattern is computed again. An MLP has one, what it adds where its input is another.
+    Those of a write are the write where its value or its key alone is another, what a query reads of it, and its gate:
+    what decay and erase leave of the state before it. Those of a softmax head [V] are what it hands on where its
+    values, its keys, its query or its gate alone are others; the pattern is computed again. An MLP has one [D], what
+    it adds where its input is another.
     """
 
     node: Node
@@ -53,17 +54,12 @@ class Port(NamedTuple):
     at: int
     """Token whose factor it is."""
     gradient: Tensor
-    """Of the metric by what `given` is."""
+    """Of the metric by the side."""
     other: Tensor | None = None
-    """What a side meets: the key [R,K] of a value, the value [R,V] of a key, the state [K,V] before a gate, and for a
+    """What a factor meets: the key [R,K] of a value, the value [R,V] of a key, the state [K,V] before a gate, and for a
     query the write [K,V] as the transitions since have left it, times the scale of reads."""
     readers: Tensor | None = None
     """[T',K], what tokens from ``at`` on read of the state after it, or [1,1] of what a query reads."""
-
-    @property
-    def entered(self) -> int:
-        """The block of which what enters is all that the side depends on: for an MLP, heads of its block count, too."""
-        return self.node.layer + (self.name == "input")
 
     @property
     def is_linear(self) -> bool:
@@ -71,34 +67,29 @@ class Port(NamedTuple):
         return self.name == "value" or (self.node.feature_type == "write" and self.name != "gate")
 
     def of(self, r: Recurrence) -> Tensor:
-        """[N,R,K] or [N,R,V], this side of a write at the last token of ``r`` [N,...]; [N,K,V] of a gate."""
-        if self.name == "gate" and self.other is not None:
-            states = self.other.expand(r.B, 1, -1, -1)
+        """The side of a write at the last token of ``r`` [N,...]: [N,K,V], what its value, key or gate gives to the
+        state after it, or [N,1,V], what its query reads."""
+        other = cast(Tensor, self.other)
+        if self.name == "gate":
+            states = other.expand(r.B, 1, -1, -1)
             last = r.select(heads=self.node.head, tokens=slice(r.T - 1, r.T), initial_state=states)
-            return last.replace(u=torch.zeros_like(last.u)).final_state()[:, 0]
-        factor = {"value": r.u, "key": r.k, "query": r.q}[cast(Literal["value", "key", "query"], self.name)]
-        return factor[:, -1, self.node.head].reshape(r.B, -1, factor.shape[-1])
-
-    def given(self, sides: Tensor) -> Tensor:
-        """[N,K,V], what sides give to the state after their token, [N,1,V], what a query reads, [N,V], what a softmax
-        head hands on, or [N,D], what an MLP adds."""
-        sides = sides.to(self.gradient)
-        if self.other is None or self.name == "gate":
-            return sides
-        if self.name == "value":
-            return self.other.mT @ sides
-        return (sides.mT if self.name == "key" else sides) @ self.other
+            side = last.replace(u=torch.zeros_like(last.u)).final_state()[:, 0]
+        else:
+            factor = {"value": r.u, "key": r.k, "query": r.q}[cast(Literal["value", "key", "query"], self.name)]
+            side = factor[:, -1, self.node.head].reshape(r.B, -1, factor.shape[-1]).to(other)
+            side = other.mT @ side if self.name == "value" else (side.mT if self.name == "key" else side) @ other
+        return side.to(self.gradient)
 
     def worth(self, sides: Tensor) -> Tensor:
         """[N], what sides give to the metric, to first order."""
-        return (self.given(sides) * self.gradient).flatten(1).sum(1)
+        return (sides * self.gradient).flatten(1).sum(1)
 
     def effects(self, taken: Tensor, through: ThroughNorm | None) -> Tensor:
         """[N], what the metric loses with sides ``taken`` off: exactly ``through`` the norm of the head, which is that
         from the token of the write on."""
         if through is None or self.readers is None:
             return self.worth(taken)
-        reads = self.readers @ self.given(taken)
+        reads = self.readers @ taken
         first = self.at - self.node.position
         return through.select(slice(None), slice(first, first + reads.shape[1])).of_reads(reads)
 
@@ -175,17 +166,14 @@ def change_for(port: Port, clean: Text, taken: Sequence[Tensor]) -> list[Change]
     if not len(taken):
         return []
     node = port.node
-    given = port.given(torch.stack([*taken]))
-    mixer = f"blocks.{node.layer}.mixer"
+    given = torch.stack([*taken])
     if node.feature_type == "write" and port.name != "query":
-        name = f"{mixer}.heads.{node.head}.hook_write"
+        name = f"blocks.{node.layer}.mixer.heads.{node.head}.hook_write"
         write = clean.recurrences[node.layer].write(heads=node.head, positions=node.position)[0, 0, 0]
         return [Change(node.layer, port.at, {name: left}) for left in write - given]
-    names: dict[FeatureType, str] = {"write": f"{mixer}.hook_read", "attn": f"blocks.{node.layer}.attn.hook_z"}
-    name = names.get(node.feature_type, f"blocks.{node.layer}.hook_mlp_out")
-    at_token = clean.at(name)[port.at]
+    at_token = clean.at(node.hook)[port.at]
     value = at_token if node.head < 0 else at_token[node.head]
-    return [Change(node.layer, port.at, {name: left}, node.head) for left in value - given.reshape(-1, len(value))]
+    return [Change(node.layer, port.at, {node.hook: left}, node.head) for left in value - given.reshape(-1, len(value))]
 
 
 # ------------------------------------------------------------------------------------------------ runs of a block
@@ -335,7 +323,7 @@ class Blocks:
         block = f"blocks.{node.layer}"
         if node.feature_type == "write":
             ran = self.run(f"{block}.mixer.hook_read", inputs, gradients=gradients)
-            r = moved(ran.seen[node.layer].recurrence, ran.value.device)
+            (r,) = moved({0: ran.seen[node.layer].recurrence}, ran.value.device).values()
 
             def side(port: Port, rows: slice, token: int) -> Tensor:
                 return port.of(r.select(rows=rows, tokens=slice(token + 1)))
@@ -439,14 +427,16 @@ class NodeSources:
         """[T,...], what replaces the values of a hook: those of the corrupt text, or 0."""
         return torch.zeros_like(self.text.at(name)) if self.corrupt is None else self.corrupt.at(name)
 
-    def other_writes(self, layer: int) -> dict[str, Tensor]:
-        """[T,H,...] by the names of hooks, what replaces the writes of a layer: the values and keys of those of the
-        corrupt text, or values of 0."""
-        mixer = f"blocks.{layer}.mixer"
-        if self.corrupt is None:
-            return {f"{mixer}.hook_write_value": torch.zeros_like(self.text.recurrences[layer].u[0])}
-        r = self.corrupt.recurrences[layer]
-        return {f"{mixer}.hook_write_value": r.u[0], f"{mixer}.hook_write_key": r.k[0]}
+    def replacing(self, node: Node) -> dict[str, Tensor]:
+        """[T,...] by the names of hooks, what replaces a node at its token and head: of a write value and key."""
+        if node.feature_type == "write":
+            mixer = f"blocks.{node.layer}.mixer"
+            if self.corrupt is None:
+                return {f"{mixer}.hook_write_value": torch.zeros_like(self.text.recurrences[node.layer].u[0])}
+            r = self.corrupt.recurrences[node.layer]
+            return {f"{mixer}.hook_write_value": r.u[0], f"{mixer}.hook_write_key": r.k[0]}
+        names = ("hook_embed", "blocks.0.hook_resid_pre") if node.feature_type == "embedding" else (node.hook,)
+        return {name: self.other(name) for name in names}
 
     def knows(self, source: Node) -> bool:
         """Whether it is known what a node gives to the stream."""
@@ -527,17 +517,11 @@ class NodeSources:
 
     def _stream_change(self, source: Node) -> Tensor:
         """[T,D], what a node adds to the stream, were it at each token, more than in the corrupt text."""
-        block = f"blocks.{source.layer}"
         if source.feature_type == "mlp":
             mlp_out = self.blocks.decomposition.mlp_out
             added = mlp_out(source.layer, self.text)
             return added if self.corrupt is None else added - mlp_out(source.layer, self.corrupt)
-        names: dict[FeatureType, str] = {
-            "embedding": "blocks.0.hook_resid_pre",
-            "stream": f"{block}.hook_resid_pre",
-            "attn": f"{block}.hook_attn_out" if source.head < 0 else f"{block}.attn.hook_z",
-        }
-        name = names[source.feature_type]
+        name = "blocks.0.hook_resid_pre" if source.feature_type == "embedding" else source.hook
         value = self.text.at(name) - self.other(name)
         if source.head < 0:
             return value

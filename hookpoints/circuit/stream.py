@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hookpoints.circuit.norms import constants
-from hookpoints.circuit.tables import FeatureType
+from hookpoints.circuit.tables import Node
 from hookpoints.recurrence.canonical import over_time, tensors
 from hookpoints.recurrence.recurrence import Recurrence
-from hookpoints.scopes import scoped
 
 if TYPE_CHECKING:
-    from transformer_lens.hook_points import HookPoint
-
-    from hookpoints.hooks.guard import Hook
     from hookpoints.model.recurrent import HookedRecurrent
-
-
-class Stretch(NamedTuple):
-    """A part of a block that is a linear map with its norms fixed; names of hooks."""
-
-    start: str
-    """What recurrent heads read, or softmax heads hand on."""
-    handed_on: str
-    added: str
-    """What the block adds."""
 
 
 class Text(NamedTuple):
@@ -39,65 +24,18 @@ class Text(NamedTuple):
     """[1,T]."""
     recurrences: Mapping[int, Recurrence]
     values: Mapping[str, Tensor]
-    """What hooks saw, [1,T,...], by name; with graphs inside stretches."""
-    stretches: Mapping[str, Stretch]
-    """By the hook at their end."""
+    """What hooks saw, [1,T,...], by name; with graphs from heads on."""
+    followed: Collection[str] = ()
+    """Hooks that see what heads add, where that is a linear map of what they read or hand on, with norms fixed."""
 
     def at(self, name: str) -> Tensor:
         """[T,...]."""
         return self.values[name].detach()[0].to(self.tokens.device)
 
 
-@scoped
-def reading(model: HookedRecurrent, stretches: Collection[Stretch] = ()) -> Iterator[dict[str, Tensor]]:
-    """In this scope a pass leaves the values of a `Text`. ``stretches`` are followed by autograd, norms fixed."""
-    ends = ("hook_resid_pre", "hook_mixer_out", "hook_attn_out", "hook_mlp_out", "hook_resid_post")
-    ends += ("mixer.hook_read", "mixer.hook_z", "attn.hook_z")
-    values: dict[str, Tensor] = {}
-
-    def keep(x: Tensor, hook: HookPoint) -> None:
-        values[str(hook.name)] = x
-
-    def begin(x: Tensor, hook: HookPoint) -> Tensor:
-        torch.set_grad_enabled(True)
-        return x.detach().requires_grad_()
-
-    def finish(x: Tensor, hook: HookPoint) -> Tensor:
-        torch.set_grad_enabled(False)
-        return x.detach()
-
-    hooks: list[tuple[str, Hook]] = [(stretch.start, begin) for stretch in stretches]
-    hooks.append(("hook_embed", keep))
-    for name in model.hook_dict:
-        if name.startswith("blocks.") and name.split(".", 2)[-1] in ends:
-            hooks.append((name, keep))
-    hooks += [(stretch.added, finish) for stretch in stretches]
-    with torch.no_grad(), constants(["norms"]), model.hooks(hooks):
-        yield values
-
-
-def stretches_of(model: HookedRecurrent, unknown: Container[int]) -> list[Stretch]:
-    """From what heads read to what their block adds: of recurrent layers but for ``unknown`` ones, and of softmax
-    layers."""
-    stretches = []
-    for layer in model.cfg.recurrent_layers:
-        if layer not in unknown:
-            block = f"blocks.{layer}"
-            stretches.append(Stretch(f"{block}.mixer.hook_read", f"{block}.mixer.hook_z", f"{block}.hook_mixer_out"))
-    for layer in sorted(model.cfg.attention):
-        z = f"blocks.{layer}.attn.hook_z"
-        stretches.append(Stretch(z, z, f"blocks.{layer}.hook_attn_out"))
-    return stretches
-
-
-class Part(NamedTuple):
-    """What the nodes of one kind in one block give to N directions."""
-
-    feature_type: FeatureType
-    layer: int
-    given: Tensor
-    """[N,T,H]; H is 1 where there are no heads."""
-    has_heads: bool = False
+Parts = dict[Node, Tensor]
+"""[N,T,H], what the nodes of a kind in a block give to N directions; H is 1 where there are no heads. A kind is a node
+of no token, whose head is 0 where there are heads."""
 
 
 @dataclass(frozen=True)
@@ -108,24 +46,25 @@ class Decomposition:
     clean: Text
     """The text whose norms, gates and patterns are held fixed."""
 
-    def parts(self, directions: Tensor, layer: int, text: Text) -> tuple[list[Part], Tensor]:
-        """What each node below block ``layer`` gives to <x, direction>, x [T,D] the stream that enters the block.
+    def parts(self, directions: Tensor, below: Node, text: Text) -> tuple[Parts, Tensor]:
+        """What each node ``below`` another gives to <x, direction>, x [T,D] the stream that enters its block.
 
         Args:
             directions: [N,T,D].
+            below: heads of its own block count for an MLP.
             text: whose values are given; the clean one, or a corrupt one through the clean one's maps.
 
         Returns: the parts, and [N], what output projections add as biases.
         """
-        embedding = torch.einsum("ntd,td->nt", directions, text.at("blocks.0.hook_resid_pre"))
-        parts = [Part("embedding", -1, embedding[..., None])]
+        parts = {Node("embedding"): _along(directions, text.at("blocks.0.hook_resid_pre"))}
         bias = directions.new_zeros(len(directions))
-        for block in range(layer):
+        for block in range(below.layer + (below.feature_type == "mlp")):
             for name in self.heads_out(block):
                 given, rest = self._of_heads(directions, block, name, text)
-                parts += given
+                parts |= given
                 bias = bias + rest
-            parts.append(self._whole_part("mlp", directions, block, self.mlp_out(block, text)))
+            if block < below.layer:
+                parts[Node("mlp", block)] = _along(directions, self.mlp_out(block, text))
         return parts, bias
 
     def mlp_out(self, block: int, text: Text) -> Tensor:
@@ -143,25 +82,30 @@ class Decomposition:
         names = [f"blocks.{block}.{hook}" for hook, counts in outs.items() if counts]
         return [name for name in names if name in self.clean.values]
 
-    def _whole_part(self, feature_type: FeatureType, directions: Tensor, block: int, added: Tensor) -> Part:
-        return Part(feature_type, block, torch.einsum("ntd,td->nt", directions, added)[..., None])
-
-    def _of_heads(self, directions: Tensor, block: int, name: str, text: Text) -> tuple[list[Part], Tensor | float]:
+    def _of_heads(self, directions: Tensor, block: int, name: str, text: Text) -> tuple[Parts, Tensor | float]:
         """Heads of a block, which the hook ``name`` sees: writes and skips, or softmax heads; and the bias of their
         projection."""
-        is_softmax = name.endswith("attn_out")
-        if name not in self.clean.stretches:
-            return [self._whole_part("attn" if is_softmax else "skip", directions, block, text.at(name))], 0.0
-        stretch = self.clean.stretches[name]
-        start, handed_on, added = (self.clean.values[hook] for hook in stretch)
-        at_z, at_start = back(added, (handed_on, start), directions)
-        heads = (at_z * text.at(stretch.handed_on)).sum(-1)
-        rest = torch.einsum("ntd,td->n", directions, text.at(name)) - heads.sum((1, 2))
+        added = text.at(name)
+        kind = Node("attn" if name.endswith("attn_out") else "skip", block)
+        if name not in self.clean.followed:
+            return {kind: _along(directions, added)}, 0.0
+        is_softmax = kind.feature_type == "attn"
+        ends = ("attn.hook_z", "attn.hook_z") if is_softmax else ("mixer.hook_z", "mixer.hook_read")
+        z, start = (f"blocks.{block}.{end}" for end in ends)
+        at_z, at_start = back(self.clean.values[name], (self.clean.values[z], self.clean.values[start]), directions)
+        heads = (at_z * text.at(z)).sum(-1)
+        rest = torch.einsum("ntd,td->n", directions, added) - heads.sum((1, 2))
+        own = kind._replace(head=0)
         if is_softmax:
-            return [Part("attn", block, heads, True)], rest
+            return {own: heads}, rest
         writes = of_writes(self.clean.recurrences[block], text.recurrences[block], at_start)
-        skips = heads - (at_start * text.at(stretch.start)).sum(-1)
-        return [Part("write", block, writes, True), Part("skip", block, skips, True)], rest
+        skips = heads - (at_start * text.at(start)).sum(-1)
+        return {own._replace(feature_type="write"): writes, own: skips}, rest
+
+
+def _along(directions: Tensor, added: Tensor) -> Tensor:
+    """[N,T,1], what ``added`` [T,D] gives at each token."""
+    return torch.einsum("ntd,td->nt", directions, added)[..., None]
 
 
 def back(end: Tensor, starts: tuple[Tensor, ...], directions: Tensor) -> list[Tensor]:
@@ -171,9 +115,9 @@ def back(end: Tensor, starts: tuple[Tensor, ...], directions: Tensor) -> list[Te
     return [gradient.squeeze(1).to(directions.device) for gradient in found]
 
 
-def moved(r: Recurrence, place: torch.device) -> Recurrence:
+def moved(recurrences: Mapping[int, Recurrence], place: torch.device) -> dict[int, Recurrence]:
     """The same factors on another device."""
-    return replace(r, **{name: x.to(place) for name, x in tensors(r)})
+    return {layer: replace(r, **{name: x.to(place) for name, x in tensors(r)}) for layer, r in recurrences.items()}
 
 
 @torch.no_grad()

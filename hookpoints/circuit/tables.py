@@ -53,6 +53,19 @@ class Node(NamedTuple):
         }
         return names[self.feature_type]
 
+    @property
+    def hook(self) -> str:
+        """Which hook sees what it is, all tokens and heads together; of a write, what is read of it."""
+        block = f"blocks.{self.layer}"
+        names: dict[FeatureType, str] = {
+            "embedding": "hook_embed",
+            "write": f"{block}.mixer.hook_read",
+            "attn": f"{block}.hook_attn_out" if self.head < 0 else f"{block}.attn.hook_z",
+            "mlp": f"{block}.hook_mlp_out",
+            "stream": f"{block}.hook_resid_pre",
+        }
+        return names[self.feature_type]
+
 
 class RunAnswer(NamedTuple):
     """What a model says in a run without some nodes."""
@@ -106,12 +119,11 @@ def random_orders(rows: pd.DataFrame) -> list[pd.DataFrame]:
     return [rows.sample(frac=1, random_state=draw) for draw in range(5)]
 
 
-def nodes_of_block(kind: FeatureType, layer: int, effect: Tensor) -> pd.DataFrame:
-    """Nodes of one kind in one block, with predictions [T,H] or [T]."""
+def nodes_of_block(kind: Node, effect: Tensor) -> pd.DataFrame:
+    """Nodes of one kind in one block, with predictions [T,H], or [T] where the kind has no heads."""
     values = effect.detach().double().cpu().reshape(len(effect), -1)
-    nodes = []
-    for position, head in np.ndindex(*values.shape):
-        nodes.append(Node(kind, layer, head if effect.ndim == 2 else -1, position))
+    places = np.ndindex(*values.shape)
+    nodes = [kind._replace(position=position, head=kind.head + head) for position, head in places]
     return node_table(nodes, values.flatten().tolist(), np.nan)
 
 

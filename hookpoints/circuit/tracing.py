@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, groupby
+from itertools import chain, groupby, product
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,9 +19,9 @@ from hookpoints.circuit.nodes import (
     ThroughNorm,
     Writes,
     keeps_last,
-    logits_of,
     predict_writes,
     read_gradients,
+    reading,
     record,
 )
 from hookpoints.circuit.norms import constants
@@ -36,11 +36,10 @@ from hookpoints.circuit.ports import (
     ports_of_head,
     reach_of,
 )
-from hookpoints.circuit.stream import Decomposition, Part, Text, moved, reading, stretches_of
+from hookpoints.circuit.stream import Decomposition, Text, moved
 from hookpoints.circuit.tables import (
     EDGE_COLUMNS,
     Change,
-    FeatureType,
     Node,
     RunAnswer,
     by_size,
@@ -55,6 +54,7 @@ from hookpoints.scopes import own_gradients
 
 if TYPE_CHECKING:
     from hookpoints.model.recurrent import HookedRecurrent
+    from hookpoints.recurrence.recurrence import Recurrence
 
 _LISTED = 16
 """Sources of a port that are listed."""
@@ -86,6 +86,8 @@ class Tracing:
     frozen: bool
     audit: Mapping[str, float] = field(default_factory=dict)
     """Of writes that were drawn from those that no prediction chose: how many, and their largest |effect|."""
+    columns: list[Node] = field(default_factory=list)
+    """All that the stream is the sum of, in the order in which it is added, and token by token."""
     completeness: dict[str, float] = field(default_factory=dict)
     """Sum of the parts less the whole, by port."""
 
@@ -94,25 +96,30 @@ class Tracing:
         cls, model: HookedRecurrent, tokens: Tensor, wanted: Wanted, corrupt: Tensor | None, frozen: bool
     ) -> Tracing:
         """Read the texts, and follow the metric back."""
-        further = tuple(name for name in model.hook_dict if _kind_of_hook(model, name) is not None)
+        kinds = _kinds_of(model)
+        further = tuple(kind.hook for kind in kinds)
         gradients = read_gradients(model, tokens, wanted.metric, frozen, further, wanted.last)
-        donors = {} if corrupt is None else record(model, corrupt)
-        writes = predict_writes(model, tokens, gradients, donors)
-        stretches = {stretch.added: stretch for stretch in stretches_of(model, writes.unknown)}
-        with reading(model, stretches.values()) as values:
+        with reading(model) as read:
             session = EditSession(model, tokens, logits_to_keep=int(wanted.last and keeps_last(model)))
+        recurrences = {layer: session.recurrence(layer) for layer in model.cfg.recurrent_layers}
+        donors: dict[int, Recurrence] = {}
+        if corrupt is not None:
+            with reading(model, follow=False) as others:
+                donors = record(model, corrupt)
+        writes = predict_writes(model, recurrences, read.ways, gradients, donors)
         place = session.tokens.device  # where the model lies on several, all that is computed here is there
         gradients, writes = tree_map_only(Tensor, lambda x: x.to(place), (gradients, writes))
-        recurrences = {layer: moved(session.recurrence(layer), place) for layer in model.cfg.recurrent_layers}
-        clean = Text(session.tokens, recurrences, values, stretches)
-        other = None
-        if corrupt is not None:
-            with reading(model) as others:
-                logits_of(model, corrupt, last=True)
-            other = Text(corrupt.to(place), {layer: moved(r, place) for layer, r in donors.items()}, others, {})
+        followed = {f"blocks.{layer}.hook_mixer_out" for layer in recurrences if layer not in writes.unknown}
+        followed |= {f"blocks.{layer}.hook_attn_out" for layer in model.cfg.attention}
+        clean = Text(session.tokens, moved(recurrences, place), read.values, followed)
+        other = None if corrupt is None else Text(corrupt.to(place), moved(donors, place), others.values)
         sources = NodeSources(Blocks(Decomposition(model, clean), reach_of(model, tokens)), other)
-        predicted = pd.concat(_predicted_tables(sources, writes, gradients), ignore_index=True)
-        return cls(model, wanted, sources, gradients, writes, predicted, Measure(session, wanted), frozen)
+        tables = [nodes_of_block(Node("write", layer, 0), effects) for layer, effects in writes.effects.items()]
+        for kind in kinds:
+            change = clean.at(kind.hook) - sources.other(kind.hook)
+            tables.append(nodes_of_block(kind, (change * gradients[kind.hook][0]).sum(-1)))
+        nodes = pd.concat(tables, ignore_index=True)
+        return cls(model, wanted, sources, gradients, writes, nodes, Measure(session, wanted), frozen)
 
     @property
     def text(self) -> Text:
@@ -143,24 +150,11 @@ class Tracing:
         for node in nodes:
             alike = node._replace(position=-1)
             if alike not in replacing:
-                replacing[alike] = self._replacing_values(alike)
+                replacing[alike] = self.sources.replacing(alike)
             at = (node.position,) if node.head < 0 else (node.position, node.head)
             values = {name: value[at] for name, value in replacing[alike].items()}
             changes.append(Change(node.layer, node.position, values, node.head))
         return changes
-
-    def _replacing_values(self, node: Node) -> dict[str, Tensor]:
-        """[T,...] by the names of hooks, what replaces a node at its token and head."""
-        block = f"blocks.{node.layer}"
-        attention = "hook_attn_out" if node.head < 0 else "attn.hook_z"
-        names: dict[FeatureType, list[str]] = {
-            "embedding": ["hook_embed", "blocks.0.hook_resid_pre"],
-            "mlp": [f"{block}.hook_mlp_out"],
-            "attn": [f"{block}.{attention}"],
-        }
-        if node.feature_type == "write":
-            return self.sources.other_writes(node.layer)
-        return {name: self.sources.other(name) for name in names[node.feature_type]}
 
     # ------------------------------------------------------------------------------------ edges
 
@@ -175,14 +169,11 @@ class Tracing:
             value = self.wanted.metric(self._logits_of_stream(read)).reshape(())
         direction = torch.zeros_like(stream)
         (direction[:, first:],) = torch.autograd.grad(value, read)
-        parts, left = self._on_host(*self._parts_below(["logit"], direction, n_layers, stream[0]))
-        by_kind = {(part.feature_type, part.layer): part.given[0] for part in parts}
-        sources = {}
-        for node in map(node_of, largest(self.nodes, _DIRECT).itertuples()):
-            given = by_kind.get((node.feature_type, node.layer))
-            if given is not None and given[node.position, max(node.head, 0)]:
-                sources[node] = float(given[node.position, max(node.head, 0)])
-        unlisted = sum(float(part.given.sum()) for part in parts) - sum(sources.values())
+        given, left = _on_host(*self._parts_below(["logit"], direction, Node("logit", n_layers), stream[0]))
+        by_node = dict(zip(self.columns, given[0].tolist()))
+        best = map(node_of, largest(self.nodes, _DIRECT).itertuples())
+        sources = {node: by_node[node] for node in best if by_node.get(node)}
+        unlisted = float(given.sum()) - sum(sources.values())
         ends = {Node("bias"): float(value.detach()) + float(left), Node("rest"): unlisted}
         known = [source for source in sources if self.sources.knows(source)]
         measured: dict[Node, float] = {}
@@ -198,32 +189,31 @@ class Tracing:
         return self.model.unembed(stream if final is None else self.model.ln_final(stream))
 
     def _parts_below(
-        self, labels: Sequence[str], directions: Tensor, layer: int, entered: Tensor
-    ) -> tuple[list[Part], Tensor]:
-        """What each node below a block gives to <stream, direction> (with a corrupt text, how much more than there),
-        and [N], biases less the whole. Notes how far the parts of the first directions, ``labels``, miss their sum.
+        self, labels: Sequence[str], directions: Tensor, below: Node, entered: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """[N,M], what each node below another gives to <stream, direction> (with a corrupt text, how much more than
+        there), in the order of `columns`; and [N,1], biases less the whole. Notes how far the parts of the first
+        directions, ``labels``, miss their sum.
 
         Args:
             directions: [N,T,D].
             entered: [T,D], the stream.
         """
         decomposition = self.sources.blocks.decomposition
-        parts, rest = decomposition.parts(directions, layer, self.text)
+        parts, rest = decomposition.parts(directions, below, self.text)
+        given = torch.cat([x.flatten(1) for x in parts.values()], 1)
         left = rest - torch.einsum("ntd,td->n", directions, entered)
-        missed = left + sum(part.given.sum((1, 2)) for part in parts)
-        self.completeness |= dict(zip(labels, missed.tolist()))
+        self.completeness |= dict(zip(labels, (left + given.sum(1)).tolist()))
+        if given.shape[1] > len(self.columns):
+            self.columns = []
+            for kind, x in parts.items():
+                _, length, heads = x.shape
+                places = product(range(length), range(heads))
+                self.columns += [Node(kind.feature_type, kind.layer, kind.head + head, at) for at, head in places]
         if self.sources.corrupt is not None:
-            others, _ = decomposition.parts(directions, layer, self.sources.corrupt)
-            pairs = zip(parts, others, strict=True)
-            parts = [part._replace(given=part.given - other.given) for part, other in pairs]
-        return parts, left
-
-    def _on_host(self, parts: Sequence[Part], left: Tensor) -> tuple[list[Part], Tensor]:
-        """The same on the host, for one wait."""
-        flat = torch.cat([left[:, None], *(part.given.flatten(1) for part in parts)], 1).cpu()
-        left, *given = flat.split([1, *(part.given[0].numel() for part in parts)], 1)
-        moved = [part._replace(given=x.view(part.given.shape)) for part, x in zip(parts, given)]
-        return moved, left[:, 0]
+            others, _ = decomposition.parts(directions, below, self.sources.corrupt)
+            given = given - torch.cat([x.flatten(1) for x in others.values()], 1)
+        return given, left[:, None]
 
     def edges_into(self, nodes: Sequence[Node], read: int | None = None) -> pd.DataFrame:
         """Edges into the ports of writes, softmax heads and MLPs: the largest sources, of which some are measured, and
@@ -244,10 +234,10 @@ class Tracing:
 
     def _ports_of(self, node: Node, read: int | None) -> list[Port]:
         if node.feature_type == "write":
-            return ports_of(node, self.text.recurrences[node.layer], self.gradients.reads[node.layer], read)
+            return ports_of(node, self.text.recurrences[node.layer], self.gradients[node.hook], read)
         if node.feature_type == "mlp":
-            return [port_of_mlp(node, self.gradients.other[f"blocks.{node.layer}.hook_mlp_out"])]
-        return ports_of_head(node, self.gradients.other[f"blocks.{node.layer}.attn.hook_z"])
+            return [port_of_mlp(node, self.gradients[node.hook])]
+        return ports_of_head(node, self.gradients[node.hook])
 
     def through(self, node: Node) -> ThroughNorm | None:
         """The norm that follows the reads of a write, from its token on."""
@@ -286,23 +276,23 @@ class Tracing:
         runs = [self.sources.blocks.maps(linear, live=False)] if linear else []
         maps = Maps(*map(torch.cat, zip(*runs, self.sources.blocks.maps(ports, live=True))))
         labels = [f"{port.node.node_id} {port.name}" for port in linear]
-        parts, left = self._parts_below(labels, maps.stream, ports[0].entered, streams)
-        given = torch.einsum("ntd,td->nt", maps.embedded, embeddings - self.sources.other("hook_embed"))
-        parts[0] = parts[0]._replace(given=parts[0].given + given[..., None])
+        given, left = self._parts_below(labels, maps.stream, node, streams)
+        given[:, : len(embeddings)] += torch.einsum(
+            "ntd,td->nt", maps.embedded, embeddings - self.sources.other("hook_embed")
+        )
         held = torch.einsum("ntd,td->nt", maps.stream, streams - self.sources.other(name))
         read_again = torch.einsum("ntd,td->n", maps.embedded, embeddings)
-        parts, left = self._on_host(
-            [*parts, Part("stream", node.layer, held[..., None])], left + maps.wholes - read_again
-        )
-        biases = {id(port): {Node("bias"): rest} for port, rest in zip(linear, left.tolist())}
+        given, held, left = _on_host(given, held, left + (maps.wholes - read_again)[:, None])
+        biases = {id(port): {Node("bias"): rest} for port, (rest,) in zip(linear, left.tolist())}
+        at_tokens = [Node("stream", node.layer, -1, token) for token in range(len(streams))]
+        is_skip = torch.tensor([column.feature_type == "skip" for column in self.columns[: given.shape[1]]])
         found = []
         ends = []
-        for row, port in enumerate(ports, start=len(linear)):
-            *own, stream = (part._replace(given=part.given[row]) for part in parts if part[:2] != port.node[:2])
-            sources = _largest_sources(own, _LISTED)
-            found.append(sources | _largest_sources([stream], _STREAMS))
-            unlisted = sum(float(part.given.sum()) for part in own) - sum(sources.values())
-            ends.append(biases.get(id(port), {}) | {Node("rest"): unlisted})
+        for port, own, stream in zip(ports, given[len(linear) :], held[len(linear) :]):
+            sources = _largest_sources(own * ~is_skip, self.columns, _LISTED)
+            sources |= _largest_sources(own * is_skip, self.columns, _MEASURED)
+            found.append(sources | _largest_sources(stream, at_tokens, _STREAMS))
+            ends.append(biases.get(id(port), {}) | {Node("rest"): float(own.sum()) - sum(sources.values())})
         return found, ends
 
     # ------------------------------------------------------------------------------------ questions of a graph
@@ -356,41 +346,22 @@ class Tracing:
         return [str(token) if self.model.tokenizer is None else str(self.model.to_string(token)) for token in ids]
 
 
-def _predicted_tables(sources: NodeSources, writes: Writes, gradients: Gradients) -> list[pd.DataFrame]:
-    """Tables of nodes, by block and kind."""
-    tables = [nodes_of_block("write", layer, effects) for layer, effects in writes.effects.items()]
-    for name, gradient in gradients.other.items():
-        kind = _kind_of_hook(sources.blocks.model, name)
-        layer = -1 if kind == "embedding" else int(name.split(".")[1])
-        effect = ((sources.text.at(name) - sources.other(name)) * gradient[0]).sum(-1)
-        if kind is not None:
-            tables.append(nodes_of_block(kind, layer, effect))
-    return tables
+def _kinds_of(model: HookedRecurrent) -> list[Node]:
+    """Kinds of nodes that are no writes, each of no token; the head is 0 where heads are told apart."""
+    kinds = [Node("embedding")]
+    for layer in range(model.cfg.n_layers):
+        if layer in model.cfg.attention or layer not in model.cfg.layers:
+            kinds.append(Node("attn", layer, 0 if layer in model.cfg.attention else -1))
+        kinds.append(Node("mlp", layer))
+    return [kind for kind in kinds if kind.hook in model.hook_dict]
 
 
-def _kind_of_hook(model: HookedRecurrent, name: str) -> FeatureType | None:
-    """What nodes a hook has the values of, writes aside; None: of none."""
-    if not name.startswith("blocks."):
-        return "embedding" if name == "hook_embed" else None
-    layer = int(name.split(".")[1])
-    if name.endswith("hook_attn_out"):  # where it is no recurrence's, and not told apart by heads
-        return None if layer in model.cfg.layers or layer in model.cfg.attention else "attn"
-    if name.endswith("hook_mlp_out"):
-        return "mlp"
-    return "attn" if name.endswith("attn.hook_z") else None
+def _on_host(*parts: Tensor) -> Sequence[Tensor]:
+    """The same [N,...] on the host, for one wait."""
+    return torch.cat(parts, 1).cpu().split([part.shape[1] for part in parts], 1)
 
 
-def _largest_sources(parts: Sequence[Part], n: int) -> dict[Node, float]:
-    """The n nodes of parts [T,H] that give most, largest first, and the largest skips, which are not measured."""
-    sources: dict[Node, float] = {}
-    for part in parts:
-        given = part.given.flatten()
-        top = given.abs().topk(min(n, len(given))).indices
-        for index, value in zip(top.tolist(), given[top].tolist()):
-            position, head = divmod(index, part.given.shape[1])
-            if value:
-                sources[Node(part.feature_type, part.layer, head if part.has_heads else -1, position)] = value
-    ordered = sorted(sources, key=lambda source: -abs(sources[source]))
-    skips = [source for source in ordered if source.feature_type == "skip"]
-    others = [source for source in ordered if source.feature_type != "skip"]
-    return {source: sources[source] for source in [*others[:n], *skips[:_MEASURED]]}
+def _largest_sources(given: Tensor, nodes: Sequence[Node], n: int) -> dict[Node, float]:
+    """Of the n nodes that give most, which is in ``given`` [M], those that give something; the largest first."""
+    best = given.abs().topk(min(n, len(given))).indices
+    return {nodes[index]: value for index, value in zip(best.tolist(), given[best].tolist()) if value}

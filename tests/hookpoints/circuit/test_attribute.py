@@ -148,7 +148,7 @@ def test_edges_are_measured_by_runs_with_that_side_changed(
     tracer: Any = graph.tracer
     head = 1
     clean = model64.recurrence(SEQUENCE, layer)
-    for port in ports_of(Node("write", layer, head, position), clean, tracer.gradients.reads[layer], read):
+    for port in ports_of(Node("write", layer, head, position), clean, tracer.gradients[f"blocks.{layer}.mixer.hook_read"], read):
         plain, *sides = tracer.sources.sides_without([port], [[Node("mlp", layer - 1, -1, port.at)]])[0]
         taken = plain - torch.stack(sides)
         (found,) = tracer.runs.effects(change_for(port, tracer.text, taken))
@@ -158,9 +158,10 @@ def test_edges_are_measured_by_runs_with_that_side_changed(
         edit: Any = ()
         if port.name in ("value", "key"):
             gradient = gradient_at(model64, f"blocks.{layer}.mixer.hook_write_{port.name}")[at]
-            torch.testing.assert_close(port.worth(taken), taken[:, 0] @ gradient, rtol=1e-9, atol=1e-12)
             k = changed.k if port.name == "key" else clean.k
             u = changed.u if port.name == "value" else clean.u
+            side = ((clean.k - changed.k) if port.name == "key" else (clean.u - changed.u))[at]
+            torch.testing.assert_close(port.worth(taken), (side @ gradient)[None], rtol=1e-9, atol=1e-12)
             edit = WriteEdit(layer, head, position, keys=k[at], values=u[at], mode="replace")
         elif port.name == "query":
             pattern = clean.attention()
@@ -185,8 +186,8 @@ def test_an_edge_goes_exactly_through_the_norm_of_its_head(ruled64: HookedRecurr
     tracer: Any = attribute(SEQUENCE, ruled64, [5], against=9, measure=3, targets=0).tracer
     layer = ruled64.cfg.recurrent_layers[-1]
     name = f"blocks.{layer}.mixer.hook_z"
-    at_z = tracer.gradients.handed_on[layer]
-    reads = tracer.gradients.reads[layer]
+    at_z = tracer.gradients[name]
+    reads = tracer.gradients[f"blocks.{layer}.mixer.hook_read"]
     _, cache = ruled64.run_with_cache(SEQUENCE, names_filter=name)
     node = Node("write", layer, ruled64.cfg.layer(layer).H - 1, 13)
     through = tracer.through(node)
@@ -224,7 +225,7 @@ def test_edges_into_a_softmax_head_compute_its_pattern_again(model64: HookedRecu
     tracer: Any = graph.tracer
     layer, head, at = 3, 1, 15
     token = at if name in ("query", "gate") else 7
-    ports = ports_of_head(Node("attn", layer, head, at), tracer.gradients.other[f"blocks.{layer}.attn.hook_z"])
+    ports = ports_of_head(Node("attn", layer, head, at), tracer.gradients[f"blocks.{layer}.attn.hook_z"])
     port = next(port for port in ports if port.name == name)
     plain, *sides = tracer.sources.sides_without([port], [[Node("mlp", layer - 1, -1, token)]])[0]
     (found,) = tracer.runs.effects(change_for(port, tracer.text, plain - torch.stack(sides)))
@@ -263,7 +264,7 @@ def test_heads_of_any_attention_have_ports(model_type: str) -> None:
         name = f"blocks.{layer}.attn.hook_z"
         _, cache = model.run_with_cache(SEQUENCE, names_filter=name)
         ports = [
-            port for at in (4, 9) for port in ports_of_head(Node("attn", layer, 1, at), tracer.gradients.other[name])
+            port for at in (4, 9) for port in ports_of_head(Node("attn", layer, 1, at), tracer.gradients[name])
         ]
         for port, sides in zip(ports, tracer.sources.sides_without(ports, [[]] * 8)):
             torch.testing.assert_close(sides[0], cache[name][0, port.at, 1], rtol=1e-9, atol=1e-12)
@@ -279,7 +280,7 @@ def test_an_edge_into_an_mlp_is_a_run_with_its_input_changed(ruled64: HookedRecu
     if out not in ruled64.hook_dict:
         pytest.skip("its blocks have no MLP, or several")
     tracer: Any = attribute(SEQUENCE, ruled64, [5], against=9, measure=3, targets=0).tracer
-    port = port_of_mlp(Node("mlp", layer, -1, at), tracer.gradients.other[out])
+    port = port_of_mlp(Node("mlp", layer, -1, at), tracer.gradients[out])
     below = Node("mlp" if layer else "embedding", layer - 1, -1, at)
     write = Node("write", layer, ruled64.cfg.layer(layer).H - 1, 9)
     sides = tracer.sources.sides_without([port], [[below, write]])[0]
@@ -467,7 +468,7 @@ def test_sources_that_are_not_listed_are_the_rest(graph: Graph) -> None:
     assert abs(direct[direct.source == "rest"].predicted.item()) > 1e-6
     tracer: Any = graph.tracer
     node = Node("write", 2, 1, 7)
-    ports = ports_of(node, tracer.text.recurrences[2], tracer.gradients.reads[2])[:2]
+    ports = ports_of(node, tracer.text.recurrences[2], tracer.gradients["blocks.2.mixer.hook_read"])[:2]
     listed, ends = tracer._likely_sources(ports)
     maps = tracer.sources.blocks.maps(ports, live=True)
     for stream, sources, last in zip(maps.stream, listed, ends):
@@ -487,7 +488,7 @@ def test_the_largest_nodes_of_either_sign_are_explained(graph: Graph) -> None:
 def test_a_query_is_that_of_the_token_through_which_a_write_does_most(graph: Graph) -> None:
     """For the metric or against it: by what the head reads of that write alone."""
     tracer: Any = graph.tracer
-    clean, gradients = tracer.text.recurrences[1], tracer.gradients.reads[1]
+    clean, gradients = tracer.text.recurrences[1], tracer.gradients["blocks.1.mixer.hook_read"]
     for position in range(SEQUENCE.shape[1]):
         effects = (reads_of(clean, clean, torch.tensor([1]), torch.tensor([position]))[:, 0] * gradients[0, :, 1]).sum(
             -1
