@@ -1,42 +1,25 @@
-"""The picture of a graph: one SVG without scripts, fonts or network."""
+"""Where a picture has the nodes of a graph: `picture.svg` is its markup, without scripts, fonts or network."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from html import escape
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import chain
 from textwrap import wrap
-from typing import NamedTuple, cast
+from typing import Any, cast
 
 import pandas as pd
+from jinja2 import Environment, PackageLoader
 
-STYLE = """
-.circuit { --paper: #fff; --ink: #1d2733; --soft: #667180; --line: #e4e8ee; --help: #2166ac; --hurt: #b2382e; }
-@media (prefers-color-scheme: dark) {
-  .circuit { --paper: #12161c; --ink: #e8ecf1; --soft: #9aa5b1; --line: #2a313a; --help: #6db1f0; --hurt: #f08a7e; }
-}
-.circuit text { font: 11px system-ui, sans-serif; fill: var(--ink); paint-order: stroke; stroke: var(--paper);
-  stroke-width: 3px; stroke-linejoin: round; }
-.circuit .soft { fill: var(--soft); } .circuit .title { font-weight: 600; font-size: 13px; }
-.circuit line { stroke: var(--line); } .circuit path { fill: none; stroke-linecap: round; opacity: .7; }
-.circuit .help { stroke: var(--help); } .circuit .hurt { stroke: var(--hurt); }
-.circuit .key { stroke-dasharray: 0.1 5; } .circuit :is(.query, .gate) { stroke-dasharray: 6 5; }
-.circuit .node { cursor: pointer; }
-.circuit .node path { stroke: var(--paper); stroke-width: 1.5; vector-effect: non-scaling-stroke; opacity: 1; }
-.circuit .node.help path { fill: var(--help); } .circuit .node.hurt path { fill: var(--hurt); }
-.circuit .node:focus-visible { outline: 2px solid var(--ink); }
-"""
+from hookpoints.circuit.tables import by_size
+
 _LEFT = 34
 _ROW = 66
-_TOP = 44
 _PART = 30
 """Height of a part of a write or a state, which is drawn below it."""
-_CIRCLE = "M-1 0a1 1 0 1 0 2 0a1 1 0 1 0-2 0z"
-_SQUARE = "M-.75-.75h1.5v1.5h-1.5z"
-_DIAMOND = "M0-1.06L1.06 0L0 1.06L-1.06 0z"
-_SHAPES = {"write": _CIRCLE, "state": _CIRCLE, "embedding": _SQUARE, "attn": _SQUARE, "mlp": _SQUARE}
-"""Of nodes that are no parts, of radius 1."""
+_FIRST = 80
+"""Where the highest block is; the logit is above."""
+_SHAPES = {"write": "circle", "state": "circle", "embedding": "square", "attn": "square", "mlp": "square"}
+"""Of nodes that are no parts."""
 _SOURCES = {"direct": 1000, "part": 4}
 """Sources of a port that are drawn."""
 _LEAST = 0.08
@@ -49,50 +32,22 @@ LEGEND = (
 """The last line is of graphs that have some."""
 
 
-class Spot(NamedTuple):
-    """A node in the picture."""
-
-    node_id: str
-    feature_type: str
-    layer: int
-    position: int
-    predicted: float
-    measured: float
-    """0 where it was not."""
-
-    @property
-    def is_part(self) -> bool:
-        """Whether it is drawn below what it is a part of."""
-        return self.feature_type not in _SHAPES
-
-
-class Line(NamedTuple):
-    """An edge in the picture."""
-
-    source: str
-    target: str
-    port: str
-    measured: float
-
-
 class Layout:
     """Columns of the tokens, and rows of the blocks, that a graph has something at."""
 
-    def __init__(self, spots: Sequence[Spot], lines: Sequence[Line], last: int, width: int):
+    def __init__(self, spots: pd.DataFrame, tokens: Collection[int], width: int):
         self.width = width
-        streams = {_token_of_node(line.source) for line in lines if line.source.startswith("stream@")}
-        self.tokens = sorted({last, *streams, *(spot.position for spot in spots)})
+        self.tokens = sorted({*tokens, *spots.position})
         self.column = (width - _LEFT - 14) / len(self.tokens)
+        parts = spots[spots["shape"] == "diamond"].groupby("layer").number.max() + 1
         self.rows: dict[int, float] = {}
-        """The line of each block."""
-        self.floor = _TOP + 0.55 * _ROW
-        for block in sorted({spot.layer for spot in spots if spot.layer >= 0}, reverse=True):
+        self.floor = float(_FIRST)
+        for block in sorted({*spots.layer} - {-1}, reverse=True):
             self.rows[block] = self.floor
-            below = Counter(spot.position for spot in spots if spot.is_part and spot.layer == block)
-            self.floor += _ROW + _PART * max(below.values(), default=0)
-        self.places = {f"stream@{token}": (self.across(token), self.floor) for token in self.tokens}
-        self.places |= {spot.node_id: self._spot_place(spot, spots) for spot in spots}
-        self.places["logit"] = (self.across(last), _TOP - 10.0)
+            self.floor += _ROW + _PART * parts.get(block, 0)
+        self.places = {spot.node_id: self._spot_place(spot) for spot in spots.itertuples()}
+        self.places |= {f"stream@{token}": (self.across(token), self.floor) for token in self.tokens}
+        self.places["logit"] = (self.across(self.tokens[-1]), _FIRST - 46.0)
 
     def across(self, token: int) -> float:
         """The middle of a token's column."""
@@ -102,154 +57,94 @@ class Layout:
         """Where a place has more room: 1 on its right, -1 on its left."""
         return 1 if x < self.width / 2 else -1
 
-    def _spot_place(self, spot: Spot, spots: Sequence[Spot]) -> tuple[float, float]:
+    def _spot_place(self, spot: Any) -> tuple[float, float]:
         x = self.across(spot.position)
-        if spot.layer < 0:
-            return x, self.floor - 14
-        y = self.rows[spot.layer]
-        if spot.feature_type == "mlp":  # above the heads of its block
-            return x, y - 0.3 * _ROW
-        there = [other for other in spots if (other.layer, other.position) == (spot.layer, spot.position)]
-        alike = [other for other in there if other.is_part == spot.is_part and other.feature_type != "mlp"]
-        number = alike.index(spot)
-        if spot.is_part:
-            return x + 26 * self.away(x), y + _PART * (number + 1)
-        step = min(self.column / len(alike), 24.0)
-        return x + step * (number - (len(alike) - 1) / 2), y
+        y = self.rows.get(spot.layer, self.floor - 14)
+        if spot.shape == "diamond":
+            return x + 26 * self.away(x), y + _PART * (spot.number + 1)
+        aside = min(self.column / spot.count, 24.0) * (spot.number - (spot.count - 1) / 2)
+        return x + aside, y - 0.3 * _ROW * (spot.feature_type == "mlp")  # above the heads of its block
+
+    def token_labels(self, texts: Sequence[str]) -> Iterator[tuple[str, float]]:
+        """Each token, short, and where it is."""
+        for before, token in zip([-1, *self.tokens], self.tokens):
+            text = texts[token].replace("\n", "⏎").strip() or "␣"
+            text = text if len(text) <= 11 else text[:10] + "…"
+            yield f"… {text}" if token > before + 1 else text, self.across(token)  # tokens in between have nothing
+
+    def labels(self, spots: pd.DataFrame, radii: Sequence[float]) -> Iterator[tuple[str, float, float]]:
+        """The names of nodes for which there is room, the largest first, and where they are."""
+        taken = [(*self.places[name], radius, radius) for name, radius in zip(spots.node_id, radii)]
+        taken.append((self.width / 2, self.floor + 20, self.width / 2, 12))  # the tokens
+        for spot, (x, y, radius, _) in zip(cast("Iterator[Any]", spots.itertuples()), [*taken]):
+            half = 2.9 * len(spot.label)
+            middle = min(max(x, half + 4), self.width - half - 4)
+            aside = x + self.away(x) * (radius + 5 + half)
+            tried = [(middle, y - radius - 8), (middle, y + radius + 9), (aside, y)]
+            for across, up in tried[2 * (" " in spot.node_id) :]:  # below a state are its parts
+                if all(abs(across - x) > half + wide + 3 or abs(up - y) > 6 + tall for x, y, wide, tall in taken):
+                    taken.append((across, up, half, 6))
+                    yield spot.label, across, up
+                    break
 
 
 def svg(nodes: pd.DataFrame, edges: pd.DataFrame, metadata: Mapping[str, object], width: int) -> str:
     """The picture of a pruned graph, as wide as so many pixels; tokens and blocks without a node are left out."""
-    texts = cast(Sequence[str], metadata["tokens"])
     words = cast(Mapping[str, str], metadata.get("labels", {}))
+    texts = cast(Sequence[str], metadata["tokens"])
     lines = _visible_lines(edges)
-    spots = _visible_spots(nodes, lines)
-    layout = Layout(spots, lines, len(texts) - 1, width)
-    most = max([abs(shown.measured) for shown in (*spots, *lines)], default=0) or 1.0
-    body = [f"<style>{STYLE}</style>", *_grid_elements(layout, texts)]
-    body += [_line_element(line, layout, most) for line in reversed(lines)]
-    body += _spot_elements(spots, layout, most, words)
-    title = f"{metadata['title']}: {cast(float, metadata['metric']):+.2f}"
-    body.append(_text_element("text", title, x=width - 8, y=_TOP - 22.0, class_="title", text_anchor="end"))
-    legend = LEGEND if any(spot.is_part for spot in spots) else LEGEND[:-1]
-    below = layout.floor + 74
-    for row in chain.from_iterable(wrap(line, width // 6) for line in legend):
-        body.append(_text_element("text", row, x=6, y=below, class_="soft"))
-        below += 15
-    box = f"0 0 {width} {below:.0f}"
-    attributes = {"xmlns": "http://www.w3.org/2000/svg", "viewBox": box, "style": f"max-width: {width}px"}
-    return _raw_element("svg", "".join(body), class_="circuit", role="img", width="100%", **attributes)
+    spots = _visible_spots(nodes[nodes.node_id.isin([*lines.source, *lines.target])], words)
+    layout = Layout(spots, {len(texts) - 1, *lines.token.astype(int)}, width)
+    most = max([*lines.measured.abs(), *spots.measured.abs().dropna()], default=0.0) or 1.0
+    radii = (4 + 11 * (spots.measured.abs().fillna(0.0) / most) ** 0.5).tolist()
+    legend = LEGEND[: 3 if "diamond" in {*spots["shape"]} else 2]
+    page = Environment(loader=PackageLoader(__package__, ""), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return page.get_template("picture.svg").render(
+        metadata,
+        layout=layout,
+        most=most,
+        lines=[(line, layout.places[line.source], layout.places[line.target]) for line in lines[::-1].itertuples()],
+        spots=[(spot, layout.places[spot.node_id], radius) for spot, radius in zip(spots.itertuples(), radii)],
+        tokens=[*layout.token_labels(texts)],
+        labels=[*layout.labels(spots, radii)],
+        legend=[*chain.from_iterable(wrap(line, width // 6) for line in legend)],
+    )
 
 
-def _visible_lines(edges: pd.DataFrame) -> list[Line]:
-    """The measured edges that are worth a line, largest first: for each port the largest sources, and a token's stream
-    only where nothing that it holds has one. The largest edge of each node has one, so that its path is drawn."""
-    measured = edges.dropna(subset="measured")
-    lines = sorted(map(Line._make, measured[list(Line._fields)].to_numpy().tolist()), key=_drawn_size)
-    least = _LEAST * max((abs(line.measured) for line in lines), default=0.0)
-    of_nodes = [line for line in lines if not line.source.startswith("stream@")]
-    paths = {line.source: line for line in reversed(of_nodes) if line.port != "part"}
-    drawn = list[Line]()
-    taken = Counter[tuple[str, str]]()
-    for line in of_nodes:
-        is_large = line.port == "part" or abs(line.measured) >= least
-        has_room = taken[line.target, line.port] < _SOURCES.get(line.port, 2)
-        if line is paths.get(line.source) or (is_large and has_room):
-            drawn.append(line)
-            taken[line.target, line.port] += 1
-    told = {(line.target, line.port, _token_of_node(line.source)) for line in drawn}
-    for line in lines:
-        places = {(line.target, line.port, token) for token in (_token_of_node(line.source), -1)}
-        if line.source.startswith("stream@") and abs(line.measured) >= least and not told & places:
-            drawn.append(line)
-            told |= places
-    return sorted(drawn, key=_drawn_size)
+def _visible_lines(edges: pd.DataFrame) -> pd.DataFrame:
+    """The edges that are worth a line, largest first: the largest sources of each port; the largest edge of each node,
+    so that its path is drawn; and a token's stream where nothing that it holds has a line into the port."""
+    token = pd.to_numeric(edges.source.str.extract(r"@(\d+)")[0])
+    edges = edges.assign(token=token, is_part=edges.port == "part").dropna(subset=["measured", "token"])
+    edges = edges.loc[by_size(edges.measured)]
+    is_stream = edges.source.str.startswith("stream@")
+    size = edges.measured.abs()
+    is_large = size >= _LEAST * size[~is_stream].max()
+    of_nodes = edges[~is_stream]
+    has_room = of_nodes.groupby(["target", "port"]).cumcount() < of_nodes.port.map(_SOURCES).fillna(2)
+    is_path = ~of_nodes.is_part & ~of_nodes.duplicated(["source", "is_part"])
+    drawn = of_nodes[is_path | (has_room & (of_nodes.is_part | is_large[~is_stream]))]
+    streams = edges[is_stream & is_large].drop_duplicates(["target", "port"])
+    lines = pd.concat([drawn, streams])
+    is_told = lines.duplicated(["target", "port", "token"]) & is_stream.reindex(lines.index)
+    return lines[~is_told].loc[lambda some: by_size(some.measured)]
 
 
-def _drawn_size(shown: Spot | Line) -> float:
-    """The largest first."""
-    return -abs(shown.measured)
+def _visible_spots(nodes: pd.DataFrame, words: Mapping[str, str]) -> pd.DataFrame:
+    """The nodes, largest first, with shape and label, and what is beside what: MLPs, parts, or others of one block and
+    token."""
+    spots = nodes.loc[by_size(nodes.measured.fillna(0.0))]
+    spots = spots.assign(
+        shape=spots.feature_type.map(_SHAPES).fillna("diamond"),
+        is_mlp=spots.feature_type == "mlp",
+        label=[_label(spot, words) for spot in spots.itertuples()],
+    )
+    beside = spots.groupby(["layer", "position", "is_mlp", "shape"]).node_id
+    return spots.assign(number=beside.cumcount(), count=beside.transform("size"))
 
 
-def _token_of_node(node_id: str) -> int:
-    return int(node_id.split(" ")[0].split("@")[1])
-
-
-def _visible_spots(nodes: pd.DataFrame, lines: Sequence[Line]) -> list[Spot]:
-    """The nodes that have a line, the largest first."""
-    named = {name for line in lines for name in (line.source, line.target)}
-    known = nodes[nodes.node_id.isin(named)].fillna({"measured": 0.0})
-    return sorted(map(Spot._make, known[list(Spot._fields)].to_numpy().tolist()), key=_drawn_size)
-
-
-def _grid_elements(layout: Layout, texts: Sequence[str]) -> Iterator[str]:
-    """Lines of the blocks, and the tokens below."""
-    for block, y in layout.rows.items():
-        yield _text_element("line", x1=_LEFT, x2=layout.width - 8, y1=y, y2=y)
-        yield _text_element("text", f"L{block}", x=6, y=y + 4, class_="soft")
-    before = -1
-    for token in layout.tokens:
-        text = texts[token].replace("\n", "⏎").strip() or "␣"
-        text = text if len(text) <= 11 else text[:10] + "…"
-        text = f"… {text}" if token > before + 1 else text  # tokens in between have nothing
-        before = token
-        x = layout.across(token) + 4
-        y = layout.floor + 16
-        yield _text_element("text", text, x=x, y=y, transform=f"rotate(-38 {x:.1f} {y:.1f})", text_anchor="end")
-
-
-def _line_element(line: Line, layout: Layout, most: float) -> str:
-    (x1, y1), (x2, y2) = layout.places[line.source], layout.places[line.target]
-    side = {"key": 10, "query": -10}.get(line.port, 0)  # lines from one source lie side by side
-    bend = 0.35 * (y2 - y1)
-    points = [(x1, y1), (x1 + side, y1 + bend), (x2 + side, y2 - bend), (x2, y2)]
-    start, *rest = (f"{x:.1f} {y:.1f}" for x, y in points)
-    way = f"M{start}C{' '.join(rest)}" if line.port != "part" else f"M{start}H{x2:.1f}V{y2:.1f}"
-    into = {"direct": "into", "state": "into", "part": "a part of"}.get(line.port, f"into the {line.port} of")
-    said = _text_element("title", f"{line.source} {into} {line.target}: {line.measured:+.2f} measured")
-    wide = 1 + 6 * abs(line.measured) / most
-    sign = "help" if line.measured > 0 else "hurt"
-    return _raw_element("path", said, d=way, class_=f"{sign} {line.port}", stroke_width=wide)
-
-
-def _spot_elements(spots: Sequence[Spot], layout: Layout, most: float, labels: Mapping[str, str]) -> Iterator[str]:
-    """Nodes, and as many of their labels as have room, the largest first."""
-    radii = [4 + 11 * (abs(spot.measured) / most) ** 0.5 for spot in spots]
-    taken = [(*layout.places[spot.node_id], radius, radius) for spot, radius in zip(spots, radii)]
-    taken.append((layout.width / 2, layout.floor + 20, layout.width / 2, 12))  # the tokens
-    texts = []
-    for spot, radius in zip(spots, radii):
-        x, y = layout.places[spot.node_id]
-        place, _, kind = spot.node_id.partition(" ")
-        head, _, _ = place.partition("@")
-        name = labels.get(spot.node_id, kind) if spot.is_part else f"{head} {kind}".strip()
-        words = f"{name} {spot.measured:+.2f}" if spot.measured else name
-        half = 2.9 * len(words)
-        middle = min(max(x, half + 4), layout.width - half - 4)
-        tried = [(middle, y - radius - 8), (middle, y + radius + 9), (x + layout.away(x) * (radius + 5 + half), y)]
-        for across, up in tried[2 * (spot.is_part or spot.feature_type == "state") :]:
-            apart = [abs(across - x) > half + wide + 3 or abs(up - y) > 6 + tall for x, y, wide, tall in taken]
-            if all(apart):
-                taken.append((across, up, half, 6))
-                texts.append(_text_element("text", words, x=across, y=up + 3, text_anchor="middle"))
-                break
-        known = f"{spot.measured:+.2f} measured" if spot.measured else "not measured"
-        title = _text_element("title", f"{spot.node_id}: {known}, {spot.predicted:+.2f} predicted")
-        shape = _text_element("path", d=_SHAPES.get(spot.feature_type, _DIAMOND), transform=f"scale({radius:.2f})")
-        sign = "hurt" if spot.measured < 0 else "help"
-        place = {"data_node": spot.node_id, "transform": f"translate({x:.1f} {y:.1f})"}
-        yield _raw_element("g", title + shape, class_=f"node {sign}", tabindex=0, **place)
-    yield from texts
-
-
-def _text_element(name: str, text: str = "", **attributes: object) -> str:
-    return _raw_element(name, escape(text), **attributes)
-
-
-def _raw_element(name: str, content: str, **attributes: object) -> str:
-    """An element; floats get one digit, and ``class_`` is ``class``."""
-    said = []
-    for key, value in attributes.items():
-        shown = f"{value:.1f}" if isinstance(value, float) else escape(str(value))
-        said.append(f' {key.rstrip("_").replace("_", "-")}="{shown}"')
-    return f"<{name}{''.join(said)}>{content}</{name}>"
+def _label(spot: Any, words: Mapping[str, str]) -> str:
+    """A node without its token, which is below it, or what a part is of; and its effect."""
+    place, _, kind = spot.node_id.partition(" ")
+    name = words.get(spot.node_id, kind) if spot.feature_type not in _SHAPES else f"{place.partition('@')[0]} {kind}"
+    return name.strip() if pd.isna(spot.measured) else f"{name.strip()} {spot.measured:+.2f}"
