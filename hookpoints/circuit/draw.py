@@ -98,7 +98,9 @@ def svg(nodes: pd.DataFrame, edges: pd.DataFrame, metadata: Mapping[str, object]
     most = max([*lines.measured.abs(), *spots.measured.abs().dropna()], default=0.0) or 1.0
     radii = (4 + 11 * (spots.measured.abs().fillna(0.0) / most) ** 0.5).tolist()
     legend = LEGEND[: 3 if "diamond" in {*spots["shape"]} else 2]
-    page = Environment(loader=PackageLoader(__package__, ""), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    page = Environment(
+        loader=PackageLoader("hookpoints.circuit", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
     return page.get_template("picture.svg").render(
         metadata,
         layout=layout,
@@ -121,7 +123,8 @@ def _visible_lines(edges: pd.DataFrame) -> pd.DataFrame:
     size = edges.measured.abs()
     is_large = size >= _LEAST * size[~is_stream].max()
     of_nodes = edges[~is_stream]
-    has_room = of_nodes.groupby(["target", "port"]).cumcount() < of_nodes.port.map(_SOURCES).fillna(2)
+    room = [_SOURCES.get(port, 2) for port in of_nodes.port]
+    has_room = of_nodes.groupby(["target", "port"]).cumcount() < room
     is_path = ~of_nodes.is_part & ~of_nodes.duplicated(["source", "is_part"])
     drawn = of_nodes[is_path | (has_room & (of_nodes.is_part | is_large[~is_stream]))]
     streams = edges[is_stream & is_large].drop_duplicates(["target", "port"])

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 _TOKENS = 2**13
 """Tokens of a block at once."""
-_NOTHING = Node("rest")
-"""What gives nothing, so that all is as it is without it."""
+_NOTHING = Node("embedding")
+"""That of no token, which gives nothing, so that all is as it is without it."""
 
 
 class Port(NamedTuple):
@@ -109,20 +109,13 @@ def ports_of(node: Node, r: Recurrence, at_reads: Tensor, read: int | None = Non
     position = node.position
     own = r.select(heads=node.head)
     gradient = at_reads[:, :, node.head : node.head + 1]
+    of_write = own.adjoint(gradient).states(positions=r.T - 1 - position)[0, 0, 0]  # [K,V]
+    key, value = (torch.atleast_2d(side[0, position, 0]).to(of_write) for side in (own.k, own.u))
     readers = None if r.rates is not None else _reads_of_state(own, position)
-    if readers is None:
-        of_write = own.adjoint(gradient).states(positions=r.T - 1 - position)[0, 0, 0]  # [K,V]
-    else:
-        of_write = readers.T @ gradient[0, position:, 0].to(readers)
-    key = torch.atleast_2d(own.k[0, position, 0]).to(of_write)
-    value = torch.atleast_2d(own.u[0, position, 0]).to(of_write)
-    ports = [
-        Port(node, "value", position, of_write, key, readers),
-        Port(node, "key", position, of_write, value, readers),
-    ]
+    others: dict[PortName, Tensor] = {"value": key, "key": value}
     if position > 0:
-        before = own.states(positions=position - 1)[0, 0, 0]
-        ports.append(Port(node, "gate", position, of_write, before, readers))
+        others["gate"] = own.states(positions=position - 1)[0, 0, 0]
+    ports = [Port(node, name, position, of_write, other, readers) for name, other in others.items()]
     if readers is None or r.read_before_write:
         return ports
     gradient = gradient[0, position:, 0].to(of_write)
@@ -412,6 +405,12 @@ def reach_of(model: HookedRecurrent, tokens: Tensor) -> int | None:
     return reach(cache_of(model.hf_model(input_ids=one, **inputs))) or None
 
 
+def _placed_values(values: Tensor, tokens: Tensor, width: int) -> Tensor:
+    """[N,W,D], each of ``values`` [N,D] at its token, if that is one of W, and 0 elsewhere."""
+    is_there = torch.arange(width, device=values.device) == tokens[:, None]
+    return values[:, None] * is_there[..., None]
+
+
 @dataclass(frozen=True)
 class NodeSources:
     """Takes nodes off the streams of a text. With a corrupt text a node is replaced by that of it instead."""
@@ -464,9 +463,10 @@ class NodeSources:
     def _inputs_without(self, sources: Sequence[Node], node: Node, windows: Sequence[range]) -> Inputs:
         """What enters the block of a node in each window without a source."""
         plain = self.blocks.inputs(node.layer, windows)
-        embeddings = {source for source in sources if source.feature_type == "embedding"}
         change = self.text.at("hook_embed") - self.other("hook_embed")
-        embedded = plain.embedded - self._placed_values(sources, windows, dict.fromkeys(embeddings, change))
+        again = [source.position if source.feature_type == "embedding" else -1 for source in sources]
+        at, start = torch.tensor([again, [window.start for window in windows]], device=change.device)
+        embedded = plain.embedded - _placed_values(change[at], at - start, len(windows[0]))
         given = self.given(sources, windows)
         own = [source[:2] in (("write", node.layer), ("attn", node.layer)) for source in sources]
         if not any(own):
@@ -478,54 +478,34 @@ class NodeSources:
     def given(self, sources: Sequence[Node], windows: Sequence[range]) -> Tensor:
         """[N,W,D], what each source gives to the stream at the tokens of its window; less what it gives in the corrupt
         text, if there is one."""
-        changes: dict[Node, Tensor] = {}
-        alike: dict[Node, Tensor] = {}
-        writes: list[int] = []
-        for row, source in enumerate(sources):
-            kind = source._replace(position=-1)
-            if source.feature_type == "write":
-                writes.append(row)
-            elif kind not in alike and source != _NOTHING:
-                alike[kind] = self._stream_change(kind)
-            if kind in alike:
-                changes[source] = alike[kind]
-        given = self._placed_values(sources, windows, changes)
-        writes.sort(key=lambda row: sources[row].layer)
-        places = torch.tensor([(row, sources[row].head, sources[row].position) for row in writes], device=given.device)
-        for layer, group in groupby(range(len(writes)), key=lambda row: sources[writes[row]].layer):
-            of_layer = list(group)
-            row, head, position = places[of_layer[0] : of_layer[-1] + 1].T
-            given[row] = self._write_outputs(layer, head, position, [windows[writes[row]] for row in of_layer])
-        return given
+        order = sorted(range(len(sources)), key=lambda row: sources[row][:2])
+        places = [(row, sources[row].head, sources[row].position, windows[row].start) for row in order]
+        table = torch.tensor(places, device=self.text.tokens.device)
+        found: list[Tensor] = []
+        for kind, group in groupby(order, key=lambda row: sources[row][:2]):
+            rows = [*group]
+            done = sum(map(len, found))
+            _, head, position, start = table[done : done + len(rows)].T
+            if kind[0] == "write":
+                found.append(self._write_outputs(kind[1], head, position, [windows[row] for row in rows]))
+            else:
+                added = self._added(sources[rows[0]], head, position)
+                found.append(_placed_values(added, position - start, len(windows[0])))
+        return torch.cat(found)[table[:, 0].argsort()]
 
-    def _placed_values(
-        self, sources: Sequence[Node], windows: Sequence[range], changes: Mapping[Node, Tensor]
-    ) -> Tensor:
-        """[N,W,D], of each row what ``changes`` [T,D] have at the token of its source, and 0 elsewhere."""
-        stream = self.text.at("hook_embed")
-        placed = stream.new_zeros(len(sources), len(windows[0]), stream.shape[-1])
-        places = []
-        values = []
-        for row, (source, window) in enumerate(zip(sources, windows)):
-            if source in changes and source.position in window:
-                places.append((row, source.position - window.start))
-                values.append(changes[source][source.position])
-        if places:
-            row, token = torch.tensor(places, device=stream.device).T
-            placed[row, token] = torch.stack(values)
-        return placed
-
-    def _stream_change(self, source: Node) -> Tensor:
-        """[T,D], what a node adds to the stream, were it at each token, more than in the corrupt text."""
+    def _added(self, source: Node, head: Tensor, position: Tensor) -> Tensor:
+        """[N,D], what nodes of the kind and block of one add to the stream at their tokens, more than in the corrupt
+        text."""
         if source.feature_type == "mlp":
-            mlp_out = self.blocks.decomposition.mlp_out
-            added = mlp_out(source.layer, self.text)
-            return added if self.corrupt is None else added - mlp_out(source.layer, self.corrupt)
+            texts = (self.text, self.corrupt)
+            added = [self.blocks.decomposition.mlp_out(source.layer, text)[position] for text in texts if text]
+            return added[0] - sum(added[1:])
         name = "blocks.0.hook_resid_pre" if source.feature_type == "embedding" else source.hook
         value = self.text.at(name) - self.other(name)
         if source.head < 0:
-            return value
-        return value[:, source.head] @ self.blocks.model.layer_W_O(source.layer, "attn")[source.head].to(value)
+            return value[position]
+        to_stream = self.blocks.model.layer_W_O(source.layer, "attn").to(value)
+        return torch.einsum("nv,nvd->nd", value[position, head], to_stream[head])
 
     def _write_outputs(self, layer: int, heads: Tensor, positions: Tensor, windows: Sequence[range]) -> Tensor:
         """[N,W,D], what each write gives through its head's norm: the block's output less that without the write."""

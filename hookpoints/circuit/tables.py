@@ -35,23 +35,18 @@ class Node(NamedTuple):
     @property
     def node_id(self) -> str:
         """A name, unique in a graph: "L4H0@13" a write, "L0A1@13" a softmax head, "MLP2@13", "E@13"."""
-        head = "" if self.head < 0 else f"H{self.head}"
-        place = f"L{self.layer}{head}@{self.position}"
+        kind = "A" if self.feature_type == "attn" else "H" if self.head >= 0 else ""
+        place = f"L{self.layer}{kind}{self.head if self.head >= 0 else ''}@{self.position}"
         names: dict[FeatureType, str] = {
             "embedding": f"E@{self.position}",
             "write": place,
-            "state": f"{place} state",
-            "attn": place.replace("H", "A") if head else f"L{self.layer}A@{self.position}",
+            "attn": place,
             "mlp": f"MLP{self.layer}@{self.position}",
-            "skip": f"{place} skip",
             "atom": f"{place} atom {self.feature}",
-            "error": f"{place} error",
             "stream": f"stream@{self.position}",
-            "bias": "bias" if self.position < 0 else f"{place} bias",
-            "rest": "rest",
-            "logit": "logit",
         }
-        return names[self.feature_type]
+        alone = self.feature_type if self.position < 0 else f"{place} {self.feature_type}"
+        return names.get(self.feature_type, alone)
 
     @property
     def hook(self) -> str:

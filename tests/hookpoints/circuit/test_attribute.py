@@ -605,6 +605,7 @@ def test_a_metric_of_any_token_is_taken(model64: HookedRecurrent, graph: Graph) 
     pd.testing.assert_series_equal(other.nodes.predicted, graph.nodes.predicted, rtol=1e-8)
     pd.testing.assert_series_equal(other.nodes.measured, graph.nodes.measured, rtol=1e-7)
     assert other.edges[other.edges.port == "direct"].measured.isna().all()
+    assert "data-node" not in other.draw()
 
 
 class Atoms:
