@@ -10,7 +10,6 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from hookpoints.circuit.stream import Text
 from hookpoints.circuit.tables import Change, Node, by_size, edge_table, node_of, node_table
 from hookpoints.errors import InputError
 from hookpoints.memory.facts import PairDictionary, pair_name
@@ -18,6 +17,7 @@ from hookpoints.memory.facts import PairDictionary, pair_name
 if TYPE_CHECKING:
     from hookpoints.circuit.tracing import Tracing
     from hookpoints.model.recurrent import HookedRecurrent
+    from hookpoints.recurrence.recurrence import Recurrence
 
 
 class HeadSAE(Protocol):
@@ -80,42 +80,39 @@ def atoms_of(tracing: Tracing, sae: HeadSAE, whole: Node) -> tuple[pd.DataFrame,
 
     What is taken off the state after a token and what is taken off that token's write change all that follows
     alike, so that one gradient and one edit serve both."""
-    r = tracing.text.recurrences[whole.layer].select(heads=whole.head)
     reads = tracing.gradients[f"blocks.{whole.layer}.mixer.hook_read"][:, :, whole.head : whole.head + 1]
+    texts = [text for text in (tracing.text, tracing.sources.corrupt) if text is not None]
+    r, *others = (text.recurrences[whole.layer].select(heads=whole.head) for text in texts)
     gradient = r.adjoint(reads).states(positions=[r.T - 1 - whole.position])[0, 0, 0]
-    write = r.write(positions=whole.position)[0, 0, 0]
-    texts = (tracing.text, tracing.sources.corrupt)
-    clean, other = ({} if text is None else _parts_of(sae, whole, text) for text in texts)
-    zero = torch.zeros_like(write)
-    differing = {part: clean.get(part, zero) - other.get(part, zero) for part in clean | other}
-    if whole.feature_type == "write":  # which has its node
-        del differing[whole]
-    taken = {part: matrix for part, matrix in differing.items() if bool(matrix.any())}
+    parts = _parts_of(sae, whole, [r, *others])
+    taken = {part: matrix for part, matrix in parts.items() if bool(matrix.any())}
     predicted = {part: float((matrix * gradient).sum()) for part, matrix in taken.items()}
     name = f"blocks.{whole.layer}.mixer.heads.{whole.head}.hook_write"
-    changes = [Change(whole.layer, whole.position, {name: write - matrix}) for matrix in taken.values()]
-    measured = tracing.runs.effects(changes)
+    write = r.write(positions=whole.position)[0, 0, 0]
+    measured = tracing.runs.effects([Change(whole.layer, whole.position, {name: write - x}) for x in taken.values()])
     edges = edge_table(predicted, whole.node_id, "part", -1, dict(zip(predicted, measured)))
     edges.loc[edges.source == whole.node_id, ["target", "port"]] = ["logit", "state"]
     return node_table(list(predicted), list(predicted.values()), measured), edges
 
 
-def _parts_of(sae: HeadSAE, whole: Node, text: Text) -> dict[Node, Tensor]:
-    """A write or a state [K,V], its active atoms, the error, and what the dictionary adds to all."""
-    r = text.recurrences[whole.layer].select(heads=whole.head)
-    matrices = r.states if whole.feature_type == "state" else r.write
-    matrix = matrices(positions=whole.position)[0, 0, 0]
-    activations = sae.encode(matrix.flatten()[None].to(sae.b_dec))[0]
-    active = activations.nonzero().flatten().tolist()
+def _parts_of(sae: HeadSAE, whole: Node, texts: Sequence[Recurrence]) -> dict[Node, Tensor]:
+    """[K,V] each, what a write or a state has in a text, more than in the second, if there is one: its atoms, what the
+    dictionary adds to all, the error; and a state itself, since a write has its node."""
+    is_state = whole.feature_type == "state"
+    matrices = [(r.states if is_state else r.write)(positions=whole.position)[0, 0, 0] for r in texts]
+    first, *second = sae.encode(torch.stack(matrices).flatten(1).to(sae.b_dec))
+    activations = first - sum(second)
+    active = activations.nonzero().flatten()
     alone = activations.new_zeros(len(active) + 1, len(activations))
-    for row, feature in enumerate(active):
-        alone[row, feature] = activations[feature]
-    *decoded, bias = sae.decode(alone).to(matrix).view(-1, *matrix.shape)
-    names = [whole._replace(feature_type="atom", feature=feature) for feature in active]
+    alone[range(len(active)), active] = activations[active]
+    *decoded, bias = sae.decode(alone).to(matrices[0]).view(-1, *matrices[0].shape)
+    names = [whole._replace(feature_type="atom", feature=feature) for feature in active.tolist()]
     parts = {name: atom - bias for name, atom in zip(names, decoded)}
-    parts[whole._replace(feature_type="bias")] = bias
-    rest = matrix - sum(parts.values())
-    return parts | {whole._replace(feature_type="error"): rest, whole: matrix}
+    if not second:
+        parts[whole._replace(feature_type="bias")] = bias
+    matrix = matrices[0] - sum(matrices[1:])
+    error = matrix - sum(parts.values())
+    return parts | {whole._replace(feature_type="error"): error} | ({whole: matrix} if is_state else {})
 
 
 def labels_of(sae: HeadSAE, atoms: pd.DataFrame) -> dict[str, str]:

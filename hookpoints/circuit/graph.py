@@ -320,9 +320,7 @@ def _json_rows(table: pd.DataFrame) -> list[dict[str, object]]:
 
 def _checked_table(file: Path, rows: object, columns: Mapping[str, str]) -> pd.DataFrame:
     """A table of a file of strangers, with the columns that it must have."""
-    if not isinstance(rows, list) or any(not isinstance(row, dict) or row.keys() != columns.keys() for row in rows):
-        raise ValueError(f"{file}: expected rows with {', '.join(columns)}; the file is damaged or of something else")
     try:
-        return pd.DataFrame(rows, columns=list(columns)).astype(dict(columns))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{file}: expected numbers and texts in {', '.join(columns)}: {error}") from error
+        return pd.DataFrame.from_records(cast("list[dict[str, object]]", rows))[list(columns)].astype(dict(columns))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file}: expected rows of numbers and texts in {', '.join(columns)}: {error!r}") from error

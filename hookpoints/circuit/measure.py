@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from itertools import chain, groupby
+from operator import itemgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -69,26 +70,22 @@ class Measure:
     def outcomes(self, rows: Sequence[Sequence[Change]]) -> tuple[np.ndarray, np.ndarray]:
         """[N] each, the metric and the most likely token of runs, each with some changes at once."""
         batches = self._near_rows(rows)
-        named: list[dict[str, list[tuple[int, Change]]]] = []
+        placed: list[list[tuple[str, int, Change]]] = []
         for batch in batches:
-            by_name: dict[str, list[tuple[int, Change]]] = {}
-            for number, row in enumerate(batch):
-                for change in rows[row]:
-                    for name in change.values:
-                        by_name.setdefault(name, []).append((number, change))
-            named.append(by_name)
-        groups = list(chain.from_iterable(by_name.values() for by_name in named))
-        index = [(number, change.position, change.head) for some in groups for number, change in some]
+            of_rows = ((number, change) for number, row in enumerate(batch) for change in rows[row])
+            some = [(name, number, change) for number, change in of_rows for name in change.values]
+            placed.append(sorted(some, key=itemgetter(0)))
+        index = [(number, change.position, change.head) for _, number, change in chain.from_iterable(placed)]
         places = torch.tensor(index, dtype=torch.long, device=self.session.tokens.device).view(-1, 3)
-        parts = iter(places.split(list(map(len, groups))))
         metrics: list[Tensor] = []
         said: list[Tensor] = []
-        for batch, by_name in zip(batches, named):
+        for batch, some in zip(batches, placed):
             hooks = []
-            for name, some in by_name.items():
-                values = torch.stack([change.values[name] for _, change in some])
+            for name, group in groupby(some, key=itemgetter(0)):
+                values = torch.stack([change.values[name] for _, _, change in group])
+                here, places = places.tensor_split([len(values)])
                 length = self.session.tokens.shape[1]
-                hooks.append((name, partial(_with_values, places=next(parts), length=length, values=values)))
+                hooks.append((name, partial(_with_values, places=here, length=length, values=values)))
             layer, start = map(min, zip(*(self._first_change(rows[row]) for row in batch)))
             run = self.session.run_hooked(len(batch), layer, start, hooks)
             metrics.append(self.wanted.of_rows(run.logits, self.session.logits[0, : run.start]))

@@ -10,13 +10,13 @@ from functools import cached_property, partial
 from inspect import signature
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from hookpoints.circuit.norms import FROZEN, HeadNorm, Held, MeanSquare, constants, rounding
+from hookpoints.circuit.tables import Node, nodes_of_block
 from hookpoints.errors import InputError, PredictionWarning
 from hookpoints.layer.context import scope
 from hookpoints.layer.intercept import wrap_forward
@@ -93,14 +93,9 @@ def write_attribution(
             recurrences = record(model, tokens)
         ways = {} if through is None else read.ways
         effects = predict_writes(model, recurrences, ways, gradients, donors).effects
-    return pd.concat([_table_of_effects(layer, effect) for layer, effect in effects.items()], ignore_index=True)
-
-
-def _table_of_effects(layer: int, effect: Tensor) -> pd.DataFrame:
-    """A row for each entry of ``effect`` [T,H]."""
-    values = effect.cpu().numpy()
-    position, head = np.indices(values.shape).reshape(2, -1)
-    return pd.DataFrame({"layer": layer, "head": head, "position": position, "attribution": values.ravel()})
+    tables = [nodes_of_block(Node("write", layer, 0), effect) for layer, effect in effects.items()]
+    found = pd.concat(tables, ignore_index=True).rename(columns={"predicted": "attribution"})
+    return found[["layer", "head", "position", "attribution"]]
 
 
 Gradients = Mapping[str, Tensor]
@@ -205,29 +200,29 @@ class Swap:
     recurrence: Recurrence
     donor: Recurrence | None
 
-    def sides(self) -> list[tuple[int, Tensor, Tensor]]:
-        """Sign, keys [1,T,H,K] and values [1,T,H,V] of the terms that are taken off."""
+    def sides(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys [1,T,H,K] and values [1,T,H,V] of the terms that are taken off."""
         r = self.recurrence
-        sides = [(1, k, u) for k, u in zip(terms(r.k), terms(r.u))]
+        sides = [*zip(terms(r.k), terms(r.u))]
         if self.donor is not None:
-            sides += [(-1, k, u) for k, u in zip(terms(self.donor.k), terms(self.donor.u))]
+            sides += [(k, -u) for k, u in zip(terms(self.donor.k), terms(self.donor.u))]
         return sides
 
     def first_order(self, read_gradients: Tensor) -> Tensor:
         """[T,H], <W - W', dmetric/dW>, from the gradients of the reads [1,T,H,V]."""
         effects = []
-        for sign, k, u in self.sides():
+        for k, u in self.sides():
             gradients = self.recurrence.with_write(k, u).value_gradients(read_gradients)
-            effects.append(sign * (u * gradients).sum(-1)[0])
+            effects.append((u * gradients).sum(-1)[0])
         return torch.stack(effects).sum(0)
 
     def changes(self, heads: slice) -> list[tuple[Tensor, Tensor]]:
         """Weights [H',T,S] and values [H',S,V] whose products, summed, are what each source s takes off each read t."""
         r = self.recurrence.select(heads=heads)
         changes = []
-        for sign, k, u in self.sides():
+        for k, u in self.sides():
             moved = r.with_write(k[:, :, heads], u[:, :, heads])
-            changes.append((sign * moved.attention()[0], u[0, :, heads].transpose(0, 1).to(r.dtype)))
+            changes.append((moved.attention()[0], u[0, :, heads].transpose(0, 1).to(r.dtype)))
         return changes
 
 
@@ -331,8 +326,7 @@ class ThroughNorm(NamedTuple):
         left = self.square.to(linear) + linear
         for weights, values in changes:
             linear = linear + weights * (self.along.to(values) @ values.mT)
-            left = left - weights * (self.slope.to(values) @ self._centered_values(values).mT)
-        for weights, values in changes:
+            left = left - weights * (self.slope.to(values) @ values.mT)
             for other_weights, other_values in changes:
                 product = self._centered_values(values) * self._centered_values(other_values)
                 left = left + weights * other_weights * (self.curve.to(product) @ product.mT) / 2
@@ -340,10 +334,12 @@ class ThroughNorm(NamedTuple):
 
     def of_reads(self, taken: Tensor) -> Tensor:
         """[N], the same of one head where ``taken`` [N,T,V] are taken off its reads."""
-        direction = self._centered_values(taken)
-        linear = torch.einsum("ntv,htv->htn", taken, self.along.to(taken))
-        left = self.square - torch.einsum("ntv,htv->htn", direction, self.slope.to(taken))
-        left = left + torch.einsum("ntv,htv->htn", direction.square(), self.curve.to(taken)) / 2
+        of_squares = self._centered_values(taken).square() / 2
+        linear, by_slope, by_curve = (
+            torch.einsum("ntv,htv->htn", values, weights.to(taken))
+            for values, weights in ((taken, self.along), (taken, self.slope), (of_squares, self.curve))
+        )
+        left = self.square - by_slope + by_curve
         return self._taken_off(linear, left).sum((0, 1))
 
     def _taken_off(self, linear: Tensor, left: Tensor) -> Tensor:

@@ -135,23 +135,17 @@ def _reads_of_state(own: Recurrence, position: int) -> Tensor:
     return own.adjoint(single).states(positions=length - 1)[0, 0, 0].T
 
 
-def ports_of_head(node: Node, at_z: Tensor) -> list[Port]:
-    """The ports of a softmax head at a token.
+def ports_of_output(node: Node, at_output: Tensor) -> list[Port]:
+    """The ports of a softmax head, or the port of an MLP, at a token.
 
     Args:
-        at_z: [1,T,H,V], gradients of the metric by what heads hand on.
+        at_output: [1,T,H,V] or [1,T,D], gradients of the metric by what heads hand on, or the MLP adds.
     """
+    at_token = at_output[0, node.position]
+    if node.feature_type == "mlp":
+        return [Port(node, "input", node.position, at_token)]
     names: tuple[PortName, ...] = ("value", "key", "query", "gate")
-    return [Port(node, name, node.position, at_z[0, node.position, node.head]) for name in names]
-
-
-def port_of_mlp(node: Node, at_out: Tensor) -> Port:
-    """The port of an MLP at a token.
-
-    Args:
-        at_out: [1,T,D], gradients of the metric by what the MLP adds.
-    """
-    return Port(node, "input", node.position, at_out[0, node.position])
+    return [Port(node, name, node.position, at_token[node.head]) for name in names]
 
 
 def change_for(port: Port, clean: Text, taken: Sequence[Tensor]) -> list[Change]:
@@ -175,10 +169,9 @@ def change_for(port: Port, clean: Text, taken: Sequence[Tensor]) -> list[Change]
 class Maps(NamedTuple):
     """The gradients of N ports by what enters their block."""
 
-    stream: Tensor
-    """[N,T,D], by the stream."""
-    embedded: Tensor
-    """[N,T,D], by the token embeddings; 0 but for blocks that read them again (RWKV-7's first values)."""
+    entering: Tensor
+    """[N,T,2,D], by the stream, and by the token embeddings; the latter 0 but for blocks that read them again (RWKV-7's
+    first values)."""
     wholes: Tensor
     """[N], the ports."""
 
@@ -189,18 +182,15 @@ class Inputs(NamedTuple):
     layer: int
     windows: Sequence[range]
     """Tokens of each row, as many in each."""
-    stream: Tensor
-    """[N,W,D]."""
-    embedded: Tensor
-    """[N,W,D], the token embeddings, for blocks that read these again."""
+    entering: Tensor
+    """[N,W,2,D], the stream, and the token embeddings, for blocks that read these again."""
     missing: Tensor | float = 0.0
     """[N,W,D], what is taken off what the block's own heads add, before an MLP reads it."""
 
     def part(self, rows: slice, token: int) -> Inputs:
         """One token of some rows."""
         windows = [range(window[token], window[token] + 1) for window in self.windows[rows]]
-        stream, embedded = (x[rows, token : token + 1] for x in (self.stream, self.embedded))
-        return Inputs(self.layer, windows, stream, embedded)
+        return Inputs(self.layer, windows, self.entering[rows, token : token + 1])
 
 
 class BlockRun(NamedTuple):
@@ -288,8 +278,8 @@ class Blocks:
 
     def inputs(self, layer: int, windows: Sequence[range]) -> Inputs:
         """What enters a block in the text."""
-        stream, embedded = (self.values(name, windows) for name in (f"blocks.{layer}.hook_resid_pre", "hook_embed"))
-        return Inputs(layer, windows, stream, embedded)
+        names = (f"blocks.{layer}.hook_resid_pre", "hook_embed")
+        return Inputs(layer, windows, torch.stack([self.values(name, windows) for name in names], 2))
 
     def run(self, until: str | None, inputs: Inputs, fwd_hooks: HookSpecs = (), gradients: bool = False) -> BlockRun:
         """Run a block as far as the hook ``until``; None: to where something else ends the run."""
@@ -298,14 +288,14 @@ class Blocks:
         attachment = self.model.attachment
         recurrent = [layer] if layer in self.model.cfg.layers else []
         recording = self.model.recording(recurrent, gradients=gradients)
-        changed = scope(attachment, backend="recurrence", embedded=inputs.embedded)
+        changed = scope(attachment, backend="recurrence", embedded=inputs.entering[:, :, 1])
 
         def stop(x: Tensor, hook: HookPoint) -> None:
             raise StopForward(x)
 
         hooks = self.model.hooks([*fwd_hooks, *([(until, stop)] if until else [])])
         with torch.set_grad_enabled(gradients), changed, recording as seen, hooks:
-            stream = inputs.stream.to(self.text.values[f"blocks.{layer}.hook_resid_pre"].device)
+            stream = inputs.entering[:, :, 0].to(self.text.values[f"blocks.{layer}.hook_resid_pre"].device)
             value = self.model(stream, start_at_layer=layer, stop_at_layer=layer + 1, tokens=tokens)
         return BlockRun(value.to(self.text.tokens.device), seen)
 
@@ -368,18 +358,17 @@ class Blocks:
         """Gradients of ports of one kind in one block, ``live`` or with norms, gates and activations held fixed: a port
         is then linear but for biases, and parts of the stream add up. Cost: a block on a few tokens, and back."""
         plain = self.inputs(ports[0].node.layer, self.windows_of_ports(ports))
-        leaves = [x.clone().requires_grad_() for x in (plain.stream, plain.embedded)]
+        leaf = plain.entering.requires_grad_()
         with torch.enable_grad(), constants(() if live else AFFINE):
-            sides = self.sides(ports, plain._replace(stream=leaves[0], embedded=leaves[1]), gradients=True)
+            sides = self.sides(ports, plain, gradients=True)
             wholes = torch.cat([port.worth(side[None]) for port, side in zip(ports, sides)])
             total = wholes.sum()
-        stream, embedded = (x.new_zeros(len(ports), *self.text.at("hook_embed").shape) for x in leaves)
+        entering = leaf.new_zeros(len(ports), self.text.tokens.shape[1], *leaf.shape[2:])
         if total.requires_grad:  # a key that gates alone make is a constant where they are held fixed
-            gradients = torch.autograd.grad(total, leaves, materialize_grads=True)
-            for target, gradient in zip((stream, embedded), gradients):
-                for row, window in enumerate(plain.windows):
-                    target[row, window.start : window.stop] = gradient[row]
-        return Maps(stream, embedded, wholes.detach())
+            (gradients,) = torch.autograd.grad(total, leaf)
+            for row, window in enumerate(plain.windows):
+                entering[row, window.start : window.stop] = gradients[row]
+        return Maps(entering, wholes.detach())
 
 
 def _in_windows(x: Tensor, windows: Sequence[range]) -> Tensor:
@@ -464,15 +453,16 @@ class NodeSources:
         """What enters the block of a node in each window without a source."""
         plain = self.blocks.inputs(node.layer, windows)
         change = self.text.at("hook_embed") - self.other("hook_embed")
-        again = [source.position if source.feature_type == "embedding" else -1 for source in sources]
-        at, start = torch.tensor([again, [window.start for window in windows]], device=change.device)
-        embedded = plain.embedded - _placed_values(change[at], at - start, len(windows[0]))
+        read_again = [source.position if source.feature_type == "embedding" else -1 for source in sources]
+        at, start = torch.tensor([read_again, [window.start for window in windows]], device=change.device)
         given = self.given(sources, windows)
+        taken = torch.stack([given, _placed_values(change[at], at - start, len(windows[0]))], 2)
         own = [source[:2] in (("write", node.layer), ("attn", node.layer)) for source in sources]
         if not any(own):
-            return plain._replace(stream=plain.stream - given, embedded=embedded)
-        missing = given * torch.tensor(own, device=given.device)[:, None, None]
-        return Inputs(node.layer, windows, plain.stream - given + missing, embedded, missing)
+            return plain._replace(entering=plain.entering - taken)
+        is_own = torch.tensor(own, device=given.device)[:, None, None]
+        taken[:, :, 0] *= ~is_own
+        return plain._replace(entering=plain.entering - taken, missing=given * is_own)
 
     @torch.no_grad()
     def given(self, sources: Sequence[Node], windows: Sequence[range]) -> Tensor:

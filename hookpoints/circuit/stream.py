@@ -38,6 +38,14 @@ Parts = dict[Node, Tensor]
 of no token, whose head is 0 where there are heads."""
 
 
+def head_kinds(model: HookedRecurrent, layer: int) -> list[Node]:
+    """Kinds of a block's heads: recurrent ones, softmax ones, or both; softmax ones may not be told apart."""
+    kinds = [Node("write", layer, 0)] if layer in model.cfg.layers else []
+    if layer in model.cfg.attention or not kinds:
+        kinds.append(Node("attn", layer, 0 if layer in model.cfg.attention else -1))
+    return kinds
+
+
 @dataclass(frozen=True)
 class Decomposition:
     """Takes the residual stream of a text apart, by linear maps that hold norms, gates and patterns fixed."""
@@ -77,10 +85,9 @@ class Decomposition:
 
     def heads_out(self, block: int) -> list[str]:
         """Names of the hooks that see what the heads of a block add: recurrent ones, softmax ones, or both."""
-        outs = {"hook_mixer_out": block in self.model.cfg.layers}
-        outs["hook_attn_out"] = block in self.model.cfg.attention or block not in self.model.cfg.layers
-        names = [f"blocks.{block}.{hook}" for hook, counts in outs.items() if counts]
-        return [name for name in names if name in self.clean.values]
+        kinds = head_kinds(self.model, block)
+        outs = ("hook_mixer_out" if kind.feature_type == "write" else "hook_attn_out" for kind in kinds)
+        return [name for out in outs if (name := f"blocks.{block}.{out}") in self.clean.values]
 
     def _of_heads(self, directions: Tensor, block: int, name: str, text: Text) -> tuple[Parts, Tensor | float]:
         """Heads of a block, which the hook ``name`` sees: writes and skips, or softmax heads; and the bias of their

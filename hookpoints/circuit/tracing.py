@@ -31,12 +31,11 @@ from hookpoints.circuit.ports import (
     NodeSources,
     Port,
     change_for,
-    port_of_mlp,
     ports_of,
-    ports_of_head,
+    ports_of_output,
     reach_of,
 )
-from hookpoints.circuit.stream import Decomposition, Text, moved
+from hookpoints.circuit.stream import Decomposition, Text, head_kinds, moved
 from hookpoints.circuit.tables import (
     EDGE_COLUMNS,
     Change,
@@ -96,15 +95,18 @@ class Tracing:
         cls, model: HookedRecurrent, tokens: Tensor, wanted: Wanted, corrupt: Tensor | None, frozen: bool
     ) -> Tracing:
         """Read the texts, and follow the metric back."""
-        kinds = _kinds_of(model)
-        further = tuple(kind.hook for kind in kinds)
+        kinds = [Node("embedding")]
+        for layer in range(model.cfg.n_layers):
+            kinds += [*head_kinds(model, layer), Node("mlp", layer)]
+        others = [kind for kind in kinds if kind.feature_type != "write" and kind.hook in model.hook_dict]
+        further = tuple(kind.hook for kind in others)
         gradients = read_gradients(model, tokens, wanted.metric, frozen, further, wanted.last)
         with reading(model) as read:
             session = EditSession(model, tokens, logits_to_keep=int(wanted.last and keeps_last(model)))
         recurrences = {layer: session.recurrence(layer) for layer in model.cfg.recurrent_layers}
         donors: dict[int, Recurrence] = {}
-        if corrupt is not None:
-            with reading(model, follow=False) as others:
+        with reading(model, follow=False) as seen:
+            if corrupt is not None:
                 donors = record(model, corrupt)
         writes = predict_writes(model, recurrences, read.ways, gradients, donors)
         place = session.tokens.device  # where the model lies on several, all that is computed here is there
@@ -112,10 +114,10 @@ class Tracing:
         followed = {f"blocks.{layer}.hook_mixer_out" for layer in recurrences if layer not in writes.unknown}
         followed |= {f"blocks.{layer}.hook_attn_out" for layer in model.cfg.attention}
         clean = Text(session.tokens, moved(recurrences, place), read.values, followed)
-        other = None if corrupt is None else Text(corrupt.to(place), moved(donors, place), others.values)
+        other = None if corrupt is None else Text(corrupt.to(place), moved(donors, place), seen.values)
         sources = NodeSources(Blocks(Decomposition(model, clean), reach_of(model, tokens)), other)
         tables = [nodes_of_block(Node("write", layer, 0), effects) for layer, effects in writes.effects.items()]
-        for kind in kinds:
+        for kind in others:
             change = clean.at(kind.hook) - sources.other(kind.hook)
             tables.append(nodes_of_block(kind, (change * gradients[kind.hook][0]).sum(-1)))
         nodes = pd.concat(tables, ignore_index=True)
@@ -235,9 +237,7 @@ class Tracing:
     def _ports_of(self, node: Node, read: int | None) -> list[Port]:
         if node.feature_type == "write":
             return ports_of(node, self.text.recurrences[node.layer], self.gradients[node.hook], read)
-        if node.feature_type == "mlp":
-            return [port_of_mlp(node, self.gradients[node.hook])]
-        return ports_of_head(node, self.gradients[node.hook])
+        return ports_of_output(node, self.gradients[node.hook])
 
     def through(self, node: Node) -> ThroughNorm | None:
         """The norm that follows the reads of a write, from its token on."""
@@ -250,7 +250,7 @@ class Tracing:
         what a port is then is followed through the norm of its head: a prediction that is to first order in what
         follows the head alone. Changes that measure some join ``changes``, and their numbers are in the column
         ``measured``."""
-        found, ends = self._likely_sources(ports)
+        found, ends = zip(*self._likely_sources(ports))
         known = [[source for source in candidates if self.sources.knows(source)] for candidates in found]
         takens = [sides[0] - sides[1:] for sides in self.sources.sides_without(ports, known)]
         effects = [port.effects(taken, self.through(port.node)) for port, taken in zip(ports, takens)]
@@ -265,35 +265,31 @@ class Tracing:
             read = port.at if port.name == "query" else -1
             yield edge_table(sources | last, port.node.node_id, port.name, read, numbers)
 
-    def _likely_sources(self, ports: Sequence[Port]) -> tuple[list[dict[Node, float]], list[dict[Node, float]]]:
+    def _likely_sources(self, ports: Sequence[Port]) -> Iterator[tuple[dict[Node, float], dict[Node, float]]]:
         """Of each port, the sources and the tokens' streams that give most by the gradient through the block; and what
         biases add to those that are linear with norms, gates and activations held fixed, and the rest, which is what
         all other sources give by the gradient."""
         node = ports[0].node
-        name = f"blocks.{node.layer}.hook_resid_pre"
-        streams, embeddings = (self.text.at(hook) for hook in (name, "hook_embed"))
+        names = (f"blocks.{node.layer}.hook_resid_pre", "hook_embed")
         linear = [port for port in ports if port.is_linear]
         runs = [self.sources.blocks.maps(linear, live=False)] if linear else []
         maps = Maps(*map(torch.cat, zip(*runs, self.sources.blocks.maps(ports, live=True))))
         labels = [f"{port.node.node_id} {port.name}" for port in linear]
-        given, left = self._parts_below(labels, maps.stream, node, streams)
-        given[:, : len(embeddings)] += torch.einsum(
-            "ntd,td->nt", maps.embedded, embeddings - self.sources.other("hook_embed")
-        )
-        held = torch.einsum("ntd,td->nt", maps.stream, streams - self.sources.other(name))
-        read_again = torch.einsum("ntd,td->n", maps.embedded, embeddings)
+        given, left = self._parts_below(labels, maps.entering[:, :, 0], node, self.text.at(names[0]))
+        entering = torch.stack([self.text.at(name) for name in names], 1)
+        changes = entering - torch.stack([self.sources.other(name) for name in names], 1)
+        held, again = torch.einsum("ntsd,tsd->snt", maps.entering, changes)
+        given[:, : again.shape[1]] += again
+        read_again = torch.einsum("ntd,td->n", maps.entering[:, :, 1], entering[:, 1])
         given, held, left = _on_host(given, held, left + (maps.wholes - read_again)[:, None])
         biases = {id(port): {Node("bias"): rest} for port, (rest,) in zip(linear, left.tolist())}
-        at_tokens = [Node("stream", node.layer, -1, token) for token in range(len(streams))]
+        at_tokens = [Node("stream", node.layer, -1, token) for token in range(held.shape[1])]
         is_skip = torch.tensor([column.feature_type == "skip" for column in self.columns[: given.shape[1]]])
-        found = []
-        ends = []
         for port, own, stream in zip(ports, given[len(linear) :], held[len(linear) :]):
             sources = _largest_sources(own * ~is_skip, self.columns, _LISTED)
             sources |= _largest_sources(own * is_skip, self.columns, _MEASURED)
-            found.append(sources | _largest_sources(stream, at_tokens, _STREAMS))
-            ends.append(biases.get(id(port), {}) | {Node("rest"): float(own.sum()) - sum(sources.values())})
-        return found, ends
+            ends = biases.get(id(port), {}) | {Node("rest"): float(own.sum()) - sum(sources.values())}
+            yield sources | _largest_sources(stream, at_tokens, _STREAMS), ends
 
     # ------------------------------------------------------------------------------------ questions of a graph
 
@@ -344,16 +340,6 @@ class Tracing:
 
     def _token_texts(self, ids: Sequence[int]) -> list[str]:
         return [str(token) if self.model.tokenizer is None else str(self.model.to_string(token)) for token in ids]
-
-
-def _kinds_of(model: HookedRecurrent) -> list[Node]:
-    """Kinds of nodes that are no writes, each of no token; the head is 0 where heads are told apart."""
-    kinds = [Node("embedding")]
-    for layer in range(model.cfg.n_layers):
-        if layer in model.cfg.attention or layer not in model.cfg.layers:
-            kinds.append(Node("attn", layer, 0 if layer in model.cfg.attention else -1))
-        kinds.append(Node("mlp", layer))
-    return [kind for kind in kinds if kind.hook in model.hook_dict]
 
 
 def _on_host(*parts: Tensor) -> Sequence[Tensor]:

@@ -28,7 +28,7 @@ from hookpoints import Graph, HookedRecurrent, Recurrence, WriteEdit, attribute,
 from hookpoints.circuit.atoms import atoms_of, taken_apart
 from hookpoints.circuit.graph import Check
 from hookpoints.circuit.nodes import write_attribution
-from hookpoints.circuit.ports import change_for, port_of_mlp, ports_of, ports_of_head
+from hookpoints.circuit.ports import change_for, ports_of, ports_of_output
 from hookpoints.circuit.stream import reads_of
 from hookpoints.circuit.tables import Node
 from hookpoints.errors import InputError, PredictionWarning, UnknownHookError, UnsupportedModelError
@@ -91,8 +91,11 @@ def test_only_biases_are_left_of_a_port(model_type: str) -> None:
         assert (biases.max() > 1e-6 * sizes.max()) == has_bias, (model_type, zeroed)
 
 
-@pytest.mark.parametrize("corrupt", [None, OTHER], ids=["without", "corrupt"])
-def test_nodes_are_measured_by_runs_without_them(model64: HookedRecurrent, corrupt: Tensor | None) -> None:
+@pytest.mark.usefixtures("_keep_float64")
+@pytest.mark.parametrize(("model_type", "corrupt"), [("qwen3_5", None), ("qwen3_5", OTHER), ("lara_mini", None)])
+def test_nodes_are_measured_by_runs_without_them(model_type: str, corrupt: Tensor | None) -> None:
+    """Also where runs choose other experts, and some choose none."""
+    model64 = hooked_in_float64(model_type)
     graph = attribute(SEQUENCE, model64, [5], against=9, corrupt=corrupt, measure=20, targets=0)
     names = {"mlp": "blocks.{l}.hook_mlp_out", "attn": "blocks.{l}.attn.hook_z", "embedding": "hook_embed"}
     _, values = model64.run_with_cache(SEQUENCE if corrupt is None else corrupt)
@@ -148,7 +151,9 @@ def test_edges_are_measured_by_runs_with_that_side_changed(
     tracer: Any = graph.tracer
     head = 1
     clean = model64.recurrence(SEQUENCE, layer)
-    for port in ports_of(Node("write", layer, head, position), clean, tracer.gradients[f"blocks.{layer}.mixer.hook_read"], read):
+    for port in ports_of(
+        Node("write", layer, head, position), clean, tracer.gradients[f"blocks.{layer}.mixer.hook_read"], read
+    ):
         plain, *sides = tracer.sources.sides_without([port], [[Node("mlp", layer - 1, -1, port.at)]])[0]
         taken = plain - torch.stack(sides)
         (found,) = tracer.runs.effects(change_for(port, tracer.text, taken))
@@ -225,7 +230,7 @@ def test_edges_into_a_softmax_head_compute_its_pattern_again(model64: HookedRecu
     tracer: Any = graph.tracer
     layer, head, at = 3, 1, 15
     token = at if name in ("query", "gate") else 7
-    ports = ports_of_head(Node("attn", layer, head, at), tracer.gradients[f"blocks.{layer}.attn.hook_z"])
+    ports = ports_of_output(Node("attn", layer, head, at), tracer.gradients[f"blocks.{layer}.attn.hook_z"])
     port = next(port for port in ports if port.name == name)
     plain, *sides = tracer.sources.sides_without([port], [[Node("mlp", layer - 1, -1, token)]])[0]
     (found,) = tracer.runs.effects(change_for(port, tracer.text, plain - torch.stack(sides)))
@@ -263,9 +268,7 @@ def test_heads_of_any_attention_have_ports(model_type: str) -> None:
         layer = max(model.cfg.attention)
         name = f"blocks.{layer}.attn.hook_z"
         _, cache = model.run_with_cache(SEQUENCE, names_filter=name)
-        ports = [
-            port for at in (4, 9) for port in ports_of_head(Node("attn", layer, 1, at), tracer.gradients[name])
-        ]
+        ports = [port for at in (4, 9) for port in ports_of_output(Node("attn", layer, 1, at), tracer.gradients[name])]
         for port, sides in zip(ports, tracer.sources.sides_without(ports, [[]] * 8)):
             torch.testing.assert_close(sides[0], cache[name][0, port.at, 1], rtol=1e-9, atol=1e-12)
 
@@ -280,7 +283,7 @@ def test_an_edge_into_an_mlp_is_a_run_with_its_input_changed(ruled64: HookedRecu
     if out not in ruled64.hook_dict:
         pytest.skip("its blocks have no MLP, or several")
     tracer: Any = attribute(SEQUENCE, ruled64, [5], against=9, measure=3, targets=0).tracer
-    port = port_of_mlp(Node("mlp", layer, -1, at), tracer.gradients[out])
+    (port,) = ports_of_output(Node("mlp", layer, -1, at), tracer.gradients[out])
     below = Node("mlp" if layer else "embedding", layer - 1, -1, at)
     write = Node("write", layer, ruled64.cfg.layer(layer).H - 1, 9)
     sides = tracer.sources.sides_without([port], [[below, write]])[0]
@@ -469,9 +472,8 @@ def test_sources_that_are_not_listed_are_the_rest(graph: Graph) -> None:
     tracer: Any = graph.tracer
     node = Node("write", 2, 1, 7)
     ports = ports_of(node, tracer.text.recurrences[2], tracer.gradients["blocks.2.mixer.hook_read"])[:2]
-    listed, ends = tracer._likely_sources(ports)
     maps = tracer.sources.blocks.maps(ports, live=True)
-    for stream, sources, last in zip(maps.stream, listed, ends):
+    for stream, (sources, last) in zip(maps.entering[:, :, 0], tracer._likely_sources(ports)):
         whole = float((stream * tracer.text.at("blocks.2.hook_resid_pre")).sum())
         given = sum(value for source, value in sources.items() if source.feature_type != "stream")
         assert given + last[Node("rest")] == pytest.approx(whole, abs=1e-9)
