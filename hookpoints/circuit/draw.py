@@ -140,13 +140,13 @@ def _visible_spots(nodes: pd.DataFrame, words: Mapping[str, str]) -> pd.DataFram
     spots = spots.assign(
         shape=spots.feature_type.map(_SHAPES).fillna("diamond"),
         is_mlp=spots.feature_type == "mlp",
-        label=[_label(spot, words) for spot in spots.itertuples()],
+        label=[_spot_label(spot, words) for spot in spots.itertuples()],
     )
     beside = spots.groupby(["layer", "position", "is_mlp", "shape"]).node_id
     return spots.assign(number=beside.cumcount(), count=beside.transform("size"))
 
 
-def _label(spot: Any, words: Mapping[str, str]) -> str:
+def _spot_label(spot: Any, words: Mapping[str, str]) -> str:
     """A node without its token, which is below it, or what a part is of; and its effect."""
     place, _, kind = spot.node_id.partition(" ")
     name = words.get(spot.node_id, kind) if spot.feature_type not in _SHAPES else f"{place.partition('@')[0]} {kind}"

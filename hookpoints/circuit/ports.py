@@ -479,11 +479,11 @@ class NodeSources:
             if kind[0] == "write":
                 found.append(self._write_outputs(kind[1], head, position, [windows[row] for row in rows]))
             else:
-                added = self._added(sources[rows[0]], head, position)
+                added = self._added_values(sources[rows[0]], head, position)
                 found.append(_placed_values(added, position - start, len(windows[0])))
         return torch.cat(found)[table[:, 0].argsort()]
 
-    def _added(self, source: Node, head: Tensor, position: Tensor) -> Tensor:
+    def _added_values(self, source: Node, head: Tensor, position: Tensor) -> Tensor:
         """[N,D], what nodes of the kind and block of one add to the stream at their tokens, more than in the corrupt
         text."""
         if source.feature_type == "mlp":

@@ -54,25 +54,26 @@ class Decomposition:
     clean: Text
     """The text whose norms, gates and patterns are held fixed."""
 
-    def parts(self, directions: Tensor, below: Node, text: Text) -> tuple[Parts, Tensor]:
+    def parts(self, directions: Tensor, tokens: Tensor, below: Node, text: Text) -> tuple[Parts, Tensor]:
         """What each node ``below`` another gives to <x, direction>, x [T,D] the stream that enters its block.
 
         Args:
             directions: [N,T,D].
+            tokens: [U], where these are not 0.
             below: heads of its own block count for an MLP.
             text: whose values are given; the clean one, or a corrupt one through the clean one's maps.
 
         Returns: the parts, and [N], what output projections add as biases.
         """
-        parts = {Node("embedding"): _along(directions, text.at("blocks.0.hook_resid_pre"))}
+        parts = {Node("embedding"): _given_along(directions, text.at("blocks.0.hook_resid_pre"))}
         bias = directions.new_zeros(len(directions))
         for block in range(below.layer + (below.feature_type == "mlp")):
             for name in self.heads_out(block):
-                given, rest = self._of_heads(directions, block, name, text)
+                given, rest = self._of_heads(directions, tokens, block, name, text)
                 parts |= given
                 bias = bias + rest
             if block < below.layer:
-                parts[Node("mlp", block)] = _along(directions, self.mlp_out(block, text))
+                parts[Node("mlp", block)] = _given_along(directions, self.mlp_out(block, text))
         return parts, bias
 
     def mlp_out(self, block: int, text: Text) -> Tensor:
@@ -89,13 +90,15 @@ class Decomposition:
         outs = ("hook_mixer_out" if kind.feature_type == "write" else "hook_attn_out" for kind in kinds)
         return [name for out in outs if (name := f"blocks.{block}.{out}") in self.clean.values]
 
-    def _of_heads(self, directions: Tensor, block: int, name: str, text: Text) -> tuple[Parts, Tensor | float]:
+    def _of_heads(
+        self, directions: Tensor, tokens: Tensor, block: int, name: str, text: Text
+    ) -> tuple[Parts, Tensor | float]:
         """Heads of a block, which the hook ``name`` sees: writes and skips, or softmax heads; and the bias of their
         projection."""
         added = text.at(name)
         kind = Node("attn" if name.endswith("attn_out") else "skip", block)
         if name not in self.clean.followed:
-            return {kind: _along(directions, added)}, 0.0
+            return {kind: _given_along(directions, added)}, 0.0
         is_softmax = kind.feature_type == "attn"
         ends = ("attn.hook_z", "attn.hook_z") if is_softmax else ("mixer.hook_z", "mixer.hook_read")
         z, start = (f"blocks.{block}.{end}" for end in ends)
@@ -105,12 +108,12 @@ class Decomposition:
         own = kind._replace(head=0)
         if is_softmax:
             return {own: heads}, rest
-        writes = of_writes(self.clean.recurrences[block], text.recurrences[block], at_start)
+        writes = of_writes(self.clean.recurrences[block], text.recurrences[block], at_start, tokens)
         skips = heads - (at_start * text.at(start)).sum(-1)
         return {own._replace(feature_type="write"): writes, own: skips}, rest
 
 
-def _along(directions: Tensor, added: Tensor) -> Tensor:
+def _given_along(directions: Tensor, added: Tensor) -> Tensor:
     """[N,T,1], what ``added`` [T,D] gives at each token."""
     return torch.einsum("ntd,td->nt", directions, added)[..., None]
 
@@ -128,30 +131,45 @@ def moved(recurrences: Mapping[int, Recurrence], place: torch.device) -> dict[in
 
 
 @torch.no_grad()
-def of_writes(clean: Recurrence, text: Recurrence, at_reads: Tensor) -> Tensor:
+def of_writes(clean: Recurrence, text: Recurrence, at_reads: Tensor, tokens: Tensor) -> Tensor:
     """[N,S,H], what each write of ``text`` gives to <reads, at_reads>, carried by the transitions of ``clean``.
 
     Args:
         at_reads: [N,T,H,V].
+        tokens: [U], where these are not 0.
 
-    Cost: a scan with the value channels of all rows; where each value channel has its own decay, a scan for each row.
+    Cost: a scan of one value channel for each of the tokens; where each value channel has its own decay, a scan of all
+    for each row.
     """
     carried = clean.with_write(text.k, text.u)
     if clean.rates is not None:
         return torch.cat([(carried.value_gradients(row[None])[0] * text.u[0]).sum(-1)[None] for row in at_reads])
-    side_by_side = at_reads.permute(1, 2, 3, 0).flatten(2)[None]
-    weights = carried.value_gradients(side_by_side)[0].unflatten(-1, (clean.V, len(at_reads)))
-    return (weights * text.u[0, ..., None]).flatten(2, -2).sum(2).permute(2, 0, 1)
+    reads = at_reads.new_zeros(1, clean.T, clean.H, len(tokens))
+    reads[:, tokens, :, torch.arange(len(tokens), device=tokens.device)] = 1
+    weights = carried.value_gradients(reads)[0]
+    values = text.u[0].to(weights)
+    if values.ndim == 3:
+        values, weights = values[:, :, None], weights[:, :, None]
+    return torch.einsum("shru,nuhv,shrv->nsh", weights, at_reads[:, tokens].to(weights), values)
 
 
 @torch.no_grad()
 def reads_of(r: Recurrence, writes: Recurrence, heads: Tensor, positions: Tensor) -> Tensor:
-    """[T,N,V], what a head of ``r`` reads of one write of ``writes``, for ``heads`` and ``positions`` [N] of writes."""
+    """[T,N,V], what a head of ``r`` reads of one write of ``writes``, for ``heads`` and ``positions`` [N] of writes.
+
+    Cost: a scan of one value channel for each term of a write; where each value channel has its own decay, of all.
+    """
     fields = {name: x.index_select(2, heads) for name, x in over_time(r)}
-    if r.rates is not None:
-        fields["rates"] = r.rates.index_select(0, heads)
     k, u = (x.index_select(2, heads) for x in (writes.k, writes.u))
     rows = torch.arange(len(heads), device=heads.device)
-    alone = torch.zeros_like(u)
-    alone[:, positions, rows] = u[:, positions, rows]
-    return replace(r, **fields, initial_state=None).with_write(k, alone).outputs()[0]
+    values = u[0, positions, rows]
+    channels = torch.eye(r.R, dtype=u.dtype, device=u.device)  # a term is read as its value, times a weight
+    if r.rates is not None:
+        fields["rates"] = r.rates.index_select(0, heads)
+        channels = values
+    alone = u.new_zeros(*u.shape[:-1], channels.shape[-1])
+    alone[:, positions, rows] = channels
+    reads = replace(r, **fields, initial_state=None).with_write(k, alone).outputs()[0]
+    if r.rates is not None:
+        return reads
+    return torch.einsum("tnr,nrv->tnv", reads, values.reshape(len(heads), r.R, -1).to(reads))

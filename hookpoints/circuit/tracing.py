@@ -171,7 +171,8 @@ class Tracing:
             value = self.wanted.metric(self._logits_of_stream(read)).reshape(())
         direction = torch.zeros_like(stream)
         (direction[:, first:],) = torch.autograd.grad(value, read)
-        given, left = _on_host(*self._parts_below(["logit"], direction, Node("logit", n_layers), stream[0]))
+        last = range(first, stream.shape[1])
+        given, left = _on_host(*self._parts_below(["logit"], direction, last, Node("logit", n_layers), stream[0]))
         by_node = dict(zip(self.columns, given[0].tolist()))
         best = map(node_of, largest(self.nodes, _DIRECT).itertuples())
         sources = {node: by_node[node] for node in best if by_node.get(node)}
@@ -191,7 +192,7 @@ class Tracing:
         return self.model.unembed(stream if final is None else self.model.ln_final(stream))
 
     def _parts_below(
-        self, labels: Sequence[str], directions: Tensor, below: Node, entered: Tensor
+        self, labels: Sequence[str], directions: Tensor, at: Collection[int], below: Node, entered: Tensor
     ) -> tuple[Tensor, Tensor]:
         """[N,M], what each node below another gives to <stream, direction> (with a corrupt text, how much more than
         there), in the order of `columns`; and [N,1], biases less the whole. Notes how far the parts of the first
@@ -199,10 +200,12 @@ class Tracing:
 
         Args:
             directions: [N,T,D].
+            at: tokens where these are not 0.
             entered: [T,D], the stream.
         """
         decomposition = self.sources.blocks.decomposition
-        parts, rest = decomposition.parts(directions, below, self.text)
+        tokens = torch.tensor(sorted(at), device=directions.device)
+        parts, rest = decomposition.parts(directions, tokens, below, self.text)
         given = torch.cat([x.flatten(1) for x in parts.values()], 1)
         left = rest - torch.einsum("ntd,td->n", directions, entered)
         self.completeness |= dict(zip(labels, (left + given.sum(1)).tolist()))
@@ -213,7 +216,7 @@ class Tracing:
                 places = product(range(length), range(heads))
                 self.columns += [Node(kind.feature_type, kind.layer, kind.head + head, at) for at, head in places]
         if self.sources.corrupt is not None:
-            others, _ = decomposition.parts(directions, below, self.sources.corrupt)
+            others, _ = decomposition.parts(directions, tokens, below, self.sources.corrupt)
             given = given - torch.cat([x.flatten(1) for x in others.values()], 1)
         return given, left[:, None]
 
@@ -275,7 +278,8 @@ class Tracing:
         runs = [self.sources.blocks.maps(linear, live=False)] if linear else []
         maps = Maps(*map(torch.cat, zip(*runs, self.sources.blocks.maps(ports, live=True))))
         labels = [f"{port.node.node_id} {port.name}" for port in linear]
-        given, left = self._parts_below(labels, maps.entering[:, :, 0], node, self.text.at(names[0]))
+        at = {*chain.from_iterable(self.sources.blocks.windows_of_ports(ports))}
+        given, left = self._parts_below(labels, maps.entering[:, :, 0], at, node, self.text.at(names[0]))
         entering = torch.stack([self.text.at(name) for name in names], 1)
         changes = entering - torch.stack([self.sources.other(name) for name in names], 1)
         held, again = torch.einsum("ntsd,tsd->snt", maps.entering, changes)
