@@ -296,7 +296,9 @@ class Blocks:
         hooks = self.model.hooks([*fwd_hooks, *([(until, stop)] if until else [])])
         with torch.set_grad_enabled(gradients), changed, recording as seen, hooks:
             stream = inputs.entering[:, :, 0].to(self.text.values[f"blocks.{layer}.hook_resid_pre"].device)
-            value = self.model(stream, start_at_layer=layer, stop_at_layer=layer + 1, tokens=tokens)
+            # Without a cache transformers waits for the device, to see whether positions are those of several texts.
+            cached = not gradients and layer not in self.model.cfg.attention
+            value = self.model(stream, start_at_layer=layer, stop_at_layer=layer + 1, tokens=tokens, use_cache=cached)
         return BlockRun(value.to(self.text.tokens.device), seen)
 
     def sides(self, ports: Sequence[Port], inputs: Inputs, gradients: bool = False) -> list[Tensor]:
