@@ -406,7 +406,7 @@ def predict_writes(
 # ------------------------------------------------------------------------------------------------ what hooks see
 
 
-class Reading(NamedTuple):
+class PassValues(NamedTuple):
     """What a pass leaves."""
 
     values: dict[str, Tensor]
@@ -422,13 +422,13 @@ STREAM = ("hook_resid_pre", *HEADS, "hook_mixer_out", "attn.hook_z", "hook_attn_
 
 
 @scoped
-def reading(model: HookedRecurrent, ends: Collection[str] = STREAM, follow: bool = True) -> Iterator[Reading]:
+def reading(model: HookedRecurrent, ends: Collection[str] = STREAM, follow: bool = True) -> Iterator[PassValues]:
     """In this scope a pass leaves the embeddings and what the hooks of blocks saw whose names end so.
 
     Args:
         follow: by autograd, norms fixed, what heads read and hand on, as far as the last hook of ``ends``.
     """
-    read = Reading({}, {})
+    read = PassValues({}, {})
     last = {*ends} & {"hook_mixer_out", "hook_attn_out"} or {"mixer.hook_z"}
 
     def keep(x: Tensor, hook: HookPoint) -> None:

@@ -39,7 +39,7 @@ of no token, whose head is 0 where there are heads."""
 
 
 def head_kinds(model: HookedRecurrent, layer: int) -> list[Node]:
-    """Kinds of a block's heads: recurrent ones, softmax ones, or both; softmax ones may not be told apart."""
+    """Kinds of a block's heads: recurrent ones, softmax ones, or both; softmax ones may be one node."""
     kinds = [Node("write", layer, 0)] if layer in model.cfg.layers else []
     if layer in model.cfg.attention or not kinds:
         kinds.append(Node("attn", layer, 0 if layer in model.cfg.attention else -1))
@@ -60,7 +60,7 @@ class Decomposition:
         Args:
             directions: [N,T,D].
             tokens: [U], where these are not 0.
-            below: heads of its own block count for an MLP.
+            below: for an MLP, heads in the same block count.
             text: whose values are given; the clean one, or a corrupt one through the clean one's maps.
 
         Returns: the parts, and [N], what output projections add as biases.
