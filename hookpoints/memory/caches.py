@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -154,6 +154,15 @@ def chosen_rows(cache: Cache, rows: Tensor) -> Cache:
         for layer in copied.layers:
             vars(layer).update(update_recurrent_state=MethodType(_replaced_state, layer))
     return copied
+
+
+def joined_rows(caches: Sequence[Cache]) -> Cache:
+    """A copy with the rows of several caches, one after the other."""
+    named = [tensors_of(cache) for cache in caches]
+    joined = shared(caches[0])
+    fill(joined, {place: torch.cat([tensors[place] for tensors in named]) for place in named[0]})
+    drop_sources(joined)
+    return joined
 
 
 def _replaced_state(layer: LinearAttentionLayer, recurrent_states: Tensor, state_idx: int = 0, **_: object) -> Tensor:

@@ -18,6 +18,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby, pairwise
 from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -36,6 +37,7 @@ from hookpoints.memory.caches import (
     chosen_rows,
     cut,
     fill,
+    joined_rows,
     put_state,
     reach,
     shared,
@@ -335,26 +337,29 @@ class Memory:
         Args:
             question: text or tokens [1,T].
 
-        Cost: `without`, and a pass over the question, for each sentence; of those that change the answer, two passes
-        over the sentence.
+        Cost: two runs of the recurrence over stored factors, of all sentences together, and some five passes over few
+        tokens. Where a layer attends: `without`, and a pass over the question, for each sentence, and one pass more.
 
         Raises:
             InputError: several rows, fewer than two sentences, or the states were set by hand.
         """
         if self.tokens.shape[0] != 1:
             raise InputError(f"memory: expected one row, got {self.tokens.shape[0]}")
+        self._check_explained()
         spans = sentence_spans([self._span_text(n, n + 1) for n in range(self.T)])
         if len(spans) < 2:
             raise InputError("memory: expected two sentences at least, which end with . ! or ?, got one")
-        whole = self._next_log_probs(question)
+        tokens = question if isinstance(question, Tensor) else torch.tensor([token_list(self.model, question)])
+        cuts = self._without_each(spans)
+        whole, *answers = self._next_log_probs(tokens.to(self.tokens.device), cuts)
+        states = {layer: torch.cat([cut.state(layer) for cut in cuts]) for layer in self.forms}
         found = list[Suspect]()
-        for span in spans:
-            memory = self.without(span)
-            without = memory._next_log_probs(question)
+        for row, (span, without) in enumerate(zip(spans, answers, strict=True)):
             answer = int(without.argmax())
             probability = float(without[answer].exp())
             kl = float(F.kl_div(whole, without, log_target=True, reduction="sum"))
-            held = memory._held_answer(self.tokens[0, slice(*span)].tolist(), int(whole.argmax()), answer)
+            of_row = {layer: state[row : row + 1] for layer, state in states.items()}
+            held = self._held_answer(of_row, self.tokens[0, slice(*span)].tolist(), int(whole.argmax()), answer)
             said = spelled(self.model, [answer])
             flagged = probability >= SURE and held >= HELD
             found.append(Suspect(span, self._span_text(*span), said, probability, kl, held, flagged))
@@ -565,29 +570,67 @@ class Memory:
         """Of tokens start <= t < stop."""
         return spelled(self.model, self.tokens[row, start:stop].tolist())
 
-    def _next_log_probs(self, question: str | Tensor) -> Tensor:
-        """[vocab], of the token after ``question``, which is read after the tokens of the only row."""
-        tokens = question if isinstance(question, Tensor) else torch.tensor([token_list(self.model, question)])
-        return read_on(self.model, tokens.to(self.tokens.device), self.T, self.branch(self.model, tokens))[1][0]
+    def _next_log_probs(self, question: Tensor, others: Sequence[Memory]) -> Tensor:
+        """[N,vocab], of the token after ``question`` [1,T], which is read after each row of this memory and others: in
+        one pass, where no layer attends, so that all may stand at one position."""
+        memories = [self, *others]
+        said = list[Tensor]()
+        for group in [[memory] for memory in memories] if self.kept.attention else [memories]:
+            tokens = question.expand(sum(len(memory.tokens) for memory in group), -1)
+            cache = joined_rows([memory.cache for memory in group])
+            said.append(read_on(self.model, tokens, group[0].T, cache)[1])
+        return torch.cat(said)
 
-    def _states_alone(self, text: str | Sequence[int] | None) -> LayerStates:
-        """States [1,H,K,V] after a text alone, which stands after the first token (bos) where the model has one."""
+    def _without_each(self, spans: Sequence[tuple[int, int]]) -> list[Memory]:
+        """Memories whose rows, in their order, are `without` one each of ascending spans."""
+        size = window(self.cache)
+        last = self.T - size - reach(self.cache)
+        memories = list[Memory]()
+        for together, group in groupby(spans, lambda span: size <= span[0] and span[1] <= last):
+            if together and not self.kept.attention:
+                memories.append(self._without_together([*group], size))
+            else:
+                memories += [self.without(span) for span in group]
+        return memories
+
+    def _without_together(self, spans: Sequence[tuple[int, int]], size: int) -> Memory:
+        """A memory whose rows are `without` one each of ascending spans, where no layer attends, and before and after
+        each span are as many tokens as convolutions hold, ``size``: what they hold stays. Each row joins the walk over
+        stored factors once the tokens after its span were read again.
+        """
+        starts, stops = torch.tensor(spans).T[..., None]
+        places = [start - 1 for start, _ in spans]
+        states = {layer: self.recurrence(layer).states(positions=places)[0] for layer in self.forms}
+        before = self.kept.each(lambda name, x: x[0, starts - size + torch.arange(size)])
+        again = self.tokens[0, stops + torch.arange(reach(self.cache))]
+        joining = self._token_reader.read_again(before, states, again, before.span(0, 0)).states
+        joins = [*(stops[:, 0] + again.shape[1]).tolist(), self.T]
+        states = {layer: x[:0] for layer, x in joining.items()}
+        for row, (start, stop) in enumerate(pairwise(joins)):
+            states = {layer: torch.cat([x, joining[layer][row : row + 1]]) for layer, x in states.items()}
+            states = self._states_after(self.kept.span(start, stop, [0] * (row + 1)), states)
+        cache = chosen_rows(self.cache, torch.zeros(len(spans), dtype=torch.long))
+        kept = self.kept.each(lambda name, x: x.expand(len(spans), *x.shape[1:]))
+        return replace(self, cache=cache, kept=kept).with_states(states)
+
+    def _states_alone(self, *texts: str | Sequence[int] | None) -> LayerStates:
+        """States [N,H,K,V] after texts of one length, alone: after the first token (bos) where the model has one."""
         tokenizer = self.model.tokenizer
         first = [] if tokenizer is None or tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        tokens = [] if text is None else token_list(self.model, text)
-        if text is not None and not tokens:
-            raise InputError(f"new, instead_of: expected a sentence, got {text!r}")
-        if not first + tokens:
+        rows = [[] if text is None else token_list(self.model, text) for text in texts]
+        if texts[0] is not None and not rows[0]:
+            raise InputError(f"new, instead_of: expected a sentence, got {texts[0]!r}")
+        tokens = torch.tensor([first + row for row in rows], device=self.model.cfg.device)
+        if not tokens.shape[1]:
             return {layer: torch.zeros_like(state[:1]) for layer, state in self._layer_states().items()}
-        return read(self.model, torch.tensor([first + tokens], device=self.model.cfg.device))._layer_states()
+        return read(self.model, tokens)._layer_states()
 
-    def _held_answer(self, sentence: Sequence[int], answer: int, other: int) -> float:
+    def _held_answer(self, states: LayerStates, sentence: Sequence[int], answer: int, other: int) -> float:
         """How much of a sentence with another answer the states hold; NaN where it is the same, or not in it."""
         if other == answer or answer not in sentence:
             return math.nan
-        old = self._states_alone(sentence)
-        new = self._states_alone([other if token == answer else token for token in sentence])
-        return held_share(self._layer_states(), {layer: state - old[layer] for layer, state in new.items()})
+        both = self._states_alone(sentence, [other if token == answer else token for token in sentence])
+        return held_share(states, {layer: state[1:] - state[:1] for layer, state in both.items()})
 
     def _head_state(self, layer: int, head: int) -> Tensor:
         """[B,K,V], of a head that there is."""

@@ -68,9 +68,9 @@ class Kept(NamedTuple):
         self.each(named.setdefault)
         return named
 
-    def span(self, start: int, stop: int) -> Kept:
-        """What it keeps of tokens start <= t < stop; views."""
-        return self.each(lambda name, x: x[:, start:stop])
+    def span(self, start: int, stop: int, rows: slice | list[int] = slice(None)) -> Kept:
+        """What it keeps of tokens start <= t < stop: views, or copies of ``rows``, in their order."""
+        return self.each(lambda name, x: x[rows, start:stop])
 
     def then(self, *others: Kept) -> Kept:
         """Stretches of tokens one after the other; those without tokens are left out. It has the names of the last."""

@@ -198,14 +198,9 @@ class Facts:
 
     def told(self, symbols: Mapping[str, Tensor]) -> list[dict[str, str]]:
         """The facts of each sequence in words, "Ben lives in" -> "Rome"."""
-        vocabulary = self.vocabulary
-        people = vocabulary[2 + len(self._words) :]
-        values = people[self.n_names :]
-        texts = list[dict[str, str]]()
-        for keys, told in zip(symbols["keys"].tolist(), symbols["values"].tolist()):
-            phrases = (f"{people[key // 4]} {RELATIONS[key % 4][0]}" for key in keys)
-            texts.append(dict(zip(phrases, (values[value] for value in told))))
-        return texts
+        told = self.spell({**symbols, "asked": symbols["asked"][:, :0]}).tokens.tolist()
+        rows = [[self.vocabulary[token] for token in row] for row in told]
+        return [{" ".join(row[at : at + 3]): row[at + 3] for at in range(1, len(row), 5)} for row in rows]
 
     def others(self, values: Tensor, generator: Generator) -> Tensor:
         """For each value another one of its relation."""

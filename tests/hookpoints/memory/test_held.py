@@ -62,11 +62,11 @@ def test_the_head_that_keeps_longest_holds_the_facts(speaker, documents):
     assert hits >= 0.9 * sum(map(len, told)) and others <= 0.2 * hits
 
 
-def question(fact: english.Fact) -> str:
+def question(fact: english.ToldFact) -> str:
     return " " + english.RELATIONS[fact.relation].asked[0].split("? ")[0].format(n=fact.name) + "?"
 
 
-def answer(memory, fact: english.Fact) -> str:
+def answer(memory, fact: english.ToldFact) -> str:
     return memory.model.to_string(int(memory.model.logits_after(memory, question(fact))[0, -1].argmax())).strip()
 
 
@@ -114,6 +114,25 @@ def test_the_sentence_that_overwrote_an_answer_is_found(speaker, documents):
                 assert math.isnan(suspect.held) == (suspect.answer.strip() == said or said not in suspect.text)
                 assert suspect.flagged == (suspect.probability >= SURE and suspect.held >= HELD)
     assert found >= 3
+
+
+@pytest.mark.parametrize("name, most", [("facts-english", 6), ("facts-english-mamba2", 6), ("embedded", 42)])
+def test_sentences_are_cut_together_as_each_is_alone(name, most, documents):
+    """Where a layer attends, one after the other: a pass to cut, and a pass to ask."""
+    model = HookedRecurrent.from_pretrained(name)
+    told = [fact for document in documents for fact in document.facts][:20]
+    memory = model.memory(" ".join(fact.sentence for fact in told))
+    passes = []
+    with model.hf_model.register_forward_pre_hook(lambda *_: passes.append(1)):
+        found = memory.suspects(question(told[1]))
+    assert len(found) == 20 and len(passes) <= most
+    whole = model.logits_after(memory, question(told[1]))[0, -1].log_softmax(-1)
+    for suspect in found:
+        cut = memory.without(suspect.span)
+        without = model.logits_after(cut, question(told[1]))[0, -1].log_softmax(-1)
+        assert suspect.answer == model.to_string(int(without.argmax()))
+        assert suspect.probability == pytest.approx(float(without.max().exp()), abs=1e-4)
+        assert suspect.kl == pytest.approx(float((without.exp() * (without - whole)).sum()), abs=1e-4)
 
 
 def test_what_states_hold_of_a_change_is_its_share_over_all_layers():
