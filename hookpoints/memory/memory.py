@@ -345,21 +345,18 @@ class Memory:
         """
         if self.tokens.shape[0] != 1:
             raise InputError(f"memory: expected one row, got {self.tokens.shape[0]}")
-        self._check_explained()
         spans = sentence_spans([self._span_text(n, n + 1) for n in range(self.T)])
         if len(spans) < 2:
             raise InputError("memory: expected two sentences at least, which end with . ! or ?, got one")
         tokens = question if isinstance(question, Tensor) else torch.tensor([token_list(self.model, question)])
         cuts = self._without_each(spans)
         whole, *answers = self._next_log_probs(tokens.to(self.tokens.device), cuts)
-        states = {layer: torch.cat([cut.state(layer) for cut in cuts]) for layer in self.forms}
         found = list[Suspect]()
-        for row, (span, without) in enumerate(zip(spans, answers, strict=True)):
+        for span, cut_memory, without in zip(spans, cuts, answers, strict=True):
             answer = int(without.argmax())
             probability = float(without[answer].exp())
             kl = float(F.kl_div(whole, without, log_target=True, reduction="sum"))
-            of_row = {layer: state[row : row + 1] for layer, state in states.items()}
-            held = self._held_answer(of_row, self.tokens[0, slice(*span)].tolist(), int(whole.argmax()), answer)
+            held = cut_memory._held_answer(self.tokens[0, slice(*span)].tolist(), int(whole.argmax()), answer)
             said = spelled(self.model, [answer])
             flagged = probability >= SURE and held >= HELD
             found.append(Suspect(span, self._span_text(*span), said, probability, kl, held, flagged))
@@ -571,33 +568,31 @@ class Memory:
         return spelled(self.model, self.tokens[row, start:stop].tolist())
 
     def _next_log_probs(self, question: Tensor, others: Sequence[Memory]) -> Tensor:
-        """[N,vocab], of the token after ``question`` [1,T], which is read after each row of this memory and others: in
+        """[N,vocab], of the token after ``question`` [1,T], which is read after this memory and others of one row: in
         one pass, where no layer attends, so that all may stand at one position."""
         memories = [self, *others]
         said = list[Tensor]()
         for group in [[memory] for memory in memories] if self.kept.attention else [memories]:
-            tokens = question.expand(sum(len(memory.tokens) for memory in group), -1)
             cache = joined_rows([memory.cache for memory in group])
-            said.append(read_on(self.model, tokens, group[0].T, cache)[1])
+            said.append(read_on(self.model, question.expand(len(group), -1), group[0].T, cache)[1])
         return torch.cat(said)
 
     def _without_each(self, spans: Sequence[tuple[int, int]]) -> list[Memory]:
-        """Memories whose rows, in their order, are `without` one each of ascending spans."""
+        """`without` each of ascending spans, all together as far as can be."""
         size = window(self.cache)
         last = self.T - size - reach(self.cache)
         memories = list[Memory]()
         for together, group in groupby(spans, lambda span: size <= span[0] and span[1] <= last):
             if together and not self.kept.attention:
-                memories.append(self._without_together([*group], size))
+                memories += self._without_together([*group], size)
             else:
                 memories += [self.without(span) for span in group]
         return memories
 
-    def _without_together(self, spans: Sequence[tuple[int, int]], size: int) -> Memory:
-        """A memory whose rows are `without` one each of ascending spans, where no layer attends, and before and after
-        each span are as many tokens as convolutions hold, ``size``: what they hold stays. Each row joins the walk over
-        stored factors once the tokens after its span were read again.
-        """
+    def _without_together(self, spans: Sequence[tuple[int, int]], size: int) -> list[Memory]:
+        """`without` each of ascending spans, where no layer attends, and at least ``size`` tokens, as many as
+        convolutions hold, stand before each and after it: what they hold stays, and states are set. The walk over
+        stored factors takes up the row of a span where the tokens after it were read again."""
         starts, stops = torch.tensor(spans).T[..., None]
         places = [start - 1 for start, _ in spans]
         states = {layer: self.recurrence(layer).states(positions=places)[0] for layer in self.forms}
@@ -609,9 +604,8 @@ class Memory:
         for row, (start, stop) in enumerate(pairwise(joins)):
             states = {layer: torch.cat([x, joining[layer][row : row + 1]]) for layer, x in states.items()}
             states = self._states_after(self.kept.span(start, stop, [0] * (row + 1)), states)
-        cache = chosen_rows(self.cache, torch.zeros(len(spans), dtype=torch.long))
-        kept = self.kept.each(lambda name, x: x.expand(len(spans), *x.shape[1:]))
-        return replace(self, cache=cache, kept=kept).with_states(states)
+        rows = [{layer: x[row : row + 1] for layer, x in states.items()} for row in range(len(spans))]
+        return [self.with_states(row) for row in rows]
 
     def _states_alone(self, *texts: str | Sequence[int] | None) -> LayerStates:
         """States [N,H,K,V] after texts of one length, alone: after the first token (bos) where the model has one."""
@@ -625,12 +619,12 @@ class Memory:
             return {layer: torch.zeros_like(state[:1]) for layer, state in self._layer_states().items()}
         return read(self.model, tokens)._layer_states()
 
-    def _held_answer(self, states: LayerStates, sentence: Sequence[int], answer: int, other: int) -> float:
+    def _held_answer(self, sentence: Sequence[int], answer: int, other: int) -> float:
         """How much of a sentence with another answer the states hold; NaN where it is the same, or not in it."""
         if other == answer or answer not in sentence:
             return math.nan
         both = self._states_alone(sentence, [other if token == answer else token for token in sentence])
-        return held_share(states, {layer: state[1:] - state[:1] for layer, state in both.items()})
+        return held_share(self._layer_states(), {layer: state[1:] - state[:1] for layer, state in both.items()})
 
     def _head_state(self, layer: int, head: int) -> Tensor:
         """[B,K,V], of a head that there is."""
