@@ -22,13 +22,13 @@ PACKAGES = ("hookpoints", "sae_lens_writesae", "writesae", "writesae_study")
 HOMES = {"writesae_study": ROOT / "study"}
 """Folder of a package that is not in the root."""
 CEILINGS = {
-    "hookpoints": 57_400,
+    "hookpoints": 57_100,
     "sae_lens_writesae": 19_400,
-    "writesae": 16_500,
-    "study/writesae_study": 41_750,
-    "tests": 95_500,
-    "study/tests": 34_350,
-    "tools + benchmarks + study/tools": 41_500,
+    "writesae": 16_300,
+    "study/writesae_study": 41_200,
+    "tests": 92_000,
+    "study/tests": 32_600,
+    "tools + benchmarks + study/tools": 42_500,
 }
 """Expression nodes of folders, 3% above what there was. A smoke alarm and no target: a commit that needs more says what
 a reader gains."""
