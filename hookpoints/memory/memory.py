@@ -341,14 +341,15 @@ class Memory:
         tokens. Where a layer attends: `without`, and a pass over the question, for each sentence, and one pass more.
 
         Raises:
-            InputError: several rows, fewer than two sentences, or the states were set by hand.
+            InputError: several rows, fewer than two sentences, no question, or the states were set by hand.
         """
         if self.tokens.shape[0] != 1:
             raise InputError(f"memory: expected one row, got {self.tokens.shape[0]}")
+        tokens = question if isinstance(question, Tensor) else torch.tensor([token_list(self.model, question)])
+        check_tokens(tokens, self.model.cfg)
         spans = sentence_spans([self._span_text(n, n + 1) for n in range(self.T)])
         if len(spans) < 2:
             raise InputError("memory: expected two sentences at least, which end with . ! or ?, got one")
-        tokens = question if isinstance(question, Tensor) else torch.tensor([token_list(self.model, question)])
         cuts = self._without_each(spans)
         whole, *answers = self._next_log_probs(tokens.to(self.tokens.device), cuts)
         found = list[Suspect]()

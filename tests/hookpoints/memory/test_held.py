@@ -160,6 +160,7 @@ def test_spans_of_sentences_cover_all_tokens():
         (lambda memory: memory.told(None), "new: expected a sentence"),
         (lambda memory: memory.told("", instead_of="Ben lives in Rome."), "expected a sentence"),
         (lambda memory: memory.suspects("Where does Ben live?"), "two sentences at least"),
+        (lambda memory: memory.suspects(""), "at least one"),
     ],
 )
 def test_bad_input_is_refused(speaker, ask, match):
