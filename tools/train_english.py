@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from itertools import chain, repeat
+from itertools import chain, islice, repeat
 from pathlib import Path
 from random import Random
 from statistics import fmean
@@ -80,6 +80,8 @@ LONG = SHORT._replace(stages=[each._replace(steps=n) for each, n in zip(SHORT.st
 AGAIN = Round(8e-4, 0.4, (Stage(300, 6, 2, 320, (3, 12), 16, 0.4),))
 FAR = Round(1e-3, 0.5, (Stage(700, 5, 2, 384, (3, 12), 16, 0.6),))
 """More speech between facts, where RWKV-7 forgets first."""
+WARM = Round(1.2e-3, 0.5, (Stage(150, 12, 3, 160, (3, 8), 10, 0.2), Stage(600, 6, 2, 320, (3, 12), 16, 0.4)))
+"""For a model that remembers facts already."""
 PLANS = {
     "facts-english": Plan(
         "gdn",
@@ -93,6 +95,12 @@ PLANS = {
         "Four RWKV-7 layers of 6 heads, K = V = 32 (`hookpoints.rwkv7`), as `embedded-rwkv7`. The first head of layer "
         "0 starts with the latest name, and that of layer 1 writes values under it.",
         (LONG, FAR),
+    ),
+    "facts-english-kda": Plan(
+        "kda",
+        "Five Kimi delta attention layers of 2 heads, K = V = 64, each with a decay for every key channel "
+        "(`KimiLinearForCausalLM`). Each starts as the Gated DeltaNet layer of `facts-english` in its place.",
+        (WARM,),
     ),
     "facts-english-mamba2": Plan(
         "mamba2",
@@ -132,6 +140,8 @@ def tokenizer_with_words() -> PreTrainedTokenizerFast:
 def grown(family: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     """The embedded model of a family, without attention. An added word begins as the mean of the tokens that spelled
     it, and a name or a value as a random one, so that names differ."""
+    if family == "kda":
+        return with_kimi_layers(Qwen3_5ForCausalLM.from_pretrained(zoo.path("facts-english")), tokenizer)
     name = "embedded" if family == "gdn" else f"embedded-{family}"
     model = train_embedded.FAMILIES[family].model_class.from_pretrained(embedded.path(name))
     before = PreTrainedTokenizerFast.from_pretrained(embedded.path())
@@ -165,6 +175,57 @@ def without_attention(model: Qwen3_5ForCausalLM) -> Qwen3_5ForCausalLM:
     first_key = width * config.linear_num_key_heads
     start_with_names(layer.in_proj_qkv.weight, layer.conv1d.weight[:, 0], first_key, first_query=0, width=width)
     return fresh
+
+
+@torch.no_grad()
+def with_kimi_layers(teacher: Any, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """The model with a Kimi layer instead of each Gated DeltaNet layer, and fewer neurons, since Kimi Linear does not
+    share the weights of embedding and unembedding. What a layer adds to the stream is fitted to what it was."""
+    model: Any = train_embedded.build(train_embedded.FAMILIES["kda"], tokenizer)
+    copied = {name: x for name, x in teacher.state_dict().items() if "layers" not in name}
+    model.load_state_dict(copied | {"model.norm.weight": 1 + copied["model.norm.weight"]}, strict=False)
+    stream = teacher.model.embed_tokens(torch.cat([x for x, _ in islice(batches(AGAIN, tokenizer, seed=7), 6)]))
+    for old, new in zip(teacher.model.layers, model.model.layers, strict=True):
+        inputs = old.input_layernorm(stream)
+        start_like(new.self_attn, old.linear_attn)
+        projection, new.self_attn.o_proj = new.self_attn.o_proj, torch.nn.Identity()
+        reads = new.self_attn(inputs)
+        new.self_attn.o_proj = projection
+        added = old.linear_attn(inputs)
+        projection.weight.copy_(linear_fit(reads, added))
+        stream = stream + added
+        inputs = old.post_attention_layernorm(stream)
+        neurons = torch.nn.functional.silu(old.mlp.gate_proj(inputs)) * old.mlp.up_proj(inputs)
+        added = old.mlp(inputs)
+        sizes = neurons.square().mean((0, 1)) * old.mlp.down_proj.weight.square().sum(0)
+        largest = sizes.topk(new.mlp.intermediate_size).indices
+        new.mlp.gate_proj.weight.copy_(old.mlp.gate_proj.weight[largest])
+        new.mlp.up_proj.weight.copy_(old.mlp.up_proj.weight[largest])
+        new.mlp.down_proj.weight.copy_(linear_fit(neurons[..., largest], added))
+        stream = stream + added
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            getattr(new, name).weight.copy_(1 + getattr(old, name).weight)  # which Qwen3.5 adds 1 to
+    return model
+
+
+def start_like(kimi: Any, mixer: Any) -> None:
+    """Weights of a Gated DeltaNet layer. A head serves the values of the two that shared its key, with the means of
+    their beta and decay; its channels begin with decays of their own."""
+    left, sizes, right = torch.linalg.svd(mixer.in_proj_z.weight, full_matrices=False)
+    width = kimi.head_dim
+    weights = {
+        kimi.conv1d: mixer.conv1d.weight,
+        kimi.b_proj: mixer.in_proj_b.weight.unflatten(0, (-1, 2)).mean(1),
+        kimi.g_b_proj: left[:, :width] * sizes[:width],
+        kimi.g_a_proj: right[:width],
+        kimi.o_norm: mixer.norm.weight.repeat(2),
+    }
+    weights |= zip((kimi.q_proj, kimi.k_proj, kimi.v_proj), mixer.in_proj_qkv.weight.chunk(3))
+    for module, weight in weights.items():
+        module.weight.copy_(weight)
+    gate = kimi.forget_gate
+    gate.A_log.copy_(mixer.A_log.view(1, 1, -1, 2).mean(3, keepdim=True))
+    gate.dt_bias.copy_(mixer.dt_bias.view(-1, 2).mean(1, keepdim=True).add(torch.linspace(-1, 1, width)).flatten())
 
 
 @torch.no_grad()
@@ -306,9 +367,11 @@ def start_constant(lora: Any, value: float | Tensor) -> None:
     lora.lora[2].bias[:WIDTH] = value
 
 
-def linear_fit(inputs: Tensor, wanted: Tensor, rows: Tensor) -> Tensor:
-    """W [out,in] with W x ~ y for inputs [N,in] and ``wanted`` [N,out], by least squares with a ridge. The chosen
-    ``rows`` [N] weigh as much as all others."""
+def linear_fit(inputs: Tensor, wanted: Tensor, rows: Tensor | None = None) -> Tensor:
+    """W [out,in] with W x ~ y for inputs [...,in] and ``wanted`` [...,out], by least squares with a ridge. The chosen
+    ``rows`` [N] (None: all) weigh as much as all others."""
+    inputs, wanted = inputs.flatten(0, -2), wanted.flatten(0, -2)
+    rows = torch.ones(len(inputs)) > 0 if rows is None else rows
     weights = torch.where(rows, 1 / rows.sum(), 1 / (~rows).sum().clamp_min(1))[:, None]
     moments = inputs.mT @ (inputs * weights)
     ridge = 0.01 * moments.diagonal().mean() * torch.eye(len(moments))
