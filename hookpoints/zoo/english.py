@@ -34,7 +34,7 @@ from hookpoints.zoo.tasks import CITIES, COLORS, PEOPLE, PETS, TRADES
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-MODELS = ("facts-english", "facts-english-rwkv7", "facts-english-mamba2")
+MODELS = ("facts-english", "facts-english-rwkv7", "facts-english-mamba2", "facts-english-kda")
 """Models of these texts, with one tokenizer. `zoo.names()` has those that ship."""
 SIZES = (2, 4, 8, 12)
 """Facts of the documents that `zoo.accuracy` measures."""
