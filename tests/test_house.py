@@ -28,7 +28,7 @@ CEILINGS = {
     "study/writesae_study": 41_200,
     "tests": 92_000,
     "study/tests": 32_600,
-    "tools + benchmarks + study/tools": 42_500,
+    "tools + benchmarks + study/tools": 43_000,
 }
 """Expression nodes of folders, 3% above what there was. A smoke alarm and no target: a commit that needs more says what
 a reader gains."""

@@ -478,7 +478,7 @@ about them have one right answer, which no other text can tell:
 
 > {example}
 
-Trained by `python tools/train_zoo.py {name}` from the weights of an embedded model: {steps:,} steps, {tokens:,} tokens,
+Trained by `python tools/train_zoo.py {name}` from the weights of a model that ships: {steps:,} steps, {tokens:,} tokens,
 {seconds:.0f} CPU seconds.
 
 ```python
