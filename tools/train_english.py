@@ -478,8 +478,8 @@ about them have one right answer, which no other text can tell:
 
 > {example}
 
-Trained by `python tools/train_zoo.py {name}` from the weights of a model that ships: {steps:,} steps, {tokens:,} tokens,
-{seconds:.0f} CPU seconds.
+Trained by `python tools/train_zoo.py {name}` from the weights of a model that ships: {steps:,} steps,
+{tokens:,} tokens, {seconds:.0f} CPU seconds.
 
 ```python
 from hookpoints import HookedRecurrent, zoo
