@@ -42,7 +42,7 @@ def told() -> list[Pair]:
         sentences = (*facts, SPEECH, f"Where does {name} live?")
         return torch.tensor([[writer.bos, *itertools.chain(*map(writer.ids, sentences))]])
 
-    pairs = enumerate(zip(cities[1:], cities[9:]))
+    pairs = enumerate(zip(cities[1:19], cities[9:]))  # half of the names
     return [Pair(ids(number, a), ids(number, b), f" {a}", f" {b}") for number, (a, b) in pairs]
 
 
