@@ -103,7 +103,7 @@ def test_a_claim_needs_control_dictionaries_and_is_counted_apart_where_nothing_w
     assert results.of_any_direction("sign", {})  # which asks no dictionary
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # half a minute, of pages that few changes touch
 def test_the_pages_of_results_follow_from_the_tables() -> None:
     pages, answers = results.pages(ROOT / "docs" / "results")
     for name, made in pages.items():

@@ -208,7 +208,9 @@ def planned(said: str) -> dict[str, int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("profile", ["laptop", "gpu", "gpus", "slurm"])
+@pytest.mark.parametrize(
+    "profile", ["gpus", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("laptop", "gpu", "slurm"))]
+)
 def test_a_dry_run_of_every_profile_plans_every_step_once(tmp_path, profile):
     replace(TINY, layers=(1, 2), heads=(0, 3), evaluations=("sign", "amplify"), dashboards=2).keep_in(tmp_path)
     said = snakemake(tmp_path, "--profile", str(profile_folder(profile)), "--dry-run")

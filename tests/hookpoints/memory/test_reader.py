@@ -15,7 +15,6 @@ from hookpoints.memory.phrases import Phrases, runs
 from hookpoints.memory.reader import _written_states
 from hookpoints.memory.sealing import load_sealed, save_sealed
 from hookpoints.memory.templates import (
-    CHECKPOINTS,
     RIDGE,
     Fitted,
     LayerFit,
@@ -96,16 +95,16 @@ def test_of_large_states_fewer_phrases_are_read_at_once(reader, texts, monkeypat
     }
     expected = {name: call() for name, call in calls.items()}
     sizes = sum(layer.H * layer.K * layer.V for layer in model.cfg.layers.values())
-    monkeypatch.setattr(templates, "HELD", 4 * sizes)
+    monkeypatch.setattr(templates, "HELD", 16 * sizes)
     passes: list[torch.Size] = []
     handle = model.attachment.layout.embed.register_forward_hook(lambda _, given, __: passes.append(given[0].shape))
     found = {name: call() for name, call in calls.items()}
-    MemoryReader.fit(model, texts.flatten()[: 40 * 20], context=16, longest=4)
+    MemoryReader.fit(model, texts.flatten()[: 40 * 12], context=8, longest=2)
     handle.remove()
     assert_close(found.pop("scores"), expected.pop("scores"), rtol=0, atol=1e-4)
     assert found == expected
-    assert max(rows for rows, _ in passes) <= max(4, CHECKPOINTS)
-    assert max(length for _, length in passes) <= 4 + 2 * 8
+    assert max(rows for rows, _ in passes) <= 16
+    assert max(length for _, length in passes) <= 16 + 2 * 8
 
 
 def test_a_pursuit_leaves_what_no_template_explains():
