@@ -130,6 +130,26 @@ def test_an_address_is_copied_as_it_is_read_and_compared(elsewhere: str, tmp_pat
         Collection.open("none://a")
 
 
+@pytest.mark.nightly  # which installs both
+def test_a_bucket_is_an_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a server that speaks as S3 does."""
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0)
+    s3fs = pytest.importorskip("s3fs")
+    monkeypatch.setattr(files, "COPIES", tmp_path / "copies")
+    server.start()
+    host, port = server.get_host_and_port()
+    said = {"ENDPOINT_URL": f"http://{host}:{port}", "ACCESS_KEY_ID": "any", "SECRET_ACCESS_KEY": "any"}
+    for name, value in said.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    bucket = s3fs.S3FileSystem()
+    bucket.mkdir("writes")
+    for file in collected(tmp_path, 3, 1, tokens=64).iterdir():
+        bucket.put_file(str(file), f"writes/{file.name}")
+    found = Collection.open("s3://writes").rows(0, 0)
+    server.stop()
+    assert torch.equal(found, Collection.open(tmp_path).rows(0, 0))
+
+
 def test_the_command_trains_on_an_address(elsewhere: str, tmp_path: Path) -> None:
     """To the same bytes; a config names the address, so that it is opened again."""
     sizes = ["--d-sae", "8", "--training-tokens", "512", "--train-batch-size-tokens", "64", "--no-summary"]
