@@ -16,6 +16,7 @@ from hookpoints import HookedRecurrent, attribute
 from sae_lens_writesae import LowRank, train, training_config
 from sae_lens_writesae.sae import fast, training
 from sae_lens_writesae.sae.fast import Stack
+from sae_lens_writesae.sae.fused import Dead
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -122,3 +123,17 @@ def test_two_steps_launch_the_same_so_that_a_graph_can_replay_them(order: list[t
         stack.take([stack.rows(0, rows)])
         steps.append(list(order))
     assert steps[-1] == steps[-2] and not [note for note in steps[-1] if note[0] in ("sync", "to_device", "to_host")]
+
+
+def test_a_step_gives_the_gradients_of_a_host() -> None:
+    def gradients(place: str) -> dict[str, Any]:
+        stack = Stack([config(place)], [LowRank.rank_one(*(side.to(place) for side in writes()))], [None])
+        dead = torch.arange(64)[None].to(place) % 3 == 0
+        stack.losses(stack.p, [stack.rows(0, torch.arange(32).to(place))], stack.ks, Dead(dead, 40))
+        return {name: parameter.grad for name, parameter in stack.p.items()}
+
+    expected = gradients("cpu")
+    with device.pretended():
+        for name, gradient in gradients("npu").items():
+            assert gradient.device == device.NPU
+            torch.testing.assert_close(gradient.cpu(), expected[name], rtol=1e-5, atol=1e-6)

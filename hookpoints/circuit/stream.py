@@ -149,7 +149,8 @@ def of_writes(clean: Recurrence, text: Recurrence, at_reads: Tensor, tokens: Ten
     weights = carried.value_gradients(reads)[0]
     values = text.u[0].to(weights)
     if values.ndim == 3:
-        values, weights = values[:, :, None], weights[:, :, None]
+        values = values[:, :, None]
+        weights = weights[:, :, None]
     return torch.einsum("shru,nuhv,shrv->nsh", weights, at_reads[:, tokens].to(weights), values)
 
 
