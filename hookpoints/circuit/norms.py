@@ -17,13 +17,10 @@ from torch.overrides import TorchFunctionMode
 
 from hookpoints.scopes import scoped
 
-Held = Literal["norms", "patterns", "gates"]
-"""What of a pass is a constant to autograd: scales of norms, patterns of softmax attention, or gates, of which an
-activation is one, times its input."""
+Held = Literal["norms", "patterns"]
+"""What of a pass is a constant to autograd: scales of norms, or patterns of softmax attention."""
 FROZEN: tuple[Held, ...] = ("norms", "patterns")
 """Where an answer is saturated, gradients of norms and gates point the wrong way, and what the values carry is left."""
-AFFINE: tuple[Held, ...] = ("norms", "patterns", "gates")
-"""What a block makes of the residual stream is then linear in it but for biases, and parts of the stream add up."""
 
 _ROOTS = (torch.sqrt, Tensor.sqrt)
 Arguments = tuple[object, ...]
@@ -120,23 +117,11 @@ class HeadNorm(NamedTuple):
 
 # ------------------------------------------------------------------------------------------------ as constants
 
-_SECANTS = (F.silu, F.gelu, F.relu, torch.relu, Tensor.relu)
-"""Activations that are their input times a gate."""
-_GATES = (torch.sigmoid, Tensor.sigmoid, F.sigmoid, F.softplus, torch.tanh, Tensor.tanh, F.tanh, torch.exp, Tensor.exp)
-"""What gates, decays and strengths are made with."""
-
 
 def _at_fixed_length(value: Tensor, x: Tensor) -> Tensor:
     """What ``F.normalize`` made of x [...,D] over its last axis, its length a constant."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12).detach()
     return value.detach() + (x - x.detach()) / length
-
-
-def _at_fixed_gate(value: Tensor, x: Tensor) -> Tensor:
-    """What an activation made of x: x times a constant."""
-    flat = x.abs() < 1e-9
-    gate = torch.where(flat, torch.full_like(x, 0.5), value / torch.where(flat, torch.ones_like(x), x)).detach()
-    return value.detach() + gate * (x - x.detach())
 
 
 def _as_constant(x: object) -> object:
@@ -154,7 +139,6 @@ class Constants(TorchFunctionMode):
         super().__init__()
         self.norms = "norms" in held
         self.patterns = "patterns" in held
-        self.gates = "gates" in held
         self.apart: list[HeadNorm] | None = None
         """If given, a norm is linear in its input and in its scale, a constant times `HeadNorm.level`; noted here."""
 
@@ -172,14 +156,11 @@ class Constants(TorchFunctionMode):
         value = func(*args, **kwargs)
         if not isinstance(value, Tensor) or not value.requires_grad:
             return value
-        if self.gates and func in _GATES:
-            return value.detach()
         if (self.norms or self.apart is not None) and func in (*_ROOTS, torch.rsqrt, Tensor.rsqrt, *_NORMS):
             return self._at_own_scale(value, func, args, kwargs)
-        x = cast(Tensor, args[0])
         if self.norms and self.apart is None and func is F.normalize:
-            return _at_fixed_length(value, x)
-        return _at_fixed_gate(value, x) if self.gates and func in _SECANTS else value
+            return _at_fixed_length(value, cast(Tensor, args[0]))
+        return value
 
     def _at_own_scale(
         self, value: Tensor, func: Callable[..., Tensor], args: Arguments, kwargs: Mapping[str, object]

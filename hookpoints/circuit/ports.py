@@ -7,18 +7,18 @@ with nodes taken off its stream, and exactly.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate
 from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from hookpoints.circuit.nodes import ThroughNorm
-from hookpoints.circuit.norms import AFFINE, constants
+from hookpoints.circuit.norms import constants
 from hookpoints.circuit.stream import Decomposition, Text, moved, reads_of
-from hookpoints.circuit.tables import Change, Node, PortName
+from hookpoints.circuit.tables import Change, Node, PortName, runs_of
 from hookpoints.layer.context import StopForward, scope
 from hookpoints.layer.intercept import running, wrap_forward
 from hookpoints.memory.caches import reach
@@ -60,11 +60,6 @@ class Port(NamedTuple):
     query the write [K,V] as the transitions since have left it, times the scale of reads."""
     readers: Tensor | None = None
     """[T',K], what tokens from ``at`` on read of the state after it, or [1,1] of what a query reads."""
-
-    @property
-    def is_linear(self) -> bool:
-        """Whether it is linear in the stream with norms, gates, activations and patterns held fixed."""
-        return self.name == "value" or (self.node.feature_type == "write" and self.name != "gate")
 
     def of(self, r: Recurrence) -> Tensor:
         """The side of a write at the last token of ``r`` [N,...]: [N,K,V], what its value, key or gate gives to the
@@ -109,9 +104,13 @@ def ports_of(node: Node, r: Recurrence, at_reads: Tensor, read: int | None = Non
     position = node.position
     own = r.select(heads=node.head)
     gradient = at_reads[:, :, node.head : node.head + 1]
-    of_write = own.adjoint(gradient).states(positions=r.T - 1 - position)[0, 0, 0]  # [K,V]
+    if r.rates is None:
+        readers = _reads_of_state(own, position)
+        of_write = readers.T @ gradient[0, position:, 0].to(readers)  # [K,V]
+    else:
+        readers = None
+        of_write = own.adjoint(gradient).states(positions=r.T - 1 - position)[0, 0, 0]
     key, value = (torch.atleast_2d(side[0, position, 0]).to(of_write) for side in (own.k, own.u))
-    readers = None if r.rates is not None else _reads_of_state(own, position)
     others: dict[PortName, Tensor] = {"value": key, "key": value}
     if position > 0:
         others["gate"] = own.states(positions=position - 1)[0, 0, 0]
@@ -164,16 +163,6 @@ def change_for(port: Port, clean: Text, taken: Sequence[Tensor]) -> list[Change]
 
 
 # ------------------------------------------------------------------------------------------------ runs of a block
-
-
-class Maps(NamedTuple):
-    """The gradients of N ports by what enters their block."""
-
-    entering: Tensor
-    """[N,T,2,D], by the stream, and by the token embeddings; the latter 0 but for blocks that read them again (RWKV-7's
-    first values)."""
-    wholes: Tensor
-    """[N], the ports."""
 
 
 class Inputs(NamedTuple):
@@ -268,9 +257,13 @@ class Blocks:
         return [range(first, first + width) for first in firsts]
 
     def windows_of_ports(self, ports: Sequence[Port]) -> list[range]:
-        """The same of ports of one kind in one block."""
-        node = ports[0].node
-        return self.windows(node.layer, [range(port.at, port.at + 1) for port in ports], node.feature_type != "mlp")
+        """The same of ports, as many tokens for those of one kind in one block."""
+        windows: list[range] = []
+        for rows in runs_of(port.node[:2] for port in ports):
+            kind, layer, *_ = ports[rows[0]].node
+            spans = [range(ports[row].at, ports[row].at + 1) for row in rows]
+            windows += self.windows(layer, spans, kind != "mlp")
+        return windows
 
     def values(self, name: str, windows: Sequence[range]) -> Tensor:
         """[N,W,...], what a hook saw in windows."""
@@ -333,10 +326,9 @@ class Blocks:
                     return self.run(f"{block}.attn.hook_z", here, (), gradients).value[:, 0, port.node.head]
 
         sides: list[Tensor] = []
-        for _, group in groupby(range(len(ports)), key=lambda row: id(ports[row])):
-            rows = slice(len(sides), len(sides) + len(list(group)))
-            port = ports[rows.start]
-            sides += side(port, rows, port.at - inputs.windows[rows.start].start)
+        for rows in runs_of(map(id, ports)):
+            port = ports[rows[0]]
+            sides += side(port, slice(rows[0], rows[-1] + 1), port.at - inputs.windows[rows[0]].start)
         return sides
 
     def _attention_arguments(self, inputs: Inputs, gradients: bool = False) -> dict[str, Tensor]:
@@ -356,21 +348,25 @@ class Blocks:
 
         return [(name, put) for name in names]
 
-    def maps(self, ports: Sequence[Port], live: bool) -> Maps:
-        """Gradients of ports of one kind in one block, ``live`` or with norms, gates and activations held fixed: a port
-        is then linear but for biases, and parts of the stream add up. Cost: a block on a few tokens, and back."""
-        plain = self.inputs(ports[0].node.layer, self.windows_of_ports(ports))
-        leaf = plain.entering.requires_grad_()
-        with torch.enable_grad(), constants(() if live else AFFINE):
-            sides = self.sides(ports, plain, gradients=True)
-            wholes = torch.cat([port.worth(side[None]) for port, side in zip(ports, sides)])
-            total = wholes.sum()
-        entering = leaf.new_zeros(len(ports), self.text.tokens.shape[1], *leaf.shape[2:])
-        if total.requires_grad:  # a key that gates alone make is a constant where they are held fixed
+    def gradients(self, ports: Sequence[Port]) -> Tensor:
+        """[N,T,2,D], of ports by what enters their block: by the stream, and by the token embeddings; the latter 0 but
+        for blocks that read them again (RWKV-7's first values). Cost: each block on a few tokens, and back."""
+        embedded = self.text.at("hook_embed")
+        length, width = embedded.shape
+        found = embedded.new_zeros(len(ports), length, 2, width)
+        for rows in runs_of(port.node[:2] for port in ports):
+            alike = [ports[row] for row in rows]
+            plain = self.inputs(alike[0].node.layer, self.windows_of_ports(alike))
+            leaf = plain.entering.requires_grad_()
+            with torch.enable_grad(), constants():
+                sides = self.sides(alike, plain, gradients=True)
+                total = torch.cat([port.worth(side[None]) for port, side in zip(alike, sides)]).sum()
+            if not total.requires_grad:  # a gate that is a constant
+                continue
             (gradients,) = torch.autograd.grad(total, leaf)
-            for row, window in enumerate(plain.windows):
-                entering[row, window.start : window.stop] = gradients[row]
-        return Maps(entering, wholes.detach())
+            for row, window, gradient in zip(rows, plain.windows, gradients):
+                found[row, window.start : window.stop] = gradient
+        return found
 
 
 def _in_windows(x: Tensor, windows: Sequence[range]) -> Tensor:
@@ -436,28 +432,33 @@ class NodeSources:
 
     @torch.no_grad()
     def sides_without(self, ports: Sequence[Port], sources: Sequence[Sequence[Node]]) -> list[Tensor]:
-        """[1+N,...] of each port of one kind in one block: as it is, and without each of its sources, the others as
-        they are."""
-        rows = [(port, source) for port, own in zip(ports, sources) for source in (_NOTHING, *own)]
-        windows = self.blocks.windows_of_ports([port for port, _ in rows])
-        step = max(1, _TOKENS // len(windows[0]))
+        """[1+N,...] of each port: as it is, and without each of its sources, the others as they are."""
+        asked = [port for port, own in zip(ports, sources) for _ in range(1 + len(own))]
+        without = [source for own in sources for source in (_NOTHING, *own)]
+        windows = self.blocks.windows_of_ports(asked)
+        reads = self.reads(without)
+        ends = [*accumulate(map(len, windows))]
         sides: list[Tensor] = []
-        for first in range(0, len(rows), step):
-            some, without = zip(*rows[first : first + step])
-            sides += self.blocks.sides(some, self._inputs_without(without, some[0].node, windows[first : first + step]))
+        for rows in runs_of(end // _TOKENS for end in ends):
+            here = slice(rows[0], rows[-1] + 1)
+            given = iter(self.given(without[here], windows[here], reads))
+            for alike in runs_of(asked[row].node[:2] for row in rows):
+                some = slice(rows[alike[0]], rows[alike[-1]] + 1)
+                taken = torch.stack([next(given) for _ in alike])
+                inputs = self._inputs_without(without[some], asked[some][0].node, windows[some], taken)
+                sides += self.blocks.sides(asked[some], inputs)
         found = []
         for own in sources:
             found.append(torch.stack(sides[: 1 + len(own)]))
             del sides[: 1 + len(own)]
         return found
 
-    def _inputs_without(self, sources: Sequence[Node], node: Node, windows: Sequence[range]) -> Inputs:
-        """What enters the block of a node in each window without a source."""
+    def _inputs_without(self, sources: Sequence[Node], node: Node, windows: Sequence[range], given: Tensor) -> Inputs:
+        """What enters the block of a node in each window without what a source has ``given`` [N,W,D]."""
         plain = self.blocks.inputs(node.layer, windows)
         change = self.text.at("hook_embed") - self.other("hook_embed")
         read_again = [source.position if source.feature_type == "embedding" else -1 for source in sources]
         at, start = torch.tensor([read_again, [window.start for window in windows]], device=change.device)
-        given = self.given(sources, windows)
         taken = torch.stack([given, _placed_values(change[at], at - start, len(windows[0]))], 2)
         own = [source[:2] in (("write", node.layer), ("attn", node.layer)) for source in sources]
         if not any(own):
@@ -467,23 +468,41 @@ class NodeSources:
         return plain._replace(entering=plain.entering - taken, missing=given * is_own)
 
     @torch.no_grad()
-    def given(self, sources: Sequence[Node], windows: Sequence[range]) -> Tensor:
-        """[N,W,D], what each source gives to the stream at the tokens of its window; less what it gives in the corrupt
-        text, if there is one."""
-        order = sorted(range(len(sources)), key=lambda row: sources[row][:2])
-        places = [(row, sources[row].head, sources[row].position, windows[row].start) for row in order]
-        table = torch.tensor(places, device=self.text.tokens.device)
-        found: list[Tensor] = []
-        for kind, group in groupby(order, key=lambda row: sources[row][:2]):
-            rows = [*group]
-            done = sum(map(len, found))
-            _, head, position, start = table[done : done + len(rows)].T
-            if kind[0] == "write":
-                found.append(self._write_outputs(kind[1], head, position, [windows[row] for row in rows]))
+    def reads(self, sources: Iterable[Node]) -> dict[Node, Tensor]:
+        """[T,V] of each write among sources, what its head reads of it; less what it reads of that of the corrupt text,
+        if there is one. Cost: a scan of one value channel for each."""
+        writes = sorted({source for source in sources if source.feature_type == "write"})
+        found: dict[Node, Tensor] = {}
+        for rows in runs_of(write.layer for write in writes):
+            own = [writes[row] for row in rows]
+            layer = own[0].layer
+            places = [(write.head, write.position) for write in own]
+            heads, positions = torch.tensor(places, device=self.text.tokens.device).T
+            texts = [text.recurrences[layer] for text in (self.text, self.corrupt) if text is not None]
+            taken, *others = (reads_of(self.text.recurrences[layer], r, heads, positions) for r in texts)
+            found |= dict(zip(own, (taken - sum(others)).unbind(1)))
+        return found
+
+    @torch.no_grad()
+    def given(self, sources: Sequence[Node], windows: Sequence[range], reads: Mapping[Node, Tensor]) -> list[Tensor]:
+        """[W,D] each, what a source gives to the stream at the tokens of its window; less what it gives in the corrupt
+        text, if there is one. ``reads`` as `reads` of these sources."""
+        order = sorted(range(len(sources)), key=lambda row: (sources[row][:2], len(windows[row])))
+        of_rows = [(sources[row].head, sources[row].position, windows[row].start) for row in order]
+        table = torch.tensor(of_rows, device=self.text.tokens.device)
+        found: dict[int, Tensor] = {}
+        for places in runs_of((sources[row][:2], len(windows[row])) for row in order):
+            rows = [order[place] for place in places]
+            head, position, start = table[places[0] : places[-1] + 1].T
+            source = sources[rows[0]]
+            if source.feature_type == "write":
+                own = [reads[sources[row]] for row in rows]
+                given = self._write_outputs(source.layer, head, own, [windows[row] for row in rows])
             else:
-                added = self._added_values(sources[rows[0]], head, position)
-                found.append(_placed_values(added, position - start, len(windows[0])))
-        return torch.cat(found)[table[:, 0].argsort()]
+                added = self._added_values(source, head, position)
+                given = _placed_values(added, position - start, len(windows[rows[0]]))
+            found |= dict(zip(rows, given))
+        return [found[row] for row in range(len(sources))]
 
     def _added_values(self, source: Node, head: Tensor, position: Tensor) -> Tensor:
         """[N,D], what nodes of the kind and block of one add to the stream at their tokens, more than in the corrupt
@@ -499,17 +518,14 @@ class NodeSources:
         to_stream = self.blocks.model.layer_W_O(source.layer, "attn").to(value)
         return torch.einsum("nv,nvd->nd", value[position, head], to_stream[head])
 
-    def _write_outputs(self, layer: int, heads: Tensor, positions: Tensor, windows: Sequence[range]) -> Tensor:
-        """[N,W,D], what each write gives through its head's norm: the block's output less that without the write."""
+    def _write_outputs(self, layer: int, heads: Tensor, reads: Sequence[Tensor], windows: Sequence[range]) -> Tensor:
+        """[N,W,D], what writes of ``heads`` give through the norm of their head in windows: the block's output less
+        that without what is read of the write, ``reads`` [T,V] each."""
         longer = self.blocks.windows(layer, windows)
         read = f"blocks.{layer}.mixer.hook_read"
         without = self.blocks.values(read, longer)
-        rows = torch.arange(len(heads), device=heads.device)
-        for sign, text in ((1, self.text), (-1, self.corrupt)):
-            if text is not None:
-                taken = reads_of(self.text.recurrences[layer], text.recurrences[layer], heads, positions)
-                seen = [taken[window.start : window.stop, row] for row, window in enumerate(longer)]
-                without[rows, :, heads] -= sign * torch.stack(seen).to(without)
+        taken = torch.stack([row[window.start : window.stop] for row, window in zip(reads, longer)])
+        without[torch.arange(len(heads), device=heads.device), :, heads] -= taken.to(without)
 
         def put(x: Tensor, hook: HookPoint) -> Tensor:
             return without.to(x)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from bisect import bisect_right
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from hookpoints.circuit.tables import Node
 from hookpoints.recurrence.canonical import over_time, tensors
@@ -54,26 +56,29 @@ class Decomposition:
     clean: Text
     """The text whose norms, gates and patterns are held fixed."""
 
-    def parts(self, directions: Tensor, tokens: Tensor, below: Node, text: Text) -> tuple[Parts, Tensor]:
-        """What each node ``below`` another gives to <x, direction>, x [T,D] the stream that enters its block.
+    def parts(self, directions: Tensor, tokens: Tensor, below: Sequence[Node], text: Text) -> tuple[Parts, Tensor]:
+        """What all nodes below others give to <x, direction>, x [T,D] the stream that enters the block of each.
 
         Args:
             directions: [N,T,D].
             tokens: [U], where these are not 0.
-            below: for an MLP, heads in the same block count.
+            below: N nodes, those of lower blocks first, MLPs last in theirs: below an MLP are the heads of its block.
             text: whose values are given; the clean one, or a corrupt one through the clean one's maps.
 
         Returns: the parts, and [N], what output projections add as biases.
         """
+        ends = [(node.layer, node.feature_type == "mlp") for node in below]
         parts = {Node("embedding"): _given_along(directions, text.at("blocks.0.hook_resid_pre"))}
         bias = directions.new_zeros(len(directions))
-        for block in range(below.layer + (below.feature_type == "mlp")):
+        for block in range(sum(ends[-1])):
+            first = bisect_right(ends, (block, False))
             for name in self.heads_out(block):
-                given, rest = self._of_heads(directions, tokens, block, name, text)
-                parts |= given
-                bias = bias + rest
-            if block < below.layer:
-                parts[Node("mlp", block)] = _given_along(directions, self.mlp_out(block, text))
+                given, rest = self._of_heads(directions[first:], tokens, block, name, text)
+                parts |= {kind: _below_others(x, first) for kind, x in given.items()}
+                bias[first:] += rest
+            first = bisect_right(ends, (block, True))
+            added = _given_along(directions[first:], self.mlp_out(block, text))
+            parts[Node("mlp", block)] = _below_others(added, first)
         return parts, bias
 
     def mlp_out(self, block: int, text: Text) -> Tensor:
@@ -111,6 +116,11 @@ class Decomposition:
         writes = of_writes(self.clean.recurrences[block], text.recurrences[block], at_start, tokens)
         skips = heads - (at_start * text.at(start)).sum(-1)
         return {own._replace(feature_type="write"): writes, own: skips}, rest
+
+
+def _below_others(given: Tensor, first: int) -> Tensor:
+    """[N,T,H], the same, and 0 to the ``first`` directions, those of blocks that are not above."""
+    return F.pad(given, (0, 0, 0, 0, first, 0))
 
 
 def _given_along(directions: Tensor, added: Tensor) -> Tensor:

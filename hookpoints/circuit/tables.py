@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -102,6 +104,12 @@ EDGE_COLUMNS = {
     "predicted": "float64",
     "measured": "float64",
 }
+
+
+def runs_of(keys: Iterable[object]) -> Iterator[list[int]]:
+    """Numbers of keys that follow each other and are equal."""
+    for _, group in groupby(enumerate(keys), key=itemgetter(1)):
+        yield [number for number, _ in group]
 
 
 def by_size(effects: pd.Series) -> pd.Index:

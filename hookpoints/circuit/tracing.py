@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, groupby, product
+from itertools import chain, product
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,7 +27,6 @@ from hookpoints.circuit.nodes import (
 from hookpoints.circuit.norms import constants
 from hookpoints.circuit.ports import (
     Blocks,
-    Maps,
     NodeSources,
     Port,
     change_for,
@@ -172,7 +171,7 @@ class Tracing:
         direction = torch.zeros_like(stream)
         (direction[:, first:],) = torch.autograd.grad(value, read)
         last = range(first, stream.shape[1])
-        given, left = _on_host(*self._parts_below(["logit"], direction, last, Node("logit", n_layers), stream[0]))
+        given, left = _on_host(*self._parts_below([Node("logit", n_layers)], ["logit"], direction, last, stream))
         by_node = dict(zip(self.columns, given[0].tolist()))
         best = map(node_of, largest(self.nodes, _DIRECT).itertuples())
         sources = {node: by_node[node] for node in best if by_node.get(node)}
@@ -182,8 +181,8 @@ class Tracing:
         measured: dict[Node, float] = {}
         if self.wanted.last and known:
             with torch.no_grad():
-                given = self.sources.given(known, [range(first, first + 1)] * len(known))
-                metrics = self.wanted.metric(self._logits_of_stream(stream[:, first:] - given))
+                taken = self.sources.given(known, [range(first, first + 1)] * len(known), self.sources.reads(known))
+                metrics = self.wanted.metric(self._logits_of_stream(stream[:, first:] - torch.stack(taken)))
             measured = dict(zip(known, (self.runs.plain - metrics).tolist()))
         return edge_table({**sources, **ends}, "logit", "direct", -1, measured)
 
@@ -192,23 +191,25 @@ class Tracing:
         return self.model.unembed(stream if final is None else self.model.ln_final(stream))
 
     def _parts_below(
-        self, labels: Sequence[str], directions: Tensor, at: Collection[int], below: Node, entered: Tensor
+        self, below: Sequence[Node], labels: Sequence[str], directions: Tensor, at: Collection[int], entered: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """[N,M], what each node below another gives to <stream, direction> (with a corrupt text, how much more than
-        there), in the order of `columns`; and [N,1], biases less the whole. Notes how far the parts of the first
-        directions, ``labels``, miss their sum.
+        """[N,M], what each node below others gives to <stream, direction> (with a corrupt text, how much more than
+        there), in the order of `columns`; and [N,1], biases less the whole. Notes how far parts miss their sum.
 
         Args:
+            below: N nodes, as of `Decomposition.parts`.
+            labels: of what is noted; "": it is not.
             directions: [N,T,D].
             at: tokens where these are not 0.
-            entered: [T,D], the stream.
+            entered: [N,T,D], the stream that enters the block of each.
         """
         decomposition = self.sources.blocks.decomposition
         tokens = torch.tensor(sorted(at), device=directions.device)
         parts, rest = decomposition.parts(directions, tokens, below, self.text)
         given = torch.cat([x.flatten(1) for x in parts.values()], 1)
-        left = rest - torch.einsum("ntd,td->n", directions, entered)
-        self.completeness |= dict(zip(labels, (left + given.sum(1)).tolist()))
+        left = rest - torch.einsum("ntd,ntd->n", directions, entered)
+        missing = zip(labels, (left + given.sum(1)).tolist())
+        self.completeness |= {label: miss for label, miss in missing if label}
         if given.shape[1] > len(self.columns):
             self.columns = []
             for kind, x in parts.items():
@@ -225,11 +226,11 @@ class Tracing:
         what the stream holds at each token that the block looks at."""
         changes: list[Change] = []
         tables: list[pd.DataFrame] = []
+        upward = sorted(nodes, key=lambda node: (node.layer, node.feature_type == "mlp", node.feature_type))
+        ports = list(chain.from_iterable(self._ports_of(node, read) for node in upward))
         step = max(1, _PORTS // self.text.tokens.shape[1])
-        for _, alike in groupby(sorted(nodes, key=lambda node: node[:2]), key=lambda node: node[:2]):
-            ports = list(chain.from_iterable(self._ports_of(node, read) for node in alike))
-            for first in range(0, len(ports), step):
-                tables += self._tables_into(ports[first : first + step], changes)
+        for first in range(0, len(ports), step):
+            tables += self._tables_into(ports[first : first + step], changes)
         if not tables:
             return pd.DataFrame(columns=list(EDGE_COLUMNS))
         table = pd.concat(tables, ignore_index=True)
@@ -249,16 +250,15 @@ class Tracing:
 
     @torch.no_grad()
     def _tables_into(self, ports: Sequence[Port], changes: list[Change]) -> Iterator[pd.DataFrame]:
-        """Edges into ports of one kind in one block. Gradients choose sources; the block is run again without each, and
-        what a port is then is followed through the norm of its head: a prediction that is to first order in what
-        follows the head alone. Changes that measure some join ``changes``, and their numbers are in the column
-        ``measured``."""
-        found, ends = zip(*self._likely_sources(ports))
+        """Edges into ports. Gradients choose sources; the block is run again without each, and what a port is then is
+        followed through the norm of its head: a prediction that is to first order in what follows the head alone.
+        Changes that measure some join ``changes``, and their numbers are in the column ``measured``."""
+        found, rests = zip(*self._likely_sources(ports))
         known = [[source for source in candidates if self.sources.knows(source)] for candidates in found]
         takens = [sides[0] - sides[1:] for sides in self.sources.sides_without(ports, known)]
         effects = [port.effects(taken, self.through(port.node)) for port, taken in zip(ports, takens)]
         exact = iter(torch.cat(effects).tolist())
-        for port, candidates, own, taken, last in zip(ports, found, known, takens, ends):
+        for port, candidates, own, taken, rest in zip(ports, found, known, takens, rests):
             sources = candidates | dict(zip(own, exact))
             streams = [row for row, source in enumerate(own) if source.feature_type == "stream"]
             others = sorted({*range(len(own))} - {*streams}, key=lambda row: -abs(sources[own[row]]))
@@ -266,34 +266,29 @@ class Tracing:
             numbers = {own[row]: number for number, row in enumerate(tried, start=len(changes))}
             changes += change_for(port, self.text, [taken[row] for row in tried])
             read = port.at if port.name == "query" else -1
-            yield edge_table(sources | last, port.node.node_id, port.name, read, numbers)
+            yield edge_table(sources | {Node("rest"): rest}, port.node.node_id, port.name, read, numbers)
 
-    def _likely_sources(self, ports: Sequence[Port]) -> Iterator[tuple[dict[Node, float], dict[Node, float]]]:
-        """Of each port, the sources and the tokens' streams that give most by the gradient through the block; and what
-        biases add to those that are linear with norms, gates and activations held fixed, and the rest, which is what
-        all other sources give by the gradient."""
-        node = ports[0].node
-        names = (f"blocks.{node.layer}.hook_resid_pre", "hook_embed")
-        linear = [port for port in ports if port.is_linear]
-        runs = [self.sources.blocks.maps(linear, live=False)] if linear else []
-        maps = Maps(*map(torch.cat, zip(*runs, self.sources.blocks.maps(ports, live=True))))
-        labels = [f"{port.node.node_id} {port.name}" for port in linear]
+    def _likely_sources(self, ports: Sequence[Port]) -> Iterator[tuple[dict[Node, float], float]]:
+        """Of each port, the sources and the tokens' streams that give most by the gradient through the block, and what
+        all other sources give."""
+        nodes = [port.node for port in ports]
+        streams = [Node("stream", node.layer).hook for node in nodes]
+        labels = ["" if port.name == "input" else f"{port.node.node_id} {port.name}" for port in ports]
         at = {*chain.from_iterable(self.sources.blocks.windows_of_ports(ports))}
-        given, left = self._parts_below(labels, maps.entering[:, :, 0], at, node, self.text.at(names[0]))
-        entering = torch.stack([self.text.at(name) for name in names], 1)
-        changes = entering - torch.stack([self.sources.other(name) for name in names], 1)
-        held, again = torch.einsum("ntsd,tsd->snt", maps.entering, changes)
-        given[:, : again.shape[1]] += again
-        read_again = torch.einsum("ntd,td->n", maps.entering[:, :, 1], entering[:, 1])
-        given, held, left = _on_host(given, held, left + (maps.wholes - read_again)[:, None])
-        biases = {id(port): {Node("bias"): rest} for port, (rest,) in zip(linear, left.tolist())}
-        at_tokens = [Node("stream", node.layer, -1, token) for token in range(held.shape[1])]
+        directions, again = self.sources.blocks.gradients(ports).unbind(2)
+        entered = torch.stack([self.text.at(name) for name in streams])
+        given, _ = self._parts_below(nodes, labels, directions, at, entered)
+        embedded = self.text.at("hook_embed") - self.sources.other("hook_embed")
+        given[:, : again.shape[1]] += torch.einsum("ntd,td->nt", again, embedded)
+        others = torch.stack([self.sources.other(name) for name in streams])
+        given, held = _on_host(given, torch.einsum("ntd,ntd->nt", directions, entered - others))
         is_skip = torch.tensor([column.feature_type == "skip" for column in self.columns[: given.shape[1]]])
-        for port, own, stream in zip(ports, given[len(linear) :], held[len(linear) :]):
+        for node, own, stream in zip(nodes, given, held):
             sources = _largest_sources(own * ~is_skip, self.columns, _LISTED)
             sources |= _largest_sources(own * is_skip, self.columns, _MEASURED)
-            ends = biases.get(id(port), {}) | {Node("rest"): float(own.sum()) - sum(sources.values())}
-            yield sources | _largest_sources(stream, at_tokens, _STREAMS), ends
+            rest = float(own.sum()) - sum(sources.values())
+            at_tokens = [Node("stream", node.layer, -1, token) for token in range(len(stream))]
+            yield sources | _largest_sources(stream, at_tokens, _STREAMS), rest
 
     # ------------------------------------------------------------------------------------ questions of a graph
 
