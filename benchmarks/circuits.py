@@ -91,15 +91,15 @@ def costs(model: HookedRecurrent, tokens: torch.Tensor) -> dict[str, float]:
     with torch.no_grad():
         forward = clock(lambda: model(tokens))
     graph = attribute(tokens, model, [5])
-    places = (model.cfg.recurrent_layers[-1], 0, tokens.shape[1] - 1, tokens.shape[1] - 8)
-    count = int(graph.why(*places).measured.notna().sum())
+    write = f"L{model.cfg.recurrent_layers[-1]}H0@{tokens.shape[1] - 8}"
+    count = int(graph.why(write).measured.notna().sum())
     session = model.edit_session(tokens)
     writes = graph.nodes[(graph.nodes.feature_type == "write") & graph.nodes.measured.notna()]
     edits = [WriteEdit(*place, mode="delete") for place in writes[["layer", "head", "position"]].to_numpy().tolist()]
     return {
         "nodes, forwards": clock(lambda: write_attribution(model, tokens, metric)) / forward,
         "a measured write, forwards": clock(lambda: session.run(edits)) / forward / len(edits),
-        "a measured edge, forwards": clock(lambda: graph.why(*places)) / forward / count,
+        "a measured edge, forwards": clock(lambda: graph.why(write)) / forward / count,
         "graph of 15 tokens, seconds": clock(lambda: attribute(tokens[:, :15], model, [5])),
     }
 

@@ -68,7 +68,7 @@ class Tracer(Protocol):
         """All that can be ablated."""
         ...
 
-    def why(self, layer: int, head: int, read: int, source: int) -> pd.DataFrame: ...
+    def why(self, node_id: str, read: int | None) -> pd.DataFrame: ...
 
     def answers(self, sets: Sequence[Collection[Node]]) -> list[RunAnswer]:
         """Of runs each without one set of nodes."""
@@ -230,13 +230,20 @@ class Graph:
         """Of runs each without the nodes of one table."""
         return self._own_tracer().answers([[node_of(row) for row in table.itertuples()] for table in sets])
 
-    def why(self, layer: int, head: int, read: int, source: int) -> pd.DataFrame:
-        """Why head ``head`` of ``layer`` reads at token ``read`` what it wrote at token ``source``: the sources of the
-        write's key, value and gate, and of the query there, with what each does to the metric.
+    def why(self, node: str, read: int | None = None) -> pd.DataFrame:
+        """What made a node: the sources of the key, value and gate of a write and of the query that reads it, of the
+        keys, values, query and gate of a softmax head, or of the input of an MLP, with what each does to the metric.
+
+        Args:
+            node: its id, such as "L4H0@5", "L0A1@13" or "MLP2@13".
+            read: of a write, the token that reads it; None: that through which it matters most.
 
         Returns: rows of `edges`, largest first in each port.
+
+        Raises:
+            InputError: there is no such write, softmax head or MLP; or ``read`` is no token from the write on.
         """
-        return self._own_tracer().why(layer, head, read, source)
+        return self._own_tracer().why(node, read)
 
     def _own_tracer(self) -> Tracer:
         if self.tracer is None:

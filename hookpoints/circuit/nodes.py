@@ -37,7 +37,7 @@ LogitMetric = Callable[[Tensor], Tensor]
 Through = Literal["norm"] | None
 """What a write is deleted exactly through, besides its recurrence."""
 _ROOM = 2**22
-"""Weights [T,S] of heads at once."""
+"""Weights [H,T,S] at once."""
 _LONG = 512
 """Tokens from which on a backward pass costs one pass more and keeps the activations of one block alone."""
 _CONSTANT = ("hook_q", "hook_k", "hook_beta", "hook_log_decay", "hook_erase_a", "hook_erase_b")
@@ -216,13 +216,17 @@ class Swap:
             effects.append((u * gradients).sum(-1)[0])
         return torch.stack(effects).sum(0)
 
-    def changes(self, heads: slice) -> list[tuple[Tensor, Tensor]]:
-        """Weights [H',T,S] and values [H',S,V] whose products, summed, are what each source s takes off each read t."""
-        r = self.recurrence.select(heads=heads)
+    def changes(self, first: int, stop: int) -> list[tuple[Tensor, Tensor]]:
+        """Weights [H,T',S] and values [H,S,V] of the writes at tokens from ``first`` to ``stop``. Their products,
+        summed, are what each takes off each read from ``first`` on."""
+        later = self.recurrence.select(tokens=slice(first, None), initial_state=self.recurrence.starting_state())
         changes = []
         for k, u in self.sides():
-            moved = r.with_write(k[:, :, heads], u[:, :, heads])
-            changes.append((moved.attention()[0], u[0, :, heads].transpose(0, 1).to(r.dtype)))
+            values = u[0, first:stop].transpose(0, 1).to(later.dtype)
+            alone = torch.eye(later.T, values.shape[1], dtype=later.dtype, device=u.device)
+            alone = alone[None, :, None].expand(-1, -1, later.H, -1)  # a write is read as its weight
+            weights = later.with_write(k[:, first:], alone).outputs()[0].transpose(0, 1)
+            changes.append((weights, values))
         return changes
 
 
@@ -313,12 +317,12 @@ class ThroughNorm(NamedTuple):
     def of_writes(self, swap: Swap) -> Tensor:
         """[T,H], sum_t <gradient_t, z_t - z_t'> for each write, where z' is what is handed on without it."""
         r = swap.recurrence
-        step = max(1, _ROOM // r.T**2)
+        step = max(1, _ROOM // (r.H * r.T))
         effects = []
-        for first in range(0, r.H, step):
-            heads = slice(first, first + step)
-            effects.append(self.select(heads)._of_changes(swap.changes(heads)))
-        return torch.cat(effects).T
+        for first in range(0, r.T, step):
+            later = self.select(slice(None), slice(first, None))
+            effects.append(later._of_changes(swap.changes(first, first + step)))
+        return torch.cat(effects, 1).T
 
     def _of_changes(self, changes: list[tuple[Tensor, Tensor]]) -> Tensor:
         """[H,S], the effect of each source, by the mean square that is left without it; `Swap.changes`."""

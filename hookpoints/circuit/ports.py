@@ -134,6 +134,11 @@ def _reads_of_state(own: Recurrence, position: int) -> Tensor:
     return own.adjoint(single).states(positions=length - 1)[0, 0, 0].T
 
 
+def has_ports(node: Node) -> bool:
+    """Whether it is a write, a softmax head or an MLP."""
+    return node.feature_type in ("write", "mlp") or (node.feature_type == "attn" and node.head >= 0)
+
+
 def ports_of_output(node: Node, at_output: Tensor) -> list[Port]:
     """The ports of a softmax head, or the port of an MLP, at a token.
 

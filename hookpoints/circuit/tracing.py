@@ -30,6 +30,7 @@ from hookpoints.circuit.ports import (
     NodeSources,
     Port,
     change_for,
+    has_ports,
     ports_of,
     ports_of_output,
     reach_of,
@@ -292,17 +293,21 @@ class Tracing:
 
     # ------------------------------------------------------------------------------------ questions of a graph
 
-    def why(self, layer: int, head: int, read: int, source: int) -> pd.DataFrame:
+    def why(self, node_id: str, read: int | None) -> pd.DataFrame:
         """`Graph.why`."""
-        n_heads = self.model.cfg.layer(layer).H
-        length = self.text.tokens.shape[1]
-        if not (0 <= head < n_heads and 0 <= source <= read < length):
+        named = self.nodes[self.nodes.node_id == node_id]
+        nodes = [node for node in map(node_of, named.itertuples()) if has_ports(node)]
+        if not nodes:
             raise InputError(
-                f"head, read and source: expected a head below {n_heads} and tokens 0 <= source <= read < {length}, "
-                f"got {head}, {read} and {source}"
+                f"node: expected the id of a write, a softmax head or an MLP, as in graph.nodes, got {node_id!r}"
+            )
+        reading = range(nodes[0].position, self.text.tokens.shape[1] if nodes[0].feature_type == "write" else 0)
+        if read is not None and read not in reading:
+            raise InputError(
+                f"read: expected a token from the write's own to the last, and none for other nodes, got {read}"
             )
         with own_gradients(self.model.cfg.device.type):
-            table = self.edges_into([Node("write", layer, head, source)], read)
+            table = self.edges_into(nodes, read)
         return table.loc[by_size(table.measured.fillna(table.predicted))].sort_values("port", kind="stable")
 
     def answers(self, sets: Sequence[Collection[Node]]) -> list[RunAnswer]:

@@ -210,7 +210,7 @@ class PromptServer(ThreadingHTTPServer):
 
     def made_of(self, node: str) -> dict[str, list[tuple[str, float, bool]]]:
         """What made a node of the text that was explained last: for each port the largest sources, with their effect
-        and whether it was measured. Of a write also what made the query of the last token.
+        and whether it was measured. The query of a write is that of the last token.
 
         Raises:
             ValueError: no text was explained, or there is no such node.
@@ -221,11 +221,11 @@ class PromptServer(ThreadingHTTPServer):
             raise ValueError(f"node: expected one of the picture, got {node!r}")
         row = named.iloc[0]
         table = graph.edges[graph.edges.target == node]
-        if row.feature_type == "write":
+        if row.feature_type in ("write", "attn", "mlp"):
             last = len(cast("list[str]", graph.metadata["tokens"])) - 1
-            table = graph.why(int(row.layer), int(row["head"]), read=last, source=int(row.position))
+            table = graph.why(node, read=last if row.feature_type == "write" else None)
         ports: dict[str, list[tuple[str, float, bool]]] = {}
-        for edge in table[table.source != "bias"].to_dict("records"):
+        for edge in table.to_dict("records"):
             is_measured = edge["measured"] == edge["measured"]
             effect = short(edge["measured"] if is_measured else edge["predicted"])
             ports.setdefault(edge["port"], []).append((edge["source"], effect, is_measured))

@@ -299,7 +299,7 @@ def test_a_graph_is_saved_and_read(graph: Graph, tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(loaded.edges, graph.edges.reset_index(drop=True))
     assert loaded.metadata == json.loads(json.dumps(dict(graph.metadata)))
     assert checked(loaded) == checked(graph)._replace(decisive=None)
-    for ask in (lambda: loaded.why(1, 0, 5, 3), lambda: loaded.keep(["E@3"]), lambda: loaded.sufficient(4)):
+    for ask in (lambda: loaded.why("L1H0@3"), lambda: loaded.keep(["E@3"]), lambda: loaded.sufficient(4)):
         with pytest.raises(InputError, match="has no model"):
             ask()
     sealed = ({"schema": 7}, {"schema": 3, "metadata": {}, "nodes": [{"layer": 1}], "edges": []})
@@ -332,23 +332,38 @@ def test_a_graph_of_other_numbers_is_refused(graph: Graph, tmp_path: Path) -> No
 
 
 @pytest.mark.usefixtures("_keep_float64")
-def test_why_asks_for_any_head_and_pair_of_tokens(graph: Graph) -> None:
-    table = graph.why(2, 1, read=12, source=5)
+def test_why_asks_for_any_write_head_or_mlp(graph: Graph) -> None:
+    """Also one that has no edges yet; those of one that has are the same. Of a write by any token that reads it."""
+    table = graph.why("L2H1@5", read=12)
     assert set(table.port) == {"value", "key", "query", "gate"} and set(table.target) == {"L2H1@5"}
     assert set(table[table.port == "query"].read) == {12}
-    assert Node("write", 2, 1, 5).node_id == "L2H1@5"
-    for arguments, message in (((2, 9, 12, 5), "head"), ((2, 1, 5, 12), "source"), ((2, 1, 99, 5), "read")):
+    known = [next(name for name in graph.edges.target if form in name) for form in ("H", "A", "MLP")]
+    for name in known:
+        again, before = (
+            rows.sort_values(["port", "source"], ignore_index=True)
+            for rows in (graph.why(name), graph.edges[graph.edges.target == name])
+        )
+        pd.testing.assert_frame_equal(again, before, rtol=1e-7)
+    explained = {*graph.edges.target}
+    new = [next(name for name in ("L3A0@15", "L3A1@15") if name not in explained), "MLP1@3"]
+    assert not {*new} & explained
+    for name, ports in zip(new, ({"value", "key", "query", "gate"}, {"input"})):
+        assert {*graph.why(name).port} == ports and graph.why(name).measured.abs().max() > 0
+    for name, read, message in (
+        ("L2H9@5", None, "node"),
+        ("E@3", None, "node"),
+        ("L2H1@5", 4, "read"),
+        (new[1], 9, "read"),
+    ):
         with pytest.raises(InputError, match=message):
-            graph.why(*arguments)
-    with pytest.raises(UnsupportedModelError, match="no recurrence"):
-        graph.why(3, 0, 12, 5)
+            graph.why(name, read)
 
 
 def test_a_read_that_reaches_no_answer_has_edges_of_no_effect() -> None:
     """That of a token before the last, in the last block."""
     model = hooked_in_float64("mamba2")
     with KeepFloat64():
-        table = attribute(SEQUENCE, model, [5], measure=3, targets=0).why(2, 0, read=9, source=5)
+        table = attribute(SEQUENCE, model, [5], measure=3, targets=0).why("L2H0@5", read=9)
     query = table[table.port == "query"]
     assert len(query) and not query.predicted.any() and not query.measured.fillna(0).any()
 

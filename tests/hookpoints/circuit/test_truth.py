@@ -80,7 +80,7 @@ def test_induction_shows_both_layers() -> None:
     for seed in (11, 12, 13):
         question = Question("induction", seed)
         graph = question.graph(model, measure=12, targets=0)
-        edges = graph.why(1, 0, read=question.tokens.shape[1] - 1, source=question.value)
+        edges = graph.why(f"L1H0@{question.value}", read=question.tokens.shape[1] - 1)
         keys: Any = edges[(edges.port == "key") & edges.measured.notna() & ~edges.source.str.startswith("stream")]
         best = keys.loc[keys.measured.idxmax()]
         assert best.source == f"L0H0@{question.value - 1}" and best.measured > 3

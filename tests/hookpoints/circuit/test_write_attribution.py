@@ -228,7 +228,7 @@ def test_modes_of_the_caller_do_not_matter(model: HookedRecurrent, mode: Any) ->
         again = attribute(tokens, model, [3], measure=1, targets=1)
         assert again.nodes.equals(graph.nodes) and again.edges.equals(graph.edges)
         assert again.keep(["L1H0@4"]) == graph.keep(["L1H0@4"])
-        assert again.why(1, 0, 20, 4).equals(graph.why(1, 0, 20, 4))
+        assert again.why("L1H0@4", 20).equals(graph.why("L1H0@4", 20))
         assert before == (
             torch.is_inference_mode_enabled(),
             torch.is_autocast_enabled("cpu"),
