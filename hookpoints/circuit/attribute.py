@@ -52,8 +52,8 @@ def attribute(
         text: one sequence, a string or tokens [1,T].
         attribution_targets: tokens whose mean logit after the last token is explained. None: the most likely one.
         against: the token or tokens whose logit is taken off. None: the mean of all logits.
-        measure: how many writes are deleted, one run each, and a fifth as many heads, MLPs and embeddings each; and
-            20 of the other writes, drawn at random. None: all nodes while that is cheap, up to about 35 tokens in the
+        measure: how many writes are deleted, one run each, and two fifths as many heads, MLPs and embeddings each;
+            and 20 of the other writes, drawn at random. None: all nodes while that is cheap, up to about 35 tokens in the
             models that ship, and 50 of longer texts.
         metric: a function of logits [1,T,vocab] instead of targets.
         corrupt: another text of as many tokens; nodes are replaced by those of the corrupt text instead of deleted.
@@ -113,7 +113,7 @@ def attribute(
                 edges.append(into)
                 labels |= labels_of(sae, parts[parts.feature_type == "atom"])
         return Graph(
-            nodes=pd.concat(tables, ignore_index=True).astype(NODE_COLUMNS),
+            nodes=pd.concat(tables, ignore_index=True)[list(NODE_COLUMNS)].astype(NODE_COLUMNS),
             edges=pd.concat(edges, ignore_index=True).astype(EDGE_COLUMNS),
             metadata=tracing.metadata() | {"labels": labels},
             tracer=tracing,

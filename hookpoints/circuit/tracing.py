@@ -119,7 +119,14 @@ class Tracing:
         tables = [nodes_of_block(Node("write", layer, 0), effects) for layer, effects in writes.effects.items()]
         for kind in others:
             change = clean.at(kind.hook) - sources.other(kind.hook)
-            tables.append(nodes_of_block(kind, (change * gradients[kind.hook][0]).sum(-1)))
+            gradient = gradients[kind.hook][0]
+            table = nodes_of_block(kind, (change * gradient).sum(-1))
+            if corrupt is None and kind.head < 0:
+                # The slope of a norm along its whole input is nearly 0, so that what follows says little. A bound of
+                # the prediction, whichever way it points, ranks better.
+                bound = change.norm(dim=-1) * gradient.norm(dim=-1)
+                table["likely"] = bound.tolist()
+            tables.append(table)
         nodes = pd.concat(tables, ignore_index=True)
         return cls(model, wanted, sources, gradients, writes, nodes, Measure(session, wanted), frozen)
 
@@ -130,13 +137,13 @@ class Tracing:
     # ------------------------------------------------------------------------------------ nodes
 
     def measure_nodes(self, measure: int | None) -> None:
-        """Fill the column ``measured`` of the largest nodes of each kind: ``measure`` writes, a fifth of the others;
+        """Fill the column ``measured`` of the largest nodes of each kind: ``measure`` writes, two fifths of the others;
         None: of all. Then of some of the other writes, drawn at random, of which `audit` is noted."""
         chosen: list[int] = []
         drawn = np.empty(0, int)
         for kind, rows in self.nodes.groupby("feature_type"):
-            most = len(rows) if measure is None else measure if kind == "write" else max(1, measure // 5)
-            order = by_size(rows.predicted)
+            most = len(rows) if measure is None else measure if kind == "write" else max(1, 2 * measure // 5)
+            order = by_size(rows.likely.fillna(rows.predicted))
             chosen.extend(order[:most])
             if kind == "write":
                 drawn = np.random.default_rng(0).permutation(order[most:])[:_AUDITED]
