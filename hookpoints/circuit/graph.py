@@ -18,7 +18,7 @@ from hookpoints.files import atomic_text, read_sealed_json, sealed_json, version
 
 _DECISIVE = 8
 """Writes without which another answer makes a graph decisive."""
-_ANSWER = ("metric", "answer", "same_answer")
+_ANSWER = ["metric", "answer", "same_answer"]
 """Columns of an `RunAnswer`."""
 SCHEMA = 3
 """Version of the format of `Graph.save`."""
@@ -188,17 +188,11 @@ class Graph:
         possible = [n for n in wanted if 1 <= n <= len(orders[0])]
         if not possible:
             raise InputError(f"sizes: expected some of 1 to {len(orders[0])} writes, got {wanted}")
-        others = [writes[n:] for n in possible for writes in orders]
-        none, *answers = self._answers_without([orders[0], *others])
-        effect = cast(float, self.metadata["metric"]) - none.metric
-        rows = []
-        for row, n in enumerate(possible):
-            some = answers[row * len(orders) : (row + 1) * len(orders)]
-            kept, *random = ((x.metric - none.metric) / effect if abs(effect) > 1e-9 else np.nan for x in some)
-            rows.append((n, kept, min(random), max(random), *some[0]))
-        columns = ["n", "kept", "random_low", "random_high", *_ANSWER]
-        found = pd.DataFrame(rows, columns=columns)
-        low, high = found.kept.min(), found.kept.max()
+        shares, answers = self.shares_without([writes[n:] for n in possible for writes in orders])
+        kept, *random = np.reshape(shares, (-1, len(orders))).T
+        curve = {"n": possible, "kept": kept, "random_low": np.min(random, 0), "random_high": np.max(random, 0)}
+        found = pd.DataFrame(curve).join(pd.DataFrame(answers[:: len(orders)]).set_axis(_ANSWER, axis=1))
+        low, high = kept.min(), kept.max()
         if self.metadata["corrupt"] is None and (low < 0 or high > 1.5):
             warnings.warn(
                 f"sufficient: expected shares of 0 to 1.5, got {low:.1f} to {high:.1f}: a model without most writes "
@@ -207,6 +201,15 @@ class Graph:
                 stacklevel=2,
             )
         return found
+
+    def shares_without(self, sets: Sequence[pd.DataFrame]) -> tuple[list[float], list[RunAnswer]]:
+        """Of runs each without the writes of one table: the share of what all writes do to the metric that is left, and
+        the answers. NaN where all together do nothing."""
+        writes = self.nodes[self.nodes.feature_type == "write"]
+        none, *answers = self._answers_without([writes, *sets])
+        effect = cast(float, self.metadata["metric"]) - none.metric
+        known = effect if abs(effect) > 1e-9 else np.nan
+        return [(answer.metric - none.metric) / known for answer in answers], answers
 
     def _ordered_writes(self) -> list[pd.DataFrame]:
         """All writes, first by |effect|, then in random orders."""

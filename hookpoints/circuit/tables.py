@@ -24,6 +24,24 @@ of the state before it); values, keys, query or gate of a softmax head; the inpu
 which the source is a part; or a logit: by all that a state does, or directly."""
 
 
+_PLACE = "L{layer}H{head}@{position}"
+_NAMES: dict[FeatureType, str] = {
+    "embedding": "E@{position}",
+    "write": _PLACE,
+    "attn": "L{layer}A{head}@{position}",
+    "mlp": "MLP{layer}@{position}",
+    "atom": _PLACE + " atom {feature}",
+    "stream": "stream@{position}",
+}
+_HOOKS: dict[FeatureType, str] = {
+    "embedding": "hook_embed",
+    "write": "blocks.{}.mixer.hook_read",
+    "attn": "blocks.{}.attn.hook_z",
+    "mlp": "blocks.{}.hook_mlp_out",
+    "stream": "blocks.{}.hook_resid_pre",
+}
+
+
 class Node(NamedTuple):
     """One entry of a graph."""
 
@@ -36,32 +54,17 @@ class Node(NamedTuple):
 
     @property
     def node_id(self) -> str:
-        """A name, unique in a graph: "L4H0@13" a write, "L0A1@13" a softmax head, "MLP2@13", "E@13"."""
-        kind = "A" if self.feature_type == "attn" else "H" if self.head >= 0 else ""
-        place = f"L{self.layer}{kind}{self.head if self.head >= 0 else ''}@{self.position}"
-        names: dict[FeatureType, str] = {
-            "embedding": f"E@{self.position}",
-            "write": place,
-            "attn": place,
-            "mlp": f"MLP{self.layer}@{self.position}",
-            "atom": f"{place} atom {self.feature}",
-            "stream": f"stream@{self.position}",
-        }
-        alone = self.feature_type if self.position < 0 else f"{place} {self.feature_type}"
-        return names.get(self.feature_type, alone)
+        """A name, unique in a graph (no number where all heads are one node): "L4H0@13" a write, "L0A1@13" a softmax head, "MLP2@13", "E@13"."""
+        form = _NAMES.get(
+            self.feature_type, self.feature_type if self.position < 0 else f"{_PLACE} {self.feature_type}"
+        )
+        return form.format(**self._asdict()).replace("H-1", "").replace("A-1", "A")
 
     @property
     def hook(self) -> str:
         """Which hook sees what it is, all tokens and heads together; of a write, what is read of it."""
-        block = f"blocks.{self.layer}"
-        names: dict[FeatureType, str] = {
-            "embedding": "hook_embed",
-            "write": f"{block}.mixer.hook_read",
-            "attn": f"{block}.hook_attn_out" if self.head < 0 else f"{block}.attn.hook_z",
-            "mlp": f"{block}.hook_mlp_out",
-            "stream": f"{block}.hook_resid_pre",
-        }
-        return names[self.feature_type]
+        is_mixer = self.feature_type == "attn" and self.head < 0
+        return f"blocks.{self.layer}.hook_attn_out" if is_mixer else _HOOKS[self.feature_type].format(self.layer)
 
 
 class RunAnswer(NamedTuple):

@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from hookpoints.circuit.graph import Graph, Tracer
+from hookpoints.circuit.graph import Graph
 from hookpoints.circuit.nodes import Token
-from hookpoints.circuit.tables import by_size, node_of, random_orders
+from hookpoints.circuit.tables import by_size, random_orders
 from hookpoints.errors import InputError
 
 _PLACE = ["role", "layer", "head"]
@@ -36,14 +36,9 @@ class Case(NamedTuple):
 
     def kept(self, circuits: Sequence[pd.DataFrame]) -> list[float]:
         """Share of the effect of all writes that those of each circuit (role, layer, head) have alone."""
-        others = [self.writes]
-        for circuit in circuits:
-            ids = self.writes.merge(circuit[_PLACE], on=_PLACE).node_id
-            others.append(self.writes[~self.writes.node_id.isin(ids)])
-        tracer = cast(Tracer, self.graph.tracer)
-        none, *left = tracer.answers([[node_of(row) for row in table.itertuples()] for table in others])
-        effect = cast(float, self.graph.metadata["metric"]) - none.metric
-        return [(answer.metric - none.metric) / effect for answer in left]
+        kept = [self.writes.merge(circuit[_PLACE], on=_PLACE).node_id for circuit in circuits]
+        shares, _ = self.graph.shares_without([self.writes[~self.writes.node_id.isin(ids)] for ids in kept])
+        return shares
 
 
 @dataclass(frozen=True, eq=False)
