@@ -93,7 +93,7 @@ def write_attribution(
             recurrences = record(model, tokens)
         ways = {} if through is None else read.ways
         effects = predict_writes(model, recurrences, ways, gradients, donors).effects
-    tables = [nodes_of_block(Node("write", layer, 0), effect) for layer, effect in effects.items()]
+    tables = [nodes_of_block(Node("write", layer, 0), effect, effect) for layer, effect in effects.items()]
     found = pd.concat(tables, ignore_index=True).rename(columns={"predicted": "attribution"})
     return found[["layer", "head", "position", "attribution"]]
 
@@ -208,13 +208,16 @@ class Swap:
             sides += [(k, -u) for k, u in zip(terms(self.donor.k), terms(self.donor.u))]
         return sides
 
-    def first_order(self, read_gradients: Tensor) -> Tensor:
-        """[T,H], <W - W', dmetric/dW>, from the gradients of the reads [1,T,H,V]."""
+    def first_order(self, read_gradients: Tensor) -> tuple[Tensor, Tensor]:
+        """[T,H] each, <W - W', dmetric/dW>, from the gradients of the reads [1,T,H,V]; and a bound of its size, of
+        values and gradients that point the same way."""
         effects = []
+        bounds = []
         for k, u in self.sides():
             gradients = self.recurrence.with_write(k, u).value_gradients(read_gradients)
             effects.append((u * gradients).sum(-1)[0])
-        return torch.stack(effects).sum(0)
+            bounds.append((u.norm(dim=-1) * gradients.norm(dim=-1))[0])
+        return torch.stack(effects).sum(0), torch.stack(bounds).sum(0)
 
     def changes(self, first: int, stop: int) -> list[tuple[Tensor, Tensor]]:
         """Weights [H,T',S] and values [H,S,V] of the writes at tokens from ``first`` to ``stop``. Their products,
@@ -360,6 +363,8 @@ class Writes(NamedTuple):
 
     effects: dict[int, Tensor]
     """[T,H] by layer."""
+    bounds: dict[int, Tensor]
+    """[T,H] by layer, of their size to first order."""
     unknown: dict[int, str]
     """Layers whose heads hand on their reads in no known way, with the reason."""
     through: dict[int, ThroughNorm]
@@ -382,10 +387,11 @@ def predict_writes(
 
     Warns of layers whose heads hand on their reads in no known way.
     """
-    writes = Writes({}, {}, {})
+    writes = Writes({}, {}, {}, {})
     for layer, r in recurrences.items():
         swap = Swap(r, donors.get(layer))
         mixer = f"blocks.{layer}.mixer"
+        writes.effects[layer], writes.bounds[layer] = swap.first_order(gradients[f"{mixer}.hook_read"])
         way = ways.get(layer)
         cause = "" if way is None else way.cause()
         if cause:
@@ -393,8 +399,6 @@ def predict_writes(
         elif way is not None and r.rates is None and (through := way.through(gradients[f"{mixer}.hook_z"])) is not None:
             writes.through[layer] = through
             writes.effects[layer] = through.of_writes(swap)
-        if layer not in writes.effects:
-            writes.effects[layer] = swap.first_order(gradients[f"{mixer}.hook_read"])
     if writes.unknown:
         said = "; ".join(f"layer {layer}: {cause}" for layer, cause in writes.unknown.items())
         warnings.warn(

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
+import torch
 from torch import Tensor
 
 FeatureType = Literal[
@@ -54,11 +55,12 @@ class Node(NamedTuple):
 
     @property
     def node_id(self) -> str:
-        """A name, unique in a graph (no number where all heads are one node): "L4H0@13" a write, "L0A1@13" a softmax head, "MLP2@13", "E@13"."""
-        form = _NAMES.get(
-            self.feature_type, self.feature_type if self.position < 0 else f"{_PLACE} {self.feature_type}"
-        )
-        return form.format(**self._asdict()).replace("H-1", "").replace("A-1", "A")
+        """A name, unique in a graph: "L4H0@13" a write, "L0A1@13" a softmax head, "MLP2@13", "E@13"."""
+        alone = self.feature_type if self.position < 0 else f"{_PLACE} {self.feature_type}"
+        form = _NAMES.get(self.feature_type, alone)
+        if self.head < 0:  # all heads are one node
+            form = form.replace("H{head}", "").replace("{head}", "")
+        return form.format(**self._asdict())
 
     @property
     def hook(self) -> str:
@@ -125,12 +127,13 @@ def random_orders(rows: pd.DataFrame) -> list[pd.DataFrame]:
     return [rows.sample(frac=1, random_state=draw) for draw in range(5)]
 
 
-def nodes_of_block(kind: Node, effect: Tensor) -> pd.DataFrame:
-    """Nodes of one kind in one block, with predictions [T,H], or [T] where the kind has no heads."""
-    values = effect.detach().double().cpu().reshape(len(effect), -1)
-    places = np.ndindex(*values.shape)
+def nodes_of_block(kind: Node, effect: Tensor, bound: Tensor) -> pd.DataFrame:
+    """Nodes of one kind in one block, with predictions and bounds of these [T,H], or [T] where the kind has no heads;
+    the latter in a column of its own."""
+    predicted, bounds = torch.stack([effect, bound]).detach().double().cpu().reshape(2, len(effect), -1)
+    places = np.ndindex(*predicted.shape)
     nodes = [kind._replace(position=position, head=kind.head + head) for position, head in places]
-    return node_table(nodes, values.flatten().tolist(), np.nan)
+    return node_table(nodes, predicted.flatten().tolist(), np.nan).assign(bound=bounds.flatten().tolist())
 
 
 def node_table(nodes: Sequence[Node], predicted: Sequence[float], measured: np.ndarray | float) -> pd.DataFrame:

@@ -116,17 +116,15 @@ class Tracing:
         clean = Text(session.tokens, moved(recurrences, place), read.values, followed)
         other = None if corrupt is None else Text(corrupt.to(place), moved(donors, place), seen.values)
         sources = NodeSources(Blocks(Decomposition(model, clean), reach_of(model, tokens)), other)
-        tables = [nodes_of_block(Node("write", layer, 0), effects) for layer, effects in writes.effects.items()]
+        tables = [
+            nodes_of_block(Node("write", layer, 0), effects, writes.bounds[layer])
+            for layer, effects in writes.effects.items()
+        ]
         for kind in others:
             change = clean.at(kind.hook) - sources.other(kind.hook)
             gradient = gradients[kind.hook][0]
-            table = nodes_of_block(kind, (change * gradient).sum(-1))
-            if corrupt is None and kind.head < 0:
-                # The slope of a norm along its whole input is nearly 0, so that what follows says little. A bound of
-                # the prediction, whichever way it points, ranks better.
-                bound = change.norm(dim=-1) * gradient.norm(dim=-1)
-                table["likely"] = bound.tolist()
-            tables.append(table)
+            bound = change.norm(dim=-1) * gradient.norm(dim=-1)
+            tables.append(nodes_of_block(kind, (change * gradient).sum(-1), bound))
         nodes = pd.concat(tables, ignore_index=True)
         return cls(model, wanted, sources, gradients, writes, nodes, Measure(session, wanted), frozen)
 
@@ -143,7 +141,12 @@ class Tracing:
         drawn = np.empty(0, int)
         for kind, rows in self.nodes.groupby("feature_type"):
             most = len(rows) if measure is None else measure if kind == "write" else max(1, 2 * measure // 5)
-            order = by_size(rows.likely.fillna(rows.predicted))
+            ranks = [by_size(rows.predicted)]
+            if self.sources.corrupt is None:
+                # The slope of a norm along its whole input is nearly 0, and an answer may bend: a bound of what is
+                # predicted, whichever way it points, finds others.
+                ranks = [ranks[0][: (most + 1) // 2], by_size(rows.bound)]
+            order = [*dict.fromkeys(chain.from_iterable(ranks))]
             chosen.extend(order[:most])
             if kind == "write":
                 drawn = np.random.default_rng(0).permutation(order[most:])[:_AUDITED]

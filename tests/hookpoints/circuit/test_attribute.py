@@ -454,13 +454,38 @@ def test_writes_that_no_prediction_chose_are_drawn(model64: HookedRecurrent, gra
     """Twenty of them, and the largest is told; they are measured. Of few nodes all are."""
     few = attribute(SEQUENCE, model64, [5], against=9, measure=4, targets=0)
     writes: Any = few.nodes[few.nodes.feature_type == "write"]
-    chosen = writes.predicted.abs().nlargest(4).index
-    drawn = writes.drop(chosen).measured.dropna()
     check = checked(few)
-    assert len(drawn) == 20 and writes.measured[chosen].notna().all()
-    assert (check.n, check.writes, check.missed) == (24, len(writes), drawn.abs().max())
+    assert (check.n, check.writes) == (writes.measured.notna().sum(), len(writes)) and check.n == 4 + 20
+    assert check.missed in {*writes.measured.dropna().abs()}
     assert attribute(SEQUENCE, model64, [5], targets=0).nodes.measured.notna().all()
     assert len(str(check).splitlines()) == 2 and str(check).startswith("exact: 24 of ")
+
+
+def test_half_of_what_is_measured_is_chosen_by_how_large_a_node_and_its_gradient_are(model64: HookedRecurrent) -> None:
+    """The other half by predictions; with a corrupt text, whose predictions hold, all."""
+    _, cache = model64.run_with_cache(SEQUENCE)
+    value = {"embedding": ["hook_embed"], "write": [], "mlp": []}
+    for layer in range(model64.cfg.n_layers):
+        value["mlp"].append(f"blocks.{layer}.hook_mlp_out")
+        if layer in model64.cfg.recurrent_layers:
+            value["write"].append(f"blocks.{layer}.mixer.hook_write_value")
+    for corrupt in (None, OTHER):
+        nodes = attribute(SEQUENCE, model64, [5], against=9, corrupt=corrupt, measure=10, targets=0).nodes
+        for kind, hooks in value.items():
+            rows: Any = nodes[nodes.feature_type == kind]
+            most = 10 if kind == "write" else 4
+            measured = rows.measured.notna()
+            if corrupt is not None:
+                assert measured[rows.predicted.abs().nlargest(most).index].all()
+                continue
+            first = rows.predicted.abs().nlargest(most // 2).index
+            sizes = [cache[hook][0].norm(dim=-1) * gradient_at(model64, hook)[0].norm(dim=-1) for hook in hooks]
+            bounds = pd.Series(torch.cat([size.flatten() for size in sizes]).tolist(), rows.index)
+            others = bounds.drop(first).nlargest(most - most // 2).index
+            assert measured[first].all() and measured[others].all()
+            assert measured.sum() == most + 20 * (kind == "write") and not {*others} <= {
+                *rows.predicted.abs().nlargest(most).index
+            }
 
 
 @pytest.mark.usefixtures("_keep_float64")
