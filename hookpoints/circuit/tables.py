@@ -129,7 +129,7 @@ def random_orders(rows: pd.DataFrame) -> list[pd.DataFrame]:
 
 def nodes_of_block(kind: Node, effect: Tensor, bound: Tensor) -> pd.DataFrame:
     """Nodes of one kind in one block, with predictions and bounds of these [T,H], or [T] where the kind has no heads;
-    the latter in a column of its own."""
+    the latter in the column ``bound``."""
     predicted, bounds = torch.stack([effect, bound]).detach().double().cpu().reshape(2, len(effect), -1)
     places = np.ndindex(*predicted.shape)
     nodes = [kind._replace(position=position, head=kind.head + head) for position, head in places]
