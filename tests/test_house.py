@@ -255,7 +255,7 @@ def test_hookpoints_knows_nothing_of_saelens():
             assert "sae_lens" not in ast.dump(ast.parse(MODULES[name].read_text(encoding="utf-8"))), name
 
 
-OF_COMMANDS = {"scipy", "matplotlib", "jinja2", "markdown_it", "tyro"}
+OF_COMMANDS = {"scipy", "matplotlib", "markdown_it", "tyro"}
 """What hooks and plugin may not import: commands and pages do."""
 OF_STUDY = {"sklearn", "pyarrow", "snakemake"}
 """What the product may not import."""
