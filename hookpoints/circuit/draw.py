@@ -3,53 +3,57 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
-from textwrap import wrap
+from collections.abc import Iterator, Mapping
+from textwrap import shorten
 from typing import cast
 
+import numpy as np
 import pandas as pd
 
 from hookpoints.circuit.tables import by_size
 
 _LEFT = 34
-_ROW = 66
-_PART = 30
-"""Height of a part of a write or a state, which is drawn below it."""
-_FIRST = 80
+_ROW = 70
+_BELOW = 30
+"""From one node of a block to the next at the same token, or to the parts of a write or a state."""
+_FIRST = 94
 """Where the highest block is; the logit is above."""
+_LETTER = 6.4
+"""Width of a letter, in fonts that are wide."""
+_TAKEN = 1000
+"""Lines through a label that are as bad as another label, a node or an edge of the picture there."""
 _SHAPES = {"write": "circle", "state": "circle", "embedding": "square", "attn": "square", "mlp": "square"}
 """Of nodes that are no parts."""
 _SOURCES = {"direct": 1000, "part": 4}
 """Sources of a port that are drawn."""
 _LEAST = 0.08
 """Share of the largest edge from which on an edge is drawn that is not the largest of its source."""
-LEGEND = (
-    "Circle: a write. Square: MLP, head or embedding. Size and width: measured effect; blue helps, red hurts.",
-    "Lines into a value or an MLP are solid, into a key dotted, into a query or gate dashed.",
-    "Diamonds: atoms of a write or a state, what they miss (error), and the bias.",
-)
-"""The last line is of graphs that have some."""
 
 
 def svg(nodes: pd.DataFrame, edges: pd.DataFrame, metadata: Mapping[str, object], width: int) -> str:
     """The picture of a pruned graph, as wide as so many pixels; tokens and blocks without a node are left out."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    texts = cast("Sequence[str]", metadata["tokens"])
-    words = cast("Mapping[str, str]", metadata.get("labels", {}))
     lines = _visible_lines(edges)
-    spots = _visible_spots(nodes[nodes.node_id.isin([*lines.source, *lines.target])], words)
+    seen = nodes[nodes.node_id.isin([*lines.source, *lines.target])]
+    spots = _visible_spots(seen, cast("Mapping[str, str]", metadata.get("labels", {})))
     most = max([*lines.measured.abs(), *spots.measured.abs().dropna()], default=0.0) or 1.0
     spots["radius"] = 4 + 11 * (spots.measured.abs().fillna(0.0) / most) ** 0.5
-    tokens = sorted({len(texts) - 1, *lines.token, *spots.position})
+    tokens = sorted({len(cast("list[str]", metadata["tokens"])) - 1, *lines.token, *spots.position})
     column = (width - _LEFT - 14) / len(tokens)
     across = pd.Series([_LEFT + column * (n + 0.5) for n in range(len(tokens))], tokens)
-    rows, floor = _block_rows(spots)
-    spots = _placed_spots(spots, across, spots.layer.map(rows).fillna(floor - 14), width)
-    places = {f"stream@{token}": (x, floor) for token, x in across.items()}
-    places |= {spot.node_id: (spot.x, spot.y) for spot in spots.itertuples()}
-    legend = [*chain.from_iterable(wrap(line, width // 6) for line in LEGEND[: 2 + spots.is_part.any()])]
+    depth = spots[spots.layer >= 0].groupby("layer").number.max()[::-1]
+    ends = _FIRST + (_ROW + _BELOW * depth).cumsum()
+    rows = ends.shift(fill_value=_FIRST)
+    floor = max([_FIRST, *ends])
+    x = spots.position.map(across)
+    y = spots.layer.map(rows).fillna(floor - 14) + _BELOW * spots.number
+    spots["x"] = x - 26 * np.sign(x - width / 2) * (spots["shape"] == "diamond")  # to where there is more room
+    spots["y"] = y - 0.4 * _ROW * (spots.feature_type == "mlp")
+    places = pd.DataFrame({"x": across, "y": floor}).rename("stream@{}".format)
+    places.loc["logit"] = [across.iloc[-1], 36]
+    places = pd.concat([places, spots.set_index("node_id")[["x", "y"]]])
+    curves = _line_curves(lines.port, places.loc[lines.source].to_numpy(), places.loc[lines.target].to_numpy(), column)
     pages = Environment(
         loader=PackageLoader("hookpoints", "circuit"),
         autoescape=True,
@@ -58,18 +62,15 @@ def svg(nodes: pd.DataFrame, edges: pd.DataFrame, metadata: Mapping[str, object]
         lstrip_blocks=True,
     )
     return pages.get_template("picture.svg").render(
-        title=metadata["title"],
-        metric=metadata["metric"],
+        metadata,
         width=width,
         rows=rows.items(),
         floor=floor,
-        tokens=zip(_token_labels(texts, tokens), across),
+        across=[*across.items()],
         most=most,
-        lines=lines[::-1].itertuples(),
-        spots=spots.itertuples(),
-        places=places | {"logit": (across.iloc[-1], _FIRST - 46.0)},
-        labels=_node_labels(spots, width, floor),
-        legend=legend,
+        lines=[*zip(lines.itertuples(), curves.round(1).tolist())][::-1],
+        spots=[*spots.itertuples()],
+        labels=_node_labels(spots, curves, width, floor),
     )
 
 
@@ -92,64 +93,57 @@ def _visible_lines(edges: pd.DataFrame) -> pd.DataFrame:
 
 
 def _visible_spots(nodes: pd.DataFrame, words: Mapping[str, str]) -> pd.DataFrame:
-    """The nodes, largest first, with their shape and label, and how many of a kind a block has at a token."""
+    """The nodes, largest first, with their shape and label; and how many are above each in its block at its token:
+    parts are below the others, and MLPs are on their own."""
     spots = nodes.loc[by_size(nodes.measured.fillna(0.0))]
     shape = spots.feature_type.map(_SHAPES).fillna("diamond")
-    is_part = shape == "diamond"
     label = [_label_text(*row, words) for row in zip(spots.node_id, spots.measured)]
-    spots = spots.assign(shape=shape, is_part=is_part, is_mlp=spots.feature_type == "mlp", label=label)
-    alike = spots.groupby(["layer", "position", "is_mlp", "shape"]).node_id
-    return spots.assign(number=alike.cumcount(), alike=alike.transform("size"))
+    stacked = spots.loc[(shape == "diamond").sort_values(kind="stable").index]
+    beside = stacked.groupby(["layer", "position", stacked.feature_type == "mlp"])
+    return spots.assign(shape=shape, label=label, number=beside.cumcount())
 
 
 def _label_text(node: str, measured: float, words: Mapping[str, str]) -> str:
     """A node without its token, which is below it, or without what a part is of; and its effect."""
-    name = words.get(node, re.sub(r"^\S+ (?!state)|@\d+", "", node))
+    name = shorten(words.get(node, re.sub(r"^\S+ (?!state)|@\d+", "", node)), 30, placeholder=" …")
     return name if pd.isna(measured) else f"{name} {measured:+.2f}"
 
 
-def _block_rows(spots: pd.DataFrame) -> tuple[dict[int, float], float]:
-    """Where each block is that has a node, from above, and where the tokens are, below all."""
-    parts = spots[spots.is_part].groupby("layer").number.max() + 1
-    rows = {}
-    floor = float(_FIRST)
-    for block in sorted({*spots.layer} - {-1}, reverse=True):
-        rows[block] = floor
-        floor += _ROW + _PART * parts.get(block, 0)
-    return rows, floor
+def _line_curves(ports: pd.Series, first: np.ndarray, last: np.ndarray, column: float) -> np.ndarray:
+    """[N,4,2]: where each line begins, two places that it bends to, and where it ends. Those of one token bend aside,
+    the more the longer they are, so that they pass what is between; and those from one source lie apart."""
+    rise = last[:, 1] - first[:, 1]
+    aside = np.minimum(0.25 * abs(rise), 0.6 * column) * (first[:, 0] == last[:, 0])
+    side = ports.map({"key": 10, "query": -10}).fillna(0).to_numpy() + aside
+    bend = np.stack([side, 0.35 * rise], 1)
+    return np.stack([first, first + bend, last + bend * (1, -1), last], 1)
 
 
-def _placed_spots(spots: pd.DataFrame, across: pd.Series, y: pd.Series, width: int) -> pd.DataFrame:
-    """The nodes with places: around the middle of their token, ``across``, and ``y``, the height of their block."""
-    x = spots.position.map(across)
-    column = (width - _LEFT - 14) / len(across)
-    gap = (column / spots.alike).clip(upper=24)
-    away = 1 - 2 * (x >= width / 2)  # where there is more room: 1 on the right, -1 on the left
-    aside = (gap * (spots.number - (spots.alike - 1) / 2)).mask(spots.is_part, 26 * away)
-    below = (_PART * (spots.number + 1)).where(spots.is_part, -0.3 * _ROW * spots.is_mlp)  # MLPs are above the heads
-    return spots.assign(x=x + aside, y=y + below)
+def _node_labels(
+    spots: pd.DataFrame, curves: np.ndarray, width: int, floor: float
+) -> Iterator[tuple[str, float, float, int]]:
+    """The names of nodes for which there is room, the largest first, where they are, and on which side of the node,
+    where the fewest lines pass: on its left (-1), its right (1), or above or below it (0)."""
+    t = np.linspace(0, 1, 41)[:, None]
+    power = np.arange(4)
+    drawn = (np.array([1, 3, 3, 1]) * t**power * (1 - t) ** (3 - power)) @ curves
+    nodes = [*zip(spots.x, spots.y, spots.radius)]
+    edges = [(0, 0, 26, 9999, _TAKEN), (width, 0, 0, 9999, _TAKEN), (0, floor + 20, width, 12, _TAKEN)]
+    circles = [(x, y, radius, radius, _TAKEN) for x, y, radius in nodes]
+    boxes = np.array([*edges, *circles, *((x, y, 0, 0, 1) for x, y in drawn.reshape(-1, 2))])
+    for label, (x, y, radius) in zip(spots.label, nodes):
+        half = _LETTER / 2 * len(label)
+        beside = radius + 4 + half
+        tried = [(x - beside, y), (x + beside, y), (x, y - radius - 9), (x, y + radius + 9)]
+        costs = [_box_cost(boxes, place, half) for place in tried]
+        best = int(np.argmin(costs))
+        if costs[best] < _TAKEN:
+            boxes = np.vstack([boxes, (*tried[best], half, 6, _TAKEN)])
+            side = (-1, 1, 0, 0)[best]
+            yield label, tried[best][0] - side * half, tried[best][1], side
 
 
-def _token_labels(texts: Sequence[str], tokens: Sequence[int]) -> Iterator[str]:
-    """Each token, short."""
-    for before, token in zip([-1, *tokens], tokens):
-        text = texts[token].replace("\n", "⏎").strip() or "␣"
-        text = text if len(text) <= 11 else text[:10] + "…"
-        yield f"… {text}" if token > before + 1 else text  # tokens in between have nothing
-
-
-def _node_labels(spots: pd.DataFrame, width: int, floor: float) -> Iterator[tuple[str, float, float]]:
-    """The names of nodes for which there is room, the largest first, and where they are."""
-    taken = [*zip(spots.x, spots.y, spots.radius, spots.radius)]
-    taken.append((width / 2, floor + 20, width / 2, 12))  # the tokens
-    for label, is_alone, (x, y, radius, _) in zip(spots.label, ~spots.node_id.str.contains(" "), [*taken]):
-        half = 2.9 * len(label)
-        middle = min(max(x, half + 4), width - half - 4)
-        aside = x + (1 if x < width / 2 else -1) * (radius + 5 + half)
-        around = [(middle, y - radius - 8), (middle, y + radius + 9)] * is_alone  # below a state are its parts
-        for across, up in [*around, (aside, y)]:
-            gaps = [(abs(across - x) - wide, abs(up - y) - tall) for x, y, wide, tall in taken]
-            if all(wide > half + 3 or tall > 6 for wide, tall in gaps):
-                taken.append((across, up, half, 6))
-                yield label, across, up
-                break
+def _box_cost(boxes: np.ndarray, place: tuple[float, float], half: float) -> float:
+    """What a label covers, of boxes [N,5]: middle, half width, half height and cost of each."""
+    is_covered = (abs(boxes[:, :2] - place) - boxes[:, 2:4] < (half + 3, 6)).all(1)
+    return float(boxes[is_covered, 4].sum())

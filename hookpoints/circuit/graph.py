@@ -303,9 +303,14 @@ class Graph:
         return cls(nodes, edges, cast("dict[str, object]", content["metadata"]))
 
     def draw(self, nodes: int = 12, width: int = 960) -> str:
-        """One SVG without network: tokens below, blocks upward. Blue helps, red hurts; a line is as thick as the
-        measured effect, dotted into a key, dashed into a query or gate, solid into a value. It follows the viewer's
-        light or dark theme."""
+        """One SVG without network: tokens below, blocks upward. Blue helps, red hurts, gray is not measured; a line is
+        as thick as the measured effect, dotted into a key, dashed into a query or gate, otherwise solid. It follows the
+        viewer's light or dark theme.
+
+        Args:
+            nodes: how many, as of `prune`; parts of writes and states come on top.
+            width: of the picture, in pixels. It shrinks with its page, and so do its letters, which have 11 pixels.
+        """
         pruned = self.prune(nodes)
         return svg(pruned.nodes, pruned.edges, self.metadata, width)
 
