@@ -28,6 +28,8 @@ _SOURCES = {"direct": 1000, "part": 4}
 """Sources of a port that are drawn."""
 _LEAST = 0.08
 """Share of the largest edge from which on an edge is drawn that is not the largest of its source."""
+_NOT_XML = "[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
+"""Characters that a token may have and an SVG may not."""
 
 
 def svg(nodes: pd.DataFrame, edges: pd.DataFrame, metadata: Mapping[str, object], width: int) -> str:
@@ -37,8 +39,10 @@ def svg(nodes: pd.DataFrame, edges: pd.DataFrame, metadata: Mapping[str, object]
     lines = _visible_lines(edges)
     seen = nodes[nodes.node_id.isin([*lines.source, *lines.target])]
     spots = _visible_spots(seen, cast("Mapping[str, str]", metadata.get("labels", {})))
-    most = max([*lines.measured.abs(), *spots.measured.abs().dropna()], default=0.0) or 1.0
-    spots["radius"] = 4 + 11 * (spots.measured.abs().fillna(0.0) / most) ** 0.5
+    size = spots.measured.abs().fillna(0.0)
+    most = max([*lines.measured.abs(), *size], default=0.0) or 1.0
+    spots["radius"] = 4 + 11 * (size / most) ** 0.5
+    # Columns of tokens, and rows of blocks, from above.
     tokens = sorted({len(cast("list[str]", metadata["tokens"])) - 1, *lines.token, *spots.position})
     column = (width - _LEFT - 14) / len(tokens)
     across = pd.Series([_LEFT + column * (n + 0.5) for n in range(len(tokens))], tokens)
@@ -46,6 +50,7 @@ def svg(nodes: pd.DataFrame, edges: pd.DataFrame, metadata: Mapping[str, object]
     ends = _FIRST + (_ROW + _BELOW * depth).cumsum()
     rows = ends.shift(fill_value=_FIRST)
     floor = max([_FIRST, *ends])
+    # Where nodes are, and where lines begin and end.
     x = spots.position.map(across)
     y = spots.layer.map(rows).fillna(floor - 14) + _BELOW * spots.number
     spots["x"] = x - 26 * np.sign(x - width / 2) * (spots["shape"] == "diamond")  # to where there is more room
@@ -61,7 +66,7 @@ def svg(nodes: pd.DataFrame, edges: pd.DataFrame, metadata: Mapping[str, object]
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return pages.get_template("picture.svg").render(
+    page = pages.get_template("picture.svg").render(
         metadata,
         width=width,
         rows=rows.items(),
@@ -72,6 +77,7 @@ def svg(nodes: pd.DataFrame, edges: pd.DataFrame, metadata: Mapping[str, object]
         spots=[*spots.itertuples()],
         labels=_node_labels(spots, curves, width, floor),
     )
+    return re.sub(_NOT_XML, "�", page)
 
 
 def _visible_lines(edges: pd.DataFrame) -> pd.DataFrame:

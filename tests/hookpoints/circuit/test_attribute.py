@@ -763,7 +763,7 @@ def test_atoms_are_drawn_below_their_state_with_their_words() -> None:
 
 def test_words_of_a_picture_are_text(graph: Graph) -> None:
     """Names come from files of strangers."""
-    picture = dataclasses.replace(graph, metadata={**graph.metadata, "title": "<script>&"}).draw()
+    picture = dataclasses.replace(graph, metadata={**graph.metadata, "title": "<script>&\x00"}).draw()
     assert "<script>&" in "".join(ElementTree.fromstring(picture).itertext())
 
 
