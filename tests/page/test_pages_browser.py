@@ -29,6 +29,7 @@ REACHED = """(() => {
     return at === document.body || (outlineStyle !== "none" && parseFloat(outlineWidth) > 0);
 })()"""
 """Marks what has the focus; whether that can be seen."""
+BACKGROUNDS = "parts => parts.map((part) => getComputedStyle(part).backgroundColor)"
 QUALITY: Any = {
     "recovered": {"mean": 0.5, "low": 0.4, "high": 0.6},
     "deleted": {"mean": 1.0, "low": 0.9, "high": 1.1},
@@ -217,7 +218,7 @@ def test_nodes_are_chosen_pinned_kept_and_deleted(browser: Browser, server: Prom
     with opened(browser, address(server), **PHONE) as page:
         page.locator("#sources li").first.wait_for()
         page.get_by_role("button", name="Why this answer?").click()
-        page.locator('[data-node*="H"]').first.press("Enter")
+        page.get_by_role("button", name=re.compile(r"^L\d+H\d+@\d+:")).first.press("Enter")
         page.locator("#port-value li").first.wait_for()
         assert page.locator("#port-gate li").count() and not scrolls_sideways(page)
         assert page.locator("#node").inner_text().startswith("write of L")
@@ -230,6 +231,9 @@ def test_nodes_are_chosen_pinned_kept_and_deleted(browser: Browser, server: Prom
             page.get_by_role("button", name=act).click()
             page.locator("#set-said").get_by_text(said).wait_for()
             assert "with all nodes it is" in page.locator("#set-said").inner_text()
+        for _ in range(2):
+            page.locator("#theme").click()
+            assert len({*page.locator("#picture, #picture svg").evaluate_all(BACKGROUNDS)}) == 1
         page.get_by_role("button", name="Unpin all").click()
         assert not page.locator("#set").is_visible() and not page.locator("#picture .pinned").count()
 

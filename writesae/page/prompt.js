@@ -210,6 +210,7 @@ async function explain() {
     part("checked").textContent = found.said;
     part("set-said").textContent = "";
     for (const node of drawn.querySelectorAll(".node")) {
+      node.setAttribute("role", "button");
       node.addEventListener("click", () => choose(node.dataset.node));
       node.addEventListener("keydown", (event) => { if (event.key === "Enter") choose(node.dataset.node); });
     }
