@@ -302,7 +302,7 @@ class Graph:
         edges = _checked_table(file, content.get("edges"), EDGE_COLUMNS)
         return cls(nodes, edges, cast("dict[str, object]", content["metadata"]))
 
-    def draw(self, nodes: int = 12, width: int = 960) -> str:
+    def draw(self, nodes: int = 12, width: int = 720) -> str:
         """One SVG without network: tokens below, blocks upward. Blue helps, red hurts, gray is not measured; a line is
         as thick as the measured effect, dotted into a key, dashed into a query or gate, otherwise solid. It follows the
         viewer's light or dark theme.

@@ -44,10 +44,11 @@ def graphs(embedded: HookedRecurrent) -> list[Graph]:
     return [treasury, attribute(told, facts, "Rome", frozen=True, measure=4, targets=1, saes=[pairs])]
 
 
+@pytest.mark.slow  # a browser
 def test_no_name_covers_another_one_or_a_node_or_is_cut(browser: Browser, graphs: list[Graph]) -> None:
     """Where there is little room some have no name; in a wide picture twelve nodes have one each."""
     page = browser.new_page()
-    for graph, width, n in product(graphs, (390, 960), (12, 40)):
+    for graph, width, n in product(graphs, (390, 720), (12, 40)):
         page.set_viewport_size({"width": width, "height": 800})
         page.set_content(f'<body style="margin: 0">{graph.draw(n, width)}')
         (frame,), nodes, names, level, texts = (page.evaluate(BOXES, kind) for kind in KINDS)
@@ -58,6 +59,7 @@ def test_no_name_covers_another_one_or_a_node_or_is_cut(browser: Browser, graphs
     page.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_letters_and_nodes_are_seen_whatever_is_behind(browser: Browser, graphs: list[Graph], scheme: Any) -> None:
     """A dark browser may show a page that is white."""
