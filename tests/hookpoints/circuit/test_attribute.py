@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import random
 import re
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -310,25 +308,16 @@ def test_a_graph_is_saved_and_read(graph: Graph, tmp_path: Path) -> None:
 
 
 def test_a_graph_of_other_numbers_is_refused(graph: Graph, tmp_path: Path) -> None:
-    """A hundred drawn digits, each changed to another one."""
+    """In another layout it is the same graph."""
     file = graph.prune(4).save(tmp_path / "graph.json")
-    text, whole = file.read_text(), json.loads(file.read_text())
+    whole = json.loads(file.read_text())
     assert whole["versions"]["torch"] == version("torch")
-    draw = random.Random(0)
-    places = [place for place, letter in enumerate(text) if letter.isdigit()]
-    tried = 0
-    while tried < 100:
-        place = draw.choice(places)
-        changed = f"{text[:place]}{(int(text[place]) + draw.randrange(1, 10)) % 10}{text[place + 1 :]}"
-        with suppress(ValueError):
-            if json.loads(changed) == whole:  # the last of 17 digits may say nothing
-                continue
-        file.write_text(changed)
-        with pytest.raises(ValueError, match=r"graph\.json"):
-            Graph.load(file)
-        tried += 1
-    file.write_text(json.dumps(whole, indent=2))  # another layout
+    file.write_text(json.dumps(whole, indent=2))
     assert Graph.load(file).metadata == whole["metadata"]
+    whole["nodes"][0]["measured"] += 1
+    file.write_text(json.dumps(whole))
+    with pytest.raises(ValueError, match=r"graph\.json"):
+        Graph.load(file)
 
 
 @pytest.mark.usefixtures("_keep_float64")
@@ -337,25 +326,16 @@ def test_why_asks_for_any_write_head_or_mlp(graph: Graph) -> None:
     table = graph.why("L2H1@5", read=12)
     assert set(table.port) == {"value", "key", "query", "gate"} and set(table.target) == {"L2H1@5"}
     assert set(table[table.port == "query"].read) == {12}
-    known = [next(name for name in graph.edges.target if form in name) for form in ("H", "A", "MLP")]
-    for name in known:
-        again, before = (
-            rows.sort_values(["port", "source"], ignore_index=True)
-            for rows in (graph.why(name), graph.edges[graph.edges.target == name])
-        )
-        pd.testing.assert_frame_equal(again, before, rtol=1e-7)
-    explained = {*graph.edges.target}
+    explained = {*graph.edges.target} - {"logit"}
+    for name in sorted(explained)[::4]:
+        before = graph.edges[graph.edges.target == name].predicted
+        assert sorted(graph.why(name).predicted) == pytest.approx(sorted(before), rel=1e-7)
     new = [next(name for name in ("L3A0@15", "L3A1@15") if name not in explained), "MLP1@3"]
     assert not {*new} & explained
     for name, ports in zip(new, ({"value", "key", "query", "gate"}, {"input"})):
         assert {*graph.why(name).port} == ports and graph.why(name).measured.abs().max() > 0
-    for name, read, message in (
-        ("L2H9@5", None, "node"),
-        ("E@3", None, "node"),
-        ("L2H1@5", 4, "read"),
-        (new[1], 9, "read"),
-    ):
-        with pytest.raises(InputError, match=message):
+    for name, read in (("L2H9@5", None), ("E@3", None), ("L2H1@5", 4), (new[1], 9)):
+        with pytest.raises(InputError, match="node: expected" if read is None else "read: expected"):
             graph.why(name, read)
 
 
@@ -461,31 +441,23 @@ def test_writes_that_no_prediction_chose_are_drawn(model64: HookedRecurrent, gra
     assert len(str(check).splitlines()) == 2 and str(check).startswith("exact: 24 of ")
 
 
-def test_half_of_what_is_measured_is_chosen_by_how_large_a_node_and_its_gradient_are(model64: HookedRecurrent) -> None:
+@pytest.mark.parametrize(("kind", "end", "half"), [("mlp", "hook_mlp_out", 2), ("write", "mixer.hook_write_value", 5)])
+def test_half_of_what_is_measured_is_largest_in_size_and_gradient(
+    model64: HookedRecurrent, kind: str, end: str, half: int
+) -> None:
     """The other half by predictions; with a corrupt text, whose predictions hold, all."""
+    names = [name for name in model64.hook_dict if name.endswith(end) and "heads" not in name]
     _, cache = model64.run_with_cache(SEQUENCE)
-    value = {"embedding": ["hook_embed"], "write": [], "mlp": []}
-    for layer in range(model64.cfg.n_layers):
-        value["mlp"].append(f"blocks.{layer}.hook_mlp_out")
-        if layer in model64.cfg.recurrent_layers:
-            value["write"].append(f"blocks.{layer}.mixer.hook_write_value")
+    sizes = [cache[name][0].norm(dim=-1) * gradient_at(model64, name)[0].norm(dim=-1) for name in names]
     for corrupt in (None, OTHER):
         nodes = attribute(SEQUENCE, model64, [5], against=9, corrupt=corrupt, measure=10, targets=0).nodes
-        for kind, hooks in value.items():
-            rows: Any = nodes[nodes.feature_type == kind]
-            most = 10 if kind == "write" else 4
-            measured = rows.measured.notna()
-            if corrupt is not None:
-                assert measured[rows.predicted.abs().nlargest(most).index].all()
-                continue
-            first = rows.predicted.abs().nlargest(most // 2).index
-            sizes = [cache[hook][0].norm(dim=-1) * gradient_at(model64, hook)[0].norm(dim=-1) for hook in hooks]
-            bounds = pd.Series(torch.cat([size.flatten() for size in sizes]).tolist(), rows.index)
-            others = bounds.drop(first).nlargest(most - most // 2).index
-            assert measured[first].all() and measured[others].all()
-            assert measured.sum() == most + 20 * (kind == "write") and not {*others} <= {
-                *rows.predicted.abs().nlargest(most).index
-            }
+        rows: Any = nodes[nodes.feature_type == kind].reset_index()
+        best = rows.predicted.abs().nlargest(2 * half).index
+        if corrupt is None:
+            bounds = pd.Series(torch.cat([size.flatten() for size in sizes])).drop(best[:half])
+            assert not {*bounds.nlargest(half).index} <= {*best}
+            best = [*best[:half], *bounds.nlargest(half).index]
+        assert rows.measured[best].notna().all()
 
 
 @pytest.mark.usefixtures("_keep_float64")
@@ -508,22 +480,14 @@ def test_sources_that_are_not_listed_are_the_rest(graph: Graph) -> None:
     assert {*rest.port} == {"value", "key", "gate", "query"}
 
 
-def test_the_largest_nodes_of_either_sign_are_explained(graph: Graph) -> None:
-    for kind, n in (("write", 4), ("mlp", 4), ("attn", 1)):
-        rows: Any = graph.nodes[graph.nodes.feature_type == kind]
-        assert {*rows.loc[rows.measured.abs().nlargest(n).index].node_id} <= {*graph.edges.target}
-
-
 def test_a_query_is_that_of_the_token_through_which_a_write_does_most(graph: Graph) -> None:
     """For the metric or against it: by what the head reads of that write alone."""
     tracer: Any = graph.tracer
     clean, gradients = tracer.text.recurrences[1], tracer.gradients["blocks.1.mixer.hook_read"]
     for position in range(SEQUENCE.shape[1]):
-        effects = (reads_of(clean, clean, torch.tensor([1]), torch.tensor([position]))[:, 0] * gradients[0, :, 1]).sum(
-            -1
-        )
+        reads = reads_of(clean, clean, torch.tensor([1]), torch.tensor([position]))[:, 0]
         query = ports_of(Node("write", 1, 1, position), clean, gradients)[-1]
-        assert query.name == "query" and query.at == effects.abs().argmax()
+        assert query.name == "query" and query.at == (reads * gradients[0, :, 1]).sum(-1).abs().argmax()
 
 
 def test_a_model_that_gives_all_logits_has_the_same_graph(model64: HookedRecurrent, monkeypatch: Any) -> None:
@@ -542,7 +506,11 @@ def test_a_model_that_gives_all_logits_has_the_same_graph(model64: HookedRecurre
         pd.testing.assert_series_equal(first, second, rtol=1e-8, atol=1e-10)
 
 
-def test_nodes_that_were_measured_are_explained(model64: HookedRecurrent) -> None:
+def test_the_largest_nodes_that_were_measured_are_explained(model64: HookedRecurrent, graph: Graph) -> None:
+    """Of either sign."""
+    for kind, n in (("write", 4), ("mlp", 4), ("attn", 1)):
+        rows: Any = graph.nodes[graph.nodes.feature_type == kind]
+        assert {*rows.loc[rows.measured.abs().nlargest(n).index].node_id} <= {*graph.edges.target}
     few = attribute(SEQUENCE, model64, [5], measure=1, targets=4)
     measured = few.nodes[few.nodes.measured.notna()].node_id
     assert {*few.edges.target} <= {*measured, "logit"}
@@ -773,4 +741,3 @@ def test_a_picture_is_one_file_without_network(graph: Graph) -> None:
         root = ElementTree.fromstring(picture)
         assert root.attrib["viewBox"].split()[2] == str(width)
         assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)|<script|url\(", picture)
-        assert {"key", "query"} & {word for element in root.iter() for word in element.get("class", "").split()}

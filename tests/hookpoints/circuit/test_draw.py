@@ -37,7 +37,7 @@ CONTRASTS = """() => {
 def graphs(embedded: HookedRecurrent) -> list[Graph]:
     """With nodes that are not measured and many of one token; and with atoms."""
     text = "The Secretary of the Treasury will report. The report of the Secretary of the"
-    treasury = attribute(text, embedded, [" Treasury"], against=" Navy", measure=30)
+    treasury = attribute(text, embedded, [" Treasury"], against=" Navy", measure=4)
     told = "Ben lives in Rome . Iris keeps a parrot . Ben lives in"
     pairs: Any = load_sae(zoo.path("facts") / "pairs")
     facts = HookedRecurrent.from_pretrained("facts")
