@@ -53,9 +53,8 @@ def test_a_graph_stays_below_its_ceilings() -> None:
     with device.pretended() as seen:
         model.to("npu")
         costs = seen.of(lambda: attribute(tokens.to("npu"), model))
-        forward = seen.of(lambda: model(tokens.to("npu")))
-    assert costs["launch"] <= 52 * forward["launch"]  # 24,200 of 474
-    assert costs["sync"] <= 100 and costs["to_device"] <= 45 and costs["to_host"] <= 35
+    assert costs["launch"] <= 20_000
+    assert costs["sync"] <= 70 and costs["to_device"] <= 35 and costs["to_host"] <= 25
 
 
 def test_a_step_waits_for_nothing(costs: Costs) -> None:
