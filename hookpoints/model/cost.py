@@ -168,7 +168,7 @@ def _kept_tensors(model: HookedRecurrent, ids: Tensor, names_filter: NamesFilter
 
 
 def _memory_bytes(model: HookedRecurrent, ids: Tensor) -> int | None:
-    choose_cache(model, ids)
+    choose_cache(model)
     try:
         memory = read(model, ids)
     except HookpointsError:

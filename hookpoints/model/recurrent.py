@@ -21,6 +21,7 @@ from hookpoints.model.attachment import Attachment
 from hookpoints.model.inputs import as_tokens, cache_argument, check_loss, check_mask, check_tokens, continuing
 from hookpoints.model.layout import find_layout
 from hookpoints.model.refused import REFUSED_NAMES, check_forward_arguments, generation_arguments
+from hookpoints.model.selfcheck import choose_cache
 from hookpoints.model.selfcheck import self_check as run_self_check
 from hookpoints.model.tokens import PaddingSide, TokenBatch, Tokens
 from hookpoints.model.weights import Weights
@@ -74,7 +75,9 @@ class HookedRecurrent(Tokens, Weights):
         self.hf_model = hf_model
         self.tokenizer = tokenizer
         attachment = Attachment(hf_model, find_layout(hf_model), self, backend)
-        self._attach_hooks(attachment, name, backend, partial(run_self_check, self) if self_check else None)
+        check = partial(run_self_check if self_check else choose_cache, self)
+        can_run = next(hf_model.parameters()).device.type != "meta"
+        self._attach_hooks(attachment, name, backend, check if can_run else None)
 
     @classmethod
     def from_pretrained(
@@ -99,7 +102,8 @@ class HookedRecurrent(Tokens, Weights):
             revision: branch, tag or commit on the hub.
             backend: who computes the native pass of recurrent layers: "auto" (upstream's op), "torch" (upstream's torch
                 op on any device) or "recurrence" (hookpoints' own kernel; float64 throughout on a float64 model).
-            self_check: run a few tokens and prove that hooks see what the model does (a second or so).
+            self_check: run a few tokens and prove that hooks see what the model does (a second or so). False: one token
+                is run, to see whether upstream's own cache serves.
             trainable: keep the parameters trainable. By default they are frozen (``requires_grad`` is False), so that
                 runs in grad mode hold what hooks keep and no more; otherwise each cached tensor holds the graph of its
                 pass, 8 to 25 times as much. Backward hooks work either way.
@@ -116,7 +120,6 @@ class HookedRecurrent(Tokens, Weights):
 
         name = os.fspath(name_or_path)
         loaded = loading.load(name, device=device, dtype=dtype, revision=revision, **hf_kwargs)
-        self_check = self_check and next(loaded.model.parameters()).device.type != "meta"
         model = cls(loaded.model, loaded.tokenizer, name=name, backend=backend, self_check=self_check)
         return model if trainable else model.requires_grad_(False)
 

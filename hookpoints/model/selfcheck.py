@@ -69,14 +69,15 @@ def self_check(model: HookedModel) -> None:
 
 def check_prefill(model: HookedModel, tokens: Tensor) -> dict[int, Recorded]:
     """One pass over ``tokens`` [1,T], recorded and checked."""
-    choose_cache(model, tokens)
+    choose_cache(model)
     with torch.no_grad():
         return _recorded_pass(model, tokens, 0, "prefill")[0]
 
 
-def choose_cache(model: HookedModel, tokens: Tensor) -> None:
+def choose_cache(model: HookedModel) -> None:
     """Try whether upstream runs the model with its own cache: some classes cannot where all layers are recurrent, since
-    they ask the cache for its length. Costs a pass over ``tokens`` [1,T]."""
+    they ask the cache for its length. Costs a pass over one token."""
+    tokens = torch.zeros(1, 1, dtype=torch.long, device=model.cfg.device)
     with torch.no_grad():
         try:
             model.hf_model(input_ids=tokens, **continuing(model.hf_model, None, 0, tokens))

@@ -192,7 +192,8 @@ class PromptServer(ThreadingHTTPServer):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PredictionWarning)  # the numbers are shown
             wanted = [target] if target else None
-            graph = attribute(prompt.tokens, self.model, wanted, against or None, saes=list(self.saes.values()))
+            # All nodes of a text of sixty tokens take five times as long as the likely ones.
+            graph = attribute(prompt.tokens, self.model, wanted, against or None, 50, saes=list(self.saes.values()))
             said = str(graph.check()) if prompt.tokens.shape[1] > 1 else ""
         self.graph = graph
         picture = graph.draw(width=min(max(width, 320), 1200))
