@@ -222,11 +222,12 @@ class Tracing:
         missing = zip(labels, (left + given.sum(1)).tolist())
         self.completeness |= {label: miss for label, miss in missing if label}
         if given.shape[1] > len(self.columns):
-            self.columns = []
+            columns: list[Node] = []
             for kind, x in parts.items():
                 _, length, heads = x.shape
                 places = product(range(length), range(heads))
-                self.columns += [Node(kind.feature_type, kind.layer, kind.head + head, at) for at, head in places]
+                columns += [Node(kind.feature_type, kind.layer, kind.head + head, at) for at, head in places]
+            self.columns = columns
         if self.sources.corrupt is not None:
             others, _ = decomposition.parts(directions, tokens, below, self.sources.corrupt)
             given = given - torch.cat([x.flatten(1) for x in others.values()], 1)
