@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 import numpy as np
 import pandas as pd
@@ -15,6 +15,9 @@ from hookpoints.circuit.draw import svg
 from hookpoints.circuit.tables import EDGE_COLUMNS, NODE_COLUMNS, Node, RunAnswer, by_size, node_of, random_orders
 from hookpoints.errors import InputError, PredictionWarning
 from hookpoints.files import atomic_text, read_sealed_json, sealed_json, versions
+
+if TYPE_CHECKING:
+    from hookpoints.hooks.guard import Hook, Name
 
 _DECISIVE = 8
 """Writes without which another answer makes a graph decisive."""
@@ -73,6 +76,8 @@ class Tracer(Protocol):
     def answers(self, sets: Sequence[Collection[Node]]) -> list[RunAnswer]:
         """Of runs each without one set of nodes."""
         ...
+
+    def hooks_without(self, nodes: Sequence[Node]) -> list[tuple[Name, Hook]]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,15 +159,22 @@ class Graph:
         Args:
             nodes: ids of writes, softmax heads, MLPs and embeddings.
         """
-        table = self._own_tracer().nodes
-        return self._answers_without([table[self._is_among(nodes)]])[0]
+        return self._answers_without([self._taken_out(nodes, kept=False)])[0]
 
     def keep(self, nodes: Collection[str]) -> RunAnswer:
         """The answer of a run with some nodes, and without all others of the kinds that are among them: writes alone
         leave all heads, MLPs and embeddings as they are. ``nodes`` as of `without`."""
-        table = self._own_tracer().nodes
-        kept = self._is_among(nodes)
-        return self._answers_without([table[~kept & table.feature_type.isin(table[kept].feature_type)]])[0]
+        return self._answers_without([self._taken_out(nodes, kept=True)])[0]
+
+    def hooks(self, nodes: Collection[str], kept: bool = False) -> list[tuple[Name, Hook]]:
+        """What does the same as `without`, or with ``kept`` as `keep`, in any pass over this text: in `run_with_hooks`,
+        and within `hooks` also in `generate`, whose later tokens go on from the memory without these nodes.
+
+        Raises:
+            InputError: as of `without`.
+        """
+        taken = self._taken_out(nodes, kept)
+        return self._own_tracer().hooks_without([node_of(row) for row in taken.itertuples()])
 
     def sufficient(self, sizes: int | Sequence[int] = (1, 2, 4, 8, 16, 32)) -> pd.DataFrame:
         """What few writes do alone: all but the n with the largest |effect| are ablated in one run. So it is done for
@@ -218,8 +230,8 @@ class Graph:
         order = by_size(writes.measured.fillna(writes.predicted))
         return [writes.loc[order], *random_orders(writes)]
 
-    def _is_among(self, ids: Collection[str]) -> pd.Series:
-        """Rows of the tracer's nodes that have one of ``ids``."""
+    def _taken_out(self, ids: Collection[str], kept: bool) -> pd.DataFrame:
+        """The tracer's nodes that have one of ``ids``; or those of the same kinds that have none."""
         table = self._own_tracer().nodes
         unknown = sorted({*ids} - {*table.node_id})
         if unknown or not len(ids):
@@ -227,7 +239,8 @@ class Graph:
                 "nodes: expected ids of writes, softmax heads, MLPs or embeddings, as in graph.nodes.node_id, "
                 f"got {', '.join(unknown) or 'none'}"
             )
-        return table.node_id.isin(ids)
+        named = table.node_id.isin(ids)
+        return table[~named & table.feature_type.isin(table[named].feature_type) if kept else named]
 
     def _answers_without(self, sets: Sequence[pd.DataFrame]) -> list[RunAnswer]:
         """Of runs each without the nodes of one table."""

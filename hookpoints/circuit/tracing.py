@@ -52,6 +52,9 @@ from hookpoints.errors import InputError
 from hookpoints.scopes import own_gradients
 
 if TYPE_CHECKING:
+    from transformer_lens.hook_points import HookPoint
+
+    from hookpoints.hooks.guard import Hook, Name
     from hookpoints.model.recurrent import HookedRecurrent
     from hookpoints.recurrence.recurrence import Recurrence
 
@@ -330,6 +333,25 @@ class Tracing:
         plain = int(self.runs.session.logits[0, -1].argmax())
         texts = self._token_texts(said.tolist())
         return list(map(RunAnswer, metrics.tolist(), texts, (said == plain).tolist()))
+
+    def hooks_without(self, nodes: Sequence[Node]) -> list[tuple[Name, Hook]]:
+        """`Graph.hooks`."""
+        placed: dict[str, list[Change]] = {}
+        with own_gradients(self.model.cfg.device.type), torch.no_grad():
+            for change in self._changes_without(nodes):
+                for name in change.values:
+                    placed.setdefault(name, []).append(change)
+
+        def put(x: Tensor, hook: HookPoint) -> Tensor:
+            x = x.clone()
+            for change in placed[str(hook.name)]:
+                at = change.position - (self.model.first_token() or 0)
+                if 0 <= at < x.shape[1]:  # a pass that generates has later tokens alone
+                    here = x[:, at] if change.head < 0 else x[:, at, change.head]
+                    here.copy_(change.values[str(hook.name)])
+            return x
+
+        return [(name, put) for name in placed]
 
     def metadata(self) -> dict[str, object]:
         """`Graph.metadata`."""

