@@ -168,7 +168,7 @@ class Graph:
 
     def hooks(self, nodes: Collection[str], kept: bool = False) -> list[tuple[Name, Hook]]:
         """What does the same as `without`, or with ``kept`` as `keep`, in any pass over this text: in `run_with_hooks`,
-        and within `hooks` also in `generate`, whose later tokens go on from the memory without these nodes.
+        and within `hooks` also in `generate`, whose later tokens start from the memory without these nodes.
 
         Raises:
             InputError: as of `without`.
