@@ -14,7 +14,6 @@ from hookpoints.circuit.atoms import HeadSAE, atoms_of, labels_of, taken_apart, 
 from hookpoints.circuit.graph import Graph
 from hookpoints.circuit.measure import Wanted
 from hookpoints.circuit.nodes import LogitMetric, Token, check_is_text, logits_of, one_sequence, same_length
-from hookpoints.circuit.ports import has_ports
 from hookpoints.circuit.tables import EDGE_COLUMNS, NODE_COLUMNS, largest, node_of
 from hookpoints.circuit.task import Pair, Task, case_of, task_of
 from hookpoints.circuit.tracing import Tracing
@@ -100,9 +99,10 @@ def attribute(
         nodes = tracing.nodes
         tracing.measure_nodes(50 if measure is None and len(nodes) * tokens.shape[1] > _CHEAP else measure)
         writes = nodes[nodes.feature_type == "write"]
-        kinds = {"write": targets, "attn": targets // 4, "mlp": targets}
-        explained = pd.concat([largest(nodes[nodes.feature_type == kind], n) for kind, n in kinds.items()])
-        best = [node for node in map(node_of, explained.itertuples()) if has_ports(node)]
+        heads = nodes[(nodes.feature_type == "attn") & (nodes["head"] >= 0)]
+        mlps = nodes[nodes.feature_type == "mlp"]
+        explained = pd.concat([largest(writes, targets), largest(heads, targets // 4), largest(mlps, targets)])
+        best = [node_of(row) for row in explained.itertuples()]
         edges = [tracing.direct(), tracing.edges_into(best)]
         tables = [nodes]
         labels: dict[str, str] = {}

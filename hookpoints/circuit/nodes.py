@@ -92,8 +92,8 @@ def write_attribution(
         with reading(model, HEADS) as read:
             recurrences = record(model, tokens)
         ways = {} if through is None else read.ways
-        effects = predict_writes(model, recurrences, ways, gradients, donors).effects
-    tables = [nodes_of_block(Node("write", layer, 0), effect, effect) for layer, effect in effects.items()]
+        effects, bounds, *_ = predict_writes(model, recurrences, ways, gradients, donors)
+    tables = [nodes_of_block(Node("write", layer, 0), effect, bounds[layer]) for layer, effect in effects.items()]
     found = pd.concat(tables, ignore_index=True).rename(columns={"predicted": "attribution"})
     return found[["layer", "head", "position", "attribution"]]
 

@@ -21,7 +21,7 @@ from tiny_models import VOCAB, KeepFloat64, hooked_in_float64, make_hf
 from torch import Tensor
 from torch.nn import functional as F
 
-from hookpoints import Graph, HookedRecurrent, Recurrence, WriteEdit, attribute, zoo
+from hookpoints import Graph, HookedRecurrent, Recurrence, WriteEdit, attribute
 from hookpoints.circuit.atoms import atoms_of, taken_apart
 from hookpoints.circuit.graph import Check
 from hookpoints.circuit.nodes import write_attribution
@@ -30,7 +30,6 @@ from hookpoints.circuit.stream import reads_of
 from hookpoints.circuit.tables import Node
 from hookpoints.errors import InputError, PredictionWarning, UnknownHookError, UnsupportedModelError
 from hookpoints.files import sealed_json
-from sae_lens_writesae import load_sae
 
 SEQUENCE = drawn_ids(1, 16, seed=3)
 OTHER = drawn_ids(1, 16, seed=4)
@@ -435,10 +434,13 @@ def test_a_check_has_the_slope_of_measured_effects_and_the_largest_miss(graph: G
 
 def test_writes_that_no_prediction_chose_are_drawn(model64: HookedRecurrent, graph: Graph) -> None:
     """Twenty of them, and the largest is told; they are measured. Of few nodes all are."""
-    few = attribute(SEQUENCE, model64, [5], against=9, measure=4, targets=0)
+    few = attribute(SEQUENCE, model64, [5], against=9, corrupt=OTHER, measure=4, targets=0)
     writes: Any = few.nodes[few.nodes.feature_type == "write"]
+    chosen = writes.predicted.abs().nlargest(4).index
+    drawn = writes.drop(chosen).measured.dropna()
     check = checked(few)
-    assert (check.n, check.writes) == (writes.measured.notna().sum(), len(writes)) and check.n == 24
+    assert writes.measured[chosen].notna().all()
+    assert (check.n, check.writes, check.missed) == (24, len(writes), drawn.abs().max())
     assert attribute(SEQUENCE, model64, [5], targets=0).nodes.measured.notna().all()
     assert len(str(check).splitlines()) == 2 and str(check).startswith("exact: 24 of ")
 
@@ -709,25 +711,6 @@ def less(x: Tensor, hook: object, at: int, taken: Tensor) -> Tensor:
     x = x.clone()
     x[0, at : at + 1] -= taken
     return x
-
-
-def test_atoms_are_drawn_below_their_state_with_their_words() -> None:
-    """Diamonds, the largest first, as far as they are measured; a pruned graph has the parts of what it has."""
-    pairs: Any = load_sae(zoo.path("facts") / "pairs")
-    text = "Ben lives in Rome . Iris keeps a parrot . Ben lives in"
-    graph = attribute(
-        text, HookedRecurrent.from_pretrained("facts"), "Rome", frozen=True, measure=4, targets=1, saes=[pairs]
-    )
-    parts: Any = graph.edges[graph.edges.port == "part"]
-    assert {*parts.source, *parts.target} <= {*graph.prune(6).nodes.node_id}
-    root = ElementTree.fromstring(graph.draw())
-    shapes = [element for element in root.iter() if element.get("data-node") in {*parts.source}]
-    largest = parts.loc[parts.measured.abs().nlargest(4).index].source
-    assert [element.attrib["data-node"] for element in shapes] == largest.tolist()
-    heights = [float(element.attrib["transform"].split()[1].rstrip(")")) for element in shapes]
-    assert heights == sorted(heights)
-    texts = [element.text or "" for element in root.iter() if element.tag.endswith("}text")]
-    assert [text for text in texts if text.startswith("Ben lives in → Rome +")] and "Diamonds" in texts[-1]
 
 
 def test_words_of_a_picture_are_text(graph: Graph) -> None:

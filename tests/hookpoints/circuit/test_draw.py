@@ -87,3 +87,18 @@ def test_a_color_says_what_was_measured(graphs: list[Graph]) -> None:
     seen = graphs[0].nodes[graphs[0].nodes.node_id.isin([*kinds])]
     for kind, rows in (("unknown", seen.measured.isna()), ("hurt", seen.measured < 0), ("help", seen.measured > 0)):
         assert rows.any() and {kinds[name] for name in seen.node_id[rows]} == {f"node {kind}"}
+
+
+def test_atoms_are_drawn_below_their_state_with_their_words(graphs: list[Graph]) -> None:
+    """Diamonds, the largest first, as far as they are measured; a pruned graph has the parts of what it has."""
+    _, graph = graphs
+    parts: Any = graph.edges[graph.edges.port == "part"]
+    assert {*parts.source, *parts.target} <= {*graph.prune(6).nodes.node_id}
+    root = ElementTree.fromstring(graph.draw())
+    shapes = [element for element in root.iter() if element.get("data-node") in {*parts.source}]
+    largest = parts.loc[parts.measured.abs().nlargest(4).index].source
+    assert [element.attrib["data-node"] for element in shapes] == largest.tolist()
+    heights = [float(element.attrib["transform"].split()[1].rstrip(")")) for element in shapes]
+    assert heights == sorted(heights)
+    texts = [element.text or "" for element in root.iter() if element.tag.endswith("}text")]
+    assert [text for text in texts if text.startswith("Ben lives in → Rome +")] and "Diamonds" in texts[-1]
