@@ -379,9 +379,9 @@ def test_sufficient_writes_are_those_of_the_largest_effect(model64: HookedRecurr
 @pytest.mark.usefixtures("_keep_float64")
 def test_sets_of_nodes_are_taken_out_in_one_run(model64: HookedRecurrent, graph: Graph) -> None:
     """Of all kinds, as by hooks and edits by hand; what is kept is all that is not taken out of the same kinds."""
-    ids = ["L1H1@5", "L3A0@15", "MLP2@9", "E@3"]
+    ids = ["L1H1@5", "L3A0@15", "MLP2@9", "E@0"]
     nothing = torch.zeros(())
-    taken: Any = [("hook_embed", partial(with_part, at=3, head=-1, value=nothing))]
+    taken: Any = [("hook_embed", partial(with_part, at=0, head=-1, value=nothing))]
     taken.append(("blocks.2.hook_mlp_out", partial(with_part, at=9, head=-1, value=nothing)))
     taken.append(("blocks.3.attn.hook_z", partial(with_part, at=15, head=0, value=nothing)))
     with torch.no_grad(), model64.edits(WriteEdit(1, 1, 5, mode="delete")):
