@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from hookpoints.errors import EditError, HookpointsError, UnknownHookError, UnknownModelError, UnsupportedModelError
     from hookpoints.hooks.table import HOOKS
     from hookpoints.memory.facts import Fact, label_atoms, read_memory
+    from hookpoints.memory.forgetting import Certificate, forgot
     from hookpoints.memory.memory import Memory
     from hookpoints.memory.reader import MemoryReader
     from hookpoints.model.attach import attach
@@ -56,6 +57,7 @@ _HOMES = {
     "errors": ("EditError", "HookpointsError", "UnknownHookError", "UnknownModelError", "UnsupportedModelError"),
     "hooks.table": ("HOOKS",),
     "memory.facts": ("Fact", "label_atoms", "read_memory"),
+    "memory.forgetting": ("Certificate", "forgot"),
     "memory.memory": ("Memory",),
     "memory.reader": ("MemoryReader",),
     "model.attach": ("attach",),
@@ -72,6 +74,7 @@ _MODULES = ("embedded", "errors", "zoo")
 __all__ = [
     "HOOKS",
     "RULES",
+    "Certificate",
     "Cost",
     "EditError",
     "EditRow",
@@ -96,6 +99,7 @@ __all__ = [
     "default_device",
     "embedded",
     "errors",
+    "forgot",
     "label_atoms",
     "model_types",
     "read_memory",

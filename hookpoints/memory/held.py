@@ -7,23 +7,21 @@ is still held of its token, and needs nothing that was trained.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
 from hookpoints.errors import InputError
 
-if TYPE_CHECKING:
-    from hookpoints.memory.passes import LayerStates
-
 CONTEXT = 3
 """Tokens that are shown before a token."""
-SURE = 0.8
+SURE = 0.9
 """Probability from which an answer is one that the model is sure of."""
-HELD = 0.03
-"""Share of a sentence from which a memory holds it."""
+RARE = 5
+"""Sentences that may have a word which says what they are about; in long texts half of the sentences."""
 _END = re.compile(r"[.!?]['\")\]]*\s*$")
 """How the last token of a sentence ends."""
 
@@ -63,26 +61,22 @@ class Suspect(NamedTuple):
     """Of that answer."""
     kl: float
     """KL divergence in nats, of the next token: from the memory without the sentence to the memory as it is."""
-    held: float
-    """How much of the sentence with that answer the memory without the sentence holds, by `held_share`: 1 if nothing
-    but it had been read. NaN where the answer stays as it is, or the sentence does not say it."""
-    flagged: bool
-    """The sentence overwrote that answer: the model is sure of it (`probability` at least `SURE`), and the memory holds
-    it (`held` at least `HELD`). A flag is no proof. Without the only sentence that told an answer a model may be sure
-    of a wrong one, but its memory rarely holds it."""
+    contradicts: tuple[int, int] | None
+    """The first other sentence that tells `answer`, and shares with this one a word of the question; None where there
+    is none, or the answer stays as it is."""
+    together: Sequence[tuple[int, int]]
+    """The sentences that were left out: this one, and those that tell the same answer of the same thing."""
 
+    @property
+    def flagged(self) -> bool:
+        """The answer hangs on this sentence, and another one contradicts it: without this one the model is sure of what
+        the other tells (`probability` at least `SURE`). A flag is no proof: which of both is true, nothing says."""
+        return self.contradicts is not None and self.probability >= SURE
 
-def head_shares(states: Tensor, change: Tensor) -> Tensor:
-    """[B,H,1,1]: how much of a change [1,H,K,V] the states [B,H,K,V] of each head hold already, from 0 to 1, by least
-    squares."""
-    sizes = change.square().sum((2, 3), keepdim=True)
-    return ((states * change).sum((2, 3), keepdim=True) / sizes.clamp_min(1e-30)).clamp(0, 1)
-
-
-def held_share(states: LayerStates, change: LayerStates) -> float:
-    """How much of a change [1,H,K,V] of states [1,H,K,V] they hold already, by least squares over all heads."""
-    held = sum(float((states[layer] * x).sum()) for layer, x in change.items())
-    return held / max(sum(float(x.square().sum()) for x in change.values()), 1e-30)
+    @property
+    def overwrote(self) -> bool:
+        """It is flagged, and the sentence that it contradicts was read before it."""
+        return self.flagged and self.contradicts is not None and self.contradicts < self.span
 
 
 def term_sizes(keys: Tensor, values: Tensor) -> Tensor:
@@ -122,3 +116,17 @@ def sentence_spans(texts: Sequence[str]) -> list[tuple[int, int]]:
     """Spans of sentences, by the tokens that end with `.`, `!` or `?`, of the texts of all tokens."""
     ends = [place + 1 for place, text in enumerate(texts) if _END.search(text)]
     return list(pairwise(dict.fromkeys([0, *ends, len(texts)])))
+
+
+def words_of(texts: Sequence[str]) -> set[str]:
+    """The words, or parts of words, of the texts of tokens, without spaces and capitals."""
+    words = {text.strip().lower() for text in texts}
+    return {word for word in words if any(map(str.isalnum, word))}
+
+
+def sentences_alike(sentences: Sequence[set[str]], question: set[str]) -> list[list[int]]:
+    """By sentence, the sentences that share with it a word of the question which only few of them have: not `of`."""
+    counts = Counter(word for words in sentences for word in words)
+    most = max(RARE, len(sentences) // 2)
+    topics = [{word for word in words & question if counts[word] <= most} for words in sentences]
+    return [[n for n, topic in enumerate(topics) if topic & own] for own in topics]

@@ -58,17 +58,15 @@ from hookpoints.memory.facts import (
 )
 from hookpoints.memory.held import (
     CONTEXT,
-    HELD,
-    SURE,
     HeldToken,
     Keeping,
     Suspect,
-    head_shares,
-    held_share,
     kept_shares,
     largest_terms,
     sentence_spans,
+    sentences_alike,
     term_sizes,
+    words_of,
 )
 from hookpoints.memory.passes import (
     Form,
@@ -332,7 +330,10 @@ class Memory:
 
     def suspects(self, question: str | Tensor) -> list[Suspect]:
         """Which sentence made the answer? For each sentence that was read, what the next token after ``question`` is
-        without it, those first that overwrote another answer, then by how much the answer changes.
+        without it: those first that contradict another sentence, then by how much the answer changes. Sentences that
+        tell the same answer of the same thing are left out together.
+
+        A sentence is left out as by `without` with ``approximate``; ask the memory of an exact cut to be sure.
 
         Args:
             question: text or tokens [1,T].
@@ -345,23 +346,48 @@ class Memory:
         """
         if self.tokens.shape[0] != 1:
             raise InputError(f"memory: expected one row, got {self.tokens.shape[0]}")
-        tokens = question if isinstance(question, Tensor) else torch.tensor([token_list(self.model, question)])
-        check_tokens(tokens, self.model.cfg)
-        spans = sentence_spans([self._span_text(n, n + 1) for n in range(self.T)])
+        asked = question if isinstance(question, Tensor) else torch.tensor([token_list(self.model, question)])
+        check_tokens(asked, self.model.cfg)
+        tokens = self.tokens[0].tolist()
+        texts = [spelled(self.model, [token]) for token in tokens]
+        spans = sentence_spans(texts)
         if len(spans) < 2:
             raise InputError("memory: expected two sentences at least, which end with . ! or ?, got one")
-        cuts = self._without_each(spans)
-        whole, *answers = self._next_log_probs(tokens.to(self.tokens.device), cuts)
-        found = list[Suspect]()
-        for span, cut_memory, without in zip(spans, cuts, answers, strict=True):
-            answer = int(without.argmax())
-            probability = float(without[answer].exp())
-            kl = float(F.kl_div(whole, without, log_target=True, reduction="sum"))
-            held = cut_memory._held_answer(self.tokens[0, slice(*span)].tolist(), int(whole.argmax()), answer)
-            said = spelled(self.model, [answer])
-            flagged = probability >= SURE and held >= HELD
-            found.append(Suspect(span, self._span_text(*span), said, probability, kl, held, flagged))
-        return sorted(found, key=lambda suspect: (not suspect.flagged, -suspect.kl))
+        # Which sentences are about the same thing, in words that the question has, too.
+        question_words = words_of([spelled(self.model, [token]) for token in asked[0].tolist()])
+        alike = sentences_alike([words_of(texts[start:stop]) for start, stop in spans], question_words)
+        sentences = [tokens[start:stop] for start, stop in spans]
+        # The answers without each sentence, and without those together that tell the answer that is given.
+        log_probs = list(self._next_log_probs(asked.to(self.tokens.device), [self, *self._without_each(spans)]))
+        answer = int(log_probs[0].argmax())
+        same_answer = [tuple(n for n in about if answer in sentences[n]) for about in alike]
+        together = {place: group for place, group in enumerate(same_answer) if place in group and len(group) > 1}
+        for group in {*together.values()}:
+            memory = self
+            for n in reversed(group):  # the last first: others keep their place
+                memory = memory.without(spans[n], approximate=True)
+            without = memory._next_log_probs(asked, [memory])[0]
+            for place, own in together.items():
+                if own == group:
+                    log_probs[place + 1] = without
+        suspects = list[Suspect]()
+        for place, span in enumerate(spans):
+            without = log_probs[place + 1]
+            other = int(without.argmax())
+            kl = float(F.kl_div(log_probs[0], without, log_target=True, reduction="sum"))
+            rivals = [spans[n] for n in alike[place] if n != place and other != answer and other in sentences[n]]
+            suspects.append(
+                Suspect(
+                    span,
+                    text="".join(texts[slice(*span)]),
+                    answer=spelled(self.model, [other]),
+                    probability=float(without[other].exp()),
+                    kl=kl,
+                    contradicts=min(rivals, default=None),
+                    together=[spans[n] for n in together.get(place, [place])],
+                )
+            )
+        return sorted(suspects, key=lambda suspect: (not suspect.flagged, -suspect.kl))
 
     # -- cutting and joining
 
@@ -384,38 +410,67 @@ class Memory:
         self._check_explained()
         return self._composed_memory(position, self.tokens[:, :0], self.kept.span(0, 0), 0)
 
-    def without(self, span: TokenSpan, reread: int | None = None) -> Memory:
-        """The memory without the tokens of ``span``.
-
-        Exact, as if they had never been read, where the span was read last, and where all tokens after it are read
-        again. Other tokens after it keep their factors, which layers made that had seen the span: ``approximate`` says
-        which tokens. Their writes follow the state before the span, their attention keys are moved to their new
-        positions.
+    def without(self, span: TokenSpan, *, approximate: bool = False) -> Memory:
+        """The memory without the tokens of ``span``, as if they had never been read: all tokens after the span are read
+        again. `forgot` shows that nothing of the span is left.
 
         Args:
             span: a slice, or (start, stop).
-            reread: so many tokens after the span are read again. None: those whose convolution or token shift sees the
-                span (kernel size - 1, or 1). They write what the span says into the state: with 0 a fact that the span
-                states is still known afterwards.
+            approximate: read again only the tokens whose convolution or token shift sees the span (kernel size - 1, or
+                1). The others keep their factors, and their attention keys are moved to their new positions. Layers
+                made these factors with the span in view: **the span can still be named** from what is left, and
+                ``approximate`` says which tokens hold it.
 
-        Cost: the recurrence over stored factors, and one pass over the tokens that are read again, with as many before
-        them and at the end as convolutions hold.
+        Cost: `rewind`, and a pass over all tokens after the span. With ``approximate`` the recurrence over stored
+        factors, and one pass over the tokens that are read again, with as many before them and at the end as
+        convolutions hold.
 
         Raises:
             InputError: the span is empty or out of range, or states were set by hand.
         """
         start, stop = self.span_of(span)
-        rest = self.T - stop
-        if reread is None:
-            reread = min(reach(self.cache), rest)
-        if not 0 <= reread <= rest:
-            raise InputError(f"reread: expected 0 to {rest}, the tokens after the span, got {reread}")
-        if not rest:
-            return self.rewind(start)
+        if not approximate or stop == self.T:
+            return self._read_instead(start, stop, self.tokens[:, :0])
         self._check_explained()
-        later = self.kept.span(stop + reread, self.T)
+        seeing = min(stop + reach(self.cache), self.T)
+        later = self.kept.span(seeing, self.T)
         later = later._replace(inexact=torch.ones_like(later.inexact))
-        return self._composed_memory(start, self.tokens[:, stop : stop + reread], later, start - stop)
+        return self._composed_memory(start, self.tokens[:, stop:seeing], later, start - stop)
+
+    def told(self, new: str | Sequence[int], *, instead_of: str | Sequence[int] | slice | None = None) -> Memory:
+        """As if ``new`` had been told ``instead_of`` what was read: it stands in its place, and all tokens after it are
+        read again. Without ``instead_of`` it is read after all others.
+
+        Args:
+            new: text or token ids.
+            instead_of: a sentence that was read, as text or token ids, at every place where it was read (in a batch,
+                the places that all rows share); or a slice of tokens.
+
+        Cost: `rewind`, and a pass over the new sentence and all tokens after it.
+
+        Raises:
+            InputError: ``new`` is empty, ``instead_of`` was not read, or states were set by hand.
+        """
+        if instead_of is None:
+            return read(self.model, self._rows_of(new), self)
+        if isinstance(instead_of, slice):
+            return self._read_instead(*self.span_of(instead_of), self._rows_of(new))
+        replacements: dict[tuple[int, int], Tensor] = {}
+        # A sentence that begins a text has no space before it, and is spelled by other tokens than inside a text.
+        for lead in ("", " ") if isinstance(instead_of, str) else ("",):
+            for span in self._places_of(_led(lead, instead_of)):
+                replacements[span] = self._rows_of(_led(lead, new))
+        if not replacements:
+            raise InputError(
+                f"instead_of: expected a sentence that was read, in the words that were read, got {instead_of!r}"
+            )
+        memory = self
+        done = self.T
+        for (start, stop), row in sorted(replacements.items(), reverse=True):  # the last first: others keep their place
+            if stop <= done:  # not of two that overlap
+                memory = memory._read_instead(start, stop, row)
+                done = start
+        return memory
 
     def paste(self, other: Memory, span: TokenSpan) -> Memory:
         """This memory, and then what ``other`` wrote at the tokens of ``span``.
@@ -447,33 +502,6 @@ class Memory:
         """With ``delta`` [B,H,K,V] added to the states of the layers that it names; later tokens see the sum."""
         self._check_states(delta)
         return self.with_states({layer: self.state(layer) + change for layer, change in delta.items()})
-
-    def told(self, new: str | Sequence[int] | None, *, instead_of: str | Sequence[int] | None = None) -> Memory:
-        """As if a sentence had been told ``instead_of`` another: ``new`` is added to the states as the model reads it
-        alone, and what each head holds of the old one is subtracted, by least squares. No dictionary is needed. Without
-        ``instead_of`` it is told in addition; with ``new`` None all of the old one is subtracted: what a head holds of
-        it is not always found, and a new answer covers the rest.
-
-        Name the old sentence in the words that were read. Convolutions, token shifts and attention stay as they are.
-
-        Args:
-            new, instead_of: text or token ids, read after the model's first token (bos) where it has one.
-
-        Cost: a pass over each sentence.
-
-        Raises:
-            InputError: neither sentence is given, or one is empty.
-        """
-        if new is None and instead_of is None:
-            raise InputError("new: expected a sentence, or instead_of, the one that is removed; got neither")
-        untold = self._states_alone(None)
-        changes: dict[int, Tensor] = {}
-        old = self._states_alone(instead_of)
-        for layer, state in self._states_alone(new).items():
-            told = old[layer] - untold[layer]
-            share = 1.0 if new is None else head_shares(self.state(layer), told)
-            changes[layer] = (state - untold[layer] - share * told).expand_as(self.state(layer))
-        return self + changes
 
     def lerp(self, other: Memory, t: float) -> Memory:
         """With states S + t (S' - S), where S' are those of ``other``."""
@@ -568,18 +596,39 @@ class Memory:
         """Of tokens start <= t < stop."""
         return spelled(self.model, self.tokens[row, start:stop].tolist())
 
-    def _next_log_probs(self, question: Tensor, others: Sequence[Memory]) -> Tensor:
-        """[N,vocab], of the token after ``question`` [1,T], which is read after this memory and others of one row: in
-        one pass, where no layer attends, so that all may stand at one position."""
-        memories = [self, *others]
+    def _next_log_probs(self, question: Tensor, memories: Sequence[Memory]) -> Tensor:
+        """[N,vocab], of the token after ``question`` [1,T], which is read after memories of one row: in one pass, where
+        no layer attends, so that all may stand at one position."""
         said = list[Tensor]()
         for group in [[memory] for memory in memories] if self.kept.attention else [memories]:
             cache = joined_rows([memory.cache for memory in group])
             said.append(read_on(self.model, question.expand(len(group), -1), group[0].T, cache)[1])
         return torch.cat(said)
 
+    def _read_instead(self, start: int, stop: int, new: Tensor) -> Memory:
+        """With ``new`` [B,T'] instead of the tokens start <= t < stop; all after them is read again."""
+        before = self.rewind(start)
+        again = torch.cat([new, self.tokens[:, stop:]], 1)
+        return read(self.model, again, before) if again.shape[1] else before
+
+    def _rows_of(self, sentence: str | Sequence[int]) -> Tensor:
+        """[B,T] of a sentence, the same in each row."""
+        tokens = token_list(self.model, sentence)
+        if not tokens:
+            raise InputError(f"new: expected a sentence, got {sentence!r}")
+        return torch.tensor(tokens, device=self.tokens.device).expand(len(self.tokens), -1)
+
+    def _places_of(self, sentence: str | Sequence[int]) -> list[tuple[int, int]]:
+        """Spans at which every row read these tokens."""
+        tokens = token_list(self.model, sentence)
+        if not 1 <= len(tokens) <= self.T:
+            return []
+        windows = self.tokens.unfold(1, len(tokens), 1)
+        is_read = (windows == torch.tensor(tokens, device=windows.device)).all(2).all(0)
+        return [(start, start + len(tokens)) for start in is_read.nonzero()[:, 0].tolist()]
+
     def _without_each(self, spans: Sequence[tuple[int, int]]) -> list[Memory]:
-        """`without` each of ascending spans, all together as far as can be."""
+        """`without` each of ascending spans, ``approximate``, all together as far as can be."""
         size = window(self.cache)
         last = self.T - size - reach(self.cache)
         memories = list[Memory]()
@@ -587,7 +636,7 @@ class Memory:
             if together and not self.kept.attention:
                 memories += self._without_together([*group], size)
             else:
-                memories += [self.without(span) for span in group]
+                memories += [self.without(span, approximate=True) for span in group]
         return memories
 
     def _without_together(self, spans: Sequence[tuple[int, int]], size: int) -> list[Memory]:
@@ -607,25 +656,6 @@ class Memory:
             states = self._states_after(self.kept.span(start, stop, [0] * (row + 1)), states)
         rows = [{layer: x[row : row + 1] for layer, x in states.items()} for row in range(len(spans))]
         return [self.with_states(row) for row in rows]
-
-    def _states_alone(self, *texts: str | Sequence[int] | None) -> LayerStates:
-        """States [N,H,K,V] after texts of one length, alone: after the first token (bos) where the model has one."""
-        tokenizer = self.model.tokenizer
-        first = [] if tokenizer is None or tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        rows = [[] if text is None else token_list(self.model, text) for text in texts]
-        if texts[0] is not None and not rows[0]:
-            raise InputError(f"new, instead_of: expected a sentence, got {texts[0]!r}")
-        tokens = torch.tensor([first + row for row in rows], device=self.model.cfg.device)
-        if not tokens.shape[1]:
-            return {layer: torch.zeros_like(state[:1]) for layer, state in self._layer_states().items()}
-        return read(self.model, tokens)._layer_states()
-
-    def _held_answer(self, sentence: Sequence[int], answer: int, other: int) -> float:
-        """How much of a sentence with another answer the states hold; NaN where it is the same, or not in it."""
-        if other == answer or answer not in sentence:
-            return math.nan
-        both = self._states_alone(sentence, [other if token == answer else token for token in sentence])
-        return held_share(self._layer_states(), {layer: state[1:] - state[:1] for layer, state in both.items()})
 
     def _head_state(self, layer: int, head: int) -> Tensor:
         """[B,K,V], of a head that there is."""
@@ -806,6 +836,11 @@ def _memory_of_first_token(model: Tokens, named: Mapping[str, Tensor], path: str
     fill(first.cache, {place: named[f"cache/{place}"].to(x.device) for place, x in places.items()})
     count_tokens(first.cache, count)
     return first
+
+
+def _led(lead: str, sentence: str | Sequence[int]) -> str | Sequence[int]:
+    """A text with ``lead`` before its first word; token ids as they are."""
+    return lead + sentence.strip() if isinstance(sentence, str) else sentence
 
 
 def _state_kind(state: Tensor) -> list[object]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hookpoints.errors import InputError
 from hookpoints.memory.caches import chosen_rows
-from hookpoints.memory.memory import Memory, TokenSpan, read
+from hookpoints.memory.memory import Memory
 from hookpoints.memory.passes import Form, LayerStates, run_tokens, spelled, token_list
 from hookpoints.memory.phrases import Phrases, runs
 from hookpoints.memory.sealing import fingerprint, load_sealed, save_sealed
@@ -75,17 +75,6 @@ class Reading(NamedTuple):
     """Log odds that it was read, where as many phrases were read as were not."""
     p: float
     """Share of unread phrases of its kind that score as high, itself counted with them; NaN where none were drawn."""
-
-
-class Certificate(NamedTuple):
-    """One span as a reader reads it in three memories."""
-
-    read: Reading
-    """In the memory that read it."""
-    cut: Reading
-    """Once it was cut out."""
-    never: Reading
-    """Where all other tokens were read, and it never was."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -259,25 +248,6 @@ class MemoryReader:
             more = _taken_phrases(pursuit, phrases.tokens.tolist(), templates, n - len(found), SHARED, found)
             found += more
         return self._readings_of(memory, row, found)
-
-    def forgot(self, memory: Memory, span: TokenSpan, *, decoys: PhraseList | None = None, row: int = 0) -> Certificate:
-        """Whether a memory has forgotten a span once `Memory.without` cut it: the span as it reads before the cut,
-        after it, and in a memory that read all other tokens and never the span.
-
-        Args:
-            decoys: as of `holds`.
-
-        Cost: a pass over all other tokens, `without`, and three times `holds`.
-
-        Raises:
-            InputError: what `without` and `holds` raise, as of a span longer than the longest that was fitted.
-        """
-        start, stop = memory.span_of(span)
-        memory.check_row(row)
-        phrase = memory.tokens[row, start:stop].tolist()
-        others = torch.cat([memory.tokens[:, :start], memory.tokens[:, stop:]], 1)
-        memories = (memory, memory.without((start, stop)), read(self.model, others))
-        return Certificate(*(self.holds(one, [phrase], decoys=decoys, row=row)[0] for one in memories))
 
     # -- files
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from remembering import drawn_ids
@@ -12,7 +10,7 @@ from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent
 from hookpoints.errors import InputError
-from hookpoints.memory.held import HELD, SURE, held_share, sentence_spans, term_sizes
+from hookpoints.memory.held import SURE, sentence_spans, sentences_alike, term_sizes, words_of
 from hookpoints.zoo import english
 
 
@@ -66,57 +64,111 @@ def question(fact: english.ToldFact) -> str:
     return " " + english.RELATIONS[fact.relation].asked[0].split("? ")[0].format(n=fact.name) + "?"
 
 
+def another_value(fact: english.ToldFact, document: english.Document) -> str:
+    """The first that the document tells of nobody."""
+    told = {each.value for each in document.facts}
+    return next(value for value in english.RELATIONS[fact.relation].values if value not in told)
+
+
 def answer(memory, fact: english.ToldFact) -> str:
     return memory.model.to_string(int(memory.model.logits_after(memory, question(fact))[0, -1].argmax())).strip()
 
 
-def test_a_sentence_is_told_instead_of_another(speaker, documents):
-    for document in documents[:3]:
-        fact, *others = document.facts
-        memory = speaker.memory(torch.tensor([document.tokens[: max(each.stop for each in document.facts) + 4]]))
-        old = " " + fact.sentence
-        said = {each.value for each in document.facts}
-        new = next(value for value in english.RELATIONS[fact.relation].values if value not in said)
-        told = memory.told(old.replace(fact.value, new), instead_of=old)
-        assert [answer(memory, fact), answer(told, fact)] == [fact.value, new]
-        assert answer(memory.told(None, instead_of=old), fact) != fact.value
-        assert [answer(told, each) for each in others] == [answer(memory, each) for each in others]
-        removed = memory.told(None, instead_of=old)
-        added, subtracted, untold = map(speaker.memory, (old.replace(fact.value, new), old, torch.tensor([[0]])))
-        for layer, whole in (subtracted - untold).items():
-            left = told.state(layer) - (added - untold)[layer]
-            shares = (memory.state(layer) - left).flatten(2).norm(dim=2) / whole.flatten(2).norm(dim=2)
-            assert_close(memory.state(layer) - left, shares[..., None, None] * whole, rtol=0, atol=1e-4)
-            # All that a head holds of it, from nothing to the whole.
-            inner = (left * whole).sum((2, 3)) / whole.square().sum((2, 3))
-            held_none = (shares < 1e-3) & (inner < 0)
-            held_more = (shares > 0.999) & (inner > 0)
-            assert bool((held_none | held_more | (inner.abs() < 1e-3)).all())
-            assert_close(removed.state(layer), memory.state(layer) - whole, rtol=0, atol=1e-4)
+def test_a_sentence_is_told_in_the_place_of_another(speaker, documents):
+    """The memory is that of the text with the new sentence, and answers all that a memory can be asked."""
+    for document in documents[:2]:
+        fact = document.facts[1]
+        tokens = document.tokens[: document.facts[-1].stop + 4]
+        memory = speaker.memory(torch.tensor([tokens]))
+        old = fact.sentence
+        new = old.replace(fact.value, another_value(fact, document))
+        told = memory.told(new, instead_of=old)
+        spelled = speaker.to_tokens(f" {new}", prepend_bos=False)[0].tolist()
+        assert told.tokens[0].tolist() == [*tokens[: fact.start], *spelled, *tokens[fact.stop :]]
+        fresh = speaker.memory(told.tokens)
+        assert_close(
+            told - fresh, {layer: torch.zeros_like(told.state(layer)) for layer in told.forms}, rtol=0, atol=1e-4
+        )
+        assert [answer(memory, fact), answer(told, fact)] == [fact.value, another_value(fact, document)]
+        assert told.approximate is None and told.held(1) and told.keeping() and told.suspects(question(fact))
+        assert answer(told.without((fact.start, fact.start + len(spelled))), fact) != another_value(fact, document)
+        assert torch.equal(
+            memory.told(new, instead_of=slice(fact.start, fact.stop)).tokens[:, 1:].bool(), told.tokens[:, 1:].bool()
+        )
 
 
-def test_the_sentence_that_overwrote_an_answer_is_found(speaker, documents):
-    """In most texts: the model has to know the first answer without it."""
-    found = 0
+def test_a_sentence_is_replaced_at_every_place_where_it_was_read(speaker):
+    """Also the one that begins the text, whose first word is another token."""
+    text = "{0} The past year was one of peace. {0} We have paid our debts. {0}"
+    memory = speaker.memory(text.format("Ben lives in Rome."))
+    told = memory.told("Ben lives in Oslo.", instead_of=" Ben lives in Rome.")
+    assert torch.equal(told.tokens, speaker.to_tokens(text.format("Ben lives in Oslo.")))
+    ids = speaker.to_tokens(" Ben lives in Rome.", prepend_bos=False)[0].tolist()
+    assert int((memory.told([3], instead_of=ids).tokens == 3).sum()) == 3  # ids are taken as they are
+    assert torch.equal(memory.told(" So be it.").tokens, speaker.memory(" So be it.", memory=memory).tokens)
+
+
+def test_two_places_that_overlap_are_one(speaker):
+    memory = speaker.memory(torch.tensor([[7, 5, 5, 5, 9]]))
+    assert memory.told([3, 4], instead_of=[5, 5]).tokens.tolist() == [[7, 5, 3, 4, 9]]
+
+
+@pytest.mark.parametrize("is_later", [True, False])
+@pytest.mark.parametrize("name", ["facts-english", "facts-english-rwkv7", "facts-english-mamba2"])
+def test_only_a_later_sentence_overwrote_another(name, is_later):
+    """In both orders, whichever of two sentences the answer hangs on is flagged."""
+    model = HookedRecurrent.from_pretrained(name)
+    told = ["Clara lives in Paris.", "The home of Clara is Vienna."]
+    first, second = told if is_later else told[::-1]
+    memory = model.memory(
+        f"The crops were good. {first} Our commerce has been extended to new markets. {second} We are at peace."
+    )
+    suspects = memory.suspects(" Where does Clara live?")
+    said = model.to_string(int(model.logits_after(memory, " Where does Clara live?")[0, -1].argmax())).strip()
+    flagged, rival = suspects[0], next(each for each in suspects if each.span == suspects[0].contradicts)
+    assert said in flagged.text and {flagged.text.strip(), rival.text.strip()} == {*told}
+    assert flagged.answer.strip() in rival.text and flagged.flagged
+    assert flagged.overwrote == (rival.span < flagged.span)
+    assert not any(each.flagged for each in suspects[1:])
+
+
+def test_sentences_of_the_same_answer_are_left_out_together(speaker, documents):
+    """A lie that is told twice hides behind itself."""
+    flagged = 0
     for document in documents[:4]:
         fact = document.facts[0]
         clean = speaker.memory(torch.tensor([document.tokens[: document.facts[-1].stop]]))
-        said = {each.value for each in document.facts}
-        new = next(value for value in english.RELATIONS[fact.relation].values if value not in said)
-        injected = " " + fact.sentence.replace(fact.value, new)
-        memory = speaker.memory(injected + " The past year was one of peace.", memory=clean)
-        first = memory.suspects(question(fact))[0]
-        assert answer(memory, fact) == new and first.text.endswith(injected.strip())
-        assert first.answer.strip() == answer(memory.without(first.span), fact)
-        found += first.flagged and first.answer.strip() == fact.value
-        for said, read in ((new, memory), (fact.value, clean)):
-            for suspect in read.suspects(question(fact)):
-                assert math.isnan(suspect.held) == (suspect.answer.strip() == said or said not in suspect.text)
-                assert suspect.flagged == (suspect.probability >= SURE and suspect.held >= HELD)
-    assert found >= 3
+        lies = [
+            f" {wording.format(n=fact.name, v=another_value(fact, document))}"
+            for wording in english.RELATIONS[fact.relation].told[:2]
+        ]
+        memory = speaker.memory(f"{lies[0]} The past year was one of peace.{lies[1]} So be it.", memory=clean)
+        own = [each for each in memory.suspects(question(fact)) if another_value(fact, document) in each.text]
+        assert len(own) == 2 and own[0].together == own[1].together == sorted(each.span for each in own)
+        assert own[0].answer == own[1].answer == " " + fact.value
+        flagged += all(each.flagged and each.overwrote for each in own)
+    assert flagged >= 3
 
 
-@pytest.mark.parametrize("name, most", [("facts-english", 6), ("facts-english-mamba2", 6), ("embedded", 42)])
+def test_a_text_that_contradicts_nothing_is_rarely_flagged(speaker, documents):
+    """Without the only sentence that tells an answer the model may be sure of a wrong one, told of somebody else."""
+    flags = 0
+    for document in documents:
+        memory = speaker.memory(torch.tensor([document.tokens[: document.facts[-1].stop]]))
+        suspects = [suspect for fact in document.facts for suspect in memory.suspects(question(fact))]
+        flags += sum(suspect.flagged for suspect in suspects)
+        assert not any(suspect.flagged and suspect.probability < SURE for suspect in suspects)
+    assert flags <= 0.1 * sum(len(document.facts) for document in documents)
+
+
+def test_sentences_are_alike_that_share_a_rare_word_of_the_question():
+    sentences = [{"ben", "is", "a"}, {"ada", "is", "a"}, {"home", "of", "ben"}, *[{"is", "a"}] * 7]
+    assert sentences_alike(sentences, {"is", "ben", "home"})[:4] == [[0, 2], [], [0, 2], []]
+    assert sentences_alike(sentences, {"is", "a"}) == [[]] * 10
+    assert words_of([" Ben", ".", "ben", " is"]) == {"ben", "is"}
+
+
+@pytest.mark.parametrize("name, most", [("facts-english", 9), ("facts-english-mamba2", 9), ("embedded", 42)])
 def test_sentences_are_cut_together_as_each_is_alone(name, most, documents):
     """Where a layer attends, one after the other: a pass to cut, and a pass to ask."""
     model = HookedRecurrent.from_pretrained(name)
@@ -128,20 +180,13 @@ def test_sentences_are_cut_together_as_each_is_alone(name, most, documents):
     assert len(found) == 20 and len(passes) <= most
     whole = model.logits_after(memory, question(told[1]))[0, -1].log_softmax(-1)
     for suspect in found:
-        cut = memory.without(suspect.span)
+        cut = memory
+        for span in reversed(suspect.together):
+            cut = cut.without(span, approximate=True)
         without = model.logits_after(cut, question(told[1]))[0, -1].log_softmax(-1)
         assert suspect.answer == model.to_string(int(without.argmax()))
         assert suspect.probability == pytest.approx(float(without.max().exp()), abs=1e-4)
         assert suspect.kl == pytest.approx(float((without.exp() * (without - whole)).sum()), abs=1e-4)
-
-
-def test_what_states_hold_of_a_change_is_its_share_over_all_layers():
-    change = {layer: torch.randn(1, 3, 4, 5, dtype=torch.float64) for layer in (0, 2)}
-    other = {0: change[0].roll(1, 3), 2: change[2].roll(1, 3)}
-    other = {layer: x - held_share(other, change) * change[layer] for layer, x in other.items()}
-    states = {layer: 0.3 * x + other[layer] for layer, x in change.items()}
-    assert held_share(other, change) == pytest.approx(0, abs=1e-12)
-    assert held_share(states, change) == pytest.approx(0.3)
 
 
 def test_spans_of_sentences_cover_all_tokens():
@@ -157,8 +202,12 @@ def test_spans_of_sentences_cover_all_tokens():
         (lambda memory: memory.held(3, layer=0, head=9), "head: expected 0 to"),
         (lambda memory: memory.held(3, row=1), "row: expected"),
         (lambda memory: memory.keeping(99), "after: expected 1 to"),
-        (lambda memory: memory.told(None), "new: expected a sentence"),
-        (lambda memory: memory.told("", instead_of="Ben lives in Rome."), "expected a sentence"),
+        (lambda memory: memory.told("", instead_of="Ben lives in Rome."), "new: expected a sentence"),
+        (
+            lambda memory: memory.told("Ben lives in Oslo.", instead_of="Ben lives in Bern."),
+            "that was read, in the words",
+        ),
+        (lambda memory: memory.told("Ben lives in Oslo.", instead_of=""), "that was read, in the words"),
         (lambda memory: memory.suspects("Where does Ben live?"), "two sentences at least"),
         (lambda memory: memory.suspects(""), "at least one"),
     ],

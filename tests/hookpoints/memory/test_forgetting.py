@@ -1,0 +1,128 @@
+"""Whether a span is gone: by equality, in every kind of cache, and by the attack of somebody who has a list."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from remembering import drawn_ids
+from tiny_models import KeepFloat64, hooked_in_float64
+
+from hookpoints import HookedRecurrent, Memory, embedded, forgot
+from hookpoints.errors import InputError
+from hookpoints.memory.forgetting import Certificate, Difference
+
+SPAN = (40, 48)
+TYPES = ("bailing_hybrid", "falcon_h1", "jamba", "mamba", "mamba2", "olmo_hybrid", "qwen3_5", "rwkv7", "zamba2")
+"""One of each kind of cache, as in the tests of memories."""
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_an_exact_cut_equals_a_memory_that_never_read_the_span(name):
+    with KeepFloat64():
+        model = hooked_in_float64(name)
+        memory = model.memory(drawn_ids(2, 21))
+        for span in ((7, 12), (0, 5), (15, 21), (0, 21)):
+            certificate = forgot(memory, memory.without(span), span)
+            assert certificate.gone, certificate
+        parts = {(each.layer, each.part) for each in certificate.differences}
+        assert {(layer, "state") for layer in memory.forms} <= parts
+        assert not memory.kept.attention or any(part == "keys" for _, part in parts)
+        approximate = forgot(memory, memory.without((7, 12), approximate=True), (7, 12))
+        assert not approximate.gone and "times rounding" in str(approximate)
+
+
+@pytest.fixture(scope="module", params=["embedded", "embedded-rwkv7", "embedded-mamba2"])
+def model(request):
+    return HookedRecurrent.from_pretrained(request.param)
+
+
+@pytest.fixture(scope="module")
+def phrases(model):
+    """[12,96] texts of held-out speeches."""
+    tokens = model.to_tokens(embedded.text("test")[:40_000], truncate=False)[0]
+    return tokens[: 12 * 96].view(12, 96)
+
+
+def test_a_list_of_candidates_names_what_was_cut_approximately(model, phrases, tmp_path):
+    """Also after a file; an exact cut is as far from the span as from any other candidate that was never read."""
+    text = phrases[:1]
+    memory = model.memory(text)
+    memory.save(tmp_path / "memory")
+    candidates = phrases[1:, SPAN[0] : SPAN[1]].tolist()
+    phrase = str(model.to_string(text[0, slice(*SPAN)]))
+    for before in (memory, Memory.load(tmp_path / "memory", model)):
+        approximate = forgot(before, before.without(SPAN, approximate=True), SPAN, candidates=candidates)
+        assert [each.text for each in approximate.candidates].index(phrase) == 0 and len(approximate.candidates) == 12
+        assert approximate.candidates[0].distance < 1e-6 < approximate.candidates[1].distance
+        assert repr(phrase) in str(approximate)
+    exact = forgot(memory, memory.without(SPAN), SPAN, candidates=candidates)
+    assert exact.gone
+    for each in exact.candidates:  # what is known of the span is what a memory knows that never read it
+        assert each.distance == pytest.approx(each.never, rel=1e-3)
+
+
+def test_in_half_precision_rounding_is_that_of_half_precision(phrases, model):
+    half = HookedRecurrent.from_pretrained(model.cfg.model_name, dtype=torch.bfloat16)
+    for text in phrases[:3]:
+        memory = half.memory(text[None])
+        assert forgot(memory, memory.without(SPAN), SPAN).gone
+        assert not forgot(memory, memory.without(SPAN, approximate=True), SPAN).gone
+
+
+def test_states_that_are_rounded_or_noisy_are_not_equal(phrases, model):
+    memory = model.memory(phrases[:1])
+    cut = memory.without(SPAN)
+    for change in (lambda x: x.bfloat16().float(), lambda x: x + 0.01 * x.std() * torch.randn_like(x)):
+        changed = cut.with_states({layer: change(cut.state(layer)) for layer in cut.forms})
+        assert not forgot(memory, changed, SPAN).gone
+
+
+def test_one_head_of_one_row_that_differs_is_named(model, phrases):
+    memory = model.memory(phrases[:2])
+    cut = memory.without(SPAN)
+    layer = model.cfg.recurrent_layers[-1]
+    state = cut.state(layer)
+    state[1, 2] *= 1.001
+    certificate = forgot(memory, cut.with_states({layer: state}), SPAN)
+    assert [reason.split(":")[0] for reason in certificate.missing] == [f"state of layers {layer}"]
+
+
+def test_attention_that_still_holds_the_span_is_named(phrases):
+    model = HookedRecurrent.from_pretrained("embedded")
+    memory = model.memory(phrases[:1])
+    cut = memory.without(SPAN)
+    left = memory.with_states({layer: cut.state(layer) for layer in cut.forms})
+    certificate = forgot(memory, left, SPAN)
+    assert "keys of layers 0: of other tokens" in certificate.missing
+    assert f"tokens {SPAN[0]} to {SPAN[1] - 3} say it" in certificate.missing
+    states = [each.units for each in certificate.differences if each.part == "state"]
+    assert max(states) < 10 and forgot(memory, cut, SPAN).gone
+
+
+def test_a_copy_of_the_span_elsewhere_is_named(model, phrases):
+    """Of two rows one has it; the copy has another token at its beginning."""
+    span = phrases[0, slice(*SPAN)]
+    text = torch.cat([phrases[0, :60], torch.tensor([5]), span[1:], phrases[0, 60:88]])
+    memory = model.memory(torch.stack([phrases[1], text]))
+    certificate = forgot(memory, memory.without(SPAN), SPAN)
+    assert not certificate.gone
+    assert certificate.copies == [(60 - 8 + 1, 60 - 8 + 1 + 6)]  # without the first token, and the last
+
+
+def test_nothing_that_is_no_number_is_gone():
+    certificate = Certificate("a", [Difference(0, "state", float("nan"))], [], [], 10)
+    assert not certificate.gone and certificate.missing == ["state of layers 0: nan times rounding"]
+
+
+def test_bad_input_is_refused(phrases):
+    model, other = (HookedRecurrent.from_pretrained(name) for name in ("embedded", "embedded-mamba2"))
+    memory, cut = model.memory(phrases[:1]), model.memory(phrases[:1]).without(SPAN)
+    with pytest.raises(InputError, match="after: expected a memory of the 88 tokens"):
+        forgot(memory, model.memory(phrases[1:2]), SPAN)
+    with pytest.raises(InputError, match="expected a memory of this model"):
+        forgot(memory, other.memory(phrases[:1]), SPAN)
+    with pytest.raises(InputError, match="span: expected start < stop"):
+        forgot(memory, cut, (90, 99))
+    rows = model.memory(phrases[:2])
+    with pytest.raises(InputError, match="candidates: expected memories of one row"):
+        forgot(rows, rows.without(SPAN), SPAN, candidates=[" the war"])
