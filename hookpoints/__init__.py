@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from hookpoints.edits.session import EditSession
     from hookpoints.errors import EditError, HookpointsError, UnknownHookError, UnknownModelError, UnsupportedModelError
     from hookpoints.hooks.table import HOOKS
-    from hookpoints.memory.facts import Fact, label_atoms, read_memory
     from hookpoints.memory.forgetting import Certificate, forgot
     from hookpoints.memory.memory import Memory
     from hookpoints.memory.reader import MemoryReader
@@ -56,7 +55,6 @@ _HOMES = {
     "edits.session": ("EditSession",),
     "errors": ("EditError", "HookpointsError", "UnknownHookError", "UnknownModelError", "UnsupportedModelError"),
     "hooks.table": ("HOOKS",),
-    "memory.facts": ("Fact", "label_atoms", "read_memory"),
     "memory.forgetting": ("Certificate", "forgot"),
     "memory.memory": ("Memory",),
     "memory.reader": ("MemoryReader",),
@@ -79,7 +77,6 @@ __all__ = [
     "EditError",
     "EditRow",
     "EditSession",
-    "Fact",
     "Graph",
     "HookedRecurrent",
     "HookpointsError",
@@ -100,9 +97,7 @@ __all__ = [
     "embedded",
     "errors",
     "forgot",
-    "label_atoms",
     "model_types",
-    "read_memory",
     "write_attribution",
     "zoo",
 ]
