@@ -86,7 +86,7 @@ from hookpoints.memory.passes import (
 from hookpoints.memory.sealing import fingerprint, load_sealed, save_sealed
 from hookpoints.model.inputs import check_tokens
 from hookpoints.model.selfcheck import relative_error, tolerance
-from hookpoints.recurrence.canonical import tensors, terms
+from hookpoints.recurrence.canonical import is_dense, tensors, terms
 from hookpoints.recurrence.recurrence import Recurrence
 from hookpoints.rules.base import compute_dtype
 
@@ -498,7 +498,7 @@ class Memory:
         into a memory, or generate, make none.
 
         Raises:
-            InputError: a state has another shape or device.
+            InputError: a state has another shape or device, or is not finite.
             UnsupportedModelError: a layer has no recurrence.
         """
         self._check_states(states)
@@ -643,6 +643,8 @@ class Memory:
             got = _state_kind(state)
             if got != wanted:
                 raise InputError(f"layer {layer}: expected [B,H,K,V], float, device {wanted}, got {got}")
+            if not bool(state.isfinite().all()):
+                raise InputError(f"layer {layer}: expected finite numbers, got NaN or infinity")
 
     def span_of(self, span: TokenSpan) -> tuple[int, int]:
         """Start and stop of a span of its tokens, checked."""
@@ -808,9 +810,9 @@ def _memory_of_first_token(model: Tokens, named: Mapping[str, Tensor], path: str
     return first
 
 
-def _state_kind(state: Tensor) -> list[object]:
+def _state_kind(state: object) -> list[object]:
     """What a state has in common with those that can replace it."""
-    return [*state.shape, state.is_floating_point(), state.device]
+    return [*state.shape, state.is_floating_point(), state.device] if is_dense(state) else [type(state).__name__]
 
 
 def _has_tokens(place: str) -> bool:

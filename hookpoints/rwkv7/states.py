@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hookpoints.errors import InputError
 from hookpoints.files import atomic_write
+from hookpoints.rwkv7.official import stored_tensors
 
 if TYPE_CHECKING:
     from hookpoints.model.recurrent import HookedRecurrent
@@ -28,25 +29,24 @@ def load_states(path: str | Path, model: HookedRecurrent) -> dict[int, Tensor]:
     ``memory.rewind(0).with_states(load_states(path, model))`` is the memory of a model that begins with them.
 
     Raises:
-        InputError: the file is damaged, or its tensors are not states of this model, by name, dtype or shape.
+        InputError: the file is damaged, or its tensors are not states of this model, by name, dtype or shape, or not
+            finite.
         FileNotFoundError: there is none.
     """
-    try:
-        named = dict[object, object](torch.load(path, map_location="cpu", weights_only=True))
-    except OSError:
-        raise
-    except Exception as error:  # those of the unpickler, the archive and storages have no narrower class
-        raise InputError(f"{path}: expected tensors by name, as torch.save writes them, got {error}") from error
+    named = stored_tensors(path)
     wanted = {_NAME.format(layer): (layer, [size.H, size.V, size.K]) for layer, size in model.cfg.layers.items()}
-    if differing := sorted(map(str, wanted.keys() ^ named.keys())):
+    if differing := sorted(wanted.keys() ^ named.keys()):
         raise InputError(f"{path}: expected {_NAME} of {len(wanted)} layers, got others or fewer: {differing[:3]}")
     states: dict[int, Tensor] = {}
     for name, (layer, shape) in wanted.items():
         state = named[name]
-        if not isinstance(state, Tensor) or not state.is_floating_point() or list(state.shape) != shape:
-            got = f"{state.dtype} {list(state.shape)}" if isinstance(state, Tensor) else type(state).__name__
-            raise InputError(f"{path}: expected {name} to be floats [H,V,K] {shape}, got {got}")
-        states[layer] = state.mT[None].to(model.hook_device(f"blocks.{layer}.mixer"), torch.float32)
+        got = [state.is_floating_point(), *state.shape]
+        state = state.to(torch.float32)
+        finite = bool(state.isfinite().all())
+        if not finite or got != [True, *shape]:
+            kind = f"{named[name].dtype} {got[1:]}" if finite else "NaN or infinity"
+            raise InputError(f"{path}: expected {name} to be finite floats [H,V,K] {shape}, got {kind}")
+        states[layer] = state.mT[None].to(model.hook_device(f"blocks.{layer}.mixer"))
     return states
 
 
