@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from transformers import Cache
 
 from hookpoints.errors import InputError
+from hookpoints.files import check_tensors
 from hookpoints.layer.context import all_left, count_tokens, drop_sources
 from hookpoints.memory.caches import (
     attends_and_convolves,
@@ -63,6 +64,7 @@ from hookpoints.memory.held import (
     HeldToken,
     Keeping,
     Suspect,
+    check_head_number,
     head_shares,
     held_share,
     kept_shares,
@@ -162,8 +164,13 @@ class Memory:
     # -- what it holds
 
     def state(self, layer: int, head: int | None = None) -> Tensor:
-        """The state S of a recurrent layer, key-first: [B,H,K,V], or [B,K,V] of one head. A copy."""
-        self.model.cfg.layer(layer)
+        """The state S of a recurrent layer, key-first: [B,H,K,V], or [B,K,V] of one head. A copy.
+
+        Raises:
+            InputError: the layer has no such head.
+            UnsupportedModelError: there is no such layer, or it has no recurrence.
+        """
+        check_head_number(head, self.model.cfg.layer(layer).H, layer)
         state = state_of(self.cache, layer, self.forms[layer].value_first)
         return (state if head is None else state[:, head]).clone()
 
@@ -189,6 +196,7 @@ class Memory:
             InputError: the state was set by hand, so that no token wrote it.
         """
         r = self.recurrence(layer).by_channel()
+        check_head_number(head, r.H, layer)
         # With each write as its own column of values, the last state has their keys as its columns.
         by_source = r.by_source().states(positions=-1)[:, 0].movedim(-1, 1)  # [B,T*R,H,K]
         keys = by_source.unflatten(1, (r.T, r.R)).movedim(2, 3).reshape(r.k.shape)
@@ -205,6 +213,7 @@ class Memory:
             InputError: the state was set by hand, so that no token wrote it.
         """
         r = self.recurrence(layer)
+        check_head_number(head, r.H, layer)
         state = self.state(layer).to(r.dtype)
         values = terms(r.u.to(r.dtype))
         back = r.adjoint(torch.zeros_like(values[0])).replace(initial_state=state)
@@ -798,13 +807,10 @@ def _memory_of_first_token(model: Tokens, named: Mapping[str, Tensor], path: str
     wanted = {name: (x, 1) for name, x in first.kept.filed.named().items()}
     places = tensors_of(first.cache)
     wanted |= {f"cache/{place}": (x, x.ndim - 2 if _has_tokens(place) else None) for place, x in places.items()}
-    if differing := sorted(named.keys() ^ wanted.keys()):
-        raise InputError(f"{path}: expected the tensors of a memory of this model, got others: {differing[:3]}")
+    kinds: dict[str, tuple[torch.dtype, list[int]]] = {}
     for name, (x, axis) in wanted.items():
-        shape = [rows, *(count if n == axis else size for n, size in enumerate(x.shape[1:], 1))]
-        got = named[name]
-        if (got.dtype, list(got.shape)) != (x.dtype, shape):
-            raise InputError(f"{path}: expected {name} to be {x.dtype} {shape}, got {got.dtype} {list(got.shape)}")
+        kinds[name] = (x.dtype, [rows, *(count if n == axis else size for n, size in enumerate(x.shape[1:], 1))])
+    check_tensors(path, named, kinds)
     fill(first.cache, {place: named[f"cache/{place}"].to(x.device) for place, x in places.items()})
     count_tokens(first.cache, count)
     return first

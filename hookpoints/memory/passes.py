@@ -212,8 +212,6 @@ def token_list(model: Tokens, phrase: str | Sequence[int] | Tensor) -> list[int]
     """
     if isinstance(phrase, str):
         return model.to_tokens(phrase, prepend_bos=False, truncate=False)[0].tolist() if phrase else []
-    if isinstance(phrase, Sequence) and not phrase:
-        return []
     tokens = as_tokens(phrase)[None]
     check_tokens(tokens, model.cfg)
     return tokens[0].tolist()

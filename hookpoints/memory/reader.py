@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hookpoints.errors import InputError
+from hookpoints.files import check_tensors
 from hookpoints.memory.caches import chosen_rows
 from hookpoints.memory.memory import Memory, TokenSpan, read
 from hookpoints.memory.passes import Form, LayerStates, run_tokens, spelled, token_list
@@ -308,10 +309,11 @@ class MemoryReader:
             FileNotFoundError: there is none.
         """
         named, said = load_sealed(path, "reader", _file_identity(model))
-        try:  # anyone can seal a file
+        check_tensors(path, named, _tensor_kinds(model), finite=True)  # anyone can seal a file
+        try:
             return cls(model, _fitted_of(named, said, model))
         except (LookupError, OverflowError, RuntimeError, TypeError, ValueError) as error:
-            raise InputError(f"{path}: expected the tensors and settings of a reader, got others ({error})") from error
+            raise InputError(f"{path}: expected the settings of a reader, got others ({error})") from error
 
     # -- helpers
 
@@ -480,43 +482,35 @@ def _best_of_groups(scores: Tensor, groups: Tensor, most: int, wanted: int) -> T
     return torch.tensor(places[:wanted], device=scores.device)
 
 
-def _tensor_kinds(model: Tokens) -> dict[str, tuple[torch.dtype, torch.Size]]:
-    """Of the tensors of a file, by name."""
-    shapes: dict[str, list[int]] = {}
+def _tensor_kinds(model: Tokens) -> dict[str, tuple[torch.dtype, list[int]]]:
+    """Dtypes and shapes of a file, by name."""
+    kinds: dict[str, tuple[torch.dtype, list[int]]] = {}
     for layer in model.cfg.recurrent_layers:
         sizes = model.cfg.layer(layer)
         ends = ([sizes.K, sizes.V], [sizes.K, sizes.K], [sizes.V, sizes.V])
-        shapes[f"{layer}/weights"] = [sizes.H]
+        kinds[f"{layer}/weights"] = (torch.float32, [sizes.H])
         for side in SIDES:
-            shapes |= {f"{layer}/{side}/{field}": [sizes.H, *end] for field, end in zip(Whitening._fields, ends)}
-    return {name: (torch.float32, torch.Size(shape)) for name, shape in shapes.items()}
+            for field, end in zip(Whitening._fields, ends):
+                kinds[f"{layer}/{side}/{field}"] = (torch.float32, [sizes.H, *end])
+    return kinds
 
 
 def _settings_of(fitted: Fitted) -> dict[str, object]:
     """What a file says of its tensors."""
-    settings = fitted._asdict()
-    del settings["layers"]
-    return settings
+    return {name: value for name, value in fitted._asdict().items() if name != "layers"}
 
 
 def _fitted_of(named: Mapping[str, Tensor], said: Mapping[str, Any], model: Tokens) -> Fitted:
-    """What a reader's file holds, on the model's device.
+    """What a reader's file holds, on the model's device; its tensors are checked.
 
     Raises:
-        LookupError, OverflowError, TypeError, ValueError: its tensors or settings are not those of a reader of this
-            model.
+        LookupError, OverflowError, RuntimeError, TypeError, ValueError: its settings are not those of a reader.
     """
-    kinds = _tensor_kinds(model)
-    got = {name: (x.dtype, x.shape) for name, x in named.items()}
-    names = sorted(name for name in kinds | got if kinds.get(name) != got.get(name))
-    wrong = [f"{name}: expected {kinds.get(name)}, got {got.get(name)}" for name in names]
-    # Dtypes come first: not every one of them knows what is finite.
-    wrong = wrong or [f"{name}: expected finite numbers" for name, x in named.items() if not x.isfinite().all()]
-    if wrong:
-        raise InputError(wrong[0])
     layers: dict[int, LayerFit] = {}
     for layer in model.cfg.recurrent_layers:
-        weights, *sides = (named[name].to(model.cfg.device) for name in kinds if name.startswith(f"{layer}/"))
+        weights, *sides = (
+            named[name].to(model.cfg.device) for name in _tensor_kinds(model) if name.startswith(f"{layer}/")
+        )
         heads = torch.arange(len(weights))
         layers[layer] = LayerFit(heads, weights, Whitening(*sides[:3]), Whitening(*sides[3:]))
     fitted = Fitted(
@@ -528,7 +522,7 @@ def _fitted_of(named: Mapping[str, Tensor], said: Mapping[str, Any], model: Toke
     )
     # As JSON, 3.7 is no whole number, and neither is true or "3".
     if json.dumps(said) != json.dumps(said | _settings_of(fitted)):
-        raise InputError(f"settings: expected numbers, as a fit writes them, got {said}")
+        raise InputError(f"expected numbers, as a fit writes them, got {said}")
     check_tokens(torch.tensor([fitted.lead]), model.cfg)
     most = sys.float_info.max
     # A state that a fit reads has seen several times as many tokens as the longest phrase has.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hookpoints.errors import InputError
-from hookpoints.files import atomic_write
+from hookpoints.files import atomic_write, check_tensors
 from hookpoints.rwkv7.official import stored_tensors
 
 if TYPE_CHECKING:
@@ -33,21 +33,13 @@ def load_states(path: str | Path, model: HookedRecurrent) -> dict[int, Tensor]:
             finite.
         FileNotFoundError: there is none.
     """
-    named = stored_tensors(path)
-    wanted = {_NAME.format(layer): (layer, [size.H, size.V, size.K]) for layer, size in model.cfg.layers.items()}
-    if differing := sorted(wanted.keys() ^ named.keys()):
-        raise InputError(f"{path}: expected {_NAME} of {len(wanted)} layers, got others or fewer: {differing[:3]}")
-    states: dict[int, Tensor] = {}
-    for name, (layer, shape) in wanted.items():
-        state = named[name]
-        got = [state.is_floating_point(), *state.shape]
-        state = state.to(torch.float32)
-        finite = bool(state.isfinite().all())
-        if not finite or got != [True, *shape]:
-            kind = f"{named[name].dtype} {got[1:]}" if finite else "NaN or infinity"
-            raise InputError(f"{path}: expected {name} to be finite floats [H,V,K] {shape}, got {kind}")
-        states[layer] = state.mT[None].to(model.hook_device(f"blocks.{layer}.mixer"))
-    return states
+    # A file may have them in half precision.
+    named = {name: x.to(torch.float32) if x.is_floating_point() else x for name, x in stored_tensors(path).items()}
+    layers = model.cfg.layers.items()
+    kinds = {_NAME.format(layer): (torch.float32, [size.H, size.V, size.K]) for layer, size in layers}
+    check_tensors(path, named, kinds, finite=True)
+    places = {layer: model.hook_device(f"blocks.{layer}.mixer") for layer, _ in layers}
+    return {layer: named[_NAME.format(layer)].mT[None].to(place) for layer, place in places.items()}
 
 
 def save_states(path: str | Path, states: Mapping[int, Tensor]) -> None:
