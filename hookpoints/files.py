@@ -32,7 +32,7 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from hookpoints.errors import ChecksumError, DamageWarning
+from hookpoints.errors import ChecksumError, DamageWarning, InputError
 
 CHECKSUMS = "SHA256SUMS"
 """Name of the file."""
@@ -236,6 +236,22 @@ def _sync_to_disk(path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ checking
+
+
+def check_tensors(
+    path: str | Path,
+    tensors: Mapping[str, torch.Tensor],
+    kinds: Mapping[str, tuple[torch.dtype, list[int]]],
+    finite: bool = False,
+) -> None:
+    """Raise InputError unless the tensors of a file have these names, dtypes and shapes, and numbers that are
+    ``finite``."""
+    got = {name: (x.dtype, list(x.shape)) for name, x in tensors.items()}
+    for name in sorted(kinds | got):
+        if kinds.get(name) != got.get(name):
+            raise InputError(f"{path}: {name}: expected {kinds.get(name)}, got {got.get(name)}")
+        if finite and not bool(tensors[name].isfinite().all()):
+            raise InputError(f"{path}: {name}: expected finite numbers, got NaN or infinity")
 
 
 def content_hash(value: object) -> str:

@@ -15,6 +15,7 @@ from hookpoints.circuit.draw import svg
 from hookpoints.circuit.tables import EDGE_COLUMNS, NODE_COLUMNS, Node, RunAnswer, by_size, node_of, random_orders
 from hookpoints.errors import InputError, PredictionWarning
 from hookpoints.files import atomic_text, read_sealed_json, sealed_json, versions
+from hookpoints.refused import Explaining
 
 if TYPE_CHECKING:
     from hookpoints.hooks.guard import Hook, Name
@@ -81,7 +82,7 @@ class Tracer(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Graph:
+class Graph(Explaining):
     """Why a model said something: which nodes made a metric, and what made those.
 
     ``nodes`` has a row for each embedding, write, softmax head and MLP, for each state that a dictionary takes apart,

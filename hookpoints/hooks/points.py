@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from hookpoints.errors import HookShapeError
 from hookpoints.hooks import table as hook_table
 from hookpoints.hooks.late import extend
+from hookpoints.refused import Explaining
 
 if TYPE_CHECKING:
     from transformer_lens.hook_points import HookPoint
@@ -86,7 +87,7 @@ class Point(HookPoint):
         super().__setattr__(name, _Noting(self.listeners, value.items()) if name in HOOK_DICTS else value)  # type: ignore[arg-type]
 
 
-class HookSet(nn.Module):
+class HookSet(Explaining, nn.Module):
     """Hook points of one scope, as attributes: ``hook_set.hook_q``. Sets may share their ``listeners``."""
 
     def __init__(self, names: list[str], listeners: Listeners | None = None):

@@ -87,6 +87,12 @@ def term_sizes(keys: Tensor, values: Tensor) -> Tensor:
     return grams.sum((-1, -2)).clamp_min(0).sqrt()
 
 
+def check_head_number(head: int | None, heads: int, layer: int) -> None:
+    """Raise InputError unless this is one of so many heads of a layer, or None; none is counted from the end."""
+    if isinstance(head, bool) or (head is not None and head not in range(heads)):
+        raise InputError(f"head: expected 0 to {heads - 1} in layer {layer}, got {head!r}")
+
+
 def largest_terms(sizes: Mapping[int, Tensor], n: int, head: int | None) -> list[tuple[float, int, int, int]]:
     """Share, token, layer and head of the n largest terms, by their sizes [T,H] of each layer; a share is that of all
     terms of the head."""
@@ -94,11 +100,9 @@ def largest_terms(sizes: Mapping[int, Tensor], n: int, head: int | None) -> list
         raise InputError(f"n: expected a number of tokens from 1 on, got {n}")
     found = list[tuple[float, int, int, int]]()
     for layer, of_layer in sizes.items():
-        heads = of_layer.shape[1]
-        if head is not None and not 0 <= head < heads:
-            raise InputError(f"head: expected 0 to {heads - 1} in layer {layer}, got {head}")
+        check_head_number(head, of_layer.shape[1], layer)
         shares = of_layer / of_layer.sum(0).clamp_min(1e-30)
-        for of_head in range(heads) if head is None else [head]:
+        for of_head in range(of_layer.shape[1]) if head is None else [head]:
             largest = shares[:, of_head].topk(min(n, len(shares)))
             ranked = zip(largest.values.tolist(), largest.indices.tolist(), strict=True)
             found += [(share, token, layer, of_head) for share, token in ranked]

@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from transformers import Cache
 
 from hookpoints.errors import InputError
+from hookpoints.files import check_tensors
 from hookpoints.layer.context import all_left, count_tokens, drop_sources
 from hookpoints.memory.caches import (
     attends_and_convolves,
@@ -50,6 +51,7 @@ from hookpoints.memory.held import (
     HeldToken,
     Keeping,
     Suspect,
+    check_head_number,
     kept_shares,
     largest_terms,
     sentence_spans,
@@ -73,7 +75,7 @@ from hookpoints.memory.passes import (
 from hookpoints.memory.sealing import fingerprint, load_sealed, save_sealed
 from hookpoints.model.inputs import check_tokens
 from hookpoints.model.selfcheck import relative_error, tolerance
-from hookpoints.recurrence.canonical import tensors, terms
+from hookpoints.recurrence.canonical import is_dense, tensors, terms
 from hookpoints.recurrence.recurrence import Recurrence
 from hookpoints.rules.base import compute_dtype
 
@@ -149,8 +151,13 @@ class Memory:
     # -- what it holds
 
     def state(self, layer: int, head: int | None = None) -> Tensor:
-        """The state S of a recurrent layer, key-first: [B,H,K,V], or [B,K,V] of one head. A copy."""
-        self.model.cfg.layer(layer)
+        """The state S of a recurrent layer, key-first: [B,H,K,V], or [B,K,V] of one head. A copy.
+
+        Raises:
+            InputError: the layer has no such head.
+            UnsupportedModelError: there is no such layer, or it has no recurrence.
+        """
+        check_head_number(head, self.model.cfg.layer(layer).H, layer)
         state = state_of(self.cache, layer, self.forms[layer].value_first)
         return (state if head is None else state[:, head]).clone()
 
@@ -176,6 +183,7 @@ class Memory:
             InputError: the state was set by hand, so that no token wrote it.
         """
         r = self.recurrence(layer).by_channel()
+        check_head_number(head, r.H, layer)
         # With each write as its own column of values, the last state has their keys as its columns.
         by_source = r.by_source().states(positions=-1)[:, 0].movedim(-1, 1)  # [B,T*R,H,K]
         keys = by_source.unflatten(1, (r.T, r.R)).movedim(2, 3).reshape(r.k.shape)
@@ -192,6 +200,7 @@ class Memory:
             InputError: the state was set by hand, so that no token wrote it.
         """
         r = self.recurrence(layer)
+        check_head_number(head, r.H, layer)
         state = self.state(layer).to(r.dtype)
         values = terms(r.u.to(r.dtype))
         back = r.adjoint(torch.zeros_like(values[0])).replace(initial_state=state)
@@ -436,7 +445,7 @@ class Memory:
         into a memory, or generate, make none.
 
         Raises:
-            InputError: a state has another shape or device.
+            InputError: a state has another shape or device, or is not finite.
             UnsupportedModelError: a layer has no recurrence.
         """
         self._check_states(states)
@@ -577,6 +586,8 @@ class Memory:
             got = _state_kind(state)
             if got != wanted:
                 raise InputError(f"layer {layer}: expected [B,H,K,V], float, device {wanted}, got {got}")
+            if not bool(state.isfinite().all()):
+                raise InputError(f"layer {layer}: expected finite numbers, got NaN or infinity")
 
     def span_of(self, span: TokenSpan) -> tuple[int, int]:
         """Start and stop of a span of its tokens, checked."""
@@ -730,13 +741,10 @@ def _memory_of_first_token(model: Tokens, named: Mapping[str, Tensor], path: str
     wanted = {name: (x, 1) for name, x in first.kept.filed.named().items()}
     places = tensors_of(first.cache)
     wanted |= {f"cache/{place}": (x, x.ndim - 2 if _has_tokens(place) else None) for place, x in places.items()}
-    if differing := sorted(named.keys() ^ wanted.keys()):
-        raise InputError(f"{path}: expected the tensors of a memory of this model, got others: {differing[:3]}")
+    kinds: dict[str, tuple[torch.dtype, list[int]]] = {}
     for name, (x, axis) in wanted.items():
-        shape = [rows, *(count if n == axis else size for n, size in enumerate(x.shape[1:], 1))]
-        got = named[name]
-        if (got.dtype, list(got.shape)) != (x.dtype, shape):
-            raise InputError(f"{path}: expected {name} to be {x.dtype} {shape}, got {got.dtype} {list(got.shape)}")
+        kinds[name] = (x.dtype, [rows, *(count if n == axis else size for n, size in enumerate(x.shape[1:], 1))])
+    check_tensors(path, named, kinds)
     fill(first.cache, {place: named[f"cache/{place}"].to(x.device) for place, x in places.items()})
     count_tokens(first.cache, count)
     return first
@@ -747,9 +755,9 @@ def _led(lead: str, sentence: str | Sequence[int]) -> str | Sequence[int]:
     return lead + sentence.strip() if isinstance(sentence, str) else sentence
 
 
-def _state_kind(state: Tensor) -> list[object]:
+def _state_kind(state: object) -> list[object]:
     """What a state has in common with those that can replace it."""
-    return [*state.shape, state.is_floating_point(), state.device]
+    return [*state.shape, state.is_floating_point(), state.device] if is_dense(state) else [type(state).__name__]
 
 
 def _has_tokens(place: str) -> bool:

@@ -18,7 +18,7 @@ from transformers import Cache
 from hookpoints.hooks.guard import Hook, HookSpecs
 from hookpoints.layer.context import Recorded, all_left, drop_sources, scope
 from hookpoints.memory.caches import attention_of, chosen_rows, fill, put_state, state_of, tensors_of, window
-from hookpoints.model.inputs import cache_of, continuing
+from hookpoints.model.inputs import as_tokens, cache_of, check_tokens, continuing
 from hookpoints.recurrence.canonical import over_time
 
 if TYPE_CHECKING:
@@ -205,10 +205,16 @@ def read_on(model: HookedModel, tokens: Tensor, position: int, cache: Cache | No
 
 
 def token_list(model: Tokens, phrase: str | Sequence[int] | Tensor) -> list[int]:
-    """Token ids of a phrase, without a first token (bos)."""
+    """Token ids of a phrase, without a first token (bos).
+
+    Raises:
+        InputError: no ids [T] of the vocabulary.
+    """
     if isinstance(phrase, str):
         return model.to_tokens(phrase, prepend_bos=False, truncate=False)[0].tolist() if phrase else []
-    return [int(token) for token in phrase]
+    tokens = as_tokens(phrase)[None]
+    check_tokens(tokens, model.cfg)
+    return tokens[0].tolist()
 
 
 def spelled(model: Tokens, tokens: Sequence[int]) -> str:

@@ -6,6 +6,8 @@ nothing of edits: a phrase that was cut out of a memory reads as one that it nev
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hookpoints.errors import InputError
+from hookpoints.files import check_tensors
 from hookpoints.memory.caches import chosen_rows
 from hookpoints.memory.memory import Memory
 from hookpoints.memory.passes import Form, LayerStates, run_tokens, spelled, token_list
@@ -23,6 +26,7 @@ from hookpoints.memory.phrases import Phrases, runs
 from hookpoints.memory.sealing import fingerprint, load_sealed, save_sealed
 from hookpoints.memory.templates import (
     BATCH,
+    LENGTHS,
     AgeAccuracy,
     Directions,
     Fitted,
@@ -34,6 +38,7 @@ from hookpoints.memory.templates import (
     running_tokens,
     states_at,
 )
+from hookpoints.model.inputs import check_tokens
 from hookpoints.recurrence.canonical import over_time
 
 if TYPE_CHECKING:
@@ -263,8 +268,7 @@ class MemoryReader:
             for side in SIDES:
                 whitening = getattr(fit, side)
                 named |= {f"{layer}/{side}/{field}": x for field, x in whitening._asdict().items()}
-        said = {name: getattr(self.fitted, name) for name in ("bias", "lead", "longest", "horizon")}
-        save_sealed(path, named, _file_identity(self.model) | said)
+        save_sealed(path, named, _file_identity(self.model) | _settings_of(self.fitted))
 
     @classmethod
     def load(cls, path: str | Path, model: Tokens) -> MemoryReader:
@@ -275,12 +279,11 @@ class MemoryReader:
             FileNotFoundError: there is none.
         """
         named, said = load_sealed(path, "reader", _file_identity(model))
-        try:  # anyone can seal a file
+        check_tensors(path, named, _tensor_kinds(model), finite=True)  # anyone can seal a file
+        try:
             return cls(model, _fitted_of(named, said, model))
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(
-                f"{path}: expected the tensors and settings of a reader, got others ({error!r})"
-            ) from error
+        except (LookupError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+            raise InputError(f"{path}: expected the settings of a reader, got others ({error})") from error
 
     # -- helpers
 
@@ -449,31 +452,55 @@ def _best_of_groups(scores: Tensor, groups: Tensor, most: int, wanted: int) -> T
     return torch.tensor(places[:wanted], device=scores.device)
 
 
-def _fitted_of(named: Mapping[str, Tensor], said: Mapping[str, Any], model: Tokens) -> Fitted:
-    """What a reader's file holds, on the model's device.
-
-    Raises:
-        KeyError, TypeError, ValueError: its tensors or settings are not those of a reader of this model.
-    """
-    layers: dict[int, LayerFit] = {}
+def _tensor_kinds(model: Tokens) -> dict[str, tuple[torch.dtype, list[int]]]:
+    """Dtypes and shapes of a file, by name."""
+    kinds: dict[str, tuple[torch.dtype, list[int]]] = {}
     for layer in model.cfg.recurrent_layers:
         sizes = model.cfg.layer(layer)
         ends = ([sizes.K, sizes.V], [sizes.K, sizes.K], [sizes.V, sizes.V])
-        wanted = {f"{layer}/weights": [sizes.H]}
+        kinds[f"{layer}/weights"] = (torch.float32, [sizes.H])
         for side in SIDES:
-            wanted |= {f"{layer}/{side}/{field}": [sizes.H, *end] for field, end in zip(Whitening._fields, ends)}
-        parts = {name: named[name].float().to(model.cfg.device) for name in wanted}
-        if wrong := {name: list(x.shape) for name, x in parts.items() if list(x.shape) != wanted[name]}:
-            raise ValueError(f"shapes {wrong}")
-        weights, *sides = parts.values()
-        layers[layer] = LayerFit(torch.arange(sizes.H), weights, Whitening(*sides[:3]), Whitening(*sides[3:]))
-    return Fitted(
+            for field, end in zip(Whitening._fields, ends):
+                kinds[f"{layer}/{side}/{field}"] = (torch.float32, [sizes.H, *end])
+    return kinds
+
+
+def _settings_of(fitted: Fitted) -> dict[str, object]:
+    """What a file says of its tensors."""
+    return {name: value for name, value in fitted._asdict().items() if name != "layers"}
+
+
+def _fitted_of(named: Mapping[str, Tensor], said: Mapping[str, Any], model: Tokens) -> Fitted:
+    """What a reader's file holds, on the model's device; its tensors are checked.
+
+    Raises:
+        LookupError, OverflowError, RuntimeError, TypeError, ValueError: its settings are not those of a reader.
+    """
+    layers: dict[int, LayerFit] = {}
+    for layer in model.cfg.recurrent_layers:
+        weights, *sides = (
+            named[name].to(model.cfg.device) for name in _tensor_kinds(model) if name.startswith(f"{layer}/")
+        )
+        heads = torch.arange(len(weights))
+        layers[layer] = LayerFit(heads, weights, Whitening(*sides[:3]), Whitening(*sides[3:]))
+    fitted = Fitted(
         layers,
         bias=float(said["bias"]),
         lead=tuple(map(int, said["lead"])),
         longest=int(said["longest"]),
         horizon=tuple(AgeAccuracy(*row) for row in said["horizon"]),
     )
+    # As JSON, 3.7 is no whole number, and neither is true or "3".
+    if json.dumps(said) != json.dumps(said | _settings_of(fitted)):
+        raise InputError(f"expected numbers, as a fit writes them, got {said}")
+    check_tokens(torch.tensor([fitted.lead]), model.cfg)
+    most = sys.float_info.max
+    # A state that a fit reads has seen several times as many tokens as the longest phrase has.
+    limits = [("bias", fitted.bias, -most, most), ("longest", fitted.longest, LENGTHS[0], fitted.horizon[-1].age)]
+    for name, value, low, high in limits + [("AUC", row.auc, 0, 1) for row in fitted.horizon]:
+        if not low <= value <= high:
+            raise InputError(f"{name}: expected {low} to {high}, got {value}")
+    return fitted
 
 
 def _file_identity(model: Tokens) -> dict[str, object]:

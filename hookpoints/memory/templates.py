@@ -127,9 +127,16 @@ class Fitted(NamedTuple):
         return total
 
     def above_zero(self) -> Fitted:
-        """The heads alone whose weight is above 0, so that overlaps are an inner product."""
-        layers = {layer: fit.above_zero() for layer, fit in self.layers.items()}
-        return self._replace(layers={layer: fit for layer, fit in layers.items() if len(fit.heads)})
+        """The heads alone whose weight is above 0, so that overlaps are an inner product.
+
+        Raises:
+            InputError: there is none.
+        """
+        above = {layer: fit.above_zero() for layer, fit in self.layers.items()}
+        layers = {layer: fit for layer, fit in above.items() if len(fit.heads)}
+        if not layers:
+            raise InputError("reader: expected heads whose weight is above 0, got none; fit a reader to more text")
+        return self._replace(layers=layers)
 
 
 class Pursuit:
@@ -170,6 +177,8 @@ def fit_templates(model: Tokens, tokens: Tensor, lead: Sequence[int], longest: i
             f"longest, context: expected {LENGTHS[0]} tokens or more, and at least {CHECKPOINTS} times as many; got "
             f"{longest} and {context}"
         )
+    if not lead:
+        raise InputError("lead: expected text or token ids that stand before a phrase, got none")
     stretches = _text_stretches(tokens, context, longest)
     part = torch.arange(len(stretches)) % 10
     lengths = [length for length in LENGTHS if length <= longest]

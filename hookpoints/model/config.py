@@ -100,7 +100,7 @@ class HookedRecurrentConfig:
         return self.layers[index]
 
     def _check_index(self, index: int) -> None:
-        if not 0 <= index < self.n_layers:
+        if isinstance(index, bool) or index not in range(self.n_layers):
             raise UnsupportedModelError(
                 f"layer {index} is out of range: {self.model_name} has blocks 0 to {self.n_layers - 1}, recurrent are "
                 f"{self.recurrent_layers}"

@@ -20,13 +20,14 @@ from hookpoints.memory.memory import Memory, read
 from hookpoints.model.attachment import Attachment
 from hookpoints.model.inputs import as_tokens, cache_argument, check_loss, check_mask, check_tokens, continuing
 from hookpoints.model.layout import find_layout
-from hookpoints.model.refused import REFUSED_NAMES, check_forward_arguments, generation_arguments
+from hookpoints.model.refused import check_forward_arguments, generation_arguments
 from hookpoints.model.selfcheck import choose_cache
 from hookpoints.model.selfcheck import self_check as run_self_check
 from hookpoints.model.tokens import PaddingSide, TokenBatch, Tokens
 from hookpoints.model.weights import Weights
 from hookpoints.model.wrappers import unwrap
 from hookpoints.recurrence.recurrence import Recurrence
+from hookpoints.refused import Explaining
 
 ReturnType = Literal["logits", "loss", "both"] | None
 
@@ -40,7 +41,7 @@ class Output(NamedTuple):
     """A scalar, or [B,T-1] with ``loss_per_token``."""
 
 
-class HookedRecurrent(Tokens, Weights):
+class HookedRecurrent(Explaining, Tokens, Weights):
     """Hook points on the writes, states and reads of a recurrent language model, and on its residual stream.
 
     ``hookpoints.HOOKS`` lists every hook: name, axes, when it fires and what an edit does. The model inside,
@@ -56,8 +57,6 @@ class HookedRecurrent(Tokens, Weights):
     ln_final: nn.Module
 
     def __getattr__(self, name: str) -> Any:
-        if name in REFUSED_NAMES:
-            raise AttributeError(f"HookedRecurrent has no {name}: {REFUSED_NAMES[name]}")
         if isinstance(of_class := getattr(type(self), name, None), property) and of_class.fget is not None:
             return of_class.fget(self)  # it raised an AttributeError, which nn.Module would take for an absent name
         return super().__getattr__(name)
@@ -320,11 +319,11 @@ class HookedRecurrent(Tokens, Weights):
         with torch.set_grad_enabled(gradients):
             return self(input, memory=memory)
 
-    def run_with_edits(self, tokens: Tensor, rows: EditRows, **kwargs: Any) -> EditedRun:
+    def run_with_edits(self, tokens: str | Tensor, rows: EditRows, **kwargs: Any) -> EditedRun:
         """Many edits of one sequence as one batch: row n of the result is the run with ``rows[n]``.
 
         Args:
-            tokens: [1,T].
+            tokens: text, or tokens [1,T].
             rows: for each row one WriteEdit or several. A WriteEdit alone is one row.
             kwargs: ``stop``, ``batch_size``, ``gradients``, ``apart`` of ``EditSession.run``.
 
@@ -334,12 +333,12 @@ class HookedRecurrent(Tokens, Weights):
         """
         rows = as_rows(rows)
         if len(rows) == 1:
-            return run_alone(self, tokens, rows[0], **kwargs)
+            return run_alone(self, self._text_tokens(tokens), rows[0], **kwargs)
         return self.edit_session(tokens).run(rows, **kwargs)
 
-    def edit_session(self, tokens: Tensor) -> EditSession:
-        """The plain pass over ``tokens`` [1,T], kept, from which edited runs branch off cheaply."""
-        return EditSession(self, tokens)
+    def edit_session(self, tokens: str | Tensor) -> EditSession:
+        """The plain pass over a text, or ``tokens`` [1,T], kept, from which edited runs branch off cheaply."""
+        return EditSession(self, self._text_tokens(tokens))
 
     def loss_fn(
         self, logits: Tensor, tokens: Tensor, attention_mask: Tensor | None = None, per_token: bool = False
@@ -410,6 +409,9 @@ class HookedRecurrent(Tokens, Weights):
         tokens = tokens.unsqueeze(0) if tokens.ndim == 1 else tokens
         check_tokens(tokens, self.cfg)
         return TokenBatch(tokens.to(self.cfg.device), mask)
+
+    def _text_tokens(self, text: str | Tensor) -> Tensor:
+        return self.to_tokens(text) if isinstance(text, str) else text
 
     def _layer_index(self, layer: int | None, default: int) -> int:
         if layer is None:

@@ -1,62 +1,27 @@
-"""What of TransformerLens' HookedTransformer a recurrent model does not have, each with the reason: public names, and
-arguments of ``from_pretrained``."""
+"""Arguments that users of TransformerLens and circuit-tracer pass and that mean nothing here, each with what to do."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from difflib import get_close_matches
+from functools import wraps
 from inspect import Parameter, signature
-from typing import cast
+from typing import ParamSpec, TypeVar, cast
 
 from torch import nn
 from transformers.utils.generic import TransformersKwargs
 
 from hookpoints.errors import InputError
+from hookpoints.refused import UNPROCESSED
 
-_UNPROCESSED = "weights stay as the checkpoint has them; cache.apply_ln_to_stack applies the final norm's gain"
-_REASONS: tuple[tuple[str, str], ...] = (
-    (
-        "W_Q W_K W_V b_Q b_K b_V QK OV all_composition_scores refactor_factored_attn_matrices fold_value_biases",
-        "a convolution, norms and gates stand between the residual stream and q, k and v, so that no one matrix of a "
-        "head leads there; the hooks q, k and v have the activations, layer_W_O the way out",
-    ),
-    ("W_in W_out W_gate b_in b_out", "MLPs differ between families and layers; find theirs in model.hf_model"),
-    ("pos_embed W_pos W_E_pos get_pos_offset", "there is no table of positions: a recurrence needs none"),
-    (
-        "fold_layer_norm center_unembed center_writing_weights process_weights_ load_and_process_state_dict "
-        "fill_missing_keys init_weights",
-        _UNPROCESSED,
-    ),
-    (
-        "set_use_attn_result set_use_split_qkv_input set_use_attn_in set_use_hook_mlp_in "
-        "set_ungroup_grouped_query_attention enable_compatibility_mode",
-        "no switch changes which hooks there are (hookpoints.HOOKS); heads' results come from "
-        "cache.compute_head_results()",
-    ),
-    (
-        "tl_named_parameters tl_parameters tl_state_dict",
-        "model.hf_model.named_parameters() has all weights; W_E, W_U, b_U and layer_W_O have TransformerLens' names",
-    ),
-    ("accumulated_bias", "cache.get_full_resid_decomposition has it as its part 'bias'; b_O is each layer's own"),
-    ("input_to_embed get_residual", "model(tokens, stop_at_layer=0) is the stream that enters the first block"),
-    ("generate_stream", "generate(tokens, streamer=...) takes transformers' streamers"),
-    ("set_tokenizer", "model.tokenizer = tokenizer does it"),
-    ("get_token_position to_single_str_token", "to_str_tokens lists the texts of tokens, to_string(token) gives one"),
-    ("load_sample_training_dataset sample_datapoint", "no data set belongs to a model here"),
-    ("move_model_modules_to_device mps", "model.to(device) moves it"),
-    (
-        "saes add_sae reset_saes acts_to_saes run_with_saes run_with_cache_with_saes run_with_hooks_with_saes",
-        "HookedSAERecurrent of the package sae-lens-writesae has it",
-    ),
-)
-REFUSED_NAMES = {name: reason for names, reason in _REASONS for name in names.split()}
-"""Name -> why there is none, and what to use."""
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _CHECKPOINT = "revision= names a commit or tag of the hub"
 _ARGUMENTS: dict[str, tuple[object, str]] = {
     **dict.fromkeys(
         ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases", "refactor_factored_attn_matrices"),
-        (False, _UNPROCESSED),
+        (False, UNPROCESSED),
     ),
     "hf_model": (None, "HookedRecurrent.from_hf(model, tokenizer) takes a model at hand"),
     "tokenizer": (None, "model.tokenizer = tokenizer sets it"),
@@ -86,7 +51,27 @@ _ELSEWHERE = {
     "names_filter": "run_with_cache takes it",
 }
 """Argument of HookedTransformer.forward, or of other calls here -> what to do instead."""
+_CIRCUIT_TRACER = {
+    "prompt": "text= takes it",
+    "max_n_logits": "attribution_targets= names tokens",
+    "desired_logit_prob": "attribution_targets= names tokens",
+    "max_feature_nodes": "measure= says how many writes are deleted",
+}
+"""Argument of circuit-tracer's ``attribute`` -> what to do instead."""
 _FREQUENCY = "repetition_penalty= or a logits_processor= of transformers makes tokens that were there less likely"
+
+
+def refusing_circuit_tracer(call: Callable[P, T]) -> Callable[P, T]:
+    """``call``, which raises InputError for arguments that circuit-tracer's ``attribute`` takes, and says what to do
+    instead."""
+
+    @wraps(call)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+        for name in kwargs.keys() & _CIRCUIT_TRACER.keys():
+            raise InputError(f"{call.__name__} takes no {name}: {_CIRCUIT_TRACER[name]}")
+        return call(*args, **kwargs)
+
+    return checked
 
 
 def refuse_arguments(arguments: Mapping[str, object]) -> dict[str, object]:

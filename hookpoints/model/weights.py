@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
@@ -12,11 +14,16 @@ from hookpoints.errors import UnsupportedModelError
 from hookpoints.model.config import device_of
 from hookpoints.model.hooked import HookedModel
 from hookpoints.model.layout import Added, Part, out_projection
+from hookpoints.refused import Explaining
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _PARTS: tuple[Part, Part] = ("mixer", "attn")
+
+
+class _StreamEnd(Explaining, partial[Tensor]):
+    """A function that TransformerLens has as a module, with weights that the model has here."""
 
 
 class UnequalHeadsError(UnsupportedModelError, AttributeError):
@@ -70,13 +77,15 @@ class Weights(HookedModel):
     def _logit_scale(self) -> float:
         return logit_scale(self.hf_model)
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """[B,T,D], the token embeddings: what ``hook_embed`` sees."""
-        return self.attachment.layout.embed(tokens)
+    @property
+    def embed(self) -> Callable[[Tensor], Tensor]:
+        """Of tokens [B,T] the embeddings [B,T,D]: what ``hook_embed`` sees."""
+        return _StreamEnd(self.attachment.layout.embed)
 
-    def unembed(self, residual: Tensor) -> Tensor:
-        """[...,d_vocab], the logits of what the final norm gives: ``model.unembed(model.ln_final(residual))``."""
-        return residual @ self.W_U + self.b_U
+    @property
+    def unembed(self) -> Callable[[Tensor], Tensor]:
+        """The logits [...,d_vocab] of what the final norm gives: ``model.unembed(model.ln_final(residual))``."""
+        return _StreamEnd(lambda residual: residual @ self.W_U + self.b_U)
 
     @property
     def b_O(self) -> Tensor:

@@ -177,9 +177,9 @@ class RWKV7ForCausalLM(RWKV7PreTrainedModel, GenerationMixin):
 def from_pth(path: str | Path, dtype: torch.dtype | None = torch.float32) -> RWKV7ForCausalLM:
     """Load an official RWKV-7 checkpoint. No code from the file is run, and it is read tensor by tensor.
 
-    Errors and cost are those of `from_official`.
+    Errors and cost are those of `from_official`, and errors those of `official.stored_tensors`.
     """
-    return from_official(torch.load(path, map_location="cpu", weights_only=True, mmap=True), str(path), dtype)
+    return from_official(official.stored_tensors(path, mmap=True), str(path), dtype)
 
 
 def from_official(

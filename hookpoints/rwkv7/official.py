@@ -1,14 +1,17 @@
-"""Official RWKV-7 checkpoints (BlinkDL's ``.pth`` files): their names, orientation and sizes."""
+"""Official RWKV-7 files (``.pth``): the tensors that one holds, and names, orientation and sizes of a checkpoint's."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
+from zipfile import is_zipfile
 
 import torch
 from torch import Tensor
 
-from hookpoints.errors import UnsupportedModelError, require_whole
+from hookpoints.errors import InputError, UnsupportedModelError, require_whole
+from hookpoints.recurrence.canonical import is_dense
 from hookpoints.rwkv7.configuration import RWKV7Config
 
 _OFFICIAL = {
@@ -34,6 +37,31 @@ _SIZES = ("emb.weight", "blocks.0.att.r_k", "blocks.0.ffn.key.weight", *(f"block
 """Tensors of two axes whose shapes give the configuration."""
 _UNUSED = {f"blocks.0.att.v{part}" for part in "012"}
 """Layer 0 mixes in no values; many checkpoints have these tensors there all the same."""
+
+
+def stored_tensors(path: str | Path, mmap: bool = False) -> dict[str, Tensor]:
+    """The tensors by name of a file that ``torch.save`` wrote. No code from the file is run.
+
+    Args:
+        mmap: the tensors stay on disk until they are read, where the file is a zip archive.
+
+    Raises:
+        InputError: the file is damaged, or holds something else, as code or sparse tensors.
+        FileNotFoundError: there is none.
+    """
+    expected = f"{path}: expected dense tensors by name, as torch.save writes them"
+    try:
+        stored: object = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zipfile(path))
+    except OSError:
+        raise
+    except Exception as error:  # those of the unpickler, the archive and storages have no narrower class
+        raise InputError(f"{expected}, got code or a damaged file ({type(error).__name__})") from error
+    if not isinstance(stored, dict):
+        raise InputError(f"{expected}, got {type(stored).__name__}")
+    for name, x in stored.items():
+        if not isinstance(name, str) or not is_dense(x):
+            raise InputError(f"{expected}, got {name!r}: {getattr(x, 'layout', type(x).__name__)}")
+    return stored
 
 
 def configuration(weights: Mapping[str, Tensor], name: str) -> RWKV7Config:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from hookpoints.errors import InputError
-from hookpoints.files import atomic_write
+from hookpoints.files import atomic_write, check_tensors
+from hookpoints.rwkv7.official import stored_tensors
 
 if TYPE_CHECKING:
     from hookpoints.model.recurrent import HookedRecurrent
@@ -28,26 +29,17 @@ def load_states(path: str | Path, model: HookedRecurrent) -> dict[int, Tensor]:
     ``memory.rewind(0).with_states(load_states(path, model))`` is the memory of a model that begins with them.
 
     Raises:
-        InputError: the file is damaged, or its tensors are not states of this model, by name, dtype or shape.
+        InputError: the file is damaged, or its tensors are not states of this model, by name, dtype or shape, or not
+            finite.
         FileNotFoundError: there is none.
     """
-    try:
-        named = dict[object, object](torch.load(path, map_location="cpu", weights_only=True))
-    except OSError:
-        raise
-    except Exception as error:  # those of the unpickler, the archive and storages have no narrower class
-        raise InputError(f"{path}: expected tensors by name, as torch.save writes them, got {error}") from error
-    wanted = {_NAME.format(layer): (layer, [size.H, size.V, size.K]) for layer, size in model.cfg.layers.items()}
-    if differing := sorted(map(str, wanted.keys() ^ named.keys())):
-        raise InputError(f"{path}: expected {_NAME} of {len(wanted)} layers, got others or fewer: {differing[:3]}")
-    states: dict[int, Tensor] = {}
-    for name, (layer, shape) in wanted.items():
-        state = named[name]
-        if not isinstance(state, Tensor) or not state.is_floating_point() or list(state.shape) != shape:
-            got = f"{state.dtype} {list(state.shape)}" if isinstance(state, Tensor) else type(state).__name__
-            raise InputError(f"{path}: expected {name} to be floats [H,V,K] {shape}, got {got}")
-        states[layer] = state.mT[None].to(model.hook_device(f"blocks.{layer}.mixer"), torch.float32)
-    return states
+    # A file may have them in half precision.
+    named = {name: x.to(torch.float32) if x.is_floating_point() else x for name, x in stored_tensors(path).items()}
+    layers = model.cfg.layers.items()
+    kinds = {_NAME.format(layer): (torch.float32, [size.H, size.V, size.K]) for layer, size in layers}
+    check_tensors(path, named, kinds, finite=True)
+    places = {layer: model.hook_device(f"blocks.{layer}.mixer") for layer, _ in layers}
+    return {layer: named[_NAME.format(layer)].mT[None].to(place) for layer, place in places.items()}
 
 
 def save_states(path: str | Path, states: Mapping[int, Tensor]) -> None:

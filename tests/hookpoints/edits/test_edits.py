@@ -66,6 +66,15 @@ def test_many_rows_of_a_session_are_what_each_is_alone(model64, sequence):
     assert_close(earlier.logits[0], by_hand(model64, sequence, edit_of("delete", 10))[0, 10:], rtol=0, atol=1e-10)
 
 
+def test_sessions_take_text(embedded):
+    text, edit = "The people of the United States", WriteEdit(1, 0, 2, mode="delete")
+    for rows in ([edit], [edit, []]):
+        expected = embedded.run_with_edits(embedded.to_tokens(text), rows).logits
+        assert_close(embedded.run_with_edits(text, rows).logits, expected, rtol=0, atol=0)
+    with pytest.raises(EditError, match="at least one edit"):
+        embedded.run_with_edits(text, [])
+
+
 @torch.no_grad()
 def test_one_row_is_one_pass(model64, sequence):
     """A session has a plain pass, too; the row is the same, also within edits in force."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from remembering import drawn_ids
@@ -9,7 +11,7 @@ from tiny_models import KeepFloat64, hooked_in_float64
 from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent
-from hookpoints.errors import InputError
+from hookpoints.errors import InputError, UnsupportedModelError
 from hookpoints.memory.held import SURE, sentence_spans, sentences_alike, term_sizes, words_of
 from hookpoints.zoo import english
 
@@ -195,11 +197,23 @@ def test_spans_of_sentences_cover_all_tokens():
     assert sentence_spans([" The", " year", "."]) == [(0, 3)]
 
 
+@pytest.mark.parametrize("head", [-1, 99, True, "0"])
+def test_a_head_is_counted_from_zero(speaker, head):
+    memory = speaker.memory("Ben lives in Rome.")
+    for ask in (memory.state, memory.terms, memory.holdings, partial(memory.held, 3)):
+        with pytest.raises(InputError, match=r"^head: expected 0 to"):
+            ask(layer=0, head=head)
+    for layer in (-1, 99, True, "0"):
+        with pytest.raises(UnsupportedModelError, match="out of range"):
+            memory.state(layer)
+
+
 @pytest.mark.parametrize(
     "ask, match",
     [
         (lambda memory: memory.held(0), "n: expected"),
         (lambda memory: memory.held(3, layer=0, head=9), "head: expected 0 to"),
+        *((lambda memory, new=new: memory.told(new), "text or token ids") for new in (5, [[5]], ["word"], [2.5])),
         (lambda memory: memory.held(3, row=1), "row: expected"),
         (lambda memory: memory.keeping(99), "after: expected 1 to"),
         (lambda memory: memory.told("", instead_of="Ben lives in Rome."), "new: expected a sentence"),

@@ -248,25 +248,63 @@ def test_a_reader_is_saved_and_loaded(reader, texts, tmp_path):
         MemoryReader.load(path, HookedRecurrent.from_pretrained("facts"))
 
 
+def put(name, value):
+    """A change of one setting."""
+    return lambda named, said: said.update({name: value})
+
+
+def filled(value, name="2/of_states/mean"):
+    """A change of one number of a tensor."""
+    return lambda named, said: named[name].view(-1)[3:4].fill_(value)
+
+
+def turned(change, name="2/weights"):
+    """A change of a whole tensor."""
+    return lambda named, said: named.update({name: change(named[name])})
+
+
 @pytest.mark.parametrize(
-    "change",
+    "change, match",
     [
-        lambda named, said: named.clear(),
-        lambda named, said: named.pop("2/weights"),
-        lambda named, said: named.update({"2/of_states/mean": named["2/of_states/mean"][:, 1:].clone()}),
-        lambda named, said: said.pop("lead"),
-        lambda named, said: said.update(horizon=3),
+        (lambda named, said: named.clear(), "1/of_states/keys: expected .*got None"),
+        (lambda named, said: named.pop("2/weights"), "2/weights: expected .*got None"),
+        (lambda named, said: named.update(more=torch.zeros(2)), "more: expected None"),
+        (turned(lambda x: x[:, 1:].clone(), "2/of_states/mean"), "2/of_states/mean: expected .torch.float32"),
+        (turned(lambda x: x.long()), "2/weights: expected .torch.float32.*torch.int64"),
+        (turned(lambda x: x.to(torch.complex64)), "2/weights: expected .torch.float32.*torch.complex64"),
+        (turned(lambda x: x.to(torch.float8_e5m2)), "2/weights: expected .torch.float32.*torch.float8_e5m2"),
+        (filled(float("nan")), "2/of_states/mean: expected finite numbers"),
+        (filled(float("inf"), "3/of_templates/keys"), "3/of_templates/keys: expected finite numbers"),
+        (lambda named, said: said.pop("lead"), "'lead'"),
+        (put("lead", []), "input must be text or token ids"),
+        (put("lead", [10**9]), "token id 1000000000 is outside"),
+        (put("lead", [10**30]), "[Oo]verflow"),
+        (put("longest", 10**9), "longest: expected 2 to 64, got 1000000000"),
+        (put("longest", 0), "longest: expected 2 to 64, got 0"),
+        (put("longest", float("inf")), "cannot convert float infinity"),
+        (put("bias", float("nan")), "bias: expected .* got nan"),
+        (put("bias", "3"), "expected numbers"),
+        (put("horizon", 3), ".*not iterable"),
+        (put("horizon", []), ".*out of range"),
+        (put("horizon", [[16, 1.5, 9], [32, 0.9, 9]]), "AUC: expected 0 to 1, got 1.5"),
     ],
 )
-def test_a_sealed_file_has_what_a_reader_of_the_model_has(reader, tmp_path, change):
+def test_a_sealed_file_has_what_a_reader_of_the_model_has(reader, tmp_path, change, match):
     """Anyone can seal a file."""
     path = tmp_path / "reader"
     reader.save(path)
     named, said = load_sealed(path, "reader", {})
     change(named, said)
     save_sealed(path, named, said)
-    with pytest.raises(InputError, match="expected the tensors and settings of a reader"):
+    with pytest.raises(InputError, match=rf"/reader: (expected the settings of a reader, got others \()?{match}"):
         MemoryReader.load(path, reader.model)
+
+
+def test_without_a_head_that_says_read_nothing_is_read_back(reader, texts):
+    layers = {n: fit._replace(weights=-fit.weights.abs()) for n, fit in reader.fitted.layers.items()}
+    without = MemoryReader(reader.model, reader.fitted._replace(layers=layers))
+    with pytest.raises(InputError, match="heads whose weight is above 0"):
+        without.read_back(reader.model.memory(texts[:1, :T]))
 
 
 @pytest.mark.parametrize(
@@ -286,6 +324,8 @@ def test_a_sealed_file_has_what_a_reader_of_the_model_has(reader, tmp_path, chan
         (lambda reader, memory: reader.pick(memory, [], 3), "at least one"),
         (lambda reader, memory: MemoryReader.fit(reader.model, "A short text."), "at least 5760 tokens"),
         (lambda reader, memory: MemoryReader.fit(reader.model, "", longest=1), "longest, context"),
+        (lambda reader, memory: MemoryReader.fit(reader.model, "", lead=""), "lead: expected text or token ids"),
+        (lambda reader, memory: reader.scores(memory, [[10**6]]), "1000000"),
     ],
 )
 def test_bad_input_is_refused(reader, texts, ask, match):

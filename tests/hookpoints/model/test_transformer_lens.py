@@ -12,22 +12,40 @@ from tiny_models import make_hf
 from torch import nn
 from torch.testing import assert_close
 
-from hookpoints import HookedRecurrent
+from hookpoints import HookedRecurrent, attribute
 from hookpoints.errors import InputError
-from hookpoints.model.refused import REFUSED_NAMES, refuse_arguments
+from hookpoints.model.refused import refuse_arguments
+from hookpoints.refused import REFUSED_NAMES
 
 THEIRS = getattr(transformer_lens, "HookedTransformer", None) if version("transformer-lens") < "4" else None
+
+
+def refuses(owner, name):
+    with pytest.raises(AttributeError, match=f"'{name}'") as raised:
+        getattr(owner, name)
+    assert str(raised.value).endswith(f": {REFUSED_NAMES[name]}") and "\n" not in str(raised.value)
+
+
+def test_parts_and_graphs_say_what_to_use_for_names_of_other_tools(embedded):
+    refuses(embedded.blocks[2], "attn")
+    refuses(embedded.blocks[0], "ln1")
+    refuses(embedded.blocks[0].attn, "W_Q")
+    refuses(embedded.ln_final, "w")
+    refuses(embedded.embed, "W_E")
+    refuses(embedded.unembed, "W_U")
+    refuses(embedded, "trace")
+    refuses(attribute("The people", embedded, measure=1, targets=0), "to_pt")
+    with pytest.raises(InputError, match=r"^attribute takes no prompt: text= takes it$"):
+        attribute(prompt="The people", model=embedded)  # type: ignore[call-arg]
 
 
 def test_every_public_name_is_there_or_refused(model):
     names = {name for name in dir(THEIRS) if not name.startswith("_")} if THEIRS else set()
     absent = {name for name in names - set(dir(nn.Module)) if not hasattr(model, name)}
     assert absent - {"W_O"} <= set(REFUSED_NAMES)  # W_O: of heads of one shape
-    for name, reason in REFUSED_NAMES.items():
+    for name in REFUSED_NAMES.keys() - {"W_E", "W_U", "b_U"}:  # of its own module there
         assert not hasattr(model, name)
-        with pytest.raises(AttributeError, match=name) as raised:
-            getattr(model, name)
-        assert reason in str(raised.value)
+        refuses(model, name)
     with pytest.raises(AttributeError, match="no attribute 'W_X'"):
         _ = model.W_X
 

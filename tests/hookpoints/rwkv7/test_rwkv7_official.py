@@ -9,7 +9,7 @@ from tiny_models import make_hf
 from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent
-from hookpoints.errors import UnsupportedModelError
+from hookpoints.errors import InputError, UnsupportedModelError
 from hookpoints.model.inputs import cache_of
 from hookpoints.rwkv7 import from_official, from_pth
 
@@ -88,7 +88,22 @@ def test_a_number_that_a_stride_repeats_is_no_matrix(wide):
         from_official(weights)
 
 
-def test_code_in_a_file_is_not_run(tmp_path):
-    torch.save({"emb.weight": print}, tmp_path / "code.pth")
-    with pytest.raises(UnsupportedModelError, match=r"code\.pth"):
-        HookedRecurrent.from_pretrained(str(tmp_path / "code.pth"))
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        ({"emb.weight": print}, "got code or a damaged file"),
+        (b"damaged", "got code or a damaged file"),
+        (torch.zeros(3), "got Tensor"),
+        ({"emb.weight": torch.zeros(3, 3).to_sparse()}, "got 'emb.weight': torch.sparse_coo"),
+        ({"emb.weight": None}, "got 'emb.weight': NoneType"),
+    ],
+    ids=str,
+)
+def test_a_file_without_dense_tensors_is_refused_in_one_line(tmp_path, content, match):
+    """Code in a file is not run, and nobody is told how to run it."""
+    path = tmp_path / "file.pth"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    for load in (from_pth, HookedRecurrent.from_pretrained):
+        with pytest.raises(InputError, match=match) as caught:
+            load(str(path))
+        assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)

@@ -60,14 +60,14 @@ def test_states_are_written_as_they_are_read(model, tokens, tmp_path):
 @pytest.mark.parametrize(
     ("content", "match"),
     [
-        (
-            {0: torch.zeros(4, 8, 16)},
-            r"blocks\.0\.att\.time_state to be floats \[H,V,K\] \[4, 16, 8\], got .*\[4, 8, 16\]",
-        ),
-        ({1: torch.zeros(4, 16, 8, dtype=torch.int64)}, r"got torch\.int64"),
-        ({2: "a word"}, "got str"),
-        ({2: None}, r"of 3 layers, got others or fewer: \['blocks\.2"),
-        ({3: torch.zeros(4, 16, 8)}, r"got others or fewer: \['blocks\.3"),
+        ({0: torch.zeros(4, 8, 16)}, r"blocks\.0\.att\.time_state: expected .*\[4, 16, 8\].*, got .*\[4, 8, 16\]"),
+        ({1: torch.zeros(4, 16, 8, dtype=torch.int64)}, r"got .torch\.int64"),
+        ({2: "a word"}, "got 'blocks.2.att.time_state': str"),
+        ({2: torch.zeros(4, 16, 8).to_sparse()}, "dense tensors.*got 'blocks.2.att.time_state': torch.sparse_coo"),
+        ({1: torch.full((4, 16, 8), torch.nan)}, r"blocks\.1\.att\.time_state: expected finite"),
+        ({1: torch.full((4, 16, 8), torch.inf).half()}, "got NaN or infinity"),
+        ({2: None}, r"blocks\.2\.att\.time_state: expected .*got None"),
+        ({3: torch.zeros(4, 16, 8)}, r"blocks\.3\.att\.time_state: expected None"),
     ],
     ids=str,
 )
