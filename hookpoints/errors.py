@@ -69,6 +69,10 @@ class PredictionWarning(UserWarning):
     """A prediction of what an edit does is worse than usual. The message says why."""
 
 
+class ReaderWarning(UserWarning):
+    """A reader of memories is weak, or a memory is longer than those that it was fitted to."""
+
+
 class DamageWarning(UserWarning):
     """A file that an unfinished run left is damaged. It was renamed, and what it held is made again."""
 

@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal, get_args
 
-__all__ = ["Split", "divide", "names", "path", "text"]
+__all__ = ["Split", "divide", "mixed", "names", "path", "text"]
 
 Split = Literal["train", "test", "all"]
 
@@ -48,6 +48,13 @@ def text(split: Split = "all") -> str:
     speech.
     """
     return "\n\n".join(divide(_text_blocks(), split))
+
+
+def mixed() -> str:
+    """Text of four kinds, 15,000 characters each: speeches of `text("train")`, Python code and documentation (both of
+    an early version of this package), and licenses (Apache 2.0, MPL 2.0). A `MemoryReader` that is fitted to it reads
+    other texts of these kinds better than one that is fitted to speeches alone."""
+    return lzma.decompress((_HERE / "mixed.txt.xz").read_bytes()).decode("utf-8")
 
 
 def divide(blocks: Sequence[str], split: Split) -> list[str]:

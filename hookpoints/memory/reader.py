@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hookpoints.errors import InputError
+from hookpoints import embedded
+from hookpoints.errors import InputError, ReaderWarning
 from hookpoints.files import check_tensors
 from hookpoints.memory.caches import chosen_rows
 from hookpoints.memory.memory import Memory
@@ -26,6 +28,7 @@ from hookpoints.memory.phrases import Phrases, runs
 from hookpoints.memory.sealing import fingerprint, load_sealed, save_sealed
 from hookpoints.memory.templates import (
     BATCH,
+    CHECKPOINTS,
     LENGTHS,
     AgeAccuracy,
     Directions,
@@ -67,6 +70,8 @@ TRIED = 32
 """Next tokens of a phrase that are tried: those that the model finds likeliest after the memory and the phrase."""
 PER_START = 3
 """Phrases of a beam that may share their first token, so that it does not hold one phrase in many forms."""
+WEAK = 0.75
+"""AUC of the last tokens below which a reader is called weak."""
 SIDES = ("of_states", "of_templates")
 """Whitenings of a layer, in a file."""
 
@@ -77,7 +82,8 @@ class Reading(NamedTuple):
     text: str
     tokens: tuple[int, ...]
     score: float
-    """Log odds that it was read, where as many phrases were read as were not."""
+    """Above 0 it is more like phrases that were read, in text of the fit and as long as this one: there, as many that
+    were read lie below 0 as of those that were not lie above. It ranks phrases; it is no probability."""
     p: float
     """Share of unread phrases of its kind that score as high, itself counted with them; NaN where none were drawn."""
 
@@ -93,7 +99,7 @@ class MemoryReader:
     def fit(
         cls,
         model: Tokens,
-        texts: str | Sequence[str] | Tensor,
+        texts: str | Sequence[str] | Tensor | None = None,
         *,
         lead: str | Sequence[int] = ".",
         longest: int = 16,
@@ -103,8 +109,9 @@ class MemoryReader:
         """A reader of memories of ``model``, from running text alone.
 
         Args:
-            texts: text of the kind that memories read, or its token ids: 40 stretches of ``context`` + ``longest``
-                tokens or more, of which 480 are used. No labels: what was read is known for free.
+            texts: text of the kinds that memories read, or its token ids: 40 stretches of ``context`` + ``longest``
+                tokens or more, of which 480 are used. No labels: what was read is known for free. None:
+                `embedded.mixed`, speeches, code, documentation and licenses.
             lead: what stands before a phrase when it is read alone, to make its template: text or token ids.
             longest: tokens of a phrase, at most.
             context: tokens over which phrases are remembered.
@@ -116,7 +123,7 @@ class MemoryReader:
         Raises:
             InputError: too little text, or ``longest`` and ``context`` do not fit.
         """
-        tokens = running_tokens(model, texts)
+        tokens = running_tokens(model, embedded.mixed() if texts is None else texts)
         return cls(model, fit_templates(model, tokens, token_list(model, lead), longest, context, seed))
 
     @property
@@ -131,7 +138,7 @@ class MemoryReader:
     # -- phrases that are given
 
     def scores(self, memory: Memory, phrases: PhraseList) -> Tensor:
-        """Log odds [B,N] that each row of ``memory`` has read each phrase. Cost: a pass over the phrases, in batches.
+        """Scores [B,N] (`Reading.score`) of phrases in rows of ``memory``. Cost: a pass over the phrases, in batches.
 
         Raises:
             InputError: a memory of another model; no phrases, or one that is empty or longer than the longest that was
@@ -325,6 +332,20 @@ class MemoryReader:
     def _states_of(self, memory: Memory) -> LayerStates:
         if memory.model is not self.model:
             raise InputError(f"memory: expected one of {self.model.cfg.model_name}, the reader's model, got {memory}")
+        longest = self.fitted.context + self.fitted.longest
+        if longest < memory.T:
+            message = (
+                f"memory: expected at most {longest} tokens, as the reader was fitted to, got {memory.T}: what was "
+                f"read first scores as unread; fit with context={memory.T}"
+            )
+            warnings.warn(message, ReaderWarning, stacklevel=4)
+        recent = self.horizon[0]
+        if recent.auc < WEAK:
+            message = (
+                f"this reader is weak: of the last {recent.age} tokens it distinguishes read and unread phrases with "
+                f"an AUC of {recent.auc:.2f}, where 0.5 is chance; fit it to more text"
+            )
+            warnings.warn(message, ReaderWarning, stacklevel=4)
         return {layer: memory.state(layer) for layer in self.fitted.layers}
 
     def _scores_of(self, fitted: Fitted, memory: Memory, phrases: Sequence[Sequence[int]]) -> Tensor:
@@ -333,7 +354,7 @@ class MemoryReader:
         scores = directions[0].new_zeros(len(directions[0]), len(phrases))
         for places, batch in self._batches_of(phrases):
             scores[:, places] = fitted.overlaps(directions, fitted.of_templates(self._template_states(batch)))
-        return scores + fitted.bias
+        return scores + scores.new_tensor([fitted.bias(len(phrase)) for phrase in phrases])
 
     def _batches_of(self, phrases: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], list[Sequence[int]]]]:
         """Phrases of one length together, some at a time, and where they stand."""
@@ -485,9 +506,10 @@ def _fitted_of(named: Mapping[str, Tensor], said: Mapping[str, Any], model: Toke
         layers[layer] = LayerFit(heads, weights, Whitening(*sides[:3]), Whitening(*sides[3:]))
     fitted = Fitted(
         layers,
-        bias=float(said["bias"]),
+        biases=tuple(map(float, said["biases"])),
         lead=tuple(map(int, said["lead"])),
         longest=int(said["longest"]),
+        context=int(said["context"]),
         horizon=tuple(AgeAccuracy(*row) for row in said["horizon"]),
     )
     # As JSON, 3.7 is no whole number, and neither is true or "3".
@@ -496,7 +518,10 @@ def _fitted_of(named: Mapping[str, Tensor], said: Mapping[str, Any], model: Toke
     check_tokens(torch.tensor([fitted.lead]), model.cfg)
     most = sys.float_info.max
     # A state that a fit reads has seen several times as many tokens as the longest phrase has.
-    limits = [("bias", fitted.bias, -most, most), ("longest", fitted.longest, LENGTHS[0], fitted.horizon[-1].age)]
+    count = sum(length <= fitted.longest for length in LENGTHS)
+    limits = [("longest", fitted.longest, LENGTHS[0], fitted.context // CHECKPOINTS)]
+    limits += [("context", fitted.context, 1, 2 * fitted.horizon[-1].age), ("biases", len(fitted.biases), count, count)]
+    limits += [("bias", bias, -most, most) for bias in fitted.biases]
     for name, value, low, high in limits + [("AUC", row.auc, 0, 1) for row in fitted.horizon]:
         if not low <= value <= high:
             raise InputError(f"{name}: expected {low} to {high}, got {value}")
@@ -505,4 +530,4 @@ def _fitted_of(named: Mapping[str, Tensor], said: Mapping[str, Any], model: Toke
 
 def _file_identity(model: Tokens) -> dict[str, object]:
     """What a file has to agree in."""
-    return {"format": 2, "kind": "memory reader", "model": fingerprint(model.hf_model)}
+    return {"format": 3, "kind": "memory reader", "model": fingerprint(model.hf_model)}

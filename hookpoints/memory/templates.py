@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -102,13 +103,21 @@ class Fitted(NamedTuple):
 
     layers: Mapping[int, LayerFit]
     """By recurrent layer."""
-    bias: float
+    biases: tuple[float, ...]
+    """For each of `LENGTHS` up to the longest: what is added to the overlaps of phrases of that many tokens, so that as
+    many that were read score below 0 as of those that were not score above."""
     lead: tuple[int, ...]
     """Tokens that stand before a phrase when its template is made."""
     longest: int
     """Tokens of a phrase, at most: no longer ones were fitted."""
+    context: int
+    """Tokens of a memory over which phrases were remembered."""
     horizon: tuple[AgeAccuracy, ...]
     """Accuracy by age, on text that took no part in the fit."""
+
+    def bias(self, length: int) -> float:
+        """Of phrases of so many tokens; between two lengths that were fitted, in proportion."""
+        return float(np.interp(length, LENGTHS[: len(self.biases)], self.biases))
 
     def of_states(self, states: LayerStates) -> Directions:
         """Of states [N,H,K,V] that have read texts, by layer."""
@@ -190,16 +199,19 @@ def fit_templates(model: Tokens, tokens: Tensor, lead: Sequence[int], longest: i
         template_moments.add(sample.read)
         template_moments.add(sample.unread)
     sides = (state_moments.whitenings(), template_moments.whitenings())
+    first = sum(length < min(WEIGHED_FROM, lengths[-1]) for length in lengths)  # shorter phrases weigh no heads
     read, unread, _ = _head_cosines(plan, sides, stretches[(part >= 5) & (part < 8)])
-    weights, bias = _logistic_fit(read, unread)
+    weights = _logistic_fit(read[first:].flatten(0, 1), unread[first:].flatten(0, 1))
+    biases = [-_equal_error_score(*both) for both in zip(read @ weights, unread @ weights)]
     read, unread, ages = _head_cosines(plan, sides, stretches[part >= 8])
-    horizon = _accuracy_by_age(read @ weights, unread @ weights, ages, context)
+    tested = [(x[first:] @ weights).flatten() for x in (read, unread)]
+    horizon = _accuracy_by_age(*tested, ages.repeat(len(lengths) - first), context)
     by_layer = weights.split([len(whitening.mean) for whitening in sides[0].values()])
     layers = {
         layer: LayerFit(torch.arange(len(own)), own, of_states, sides[1][layer])
         for (layer, of_states), own in zip(sides[0].items(), by_layer, strict=True)
     }
-    return Fitted(layers, bias, tuple(lead), longest, horizon)
+    return Fitted(layers, tuple(biases), tuple(lead), longest, context, horizon)
 
 
 class _Sample(NamedTuple):
@@ -288,24 +300,25 @@ def _inverse_root(moments: Tensor) -> Tensor:
 def _head_cosines(
     plan: _Plan, sides: tuple[Mapping[int, Whitening], Mapping[int, Whitening]], stretches: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cosines [N,H_all] of states with phrases that were read, with phrases that were not, and the ages [N]; on the
-    CPU, which has float64."""
-    weighed = [n for n, length in enumerate(plan.lengths) if length >= min(WEIGHED_FROM, plan.lengths[-1])]
-    read = list[Tensor]()
-    unread = list[Tensor]()
+    """Cosines [L,N,H_all] of states with phrases of each length that were read, with phrases that were not, and the
+    ages [N]; on the CPU, which has float64."""
+    batches: tuple[list[Tensor], list[Tensor]] = ([], [])
     ages = list[Tensor]()
     for sample in plan.samples(stretches):
         states = {layer: whitening(sample.states[layer][:, 0]) for layer, whitening in sides[0].items()}
-        for n in weighed:
-            for cosines, templates in ((read, sample.read), (unread, sample.unread)):
+        for cosines, templates in zip(batches, (sample.read, sample.unread)):
+            of_lengths = list[Tensor]()
+            for n in range(len(plan.lengths)):
                 by_layer = [(x * sides[1][layer](templates[layer][:, n])).sum(2).cpu() for layer, x in states.items()]
-                cosines.append(torch.cat(by_layer, 1))
-            ages.append(sample.ages)
-    return torch.cat(read), torch.cat(unread), torch.cat(ages)
+                of_lengths.append(torch.cat(by_layer, 1))
+            cosines.append(torch.stack(of_lengths))
+        ages.append(sample.ages)
+    read, unread = (torch.cat(batch, 1) for batch in batches)
+    return read, unread, torch.cat(ages)
 
 
-def _logistic_fit(read: Tensor, unread: Tensor) -> tuple[Tensor, float]:
-    """Weights [H_all] and bias of the log odds, with a Gaussian prior of variance 1 on each weight."""
+def _logistic_fit(read: Tensor, unread: Tensor) -> Tensor:
+    """Weights [H_all] of the log odds, which have a bias as well, with a Gaussian prior of variance 1 on each."""
     features = torch.cat([read, unread]).double()
     labels = torch.cat([torch.ones(len(read)), torch.zeros(len(unread))]).to(features)
     weights = features.new_zeros(features.shape[1] + 1, requires_grad=True)
@@ -320,8 +333,15 @@ def _logistic_fit(read: Tensor, unread: Tensor) -> tuple[Tensor, float]:
 
     with torch.enable_grad():
         optimizer.step(loss)
-    fitted = weights.detach()
-    return fitted[:-1].float(), float(fitted[-1])
+    return weights.detach()[:-1].float()
+
+
+def _equal_error_score(read: Tensor, unread: Tensor) -> float:
+    """Where as many of ``read`` [N] lie below as of ``unread`` [N] lie above."""
+    lowest = read.sort().values
+    highest = unread.sort(descending=True).values
+    crossing = min(int((lowest < highest).sum()), len(lowest) - 1)
+    return float(lowest[crossing] + highest[crossing]) / 2
 
 
 def _accuracy_by_age(read: Tensor, unread: Tensor, ages: Tensor, context: int) -> tuple[AgeAccuracy, ...]:

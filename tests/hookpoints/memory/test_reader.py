@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from random import Random
+
 import pytest
 import torch
 from remembering import drawn_ids
@@ -9,17 +12,19 @@ from tiny_models import KeepFloat64, hooked_in_float64
 from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent, MemoryReader, embedded
-from hookpoints.errors import InputError
+from hookpoints.errors import InputError, ReaderWarning
 from hookpoints.memory import templates
 from hookpoints.memory.phrases import Phrases, runs
 from hookpoints.memory.reader import _written_states
 from hookpoints.memory.sealing import load_sealed, save_sealed
 from hookpoints.memory.templates import (
     RIDGE,
+    AgeAccuracy,
     Fitted,
     LayerFit,
     Pursuit,
     Whitening,
+    _equal_error_score,
     _Moments,
     area_under_curve,
     running_tokens,
@@ -64,7 +69,7 @@ def test_a_score_is_the_weighted_cosine_of_whitened_states(reader, texts):
     model, fitted = reader.model, reader.fitted
     memory = model.memory(texts[:2, :T])
     phrases = [texts[0, 5:9].tolist(), texts[1, 9:15].tolist()]
-    expected = torch.full((2, 2), fitted.bias, dtype=torch.float64)
+    expected = torch.tensor([[fitted.bias(4), fitted.bias(6)]] * 2, dtype=torch.float64)
     for n, phrase in enumerate(phrases):
         alone = model.memory(torch.tensor([[*fitted.lead, *phrase]]))
         for row in range(2):
@@ -119,7 +124,7 @@ def test_a_pursuit_leaves_what_no_template_explains():
     nothing = Whitening(*(torch.zeros(0) for _ in Whitening._fields))
     heads = [torch.arange(x.shape[1]) for x in templates]
     fits = {n: LayerFit(each, torch.ones(len(each)), nothing, nothing) for n, each in enumerate(heads)}
-    pursuit = Pursuit(Fitted(fits, 0.0, (), 4, ()), target)
+    pursuit = Pursuit(Fitted(fits, (), (), 4, 16, ()), target)
     for place in (0, 1):
         pursuit.take([x[place : place + 1] for x in templates])
     for own, x, left in zip(target, templates, pursuit.left):
@@ -149,6 +154,48 @@ def test_facts_are_picked_from_all_that_could_be_told():
     ranked = {candidates[place] for place in reader.scores(memory, candidates)[0].topk(8).indices.tolist()}
     assert len(picked & told) > len(ranked & told)
     assert len(picked & told) >= 7
+
+
+def test_a_score_of_zero_has_as_many_errors_of_both_kinds_at_each_length(reader):
+    """On text of the fit's kind that no fit has seen, over memories as long as those of the fit."""
+    tokens = running_tokens(reader.model, embedded.text("test"))
+    texts = torch.stack([tokens[300 * n :][: T + 8] for n in range(100)])
+    drawn = Random(0)
+    for length in (2, 4, 8):
+        missed, wrong = 0, 0
+        for stop in (T // 4, T // 2, 3 * T // 4, T):
+            memory = reader.model.memory(texts[:, :stop])
+            start = drawn.randrange(stop - 8)
+            phrases = [texts[:, first : first + length].tolist() for first in (start, stop)]
+            read, unread = (reader.scores(memory, each).diagonal() for each in phrases)
+            missed += int((read < 0).sum())
+            wrong += int((unread > 0).sum())
+        assert abs(missed - wrong) < 60 and missed + wrong < 300, (length, missed, wrong)  # of 400 each
+    assert reader.fitted.bias(6) == pytest.approx((reader.fitted.bias(4) + reader.fitted.bias(8)) / 2)
+    assert reader.fitted.bias(1) == reader.fitted.biases[0]
+
+
+def test_equal_errors_are_those_of_both_sides():
+    read, unread = torch.tensor([0.0, 3, 2, 4]), torch.tensor([-2.0, 2.5, 1, -1])
+    assert 1 < _equal_error_score(read, unread) < 2.5  # one below, and one above
+    assert 0 < _equal_error_score(read + 9, unread) - 2.5 < 6.5  # none
+
+
+def test_a_memory_longer_than_the_fit_and_a_weak_reader_are_said(reader, texts):
+    with pytest.warns(ReaderWarning, match="expected at most 72 tokens, as the reader was fitted to, got 73"):
+        reader.scores(reader.model.memory(texts[:1, :73]), [[1, 2]])
+    weak = replace(reader, fitted=reader.fitted._replace(horizon=(AgeAccuracy(16, 0.6, 9),)))
+    with pytest.warns(ReaderWarning, match=r"weak: of the last 16 tokens .* AUC of 0\.60"):
+        weak.holds(reader.model.memory(texts[:1, :T]), [[1, 2]])
+
+
+def test_mixed_text_is_what_a_reader_is_fitted_to(monkeypatch):
+    model = HookedRecurrent.from_pretrained("embedded")
+    fitted = []
+    monkeypatch.setattr("hookpoints.memory.reader.fit_templates", lambda model, tokens, *rest: fitted.append(tokens))
+    MemoryReader.fit(model)
+    assert torch.equal(fitted[0], running_tokens(model, embedded.mixed()))
+    assert all(word in embedded.mixed() for word in ("Congress", "def ", "## ", "Licensor"))
 
 
 def test_read_phrases_are_told_from_unread_ones_and_not_from_another_texts(reader, texts):
@@ -279,11 +326,14 @@ def turned(change, name="2/weights"):
         (put("lead", []), "input must be text or token ids"),
         (put("lead", [10**9]), "token id 1000000000 is outside"),
         (put("lead", [10**30]), "[Oo]verflow"),
-        (put("longest", 10**9), "longest: expected 2 to 64, got 1000000000"),
-        (put("longest", 0), "longest: expected 2 to 64, got 0"),
+        (put("longest", 10**9), "longest: expected 2 to 16, got 1000000000"),
+        (put("longest", 0), "longest: expected 2 to 16, got 0"),
+        (put("context", 10**9), "context: expected 1 to 128, got 1000000000"),
         (put("longest", float("inf")), "cannot convert float infinity"),
-        (put("bias", float("nan")), "bias: expected .* got nan"),
-        (put("bias", "3"), "expected numbers"),
+        (put("biases", [0, 1, float("nan")]), "expected numbers"),
+        (put("biases", [0.0, 1.0, float("nan")]), "bias: expected .* got nan"),
+        (put("biases", [0.0, 1.0]), "biases: expected 3 to 3, got 2"),
+        (put("biases", "3"), "expected numbers"),
         (put("horizon", 3), ".*not iterable"),
         (put("horizon", []), ".*out of range"),
         (put("horizon", [[16, 1.5, 9], [32, 0.9, 9]]), "AUC: expected 0 to 1, got 1.5"),
@@ -341,6 +391,6 @@ def test_a_memory_of_another_model_is_refused(reader):
 
 def test_every_field_of_a_fit_is_in_its_file():
     """`save` and `load` name the fields of a fit one by one."""
-    assert Fitted._fields == ("layers", "bias", "lead", "longest", "horizon")
+    assert Fitted._fields == ("layers", "biases", "lead", "longest", "context", "horizon")
     assert LayerFit._fields == ("heads", "weights", "of_states", "of_templates")
     assert Whitening._fields == ("mean", "keys", "values")
