@@ -62,12 +62,12 @@ def front(file: Path) -> None:
     import jinja2
     import torch
 
-    from hookpoints import HookedRecurrent, Memory, MemoryReader, embedded
+    from hookpoints import HookedRecurrent, Memory, MemoryReader
     from hookpoints.memory.phrases import runs
     from hookpoints.zoo import english
 
     model = HookedRecurrent.from_pretrained("facts-english")
-    reader = MemoryReader.fit(model, embedded.text("train")[:60_000], context=64, longest=8)
+    reader = MemoryReader.fit(model, context=64, longest=8)
     memory = model.memory(" ".join(SENTENCES))
     question = "Where does Clara live?"
     suspect = memory.suspects(f" {question}")[0]

@@ -51,7 +51,7 @@ def text(split: Split = "all") -> str:
 
 
 def mixed() -> str:
-    """Text of four kinds, 15,000 characters each: speeches of `text("train")`, Python code and documentation (both of
+    """Text of four kinds, 9,000 characters each: speeches of `text("train")`, Python code and documentation (both of
     an early version of this package), and licenses (Apache 2.0, MPL 2.0). A `MemoryReader` that is fitted to it reads
     other texts of these kinds better than one that is fitted to speeches alone."""
     return lzma.decompress((_HERE / "mixed.txt.xz").read_bytes()).decode("utf-8")
