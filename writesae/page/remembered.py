@@ -25,9 +25,8 @@ READ_BACK = 4
 """Phrases that are read back."""
 _END = re.compile(r"[.!?]")
 _SPEECH = (
-    "The crops were good, and no nation has reason to complain of us. Clara lives in Paris. The report of the "
-    "Secretary of the Treasury will be laid before you. Our commerce has been extended to new markets. The home of "
-    "Clara is Vienna. We are at peace with all nations."
+    "The crops were good, and no nation has reason to complain of us. Clara lives in Paris. Our commerce has been "
+    "extended to new markets. The home of Clara is Vienna. We are at peace with all nations."
 )
 _DEFAULTS = {
     "facts-english": (_SPEECH, "Where does Clara live?"),
@@ -46,7 +45,7 @@ _ANY = (
 
 def default_prompt(name: str) -> tuple[str, str]:
     """A text and a question that a model can answer, or one that every reader of English can read."""
-    return _DEFAULTS.get(re.sub("-(mamba2|rwkv7)$", "", name), _ANY)
+    return _DEFAULTS.get(re.sub("-(kda|mamba2|rwkv7)$", "", name), _ANY)
 
 
 def unknown_words(model: HookedRecurrent, text: str) -> list[str]:
