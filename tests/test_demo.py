@@ -60,6 +60,7 @@ def test_a_memory_is_read_back_and_cut_and_the_answer_follows() -> None:
     assert answers == dict.fromkeys(answers, "Vienna") | {recalled.cut: "Paris"}
     assert recalled.scores["cut"] == pytest.approx(recalled.scores["never read"], abs=0.1)
     assert recalled.scores["read"] > recalled.scores["cut"] + 5
+    assert "is gone: every layer equals" in recalled.certificate
     assert sum(phrase["span"] is not None for memory in recalled.memories for phrase in memory.phrases) >= 6
     assert re.fullmatch(
         r".*\n.*live\? Vienna \(9\d%\)\n.*\n.*live\? Paris \(\d+%\)\n.*“The home .*”: read \d.*", recalled.lines()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hookpoints import HookedRecurrent, MemoryReader, attribute, embedded
+from hookpoints import HookedRecurrent, MemoryReader, attribute, embedded, forgot
 from hookpoints.files import atomic_text
 from hookpoints.scopes import threads_for
 from sae_lens_writesae.sae.collecting import collect
@@ -49,8 +49,6 @@ STAGES = (
 )
 STORY = "facts-english"
 """The model whose memory is read back and cut."""
-FITTED = 20_000
-"""Characters of text to which the reader of this memory is fitted."""
 SILENCE = 8.0
 """Seconds after which the demo says again what it does."""
 DEMO_PASSES = 2000
@@ -174,6 +172,8 @@ class Recalled:
     question: str
     memories: list[RecalledMemory]
     """As it was read, and after the cut."""
+    certificate: str
+    """Whether the sentence is gone, as `forgot` says it."""
     scores: dict[str, float]
     """Log odds that the sentence was read, by memory."""
     circuit: str
@@ -203,7 +203,7 @@ def recall() -> Recalled:
     text, question = default_prompt(STORY)
     asked = model.to_tokens(f" {question}", prepend_bos=False)
     prompt = PromptText(model, TokenTexts(model), model.memory(text), asked)
-    reader = MemoryReader.fit(model, embedded.text("train")[:FITTED], context=64, longest=8)
+    reader = MemoryReader.fit(model, context=64, longest=8)
     suspect = prompt.memory.suspects(asked)[0]  # the sentence without which the answer changes most
     cut = prompt.memory.without(suspect.span)
     memories = []
@@ -221,6 +221,7 @@ def recall() -> Recalled:
         cut=suspect.text.strip(),
         question=question,
         memories=memories,
+        certificate=str(forgot(prompt.memory, cut, suspect.span)),
         scores=dict(zip(("read", "cut", "never read"), prompt.scores(reader, cut, [suspect.span])[0])),
         circuit=graph.draw(width=360),
     )
