@@ -43,7 +43,7 @@ NAMES = (
         "real_size",
         "busy",
     ),
-    *("circuits", "task_circuits", "states", "fact_edits", "natural_memory", "read_back", "facts_in_speech"),
+    *("circuits", "task_circuits", "fact_edits", "natural_memory", "read_back", "facts_in_speech"),
 )
 """The benchmarks, as the page has them."""
 ON_GPU = "gpu"

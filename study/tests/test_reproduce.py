@@ -45,7 +45,6 @@ from writesae_study.reproduce.published import (
     shuffled_model,
 )
 from writesae_study.reproduce.texts import write_texts
-from writesae_study.zoo import Zoo
 
 TINY = replace(
     SMALL,
@@ -303,7 +302,7 @@ def test_killed_again_and_again_a_run_ends_as_one_that_was_not(tmp_path):
 ROOT = Path(__file__).parents[2]
 
 
-COMMANDS = {"collect": Collect, "train": Train, "eval": EvalAll, "zoo": Zoo, "reproduce": Reproduce}
+COMMANDS = {"collect": Collect, "train": Train, "eval": EvalAll, "reproduce": Reproduce}
 
 
 def published_results() -> Iterator[tuple[str, Place, Evaluation]]:
@@ -345,7 +344,6 @@ def test_every_published_table_names_its_row():
     assert all(named_files)
     places = (ROOT / "docs", ROOT / "study/docs")
     data = [file for place in places for suffix in ("json", "parquet") for file in place.rglob(f"*.{suffix}")]
-    data = [file for file in data if file.parent.name != "use"]  # whose code was taken out
     data += (ROOT / "hookpoints/zoo").glob("*/truth.json")
     assert sorted(file for files in named_files for file in files) == sorted(data)
     for command in RUNS["tables"].values():

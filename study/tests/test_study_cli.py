@@ -91,7 +91,6 @@ def test_what_is_asked_is_read_off_the_source_as_the_classes_have_it() -> None:
         (["reproduce", "--model", "embedded", "--layers", "2", "--heads", "9"], "heads 0 to 3"),
         (["reproduce", "--model", str(shipped.path("embedded"))], "dataset"),
         (["reproduce", "--small", "--architecture", "writesae_jumpreluu"], "nearest: writesae_jumprelu"),
-        (["zoo", "--models", "recall", "nosuch"], "got 'nosuch'"),
         (["eval", "all"], "expected folders"),
     ],
     ids=lambda given: "" if isinstance(given, str) else " ".join(given),
@@ -104,7 +103,7 @@ def test_a_wrong_word_ends_before_any_work(
 
 @pytest.mark.parametrize(
     "arguments",
-    [["eval", "install", "SAE"], ["eval", "all", "SAE"], ["report", "SAE"], ["reproduce", "--small"], ["zoo"]],
+    [["eval", "install", "SAE"], ["eval", "all", "SAE"], ["report", "SAE"], ["reproduce", "--small"]],
     ids=" ".join,
 )
 def test_an_interrupt_says_what_it_left(

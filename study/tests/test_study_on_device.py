@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import device
 import numpy as np
 import pandas as pd
 import pytest
@@ -19,7 +18,6 @@ from sae_lens_writesae.sae.collecting import collect
 from writesae_study.evaluations.bits import Bits
 from writesae_study.evaluations.substitution import Substitution
 from writesae_study.experiment.terms import Terms
-from writesae_study.known.board import board
 
 __all__ = ["home", "host", "there"]  # fixtures
 
@@ -85,10 +83,3 @@ def test_codes_at_equal_bits(host: HookedRecurrent, there: HookedRecurrent) -> N
     # Adam's first step goes by the signs of gradients, those of rounding too.
     same(*(table[~table["code"].str.contains("WriteSAE")] for table in tables))
     same(*(table.drop(columns="kl") for table in tables))
-
-
-def test_the_board_of_known_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    with device.pretended():
-        monkeypatch.setattr("hookpoints.model.loading.default_device", lambda: "npu")
-        found = board("recall", 1, 64, 4, 5, brief=True)
-    assert found["plain"]["kept"] == 1

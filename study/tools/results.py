@@ -1,5 +1,4 @@
-"""The pages results.md and dictionaries.md of study/docs from the tables in study/docs/results, by the rules of today;
-and zoo_board.md.
+"""The pages results.md and dictionaries.md of study/docs from the tables in study/docs/results, by the rules of today.
 
     python study/tools/results.py          the pages (`make results`)
     python study/tools/results.py FOLDER   first the tables, from the runs of `writesae reproduce --published`
@@ -24,18 +23,17 @@ from typing import Any, cast
 import jinja2
 import numpy as np
 import pandas as pd
+
+sys.path.append(str(Path(__file__).parents[2] / "tools"))
+
 from tables import table
 
-from hookpoints.files import read_sealed_json
 from writesae.dictionary.estimates import Estimate
 from writesae.page.format import number, percent
-from writesae.page.template import environment
 from writesae_study.dictionary.controls import answers
 from writesae_study.evaluations import EVALUATIONS, load_result
 from writesae_study.evaluations.bits import RELEVANT, RIVAL, WAYS, Bits
 from writesae_study.experiment.evaluation import Result, Scope
-from writesae_study.known.readers import FITTED, NAMING, OF_STATES
-from writesae_study.known.states import TERMS
 from writesae_study.reproduce.published import RUNS
 from writesae_study.verdict.finding import Claim, said
 from writesae_study.verdict.names import NAMES
@@ -273,41 +271,6 @@ def pages(folder: Path) -> tuple[dict[str, str], pd.DataFrame]:
     return rendered, pd.DataFrame(every, columns=["question", *ANSWER])
 
 
-def zoo_page() -> str:
-    """What methods find in models whose mechanism is known, from the numbers of `writesae zoo`."""
-    boards = read_sealed_json(DOCS / "zoo_board.json")
-    states: Any = read_sealed_json(DOCS / "zoo_states.json")
-    readings = states["readings"]
-    words = jinja2.Environment(trim_blocks=True).from_string(
-        (HERE / "results" / "zoo_board.md").read_text(encoding="utf-8")
-    )
-    return words.render(
-        zoo_table=environment("writesae_study").get_template("zoo_table.html").render(boards),
-        states_table=environment("writesae_study").get_template("states_table.html").render(readings=readings),
-        states_words="\n".join(map(read_best, readings)),
-        terms=TERMS,
-        fitted=f"{FITTED:,}",
-        naming=f"{NAMING:,}",
-        **states["settings"],
-    )
-
-
-def read_best(reading: Mapping[str, Any]) -> str:
-    """What pairs read in the states of a model, and the best of the other readers that know states alone."""
-    rows = {row["reader"]: row for row in reading["rows"] if "times the atoms" not in row["reader"]}
-    learned, *others = [row for reader, row in rows.items() if reader in OF_STATES]
-    best = max(others, key=lambda row: row["4 pairs"]["mean"])
-    nulls = [row["4 pairs"]["mean"] for reader, row in rows.items() if reader.startswith("null")]
-
-    def read(row: Mapping[str, Any]) -> str:
-        return f"{percent(row['4 pairs']['mean'])} of the facts of 4 pairs and {percent(row['8 pairs']['mean'])} of 8"
-
-    return (
-        f"* `{reading['model']}`: pairs read {read(learned)}. Of the other readers that know states alone, the best "
-        f"({best['reader']}) reads {read(best)}. Nulls read at most {percent(max(nulls))} of 4."
-    )
-
-
 def main() -> None:
     """Write the pages, after the tables where a folder of runs is given."""
     if "--restore" in sys.argv:
@@ -317,7 +280,7 @@ def main() -> None:
         pack(Path(folder) / "runs", DOCS / "results")
     rendered, every = pages(DOCS / "results")
     every.to_parquet(DOCS / "results" / "answers.parquet", index=False, compression="zstd", compression_level=19)
-    for name, text in (rendered | {"zoo_board.md": zoo_page()}).items():
+    for name, text in rendered.items():
         (DOCS / name).write_text(text, encoding="utf-8")
 
 
