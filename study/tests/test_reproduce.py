@@ -37,7 +37,6 @@ from writesae_study.reproduce.config import SMALL, ReproduceConfig, training_job
 from writesae_study.reproduce.published import (
     RUNS,
     Place,
-    codes_of,
     collecting,
     command_lines,
     places,
@@ -315,9 +314,6 @@ def published_results() -> Iterator[tuple[str, Place, Evaluation]]:
         for place in places(row["heads"]):
             for null in RUNS["nulls"]:
                 yield from ((null, place, question(kind)) for kind in row["kinds"])
-    for row in RUNS["bits"]:
-        for place in places(row["heads"]):
-            yield row["name"], place, codes_of(place, row["settings"])
 
 
 def test_rows_are_commands_and_the_published_results_are_theirs():
@@ -384,18 +380,13 @@ ask = [{ name = "paper-last", of = ["write-seed0"], controls = false, kinds = ["
 [[null]]
 heads = ["one"]
 kinds = ["sign"]
-
-[[bits]]
-heads = ["one"]
-name = "bits"
-settings = { budgets = [16], steps = 2, tune_steps = 1, seed = 0 }
 """
 
 
 @pytest.mark.slow
 def test_published_runs_are_planned_once_for_each_head(tmp_path):
     said = snakemake(tmp_path, "--profile", str(profile_folder("laptop")), "--dry-run", file="published.smk")
-    steps = {kind: sum(len(places(row["heads"])) for row in RUNS[kind]) for kind in ("run", "null", "bits")}
+    steps = {kind: sum(len(places(row["heads"])) for row in RUNS[kind]) for kind in ("run", "null")}
     assert planned(said).items() >= {"collect": len(RUNS["collect"]), **steps}.items()
     assert said.count("writesae collect --model embedded --layers 1 2 4") == 1
     assert [each.name for each in tmp_path.iterdir()] == [".snakemake"]
@@ -420,4 +411,4 @@ def test_published_runs_are_done_once(tmp_path):
         files = (tmp_path / "out").glob("runs/*/embedded/L2H0/*/*/info.json")
         seen.append({file: file.stat().st_mtime_ns for file in files})
     found = {file.relative_to(tmp_path / "out" / "runs").parts[0] for file in seen[0]}
-    assert found == {"paper-last", "bits", *RUNS["nulls"]} and seen[0] == seen[1]
+    assert found == {"paper-last", *RUNS["nulls"]} and seen[0] == seen[1]

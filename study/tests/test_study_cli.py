@@ -71,7 +71,7 @@ def test_what_is_asked_is_read_off_the_source_as_the_classes_have_it() -> None:
         (["eval", "sign", "--layer", "2"], "no model and no head"),
         (["eval", "sign", "SAE", *HEAD], "folders of SAEs too"),
         (["eval", "sign", *HEAD[:-1], "9"], "head 9 is out of range"),
-        (["eval", "substitution", *HEAD], "sign, install, bits need no dictionary"),
+        (["eval", "substitution", *HEAD], "sign, install need no dictionary"),
         (["eval", "all", "SAE", "--set", "n_atoms=abc"], "got abc"),
         (["eval", "all", "SAE", "--set", "n_atms=5"], "nearest: n_atoms"),
         (["eval", "all", "SAE", "--set", "n_atoms"], "FIELD=VALUE"),

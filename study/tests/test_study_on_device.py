@@ -15,7 +15,6 @@ from test_on_device import TEXT, home, host, there
 
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.sae.collecting import collect
-from writesae_study.evaluations.bits import Bits
 from writesae_study.evaluations.substitution import Substitution
 from writesae_study.experiment.terms import Terms
 
@@ -75,11 +74,3 @@ def test_terms_of_a_collection(host: HookedRecurrent, there: HookedRecurrent, tm
         result = Substitution(**asked).run(model, random_sae(model), TEXT, reference=terms, progress=False)
         tables.append(result.tables["firings"])
     same(tables[1], tables[0])
-
-
-def test_codes_at_equal_bits(host: HookedRecurrent, there: HookedRecurrent) -> None:
-    few = Bits(budgets=(32,), steps=1, tune_steps=0)  # two stages: of fewer writes than codes nothing is left
-    tables = [few.run(model, random_sae(model), TEXT, progress=False).tables["codes"] for model in (host, there)]
-    # Adam's first step goes by the signs of gradients, those of rounding too.
-    same(*(table[~table["code"].str.contains("WriteSAE")] for table in tables))
-    same(*(table.drop(columns="kl") for table in tables))

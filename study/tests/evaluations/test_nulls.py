@@ -17,7 +17,6 @@ import pandas as pd
 import pytest
 import test_amplify
 import test_baselines
-import test_bits
 import test_erasure
 import test_install
 import test_logit_change
@@ -190,19 +189,11 @@ def baselines(rng: np.random.Generator, null: bool) -> list[Result]:
     ]
 
 
-def bits(rng: np.random.Generator, null: bool) -> list[Result]:
-    """Of two ways to fit, not of the tuned one: all have the same numbers."""
-    lead = 0.0 if null else 0.1
-    results = [test_bits.made(int(rng.integers(2**31)), lead, noise=0.05) for _ in range(6)]
-    evaluation = dataclasses.replace(results[0].evaluation, tune_steps=0)  # pyright: ignore[reportCallIssue]
-    return [dataclasses.replace(result, evaluation=evaluation) for result in results]
-
-
 DRAWS: dict[str, Draw] = {
     each.__name__: each
     for each in (
         *(substitution, multistep, amplify, erasure, install, sign, logit_change),
-        *(passage, partition, seeds, baselines, bits),
+        *(passage, partition, seeds, baselines),
     )
 }
 
@@ -267,7 +258,6 @@ def few(table: pd.DataFrame) -> pd.DataFrame:
 def test_too_few_units_one_head_or_no_null_give_no_verdict(kind: str) -> None:
     results = DRAWS[kind](np.random.default_rng(0), False)
     poor = [replaced(each, **{name: few(table) for name, table in each.tables.items()}) for each in results]
-    poor = poor[:4] if kind == "bits" else poor  # there, heads are units too
     assert {claim.outcome for claim in claims(poor)} <= {"inconclusive", "not tested", "below the floor"}
     assert type(results[0].evaluation).across(results[:1]) == []
     if kind in ("substitution", "multistep"):

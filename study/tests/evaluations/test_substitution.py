@@ -16,12 +16,12 @@ from torch import Tensor
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from hookpoints import HookedRecurrent, embedded
-from writesae_study.codes.head_baselines import BASELINES
 from writesae_study.evaluations.substitution import Substitution
 from writesae_study.experiment.at_firings import wide_firings
 from writesae_study.experiment.conditions import DIRECTIONS, Scale
 from writesae_study.experiment.evaluation import Result
 from writesae_study.experiment.readout import KL_METRICS
+from writesae_study.head.baselines import BASELINES
 from writesae_study.verdict.finding import Claim, Finding
 from writesae_study.verdict.names import NAMES
 

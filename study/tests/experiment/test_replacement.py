@@ -13,9 +13,9 @@ from torch import Tensor
 
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.atom.low_rank import LowRank
-from writesae_study.codes.components import fit_pca
 from writesae_study.dictionary.reconstruction import Basis, replacement_costs
 from writesae_study.experiment.bench import Bench
+from writesae_study.head.components import fit_pca
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 

@@ -20,13 +20,13 @@ from writesae.experiment.lab import Site
 from writesae.head.matrices import decoded, dominant, encoded, matrices_of
 from writesae.head.upper import UpperModel
 from writesae.head.writes import ROUNDING, head_writes, joined
-from writesae_study.codes.components import MatrixPca, fit_pca
 from writesae_study.dictionary.traits import variant
 from writesae_study.experiment.at_firings import MEAN_ENERGY
 from writesae_study.experiment.bench import Bench, trials_at
 from writesae_study.experiment.conditions import scaled
 from writesae_study.experiment.evaluation import Result
 from writesae_study.experiment.readout import kl_window
+from writesae_study.head.components import MatrixPca, fit_pca
 from writesae_study.head.writes import mean_write, nats, state_direction, torch_generator
 from writesae_study.verdict.finding import Paired
 

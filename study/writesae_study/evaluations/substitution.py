@@ -13,12 +13,12 @@ import pandas as pd
 
 from writesae.dictionary.estimates import Estimate
 from writesae.page.format import number, percent
-from writesae_study.codes.head_baselines import BASELINES
 from writesae_study.experiment.at_firings import CHOICES, RELEVANT_RATE, Exchanging, wide_firings
 from writesae_study.experiment.bench import Bench
 from writesae_study.experiment.conditions import REFERENCES
 from writesae_study.experiment.evaluation import Result, described
 from writesae_study.experiment.readout import KL_METRICS, kl_metrics
+from writesae_study.head.baselines import BASELINES
 from writesae_study.verdict import figures
 from writesae_study.verdict.finding import Against, Claim, Figure, Finding, Paired, said
 from writesae_study.verdict.judge import Verdict
@@ -56,7 +56,7 @@ class Substitution(Exchanging):
     random; the Gaussian direction is ours. The state direction is that of the state **before** the write; the state
     after it contains the write, so that it is shown as a reference and never compared with an atom.
 
-    *Baselines* (`codes.head_baselines`) need no training, and have their own size: the mean write of the
+    *Baselines* (`head.baselines`) need no training, and have their own size: the mean write of the
     head, of the token and of the token pair, the best of as many native writes as the dictionary has atoms, drawn at
     random, the best code of a vector quantizer with as many, and the first principal components. They are fitted on
     text that nothing is tested on, in the metric of the dictionary: on `reference`, or each half of the sequences on

@@ -14,10 +14,10 @@ from torch import Tensor
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.errors import NothingToMeasureError
-from writesae_study.codes.books import lloyd
-from writesae_study.codes.head_baselines import BASELINES, HeadBaselines
 from writesae_study.experiment.bench import Bench
 from writesae_study.experiment.terms import tokens_and_before
+from writesae_study.head.baselines import BASELINES, HeadBaselines
+from writesae_study.head.quantizer import lloyd
 
 K, V, N = 5, 7, 240
 
