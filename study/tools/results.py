@@ -189,6 +189,7 @@ def pages(folder: Path) -> tuple[dict[str, str], pd.DataFrame]:
         "nulls": nulls,
         "counts": lambda rows: Counter(row[-1] for row in rows).most_common(),
         "claims": PAPER_CLAIMS,
+        "asked_by": {n: f"[{kind}](evaluations/{kind}.md)" for kind, each in EVALUATIONS.items() for n in each.answers},
         "names": NAMES,
     }
     found = unpack(folder)

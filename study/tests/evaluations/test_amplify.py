@@ -84,14 +84,6 @@ def test_atoms_of_all_heads_of_a_layer_are_scaled_together(model64: HookedRecurr
     assert "2 heads" in result.claims()[0].unit and result.label == "L1, 2 heads"
 
 
-def test_tokens_without_an_atom(model64: HookedRecurrent, prompt_text: Tensor) -> None:
-    with pytest.raises(ValueError, match="'#5'") as error:
-        run(model64, prompt_text, random_sae(model64), tokens=(5, 6), min_firings=50)
-    assert not isinstance(error.value, NothingToMeasureError)
-    with pytest.raises(NothingToMeasureError):  # no token is as frequent
-        run(model64, prompt_text, random_sae(model64), tokens=(), min_count=prompt_text.numel())
-
-
 LETTERS = "abcdefghijkl"
 
 

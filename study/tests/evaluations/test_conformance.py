@@ -46,7 +46,6 @@ def test_the_class_says_what_it_is_and_checks_its_settings(kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "settings", "word"),
     [
-        ("amplify", {"tokens": (3,)}, "tokens"),
         ("amplify", {"factors": (1.0, 4.0)}, "factors"),
         ("amplify", {"headline": 3.0}, "headline"),
         ("amplify", {"prompts": 1}, "prompts"),
@@ -61,7 +60,6 @@ def test_the_class_says_what_it_is_and_checks_its_settings(kind: str) -> None:
         ("logit_change", {"horizons": (-1,)}, "horizons"),
         ("logit_change", {"horizons": (1, 1)}, "horizons"),
         ("logit_change", {"ranks": ((3, 2),)}, "ranks"),
-        ("logit_change", {"unit": "parsec"}, "parsec"),
         ("sign", {"sizes": (1.0, 0.0)}, "sizes"),
         ("sign", {"ranks": ((5, 2),)}, "ranks"),
         ("sign", {"n_positions": 1}, "n_positions"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from typing import TypeAlias, cast
 
@@ -96,17 +95,8 @@ class Bench(Lab):
             raise ValueError(f"expected a dictionary of {self.hook.cell}, got the head alone; this question needs one")
         return super().sae
 
-    def only(self, label: str) -> Bench:
-        """A view of this laboratory with one of its dictionaries. Firings, baselines, counts of runs, and what is left
-        out are shared; the facts are the view's own."""
-        view = copy.copy(self)  # shallow: counters and what is kept are the same objects
-        view.saes = {label: self.saes[label]}
-        view.hooks = {label: self.hooks[label]}
-        view.facts = {}
-        return view
-
     def recurrences(self, count: int) -> list[Recurrence]:
-        """The same of each of the first sequences, B = 1, on the host."""
+        """The head's recurrence on each of the first sequences, B = 1, on the host."""
         recurrences = []
         for part in in_one_pass(self.tokens[:count], self.model.cfg.device):
             batch = self.recurrence(part).on_host()
