@@ -286,12 +286,6 @@ class Substitution(Exchanging):
             claims.append((f"L{layer} {target}-trained", finding.row()))
         return claims
 
-
-def _mean_and_spread(shares: Sequence[float]) -> str:
-    """Mean and standard deviation over heads."""
-    over_heads = pd.Series(shares)
-    return f"{percent(float(over_heads.mean()))} ± {percent(float(over_heads.std()))}"
-
     def notes(self, result: Result) -> list[str]:
         """Definitions of conditions and scales, and how long the head remembers."""
         life = result.info["half_life"]
@@ -320,6 +314,12 @@ def _mean_and_spread(shares: Sequence[float]) -> str:
         ticks = {float(q): f"Q{q}" for q in range(1, 5)}
         svg = figures.curves(lines, "quartile", f"{title}: {result.label}", percent=True, chance=0.5, ticks=ticks)
         return [Figure(title, svg, "Bands: 95% intervals. An effect that is real is largest in Q4.")]
+
+
+def _mean_and_spread(shares: Sequence[float]) -> str:
+    """Mean and standard deviation over heads."""
+    over_heads = pd.Series(shares)
+    return f"{percent(float(over_heads.mean()))} ± {percent(float(over_heads.std()))}"
 
 
 def on_equal_terms(finding: Finding, result: Result) -> Finding:
