@@ -9,7 +9,6 @@ from typing import Literal
 
 import pytest
 from saes import make_sae
-from sealing import reseal
 from test_cli import (
     COUNTS,
     HEAD,
@@ -117,16 +116,6 @@ def test_a_missing_folder_is_named_before_torch_is_loaded(arguments: list[str]) 
     assert_missing_is_named(*arguments)
 
 
-def test_dictionaries_of_two_models_are_refused(
-    capsys: pytest.CaptureFixture[str], sae_folder: Path, tmp_path: Path
-) -> None:
-    other = Path(shutil.copytree(sae_folder, tmp_path / "other"))
-    (other / "cfg.json").write_text((other / "cfg.json").read_text().replace('"embedded"', '"another"'))
-    reseal(other)
-    apart = run(capsys, "eval", "sign", sae_folder, other)
-    assert apart.status == 2 and "another, embedded" in apart.err
-
-
 def test_results_of_two_heads_stand_side_by_side(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -212,19 +201,6 @@ def test_the_collection_of_a_dictionary_is_that_of_its_run(folders: Path, tmp_pa
 def test_settings_of_one_evaluation_are_flags(reproduced: Path) -> None:
     (file,) = (reproduced / "L2H0" / "sign").glob("*/info.json")
     assert load_result(file.parent).evaluation.to_dict()["n_positions"] == 2
-
-
-def test_a_report_is_written_where_its_results_are(
-    capsys: pytest.CaptureFixture[str], reproduced: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(reproduced / "L2H0", tmp_path / "results")
-    (info,) = (tmp_path / "results/sign").glob("*/info.json")
-    for named, page in (("results", "results/report.html"), (info.parent, "results/sign/report.html")):
-        assert run(capsys, "report", named).status == 0
-        assert (tmp_path / page).is_file()
-    assert "out: expected a page" in run(capsys, "report", "results", "results").err
-    assert [each.name for each in tmp_path.iterdir()] == ["results"] and load_result(info.parent)
 
 
 def test_evaluations_are_chosen_by_what_they_are_done_for() -> None:

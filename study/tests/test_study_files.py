@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,9 +20,7 @@ from test_files import (
     shipped_model,
 )
 
-from hookpoints.files import _clean_asides, atomic_text
-from writesae_study.evaluations import load_result
-from writesae_study.page.report import find_results, write_report
+from writesae_study.page.report import write_report
 
 FEW = ["--sequences", "4", "--context-size", "48"]
 SIGN = ["--kinds", "sign", "--set", "n_positions=2", "--no-control-dictionaries", *FEW]
@@ -78,37 +73,3 @@ def test_the_study_refuses_a_name_that_others_took(name: str, file: str, link: b
 @pytest.mark.parametrize("name", [*COMMANDS, *METHODS])
 def test_the_study_writes_nothing_through_a_folder_that_is_a_link(name: str, run: Act, tmp_path: Path) -> None:
     assert_link_to_a_folder_is_refused(run, name, tmp_path)
-
-
-def test_an_earlier_result_is_no_obstacle(run: Act, tmp_path: Path) -> None:
-    assert [run("Result.save", tmp_path), run("Result.save", tmp_path)] == [0, 0]
-
-
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-@pytest.mark.parametrize("opened", ["read", "listed", "written beside"])
-def test_a_kill_between_two_renames_loses_no_result(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opened: str
-) -> None:
-    """The earlier folder is aside already, and the new one not yet in its place."""
-    folder, rename = tmp_path / "results", Path.rename
-    make_result(folder)
-
-    def killed(self: Path, target: Path) -> Path:
-        if target == folder:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return rename(self, target)
-
-    whole = load_result(folder)
-    newer = replace(whole, info=whole.info | {"label": "newer"})
-    if (process := os.fork()) == 0:
-        monkeypatch.setattr(Path, "rename", killed)
-        newer.save(folder)
-    os.waitpid(process, 0)
-    assert not folder.exists()
-    if opened == "listed":
-        assert [result.label for result in find_results([tmp_path])] == ["newer"]
-    if opened == "written beside":
-        _clean_asides.cache_clear()  # once in a process, of which this is the second
-        atomic_text(tmp_path / "new", "text")
-        assert folder.exists()
-    assert load_result(folder).label == "newer"

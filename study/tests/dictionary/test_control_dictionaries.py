@@ -65,25 +65,6 @@ def test_controls_are_alike_in_all_but_their_atoms(architecture: str, variant: s
     assert float(nearest[1].amax(0).median()) < 0.9
 
 
-def test_a_seed_is_a_draw() -> None:
-    sae = trained("writesae_jumprelu")
-    for drawn in (None, WRITES):
-        atoms = [control_dictionary(sae, ROWS, drawn, seed=seed).W_dec for seed in (1, 1, 2)]
-        assert_close(atoms[0], atoms[1])
-        assert not torch.allclose(atoms[0], atoms[2])
-    sae = trained("writesae_topk")
-    before = torch.random.get_rng_state()
-    sae.cfg.metadata.training_architecture_details = {"b_dec_init": "zeros"}
-    assert not control_dictionary(sae, ROWS).b_dec.any()  # as the trained one began
-    assert torch.equal(before, torch.random.get_rng_state())
-
-
-def test_few_writes_are_repeated_and_zero_ones_are_not_drawn() -> None:
-    sae, some = trained("writesae_topk"), WRITES.rows([0, 1, 2])
-    with_zero = LowRank(torch.cat([some.keys, torch.zeros(9, 1, K)]), torch.cat([some.values, torch.ones(9, 1, V)]))
-    assert_close(control_dictionary(sae, ROWS, with_zero).atoms().cosines(some).amax(1), torch.ones(F))
-
-
 @pytest.mark.parametrize("architecture", ["writesae_jumprelu", "writesae_standard", "writesae_gated"])
 def test_controls_of_a_dead_dictionary_are_dead(architecture: str) -> None:
     sae = trained(architecture)

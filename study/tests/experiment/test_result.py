@@ -70,15 +70,6 @@ def test_a_table_without_its_columns_is_refused(result: Result, tmp_path: Path) 
         load_result(fewer.save(tmp_path / "result"))
 
 
-def test_what_was_left_out_is_noted() -> None:
-    some = made_up(HOLDS, scales=("matched",))
-    counted = replace(some, info=some.info | {"n_skipped": {"zero writes": 1200, "none": 0}})
-    assert [note for note in counted.notes() if note.startswith("Left out")] == ["Left out: 1,200 (zero writes)."]
-    skipped = replace(some, tables={}, skipped="no atom fires")
-    assert skipped.notes() == ["no atom fires"] and skipped.figures() == []
-    assert {c.outcome for c in skipped.claims()} == {"not tested"}
-
-
 def test_other_rules_are_said_where_they_give_another_verdict_or_number(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the rules compute counts, and neither their source nor their words."""
     made = made_up(HOLDS, scales=("matched",), controls=("state", "shuffled"))

@@ -12,7 +12,6 @@ from writesae.dictionary.estimates import Estimate, recovered_share
 from writesae.page.format import percent
 from writesae_study.verdict import statistics as stats
 from writesae_study.verdict.finding import Against, Finding, Paired, said
-from writesae_study.verdict.judge import Verdict
 
 
 def tidy(**kl: float) -> pd.DataFrame:
@@ -103,17 +102,6 @@ def found(paired: Paired, **changes: Any) -> Finding:
         "of": "firings in {} sequences",
     }
     return Finding(**given | paired.size_of("delete") | changes)
-
-
-def test_a_rule_of_the_question_comes_before_the_ladder(paired: Paired) -> None:
-    other = Verdict("confounded", "Any write is small here.")
-    assert found(paired, unless=other).verdict == other
-    lost = found(paired, unless=other, effect=paired.wins("delete", "atom"))
-    assert lost.verdict.outcome == "fails"  # what fails needs no further rule
-    assert found(paired, ruled=other, effect=paired.wins("delete", "atom")).verdict == other
-    untested = Finding.untested("a claim", "It needs two dictionaries.", 15).row()
-    assert (untested.outcome, untested.measured, untested.n) == ("not tested", "–", 0)
-    assert untested.sentence == "It needs two dictionaries."
 
 
 def test_the_sentence_says_subject_and_controls_with_their_intervals(paired: Paired) -> None:
