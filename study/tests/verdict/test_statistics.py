@@ -87,6 +87,20 @@ def test_the_interval_of_a_rate_is_wilsons_where_observations_are_independent() 
     assert (even.high - even.low) / (wilson.high - wilson.low) == pytest.approx(wide, rel=0.01)
 
 
+def test_recovered_share_by_hand() -> None:
+    """The median over clusters, each a ratio of sums. Native recovers 1, deletion itself 0, worse is negative. Of nine
+    the second and the eighth are the interval: P(Binomial(9, 1/2) < 2) = 0.0195."""
+    kl, deleted = np.array([1.0, 3.0, *range(1, 9)]), np.array([2.0, 4.0, *[10.0] * 8])
+    assert recovered_share(kl, deleted, [0, 0, *range(1, 9)]) == pytest.approx((0.5, 0.3, 0.8, 10, 9))
+    few = recovered_share([0.0, 0.5, *range(4)], [0.0, 1.0, *[4.0] * 4], range(6))  # where nothing is lost, no share
+    assert few.mean == 0.5 and math.isnan(few.low) and few.n_clusters == 5
+    deleted, clusters = np.arange(1.0, 9), np.arange(8)
+    for factor in (0, 1, 2):
+        assert recovered_share(factor * deleted, deleted, clusters)[:3] == pytest.approx((1 - factor,) * 3)
+    with pytest.raises(ValueError, match="above 0"):
+        recovered_share([1.0, 1.0], [0.0, 0.0], clusters=[0, 1])
+
+
 def test_a_total_by_hand() -> None:
     """A ratio of sums. Where every cluster has the same ratio there is no doubt; where two ratios differ, the interval
     holds what one more cluster of three times the largest size would make of the ratio."""
