@@ -51,10 +51,6 @@ def test_conditions_of_one_unit_are_paired(paired: Paired) -> None:
             lambda w, ids: stats.estimate(w["atom"], ids, w["feature"], seed=3),
         ),
         (lambda p: p.recovered("atom"), lambda w, ids: recovered_share(w["atom"], w["delete"], ids)),
-        (
-            lambda p: p.recovered("atom", than="mean"),
-            lambda w, ids: stats.recovered_difference(w["atom"], w["mean"], w["delete"], ids),
-        ),
         (lambda p: p.total("atom"), lambda w, ids: stats.total(w["delete"] - w["atom"], w["delete"], ids)),
         (
             lambda p: p.total("atom", than="mean"),

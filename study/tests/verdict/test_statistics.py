@@ -115,19 +115,6 @@ def test_a_total_by_hand() -> None:
         S.total([0.0, 0.0], [0.0, 0.0], [0, 1])
 
 
-def test_the_difference_of_shares_is_paired() -> None:
-    """Over the same deletions: what two conditions share does not widen the interval."""
-    rng = np.random.default_rng(0)
-    ids, deleted = np.arange(200) // 10, rng.gamma(1, 1, 200)
-    rival = deleted * rng.uniform(0.2, 1.2, 200)
-    atom = 0.95 * rival
-    gap = S.recovered_difference(atom, rival, deleted, ids)
-    shares = [recovered_share(kl, deleted, ids) for kl in (atom, rival)]
-    assert gap.mean == pytest.approx(np.median(0.05 * np.bincount(ids, rival) / np.bincount(ids, deleted)))
-    assert gap.low > 0 and shares[0].low < shares[1].high  # each interval by itself would not tell them apart
-    assert S.recovered_difference(atom, deleted, deleted, ids) == pytest.approx(shares[0])
-
-
 TWICE = np.repeat([1, 2], 6), np.repeat([3, 4, 5], 6), np.arange(12) // 6, np.arange(18) // 6
 
 
@@ -165,7 +152,6 @@ def test_intervals_cover_in_draws_from_measured_effects(head: str, n: int) -> No
     kl = {name: column.to_numpy().reshape(-1, 6) for name, column in POOL.loc[head].items()}
     numbers: dict[str, Callable[[dict[str, np.ndarray], np.ndarray], Estimate]] = {
         "share": lambda x, ids: recovered_share(x["quantised"], x["delete"], ids),
-        "difference of shares": lambda x, ids: S.recovered_difference(x["quantised"], x["pca"], x["delete"], ids),
         "total": lambda x, ids: S.total(x["delete"] - x["quantised"], x["delete"], ids),
         "small total": lambda x, ids: S.total(x["delete"] - x["pca"], x["delete"], ids),
         "difference of totals": lambda x, ids: S.total(x["pca"] - x["quantised"], x["delete"], ids),

@@ -149,16 +149,11 @@ class Bench(Lab):
             )
         return self._baselines[key]
 
-    def floor(
-        self, readout: Readout, column: str, window: int, quantile: float = 0.95, *, plain: bool = False
-    ) -> float:
+    def floor(self, readout: Readout, column: str, window: int) -> float:
         """What a no-op moves: the native write is written again through the edit path, and `column` of the readout is
         read. Measured in the model's own dtype.
 
-        Args:
-            plain: as in `read`.
-
-        Returns: the `quantile` of the absolute values over at most 32 places. Cost: one edited row each.
+        Returns: the 95th percentile of the absolute values over at most 32 places. Cost: one edited row each.
         """
         rng = self.rng(97)
         values = []
@@ -170,10 +165,10 @@ class Bench(Lab):
             candidates = np.arange(min(1, last), last + 1)
             positions = np.sort(rng.choice(candidates, _NO_OPS // 4)).tolist()
             trials = [Trial({}, t, self.replace(t, site.writes, t)) for t in positions]
-            table = self.read(site, trials, readout, window, plain=plain)
+            table = self.read(site, trials, readout, window)
             values.append(table[column].abs())
         self.counts["runs"] = before  # a reader counts conditions, not this
-        return float(pd.concat(values).quantile(quantile))
+        return float(pd.concat(values).quantile(0.95))
 
     def require(self, condition: bool, message: str) -> None:
         """Raise NothingToMeasureError with `message`, and what was left out so far, unless `condition` holds."""

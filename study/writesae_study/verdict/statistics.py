@@ -26,7 +26,6 @@ from writesae.dictionary.estimates import (
     bootstrapped_mean,
     clustered,
     mean_estimate,
-    median_of_ratios,
     percentile_interval,
     resample_counts,
 )
@@ -72,17 +71,6 @@ def estimate_difference(
     point = first.point - second.point
     resampled = first.resampled - second.resampled
     return percentile_interval(point, resampled, first.n + second.n, min(first.n_clusters, second.n_clusters))
-
-
-def recovered_difference(a: ArrayLike, b: ArrayLike, deleted: ArrayLike, clusters: ArrayLike) -> Estimate:
-    """How much more of a deletion's effect condition `a` recovers than `b`: the median over clusters of (sum KL(b) -
-    sum KL(a)) / sum KL(deletion), with the interval of `recovered_share`. A median of differences is no difference of
-    medians.
-
-    Raises:
-        ValueError: every deletion has an effect of exactly 0.
-    """
-    return median_of_ratios(np.asarray(b, float) - np.asarray(a, float), deleted, clusters)
 
 
 def total(above: ArrayLike, below: ArrayLike, clusters: ArrayLike, *, seed: int = 0) -> Estimate:
