@@ -32,13 +32,14 @@ from writesae.cli import main
 from writesae.files import sae_folders
 from writesae_study.commands import COMMANDS
 from writesae_study.evaluate import EvalAll, Subjects
-from writesae_study.evaluations import ASKED, EVALUATIONS, load_result
+from writesae_study.evaluations import EVALUATIONS, load_result
 from writesae_study.experiment.evaluation import Evaluation, Scope
 from writesae_study.folders import run_folder
+from writesae_study.verdict.paper import PAPER_CLAIMS, QUESTIONS
 
 __all__ = ["folders", "one_model", "sae_folder"]  # fixtures
 
-EACH_COMMAND = [[name] for name in COMMANDS if name != "eval"] + [["eval", kind] for kind in (*ASKED, "all")]
+EACH_COMMAND = [[name] for name in COMMANDS if name != "eval"] + [["eval", kind] for kind in (*EVALUATIONS, "all")]
 
 
 def test_names_are_listed_with_the_products(capsys: pytest.CaptureFixture[str]) -> None:
@@ -52,11 +53,11 @@ def test_no_help_and_no_wrong_flag_loads_torch() -> None:
     assert_no_torch([["eval", "all"], *EACH_COMMAND[: len(COMMANDS) - 1]], ["--help"], ["eval", "--help"])
 
 
-def test_what_is_asked_is_read_off_the_source_as_the_classes_have_it() -> None:
-    assert {kind: asked[1:] for kind, asked in ASKED.items()} == {
-        kind: (each.question, each.answers, each.scope is not Scope.HEAD) for kind, each in EVALUATIONS.items()
+def test_the_list_of_questions_is_that_of_the_classes() -> None:
+    assert {kind: asked.needs_dictionary for kind, asked in QUESTIONS.items()} == {
+        kind: each.scope is not Scope.HEAD for kind, each in EVALUATIONS.items()
     }
-    assert "nothing" not in EVALUATIONS and len(EVALUATIONS) == len(ASKED)
+    assert {n for asked in QUESTIONS.values() for n in asked.answers} == PAPER_CLAIMS.keys()
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def test_conditions_of_one_unit_are_paired(paired: Paired) -> None:
             lambda w, ids: stats.total(w["mean"] - w["atom"], w["delete"], ids),
         ),
         (
-            lambda p: p.lead("delete", Paired(p.wide.assign(sequence=p["sequence"] + 100, atom=2 * p["atom"])), "atom"),
+            lambda p: p.lead("delete", Paired(p.wide.assign(sequence=p["sequence"] + 100, delete=2 * p["atom"]))),
             lambda w, ids: stats.estimate_difference(w["delete"], 2 * w["atom"], ids, ids + 100),
         ),
     ],
@@ -78,7 +78,7 @@ def test_units_measured_twice_count_once_and_units_without_a_condition_are_left_
     assert Paired.of(table, "kl", "firing").mean("delete").n == 60
     three = tidy(delete=1.0, atom=0.3, mean=0.8).query("not (condition == 'mean' and firing < 6)")
     paired = Paired.of(three, "kl", "firing")
-    assert paired.recovered("atom", "mean") == Paired(paired.wide.dropna()).recovered("atom", "mean")
+    assert paired.total("atom", "mean") == Paired(paired.wide.dropna()).total("atom", "mean")
 
 
 def found(paired: Paired, **changes: Any) -> Finding:

@@ -86,8 +86,6 @@ class Amplify(Evaluation):
     new_tokens: int = 40
     """Tokens sampled at temperature 1, with the same random numbers under every condition."""
 
-    question: ClassVar[str] = "Does scaling an atom change how often its token is written?"
-    answers: ClassVar[tuple[int, ...]] = (18,)
     scope: ClassVar[Scope] = Scope.LAYER
     columns: ClassVar[dict[str, dict[str, str]]] = {
         "atoms": {

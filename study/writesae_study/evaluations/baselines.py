@@ -111,8 +111,6 @@ class Baselines(Evaluation):
     top_tokens: int = 32
     """Tokens that are compared for the selectivity of directions (the paper's K)."""
 
-    question: ClassVar[str] = "Do rank-1 atoms do better than what is simpler?"
-    answers: ClassVar[tuple[int, ...]] = (15, 16, 17, 28)
     scope: ClassVar[Scope] = Scope.VARIANTS
     columns: ClassVar[dict[str, dict[str, str]]] = {
         "dictionaries": DICTIONARIES,

@@ -93,8 +93,6 @@ class Erasure(OfHalves):
     horizon: int = 4
     """The effect is the mean change of a token's log-probability over t..t+horizon."""
 
-    question: ClassVar[str] = "Does erasing an atom lower its own token?"
-    answers: ClassVar[tuple[int, ...]] = (8, 24)
     columns: ClassVar[dict[str, dict[str, str]]] = {
         "atoms": described(
             "text",

@@ -101,8 +101,6 @@ class LogitChange(OfFirings):
     eps: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)
     """Sizes of what is added, in Frobenius norms of the native write at t."""
 
-    question: ClassVar[str] = "Can a formula predict the change of a logit?"
-    answers: ClassVar[tuple[int, ...]] = (7, 22, 23)
     columns: ClassVar[dict[str, dict[str, str]]] = {
         "cells": {
             "firing": "number of the firing: one atom at one token of one sequence",

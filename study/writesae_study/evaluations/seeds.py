@@ -60,8 +60,6 @@ class Seeds(OfAlive):
     threshold: float = 0.05
     """Median cosine with the native write from which on an atom is a register."""
 
-    question: ClassVar[str] = "Do seeds find the same atoms?"
-    answers: ClassVar[tuple[int, ...]] = (20,)
     scope: ClassVar[Scope] = Scope.SEEDS
     columns: ClassVar[dict[str, dict[str, str]]] = {
         "counts": {

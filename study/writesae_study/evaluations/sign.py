@@ -66,8 +66,6 @@ class Sign(Evaluation):
     first_position: Annotated[int, AtLeast(0)] = 8
     """Positions before this one are left out."""
 
-    question: ClassVar[str] = "Does the sign of a write set the sign of its effect?"
-    answers: ClassVar[tuple[int, ...]] = (9,)
     scope: ClassVar[Scope] = Scope.HEAD
     columns: ClassVar[dict[str, dict[str, str]]] = {
         "writes": described(

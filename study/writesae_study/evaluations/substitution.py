@@ -78,8 +78,6 @@ class Substitution(Exchanging):
     """Atoms drawn uniformly from all alive atoms that can be tested. None: all of them. The headline draws `n_atoms`
     times `firings_per_atom` positions."""
 
-    question: ClassVar[str] = "Can an atom stand in for the write it replaces?"
-    answers: ClassVar[tuple[int, ...]] = (1, 2, 3, 5, 11, 12, 13, 14)
     columns: ClassVar[dict[str, dict[str, str]]] = {
         "firings": {
             "choice": f"which atom is written: {_CHOICES}",

@@ -1,8 +1,9 @@
 """An evaluation is an object: its fields are the settings, its class says the question, the tables and the rule.
 
-A subclass in `evaluations/` needs one file and nothing else. It is found by its `kind`; README's table, the docs, the
-command `writesae eval KIND`, the protocol and the conformance tests read the class. What a run leaves is a `Result`:
-settings, tidy tables, what was measured on what; and how it is saved in a folder.
+A subclass in `evaluations/` is one file and a row of `verdict.paper.QUESTIONS`. It is found by its `kind`; the docs,
+the command `writesae eval KIND`, the protocol and the conformance tests read the class.
+
+What a run leaves is a `Result`: settings, tidy tables, what was measured on what; and how it is saved in a folder.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from writesae_study.experiment.bench import Bench, LayerHead
 from writesae_study.experiment.terms import Terms
 from writesae_study.experiment.typed import has_type
 from writesae_study.verdict.finding import Claim, Figure, Finding
+from writesae_study.verdict.paper import QUESTIONS
 
 _FORMAT = 3
 """Version of the files."""
@@ -89,7 +91,7 @@ class Evaluation(ABC):
     kind: ClassVar[str]
     """Name of the evaluation, and of its file, its command and its page."""
     question: ClassVar[str]
-    """The question that it asks, as a heading."""
+    """The question that it asks, as a heading: that of its kind in `verdict.paper.QUESTIONS`, as what it answers."""
     answers: ClassVar[tuple[int, ...]] = ()
     """Rows of `verdict.paper.PAPER_CLAIMS` that it answers."""
     scope: ClassVar[Scope] = Scope.EACH
@@ -100,6 +102,8 @@ class Evaluation(ABC):
 
     def __init_subclass__(cls) -> None:
         cls.kind = cls.__module__.rpartition(".")[2]
+        if cls.kind in QUESTIONS:  # the other subclasses are parts of these
+            _, cls.question, cls.answers, _ = QUESTIONS[cls.kind]
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
