@@ -25,9 +25,9 @@ CEILINGS = {
     "hookpoints": 56_900,
     "sae_lens_writesae": 19_400,
     "writesae": 16_300,
-    "study/writesae_study": 41_200,
+    "study/writesae_study": 31_800,
     "tests": 92_000,
-    "study/tests": 32_600,
+    "study/tests": 23_500,
     "tools + benchmarks + study/tools": 43_000,
 }
 """Expression nodes of folders, 3% above what there was. A smoke alarm and no target: a commit that needs more says what
