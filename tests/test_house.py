@@ -25,9 +25,9 @@ CEILINGS = {
     "hookpoints": 56_900,
     "sae_lens_writesae": 19_400,
     "writesae": 16_300,
-    "study/writesae_study": 41_200,
+    "study/writesae_study": 31_800,
     "tests": 92_000,
-    "study/tests": 32_600,
+    "study/tests": 23_500,
     "tools + benchmarks + study/tools": 43_000,
 }
 """Expression nodes of folders, 3% above what there was. A smoke alarm and no target: a commit that needs more says what
@@ -301,7 +301,7 @@ def test_rules_know_nothing_of_hooks():
 
 
 def test_each_room_knows_only_the_rooms_below():
-    order = ["atom", "sae", "verdict", "head", "codes", "known", "experiment", "dictionary", "evaluations", "page"]
+    order = ["atom", "sae", "verdict", "head", "experiment", "dictionary", "evaluations", "page"]
     for name in MODULES:
         parts = name.split(".")
         if parts[0] == "hookpoints" or len(parts) < 2 or parts[1] not in order:

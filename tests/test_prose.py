@@ -39,7 +39,7 @@ PHRASES = {
 PATTERNS = {
     plain: re.compile(r"(?<!\w)(" + phrase.replace(" ", r"\s+") + r")(?!\w)", re.I) for plain, phrase in PHRASES.items()
 }
-RECORDS = ("docs/families.md", "study/docs/zoo_board.md")
+RECORDS = ("docs/families.md",)
 """Pages whose phrases are those of the packages."""
 AREAS = {
     "front": ("*.md",),

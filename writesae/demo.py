@@ -49,6 +49,8 @@ STAGES = (
 )
 STORY = "facts-english"
 """The model whose memory is read back and cut."""
+FITTED = 20_000
+"""Characters of speeches, of which the text is one, to which the reader of this memory is fitted."""
 SILENCE = 8.0
 """Seconds after which the demo says again what it does."""
 DEMO_PASSES = 2000
@@ -203,7 +205,7 @@ def recall() -> Recalled:
     text, question = default_prompt(STORY)
     asked = model.to_tokens(f" {question}", prepend_bos=False)
     prompt = PromptText(model, TokenTexts(model), model.memory(text), asked)
-    reader = MemoryReader.fit(model, context=64, longest=8)
+    reader = MemoryReader.fit(model, embedded.text("train")[:FITTED], context=64, longest=8)
     suspect = prompt.memory.suspects(asked)[0]  # the sentence without which the answer changes most
     cut = prompt.memory.without(suspect.span)
     memories = []

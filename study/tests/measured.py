@@ -60,8 +60,8 @@ def make_dictionary(*, seed: int = 0, rank: int = 1, encoder: str = "bilinear", 
 
 @cache
 def result_of(kind: str, *, on_device: bool = False) -> Result:
-    """On the host or on the pretended device; of an evaluation without a case, with quick settings."""
-    case = FILE["cases"].get(kind, {"settings": FILE["quick"].get(kind, {})})
+    """On the host or on the pretended device."""
+    case = FILE["cases"][kind]
     recipes = case.get("dictionaries", {"sae": "write"})
     saes = {label: make_dictionary(**FILE["recipes"][recipe]) for label, recipe in recipes.items()}
     n, length = case.get("shape", (8, 48))

@@ -21,23 +21,16 @@ from tiny_models import _GDN
 
 from hookpoints import HookedRecurrent
 from hookpoints import embedded as shipped
-from sae_lens_writesae.sae.collecting import collect
-from sae_lens_writesae.sae.factors import Collection
-from sae_lens_writesae.sae.texts import text_dataset
-from writesae import training
-from writesae.choices import DictionaryName
 from writesae.cli import parse
 from writesae.flags import Collect, Train
-from writesae.training import config_of
 from writesae_study.evaluate import EvalAll
 from writesae_study.evaluations import EVALUATIONS
 from writesae_study.experiment.evaluation import Evaluation
-from writesae_study.reproduce.command import Reproduce, for_model, move_earlier, own_run, profile_folder
-from writesae_study.reproduce.config import SMALL, ReproduceConfig, training_jobs
+from writesae_study.reproduce.command import Reproduce, for_model, own_run, profile_folder
+from writesae_study.reproduce.config import SMALL, ReproduceConfig
 from writesae_study.reproduce.published import (
     RUNS,
     Place,
-    codes_of,
     collecting,
     command_lines,
     places,
@@ -45,7 +38,6 @@ from writesae_study.reproduce.published import (
     shuffled_model,
 )
 from writesae_study.reproduce.texts import write_texts
-from writesae_study.zoo import Zoo
 
 TINY = replace(
     SMALL,
@@ -66,23 +58,6 @@ def test_seeds_losses_and_variants_are_those_of_the_comparisons():
     assert len(ReproduceConfig().dictionaries()["write"]) == 3 + 14  # seven variants of two seeds each
     only = ReproduceConfig(targets=("last_state",), seeds=(3,), variants=())
     assert only.dictionaries() == {"last_state": ["last_state-seed3"]}
-
-
-def test_a_job_trains_what_trains_in_one_step(tmp_path, embedded):
-    """Of 17 dictionaries of writes the four variants on factors are a job each, and of all others each one."""
-    text = text_dataset("We, the people of the United States. " * 200)
-    collect(embedded, text, [2], [0], tmp_path, n_tokens=512, targets=("write", "state"), progress=False)
-    names = ReproduceConfig().dictionaries()
-    train = Train(collection=tmp_path, architecture="writesae_batchtopk", d_sae=32, k=4, training_tokens=512)
-    for target, jobs in (("write", 4 + 3 * 2 + 2), ("state", 3)):
-        configs = {
-            Path(name): config_of(train, Collection.open(tmp_path), 2, 0, DictionaryName.parse(name))
-            for name in names[target]
-        }
-        steps = [
-            [str(folder) for folder in group] for group in training.trained_together(configs, Collection.open(tmp_path))
-        ]
-        assert training_jobs(names[target]) == steps and len(steps) == jobs
 
 
 @pytest.mark.parametrize("chosen", [None, "5"])
@@ -181,14 +156,12 @@ def test_a_living_owner_is_told_from_a_dead_one(tmp_path):
     own_run(tmp_path)
 
 
-@pytest.mark.parametrize("content", [None, ""])
-def test_a_link_as_owner_makes_and_fills_no_file(tmp_path, content):
-    (tmp_path / ".owner").symlink_to(private := tmp_path / "private")
-    if content is not None:
-        private.write_text(content)
-    with pytest.raises(OSError, match=r"\.owner"):
-        own_run(tmp_path)
-    assert private.exists() == (content is not None)
+def test_a_run_of_other_weights_or_text_is_refused(tmp_path):
+    TINY.keep_in(tmp_path)
+    (tmp_path / "inputs.json").write_text('{"weights": "of another model", "text": null}')
+    with pytest.raises(ValueError, match="expected a run of these weights and this text"):
+        Reproduce(config=TINY, out=tmp_path).run()
+    assert not (tmp_path / ".owner").exists()
 
 
 # ------------------------------------------------------------------------------------------------ the workflow
@@ -219,38 +192,6 @@ def test_a_dry_run_of_every_profile_plans_every_step_once(tmp_path, profile):
     assert said.count("writesae train --collection collection --layers 2 --heads 3") == 2 * 1
     assert f"share {8 if profile == 'gpus' else 1} collect --model embedded" in said
     assert sorted(each.name for each in tmp_path.iterdir() if each.name != ".snakemake") == ["config.json"]
-
-
-@pytest.mark.nightly  # a minute of dry runs
-def test_a_changed_text_is_planned_anew(tmp_path):
-    """Of a run whose steps are all done, or say so; a dry run moves nothing."""
-    words = shipped.text("train").split()
-    text, out = tmp_path / "text" / "train.jsonl", tmp_path / "run"
-    text.parent.mkdir()
-
-    def dry_run(first: int) -> str:
-        documents = [" ".join(words[n * 60 : n * 60 + 60]) for n in range(first, first + 300)]
-        text.write_text("\n".join(json.dumps({"text": document}) for document in documents))
-        command = [sys.executable, "-m", "writesae", *ARGUMENTS, "--dataset", str(text.parent), "--out", str(out)]
-        done = subprocess.run([*command, "--", "--dry-run"], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        return done.stdout + done.stderr
-
-    steps = planned(dry_run(0))
-    assert steps["total"] >= 6
-    marks = ("write.0.trained", "state.0.trained", "write.evaluated", "state.evaluated", "compared")
-    for place in ("collection/collected", *(f"L2H0/marks/{mark}" for mark in marks), "report/report.html"):
-        file = out / place
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch()
-    assert "Nothing to be done" in dry_run(0)
-    assert planned(dry_run(1)) == steps and (out / "report/report.html").exists()
-    (out / "notes.txt").write_text("the user's")
-    assert move_earlier(out) == out / "earlier-1" and move_earlier(out) == out / "earlier-2"
-    assert {path.name for path in out.glob("[!.]*")} == {
-        *("config.json", "inputs.json", "notes.txt", "earlier-1", "earlier-2")
-    }
-    assert (out / "earlier-1/report/report.html").exists()
 
 
 PATIENCE = 1200
@@ -303,7 +244,7 @@ def test_killed_again_and_again_a_run_ends_as_one_that_was_not(tmp_path):
 ROOT = Path(__file__).parents[2]
 
 
-COMMANDS = {"collect": Collect, "train": Train, "eval": EvalAll, "zoo": Zoo, "reproduce": Reproduce}
+COMMANDS = {"collect": Collect, "train": Train, "eval": EvalAll, "reproduce": Reproduce}
 
 
 def published_results() -> Iterator[tuple[str, Place, Evaluation]]:
@@ -316,9 +257,6 @@ def published_results() -> Iterator[tuple[str, Place, Evaluation]]:
         for place in places(row["heads"]):
             for null in RUNS["nulls"]:
                 yield from ((null, place, question(kind)) for kind in row["kinds"])
-    for row in RUNS["bits"]:
-        for place in places(row["heads"]):
-            yield row["name"], place, codes_of(place, row["settings"])
 
 
 def test_rows_are_commands_and_the_published_results_are_theirs():
@@ -345,7 +283,6 @@ def test_every_published_table_names_its_row():
     assert all(named_files)
     places = (ROOT / "docs", ROOT / "study/docs")
     data = [file for place in places for suffix in ("json", "parquet") for file in place.rglob(f"*.{suffix}")]
-    data = [file for file in data if file.parent.name != "use"]  # whose code was taken out
     data += (ROOT / "hookpoints/zoo").glob("*/truth.json")
     assert sorted(file for files in named_files for file in files) == sorted(data)
     for command in RUNS["tables"].values():
@@ -386,21 +323,7 @@ ask = [{ name = "paper-last", of = ["write-seed0"], controls = false, kinds = ["
 [[null]]
 heads = ["one"]
 kinds = ["sign"]
-
-[[bits]]
-heads = ["one"]
-name = "bits"
-settings = { budgets = [16], steps = 2, tune_steps = 1, seed = 0 }
 """
-
-
-@pytest.mark.slow
-def test_published_runs_are_planned_once_for_each_head(tmp_path):
-    said = snakemake(tmp_path, "--profile", str(profile_folder("laptop")), "--dry-run", file="published.smk")
-    steps = {kind: sum(len(places(row["heads"])) for row in RUNS[kind]) for kind in ("run", "null", "bits")}
-    assert planned(said).items() >= {"collect": len(RUNS["collect"]), **steps}.items()
-    assert said.count("writesae collect --model embedded --layers 1 2 4") == 1
-    assert [each.name for each in tmp_path.iterdir()] == [".snakemake"]
 
 
 @pytest.mark.nightly  # minutes of whole commands
@@ -422,4 +345,4 @@ def test_published_runs_are_done_once(tmp_path):
         files = (tmp_path / "out").glob("runs/*/embedded/L2H0/*/*/info.json")
         seen.append({file: file.stat().st_mtime_ns for file in files})
     found = {file.relative_to(tmp_path / "out" / "runs").parts[0] for file in seen[0]}
-    assert found == {"paper-last", "bits", *RUNS["nulls"]} and seen[0] == seen[1]
+    assert found == {"paper-last", *RUNS["nulls"]} and seen[0] == seen[1]

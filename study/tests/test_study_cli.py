@@ -9,7 +9,6 @@ from typing import Literal
 
 import pytest
 from saes import make_sae
-from sealing import reseal
 from test_cli import (
     COUNTS,
     HEAD,
@@ -33,13 +32,14 @@ from writesae.cli import main
 from writesae.files import sae_folders
 from writesae_study.commands import COMMANDS
 from writesae_study.evaluate import EvalAll, Subjects
-from writesae_study.evaluations import ASKED, EVALUATIONS, load_result
+from writesae_study.evaluations import EVALUATIONS, load_result
 from writesae_study.experiment.evaluation import Evaluation, Scope
 from writesae_study.folders import run_folder
+from writesae_study.verdict.paper import PAPER_CLAIMS, QUESTIONS
 
 __all__ = ["folders", "one_model", "sae_folder"]  # fixtures
 
-EACH_COMMAND = [[name] for name in COMMANDS if name != "eval"] + [["eval", kind] for kind in (*ASKED, "all")]
+EACH_COMMAND = [[name] for name in COMMANDS if name != "eval"] + [["eval", kind] for kind in (*EVALUATIONS, "all")]
 
 
 def test_names_are_listed_with_the_products(capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,11 +53,11 @@ def test_no_help_and_no_wrong_flag_loads_torch() -> None:
     assert_no_torch([["eval", "all"], *EACH_COMMAND[: len(COMMANDS) - 1]], ["--help"], ["eval", "--help"])
 
 
-def test_what_is_asked_is_read_off_the_source_as_the_classes_have_it() -> None:
-    assert {kind: asked[1:] for kind, asked in ASKED.items()} == {
-        kind: (each.question, each.answers, each.scope is not Scope.HEAD) for kind, each in EVALUATIONS.items()
+def test_the_list_of_questions_is_that_of_the_classes() -> None:
+    assert {kind: asked.needs_dictionary for kind, asked in QUESTIONS.items()} == {
+        kind: each.scope is not Scope.HEAD for kind, each in EVALUATIONS.items()
     }
-    assert "nothing" not in EVALUATIONS and len(EVALUATIONS) == len(ASKED)
+    assert {n for asked in QUESTIONS.values() for n in asked.answers} == PAPER_CLAIMS.keys()
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_what_is_asked_is_read_off_the_source_as_the_classes_have_it() -> None:
         (["eval", "sign", "--layer", "2"], "no model and no head"),
         (["eval", "sign", "SAE", *HEAD], "folders of SAEs too"),
         (["eval", "sign", *HEAD[:-1], "9"], "head 9 is out of range"),
-        (["eval", "substitution", *HEAD], "sign, install, bits need no dictionary"),
+        (["eval", "substitution", *HEAD], "sign, install need no dictionary"),
         (["eval", "all", "SAE", "--set", "n_atoms=abc"], "got abc"),
         (["eval", "all", "SAE", "--set", "n_atms=5"], "nearest: n_atoms"),
         (["eval", "all", "SAE", "--set", "n_atoms"], "FIELD=VALUE"),
@@ -91,7 +91,6 @@ def test_what_is_asked_is_read_off_the_source_as_the_classes_have_it() -> None:
         (["reproduce", "--model", "embedded", "--layers", "2", "--heads", "9"], "heads 0 to 3"),
         (["reproduce", "--model", str(shipped.path("embedded"))], "dataset"),
         (["reproduce", "--small", "--architecture", "writesae_jumpreluu"], "nearest: writesae_jumprelu"),
-        (["zoo", "--models", "recall", "nosuch"], "got 'nosuch'"),
         (["eval", "all"], "expected folders"),
     ],
     ids=lambda given: "" if isinstance(given, str) else " ".join(given),
@@ -104,7 +103,7 @@ def test_a_wrong_word_ends_before_any_work(
 
 @pytest.mark.parametrize(
     "arguments",
-    [["eval", "install", "SAE"], ["eval", "all", "SAE"], ["report", "SAE"], ["reproduce", "--small"], ["zoo"]],
+    [["eval", "install", "SAE"], ["eval", "all", "SAE"], ["report", "SAE"], ["reproduce", "--small"]],
     ids=" ".join,
 )
 def test_an_interrupt_says_what_it_left(
@@ -116,16 +115,6 @@ def test_an_interrupt_says_what_it_left(
 @pytest.mark.parametrize("arguments", [["eval", "sign", "nowhere"], ["report", "nowhere"]], ids=" ".join)
 def test_a_missing_folder_is_named_before_torch_is_loaded(arguments: list[str]) -> None:
     assert_missing_is_named(*arguments)
-
-
-def test_dictionaries_of_two_models_are_refused(
-    capsys: pytest.CaptureFixture[str], sae_folder: Path, tmp_path: Path
-) -> None:
-    other = Path(shutil.copytree(sae_folder, tmp_path / "other"))
-    (other / "cfg.json").write_text((other / "cfg.json").read_text().replace('"embedded"', '"another"'))
-    reseal(other)
-    apart = run(capsys, "eval", "sign", sae_folder, other)
-    assert apart.status == 2 and "another, embedded" in apart.err
 
 
 def test_results_of_two_heads_stand_side_by_side(
@@ -213,19 +202,6 @@ def test_the_collection_of_a_dictionary_is_that_of_its_run(folders: Path, tmp_pa
 def test_settings_of_one_evaluation_are_flags(reproduced: Path) -> None:
     (file,) = (reproduced / "L2H0" / "sign").glob("*/info.json")
     assert load_result(file.parent).evaluation.to_dict()["n_positions"] == 2
-
-
-def test_a_report_is_written_where_its_results_are(
-    capsys: pytest.CaptureFixture[str], reproduced: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(reproduced / "L2H0", tmp_path / "results")
-    (info,) = (tmp_path / "results/sign").glob("*/info.json")
-    for named, page in (("results", "results/report.html"), (info.parent, "results/sign/report.html")):
-        assert run(capsys, "report", named).status == 0
-        assert (tmp_path / page).is_file()
-    assert "out: expected a page" in run(capsys, "report", "results", "results").err
-    assert [each.name for each in tmp_path.iterdir()] == ["results"] and load_result(info.parent)
 
 
 def test_evaluations_are_chosen_by_what_they_are_done_for() -> None:

@@ -1,5 +1,4 @@
-"""The pages results.md and dictionaries.md of study/docs from the tables in study/docs/results, by the rules of today;
-and zoo_board.md.
+"""The pages results.md and dictionaries.md of study/docs from the tables in study/docs/results, by the rules of today.
 
     python study/tools/results.py          the pages (`make results`)
     python study/tools/results.py FOLDER   first the tables, from the runs of `writesae reproduce --published`
@@ -17,29 +16,24 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jinja2
 import numpy as np
 import pandas as pd
+
+sys.path.append(str(Path(__file__).parents[2] / "tools"))
+
 from tables import table
 
-from hookpoints.files import read_sealed_json
-from writesae.dictionary.estimates import Estimate
 from writesae.page.format import number, percent
-from writesae.page.template import environment
 from writesae_study.dictionary.controls import answers
 from writesae_study.evaluations import EVALUATIONS, load_result
-from writesae_study.evaluations.bits import RELEVANT, RIVAL, WAYS, Bits
 from writesae_study.experiment.evaluation import Result, Scope
-from writesae_study.known.readers import FITTED, NAMING, OF_STATES
-from writesae_study.known.states import TERMS
 from writesae_study.reproduce.published import RUNS
 from writesae_study.verdict.finding import Claim, said
 from writesae_study.verdict.names import NAMES
-from writesae_study.verdict.notation import points
 from writesae_study.verdict.paper import PAPER_CLAIMS
 
 HERE = Path(__file__).resolve().parent
@@ -144,7 +138,6 @@ def answered(found: dict[str, list[Result]], kind: str) -> list[list[str]]:
         ]
         for recipe in RECIPES
         for label, claim in answers([each for each in found[recipe] if each.kind == kind])
-        if kind != "bits" or ";" not in label  # heads are in a table of their own
     )
 
 
@@ -179,50 +172,7 @@ def without_learning(found: dict[str, list[Result]], kind: str) -> dict[Asked, d
 def of_any_direction(kind: str, held: dict[str, list[bool]]) -> bool:
     """Whether a question asks no dictionary, or a claim holds in at least half of the runs of one kind in which nothing
     was learned."""
-    no_dictionary = EVALUATIONS[kind].scope is Scope.HEAD and kind != Bits.kind  # which fits its own
-    return no_dictionary or any(2 * sum(each) >= len(each) for each in held.values())
-
-
-def at_equal_bits(results: list[Result]) -> tuple[str, ...]:
-    """A table with a row for each code of writes: the median over heads of what it recovers by each fit. And one with a
-    row for each head: the lead of the dictionary over the residual quantizer at each budget and fit. Each is the mean
-    over the seeds of a head. And on how many heads the interval of this lead excludes 0, by the first seed."""
-    rows, signs = [], defaultdict(list)
-    both = list[tuple[float, float]]()
-    for test, result in ((cast(Bits, result.evaluation), result) for result in results):
-        for budget, way in product(test.budgets, WAYS):
-            kl, (ours, *others) = test.paired(result, budget, way)
-            rival = f"{RIVAL} {budget // 16}"
-            lead = kl.recovered(ours, than=rival)
-            in_total = kl.total(ours, than=rival)
-            both.append((lead.mean, in_total.mean))
-            rows += [(result.label, budget, way, name, kl.recovered(name).mean, lead.mean) for name in (ours, *others)]
-            if test.seed == 0:
-                signs[budget, way] += [[side(lead), side(in_total)]]
-    found = pd.DataFrame(rows, columns=["head", "bits", "way", "code", "share", "lead"])
-    each_head = found.groupby(["bits", "code", "way", "head"])["share"].mean().groupby(level=["bits", "code", "way"])
-    leads = found.pivot_table("lead", "head", ["bits", "way"])[list(product(found["bits"].unique(), WAYS))]
-    of_codes = [
-        [str(bits), code, *map(percent, own)] for (bits, code), own in each_head.median().unstack()[[*WAYS]].iterrows()
-    ]
-    of_heads = [[*str(head).split(";"), *own] for head, own in leads.map(points).replace("+nan", "–").iterrows()]
-    fits = [f"{bits} bits, {way}" for bits, way in leads.columns]
-    large = [typical * total > 0 for typical, total in both if abs(typical) >= RELEVANT]
-    counts = []
-    for (budget, way), own in sorted(signs.items()):
-        ways = [f"{each.count('ahead')}, {each.count('behind')}" for each in zip(*own)]
-        counts.append([str(budget), way, str(len(own)), *ways])
-    return (
-        table(["bits", "code", *WAYS], of_codes),
-        table(["model", "head", *fits], of_heads),
-        table(["bits", "fit", "heads", "ahead, behind in a typical sequence", "ahead, behind in total"], counts),
-        f"{sum(large)} of {len(large)}",
-    )
-
-
-def side(lead: Estimate) -> str:
-    """Where the interval of a lead is."""
-    return "ahead" if lead.low > 0 else "behind" if lead.high < 0 else "neither"
+    return EVALUATIONS[kind].scope is Scope.HEAD or any(2 * sum(each) >= len(each) for each in held.values())
 
 
 def pages(folder: Path) -> tuple[dict[str, str], pd.DataFrame]:
@@ -239,10 +189,10 @@ def pages(folder: Path) -> tuple[dict[str, str], pd.DataFrame]:
         "nulls": nulls,
         "counts": lambda rows: Counter(row[-1] for row in rows).most_common(),
         "claims": PAPER_CLAIMS,
+        "asked_by": {n: f"[{kind}](evaluations/{kind}.md)" for kind, each in EVALUATIONS.items() for n in each.answers},
         "names": NAMES,
     }
     found = unpack(folder)
-    bits = found["bits"] + found["bits-64"]
     questions: dict[str, list[list[str]]] = {}
     anyhow: list[list[str]] = []
     evidence = []
@@ -264,48 +214,12 @@ def pages(folder: Path) -> tuple[dict[str, str], pd.DataFrame]:
             questions=questions,
             anyhow=anyhow,
             evidence=evidence,
-            bits=bits and at_equal_bits(bits),
         )
         for name in ("results.md", "dictionaries.md")
     }
     every = [[question, *row] for question, rows in questions.items() for row in rows]
     every += [["any direction", *row] for row in anyhow]
     return rendered, pd.DataFrame(every, columns=["question", *ANSWER])
-
-
-def zoo_page() -> str:
-    """What methods find in models whose mechanism is known, from the numbers of `writesae zoo`."""
-    boards = read_sealed_json(DOCS / "zoo_board.json")
-    states: Any = read_sealed_json(DOCS / "zoo_states.json")
-    readings = states["readings"]
-    words = jinja2.Environment(trim_blocks=True).from_string(
-        (HERE / "results" / "zoo_board.md").read_text(encoding="utf-8")
-    )
-    return words.render(
-        zoo_table=environment("writesae_study").get_template("zoo_table.html").render(boards),
-        states_table=environment("writesae_study").get_template("states_table.html").render(readings=readings),
-        states_words="\n".join(map(read_best, readings)),
-        terms=TERMS,
-        fitted=f"{FITTED:,}",
-        naming=f"{NAMING:,}",
-        **states["settings"],
-    )
-
-
-def read_best(reading: Mapping[str, Any]) -> str:
-    """What pairs read in the states of a model, and the best of the other readers that know states alone."""
-    rows = {row["reader"]: row for row in reading["rows"] if "times the atoms" not in row["reader"]}
-    learned, *others = [row for reader, row in rows.items() if reader in OF_STATES]
-    best = max(others, key=lambda row: row["4 pairs"]["mean"])
-    nulls = [row["4 pairs"]["mean"] for reader, row in rows.items() if reader.startswith("null")]
-
-    def read(row: Mapping[str, Any]) -> str:
-        return f"{percent(row['4 pairs']['mean'])} of the facts of 4 pairs and {percent(row['8 pairs']['mean'])} of 8"
-
-    return (
-        f"* `{reading['model']}`: pairs read {read(learned)}. Of the other readers that know states alone, the best "
-        f"({best['reader']}) reads {read(best)}. Nulls read at most {percent(max(nulls))} of 4."
-    )
 
 
 def main() -> None:
@@ -317,7 +231,7 @@ def main() -> None:
         pack(Path(folder) / "runs", DOCS / "results")
     rendered, every = pages(DOCS / "results")
     every.to_parquet(DOCS / "results" / "answers.parquet", index=False, compression="zstd", compression_level=19)
-    for name, text in (rendered | {"zoo_board.md": zoo_page()}).items():
+    for name, text in rendered.items():
         (DOCS / name).write_text(text, encoding="utf-8")
 
 

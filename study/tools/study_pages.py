@@ -85,13 +85,4 @@ Tidy pandas tables in `result.tables`; `result.save` writes them as parquet.
 """ + "\n".join(tables)
 
 
-def claims(_: str) -> str:
-    """Every claim of the paper."""
-    kinds = {
-        n: [f"[{k}](evaluations/{k}.md)" for k, each in EVALUATIONS.items() if n in each.answers] for n in PAPER_CLAIMS
-    }
-    rows = [(n, *claim, ", ".join(kinds[n])) for n, claim in PAPER_CLAIMS.items()]
-    return table(("", "claim", "where", "n", "the paper's value", "answered by"), rows)
-
-
-PARTS: dict[str, Callable[[str], str]] = {each.__name__: each for each in (evaluations, definition, settings, claims)}
+PARTS: dict[str, Callable[[str], str]] = {each.__name__: each for each in (evaluations, definition, settings)}

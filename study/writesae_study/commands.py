@@ -16,9 +16,4 @@ COMMANDS = {
         "The paper's whole table for a model: train, evaluate and report, as a workflow.",
         "writesae_study.reproduce.command:run_reproduce",
     ),
-    "zoo": Command(
-        "Measure what dictionaries find in models whose mechanism is known.",
-        "writesae_study.zoo:Zoo.run",
-        "writesae_study.zoo:Zoo",
-    ),
 }

@@ -16,8 +16,9 @@ import tyro
 from writesae.cli import choose, parse
 from writesae.files import folder_labels, sae_folders, taken
 from writesae.flags import OnText
-from writesae_study.evaluations import ASKED, EVALUATIONS
+from writesae_study.evaluations import EVALUATIONS
 from writesae_study.folders import check_page, check_saes, run_folder
+from writesae_study.verdict.paper import QUESTIONS
 
 if TYPE_CHECKING:
     from hookpoints import HookedRecurrent
@@ -175,7 +176,7 @@ class Report:
 def run_eval(arguments: Sequence[str]) -> Path:
     """`writesae eval KIND SAE...` with the settings of that evaluation as flags; `all` runs every evaluation."""
     need = {True: "", False: " (needs no dictionary)"}
-    questions = {kind: asked.question + need[asked.needs_dictionary] for kind, asked in ASKED.items()}
+    questions = {kind: asked.question + need[asked.needs_dictionary] for kind, asked in QUESTIONS.items()}
     kind = choose("writesae eval", arguments, questions | {"all": "Every evaluation that fits, on one page."})
     program = f"writesae eval {kind}"
     check_saes(arguments[1:])
@@ -221,7 +222,7 @@ def evaluate(
     if subjects.place:
         evaluations = [evaluation for evaluation in evaluations if evaluation.scope is Scope.HEAD]
         if not evaluations:
-            of_heads = ", ".join(kind for kind, asked in ASKED.items() if not asked.needs_dictionary)
+            of_heads = ", ".join(kind for kind, asked in QUESTIONS.items() if not asked.needs_dictionary)
             raise ValueError(f"saes: expected folders of dictionaries, got a head alone; {of_heads} need no dictionary")
     elif not saes:
         raise ValueError(

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 from saes import HOOK, STATE, make_sae
-from tiny_models import make_hf
 
 from hookpoints import HookedRecurrent
 from hookpoints.errors import DamageWarning
-from sae_lens_writesae.errors import NothingToMeasureError
-from writesae_study.dictionary import suite as suite_module
 from writesae_study.dictionary.controls import answers, control_dictionaries
 from writesae_study.dictionary.suite import comparable, evaluate_all, groups
 from writesae_study.evaluations import load_result
@@ -25,7 +21,6 @@ from writesae_study.evaluations.seeds import Seeds
 from writesae_study.evaluations.sign import Sign
 from writesae_study.evaluations.substitution import Substitution
 from writesae_study.experiment.evaluation import Result, Scope
-from writesae_study.experiment.terms import Terms
 from writesae_study.page.report import find_results
 
 TEXT = torch.randint(1, 64, (8, 24), generator=torch.Generator().manual_seed(1))
@@ -101,48 +96,6 @@ def test_results_are_saved_and_taken_again_where_nothing_changed(
         suite([small], {"write": saes["write"]}, single=True, replaced=True)
 
 
-def test_results_of_other_inputs_are_measured_again_and_said(model: HookedRecurrent, tmp_path: Path) -> None:
-    def lines(
-        sae: Any, of: HookedRecurrent = model, tokens: Any = TESTED, reference: Any = OTHER, replaced: bool = True
-    ) -> list[str]:
-        said: list[str] = []
-        how: Any = {"reference": Terms(of, reference), "resume": True, "progress": False, "say": said.append}
-        evaluate_all([STEPS], of, {"a": sae}, tokens, tmp_path, replaced=replaced, **how)
-        return said
-
-    sae = make_sae(model)
-    assert len(lines(sae)) == 1 and not lines(sae)
-    hf = make_hf()
-    with torch.no_grad():
-        next(p for name, p in hf.named_parameters() if "layers.0" in name and "proj" in name).mul_(1.01)
-    changed = HookedRecurrent.from_hf(hf, name=model.cfg.model_name)
-    changes: dict[str, dict[str, Any]] = {
-        "dictionaries": {"sae": make_sae(model, seed=1)},
-        "tokens": {"tokens": TESTED.flip(0)},
-        "reference": {"reference": OTHER.flip(0)},
-        "model": {"of": changed},
-    }
-    for what, how in changes.items():
-        lines(sae)
-        with pytest.raises(ValueError, match=f"multistep/a: expected no result, .* of other {what}; .*--replace"):
-            lines(**{"sae": sae} | how, replaced=False)
-        assert not lines(sae)  # it was left as it was
-        said = lines(**{"sae": sae} | how)
-        assert len(said) == 2 and said[0].endswith(f"is measured again: other {what}")
-        assert not lines(**{"sae": sae} | how)
-
-
-def test_an_evaluation_that_fails_loses_no_other(suite: Suite, model: HookedRecurrent, tmp_path: Path) -> None:
-    told: list[str] = []
-    failures: list[Exception] = []
-    short = Substitution(n_atoms=2, firings_per_atom=1, horizon=TESTED.shape[1])  # longer than the sequences
-    results = suite([short, STEPS], {"a": make_sae(model)}, say=told.append, failures=failures)
-    assert [result.kind for result in results] == ["multistep"] == [each.kind for each in find_results([tmp_path])]
-    assert [type(error) for error in failures] == [ValueError] and told[0] == f"substitution: a failed: {failures[0]}"
-    with pytest.raises(ValueError, match="substitution needs"):
-        suite([short, STEPS], {"a": make_sae(model)})
-
-
 def test_controls_and_quality_go_with_every_dictionary(
     suite: Suite, model: HookedRecurrent, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -173,29 +126,3 @@ def test_baselines_are_fitted_on_the_text_of_the_controls(suite: Suite, model: H
         assert result.tables["firings"].equals(expected) and not expected.equals(without)
     with pytest.raises(ValueError, match="reference"):
         suite([small], saes, controls=TEXT)
-
-
-def test_many_evaluations_resume_after_one_that_has_nothing_to_measure(
-    suite: Suite, model: HookedRecurrent, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    dead = make_sae(model)
-    with torch.no_grad():
-        dead.b_enc.fill_(-1e6)
-    results = suite([STEPS, Sign(n_positions=4)], {"a/b c": dead})
-    assert [r.kind for r in results] == ["multistep", "sign"] and results[1].skipped is None
-    assert results[0].skipped is not None and results[0].skipped in capsys.readouterr().out
-    assert load_result(tmp_path / "multistep" / "a-b-c").skipped == results[0].skipped  # a label is no path
-    assert load_result(tmp_path / "sign" / "L1H2").label == "L1H2"  # named after the head alone
-    with pytest.raises(NothingToMeasureError):  # asked for by itself, it is an error
-        suite([STEPS], {"a": dead}, single=True)
-
-
-def test_a_result_of_another_version_is_not_taken_as_done(
-    suite: Suite, model: HookedRecurrent, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (first,) = suite([STEPS], {"a": make_sae(model)})
-    assert cast("dict[str, str]", first.info["versions"])["torch"] == version("torch")
-    monkeypatch.setattr(suite_module, "versions", lambda: {"sae-lens-writesae": "another"})
-    capsys.readouterr()
-    suite([STEPS], {"a": make_sae(model)}, resume=True)
-    assert "is measured again: other version" in capsys.readouterr().out

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import pytest
 import torch
 from saes import random_sae
 from torch import Tensor
 
 from hookpoints import HookedRecurrent
 from sae_lens_writesae import scale_atoms
-from sae_lens_writesae.errors import NothingToMeasureError
-from writesae_study.evaluations import amplify
 from writesae_study.evaluations.amplify import Amplify, counts_at
 from writesae_study.experiment.draws import halves
 from writesae_study.experiment.evaluation import Result
@@ -33,29 +29,6 @@ SMALL: dict[str, Any] = {
 
 def run(model: HookedRecurrent, ids: Tensor, sae: Any, **changes: Any) -> Result:
     return Amplify(**SMALL | changes).run(model, sae, ids, progress=False)
-
-
-def test_prompts_after_which_the_model_grows_past_its_dtype_are_left_out(
-    model64: HookedRecurrent, prompt_text: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sae = random_sae(model64)
-    whole = run(model64, prompt_text, sae)
-    calls = itertools.count()
-    grown = [1]
-
-    def some_prompts_grow(*args: Any, **kwargs: Any) -> Tensor:
-        sampled = sample_continuations(*args, **kwargs)
-        return sampled.index_fill(0, torch.tensor(grown), -1) if next(calls) == 2 else sampled
-
-    monkeypatch.setattr(amplify, "sample_continuations", some_prompts_grow)
-    result = run(model64, prompt_text, sae)
-    expected = whole.tables["counts"].query("prompt != 1").reset_index(drop=True)
-    pd.testing.assert_frame_equal(result.tables["counts"], expected)
-    assert result.info["n_skipped"] == {amplify.GREW: 1}
-    calls = itertools.count()
-    grown.append(2)
-    with pytest.raises(NothingToMeasureError, match=r"after 2 of 3 prompts .* past float64"):
-        run(model64, prompt_text, sae)
 
 
 def test_atoms_of_all_heads_of_a_layer_are_scaled_together(model64: HookedRecurrent, prompt_text: Tensor) -> None:
@@ -82,14 +55,6 @@ def test_atoms_of_all_heads_of_a_layer_are_scaled_together(model64: HookedRecurr
             assert rows[condition].tolist() == (text == token).sum(1).tolist()
     assert not all(alone)  # the second head matters
     assert "2 heads" in result.claims()[0].unit and result.label == "L1, 2 heads"
-
-
-def test_tokens_without_an_atom(model64: HookedRecurrent, prompt_text: Tensor) -> None:
-    with pytest.raises(ValueError, match="'#5'") as error:
-        run(model64, prompt_text, random_sae(model64), tokens=(5, 6), min_firings=50)
-    assert not isinstance(error.value, NothingToMeasureError)
-    with pytest.raises(NothingToMeasureError):  # no token is as frequent
-        run(model64, prompt_text, random_sae(model64), tokens=(), min_count=prompt_text.numel())
 
 
 LETTERS = "abcdefghijkl"

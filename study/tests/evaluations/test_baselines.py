@@ -21,7 +21,7 @@ def test_dictionaries_of_two_hooks_are_not_compared(model: HookedRecurrent, vari
 
 
 def test_atoms_that_are_the_writes_cost_nothing(model64: HookedRecurrent, planted: SAE, equal_rows: Tensor) -> None:
-    few = Baselines(horizon=3, pca_ranks=(1,), state_ranks=(1,), pca_writes=20)
+    few = Baselines(horizon=3, pca_ranks=(1,), pca_writes=20)
     tables = few.run(model64, {"right": planted, "random": random_sae(model64)}, equal_rows, progress=False).tables
     for table, measure in (("writes", "kl"), ("replacement", "nats")):
         largest = tables[table].assign(cost=tables[table][measure].abs()).groupby("sae")["cost"].max()
@@ -36,16 +36,15 @@ SAES = {"ours": "WriteSAE", "two": "WriteSAE-rank2", "flat": "FlatSAE", "small":
 
 def made_up(
     kl: dict[tuple[str, str], float] | None = None,
-    nats: dict[tuple[str, str, str], float] | None = None,
+    nats: dict[tuple[str, str], float] | None = None,
     dead: dict[str, int] | None = None,
     drop: tuple[str, ...] = (),
-    target: str = "write",
     n_sequences: int = 20,
     selectivity: float = 0.98,
     small: int = 1000,
     seed: int = 0,
 ) -> Result:
-    """KLs by (sae, condition), costs by (hook, sae, method), dead atoms and selectivity by dictionary, with noise."""
+    """KLs by (sae, condition), costs by (sae, method), dead atoms and selectivity by dictionary, with noise."""
     rng = np.random.default_rng(seed)
     rows = [
         {
@@ -53,8 +52,6 @@ def made_up(
             "variant": name,
             "d_sae": 20 if label == "small" else 400,
             "parameters": {"ours": 1000, "small": small}.get(label, 9000),
-            "explained": 0.5,
-            "l0": 3.0,
             "dead": (dead or {}).get(label, 5),
         }
         for label, name in SAES.items()
@@ -70,11 +67,11 @@ def made_up(
         for s in range(n_sequences)
         for p in (3, 9)
     ]
-    costs = {(target, "", "itself"): 0.0, (target, "ours", "dictionary"): 0.01, (target, "two", "dictionary"): 0.01}
-    costs |= {(target, "", "mean"): 0.1, (target, "", "zero"): 0.2, ("state", "", "rank 1"): 1e-4} | (nats or {})
+    costs = {("", "itself"): 0.0, ("ours", "dictionary"): 0.01, ("two", "dictionary"): 0.01}
+    costs |= {("", "mean"): 0.1, ("", "zero"): 0.2} | (nats or {})
     replacement = [
-        {"sequence": s, "sae": sae, "hook": h, "method": m, "nats": x * rng.uniform(0.95, 1.05), "native_nats": 3.0}
-        for (h, sae, m), x in costs.items()
+        {"sequence": s, "sae": sae, "method": m, "nats": x * rng.uniform(0.95, 1.05), "native_nats": 3.0}
+        for (sae, m), x in costs.items()
         for s in range(n_sequences)
     ]
     directions = [
@@ -89,8 +86,8 @@ def made_up(
         "selectivity": pd.DataFrame(directions),
     }
     return Result(
-        Baselines(pca_ranks=(1, 4), scale="matched"),
-        {"target": target, "label": "made up", "n_positions": 64, "d_vocab": 4096},
+        Baselines(pca_ranks=(1, 4)),
+        {"target": "write", "label": "made up", "n_positions": 64, "d_vocab": 4096},
         tables,
     )
 

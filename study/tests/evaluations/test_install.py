@@ -15,7 +15,6 @@ from hookpoints import HookedRecurrent
 from sae_lens_writesae.steering import value_direction
 from writesae_study.evaluations.install import Install
 from writesae_study.experiment.evaluation import Result
-from writesae_study.verdict.statistics import share
 
 SMALL: dict[str, Any] = {"pairs": 3, "prompt_tokens": 7, "sizes": (3.0,), "new_tokens": 3}
 
@@ -60,12 +59,3 @@ def shares(target: float, random: float, wrong: float, nothing: float = 0.0, pai
         for condition, m, share in (("nothing", 0.0, nothing), ("target", 3.0, target), ("random", 3.0, random))
     ]
     return Result(Install(sizes=(3.0,)), {"label": "x"}, {"continuations": pd.DataFrame(rows)})
-
-
-def test_a_rate_of_hits_has_the_interval_of_a_share_over_sequences() -> None:
-    result = shares(0.6, 0.1, 0.2)
-    (finding, *_) = result.evaluation.findings(result)
-    table = result.tables["continuations"]
-    for name, condition in (("installed", "target"), ("nothing", "nothing")):
-        rows = table[table["condition"] == condition]
-        assert finding.shown[name] == share(rows["hit"], rows["sequence"])

@@ -84,10 +84,3 @@ def test_a_derivative_is_compared_with_changes_of_the_smallest_step() -> None:
 
 
 # -- bad input
-
-
-@float64
-def test_ranks_beyond_the_vocabulary_are_refused() -> None:
-    model, how = tiny("mamba2"), SMALL | {"ranks": ((1, 1), (60, 65))}
-    with pytest.raises(ValueError, match="64 tokens"):
-        LogitChange(**how).run(model, random_sae(model, 24), TOKENS[:3], progress=False)

@@ -129,22 +129,6 @@ def same(low: float, high: float, n_atoms: int = 20) -> Result:
     return replaced(result, {"compared": compared}, substitution=table)
 
 
-def test_the_evaluation_tests_as_many_atoms_of_each_kind(model: Any, tokens: Any) -> None:
-    sae = planted(model, tokens)
-    middle = float(run(model, sae, tokens, tested_atoms=0).tables["atoms"]["cosine"].median())
-    result = run(model, sae, tokens, threshold=middle, tested_atoms=4, controls=("state",))
-    table = result.tables["substitution"]
-    assert dict(zip(table["kind"], table["n_atoms"])) == {"register": 4, "bundle": 4}
-    claim = result.claims()[2]
-    assert (claim.number, claim.n) == (4, int(table["n"].sum())) and "p = " in claim.measured
-    compared: Any = result.info["compared"]
-    assert 0 < compared["difference"]["p_value"] <= 1
-    assert result.info["n_alive"] == len(result.tables["atoms"])  # and not the substitution test's count
-    none = run(model, sae, tokens, threshold=-1)
-    claim = none.claims()[2]
-    assert none.tables["substitution"].empty and claim.outcome == "not tested" and "0 bundle" in claim.sentence
-
-
 @pytest.mark.parametrize(
     "cosines, shuffled, outcome",
     [

@@ -34,8 +34,8 @@ def test_one_pair_without_excess_decides() -> None:
     pairs = pd.concat([tables[0], tables[1].assign(b="c")], ignore_index=True)
     evaluation, counts = Seeds(), pd.DataFrame({"sae": list("abc"), "alive": 100, "register": 50, "dead": 0})
     result = Result(evaluation, {}, {"counts": counts, "matches": evaluation.summary(pairs), "pairs": pairs})
-    kinds, beyond = result.claims()
-    assert (kinds.outcome, beyond.outcome) == ("inconclusive", "fails") and "a and c" in beyond.sentence
+    (kinds,) = result.claims()
+    assert kinds.outcome == "inconclusive" and "a and c" in kinds.sentence
 
 
 def test_the_same_atoms_in_another_order_are_found(model: HookedRecurrent, tokens: Tensor) -> None:

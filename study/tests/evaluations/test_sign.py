@@ -41,7 +41,7 @@ def test_a_head_that_writes_nothing_is_refused(model64: HookedRecurrent, prompt_
         run(model64, prompt_text)
 
 
-def linear(right: float, wrong: float, flip: int = 1, factor: float = 1.0, floor: float = 1e-6, n: int = 200) -> Result:
+def linear(right: float, wrong: float, flip: int = 1, floor: float = 1e-6, n: int = 200) -> Result:
     """A linear readout: the logit moves by `flip` times what F0 says on a share of writes, else the other way."""
     shares = {"direct": right, "gradient": 1.0, "random": 0.5, "wrong": wrong}
     rows = [
@@ -52,5 +52,4 @@ def linear(right: float, wrong: float, flip: int = 1, factor: float = 1.0, floor
         for m in (1.0, -1.0)
         for direction, share in shares.items()
     ]
-    table = pd.DataFrame(rows).assign(f2=lambda t: factor * t["f2"])
-    return Result(Sign(), {"label": "x", "floor": floor}, {"writes": table})
+    return Result(Sign(), {"label": "x", "floor": floor}, {"writes": pd.DataFrame(rows)})

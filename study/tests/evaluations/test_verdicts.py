@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from made_up import HOLDS
 from test_amplify import counted
-from test_baselines import NOTHING
 from test_baselines import made_up as compared
 from test_erasure import sampled as erased
 from test_install import shares
@@ -31,59 +30,48 @@ TWO_BELOW = np.concatenate([normal(-0.4, 0.01, 150), normal(-0.2, 0.01, 150)])
 JUMPING = np.random.default_rng(1).normal(size=320)
 """What an eps-free change does: no scale per cell helps."""
 
-_ITSELF = {("write", "", "zero"): 1e-9, ("write", "", "itself"): 1e-8}
-_STATE_ITSELF = {("state", "", "zero"): 1e-9, ("state", "", "itself"): 1e-8}
+_ITSELF = {("", "zero"): 1e-9, ("", "itself"): 1e-8}
 
 
 CASES: dict[str, tuple[int | None, list[tuple[Any, dict[int, str]]]]] = {
     "amplify": (
         240,
         [
-            (of(counted, 3.0, other=0.5), {0: "holds", 1: "holds"}),
-            (of(counted, -2.0), {0: "holds", 1: "holds"}),  # either direction moves the token
-            (of(counted, 3.0, random=3.0), {0: "confounded", 1: "fails"}),
-            (of(counted, -2.0, other=-4.0), {0: "confounded", 1: "holds"}),  # a control that moves it further
-            (of(counted, 0.0, random=1.0, noise=0), {0: "below the floor"}),
-            (of(counted, 0.0), {0: "fails", 1: "fails"}),
-            (of(counted, 0.0, noise=6), {0: "inconclusive"}),  # too wide to separate nothing from a tenth of the count
+            (of(counted, 3.0, other=0.5), {0: "holds"}),
+            (of(counted, -2.0), {0: "holds"}),  # either direction moves the token
+            (of(counted, 3.0, random=3.0), {0: "confounded"}),
+            (of(counted, -2.0, other=-4.0), {0: "confounded"}),  # a control that moves it further
+            (of(counted, 0.0), {0: "fails"}),
         ],
     ),
     "baselines": (
         None,
         [
             # As in the paper, any direction is as selective.
-            (of(compared), {0: "holds", 1: "holds", 2: "holds", 3: "holds", 4: "fails", 5: "holds", 6: "fails"}),
+            (of(compared), {0: "holds", 1: "holds", 2: "holds", 3: "holds", 4: "fails", 5: "fails"}),
             (of(compared, {("flat", "atom svd"): 0.01}, n_sequences=40), {0: "fails", 1: "holds", 2: "holds"}),
-            (of(compared, {("flat", "atom svd"): 0.01}), {0: "inconclusive"}),  # 20 sequences that are all alike
             (of(compared, {("flat", "svd"): 0.2}), {0: "holds", 1: "fails", 2: "holds"}),  # neither is ahead
-            (of(compared, {("ours", "atom"): 9.0, ("ours", "svd"): 9.0}), {0: "fails", 1: "fails", 2: "fails"}),
             (of(compared, {("", "state"): 0.01}), {0: "confounded", 1: "confounded", 2: "confounded"}),
             (of(compared, {("", "pca 4"): 0.01}), {0: "holds", 1: "confounded", 2: "confounded"}),
-            (of(compared, NOTHING), {0: "below the floor", 1: "below the floor", 2: "below the floor"}),
             (of(compared, small=500), {2: "not tested"}),  # its rival has fewer parameters
             (of(compared, drop=("flat",)), {0: "not tested", 1: "not tested", 2: "holds", 4: "not tested"}),
-            (of(compared, drop=("ours",)), {0: "not tested", 3: "not tested", 4: "not tested", 6: "not tested"}),
-            (of(compared, nats={("write", "two", "dictionary"): 0.05}), {3: "fails"}),
-            (of(compared, nats={("write", "two", "dictionary"): 0.0105}), {3: "holds"}),  # 0.05% more does not matter
-            (of(compared, nats={("write", "", "mean"): 0.005}), {3: "confounded"}),
+            (of(compared, drop=("ours",)), {0: "not tested", 3: "not tested", 4: "not tested", 5: "not tested"}),
+            (of(compared, nats={("two", "dictionary"): 0.05}), {3: "fails"}),
+            (of(compared, nats={("two", "dictionary"): 0.0105}), {3: "holds"}),  # 0.05% more does not matter
+            (of(compared, nats={("", "mean"): 0.005}), {3: "confounded"}),
             (of(compared, nats=_ITSELF), {3: "below the floor"}),
             (of(compared, dead={"flat": 300, "dense": 200}), {4: "holds"}),
             (of(compared, dead={"flat": 300}), {4: "confounded"}),  # so does the dense encoder
-            (of(compared, nats={("state", "", "rank 1"): 0.002}), {5: "fails"}),
-            (of(compared, nats=_STATE_ITSELF, target="state"), {5: "below the floor"}),
-            (of(compared, selectivity=0.999), {6: "holds"}),
+            (of(compared, selectivity=0.999), {5: "holds"}),
         ],
     ),
     "erasure": (
         64,
         [
-            (of(erased, effect=-0.1, random=-0.05), {0: "holds", 1: "holds", 2: "holds"}),
-            (of(erased, effect=-0.1, random=-0.15), {0: "confounded", 1: "fails"}),
-            (of(erased, effect=0.1), {0: "fails", 1: "fails", 2: "fails"}),  # put in: as in the paper
-            (of(erased, effect=-0.1, random=-0.095), {0: "holds", 1: "fails"}),  # a lead, but none that matters
-            (of(erased, effect=-1e-6), {0: "below the floor", 1: "fails"}),
-            (of(erased, {"raised": 0.1, "wrong": 0.1}, effect=-0.1), {2: "confounded"}),
-            (of(erased, {"raised": 0.0}, effect=-0.1), {2: "below the floor"}),
+            (of(erased, effect=-0.1, random=-0.05), {0: "holds", 1: "holds"}),
+            (of(erased, effect=-0.1, random=-0.15), {0: "confounded"}),
+            (of(erased, effect=0.1), {0: "fails", 1: "fails"}),  # put in: as in the paper
+            (of(erased, {"raised": 0.1, "wrong": 0.1}, effect=-0.1), {1: "confounded"}),
         ],
     ),
     "install": (
@@ -91,9 +79,6 @@ CASES: dict[str, tuple[int | None, list[tuple[Any, dict[int, str]]]]] = {
         [
             (of(shares, 0.95, 0.1, 0.1), {0: "holds"}),
             (of(shares, 0.5, 0.5, 0.0), {0: "confounded"}),
-            (of(shares, 0.3, 0.0, 0.0, 0.3, 80), {0: "fails"}),
-            # Of 20 sequences that gain nothing, up to 0.15 of all may gain.
-            (of(shares, 0.3, 0.0, 0.0, 0.3), {0: "inconclusive"}),
             # Ranks that improve, against a random direction.
             (of(shares, 0.9, 0.4, 0.0), {-1: "holds"}),
             (of(shares, 0.9, 0.9, 0.0), {-1: "confounded"}),
@@ -105,7 +90,6 @@ CASES: dict[str, tuple[int | None, list[tuple[Any, dict[int, str]]]]] = {
             (of(predicted, cells()), {0: "confounded", 1: "fails", 2: "holds"}),
             (of(predicted, cells(first=1, noise=0.1)), {0: "holds", 1: "holds", 2: "holds"}),
             (of(predicted, cells(curve=10.0)), {0: "confounded", 1: "fails", 2: "fails"}),
-            (of(predicted, cells(), 10.0), dict.fromkeys(range(3), "below the floor")),
             (of(predicted, cells().assign(measured=JUMPING)), dict.fromkeys(range(3), "fails")),
             # Last: the numbers of the rebuttal, with a scale from other sequences (claim 22, and of Mamba-2 claim 23).
             (of(predicted, cells(first=2.0, noise=0.1)), {-1: "holds"}),  # a factor of 2 is what a scale is for
@@ -123,7 +107,6 @@ CASES: dict[str, tuple[int | None, list[tuple[Any, dict[int, str]]]]] = {
             (of(known, {"atom": 0.2, "delete": 1.0, "mean": 0.5, "state_after": 0.1}), {0: "holds"}),
             (of(known, {"atom": 0.2, "delete": 1.0, "mean": 0.1, "state_after": 0.1}), {0: "confounded"}),
             (of(known, {"atom": 1.5, "delete": 1.0, "mean": 0.5, "state_after": 0.1}), {0: "fails"}),
-            (of(known, dict.fromkeys(("atom", "delete", "mean", "state_after"), 1e-9)), {0: "below the floor"}),
             (of(known, {"atom": 0.02, "delete": 0.3}), {1: "holds"}),
             # Any write is small here, so that atoms show nothing.
             (of(known, {"atom": 0.02, "delete": 0.03}), {1: "confounded"}),
@@ -140,16 +123,13 @@ CASES: dict[str, tuple[int | None, list[tuple[Any, dict[int, str]]]]] = {
             (of(aligned, TWO_BELOW, normal(0, 0.001, 300)), {0: "confounded"}),  # as many registers at random
             (of(aligned, np.full(300, 0.3), normal(0, 0.01, 300)), {0: "not tested"}),  # all are alike
             (of(aligned, normal(0.3, 0.1, 12), normal(0, 0.1, 12)), dict.fromkeys(range(4), "not tested")),
-            (of(aligned, normal(0.1, 0.05, 100), normal(0.1, 0.05, 100)[::-1]), {1: "fails"}),
             (of(aligned, normal(0.3, 0.05, 100), normal(0.1, 0.05, 100, 1)), {1: "holds", 3: "holds"}),
             # Random directions point nearer.
             (of(aligned, normal(-0.1, 0.02, 100), normal(-0.3, 0.02, 100, 1)), {1: "confounded"}),
             # Random atoms do, where they fire.
             (of(aligned, normal(0.07, 0.02, 100), normal(0, 0.02, 100, 1), 0.07), {1: "confounded"}),
-            (of(aligned, normal(0.07, 0.02, 100), normal(0, 0.02, 100, 1)), {1: "holds"}),
             (of(aligned, normal(0.4, 0.03, 60), normal(0, 0.01, 60), pca=0.4), {3: "fails"}),
             (of(alike, HOLDS), {2: "holds"}),
-            (of(alike, HOLDS, 100), {2: "inconclusive"}),  # one kind may be of no use
             # Sameness needs an interval within the margin.
             (of(same, -0.05, 0.08), {2: "holds"}),
             (of(same, -0.2, 0.15), {2: "inconclusive"}),
@@ -162,18 +142,16 @@ CASES: dict[str, tuple[int | None, list[tuple[Any, dict[int, str]]]]] = {
             (of(passages, deleted=0.01, random=0.2, removed=0.05), {0: "holds"}),
             (of(passages, deleted=0.01, random=0.2, removed=0.01), {0: "confounded"}),
             (of(passages, deleted=0.3, random=0.2, removed=0.01), {0: "fails"}),
-            (of(passages, deleted=1e-8), {0: "below the floor"}),
         ],
     ),
     "seeds": (
         None,
         [
-            (of(seeded, [100, 95], HIGH, LOW, LOW), {0: "holds", 1: "holds"}),
-            (of(seeded, [100, 50], HIGH, LOW, LOW), {0: "fails", 1: "holds"}),  # counts vary
-            (of(seeded, [100, 99], HIGH + 0.25, LOW, LOW), {0: "fails", 1: "holds"}),  # atoms are the same
-            (of(seeded, [100, 99], LOW, LOW, LOW), {0: "inconclusive", 1: "fails"}),
-            (of(seeded, [100, 99], LOW + 0.03, LOW, LOW), {0: "inconclusive", 1: "fails"}),  # as random atoms that fire
-            (of(seeded, [100, 99], HIGH, LOW, HIGH + 0.1), {0: "holds", 1: "confounded"}),
+            (of(seeded, [100, 95], HIGH, LOW, LOW), {0: "holds"}),
+            (of(seeded, [100, 50], HIGH, LOW, LOW), {0: "fails"}),  # counts vary
+            (of(seeded, [100, 99], HIGH + 0.25, LOW, LOW), {0: "fails"}),  # atoms are the same
+            (of(seeded, [100, 99], LOW, LOW, LOW), {0: "inconclusive"}),
+            (of(seeded, [100, 99], LOW + 0.03, LOW, LOW), {0: "inconclusive"}),  # as random atoms that fire
         ],
     ),
     "sign": (
@@ -182,9 +160,6 @@ CASES: dict[str, tuple[int | None, list[tuple[Any, dict[int, str]]]]] = {
             (of(linear, 0.9, 0.5), {0: "holds"}),
             (of(linear, 0.8, 0.8), {0: "confounded"}),
             (of(linear, 1.0, 0.5, flip=-1), {0: "fails"}),
-            (of(linear, 0.9, 0.5, floor=0.6), {0: "below the floor"}),
-            (of(linear, 1.0, 0.5), {1: "holds"}),
-            (of(linear, 1.0, 0.5, factor=3.0), {1: "fails"}),  # right signs of wrong sizes are no prediction
         ],
     ),
 }

@@ -13,12 +13,9 @@ from saes import random_low_rank as draw
 from torch import Tensor
 
 from hookpoints import HookedRecurrent
-from hookpoints.recurrence.reference import transition
 from sae_lens_writesae.atom.low_rank import LowRank
-from sae_lens_writesae.errors import NothingToMeasureError
 from writesae_study.experiment import conditions as C
 from writesae_study.experiment.bench import Bench
-from writesae_study.head.writes import state_direction
 from writesae_study.verdict.names import DEFINITIONS, NAMES, SCALE_DEFINITIONS, SCALE_NAMES
 
 N = 6
@@ -92,17 +89,6 @@ def directions(lab: Bench, firings: pd.DataFrame, names: tuple[str, ...], **more
     return C.controls_at(lab, site, atom, names, **arguments)
 
 
-def test_states_give_their_top_direction(lab: Bench) -> None:
-    firings, site = some_firings(lab), lab.site(1)
-    at = firings["position"].to_list()
-    made = directions(lab, firings, ("state", "state_after"))
-    r = site.recurrence
-    before = torch.cat([transition(r, t, r.states(positions=t - 1)[:, 0])[0] for t in at])
-    for name, states in (("state", before), ("state_after", r.states()[0, at, 0])):
-        close(made[name].cosine(state_direction(states)), torch.ones(len(at), dtype=torch.float64))
-    assert (made["state"].cosine(made["state_after"]) < 1 - 1e-6).any()  # they are not the same control
-
-
 def test_drawn_controls_are_never_those_of_the_position_itself(lab: Bench) -> None:
     """Over several seeds, since one that fires there, or the write itself, would be drawn sooner or later."""
     firings = some_firings(lab)
@@ -117,9 +103,3 @@ def test_drawn_controls_are_never_those_of_the_position_itself(lab: Bench) -> No
         close(made["elsewhere"].norm(), writes.rows(places).norm())
         for atom, place, row in zip(drawn, places, firings.itertuples()):
             assert atom not in active[row.position] | {row.written_atom} and place != row.position
-
-
-def test_a_control_without_anything_to_draw_says_so(lab: Bench) -> None:
-    firings = some_firings(lab)
-    with pytest.raises(NothingToMeasureError, match="shuffled"):
-        directions(lab, firings, ("shuffled",), alive=firings["atom"].to_numpy()[:1])

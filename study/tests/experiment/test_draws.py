@@ -44,17 +44,6 @@ def drawn(firings: F.Firings, seed: int = 0, **changes: Any) -> draws.FiringDraw
     return draws.draw_firings(firings, rng(seed), **{"horizon": 5, "n_atoms": 4, "firings_per_atom": 6} | changes)
 
 
-def test_the_draw_is_seeded_and_says_what_it_drew_from(firings: F.Firings) -> None:
-    one = drawn(firings)
-    pd.testing.assert_frame_equal(one.table, drawn(firings).table)
-    assert not drawn(firings, 1).table.equals(one.table)
-    assert one.alive.tolist() == list(range(8))
-    assert one.table["atom"].nunique() == 4 and one.table["firing"].tolist() == list(range(len(one.table)))
-    assert one.table["position"].between(1, T - 1 - 5).all()  # the horizon follows each
-    assert set(drawn(firings, atoms=(6, 2)).table["atom"]) == {2, 6}
-    assert drawn(firings, n_atoms=None).table["atom"].nunique() == 8
-
-
 def test_the_dominant_atom_is_written_at_positions_drawn_uniformly(dense: torch.Tensor, firings: F.Firings) -> None:
     table = drawn(firings, n_atoms=None, firings_per_atom=30, written="dominant").table
     assert not table.duplicated(["sequence", "position"]).any()
@@ -90,15 +79,6 @@ def test_halves_share_no_sequence() -> None:
     assert draws.halves(9, seed=0).test.tolist() == split.test.tolist() != draws.halves(9, seed=3).test.tolist()
     with pytest.raises(NothingToMeasureError, match="3"):
         draws.halves(3, seed=0)
-
-
-def test_folds_are_two_halves_of_the_distinct_sequences() -> None:
-    sequences = np.array([7, 7, 3, 5, 9, 3, 1])
-    found = draws.folds(sequences, seed=0)
-    assert sorted(found) == [1, 3, 5, 7, 9] and sorted(found.values()) == [0, 0, 0, 1, 1]
-    assert found == draws.folds(sequences[::-1], seed=0)
-    assert any(draws.folds(sequences, seed=seed) != found for seed in (1, 2, 3))
-    assert sorted(draws.folds(np.array([4, 2]), seed=0).values()) == [0, 1]
 
 
 def test_atoms_of_both_halves(firings: F.Firings) -> None:

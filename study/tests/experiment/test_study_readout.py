@@ -10,7 +10,7 @@ import torch
 
 from hookpoints import WriteEdit
 from writesae.experiment.lab import EditedRows, Trial
-from writesae_study.experiment.readout import KL_METRICS, added_bits, kl_metrics, kl_window
+from writesae_study.experiment.readout import KL_METRICS, added_bits, kl_metrics
 
 T, D = 9, 11
 
@@ -38,16 +38,6 @@ def test_columns_are_of_their_tokens_and_direction(prefix: str) -> None:
         at, after, *rest = (kl_by_hand(batch, n, t + s, bool(prefix)) for s in range(4))
         found = [table[f"{prefix}kl_{name}"][n] for name in ("at", "next", "window")]
         assert found == pytest.approx([at, after, np.mean([at, after, *rest])], rel=1e-10)
-
-
-def test_windows_are_each_trials_own() -> None:
-    batch = rows()
-    assert batch.positions.tolist() == [[2, 3, 4, 5], [4, 5, 6, 7]]
-    assert torch.equal(batch.window[1], batch.logits[1, 2:6]) and torch.equal(batch.native_window[1], batch.native[4:8])
-    table = kl_window(batch)
-    for n, t in enumerate((2, 4)):
-        assert table["kl"][n] == pytest.approx(np.mean([kl_by_hand(batch, n, t + s) for s in range(4)]), rel=1e-10)
-        assert table["kl_at"][n] == pytest.approx(kl_by_hand(batch, n, t), rel=1e-10)
 
 
 def test_added_bits_are_those_of_the_whole_sequence() -> None:

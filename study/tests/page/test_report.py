@@ -11,23 +11,18 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-import pandas as pd
 import pytest
 from made_up import CONFOUNDED, FAILS, HOLDS, NO_EFFECT, made_up
 
-from writesae.page.format import percent
-from writesae.page.template import markdown
 from writesae_study.evaluations import EVALUATIONS, load_result
 from writesae_study.evaluations.sign import Sign
 from writesae_study.evaluations.substitution import Substitution
 from writesae_study.experiment.evaluation import Result
 from writesae_study.page import report
 from writesae_study.page.report import control_rows, find_results, in_order, write_report
-from writesae_study.verdict.finding import said
 from writesae_study.verdict.paper import PAPER_CLAIMS
 
 EVIL = "<script>alert(1)</script>"
-WORST = {"delete": 1.0, "atom": 1.9}
 FEW: dict[str, Any] = {"scales": ("matched",), "controls": ("state", "shuffled"), "n_sequences": 12}
 
 
@@ -91,12 +86,6 @@ def test_every_answer_is_on_the_page_and_in_json(saved: Path, html: Path, text: 
     )
 
 
-def test_a_docstring_is_markdown_without_html() -> None:
-    html = str(markdown("A **win** is:\n\n* one\n* two\n\n<b>no</b> & `a < b`"))
-    assert "<img" not in str(markdown("![a](http://evil.example/x.png)")) and "http" not in html
-    assert all(part in html for part in ("<strong>win</strong>", "<li>two</li>", "&lt;b&gt;", "<code>a &lt; b</code>"))
-
-
 def test_the_page_is_self_contained_and_figures_follow_its_colors(html: Path) -> None:
     source = html.read_text()
     figures, links = re.findall(r"<svg.*?</svg>", source, flags=re.S), re.findall(r'(?:src|href)="([^"]*)"', source)
@@ -107,65 +96,6 @@ def test_the_page_is_self_contained_and_figures_follow_its_colors(html: Path) ->
     assert set(re.findall(r"var\(--([a-z]+)\)", source)) <= set(re.findall(r"--([a-z]+):", source))
     ids = re.findall(r'<clipPath id="([^"]+)"', source)
     assert len(figures) > 4 and len(ids) == len(set(ids))  # a clip path of one figure must not cut another
-
-
-QUANTISED = {"delete": 1.0, "atom": 0.4, "quantised": 0.1}
-
-
-@pytest.mark.parametrize(
-    ("medians", "unequal", "meaning"),
-    [
-        (HOLDS, "", "that no control has"),
-        (HOLDS, "The terms are not equal.", "The terms are not equal."),
-        (CONFOUNDED, "", "The best control does as well."),
-        (QUANTISED, "", "A vector quantizer fitted on the same writes in the same metric does as well."),
-        (QUANTISED, "The terms are not equal.", "The best control does as well."),
-        (FAILS, "", "too small"),
-        (NO_EFFECT, "", "no larger than rounding"),
-    ],
-)
-def test_the_first_sentences_compare_the_best_atom_with_its_best_control(
-    tmp_path: Path, medians: dict[str, float], unequal: str, meaning: str
-) -> None:
-    few = FEW | {"controls": ("state", "shuffled", "quantised")}
-    results = [made_up(each, label=name, floor=1e-12, **few) for name, each in (("one", WORST), ("other", medians))]
-    results[1].info["unequal"] = unequal
-    _, _, first = words(write_report(results, tmp_path / "page")).partition(" Claims The model")
-    found = results[1].findings()[0]
-    best = max(found.against, key=lambda name: found.shown[name].mean)
-    assert f"The atom recovers {said(found.shown['atom'], percent)} of the effect of deleting the write" in first
-    assert f"the best control, {best}, recovers {said(found.shown[best], percent)}." in first
-    assert meaning in first
-
-
-def test_what_could_not_be_measured_has_a_section_of_its_own(text: str, html: Path) -> None:
-    rows = [
-        row for row in json.loads(html.with_suffix(".json").read_text())["claims"] if row["outcome"] == "not tested"
-    ]
-    assert {row["number"] for row in rows} == set(Sign.answers)
-    assert text.index("What could not be measured") < text.index("sign of a dead one") < text.rindex("no atom <fires>")
-
-
-def test_control_dictionaries_are_compared_and_quality_is_at_the_top(tmp_path: Path) -> None:
-    quality: dict[str, Any] = {
-        **{"target": "write", "n_sequences": 64, "n_tokens": 8192, "explained": 0.25, "l0": 1.5},
-        **{"alive": 0.5, "coverage": 0.75, "cosine": None, "floor": 0.0},
-        "deleted": {"mean": 0.081, "low": None, "high": None, "n": 64, "n_clusters": 64},
-    }
-    recovered = {"mean": 0.59, "low": 0.5, "high": 0.65, "n": 64, "n_clusters": 64}
-    made = made_up(HOLDS, label="mine", **FEW)
-    trained = replace(made, info=made.info | {"quality": {"mine": quality | {"recovered": recovered}}})
-    control = replace(made, info=made.info | {"label": "mine, untrained", "control": "untrained", "control_of": "mine"})
-    control.info["quality"] = {"mine, untrained": quality | {"recovered": None, "explained": None}}
-    html = write_report([trained, control], tmp_path / "page")
-    text, numbers = words(html), json.loads(html.with_suffix(".json").read_text())
-    assert "59.0% [50.0%, 65.0%]" in text and text.index("59.0") < text.index("Claims The model")
-    assert "mine, untrained" in text and "control dictionaries untrained" in text
-    assert {row["label"] for row in numbers["claims"]} == {"mine"}
-    assert "confounded" in {row["outcome"] for row in numbers["claims"]}
-    assert html.read_text().count("<summary>mine") == 1  # figures are those of the trained one
-    labels = pd.read_parquet(html.parent / "tables" / "substitution-firings.parquet")["label"]
-    assert set(labels) == {row["dictionary"] for row in numbers["quality"]} == {"mine", "mine, untrained"}
 
 
 def test_outcomes_and_intervals_are_counted(tmp_path: Path) -> None:
@@ -195,13 +125,3 @@ def test_outcomes_and_intervals_are_counted(tmp_path: Path) -> None:
 )
 def test_controls_are_rows_of_names_numbers_and_intervals(controls: str, rows: list[tuple[str, str, str]]) -> None:
     assert control_rows(controls) == rows
-
-
-def test_folders_without_results_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
-        find_results([tmp_path])
-    (tmp_path / "info.json").write_text(json.dumps({"format": 1, "kind": "guess"}))
-    with pytest.raises(ValueError, match="format"):
-        find_results([tmp_path])
-    with pytest.raises(ValueError, match="none"):
-        write_report([], tmp_path / "page")

@@ -12,7 +12,6 @@ from writesae.dictionary.estimates import Estimate, recovered_share
 from writesae.page.format import percent
 from writesae_study.verdict import statistics as stats
 from writesae_study.verdict.finding import Against, Finding, Paired, said
-from writesae_study.verdict.judge import Verdict
 
 
 def tidy(**kl: float) -> pd.DataFrame:
@@ -52,17 +51,13 @@ def test_conditions_of_one_unit_are_paired(paired: Paired) -> None:
             lambda w, ids: stats.estimate(w["atom"], ids, w["feature"], seed=3),
         ),
         (lambda p: p.recovered("atom"), lambda w, ids: recovered_share(w["atom"], w["delete"], ids)),
-        (
-            lambda p: p.recovered("atom", than="mean"),
-            lambda w, ids: stats.recovered_difference(w["atom"], w["mean"], w["delete"], ids),
-        ),
         (lambda p: p.total("atom"), lambda w, ids: stats.total(w["delete"] - w["atom"], w["delete"], ids)),
         (
             lambda p: p.total("atom", than="mean"),
             lambda w, ids: stats.total(w["mean"] - w["atom"], w["delete"], ids),
         ),
         (
-            lambda p: p.lead("delete", Paired(p.wide.assign(sequence=p["sequence"] + 100, atom=2 * p["atom"])), "atom"),
+            lambda p: p.lead("delete", Paired(p.wide.assign(sequence=p["sequence"] + 100, delete=2 * p["atom"]))),
             lambda w, ids: stats.estimate_difference(w["delete"], 2 * w["atom"], ids, ids + 100),
         ),
     ],
@@ -83,7 +78,7 @@ def test_units_measured_twice_count_once_and_units_without_a_condition_are_left_
     assert Paired.of(table, "kl", "firing").mean("delete").n == 60
     three = tidy(delete=1.0, atom=0.3, mean=0.8).query("not (condition == 'mean' and firing < 6)")
     paired = Paired.of(three, "kl", "firing")
-    assert paired.recovered("atom", "mean") == Paired(paired.wide.dropna()).recovered("atom", "mean")
+    assert paired.total("atom", "mean") == Paired(paired.wide.dropna()).total("atom", "mean")
 
 
 def found(paired: Paired, **changes: Any) -> Finding:
@@ -103,17 +98,6 @@ def found(paired: Paired, **changes: Any) -> Finding:
         "of": "firings in {} sequences",
     }
     return Finding(**given | paired.size_of("delete") | changes)
-
-
-def test_a_rule_of_the_question_comes_before_the_ladder(paired: Paired) -> None:
-    other = Verdict("confounded", "Any write is small here.")
-    assert found(paired, unless=other).verdict == other
-    lost = found(paired, unless=other, effect=paired.wins("delete", "atom"))
-    assert lost.verdict.outcome == "fails"  # what fails needs no further rule
-    assert found(paired, ruled=other, effect=paired.wins("delete", "atom")).verdict == other
-    untested = Finding.untested("a claim", "It needs two dictionaries.", 15).row()
-    assert (untested.outcome, untested.measured, untested.n) == ("not tested", "–", 0)
-    assert untested.sentence == "It needs two dictionaries."
 
 
 def test_the_sentence_says_subject_and_controls_with_their_intervals(paired: Paired) -> None:

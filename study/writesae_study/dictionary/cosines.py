@@ -15,8 +15,8 @@ from sae_lens_writesae.atom.low_rank import LowRank
 from writesae.experiment.firings import Integers
 from writesae.head.matrices import matrices_of
 from writesae.head.writes import head_writes
-from writesae_study.codes.components import fit_pca
 from writesae_study.experiment.bench import Bench
+from writesae_study.head.components import fit_pca
 from writesae_study.head.writes import random_units, torch_generator
 
 SIDES = ("key", "value", "shuffled_key", "shuffled_value")

@@ -8,9 +8,9 @@ prompt is taken from.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import numpy as np
@@ -18,9 +18,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from sae_lens_writesae.steering import TargetToken, scale_atoms, token_id
+from sae_lens_writesae.steering import scale_atoms
 from writesae.choices import AtLeast
-from writesae.dictionary.estimates import Estimate
 from writesae.experiment.firings import Integers, collect_firings
 from writesae.experiment.tokens import token_text
 from writesae_study.dictionary.selectivity import alignment
@@ -29,9 +28,7 @@ from writesae_study.experiment.draws import Halves, halves
 from writesae_study.experiment.evaluation import Evaluation, Result, Scope
 from writesae_study.experiment.generation import sample_continuations
 from writesae_study.experiment.targets import special_tokens
-from writesae_study.verdict import statistics as stats
 from writesae_study.verdict.finding import Finding, Paired, said
-from writesae_study.verdict.judge import one_is_enough
 from writesae_study.verdict.notation import signed
 
 CONTROL_NAMES = {
@@ -67,14 +64,11 @@ class Amplify(Evaluation):
     **Verdict** of claim 18, at the headline factor, with prompts and tokens both resampled: the ladder of `judge` on
     the mean change of the count (chance 0), in the direction that it has, against both controls. Either direction
     counts, because the paper's newline feature, amplified, made fewer newlines. A change matters from a tenth of the
-    unedited count on. It is below the floor where no count changes. The second claim counts the tokens whose change
-    differs from nothing and from both controls by itself (Holm-adjusted sign-flip tests by prompt).
+    unedited count on. It is below the floor where no count changes.
     """
 
-    tokens: tuple[TargetToken, ...] = ()
-    """Tokens (ids or strings, at least two) whose atoms are scaled. Empty: `n_tokens`, those with the best aligned."""
     n_tokens: Annotated[int, AtLeast(2)] = 5
-    """How many tokens, where none are named. A verdict needs 5."""
+    """Tokens whose atoms are scaled: those with the best aligned. A verdict needs 5."""
     atoms_per_token: int = 1
     """Atoms of a token in each dictionary: those that are aligned best (the paper's 10)."""
     min_count: Annotated[int, AtLeast(2)] = 20
@@ -92,8 +86,6 @@ class Amplify(Evaluation):
     new_tokens: int = 40
     """Tokens sampled at temperature 1, with the same random numbers under every condition."""
 
-    question: ClassVar[str] = "Does scaling an atom change how often its token is written?"
-    answers: ClassVar[tuple[int, ...]] = (18,)
     scope: ClassVar[Scope] = Scope.LAYER
     columns: ClassVar[dict[str, dict[str, str]]] = {
         "atoms": {
@@ -121,7 +113,6 @@ class Amplify(Evaluation):
 
     def rules(self) -> dict[str, tuple[bool, str]]:
         return {
-            "tokens": (len(self.tokens) != 1, "two tokens or more, because the atoms of the others are a control"),
             "headline": (self.headline in self.factors, f"one of factors {self.factors}"),
             "factors": (1.0 not in self.factors, "other than 1, which changes nothing and is compared with"),
         }
@@ -130,8 +121,7 @@ class Amplify(Evaluation):
 
     def measure(self, lab: Bench) -> dict[str, pd.DataFrame]:
         split = halves(len(lab.tokens), self.seed)
-        asked = [token_id(lab.model, token) for token in self.tokens]
-        teams = self.choose_teams(lab, split.select, asked)
+        teams = self.choose_teams(lab, split.select)
         sequences = split.test[: self.prompts]
         prompts = lab.tokens[sequences, : self.prompt_tokens]
         counts, fires = self._token_counts(lab, prompts, teams)
@@ -181,45 +171,33 @@ class Amplify(Evaluation):
         table = _with_other(pd.concat(frames))
         return table[finite[table["prompt"]]], fires
 
-    def choose_teams(self, lab: Bench, sequences: Integers, asked: Sequence[int]) -> dict[int, Team]:
-        """The atoms of each token in each dictionary, the best aligned first: of the tokens asked for, in order, or of
-        those whose atoms in the first dictionary are aligned best. No atom belongs to two tokens.
+    def choose_teams(self, lab: Bench, sequences: Integers) -> dict[int, Team]:
+        """The atoms of each token in each dictionary, the best aligned first, of the tokens whose atoms in the first
+        dictionary are aligned best. No atom belongs to two tokens.
 
         Raises:
-            ValueError: a token asked for has no atom.
             NothingToMeasureError: fewer than two tokens have one.
         """
         ids, counts = np.unique(lab.tokens[sequences].cpu().numpy(), return_counts=True)
-        frequent = set(ids[counts >= self.min_count].tolist())
-        if not asked:
-            frequent -= special_tokens(lab.model)
-        wanted = list(asked) or sorted(frequent)
+        frequent = sorted({*ids[counts >= self.min_count].tolist()} - special_tokens(lab.model))
         able = {}
         for label in lab.saes:
-            fit = alignment(lab.firings(label), lab.tokens, sequences, wanted)
+            fit = alignment(lab.firings(label), lab.tokens, sequences, frequent)
             able[label] = np.where(fit.both >= self.min_firings, fit.phi, 0.0)  # [N,F]
         first = next(iter(able.values())).copy()
-        best_aligned_first = np.argsort(-first.max(1), kind="stable").tolist()
         teams: dict[int, Team] = {}
-        for n in range(len(wanted)) if asked else best_aligned_first:
-            token = wanted[n]
+        for n in np.argsort(-first.max(1), kind="stable").tolist():
             team: Team = {}
             for label, phi in able.items():
                 best = np.argsort(-phi[n], kind="stable")[: self.atoms_per_token]
                 team[label] = [atom for atom in best.tolist() if phi[n, atom] > 0]
             lead = next(iter(team.values()))[:1]
-            # A token whose best atom another token has already gets none, unless it was asked for.
-            if token in frequent and lead and (asked or lead[0] == first[n].argmax()):
-                teams[token] = team
+            # A token whose best atom another token has already gets none.
+            if lead and lead[0] == first[n].argmax():
+                teams[frequent[n]] = team
                 for label, atoms in team.items():
                     able[label][:, atoms] = 0.0  # no atom belongs to two tokens
-            elif asked:
-                raise ValueError(
-                    f"token {token_text(lab.model, token)!r} does not occur {self.min_count} times in the "
-                    f"selection half, or no atom left for it fires there {self.min_firings} times; give more "
-                    "sequences, or lower min_count and min_firings"
-                )
-            if len(teams) == (len(asked) or self.n_tokens):
+            if len(teams) == self.n_tokens:
                 break
         lab.require(
             len(teams) >= 2,
@@ -247,7 +225,7 @@ class Amplify(Evaluation):
     # -- judging
 
     def findings(self, result: Result) -> list[Finding]:
-        """Claim 18 over all tokens, and how many tokens show it by themselves."""
+        """Claim 18, over all tokens."""
         atoms = result.tables["atoms"]
         table = result.tables["counts"]
         counts = {factor: counts_at(result, factor) for factor in self.factors}
@@ -263,7 +241,7 @@ class Amplify(Evaluation):
         native = at_headline["nothing"]
         amplified = at_headline["atom"]
         moves = f"{native.mean():.2f} to {amplified.mean():.2f}"
-        pooled = Finding(
+        moved = Finding(
             number=18,
             claim="amplifying an atom moves its token in generation",
             effect=effect,
@@ -280,7 +258,7 @@ class Amplify(Evaluation):
             f"{fires:.1f} of them",
             of=f"prompt x token pairs ({n_tokens} tokens, {scaled})",
         )
-        return [pooled, _single_token_finding(at_headline, atoms, effect)]
+        return [moved]
 
 
 def _with_other(counts: pd.DataFrame) -> pd.DataFrame:
@@ -316,36 +294,6 @@ def _alignment_table(lab: Bench, teams: Mapping[int, Team], split: Halves) -> pd
                 }
                 rows.append(row)
     return pd.DataFrame(rows).sort_values("token", kind="stable")
-
-
-def _single_token_finding(counts: Paired, atoms: pd.DataFrame, effect: Estimate) -> Finding:
-    """How many tokens change by themselves, by counts at the headline's factor."""
-    p_values, words = {}, {}
-    texts = atoms[["token", "text"]].drop_duplicates()
-    for (token, text), rows in counts.wide.merge(texts).groupby(["token", "text"]):
-        tests = []
-        for rival in ("nothing", *CONTROL_NAMES):
-            tests.append(stats.sign_flip_test(rows["atom"], rows[rival], rows["sequence"]))
-        p_values[str(token)] = max(tests)  # the token has to differ from all of them
-        change = replace(counts, wide=rows).mean("atom", "nothing")
-        words[str(token)] = f"{text!r} {said(change, signed)}"
-    moved = [words[token] for token, p in stats.holm(p_values).items() if p < 0.05]
-    n_tokens = atoms["token"].nunique()
-    measured = f"{len(moved)} of {n_tokens} tokens (Holm-adjusted p < 0.05)"
-    return Finding(
-        claim="single atoms move their token in generation",
-        null=CONTROL_NAMES["random"],
-        ruled=one_is_enough(
-            len(moved),
-            effect,
-            "At least one token changes more than under every control.",
-            "No token changes more than under every control by itself.",
-        ),
-        measured=f"{measured}: {', '.join(moved)}" if moved else measured,
-        controls="sign flips by prompt against nothing and both controls; the largest p counts",
-        n=n_tokens,
-        of="tokens with an atom each",
-    )
 
 
 def counts_at(result: Result, factor: float) -> Paired:

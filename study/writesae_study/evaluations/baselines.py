@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -16,7 +16,7 @@ from writesae.choices import AtLeast
 from writesae.experiment.lab import Site
 from writesae.head.matrices import matrices_of
 from writesae.page.format import percent
-from writesae_study.dictionary.reconstruction import (
+from writesae_study.dictionary.replacement import (
     ATOM,
     ATOM_SVD,
     DICTIONARIES,
@@ -63,20 +63,20 @@ class Baselines(Evaluation):
     reconstruction (`svd`: for a FlatSAE the paper's baseline); a random direction; the head's mean write; the top
     singular direction of the state before the write (that of the state after it contains the write: a reference, never
     compared with an atom); and the projection of the write on the first principal components of writes (`pca r`). A
+    direction without a size gets the projection of the native write on it, its best. A
     win: the KL divergence from the native distributions, mean over t..t+horizon, is smaller than after deletion.
     Differences of win rates are paired.
 
     **Whole-matrix replacement.** Every write (state) of the head is replaced by its reconstruction at once. The cost is
-    in nats per token, and as perplexity exp(cost) - 1. Others are: the mean matrix, zero, `pca r`, and states cut to
-    rank r. Replacing all by itself is the no-op that measures the floor.
+    in nats per token, and as perplexity exp(cost) - 1. Others are the mean matrix and zero. Replacing all by itself is
+    the no-op that measures the floor.
 
     **Selectivity** of a direction (the paper's, I.1): 1 - overlap of the `top_tokens` tokens that the strongest atom
     moves most, where it is added to the write at the write's norm, with those that a random direction moves there.
 
     The WriteSAE is the first dictionary with rank-1 atoms and a bilinear encoder, the FlatSAE the first dense one with
     as many atoms (or, once more, as many parameters within 5%). Intervals are over sequences, and over atoms for dead
-    atoms. Claims are about the first dictionary of each variant; others of its seeds are in the tables (the paper's
-    table 7 is `explained` of `dictionaries`, by `variant`).
+    atoms. Claims are about the first dictionary of each variant; others of its seeds are in the tables.
 
     **Verdicts** by the ladder of `judge`:
 
@@ -88,26 +88,18 @@ class Baselines(Evaluation):
       perplexity, against the mean matrix; below the floor where replacing all by zero costs nothing.
     * Claim 17, fewer dead atoms than the FlatSAE: the difference of shares (10 points matter), against a dense encoder
       with rank-1 atoms (MatrixSAE), where there is one. A bilinear encoder with flat atoms is shown and is no control.
-    * States cut to rank 1 cost less than 0.1% of perplexity. Where that holds, the measure says little of
-      dictionaries.
     * Claim 28, an atom moves other tokens than a random direction: the ladder on its selectivity minus that of a second
       random direction (0.01 matters). The paper finds no difference from directions without meaning.
     """
 
     test_sequences: Annotated[int, AtLeast(2)] = 40
-    """Sequences of the test half on which writes are exchanged and reconstruction is measured (all, if fewer)."""
+    """Sequences of the test half on which writes are exchanged (all, if fewer)."""
     positions_per_sequence: int = 2
     """Positions of each, drawn uniformly; every dictionary and every control writes at the same ones."""
-    scale: Literal["coefficient", "matched"] = "coefficient"
-    """Size of what is written. `coefficient`: as the dictionary or the projection gives it; a direction that has none
-    (random, mean, state, state_after) gets the projection of the native write on it, its best. `matched`: the norm of
-    the native write for all, at which what has a cosine below 1/2 with the write is further from it than nothing."""
     pca_ranks: tuple[int, ...] = (1, 4, 32)
     """Numbers of principal components of the head's writes."""
     pca_writes: Annotated[int, AtLeast(2)] = 1024
     """Writes that the components are fitted to, drawn from the other half."""
-    state_ranks: tuple[int, ...] = (1, 2, 4)
-    """Ranks at which whole states are cut."""
     replacement_sequences: Annotated[int, AtLeast(2)] = 16
     """Sequences of the test half on which whole matrices are replaced."""
     horizon: int = 16
@@ -119,8 +111,6 @@ class Baselines(Evaluation):
     top_tokens: int = 32
     """Tokens that are compared for the selectivity of directions (the paper's K)."""
 
-    question: ClassVar[str] = "Do rank-1 atoms do better than what is simpler?"
-    answers: ClassVar[tuple[int, ...]] = (15, 16, 17, 28)
     scope: ClassVar[Scope] = Scope.VARIANTS
     columns: ClassVar[dict[str, dict[str, str]]] = {
         "dictionaries": DICTIONARIES,
@@ -142,7 +132,7 @@ class Baselines(Evaluation):
             lab.skipped["positions with a zero native write, or no room for the window"] += n_lacking
             if not positions:
                 continue
-            written.append(exchanged(lab, site, positions, basis, self.pca_ranks, self.scale, self.horizon + 1))
+            written.append(exchanged(lab, site, positions, basis, self.pca_ranks, self.horizon + 1))
             native = site.at(positions)
             atoms = {}
             for label, hook in lab.hooks.items():
@@ -151,12 +141,12 @@ class Baselines(Evaluation):
             directions.append(direction_selectivity(lab, site, positions, atoms, self.top_tokens))
         lab.require(len(written) > 1, "the head writes nothing at the drawn positions of all but one sequence")
         costs = [
-            replacement_costs(lab, sequence, basis, self.pca_ranks, self.state_ranks)
+            replacement_costs(lab, sequence, basis)
             for sequence in lab.bar(split.test[: self.replacement_sequences].tolist(), "replacement")
         ]
         lab.facts["d_vocab"] = int(lab.model.cfg.d_vocab)
         return {
-            "dictionaries": dictionaries(lab, tested.tolist(), self.alive_tokens),
+            "dictionaries": dictionaries(lab, self.alive_tokens),
             "writes": pd.concat(written, ignore_index=True),
             "replacement": pd.concat(costs, ignore_index=True),
             "selectivity": pd.concat(directions, ignore_index=True),
@@ -174,7 +164,7 @@ class Baselines(Evaluation):
     # -- judging
 
     def findings(self, result: Result) -> list[Finding]:
-        """Claims 15 to 17, whether whole replacement measures anything, claim 28."""
+        """Claims 15 to 17, and 28."""
         table = result.tables["dictionaries"]
         same = near = None
         writes = result.tables["writes"]
@@ -192,7 +182,6 @@ class Baselines(Evaluation):
             self._against_flat(kl, ours, near, "as many parameters", (SVD, SVD)),
             self._higher_rank(result, ours),
             self._dead_atoms_finding(result, ours, same),
-            self._low_rank_states(result),
             self._selectivity_finding(result, ours),
         ]
 
@@ -300,32 +289,6 @@ class Baselines(Evaluation):
             measured=f"difference {said(gap['FlatSAE'], points)} points",
             controls="" if dense else "a dense encoder with rank-1 atoms (MatrixSAE) was not given",
             of="atoms",
-        )
-
-    def _low_rank_states(self, result: Result) -> Finding:
-        claim = "states cut to rank 1 cost less than 0.1% of perplexity, so that whole replacement says little"
-        table = result.tables["replacement"]
-        methods = dict.fromkeys(table.loc[table["hook"] == "state", "method"])
-        if "rank 1" not in methods:
-            return Finding.untested(claim, "It needs rank 1 among state_ranks, and states of a higher rank.")
-        shown = {m: mean_cost(result, f"/{m}", hook="state") for m in methods if m.startswith("rank ")}
-        if result.info["target"] == "state":
-            shown["zero"] = mean_cost(result, "/zero")
-        return Finding(
-            claim=claim,
-            effect=shown["rank 1"],
-            what="the cost",
-            null="zero",
-            typical=shown["zero"].low if "zero" in shown else None,
-            floor=no_op_cost(result),
-            chance=2 * SMALL_COST,  # so that the cost must be below SMALL_COST
-            less=True,
-            relevant=SMALL_COST,
-            shown=shown,
-            write=perplexity,
-            axis="of perplexity",
-            n=result.tables["replacement"]["sequence"].nunique(),
-            of="sequences",
         )
 
     def _selectivity_finding(self, result: Result, ours: pd.Series | None) -> Finding:

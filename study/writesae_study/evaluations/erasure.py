@@ -28,9 +28,7 @@ from writesae_study.experiment.draws import silent_positions
 from writesae_study.experiment.evaluation import Result, described
 from writesae_study.experiment.readout import log_prob_change, native_log_prob
 from writesae_study.head.writes import random_units
-from writesae_study.verdict import statistics as stats
 from writesae_study.verdict.finding import Finding, Paired, said
-from writesae_study.verdict.judge import one_is_enough
 from writesae_study.verdict.notation import signed
 
 CONTROL_NAMES: dict[str, str] = {
@@ -74,9 +72,7 @@ class Erasure(OfHalves):
 
     **Verdict** of claim 8: the ladder of `judge` on the mean effect over all test firings, which must be below 0, and
     on effect - control for each control. Intervals resample sequences and atoms (for a single atom: sequences). An
-    effect matters from 0.01 nats on. The floor is what a no-op moves the same tokens. A second claim counts atoms whose
-    effect is below every control by itself, by 0.01 nats or more: each has one random direction, and of two random
-    directions one is always a little ahead.
+    effect matters from 0.01 nats on. The floor is what a no-op moves the same tokens.
 
     **Insertion** (the paper's I.4). m a* A_i is added to the write where the atom is silent; a* is the median
     activation of the atom at its test firings. Claim 24, that an atom raises its token there: the ladder on the mean
@@ -97,8 +93,6 @@ class Erasure(OfHalves):
     horizon: int = 4
     """The effect is the mean change of a token's log-probability over t..t+horizon."""
 
-    question: ClassVar[str] = "Does erasing an atom lower its own token?"
-    answers: ClassVar[tuple[int, ...]] = (8, 24)
     columns: ClassVar[dict[str, dict[str, str]]] = {
         "atoms": described(
             "text",
@@ -111,7 +105,6 @@ class Erasure(OfHalves):
             elsewhere="nats, control: other writes, same token",
             random="nats, control: a random direction, on the token chosen for it",
             wrong="nats, control: the erasure, on tokens of similar probability",
-            p="largest p of sign-flip tests against the controls, by sequence; Holm-adjusted over atoms",
         ),
         "firings": described(
             "atom sequence position",
@@ -186,20 +179,9 @@ class Erasure(OfHalves):
             selected=selected,
             n_select=select.groupby("column").size(),
             n=of_atom.size(),
-            p=self._p_values(firings),
         )
         doses = _dose_table(table).join(by_firing[["atom", "sequence"]], on="firing")
         return {"atoms": summary, "firings": firings, "doses": doses}
-
-    def _p_values(self, firings: pd.DataFrame) -> list[float]:
-        """The largest p against the controls of each atom, Holm-adjusted over atoms."""
-        largest = {}
-        for column, rows in firings.groupby("column"):
-            effect = rows["effect"]
-            sequences = rows["sequence"]
-            tests = (stats.sign_flip_test(effect, rows[name], sequences, seed=self.seed) for name in CONTROL_NAMES)
-            largest[str(column)] = max(tests)
-        return list(stats.holm(largest).values())
 
     def _drawn_halves(self, lab: Bench) -> tuple[Integers, pd.DataFrame, pd.DataFrame]:
         """The tested atoms, and their firings in both halves. The column `column` says which of the atoms a firing
@@ -299,7 +281,7 @@ class Erasure(OfHalves):
     # -- judging
 
     def findings(self, result: Result) -> list[Finding]:
-        """Claim 8 over all firings, how many atoms show it by themselves, and claim 24."""
+        """Claim 8 over all firings, and claim 24."""
         firings = result.tables["firings"]
         atoms = result.tables["atoms"]
         erased = Paired(firings, ("sequence", "atom"), self.seed)
@@ -324,21 +306,7 @@ class Erasure(OfHalves):
             "token was chosen on",
             of=f"firings of {firings['atom'].nunique()} atoms in {firings['sequence'].nunique()} sequences",
         )
-        lowest_control = atoms[list(CONTROL_NAMES)].min(axis=1)
-        is_lower = atoms["effect"] < lowest_control - RELEVANT
-        n_single = int((is_lower & (atoms["p"] < 0.05)).sum())
-        beaten = f"atom lowers its token {RELEVANT:g} nats more than every control."
-        single = Finding(
-            claim="single atoms have their own token",
-            null=CONTROL_NAMES["random"],
-            ruled=one_is_enough(n_single, effect, f"At least one {beaten}", f"No {beaten}"),
-            measured=f"{n_single} of {len(atoms)} atoms (Holm-adjusted p < 0.05 and {RELEVANT:g} nats against every "
-            "control)",
-            controls="sign flips of effect - control by sequence; the largest p of the three controls counts",
-            n=len(atoms),
-            of="atoms",
-        )
-        return [pooled, single] if result.tables["doses"].empty else [pooled, single, self._insertion_finding(result)]
+        return [pooled] if result.tables["doses"].empty else [pooled, self._insertion_finding(result)]
 
     def _insertion_finding(self, result: Result) -> Finding:
         """Claim 24, at the largest dose; the smaller ones are shown."""

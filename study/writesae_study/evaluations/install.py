@@ -66,8 +66,6 @@ class Install(Evaluation):
     semantic: tuple[TargetToken, ...] = ()
     """Tokens or strings (each one token) that mean something to you: one more stratum. Empty: left out."""
 
-    question: ClassVar[str] = "Do installed writes put a token into the continuation?"
-    answers: ClassVar[tuple[int, ...]] = (10, 25)
     scope: ClassVar[Scope] = Scope.HEAD
     columns: ClassVar[dict[str, dict[str, str]]] = {
         "continuations": {

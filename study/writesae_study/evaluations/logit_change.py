@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -64,7 +64,7 @@ SHUFFLED = "F2 shuffled between firings"
 @dataclass(frozen=True, kw_only=True)
 class LogitChange(OfFirings):
     """At a firing of atom i at token t, eps times A_i is added to the write, where eps = 1 is as large as the native
-    write (or as the atom's own coefficient). The edit runs in closed loop. The change of the logits of chosen tokens at
+    write. The edit runs in closed loop. The change of the logits of chosen tokens at
     t + horizon is measured against a run without edits in the same batch, and predicted by three formulas without a
     fitted number:
 
@@ -99,13 +99,8 @@ class LogitChange(OfFirings):
     ranks: tuple[tuple[int, int], ...] = ((1, 1), (2, 5), (50, 50))
     """Groups (lowest, highest) of the native rank of a predicted token; one token is drawn from each group."""
     eps: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)
-    """Sizes of what is added, in `unit`s."""
-    unit: Literal["write", "coefficient"] = "write"
-    """What eps counts: the Frobenius norm of the native write at t, or the atom's own coefficient there (activation
-    times the atom's norm)."""
+    """Sizes of what is added, in Frobenius norms of the native write at t."""
 
-    question: ClassVar[str] = "Can a formula predict the change of a logit?"
-    answers: ClassVar[tuple[int, ...]] = (7, 22, 23)
     columns: ClassVar[dict[str, dict[str, str]]] = {
         "cells": {
             "firing": "number of the firing: one atom at one token of one sequence",
@@ -202,8 +197,7 @@ class LogitChange(OfFirings):
         native = site.at(site.rows["position"].tolist())
         atom = lab.atoms(site.rows["written_atom"].to_numpy()).to(native.values)
         size = atom.norm()
-        activation = torch.tensor(site.rows["activation"].to_numpy()).to(native.values)
-        unit = native.norm() if self.unit == "write" else activation * size
+        unit = native.norm()
         usable = (size > 0) & (unit != 0)
         lab.skipped["the atom or the native write is zero, so that eps has no unit"] += int((~usable).sum())
         smallest = torch.finfo(size.dtype).tiny  # where the size is 0; such rows are dropped

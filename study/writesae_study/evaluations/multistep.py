@@ -61,8 +61,6 @@ class Multistep(Evaluation):
     controls: tuple[Control, ...] = (*DIRECTIONS, *REFERENCES)
     """Controls and references to run."""
 
-    question: ClassVar[str] = "How does the effect of one substitution grow over later tokens?"
-    answers: ClassVar[tuple[int, ...]] = (21,)
     min_sequences: ClassVar[int] = 1
     columns: ClassVar[dict[str, dict[str, str]]] = {
         "steps": described(

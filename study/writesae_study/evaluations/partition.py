@@ -114,8 +114,6 @@ class Partition(OfAlive):
     pca_writes: Annotated[int, AtLeast(2)] = 1024
     """Native writes that the first principal component is fitted to."""
 
-    question: ClassVar[str] = "Do atoms point along the writes they fire on, and are there two kinds?"
-    answers: ClassVar[tuple[int, ...]] = (4, 6, 26, 27)
     columns: ClassVar[dict[str, dict[str, str]]] = {
         "atoms": {
             "atom": "index of an alive atom",

@@ -70,8 +70,6 @@ class Passage(Evaluation):
     min_firings: int = 4
     """Firings on the other half that an atom needs to be given a class."""
 
-    question: ClassVar[str] = "How much does removing a class of atoms hurt the loss?"
-    answers: ClassVar[tuple[int, ...]] = (19,)
     columns: ClassVar[dict[str, dict[str, str]]] = {
         "passages": {
             "sequence": "row of the evaluation tokens, in the test half",

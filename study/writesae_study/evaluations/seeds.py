@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -25,8 +25,8 @@ from writesae_study.experiment.at_firings import OfAlive
 from writesae_study.experiment.bench import Bench
 from writesae_study.experiment.evaluation import Result, Scope
 from writesae_study.head.writes import torch_generator
-from writesae_study.verdict.finding import Against, Finding, Paired, said
-from writesae_study.verdict.judge import Verdict, too_little
+from writesae_study.verdict.finding import Finding, Paired, said
+from writesae_study.verdict.judge import Verdict, judge, too_little
 from writesae_study.verdict.notation import signed
 
 SAMPLES: dict[str, str] = {
@@ -54,17 +54,12 @@ class Seeds(OfAlive):
     dictionaries exceed cosine 0.9. Atoms that were never learned share nothing either, so it *holds* only where in
     every pair of dictionaries the atoms match better than random directions by more than 0.1; otherwise it is
     *inconclusive*. (Half of that will not do: random atoms that fire are a little more alike than random directions.)
-
-    "Seeds share atoms beyond chance" (a claim of this project): the ladder of `judge` on the excess over random
-    directions, of the pair of dictionaries where it is smallest, against native writes drawn at random (the pair where
-    the excess over them is smallest). A difference of 0.05 matters.
+    "More than 0.1" is the ladder of `judge` on the excess over random directions, in the pair where it is smallest.
     """
 
     threshold: float = 0.05
     """Median cosine with the native write from which on an atom is a register."""
 
-    question: ClassVar[str] = "Do seeds find the same atoms?"
-    answers: ClassVar[tuple[int, ...]] = (20,)
     scope: ClassVar[Scope] = Scope.SEEDS
     columns: ClassVar[dict[str, dict[str, str]]] = {
         "counts": {
@@ -159,34 +154,6 @@ class Seeds(OfAlive):
     # -- judging
 
     def findings(self, result: Result) -> list[Finding]:
-        """Claim 20, and whether atoms match beyond chance."""
-        beyond = self._beyond_chance_finding(result)
-        return [self._same_kinds(result, beyond), beyond]
-
-    def _beyond_chance_finding(self, result: Result) -> Finding:
-        """Whether seeds share atoms beyond chance, by the pair of dictionaries that matches worst."""
-        matches = dict(list(result.tables["matches"].groupby("sample")))
-        # By the lower end: of all pairs the claim has to hold for the one that shows it least.
-        random = matches["random"].nsmallest(1, "excess_low").iloc[0]
-        writes = matches["writes"].nsmallest(1, "excess_low").iloc[0]
-        n = int(matches["atoms"]["n"].min())
-        smallest = Estimate(random["excess"], random["excess_low"], random["excess_high"], n, n)
-        over_writes = Estimate(writes["excess"], writes["excess_low"], writes["excess_high"], n, n)
-        medians = {name: ", ".join(f"{x:.2f}" for x in rows["median"]) for name, rows in matches.items()}
-        return Finding(
-            claim="seeds share atoms beyond chance",
-            effect=smallest,
-            what=f"the excess over random directions of {random['a']} and {random['b']}, the pair that matches worst,",
-            null="random directions",
-            against={"native writes drawn at random": Against(over_writes)},
-            relevant=RELEVANT,
-            measured=f"median matched |cosine| {medians['atoms']}",
-            controls=f"random directions {medians['random']}, random native writes {medians['writes']}",
-            n=int(matches["atoms"]["n"].sum()),
-            of=f"atom pairs of {len(matches['atoms'])} pairs of seeds",
-        )
-
-    def _same_kinds(self, result: Result, beyond: Finding) -> Finding:
         """Claim 20, with whether atoms match beyond chance."""
         counts = result.tables["counts"]
         spread = {}
@@ -199,11 +166,14 @@ class Seeds(OfAlive):
             faults.append(f"counts vary by more than {percent(SPREAD)}")
         if same["atoms"] > SAME_SHARE:
             faults.append(f"more than {percent(SAME_SHARE)} of atoms are the same")
-        learned = replace(beyond, against={}, chance=RELEVANT).verdict  # atoms that fire are alike by a little
-        excess = (
-            "" if beyond.effect is None else f"; mean |cosine| {said(beyond.effect, signed)} above random directions"
-        )
-        few = None if beyond.effect is None else too_little(beyond.effect)
+        matches = result.tables["matches"].groupby("sample").get_group("random")
+        # By the lower end: of all pairs the excess has to be there in the one that shows it least.
+        least = matches.nsmallest(1, "excess_low").iloc[0]
+        n = int(matches["n"].min())
+        excess = Estimate(least["excess"], least["excess_low"], least["excess_high"], n, n)
+        what = f"the excess over random directions of {least['a']} and {least['b']}, the pair that matches worst,"
+        learned = judge(excess, chance=RELEVANT, relevant=RELEVANT, what=what)  # atoms that fire are alike by a little
+        few = too_little(excess)
         if few is not None:
             verdict = Verdict("inconclusive", few)
         elif faults:
@@ -212,14 +182,19 @@ class Seeds(OfAlive):
             verdict = Verdict("holds", "Counts agree, and atoms do not.")
         else:
             verdict = Verdict("inconclusive", f"Nothing shows that anything was learned. {learned.sentence}")
-        return Finding(
+        measured = [
+            f"alive vary by {percent(spread['alive'])}, registers by {percent(spread['register'])}",
+            f"at most {percent(same['atoms'])} of atoms match at cosine > {SAME:g}",
+            f"mean |cosine| {said(excess, signed)} above random directions",
+        ]
+        same_kinds = Finding(
             number=20,
             claim="seeds find the same kinds, not the same atoms",
             null="random directions",
             ruled=verdict,
-            measured=f"alive vary by {percent(spread['alive'])}, registers by {percent(spread['register'])}; at most "
-            f"{percent(same['atoms'])} of atoms match at cosine > {SAME:g}{excess}",
+            measured="; ".join(measured),
             controls=f"random match {percent(same['random'])}, writes match {percent(same['writes'])}",
             n=len(counts),
             of="seeds",
         )
+        return [same_kinds]

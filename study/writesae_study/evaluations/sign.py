@@ -7,13 +7,12 @@ fitted.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.metrics import r2_score
 
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.steering import value_direction
@@ -25,9 +24,7 @@ from writesae_study.experiment.bench import Bench, trials_at
 from writesae_study.experiment.evaluation import Evaluation, Result, Scope, described
 from writesae_study.experiment.predictors import ReadGradients, predict
 from writesae_study.experiment.targets import DrawnTarget, Stratum, draw_target, logit_noise, random_unit, target_change
-from writesae_study.verdict.finding import Against, Finding, Paired
-from writesae_study.verdict.judge import Verdict
-from writesae_study.verdict.notation import r_squared
+from writesae_study.verdict.finding import Finding, Paired
 
 VALUE_SIDES = ("direct", "gradient", "random", "wrong")
 """Value sides of the writes: two that aim at the target, and two controls."""
@@ -35,9 +32,6 @@ VALUE_SIDES = ("direct", "gradient", "random", "wrong")
 RELEVANT = 0.1
 """Distance of a share of right signs from 1/2 from which on it matters, and margin by which a control may be worse and
 still count as equal. The paper's share is 0.35 above 1/2."""
-
-GOOD_FIT = 0.9
-"""Unfitted R^2 from which on sizes count as predicted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +48,7 @@ class Sign(Evaluation):
     **Verdict** of claim 9, over all direct writes (intervals over sequences): the ladder of `judge` on the share of
     changes that have the sign that was written (chance 1/2, a share matters from 60% on), against both nulls. The share
     of F0's right signs is shown with it: it asks about the sign of <k_t, q_t>, too. The floor is what a no-op moves a
-    logit by. The second claim asks the same of F2, and besides an unfitted R² above 0.9 at the smallest m.
+    logit by. How well F2 predicts sizes is asked by `logit_change`.
     """
 
     n_positions: Annotated[int, AtLeast(2)] = 96
@@ -66,8 +60,6 @@ class Sign(Evaluation):
     first_position: Annotated[int, AtLeast(0)] = 8
     """Positions before this one are left out."""
 
-    question: ClassVar[str] = "Does the sign of a write set the sign of its effect?"
-    answers: ClassVar[tuple[int, ...]] = (9,)
     scope: ClassVar[Scope] = Scope.HEAD
     columns: ClassVar[dict[str, dict[str, str]]] = {
         "writes": described(
@@ -165,28 +157,17 @@ class Sign(Evaluation):
     # -- judging
 
     def findings(self, result: Result) -> list[Finding]:
-        """Claim 9 by F0, and how far F2 predicts signs and sizes."""
-        writes = result.tables["writes"]
-        # F2 of other writes has F2's share of each sign, and knows nothing of the write.
-        shuffled = writes["f2"].sample(frac=1, random_state=self.seed).to_numpy()
-        moved = writes.assign(written=writes["m"], shuffled=shuffled)
-        sign = np.sign(moved["measured"])
-        is_right = {by: sign == np.sign(moved[by]) for by in ("aimed", "f0", "f2", "written", "shuffled")}
-        table = moved.assign(**is_right)
+        """Claim 9. Judged by the sign that was written: F0's right signs also ask about the sign of <k, q>."""
+        writes = result.tables["writes"].assign(written=lambda table: table["m"])
+        sign = np.sign(writes["measured"])
+        table = writes.assign(**{by: sign == np.sign(writes[by]) for by in ("aimed", "f2", "written")})
         by_direction = {direction: Paired(rows) for direction, rows in table.groupby("direction")}
         direct = by_direction["direct"]
         paired = Paired.of(table, "written", "sequence", "position", "token", "m", by="direction", seed=self.seed)
         rivals = {"wrong": "toward another token", "random": "random direction"}
         written = direct.mean("written")
-        by_f0 = direct.mean("aimed")
-        by_f2 = direct.mean("f2")
-        sizes = moved["m"].abs()
-        of_direct = moved[moved["direction"] == "direct"]
-        small = of_direct[of_direct["m"].abs() == sizes.min()]
-        f0 = r2_score(small["measured"], small["f0"])
-        f2 = r2_score(small["measured"], small["f2"])
-        # Judged by the sign that was written: F0's right signs also ask about the sign of <k, q>.
-        first = Finding(
+        moved = writes.loc[writes["direction"] == "direct", "measured"]
+        finding = Finding(
             number=9,
             claim="the sign of a write is the sign of its effect",
             effect=written,
@@ -195,12 +176,12 @@ class Sign(Evaluation):
             against=paired.beaten("direct", rivals),
             chance=0.5,
             relevant=RELEVANT,
-            typical=float(of_direct["measured"].abs().median()),
+            typical=float(moved.abs().median()),
             floor=result.fact("floor"),
             shown={
                 "as written": written,
                 **{shown: by_direction[name].mean("written") for name, shown in rivals.items()},
-                "by F0": by_f0,
+                "by F0": direct.mean("aimed"),
                 "gradient, by F2": by_direction["gradient"].mean("f2"),
             },
             write=percent,
@@ -208,20 +189,4 @@ class Sign(Evaluation):
             n=len(table[["sequence", "position", "token"]].drop_duplicates()),
             of=f"position x target pairs in {{}} sequences, {table['m'].nunique()} writes each",
         )
-        poor = f"Signs are right, but the unfitted R² at the smallest m is not above {GOOD_FIT}."
-        second = replace(
-            first,
-            number=None,
-            claim="all first-order paths together predict signs and sizes",
-            effect=by_f2,
-            what="the share of F2's right signs",
-            null="F2 of other writes",
-            against={"F2 of other writes": Against(direct.mean("f2", "shuffled"))},
-            typical=float(small["measured"].abs().median()),
-            unless=None if f2 > GOOD_FIT else Verdict("fails", poor),
-            shown={"by F2": by_f2, "as written": written, "by F0": by_f0},
-            axis="of signs by F2",
-            measured=f"R² {r_squared(f2)} at m = {small['m'].max():g} (F0: {r_squared(f0)})",
-            controls="F0 leaves out norms, gates and later layers",
-        )
-        return [first, second]
+        return [finding]

@@ -13,12 +13,12 @@ import pandas as pd
 
 from writesae.dictionary.estimates import Estimate
 from writesae.page.format import number, percent
-from writesae_study.codes.head_baselines import BASELINES
 from writesae_study.experiment.at_firings import CHOICES, RELEVANT_RATE, Exchanging, wide_firings
 from writesae_study.experiment.bench import Bench
 from writesae_study.experiment.conditions import REFERENCES
 from writesae_study.experiment.evaluation import Result, described
 from writesae_study.experiment.readout import KL_METRICS, kl_metrics
+from writesae_study.head.baselines import BASELINES
 from writesae_study.verdict import figures
 from writesae_study.verdict.finding import Against, Claim, Figure, Finding, Paired, said
 from writesae_study.verdict.judge import Verdict
@@ -56,7 +56,7 @@ class Substitution(Exchanging):
     random; the Gaussian direction is ours. The state direction is that of the state **before** the write; the state
     after it contains the write, so that it is shown as a reference and never compared with an atom.
 
-    *Baselines* (`codes.head_baselines`) need no training, and have their own size: the mean write of the
+    *Baselines* (`head.baselines`) need no training, and have their own size: the mean write of the
     head, of the token and of the token pair, the best of as many native writes as the dictionary has atoms, drawn at
     random, the best code of a vector quantizer with as many, and the first principal components. They are fitted on
     text that nothing is tested on, in the metric of the dictionary: on `reference`, or each half of the sequences on
@@ -78,8 +78,6 @@ class Substitution(Exchanging):
     """Atoms drawn uniformly from all alive atoms that can be tested. None: all of them. The headline draws `n_atoms`
     times `firings_per_atom` positions."""
 
-    question: ClassVar[str] = "Can an atom stand in for the write it replaces?"
-    answers: ClassVar[tuple[int, ...]] = (1, 2, 3, 5, 11, 12, 13, 14)
     columns: ClassVar[dict[str, dict[str, str]]] = {
         "firings": {
             "choice": f"which atom is written: {_CHOICES}",
@@ -286,12 +284,6 @@ class Substitution(Exchanging):
             claims.append((f"L{layer} {target}-trained", finding.row()))
         return claims
 
-
-def _mean_and_spread(shares: Sequence[float]) -> str:
-    """Mean and standard deviation over heads."""
-    over_heads = pd.Series(shares)
-    return f"{percent(float(over_heads.mean()))} ± {percent(float(over_heads.std()))}"
-
     def notes(self, result: Result) -> list[str]:
         """Definitions of conditions and scales, and how long the head remembers."""
         life = result.info["half_life"]
@@ -320,6 +312,12 @@ def _mean_and_spread(shares: Sequence[float]) -> str:
         ticks = {float(q): f"Q{q}" for q in range(1, 5)}
         svg = figures.curves(lines, "quartile", f"{title}: {result.label}", percent=True, chance=0.5, ticks=ticks)
         return [Figure(title, svg, "Bands: 95% intervals. An effect that is real is largest in Q4.")]
+
+
+def _mean_and_spread(shares: Sequence[float]) -> str:
+    """Mean and standard deviation over heads."""
+    over_heads = pd.Series(shares)
+    return f"{percent(float(over_heads.mean()))} ± {percent(float(over_heads.std()))}"
 
 
 def on_equal_terms(finding: Finding, result: Result) -> Finding:

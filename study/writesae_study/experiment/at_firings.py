@@ -19,7 +19,6 @@ from writesae.choices import AtLeast, once_each
 from writesae.experiment.firings import Firings, Integers, sample_firings
 from writesae.experiment.lab import Site, Trial
 from writesae.head.writes import HALF_LIFE_LIMIT, half_lives, head_writes, joined
-from writesae_study.codes.head_baselines import BASELINES
 from writesae_study.experiment.bench import Bench, trials_at
 from writesae_study.experiment.conditions import (
     CONTROLS,
@@ -32,6 +31,7 @@ from writesae_study.experiment.conditions import (
 )
 from writesae_study.experiment.draws import Bounds, FiringDraw, draw_atoms, draw_firings, halves
 from writesae_study.experiment.evaluation import Evaluation, Result
+from writesae_study.head.baselines import BASELINES
 from writesae_study.head.writes import mean_write
 
 MEAN_ENERGY = 0.99

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from typing import TypeAlias, cast
 
@@ -17,9 +16,9 @@ from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.sae.target import HeadHook, head_target
 from writesae.experiment.firings import in_one_pass
 from writesae.experiment.lab import Lab, M, Readout, Trial
-from writesae_study.codes.head_baselines import HeadBaselines
 from writesae_study.experiment.draws import folds
 from writesae_study.experiment.terms import Terms
+from writesae_study.head.baselines import HeadBaselines
 
 LayerHead: TypeAlias = tuple[int, int]
 """Layer and head."""
@@ -96,17 +95,8 @@ class Bench(Lab):
             raise ValueError(f"expected a dictionary of {self.hook.cell}, got the head alone; this question needs one")
         return super().sae
 
-    def only(self, label: str) -> Bench:
-        """A view of this laboratory with one of its dictionaries. Firings, baselines, counts of runs, and what is left
-        out are shared; the facts are the view's own."""
-        view = copy.copy(self)  # shallow: counters and what is kept are the same objects
-        view.saes = {label: self.saes[label]}
-        view.hooks = {label: self.hooks[label]}
-        view.facts = {}
-        return view
-
     def recurrences(self, count: int) -> list[Recurrence]:
-        """The same of each of the first sequences, B = 1, on the host."""
+        """The head's recurrence on each of the first sequences, B = 1, on the host."""
         recurrences = []
         for part in in_one_pass(self.tokens[:count], self.model.cfg.device):
             batch = self.recurrence(part).on_host()
@@ -159,16 +149,11 @@ class Bench(Lab):
             )
         return self._baselines[key]
 
-    def floor(
-        self, readout: Readout, column: str, window: int, quantile: float = 0.95, *, plain: bool = False
-    ) -> float:
+    def floor(self, readout: Readout, column: str, window: int) -> float:
         """What a no-op moves: the native write is written again through the edit path, and `column` of the readout is
         read. Measured in the model's own dtype.
 
-        Args:
-            plain: as in `read`.
-
-        Returns: the `quantile` of the absolute values over at most 32 places. Cost: one edited row each.
+        Returns: the 95th percentile of the absolute values over at most 32 places. Cost: one edited row each.
         """
         rng = self.rng(97)
         values = []
@@ -180,10 +165,10 @@ class Bench(Lab):
             candidates = np.arange(min(1, last), last + 1)
             positions = np.sort(rng.choice(candidates, _NO_OPS // 4)).tolist()
             trials = [Trial({}, t, self.replace(t, site.writes, t)) for t in positions]
-            table = self.read(site, trials, readout, window, plain=plain)
+            table = self.read(site, trials, readout, window)
             values.append(table[column].abs())
         self.counts["runs"] = before  # a reader counts conditions, not this
-        return float(pd.concat(values).quantile(quantile))
+        return float(pd.concat(values).quantile(0.95))
 
     def require(self, condition: bool, message: str) -> None:
         """Raise NothingToMeasureError with `message`, and what was left out so far, unless `condition` holds."""

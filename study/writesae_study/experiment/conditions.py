@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from sae_lens_writesae.atom.low_rank import LowRank
 from writesae.experiment.lab import Site
-from writesae_study.codes.head_baselines import BASELINES, Baseline, HeadBaselines
 from writesae_study.experiment.bench import Bench
 from writesae_study.experiment.terms import tokens_and_before
+from writesae_study.head.baselines import BASELINES, Baseline, HeadBaselines
 from writesae_study.head.writes import state_direction, torch_generator
 
 Scale = Literal["coefficient", "matched", "least_squares"]

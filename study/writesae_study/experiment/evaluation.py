@@ -1,8 +1,9 @@
 """An evaluation is an object: its fields are the settings, its class says the question, the tables and the rule.
 
-A subclass in `evaluations/` needs one file and nothing else. It is found by its `kind`; README's table, the docs, the
-command `writesae eval KIND`, the protocol and the conformance tests read the class. What a run leaves is a `Result`:
-settings, tidy tables, what was measured on what; and how it is saved in a folder.
+A subclass in `evaluations/` is one file and a row of `verdict.paper.QUESTIONS`. It is found by its `kind`; the docs,
+the command `writesae eval KIND`, the protocol and the conformance tests read the class.
+
+What a run leaves is a `Result`: settings, tidy tables, what was measured on what; and how it is saved in a folder.
 """
 
 from __future__ import annotations
@@ -17,11 +18,10 @@ from enum import Enum
 from functools import cached_property
 from operator import methodcaller
 from pathlib import Path
-from typing import Annotated, ClassVar, Self, TypedDict, cast, get_type_hints
+from typing import Annotated, ClassVar, Self, cast, get_type_hints
 
 import pandas as pd
 import torch
-from pyarrow.parquet import read_metadata
 from sae_lens import SAE
 from torch import Tensor
 
@@ -34,46 +34,11 @@ from writesae_study.experiment.bench import Bench, LayerHead
 from writesae_study.experiment.terms import Terms
 from writesae_study.experiment.typed import has_type
 from writesae_study.verdict.finding import Claim, Figure, Finding
+from writesae_study.verdict.paper import QUESTIONS
 
 _FORMAT = 3
 """Version of the files."""
 _INFO = "info.json"
-_MOST_CELLS = 20_000_000
-"""Of a table that is read. The largest of study/docs/results has two millions."""
-
-
-class _Named(TypedDict):
-    """What the `info` of every result has."""
-
-    label: str
-    model: str
-    n_skipped: dict[str, int]
-
-
-class _Said(_Named, total=False):
-    """What pages read of it besides, where it is there. More may be in it."""
-
-    layer: int
-    head: int
-    rule: str
-    target: str
-    hook_name: str
-    seconds: float
-    n_edited_runs: int
-    n_sequences: int
-    n_positions: int
-    quality: dict[str, dict[str, object] | None] | None
-    inputs: dict[str, str] | None
-    control: str | None
-    control_of: str
-
-
-class _Head(TypedDict):
-    """What `info.json` holds besides its format and its kind."""
-
-    settings: dict[str, object]
-    info: dict[str, object]
-    skipped: str | None
 
 
 _COLUMNS = {
@@ -126,7 +91,7 @@ class Evaluation(ABC):
     kind: ClassVar[str]
     """Name of the evaluation, and of its file, its command and its page."""
     question: ClassVar[str]
-    """The question that it asks, as a heading."""
+    """The question that it asks, as a heading: that of its kind in `verdict.paper.QUESTIONS`, as what it answers."""
     answers: ClassVar[tuple[int, ...]] = ()
     """Rows of `verdict.paper.PAPER_CLAIMS` that it answers."""
     scope: ClassVar[Scope] = Scope.EACH
@@ -137,6 +102,8 @@ class Evaluation(ABC):
 
     def __init_subclass__(cls) -> None:
         cls.kind = cls.__module__.rpartition(".")[2]
+        if cls.kind in QUESTIONS:  # the other subclasses are parts of these
+            _, cls.question, cls.answers, _ = QUESTIONS[cls.kind]
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -423,11 +390,9 @@ class Result:
         sealed.require()
         kind = known[head["kind"]]
         try:
-            check_types(head, _Head)
-            check_types(head["info"], _Said)
             # Names in files are data: only declared tables are read, so that no path leaves the folder.
             columns = {} if head["skipped"] is not None else kind.columns
-            tables = {name: _read_table(sealed.file(f"{name}.parquet")) for name in columns}
+            tables = {name: pd.read_parquet(sealed.file(f"{name}.parquet")) for name in columns}
             lacking = []
             for name, table in tables.items():
                 lacking += [f"{name}.{column}" for column in columns[name] if column not in table]
@@ -436,25 +401,6 @@ class Result:
             return cls(kind.from_dict(head["settings"]), head["info"], tables, head["skipped"])
         except (KeyError, OSError, TypeError, ValueError) as error:
             raise ValueError(f"{folder} cannot be read as {kind.kind}: {error}") from error
-
-
-def check_types(values: Mapping[str, object], kind: type) -> None:
-    """Raise KeyError or ValueError where values from a file are not what a TypedDict says."""
-    for name, hint in get_type_hints(kind).items():
-        if (name in values or name in kind.__required_keys__) and not has_type(values[name], hint):
-            raise ValueError(f"{name}: expected {hint}, got {values[name]!r}")
-
-
-def _read_table(file: Path) -> pd.DataFrame:
-    """A table of at most `_MOST_CELLS` cells, which are counted before any is read: a small file can repeat a value as
-    often as it says."""
-    about = read_metadata(file)
-    if about.num_rows * about.num_columns > _MOST_CELLS:
-        raise ValueError(
-            f"{file}: expected at most {_MOST_CELLS:,} cells, got {about.num_rows:,} rows of {about.num_columns}; "
-            "split the result, or read the file with pandas"
-        )
-    return pd.read_parquet(file)
 
 
 def result_files(folder: Path) -> list[str]:

@@ -40,9 +40,9 @@ def kl_metrics(rows: EditedRows) -> Mapping[str, NDArray[np.float64]]:
 
 
 def kl_window(rows: EditedRows) -> Mapping[str, NDArray[np.float64]]:
-    """`kl`: KL(native || edited) in nats, mean over the window; `kl_at`: at its first token."""
+    """`kl`: KL(native || edited) in nats, mean over the window."""
     kl = divergences(rows.native, rows.positions, rows.window).forward
-    return {"kl": kl.mean(1).numpy(), "kl_at": kl[:, 0].numpy()}
+    return {"kl": kl.mean(1).numpy()}
 
 
 def native_log_prob(rows: EditedRows) -> Tensor:

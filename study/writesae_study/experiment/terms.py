@@ -1,14 +1,11 @@
 """Equal terms: what a dictionary, its baselines and its nulls are built from, as one object.
 
 A comparison is about a method only where all that is compared saw the same writes, in the same metric. `Terms` reads
-both off one training text. What an evaluation measured names its terms (`facts`), and results of different terms are
-not compared (`require_equal`).
+both off one training text.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Mapping
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
@@ -24,15 +21,10 @@ from sae_lens_writesae.sae.metric import DAMPING, Metric
 from sae_lens_writesae.sae.metric_fit import fit_metrics
 from sae_lens_writesae.sae.target import HeadHook
 from writesae.experiment.firings import Integers, in_one_pass
-from writesae.files import Json
 from writesae.head.writes import head_writes, joined
 
 if TYPE_CHECKING:
-    from writesae_study.codes.head_baselines import HeadBaselines
-
-
-class TermsError(ValueError):
-    """Results of different terms are not compared; the message names what differs."""
+    from writesae_study.head.baselines import HeadBaselines
 
 
 class Terms:
@@ -97,21 +89,6 @@ class Terms:
             f"The terms are not equal: the dictionary was fitted to {seen}, the baselines to {self.tokens.numel():,}. "
             "Name the collection that it was trained on."
         )
-
-    def facts(self) -> dict[str, Json]:
-        """Names of the text, for `require_equal`."""
-        text = hashlib.sha256(self.tokens.cpu().contiguous().numpy().tobytes()).hexdigest()[:12]
-        return {"training text": text, "training rows": self.tokens.numel()}
-
-
-def require_equal(terms: Iterable[Mapping[str, Json]]) -> None:
-    """Raise TermsError unless all terms are the same."""
-    first, *others = terms
-    for other in others:
-        differing = [name for name in {**first, **other} if first.get(name) != other.get(name)]
-        if differing:
-            got = "; ".join(f"{name}: {first.get(name)}, {other.get(name)}" for name in differing)
-            raise TermsError(f"expected results of equal terms, got {got}; measure them again together")
 
 
 def tokens_and_before(tokens: Tensor) -> Integers:

@@ -8,7 +8,6 @@ import importlib.util
 import itertools
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -42,8 +41,7 @@ class Reproduce:
 
     config: tyro.conf.OmitArgPrefixes[ReproduceConfig] = field(default_factory=ReproduceConfig)
     out: Path = Path("writesae-out/reproduce")
-    """Folder of the run; the same folder resumes where it stopped. Where weights or files of text changed, what is
-    there is moved into `earlier-N`, and all steps are done anew."""
+    """Folder of the run; the same folder resumes where it stopped, while weights and files of text are the same."""
     device: str | None = None
     """cpu, cuda or cuda:N, for all steps; by default those of the profile."""
     small: bool = False
@@ -67,8 +65,8 @@ class Reproduce:
         """Check, write the texts, and become Snakemake: this call does not return.
 
         Raises:
-            ValueError: the run cannot be done, another process does it, the folder holds a run with other settings, or
-                Snakemake is not installed; before anything is written.
+            ValueError: the run cannot be done, another process does it, the folder holds a run with other settings,
+                weights or text, or Snakemake is not installed; before anything is written.
         """
         check_writable(self.out)
         from hookpoints import HookedRecurrent, default_device
@@ -98,37 +96,26 @@ class Reproduce:
         model = HookedRecurrent.from_pretrained(self.config.model, dtype=self.config.dtype)
         config = for_model(self.config, model)
         check_settings(self.out, config.settings(), WRITTEN)
+        inputs = {"weights": model_hash(model), "text": text_hash(config.dataset)}
+        known = self.out / "inputs.json"
+        if known.exists() and read_json(known) != inputs:
+            raise ValueError(
+                f"{self.out}: expected a run of these weights and this text, got another; name another --out"
+            )
         self.out.mkdir(parents=True, exist_ok=True)
         own_run(self.out)
         config.keep_in(self.out)
-        inputs = {"weights": model_hash(model), "text": text_hash(config.dataset)}
-        known = self.out / "inputs.json"
-        changed = known.exists() and read_json(known) != inputs
-        is_dry = not {"-n", "--dry-run", "--dryrun"}.isdisjoint(self.snakemake)
-        if changed and not is_dry:
-            print(f"weights or text changed: what was made of the earlier ones is in {move_earlier(self.out)}")
-        if not (changed and is_dry):
-            atomic_text(known, json.dumps(inputs))
+        atomic_text(known, json.dumps(inputs))
         write_texts(config, self.out / "texts", model)
-        self._become_snakemake("Snakefile", profile, *["--forceall"] * changed)
+        self._become_snakemake("Snakefile", profile)
 
-    def _become_snakemake(self, file: str, profile: Path, *flags: str) -> NoReturn:
+    def _become_snakemake(self, file: str, profile: Path) -> NoReturn:
         """Of the run that this process owns."""
         engine = [sys.executable, "-m", "snakemake", f"--snakefile={_HERE / file}", f"--directory={self.out}"]
         if list((self.out / ".snakemake" / "locks").glob("*")):  # of a process that is dead
             subprocess.run([*engine, "--unlock"], check=True, capture_output=True)
         sys.stdout.flush()
-        os.execv(sys.executable, [*engine, "--profile", str(profile), *flags, *self.snakemake])
-
-
-def move_earlier(folder: Path) -> Path:
-    """Move what a run made of other weights or other text into a new folder `earlier-N` inside; returns that."""
-    earlier = next(each for n in itertools.count(1) if not (each := folder / f"earlier-{n}").exists())
-    earlier.mkdir()
-    for path in [*folder.iterdir()]:
-        if path.name in WRITTEN or re.fullmatch(r"L\d+(H\d+)?", path.name):
-            path.rename(earlier / path.name)
-    return earlier
+        os.execv(sys.executable, [*engine, "--profile", str(profile), *self.snakemake])
 
 
 def profile_folder(name: str) -> Path:

@@ -90,35 +90,6 @@ def question(kind: str) -> Evaluation:
     return EVALUATIONS[kind].from_dict(RUNS["settings"].get(kind, {}))
 
 
-def codes_of(place: Place, settings: Mapping[str, Any]) -> Evaluation:
-    """The question of codes at equal bits about one head."""
-    from writesae_study.evaluations.bits import Bits
-
-    label = f"{place.model} {place.cell}, seed {settings['seed']}"
-    return Bits.from_dict({**settings, "label": label})
-
-
-# ------------------------------------------------------------------------------------------------ what is no command
-
-
-def at_equal_bits(place: Place, name: str, test: Evaluation) -> None:
-    """Codes that are fitted to 320 sequences of 128 tokens, and replace all writes of a head on 64 others. A result
-    that exists stays. Some minutes of one core."""
-    from hookpoints import HookedRecurrent, embedded
-    from writesae import sample_sequences
-    from writesae_study.experiment.terms import Terms
-
-    model_name, layer, head = place
-    label = f"{model_name}-{place.cell}-seed{test.seed}"
-    folder = Path("runs", name, model_name, place.cell, test.kind, label)
-    if folder.exists():
-        return
-    model = HookedRecurrent.from_pretrained(model_name).requires_grad_(False)
-    fitted = sample_sequences(model, embedded.text("train"), 128, 320)
-    measured = sample_sequences(model, embedded.text("test"), 128, 64)
-    test.run(model, (layer, head), measured, reference=Terms(model, fitted)).save(folder)
-
-
 def without_learning(place: Place, tests: Sequence[Evaluation]) -> None:
     """Questions about atoms where nothing was learned: the model is shuffled, and a dictionary of the size of those
     that are trained has random atoms, or writes of the shuffled model that are drawn at random. A claim that holds

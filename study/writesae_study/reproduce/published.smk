@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 
 from writesae_study.reproduce.published import (
-    RUNS, Place, at_equal_bits, codes_of, collecting, command_lines, places, question, without_learning
+    RUNS, Place, collecting, command_lines, places, question, without_learning
 )
 
 STEPS = Path(workflow.snakefile).with_name("steps.sh")
 shell.prefix(f"PYTHON={shlex.quote(sys.executable)}; source {shlex.quote(str(STEPS))}; ")
 
-HEADS = {kind: [places(row["heads"]) for row in RUNS[kind]] for kind in ("run", "null", "bits")}
+HEADS = {kind: [places(row["heads"]) for row in RUNS[kind]] for kind in ("run", "null")}
 
 
 def marks(kind):
@@ -42,7 +42,7 @@ wildcard_constraints:
 
 rule published:
     input:
-        marks("run") + marks("null") + marks("bits"),
+        marks("run") + marks("null"),
 
 
 rule collect:
@@ -74,11 +74,3 @@ rule null:  # where nothing was learned
         touch("marks/{model}/{layer}.{head}/null{n}"),
     run:
         without_learning(place_of(wildcards), [question(kind) for kind in RUNS["null"][int(wildcards.n)]["kinds"]])
-
-
-rule bits:  # codes of writes at equal bits
-    output:
-        touch("marks/{model}/{layer}.{head}/bits{n}"),
-    run:
-        row, place = RUNS["bits"][int(wildcards.n)], place_of(wildcards)
-        at_equal_bits(place, row["name"], codes_of(place, row["settings"]))

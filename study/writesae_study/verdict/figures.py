@@ -125,7 +125,6 @@ def curves(
     label: str,
     title: str,
     *,
-    log_x: bool = False,
     log_y: bool = False,
     percent: bool = False,
     chance: float | None = None,
@@ -150,8 +149,6 @@ def curves(
         axes.plot(line.x, line.y, "o-", color=colour, lw=width, ms=size, label=line.name)
     if chance is not None:
         axes.axhline(chance, color=MUTED, lw=0.8, ls=_DASHED)
-    if log_x:
-        axes.set_xscale("log", base=2)
     if log_y:
         axes.set_yscale("log")
     else:

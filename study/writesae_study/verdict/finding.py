@@ -29,7 +29,7 @@ from typing import NamedTuple, TypedDict
 
 import pandas as pd
 
-from writesae.dictionary.estimates import Estimate
+from writesae.dictionary.estimates import Estimate, recovered_share
 from writesae.page import format as text
 from writesae_study.verdict import figures
 from writesae_study.verdict import statistics as stats
@@ -134,10 +134,10 @@ class Paired:
         values, clusters = self._clustered_values(a, minus)
         return stats.estimate(values, clusters[0], statistic=stats.weighted_median, seed=self.seed)
 
-    def lead(self, a: str, other: Paired, b: str | None = None) -> Estimate:
-        """The mean of `a` minus that of `b` (or `a`) in another sample, which shares no cluster with this one."""
+    def lead(self, a: str, other: Paired) -> Estimate:
+        """The mean of `a` minus that of another sample, which shares no cluster with this one."""
         x, x_ids = self._clustered_values(a, None)
-        y, y_ids = other._clustered_values(b or a, None)
+        y, y_ids = other._clustered_values(a, None)
         return stats.estimate_difference(x, y, x_ids[0], y_ids[0], seed=self.seed)
 
     def wins(self, a: str, b: str) -> Estimate:
@@ -145,11 +145,10 @@ class Paired:
         both = self.wide.dropna(subset=[a, b])  # a comparison with NaN would be a loss
         return self.mean(both[a] < both[b])
 
-    def recovered(self, a: str, than: str = "delete") -> Estimate:
-        """The share of deletion's effect that `a` recovers in a typical sequence, more than `than` does (deletion
-        recovers nothing): the median over clusters."""
-        kl, (ids,) = self._complete_units(a, than, "delete")
-        return stats.recovered_difference(kl[a], kl[than], kl["delete"], ids)
+    def recovered(self, a: str) -> Estimate:
+        """The share of deletion's effect that `a` recovers in a typical sequence: the median over clusters."""
+        kl, (ids,) = self._complete_units(a, "delete")
+        return recovered_share(kl[a], kl["delete"], ids)
 
     def total(self, a: str, than: str = "delete") -> Estimate:
         """The share of all that deletions do which `a` recovers, more than `than` does: a ratio of sums."""
@@ -304,9 +303,7 @@ def said(estimate: Estimate, write: Callable[[float], str] = text.number) -> str
     return f"{write(mean)}{text.interval(low, high, write)}"
 
 
-def medians(
-    table: pd.DataFrame, x: str, value: str, names: Mapping[str, str], label: str, title: str, log_x: bool = False
-) -> Figure:
+def medians(table: pd.DataFrame, x: str, value: str, names: Mapping[str, str], label: str, title: str) -> Figure:
     """Medians of the column `value` over `x`, one line for each condition of `names`, by the name that a reader
     sees. A range of more than ten is drawn on a log scale."""
     by_condition = table.groupby(["condition", x])[value].median().unstack(x)
@@ -318,7 +315,7 @@ def medians(
         colour = colours.get(str(name), "soft")
         lines.append(figures.Curve(names[str(name)], x_values, row.tolist(), colour))
     log_y = bool(wide.to_numpy().max() > 10 * wide.to_numpy().min())
-    svg = figures.curves(lines, label, title, log_x=log_x, log_y=log_y)
+    svg = figures.curves(lines, label, title, log_y=log_y)
     return Figure(title.split(":")[0], svg, "Medians.")
 
 

@@ -142,14 +142,6 @@ def too_little(effect: Estimate) -> str | None:
     return None
 
 
-def one_is_enough(found: int, pooled: Estimate, holds: str, fails: str) -> Verdict:
-    """Of a claim that a single unit shows. A count is no effect with an interval: one is enough, and none of too few
-    (`pooled` says of how many) says nothing."""
-    if (few := too_little(pooled)) is not None:
-        return Verdict("inconclusive", few)
-    return Verdict("holds", holds) if found else Verdict("fails", fails)
-
-
 def _ends_beyond(estimate: Estimate, chance: float, sign: float) -> tuple[float, float]:
     """The ends of an interval as distances from chance, the lower one first. `sign`: -1 where an effect is to fall."""
     low, high = sorted((sign * (estimate.low - chance), sign * (estimate.high - chance)))

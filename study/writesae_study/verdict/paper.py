@@ -1,4 +1,4 @@
-"""What the paper claims, as data: every evaluation answers some of these by number.
+"""What the paper claims, as data, and which question of the study answers each claim. Loads no torch.
 
 Source: WriteSAE, arXiv 2605.12770 (v4). The values are the paper's; its models are larger than those that ship here,
 so sizes need not agree, but signs and orders should.
@@ -113,3 +113,45 @@ PAPER_CLAIMS: dict[int, PaperClaim] = {
     ),
 }
 """Claims by the number that results and the report use. From 21 on they come from the appendix and the rebuttal."""
+
+
+class Asked(NamedTuple):
+    """What an evaluation asks."""
+
+    class_name: str
+    """In `writesae_study.evaluations.<kind>`."""
+    question: str
+    """A heading."""
+    answers: tuple[int, ...]
+    """Rows of `PAPER_CLAIMS`."""
+    needs_dictionary: bool = True
+    """False for a question about a head."""
+
+
+QUESTIONS: dict[str, Asked] = {
+    "substitution": Asked(
+        "Substitution",
+        "Can an atom stand in for the write it replaces?",
+        (1, 2, 3, 5, 11, 12, 13, 14),
+    ),
+    "partition": Asked(
+        "Partition",
+        "Do atoms point along the writes they fire on, and are there two kinds?",
+        (4, 6, 26, 27),
+    ),
+    "logit_change": Asked("LogitChange", "Can a formula predict the change of a logit?", (7, 22, 23)),
+    "erasure": Asked("Erasure", "Does erasing an atom lower its own token?", (8, 24)),
+    "sign": Asked("Sign", "Does the sign of a write set the sign of its effect?", (9,), needs_dictionary=False),
+    "install": Asked(
+        "Install",
+        "Do installed writes put a token into the continuation?",
+        (10, 25),
+        needs_dictionary=False,
+    ),
+    "baselines": Asked("Baselines", "Do rank-1 atoms do better than what is simpler?", (15, 16, 17, 28)),
+    "amplify": Asked("Amplify", "Does scaling an atom change how often its token is written?", (18,)),
+    "passage": Asked("Passage", "How much does removing a class of atoms hurt the loss?", (19,)),
+    "seeds": Asked("Seeds", "Do seeds find the same atoms?", (20,)),
+    "multistep": Asked("Multistep", "How does the effect of one substitution grow over later tokens?", (21,)),
+}
+"""By the kind of the evaluation, in the order of the claims."""

@@ -2,8 +2,7 @@
 
 Everything works on plain 1-D arrays. `a` and `b` are paired unless a function says otherwise. `clusters` holds one id
 per observation (sequence, atom, prompt: whatever is the independent unit). NaN, empty input and missing ids raise
-ValueError. Tests and distributions come from scipy; what is written here are bootstraps of clusters, permutations of
-clusters, and Holm's rule.
+ValueError. Tests and distributions come from scipy; what is written here are bootstraps and permutations of clusters.
 
 A percentile interval over clusters is too narrow (over 20 observations it covers a rate of 0.95 in 64%). At every
 number of clusters rates have another interval (`share`), and other statistics have expanded percentiles
@@ -14,7 +13,7 @@ verdict under 5.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -27,7 +26,6 @@ from writesae.dictionary.estimates import (
     bootstrapped_mean,
     clustered,
     mean_estimate,
-    median_of_ratios,
     percentile_interval,
     resample_counts,
 )
@@ -75,17 +73,6 @@ def estimate_difference(
     return percentile_interval(point, resampled, first.n + second.n, min(first.n_clusters, second.n_clusters))
 
 
-def recovered_difference(a: ArrayLike, b: ArrayLike, deleted: ArrayLike, clusters: ArrayLike) -> Estimate:
-    """How much more of a deletion's effect condition `a` recovers than `b`: the median over clusters of (sum KL(b) -
-    sum KL(a)) / sum KL(deletion), with the interval of `recovered_share`. A median of differences is no difference of
-    medians.
-
-    Raises:
-        ValueError: every deletion has an effect of exactly 0.
-    """
-    return median_of_ratios(np.asarray(b, float) - np.asarray(a, float), deleted, clusters)
-
-
 def total(above: ArrayLike, below: ArrayLike, clusters: ArrayLike, *, seed: int = 0) -> Estimate:
     """sum above / sum below over all observations: with KL(deletion) - KL(condition) above and KL(deletion) below, the
     share of all that deletions do which a condition recovers.
@@ -128,12 +115,6 @@ def total(above: ArrayLike, below: ArrayLike, clusters: ArrayLike, *, seed: int 
     return Estimate(point, low, high, len(x), n_clusters)
 
 
-def typical(values: ArrayLike, clusters: ArrayLike) -> Estimate:
-    """The median over clusters of the mean of each, with the interval of `recovered_share`: for differences of KL or
-    loss, whose tails are heavy (expanded percentiles of their mean cover it in 84 to 93 of 100 cases)."""
-    return median_of_ratios(values, np.ones_like(values, dtype=float), clusters)
-
-
 def share(hits: ArrayLike, clusters: ArrayLike) -> Estimate:
     """The share of true entries, with an interval over clusters: Wilson's, with the effective sample size n / deff for
     n, and Student's t with C - 1 degrees of freedom for the normal quantile (Korn and Graubard, 1998; Dean and Pagano,
@@ -163,27 +144,6 @@ def share(hits: ArrayLike, clusters: ArrayLike) -> Estimate:
     return Estimate(p, max(0.0, centre - half), min(1.0, centre + half), n, n_clusters)
 
 
-def sign_flip_test(a: ArrayLike, b: ArrayLike, clusters: ArrayLike, *, n_resamples: int = 9999, seed: int = 0) -> float:
-    """Two-sided p of a permutation test of paired samples: are the differences a - b symmetric about 0?
-
-    The statistic is their mean. All differences of a cluster flip together, which keeps the level right under
-    dependence (`scipy.stats.permutation_test` of the clusters' sums). A single cluster gives p = 1.
-    """
-    x, codes = clustered(np.asarray(a, float) - np.asarray(b, float), clusters)
-    sums = np.bincount(codes, x) / len(x)
-    if len(sums) == 1:
-        return 1.0
-    test = stats.permutation_test(
-        (sums,),
-        np.sum,
-        permutation_type="samples",
-        vectorized=True,
-        n_resamples=n_resamples,
-        rng=np.random.default_rng(seed),
-    )
-    return float(test.pvalue)
-
-
 def permutation_test(
     a: ArrayLike, b: ArrayLike, clusters_a: ArrayLike, clusters_b: ArrayLike, *, n_resamples: int = 9999, seed: int = 0
 ) -> float:
@@ -209,15 +169,6 @@ def permutation_test(
     rng = np.random.default_rng(seed)
     test = stats.permutation_test(sides, difference, vectorized=True, n_resamples=n_resamples, rng=rng)
     return float(test.pvalue)
-
-
-def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """Holm's step-down adjusted p-values of a family of tests (Holm, 1979), in the order given."""
-    # By hand: statsmodels' multipletests runs a full garbage collection in each call, 0.4 s in a program of this size.
-    ordered = sorted(p_values, key=lambda name: p_values[name])
-    steps = [(len(ordered) - n) * p_values[name] for n, name in enumerate(ordered)]
-    adjusted = dict(zip(ordered, np.maximum.accumulate(steps).clip(max=1).tolist()))
-    return {name: adjusted[name] for name in p_values}
 
 
 def weighted_mean(values: Array, weights: Array) -> Array:

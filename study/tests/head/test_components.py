@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from sae_lens_writesae.atom.low_rank import LowRank
-from writesae_study.codes.components import fit_pca
+from writesae_study.head.components import fit_pca
 
 
 def test_components_without_variance_are_left_out() -> None:

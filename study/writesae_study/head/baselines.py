@@ -19,8 +19,8 @@ from torch import Tensor
 
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae.metric import Metric
-from writesae_study.codes.books import lloyd, pursued
-from writesae_study.codes.components import MatrixPca, fit_pca
+from writesae_study.head.components import MatrixPca, fit_pca
+from writesae_study.head.quantizer import coded, lloyd
 from writesae_study.head.writes import compact
 
 Places = NDArray[np.int64]
@@ -133,7 +133,7 @@ class HeadBaselines:
 
     def _baseline_writes(self, name: str, x: LowRank, tokens: NDArray[np.int64]) -> LowRank:
         if name in ("drawn", "quantised"):
-            return pursued(x, [self.drawn if name == "drawn" else self.codes])
+            return coded(x, self.drawn if name == "drawn" else self.codes)
         if name == "pca":
             dense = x.dense()
             projected = self.components.project(dense.flatten(1), len(self.components.components))

@@ -14,10 +14,10 @@ from torch import Tensor
 from hookpoints import HookedRecurrent
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.errors import NothingToMeasureError
-from writesae_study.codes.books import lloyd
-from writesae_study.codes.head_baselines import BASELINES, HeadBaselines
 from writesae_study.experiment.bench import Bench
 from writesae_study.experiment.terms import tokens_and_before
+from writesae_study.head.baselines import HeadBaselines
+from writesae_study.head.quantizer import lloyd
 
 K, V, N = 5, 7, 240
 
@@ -126,19 +126,6 @@ def test_each_half_is_fitted_on_the_other(model64: HookedRecurrent, varied: Tens
     assert len({id(lab.baselines(n)) for n in range(8)}) == 2  # fitted once for each half
     assert len(lab.baselines(0).drawn) == 12  # as many as the dictionary has atoms
     assert len(lab.baselines(0, n_codes=5).codes) == 5
-
-
-def test_other_text_takes_the_place_of_the_halves(model64: HookedRecurrent, varied: Tensor) -> None:
-    reference = torch.randint(1, 64, (3, 30), generator=torch.Generator().manual_seed(9))
-    lab = Bench(model64, {"": random_sae(model64)}, varied[:1], reference=reference)
-    assert len(lab.baselines(0).writes) == 90
-    again = Bench(model64, {"": random_sae(model64)}, varied[1:2], reference=lab.reference)
-    assert again.baselines(0) is lab.baselines(0)  # runs that share the text share the fit
-    native = lab.native_writes([0])
-    for name in BASELINES:
-        assert len(lab.baselines(0).written(name, native, tokens_and_before(varied[0]))) == 24
-    with pytest.raises(ValueError, match="1 of its 3"):
-        Bench(model64, {"": random_sae(model64)}, reference[1:2], reference=reference)
 
 
 def test_one_sequence_without_other_text_has_no_baseline(model64: HookedRecurrent, varied: Tensor) -> None:

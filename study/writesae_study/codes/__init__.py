@@ -1,1 +1,0 @@
-"""What can replace writes: codes of few numbers, components, baselines."""
