@@ -77,6 +77,7 @@ def shown_atoms(flags: Show) -> Path:
 def exported_atoms(flags: Export) -> Path:
     """The file of one dictionary."""
     facts = AtomFacts(flags.atoms, *loaded_sae(flags, 1.7, 3.7))
+    print(f"measures {len(facts.number)} atoms", flush=True)
     batch = neuronpedia_batch(facts, flags.dataset)
     return atomic_text(flags.out / "batch-0.json", json.dumps(batch, allow_nan=False))
 
@@ -87,6 +88,7 @@ def loaded_sae(flags: OnAtoms, a_sequence: float, an_atom: float) -> tuple[Hooke
     Args:
         a_sequence, an_atom: what they take, in passes over a sequence.
     """
+    print(f"loads {flags.sae} and its model", flush=True)
     text = text_of(flags.text)
     sae = load_sae(flags.sae)
     model = model_of([sae], flags.model, dtype=flags.dtype, other_model=flags.other_model)

@@ -308,15 +308,7 @@ class _Handler(BaseHTTPRequestHandler):
         refusal = f"expected {paths[0]} of {hosts[0]}, got {self.path} of {self.headers.get('Host')}"
         try:
             body = content(self, nonce) if status == 200 else json.dumps({"error": refusal})
-        except (
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            OverflowError,
-            RecursionError,
-            HookpointsError,
-        ) as error:
+        except _REFUSED as error:
             status = 400
             body = json.dumps({"error": str(error)})
         is_page = (status, self.path) == (200, "/")
