@@ -31,19 +31,8 @@ from tables import table  # noqa: E402
 from hookpoints.files import atomic_text  # noqa: E402
 
 NAMES = (
-    *(
-        "launches",
-        "scan",
-        "hooks",
-        "recurrence",
-        "substitution",
-        "sae_step",
-        "state_step",
-        "pairs_step",
-        "real_size",
-        "busy",
-    ),
-    *("circuits", "task_circuits", "states", "fact_edits", "natural_memory", "read_back", "facts_in_speech"),
+    *("launches", "scan", "hooks", "recurrence", "substitution", "sae_step", "state_step", "real_size", "busy"),
+    *("circuits", "task_circuits", "natural_memory", "read_back", "facts_in_speech"),
 )
 """The benchmarks, as the page has them."""
 ON_GPU = "gpu"

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from hookpoints.edits.session import EditSession
     from hookpoints.errors import EditError, HookpointsError, UnknownHookError, UnknownModelError, UnsupportedModelError
     from hookpoints.hooks.table import HOOKS
-    from hookpoints.memory.facts import Fact, label_atoms, read_memory
     from hookpoints.memory.memory import Memory
     from hookpoints.memory.reader import MemoryReader
     from hookpoints.model.attach import attach
@@ -55,7 +54,6 @@ _HOMES = {
     "edits.session": ("EditSession",),
     "errors": ("EditError", "HookpointsError", "UnknownHookError", "UnknownModelError", "UnsupportedModelError"),
     "hooks.table": ("HOOKS",),
-    "memory.facts": ("Fact", "label_atoms", "read_memory"),
     "memory.memory": ("Memory",),
     "memory.reader": ("MemoryReader",),
     "model.attach": ("attach",),
@@ -76,7 +74,6 @@ __all__ = [
     "EditError",
     "EditRow",
     "EditSession",
-    "Fact",
     "Graph",
     "HookedRecurrent",
     "HookpointsError",
@@ -96,9 +93,7 @@ __all__ = [
     "default_device",
     "embedded",
     "errors",
-    "label_atoms",
     "model_types",
-    "read_memory",
     "write_attribution",
     "zoo",
 ]

@@ -8,7 +8,7 @@ take them like its own. These are the names that most programs need; the classes
 from importlib.metadata import PackageNotFoundError, version
 
 # First: it settles how threads wait, before torch loads.
-from hookpoints import Fact, label_atoms, read_memory
+import hookpoints  # noqa: F401
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae import VARIANTS, MatrixSAE, MatrixTrainingSAE
 from sae_lens_writesae.sae.collecting import collect
@@ -32,7 +32,6 @@ __all__ = [
     "PAPER_RUNNER",
     "VARIANTS",
     "Collection",
-    "Fact",
     "HookedSAERecurrent",
     "LowRank",
     "MatrixSAE",
@@ -42,9 +41,7 @@ __all__ = [
     "collect",
     "fit_metrics",
     "head_target",
-    "label_atoms",
     "load_sae",
-    "read_memory",
     "scale_atoms",
     "steer",
     "text_dataset",

@@ -135,10 +135,6 @@ HEAD = ["--model", "embedded", "--layer", "2", "--head", "1"]
         (["train", *HEAD, "--variants", "Wrong"], "Wrong"),
         (["train", *HEAD, "--architecture", "writesae_topkk"], "nearest: writesae_topk"),
         (["train", *HEAD, "--architecture", "topk"], "got 'topk'; nearest: writesae_topk"),
-        (
-            ["train", *HEAD, "--architecture", "writesae_product"],
-            "expected one with an encoder and a decoder",
-        ),
         (["train", "--model", str(shipped.path("embedded")), *HEAD[2:]], "dataset: expected a text file"),
         *(
             ([command, *HEAD, "--dataset", path], f"got '{path}': there is no such file or folder")

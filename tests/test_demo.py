@@ -49,25 +49,16 @@ def test_the_head_is_the_one_whose_writes_do_most_of_those_that_remember(embedde
         check_head(Demo(layer=2, head=9), embedded)
 
 
-def test_a_memory_is_read_one_fact_replaced_and_the_answer_follows() -> None:
+def test_a_sentence_is_cut_and_replaced_and_the_answer_follows() -> None:
     recalled = recall()
     first, cut, edited = recalled.memories
     assert (first.answer, edited.answer) == ("Rome", "Oslo") and min(first.share, edited.share) > 0.9
-    assert cut.share < 0.5 and {*dict(cut.facts)} == {fact for fact, _ in first.facts if "Rome" not in fact}
-    facts, others = dict(first.facts), dict(edited.facts)
-    changed = {"Ben lives in → Rome", "Ben lives in → Oslo"}
-    assert facts.keys() ^ others.keys() == changed and len(facts) == len(others) == 4
-    assert all(others[fact] == pytest.approx(facts[fact], abs=0.05) for fact in facts.keys() - changed)
-    lines = recalled.lines().splitlines()
-    assert (
-        len(lines) == 7
-        and re.match("memory .*Ben lives in → Rome 0.48", lines[1])
-        and lines[6] == "answer    Ben lives in Oslo (99%)"
-    )
+    assert cut.share < 0.5
+    assert recalled.lines().splitlines()[-1] == "replaced  Ben lives in Oslo (99%)"
     guess = f"Ben lives in {cut.answer} ({cut.share:.0%})"
     assert recalled.answers().startswith(f"Ben lives in Rome (99%)\n{guess}")
     page = page_of(recalled, HEAD, {})
-    assert page.index("Ben lives in → Oslo") < page.index(recalled.circuit) and "Dictionaries" not in page
+    assert page.index("<b>Oslo</b>") < page.index(recalled.circuit) and "Dictionaries" not in page
     ElementTree.fromstring(recalled.circuit)
 
 
@@ -114,7 +105,7 @@ def test_the_demo_leaves_a_page_and_dictionaries(
     assert re.search(r"Ben lives in Rome \(99%\)\nBen lives in .*\n\nopen in a browser:$", said[-1])
     ElementTree.parse(flags.out / CIRCUIT)
     text = page.read_text()
-    assert page == tmp_path / "out" / PAGE and "Ben lives in → Oslo" in text and all(name in text for name in NAMES)
+    assert page == tmp_path / "out" / PAGE and "<b>Oslo</b>" in text and all(name in text for name in NAMES)
     whole = {name: next((flags.out / name).rglob("*.safetensors")) for name in NAMES}
     before = {label: file.stat().st_mtime_ns for label, file in whole.items()}
     assert run_demo(flags, said.append) == page and page.read_text() == text

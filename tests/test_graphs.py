@@ -23,7 +23,7 @@ from transformer_lens import HookedRootModule
 import hookpoints
 import sae_lens_writesae
 import writesae
-from hookpoints import EditSession, HookedRecurrent, Memory, MemoryReader, WriteEdit, attach, zoo
+from hookpoints import EditSession, HookedRecurrent, Memory, MemoryReader, WriteEdit, attach
 from sae_lens_writesae import HookedSAERecurrent
 from writesae.experiment.lab import Lab
 
@@ -96,22 +96,8 @@ def scaled(world: World) -> Any:
     return scaling
 
 
-def of_facts() -> tuple[Memory, Any]:
-    """A memory of the model `facts`, and its dictionary of pairs."""
-    model = HookedRecurrent.from_pretrained("facts")
-    with torch.no_grad():
-        pairs = sae_lens_writesae.load_sae(zoo.path("facts") / "pairs")
-    return model.memory("Ben lives in Rome ."), pairs
-
-
-def read(world: World) -> list[hookpoints.Fact]:
-    memory, pairs = of_facts()
-    return memory.facts(pairs)
-
-
-def rewritten(world: World) -> Memory:
-    memory, pairs = of_facts()
-    return memory.with_fact(pairs, "Ben lives in", "Oslo", instead_of="Rome")
+def of_facts(text: str) -> Memory:
+    return HookedRecurrent.from_pretrained("facts").memory(text)
 
 
 CALLS: dict[str, Callable[[World], Any]] = {
@@ -135,12 +121,8 @@ CALLS: dict[str, Callable[[World], Any]] = {
     "EditSession.recurrence": lambda w: EditSession(w.model, TOKENS[:1]).recurrence(LAYER),
     "EditSession.residual": lambda w: EditSession(w.model, TOKENS[:1]).residual(LAYER),
     "Memory.without": lambda w: w.model.memory(TOKENS).without((3, 6)),
-    "Memory.facts": read,
-    "Memory.with_fact": rewritten,
-    "Memory.held": lambda w: of_facts()[0].held(2),
-    "Memory.suspects": lambda w: (
-        of_facts()[0].model.memory("Ben lives in Rome . Iris keeps a parrot .").suspects("Ben")
-    ),
+    "Memory.held": lambda w: of_facts("Ben lives in Rome .").held(2),
+    "Memory.suspects": lambda w: of_facts("Ben lives in Rome . Iris keeps a parrot .").suspects("Ben"),
     "Memory.keeping": lambda w: w.model.memory(TOKENS).keeping(),
     "Memory.told": lambda w: w.model.memory(TOKENS).told([3, 4], instead_of=[5]),
     "MemoryReader": fitted,
@@ -217,7 +199,7 @@ NO_RUN = {
     ),
     *("UnknownModelError", "UnsupportedModelError", "WriteEdit", "cached", "default_device", "embedded", "model_types"),
     *("PAPER_RUNNER", "VARIANTS", "LowRank", "MatrixSAE", "MatrixTrainingSAE", "Metric", "Collection", "load_sae"),
-    *("Fact", "read_memory", "label_atoms", "calibrate_threshold", "head_target", "text_dataset", "training_config"),
+    *("calibrate_threshold", "head_target", "text_dataset", "training_config"),
     *("half_lives", "sample_sequences", "fingerprint", "origin", "check_dictionary", "boot_transformers"),
 }
 """Public names that run no model, or scopes in which others do."""

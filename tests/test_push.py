@@ -118,17 +118,6 @@ def test_what_is_pushed_loads_by_the_lines_of_its_card(folder: Path, hub: dict[s
     assert b"PRIVATE KEY" not in b"".join(hub.values())
 
 
-@pytest.mark.parametrize(
-    ("word", "is_published"),
-    [('Ben\'s "é" \n', True), ("/", True), ("/home/me", False), ("C:\\me", False), ("https://me@a", False), (7, False)],
-)
-def test_words_are_no_places(foreign: Path, word: object, is_published: bool) -> None:
-    side = {"words": [word, None], "correlations": [0.5, 0], "sizes": [-1e-7, 2.5]}
-    labels = {"keys": side, "values": side, "seen": [[0, 1], []]}
-    kept, _ = published(foreign, labels=labels)
-    assert kept.get("labels") == (labels if is_published else None)
-
-
 def test_a_dry_run_shows_the_files_and_the_card(folder: Path) -> None:
     found = run_push(Push(folder, "me/saes", dry_run=True))
     assert "| `L2H0/write-seed0` | `blocks.2.mixer.heads.0.hook_write_vec` | 64 x 32 | 16 |" in found

@@ -11,8 +11,8 @@ import torch
 from sae_lens.saes.sae import TrainStepInput
 from saes import HEAD, LAYER
 
-from hookpoints import HookedRecurrent, attribute, zoo
-from sae_lens_writesae import LowRank, load_sae, train, training_config
+from hookpoints import HookedRecurrent, attribute
+from sae_lens_writesae import LowRank, train, training_config
 from sae_lens_writesae.sae.rows import new_sae
 
 ROOT = Path(__file__).parents[1]
@@ -95,12 +95,10 @@ def test_an_attribution_by_forty(embedded: HookedRecurrent) -> None:
 
 
 @torch.no_grad()
-def test_a_fact_is_replaced_by_eleven() -> None:
+def test_a_sentence_is_replaced_by_twenty_two() -> None:
     memory = HookedRecurrent.from_pretrained("facts").memory("Ben lives in Rome .")
-    pairs = load_sae(zoo.path("facts") / "pairs")
     assert_route(
-        lambda: memory.with_fact(pairs, "Ben lives in", "Oslo", instead_of="Rome"),
-        11,
+        lambda: memory.told("Ben lives in Oslo .", instead_of="Ben lives in Rome ."),
+        22,
         "hookpoints/memory/memory.py",
-        "hookpoints/memory/facts.py",
     )

@@ -13,7 +13,7 @@ from examples import fresh_start, printed
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "tutorials").glob("*.ipynb"))
-LONG = ("4", "5", "6", "7", "8")
+LONG = ("5", "6", "7")
 """What the names of those begin with that run at night."""
 EACH = pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
 INSTALL = """\

@@ -26,18 +26,6 @@ IMAGES = ROOT / "docs" / "images"
 SOURCES = IMAGES / "sources.json"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 ATTENTION = "tutorials/2_attention_and_induction.ipynb"
-BOARD = "study/docs/zoo_board.json"
-WRITERS = {
-    "writesae_product": "atom of a product SAE (writesae_product)",
-    "vector TopK autoencoders of k and of u": "atoms of two vector SAEs, of k and of u",
-    "product quantizer (k-means of k and of u)": "two quantizers, k-means of k and of u",
-    "additive quantizers of k and of u": "two additive quantizers",
-    "residual quantizers of k and of u": "two residual quantizers",
-    "writesae_topk, equal parameters, k 1": "atom of a matrix SAE with as many numbers",
-    "null: untrained writesae_product": "untrained atom",
-    "null: another pair's write": "write of another pair",
-}
-"""Rows of the board that README shows, and what they are called there."""
 
 
 def saved(tutorial: str, words: str, file: Path) -> None:
@@ -145,27 +133,6 @@ def write(file: Path) -> None:
     figure.savefig(file, dpi=110)
 
 
-def fact(file: Path) -> None:
-    """How often methods write a fact into the model `recall`, by the board of the zoo."""
-    import matplotlib.pyplot as plt
-
-    boards = json.loads((ROOT / BOARD).read_text(encoding="utf-8"))["boards"]
-    (rows,) = (
-        {row["method"]: row["changed"] for row in board["rows"]} for board in boards if board["model"] == "recall"
-    )
-    names = [name for name in WRITERS if name in rows]
-    figure, axis = plt.subplots(figsize=(8, 0.45 * len(names) + 1))
-    for place, name in enumerate(reversed(names)):
-        mean, low, high = (100 * rows[name][end] for end in ("mean", "low", "high"))
-        colour = "#c33" if name.startswith("writesae") else "#bbb" if name.startswith("null") else "#557"
-        axis.barh(place, mean, xerr=[[max(mean - low, 0)], [max(high - mean, 0)]], color=colour, ecolor="#222")
-        axis.text(104, place, f"{mean:.1f}%", va="center", fontsize=9)
-    axis.set_yticks(range(len(names)), [WRITERS[name] for name in reversed(names)], fontsize=9)
-    axis.set(xlim=(0, 116), xlabel="answers that follow the new fact, % (95% intervals)")
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(file, dpi=110, bbox_inches="tight")
-
-
 def growth(file: Path) -> None:
     """Times of the chunked scan against length."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -218,7 +185,6 @@ PICTURES = {
         ),
     ),
     "write.png": Picture(write, ("hookpoints/zoo/recall/model.safetensors",)),
-    "fact.png": Picture(fact, (BOARD,)),
     "attention.png": Picture(partial(saved, ATTENTION, "one distance of one layer ablated"), (ATTENTION,)),
     "growth.png": Picture(growth, ("docs/benchmarks/scan.json", "benchmarks/scan.py")),
     "atom.png": Picture(

@@ -42,7 +42,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "demo": Command(
-        "Read a memory as facts, edit it, and train dictionaries on one head; offline, in a minute.",
+        "Cut a sentence out of a memory, ask again, and train dictionaries on one head; offline, in a minute.",
         "writesae.demo:run_demo",
         "writesae.flags:Demo",
     ),

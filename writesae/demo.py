@@ -1,4 +1,4 @@
-"""The main job, end to end, on models that ship with the package: a memory that is read as facts and edited, and
+"""The main job, end to end, on models that ship with the package: a memory that is cut and told otherwise, and
 dictionaries of what one head of a language model writes."""
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hookpoints import HookedRecurrent, attribute, embedded, zoo
+from hookpoints import HookedRecurrent, attribute, embedded
 from hookpoints.files import atomic_text
 from hookpoints.scopes import threads_for
 from sae_lens_writesae.sae.collecting import collect
@@ -35,15 +35,12 @@ from writesae.flags import Demo
 from writesae.page.template import environment
 from writesae.training import quality_table, quiet, save_dictionary
 
-if TYPE_CHECKING:
-    from hookpoints.memory.facts import PairDictionary
-
 RECIPES: tuple[MetricName, ...] = ("frobenius", "gauss_newton")
 """What errors of each dictionary are measured by: their squares, or the KL divergence that they cause."""
 PAGE = "demo.html"
 CIRCUIT = "circuit.svg"
 STAGES = (
-    "a memory read as facts",
+    "a memory, cut and told otherwise",
     "what each head's writes do",
     "writes of one head",
     "training two dictionaries",
@@ -157,11 +154,9 @@ def trained_sae(
 
 
 class Held(NamedTuple):
-    """A memory in words."""
+    """A memory, asked."""
 
     title: str
-    facts: tuple[tuple[str, float], ...]
-    """With their strengths."""
     answer: str
     """To the question, and its probability."""
     share: float
@@ -172,7 +167,7 @@ class Held(NamedTuple):
 
 @dataclass(frozen=True)
 class Recalled:
-    """A text that a model was told, its memory as facts, without the first sentence, and with another fact for it."""
+    """A text that a model was told, its memory, without the first sentence, and with another one for it."""
 
     text: str
     question: str
@@ -184,8 +179,7 @@ class Recalled:
         """As lines of a terminal."""
         lines = [f"text      {self.text}"]
         for title, held in zip(("memory", "cut", "replaced"), self.memories):
-            facts = ", ".join(f"{fact} {strength:.2f}" for fact, strength in held.facts)
-            lines += [f"{title:8}  {facts}", f"answer    {self.question} {held}"]
+            lines.append(f"{title:8}  {self.question} {held}")
         return "\n".join(lines)
 
     def answers(self) -> str:
@@ -201,25 +195,23 @@ def page_of(recalled: Recalled, head: ChosenHead, qualities: Mapping[str, Json])
 
 
 def recall() -> Recalled:
-    """Tell the model `facts` a text, read its memory as facts, cut the sentence of one of them, replace that fact, ask
-    for it each time, and find the circuit of the first answer."""
+    """Tell the model `facts` a text, cut the sentence that an answer hangs on, tell another one for it, ask
+    each time, and find the circuit of the first answer."""
     with quiet():
         model = HookedRecurrent.from_pretrained("facts").requires_grad_(False)
-    pairs = cast("PairDictionary", load_sae(zoo.path("facts") / "pairs"))
     old, new = REPLACED
     memory = model.memory(TOLD)
     span = memory.suspects(ASKED)[0].span  # the sentence that the answer hangs on
     states = {
         "What its memory holds": memory,
         f"The memory without “{ASKED} {old}”": memory.without(span),
-        f"The memory with {new} instead of {old}": memory.with_fact(pairs, ASKED, new, instead_of=old),
+        f"The memory with {new} instead of {old}": memory.told(f"{ASKED} {new} .", instead_of=f"{ASKED} {old} ."),
     }
     memories = []
     for title, state in states.items():
         chances = model.logits_after(state, ASKED)[0, -1].softmax(-1)
-        facts = [(f"{fact.key} → {fact.value}", fact.strength) for fact in state.facts(pairs, n=4)]
         answer = str(model.to_string(int(chances.argmax()))).strip()
-        memories.append(Held(title, tuple(sorted(facts)), answer, float(chances.max())))
+        memories.append(Held(title, answer, float(chances.max())))
     with torch.enable_grad():
         graph = attribute(f"{TOLD} {ASKED}", model, [old], against=new, frozen=True)
     return Recalled(TOLD, ASKED, tuple(memories), graph.draw(width=360))

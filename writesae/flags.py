@@ -19,8 +19,8 @@ from writesae.files import sae_folders
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
-    """Tell a small model a few facts, read its memory as a list of them, cut one out, replace it, and ask again; then
-    train two dictionaries on what one head of a language model writes.
+    """Tell a small model a few facts, cut one out of its memory, tell another one for it, and ask again; then train
+    two dictionaries on what one head of a language model writes.
 
     The head is the one whose writes do most, of those that remember for a while. One dictionary is trained for squared
     errors, one for errors in the model's own metric. A table says what they recover on held-out text. The page has the

@@ -38,9 +38,6 @@ from writesae.flags import Push
 _NAME = r"[\w-][\w.-]*"
 _NUMBERS = r"[-+\d., e\[\]]*|null|true|false"
 """A number or numbers, as JSON."""
-_WORDS = r'((null|"(/|([^"/\\]|\\[^\\])*)")(, )?)*'
-"""Words of atoms, as JSON. A place on a machine or in a network has a slash or a backslash inside."""
-_SIDE = rf'\{{"correlations": \[({_NUMBERS})\], "sizes": \[({_NUMBERS})\], "words": \[{_WORDS}\]\}}'
 _FORMS = {
     "hook_name": r"[\w.]+",
     "hook_head_index": _NUMBERS,
@@ -65,7 +62,6 @@ _FORMS = {
     "sae_lens_version": _NAME,
     "sae_lens_training_version": _NAME,
     "requires": ".*",
-    "labels": rf'\{{"keys": {_SIDE}, ("seen": ({_NUMBERS}), )?"values": {_SIDE}\}}',
 }
 """Metadata that is published, and its form as text or JSON with sorted keys. Nothing else is."""
 _LOADING = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pandas as pd
 import torch
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from hookpoints.circuit.tables import Change, Node, by_size, edge_table, node_of, node_table
 from hookpoints.errors import InputError
-from hookpoints.memory.facts import PairDictionary, pair_name
 
 if TYPE_CHECKING:
     from hookpoints.circuit.tracing import Tracing
@@ -28,7 +27,7 @@ class HeadSAE(Protocol):
 
     @property
     def cfg(self) -> Any:
-        """Has `metadata` with `hook_name`, and with `labels` where words name pairs."""
+        """Has `metadata` with `hook_name`."""
         ...
 
     def encode(self, x: Tensor) -> Tensor: ...
@@ -113,11 +112,3 @@ def _parts_of(sae: HeadSAE, whole: Node, texts: Sequence[Recurrence]) -> dict[No
     matrix = matrices[0] - sum(matrices[1:])
     error = matrix - sum(parts.values())
     return parts | {whole._replace(feature_type="error"): error} | ({whole: matrix} if is_state else {})
-
-
-def labels_of(sae: HeadSAE, atoms: pd.DataFrame) -> dict[str, str]:
-    """Names of atoms by node, of a dictionary of pairs with words."""
-    if getattr(sae.cfg.metadata, "labels", None) is None:
-        return {}
-    names = [pair_name(cast(PairDictionary, sae), feature) for feature in atoms.feature.tolist()]
-    return dict(zip(atoms.node_id.tolist(), names))

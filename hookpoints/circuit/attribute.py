@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from hookpoints.circuit.atoms import HeadSAE, atoms_of, labels_of, taken_apart, wholes_of
+from hookpoints.circuit.atoms import HeadSAE, atoms_of, taken_apart, wholes_of
 from hookpoints.circuit.graph import Graph
 from hookpoints.circuit.measure import Wanted
 from hookpoints.circuit.nodes import LogitMetric, Token, check_is_text, logits_of, one_sequence, same_length
@@ -107,17 +107,15 @@ def attribute(
         best = [node_of(row) for row in explained.itertuples()]
         edges = [tracing.direct(), tracing.edges_into(best)]
         tables = [nodes]
-        labels: dict[str, str] = {}
         for sae, whole in zip(saes, wholes):
             for node in taken_apart(tracing, whole, best, writes):
                 parts, into = atoms_of(tracing, sae, node)
                 tables.append(parts)
                 edges.append(into)
-                labels |= labels_of(sae, parts[parts.feature_type == "atom"])
         return Graph(
             nodes=pd.concat(tables, ignore_index=True)[list(NODE_COLUMNS)].astype(NODE_COLUMNS),
             edges=pd.concat(edges, ignore_index=True).astype(EDGE_COLUMNS),
-            metadata=tracing.metadata() | {"labels": labels},
+            metadata=tracing.metadata(),
             tracer=tracing,
         )
 

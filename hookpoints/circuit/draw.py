@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from textwrap import shorten
 from typing import cast
 
 import numpy as np
@@ -38,7 +37,7 @@ def svg(nodes: pd.DataFrame, edges: pd.DataFrame, metadata: Mapping[str, object]
 
     lines = _visible_lines(edges)
     seen = nodes[nodes.node_id.isin([*lines.source, *lines.target])]
-    spots = _visible_spots(seen, cast("Mapping[str, str]", metadata.get("labels", {})))
+    spots = _visible_spots(seen)
     size = spots.measured.abs().fillna(0.0)
     most = max([*lines.measured.abs(), *size], default=0.0) or 1.0
     spots["radius"] = 4 + 11 * (size / most) ** 0.5
@@ -98,20 +97,20 @@ def _visible_lines(edges: pd.DataFrame) -> pd.DataFrame:
     return lines[~is_told]
 
 
-def _visible_spots(nodes: pd.DataFrame, words: Mapping[str, str]) -> pd.DataFrame:
+def _visible_spots(nodes: pd.DataFrame) -> pd.DataFrame:
     """The nodes, largest first, with their shape and label; and how many are above each in its block at its token:
     parts are below the others, and MLPs are on their own."""
     spots = nodes.loc[by_size(nodes.measured.fillna(0.0))]
     shape = spots.feature_type.map(_SHAPES).fillna("diamond")
-    label = [_label_text(*row, words) for row in zip(spots.node_id, spots.measured)]
+    label = [_label_text(*row) for row in zip(spots.node_id, spots.measured)]
     stacked = spots.loc[(shape == "diamond").sort_values(kind="stable").index]
     beside = stacked.groupby(["layer", "position", stacked.feature_type == "mlp"])
     return spots.assign(shape=shape, label=label, number=beside.cumcount())
 
 
-def _label_text(node: str, measured: float, words: Mapping[str, str]) -> str:
+def _label_text(node: str, measured: float) -> str:
     """A node without its token, which is below it, or without what a part is of; and its effect."""
-    name = shorten(words.get(node, re.sub(r"^\S+ (?!state)|@\d+", "", node)), 30, placeholder=" …")
+    name = re.sub(r"^\S+ (?!state)|@\d+", "", node)
     return name if pd.isna(measured) else f"{name} {measured:+.2f}"
 
 

@@ -100,7 +100,7 @@ class Graph(Explaining):
     """Columns source, target (node ids), port, read, predicted, measured."""
     metadata: Mapping[str, object]
     """model, tokens (texts), targets and against (texts), metric (its value), corrupt (texts or None), frozen,
-    completeness (by port), labels (words of atoms, by node id)."""
+    completeness (by port)."""
     tracer: Tracer | None = None
     """None of a graph that was loaded: it has no model."""
 

@@ -15,7 +15,6 @@ was recorded.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
@@ -46,16 +45,6 @@ from hookpoints.memory.caches import (
     tensors_of,
     turned,
     window,
-)
-from hookpoints.memory.facts import (
-    Fact,
-    PairDictionary,
-    is_usual,
-    joined_facts,
-    lacking,
-    place_of,
-    read_memory,
-    rewritten,
 )
 from hookpoints.memory.held import (
     CONTEXT,
@@ -224,85 +213,6 @@ class Memory:
             inner = inner + (held * value).sum(-1)
         shares = inner / state.square().sum((-1, -2))[:, None]
         return shares if head is None else shares[:, :, head]
-
-    def facts(
-        self,
-        dictionaries: PairDictionary | Sequence[PairDictionary],
-        *,
-        layer: int | None = None,
-        head: int | None = None,
-        n: int | None = None,
-        row: int = 0,
-    ) -> list[Fact]:
-        """What a head holds after a row's tokens, as facts, strongest first: at most ``n``, or as many as are strong.
-
-        Of several dictionaries, the facts are joined (`joined_facts`). ``layer`` and ``head`` are those of the
-        dictionary, and may be left out where it names them.
-
-        Raises:
-            InputError: what `read_memory` raises, the dictionary is one of another head, or there is no such row.
-        """
-        self.check_row(row)
-        several = dictionaries if isinstance(dictionaries, Sequence) else [dictionaries]
-        heads = list[list[Fact]]()
-        for dictionary in several:
-            self.model.check_dictionary(dictionary.cfg.metadata)
-            state = self._head_state(*place_of(dictionary, layer, head))
-            heads += read_memory(state[row : row + 1], dictionary, n)
-        return joined_facts(heads, n) if isinstance(dictionaries, Sequence) else heads[0]
-
-    def with_fact(
-        self,
-        dictionaries: PairDictionary | Sequence[PairDictionary],
-        key: str,
-        value: str | None,
-        *,
-        instead_of: str | None = None,
-        layer: int | None = None,
-        head: int | None = None,
-    ) -> Memory:
-        """With another fact, in every head of the dictionaries: a ``value`` ``instead_of`` another; one fact more,
-        without ``instead_of``; one less, with ``value`` None. Words are those of the dictionaries (see `rewritten`). A
-        dictionary that lacks one of them is left out, with its head, and a warning says so. Another warning says where
-        no key like this one has the ``value``: it is written, but the model may answer another.
-
-        Raises:
-            InputError: no head holds the old fact, every dictionary lacks a word, neither value is given, or what
-                `facts` raises.
-        """
-        if value is None and instead_of is None:
-            raise InputError("value: expected a word, or instead_of, the value that the key loses; got neither")
-        several = dictionaries if isinstance(dictionaries, Sequence) else [dictionaries]
-        known = list[PairDictionary]()
-        unknown = list[str]()
-        for dictionary in several:
-            if words := lacking(dictionary, key, value, instead_of):
-                of_layer, of_head = place_of(dictionary, layer, head)
-                unknown.append(f"L{of_layer}H{of_head} lacks {words}")
-            else:
-                known.append(dictionary)
-        if not known:
-            raise InputError(f"expected words that name atoms, got others: {'; '.join(unknown)}")
-        if unknown:
-            warnings.warn(f"heads whose dictionary lacks a word stay as they are: {'; '.join(unknown)}", stacklevel=2)
-        if value is not None and not any(is_usual(dictionary, key, value) for dictionary in known):
-            warnings.warn(
-                f"value: expected one that {key!r}, or a key that shares a value with it, had where atoms were named, "
-                f"got {value!r}; the model may answer another",
-                stacklevel=2,
-            )
-        states: LayerStates = {}
-        held = False
-        for dictionary in known:
-            self.model.check_dictionary(dictionary.cfg.metadata)
-            of_layer, of_head = place_of(dictionary, layer, head)
-            before = self._head_state(of_layer, of_head)
-            changed, had_it = rewritten(before, dictionary, key, value, instead_of)
-            held |= had_it
-            states.setdefault(of_layer, self.state(of_layer))[:, of_head] = changed
-        if not held:
-            raise InputError(f"instead_of: expected a value that {key!r} has here, got {instead_of!r}; see `facts`")
-        return self.with_states(states)
 
     def held(self, n: int = 10, *, layer: int | None = None, head: int | None = None, row: int = 0) -> list[HeldToken]:
         """The ``n`` tokens that heads still hold most of, by the size of their `terms`, each with the tokens before it:
@@ -635,12 +545,6 @@ class Memory:
             return math.nan
         both = self._states_alone(sentence, [other if token == answer else token for token in sentence])
         return held_share(self._layer_states(), {layer: state[1:] - state[:1] for layer, state in both.items()})
-
-    def _head_state(self, layer: int, head: int) -> Tensor:
-        """[B,K,V], of a head that there is."""
-        if not 0 <= head < self.model.cfg.layer(layer).H:
-            raise InputError(f"head: expected 0 to {self.model.cfg.layer(layer).H - 1} in layer {layer}, got {head}")
-        return self.state(layer, head)
 
     def _check_peer(self, other: Memory) -> None:
         if other.model is not self.model or other.tokens.shape[0] != self.tokens.shape[0]:

@@ -30,12 +30,6 @@ from sae_lens_writesae.sae.architectures import (
     WriteTopKTrainingSAEConfig,
 )
 from sae_lens_writesae.sae.matrix import MatrixSAE, MatrixSAEConfig
-from sae_lens_writesae.sae.product import (
-    WriteProductSAE,
-    WriteProductSAEConfig,
-    WriteProductTrainingSAE,
-    WriteProductTrainingSAEConfig,
-)
 from sae_lens_writesae.sae.training import MatrixTrainingSAE, MatrixTrainingSAEConfig
 
 __all__ = [
@@ -62,10 +56,6 @@ __all__ = [
     "WriteMatchingPursuitTrainingSAEConfig",
     "WriteMatryoshkaTrainingSAE",
     "WriteMatryoshkaTrainingSAEConfig",
-    "WriteProductSAE",
-    "WriteProductSAEConfig",
-    "WriteProductTrainingSAE",
-    "WriteProductTrainingSAEConfig",
     "WriteStandardSAE",
     "WriteStandardSAEConfig",
     "WriteStandardTrainingSAE",

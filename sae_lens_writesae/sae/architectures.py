@@ -33,14 +33,7 @@ from torch.nn.functional import one_hot
 
 from hookpoints.errors import nearest
 from sae_lens_writesae.choices import Encoder
-from sae_lens_writesae.sae import pairs, sides  # noqa: F401  (the two kinds of products)
 from sae_lens_writesae.sae.matrix import MatrixSAE, MatrixSAEConfig
-from sae_lens_writesae.sae.product import (
-    WriteProductSAE,
-    WriteProductSAEConfig,
-    WriteProductTrainingSAE,
-    WriteProductTrainingSAEConfig,
-)
 from sae_lens_writesae.sae.training import MatrixTrainingSAE, MatrixTrainingSAEConfig
 
 
@@ -218,7 +211,6 @@ INFERENCE: dict[str, tuple[type[SAE[Any]], type[MatrixSAEConfig]]] = {
     "writesae_jumprelu": (WriteJumpReLUSAE, WriteJumpReLUSAEConfig),
     "writesae_standard": (WriteStandardSAE, WriteStandardSAEConfig),
     "writesae_gated": (WriteGatedSAE, WriteGatedSAEConfig),
-    "writesae_product": (WriteProductSAE, WriteProductSAEConfig),
     "writesae_matching_pursuit": (WriteMatchingPursuitSAE, WriteMatchingPursuitSAEConfig),
 }
 """Architecture -> (class, config) for inference."""
@@ -230,7 +222,6 @@ TRAINING: dict[str, tuple[type[TrainingSAE[Any]], type[MatrixTrainingSAEConfig]]
     "writesae_jumprelu": (WriteJumpReLUTrainingSAE, WriteJumpReLUTrainingSAEConfig),
     "writesae_standard": (WriteStandardTrainingSAE, WriteStandardTrainingSAEConfig),
     "writesae_gated": (WriteGatedTrainingSAE, WriteGatedTrainingSAEConfig),
-    "writesae_product": (WriteProductTrainingSAE, WriteProductTrainingSAEConfig),
     "writesae_matching_pursuit": (WriteMatchingPursuitTrainingSAE, WriteMatchingPursuitTrainingSAEConfig),
 }
 """Architecture -> (class, config) for training. BatchTopK and Matryoshka are exported as `writesae_jumprelu`."""

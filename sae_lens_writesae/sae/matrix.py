@@ -51,8 +51,6 @@ class MatrixSAEConfig(SAEConfig):
 
     _name: ClassVar[str]
     """The architecture's name in SAELens' registry, set where the class is registered."""
-    _encoders: ClassVar[Any] = Encoder
-    """The words of `encoder`."""
 
     d_k: int = 0
     """K, the key side (rows) of the matrices. 0: `d_in // d_v`. At least one of the two must be given."""
@@ -77,7 +75,7 @@ class MatrixSAEConfig(SAEConfig):
         limit = min(self.d_k, self.d_v)
         foldable = self.normalize_activations in ("none", "expected_average_only_in")
         check_fields(self, {"d_in": (self.d_in == self.d_k * self.d_v, f"d_k * d_v = {self.d_k} * {self.d_v}")})
-        check_fields(self, words(self, encoder=self._encoders, decoder=Decoder))
+        check_fields(self, words(self, encoder=Encoder, decoder=Decoder))
         rules = {
             "d_sae": (self.d_sae >= 1, "a number of atoms"),
             "k": (0 < k <= self.d_sae, f"a number above 0, at most d_sae = {self.d_sae}"),
@@ -135,14 +133,10 @@ class MatrixSAE(SAE[Any]):
     def initialize_weights(self) -> None:
         """Random atoms of norm `decoder_init_norm` (None: of the norm that SAELens' initialization gives), with the
         encoder equal to the decoder. Only draws and scales, so that it works on the meta device."""
-        like = {"dtype": self.dtype, "device": self.device}
-        self.b_dec = nn.Parameter(torch.zeros(self.cfg.d_in, **like))
-        norm = getattr(self.cfg, "decoder_init_norm", None) or math.sqrt(2.0)
-        self._start_weights(norm, **like)
-
-    def _start_weights(self, norm: float, **like: Any) -> None:
-        """Random parameters of both sides."""
         cfg = self.cfg
+        like = {"dtype": self.dtype, "device": self.device}
+        self.b_dec = nn.Parameter(torch.zeros(cfg.d_in, **like))
+        norm = getattr(cfg, "decoder_init_norm", None) or math.sqrt(2.0)
         v = torch.randn(cfg.d_sae, cfg.rank, cfg.d_k, **like)
         w = torch.randn(cfg.d_sae, cfg.rank, cfg.d_v, **like)
         scale = (norm / LowRank(v, w).norm()).sqrt()[:, None, None]
@@ -160,11 +154,6 @@ class MatrixSAE(SAE[Any]):
             self.encoder_matrix = nn.Parameter(khatri_rao(v, w).T.contiguous())
         else:
             self.encoder_scale = nn.Buffer(torch.ones(cfg.d_sae, **like))
-
-    @property
-    def n_factors(self) -> int:
-        """How many atoms are free of each other: all, unless they are made of fewer shared factors."""
-        return int(self.cfg.d_sae)
 
     # SAELens declares these two as parameters.
     @property
@@ -192,10 +181,6 @@ class MatrixSAE(SAE[Any]):
                 "with .flatten(-2)"
             )
         return super().process_sae_in(sae_in)
-
-    def weighted_sum(self, weights: Tensor) -> Tensor:
-        """Sums of all atoms [...,K*V] with weights [...,F]."""
-        return weights @ self.W_dec
 
     def _built_once(self, name: str, build: Callable[[], Tensor]) -> Tensor:
         if self._built is None or not torch.is_grad_enabled():
@@ -373,17 +358,12 @@ class MatrixSAE(SAE[Any]):
 
         `W_enc` [K*V,F] and `W_dec` [F,K*V] are built: 2 F K V numbers, instead of the factors. Activations and
         reconstructions are equal to rounding.
-
-        Raises:
-            ValueError: SAELens has no class of this form.
         """
         names = [
             name
             for name, (cls, _) in SAE_CLASS_REGISTRY.items()
             if isinstance(self, cls) and not issubclass(cls, MatrixSAE)
         ]
-        if not names:
-            raise ValueError(f"architecture: expected a form that SAELens has, got pairs ({self.cfg.architecture()})")
         metadata = {name: value for name, value in self.cfg.metadata.to_dict().items() if name != "requires"}
         changes = {"architecture": names[0], "device": "meta", "metadata": metadata}
         sae = SAE.from_dict(self.cfg.to_dict() | changes)

@@ -127,11 +127,6 @@ RUNNER: dict[str, float | int | str] = {
 no other rate, start, number of steps or centering was better on any head."""
 
 
-PURSUIT: dict[str, float | int] = {"lr": 1e-2, "train_batch_size_tokens": 96}
-"""What differs for pairs by pursuit, which are replaced every `PURSUIT_RESAMPLES` steps."""
-PURSUIT_RESAMPLES = 25
-
-
 def training_config(
     model: HookedRecurrent | Collection,
     layer: int,
@@ -174,7 +169,6 @@ def training_config(
     place = model.head_target(layer, head, target) if collected else head_target(model, layer, head, target)
     config_class = training_config_class(architecture)
     origin = model.origin()
-    by_pursuit = architecture == "writesae_product" and (sae or {}).get("encoder") == "pursuit"
     defaults: dict[str, Any] = {
         "model_name": origin["model_name"],
         "model_from_pretrained_kwargs": {"revision": origin["revision"]} if origin["revision"] else {},
@@ -190,7 +184,6 @@ def training_config(
         "checkpoint_path": None,
         "output_path": None,
         **RUNNER,
-        **(PURSUIT if by_pursuit else {}),
     }
     if collected:
         defaults |= {
@@ -212,7 +205,6 @@ def training_config(
         "decoder_init": "native",
         "metadata": SAEMetadata(model_fingerprint=origin["fingerprint"]),
         **({"k": 1} if architecture == "writesae_topk" else {}),
-        **({"resample_every": PURSUIT_RESAMPLES} if by_pursuit else {}),
         **(sae or {}),
     }
     cfg = with_fields(LanguageModelSAERunnerConfig, {"sae": with_fields(config_class, fields), **defaults, **runner})

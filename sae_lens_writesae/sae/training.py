@@ -284,7 +284,7 @@ class MatrixTrainingSAE(TrainingSAE[Any], MatrixSAE):
         if not self.cfg.b_dec_rows or not self.mean_batches.any():
             return self.b_dec
         code = (self.mean_contribution / self.get_W_dec_norm()).to(self.b_dec)
-        return (self.mean_input - self.weighted_sum(code)).to(self.b_dec)
+        return (self.mean_input - code @ self.W_dec).to(self.b_dec)
 
     def settle_b_dec(self) -> None:
         """Make b_dec what `output_bias` is, and forget the means. Nothing else changes."""

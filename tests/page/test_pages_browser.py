@@ -56,7 +56,7 @@ def places(data: AtomPagesData, server: PromptServer, tmp_path_factory: pytest.T
     info = data.info | dict.fromkeys(("label", "model", "rule", "architecture"), EVIL)
     index = write_atom_pages(AtomPagesData(info, everywhere(data.atoms)), folder)
     recalled = recall()
-    held = [each._replace(answer=EVIL, facts=((EVIL, 0.5),)) for each in recalled.memories]
+    held = [each._replace(answer=EVIL) for each in recalled.memories]
     demo = replace(recalled, text=EVIL, question=EVIL, memories=tuple(held))
     (folder / "demo.html").write_text(page_of(demo, ChosenHead(EVIL, EVIL, 2, 1, 20.0, 0.1), {EVIL: QUALITY}))
     return {

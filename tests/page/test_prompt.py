@@ -20,7 +20,7 @@ from hookpoints import HookedRecurrent, Memory
 from page.planted_atoms import HEAD, HOOK, LAYER, empty_sae
 from writesae.flags import Prompt
 from writesae.page.prompt import MAX_BYTES, MAX_TOKENS, PromptServer, read_shares
-from writesae.page.remembered import Changes, default_prompt, unknown_words
+from writesae.page.remembered import default_prompt, unknown_words
 
 
 def ask(server: PromptServer, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
@@ -68,9 +68,6 @@ def test_a_text_is_read_by_a_head(embedded: HookedRecurrent, server: PromptServe
     assert other["atoms"] is None and other["shares"] != reading["shares"]
 
 
-UNCHANGED: dict[str, Any] = {"spans": [], "facts": []}
-
-
 def likeliest(model: HookedRecurrent, memory: Memory, question: str) -> list[tuple[str, Any]]:
     """The five likeliest next tokens, as the page shows them."""
     top = model.logits_after(memory, question)[0, -1].softmax(-1).topk(5)
@@ -84,7 +81,7 @@ def shown(found: Any, number: int) -> list[tuple[str, float]]:
 
 def test_phrases_are_cut_and_replaced_as_the_library_does(speaker: PromptServer) -> None:
     text, question = default_prompt("facts-english-rwkv7")
-    asked = {"text": text, "question": question} | UNCHANGED
+    asked = {"text": text, "question": question, "spans": []}
     model = speaker.model
     memory = model.memory(text)
     status, found = ask(speaker, "POST", "/memory", asked)
@@ -116,7 +113,7 @@ def test_scores_are_those_of_the_reader(speaker: PromptServer) -> None:
     text, question = default_prompt("facts-english")
     memory = speaker.model.memory(text)
     span = memory.suspects(f" {question}")[0].span
-    asked = {"text": text, "question": question, "facts": [], "spans": [[*span, None]], "phrases": [span], "back": True}
+    asked = {"text": text, "question": question, "spans": [[*span, None]], "phrases": [span], "back": True}
     status, found = ask(speaker, "POST", "/reader", asked)
     certificate = speaker.reader().forgot(memory, span)
     assert status == 200 and found["scores"] == [[pytest.approx(each.score, rel=1e-3) for each in certificate]]
@@ -124,21 +121,8 @@ def test_scores_are_those_of_the_reader(speaker: PromptServer) -> None:
 
 
 @torch.no_grad()
-def test_facts_that_ship_with_a_model_are_changed() -> None:
-    text, question = default_prompt("facts")
-    asked = {"text": text, "question": question}
-    with PromptServer(Prompt(model="facts", port=0)) as server:
-        prompt = server.prompted(**asked)
-        before: Any = server.remember(prompt, Changes([], []))
-        changed: Any = server.remember(prompt, Changes([], [("Mia lives in", "Quito", "Paris")]))
-        cut: Any = server.remember(prompt, Changes([], [("Mia lives in", "Quito", None)]))
-        assert unknown_words(server.model, "Mia lives in Zork .") == ["Zork"]
-        assert server.explain(prompt, "", "", 390)["labels"]
-    (fact,) = [row for row in before["facts"] if row[0] == "Mia lives in"]
-    wanted = server.model.memory(text).facts(server.pairs)
-    assert [row[1] for row in before["facts"]] == [each.value for each in wanted] and fact[1] == "Quito"
-    assert [found["answers"][1]["said"] for found in (before, changed)] == ["Quito.", "Paris."]
-    assert cut["answers"][1]["said"] != "Quito." and cut["kl"] > 1
+def test_words_without_a_token_are_listed() -> None:
+    assert unknown_words(HookedRecurrent.from_pretrained("facts"), "Mia lives in Zork .") == ["Zork"]
 
 
 def test_why_a_token_is_drawn_and_nodes_are_taken_apart_kept_and_deleted(server: PromptServer) -> None:
@@ -197,8 +181,8 @@ def test_the_page_opens_at_the_head_of_the_first_dictionary(embedded: HookedRecu
         (404, "POST", "/", READ, {}),
         (400, "POST", "/head", {"text": "war", "question": "The"}, {}),
         (400, "POST", "/head", ["war"], {}),
-        (400, "POST", "/memory", READ | {"spans": [[1, 2, 3]], "facts": []}, {}),
-        (400, "POST", "/memory", READ | {"spans": [[5, 99, None]], "facts": []}, {}),
+        (400, "POST", "/memory", READ | {"spans": [[1, 2, 3]]}, {}),
+        (400, "POST", "/memory", READ | {"spans": [[5, 99, None]]}, {}),
         (400, "POST", "/head", READ | {"layer": 99}, {}),
         (400, "POST", "/head", READ | {"head": 99}, {}),
         (400, "POST", "/head", READ | {"head": float("inf")}, {}),

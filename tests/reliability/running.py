@@ -82,7 +82,7 @@ PAIRS = [
     (runs.generated, runs.hooked),
     (runs.attribute, runs.native),
     (runs.attribute, runs.remembered),
-    (runs.write_attribution, runs.facts),
+    (runs.write_attribution, runs.told),
 ]
 
 

@@ -30,7 +30,7 @@ STOCK = {  # ours -> SAELens' own
     "writesae_gated": "gated",
 }
 VARIED = list(STOCK)
-"""Architectures with the variants of encoder and decoder; products have one kind of atom."""
+"""Architectures with a class of SAELens that does the same on dense matrices."""
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("writesae_topk", {}),
     ("writesae_topk", {"rescale_acts_by_decoder_norm": False}),
@@ -84,8 +84,6 @@ def stock_twin(sae: Any) -> Any:
 def step_input(sae: Any, seed: int = 1) -> TrainStepInput:
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(N, D_IN, dtype=torch.float64, generator=g)
-    if sae.cfg.architecture() == "writesae_product":  # which is trained on writes of rank one
-        x = (x[:, :K, None] * x[:, None, K : K + V]).flatten(1)
     dead = torch.rand(F, generator=g) < 0.4
     return TrainStepInput(x, {n: 0.3 for n in sae.get_coefficients()}, dead, 0, False)
 
@@ -173,11 +171,8 @@ def test_pursuit_takes_what_explains_most_of_the_rest(rank: int) -> None:
         sae.to_saelens()
 
 
-def test_products_have_no_stock_form_and_every_folder_names_the_package(tmp_path: Path) -> None:
-    sae = build("writesae_product")
-    with pytest.raises(ValueError, match="writesae_product"):
-        sae.to_saelens()
-    sae.save_inference_model(tmp_path)
+def test_every_folder_names_the_package(tmp_path: Path) -> None:
+    build("writesae_topk").save_inference_model(tmp_path)
     text = (tmp_path / "cfg.json").read_text()
     assert "import sae_lens_writesae" in json.loads(text)["metadata"]["requires"]
     assert text == json.dumps(json.loads(text), sort_keys=True)  # so that checksums are those of every process

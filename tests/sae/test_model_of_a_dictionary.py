@@ -90,18 +90,6 @@ def test_calls_warn_of_other_weights(
         use(HookedSAERecurrent.from_pretrained(str(folder / "byo" / "recall")), sae)
 
 
-def test_facts_warn_of_other_weights() -> None:
-    model = HookedRecurrent.from_pretrained("facts")
-    with torch.no_grad():
-        next(model.hf_model.parameters())[0, 0] += 1
-    pairs: Any = load_sae(zoo.path("facts") / "pairs")
-    memory = model.memory("Ben lives in Rome .")
-    with pytest.warns(OtherModelWarning):
-        memory.facts(pairs)
-    with pytest.warns(OtherModelWarning):
-        memory.with_fact(pairs, "Ben lives in", "Oslo", instead_of="Rome")
-
-
 def test_commands_refuse_other_weights_unless_asked(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

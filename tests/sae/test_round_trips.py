@@ -28,7 +28,6 @@ HOOK = "blocks.2.mixer.heads.1.hook_{}_vec"
 CASES = [
     *((name, "write", 1) for name in TRAINING),
     ("writesae_batchtopk", "state", 2),
-    ("writesae_product", "state", 1),
 ]
 FIELDS: dict[str, dict[str, Any]] = {
     "writesae_topk": {"k": 4},
@@ -37,8 +36,6 @@ FIELDS: dict[str, dict[str, Any]] = {
     "writesae_jumprelu": {"jumprelu_init_threshold": 0.01},
     "writesae_matching_pursuit": {"k": 2},
 }
-OF_STATES: dict[str, dict[str, Any]] = {"writesae_product": {"encoder": "pursuit", "n_pairs": 2}}
-"""Further fields, for states."""
 OF_BATCHES = ("writesae_batchtopk", "writesae_matryoshka")
 """Which atoms are active depends on the batch in training, and on a threshold after it."""
 
@@ -66,9 +63,8 @@ def run(embedded: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[st
         hook, folder = HOOK.format(target), tmp_path_factory.mktemp(architecture)
         config_class = TRAINING[architecture][1]
         sizes: dict[str, Any] = {"d_in": K * V, "d_k": K, "d_v": V, "d_sae": F, "rank": rank}
-        further = OF_STATES.get(architecture, {}) if target == "state" else {}
         cfg = runner_config(
-            config_class(**sizes | FIELDS.get(architecture, {}) | further),
+            config_class(**sizes | FIELDS.get(architecture, {})),
             8,
             32,
             model_name="embedded",

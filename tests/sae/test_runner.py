@@ -218,7 +218,6 @@ def test_text_dataset_keeps_the_text():
         ("writesae_matryoshka", {"k": 4, "matryoshka_widths": [8, 24]}),
         ("writesae_standard", {}),
         ("writesae_gated", {}),
-        ("writesae_product", {"d_sae": 64, "b_dec_rows": 64}),
     ],
 )
 def test_every_architecture_trains_through_the_runner(embedded, dataset, architecture, sae):

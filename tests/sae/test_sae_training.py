@@ -18,8 +18,6 @@ from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae.training import draw_rows
 
 K, V, D_IN, BATCH = 10, 8, 80, 256
-VARIED = [name for name in S.TRAINING if name != "writesae_product"]
-"""What products of sides do instead is in test_product.py."""
 
 
 class Planted:
@@ -177,7 +175,7 @@ def test_unit_norm_keeps_the_function(name: str, encoder: str) -> None:
     torch.testing.assert_close(sae(x), before, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", VARIED)
+@pytest.mark.parametrize("name", S.TRAINING)
 @pytest.mark.parametrize("fields", [*W.VARIANTS.values()], ids=W.VARIANTS)
 def test_resampling_takes_dead_atoms_to_the_residual(name: str, fields: dict) -> None:
     sae = make(name, resample_every=10, unit_norm_every=0, b_dec_init="zeros", **fields)
@@ -323,7 +321,7 @@ def test_any_trainer_leaves_reconstructions_right_on_average(name: str, tmp_path
 
 
 @pytest.mark.parametrize("fields", [{}, {"encoder": "tied"}, {"decoder": "flat", "encoder": "dense"}, {"rank": 2}])
-@pytest.mark.parametrize("name", VARIED)
+@pytest.mark.parametrize("name", S.TRAINING)
 def test_atoms_start_from_rows_of_the_first_batches(name: str, fields: dict) -> None:
     sae = make(name, d_sae=40, decoder_init="native", **fields)
     rank = fields.get("rank", 1)

@@ -21,8 +21,6 @@ from sae_lens_writesae.sae.runner import head_rows
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 LAYER, HEAD, K, V = 1, 2, 8, 6
-MIXED = sorted(set(TRAINING) - {"writesae_product"})
-"""Architectures that mix losses; products refuse it."""
 
 
 def make(architecture: str = "writesae_topk", loss: Any = "reads", weight: float = 0.5, **fields: Any) -> Any:
@@ -58,7 +56,7 @@ def test_write_loss_by_hand() -> None:
 
 
 @pytest.mark.parametrize("loss", ["reads", "write"])
-@pytest.mark.parametrize("architecture", MIXED)
+@pytest.mark.parametrize("architecture", TRAINING)
 def test_a_step_mixes_the_loss_in_by_its_weight(architecture: str, loss: str) -> None:
     x = rows(loss)
     plain = train_step(make(architecture, "mse"), x[:, : K * V])

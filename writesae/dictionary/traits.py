@@ -16,14 +16,9 @@ def sparsity_fields(architecture: str, k: int) -> dict[str, object]:
     """`k` for an architecture that has one. Others have a penalty instead of a number of active atoms.
 
     Raises:
-        ValueError: there is no such architecture of matrix atoms, or the paper's variants are none of its forms.
+        ValueError: there is no such architecture of matrix atoms.
     """
     fields = training_config_class(architecture).__dataclass_fields__
-    if "f_key" in fields:
-        raise ValueError(
-            f"architecture: expected one with an encoder and a decoder of `VARIANTS`, got {architecture!r}, whose two "
-            "sides have none; train it with sae_lens_writesae.training_config and train"
-        )
     return {"k": k} if "k" in fields else {}
 
 

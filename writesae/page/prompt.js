@@ -1,6 +1,6 @@
 // Text of the page is set as text (textContent, title), never as markup.
 const part = (id) => document.getElementById(id), form = part("prompt");
-let memory = null, changes = [], at = 0, marked = null, hasReader = false, back = null, reading = null, labels = {}, chosen = "", pinned = new Set();
+let memory = null, changes = [], at = 0, marked = null, hasReader = false, back = null, reading = null, chosen = "", pinned = new Set();
 
 function element(tag, text, title) {
   const made = document.createElement(tag);
@@ -33,8 +33,7 @@ function meter(list, rows) {
 const percent = (x) => `${(100 * x).toFixed(1)}%`, signed = (x) => (x > 0 ? "+" : "") + x;
 const prompt = () => ({ text: form.elements.text.value, question: form.elements.question.value });
 const changed = () => ({
-  spans: changes.filter((each) => each.isSpan && each.now !== undefined).map(({ start, stop, now }) => [start, stop, now]),
-  facts: changes.filter((each) => !each.isSpan && each.now !== undefined).map(({ key, value, now }) => [key, value, now]),
+  spans: changes.filter((each) => each.now !== undefined).map(({ start, stop, now }) => [start, stop, now]),
 });
 
 async function post(path, asked) {
@@ -70,8 +69,8 @@ async function readText() {
   part("unknown").hidden = !unknown.length;
   part("unknown").replaceChildren("The tokenizer does not know the words that are marked: ", ...`${text} ${question}`.split(/(\s+)/).map((word) => element(unknown.includes(word) ? "mark" : "span", word)));
   const done = await during("said", "reading", async () => {
-    memory = await post("/memory", { ...prompt(), spans: [], facts: [] });
-    changes = [...memory.facts.map(([key, value, size]) => ({ key, value, text: `${key} → ${value}`, said: `Strength ${size}.` })), ...memory.sentences.map(sentence)];
+    memory = await post("/memory", { ...prompt(), spans: [] });
+    changes = memory.sentences.map(sentence);
     [marked, back, reading, at, pinned, chosen] = [null, null, null, memory.tokens.length - 1, new Set(), ""];
     for (const id of ["picture", "chosen", "set", "back"]) part(id).hidden = true;
     for (const id of ["answer", "reader-said", "set-said", "checked"]) part(id).textContent = "";
@@ -89,11 +88,11 @@ function phrase(start, stop) { // tokens of whole words have no spaces
 
 function sentence([start, stop, answer, probability, flagged]) {
   const said = `Without it the model says “${answer}” (${percent(probability)})`;
-  return { isSpan: true, start, stop, text: phrase(start, stop), flagged, said: flagged ? `${said}: this sentence overwrote another answer.` : `${said}.` };
+  return { start, stop, text: phrase(start, stop), flagged, said: flagged ? `${said}: this sentence overwrote another answer.` : `${said}.` };
 }
 
 async function change(item, now) {
-  const before = item.now, other = changes.find((each) => each !== item && each.isSpan && each.now !== undefined && item.start < each.stop && each.start < item.stop);
+  const before = item.now, other = changes.find((each) => each !== item && each.now !== undefined && item.start < each.stop && each.start < item.stop);
   if (other && now !== undefined) { part("said").textContent = `“${item.text}” shares tokens with “${other.text}”, which is changed: restore that first.`; return; }
   await during("said", "changing the memory", async () => {
     item.now = now;
@@ -120,7 +119,6 @@ function show() {
     meter(part(`${name}-tokens`), likeliest.map(([text, value]) => ({ name: text, value, shown: percent(value) })));
   });
   part("kl").replaceChildren(...(isChanged ? ["KL divergence of the next sentence: ", element("b", memory.kl.toFixed(3)), " nats."] : ["Nothing is changed yet."]));
-  part("notes").textContent = memory.notes.join(" ");
   part("restore").hidden = !isChanged;
   part("acts").replaceChildren(...changes.map(row));
   showText();
@@ -129,7 +127,7 @@ function show() {
 function row(item) {
   const made = document.createElement("li"), field = document.createElement("input"), { now, text, scores } = item;
   const words = now ? `${text} ⟶ ${now}` : text;
-  field.value = item.isSpan ? text : item.value;
+  field.value = text;
   field.setAttribute("aria-label", `What replaces ${text}`);
   field.addEventListener("keydown", (event) => { if (event.key === "Enter") change(item, field.value); });
   item.row = made;
@@ -151,7 +149,7 @@ function showText() {
     if (s === at) shown.setAttribute("aria-current", "true");
     if (s >= stop || s < first) shown.classList.add("asked");
     if (marked && s >= marked[0] && s < marked[1]) shown.classList.add("marked");
-    const item = changes.find((each) => each.isSpan && each.now !== undefined && s >= each.start && s < each.stop);
+    const item = changes.find((each) => each.now !== undefined && s >= each.start && s < each.stop);
     if (item) shown.classList.add(item.now === null ? "cut" : "told");
     return shown;
   }));
@@ -167,18 +165,18 @@ function chooseToken(s) {
 }
 
 function take([start, stop]) {
-  if (!changes.some((each) => each.isSpan && each.start === start && each.stop === stop)) changes.unshift({ isSpan: true, start, stop, text: phrase(start, stop) });
+  if (!changes.some((each) => each.start === start && each.stop === stop)) changes.unshift({ start, stop, text: phrase(start, stop) });
   marked = null;
   show();
 }
 
 async function askReader(isBack) {
-  const phrases = changes.filter((each) => each.isSpan), asked = { ...prompt(), phrases: phrases.map(({ start, stop }) => [start, stop]), back: isBack };
+  const asked = { ...prompt(), phrases: changes.map(({ start, stop }) => [start, stop]), back: isBack };
   await during("reader-said", hasReader ? "reading the memory" : "fitting a reader to text that ships with the package, some seconds", async () => {
-    if (isBack && !back) back = [(await post("/reader", { ...asked, spans: [], facts: [] })).back];
+    if (isBack && !back) back = [(await post("/reader", { ...asked, spans: [] })).back];
     const isChanged = changes.some((each) => each.now !== undefined), found = await post("/reader", { ...asked, ...changed(), back: isBack && isChanged });
     hasReader = true;
-    found.scores.forEach((scores, n) => { phrases[n].scores = scores; });
+    found.scores.forEach((scores, n) => { changes[n].scores = scores; });
     show();
     if (!isBack) return `Of long phrases the last ${found.longest} tokens are scored.`;
     back[1] = found.back ?? back[0];
@@ -194,7 +192,7 @@ function inWords(node) { // "L4H0@13" is "write of L4H0 at “·war” (13)"
   const [place, kind] = node.split(/ (.*)/), [name, token] = place.split("@");
   if (!token) return { rest: "all other sources", bias: "biases" }[name] ?? name;
   const what = { E: "embedding", s: "all sources" }[name[0]] ?? (/^L\d+A/.test(name) ? `softmax head ${name}` : name[0] === "M" ? name : `write of ${name}`);
-  return `${kind ? (kind === "state" ? `state of ${name}` : `${labels[node] ? `atom ${labels[node]}` : kind} of ${name}`) : what} at “${memory.tokens[token]}” (${token})`;
+  return `${kind ? (kind === "state" ? `state of ${name}` : `${kind} of ${name}`) : what} at “${memory.tokens[token]}” (${token})`;
 }
 
 async function explain() {
@@ -204,7 +202,7 @@ async function explain() {
     box.hidden = true;
     const found = await post("/explain", { ...prompt(), target: target.value, against: against.value, width });
     const drawn = document.importNode(new DOMParser().parseFromString(found.svg, "image/svg+xml").documentElement, true);
-    [labels, chosen, pinned] = [found.labels, "", new Set()];
+    [chosen, pinned] = ["", new Set()];
     box.replaceChildren(drawn);
     box.hidden = false;
     part("checked").textContent = found.said;
@@ -288,7 +286,7 @@ function showHead() {
 form.addEventListener("submit", (event) => { event.preventDefault(); readText(); });
 part("ask").addEventListener("submit", (event) => { event.preventDefault(); explain(); });
 part("take").addEventListener("click", () => take(marked));
-part("restore").addEventListener("click", () => { for (const each of changes) each.now = undefined; change({ isSpan: false }, undefined); });
+part("restore").addEventListener("click", () => { for (const each of changes) each.now = undefined; change({}, undefined); });
 part("ask-reader").addEventListener("click", () => askReader(false));
 part("ask-back").addEventListener("click", () => askReader(true));
 part("pin").addEventListener("click", () => togglePin(chosen));

@@ -10,7 +10,7 @@ import json
 import secrets
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partialmethod
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,15 +18,14 @@ from typing import cast
 
 import torch
 
-from hookpoints import Graph, MemoryReader, Recurrence, attribute, embedded, read_memory, zoo
+from hookpoints import Graph, MemoryReader, Recurrence, attribute, embedded
 from hookpoints.errors import HookpointsError, InputError, PredictionWarning
-from sae_lens_writesae.sae import WriteProductSAE
 from sae_lens_writesae.sae.load import load_sae, model_of
 from sae_lens_writesae.sae.target import HeadHook, check_hook
 from writesae.files import sae_folders
 from writesae.flags import Prompt
 from writesae.page.atoms.text import TokenTexts, short, visible
-from writesae.page.remembered import Changes, PromptText, default_prompt, unknown_words
+from writesae.page.remembered import Change, PromptText, default_prompt, unknown_words
 from writesae.page.template import environment
 
 MAX_BYTES = 1_000_000
@@ -61,8 +60,7 @@ def run_prompt(flags: Prompt) -> None:
 
 class PromptServer(ThreadingHTTPServer):
     """The page of a model, and of dictionaries of its heads if a folder has some: the first of each head, by the names
-    of their folders. Of a model of the zoo, the dictionary of pairs that ships with it. Answers on several connections,
-    one of which reads at a time.
+    of their folders. Answers on several connections, one of which reads at a time.
 
     Raises:
         ValueError: the folder holds no whole dictionary, or one of another model; the reader belongs to another model.
@@ -73,9 +71,7 @@ class PromptServer(ThreadingHTTPServer):
     """Connections that wait to be accepted; more are reset."""
 
     def __init__(self, flags: Prompt) -> None:
-        shipped = zoo.path(flags.model) / "pairs" if flags.model in zoo.names() else None
-        folder = shipped if flags.sae is None and shipped is not None and shipped.is_dir() else flags.sae
-        found = [] if folder is None else [load_sae(each) for each in reversed(sae_folders(folder))]
+        found = [] if flags.sae is None else [load_sae(each) for each in reversed(sae_folders(flags.sae))]
         self.saes = {HeadHook.of(each).cell: each for each in found}
         self.lock = threading.Lock()
         self.graph: Graph | None = None
@@ -85,18 +81,12 @@ class PromptServer(ThreadingHTTPServer):
             name = flags.model if flags.model or found else "embedded"
             self.model = model_of(found, name, dtype=flags.dtype, other_model=flags.other_model)
             for each in found:
-                check_hook(self.model, HeadHook.of(each).name, each.cfg, f"the SAE in {folder}")
+                check_hook(self.model, HeadHook.of(each).name, each.cfg, f"the SAE in {flags.sae}")
             self._reader = None if flags.reader is None else MemoryReader.load(flags.reader, self.model)
         except BaseException:
             self.server_close()
             raise
         self.texts = TokenTexts(self.model)
-
-    @property
-    def pairs(self) -> list[WriteProductSAE]:
-        """Dictionaries that read states as facts."""
-        found = [each for each in self.saes.values() if isinstance(each, WriteProductSAE)]
-        return [each for each in found if HeadHook.of(each).target == "state"]
 
     def reader(self) -> MemoryReader:
         """The one that was given, or else one that is fitted now to text that ships with the package.
@@ -125,32 +115,25 @@ class PromptServer(ThreadingHTTPServer):
             raise ValueError(f"text, question: expected words of each, at most {MAX_TOKENS} tokens in all, got {total}")
         return PromptText(self.model, self.texts, self.model.memory(tokens), asked)
 
-    def remember(self, prompt: PromptText, changes: Changes) -> dict[str, object]:
+    def remember(self, prompt: PromptText, changes: Sequence[Change]) -> dict[str, object]:
         """What a memory says before and after changes, as JSON values.
 
         Returns: `tokens` [T] of text and question, `stop`, the number of those of the text, and `first`, the first that
-        is none of the model's own; `sentences`; `facts`, (key, value, size) before the changes; `answers` and `kl` of
-        `PromptText.answers`; `notes`, warnings about the changes.
+        is none of the model's own; `sentences`; `answers` and `kl` of `PromptText.answers`.
         """
-        with warnings.catch_warnings(record=True) as notes:
-            warnings.simplefilter("always")
-            memory = prompt.changed(changes, self.pairs)
-        facts = prompt.memory.facts(self.pairs) if self.pairs else []
         return {
             "tokens": [visible(piece) for piece in self.texts.many(prompt.tokens[0].tolist())],
             "first": prompt.first,
             "stop": prompt.memory.T,
             "sentences": prompt.sentences(),
-            "facts": [(fact.key, fact.value, short(abs(fact.coefficient))) for fact in facts],
-            "notes": [str(note.message) for note in notes],
-            **prompt.answers(memory),
+            **prompt.answers(prompt.changed(changes)),
         }
 
     def read(self, prompt: PromptText, layer: int, head: int) -> dict[str, object]:
         """What one head of a layer does on a text of T tokens, as JSON values.
 
         Returns: `shares` [T][S], S = t + 1, of `read_shares`; `atoms` [T], active atoms with their activation,
-        or the facts of the state for a dictionary of those, strongest first; None for a head without a dictionary.
+        largest first; None for a head without a dictionary.
 
         Cost: one forward up to the layer, a second one for atoms, and T / V times the cost of the head's reads.
 
@@ -163,14 +146,11 @@ class PromptServer(ThreadingHTTPServer):
         if not 0 <= head < recurrence.H:
             raise ValueError(f"head: expected 0 to {recurrence.H - 1} in layer {layer}, got {head}")
         sae = self.saes.get(f"L{layer}H{head}")
-        if sae is not None and sae in self.pairs:
-            held = read_memory(recurrence.states()[0, :, head].float(), cast(WriteProductSAE, sae))
-            atoms = [[(f"{fact.key} → {fact.value}", short(abs(fact.coefficient))) for fact in facts] for facts in held]
-        elif sae is not None:
+        if sae is not None:
             hook = HeadHook.of(sae).name
             _, cache = self.model.run_with_cache(tokens, names_filter=[hook], stop_at_layer=layer + 1)
             active = sae.encode(cache[hook][0].to(next(sae.parameters())))
-            order = active.abs().argsort(descending=True)  # those of pairs have signs
+            order = active.argsort(descending=True)
             rows = zip(order.tolist(), active.gather(1, order).tolist())
             atoms = [[(f"atom {atom}", short(value)) for atom, value in zip(*row) if value] for row in rows]
         shares = read_shares(recurrence.select(heads=slice(head, head + 1))).tolist()
@@ -184,7 +164,7 @@ class PromptServer(ThreadingHTTPServer):
             target, against: the token, and that whose logit is taken off; empty for the most likely one, and the mean.
             width: of the picture, in pixels.
 
-        Returns: `svg`; `said`, how far predictions hold; `target`; `names`, the nodes of the picture in words.
+        Returns: `svg`; `said`, how far predictions hold; `target`.
 
         Raises:
             ValueError: a target is not one token.
@@ -197,7 +177,7 @@ class PromptServer(ThreadingHTTPServer):
             said = str(graph.check()) if prompt.tokens.shape[1] > 1 else ""
         self.graph = graph
         picture = graph.draw(width=min(max(width, 320), 1200))
-        return {"svg": picture, "said": said, "target": graph.metadata["title"], "labels": graph.metadata["labels"]}
+        return {"svg": picture, "said": said, "target": graph.metadata["title"]}
 
     def explained(self) -> Graph:
         """The graph of the text that was explained last.
@@ -265,11 +245,10 @@ def _page_answer(server: PromptServer, path: str, body: bytes) -> object:
             return server.read(prompt, int(asked["layer"]), int(asked["head"]))
         case "/explain":
             return server.explain(prompt, str(asked["target"]), str(asked["against"]), int(asked["width"]))
-    changes = Changes(asked["spans"], asked["facts"])
     if path == "/memory":
-        return server.remember(prompt, changes)
+        return server.remember(prompt, asked["spans"])
     reader = server.reader()
-    memory = prompt.changed(changes, server.pairs)
+    memory = prompt.changed(asked["spans"])
     back = prompt.read_back(reader, memory) if asked["back"] else None
     scores = prompt.scores(reader, memory, asked["phrases"])
     return {"scores": scores, "back": back, "longest": reader.fitted.longest}

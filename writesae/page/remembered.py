@@ -1,5 +1,4 @@
-"""What the prompt page does with a memory: phrases that are cut or replaced, other facts, and the answers before and
-after."""
+"""What the prompt page does with a memory: phrases that are cut or replaced, and the answers before and after."""
 
 from __future__ import annotations
 
@@ -14,7 +13,6 @@ from torch import Tensor
 
 from hookpoints import HookedRecurrent, Memory, MemoryReader
 from hookpoints.errors import InputError
-from sae_lens_writesae.sae import WriteProductSAE
 from writesae.page.atoms.text import TokenTexts, short, visible
 
 LIKELIEST = 5
@@ -66,13 +64,8 @@ def unknown_words(model: HookedRecurrent, text: str) -> list[str]:
     return found
 
 
-class Changes(NamedTuple):
-    """What is changed in a memory."""
-
-    spans: Sequence[tuple[int, int, str | None]]
-    """Tokens start <= t < stop of the text, and what is told instead of them; None: they are cut."""
-    facts: Sequence[tuple[str, str, str | None]]
-    """A key, a value that it has, and the one that it gets; None: it loses it."""
+Change = tuple[int, int, str | None]
+"""Tokens start <= t < stop of a text, and what is told instead of them; None: they are cut."""
 
 
 class PromptText(NamedTuple):
@@ -110,22 +103,20 @@ class PromptText(NamedTuple):
                 found.append((max(start, self.first), stop, answer, short(suspect.probability), suspect.flagged))
         return found
 
-    def changed(self, changes: Changes, dictionaries: Sequence[WriteProductSAE]) -> Memory:
-        """The memory with all changes: first without what is cut, then with what is told instead, then with facts.
+    def changed(self, changes: Sequence[Change]) -> Memory:
+        """The memory with all changes: first without what is cut, then with what is told instead.
 
         Raises:
-            InputError: what `Memory.without`, `told` and `with_fact` raise.
+            InputError: what `Memory.without` and `told` raise.
         """
         memory = self.memory
-        ordered = sorted(changes.spans, reverse=True)  # the last first, so that others keep their place
+        ordered = sorted(changes, reverse=True)  # the last first, so that others keep their place
         for start, stop, new in ordered:
             if new is None:
                 memory = memory.without((start, stop))
         for start, stop, new in ordered:
             if new is not None:
                 memory = memory.told(f" {new.strip()}", instead_of=self.memory.tokens[0, start:stop].tolist())
-        for key, old, new in changes.facts:
-            memory = memory.with_fact(dictionaries, key, new, instead_of=old)
         return memory
 
     def answers(self, memory: Memory) -> dict[str, object]:

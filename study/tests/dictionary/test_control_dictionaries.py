@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from saes import untrained_sae
 from torch import Tensor
-from torch.nn.functional import normalize
 from torch.testing import assert_close
 
 from sae_lens_writesae import sae as S
@@ -48,7 +45,7 @@ def l0(sae: MatrixSAE) -> float:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("architecture", [name for name in S.INFERENCE if name != "writesae_product"])
+@pytest.mark.parametrize("architecture", S.INFERENCE)
 def test_controls_are_alike_in_all_but_their_atoms(architecture: str, variant: str) -> None:
     sae = trained(architecture, **VARIANTS[variant])
     nearest = []
@@ -91,13 +88,3 @@ def test_controls_of_a_dead_dictionary_are_dead(architecture: str) -> None:
     with torch.no_grad():
         getattr(sae, "b_gate" if architecture == "writesae_gated" else "b_enc").fill_(-1e6)
     assert l0(sae) == l0(control_dictionary(sae, ROWS)) == l0(control_dictionary(sae, ROWS, WRITES)) == 0
-
-
-def test_a_control_of_pairs_has_sides_of_writes() -> None:
-    sae: Any = S.WriteProductSAE(S.WriteProductSAEConfig(d_in=K * V, d_k=K, d_sae=36, f_key=4, f_value=9))
-    drawn: Any = control_dictionary(sae, WRITES.dense().flatten(1), WRITES)
-    assert_close(drawn.decoder_norm().data, torch.ones(36))
-    assert_close(drawn.W_enc.T.data, drawn.W_dec.data)
-    for side, of_writes in ((drawn.key_atoms, WRITES.keys[:, 0]), (drawn.value_atoms, WRITES.values[:, 0])):
-        cosines = normalize(side.detach(), dim=1) @ normalize(of_writes, dim=1).T
-        assert_close(cosines.amax(1), torch.ones(len(side)))

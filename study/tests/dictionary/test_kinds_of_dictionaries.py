@@ -15,11 +15,6 @@ def test_the_variant_is_read_from_the_fields(name: str) -> None:
     assert variant(sae_class(config_class(d_in=48, d_k=8, d_sae=7, **VARIANTS[name]))) == name
 
 
-def test_a_product_is_a_variant_of_its_own() -> None:
-    sae_class, config_class = INFERENCE["writesae_product"]
-    assert variant(sae_class(config_class(d_in=48, d_k=8, d_sae=12, f_key=3, f_value=4))) == "product"
-
-
 def test_the_objective_is_read_from_the_metadata() -> None:
     assert objective(exact_sae(STATE)) == ("state", "mse")
     assert objective(exact_sae(STATE, loss="reads", seqpos_slice=(-1, None))) == ("last_state", "reads")

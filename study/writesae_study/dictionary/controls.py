@@ -75,9 +75,8 @@ def control_dictionary(sae: MatrixSAE, matrices: Tensor, writes: LowRank | None 
         matrices: [N,K*V] of the kind that `sae` reads, from a text that nothing is tested on. Their mean becomes b_dec,
             unless the trained one began with zeros. Where the architecture has a threshold (or biases that act as one),
             it is set so that as many atoms are active per matrix as in `sae`.
-        writes: from which as many are drawn as the dictionary has atoms (on the larger side, where they are products),
-            without repetition if there are enough; zero ones are left out. They are cut to the rank of the dictionary's
-            atoms where theirs is higher.
+        writes: from which as many are drawn as the dictionary has atoms, without repetition if there are enough; zero
+            ones are left out. They are cut to the rank of the dictionary's atoms where theirs is higher.
         seed: of the atoms, the same on every device.
 
     Cost: an encode by both dictionaries, N F numbers.
@@ -92,7 +91,7 @@ def control_dictionary(sae: MatrixSAE, matrices: Tensor, writes: LowRank | None 
     if details.get("b_dec_init", "mean") == "mean":
         new.b_dec.data.copy_(matrices.float().mean(0))
     if writes is not None:
-        n_atoms = new.n_factors
+        n_atoms = int(cfg.d_sae)
         written = torch.nonzero(writes.norm() > 0).flatten().cpu()
         order = torch.randperm(len(written), generator=torch.Generator().manual_seed(seed))
         rounds = math.ceil(n_atoms / len(written))

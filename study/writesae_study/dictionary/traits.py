@@ -29,9 +29,7 @@ def objective(sae: SAE) -> Objective:
 
 
 def variant(sae: SAE) -> str:
-    """Name in `VARIANTS`, "product", or "other". The rank says nothing about a dictionary without factors."""
-    if hasattr(sae.cfg, "f_key"):
-        return "product"
+    """Name in `VARIANTS`, or "other". The rank says nothing about a dictionary without factors."""
     # SAELens' own classes have neither field: dense encoders and flat atoms.
     encoder = getattr(sae.cfg, "encoder", "dense")
     decoder = getattr(sae.cfg, "decoder", "flat")

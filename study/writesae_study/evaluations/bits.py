@@ -53,7 +53,7 @@ class Bits(Evaluation):
 
     * **WriteSAE TopK n** (`writesae_topk`) has an encoder and n active atoms; **WriteSAE pursuit n**
       (`writesae_matching_pursuit`) takes n atoms one after the other, each from what is left, and starts from a
-      quantizer of as many codes. `writesae_product` with one atom of each side is a product quantizer.
+      quantizer of as many codes.
     * A **residual quantizer n** takes n steps too, with a book of 256 codes for each, fitted stage by stage; n = 1 is a
       vector quantizer. A **product quantizer** codes key and value apart. Coefficients of quantizers have either sign,
       those of atoms are at least 0, as in SAELens.

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from hookpoints import HookedRecurrent, Recurrence, WriteEdit
 from sae_lens_writesae.errors import NothingToMeasureError
-from sae_lens_writesae.sae.matrix import MatrixSAE
 from sae_lens_writesae.sae.target import HeadHook, head_target
 from writesae.experiment.firings import in_one_pass
 from writesae.experiment.lab import Lab, M, Readout, Trial
@@ -120,8 +119,7 @@ class Bench(Lab):
         or where there is none on that half of the sequences which `sequence` is not in (`folds`). Kept.
 
         Args:
-            n_codes: drawn writes, and codes of the quantizer. None: as many as the dictionary has atoms (those
-                of the larger side, where they are products).
+            n_codes: drawn writes, and codes of the quantizer. None: as many as the dictionary has atoms.
 
         Baselines see all of that text, in the metric that the dictionary was trained in. Where it saw more, the fact
         `unequal` says so.
@@ -132,7 +130,7 @@ class Bench(Lab):
             NothingToMeasureError: there is no other text.
         """
         if n_codes is None:
-            n_codes = self.sae.n_factors if isinstance(self.sae, MatrixSAE) else int(self.sae.cfg.d_sae)
+            n_codes = int(self.sae.cfg.d_sae)
         fold = -1
         terms = self.reference
         if terms is None:

@@ -9,9 +9,9 @@ from xml.etree import ElementTree
 
 import pytest
 from playwright.sync_api import Browser
+from saes import random_sae
 
-from hookpoints import Graph, HookedRecurrent, attribute, zoo
-from sae_lens_writesae import load_sae
+from hookpoints import Graph, HookedRecurrent, attribute
 
 BOXES = """(kind) => [...document.querySelectorAll(kind)].map((element) => {
   const { left, top, right, bottom } = element.getBoundingClientRect();
@@ -39,9 +39,9 @@ def graphs(embedded: HookedRecurrent) -> list[Graph]:
     text = "The Secretary of the Treasury will report. The report of the Secretary of the"
     treasury = attribute(text, embedded, [" Treasury"], against=" Navy", measure=4)
     told = "Ben lives in Rome . Iris keeps a parrot . Ben lives in"
-    pairs: Any = load_sae(zoo.path("facts") / "pairs")
     facts = HookedRecurrent.from_pretrained("facts")
-    return [treasury, attribute(told, facts, "Rome", frozen=True, measure=4, targets=1, saes=[pairs])]
+    atoms = random_sae(facts, k=6, target="state", layer=0, head=0)
+    return [treasury, attribute(told, facts, "Rome", frozen=True, measure=4, targets=1, saes=[atoms])]
 
 
 @pytest.mark.slow  # a browser
@@ -89,7 +89,7 @@ def test_a_color_says_what_was_measured(graphs: list[Graph]) -> None:
         assert rows.any() and {kinds[name] for name in seen.node_id[rows]} == {f"node {kind}"}
 
 
-def test_atoms_are_drawn_below_their_state_with_their_words(graphs: list[Graph]) -> None:
+def test_atoms_are_drawn_below_their_state(graphs: list[Graph]) -> None:
     """Diamonds, the largest first, as far as they are measured; a pruned graph has the parts of what it has."""
     _, graph = graphs
     parts: Any = graph.edges[graph.edges.port == "part"]
@@ -101,4 +101,4 @@ def test_atoms_are_drawn_below_their_state_with_their_words(graphs: list[Graph])
     heights = [float(element.attrib["transform"].split()[1].rstrip(")")) for element in shapes]
     assert heights == sorted(heights)
     texts = [element.text or "" for element in root.iter() if element.tag.endswith("}text")]
-    assert [text for text in texts if text.startswith("Ben lives in → Rome +")] and "Diamonds" in texts[-1]
+    assert [text for text in texts if text.startswith("atom ")] and "Diamonds" in texts[-1]

@@ -13,7 +13,6 @@ import transformers
 
 from hookpoints import Graph, HookedRecurrent, attribute, attribute_task, zoo
 from hookpoints.errors import InputError, PredictionWarning
-from sae_lens_writesae import load_sae
 
 SIZES = {"composition": {"pairs": 5}, "induction": {"words": 10}, "facts": {"pairs": 4}}
 KNOWN = [name for name in zoo.names() if zoo.truth(name).holders]
@@ -102,34 +101,6 @@ def test_an_untrained_model_does_not_pass_the_check() -> None:
         torch.manual_seed(seed)
         model = HookedRecurrent.from_hf(transformers.AutoModelForCausalLM.from_config(config).eval())
         assert attribute(Question("recall", seed).tokens, model, targets=0).check().decisive is False
-
-
-def test_the_largest_atom_of_the_state_is_the_asked_fact() -> None:
-    """Of twelve texts of four facts; with more pairs a state, of six of eight. Shuffled channels find none."""
-    model = HookedRecurrent.from_pretrained("facts")
-    pairs: Any = load_sae(zoo.path("facts") / "pairs")
-    assert sum(asked_fact(model, pairs, seed, 4) for seed in range(11, 23)) >= 11
-    pairs.cfg.n_pairs = 16
-    assert all(asked_fact(model, pairs, seed, 8) for seed in range(11, 17))
-    for side in (pairs.key_atoms, pairs.value_atoms):
-        side.data = side.data[:, torch.randperm(side.shape[1], generator=torch.Generator().manual_seed(0))]
-    assert not any(asked_fact(model, pairs, seed, 4) for seed in range(11, 17))
-
-
-def asked_fact(model: HookedRecurrent, pairs: Any, seed: int, told: int) -> bool:
-    """Whether the atom of the largest measured effect is named by the question and its answer, and is most of the
-    state's effect; the state is that of the last token, and its parts add up to it."""
-    question = Question("facts", seed, pairs=told)
-    graph = question.graph(model, saes=[pairs], measure=1, targets=0)
-    state: Any = graph.nodes[graph.nodes.feature_type == "state"].squeeze()
-    parts: Any = graph.nodes[graph.nodes.node_id.isin(graph.edges[graph.edges.target == state.node_id].source)]
-    assert parts.predicted.sum() == pytest.approx(state.predicted, rel=1e-5)
-    assert state.position == question.tokens.shape[1] - 1
-    best = parts.loc[parts[parts.feature_type == "atom"].measured.idxmax()]
-    asked = str(model.to_string(question.tokens[0])).rpartition(". ")[2]
-    labels: Any = graph.metadata["labels"]
-    is_asked = labels.get(best.node_id) == f"{asked} → {zoo.task('facts').vocabulary[question.answer]}"
-    return is_asked and best.measured > 0.5 * state.measured
 
 
 @pytest.mark.parametrize("name", ["embedded", "embedded-rwkv7"])
