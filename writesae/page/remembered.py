@@ -37,7 +37,7 @@ _DEFAULTS = {
     "induction": ("w12 w27 w2 w3 w18 w13", "w12"),
     "parity": ("1 0", "1"),
 }
-"""A text and a question for models of the zoo, by the name without that of another family."""
+"""A text and a question for models of the zoo, by what their name begins with; another family is named after it."""
 _ANY = (
     "The war with Mexico was over. The Secretary of the Treasury will report. The army has returned to its posts.",
     "The report of the Secretary of the",
@@ -46,7 +46,7 @@ _ANY = (
 
 def default_prompt(name: str) -> tuple[str, str]:
     """A text and a question that a model can answer, or one that every reader of English can read."""
-    return _DEFAULTS.get(re.sub("-(mamba2|rwkv7)$", "", name), _ANY)
+    return next((shown for known, shown in _DEFAULTS.items() if name.startswith(known)), _ANY)
 
 
 def unknown_words(model: HookedRecurrent, text: str) -> list[str]:
@@ -104,19 +104,20 @@ class PromptText(NamedTuple):
         return found
 
     def changed(self, changes: Sequence[Change]) -> Memory:
-        """The memory with all changes: first without what is cut, then with what is told instead.
+        """The memory with all changes: first without what is cut, then with what is told instead. Blank words cut, too.
 
         Raises:
             InputError: what `Memory.without` and `told` raise.
         """
         memory = self.memory
-        ordered = sorted(changes, reverse=True)  # the last first, so that others keep their place
+        told = [(start, stop, (new or "").strip()) for start, stop, new in changes]
+        ordered = sorted(told, reverse=True)  # the last first, so that others keep their place
         for start, stop, new in ordered:
-            if new is None:
+            if not new:
                 memory = memory.without((start, stop))
         for start, stop, new in ordered:
-            if new is not None:
-                memory = memory.told(f" {new.strip()}", instead_of=self.memory.tokens[0, start:stop].tolist())
+            if new:
+                memory = memory.told(f" {new}", instead_of=self.memory.tokens[0, start:stop].tolist())
         return memory
 
     def answers(self, memory: Memory) -> dict[str, object]:
