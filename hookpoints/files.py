@@ -250,7 +250,7 @@ def check_tensors(
     for name in sorted(kinds | got):
         if kinds.get(name) != got.get(name):
             raise InputError(f"{path}: {name}: expected {kinds.get(name)}, got {got.get(name)}")
-        if finite and not bool(tensors[name].isfinite().all()):
+        if finite and not tensors[name].isfinite().all():
             raise InputError(f"{path}: {name}: expected finite numbers, got NaN or infinity")
 
 

@@ -21,7 +21,7 @@ T = TypeVar("T")
 COPIES = Path(HF_HOME) / "sae_lens_writesae"
 """Where files of other machines are copied to."""
 COPY_DAYS = 30
-"""Days after its last use that a copied folder is kept."""
+"""Days after its last use for which a copied folder stays."""
 
 SAVE_SECONDS = 60.0
 """Time between two writes of what is not finished: what a kill may lose, and one batch."""

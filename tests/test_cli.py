@@ -350,7 +350,6 @@ def test_what_one_command_writes_another_takes(
     timed = arguments[0] in ("show", "export")
     said = assert_timed(capsys, monkeypatch, embedded, [*words, *out], timed)
     assert not timed or said.startswith(f"loads {words[1]}/")
-    assert arguments[0] != "export" or "measures 1 atoms\n" in said
     assert written is None or any(tmp_path.rglob(written))
 
 

@@ -77,7 +77,6 @@ def shown_atoms(flags: Show) -> Path:
 def exported_atoms(flags: Export) -> Path:
     """The file of one dictionary."""
     facts = AtomFacts(flags.atoms, *loaded_sae(flags, 1.7, 3.7))
-    print(f"measures {len(facts.number)} atoms", flush=True)
     batch = neuronpedia_batch(facts, flags.dataset)
     return atomic_text(flags.out / "batch-0.json", json.dumps(batch, allow_nan=False))
 

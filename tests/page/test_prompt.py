@@ -102,7 +102,6 @@ def test_phrases_are_cut_and_replaced_as_the_library_does(speaker: PromptServer)
                 " The home of Clara is Rome.", instead_of=memory.tokens[0, slice(*suspect)].tolist()
             ),
         ),
-        ([[*suspect, " "]], memory.without(suspect)),
     ):
         found = ask(speaker, "POST", "/memory", asked | {"spans": changes})[1]
         assert shown(found, 1) == likeliest(model, changed, f" {question}")

@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import secrets
 import threading
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partialmethod
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from hookpoints import MemoryReader
-from hookpoints.errors import HookpointsError, InputError
+from hookpoints.errors import HookpointsError, InputError, PredictionWarning
 from sae_lens_writesae.sae.load import load_sae, model_of
 from sae_lens_writesae.sae.target import HeadHook, check_hook
 from writesae.files import sae_folders
@@ -88,8 +89,8 @@ class _Handler(BaseHTTPRequestHandler):
         cfg = self.server.session.model.cfg
         hooks = [HeadHook.of(sae) for sae in reversed(self.server.session.saes.values())]
         text, question = default_prompt(cfg.model_name)
-        shown = {"model": cfg.model_name, "heads": {layer: cfg.layer(layer).H for layer in cfg.recurrent_layers}}
-        shown |= {"hooks": hooks, "text": text, "question": question}
+        heads = {layer: cfg.layer(layer).H for layer in cfg.recurrent_layers}
+        shown = {"model": cfg.model_name, "heads": heads, "hooks": hooks, "text": text, "question": question}
         return environment().get_template("prompt.html").render(shown, nonce=nonce, most=MAX_TOKENS)
 
     def reading(self, _: str) -> str:
@@ -97,7 +98,8 @@ class _Handler(BaseHTTPRequestHandler):
         if not 0 <= length <= MAX_BYTES:
             raise ValueError(f"request: expected 0 to {MAX_BYTES} bytes, got {length}; send a shorter text")
         body = self.rfile.read(length)
-        with self.server.lock:
+        # Numbers are shown that say how far predictions hold.
+        with self.server.lock, warnings.catch_warnings(action="ignore", category=PredictionWarning):
             return json.dumps(self.server.session.answer(self.path, json.loads(body)))
 
     def answer(self, paths: tuple[str, ...], content: Callable[[_Handler, str], str]) -> None:

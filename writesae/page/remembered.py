@@ -104,20 +104,19 @@ class PromptText(NamedTuple):
         return found
 
     def changed(self, changes: Sequence[Change]) -> Memory:
-        """The memory with all changes: first without what is cut, then with what is told instead. Blank words cut, too.
+        """The memory with all changes: first without what is cut, then with what is told instead.
 
         Raises:
             InputError: what `Memory.without` and `told` raise.
         """
         memory = self.memory
-        told = [(start, stop, (new or "").strip()) for start, stop, new in changes]
-        ordered = sorted(told, reverse=True)  # the last first, so that others keep their place
+        ordered = sorted(changes, reverse=True)  # the last first, so that others keep their place
         for start, stop, new in ordered:
-            if not new:
+            if new is None:
                 memory = memory.without((start, stop))
         for start, stop, new in ordered:
-            if new:
-                memory = memory.told(f" {new}", instead_of=self.memory.tokens[0, start:stop].tolist())
+            if new is not None:
+                memory = memory.told(f" {new.strip()}", instead_of=self.memory.tokens[0, start:stop].tolist())
         return memory
 
     def answers(self, memory: Memory) -> dict[str, object]:

@@ -1,9 +1,8 @@
 """What the prompt page asks, answered: from JSON to JSON. A request names the text and the question that were read, and
-the changes. Nothing is kept of a page but what took long to make, by what was asked: several pages may ask at once."""
+the changes. Of a page nothing is saved but what took long to make, by what was asked: several pages may ask at once."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, cast
@@ -12,7 +11,7 @@ import torch
 from sae_lens import SAE
 
 from hookpoints import Graph, HookedRecurrent, MemoryReader, Recurrence, attribute, embedded
-from hookpoints.errors import InputError, PredictionWarning
+from hookpoints.errors import InputError
 from sae_lens_writesae.sae.target import HeadHook
 from writesae.page.atoms.text import TokenTexts, short, visible
 from writesae.page.remembered import PromptText, unknown_words
@@ -22,7 +21,7 @@ MAX_TOKENS = 256
 FITTED = 60_000
 """Characters of text to which a reader is fitted."""
 KEPT = 8
-"""Texts whose memory is kept, and graphs: of those that were asked for last."""
+"""Texts whose memory stays, and graphs: of those that were asked for last."""
 PATHS = ("/unknown", "/memory", "/reader", "/head", "/explain", "/node", "/set")
 """What a page may ask for."""
 
@@ -51,8 +50,6 @@ class Session:
         self.saes = {HeadHook.of(each).cell: each for each in saes}
         self.texts = TokenTexts(model)
         self._reader = reader
-        self.prompted = lru_cache(KEPT)(self._read_prompt)
-        self.explained = lru_cache(KEPT)(self._explained_prompt)
 
     def answer(self, path: str, asked: Mapping[str, Any]) -> object:
         """The JSON values that a page gets for those that it sends to one of `PATHS`: `text` and `question` as it read
@@ -68,7 +65,7 @@ class Session:
             graph = self.explained(text, question, str(asked["target"]), str(asked["against"]))
             match path:
                 case "/explain":
-                    return drawn(graph, int(asked["width"]))
+                    return picture_of(graph, int(asked["width"]))
                 case "/node":
                     return made_of(graph, str(asked["node"]))
             return answer_with(graph, [*map(str, asked["nodes"])], bool(asked["kept"]))
@@ -102,8 +99,9 @@ class Session:
             self._reader = MemoryReader.fit(self.model, text, context=64, longest=8)
         return self._reader
 
+    @lru_cache(KEPT)  # noqa: B019 (a process has one session)
     @torch.no_grad()
-    def _read_prompt(self, text: str, question: str) -> PromptText:
+    def prompted(self, text: str, question: str) -> PromptText:
         """A text and a question, read: each of some tokens, and both of at most `MAX_TOKENS`.
 
         Raises:
@@ -116,7 +114,8 @@ class Session:
             raise ValueError(f"text, question: expected words of each, at most {MAX_TOKENS} tokens in all, got {total}")
         return PromptText(self.model, self.texts, self.model.memory(tokens), asked)
 
-    def _explained_prompt(self, text: str, question: str, target: str, against: str) -> Graph:
+    @lru_cache(KEPT)  # noqa: B019
+    def explained(self, text: str, question: str, target: str, against: str) -> Graph:
         """Why the model says a token after a question, of the text as it was read.
 
         Args:
@@ -126,11 +125,8 @@ class Session:
             ValueError: a target is not one token.
         """
         tokens = self.prompted(text, question).tokens
-        wanted = [target] if target else None
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PredictionWarning)  # the numbers are shown
-            # All nodes of a text of sixty tokens take five times as long as the likely ones.
-            return attribute(tokens, self.model, wanted, against or None, 50, saes=list(self.saes.values()))
+        # All nodes of a text of sixty tokens take five times as long as the likely ones.
+        return attribute(tokens, self.model, target or None, against or None, 50, saes=list(self.saes.values()))
 
     def read(self, prompt: PromptText, layer: int, head: int) -> dict[str, object]:
         """What one head of a layer does on a text of T tokens, as JSON values.
@@ -161,11 +157,9 @@ class Session:
         return {"shares": rows, "atoms": atoms}
 
 
-def drawn(graph: Graph, width: int) -> dict[str, object]:
+def picture_of(graph: Graph, width: int) -> dict[str, object]:
     """The picture of a graph, so many pixels wide: `svg`; `said`, how far predictions hold; `target`."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", PredictionWarning)
-        said = str(graph.check()) if len(cast("list[str]", graph.metadata["tokens"])) > 1 else ""
+    said = str(graph.check()) if len(cast("list[str]", graph.metadata["tokens"])) > 1 else ""
     picture = graph.draw(width=min(max(width, 320), 1200))
     return {"svg": picture, "said": said, "target": graph.metadata["title"]}
 
