@@ -17,7 +17,6 @@ from hookpoints import HookedRecurrent
 from hookpoints import embedded as shipped
 from sae_lens_writesae.sae.load import load_sae
 from writesae.demo import (
-    CIRCUIT,
     PAGE,
     ChosenHead,
     check_head,
@@ -30,6 +29,7 @@ from writesae.demo import (
 from writesae.dictionary.quality import dictionary_quality, head_effects
 from writesae.experiment.tokens import sample_sequences
 from writesae.flags import Demo
+from writesae.page.remembered import default_prompt
 
 NAMES = ("write-seed0", "write-gauss_newton-seed0")
 HEAD = ChosenHead("embedded", "gated_delta", 2, 1, 20.0, 0.1)
@@ -49,16 +49,23 @@ def test_the_head_is_the_one_whose_writes_do_most_of_those_that_remember(embedde
         check_head(Demo(layer=2, head=9), embedded)
 
 
-def test_a_sentence_is_cut_and_replaced_and_the_answer_follows() -> None:
+def test_a_memory_is_read_back_and_cut_and_the_answer_follows() -> None:
+    """The sentence that contradicts another one is cut: the memory is then as if that had never been read."""
     recalled = recall()
-    first, cut, edited = recalled.memories
-    assert (first.answer, edited.answer) == ("Rome", "Oslo") and min(first.share, edited.share) > 0.9
-    assert cut.share < 0.5
-    assert recalled.lines().splitlines()[-1] == "replaced  Ben lives in Oslo (99%)"
-    guess = f"Ben lives in {cut.answer} ({cut.share:.0%})"
-    assert recalled.answers().startswith(f"Ben lives in Rome (99%)\n{guess}")
+    before, after = recalled.memories
+    assert (before.answer, after.answer) == ("Vienna", "Paris") and min(before.share, after.share) > 0.9
+    assert recalled.cut == "The home of Clara is Vienna."
+    answers = {sentence: answer for sentence, (answer, _) in recalled.sentences.items()}
+    assert " ".join(answers) == default_prompt("facts-english")[0]
+    assert answers == dict.fromkeys(answers, "Vienna") | {recalled.cut: "Paris"}
+    assert recalled.scores["cut"] == pytest.approx(recalled.scores["never read"], abs=0.1)
+    assert recalled.scores["read"] > recalled.scores["cut"] + 5
+    assert sum(phrase["span"] is not None for memory in recalled.memories for phrase in memory.phrases) >= 6
+    assert re.fullmatch(
+        r".*\n.*live\? Vienna \(9\d%\)\n.*\n.*live\? Paris \(\d+%\)\n.*“The home .*”: read \d.*", recalled.lines()
+    )
     page = page_of(recalled, HEAD, {})
-    assert page.index("<b>Oslo</b>") < page.index(recalled.circuit) and "Dictionaries" not in page
+    assert f"<mark>{recalled.cut}</mark>" in page and recalled.circuit in page and "Dictionaries" not in page
     ElementTree.fromstring(recalled.circuit)
 
 
@@ -96,16 +103,14 @@ def test_the_demo_leaves_a_page_and_dictionaries(
     embedded: HookedRecurrent, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     said: list[str] = []
-    flags = Demo(layer=4, head=0, training_tokens=64_000, train_sequences=160, out=tmp_path / "out")
+    flags = Demo(layer=4, head=0, out=tmp_path / "out")
     page = run_demo(flags, lambda line: said.append(str(line)))
     screen = "\n".join(said)
     assert re.search(r"^about \d+ s on this machine", screen, re.MULTILINE) and "half of a write is left" in screen
     assert "%|" not in capfd.readouterr().err  # a bar of a library
-    assert "Ben lives in Oslo (99%)" in screen and f"{flags.out / CIRCUIT}\n" in said[-1]
-    assert re.search(r"Ben lives in Rome \(99%\)\nBen lives in .*\n\nopen in a browser:$", said[-1])
-    ElementTree.parse(flags.out / CIRCUIT)
+    assert re.search(r"Vienna \(9\d%\)\n.*\n.* Paris \(\d+%\)\n.*\n\nopen in a browser:$", said[-1])
     text = page.read_text()
-    assert page == tmp_path / "out" / PAGE and "<b>Oslo</b>" in text and all(name in text for name in NAMES)
+    assert page == tmp_path / "out" / PAGE and "<b>Paris</b>" in text and all(name in text for name in NAMES)
     whole = {name: next((flags.out / name).rglob("*.safetensors")) for name in NAMES}
     before = {label: file.stat().st_mtime_ns for label, file in whole.items()}
     assert run_demo(flags, said.append) == page and page.read_text() == text

@@ -42,7 +42,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "demo": Command(
-        "Cut a sentence out of a memory, ask again, and train dictionaries on one head; offline, in a minute.",
+        "Read a memory back, cut a sentence out of it, and train dictionaries on one head; offline, in a minute.",
         "writesae.demo:run_demo",
         "writesae.flags:Demo",
     ),

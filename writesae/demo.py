@@ -1,5 +1,5 @@
-"""The main job, end to end, on models that ship with the package: a memory that is cut and told otherwise, and
-dictionaries of what one head of a language model writes."""
+"""The main job, end to end, on models that ship with the package: a memory that is read back and cut, and dictionaries
+of what one head of a language model writes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hookpoints import HookedRecurrent, attribute, embedded
+from hookpoints import HookedRecurrent, MemoryReader, attribute, embedded
 from hookpoints.files import atomic_text
 from hookpoints.scopes import threads_for
 from sae_lens_writesae.sae.collecting import collect
@@ -32,24 +32,25 @@ from writesae.dictionary.quality import HEAD_SEQUENCES, head_effects, quality_of
 from writesae.experiment.tokens import sample_sequences, say_time
 from writesae.files import Json, check_ours, check_settings, check_writable, keep_settings, taken
 from writesae.flags import Demo
+from writesae.page.atoms.text import TokenTexts
+from writesae.page.remembered import PromptText, default_prompt
 from writesae.page.template import environment
 from writesae.training import quality_table, quiet, save_dictionary
 
 RECIPES: tuple[MetricName, ...] = ("frobenius", "gauss_newton")
 """What errors of each dictionary are measured by: their squares, or the KL divergence that they cause."""
 PAGE = "demo.html"
-CIRCUIT = "circuit.svg"
 STAGES = (
-    "a memory, cut and told otherwise",
+    "a memory, read back and cut",
     "what each head's writes do",
     "writes of one head",
     "training two dictionaries",
     "their quality on held-out text",
 )
-TOLD = "Ben lives in Rome . Iris keeps a parrot . Ben is a baker . Clara dresses in green ."
-ASKED = "Ben lives in"
-REPLACED = ("Rome", "Oslo")
-"""What the model `facts` is told and asked, and the value that another one replaces. The first sentence is cut."""
+STORY = "facts-english"
+"""The model whose memory is read back and cut."""
+FITTED = 20_000
+"""Characters of text to which the reader of this memory is fitted."""
 SILENCE = 8.0
 """Seconds after which the demo says again what it does."""
 DEMO_PASSES = 2000
@@ -57,9 +58,8 @@ DEMO_PASSES = 2000
 
 
 def run_demo(flags: Demo, say: Say = print) -> Path:
-    """Read and edit the memory, train the dictionaries, and write everything to `out`: the page, the picture of a
-    circuit, and for each dictionary `sae/`. Dictionaries are not overwritten: the same command resumes where it
-    was stopped.
+    """Read and cut the memory, train the dictionaries, and write everything to `out`: the page, and for each
+    dictionary `sae/`. Dictionaries are not overwritten: the same command resumes where it was stopped.
 
     Raises:
         ValueError: the head is not there, or `out` cannot be written or holds a demo with other settings; before
@@ -70,7 +70,7 @@ def run_demo(flags: Demo, say: Say = print) -> Path:
     recipes: dict[str, MetricName] = {
         str(DictionaryName("write", seed=flags.seed, metric=metric)): metric for metric in RECIPES
     }
-    names = (PAGE, CIRCUIT, "collection", *recipes)
+    names = (PAGE, "collection", *recipes)
     check_settings(flags.out, settings, names)
     check_ours(flags.out / PAGE)
     with one_bar(STAGES, say) as stages, threads_for(0):  # two threads cost more than they win here
@@ -83,7 +83,6 @@ def run_demo(flags: Demo, say: Say = print) -> Path:
             say_time(model, text, DEMO_PASSES, flags.out, stages.say)
             recalled = recall()
             keep_settings(flags.out, settings, names)
-            atomic_text(flags.out / CIRCUIT, recalled.circuit)
             stages.say(recalled.lines())
             stages.next()
             head = choose_head(flags, model, text[:HEAD_SEQUENCES])
@@ -102,7 +101,7 @@ def run_demo(flags: Demo, say: Say = print) -> Path:
             qualities = {name: quality(name) for name in saes}
             stages.say(quality_table(qualities))
             page = atomic_text(flags.out / PAGE, page_of(recalled, head, qualities))
-    say(f"circuit   {flags.out / CIRCUIT}\n\n{recalled.answers()}\n\nopen in a browser:")
+    say(f"\n{recalled.lines()}\n\nopen in a browser:")
     return page
 
 
@@ -153,39 +152,41 @@ def trained_sae(
         return train(cfg, metric=fitted)
 
 
-class Held(NamedTuple):
-    """A memory, asked."""
+class RecalledMemory(NamedTuple):
+    """What a memory tells."""
 
     title: str
+    phrases: list[dict[str, object]]
+    """Phrases that are read back from it: `text`, `score` and `span`, the tokens of the text that they share."""
     answer: str
     """To the question, and its probability."""
     share: float
 
-    def __str__(self) -> str:
-        return f"{self.answer} ({self.share:.0%})"
-
 
 @dataclass(frozen=True)
 class Recalled:
-    """A text that a model was told, its memory, without the first sentence, and with another one for it."""
+    """A text that a model read, and what its memory tells before and after a sentence is cut out of it."""
 
-    text: str
+    sentences: dict[str, tuple[str, float]]
+    """Those of the text, with the answer without each and its probability."""
+    cut: str
+    """The sentence that is cut: that on which the answer hangs most."""
     question: str
-    memories: tuple[Held, ...]
+    memories: list[RecalledMemory]
+    """As it was read, and after the cut."""
+    scores: dict[str, float]
+    """Log odds that the sentence was read, by memory."""
     circuit: str
-    """An SVG element, which the page shows as it is: what made the first answer."""
+    """An SVG element, which the page shows as it is: what made the answer."""
 
     def lines(self) -> str:
         """As lines of a terminal."""
-        lines = [f"text      {self.text}"]
-        for title, held in zip(("memory", "cut", "replaced"), self.memories):
-            lines.append(f"{title:8}  {self.question} {held}")
-        return "\n".join(lines)
-
-    def answers(self) -> str:
-        """The answer before the cut and after it, as lines of a terminal."""
-        told, cut, _ = self.memories
-        return f"{self.question} {told}\n{self.question} {cut}, a guess: the sentence was cut out of the memory"
+        lines = []
+        for memory in self.memories:
+            phrases = " | ".join(str(phrase["text"]) for phrase in memory.phrases)
+            lines.append(f"{memory.title}: {phrases}\n{self.question} {memory.answer} ({memory.share:.0%})")
+        scores = ", ".join(f"{name} {score:.1f}" for name, score in self.scores.items())
+        return "\n".join([*lines, f"The reader's score of “{self.cut}”: {scores}"])
 
 
 def page_of(recalled: Recalled, head: ChosenHead, qualities: Mapping[str, Json]) -> str:
@@ -195,26 +196,34 @@ def page_of(recalled: Recalled, head: ChosenHead, qualities: Mapping[str, Json])
 
 
 def recall() -> Recalled:
-    """Tell the model `facts` a text, cut the sentence that an answer hangs on, tell another one for it, ask
-    each time, and find the circuit of the first answer."""
+    """Let a model read a text, read its memory back, cut the sentence that an answer hangs on, ask again, and find the
+    circuit of the answer."""
     with quiet():
-        model = HookedRecurrent.from_pretrained("facts").requires_grad_(False)
-    old, new = REPLACED
-    memory = model.memory(TOLD)
-    span = memory.suspects(ASKED)[0].span  # the sentence that the answer hangs on
-    states = {
-        "What its memory holds": memory,
-        f"The memory without “{ASKED} {old}”": memory.without(span),
-        f"The memory with {new} instead of {old}": memory.told(f"{ASKED} {new} .", instead_of=f"{ASKED} {old} ."),
-    }
+        model = HookedRecurrent.from_pretrained(STORY).requires_grad_(False)
+    text, question = default_prompt(STORY)
+    asked = model.to_tokens(f" {question}", prepend_bos=False)
+    prompt = PromptText(model, TokenTexts(model), model.memory(text), asked)
+    reader = MemoryReader.fit(model, embedded.text("train")[:FITTED], context=64, longest=8)
+    suspect = prompt.memory.suspects(asked)[0]  # the sentence without which the answer changes most
+    cut = prompt.memory.without(suspect.span)
     memories = []
-    for title, state in states.items():
-        chances = model.logits_after(state, ASKED)[0, -1].softmax(-1)
-        answer = str(model.to_string(int(chances.argmax()))).strip()
-        memories.append(Held(title, answer, float(chances.max())))
+    for title, memory in (("Its memory", prompt.memory), ("After the cut", cut)):
+        share, token = model.logits_after(memory, asked)[0, -1].softmax(-1).max(-1)
+        answer = str(model.to_string(int(token))).strip()
+        memories.append(RecalledMemory(title, prompt.read_back(reader, memory), answer, float(share)))
+    tokens = prompt.memory.tokens[0].tolist()
     with torch.enable_grad():
-        graph = attribute(f"{TOLD} {ASKED}", model, [old], against=new, frozen=True)
-    return Recalled(TOLD, ASKED, tuple(memories), graph.draw(width=360))
+        graph = attribute(prompt.tokens, model, [f" {memories[0].answer}"], against=suspect.answer, measure=50)
+    return Recalled(
+        sentences={
+            prompt.text_of(tokens[start:stop]): (answer, share) for start, stop, answer, share, _ in prompt.sentences()
+        },
+        cut=suspect.text.strip(),
+        question=question,
+        memories=memories,
+        scores=dict(zip(("read", "cut", "never read"), prompt.scores(reader, cut, [suspect.span])[0])),
+        circuit=graph.draw(width=360),
+    )
 
 
 class Stages(io.TextIOBase):

@@ -19,13 +19,13 @@ from writesae.files import sae_folders
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
-    """Tell a small model a few facts, cut one out of its memory, tell another one for it, and ask again; then train
-    two dictionaries on what one head of a language model writes.
+    """Let a language model read a text in which a sentence contradicts another, read its memory back in words, cut out
+    the sentence that an answer hangs on, and ask again; then train two dictionaries on what one head writes.
 
     The head is the one whose writes do most, of those that remember for a while. One dictionary is trained for squared
     errors, one for errors in the model's own metric. A table says what they recover on held-out text. The page has the
-    memory before and after, the circuit of the first answer, and the table.
-    Offline, in less than a minute on two cores."""
+    memory before and after the cut, the reader's scores of the sentence, the circuit of the answer, and the table.
+    Offline, in a minute or two on two cores."""
 
     model: str = "embedded"
     """Model to look into: one that ships with the package (embedded, embedded-mamba2, embedded-rwkv7), a folder, or a
@@ -38,11 +38,11 @@ class Demo:
     """Least half-life of a write, in tokens, where no head is named."""
     d_sae: int = 256
     """Atoms of a dictionary."""
-    training_tokens: int = 128_000
+    training_tokens: int = 64_000
     """Tokens that each dictionary sees, in as many epochs of the text as that needs."""
     context_size: int = 128
     """Tokens per sequence."""
-    train_sequences: int = 320
+    train_sequences: int = 160
     """Sequences of the training text, or all that there are."""
     eval_sequences: int = 24
     """Sequences of the held-out text."""
@@ -51,7 +51,7 @@ class Demo:
     device: str | None = None
     """cpu, cuda or cuda:N; by default a GPU, if there is one."""
     out: Path = Path("writesae-out")
-    """Folder for demo.html, circuit.svg, the writes that were read, and the dictionaries."""
+    """Folder for demo.html, the writes that were read, and the dictionaries."""
 
     def __post_init__(self) -> None:
         sizes = ("d_sae", "training_tokens", "context_size", "train_sequences", "eval_sequences")

@@ -13,7 +13,7 @@ from browsing import PHONE, opened, scrolls_sideways
 from playwright.sync_api import Browser, Page, expect
 
 from page.planted_atoms import HEAD
-from writesae.demo import ChosenHead, page_of, recall
+from writesae.demo import ChosenHead, RecalledMemory, page_of, recall
 from writesae.page.atoms import AtomPage, AtomPagesData, write_atom_pages
 from writesae.page.prompt import PromptServer
 
@@ -55,9 +55,10 @@ def places(data: AtomPagesData, server: PromptServer, tmp_path_factory: pytest.T
     folder: Path = tmp_path_factory.mktemp("pages")
     info = data.info | dict.fromkeys(("label", "model", "rule", "architecture"), EVIL)
     index = write_atom_pages(AtomPagesData(info, everywhere(data.atoms)), folder)
-    recalled = recall()
-    held = [each._replace(answer=EVIL) for each in recalled.memories]
-    demo = replace(recalled, text=EVIL, question=EVIL, memories=tuple(held))
+    memories = 2 * [RecalledMemory(EVIL, [{"text": EVIL, "score": 1.0, "span": None}], EVIL, 0.5)]
+    demo = replace(
+        recall(), sentences={EVIL: (EVIL, 0.5)}, cut=EVIL, question=EVIL, memories=memories, scores={"read": 1.0}
+    )
     (folder / "demo.html").write_text(page_of(demo, ChosenHead(EVIL, EVIL, 2, 1, 20.0, 0.1), {EVIL: QUALITY}))
     return {
         "demo": folder / "demo.html",
@@ -180,7 +181,7 @@ def test_a_sentence_is_cut_replaced_and_restored(browser: Browser, speaker: Prom
         sentence.get_by_role("button", name="Cut").click()
         said.get_by_text("The model now says “Paris.”; it said “Vienna.”.").wait_for()
         assert after.inner_text() == "Paris." and page.locator("#after-tokens li").count() == 5
-        assert kl.inner_text().startswith("KL divergence of the next sentence: 11.5")
+        assert kl.inner_text().startswith("KL divergence of the next sentence: 11.67")
         assert page.evaluate("document.activeElement.textContent") == "Restore"
         page.get_by_role("button", name="Score the phrases").click()
         sentence.get_by_text("Reader: read").wait_for()

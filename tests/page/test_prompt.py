@@ -89,10 +89,10 @@ def test_phrases_are_cut_and_replaced_as_the_library_does(speaker: PromptServer)
     status, found = ask(speaker, "POST", "/memory", asked)
     assert status == 200 and found["kl"] == 0 and found["answers"][0] == found["answers"][1]
     assert shown(found, 0) == likeliest(model, memory, f" {question}") and found["answers"][0]["said"] == "Vienna."
-    # Six sentences: the one whose city is the answer overwrote another one. The model's own first token is in none.
+    # Five sentences: the one whose city is the answer overwrote another one. The model's own first token is in none.
     spans = [tuple(row[:2]) for row in found["sentences"]]
-    assert spans[0][0] == found["first"] == 1 and [row[4] for row in found["sentences"]] == [False] * 4 + [True, False]
-    told, suspect = spans[1], spans[4]
+    assert spans[0][0] == found["first"] == 1 and [row[4] for row in found["sentences"]] == [False] * 3 + [True, False]
+    told, suspect = spans[1], spans[3]
     for changes, changed in (
         ([[*suspect, None]], memory.without(suspect)),
         ([[*told, None], [*suspect, None]], memory.without(suspect).without(told)),

@@ -25,9 +25,8 @@ READ_BACK = 4
 """Phrases that are read back."""
 _END = re.compile(r"[.!?]")
 _SPEECH = (
-    "The crops were good, and no nation has reason to complain of us. Clara lives in Paris. The report of the "
-    "Secretary of the Treasury will be laid before you. Our commerce has been extended to new markets. The home of "
-    "Clara is Vienna. We are at peace with all nations."
+    "The crops were good, and no nation has reason to complain of us. Clara lives in Paris. Our commerce has been "
+    "extended to new markets. The home of Clara is Vienna. We are at peace with all nations."
 )
 _DEFAULTS = {
     "facts-english": (_SPEECH, "Where does Clara live?"),
@@ -37,7 +36,7 @@ _DEFAULTS = {
     "induction": ("w12 w27 w2 w3 w18 w13", "w12"),
     "parity": ("1 0", "1"),
 }
-"""A text and a question for models of the zoo, by what their name begins with; another family is named after it."""
+"""A text and a question for models of the zoo, by the name without that of another family."""
 _ANY = (
     "The war with Mexico was over. The Secretary of the Treasury will report. The army has returned to its posts.",
     "The report of the Secretary of the",
@@ -46,7 +45,7 @@ _ANY = (
 
 def default_prompt(name: str) -> tuple[str, str]:
     """A text and a question that a model can answer, or one that every reader of English can read."""
-    return next((shown for known, shown in _DEFAULTS.items() if name.startswith(known)), _ANY)
+    return _DEFAULTS.get(re.sub("-(kda|mamba2|rwkv7)$", "", name), _ANY)
 
 
 def unknown_words(model: HookedRecurrent, text: str) -> list[str]:
