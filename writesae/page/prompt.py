@@ -86,8 +86,9 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = 60
 
     def page(self, nonce: str) -> str:
-        cfg = self.server.session.model.cfg
-        hooks = [HeadHook.of(sae) for sae in reversed(self.server.session.saes.values())]
+        session = self.server.session
+        cfg = session.model.cfg
+        hooks = [HeadHook.of(sae) for sae in reversed(session.saes.values())]
         text, question = default_prompt(cfg.model_name)
         heads = {layer: cfg.layer(layer).H for layer in cfg.recurrent_layers}
         shown = {"model": cfg.model_name, "heads": heads, "hooks": hooks, "text": text, "question": question}

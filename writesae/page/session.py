@@ -58,17 +58,17 @@ class Session:
         Raises:
             InputError, KeyError, TypeError, ValueError: something is missing, or does not fit the model.
         """
-        text, question = str(asked["text"]), str(asked["question"])
+        text, question = asked["text"], asked["question"]
         if path == "/unknown":
             return unknown_words(self.model, f"{text} {question}")
         if path in ("/explain", "/node", "/set"):
-            graph = self.explained(text, question, str(asked["target"]), str(asked["against"]))
+            graph = self.explained(text, question, asked["target"], asked["against"])
             match path:
                 case "/explain":
                     return picture_of(graph, int(asked["width"]))
                 case "/node":
-                    return made_of(graph, str(asked["node"]))
-            return answer_with(graph, [*map(str, asked["nodes"])], bool(asked["kept"]))
+                    return made_of(graph, asked["node"])
+            return answer_with(graph, asked["nodes"], asked["kept"])
         prompt = self.prompted(text, question)
         if path == "/head":
             return self.read(prompt, int(asked["layer"]), int(asked["head"]))
