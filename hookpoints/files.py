@@ -247,10 +247,10 @@ def check_tensors(
     """Raise InputError unless the tensors of a file have these names, dtypes and shapes, and numbers that are
     ``finite``."""
     got = {name: (x.dtype, list(x.shape)) for name, x in tensors.items()}
-    for name in sorted(kinds | got):
+    for name in sorted({*kinds, *got}):
         if kinds.get(name) != got.get(name):
             raise InputError(f"{path}: {name}: expected {kinds.get(name)}, got {got.get(name)}")
-        if finite and not bool(tensors[name].isfinite().all()):
+        if finite and not tensors[name].isfinite().all():
             raise InputError(f"{path}: {name}: expected finite numbers, got NaN or infinity")
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +20,8 @@ T = TypeVar("T")
 
 COPIES = Path(HF_HOME) / "sae_lens_writesae"
 """Where files of other machines are copied to."""
+COPY_DAYS = 30
+"""Days after its last use for which a copied folder stays."""
 
 SAVE_SECONDS = 60.0
 """Time between two writes of what is not finished: what a kill may lose, and one batch."""
@@ -52,6 +56,14 @@ def in_turn(locks: Mapping[T, Path], part: tuple[int, int], say: Callable[[str],
                 yield piece
 
 
+def _remove_old_copies() -> None:
+    """Of folders that nobody opened for a month."""
+    for seal in COPIES.glob(f"*/{CHECKSUMS}"):
+        with suppress(OSError):  # another process removes it, or may not be asked
+            if time.time() - seal.stat().st_mtime > COPY_DAYS * 86_400:
+                shutil.rmtree(seal.parent)
+
+
 def is_address(folder: str | Path) -> bool:
     """Whether it is one that fsspec reads, such as `s3://bucket/collection`, and not a folder of this machine."""
     return "://" in str(folder)
@@ -73,7 +85,8 @@ class CopiedFolder(SealedFolder):
             self._system, self._root = fsspec.url_to_fs(self.address)
             seal = self._system.cat_file(f"{self._root}/{CHECKSUMS}")
         folder = COPIES / hashlib.sha256(seal).hexdigest()
-        atomic_write(folder / CHECKSUMS, lambda file: file.write_bytes(seal))
+        atomic_write(folder / CHECKSUMS, lambda file: file.write_bytes(seal))  # whose date is that of the last use
+        _remove_old_copies()
         lines = seal.decode(errors="replace").splitlines()
         super().__init__(folder, error, {line[66:]: line[:64] for line in lines})
 

@@ -136,6 +136,10 @@ HEAD = ["--model", "embedded", "--layer", "2", "--head", "1"]
         (["train", *HEAD, "--architecture", "writesae_topkk"], "nearest: writesae_topk"),
         (["train", *HEAD, "--architecture", "topk"], "got 'topk'; nearest: writesae_topk"),
         (["train", "--model", str(shipped.path("embedded")), *HEAD[2:]], "dataset: expected a text file"),
+        *(
+            ([command, *HEAD, "--dataset", path], f"got '{path}': there is no such file or folder")
+            for command, path in (("collect", "nofile.txt"), ("train", "texts/nofile.jsonl"), ("train", "./texts/"))
+        ),
         (["collect", "--model", "embedded"], "Missing from writesae collect: --layer"),
         (["show"], "Missing from writesae show: PATH"),
         (["train", "--model", "embeded", *HEAD[2:]], "nearest: embedded"),
@@ -344,7 +348,8 @@ def test_what_one_command_writes_another_takes(
     words = [str(folders / folder) if each == "FOLDER" else each for each in arguments]
     out = [] if written is None else ["--out", str(tmp_path)]
     timed = arguments[0] in ("show", "export")
-    assert_timed(capsys, monkeypatch, embedded, [*words, *out], timed)
+    said = assert_timed(capsys, monkeypatch, embedded, [*words, *out], timed)
+    assert not timed or said.startswith(f"loads {words[1]}/")
     assert written is None or any(tmp_path.rglob(written))
 
 
@@ -354,9 +359,9 @@ def assert_timed(
     embedded: HookedRecurrent,
     words: list[str],
     timed: bool,
-) -> None:
-    """The time that is said is that of the work: by a clock of 1000 s a sequence, and in operations within a half and
-    twice."""
+) -> str:
+    """What is said. The time in it is that of the work: by a clock of 1000 s a sequence, and in operations within a
+    half and twice."""
     monkeypatch.setattr("writesae.experiment.tokens.time", SimpleNamespace(perf_counter=cycle((0, 6000)).__next__))
     with FlopCounterMode(display=False) as sequence:
         embedded(torch.arange(1, 49)[None])
@@ -366,6 +371,7 @@ def assert_timed(
     said = [int(seconds) for seconds in re.findall(r"about (\d+) s on this machine", done.out)]
     assert bool(said) == timed
     assert not said or 0.45 < 1000 * work.get_total_flops() / sequence.get_total_flops() / sum(said) < 2
+    return done.out
 
 
 def test_training_ends_with_what_each_dictionary_recovers(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -358,6 +359,16 @@ def test_hookpoints_alone_is_declared_as_in_the_whole():
     assert (ROOT / "hookpoints" / alone["project"]["readme"]).is_file()
     data = "package-data"
     assert alone["tool"]["setuptools"][data]["hookpoints"] == whole["tool"]["setuptools"][data]["hookpoints"]
+
+
+def test_one_place_names_the_address_of_the_repository():
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    named = {
+        name
+        for name in filter(None, files.split("\0"))
+        if (ROOT / name).is_file() and re.search(rb"github\.com/[\w-]+/sae-lens-writesae", (ROOT / name).read_bytes())
+    }
+    assert named == {"pyproject.toml"}
 
 
 def test_few_untyped_places():

@@ -298,8 +298,9 @@ def alike(found: Any, expected: Any, room: float) -> None:
 def test_the_page_of_a_prompt(made: Path, on_device: Callable[[], AbstractContextManager[Any]]) -> None:
     def payload() -> dict[str, object]:
         with PromptServer(Prompt(sae=made / "train", port=0)) as server:
-            assert server.model.cfg.device.type == hookpoints.default_device()
-            return server.read(server.prompted("The war between the States was over.", "The"), 2, 1)
+            session = server.session
+            assert session.model.cfg.device.type == hookpoints.default_device()
+            return session.read(session.prompted("The war between the States was over.", "The"), 2, 1)
 
     expected = payload()
     with on_device():

@@ -17,7 +17,6 @@ from hookpoints import embedded
 from writesae.cli import main, parse
 from writesae.flags import Prompt
 from writesae.page.prompt import PromptServer
-from writesae.page.remembered import Changes
 
 PAGE = Path(__file__).parents[1] / "docs" / "your_model.md"
 VOCAB = 384
@@ -58,10 +57,11 @@ def test_a_checkpoint_is_taken_from_loading_to_a_circuit(
                     main([command, *words])
                     continue
                 with PromptServer(parse(Prompt, "writesae prompt", [*words, "--port", "0"])) as server:
-                    prompt = server.prompted("The crops were good. We are at peace.", "The crops were")
-                    first = prompt.sentences()[0][:2]
-                    found: Any = server.remember(prompt, Changes([(*first, None)], []))
-                    assert found["kl"] > 0 and server.reader().fitted.longest == 8
-                    assert any(server.read(prompt, 0, 0)["atoms"])  # pyright: ignore[reportArgumentType]
+                    session = server.session
+                    asked = {"text": "The crops were good. We are at peace.", "question": "The crops were"}
+                    first = session.prompted(**asked).sentences()[0][:2]
+                    found: Any = session.answer("/memory", asked | {"spans": [(*first, None)]})
+                    assert found["kl"] > 0 and session.reader().fitted.longest == 8
+                    assert any(session.read(session.prompted(**asked), 0, 0)["atoms"])  # pyright: ignore[reportArgumentType]
         assert list(Path("writesae-out/atoms").glob("atom-*.html")) and Path("circuit.svg").is_file()
     assert "my-model" in capsys.readouterr().out

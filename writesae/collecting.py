@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 from datasets import IterableDataset, concatenate_datasets, load_dataset
 
 from hookpoints import HookedRecurrent, embedded
+from hookpoints.errors import InputError
 from sae_lens_writesae.sae.collecting import check_own, collect
 from sae_lens_writesae.sae.target import head_target
 from sae_lens_writesae.sae.texts import Text, text_dataset
@@ -17,6 +19,9 @@ from writesae.flags import Collect
 from writesae.processes import part
 
 Say = Callable[[str], object]
+
+_HUB_NAME = re.compile(r"(?!.*\.(txt|md|csv|jsonl?|parquet|[gx]z|zip)$)([\w-][\w.-]*/)?[\w-][\w.-]*")
+"""Of a dataset: no path, and no name that ends as files of text do."""
 
 
 def run_collect(flags: Collect, say: Say = print) -> Path:
@@ -53,7 +58,13 @@ def collect_from(
 
 
 def check_text(model: str, dataset: str | None) -> None:
-    """Raise where the model cannot be had or hooked, or the text of this package is not enough; reads no weights."""
+    """Raise where the model cannot be had or hooked, a file of text is not there, or the text of this package is not
+    enough; reads no weights, and asks the hub for no file of this machine."""
+    if dataset is not None and not Path(dataset).exists() and not _HUB_NAME.fullmatch(dataset):
+        raise InputError(
+            f"dataset: expected a text file, a folder of them, or a dataset on the hub (OWNER/NAME), got {dataset!r}: "
+            "there is no such file or folder"
+        )
     HookedRecurrent.from_pretrained(model, device="meta")
     if dataset is None and model not in embedded.names():
         raise ValueError(

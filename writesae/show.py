@@ -87,6 +87,7 @@ def loaded_sae(flags: OnAtoms, a_sequence: float, an_atom: float) -> tuple[Hooke
     Args:
         a_sequence, an_atom: what they take, in passes over a sequence.
     """
+    print(f"loads {flags.sae} and its model", flush=True)
     text = text_of(flags.text)
     sae = load_sae(flags.sae)
     model = model_of([sae], flags.model, dtype=flags.dtype, other_model=flags.other_model)

@@ -586,7 +586,7 @@ class Memory:
             got = _state_kind(state)
             if got != wanted:
                 raise InputError(f"layer {layer}: expected [B,H,K,V], float, device {wanted}, got {got}")
-            if not bool(state.isfinite().all()):
+            if not state.isfinite().all():
                 raise InputError(f"layer {layer}: expected finite numbers, got NaN or infinity")
 
     def span_of(self, span: TokenSpan) -> tuple[int, int]:

@@ -513,7 +513,7 @@ def _fitted_of(named: Mapping[str, Tensor], said: Mapping[str, Any], model: Toke
         horizon=tuple(AgeAccuracy(*row) for row in said["horizon"]),
     )
     # As JSON, 3.7 is no whole number, and neither is true or "3".
-    if json.dumps(said) != json.dumps(said | _settings_of(fitted)):
+    if json.dumps(said) != json.dumps({**said, **_settings_of(fitted)}):
         raise InputError(f"expected numbers, as a fit writes them, got {said}")
     check_tokens(torch.tensor([fitted.lead]), model.cfg)
     most = sys.float_info.max

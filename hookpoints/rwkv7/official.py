@@ -51,13 +51,13 @@ def stored_tensors(path: str | Path, mmap: bool = False) -> dict[str, Tensor]:
     """
     expected = f"{path}: expected dense tensors by name, as torch.save writes them"
     try:
-        stored: object = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zipfile(path))
+        stored = dict[str, Tensor](
+            torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zipfile(path))
+        )
     except OSError:
         raise
     except Exception as error:  # those of the unpickler, the archive and storages have no narrower class
-        raise InputError(f"{expected}, got code or a damaged file ({type(error).__name__})") from error
-    if not isinstance(stored, dict):
-        raise InputError(f"{expected}, got {type(stored).__name__}")
+        raise InputError(f"{expected}, got code, another object or a damaged file ({type(error).__name__})") from error
     for name, x in stored.items():
         if not isinstance(name, str) or not is_dense(x):
             raise InputError(f"{expected}, got {name!r}: {getattr(x, 'layout', type(x).__name__)}")

@@ -35,11 +35,10 @@ def load_states(path: str | Path, model: HookedRecurrent) -> dict[int, Tensor]:
     """
     # A file may have them in half precision.
     named = {name: x.to(torch.float32) if x.is_floating_point() else x for name, x in stored_tensors(path).items()}
-    layers = model.cfg.layers.items()
-    kinds = {_NAME.format(layer): (torch.float32, [size.H, size.V, size.K]) for layer, size in layers}
+    layers = model.cfg.layers
+    kinds = {_NAME.format(layer): (torch.float32, [size.H, size.V, size.K]) for layer, size in layers.items()}
     check_tensors(path, named, kinds, finite=True)
-    places = {layer: model.hook_device(f"blocks.{layer}.mixer") for layer, _ in layers}
-    return {layer: named[_NAME.format(layer)].mT[None].to(place) for layer, place in places.items()}
+    return {n: named[_NAME.format(n)].mT[None].to(model.hook_device(f"blocks.{n}.mixer")) for n in layers}
 
 
 def save_states(path: str | Path, states: Mapping[int, Tensor]) -> None:

@@ -197,7 +197,9 @@ def collect(
             with lock:
                 missing = _missing_shards(folder, index)  # another process may have found a damaged one
                 if not missing and not seal.exists():
-                    _write_seal(folder, index)
+                    write_checksums(folder, (INDEX, *shard_spans(index)))
+    with lock:
+        _remove_leftovers(folder)
     return Collection.open(folder)
 
 
@@ -255,10 +257,9 @@ def _missing_shards(folder: Path, index: CollectionIndex, part: tuple[int, int] 
     }
 
 
-def _write_seal(folder: Path, index: CollectionIndex) -> None:
-    """Seal a collection whose shards are all there. Locks of shards and tokens go, and what a run left that was killed
-    after it finished a shard."""
-    write_checksums(folder, (INDEX, *shard_spans(index)))
+def _remove_leftovers(folder: Path) -> None:
+    """Of a sealed collection, locks of shards and tokens go, and what a run left that was killed after it finished a
+    shard, or while it waited for another one."""
     (folder / _TOKENS).unlink(missing_ok=True)
     for left in folder.glob(".shard-*"):
         if left.suffix in (".safetensors", _LOCK):

@@ -215,6 +215,87 @@ def test_a_phrase_of_the_text_is_marked_taken_and_cut(browser: Browser, speaker:
         page.get_by_text("shares tokens with “is Vienna”").wait_for()
 
 
+def cut_of(page: Page, sentence: str) -> None:
+    page.locator("#acts li").filter(has_text=sentence).get_by_role("button", name="Cut").click()
+    page.locator("#acts .cut").filter(has_text=sentence).wait_for()
+
+
+def ask_anew(page: Page, question: str) -> str:
+    page.get_by_label("Question, or").fill(question)
+    page.get_by_role("button", name="Read", exact=True).click()
+    expect(page.locator("#typed")).to_be_hidden()
+    page.locator("#said").get_by_text("tokens of text").wait_for()
+    return page.locator("#said").inner_text()
+
+
+VIENNA, PARIS = "The home of Clara is Vienna.", "Clara lives in Paris."
+
+
+def test_changes_outlive_another_question_and_a_reload(browser: Browser, speaker: PromptServer) -> None:
+    with opened(browser, address(speaker)) as page:
+        after, cut, typed = page.locator("#after"), page.locator("#acts .cut"), page.locator("#typed")
+        cut_of(page, VIENNA)
+        assert ask_anew(page, "Where is the home of Clara?").endswith("1 of your changes stay")
+        assert cut.count() == 1 and after.inner_text() == "Paris." and page.locator("#text .cut").count() == 7
+        page.reload()
+        cut.filter(has_text=VIENNA).wait_for()
+        assert page.get_by_label("Question, or").input_value() == "Where is the home of Clara?"
+        assert after.inner_text() == "Paris." and page.locator("#before").inner_text() == "Vienna."
+        # Replaced by nothing, it is cut, and says so.
+        sentence = page.locator("#acts li").filter(has_text=PARIS)
+        sentence.get_by_role("textbox").fill(" ")
+        sentence.get_by_role("button", name="Replace").click()
+        cut.filter(has_text=PARIS).wait_for()
+        assert cut.count() == 2
+        # A text that is not read yet has no part in what is below.
+        text = page.get_by_label("Text that")
+        shown = page.locator("#text").inner_text()
+        text.fill("Boris lives in Rome. We are at peace.")
+        assert typed.is_visible()
+        page.get_by_role("button", name=f"Restore {PARIS}").click()
+        page.locator("#said").get_by_text("The model").wait_for()
+        assert page.locator("#text").inner_text() == shown and cut.count() == 1
+        assert ask_anew(page, "Where does Boris live?").endswith(
+            "the text is another one, so 1 of your changes are gone"
+        )
+        assert not cut.count() and not typed.is_visible() and after.inner_text() == "Rome."
+
+
+def test_two_tabs_ask_each_of_their_own_text(browser: Browser, server: PromptServer) -> None:
+    texts = ("The Secretary of the Treasury and the", "The people of the United States and the")
+    with opened(browser, address(server)) as one, opened(browser, address(server)) as other:
+        for page, text in zip((one, other), texts):
+            page.locator("#sources li").first.wait_for()
+            page.get_by_label("Text that").fill(text)
+            ask_anew(page, "Secretary of the")
+            page.get_by_role("button", name="Why this answer?").click()
+            page.locator("#picture .node").first.wait_for()
+        for page in (one, other):
+            page.get_by_role("button", name=re.compile(r"^L\d+H\d+@\d+:")).first.press("Enter")
+            page.locator("#answer").get_by_text("What made the write").wait_for()
+            page.get_by_role("button", name="Pin", exact=True).click()
+            page.get_by_role("button", name="Delete these").click()
+            page.locator("#set-said").get_by_text("with all nodes it is").wait_for()
+        found = [page.locator("#set-said").inner_text().split("with all nodes it is")[1] for page in (one, other)]
+    for text, metric in zip(texts, found):
+        graph = server.session.explained(text, "Secretary of the", "", "")
+        assert metric.strip(" .") == f"{graph.metadata['metric']:.2f}"
+    assert found[0] != found[1]
+
+
+def test_why_says_that_it_is_of_the_text_before_changes(browser: Browser, speaker: PromptServer) -> None:
+    with opened(browser, address(speaker)) as page:
+        note, answer = page.locator("#as-read"), page.locator("#answer")
+        cut_of(page, VIENNA)
+        assert note.is_visible()
+        page.get_by_role("button", name="Why this answer?").click()
+        answer.get_by_text("of the text as it was read, before your changes.").wait_for()
+        assert "Vienna" in answer.inner_text()
+        page.get_by_role("button", name="Restore all").click()
+        page.locator("#said").get_by_text("still says").wait_for()
+        assert not note.is_visible()
+
+
 def test_nodes_are_chosen_pinned_kept_and_deleted(browser: Browser, server: PromptServer) -> None:
     with opened(browser, address(server), **PHONE) as page:
         page.locator("#sources li").first.wait_for()

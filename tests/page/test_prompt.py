@@ -16,11 +16,13 @@ import torch
 from recurrences import FORMS, entrywise, random_recurrence
 from sae_lens import SAE
 
-from hookpoints import HookedRecurrent, Memory
+from hookpoints import HookedRecurrent, Memory, zoo
+from hookpoints.errors import InputError
 from page.planted_atoms import HEAD, HOOK, LAYER, empty_sae
 from writesae.flags import Prompt
-from writesae.page.prompt import MAX_BYTES, MAX_TOKENS, PromptServer, read_shares
-from writesae.page.remembered import default_prompt, unknown_words
+from writesae.page.prompt import MAX_BYTES, PromptServer
+from writesae.page.remembered import _ANY, default_prompt, unknown_words
+from writesae.page.session import MAX_TOKENS, read_shares
 
 
 def ask(server: PromptServer, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
@@ -82,7 +84,7 @@ def shown(found: Any, number: int) -> list[tuple[str, float]]:
 def test_phrases_are_cut_and_replaced_as_the_library_does(speaker: PromptServer) -> None:
     text, question = default_prompt("facts-english-rwkv7")
     asked = {"text": text, "question": question, "spans": []}
-    model = speaker.model
+    model = speaker.session.model
     memory = model.memory(text)
     status, found = ask(speaker, "POST", "/memory", asked)
     assert status == 200 and found["kl"] == 0 and found["answers"][0] == found["answers"][1]
@@ -103,6 +105,7 @@ def test_phrases_are_cut_and_replaced_as_the_library_does(speaker: PromptServer)
     ):
         found = ask(speaker, "POST", "/memory", asked | {"spans": changes})[1]
         assert shown(found, 1) == likeliest(model, changed, f" {question}")
+        assert ask(speaker, "POST", "/memory", asked)[1]["kl"] == 0  # of another page
     said = model.to_tokens(f" {question} Vienna.", prepend_bos=False)
     p, q = (model.logits_after(each, said)[0, -3:-1].double().log_softmax(-1) for each in (memory, changed))
     assert found["kl"] == pytest.approx(float((p.exp() * (p - q)).sum()), rel=1e-3)
@@ -111,11 +114,11 @@ def test_phrases_are_cut_and_replaced_as_the_library_does(speaker: PromptServer)
 def test_scores_are_those_of_the_reader(speaker: PromptServer) -> None:
     """Of a phrase that is cut, the certificate's."""
     text, question = default_prompt("facts-english")
-    memory = speaker.model.memory(text)
+    memory = speaker.session.model.memory(text)
     span = memory.suspects(f" {question}")[0].span
     asked = {"text": text, "question": question, "spans": [[*span, None]], "phrases": [span], "back": True}
     status, found = ask(speaker, "POST", "/reader", asked)
-    certificate = speaker.reader().forgot(memory, span)
+    certificate = speaker.session.reader().forgot(memory, span)
     assert status == 200 and found["scores"] == [[pytest.approx(each.score, rel=1e-3) for each in certificate]]
     assert len(found["back"]) == 4 and any(each["span"] for each in found["back"])
 
@@ -132,26 +135,27 @@ def test_why_a_token_is_drawn_and_nodes_are_taken_apart_kept_and_deleted(server:
         "against": "",
         "width": 390,
     }
-    assert ask(server, "POST", "/node", {"node": "L4H0@3"})[0] == 400  # nothing was explained
-    status, why = ask(server, "POST", "/explain", asked | {"target": " Treasury"})
+    asked |= {"target": " Treasury"}
+    status, why = ask(server, "POST", "/explain", asked)
+    assert ask(server, "POST", "/explain", asked | {"text": "The Navy and the"})[0] == 200  # of another page
     assert status == 200 and why["svg"].startswith("<svg") and "writes measured" in why["said"]
     write, mlp = (
         re.findall(form, why["svg"])[0] for form in (r'data-node="(L\d+H\d+@\d+)"', r'data-node="(MLP[^"]+)"')
     )
-    status, ports = ask(server, "POST", "/node", {"node": write})
+    status, ports = ask(server, "POST", "/node", asked | {"node": write})
     assert status == 200 and {"value", "key", "query", "gate"} == ports.keys()
     assert all(len(row) == 3 for rows in ports.values() for row in rows)
-    assert ask(server, "POST", "/node", {"node": mlp})[1].keys() == {"input"}
-    graph = server.explained()
+    assert ask(server, "POST", "/node", asked | {"node": mlp})[1].keys() == {"input"}
+    graph = server.session.explained(asked["text"], asked["question"], " Treasury", "")
     for kept, answer in ((True, graph.keep([write, mlp])), (False, graph.without([write, mlp]))):
-        status, found = ask(server, "POST", "/set", {"nodes": [write, mlp], "kept": kept})
+        status, found = ask(server, "POST", "/set", asked | {"nodes": [write, mlp], "kept": kept})
         assert status == 200 and (found["token"], found["same"]) == (answer.token, answer.same)
         assert found["metric"] == pytest.approx(answer.metric) and found["whole"] == graph.metadata["metric"]
     for path, wrong in (
         ("/explain", asked | {"target": "two tokens of"}),
-        ("/explain", asked | {"target": " Treasury", "text": ""}),
-        ("/node", {"node": "L9H9@9"}),
-        ("/set", {"nodes": [], "kept": True}),
+        ("/explain", asked | {"text": ""}),
+        ("/node", asked | {"node": "L9H9@9"}),
+        ("/set", asked | {"nodes": [], "kept": True}),
     ):
         status, said = ask(server, "POST", path, wrong)
         assert status == 400 and "expected" in said["error"]
@@ -222,5 +226,14 @@ def test_bad_input_ends_before_a_model_is_loaded(folder: Path, monkeypatch: pyte
     monkeypatch.setattr(HookedRecurrent, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises(ValueError, match="none"):
         PromptServer(Prompt(sae=folder / "none"))
-    with socket.create_server(("127.0.0.1", 0)) as busy, pytest.raises(OSError):
-        PromptServer(Prompt(sae=folder, port=busy.getsockname()[1]))
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        port = busy.getsockname()[1]
+        with pytest.raises(InputError, match=f"^port: expected one that is free, got {port} .*--port 0 for any"):
+            PromptServer(Prompt(sae=folder, port=port))
+
+
+@pytest.mark.parametrize("name", zoo.names())
+def test_each_model_of_the_zoo_begins_with_a_text_of_its_own(name: str) -> None:
+    model = HookedRecurrent.from_pretrained(name)
+    text, question = default_prompt(model.cfg.model_name)
+    assert (text, question) != _ANY and not unknown_words(model, f"{text} {question}")

@@ -252,6 +252,15 @@ def test_the_command(capsys, tmp_path, monkeypatch, embedded):
 # ------------------------------------------------------------------------------------------------ stops
 
 
+def test_what_kills_left_in_a_sealed_collection_goes(model, copy, whole):
+    """Of a process that was killed after another one had sealed it."""
+    left = [copy / ".tokens", copy / f".{SHARDS[0]}", *(copy / f".{name}.lock" for name in SHARDS)]
+    for path in left:
+        path.touch()
+    small(model, copy)
+    assert contents(copy) == contents(whole) and not any(path.exists() for path in left)
+
+
 def test_a_full_disk_is_named_and_what_is_missing_is_collected_later(model, copy, whole):
     """A shard that was deleted, and what a kill left aside. The system refuses the write, as under a quota."""
     for name in (SHARDS[1], CHECKSUMS):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from datasets import IterableDataset
 from safetensors.torch import save_file
 
 from hookpoints import HookedRecurrent
-from hookpoints.files import write_checksums
+from hookpoints.files import CHECKSUMS, write_checksums
 from sae_lens_writesae import files, train
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.atom.mapped import CollectedWrites
@@ -128,6 +130,18 @@ def test_an_address_is_copied_as_it_is_read_and_compared(elsewhere: str, tmp_pat
         Collection.open("memory://nowhere")
     with pytest.raises(CollectionError, match=r"^none://a: expected an address[^\n]*got ValueError: Protocol[^\n]*$"):
         Collection.open("none://a")
+
+
+def test_copies_that_nobody_opened_for_a_month_are_removed(elsewhere: str) -> None:
+    copies = [Collection.open(elsewhere).folder]
+    for days in (29, 31):
+        copies.append(files.COPIES / f"{days}")
+        copies[-1].mkdir()
+        (copies[-1] / CHECKSUMS).touch()
+        os.utime(copies[-1] / CHECKSUMS, (0, time.time() - 86_400 * days))
+    os.utime(copies[0] / CHECKSUMS, (0, 0))
+    Collection.open(elsewhere)  # whose own date is that of today
+    assert [copy.exists() for copy in copies] == [True, True, False]
 
 
 @pytest.mark.nightly  # which installs both

@@ -1,6 +1,6 @@
 // Text of the page is set as text (textContent, title), never as markup.
 const part = (id) => document.getElementById(id), form = part("prompt");
-let memory = null, changes = [], at = 0, marked = null, hasReader = false, back = null, reading = null, chosen = "", pinned = new Set();
+let memory = null, read = null, why = null, changes = [], at = 0, marked = null, hasReader = false, back = null, reading = null, chosen = "", pinned = new Set();
 
 function element(tag, text, title) {
   const made = document.createElement(tag);
@@ -31,7 +31,7 @@ function meter(list, rows) {
 }
 
 const percent = (x) => `${(100 * x).toFixed(1)}%`, signed = (x) => (x > 0 ? "+" : "") + x;
-const prompt = () => ({ text: form.elements.text.value, question: form.elements.question.value });
+const typed = () => ({ text: form.elements.text.value, question: form.elements.question.value }); // `read` is what was read of it
 const changed = () => ({
   spans: changes.filter((each) => each.now !== undefined).map(({ start, stop, now }) => [start, stop, now]),
 });
@@ -64,21 +64,50 @@ function during(place, words, work) { // what runs is said, and so is an error
 
 // ---- the memory
 
-async function readText() {
-  const unknown = await post("/unknown", prompt()).catch(() => []), { text, question } = prompt();
+async function readText(spans) { // those of an address; else, of the same text, the changes stay
+  const asked = typed(), { text, question } = asked, isSame = read?.text === text, unknown = await post("/unknown", asked).catch(() => []);
   part("unknown").hidden = !unknown.length;
   part("unknown").replaceChildren("The tokenizer does not know the words that are marked: ", ...`${text} ${question}`.split(/(\s+)/).map((word) => element(unknown.includes(word) ? "mark" : "span", word)));
   const done = await during("said", "reading", async () => {
-    memory = await post("/memory", { ...prompt(), spans: [] });
-    changes = memory.sentences.map(sentence);
+    const kept = spans ? spans.map(([start, stop, now]) => ({ start, stop, now })) : isSame ? changes : [], gone = spans || isSame ? 0 : changed().spans.length;
+    const found = await post("/memory", { ...asked, spans: spans ?? (isSame ? changed().spans : []) });
+    [memory, read] = [found, asked];
+    changes = rowsOf(found.sentences, kept);
     [marked, back, reading, at, pinned, chosen] = [null, null, null, memory.tokens.length - 1, new Set(), ""];
     for (const id of ["picture", "chosen", "set", "back"]) part(id).hidden = true;
     for (const id of ["answer", "reader-said", "set-said", "checked"]) part(id).textContent = "";
     show();
-    return `${memory.stop} tokens of text, ${memory.tokens.length - memory.stop} of the question`;
+    showTyped();
+    const n = changed().spans.length, changesSaid = n ? `; ${n} of your changes stay` : gone ? `; the text is another one, so ${gone} of your changes are gone` : "";
+    return `${memory.stop} tokens of text, ${memory.tokens.length - memory.stop} of the question${changesSaid}`;
   });
   part("result").hidden = !done;
   if (done) readHead();
+}
+
+function rowsOf(sentences, kept) { // and phrases that were taken besides
+  const rows = sentences.map(sentence);
+  for (const { start, stop, now } of [...kept].reverse()) {
+    const row = rows.find((each) => each.start === start && each.stop === stop);
+    if (row) row.now = now;
+    else rows.unshift({ start, stop, now, text: phrase(start, stop) });
+  }
+  return rows;
+}
+
+function showTyped() { // whether the fields have another text than what is below
+  const { text, question } = typed();
+  part("typed").hidden = !read || (read.text === text && read.question === question);
+}
+
+function fromAddress() { // where a text that was read, and its changes, outlive a reload
+  try {
+    const { text, question, spans } = JSON.parse(decodeURIComponent(location.hash.slice(1)));
+    [form.elements.text.value, form.elements.question.value] = [text, question];
+    return spans;
+  } catch {
+    return undefined;
+  }
 }
 
 function phrase(start, stop) { // tokens of whole words have no spaces
@@ -95,9 +124,10 @@ async function change(item, now) {
   const before = item.now, other = changes.find((each) => each !== item && each.now !== undefined && item.start < each.stop && each.start < item.stop);
   if (other && now !== undefined) { part("said").textContent = `“${item.text}” shares tokens with “${other.text}”, which is changed: restore that first.`; return; }
   await during("said", "changing the memory", async () => {
+    if (item.text && !changes.includes(item)) return "Another text was read meanwhile: nothing was changed.";
     item.now = now;
     try {
-      memory = { ...memory, ...(await post("/memory", { ...prompt(), ...changed() })) };
+      memory = { ...memory, ...(await post("/memory", { ...read, ...changed() })) };
     } catch (error) {
       item.now = before;
       throw error;
@@ -119,7 +149,8 @@ function show() {
     meter(part(`${name}-tokens`), likeliest.map(([text, value]) => ({ name: text, value, shown: percent(value) })));
   });
   part("kl").replaceChildren(...(isChanged ? ["KL divergence of the next sentence: ", element("b", memory.kl.toFixed(3)), " nats."] : ["Nothing is changed yet."]));
-  part("restore").hidden = !isChanged;
+  part("restore").hidden = part("as-read").hidden = !isChanged;
+  history.replaceState(null, "", `#${encodeURIComponent(JSON.stringify({ ...read, ...changed() }))}`);
   part("acts").replaceChildren(...changes.map(row));
   showText();
 }
@@ -129,12 +160,12 @@ function row(item) {
   const words = now ? `${text} ⟶ ${now}` : text;
   field.value = text;
   field.setAttribute("aria-label", `What replaces ${text}`);
-  field.addEventListener("keydown", (event) => { if (event.key === "Enter") change(item, field.value); });
+  field.addEventListener("keydown", (event) => { if (event.key === "Enter") change(item, field.value.trim() || null); });
   item.row = made;
   made.className = now === null ? "cut" : item.flagged ? "flagged" : "";
   made.append(element("span", words), now === undefined ? button("Cut", () => change(item, null), `Cut ${text}`) : button("Restore", () => change(item, undefined), `Restore ${text}`));
   made.firstChild.className = "what";
-  if (now === undefined) made.append(field, button("Replace", () => change(item, field.value), `Replace ${text}`));
+  if (now === undefined) made.append(field, button("Replace", () => change(item, field.value.trim() || null), `Replace ${text}`));
   const score = scores ? ` Reader: read ${scores[0].toFixed(2)}, now ${scores[1].toFixed(2)}, never read ${scores[2].toFixed(2)}.` : "";
   made.append(element("small", `${item.said ?? ""}${score}`));
   return made;
@@ -171,8 +202,8 @@ function take([start, stop]) {
 }
 
 async function askReader(isBack) {
-  const asked = { ...prompt(), phrases: changes.map(({ start, stop }) => [start, stop]), back: isBack };
   await during("reader-said", hasReader ? "reading the memory" : "fitting a reader to text that ships with the package, some seconds", async () => {
+    const asked = { ...read, phrases: changes.map(({ start, stop }) => [start, stop]), back: isBack };
     if (isBack && !back) back = [(await post("/reader", { ...asked, spans: [] })).back];
     const isChanged = changes.some((each) => each.now !== undefined), found = await post("/reader", { ...asked, ...changed(), back: isBack && isChanged });
     hasReader = true;
@@ -200,7 +231,8 @@ async function explain() {
   await during("answer", "deleting nodes, one run each", async () => {
     const width = Math.min(960, part("result").clientWidth - 36);
     box.hidden = true;
-    const found = await post("/explain", { ...prompt(), target: target.value, against: against.value, width });
+    const asked = { ...read, target: target.value, against: against.value }, found = await post("/explain", { ...asked, width });
+    why = asked;
     const drawn = document.importNode(new DOMParser().parseFromString(found.svg, "image/svg+xml").documentElement, true);
     [chosen, pinned] = ["", new Set()];
     box.replaceChildren(drawn);
@@ -213,13 +245,13 @@ async function explain() {
       node.addEventListener("keydown", (event) => { if (event.key === "Enter") choose(node.dataset.node); });
     }
     showPins();
-    return `${found.target}.`;
+    return `${found.target}${changed().spans.length ? ", of the text as it was read, before your changes" : ""}.`;
   });
 }
 
 async function choose(name) {
   await during("answer", "running the model without each source", async () => {
-    const ports = await post("/node", { node: name }), cards = Object.entries(ports).map(([port, rows]) => {
+    const ports = await post("/node", { ...why, node: name }), cards = Object.entries(ports).map(([port, rows]) => {
       const card = element("section", ""), list = element("ul", "");
       [card.className, list.className, list.id] = ["card", "meter", `port-${port}`];
       meter(list, rows.map(([source, value, measured]) => ({ name: inWords(source), value, shown: (measured ? "" : "~") + signed(value) })));
@@ -255,7 +287,7 @@ function togglePin(name) {
 }
 
 const runSet = (kept) => during("set-said", "running the model", async () => {
-  const { token, same, metric, whole } = await post("/set", { nodes: [...pinned], kept });
+  const { token, same, metric, whole } = await post("/set", { ...why, nodes: [...pinned], kept });
   const how = kept ? "With these alone, and all nodes of other kinds" : "Without these";
   return `${how}, the model says “${token.trim()}”${same ? ", as with all nodes" : ", another token than with all nodes"}. The logit difference is ${metric.toFixed(2)}; with all nodes it is ${whole.toFixed(2)}.`;
 });
@@ -268,7 +300,7 @@ function fillHeads() {
 }
 
 const readHead = () => during("at", "reading", async () => {
-  reading = await post("/head", { ...prompt(), layer: Number(part("layer").value), head: Number(part("head").value) });
+  reading = await post("/head", { ...read, layer: Number(part("layer").value), head: Number(part("head").value) });
   showText();
   return showHead();
 });
@@ -284,6 +316,8 @@ function showHead() {
 }
 
 form.addEventListener("submit", (event) => { event.preventDefault(); readText(); });
+form.addEventListener("input", showTyped);
+addEventListener("hashchange", () => readText(fromAddress()));
 part("ask").addEventListener("submit", (event) => { event.preventDefault(); explain(); });
 part("take").addEventListener("click", () => take(marked));
 part("restore").addEventListener("click", () => { for (const each of changes) each.now = undefined; change({}, undefined); });
@@ -296,4 +330,4 @@ part("delete").addEventListener("click", () => runSet(false));
 part("layer").addEventListener("change", () => { fillHeads(); readHead(); });
 part("head").addEventListener("change", readHead);
 fillHeads();
-readText();
+readText(fromAddress());

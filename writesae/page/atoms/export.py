@@ -8,6 +8,7 @@ import itertools
 import numpy as np
 import torch
 
+from writesae.experiment.firings import bar
 from writesae.files import Json
 from writesae.page.atoms import parts
 from writesae.page.atoms.data import Bars, Context
@@ -28,7 +29,7 @@ def neuronpedia_batch(facts: AtomFacts, dataset: str = "") -> dict[str, Json]:
         "layer": info["layer"],
         "sae_set": f"writesae-{info['target']}-{info['d_sae']}",
         "sae_id_suffix": f"h{info['head']}",
-        "features": [_atom_feature(facts, column, dataset) for column in range(len(facts.number))],
+        "features": [_atom_feature(facts, column, dataset) for column in bar(range(len(facts.number)), "atoms")],
     }
 
 

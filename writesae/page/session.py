@@ -1,0 +1,197 @@
+"""What the prompt page asks, answered: from JSON to JSON. A request names the text and the question that were read, and
+the changes. Of a page nothing is saved but what took long to make, by what was asked: several pages may ask at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, cast
+
+import torch
+from sae_lens import SAE
+
+from hookpoints import Graph, HookedRecurrent, MemoryReader, Recurrence, attribute, embedded
+from hookpoints.errors import InputError
+from sae_lens_writesae.sae.target import HeadHook
+from writesae.page.atoms.text import TokenTexts, short, visible
+from writesae.page.remembered import PromptText, unknown_words
+
+MAX_TOKENS = 256
+"""Longest text that is read: a page shows a number for each pair of tokens."""
+FITTED = 60_000
+"""Characters of text to which a reader is fitted."""
+KEPT = 8
+"""Texts whose memory stays, and graphs: of those that were asked for last."""
+PATHS = ("/unknown", "/memory", "/reader", "/head", "/explain", "/node", "/set")
+"""What a page may ask for."""
+
+
+def read_shares(recurrence: Recurrence) -> torch.Tensor:
+    """[T,S] of one head on one sequence, S = T: the part of token t's read that comes from what token s wrote, A[t,s]
+    <u_s, o_t> / |o_t|^2. A row adds up to 1, or to 0 where nothing is read. Cost T / V times that of its reads."""
+    channels = recurrence.by_channel()  # Mamba-1 has a pattern for each
+    read = recurrence.outputs()[0].double().view(channels.T, channels.H, -1)
+    values = channels.u[0].double().view(channels.T, channels.H, -1, channels.V)
+    along = torch.einsum("shrv,thv->htsr", values, read)
+    shares = (channels.attention()[0].double().view(along.shape) * along).sum((0, 3))
+    return shares / read.square().sum((1, 2))[:, None].clamp_min(1e-30)
+
+
+class Session:
+    """Answers about texts that a model reads.
+
+    Args:
+        saes: dictionaries of its heads; of several of one head the last.
+        reader: None: one is fitted when it is first asked for.
+    """
+
+    def __init__(self, model: HookedRecurrent, saes: Sequence[SAE[Any]], reader: MemoryReader | None = None) -> None:
+        self.model = model
+        self.saes = {HeadHook.of(each).cell: each for each in saes}
+        self.texts = TokenTexts(model)
+        self._reader = reader
+
+    def answer(self, path: str, asked: Mapping[str, Any]) -> object:
+        """The JSON values that a page gets for those that it sends to one of `PATHS`: `text` and `question` as it read
+        them, and what the path needs: `spans`, the changes; or `target` and `against` of a graph.
+
+        Raises:
+            InputError, KeyError, TypeError, ValueError: something is missing, or does not fit the model.
+        """
+        text, question = asked["text"], asked["question"]
+        if path == "/unknown":
+            return unknown_words(self.model, f"{text} {question}")
+        if path in ("/explain", "/node", "/set"):
+            graph = self.explained(text, question, asked["target"], asked["against"])
+            match path:
+                case "/explain":
+                    return picture_of(graph, int(asked["width"]))
+                case "/node":
+                    return made_of(graph, asked["node"])
+            return answer_with(graph, asked["nodes"], asked["kept"])
+        prompt = self.prompted(text, question)
+        if path == "/head":
+            return self.read(prompt, int(asked["layer"]), int(asked["head"]))
+        memory = prompt.changed(asked["spans"])
+        if path == "/memory":
+            return {
+                "tokens": [visible(piece) for piece in self.texts.many(prompt.tokens[0].tolist())],
+                "first": prompt.first,
+                "stop": prompt.memory.T,
+                "sentences": prompt.sentences(),
+                **prompt.answers(memory),
+            }
+        reader = self.reader()
+        back = prompt.read_back(reader, memory) if asked["back"] else None
+        scores = prompt.scores(reader, memory, asked["phrases"])
+        return {"scores": scores, "back": back, "longest": reader.fitted.longest}
+
+    def reader(self) -> MemoryReader:
+        """The one that was given, or else one that is fitted now to text that ships with the package.
+
+        Raises:
+            InputError: the model has no tokens for that text.
+        """
+        if self._reader is None:
+            text = embedded.text("train")[:FITTED]
+            if unknown_words(self.model, text[:100]):
+                raise InputError("reader: expected a model that reads English, or --reader FILE, got neither")
+            self._reader = MemoryReader.fit(self.model, text, context=64, longest=8)
+        return self._reader
+
+    @lru_cache(KEPT)  # noqa: B019 (a process has one session)
+    @torch.no_grad()
+    def prompted(self, text: str, question: str) -> PromptText:
+        """A text and a question, read: each of some tokens, and both of at most `MAX_TOKENS`.
+
+        Raises:
+            ValueError: there are no tokens, or more.
+        """
+        tokens = self.model.to_tokens(text, truncate=False)
+        asked = self.model.to_tokens(f" {question.strip()}", prepend_bos=False, truncate=False)
+        total = tokens.shape[1] + asked.shape[1]
+        if not text.strip() or not question.strip() or total > MAX_TOKENS:
+            raise ValueError(f"text, question: expected words of each, at most {MAX_TOKENS} tokens in all, got {total}")
+        return PromptText(self.model, self.texts, self.model.memory(tokens), asked)
+
+    @lru_cache(KEPT)  # noqa: B019
+    def explained(self, text: str, question: str, target: str, against: str) -> Graph:
+        """Why the model says a token after a question, of the text as it was read.
+
+        Args:
+            target, against: the token, and that whose logit is taken off; empty for the most likely one, and the mean.
+
+        Raises:
+            ValueError: a target is not one token.
+        """
+        tokens = self.prompted(text, question).tokens
+        # All nodes of a text of sixty tokens take five times as long as the likely ones.
+        return attribute(tokens, self.model, target or None, against or None, 50, saes=list(self.saes.values()))
+
+    def read(self, prompt: PromptText, layer: int, head: int) -> dict[str, object]:
+        """What one head of a layer does on a text of T tokens, as JSON values.
+
+        Returns: `shares` [T][S], S = t + 1, of `read_shares`; `atoms` [T], active atoms with their activation,
+        largest first; None for a head without a dictionary.
+
+        Cost: one forward up to the layer, a second one for atoms, and T / V times the cost of the head's reads.
+
+        Raises:
+            ValueError: the layer or the head does not exist.
+        """
+        tokens = prompt.tokens
+        atoms = None
+        recurrence = self.model.recurrence(tokens, layer)
+        if not 0 <= head < recurrence.H:
+            raise ValueError(f"head: expected 0 to {recurrence.H - 1} in layer {layer}, got {head}")
+        sae = self.saes.get(f"L{layer}H{head}")
+        if sae is not None:
+            hook = HeadHook.of(sae).name
+            _, cache = self.model.run_with_cache(tokens, names_filter=[hook], stop_at_layer=layer + 1)
+            active = sae.encode(cache[hook][0].to(next(sae.parameters())))
+            order = active.argsort(descending=True)
+            rows = zip(order.tolist(), active.gather(1, order).tolist())
+            atoms = [[(f"atom {atom}", short(value)) for atom, value in zip(*row) if value] for row in rows]
+        shares = read_shares(recurrence.select(heads=slice(head, head + 1))).tolist()
+        rows = [[*map(short, row[: t + 1])] for t, row in enumerate(shares)]
+        return {"shares": rows, "atoms": atoms}
+
+
+def picture_of(graph: Graph, width: int) -> dict[str, object]:
+    """The picture of a graph, so many pixels wide: `svg`; `said`, how far predictions hold; `target`."""
+    said = str(graph.check()) if len(cast("list[str]", graph.metadata["tokens"])) > 1 else ""
+    picture = graph.draw(width=min(max(width, 320), 1200))
+    return {"svg": picture, "said": said, "target": graph.metadata["title"]}
+
+
+def made_of(graph: Graph, node: str) -> dict[str, list[tuple[str, float, bool]]]:
+    """What made a node: for each port the largest sources, with their effect and whether it was measured. The query of
+    a write is that of the last token.
+
+    Raises:
+        ValueError: there is no such node.
+    """
+    named = graph.nodes[graph.nodes.node_id == node]
+    if not len(named):
+        raise ValueError(f"node: expected one of the picture, got {node!r}")
+    row = named.iloc[0]
+    table = graph.edges[graph.edges.target == node]
+    if row.feature_type in ("write", "attn", "mlp"):
+        last = len(cast("list[str]", graph.metadata["tokens"])) - 1
+        table = graph.why(node, read=last if row.feature_type == "write" else None)
+    ports: dict[str, list[tuple[str, float, bool]]] = {}
+    for edge in table.to_dict("records"):
+        is_measured = edge["measured"] == edge["measured"]
+        effect = short(edge["measured"] if is_measured else edge["predicted"])
+        ports.setdefault(edge["port"], []).append((edge["source"], effect, is_measured))
+    return {port: edges[:8] for port, edges in ports.items()}
+
+
+def answer_with(graph: Graph, nodes: list[str], is_kept: bool) -> dict[str, object]:
+    """The answer of a run with some nodes alone, or of one without them.
+
+    Raises:
+        InputError: what `Graph.keep` and `Graph.without` raise.
+    """
+    answer = graph.keep(nodes) if is_kept else graph.without(nodes)
+    return {**answer._asdict(), "whole": graph.metadata["metric"]}
