@@ -62,10 +62,15 @@ def recorded(world: World) -> Any:
 
 
 def fitted(world: World) -> Any:
-    reader = MemoryReader.fit(world.model, drawn_ids(900), lead=[3], longest=4, context=16)
+    reader = MemoryReader.fit(world.model, drawn_ids(1200), lead=[3], longest=4, context=24)
     memory = world.model.memory(TOKENS)
     read = reader.read_back(memory, 2, length=3, beam=4)
     return reader, reader.scores(memory, [[1, 2]]), torch.tensor([phrase.tokens for phrase in read]), reader.fitted
+
+
+def forgotten(world: World) -> Any:
+    memory = world.model.memory(TOKENS[:1])
+    return hookpoints.forgot(memory, memory.without((3, 6)), (3, 6), candidates=[[1, 2], [3]])
 
 
 def attached(world: World) -> Any:
@@ -124,7 +129,8 @@ CALLS: dict[str, Callable[[World], Any]] = {
     "Memory.held": lambda w: of_facts("Ben lives in Rome .").held(2),
     "Memory.suspects": lambda w: of_facts("Ben lives in Rome . Iris keeps a parrot .").suspects("Ben"),
     "Memory.keeping": lambda w: w.model.memory(TOKENS).keeping(),
-    "Memory.told": lambda w: w.model.memory(TOKENS).told([3, 4], instead_of=[5]),
+    "Memory.told": lambda w: w.model.memory(TOKENS).told([3, 4], instead_of=slice(5, 6)),
+    "forgot": forgotten,
     "MemoryReader": fitted,
     "Memory.rewind": lambda w: w.model.memory(TOKENS).rewind(5),
     "Memory.paste": lambda w: w.model.memory(TOKENS).paste(w.model.memory(TOKENS), (0, 3)),
@@ -187,6 +193,7 @@ NO_RUN = {
     *("from_pretrained_no_processing", "require_weights", "Cost", "cost", "hook_device"),
     *(
         "Graph",
+        "Certificate",
         "HOOKS",
         "RULES",
         "EditError",

@@ -61,7 +61,7 @@ def ours(model: Any, tokens: Tensor, texts: Tensor) -> Probes:
         cache: Any = hooked.run_with_cache(tokens, names_filter=lambda name: name.endswith("hook_pattern"))[1]
         return torch.stack([cache["pattern", 0], cache["pattern", LAYER]])
 
-    cut = lambda: hooked.memory(texts[:, :READ]).without((START, STOP), reread=0)  # noqa: E731
+    cut = lambda: hooked.memory(texts[:, :READ]).without((START, STOP), approximate=True)  # noqa: E731
     return {"fact": fact, "cut": lambda: hooked.logits_after(cut(), texts[:, READ:]), "patterns": patterns}
 
 

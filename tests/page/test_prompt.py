@@ -91,16 +91,14 @@ def test_phrases_are_cut_and_replaced_as_the_library_does(speaker: PromptServer)
     assert shown(found, 0) == likeliest(model, memory, f" {question}") and found["answers"][0]["said"] == "Vienna."
     # Five sentences: the one whose city is the answer overwrote another one. The model's own first token is in none.
     spans = [tuple(row[:2]) for row in found["sentences"]]
-    assert spans[0][0] == found["first"] == 1 and [row[4] for row in found["sentences"]] == [False] * 3 + [True, False]
+    assert spans[0][0] == found["first"] == 1 and [row[4] for row in found["sentences"]] == [""] * 3 + ["overwrote", ""]
     told, suspect = spans[1], spans[3]
     for changes, changed in (
         ([[*suspect, None]], memory.without(suspect)),
         ([[*told, None], [*suspect, None]], memory.without(suspect).without(told)),
         (
             [[*told, None], [*suspect, "The home of Clara is Rome."]],
-            memory.without(told).told(
-                " The home of Clara is Rome.", instead_of=memory.tokens[0, slice(*suspect)].tolist()
-            ),
+            memory.told(" The home of Clara is Rome.", instead_of=slice(*suspect)).without(told),
         ),
     ):
         found = ask(speaker, "POST", "/memory", asked | {"spans": changes})[1]
@@ -112,14 +110,16 @@ def test_phrases_are_cut_and_replaced_as_the_library_does(speaker: PromptServer)
 
 
 def test_scores_are_those_of_the_reader(speaker: PromptServer) -> None:
-    """Of a phrase that is cut, the certificate's."""
+    """Of the memory as it was read, of the one without the phrase, and of one that never read it."""
     text, question = default_prompt("facts-english")
     memory = speaker.session.model.memory(text)
     span = memory.suspects(f" {question}")[0].span
     asked = {"text": text, "question": question, "spans": [[*span, None]], "phrases": [span], "back": True}
     status, found = ask(speaker, "POST", "/reader", asked)
-    certificate = speaker.session.reader().forgot(memory, span)
-    assert status == 200 and found["scores"] == [[pytest.approx(each.score, rel=1e-3) for each in certificate]]
+    phrase = memory.tokens[0, slice(*span)].tolist()[-8:]  # the longest that was fitted
+    never = speaker.session.model.memory(torch.cat([memory.tokens[:, : span[0]], memory.tokens[:, span[1] :]], 1))
+    scores = [float(speaker.session.reader().scores(each, [phrase])) for each in (memory, memory.without(span), never)]
+    assert status == 200 and found["scores"] == [[pytest.approx(score, rel=1e-3) for score in scores]]
     assert len(found["back"]) == 4 and any(each["span"] for each in found["back"])
 
 

@@ -115,9 +115,9 @@ function phrase(start, stop) { // tokens of whole words have no spaces
   return tokens.slice(start, stop).join(between).replaceAll("·", " ").trim();
 }
 
-function sentence([start, stop, answer, probability, flagged]) {
+function sentence([start, stop, answer, probability, did]) {
   const said = `Without it the model says “${answer}” (${percent(probability)})`;
-  return { start, stop, text: phrase(start, stop), flagged, said: flagged ? `${said}: this sentence overwrote another answer.` : `${said}.` };
+  return { start, stop, text: phrase(start, stop), flagged: did, said: did ? `${said}: this sentence ${did} another answer.` : `${said}.` };
 }
 
 async function change(item, now) {

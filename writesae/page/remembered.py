@@ -91,31 +91,30 @@ class PromptText(NamedTuple):
         """Tokens as they are read."""
         return str(self.model.to_string(list(tokens))).strip()
 
-    def sentences(self) -> list[tuple[int, int, str, float, bool]]:
-        """Start and stop of each sentence that was read, with the answer without it, its probability, and whether the
-        sentence overwrote another answer; none where there are no two sentences."""
-        found = list[tuple[int, int, str, float, bool]]()
+    def sentences(self) -> list[tuple[int, int, str, float, str]]:
+        """Start and stop of each sentence that was read, with the answer without it, its probability, and what a
+        flagged sentence did to the other answer; none where there are no two sentences."""
+        found = list[tuple[int, int, str, float, str]]()
         with suppress(InputError):
             for suspect in sorted(self.memory.suspects(self.question)):
                 start, stop = suspect.span
                 answer = suspect.answer.strip()
-                found.append((max(start, self.first), stop, answer, short(suspect.probability), suspect.flagged))
+                did = ("overwrote" if suspect.overwrote else "contradicts") if suspect.flagged else ""
+                found.append((max(start, self.first), stop, answer, short(suspect.probability), did))
         return found
 
     def changed(self, changes: Sequence[Change]) -> Memory:
-        """The memory with all changes: first without what is cut, then with what is told instead.
+        """The memory with all changes; all tokens after them are read again.
 
         Raises:
             InputError: what `Memory.without` and `told` raise.
         """
         memory = self.memory
-        ordered = sorted(changes, reverse=True)  # the last first, so that others keep their place
-        for start, stop, new in ordered:
+        for start, stop, new in sorted(changes, reverse=True):  # the last first, so that others keep their place
             if new is None:
                 memory = memory.without((start, stop))
-        for start, stop, new in ordered:
-            if new is not None:
-                memory = memory.told(f" {new.strip()}", instead_of=self.memory.tokens[0, start:stop].tolist())
+            else:
+                memory = memory.told(f" {new.strip()}", instead_of=slice(start, stop))
         return memory
 
     def answers(self, memory: Memory) -> dict[str, object]:
@@ -150,8 +149,8 @@ class PromptText(NamedTuple):
         return [(visible(self.texts[token]), short(chance)) for token, chance in chances]
 
     def scores(self, reader: MemoryReader, memory: Memory, spans: Sequence[tuple[int, int]]) -> list[list[float]]:
-        """Log odds that phrases were read: by the memory as it was read, by another one, and by one that read all other
-        tokens. Of a long phrase the last tokens count."""
+        """Scores of phrases (`Reading.score`): by the memory as it was read, by another one, and by one that read all
+        other tokens. Of a long phrase the last tokens count."""
         tokens = self.memory.tokens
         rows = list[list[float]]()
         for start, stop in spans:
