@@ -65,8 +65,8 @@ def attribute(
 
     Raises:
         InputError: several sequences, training mode, a model that was loaded in inference mode, a target that the
-            tokenizer splits or that is no token, a corrupt text of another length, targets and a metric together, or
-            two dictionaries of one head.
+            tokenizer splits or that is no token, a corrupt text that equals the text or has another length, targets
+            and a metric together, or two dictionaries of one head.
         UnknownHookError: a dictionary of a head that the model does not have.
         UnsupportedModelError: the blocks add to no one residual stream.
 
@@ -83,6 +83,7 @@ def attribute(
                 f"{model.cfg.model_name}: expected blocks that add to one residual stream, got others (several streams "
                 "side by side), whose parts do not add up; write_attribution works on this model"
             )
+        donor = None if corrupt is None else same_length(model, corrupt, tokens)
         wanted = _metric_of_logits(model, tokens, attribution_targets, against, metric)
         if (measure is not None and measure < 1) or targets < 0:
             raise InputError(f"measure and targets: expected at least 1 and 0, got {measure} and {targets}")
@@ -93,7 +94,6 @@ def attribute(
                 PredictionWarning,
                 stacklevel=2,
             )
-        donor = None if corrupt is None else same_length(model, corrupt, tokens)
         wholes = wholes_of(model, saes)
         tracing = Tracing.of(model, tokens, wanted, donor, frozen)
         nodes = tracing.nodes
@@ -140,11 +140,14 @@ def attribute_task(
 
     Cost: that of a graph without edges for each pair.
     """
+    for text, corrupt, *_ in pairs:  # all of them, before the first pass
+        same_length(model, corrupt, one_sequence(model, text))
     cases = []
     for row, (text, corrupt, target, against) in enumerate(pairs):
         graph = attribute(text, model, [target], against=against, corrupt=corrupt, measure=measure, targets=0)
         positions = map(str, range(len(cast("Sequence[str]", graph.metadata["tokens"]))))
-        cases.append(case_of(graph, list(positions) if roles is None else roles[row]))
+        answer = *_token_ids(model, target, "target"), *_token_ids(model, against, "against")
+        cases.append(case_of(graph, answer, list(positions) if roles is None else roles[row]))
     return task_of(cases)
 
 

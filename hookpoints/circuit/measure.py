@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import chain, groupby
 from operator import itemgetter
@@ -18,7 +18,7 @@ from hookpoints.circuit.tables import Change
 if TYPE_CHECKING:
     from transformer_lens.hook_points import HookPoint
 
-    from hookpoints.edits.session import EditSession
+    from hookpoints.edits.session import EditedRun, EditSession
 
 _ROWS = 128
 _ROOM = 2**26
@@ -69,31 +69,46 @@ class Measure:
 
     def outcomes(self, rows: Sequence[Sequence[Change]]) -> tuple[np.ndarray, np.ndarray]:
         """[N] each, the metric and the most likely token of runs, each with some changes at once."""
+        order: list[int] = []
+        metrics: list[Tensor] = []
+        tokens: list[Tensor] = []
+        for batch, run in self._runs_of(rows):
+            order += batch
+            metrics.append(self.wanted.of_rows(run.logits, self.session.logits[0, : run.start]))
+            tokens.append(run.logits[:, -1].argmax(-1))
+        # The host waits once, after all runs.
+        values, ids = (torch.cat(parts).tolist() if parts else [] for parts in (metrics, tokens))
+        places = np.argsort(np.array(order, int))
+        return np.array(values, float)[places], np.array(ids, int)[places]
+
+    def last_logits(self, rows: Sequence[Sequence[Change]]) -> Tensor:
+        """[N,vocab], the logits after the last token of the same runs."""
+        logits = self.session.logits.new_empty(len(rows), self.session.logits.shape[-1])
+        for batch, run in self._runs_of(rows):
+            logits[batch] = run.logits[:, -1]
+        return logits
+
+    def _runs_of(self, rows: Sequence[Sequence[Change]]) -> Iterator[tuple[list[int], EditedRun]]:
+        """The runs, and the numbers of the rows that each has."""
+        self.runs += len(rows)
+        length = self.session.tokens.shape[1]
         batches = self._near_rows(rows)
         placed: list[list[tuple[str, int, Change]]] = []
         for batch in batches:
             of_rows = ((number, change) for number, row in enumerate(batch) for change in rows[row])
             some = [(name, number, change) for number, change in of_rows for name in change.values]
             placed.append(sorted(some, key=itemgetter(0)))
+        # The places of all changes go to the device in one copy.
         index = [(number, change.position, change.head) for _, number, change in chain.from_iterable(placed)]
         places = torch.tensor(index, dtype=torch.long, device=self.session.tokens.device).view(-1, 3)
-        metrics: list[Tensor] = []
-        said: list[Tensor] = []
         for batch, some in zip(batches, placed):
             hooks = []
             for name, group in groupby(some, key=itemgetter(0)):
                 values = torch.stack([change.values[name] for _, _, change in group])
                 here, places = places.tensor_split([len(values)])
-                length = self.session.tokens.shape[1]
                 hooks.append((name, partial(_with_values, places=here, length=length, values=values)))
             layer, start = map(min, zip(*(self._first_change(rows[row]) for row in batch)))
-            run = self.session.run_hooked(len(batch), layer, start, hooks)
-            metrics.append(self.wanted.of_rows(run.logits, self.session.logits[0, : run.start]))
-            said.append(run.logits[:, -1].argmax(-1))
-        self.runs += len(rows)
-        order = np.argsort(np.array([*chain.from_iterable(batches)], int))
-        values, tokens = (torch.cat(parts).tolist() if parts else [] for parts in (metrics, said))
-        return np.array(values, float)[order], np.array(tokens, int)[order]
+            yield batch, self.session.run_hooked(len(batch), layer, start, hooks)
 
     def _first_change(self, changes: Sequence[Change]) -> tuple[int, int]:
         """The lowest block and the first token at which a run has something else."""

@@ -73,8 +73,8 @@ def write_attribution(
     Returns: one row for each write: ``layer``, ``head``, ``position``, ``attribution`` (in units of the metric).
 
     Raises:
-        InputError: there are several sequences, the corrupt text has another length, the metric is not one finite
-            number, or the model was loaded in inference mode.
+        InputError: there are several sequences, the corrupt text has another length or equals the text, the metric is
+            not one finite number, or the model was loaded in inference mode.
         RuntimeError: of torch, where the metric does not depend on the logits.
 
     Warns (`PredictionWarning`) where a layer hands on its reads in a way that is no norm, gate and projection of torch:
@@ -510,7 +510,7 @@ def one_sequence(model: HookedRecurrent, input: str | Tensor) -> Tensor:
 
 
 def same_length(model: HookedRecurrent, corrupt: str | Tensor, tokens: Tensor) -> Tensor:
-    """Tokens of a corrupt text, which must be as many as ``tokens`` [1,T].
+    """Tokens of a corrupt text, which must be as many as ``tokens`` [1,T], and other ones.
 
     Raises:
         InputError: they are not; says what both texts are.
@@ -524,4 +524,6 @@ def same_length(model: HookedRecurrent, corrupt: str | Tensor, tokens: Tensor) -
             f"corrupt: expected {tokens.shape[1]} tokens, as many as the text has, got {other.shape[1]}{texts}. "
             "Replace words by words of as many tokens; model.to_str_tokens shows them"
         )
+    if other.equal(tokens.to(other.device)):
+        raise InputError("corrupt: expected another text, got the same tokens; replace the word that is asked for")
     return other

@@ -12,6 +12,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from hookpoints.errors import InputError
+
 FeatureType = Literal[
     "embedding", "write", "state", "attn", "mlp", "skip", "bias", "atom", "error", "stream", "rest", "logit"
 ]
@@ -122,9 +124,11 @@ def by_size(effects: pd.Series) -> pd.Index:
     return effects.abs().sort_values(ascending=False, kind="stable").index
 
 
-def random_orders(rows: pd.DataFrame) -> list[pd.DataFrame]:
-    """Five, the same each time."""
-    return [rows.sample(frac=1, random_state=draw) for draw in range(5)]
+def random_orders(rows: pd.DataFrame, draws: int) -> list[pd.DataFrame]:
+    """So many, the same each time."""
+    if draws < 1:
+        raise InputError(f"draws: expected at least one random set, got {draws}")
+    return [rows.sample(frac=1, random_state=draw) for draw in range(draws)]
 
 
 def nodes_of_block(kind: Node, effect: Tensor, bound: Tensor) -> pd.DataFrame:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import pandas as pd
@@ -19,10 +19,10 @@ from hookpoints.circuit.nodes import (
     ThroughNorm,
     Writes,
     keeps_last,
+    logits_of,
     predict_writes,
     read_gradients,
     reading,
-    record,
 )
 from hookpoints.circuit.norms import constants
 from hookpoints.circuit.ports import (
@@ -86,6 +86,8 @@ class Tracing:
     """All of them, with predictions."""
     runs: Measure
     frozen: bool
+    corrupt_logits: Tensor | None
+    """[vocab], after the last token of the corrupt text."""
     audit: Mapping[str, float] = field(default_factory=dict)
     """Of writes that were drawn from those that no prediction chose: how many, and their largest |effect|."""
     columns: list[Node] = field(default_factory=list)
@@ -107,17 +109,20 @@ class Tracing:
         with reading(model) as read:
             session = EditSession(model, tokens, logits_to_keep=int(wanted.last and keeps_last(model)))
         recurrences = {layer: session.recurrence(layer) for layer in model.cfg.recurrent_layers}
-        donors: dict[int, Recurrence] = {}
-        with reading(model, follow=False) as seen:
-            if corrupt is not None:
-                donors = record(model, corrupt)
-        writes = predict_writes(model, recurrences, read.ways, gradients, donors)
         place = session.tokens.device  # where the model lies on several, all that is computed here is there
+        donors: dict[int, Recurrence] = {}
+        other: Text | None = None
+        corrupt_logits: Tensor | None = None
+        if corrupt is not None:
+            with reading(model, follow=False) as seen, model.recording() as recorded:
+                corrupt_logits = logits_of(model, corrupt, last=True)[0, -1]
+            donors = {layer: row.recurrence for layer, row in recorded.items()}
+            other = Text(corrupt.to(place), moved(donors, place), seen.values)
+        writes = predict_writes(model, recurrences, read.ways, gradients, donors)
         gradients, writes = tree_map_only(Tensor, lambda x: x.to(place), (gradients, writes))
         followed = {f"blocks.{layer}.hook_mixer_out" for layer in recurrences if layer not in writes.unknown}
         followed |= {f"blocks.{layer}.hook_attn_out" for layer in model.cfg.attention}
         clean = Text(session.tokens, moved(recurrences, place), read.values, followed)
-        other = None if corrupt is None else Text(corrupt.to(place), moved(donors, place), seen.values)
         sources = NodeSources(Blocks(Decomposition(model, clean), reach_of(model, tokens)), other)
         tables = [
             nodes_of_block(Node("write", layer, 0), effects, writes.bounds[layer])
@@ -129,7 +134,8 @@ class Tracing:
             bound = change.norm(dim=-1) * gradient.norm(dim=-1)
             tables.append(nodes_of_block(kind, (change * gradient).sum(-1), bound))
         nodes = pd.concat(tables, ignore_index=True)
-        return cls(model, wanted, sources, gradients, writes, nodes, Measure(session, wanted), frozen)
+        runs = Measure(session, wanted)
+        return cls(model, wanted, sources, gradients, writes, nodes, runs, frozen, corrupt_logits)
 
     @property
     def text(self) -> Text:
@@ -333,6 +339,13 @@ class Tracing:
         plain = int(self.runs.session.logits[0, -1].argmax())
         texts = self._token_texts(said.tolist())
         return list(map(RunAnswer, metrics.tolist(), texts, (said == plain).tolist()))
+
+    def last_logits(self, sets: Sequence[Collection[Node]]) -> Tensor:
+        """`Tracer.last_logits`."""
+        with own_gradients(self.model.cfg.device.type), torch.no_grad():
+            rows = self.runs.last_logits([self._changes_without([*some]) for some in sets])
+        texts = [self.runs.session.logits[0, -1], cast(Tensor, self.corrupt_logits).to(rows)]
+        return torch.cat([torch.stack(texts), rows])
 
     def hooks_without(self, nodes: Sequence[Node]) -> list[tuple[Name, Hook]]:
         """`Graph.hooks`."""

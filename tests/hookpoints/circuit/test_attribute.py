@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 from xml.etree import ElementTree
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -21,13 +22,13 @@ from tiny_models import VOCAB, KeepFloat64, hooked_in_float64, make_hf
 from torch import Tensor
 from torch.nn import functional as F
 
-from hookpoints import Graph, HookedRecurrent, Recurrence, WriteEdit, attribute
+from hookpoints import Graph, HookedRecurrent, Recurrence, WriteEdit, attribute, attribute_task
 from hookpoints.circuit.atoms import atoms_of, taken_apart
 from hookpoints.circuit.graph import Check
 from hookpoints.circuit.nodes import write_attribution
 from hookpoints.circuit.ports import change_for, ports_of, ports_of_output
 from hookpoints.circuit.stream import reads_of
-from hookpoints.circuit.tables import Node
+from hookpoints.circuit.tables import Node, random_orders
 from hookpoints.errors import InputError, PredictionWarning, UnknownHookError, UnsupportedModelError
 from hookpoints.files import sealed_json
 
@@ -348,12 +349,27 @@ def test_a_read_that_reaches_no_answer_has_edges_of_no_effect() -> None:
 def test_all_writes_are_sufficient_and_none_are_not(graph: Graph) -> None:
     count = int((graph.nodes.feature_type == "write").sum())
     curve = graph.sufficient([8, count, count + 1])
-    assert curve.n.tolist() == [8, count] and set(curve.columns[1:4]) == {"kept", "random_low", "random_high"}
+    assert curve.n.tolist() == [8, count] and set(curve.columns[1:4]) == {"kept", "random", "random_high"}
     every = curve.iloc[1]
-    assert [every.kept, every.random_low, every.random_high] == pytest.approx([1, 1, 1], abs=1e-9)
+    assert [every.kept, every.random, every.random_high] == pytest.approx([1, 1, 1], abs=1e-9)
     assert every.same_answer and every.metric == pytest.approx(graph.metadata["metric"], abs=1e-9)
-    with pytest.raises(InputError, match="sizes: expected some of 1 to"):
-        graph.sufficient(0)
+    for ask, message in (
+        (lambda: graph.sufficient(0), "sizes: expected some of 1 to"),
+        (lambda: graph.sufficient(8, draws=0), "draws: expected at least one"),
+    ):
+        with pytest.raises(InputError, match=message):
+            ask()
+
+
+@pytest.mark.usefixtures("_keep_float64")
+def test_random_sets_are_thirty(graph: Graph) -> None:
+    """Their median and their largest share are told; the first of them are those of fewer draws."""
+    writes: Any = graph.nodes[graph.nodes.feature_type == "write"]
+    shares, _ = graph.shares_without([order[8:] for order in random_orders(writes, 30)])
+    for few, row in ((30, graph.sufficient(8)), (5, graph.sufficient(8, draws=5))):
+        told = [row.random.item(), row.random_high.item()]
+        assert told == pytest.approx([np.median(shares[:few]), max(shares[:few])], abs=1e-9)
+    assert max(shares[:5]) < max(shares)
 
 
 @pytest.mark.usefixtures("_keep_float64")
@@ -440,7 +456,9 @@ def test_writes_that_no_prediction_chose_are_drawn(model64: HookedRecurrent, gra
     drawn = writes.drop(chosen).measured.dropna()
     check = checked(few)
     assert writes.measured[chosen].notna().all()
-    assert (check.n, check.writes, check.missed) == (24, len(writes), drawn.abs().max())
+    assert (check.n, check.writes) == (24, len(writes))
+    assert (check.drawn, check.largest_drawn) == (20, drawn.abs().max())
+    assert f"the largest of 20 drawn at random {check.largest_drawn:.2g}" in str(check)
     assert attribute(SEQUENCE, model64, [5], targets=0).nodes.measured.notna().all()
     assert len(str(check).splitlines()) == 2 and str(check).startswith("exact: 24 of ")
 
@@ -559,6 +577,11 @@ def test_every_shape_of_a_picture_has_a_path_to_the_answer(graph: Graph, embedde
         (lambda model: attribute(SEQUENCE, model, [-1]), "attribution_targets: expected token ids"),
         (lambda model: attribute(SEQUENCE, model, []), "at least one token"),
         (lambda model: attribute(SEQUENCE, model, [5], corrupt=OTHER[:, 1:]), "as many as the text has"),
+        (lambda model: attribute(SEQUENCE, silent(model), corrupt=SEQUENCE.clone()), "corrupt: expected another text"),
+        (
+            lambda model: attribute_task([(SEQUENCE, OTHER, 5, 9), (OTHER, OTHER, 5, 9)], silent(model)),
+            "corrupt: expected another text",
+        ),
         (lambda model: attribute(SEQUENCE, model, [5], metric=difference), "got both"),
         (lambda model: attribute(SEQUENCE, model, [5], measure=0), "measure"),
         (lambda model: attribute(SEQUENCE, model, metric=lambda logits: logits[0, -1]), "one finite number"),
@@ -574,6 +597,12 @@ def test_every_shape_of_a_picture_has_a_path_to_the_answer(graph: Graph, embedde
 def test_bad_input_is_named(ask: Callable[[HookedRecurrent], Graph], message: str) -> None:
     with pytest.raises((InputError, UnknownHookError), match=message):
         ask(HookedRecurrent.from_hf(make_hf()))
+
+
+def silent(model: HookedRecurrent) -> HookedRecurrent:
+    """One that fails where it is run."""
+    model.hf_model.register_forward_pre_hook(lambda *_: pytest.fail("the model was run"))
+    return model
 
 
 def training(model: HookedRecurrent) -> HookedRecurrent:
