@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -87,7 +86,7 @@ class Task:
         Cost: two passes for each text.
         """
         circuit = self.effects[:n]
-        table = pd.DataFrame(chain.from_iterable(self._answers_of_pairs(circuit)))
+        table = pd.concat(self._answers_of_pairs(circuit))
         # A pair counts once, however many targets of other pairs it is asked for.
         by_pair = table.groupby(["answers", "pair"])[["above", "first", "effect"]].mean()
         by_answers = by_pair.groupby("answers")
@@ -106,27 +105,23 @@ class Task:
             )
         return rows
 
-    def _answers_of_pairs(self, circuit: pd.DataFrame) -> Iterator[list[dict[str, object]]]:
+    def _answers_of_pairs(self, circuit: pd.DataFrame) -> Iterator[pd.DataFrame]:
         """Of each pair what the model says of each target: its own, and those of other pairs."""
         targets = sorted({case.answer[0] for case in self.cases})
         for number, case in enumerate(self.cases):
             own, against = case.answer
-            logits = case.last_logits(circuit)
-            best = int(logits[0].argmax())
-            asked = [target for target in targets if target != against]
-            leads = (logits[:, asked] - logits[:, [against]]).double()
-            text, corrupt, none, kept = leads.numpy()
-            yield [
-                {
-                    "answers": "own" if target == own else "shuffled",
-                    "pair": number,
-                    "above": bool(text[column] > 0),
-                    "first": best == target,
-                    "effect": text[column] - corrupt[column],
-                    "kept": np.divide(kept[column] - none[column], text[column] - none[column]),
-                }
-                for column, target in enumerate(asked)
-            ]
+            logits = case.last_logits(circuit).double()
+            asked = np.array([target for target in targets if target != against])
+            text, corrupt, none, kept = logits[:, asked] - logits[:, [against]]
+            answers = {
+                "answers": np.where(asked == own, "own", "shuffled"),
+                "pair": number,
+                "above": text > 0,
+                "first": asked == int(logits[0].argmax()),
+                "effect": text - corrupt,
+                "kept": (kept - none) / (text - none),
+            }
+            yield pd.DataFrame(answers)
 
     def faithful(self, held_out: Task, sizes: Sequence[int] = (1, 2, 4, 8, 16), draws: int = DRAWS) -> pd.DataFrame:
         """How much the largest writes of these texts keep in texts that they were not chosen from. A share says nothing
@@ -159,8 +154,8 @@ class Task:
 
 
 def _task_doubts(rows: pd.DataFrame, excess: pd.Series) -> Iterator[str]:
-    """Why there may be no task, by what `Task.check` returns and by how much larger the effect of each pair's own target
-    is than that of others."""
+    """Why there may be no task, by what `Task.check` returns, and by how much larger the effect of each pair's own
+    target is than that of others."""
     above, effect, error = rows.loc["own", ["above", "effect", "error"]]
     if not above > 0.5:
         yield f"the model prefers the target in {above:.0%} of the pairs"
