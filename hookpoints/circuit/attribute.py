@@ -43,9 +43,10 @@ def attribute(
     """Why a model says something: the writes that made it, and what made those writes.
 
     Gradients predict what deleting each write, softmax head, MLP and embedding takes off the metric
-    (`write_attribution` says how); the largest are then deleted, each in its own run. Of the writes that matter most,
-    gradients through one block choose sources of the key, the value and the query. The block is run again without each,
-    exactly, which predicts its edge; of the largest, the write is replaced by what it becomes, which measures it.
+    (`write_attribution` says how); the largest are then deleted, each in its own run. The nodes of the largest measured
+    effects are the sources of edges: a run without the source, in which all that other nodes add is put back, has what
+    each port then is. Its change times the gradient ranks the edges; the largest are measured: the write is replaced by
+    what it becomes.
 
     Args:
         text: one sequence, a string or tokens [1,T].
@@ -70,9 +71,10 @@ def attribute(
         UnknownHookError: a dictionary of a head that the model does not have.
         UnsupportedModelError: the blocks add to no one residual stream.
 
-    Warns (`PredictionWarning`) of layers with a norm of unknown form, and of quantized weights.
+    Warns (`PredictionWarning`) of quantized weights.
 
-    Cost: five passes for the nodes, about 0.2 for each measurement; `graph.check` tells how far to believe predictions.
+    Cost: five passes for the nodes, about 0.2 for each measurement, and 64 for the edges or four times that with edges
+    into softmax heads; `graph.check` tells how far to believe predictions.
     It leaves inference mode and autocast for its own passes, and other threads may run the model meanwhile.
     """
     check_is_text(text)
@@ -103,7 +105,7 @@ def attribute(
         mlps = nodes[nodes.feature_type == "mlp"]
         explained = pd.concat([largest(writes, targets), largest(heads, targets // 4), largest(mlps, targets)])
         best = [node_of(row) for row in explained.itertuples()]
-        edges = [tracing.direct(), tracing.edges_into(best)]
+        edges = [tracing.edges(best)]
         tables = [nodes]
         labels: dict[str, str] = {}
         for sae, whole in zip(saes, wholes):

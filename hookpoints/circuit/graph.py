@@ -48,8 +48,6 @@ class Check(NamedTuple):
     largest_drawn: float
     """The largest |effect| of those that were drawn; 0 where none is left. It is no bound of the others: with 20 drawn,
     up to 14% of the others exceed it (at a confidence of 95%), and the largest of all nearly always does."""
-    completeness: float
-    """Largest difference between a logit difference, or a port, and the sum of its parts, in units of the metric."""
     r: float
     """Pearson's correlation of predicted and measured effects of writes."""
     slope: float
@@ -65,8 +63,7 @@ class Check(NamedTuple):
         audit = f", the largest of {self.drawn} drawn at random {self.largest_drawn:.2g}" if self.drawn else ""
         decides = "; without the largest 8 it says another token" if self.decisive else ""
         exact = f"{self.n} of {self.writes} writes measured, the largest {self.largest:.2g}{audit}{decides}"
-        parts = f"parts add up to {self.completeness:.0e}"
-        return f"exact: {exact}; {parts}\npredicted: r {self.r:.3f}, slope {self.slope:.2f}; edges r {self.edges_r:.2f}"
+        return f"exact: {exact}\npredicted: r {self.r:.3f}, slope {self.slope:.2f}; edges r {self.edges_r:.2f}"
 
 
 class Tracer(Protocol):
@@ -109,7 +106,7 @@ class Graph:
     """Columns source, target (node ids), port, read, predicted, measured."""
     metadata: Mapping[str, object]
     """model, tokens (texts), targets and against (texts), metric (its value), corrupt (texts or None), frozen,
-    completeness (by port), labels (words of atoms, by node id)."""
+    labels (words of atoms, by node id)."""
     tracer: Tracer | None = None
     """None of a graph that was loaded: it has no model."""
 
@@ -133,7 +130,6 @@ class Graph:
             )
         r, slope = _correlation_and_slope(tried)
         inner = self.edges[(self.edges.target != "logit") & (self.edges.port != "part") & self.edges.predicted.notna()]
-        completeness = cast(Mapping[str, float], self.metadata["completeness"])
         audit = cast(Mapping[str, float], self.metadata["audit"])
         edges_r, _ = _correlation_and_slope(inner[inner.measured.notna()])
         if not r >= 0.9 and len(tried) < len(writes):
@@ -150,7 +146,6 @@ class Graph:
             largest=tried.measured.abs().max(),
             drawn=int(audit["n"]),
             largest_drawn=audit["largest"],
-            completeness=max(map(abs, completeness.values()), default=0.0),
             r=r,
             slope=slope,
             edges_r=edges_r,
@@ -291,7 +286,7 @@ class Graph:
     def prune(self, nodes: int = 12) -> Graph:
         """The graph that grows backward from the logit: ``nodes`` times the source of the largest measured edge into
         what it has joins it, as long as that is 3% of the largest. So each node has a path to the logit. The parts of a
-        write or a state come with it; edges are those among nodes, and from streams, biases and the rest."""
+        write or a state come with it; edges are those among nodes, and from streams."""
         is_part = self.edges.port == "part"
         is_node = self.edges.source.isin(self.nodes.node_id)
         size = self.edges.measured.abs()[is_node & ~is_part]

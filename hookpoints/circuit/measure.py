@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import chain, groupby
 from operator import itemgetter
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from transformer_lens.hook_points import HookPoint
 
     from hookpoints.edits.session import EditedRun, EditSession
+    from hookpoints.hooks.guard import HookSpecs
+
+    Watch = AbstractContextManager[HookSpecs]
 
 _ROWS = 128
 _ROOM = 2**26
@@ -72,7 +76,7 @@ class Measure:
         order: list[int] = []
         metrics: list[Tensor] = []
         tokens: list[Tensor] = []
-        for batch, run in self._runs_of(rows):
+        for batch, run in self.runs_of(rows):
             order += batch
             metrics.append(self.wanted.of_rows(run.logits, self.session.logits[0, : run.start]))
             tokens.append(run.logits[:, -1].argmax(-1))
@@ -84,18 +88,25 @@ class Measure:
     def last_logits(self, rows: Sequence[Sequence[Change]]) -> Tensor:
         """[N,vocab], the logits after the last token of the same runs."""
         logits = self.session.logits.new_empty(len(rows), self.session.logits.shape[-1])
-        for batch, run in self._runs_of(rows):
+        for batch, run in self.runs_of(rows):
             logits[batch] = run.logits[:, -1]
         return logits
 
-    def _runs_of(self, rows: Sequence[Sequence[Change]]) -> Iterator[tuple[list[int], EditedRun]]:
-        """The runs, and the numbers of the rows that each has."""
+    def runs_of(
+        self, rows: Sequence[Sequence[Change]], watched: Callable[[list[int]], Watch] | None = None
+    ) -> Iterator[tuple[list[int], EditedRun]]:
+        """The runs, and the numbers of the rows that each has.
+
+        Args:
+            watched: of these numbers, a scope in which the run has further hooks; its first row has no changes.
+        """
         self.runs += len(rows)
+        first = watched is not None
         length = self.session.tokens.shape[1]
         batches = self._near_rows(rows)
         placed: list[list[tuple[str, int, Change]]] = []
         for batch in batches:
-            of_rows = ((number, change) for number, row in enumerate(batch) for change in rows[row])
+            of_rows = ((number, change) for number, row in enumerate(batch, first) for change in rows[row])
             some = [(name, number, change) for number, change in of_rows for name in change.values]
             placed.append(sorted(some, key=itemgetter(0)))
         # The places of all changes go to the device in one copy.
@@ -108,7 +119,9 @@ class Measure:
                 here, places = places.tensor_split([len(values)])
                 hooks.append((name, partial(_with_values, places=here, length=length, values=values)))
             layer, start = map(min, zip(*(self._first_change(rows[row]) for row in batch)))
-            yield batch, self.session.run_hooked(len(batch), layer, start, hooks)
+            with watched(batch) if watched else nullcontext([]) as further:
+                run = self.session.run_hooked(first + len(batch), layer, start, [*hooks, *further])
+            yield batch, run
 
     def _first_change(self, changes: Sequence[Change]) -> tuple[int, int]:
         """The lowest block and the first token at which a run has something else."""

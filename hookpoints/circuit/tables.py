@@ -14,13 +14,10 @@ from torch import Tensor
 
 from hookpoints.errors import InputError
 
-FeatureType = Literal[
-    "embedding", "write", "state", "attn", "mlp", "skip", "bias", "atom", "error", "stream", "rest", "logit"
-]
-"""What a node is: a token's embedding, the write of a recurrent head, all that it holds, the output of a softmax head,
-of an MLP, what a recurrent head hands on besides its state (Mamba-2's D x, RWKV's bonus), what biases add, a part of a
-write or a state and what the parts miss, all that the stream holds at a token, all sources of a port that are not
-listed, a logit."""
+FeatureType = Literal["embedding", "write", "state", "attn", "mlp", "bias", "atom", "error", "stream", "logit"]
+"""What a node is: a token's embedding, the write of a recurrent head, all that it holds, the output of a softmax head
+or of an MLP; an atom of a write or a state, what the dictionary adds to all and what it misses; all that the stream
+holds at a token, a logit."""
 PortName = Literal["value", "key", "query", "gate", "input", "part", "state", "direct"]
 """Where an edge enters: the value or the key of a write, the query that reads it, its gate (what decay and erase leave
 of the state before it); values, keys, query or gate of a softmax head; the input of an MLP; the write or the state of

@@ -167,11 +167,11 @@ def test_a_task_whose_answers_are_shuffled_is_none() -> None:
     model = HookedRecurrent.from_pretrained("facts-english")
     asked = [("Ben", "Rome", "Oslo"), ("Ian", "Lima", "Cairo"), ("Iris", "Tokyo", "Seoul"), ("Zoe", "Paris", "Delhi")]
     form = "{0} lives in {1}. Where does {0} live?"
-    pairs = [Pair(form.format(n, a), form.format(n, b), f" {a}", f" {b}") for n, a, b in asked]
+    pairs: list[Any] = [Pair(form.format(n, a), form.format(n, b), f" {a}", f" {b}") for n, a, b in asked]
     with warnings.catch_warnings():
         warnings.simplefilter("error", PredictionWarning)
         task = attribute_task(pairs, model, measure=20)
-        table = task.check(4)
+        table: Any = task.check(4)
     # Each number by the logits of the two texts alone.
     targets = [model.to_single_token(pair.target) for pair in pairs]
     leads = np.zeros((4, 4, 2))
@@ -194,7 +194,7 @@ def test_a_task_whose_answers_are_shuffled_is_none() -> None:
     for shift in (1, 2, 3):
         shuffled = [pair._replace(target=pairs[row - shift].target) for row, pair in enumerate(pairs)]
         with pytest.warns(PredictionWarning, match="shuffled among pairs"):
-            wrong = attribute_task(shuffled, model, measure=20).check()
+            wrong: Any = attribute_task(shuffled, model, measure=20).check()
         assert wrong.kept.own > 0.8 and wrong["first"].own == 0
 
 
@@ -206,7 +206,7 @@ def test_a_task_that_the_model_does_not_do_is_none(embedded: HookedRecurrent) ->
         attribute_task(pairs, embedded, measure=10).check()
     pair = form.format("Navy"), form.format("War"), " Navy", " War"
     with pytest.warns(PredictionWarning, match="standard error of nan"):
-        alone = attribute_task([pair], embedded, measure=10).check()
+        alone: Any = attribute_task([pair], embedded, measure=10).check()
     assert alone.loc["own", ["above", "first"]].tolist() == [1, 1] and alone.loc["shuffled"].isna().all()
 
 
