@@ -80,8 +80,11 @@ class Measure:
             order += batch
             metrics.append(self.wanted.of_rows(run.logits, self.session.logits[0, : run.start]))
             tokens.append(run.logits[:, -1].argmax(-1))
+        if not rows:
+            return np.empty(0), np.empty(0, int)
         # The host waits once, after all runs.
-        values, ids = (torch.cat(parts).tolist() if parts else [] for parts in (metrics, tokens))
+        of_rows = torch.cat(metrics)
+        values, ids = torch.stack([of_rows, torch.cat(tokens).to(of_rows)]).tolist()
         places = np.argsort(np.array(order, int))
         return np.array(values, float)[places], np.array(ids, int)[places]
 
@@ -129,12 +132,14 @@ class Measure:
         return layer, min((change.position for change in changes), default=self.session.tokens.shape[1] - 1)
 
     def _near_rows(self, rows: Sequence[Sequence[Change]]) -> list[list[int]]:
-        """Rows that run together: of one block and near tokens."""
+        """Rows that run together: few, or those of one block and near tokens."""
         length = self.session.tokens.shape[1]
         room = _TOKENS if self.wanted.last else min(_TOKENS, _ROOM // self.session.logits.shape[-1])
         most = max(1, min(_ROWS, _PAST // length))
         places = [self._first_change(changes) for changes in rows]
         order = sorted(range(len(rows)), key=lambda row: places[row])
+        if 0 < len(rows) <= most and len(rows) * length <= room // 2:
+            return [order]  # a further pass costs more than the blocks and tokens that it leaves out
         batches: list[list[int]] = []
         for _, alike in groupby(order, key=lambda row: places[row][0]):
             of_layer = list(alike)

@@ -1,6 +1,6 @@
 """Direct paths: what a node gives to the nodes above it, and to the logits, while all others are as they were.
 
-One pass answers for all targets. A source is taken out, and all that blocks add besides is put back, so that the stream
+One pass answers for all targets. A source is ablated, and all that blocks add besides is put back, so that the stream
 above lacks what the source adds and nothing else. What a target would then be is read off, and the logits are those of
 the source's path past all nodes.
 """
@@ -38,8 +38,10 @@ _FACTORS = ("query", "key", "value")
 class Paths(NamedTuple):
     """What N sources give by their direct paths."""
 
-    effects: list[float]
-    """[N], what each takes off the metric by its path past all nodes."""
+    ran: list[Node]
+    """In the order in which they ran."""
+    metrics: Tensor
+    """[N], the metric where each has no path past all nodes."""
     sources: list[list[Node]]
     """Of each port those below it, M of them."""
     taken: list[Tensor]
@@ -89,7 +91,8 @@ def direct_paths(model: HookedRecurrent, runs: Measure, changes: Mapping[Node, C
         seen = passes.pop()
         # Of softmax heads the first pass has their gates; their other ports have passes in which one factor is another.
         by_port = {"gate": seen}
-        given = {layer: factors for layer, factors in seen.arguments.items() if factors}
+        reached = {port.node.layer for port in ports if any(_is_below(sources[row], port) for row in batch)}
+        given = {layer: factors for layer, factors in seen.arguments.items() if factors and layer in reached}
         for factor in _FACTORS if given else ():
             others = {layer: {factor: factors[factor]} for layer, factors in given.items()}
             with _put_back(model, [], min(given), given, others) as by_port[factor]:
@@ -106,12 +109,10 @@ def direct_paths(model: HookedRecurrent, runs: Measure, changes: Mapping[Node, C
                 values = by_port.get(port.name, seen).values[port.node.hook][:, last]
                 side = (values if port.node.head < 0 else values[:, port.node.head]).to(port.gradient)
             own += [sources[batch[row]] for row in rows]
-            parts.append(side[:1] - side[1:][rows])
-    values = torch.cat(metrics).tolist() if metrics else []
-    effects = dict(zip(order, values))
+            parts.append(side[:1] - torch.stack([side[1 + row] for row in rows]))
     nothing = [port.gradient.new_zeros(0, *port.gradient.shape) for port in ports]
     sides = [torch.cat([none, *parts]) for none, parts in zip(nothing, taken)]
-    return Paths([runs.plain - effects[row] for row in range(len(sources))], below, sides)
+    return Paths([sources[row] for row in order], torch.cat([runs.session.logits.new_zeros(0), *metrics]), below, sides)
 
 
 def _is_below(source: Node, port: Port) -> bool:
@@ -136,19 +137,21 @@ def _put_back(
     but for what the row's source adds; and what attention of ``attending`` layers is given, but for ``others``."""
     seen = _Seen([], {}, {}, {layer: {} for layer in attending})
     given: list[Tensor] = [torch.zeros(())]
-    own: dict[str, list[int]] = {}
-    for row, source in enumerate(sources, start=1):
-        if source.feature_type in _OUTS:
-            own.setdefault(f"blocks.{source.layer}.{_OUTS[source.feature_type]}", []).append(row)
+    outs_of_sources = [f"blocks.{source.layer}.{_OUTS.get(source.feature_type, '')}" for source in sources]
+    own_outs = sorted({*outs_of_sources})
+    # Which rows keep what a hook sees, for all hooks in one copy to the device.
+    is_own = [[False, *(out == name for out in outs_of_sources)] for name in own_outs]
+    own = dict(zip(own_outs, torch.tensor(is_own, device=model.cfg.device)))
 
     def enter(x: Tensor, hook: HookPoint) -> None:
         given[0] = x - x[:1]
 
     def add(x: Tensor, hook: HookPoint) -> Tensor:
         seen.values[str(hook.name)] = x
-        rows = own.get(str(hook.name), [])
-        change = torch.zeros_like(x)
-        change[rows] = x[rows] - x[:1]
+        is_kept = own.get(str(hook.name))
+        if is_kept is None:
+            return x[:1].expand_as(x)
+        change = (x - x[:1]) * is_kept.to(x)[:, None, None]
         given[0] = given[0].to(x) + change
         return x[:1] + change
 

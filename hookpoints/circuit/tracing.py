@@ -162,8 +162,8 @@ class Tracing:
         streams = [*dict.fromkeys(chain.from_iterable(near))]
         of_streams = _ranked_sources(ports, self._direct_paths(streams, ports))
         changes: list[Change] = []
-        direct = dict.fromkeys(sources, float("nan"))
-        tables = [edge_table(direct, "logit", "direct", -1, dict(zip(sources, paths.effects)))]
+        direct = dict(zip(paths.ran, (self.runs.plain - paths.metrics).tolist()))
+        tables = [edge_table(dict.fromkeys(sources, float("nan")), "logit", "direct", -1, direct)]
         for port, own, tokens, held in zip(ports, ranked, near, of_streams):
             held = [each for each in held if each.node in tokens]
             tried = [*own[:_MEASURED], *held]
