@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from hookpoints.circuit.norms import FROZEN, Held, constants
-from hookpoints.circuit.tables import Node, nodes_of_block
+from hookpoints.circuit.tables import Node, Predicted, predicted_nodes
 from hookpoints.errors import InputError
 from hookpoints.layer.context import scope
 from hookpoints.layer.intercept import wrap_forward
@@ -75,7 +75,7 @@ def write_attribution(
         tokens = one_sequence(model, input)
         donors = {} if corrupt is None else record(model, same_length(model, corrupt, tokens))
         gradients = read_gradients(model, tokens, metric, frozen)
-        writes = predict_writes(record(model, tokens), gradients, donors)
+        writes = predicted_nodes(predict_writes(record(model, tokens), gradients, donors))
     found = writes.rename(columns={"predicted": "attribution"})
     return found[["layer", "head", "position", "attribution"]]
 
@@ -204,18 +204,18 @@ class Swap:
 @torch.no_grad()
 def predict_writes(
     recurrences: Mapping[int, Recurrence], gradients: Gradients, donors: Mapping[int, Recurrence]
-) -> pd.DataFrame:
+) -> list[Predicted]:
     """What each write takes off the metric, to first order, and bounds of it.
 
     Args:
         donors: factors of a corrupt text by layer, whose writes replace those of this one; none: writes are deleted.
     """
-    tables = []
+    writes = []
     for layer, r in recurrences.items():
         swap = Swap(r, donors.get(layer))
         effects = swap.first_order(gradients[f"blocks.{layer}.mixer.hook_read"])
-        tables.append(nodes_of_block(Node("write", layer, 0), *effects))
-    return pd.concat(tables, ignore_index=True)
+        writes.append(Predicted(Node("write", layer, 0), *effects))
+    return writes
 
 
 # ------------------------------------------------------------------------------------------------ what hooks see

@@ -128,13 +128,26 @@ def random_orders(rows: pd.DataFrame, draws: int) -> list[pd.DataFrame]:
     return [rows.sample(frac=1, random_state=draw) for draw in range(draws)]
 
 
-def nodes_of_block(kind: Node, effect: Tensor, bound: Tensor) -> pd.DataFrame:
-    """Nodes of one kind in one block, with predictions and bounds of these [T,H], or [T] where the kind has no heads;
-    the latter in the column ``bound``."""
-    predicted, bounds = torch.stack([effect, bound]).detach().double().cpu().reshape(2, len(effect), -1)
-    places = np.ndindex(*predicted.shape)
-    nodes = [kind._replace(position=position, head=kind.head + head) for position, head in places]
-    return node_table(nodes, predicted.flatten().tolist(), np.nan).assign(bound=bounds.flatten().tolist())
+class Predicted(NamedTuple):
+    """Nodes of one kind in one block."""
+
+    kind: Node
+    effect: Tensor
+    """[T,H], or [T] where the kind has no heads: predictions."""
+    bound: Tensor
+    """Of the same shape, bounds of these."""
+
+
+def predicted_nodes(blocks: Sequence[Predicted]) -> pd.DataFrame:
+    """All nodes, with bounds in the column ``bound``; in one copy to the host."""
+    place = blocks[0].effect.device  # a model may lie on several
+    sides = [torch.stack([block.effect, block.bound]).detach().flatten(1).to(place) for block in blocks]
+    predicted, bounds = torch.cat(sides, 1).cpu().double().tolist()
+    nodes: list[Node] = []
+    for kind, effect, _ in blocks:
+        places = np.ndindex(len(effect), *(effect.shape[1:] or (1,)))
+        nodes += [kind._replace(position=position, head=kind.head + head) for position, head in places]
+    return node_table(nodes, predicted, np.nan).assign(bound=bounds)
 
 
 def node_table(nodes: Sequence[Node], predicted: Sequence[float], measured: np.ndarray | float) -> pd.DataFrame:

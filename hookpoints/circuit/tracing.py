@@ -17,7 +17,17 @@ from hookpoints.circuit.nodes import Gradients, keeps_last, logits_of, predict_w
 from hookpoints.circuit.paths import Paths, direct_paths
 from hookpoints.circuit.ports import Port, change_for, has_ports, ports_of, ports_of_output
 from hookpoints.circuit.stream import Text, head_kinds, moved
-from hookpoints.circuit.tables import Change, Node, RunAnswer, by_size, edge_table, largest, node_of, nodes_of_block
+from hookpoints.circuit.tables import (
+    Change,
+    Node,
+    Predicted,
+    RunAnswer,
+    by_size,
+    edge_table,
+    largest,
+    node_of,
+    predicted_nodes,
+)
 from hookpoints.edits.session import EditSession
 from hookpoints.errors import InputError
 from hookpoints.scopes import own_gradients
@@ -85,15 +95,15 @@ class Tracing:
                 corrupt_logits = logits_of(model, corrupt, last=True)[0, -1]
             donors = {layer: row.recurrence for layer, row in recorded.items()}
             other = Text(corrupt.to(place), moved(donors, place), seen)
-        tables = [predict_writes(recurrences, gradients, donors)]
+        predicted = predict_writes(recurrences, gradients, donors)
         gradients = {name: gradient.to(place) for name, gradient in gradients.items()}
         text = Text(session.tokens, moved(recurrences, place), values)
         for kind in others:
             change = text.at(kind.hook) - other_values(text, other, kind.hook)
             gradient = gradients[kind.hook][0]
             bound = change.norm(dim=-1) * gradient.norm(dim=-1)
-            tables.append(nodes_of_block(kind, (change * gradient).sum(-1), bound))
-        nodes = pd.concat(tables, ignore_index=True)
+            predicted.append(Predicted(kind, (change * gradient).sum(-1), bound))
+        nodes = predicted_nodes(predicted)
         runs = Measure(session, wanted)
         return cls(model, wanted, text, other, corrupt_logits, gradients, nodes, runs, frozen)
 
