@@ -28,7 +28,10 @@ QUICK = {"prompts": 2, "sequences": 1}
 LONG = {"embedded": 0.4, "embedded-rwkv7": 0.4, "embedded-mamba2": 0.1}
 """Share of prompts of 41 to 100 tokens. In Mamba-2 one of 100 tokens has 6,400 writes, which take 80 seconds."""
 LARGEST_WRITE = "the largest write measured"
-WITHOUT_PATH = "shapes without a path to the answer"
+LARGEST_DRAWN = "the largest node drawn"
+FIVE_DRAWN = "five largest nodes drawn"
+GOALS = {LARGEST_WRITE: 1.0, LARGEST_DRAWN: 0.9, FIVE_DRAWN: 0.75}
+"""The least rates; 0.95 of the others."""
 PAIRS = (
     ("The Secretary of the {} will report. The report of the Secretary of the", " Treasury", " Navy"),
     ("The President of the {} will report. The report of the President of the", " Senate", " House"),
@@ -52,24 +55,13 @@ def drawn(ids: torch.Tensor, prompts: int, long: int) -> list[torch.Tensor]:
     return [ids[:, start : start + length] for start, length in zip(starts, lengths)]
 
 
-def without_path(shapes: pd.Series, edges: pd.DataFrame) -> float:
-    """Share of nodes from which no edges among them lead to the logit."""
-    edges = edges[edges.source.isin(shapes)]
-    reached = {"logit"}
-    for _ in shapes:
-        reached |= {*edges.source[edges.target.isin(reached)]}
-    return float((~shapes.isin(reached)).mean())
-
-
 def of_prompt(graph: Graph, every: pd.DataFrame) -> Iterator[tuple[str, float, float]]:
     """Of one prompt: a rate, and that of a random choice of as many nodes; of all nodes, ``every``, the effects."""
-    shapes = graph.prune().nodes.node_id
-    edges = graph.edges[graph.edges.source.isin(graph.nodes.node_id)]
-    size = edges.measured.abs()
-    edges = edges[size >= 0.03 * size.max()]
     tried = graph.nodes.set_index("node_id").measured.notna()
-    random = graph.nodes.dropna(subset="measured").sample(len(shapes), random_state=0).node_id
-    yield WITHOUT_PATH, without_path(shapes, edges), without_path(random, edges)
+    order = every.sort_values("measured", ascending=False, key=abs).node_id
+    is_drawn = order.isin(graph.prune().nodes.node_id)
+    yield LARGEST_DRAWN, is_drawn.iloc[0], is_drawn.mean()
+    yield FIVE_DRAWN, is_drawn[:5].mean(), is_drawn.mean()
     for kind, rows in every.groupby("feature_type"):
         own = tried[rows.sort_values("measured", ascending=False, key=abs).node_id]
         if kind == "write":
@@ -183,8 +175,7 @@ def lines(found: dict[str, Any]) -> list[Line]:
     said = []
     for name, row in found["models"].items():
         for what, rates in row["prompts"].items():
-            goal = {WITHOUT_PATH: 0.0, LARGEST_WRITE: 1.0}.get(what, 0.95)
-            said.append(Line(f"{name}: {what}", rates["rate"], goal=goal, least=what != WITHOUT_PATH))
+            said.append(Line(f"{name}: {what}", rates["rate"], goal=GOALS.get(what, 0.95), least=True))
         said += [
             Line(f"{name}: r of deleted writes", row["deleted"]["write"]["r"], goal=0.95, least=True),
             Line(f"{name}: r of replaced writes", row["replaced"]["write"]["r"], goal=0.99, least=True),

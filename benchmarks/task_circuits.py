@@ -1,5 +1,6 @@
 """Circuits of tasks: a word that is repeated, and where someone lives. Half of the texts choose the writes. The others
-show what these keep: the median, least and largest share, beside those of random circuits."""
+show what these keep: the median, least and largest share, beside those of random circuits. And whether there is a task:
+what the model says in the texts that choose the writes, asked for their own answers and for those of other texts."""
 
 from __future__ import annotations
 
@@ -56,7 +57,8 @@ def of_task(name: str, pairs: int) -> dict[str, Any]:
     n = len(chosen.effects)
     sizes = [math.ceil(share * n) for share in SHARES]
     curve = chosen.faithful(attribute_task(cases[half:], model), sorted({*sizes, 2, 8})).set_index("n")
-    found: dict[str, Any] = {f"{size} writes of {n}": curve.loc[size].to_dict() for size in (2, 8)}
+    found: dict[str, Any] = {f"{row} answers": each.to_dict() for row, each in chosen.check().iterrows()}
+    found |= {f"{size} writes of {n}": curve.loc[size].to_dict() for size in (2, 8)}
     for way in ("kept", "random"):
         heights = curve.loc[sizes, way].to_numpy()
         found[f"CPR, {way}"] = np.trapezoid(heights, SHARES)

@@ -62,7 +62,7 @@ def taken_apart(tracing: Tracing, whole: Node, explained: Sequence[Node], writes
     place = (whole.layer, whole.head)
     if whole.feature_type == "state":
         name = f"blocks.{whole.layer}.mixer.hook_read"
-        read = tracing.text.at(name) - tracing.sources.other(name)
+        read = tracing.text.at(name) - tracing.other(name)
         effects = (read * tracing.gradients[name][0])[:, whole.head].sum(-1)
         before = tracing.text.recurrences[whole.layer].read_before_write
         return [whole._replace(position=max(0, int(effects.abs().argmax()) - before))]
@@ -80,7 +80,7 @@ def atoms_of(tracing: Tracing, sae: HeadSAE, whole: Node) -> tuple[pd.DataFrame,
     What is taken off the state after a token and what is taken off that token's write change all that follows
     alike, so that one gradient and one edit serve both."""
     reads = tracing.gradients[f"blocks.{whole.layer}.mixer.hook_read"][:, :, whole.head : whole.head + 1]
-    texts = [text for text in (tracing.text, tracing.sources.corrupt) if text is not None]
+    texts = [text for text in (tracing.text, tracing.corrupt) if text is not None]
     r, *others = (text.recurrences[whole.layer].select(heads=whole.head) for text in texts)
     gradient = r.adjoint(reads).states(positions=[r.T - 1 - whole.position])[0, 0, 0]
     parts = _parts_of(sae, whole, [r, *others])

@@ -45,9 +45,10 @@ def attribute(
     """Why a model says something: the writes that made it, and what made those writes.
 
     Gradients predict what deleting each write, softmax head, MLP and embedding takes off the metric
-    (`write_attribution` says how); the largest are then deleted, each in its own run. Of the writes that matter most,
-    gradients through one block choose sources of the key, the value and the query. The block is run again without each,
-    exactly, which predicts its edge; of the largest, the write is replaced by what it becomes, which measures it.
+    (`write_attribution` says how); the largest are then deleted, each in its own run. The nodes of the largest measured
+    effects are the sources of edges: a run without the source, in which all that other nodes add is put back, has what
+    each port then is. Its change times the gradient ranks the edges; the largest are measured: the write is replaced by
+    what it becomes.
 
     Args:
         text: one sequence, a string or tokens [1,T].
@@ -67,14 +68,15 @@ def attribute(
 
     Raises:
         InputError: several sequences, training mode, a model that was loaded in inference mode, a target that the
-            tokenizer splits or that is no token, a corrupt text of another length, targets and a metric together, or
-            two dictionaries of one head.
+            tokenizer splits or that is no token, a corrupt text that equals the text or has another length, targets
+            and a metric together, or two dictionaries of one head.
         UnknownHookError: a dictionary of a head that the model does not have.
         UnsupportedModelError: the blocks add to no one residual stream.
 
-    Warns (`PredictionWarning`) of layers with a norm of unknown form, and of quantized weights.
+    Warns (`PredictionWarning`) of quantized weights.
 
-    Cost: five passes for the nodes, about 0.2 for each measurement; `graph.check` tells how far to believe predictions.
+    Cost: five passes for the nodes, about 0.2 for each measurement, and 64 for the edges or four times that with edges
+    into softmax heads; `graph.check` tells how far to believe predictions.
     It leaves inference mode and autocast for its own passes, and other threads may run the model meanwhile.
     """
     check_is_text(text)
@@ -85,6 +87,7 @@ def attribute(
                 f"{model.cfg.model_name}: expected blocks that add to one residual stream, got others (several streams "
                 "side by side), whose parts do not add up; write_attribution works on this model"
             )
+        donor = None if corrupt is None else same_length(model, corrupt, tokens)
         wanted = _metric_of_logits(model, tokens, attribution_targets, against, metric)
         if (measure is not None and measure < 1) or targets < 0:
             raise InputError(f"measure and targets: expected at least 1 and 0, got {measure} and {targets}")
@@ -95,7 +98,6 @@ def attribute(
                 PredictionWarning,
                 stacklevel=3,
             )
-        donor = None if corrupt is None else same_length(model, corrupt, tokens)
         wholes = wholes_of(model, saes)
         tracing = Tracing.of(model, tokens, wanted, donor, frozen)
         nodes = tracing.nodes
@@ -105,7 +107,7 @@ def attribute(
         mlps = nodes[nodes.feature_type == "mlp"]
         explained = pd.concat([largest(writes, targets), largest(heads, targets // 4), largest(mlps, targets)])
         best = [node_of(row) for row in explained.itertuples()]
-        edges = [tracing.direct(), tracing.edges_into(best)]
+        edges = [tracing.edges(best)]
         tables = [nodes]
         for sae, whole in zip(saes, wholes):
             for node in taken_apart(tracing, whole, best, writes):
@@ -140,11 +142,14 @@ def attribute_task(
 
     Cost: that of a graph without edges for each pair.
     """
+    for text, corrupt, *_ in pairs:  # all of them, before the first pass
+        same_length(model, corrupt, one_sequence(model, text))
     cases = []
     for row, (text, corrupt, target, against) in enumerate(pairs):
         graph = attribute(text, model, [target], against=against, corrupt=corrupt, measure=measure, targets=0)
         positions = map(str, range(len(cast("Sequence[str]", graph.metadata["tokens"]))))
-        cases.append(case_of(graph, list(positions) if roles is None else roles[row]))
+        answer = *_token_ids(model, target, "target"), *_token_ids(model, against, "against")
+        cases.append(case_of(graph, answer, list(positions) if roles is None else roles[row]))
     return task_of(cases)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import chain, groupby
 from operator import itemgetter
@@ -18,7 +19,10 @@ from hookpoints.circuit.tables import Change
 if TYPE_CHECKING:
     from transformer_lens.hook_points import HookPoint
 
-    from hookpoints.edits.session import EditSession
+    from hookpoints.edits.session import EditedRun, EditSession
+    from hookpoints.hooks.guard import HookSpecs
+
+    Watch = AbstractContextManager[HookSpecs]
 
 _ROWS = 128
 _ROOM = 2**26
@@ -69,31 +73,58 @@ class Measure:
 
     def outcomes(self, rows: Sequence[Sequence[Change]]) -> tuple[np.ndarray, np.ndarray]:
         """[N] each, the metric and the most likely token of runs, each with some changes at once."""
+        order: list[int] = []
+        metrics: list[Tensor] = []
+        tokens: list[Tensor] = []
+        for batch, run in self.runs_of(rows):
+            order += batch
+            metrics.append(self.wanted.of_rows(run.logits, self.session.logits[0, : run.start]))
+            tokens.append(run.logits[:, -1].argmax(-1))
+        if not rows:
+            return np.empty(0), np.empty(0, int)
+        # The host waits once, after all runs.
+        of_rows = torch.cat(metrics)
+        values, ids = torch.stack([of_rows, torch.cat(tokens).to(of_rows)]).tolist()
+        places = np.argsort(np.array(order, int))
+        return np.array(values, float)[places], np.array(ids, int)[places]
+
+    def last_logits(self, rows: Sequence[Sequence[Change]]) -> Tensor:
+        """[N,vocab], the logits after the last token of the same runs."""
+        logits = self.session.logits.new_empty(len(rows), self.session.logits.shape[-1])
+        for batch, run in self.runs_of(rows):
+            logits[batch] = run.logits[:, -1]
+        return logits
+
+    def runs_of(
+        self, rows: Sequence[Sequence[Change]], watched: Callable[[list[int]], Watch] | None = None
+    ) -> Iterator[tuple[list[int], EditedRun]]:
+        """The runs, and the numbers of the rows that each has.
+
+        Args:
+            watched: of these numbers, a scope in which the run has further hooks; its first row has no changes.
+        """
+        self.runs += len(rows)
+        first = watched is not None
+        length = self.session.tokens.shape[1]
         batches = self._near_rows(rows)
         placed: list[list[tuple[str, int, Change]]] = []
         for batch in batches:
-            of_rows = ((number, change) for number, row in enumerate(batch) for change in rows[row])
+            of_rows = ((number, change) for number, row in enumerate(batch, first) for change in rows[row])
             some = [(name, number, change) for number, change in of_rows for name in change.values]
             placed.append(sorted(some, key=itemgetter(0)))
+        # The places of all changes go to the device in one copy.
         index = [(number, change.position, change.head) for _, number, change in chain.from_iterable(placed)]
         places = torch.tensor(index, dtype=torch.long, device=self.session.tokens.device).view(-1, 3)
-        metrics: list[Tensor] = []
-        said: list[Tensor] = []
         for batch, some in zip(batches, placed):
             hooks = []
             for name, group in groupby(some, key=itemgetter(0)):
                 values = torch.stack([change.values[name] for _, _, change in group])
                 here, places = places.tensor_split([len(values)])
-                length = self.session.tokens.shape[1]
                 hooks.append((name, partial(_with_values, places=here, length=length, values=values)))
             layer, start = map(min, zip(*(self._first_change(rows[row]) for row in batch)))
-            run = self.session.run_hooked(len(batch), layer, start, hooks)
-            metrics.append(self.wanted.of_rows(run.logits, self.session.logits[0, : run.start]))
-            said.append(run.logits[:, -1].argmax(-1))
-        self.runs += len(rows)
-        order = np.argsort(np.array([*chain.from_iterable(batches)], int))
-        values, tokens = (torch.cat(parts).tolist() if parts else [] for parts in (metrics, said))
-        return np.array(values, float)[order], np.array(tokens, int)[order]
+            with watched(batch) if watched else nullcontext([]) as further:
+                run = self.session.run_hooked(first + len(batch), layer, start, [*hooks, *further])
+            yield batch, run
 
     def _first_change(self, changes: Sequence[Change]) -> tuple[int, int]:
         """The lowest block and the first token at which a run has something else."""
@@ -101,12 +132,14 @@ class Measure:
         return layer, min((change.position for change in changes), default=self.session.tokens.shape[1] - 1)
 
     def _near_rows(self, rows: Sequence[Sequence[Change]]) -> list[list[int]]:
-        """Rows that run together: of one block and near tokens."""
+        """Rows that run together: few, or those of one block and near tokens."""
         length = self.session.tokens.shape[1]
         room = _TOKENS if self.wanted.last else min(_TOKENS, _ROOM // self.session.logits.shape[-1])
         most = max(1, min(_ROWS, _PAST // length))
         places = [self._first_change(changes) for changes in rows]
         order = sorted(range(len(rows)), key=lambda row: places[row])
+        if 0 < len(rows) <= most and len(rows) * length <= room // 2:
+            return [order]  # a further pass costs more than the blocks and tokens that it leaves out
         batches: list[list[int]] = []
         for _, alike in groupby(order, key=lambda row: places[row][0]):
             of_layer = list(alike)

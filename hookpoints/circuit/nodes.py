@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from inspect import signature
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from hookpoints.circuit.norms import FROZEN, HeadNorm, Held, MeanSquare, constants, rounding
-from hookpoints.circuit.tables import Node, nodes_of_block
-from hookpoints.errors import InputError, PredictionWarning
+from hookpoints.circuit.norms import FROZEN, Held, constants
+from hookpoints.circuit.tables import Node, Predicted, predicted_nodes
+from hookpoints.errors import InputError
 from hookpoints.layer.context import scope
 from hookpoints.layer.intercept import wrap_forward
 from hookpoints.recurrence.canonical import terms
@@ -27,17 +26,12 @@ from hookpoints.scopes import own_gradients, scoped
 if TYPE_CHECKING:
     from transformer_lens.hook_points import HookPoint
 
-    from hookpoints.hooks.guard import Hook
     from hookpoints.model.recurrent import HookedRecurrent
 
 Token = str | int
 """A token as text or id."""
 LogitMetric = Callable[[Tensor], Tensor]
 """A number made of logits [B,T,vocab], differentiably."""
-Through = Literal["norm"] | None
-"""What a write is deleted exactly through, besides its recurrence."""
-_ROOM = 2**22
-"""Weights [H,T,S] at once."""
 _LONG = 512
 """Tokens from which on a backward pass costs one pass more and keeps the activations of one block alone."""
 _CONSTANT = ("hook_q", "hook_k", "hook_beta", "hook_log_decay", "hook_erase_a", "hook_erase_b")
@@ -49,22 +43,17 @@ def write_attribution(
     input: str | Tensor,
     metric: LogitMetric,
     *,
-    through: Through = "norm",
     corrupt: str | Tensor | None = None,
     frozen: bool = False,
 ) -> pd.DataFrame:
     """What deleting each write would take off a metric, predicted for all writes of all layers.
 
-    A write is deleted exactly through its recurrence, with later erases reacting, and through the norm of its head;
-    what follows is to first order. With W_s = k_s u_s^T the head reads o_t - A[t,s] u_s at each later token t, hands
-    on z_t' instead of z_t, and the write gets sum_t <dmetric/dz_t, z_t - z_t'>. The norm's scale follows from its mean
-    square, of which the slope and the curvature along u_s are known (Nanda, "Attribution patching", 2023, is the first
-    order of this).
+    A write is deleted exactly through its recurrence, with later erases reacting; what follows the read is to first
+    order (Nanda, "Attribution patching", 2023): with W_s = k_s u_s^T a write gets <W_s, dmetric/dW_s>.
 
     Args:
         input: one sequence, text or tokens [1,T].
         metric: from logits [1,T,vocab] to a number.
-        through: "norm", or None for first order from the reads on, <W, dmetric/dW>.
         corrupt: another text of as many tokens. Each write is then replaced by that of the corrupt text instead of
             deleted (activation patching of writes). Predictions of this kind are the best.
         frozen: hold norms, keys, gates and patterns of the layers above fixed; for saturated answers, as of small
@@ -73,28 +62,21 @@ def write_attribution(
     Returns: one row for each write: ``layer``, ``head``, ``position``, ``attribution`` (in units of the metric).
 
     Raises:
-        InputError: there are several sequences, the corrupt text has another length, the metric is not one finite
-            number, or the model was loaded in inference mode.
+        InputError: there are several sequences, the corrupt text has another length or equals the text, the metric is
+            not one finite number, or the model was loaded in inference mode.
         RuntimeError: of torch, where the metric does not depend on the logits.
 
-    Warns (`PredictionWarning`) where a layer hands on its reads in a way that is no norm, gate and projection of torch:
-    its writes are predicted to first order.
-
-    Cost: about five passes: one with gradients, whose memory grows with T times layers, one without, and the patterns
-    of all heads, T / V times their recurrence. It leaves inference mode and autocast for its own passes; weights that
-    are trained keep their ``requires_grad``, and other threads may run the model meanwhile.
+    Cost: about four passes: one with gradients, whose memory grows with T times layers, and one without. It leaves
+    inference mode and autocast for its own passes; weights that are trained keep their ``requires_grad``, and other
+    threads may run the model meanwhile.
     """
     check_is_text(input)
     with own_gradients(model.cfg.device.type):
         tokens = one_sequence(model, input)
         donors = {} if corrupt is None else record(model, same_length(model, corrupt, tokens))
         gradients = read_gradients(model, tokens, metric, frozen)
-        with reading(model, HEADS) as read:
-            recurrences = record(model, tokens)
-        ways = {} if through is None else read.ways
-        effects, bounds, *_ = predict_writes(model, recurrences, ways, gradients, donors)
-    tables = [nodes_of_block(Node("write", layer, 0), effect, bounds[layer]) for layer, effect in effects.items()]
-    found = pd.concat(tables, ignore_index=True).rename(columns={"predicted": "attribution"})
+        writes = predicted_nodes(predict_writes(record(model, tokens), gradients, donors))
+    found = writes.rename(columns={"predicted": "attribution"})
     return found[["layer", "head", "position", "attribution"]]
 
 
@@ -111,8 +93,7 @@ def read_gradients(
     further: tuple[str, ...] = (),
     last: bool = False,
 ) -> Gradients:
-    """One pass and its backward pass, in which blocks of a long text run again: gradients by what heads read and hand
-    on.
+    """One pass and its backward pass, in which blocks of a long text run again: gradients by what heads read.
 
     Args:
         further: names of hooks whose gradients are wanted as well.
@@ -123,7 +104,7 @@ def read_gradients(
     """
     kept: dict[str, Tensor] = {}
     layers = model.cfg.recurrent_layers
-    names = [f"blocks.{layer}.mixer.{hook}" for layer in layers for hook in ("hook_read", "hook_z")]
+    names = [f"blocks.{layer}.mixer.hook_read" for layer in layers]
 
     def begin(x: Tensor, hook: HookPoint) -> Tensor:
         x = x.detach().requires_grad_()
@@ -219,251 +200,42 @@ class Swap:
             bounds.append((u.norm(dim=-1) * gradients.norm(dim=-1))[0])
         return torch.stack(effects).sum(0), torch.stack(bounds).sum(0)
 
-    def changes(self, first: int, stop: int) -> list[tuple[Tensor, Tensor]]:
-        """Weights [H,T',S] and values [H,S,V] of the writes at tokens from ``first`` to ``stop``. Their products,
-        summed, are what each takes off each read from ``first`` on."""
-        later = self.recurrence.select(tokens=slice(first, None), initial_state=self.recurrence.starting_state())
-        changes = []
-        for k, u in self.sides():
-            values = u[0, first:stop].transpose(0, 1).to(later.dtype)
-            alone = torch.eye(later.T, values.shape[1], dtype=later.dtype, device=u.device)
-            alone = alone[None, :, None].expand(-1, -1, later.H, -1)  # a write is read as its weight
-            weights = later.with_write(k[:, first:], alone).outputs()[0].transpose(0, 1)
-            changes.append((weights, values))
-        return changes
-
-
-@dataclass(frozen=True)
-class WayOut:
-    """From what the heads of a layer read to what they hand on: linear but for the scale of one norm."""
-
-    reads: Tensor
-    """[1,T,H,V], a leaf."""
-    handed_on: Tensor
-    """[1,T,H,V]."""
-    norms: list[HeadNorm]
-
-    @cached_property
-    def forms(self) -> list[MeanSquare | None]:
-        """Of the mean squares of its norms."""
-        return [norm.form(self.reads) for norm in self.norms]
-
-    def through(self, gradient: Tensor) -> ThroughNorm | None:
-        """What changes of reads do to <gradient, what is handed on>, exactly. None where that is linear.
-
-        Args:
-            gradient: [1,T,H,V].
-        """
-        form = self.forms[0] if self.forms else None
-        if form is None:
-            return None
-        norm = self.norms[0]
-        wanted = (self.reads, norm.level)
-        gradient = gradient.to(self.handed_on)
-        along, total = torch.autograd.grad(self.handed_on, wanted, gradient, retain_graph=True)
-        along, slope, curve = (x[0].transpose(0, 1) for x in (along, form.slope, form.curve))
-        total, square = (self._by_head(x) for x in (total, norm.square))
-        return ThroughNorm(along, slope, curve, total, square, form.centered)
-
-    def _by_head(self, x: Tensor) -> Tensor:
-        """What a norm over one or several heads has for each token, as [H,T,1]."""
-        _, length, heads, _ = self.reads.shape
-        groups = x.detach().reshape(length, -1)
-        return groups.repeat_interleave(heads // groups.shape[1], 1).T[:, :, None]
-
-    def cause(self) -> str:
-        """Why this is no linear map but for one norm; an empty string where it is."""
-        if len(self.norms) > 1:
-            return f"{len(self.norms)} norms"
-        try:
-            if any(_is_not_linear(self.handed_on, x) for x in (self.reads, *(norm.level for norm in self.norms))):
-                return "a function that bends"
-            if None in self.forms:
-                return "a root of something else than a mean square"
-        except RuntimeError:  # a kernel whose backward pass has none
-            return "a kernel without second derivatives"
-        return ""
-
-
-@torch.enable_grad()
-def _is_not_linear(y: Tensor, x: Tensor) -> bool:
-    """Whether ``y`` is not linear in ``x``."""
-    (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True, allow_unused=True)
-    if slope is None or not slope.requires_grad:
-        return False
-    probe = torch.arange(x.numel(), device=x.device).cos().view_as(x)  # slopes of a centered norm sum to 0
-    (curve,) = torch.autograd.grad((slope * probe).sum(), x, allow_unused=True, retain_graph=True)
-    return curve is not None and bool(((curve * x).abs() > rounding(y) * slope.abs().max()).any())
-
-
-class ThroughNorm(NamedTuple):
-    """What some heads hand on, times a gradient, and the norm's mean square: both by each entry of the reads."""
-
-    along: Tensor
-    """[H,T,V], the product's slope at a fixed scale of the norm."""
-    slope: Tensor
-    """[H,T,V], of the mean square."""
-    curve: Tensor
-    """[H,T,V], of the mean square."""
-    total: Tensor
-    """[H,T,1], the product's slope by the scale."""
-    square: Tensor
-    """[H,T,1]."""
-    centered: bool
-    """Whether the norm takes the mean off."""
-
-    def select(self, heads: slice, tokens: slice = slice(None)) -> ThroughNorm:
-        """The same of some heads and tokens."""
-        along, slope, curve, total, square = (x[heads, tokens] for x in self[:5])
-        return ThroughNorm(along, slope, curve, total, square, self.centered)
-
-    def of_writes(self, swap: Swap) -> Tensor:
-        """[T,H], sum_t <gradient_t, z_t - z_t'> for each write, where z' is what is handed on without it."""
-        r = swap.recurrence
-        step = max(1, _ROOM // (r.H * r.T))
-        effects = []
-        for first in range(0, r.T, step):
-            later = self.select(slice(None), slice(first, None))
-            effects.append(later._of_changes(swap.changes(first, first + step)))
-        return torch.cat(effects, 1).T
-
-    def _of_changes(self, changes: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """[H,S], the effect of each source, by the mean square that is left without it; `Swap.changes`."""
-        linear = torch.zeros_like(changes[0][0])
-        left = self.square.to(linear) + linear
-        for weights, values in changes:
-            linear = linear + weights * (self.along.to(values) @ values.mT)
-            left = left - weights * (self.slope.to(values) @ values.mT)
-            for other_weights, other_values in changes:
-                product = self._centered_values(values) * self._centered_values(other_values)
-                left = left + weights * other_weights * (self.curve.to(product) @ product.mT) / 2
-        return self._taken_off(linear, left).tril().sum(1)
-
-    def of_reads(self, taken: Tensor) -> Tensor:
-        """[N], the same of one head where ``taken`` [N,T,V] are taken off its reads."""
-        of_squares = self._centered_values(taken).square() / 2
-        linear, by_slope, by_curve = (
-            torch.einsum("ntv,htv->htn", values, weights.to(taken))
-            for values, weights in ((taken, self.along), (taken, self.slope), (of_squares, self.curve))
-        )
-        left = self.square - by_slope + by_curve
-        return self._taken_off(linear, left).sum((0, 1))
-
-    def _taken_off(self, linear: Tensor, left: Tensor) -> Tensor:
-        """[H,T,N], what changes take off the product: ``linear`` at a fixed scale; ``left`` is the mean square then."""
-        ratio = (self.square / left.clamp_min(1e-12)).sqrt()
-        return self.total - (self.total - linear) * ratio
-
-    def _centered_values(self, values: Tensor) -> Tensor:
-        return values - values.mean(-1, keepdim=True) if self.centered else values
-
-
-class Writes(NamedTuple):
-    """What writes take off a metric, predicted."""
-
-    effects: dict[int, Tensor]
-    """[T,H] by layer."""
-    bounds: dict[int, Tensor]
-    """[T,H] by layer, of their size to first order."""
-    unknown: dict[int, str]
-    """Layers whose heads hand on their reads in no known way, with the reason."""
-    through: dict[int, ThroughNorm]
-    """By layer, where a norm follows the reads."""
-
 
 @torch.no_grad()
 def predict_writes(
-    model: HookedRecurrent,
-    recurrences: Mapping[int, Recurrence],
-    ways: Mapping[int, WayOut],
-    gradients: Gradients,
-    donors: Mapping[int, Recurrence],
-) -> Writes:
-    """What each write takes off the metric: through the norm of its head, or to first order.
+    recurrences: Mapping[int, Recurrence], gradients: Gradients, donors: Mapping[int, Recurrence]
+) -> list[Predicted]:
+    """What each write takes off the metric, to first order, and bounds of it.
 
     Args:
-        ways: from what heads read to what they hand on; a layer without one is predicted to first order.
         donors: factors of a corrupt text by layer, whose writes replace those of this one; none: writes are deleted.
-
-    Warns of layers whose heads hand on their reads in no known way.
     """
-    writes = Writes({}, {}, {}, {})
+    writes = []
     for layer, r in recurrences.items():
         swap = Swap(r, donors.get(layer))
-        mixer = f"blocks.{layer}.mixer"
-        writes.effects[layer], writes.bounds[layer] = swap.first_order(gradients[f"{mixer}.hook_read"])
-        way = ways.get(layer)
-        cause = "" if way is None else way.cause()
-        if cause:
-            writes.unknown[layer] = cause
-        elif way is not None and r.rates is None and (through := way.through(gradients[f"{mixer}.hook_z"])) is not None:
-            writes.through[layer] = through
-            writes.effects[layer] = through.of_writes(swap)
-    if writes.unknown:
-        said = "; ".join(f"layer {layer}: {cause}" for layer, cause in writes.unknown.items())
-        warnings.warn(
-            f"writes of {len(writes.unknown)} layer(s) of {model.cfg.model_name} are predicted to first order, since "
-            f"what their heads read is not handed on by one norm, gates and projections of torch ({said}). With fla "
-            "installed on a GPU, run on the CPU",
-            PredictionWarning,
-            stacklevel=4,
-        )
+        effects = swap.first_order(gradients[f"blocks.{layer}.mixer.hook_read"])
+        writes.append(Predicted(Node("write", layer, 0), *effects))
     return writes
 
 
 # ------------------------------------------------------------------------------------------------ what hooks see
 
 
-class PassValues(NamedTuple):
-    """What a pass leaves."""
-
-    values: dict[str, Tensor]
-    """What hooks saw, [1,T,...], by name; with graphs from what heads read or hand on to what their block adds."""
-    ways: dict[int, WayOut]
-    """By layer."""
-
-
-HEADS = ("mixer.hook_read", "mixer.hook_z")
-"""What heads read and hand on."""
-STREAM = ("hook_resid_pre", *HEADS, "hook_mixer_out", "attn.hook_z", "hook_attn_out", "hook_mlp_out", "hook_resid_post")
-"""All that the residual stream is made of."""
+STREAM = ("hook_resid_pre", "mixer.hook_read", "attn.hook_z", "hook_attn_out", "hook_mlp_out")
+"""What nodes are, and the stream that enters a block."""
 
 
 @scoped
-def reading(model: HookedRecurrent, ends: Collection[str] = STREAM, follow: bool = True) -> Iterator[PassValues]:
-    """In this scope a pass leaves the embeddings and what the hooks of blocks saw whose names end so.
-
-    Args:
-        follow: by autograd, norms fixed, what heads read and hand on, as far as the last hook of ``ends``.
-    """
-    read = PassValues({}, {})
-    last = {*ends} & {"hook_mixer_out", "hook_attn_out"} or {"mixer.hook_z"}
+def reading(model: HookedRecurrent) -> Iterator[dict[str, Tensor]]:
+    """In this scope a pass leaves the embeddings and what blocks are made of, [1,T,...] by the name of the hook."""
+    values: dict[str, Tensor] = {}
 
     def keep(x: Tensor, hook: HookPoint) -> None:
-        read.values[str(hook.name)] = x
+        values[str(hook.name)] = x
 
-    def lead(x: Tensor, hook: HookPoint) -> Tensor:
-        _, layer, end = str(hook.name).split(".", 2)
-        if end in ("mixer.hook_read", "attn.hook_z"):
-            torch.set_grad_enabled(True)
-            mode.apart = [] if end == "mixer.hook_read" else None
-            x = x.detach().requires_grad_()
-        keep(x, hook)
-        if end == "mixer.hook_z":
-            read.ways[int(layer)] = WayOut(read.values[f"blocks.{layer}.mixer.hook_read"], x, mode.apart or [])
-            mode.apart = None
-        if end in last:
-            torch.set_grad_enabled(False)
-            x = x.detach()
-        return x
-
-    hooks: list[tuple[str, Hook]] = [("hook_embed", keep)]
-    for name in model.hook_dict:
-        if name.startswith("blocks.") and (end := name.split(".", 2)[-1]) in ends:
-            is_led = follow and end in (*HEADS, "attn.hook_z", *last)
-            hooks.append((name, lead if is_led else keep))
-    with torch.no_grad(), constants(["norms"]) as mode, model.hooks(hooks):
-        yield read
+    names = [name for name in model.hook_dict if name.startswith("blocks.") and name.split(".", 2)[-1] in STREAM]
+    with torch.no_grad(), model.hooks([(name, keep) for name in ("hook_embed", *names)]):
+        yield values
 
 
 # ------------------------------------------------------------------------------------------------ texts
@@ -510,7 +282,7 @@ def one_sequence(model: HookedRecurrent, input: str | Tensor) -> Tensor:
 
 
 def same_length(model: HookedRecurrent, corrupt: str | Tensor, tokens: Tensor) -> Tensor:
-    """Tokens of a corrupt text, which must be as many as ``tokens`` [1,T].
+    """Tokens of a corrupt text, which must be as many as ``tokens`` [1,T], and other ones.
 
     Raises:
         InputError: they are not; says what both texts are.
@@ -524,4 +296,6 @@ def same_length(model: HookedRecurrent, corrupt: str | Tensor, tokens: Tensor) -
             f"corrupt: expected {tokens.shape[1]} tokens, as many as the text has, got {other.shape[1]}{texts}. "
             "Replace words by words of as many tokens; model.to_str_tokens shows them"
         )
+    if other.equal(tokens.to(other.device)):
+        raise InputError("corrupt: expected another text, got the same tokens; replace the word that is asked for")
     return other

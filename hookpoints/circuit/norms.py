@@ -1,5 +1,4 @@
-"""What a pass is to autograd: weights, scales of norms, patterns and gates are constants, or scales are apart, so that
-a change goes through exactly.
+"""What a pass is to autograd: weights are constants, and if asked so are scales of norms and patterns.
 
 All this is one function mode of torch, so that it needs no code for a family: a norm is what takes a root of a mean
 square.
@@ -22,7 +21,7 @@ Held = Literal["norms", "patterns"]
 FROZEN: tuple[Held, ...] = ("norms", "patterns")
 """Where an answer is saturated, gradients of norms and gates point the wrong way, and what the values carry is left."""
 
-_ROOTS = (torch.sqrt, Tensor.sqrt)
+_ROOTS = (torch.sqrt, Tensor.sqrt, torch.rsqrt, Tensor.rsqrt)
 Arguments = tuple[object, ...]
 
 
@@ -73,48 +72,6 @@ _NORMS: dict[object, Callable[..., Normed]] = {
 }
 
 
-def rounding(x: Tensor) -> float:
-    """What a number in the dtype of ``x`` may miss after a few steps, as a share of it."""
-    return max(1e-3, 8 * torch.finfo(x.dtype).eps)
-
-
-class MeanSquare(NamedTuple):
-    """A mean square as a function of reads: the sum of squares of their entries, each with its weight."""
-
-    slope: Tensor
-    """[1,T,H,V], its first derivatives by the entries."""
-    curve: Tensor
-    """[1,T,H,V], its second derivatives by the entries, or by these less their mean."""
-    centered: bool
-    """Whether the mean over V is taken off."""
-
-
-class HeadNorm(NamedTuple):
-    """One norm between a head's read and what the head hands on."""
-
-    square: Tensor
-    """The mean square that it takes a root of; differentiable by the reads."""
-    level: Tensor
-    """Ones: its scale is a constant times this."""
-
-    @torch.enable_grad()
-    def form(self, reads: Tensor) -> MeanSquare | None:
-        """The mean square by ``reads`` [1,T,H,V]; None where it is none. A centered one has second derivatives 2 / V,
-        which sum to 0."""
-        (slope,) = torch.autograd.grad(self.square.sum(), reads, create_graph=True)
-        (curve,) = torch.autograd.grad(slope.sum(), reads, retain_graph=True)
-        n_values = reads.shape[-1]
-        probe = torch.arange(n_values, device=reads.device).cos().to(reads)
-        (bent,) = torch.autograd.grad((slope * probe).sum(), reads, retain_graph=True)
-        small = rounding(reads) * bent.abs().max()
-        centered = bool(curve.abs().max() < small)
-        if centered:
-            curve = torch.full_like(reads, 2 / n_values)
-            probe = probe - probe.mean()
-        fits = torch.allclose(bent, curve * probe, rtol=0, atol=float(small))
-        return MeanSquare(slope.detach(), curve, centered) if fits else None
-
-
 # ------------------------------------------------------------------------------------------------ as constants
 
 
@@ -139,8 +96,6 @@ class Constants(TorchFunctionMode):
         super().__init__()
         self.norms = "norms" in held
         self.patterns = "patterns" in held
-        self.apart: list[HeadNorm] | None = None
-        """If given, a norm is linear in its input and in its scale, a constant times `HeadNorm.level`; noted here."""
 
     def __torch_function__(
         self,
@@ -156,27 +111,15 @@ class Constants(TorchFunctionMode):
         value = func(*args, **kwargs)
         if not isinstance(value, Tensor) or not value.requires_grad:
             return value
-        if (self.norms or self.apart is not None) and func in (*_ROOTS, torch.rsqrt, Tensor.rsqrt, *_NORMS):
-            return self._at_own_scale(value, func, args, kwargs)
-        if self.norms and self.apart is None and func is F.normalize:
+        if self.norms and func in _ROOTS:
+            return value.detach()
+        if self.norms and func in _NORMS:
+            norm = _NORMS[func](*args, **kwargs)
+            linear = norm.scaled(norm.square.rsqrt().detach())
+            return value.detach() + (linear - linear.detach())
+        if self.norms and func is F.normalize:
             return _at_fixed_length(value, cast(Tensor, args[0]))
         return value
-
-    def _at_own_scale(
-        self, value: Tensor, func: Callable[..., Tensor], args: Arguments, kwargs: Mapping[str, object]
-    ) -> Tensor:
-        """What a norm or a root made of its input, its scale a constant, or that times a level which is noted."""
-        norm = _NORMS[func](*args, **kwargs) if func in _NORMS else None
-        scale = value.detach() if norm is None else norm.square.rsqrt().detach()
-        if self.apart is not None:
-            square = cast(Tensor, args[0]) if norm is None else norm.square
-            level = torch.ones_like(square, requires_grad=True)
-            self.apart.append(HeadNorm(square, level))
-            scale = scale / level if func in _ROOTS else scale * level
-        if norm is None:
-            return scale
-        linear = norm.scaled(scale)
-        return value.detach() + (linear - linear.detach())
 
 
 @scoped

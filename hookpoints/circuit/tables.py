@@ -12,13 +12,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-FeatureType = Literal[
-    "embedding", "write", "state", "attn", "mlp", "skip", "bias", "atom", "error", "stream", "rest", "logit"
-]
-"""What a node is: a token's embedding, the write of a recurrent head, all that it holds, the output of a softmax head,
-of an MLP, what a recurrent head hands on besides its state (Mamba-2's D x, RWKV's bonus), what biases add, a part of a
-write or a state and what the parts miss, all that the stream holds at a token, all sources of a port that are not
-listed, a logit."""
+from hookpoints.errors import InputError
+
+FeatureType = Literal["embedding", "write", "state", "attn", "mlp", "bias", "atom", "error", "stream", "logit"]
+"""What a node is: a token's embedding, the write of a recurrent head, all that it holds, the output of a softmax head
+or of an MLP; an atom of a write or a state, what the dictionary adds to all and what it misses; all that the stream
+holds at a token, a logit."""
 PortName = Literal["value", "key", "query", "gate", "input", "part", "state", "direct"]
 """Where an edge enters: the value or the key of a write, the query that reads it, its gate (what decay and erase leave
 of the state before it); values, keys, query or gate of a softmax head; the input of an MLP; the write or the state of
@@ -122,18 +121,33 @@ def by_size(effects: pd.Series) -> pd.Index:
     return effects.abs().sort_values(ascending=False, kind="stable").index
 
 
-def random_orders(rows: pd.DataFrame) -> list[pd.DataFrame]:
-    """Five, the same each time."""
-    return [rows.sample(frac=1, random_state=draw) for draw in range(5)]
+def random_orders(rows: pd.DataFrame, draws: int) -> list[pd.DataFrame]:
+    """So many, the same each time."""
+    if draws < 1:
+        raise InputError(f"draws: expected at least one random set, got {draws}")
+    return [rows.sample(frac=1, random_state=draw) for draw in range(draws)]
 
 
-def nodes_of_block(kind: Node, effect: Tensor, bound: Tensor) -> pd.DataFrame:
-    """Nodes of one kind in one block, with predictions and bounds of these [T,H], or [T] where the kind has no heads;
-    the latter in the column ``bound``."""
-    predicted, bounds = torch.stack([effect, bound]).detach().double().cpu().reshape(2, len(effect), -1)
-    places = np.ndindex(*predicted.shape)
-    nodes = [kind._replace(position=position, head=kind.head + head) for position, head in places]
-    return node_table(nodes, predicted.flatten().tolist(), np.nan).assign(bound=bounds.flatten().tolist())
+class Predicted(NamedTuple):
+    """Nodes of one kind in one block."""
+
+    kind: Node
+    effect: Tensor
+    """[T,H], or [T] where the kind has no heads: predictions."""
+    bound: Tensor
+    """Of the same shape, bounds of these."""
+
+
+def predicted_nodes(blocks: Sequence[Predicted]) -> pd.DataFrame:
+    """All nodes, with bounds in the column ``bound``; in one copy to the host."""
+    place = blocks[0].effect.device  # a model may lie on several
+    sides = [torch.stack([block.effect, block.bound]).detach().flatten(1).to(place) for block in blocks]
+    predicted, bounds = torch.cat(sides, 1).cpu().double().tolist()
+    nodes: list[Node] = []
+    for kind, effect, _ in blocks:
+        places = np.ndindex(len(effect), *(effect.shape[1:] or (1,)))
+        nodes += [kind._replace(position=position, head=kind.head + head) for position, head in places]
+    return node_table(nodes, predicted, np.nan).assign(bound=bounds)
 
 
 def node_table(nodes: Sequence[Node], predicted: Sequence[float], measured: np.ndarray | float) -> pd.DataFrame:

@@ -221,7 +221,7 @@ async function askReader(isBack) {
 
 function inWords(node) { // "L4H0@13" is "write of L4H0 at “·war” (13)"
   const [place, kind] = node.split(/ (.*)/), [name, token] = place.split("@");
-  if (!token) return { rest: "all other sources", bias: "biases" }[name] ?? name;
+  if (!token) return name;
   const what = { E: "embedding", s: "all sources" }[name[0]] ?? (/^L\d+A/.test(name) ? `softmax head ${name}` : name[0] === "M" ? name : `write of ${name}`);
   return `${kind ? (kind === "state" ? `state of ${name}` : `${kind} of ${name}`) : what} at “${memory.tokens[token]}” (${token})`;
 }

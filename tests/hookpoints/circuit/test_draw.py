@@ -35,9 +35,9 @@ CONTRASTS = """() => {
 
 @pytest.fixture(scope="module")
 def graphs(embedded: HookedRecurrent) -> list[Graph]:
-    """With nodes that are not measured and many of one token; and with atoms."""
+    """With many nodes of one token; and with atoms."""
     text = "The Secretary of the Treasury will report. The report of the Secretary of the"
-    treasury = attribute(text, embedded, [" Treasury"], against=" Navy", measure=4)
+    treasury = attribute(text, embedded, [" Treasury"], against=" Navy", measure=40)
     told = "Ben lives in Rome . Iris keeps a parrot . Ben lives in"
     facts = HookedRecurrent.from_pretrained("facts")
     atoms = random_sae(facts, k=6, target="state", layer=0, head=0)
@@ -55,7 +55,7 @@ def test_no_name_covers_another_one_or_a_node_or_is_cut(browser: Browser, graphs
         assert all(box[0] > 0 and box[2] < width and box[3] < frame[3] for box in texts)
         for one, other in combinations([*level, *nodes], 2):
             assert one[0] >= other[2] or other[0] >= one[2] or one[1] >= other[3] or other[1] >= one[3]
-        assert len(nodes) > 8 and (width == 390 or n == 40 or len(names) == len(nodes))
+        assert len(nodes) > 6 and (width == 390 or n == 40 or len(names) == len(nodes))
     page.close()
 
 
@@ -85,7 +85,7 @@ def test_a_line_passes_what_is_between_its_ends(graphs: list[Graph]) -> None:
 def test_a_color_says_what_was_measured(graphs: list[Graph]) -> None:
     kinds = {each.get("data-node"): each.get("class") for each in ElementTree.fromstring(graphs[0].draw()).iter()}
     seen = graphs[0].nodes[graphs[0].nodes.node_id.isin([*kinds])]
-    for kind, rows in (("unknown", seen.measured.isna()), ("hurt", seen.measured < 0), ("help", seen.measured > 0)):
+    for kind, rows in (("hurt", seen.measured < 0), ("help", seen.measured > 0)):
         assert rows.any() and {kinds[name] for name in seen.node_id[rows]} == {f"node {kind}"}
 
 

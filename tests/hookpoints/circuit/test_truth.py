@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from itertools import islice, pairwise
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 import transformers
 
 from hookpoints import Graph, HookedRecurrent, attribute, attribute_task, zoo
+from hookpoints.circuit.task import Pair
 from hookpoints.errors import InputError, PredictionWarning
 
 SIZES = {"composition": {"pairs": 5}, "induction": {"words": 10}, "facts": {"pairs": 4}}
@@ -130,6 +132,68 @@ def test_the_circuit_of_a_task_is_faithful_to_texts_held_out(name: str) -> None:
         found.faithful(named)
 
 
+def test_a_task_whose_answers_are_shuffled_is_none() -> None:
+    """The writes that carry the word keep any difference between two texts, also of logits that nobody asked for. What
+    tells is whether the model gives the targets, and whether they depend on the text more than others do."""
+    model = HookedRecurrent.from_pretrained("facts-english")
+    asked = [("Ben", "Rome", "Oslo"), ("Ian", "Lima", "Cairo"), ("Iris", "Tokyo", "Seoul"), ("Zoe", "Paris", "Delhi")]
+    form = "{0} lives in {1}. Where does {0} live?"
+    pairs: list[Any] = [Pair(form.format(n, a), form.format(n, b), f" {a}", f" {b}") for n, a, b in asked]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PredictionWarning)
+        task = attribute_task(pairs, model, measure=20)
+        table: Any = task.check(4)
+    # Each number by the logits of the two texts alone.
+    targets = [model.to_single_token(pair.target) for pair in pairs]
+    leads = np.zeros((4, 4, 2))
+    best = []
+    for row, pair in enumerate(pairs):
+        logits = torch.stack([model(text)[0, -1] for text in (pair.text, pair.corrupt)]).detach()
+        leads[row] = (logits[:, targets] - logits[:, [model.to_single_token(pair.against)]]).T
+        best.append(int(logits[0].argmax()))
+    is_own = np.eye(4, dtype=bool)
+    effects = leads[..., 0] - leads[..., 1]
+    for name, at in (("own", is_own), ("shuffled", ~is_own)):
+        of_pairs = np.nanmean(np.where(at, effects, np.nan), 1)
+        row = table.loc[name]
+        assert (row.pairs, row.above) == (4, (leads[..., 0] > 0)[at].mean())
+        assert row["first"] == np.mean([best[n] == targets[m] for n, m in np.argwhere(at)])
+        assert [row.effect, row.error] == pytest.approx([of_pairs.mean(), of_pairs.std(ddof=1) / 2], rel=1e-4)
+        assert row.kept > 0.8
+    shares = [case.kept([task.effects[:4]])[0] for case in task.cases]
+    assert table.kept.own == pytest.approx(np.median(shares), rel=1e-4) and table["first"].own == 1
+    for shift in (1, 2, 3):
+        shuffled = [pair._replace(target=pairs[row - shift].target) for row, pair in enumerate(pairs)]
+        with pytest.warns(PredictionWarning, match="shuffled among pairs"):
+            wrong: Any = attribute_task(shuffled, model, measure=20).check()
+        assert wrong.kept.own > 0.8 and wrong["first"].own == 0
+
+
+def test_a_task_that_the_model_does_not_do_is_none(embedded: HookedRecurrent) -> None:
+    """It prefers another token in most pairs; and an effect of one pair has no error to compare it with."""
+    form = "The Secretary of the {} will report. The Secretary of the"
+    pairs = [(form.format(a), form.format(b), " War", " Navy") for a, b in (("War", "Navy"), ("War", "State"))]
+    with pytest.warns(PredictionWarning, match="prefers the target in 0%"):
+        attribute_task(pairs, embedded, measure=10).check()
+    pair = form.format("Navy"), form.format("War"), " Navy", " War"
+    with pytest.warns(PredictionWarning, match="standard error of nan"):
+        alone: Any = attribute_task([pair], embedded, measure=10).check()
+    assert alone.loc["own", ["above", "first"]].tolist() == [1, 1] and alone.loc["shuffled"].isna().all()
+
+
+def test_writes_that_change_the_answer_to_one_that_nobody_named_do_not_decide(embedded: HookedRecurrent) -> None:
+    """Without the eight largest the model says another token; what was asked for still leads what it is compared with
+    by nearly as much."""
+    form = "The Secretary of the {} will report. The report of the Secretary of the"
+    told = form.format("War"), form.format("State")
+    graph = attribute(told[0], embedded, [" Navy"], against=" State", corrupt=told[1], targets=0)
+    writes: Any = graph.nodes[graph.nodes.feature_type == "write"]
+    without = graph.without(writes.loc[writes.measured.abs().nlargest(8).index].node_id)
+    assert graph.metadata["answer"] == " Navy" and not without.same
+    assert without.metric > 0.8 * cast(float, graph.metadata["metric"])
+    assert graph.check().decisive is False
+
+
 @pytest.mark.parametrize("name", ["induction", "recall"])
 def test_the_circuit_of_a_task_begins_with_the_write_that_is_known(name: str) -> None:
     """Two writes that three texts choose keep nearly all on others, and random pairs nothing. By chance the known one
@@ -140,7 +204,8 @@ def test_the_circuit_of_a_task_begins_with_the_write_that_is_known(name: str) ->
         last = question.tokens.shape[1] - 1
         corrupt = question.tokens.clone()
         corrupt[0, question.value] = question.others[0]
-        if question.value + 2 < last:
+        told = int(question.tokens[0, question.value])
+        if question.value + 2 < last and told != question.others[0]:
             pairs.append((question.tokens, corrupt, question.answer, question.others[0]))
             near = {question.value + offset: f"value+{offset}" for offset in range(3)} | {last: "question"}
             roles.append([near.get(place, "rest") for place in range(last + 1)])
@@ -149,7 +214,7 @@ def test_the_circuit_of_a_task_begins_with_the_write_that_is_known(name: str) ->
     holder = next(holder for holder in zoo.truth(name).holders if holder.holds == "values")
     assert tuple(found.effects.iloc[0, :3]) == (f"value+{holder.offset}", holder.layer, holder.heads[0])
     curve = found.faithful(others, [2])
-    assert curve.kept.item() > 0.9 and curve.random_high.item() < 0.1
+    assert curve.kept.item() > 0.9 and curve.random.abs().item() < 0.01
 
 
 @pytest.mark.filterwarnings("default")
