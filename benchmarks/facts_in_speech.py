@@ -26,6 +26,8 @@ MODELS = ("facts-english", "facts-english-rwkv7", "facts-english-mamba2")
 SIZES = (2, 4, 8)
 SPACE = {2: 96, 4: 160, 8: 256}
 """Tokens in which so many facts are told."""
+CASES = ("clean", "lie later", "lie earlier", "lie twice")
+"""No lie; a lie that is read after all facts; before all; and after all, in two wordings."""
 PEACE = " The past year was one of peace and of prosperity."
 
 
@@ -137,32 +139,46 @@ def edited(model: HookedRecurrent, size: int, texts: Sequence[english.Document])
     return {name: statistics.mean(rights) for name, rights in found.items()}
 
 
-def contradicted(model: HookedRecurrent, texts: Sequence[english.Document]) -> dict[str, float]:
-    """How often `suspects` flags a sentence that contradicts an earlier fact and is believed, lists it first, gives
-    the first value back without it; and flags some sentence of a text without a contradiction."""
+def contradicted(model: HookedRecurrent, texts: Sequence[english.Document]) -> dict[str, dict[str, float]]:
+    """What `suspects` says of a fact and a lie, a sentence that contradicts it. The sentence whose answer the model
+    gives: is it flagged, is it first, is it `overwrote` where it was read later and nowhere else, does the model give
+    the other answer without it? And are others flagged? Texts in which the model gives neither are left out."""
     rng = Random(2)
-    counts = {"flagged": 0, "first": 0, "repaired": 0, "clean flagged": 0}
-    asked = 0
-    believed = 0
+    shares: dict[str, dict[str, list[bool]]] = {case: {} for case in CASES}
     for document in texts:
-        fact = document.facts[0]
-        memory = model.memory(torch.tensor([document.tokens[: document.facts[-1].stop]]))
-        if answer(model, memory, fact) != fact.value:
-            continue
-        asked += 1
-        counts["clean flagged"] += any(suspect.flagged for suspect in memory.suspects(question(fact)))
-        injected = fact.sentence.replace(fact.value, another_value(fact, document, rng))
-        contradicting = model.memory(f" {injected}{PEACE}", memory=memory)
-        if answer(model, contradicting, fact) == fact.value:
-            continue  # there is nothing to find
-        believed += 1
-        suspects = contradicting.suspects(question(fact))
-        own = next(suspect for suspect in suspects if suspect.text.endswith(injected))
-        counts["flagged"] += own.flagged
-        counts["first"] += suspects[0] is own
-        counts["repaired"] += own.answer.strip() == fact.value
-    shares = {name: count / max(believed, 1) for name, count in counts.items()}
-    return shares | {"clean flagged": counts["clean flagged"] / asked, "texts": asked, "believed": believed}
+        fact = rng.choice(document.facts)
+        other = another_value(fact, document, rng)
+        told = [" " + wording.format(n=fact.name, v=other) for wording in english.RELATIONS[fact.relation].told]
+        first, second = (f"{sentence}{PEACE}" for sentence in rng.sample(told, 2))
+        tokens = torch.tensor([document.tokens[: document.facts[-1].stop]])
+        begin, rest = tokens.tensor_split([int(tokens[0, 0] == model.tokenizer.bos_token_id)], 1)
+        memory = model.memory(tokens)
+        cases = {
+            "clean": memory,
+            "lie later": model.memory(first, memory=memory),
+            "lie earlier": model.memory(torch.cat([begin, model.to_tokens(first, prepend_bos=False), rest], 1)),
+            "lie twice": model.memory(first + second, memory=memory),
+        }
+        for case, each in cases.items():
+            suspects = each.suspects(question(fact))
+            given = answer(model, each, fact)
+            if case != "clean" and given not in (other, fact.value):
+                continue  # the model gives neither
+            own = [one for one in suspects if case != "clean" and fact.name in one.text and given in one.text]
+            found = {"others flagged": any(one.flagged for one in suspects if one not in own)}
+            if own:
+                is_later = (given == other) == (case != "lie earlier")
+                rival = fact.value if given == other else other
+                found["flagged"] = any(one.flagged for one in own)
+                found["first"] = suspects[0] in own
+                found["order"] = all(one.overwrote == is_later for one in own if one.flagged)
+                found["other answer"] = any(one.answer.strip() == rival for one in own)
+            for what, is_so in found.items():
+                shares[case].setdefault(what, []).append(is_so)
+    return {
+        case: {what: statistics.mean(each) for what, each in own.items()} | {"texts": len(own["others flagged"])}
+        for case, own in shares.items()
+    }
 
 
 def held_facts(model: HookedRecurrent, size: int, texts: Sequence[english.Document]) -> float:
@@ -212,8 +228,13 @@ def lines(found: dict[str, Any]) -> list[Line]:
     for name, own in found.items():
         for size, each in own.items():
             if size == "contradicted":
-                rows.append(Line(f"{name}: contradictions flagged", each["flagged"], goal=0.95, least=True))
-                rows.append(Line(f"{name}: texts flagged without a contradiction", each["clean flagged"], goal=0.05))
+                for case, shares in each.items():
+                    if case != "clean":
+                        what = f"{name}: {case}, its sentence is flagged"
+                        rows.append(Line(what, shares["flagged"], goal=0.95, least=True))
+                        rows.append(Line(f"{name}: {case}, is first", shares["first"], goal=0.95, least=True))
+                        rows.append(Line(f"{name}: {case}, order", shares["order"], goal=1, least=True))
+                    rows.append(Line(f"{name}: {case}, others flagged", shares["others flagged"], goal=0.05))
                 continue
             rows.append(Line(f"{name}: {size} read", each["reader"]["read"], goal=GOALS[size], least=True))
             rows.append(Line(f"{name}: new answers, {size} told", each["told"]["new"], goal=0.97, least=True))
@@ -223,7 +244,7 @@ def lines(found: dict[str, Any]) -> list[Line]:
 
 READ = ("read", "ranked", "another text")
 TOLD = ("unedited", "new", "old", "others", "others unedited", "removed", "appended")
-CONTRADICTED = ("flagged", "first", "repaired", "clean flagged", "texts", "believed")
+CONTRADICTED = ("flagged", "first", "order", "other answer", "others flagged", "texts")
 
 
 def text(found: dict[str, Any]) -> str:
@@ -236,14 +257,18 @@ def text(found: dict[str, Any]) -> str:
                 shares = (*(each["reader"][what] for what in READ), *each["AUC"].values(), each["held"])
                 readers.append([f"{name}: {size}", *(f"{share:.3f}" for share in shares)])
                 edits.append([f"{name}: {size}", *(f"{each['told'][what]:.2f}" for what in TOLD)])
-    flags = [[name, *(f"{own['contradicted'][what]:.3g}" for what in CONTRADICTED)] for name, own in found.items()]
+    flags = [
+        [f"{name}: {case}", *(f"{shares[what]:.3g}" if what in shares else "–" for what in CONTRADICTED)]
+        for name, own in found.items()
+        for case, shares in own["contradicted"].items()
+    ]
     heads = (
         (
             *("facts among all that could be told", "picked", "ranked by score", "another text's"),
             *("AUC, the told words", "AUC, other words", "held by the first head"),
         ),
         ("a fact told instead of another", *TOLD),
-        ("a sentence that contradicts a fact", *CONTRADICTED),
+        ("the sentence of the answer", *CONTRADICTED),
     )
     return "\n\n".join(table(head, rows) for head, rows in zip(heads, (readers, edits, flags), strict=True))
 
