@@ -257,11 +257,11 @@ def text(found: dict[str, Any]) -> str:
                 shares = (*(each["reader"][what] for what in READ), *each["AUC"].values(), each["held"])
                 readers.append([f"{name}: {size}", *(f"{share:.3f}" for share in shares)])
                 edits.append([f"{name}: {size}", *(f"{each['told'][what]:.2f}" for what in TOLD)])
-    flags = [
-        [f"{name}: {case}", *(f"{shares[what]:.3g}" if what in shares else "–" for what in CONTRADICTED)]
-        for name, own in found.items()
-        for case, shares in own["contradicted"].items()
-    ]
+    flags: list[list[str]] = []
+    for name, own in found.items():
+        for case, shares in own["contradicted"].items():
+            cells = [f"{shares[what]:.3g}" if what in shares else "–" for what in CONTRADICTED]
+            flags.append([f"{name}: {case}", *cells])
     heads = (
         (
             *("facts among all that could be told", "picked", "ranked by score", "another text's"),

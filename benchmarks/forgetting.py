@@ -134,16 +134,13 @@ def lines(found: dict[str, Any]) -> list[Line]:
 
 def text(found: dict[str, Any]) -> str:
     """The attack, and costs."""
-    named = [
-        [f"{name}: {cut}", f"{each['named']:.2f}", f"{each['gone']:.2f}"]
-        for name, own in found.items()
-        for cut, each in own["attack"].items()
-    ]
-    ratios = [
-        [f"{name}: {length}", *(f"{ratio:.2f}" for ratio in each.values())]
-        for name, own in found.items()
-        for length, each in own["costs"].items()
-    ]
+    named: list[list[str]] = []
+    ratios: list[list[str]] = []
+    for name, own in found.items():
+        for cut, each in own["attack"].items():
+            named.append([f"{name}: {cut}", f"{each['named']:.2f}", f"{each['gone']:.2f}"])
+        for length, each in own["costs"].items():
+            ratios.append([f"{name}: {length}", *(f"{ratio:.2f}" for ratio in each.values())])
     first = next(iter(found.values()))
     count = first["candidates"]
     head = (f"the span among {count} candidates (chance {1 / count:.2f})", "nearest", "called gone")

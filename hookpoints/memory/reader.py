@@ -83,7 +83,7 @@ class Reading(NamedTuple):
     tokens: tuple[int, ...]
     score: float
     """Above 0 it is more like phrases that were read, in text of the fit and as long as this one: there, as many that
-    were read lie below 0 as of those that were not lie above. It ranks phrases; it is no probability."""
+    were read score below 0 as of those that were not score above. It ranks phrases; it is no probability."""
     p: float
     """Share of unread phrases of its kind that score as high, itself counted with them; NaN where none were drawn."""
 

@@ -337,7 +337,7 @@ def _logistic_fit(read: Tensor, unread: Tensor) -> Tensor:
 
 
 def _equal_error_score(read: Tensor, unread: Tensor) -> float:
-    """Where as many of ``read`` [N] lie below as of ``unread`` [N] lie above."""
+    """Where as many of ``read`` [N] are below as of ``unread`` [N] are above."""
     lowest = read.sort().values
     highest = unread.sort(descending=True).values
     crossing = min(int((lowest < highest).sum()), len(lowest) - 1)

@@ -9,7 +9,7 @@ from tiny_models import KeepFloat64, hooked_in_float64
 
 from hookpoints import HookedRecurrent, Memory, embedded, forgot
 from hookpoints.errors import InputError
-from hookpoints.memory.forgetting import Certificate, Difference
+from hookpoints.memory.forgetting import Certificate, Difference, _differences, _state_distance
 
 SPAN = (40, 48)
 TYPES = ("bailing_hybrid", "falcon_h1", "jamba", "mamba", "mamba2", "olmo_hybrid", "qwen3_5", "rwkv7", "zamba2")
@@ -57,6 +57,8 @@ def test_a_list_of_candidates_names_what_was_cut_approximately(model, phrases, t
         assert repr(phrase) in str(approximate)
     exact = forgot(memory, memory.without(SPAN), SPAN, candidates=candidates)
     assert exact.gone
+    doubled = memory.with_states({layer: 2 * memory.state(layer) for layer in memory.forms})
+    assert _state_distance(doubled, memory) == pytest.approx(len(memory.forms))  # one of each layer
     for each in exact.candidates:  # what is known of the span is what a memory knows that never read it
         assert each.distance == pytest.approx(each.never, rel=1e-3)
 
@@ -75,6 +77,14 @@ def test_states_that_are_rounded_or_noisy_are_not_equal(phrases, model):
     for change in (lambda x: x.bfloat16().float(), lambda x: x + 0.01 * x.std() * torch.randn_like(x)):
         changed = cut.with_states({layer: change(cut.state(layer)) for layer in cut.forms})
         assert not forgot(memory, changed, SPAN).gone
+
+
+def test_a_memory_equals_the_nearer_of_two_and_their_distance_is_the_unit(model, phrases):
+    never, parted, other = (model.memory(text[None]) for text in phrases[:3])
+    for memory in (never, parted):
+        assert all(each.units == 0 for each in _differences(memory, never, parted))
+    state = [each.units for each in _differences(other, never, parted) if each.part == "state"]
+    assert state == pytest.approx([1] * len(state), abs=0.7)
 
 
 def test_one_head_of_one_row_that_differs_is_named(model, phrases):

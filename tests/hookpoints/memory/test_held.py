@@ -12,7 +12,16 @@ from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent
 from hookpoints.errors import InputError, UnsupportedModelError
-from hookpoints.memory.held import SURE, sentence_spans, sentences_alike, term_sizes, words_of
+from hookpoints.memory.held import (
+    SURE,
+    Suspect,
+    kept_shares,
+    largest_terms,
+    sentence_spans,
+    sentences_alike,
+    term_sizes,
+    words_of,
+)
 from hookpoints.zoo import english
 
 
@@ -36,6 +45,30 @@ def test_terms_of_several_writes_add_up():
     keys, values = torch.randn(2, 3, 4, 2, 5), torch.randn(2, 3, 4, 2, 6)
     dense = torch.einsum("bthrk,bthrv->bthkv", keys, values)
     assert_close(term_sizes(keys, values), dense.flatten(3).norm(dim=-1))
+
+
+def test_a_share_is_that_of_the_terms_of_its_head():
+    sizes = {0: torch.tensor([[3.0, 1], [1, 1]])}
+    assert largest_terms(sizes, 2, None) == [(0.75, 0, 0, 0), (0.5, 1, 0, 1)]
+
+
+def test_what_is_kept_is_the_median_of_writes_so_many_tokens_ago_and_up_to_a_quarter_more():
+    left = torch.arange(20.0)[None, :, None]
+    assert kept_shares(left, torch.full_like(left, 2), 8) == [5]  # of the writes at tokens 9, 10 and 11
+
+
+@pytest.mark.parametrize(
+    "probability, contradicts, flagged, overwrote",
+    [
+        (SURE, (0, 4), True, True),
+        (SURE, (9, 12), True, False),
+        (SURE - 0.01, (0, 4), False, False),
+        (1.0, None, False, False),
+    ],
+)
+def test_a_flag_needs_a_sure_answer_and_overwrote_an_earlier_sentence(probability, contradicts, flagged, overwrote):
+    suspect = Suspect((5, 9), "", "", probability, 1.0, contradicts, [(5, 9)])
+    assert (suspect.flagged, suspect.overwrote) == (flagged, overwrote)
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +146,8 @@ def test_a_sentence_is_replaced_at_every_place_where_it_was_read(speaker):
 def test_two_places_that_overlap_are_one(speaker):
     memory = speaker.memory(torch.tensor([[7, 5, 5, 5, 9]]))
     assert memory.told([3, 4], instead_of=[5, 5]).tokens.tolist() == [[7, 5, 3, 4, 9]]
+    rows = speaker.memory(torch.tensor([[7, 5, 9, 5], [7, 8, 9, 5]]))  # the places that all rows share
+    assert rows.told([3], instead_of=[5]).tokens.tolist() == [[7, 5, 9, 3], [7, 8, 9, 3]]
 
 
 @pytest.mark.parametrize("is_later", [True, False])

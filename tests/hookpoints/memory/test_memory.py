@@ -274,6 +274,7 @@ def test_a_saved_memory_is_the_same_bit_for_bit(small, tmp_path):
     begin = cut.rewind(0) + {1: cut.state(1)}
     begin.save(tmp_path / "memory.safetensors")
     same(Memory.load(tmp_path / "memory.safetensors", model), begin, exact=True)
+    assert Memory.load(tmp_path / "memory.safetensors", model).edited and not loaded.edited
 
 
 def changed_file(memory: Memory, folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
@@ -320,6 +321,8 @@ def test_a_memory_says_of_each_token_whether_it_is_exact(small):
     )
     joined = memory.rewind(9).paste(memory, (12, 14)).paste(memory, (9, 10))
     assert str(joined.approximate).startswith("tokens 9 to 11 ")
+    pasted = memory.rewind(9).with_states({}).paste(memory, (9, 12))  # read after what no token wrote
+    assert "tokens 9 to 11 were read" in str(pasted.approximate)
     for changed in (memory.truncate(1), memory.with_states({}), memory + {}):
         assert "by hand" in str(changed.approximate)
 

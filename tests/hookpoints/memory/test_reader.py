@@ -24,10 +24,14 @@ from hookpoints.memory.templates import (
     LayerFit,
     Pursuit,
     Whitening,
+    _accuracy_by_age,
     _equal_error_score,
+    _logistic_fit,
     _Moments,
+    _Plan,
     area_under_curve,
     running_tokens,
+    states_at,
 )
 from hookpoints.zoo import english
 
@@ -175,6 +179,45 @@ def test_a_score_of_zero_has_as_many_errors_of_both_kinds_at_each_length(reader)
     assert reader.fitted.bias(1) == reader.fitted.biases[0]
 
 
+def test_an_age_counts_the_tokens_read_after_a_phrase(reader, texts):
+    """A phrase that was drawn ended so many tokens before its checkpoint."""
+    model, lead = reader.model, (3,)
+    (sample,) = _Plan(model, lead, 32, [2, 4], torch.Generator().manual_seed(0)).samples(texts[:1, :36])
+    for row, age in enumerate(sample.ages.tolist()):
+        end = 32 // len(sample.ages) * (row + 1) - age
+        own = states_at(model, torch.tensor([[*lead, *texts[0, end - 4 : end].tolist()]]), [4])
+        for layer, x in own.items():
+            assert_close(sample.read[layer][row, 1], x[0, 0], rtol=0, atol=1e-4)
+
+
+def test_accuracy_is_of_ages_above_the_entry_before():
+    rows = _accuracy_by_age(torch.tensor([1.0, 1, -1, -1]), torch.zeros(3), torch.tensor([0, 16, 17, 32]), 32)
+    assert rows == (AgeAccuracy(16, 1.0, 2), AgeAccuracy(32, 0.0, 2))
+
+
+def test_weights_have_a_prior_of_variance_one():
+    """Where the gradient of the likelihood is the weight itself."""
+    ones = torch.ones(50, 1)
+    (weight,) = _logistic_fit(ones, -ones)
+    assert float(weight) == pytest.approx(float(100 * torch.sigmoid(-weight)), rel=1e-3)
+
+
+def test_weights_are_of_longer_phrases_and_accuracy_of_text_that_took_no_part(reader, monkeypatch):
+    parts = list[torch.Tensor]()
+    rows = list[int]()
+    cosines = templates._head_cosines
+    monkeypatch.setattr(
+        templates, "_head_cosines", lambda plan, sides, part: (parts.append(part), cosines(plan, sides, part))[1]
+    )
+    fit = templates._logistic_fit
+    monkeypatch.setattr(templates, "_logistic_fit", lambda read, unread: (rows.append(len(read)), fit(read, unread))[1])
+    tokens = running_tokens(reader.model, embedded.text("test"))[: 40 * 36]
+    MemoryReader.fit(reader.model, tokens, context=32, longest=4)
+    weighed, tested = parts
+    assert len(weighed) + len(tested) == 20 and not any((row == tested).all(1).any() for row in weighed)
+    assert rows == [12 * templates.CHECKPOINTS * sum(n >= min(templates.WEIGHED_FROM, 4) for n in (2, 4))]
+
+
 def test_equal_errors_are_those_of_both_sides():
     read, unread = torch.tensor([0.0, 3, 2, 4]), torch.tensor([-2.0, 2.5, 1, -1])
     assert 1 < _equal_error_score(read, unread) < 2.5  # one below, and one above
@@ -184,7 +227,7 @@ def test_equal_errors_are_those_of_both_sides():
 def test_a_memory_longer_than_the_fit_and_a_weak_reader_are_said(reader, texts):
     with pytest.warns(ReaderWarning, match="expected at most 72 tokens, as the reader was fitted to, got 73"):
         reader.scores(reader.model.memory(texts[:1, :73]), [[1, 2]])
-    weak = replace(reader, fitted=reader.fitted._replace(horizon=(AgeAccuracy(16, 0.6, 9),)))
+    weak = replace(reader, fitted=reader.fitted._replace(horizon=(AgeAccuracy(16, 0.6, 9), AgeAccuracy(32, 0.9, 9))))
     with pytest.warns(ReaderWarning, match=r"weak: of the last 16 tokens .* AUC of 0\.60"):
         weak.holds(reader.model.memory(texts[:1, :T]), [[1, 2]])
 
