@@ -84,10 +84,10 @@ def test_training_on_writes_by_eleven(model: HookedRecurrent) -> None:
     )
 
 
-def test_an_attribution_by_forty(embedded: HookedRecurrent) -> None:
+def test_an_attribution_by_forty_one(embedded: HookedRecurrent) -> None:
     assert_route(
         lambda: attribute("The report of the Secretary of the", embedded, [" Treasury"], against=" Navy", measure=3),
-        40,
+        41,
         "hookpoints/circuit/attribute.py",
         "hookpoints/circuit/tracing.py",
         "hookpoints/edits/session.py",
@@ -95,10 +95,10 @@ def test_an_attribution_by_forty(embedded: HookedRecurrent) -> None:
 
 
 @torch.no_grad()
-def test_a_sentence_is_replaced_by_twenty_two() -> None:
+def test_a_sentence_is_replaced_by_twenty_four() -> None:
     memory = HookedRecurrent.from_pretrained("facts").memory("Ben lives in Rome .")
     assert_route(
         lambda: memory.told("Ben lives in Oslo .", instead_of="Ben lives in Rome ."),
-        22,
+        24,
         "hookpoints/memory/memory.py",
     )

@@ -129,14 +129,14 @@ def forgot(
     phrase = before.tokens[:, start:stop]
     return Certificate(
         text=spelled(before.model, phrase[0].tolist()),
-        differences=_differences(after, never, parted),
-        copies=_copies(after.tokens, phrase),
+        differences=_part_differences(after, never, parted),
+        copies=_phrase_copies(after.tokens, phrase),
         candidates=_nearest_candidates(after, never, phrase[0], start, candidates),
         allowed=EQUAL.get(before.dtype, 1),
     )
 
 
-def _differences(memory: Memory, never: Memory, parted: Memory) -> list[Difference]:
+def _part_differences(memory: Memory, never: Memory, parted: Memory) -> list[Difference]:
     """How far each part of a memory is from the nearer of two that never read the span, in units of rounding: how far
     these two are apart."""
     tensors, at_once, in_parts = (tensors_of(each.cache) for each in (memory, never, parted))
@@ -158,7 +158,7 @@ def _relative_error(x: Tensor, y: Tensor) -> float:
     return float((by_head[0] / by_head[1].clamp_min(1e-30)).max()) if y.numel() else 0.0
 
 
-def _copies(tokens: Tensor, phrase: Tensor) -> list[tuple[int, int]]:
+def _phrase_copies(tokens: Tensor, phrase: Tensor) -> list[tuple[int, int]]:
     """Where some row of tokens [B,T] has those of its phrase [B,T'], but for `RETOLD` at the ends of longer ones."""
     length = max(phrase.shape[1] - RETOLD, min(phrase.shape[1], RETOLD))
     if length > tokens.shape[1]:

@@ -377,8 +377,8 @@ class Memory:
         replacements: dict[tuple[int, int], Tensor] = {}
         # A sentence that begins a text has no space before it, and is spelled by other tokens than inside a text.
         for lead in ("", " ") if isinstance(instead_of, str) else ("",):
-            for span in self._places_of(_led(lead, instead_of)):
-                replacements[span] = self._rows_of(_led(lead, new))
+            for span in self._places_of(_with_lead(lead, instead_of)):
+                replacements[span] = self._rows_of(_with_lead(lead, new))
         if not replacements:
             raise InputError(
                 f"instead_of: expected a sentence that was read, in the words that were read, got {instead_of!r}"
@@ -750,7 +750,7 @@ def _memory_of_first_token(model: Tokens, named: Mapping[str, Tensor], path: str
     return first
 
 
-def _led(lead: str, sentence: str | Sequence[int]) -> str | Sequence[int]:
+def _with_lead(lead: str, sentence: str | Sequence[int]) -> str | Sequence[int]:
     """A text with ``lead`` before its first word; token ids as they are."""
     return lead + sentence.strip() if isinstance(sentence, str) else sentence
 

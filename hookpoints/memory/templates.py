@@ -202,10 +202,11 @@ def fit_templates(model: Tokens, tokens: Tensor, lead: Sequence[int], longest: i
     first = sum(length < min(WEIGHED_FROM, lengths[-1]) for length in lengths)  # shorter phrases weigh no heads
     read, unread, _ = _head_cosines(plan, sides, stretches[(part >= 5) & (part < 8)])
     weights = _logistic_fit(read[first:].flatten(0, 1), unread[first:].flatten(0, 1))
-    biases = [-_equal_error_score(*both) for both in zip(read @ weights, unread @ weights)]
+    scores = zip(read @ weights, unread @ weights)
+    biases = [-_equal_error_score(of_read, of_unread) for of_read, of_unread in scores]
     read, unread, ages = _head_cosines(plan, sides, stretches[part >= 8])
-    tested = [(x[first:] @ weights).flatten() for x in (read, unread)]
-    horizon = _accuracy_by_age(*tested, ages.repeat(len(lengths) - first), context)
+    tested_read, tested_unread = ((x[first:] @ weights).flatten() for x in (read, unread))
+    horizon = _accuracy_by_age(tested_read, tested_unread, ages.repeat(len(lengths) - first), context)
     by_layer = weights.split([len(whitening.mean) for whitening in sides[0].values()])
     layers = {
         layer: LayerFit(torch.arange(len(own)), own, of_states, sides[1][layer])
