@@ -156,12 +156,12 @@ class Task:
 def _task_doubts(rows: pd.DataFrame, excess: pd.Series) -> Iterator[str]:
     """Why there may be no task, by what `Task.check` returns, and by how much larger the effect of each pair's own
     target is than that of others."""
-    above, effect, error = rows.loc["own", ["above", "effect", "error"]]
+    above, effect, error = rows.loc["own", ["above", "effect", "error"]].to_numpy(float)
     if not above > 0.5:
         yield f"the model prefers the target in {above:.0%} of the pairs"
     if not effect > 2 * error:
         yield f"the effect is {effect:.2g} with a standard error of {error:.2g}"
-    if len(excess) and not excess.mean() > 2 * excess.sem():
+    if len(excess) and not excess.mean() > 2 * cast(float, excess.sem()):
         shuffled = rows.effect.shuffled
         yield f"answers that are shuffled among pairs have as large an effect, {shuffled:.2g} against {effect:.2g}"
 

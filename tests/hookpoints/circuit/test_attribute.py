@@ -87,7 +87,7 @@ def test_a_direct_edge_is_what_the_last_stream_without_the_source_gives(hooked64
     assert writes.measured.notna().sum() == min(3 + 20, len(writes))
 
 
-def taken_by(tracer: Any, source: Node, port: Any) -> Tensor:
+def taken_by(tracer: Any, source: Node, port: Any) -> Any:
     """What a source takes off the side of a port."""
     paths = tracer._direct_paths([source], [port])
     assert paths.sources == [[source]]
