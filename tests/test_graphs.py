@@ -146,6 +146,8 @@ CALLS: dict[str, Callable[[World], Any]] = {
     "attach": attached,
     "as_bridge": lambda w: hookpoints.as_bridge(w.model),
     "write_attribution": lambda w: hookpoints.write_attribution(w.model, TOKENS[:1], metric),
+    "attribute": lambda w: hookpoints.attribute(TOKENS[:1], w.model, [3], measure=3, targets=1),
+    "attribute_task": lambda w: hookpoints.attribute_task([(TOKENS[:1], TOKENS[1:2], 3, 4)], w.model, measure=3),
     "collect": collected,
     "fit_metrics": lambda w: sae_lens_writesae.fit_metrics(w.model, TOKENS, [(LAYER, HEAD)]),
     "train": lambda w: sae_lens_writesae.train(configured(w)),
@@ -160,15 +162,13 @@ CALLS: dict[str, Callable[[World], Any]] = {
 """Public calls that run a model."""
 
 BACKWARD = {
-    *("write_attribution", "fit_metrics", "train", "MemoryReader"),
+    *("attribute", "attribute_task", "write_attribution", "fit_metrics", "train", "MemoryReader"),
     *("HookedRecurrent.recording", "HookedRecurrent.run_with_cache (cache)"),
     "HookedRecurrent.run_with_cache_with_saes (cache)",
 }
 """Those that run a backward pass themselves, or return logits beside what they keep. The others build no graph."""
 
 DIFFERENTIABLE: dict[str, Callable[[World], Any]] = {
-    "attribute": lambda w: hookpoints.attribute(TOKENS[:1], w.model, [3], measure=3, targets=1),
-    "attribute_task": lambda w: hookpoints.attribute_task([(TOKENS[:1], TOKENS[1:2], 3, 4)], w.model, measure=3),
     "HookedRecurrent.forward": lambda w: w.model(TOKENS),
     "HookedRecurrent.run_with_hooks": lambda w: w.model.run_with_hooks(TOKENS, fwd_hooks=[(HOOK, lambda x, hook: x)]),
     "HookedRecurrent.run_with_cache": lambda w: w.model.run_with_cache(TOKENS),

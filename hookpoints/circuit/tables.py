@@ -177,6 +177,6 @@ def edge_table(
 
 
 def largest(nodes: pd.DataFrame, n: int) -> pd.DataFrame:
-    """The n rows with the largest measured effect, without those that have none."""
+    """The n rows with the largest measured effect, without those that have none but that of rounding."""
     size = nodes.measured.abs()
-    return nodes.loc[size[size > 0].nlargest(n).index]
+    return nodes.loc[size[size > 1e-5 * size.max()].nlargest(n).index]
