@@ -9,7 +9,7 @@ from tiny_models import KeepFloat64, hooked_in_float64
 
 from hookpoints import HookedRecurrent, Memory, embedded, forgot
 from hookpoints.errors import InputError
-from hookpoints.memory.forgetting import Certificate, Difference, _differences, _state_distance
+from hookpoints.memory.forgetting import Certificate, Difference, _part_differences, _relative_error, _state_distance
 
 SPAN = (40, 48)
 TYPES = ("bailing_hybrid", "falcon_h1", "jamba", "mamba", "mamba2", "olmo_hybrid", "qwen3_5", "rwkv7", "zamba2")
@@ -82,9 +82,11 @@ def test_states_that_are_rounded_or_noisy_are_not_equal(phrases, model):
 def test_a_memory_equals_the_nearer_of_two_and_their_distance_is_the_unit(model, phrases):
     never, parted, other = (model.memory(text[None]) for text in phrases[:3])
     for memory in (never, parted):
-        assert all(each.units == 0 for each in _differences(memory, never, parted))
-    state = [each.units for each in _differences(other, never, parted) if each.part == "state"]
+        assert all(each.units == 0 for each in _part_differences(memory, never, parted))
+    state = [each.units for each in _part_differences(other, never, parted) if each.part == "state"]
     assert state == pytest.approx([1] * len(state), abs=0.7)
+    x, y = torch.tensor([[2e-6, 1.0], [1e-6, 1.0]])[:, None, :, None, None]
+    assert _relative_error(x, y) == pytest.approx(1)  # of the head where it is largest
 
 
 def test_one_head_of_one_row_that_differs_is_named(model, phrases):

@@ -135,9 +135,10 @@ def test_a_sentence_is_told_in_the_place_of_another(speaker, documents):
 def test_a_sentence_is_replaced_at_every_place_where_it_was_read(speaker):
     """Also the one that begins the text, whose first word is another token."""
     text = "{0} The past year was one of peace. {0} We have paid our debts. {0}"
+    model = HookedRecurrent.from_pretrained("embedded")
+    told = model.memory(text.format("The war is over.")).told("Our army is home.", instead_of=" The war is over.")
+    assert torch.equal(told.tokens, model.to_tokens(text.format("Our army is home.")))
     memory = speaker.memory(text.format("Ben lives in Rome."))
-    told = memory.told("Ben lives in Oslo.", instead_of=" Ben lives in Rome.")
-    assert torch.equal(told.tokens, speaker.to_tokens(text.format("Ben lives in Oslo.")))
     ids = speaker.to_tokens(" Ben lives in Rome.", prepend_bos=False)[0].tolist()
     assert int((memory.told([3], instead_of=ids).tokens == 3).sum()) == 3  # ids are taken as they are
     assert torch.equal(memory.told(" So be it.").tokens, speaker.memory(" So be it.", memory=memory).tokens)
@@ -185,6 +186,17 @@ def test_sentences_of_the_same_answer_are_left_out_together(speaker, documents):
         assert own[0].answer == own[1].answer == " " + fact.value
         flagged += all(each.flagged and each.overwrote for each in own)
     assert flagged >= 3
+
+
+def test_a_sentence_contradicts_the_first_that_tells_the_other_answer_of_the_same_thing(speaker):
+    """Not the same answer of another name."""
+    memory = speaker.memory(
+        "The crops were good. Clara lives in Paris. Our commerce has been extended to new markets. Clara lives in "
+        "Paris. Ben lives in Vienna. The past year was one of peace. The home of Clara is Vienna. We are at peace."
+    )
+    suspects = memory.suspects(" Where does Clara live?")
+    first = min(each.span for each in suspects if "Paris" in each.text)
+    assert suspects[0].contradicts == first and suspects[0].together == [suspects[0].span]
 
 
 def test_a_text_that_contradicts_nothing_is_rarely_flagged(speaker, documents):

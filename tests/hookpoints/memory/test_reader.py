@@ -267,6 +267,8 @@ def test_p_counts_the_decoys_that_score_as_high(reader, texts):
     (found,) = reader.holds(memory, [texts[0, 40:46].tolist()], decoys=decoys)
     scores = reader.scores(memory, [decoy[:6] for decoy in decoys])[0]
     assert found.p == (1 + int((scores >= found.score).sum())) / 17
+    (found,) = reader.holds(memory, [found.tokens], decoys=[[*found.tokens, *decoys[0]]])
+    assert found.p == 1  # a decoy's first tokens count
     assert str(reader.holds(memory, [" the war"])[0].p) == "nan"
 
 
