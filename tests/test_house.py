@@ -23,13 +23,13 @@ PACKAGES = ("hookpoints", "sae_lens_writesae", "writesae", "writesae_study")
 HOMES = {"writesae_study": ROOT / "study"}
 """Folder of a package that is not in the root."""
 CEILINGS = {
-    "hookpoints": 56_900,
-    "sae_lens_writesae": 19_400,
-    "writesae": 16_300,
-    "study/writesae_study": 31_800,
-    "tests": 92_000,
-    "study/tests": 23_500,
-    "tools + benchmarks + study/tools": 43_000,
+    "hookpoints": 54_800,
+    "sae_lens_writesae": 17_400,
+    "writesae": 16_200,
+    "study/writesae_study": 31_600,
+    "tests": 90_500,
+    "study/tests": 23_400,
+    "tools + benchmarks + study/tools": 41_700,
 }
 """Expression nodes of folders, 3% above what there was. A smoke alarm and no target: a commit that needs more says what
 a reader gains."""
