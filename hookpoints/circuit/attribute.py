@@ -24,7 +24,7 @@ from hookpoints.scopes import own_gradients
 if TYPE_CHECKING:
     from hookpoints.model.recurrent import HookedRecurrent
 
-_CHEAP = 2**17
+_CHEAP = 2**15
 """Nodes times tokens up to which all nodes are measured."""
 
 
@@ -56,7 +56,7 @@ def attribute(
         against: the token or tokens whose logit is taken off. None: the mean of all logits.
         measure: how many writes are deleted, one run each, and two fifths as many heads, MLPs and embeddings each;
             and 20 of the other writes, drawn at random. Half of them by predictions, the others by a bound of these.
-            None: all nodes while that is cheap, up to about 60 tokens in the models that ship, and 50 of longer texts.
+            None: all nodes while that is cheap, up to about 35 tokens in the models that ship, and 50 of longer texts.
         metric: a function of logits [1,T,vocab] instead of targets.
         corrupt: another text of as many tokens; nodes are replaced by those of the corrupt text instead of deleted.
             The best first thing to try, since predictions then hold best.
