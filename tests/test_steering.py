@@ -126,6 +126,16 @@ def test_an_inner_scope_acts_on_what_the_outer_one_left(model64: Any, ids: Tenso
     assert not torch.allclose(seen[0][0], model64.recurrence(ids, LAYER).write(HEAD)[0, :, 0])
 
 
+def test_of_a_scope_that_is_open_twice_the_inner_one_ends_first(model64: Any, ids: Tensor) -> None:
+    one, other = (steer(model64, LAYER, HEAD, toward=token) for token in (5, 6))
+    with one, other:
+        expected = model64(ids)
+    with one, other:
+        with one:
+            pass
+        torch.testing.assert_close(model64(ids), expected, atol=0, rtol=0)
+
+
 def test_suppressing_the_exact_write_is_deleting_it(model64: Any, ids: Tensor) -> None:
     """An atom that is the write at t, and fires there alone; factor 1 is bit-identical."""
     sae = one_atom_a_position(model64, ids)
