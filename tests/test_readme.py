@@ -51,8 +51,8 @@ def test_blocks_print_what_their_comments_say_and_change_what_the_model_does(tmp
     assert native - deleted > 0.1
     first = printed["# hookpoints and sae_lens_writesae"].splitlines()
     assert [line.split()[-1] for line in first[-3:-1]] == ["Vienna", "Paris"]
-    read, cut, never = numbers(first[-1])
-    assert read - cut > 2 > abs(cut - never)
+    assert "' The home of Clara is Vienna.' is gone: every layer equals" in first[-1]
+    assert "overwrote an earlier sentence: True" in first[-4]
 
 
 def test_every_linked_file_exists():

@@ -63,7 +63,7 @@ def remembered(model, tokens):
 
 
 def told(model, tokens):
-    memory = model.memory(tokens[:, :20]).told([3, 4], instead_of=[5])
+    memory = model.memory(tokens[:, :20]).told([3, 4], instead_of=slice(4, 6))
     return model.logits_after(memory, tokens[:, 20:24])
 
 
