@@ -27,7 +27,8 @@ EQUAL = {torch.float64: 10, torch.float32: 10}
 cuts of shipped models begin at 2.2 there. In float32 they begin at 26,000, and exact cuts that are read in other parts
 have 7 at most; those of `Memory.without` have 0."""
 RETOLD = 2
-"""Tokens that a copy of a span may lack at its ends: a word without a space before it is another token."""
+"""Tokens that a copy of a span may lack at its ends: a word without a space before it is another token. Spans of fewer
+than five tokens are copied whole: two of their tokens stand in many texts."""
 _PARTS = {"recurrent_states": "state", "conv_states": "convolution"}
 """What the parts of a cache are called here. A token shift is a convolution over two tokens."""
 
@@ -108,7 +109,9 @@ def forgot(
         candidates: spans that may have been cut. Each is read at the place of the cut and cut approximately, and
             compared with ``after``: what an attacker does who has a list. The span itself is one of them.
 
-    Cost: three passes over the other tokens; for each candidate, one pass over those after the span.
+    The stored factors of ``before`` are taken to be what its tokens wrote: a forged file of it can hide a difference.
+
+    Cost: two passes over the other tokens; for each candidate, one pass over those after the span.
 
     Raises:
         InputError: the memories belong to two models, have other rows, or ``after`` read other tokens; candidates of
@@ -125,8 +128,10 @@ def forgot(
     if candidates and len(before.tokens) != 1:
         raise InputError(f"candidates: expected memories of one row, got {len(before.tokens)}")
     never = read(before.model, rest) if rest.shape[1] else before.rewind(0)
-    parted = never if before.edited else before.without((start, stop))  # what was edited cannot be cut
     phrase = before.tokens[:, start:stop]
+    # The same tokens as an exact cut reads them, from a memory before the span that nothing later was in view of.
+    exact, resumed = (before, stop) if before.approximate is None else (never, start)
+    parted = exact._read_instead(start, resumed, phrase[:, :0])
     return Certificate(
         text=spelled(before.model, phrase[0].tolist()),
         differences=_part_differences(after, never, parted),
@@ -160,7 +165,7 @@ def _relative_error(x: Tensor, y: Tensor) -> float:
 
 def _phrase_copies(tokens: Tensor, phrase: Tensor) -> list[tuple[int, int]]:
     """Where some row of tokens [B,T] has those of its phrase [B,T'], but for `RETOLD` at the ends of longer ones."""
-    length = max(phrase.shape[1] - RETOLD, min(phrase.shape[1], RETOLD))
+    length = phrase.shape[1] - (RETOLD if phrase.shape[1] > 2 * RETOLD else 0)
     if length > tokens.shape[1]:
         return []
     windows = tokens.unfold(1, length, 1)  # [B,N,length]

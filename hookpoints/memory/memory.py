@@ -267,6 +267,7 @@ class Memory:
             raise InputError(f"memory: expected one row, got {self.tokens.shape[0]}")
         asked = question if isinstance(question, Tensor) else torch.tensor([token_list(self.model, question)])
         check_tokens(asked, self.model.cfg)
+        asked = asked.to(self.tokens.device)
         tokens = self.tokens[0].tolist()
         texts = [spelled(self.model, [token]) for token in tokens]
         spans = sentence_spans(texts)
@@ -277,7 +278,7 @@ class Memory:
         alike = sentences_alike([words_of(texts[start:stop]) for start, stop in spans], question_words)
         sentences = [tokens[start:stop] for start, stop in spans]
         # The answers without each sentence, and without those together that tell the answer that is given.
-        log_probs = list(self._next_log_probs(asked.to(self.tokens.device), [self, *self._without_each(spans)]))
+        log_probs = list(self._next_log_probs(asked, [self, *self._without_each(spans)]))
         answer = int(log_probs[0].argmax())
         same_answer = [tuple(n for n in about if answer in sentences[n]) for about in alike]
         together = {place: group for place, group in enumerate(same_answer) if place in group and len(group) > 1}

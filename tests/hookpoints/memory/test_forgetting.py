@@ -121,6 +121,21 @@ def test_a_copy_of_the_span_elsewhere_is_named(model, phrases):
     assert certificate.copies == [(60 - 8 + 1, 60 - 8 + 1 + 6)]  # without the first token, and the last
 
 
+def test_two_tokens_of_a_short_span_are_no_copy_of_it(model):
+    memory = model.memory(torch.tensor([[5, 9, 11, 12, 30, 9, 11, 31, 9, 11, 12, 40]]))
+    assert forgot(memory, memory.without((1, 4)), (1, 4)).copies == [(5, 8)]
+    assert not forgot(memory, memory.without((4, 6)), (4, 6)).copies
+
+
+def test_a_memory_that_was_cut_approximately_before_is_no_measure_of_rounding(model, phrases):
+    """Else what it still holds of one span would hide what another cut leaves of a second one."""
+    before = model.memory(phrases[:1]).without((10, 18), approximate=True)
+    assert not forgot(before, before.without(SPAN, approximate=True), SPAN).gone
+    assert not forgot(before, before.without(SPAN), SPAN).gone  # it holds what the first cut left
+    again = model.memory(before.tokens)
+    assert forgot(before, again.without(SPAN), SPAN).gone
+
+
 def test_nothing_that_is_no_number_is_gone():
     certificate = Certificate("a", [Difference(0, "state", float("nan"))], [], [], 10)
     assert not certificate.gone and certificate.missing == ["state of layers 0: nan times rounding"]
