@@ -61,7 +61,11 @@ def ours(model: Any, tokens: Tensor, texts: Tensor) -> Probes:
         cache: Any = hooked.run_with_cache(tokens, names_filter=lambda name: name.endswith("hook_pattern"))[1]
         return torch.stack([cache["pattern", 0], cache["pattern", LAYER]])
 
-    cut = lambda: hooked.memory(texts[:, :READ]).without((START, STOP), approximate=True)  # noqa: E731
+    def cut() -> Any:
+        """As the other tools cut: no token after the span is read again."""
+        memory = hooked.memory(texts[:, :READ])
+        return memory._composed_memory(START, texts[:, :0], memory.kept.span(STOP, READ), START - STOP)
+
     return {"fact": fact, "cut": lambda: hooked.logits_after(cut(), texts[:, READ:]), "patterns": patterns}
 
 
