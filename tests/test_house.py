@@ -42,16 +42,12 @@ OFFENDERS = {
 """How many places of each kind folders have. A ratchet: only ever fewer."""
 ONE_WORD = 0
 """Private helpers of one word (`_read`), which say what is done; a noun says what comes back. Only ever fewer."""
-TWO_MEANINGS = 1
-"""Names of public functions and classes that have two meanings in two modules. Only ever fewer."""
 STATEMENT = 30
 """Nodes of one statement; where it is a display or a call with keywords, of its largest entry."""
 JOINED = 12
 """Nodes on the right side of `a, b = x, y`, where it is no swap: longer ones are several statements."""
 FUNCTION = 350
 """Nodes of one function with those inside of it."""
-MAX_DEPTH = 8
-"""Longest chain of imports inside one package: a reader follows no more."""
 
 
 def modules() -> dict[str, Path]:
@@ -68,19 +64,15 @@ MODULES = modules()
 
 
 @cache
-def imports(name: str, typing: bool = False) -> frozenset[str]:
-    """Modules of this project that a module imports, inside functions too; those for type checkers only if asked."""
-    tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
-    typing_only = {
-        id(child)
-        for node in ast.walk(tree)
-        if not typing and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-        for child in ast.walk(node)
-    }
+def tree(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+@cache
+def imports(name: str) -> frozenset[str]:
+    """Modules of this project that a module imports: inside functions and for type checkers too."""
     targets: set[str] = set()
-    for node in ast.walk(tree):
-        if id(node) in typing_only:
-            continue
+    for node in ast.walk(tree(MODULES[name])):
         if isinstance(node, ast.Import):
             targets |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -92,36 +84,11 @@ def imports(name: str, typing: bool = False) -> frozenset[str]:
     return frozenset(targets & MODULES.keys() - {name})
 
 
-def longest_chain(name: str, above: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """The longest chain of imports from a module downwards, inside its package; a circle raises."""
-    if name in above:
-        raise AssertionError(f"import circle: {' > '.join((*above[above.index(name) :], name))}")
-    return _chain(name, above)
-
-
-_KNOWN: dict[str, tuple[str, ...]] = {}
-
-
-def _chain(name: str, above: tuple[str, ...]) -> tuple[str, ...]:
-    if name not in _KNOWN:
-        package = name.split(".")[0]
-        below = [each for each in imports(name) if each.split(".")[0] == package and each != package]
-        chains = [longest_chain(each, (*above, name)) for each in below]
-        _KNOWN[name] = (name, *max(chains, key=len, default=()))
-    return _KNOWN[name]
-
-
 @pytest.mark.parametrize("package", PACKAGES)
-def test_imports_are_shallow_and_without_circles(package: str):
-    chains = [longest_chain(name) for name in MODULES if name.split(".")[0] == package]
-    deepest = max(chains, key=len)
-    assert len(deepest) <= MAX_DEPTH, " > ".join(deepest)
-
-
-@pytest.mark.parametrize("package", PACKAGES)
-def test_imports_have_no_circle_for_type_checkers_either(package: str):
-    graph = {name: [each for each in imports(name, True) if each != package] for name in MODULES}
-    list(TopologicalSorter({name: graph[name] for name in MODULES if name.split(".")[0] == package}).static_order())
+def test_imports_have_no_circle(package: str):
+    """The package itself, whose names are imported when they are asked for, is apart."""
+    graph = {name: imports(name) - {package} for name in MODULES if name.split(".")[0] == package}
+    list(TopologicalSorter(graph).static_order())
 
 
 OPERATORS = (ast.expr_context, ast.operator, ast.cmpop, ast.unaryop, ast.boolop)
@@ -193,7 +160,7 @@ def size(tree: ast.AST) -> int:
 
 def trees(*folders: str) -> dict[Path, ast.Module]:
     files = [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
-    return {file: ast.parse(file.read_text(encoding="utf-8")) for file in files}
+    return {file: tree(file) for file in files}
 
 
 @pytest.mark.parametrize(("folders", "most"), CEILINGS.items())
@@ -216,28 +183,10 @@ def test_fewer_private_helpers_are_one_word():
     found = [
         f"{name}.{node.name}"
         for name, file in MODULES.items()
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        for node in ast.walk(tree(file))
         if isinstance(node, ast.FunctionDef) and re.fullmatch("_[a-z]+", node.name)
     ]
     assert len(found) <= ONE_WORD, found
-
-
-def meaning(node: ast.FunctionDef | ast.ClassDef, module: str) -> tuple[str, ...]:
-    """Equal for alternatives: functions that get the same thing and return the same kind of thing."""
-    if isinstance(node, ast.ClassDef):
-        return (module,)
-    annotations = [*(argument.annotation for argument in node.args.args[:1]), node.returns]
-    return tuple(ast.unparse(each) for each in annotations if each is not None)
-
-
-def test_fewer_public_names_have_two_meanings():
-    homes: dict[str, dict[str, tuple[str, ...]]] = {}
-    for module, file in MODULES.items():
-        for node in ast.parse(file.read_text(encoding="utf-8")).body:
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
-                homes.setdefault(node.name, {})[module] = meaning(node, module)  # of overloads the last counts
-    several = {name: meanings for name, meanings in homes.items() if len({*meanings.values()}) > 1}
-    assert len(several) <= TWO_MEANINGS, several
 
 
 def test_a_question_is_one_short_file():
@@ -254,7 +203,7 @@ def test_a_package_knows_only_those_below_it():
 def test_hookpoints_knows_nothing_of_saelens():
     for name in MODULES:
         if name.startswith("hookpoints"):
-            assert "sae_lens" not in ast.dump(ast.parse(MODULES[name].read_text(encoding="utf-8"))), name
+            assert "sae_lens" not in ast.dump(tree(MODULES[name])), name
 
 
 OF_COMMANDS = {"scipy", "matplotlib", "markdown_it", "tyro"}
@@ -278,7 +227,7 @@ def test_tests_of_the_product_import_no_study():
 def outside(file: Path) -> list[str]:
     """Top-level packages that a file imports."""
     found: list[str] = []
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree(file)):
         if isinstance(node, ast.Import):
             found += [alias.name.split(".")[0] for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -366,7 +315,7 @@ def test_one_place_names_the_address_of_the_repository():
 def test_few_untyped_places():
     total = sum(file.read_text(encoding="utf-8").split().count("Any") for file in MODULES.values())
     mentions = sum(
-        sum(isinstance(node, ast.Name) and node.id == "Any" for node in ast.walk(ast.parse(file.read_text("utf-8"))))
+        sum(isinstance(node, ast.Name) and node.id == "Any" for node in ast.walk(tree(file)))
         for file in MODULES.values()
     )
     assert max(total, mentions) < 150, f"{mentions} annotations say Any"
