@@ -1,5 +1,5 @@
-"""A run that is killed goes on to the weights of one that was not: on factors, on states in chunks, and in SAELens'
-trainer on writes and on rows that are mixed."""
+"""A run that is killed goes on to the weights of one that was not: on factors, and in SAELens' trainer on writes and on
+rows that are mixed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from hookpoints import HookedRecurrent
 from hookpoints.errors import DamageWarning
 from hookpoints.files import CHECKSUMS
 from sae_lens_writesae import collect, train
-from sae_lens_writesae.sae import fast
 from sae_lens_writesae.sae import rows as rows_
 from sae_lens_writesae.sae.metric import Metric
 
@@ -71,7 +70,6 @@ RUNS: dict[str, Callable[[list[Any]], Run]] = {
     "factors": side_by_side,
     "writes": on_writes,
     "states": on_states,
-    "chunks": on_states,
 }
 
 
@@ -94,9 +92,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
 
 
 @pytest.fixture(params=RUNS)
-def run(request: pytest.FixtureRequest, collections: list[Any], monkeypatch: pytest.MonkeyPatch) -> Run:
-    if request.param == "chunks":
-        monkeypatch.setattr(fast, "STATES_FROM", 1)
+def run(request: pytest.FixtureRequest, collections: list[Any]) -> Run:
     return RUNS[request.param](collections)
 
 
