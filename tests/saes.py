@@ -208,3 +208,9 @@ def exact_sae(hook: str = HOOK, model_name: str = "", k: int = K, v: int = V, **
     basis = torch.cat([torch.eye(d_in), -torch.eye(d_in)])
     sae.decoder_matrix.data, sae.encoder_matrix.data = basis, basis.T.contiguous()
     return sae
+
+
+def positive(size: int, seed: int = 0) -> Tensor:
+    """A symmetric matrix with eigenvalues over two orders of magnitude."""
+    vectors = torch.linalg.qr(normal(size, size, seed=seed)).Q
+    return vectors @ torch.logspace(-1, 1, size, dtype=torch.float64).diag() @ vectors.mT
