@@ -15,13 +15,14 @@ import pytest
 import torch
 from saes import Steps
 from sealing import damaged, reseal
-from test_fast import K, V, config, writes
+from test_fast import F, K, V, config, writes
 from test_training_loss import config as of_collection
 
 from hookpoints import HookedRecurrent
 from hookpoints.errors import DamageWarning
 from hookpoints.files import CHECKSUMS
 from sae_lens_writesae import collect, train
+from sae_lens_writesae.sae import TRAINING
 from sae_lens_writesae.sae import rows as rows_
 from sae_lens_writesae.sae.metric import Metric
 
@@ -46,8 +47,16 @@ def side_by_side(collections: list[Any]) -> Run:
     return Run([config(seed, N_STEPS) for seed in (0, 1)], rows, rows[::-1])
 
 
-def on_writes(collections: list[Any]) -> Run:
-    return Run([config(0, N_STEPS, "writesae_standard")], [writes(0)], [writes(1)])
+def on_writes(collections: list[Any], name: str = "writesae_standard") -> Run:
+    of_name = {
+        "writesae_batchtopk": {"k": 2},
+        "writesae_matryoshka": {"k": 2, "matryoshka_widths": [8, F]},
+        "writesae_jumprelu": {"dtype": "float32"},  # SAELens' gradients of thresholds are
+        "writesae_matching_pursuit": {"unit_norm_every": 0},
+    }
+    cfg = config(0, N_STEPS, name, loss="write", **of_name.get(name, {}))  # a loss with which all of them train on rows
+    dtype = getattr(torch, cfg.sae.dtype)
+    return Run([cfg], [writes(0, dtype)], [writes(1, dtype)])
 
 
 def on_states(collections: list[Any]) -> Run:
@@ -102,15 +111,24 @@ def kill(run: Run, steps: Steps, at: int, checkpoint: Path) -> None:
         run.weights(checkpoint)
 
 
-@pytest.mark.parametrize("at", [2, 7, 11])
-def test_a_killed_run_ends_with_the_same_weights(run: Run, steps: Steps, at: int, tmp_path: Path) -> None:
+def resumes(run: Run, steps: Steps, at: int, checkpoint: Path) -> None:
     for cfg in run.configs:
         cfg.lr_scheduler_name = "cosineannealing"
     whole = run.weights()
-    kill(run, steps, at, tmp_path / "run")
-    resumed = run.weights(tmp_path / "run")
-    assert steps.taken == N_STEPS and not list(tmp_path.iterdir())
+    kill(run, steps, at, checkpoint)
+    resumed = run.weights(checkpoint)
+    assert steps.taken == N_STEPS and not checkpoint.exists()
     torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("at", [2, 7, 11])
+def test_a_killed_run_ends_with_the_same_weights(run: Run, steps: Steps, at: int, tmp_path: Path) -> None:
+    resumes(run, steps, at, tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_every_architecture_resumes(name: str, steps: Steps, tmp_path: Path) -> None:
+    resumes(on_writes([], name), steps, 7, tmp_path / "run")
 
 
 def test_a_checkpoint_of_other_settings_or_rows_is_refused(run: Run, steps: Steps, tmp_path: Path) -> None:
@@ -138,7 +156,7 @@ def test_a_checkpoint_that_is_damaged_is_set_aside(run: Run, steps: Steps, tmp_p
     kept = {file.name: file.read_bytes() for file in folder.iterdir()}
     assert kept.keys() >= {"state.pt", "made_with.json", CHECKSUMS}
     draw = random.Random(0)
-    damages = [(name, damaged(data, draw)) for name, data in [*kept.items(), *kept.items()]]
+    damages = [(name, damaged(data, draw)) for name, data in kept.items()]
     for name, data in [*damages, ("state.pt", b"")]:
         folder.mkdir(exist_ok=True)
         for each, content in (kept | {name: data}).items():
