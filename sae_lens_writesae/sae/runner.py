@@ -37,7 +37,6 @@ from sae_lens_writesae.files import is_address
 from sae_lens_writesae.sae.architectures import training_config_class
 from sae_lens_writesae.sae.factors import INDEX, Collection
 from sae_lens_writesae.sae.fast import Stack, shape_of, writes_at_hand
-from sae_lens_writesae.sae.losses import read_queries
 from sae_lens_writesae.sae.metric import Metric
 from sae_lens_writesae.sae.rows import COLUMN_SCALE, MixedRows, ShuffledWrites, seeded, train_on_rows
 from sae_lens_writesae.sae.target import (
@@ -50,7 +49,7 @@ from sae_lens_writesae.sae.target import (
     check_sizes,
     head_target,
 )
-from sae_lens_writesae.sae.training import MatrixTrainingSAE
+from sae_lens_writesae.sae.training import MatrixTrainingSAE, read_queries
 
 T = TypeVar("T")
 
@@ -152,7 +151,7 @@ def training_config(
         metric: `gauss_newton` trains in the metric of the model's own KL divergence instead of squared errors (writes
             only; see `sae.metric`). It needs a collection, and `train` with the metric.
         loss: `reads` or `write` mix in what queries read, or atoms along the write, with the share `loss_weight` (see
-            `sae.losses`). These two need a collection, because SAELens' own runner lacks what they compare with.
+            `sae.training`). These two need a collection, because SAELens' own runner lacks what they compare with.
         sae: further fields of the SAE's config, such as `{"k": 32, "encoder": "tied"}`.
         runner: further fields of `LanguageModelSAERunnerConfig`, such as `training_tokens`. By default `device` is that
             of the model, and with a collection `hookpoints.default_device()`.

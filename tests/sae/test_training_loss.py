@@ -10,10 +10,10 @@ from datasets import Dataset
 from sae_lens.training.mixing_buffer import mixing_buffer
 
 from sae_lens_writesae import collect, train, training_config
-from sae_lens_writesae.sae.losses import read_loss, read_queries, write_loss
 from sae_lens_writesae.sae.metric import Metric
 from sae_lens_writesae.sae.rows import COLUMN_SCALE, MixedRows
 from sae_lens_writesae.sae.runner import head_rows
+from sae_lens_writesae.sae.training import read_loss, read_queries, write_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
