@@ -174,9 +174,9 @@ def collect(
         index: CollectionIndex = read_json(folder / INDEX) if (folder / INDEX).exists() else {}
         if not tokens.exists() or file_hash(tokens) != index.get("text"):
             tokens = aside / _TOKENS
-            wanted = None if n_tokens is None else n_tokens // context_size
-            least = 1 if or_fewer else wanted or 1
-            n = write_tokens(chain(first, rows), tokens, least, wanted, progress)
+            most = None if n_tokens is None else n_tokens // context_size
+            least = 1 if or_fewer else most or 1
+            n = write_tokens(chain(first, rows), tokens, least, most, progress)
             asked |= {"text": file_hash(tokens), "shape": [n, context_size]}
         check_same(folder, index or asked, asked)
         ids = mapped_tokens(tokens, context_size)

@@ -167,7 +167,7 @@ class Stack:
             OSError, ValueError: what `Checkpoint` raises, or numbers that are not finite.
         """
         kept = Checkpoint(checkpoint, self.configs, self.inputs)
-        if folder := kept.found():
+        if folder := kept.unfinished():
             self._set_run_state(saved_state(folder))
         n_rows = self.trainer.train_batch_size_samples
         steps = self.trainer.total_training_steps

@@ -470,9 +470,9 @@ def calibrate_threshold(sae: MatrixSAE, x: Tensor, l0: float | None = None) -> f
     pre = sae.process_sae_in(x) @ sae.W_enc + sae.b_enc
     if getattr(sae.cfg, "rescale_acts_by_decoder_norm", True):
         pre = pre * sae.decoder_norm()
-    wanted = round(l0 * len(x))
-    top = pre.float().flatten().topk(wanted + 1).values  # the threshold goes between the last one in and the next
-    between = float(top[-2:].mean()) if wanted else 2 * float(top[0])
+    n_active = round(l0 * len(x))
+    top = pre.float().flatten().topk(n_active + 1).values  # the threshold goes between the last one in and the next
+    between = float(top[-2:].mean()) if n_active else 2 * float(top[0])
     threshold = max(between, 0.0)
     if "threshold" in sae._parameters:
         sae.get_parameter("threshold").data.copy_(threshold / sae.get_W_dec_norm())

@@ -91,10 +91,10 @@ def test_low_precision_training_steps(name: str, setting: str) -> None:
     sae = build(name, dtype=dtype, resample_every=1, unit_norm_every=int(name != "writesae_matching_pursuit"))
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-2)
     for step in range(3):
-        given = step_input(sae, step)
-        given.sae_in, given.n_training_steps = given.sae_in.float(), step
+        batch = step_input(sae, step)
+        batch.sae_in, batch.n_training_steps = batch.sae_in.float(), step
         with torch.autocast("cpu", torch.bfloat16, enabled=setting == "autocast"):
-            loss = sae.training_forward_pass(given).loss
+            loss = sae.training_forward_pass(batch).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -107,10 +107,10 @@ def test_low_precision_training_steps(name: str, setting: str) -> None:
 def test_compiled_training_step_is_the_same(name: str) -> None:
     plain, compiled = build(name), build(name)
     torch._dynamo.reset()
-    wanted = plain.training_forward_pass(step_input(plain)).loss
+    expected = plain.training_forward_pass(step_input(plain)).loss
     got = torch.compile(compiled.training_forward_pass, backend="aot_eager")(step_input(compiled)).loss
-    torch.testing.assert_close(got, wanted)
-    for each in (wanted, got):
+    torch.testing.assert_close(got, expected)
+    for each in (expected, got):
         each.backward()
     for p, q in zip(plain.parameters(), compiled.parameters()):
         torch.testing.assert_close(p.grad, q.grad)

@@ -68,13 +68,13 @@ WRITES_TO_WEIGHTS = re.compile(r"(?<!scaled_)W_(enc|dec)(\.data|\s*=[^=])|state_
 
 @pytest.mark.parametrize("sae_class", [pair[0] for pair in [*S.INFERENCE.values(), *S.TRAINING.values()]])
 def test_no_method_of_saelens_that_writes_to_weights_is_left(sae_class: type) -> None:
-    found = 0
+    n_writers = 0
     for position, base in enumerate(sae_class.__mro__):
         if not base.__module__.startswith("sae_lens."):
             continue
         for name, method in vars(base).items():
             if inspect.isfunction(method) and WRITES_TO_WEIGHTS.search(inspect.getsource(method)):
-                found += 1
+                n_writers += 1
                 ours = [c for c in sae_class.__mro__[:position] if c.__module__.startswith("sae_lens_writesae")]
                 shadows = [vars(c)[name] for c in ours if name in vars(c)]
                 if (base.__name__, name) == ("TrainingSAE", "initialize_weights"):
@@ -83,7 +83,7 @@ def test_no_method_of_saelens_that_writes_to_weights_is_left(sae_class: type) ->
                 # The last of ours before it must not pass the call on, unless it takes the result back.
                 passed = f"super().{name}" in inspect.getsource(shadows[-1])
                 assert passed == (name == "process_state_dict_for_saving_inference")
-    assert found >= 4, "SAELens has changed: look for how it writes to its weights now"
+    assert n_writers >= 4, "SAELens has changed: look for how it writes to its weights now"
 
 
 # ---------------------------------------------------------------------------------------- errors
@@ -123,6 +123,6 @@ def test_configs_refuse_what_matrix_atoms_cannot_be(fields: dict, message: str) 
 
 
 def test_one_width_of_a_matrix_is_enough() -> None:
-    for given in ({"d_k": K}, {"d_v": V}, {"d_k": K, "d_v": V}):
-        cfg = S.WriteTopKTrainingSAEConfig(d_in=D_IN, d_sae=F, k=4, **given)
+    for sides in ({"d_k": K}, {"d_v": V}, {"d_k": K, "d_v": V}):
+        cfg = S.WriteTopKTrainingSAEConfig(d_in=D_IN, d_sae=F, k=4, **sides)
         assert (cfg.d_k, cfg.d_v) == (K, V)

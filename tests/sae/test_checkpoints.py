@@ -86,12 +86,12 @@ RUNS: dict[str, Callable[[list[Any]], Run]] = {
 def collections(hf: Any, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     ids = torch.randint(1, 64, (40, 32), generator=torch.Generator().manual_seed(0))
     model = HookedRecurrent.from_hf(hf)
-    found = [
+    collections_of_texts = [
         collect(model, text, [1], [2], tmp_path_factory.mktemp("collection"), targets=("write", "state"))
         for text in (ids, ids.flip(0))
     ]
     model.attachment.detach()
-    return found
+    return collections_of_texts
 
 
 @pytest.fixture
@@ -114,11 +114,11 @@ def kill(run: Run, steps: Steps, at: int, checkpoint: Path) -> None:
 def resumes(run: Run, steps: Steps, at: int, checkpoint: Path) -> None:
     for cfg in run.configs:
         cfg.lr_scheduler_name = "cosineannealing"
-    whole = run.weights()
+    never_killed = run.weights()
     kill(run, steps, at, checkpoint)
     resumed = run.weights(checkpoint)
     assert steps.taken == N_STEPS and not checkpoint.exists()
-    torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
+    torch.testing.assert_close(resumed, never_killed, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("at", [2, 7, 11])
@@ -149,9 +149,10 @@ def test_a_checkpoint_belongs_to_its_metric(name: str, steps: Steps, tmp_path: P
             train(cfg, writes(), metric=metric, checkpoint=tmp_path / "run")
 
 
-def test_a_checkpoint_that_is_damaged_is_set_aside(run: Run, steps: Steps, tmp_path: Path) -> None:
+def test_a_checkpoint_that_is_damaged_is_set_aside(steps: Steps, tmp_path: Path) -> None:
     """A bit of each file is flipped, or its end cut off; one file is empty. The run then begins anew."""
-    whole, folder = run.weights(), tmp_path / "run"
+    run = side_by_side([])
+    never_killed, folder = run.weights(), tmp_path / "run"
     kill(run, steps, 11, folder)
     kept = {file.name: file.read_bytes() for file in folder.iterdir()}
     assert kept.keys() >= {"state.pt", "made_with.json", CHECKSUMS}
@@ -163,7 +164,7 @@ def test_a_checkpoint_that_is_damaged_is_set_aside(run: Run, steps: Steps, tmp_p
             (folder / each).write_bytes(content)
         with pytest.warns(DamageWarning, match=r"run is damaged.* it is run\.damaged now"):
             resumed = run.weights(folder)
-        torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
+        torch.testing.assert_close(resumed, never_killed, rtol=0, atol=0)
         assert (tmp_path / "run.damaged" / name).read_bytes() == data and not folder.exists()
         shutil.rmtree(tmp_path / "run.damaged")
 

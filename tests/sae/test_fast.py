@@ -46,8 +46,8 @@ def config(seed: int = 0, steps: int = 6, name: str = "writesae_topk", **changes
 
 def state(sae: nn.Module) -> dict[str, Tensor]:
     """Weights and BatchTopK's threshold, without the atoms of the start: where rows are resampled they are of fp32."""
-    found = sae.state_dict()
-    return {name: found[name] for name in (*dict(sae.named_parameters()), "topk_threshold") if name in found}
+    tensors = sae.state_dict()
+    return {name: tensors[name] for name in (*dict(sae.named_parameters()), "topk_threshold") if name in tensors}
 
 
 @st.composite
@@ -122,8 +122,8 @@ def test_rows_stay_where_they_are_if_a_device_does_not_tell_its_memory() -> None
 @pytest.mark.parametrize("F, k", [(512, 3), (1024, 16), (96, 5), (40, 1)])
 def test_atoms_on_top_are_exact(F: int, k: int, ordered: bool) -> None:
     scores = torch.randn(2, 7, F, generator=torch.Generator().manual_seed(0))
-    found, wanted = fused.top_atoms(scores, k, ordered=ordered), scores.topk(k).indices
-    assert torch.equal(*((found, wanted) if ordered else (found.sort().values, wanted.sort().values)))
+    atoms, expected = fused.top_atoms(scores, k, ordered=ordered), scores.topk(k).indices
+    assert torch.equal(*((atoms, expected) if ordered else (atoms.sort().values, expected.sort().values)))
 
 
 @pytest.mark.parametrize("terms, rank", [(1, 1), (1, 2), (2, 1)])
@@ -253,7 +253,7 @@ def test_swapped_sides_are_refused(name: str, dense: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("configs", "data", "said"),
+    ("configs", "data", "message"),
     [
         (
             [config(0), config(name="writesae_jumprelu")],
@@ -265,6 +265,6 @@ def test_swapped_sides_are_refused(name: str, dense: bool) -> None:
     ],
     ids=["shapes", "lengths", "NaN"],
 )
-def test_what_does_not_fit_is_refused(configs: list[Any], data: list[Any], said: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_what_does_not_fit_is_refused(configs: list[Any], data: list[Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
         train(configs, data, checkpoint=tmp_path / "run")

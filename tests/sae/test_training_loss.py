@@ -67,12 +67,12 @@ def test_columns_are_the_models_own_queries_and_writes(model: Any, tokens: Any, 
     name = f"blocks.{LAYER}.mixer.heads.{HEAD}.hook_{target}_vec"
     names = [name, f"blocks.{LAYER}.mixer.hook_q", name.replace("state", "write")]
     _, cache = model.run_with_cache(tokens[:, :32], names_filter=names)
-    found = head_rows(model.recurrence(tokens[:, :32], LAYER).select(heads=HEAD), target, loss, slice(-3, None))
-    wanted = cache[names[1]][:, :, HEAD] if loss == "reads" else cache[names[2]]
-    expected = torch.cat([cache[name], COLUMN_SCALE * wanted], -1)[:, -3:]
-    size = torch.ones(found.shape[-1])
+    rows = head_rows(model.recurrence(tokens[:, :32], LAYER).select(heads=HEAD), target, loss, slice(-3, None))
+    columns = cache[names[1]][:, :, HEAD] if loss == "reads" else cache[names[2]]
+    expected = torch.cat([cache[name], COLUMN_SCALE * columns], -1)[:, -3:]
+    size = torch.ones(rows.shape[-1])
     size[: K * V] = COLUMN_SCALE
-    torch.testing.assert_close(found * size, expected * size, atol=1e-11, rtol=1e-5)
+    torch.testing.assert_close(rows * size, expected * size, atol=1e-11, rtol=1e-5)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.5, 1.0])
