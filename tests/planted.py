@@ -53,7 +53,7 @@ def untrained(name: str = "writesae_topk", **fields: Any) -> Any:
     return untrained_sae(name, **sizes | PENALTIES.get(name, {}) | fields)
 
 
-def trained(name: str, data: Iterator[Tensor], steps: int = 300, lr: float = 5e-3, **fields: Any) -> Any:
+def trained(name: str, data: Iterator[Tensor], steps: int = 200, lr: float = 5e-3, **fields: Any) -> Any:
     """The same, trained by SAELens' trainer."""
     cfg = SAETrainerConfig(
         total_training_samples=BATCH * steps,

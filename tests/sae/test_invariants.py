@@ -47,6 +47,8 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "writesae_standard": [{}, {"lp_norm": 0.5}],
 }
 generated = settings(max_examples=12, deadline=None, derandomize=True)
+few = settings(generated, max_examples=5)
+"""Of what writes files."""
 each_architecture = pytest.mark.parametrize("name", S.TRAINING)
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -172,7 +174,7 @@ def test_norms_and_atoms_are_those_of_the_matrices(name: str, data: st.DataObjec
 
 
 @each_architecture
-@generated
+@few
 @given(st.data())
 @torch.no_grad()
 def test_what_is_saved_loads_with_the_same_function(name: str, data: st.DataObject) -> None:
