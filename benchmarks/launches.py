@@ -24,7 +24,6 @@ sys.path += [str(ROOT), str(ROOT / "tests"), str(ROOT / "tools")]
 import device
 import frame
 import real_size
-import state_step
 import torch
 import transformers
 from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
@@ -160,15 +159,6 @@ def of_steps(seen: Any, sizes: dict[str, tuple[int, int, dict[str, Any]]]) -> di
     return costs
 
 
-def of_states(seen: Any, warm: int = 20, counted: int = 8) -> Counts:
-    """A step on states, whose factors are on the host and cross the bus."""
-    step = state_step.steps(64, 64, 1024, 16, 128, False, device="npu")["chunks"]
-    for _ in range(warm):
-        step()
-    counts = seen.of(lambda: [step() for _ in range(counted)])
-    return {kind: count / counted for kind, count in counts.items()}
-
-
 def saelens(steps: int, n_atoms: int, batch: int, d_in: int) -> None:
     """SAELens' own TopK, trained by its own trainer on rows of the device."""
     from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
@@ -250,7 +240,6 @@ def measure(length: int = 128, wide: bool = True) -> dict[str, Any]:
         sizes["SAE step, F 4096, N 4096, k 32"] = (4096, 4096, {})
     with device.pretended() as seen:
         costs: dict[str, Any] = of_passes(seen, length) | of_steps(seen, sizes)
-        costs["step on states of 64 x 64, F 1024, N 128, k 16"] = of_states(seen)
         if wide:
             costs[SUBSTITUTION] = of_substitution(seen)
             costs[DEEP] = of_substitution(seen, deep=True)

@@ -335,9 +335,8 @@ def trained() -> dict[str, int]:
     those of these that have as few parameters on matrices as a WriteSAE has."""
     config = ReproduceConfig()
     names = [DictionaryName.parse(name) for each in config.dictionaries().values() for name in each]
-    of_factors = [name for name in names if name.loss == "mse" and _has_factors(name)]
-    on_factors = [name for name in of_factors if name.target == "write"]  # those of states train in chunks
-    on_matrices = [name for name in names if name not in of_factors]
+    on_factors = [name for name in names if (name.target, name.loss) == ("write", "mse") and _has_factors(name)]
+    on_matrices = [name for name in names if name not in on_factors]
     few = [name for name in on_matrices if name.variant == MATCHED]
     return {
         "all": len(names),
@@ -355,7 +354,7 @@ def _has_factors(name: DictionaryName) -> bool:
 
 def paper(stages: dict[str, Row], options: dict[str, Any], rate: Row) -> dict[str, Row]:
     """Hours of the paper's table for one head and for all, on this machine by its own rates, and on an H100 by
-    counts; and bytes on disk. What training on matrices takes is counted, and a state's dictionary is left out."""
+    counts; and bytes on disk. What training on matrices takes is counted."""
     count = counts(options, 16)
     count[ON_FACTORS] = count.pop("train")
     count[ON_MATRICES] = {"operations": 10 * options["F"] * K * V, "bytes": 0}
@@ -491,7 +490,7 @@ machine reached: matrix products {bf16:.0f} GFLOP/s in bf16 and {fp32:.0f} in fl
 
 `writesae reproduce` trains {trained_all} dictionaries a head, `writesae_batchtopk`, on {paper_tokens:,} tokens each.
 {trained_on_factors} of them train on factors of writes, each counted as one of rank 1, and {trained_on_matrices} on
-matrices, {trained_few} of which are small and left out. So is the one of states, which trains in chunks. The
+matrices, {trained_few} of which are small and left out. The
 substitution test is counted for {paper_tested} dictionaries and {paper_firings:,} firings of each.
 
 Hours on one core follow from the rates above, with what a stage does once. Training on matrices was not run at this

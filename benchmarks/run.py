@@ -31,7 +31,7 @@ from tables import table  # noqa: E402
 from hookpoints.files import atomic_text  # noqa: E402
 
 NAMES = (
-    *("launches", "scan", "hooks", "recurrence", "substitution", "sae_step", "state_step", "real_size", "busy"),
+    *("launches", "scan", "hooks", "recurrence", "substitution", "sae_step", "real_size", "busy"),
     *("circuits", "task_circuits", "natural_memory", "read_back", "forgetting", "facts_in_speech"),
 )
 """The benchmarks, as the page has them."""

@@ -1,4 +1,4 @@
-"""Dictionaries of one head of a tiny model: with given atoms, random ones, writes as atoms, exact ones."""
+"""Dictionaries of one head of a tiny model: with chosen atoms, random ones, writes as atoms, exact ones."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def sae_of(
     sizes = {"d_in": d_k * d_v, "d_k": d_k, "d_sae": len(atoms), "k": k}
     sae = WriteTopKSAE(WriteTopKSAEConfig(**sizes | kinds | cfg, metadata=meta))  # pyright: ignore[reportArgumentType]
     sae = sae.to(atoms.keys.dtype)
-    given = {"v": atoms.keys, "w": atoms.values, "v_enc": atoms.keys, "w_enc": atoms.values}
+    factors = {"v": atoms.keys, "w": atoms.values, "v_enc": atoms.keys, "w_enc": atoms.values}
     if flat:
-        given = {"decoder_matrix": atoms.dense().flatten(1), "encoder_matrix": atoms.dense().flatten(1).T}
-    for name in given.keys() & dict(sae.named_parameters()).keys():  # a tied encoder has no factors of its own
-        getattr(sae, name).copy_(given[name])
+        factors = {"decoder_matrix": atoms.dense().flatten(1), "encoder_matrix": atoms.dense().flatten(1).T}
+    for name in factors.keys() & dict(sae.named_parameters()).keys():  # a tied encoder has no factors of its own
+        getattr(sae, name).copy_(factors[name])
     return sae
 
 
@@ -81,8 +81,8 @@ def random_sae(model: Any, d_sae: int = 12, k: int = 3, **place: Any) -> Any:
 def native_writes(model: Any, tokens: Tensor, layer: int = LAYER, head: int = HEAD) -> tuple[Tensor, Tensor]:
     """Keys [T,K] and values [T,V] of what the head writes on one sequence [1,T]."""
     with torch.no_grad():
-        found = model.recurrence(tokens, layer)
-    return found.k[0, :, head], found.u[0, :, head]
+        recurrence = model.recurrence(tokens, layer)
+    return recurrence.k[0, :, head], recurrence.u[0, :, head]
 
 
 def one_atom_a_position(model: Any, tokens: Tensor, **place: Any) -> Any:
@@ -154,7 +154,7 @@ def untrained_sae(name: str, known: Any = TRAINING, *, k: int = 4, seed: int = 0
     torch.manual_seed(seed)
     sae_class, config_class = known[name]
     own = {"k": k, "matryoshka_widths": [fields["d_sae"] // 2, fields["d_sae"]]}
-    needed = {field: given for field, given in own.items() if field in config_class.__dataclass_fields__}
+    needed = {field: value for field, value in own.items() if field in config_class.__dataclass_fields__}
     return sae_class(config_class(**needed | fields))
 
 
@@ -208,3 +208,9 @@ def exact_sae(hook: str = HOOK, model_name: str = "", k: int = K, v: int = V, **
     basis = torch.cat([torch.eye(d_in), -torch.eye(d_in)])
     sae.decoder_matrix.data, sae.encoder_matrix.data = basis, basis.T.contiguous()
     return sae
+
+
+def positive(size: int, seed: int = 0) -> Tensor:
+    """A symmetric matrix with eigenvalues over two orders of magnitude."""
+    vectors = torch.linalg.qr(normal(size, size, seed=seed)).Q
+    return vectors @ torch.logspace(-1, 1, size, dtype=torch.float64).diag() @ vectors.mT

@@ -26,7 +26,6 @@ from sae_lens_writesae.sae.target import HeadHook
 from sae_lens_writesae.sae.texts import text_dataset
 from writesae.choices import MATCHED, DictionaryName
 from writesae.collecting import collect_from
-from writesae.files import sae_folders
 from writesae.flags import Collect, Train
 from writesae.training import run_train
 
@@ -71,8 +70,10 @@ def test_wrong_arguments_are_said_before_any_work(changes: dict, word: str) -> N
 def collection(embedded: HookedRecurrent, tmp_path_factory: pytest.TempPathFactory) -> Collection:
     """Writes and states of two heads."""
     folder = tmp_path_factory.mktemp("train") / "collection"
-    wanted = Collect(model="embedded", **HEADS, targets=("write", "state"), out=folder, n_tokens=1024, context_size=32)
-    collect_from(wanted, embedded, text_dataset("We, the people of the United States. " * 400), lambda line: 0)
+    settings = Collect(
+        model="embedded", **HEADS, targets=("write", "state"), out=folder, n_tokens=1024, context_size=32
+    )
+    collect_from(settings, embedded, text_dataset("We, the people of the United States. " * 400), lambda line: 0)
     return Collection.open(folder)
 
 
@@ -87,21 +88,21 @@ def test_a_model_runs_once_for_all_dictionaries_and_nothing_is_trained_twice(
         return embedded
 
     monkeypatch.setattr(HookedRecurrent, "from_pretrained", load)
-    out, said = tmp_path / "saes", []
+    out, lines = tmp_path / "saes", []
     train = Train(model="embedded", **HEADS, seeds=(0, 1), context_size=32, out=out, **SIZES)
-    run_train(train, said.append)
+    run_train(train, lines.append)
     names = [f"L2H{head}/write-seed{seed}" for head in (0, 1) for seed in (0, 1)]
-    assert said[-1].startswith(", ".join(names)) and loaded == ["embedded"]
+    assert lines[-1].startswith(", ".join(names)) and loaded == ["embedded"]
     weights = {name: load_file(out / name / "sae" / "sae_weights.safetensors")["v"] for name in names}
     assert not weights[names[0]].equal(weights[names[1]])  # a seed of its own
     for changes, word in (({"d_sae": 8}, "d_sae: 16, now 8"), ({"model": "embedded-rwkv7"}, "embedded-rwkv7")):
         with pytest.raises(ValueError, match=word):
-            run_train(replace(train, **changes), said.append)
+            run_train(replace(train, **changes), lines.append)
     times = {name: (out / name / "sae" / "cfg.json").stat().st_mtime_ns for name in names}
     (out / names[3] / "sae").rename(out / "elsewhere")
-    run_train(train, said.append)
+    run_train(train, lines.append)
     assert loaded == ["embedded"] * 2  # to compare weights and text
-    assert said[-2].endswith("3 of them trained already")
+    assert lines[-2].endswith("3 of them trained already")
     assert all((out / name / "sae" / "cfg.json").stat().st_mtime_ns == times[name] for name in names[:3])
     again = load_file(out / names[3] / "sae" / "sae_weights.safetensors")["v"]
     assert again.equal(weights[names[3]])  # the seed decides
@@ -125,8 +126,8 @@ def test_a_finished_folder_of_another_collection_is_refused_by_name(
 ) -> None:
     train = Train(collection=collection.folder, heads=(0,), out=tmp_path / "out", **SIZES)
     run_train(train, lambda line: None)
-    wanted = Collect(model="embedded", **HEADS, out=tmp_path / "other", n_tokens=1024, context_size=32)
-    collect_from(wanted, embedded, text_dataset("To be, or not to be, that is the question. " * 400), lambda line: 0)
+    settings = Collect(model="embedded", **HEADS, out=tmp_path / "other", n_tokens=1024, context_size=32)
+    collect_from(settings, embedded, text_dataset("To be, or not to be, that is the question. " * 400), lambda line: 0)
     with pytest.raises(ValueError, match=r"collection: '[0-9a-f]{16}', now '[0-9a-f]{16}'"):
         run_train(replace(train, collection=tmp_path / "other"), lambda line: None)
 
@@ -172,7 +173,7 @@ def test_a_head_that_is_not_there_is_said_first(collection: Collection, tmp_path
     assert not list(tmp_path.iterdir())
 
 
-def train_as_one_of(train: Train, rank: int, threads: int, stop: int, said: Path) -> None:
+def train_as_one_of(train: Train, rank: int, threads: int, stop: int, lines: Path) -> None:
     """What a process does that trains as one of two, by torchrun's environment; its exit code is the number of steps.
     At the step `stop` it stands still."""
     patch = pytest.MonkeyPatch()
@@ -188,7 +189,7 @@ def train_as_one_of(train: Train, rank: int, threads: int, stop: int, said: Path
     patch.setattr(rows, "SAVE_SECONDS", -1.0)
     patch.setattr(torch.optim.Adam, "step", stand_still)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
-    run_train(train, said.write_text)
+    run_train(train, lines.write_text)
     sys.exit(steps.taken)
 
 
@@ -216,19 +217,19 @@ def test_processes_train_the_next_group_that_nobody_trains_and_those_of_a_dead_o
     monkeypatch.setattr(rows, "SAVE_SECONDS", -1.0)
     names = ("write-seed0", "write-seed1", "write-MatrixSAE-seed0", "write-FlatSAE-seed0", "state-seed0")
     train = Train(collection=collection.folder, heads=(0,), names=names, out=tmp_path / "out", **SIZES)
-    said = [tmp_path / "first", tmp_path / "second"]
+    lines = [tmp_path / "first", tmp_path / "second"]
 
     def weights(out: Path) -> dict[str, bytes]:
         return {name: (out / f"L2H0/{name}/sae/sae_weights.safetensors").read_bytes() for name in names}
 
-    run_train(replace(train, out=tmp_path / "whole"), str)
-    first = started(train, 0, torch.get_num_threads(), 5, said[0])
+    run_train(replace(train, out=tmp_path / "never_killed"), str)
+    first = started(train, 0, torch.get_num_threads(), 5, lines[0])
     try:
         wait_for(lambda: bool(list(train.out.rglob("checkpoint"))), first)
         with pytest.raises(ValueError, match="d_sae: 16, now 8"):
             run_train(replace(train, d_sae=8), str)
-        second = started(train, 1, torch.get_num_threads(), -1, said[1])
-        wait_for(lambda: said[1].exists() and "waiting" in said[1].read_text(), second)
+        second = started(train, 1, torch.get_num_threads(), -1, lines[1])
+        wait_for(lambda: lines[1].exists() and "waiting" in lines[1].read_text(), second)
         assert len(list(train.out.glob("L2H0/*/sae"))) == 3 and second.is_alive()
         assert not (train.out / "L2H0/write-seed0/sae").exists()
     finally:
@@ -237,29 +238,4 @@ def test_processes_train_the_next_group_that_nobody_trains_and_those_of_a_dead_o
     second.join()
     # Of the first group the three steps after its checkpoint.
     assert second.exitcode == 3 * 8 + 3
-    assert weights(train.out) == weights(tmp_path / "whole")
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("name", ["write-seed0", "state-reads-seed0"])
-def test_a_killed_training_goes_on_from_its_checkpoint(
-    name: str, collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """To the same bytes, on factors and in SAELens' trainer."""
-    monkeypatch.setattr(rows, "SAVE_SECONDS", -1.0)
-    steps = Steps(monkeypatch)
-
-    def trained(out: Path) -> bytes:
-        sizes = SIZES | {"training_tokens": 4096}
-        run_train(Train(collection=collection.folder, heads=(0,), names=(name,), out=out, **sizes), str)
-        return (out / f"L2H0/{name}/sae/sae_weights.safetensors").read_bytes()
-
-    whole = trained(tmp_path / "whole")
-    steps.taken, steps.stop = 0, 21
-    with pytest.raises(InterruptedError):
-        trained(tmp_path / "killed")
-    assert list((tmp_path / "killed").rglob("checkpoint"))
-    with pytest.raises(ValueError, match="no dictionary"):  # a checkpoint is none
-        sae_folders(tmp_path / "killed")
-    assert trained(tmp_path / "killed") == whole and steps.taken == 32
-    assert not list((tmp_path / "killed").rglob("*checkpoint*"))
+    assert weights(train.out) == weights(tmp_path / "never_killed")

@@ -25,16 +25,16 @@ def sae_of_head(model: Any, target: str = "write", rank: int = 1) -> Any:
 
 def edited(model: Any, tokens: Tensor, edits: list[WriteEdit]) -> tuple[Tensor, int]:
     """Logits [1,T-start,vocab] of a run with edits, and start."""
-    found = model.run_with_edits(tokens, [edits])
-    return found.logits, found.start
+    run = model.run_with_edits(tokens, [edits])
+    return run.logits, run.start
 
 
 def firing(model: Any, tokens: Tensor, sae: Any) -> list[int]:
     """Where atom 4 fires: somewhere, and not everywhere."""
     writes = model.recurrence(tokens, LAYER).write(HEAD)[0, :, 0].flatten(1)
-    found = (sae.encode(writes)[:, 4] > 0).nonzero()[:, 0].tolist()
-    assert 0 < len(found) < tokens.shape[1]
-    return found
+    tokens_of_atom = (sae.encode(writes)[:, 4] > 0).nonzero()[:, 0].tolist()
+    assert 0 < len(tokens_of_atom) < tokens.shape[1]
+    return tokens_of_atom
 
 
 def test_strength_zero_and_a_closed_block_leave_no_trace(model64: Any, ids: Tensor) -> None:

@@ -11,7 +11,7 @@ import json
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import chain, islice, product
@@ -168,38 +168,37 @@ def collect(
     if dtype != "auto":
         asked["dtype"] = dtype
     lock = FileLock(folder / _LOCK)
-    seal = folder / CHECKSUMS
     tokens = folder / _TOKENS
     # The first process makes the tokens and the index, and the others wait for it.
     with aside_of(tokens) as aside, lock:
         index: CollectionIndex = read_json(folder / INDEX) if (folder / INDEX).exists() else {}
         if not tokens.exists() or file_hash(tokens) != index.get("text"):
             tokens = aside / _TOKENS
-            wanted = None if n_tokens is None else n_tokens // context_size
-            least = 1 if or_fewer else wanted or 1
-            n = write_tokens(chain(first, rows), tokens, least, wanted, progress)
+            most = None if n_tokens is None else n_tokens // context_size
+            least = 1 if or_fewer else most or 1
+            n = write_tokens(chain(first, rows), tokens, least, most, progress)
             asked |= {"text": file_hash(tokens), "shape": [n, context_size]}
         check_same(folder, index or asked, asked)
         ids = mapped_tokens(tokens, context_size)
         index = _index_of(model, ids, index, asked, shard_bytes)
+        shards = Shards(folder, index)
         # Before any work: what is there is checked, and the room for the rest.
-        missing = _missing_shards(folder, index, part)
-        _check_room(folder, index, missing, say)
+        missing = shards.missing(part)
+        shards.check_room(missing, say)
         atomic_text(folder / INDEX, json.dumps(index, indent=1))
         if missing:
-            seal.unlink(missing_ok=True)
+            shards.seal.unlink(missing_ok=True)
             tokens.replace(folder / _TOKENS)
     with _token_bar(ids, missing, progress) as bar:
-        while not seal.exists():
-            for name in in_turn({name: folder / f".{name}{_LOCK}" for name in missing}, part, say):
-                if not (folder / name).exists():  # made by another process
-                    _write_shard(model, ids[missing[name]], index, folder / name, bar)
+        while not shards.seal.exists():
+            for name in shards.claimed(missing, part, say):
+                shards.write(name, model, ids[missing[name]], bar)
             with lock:
-                missing = _missing_shards(folder, index)  # another process may have found a damaged one
-                if not missing and not seal.exists():
-                    write_checksums(folder, (INDEX, *shard_spans(index)))
+                missing = shards.missing()  # another process may have come upon a damaged one
+                if not missing:
+                    shards.close()
     with lock:
-        _remove_leftovers(folder)
+        shards.remove_leftovers()
     return Collection.open(folder)
 
 
@@ -245,42 +244,6 @@ def _index_of(
     batches = int(shard_bytes / sequence_bytes(index) // size)
     index["sequences_per_shard"] = max(1, batches) * size
     return index
-
-
-def _missing_shards(folder: Path, index: CollectionIndex, part: tuple[int, int] = (-1, 1)) -> dict[str, range]:
-    """Shards that are not there, with the numbers of their sequences. Those of a `part` are there if they are as they
-    were written, the others if there is a file."""
-    rank, world = part
-    spans = enumerate(shard_spans(index).items())
-    return {
-        name: span for n, (name, span) in spans if not (_is_whole if n % world == rank else Path.exists)(folder / name)
-    }
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Of a sealed collection, locks of shards and tokens go, and what a run left that was killed after it finished a
-    shard, or while it waited for another one."""
-    (folder / _TOKENS).unlink(missing_ok=True)
-    for left in folder.glob(".shard-*"):
-        if left.suffix in (".safetensors", _LOCK):
-            left.unlink(missing_ok=True)
-
-
-def _check_room(
-    folder: Path, index: CollectionIndex, missing: Mapping[str, range], say: Callable[[str], object]
-) -> None:
-    """Say how large the collection is; raise DiskTooSmallError where the rest of it does not fit on the disk."""
-    sequence = sequence_bytes(index)
-    total = sequence * index["shape"][0]
-    rest = sequence * sum(map(len, missing.values()))
-    free = shutil.disk_usage(folder).free
-    said = (
-        f"{total} bytes ({size_text(total)}), {size_text(rest)} to write in {len(missing)} shards, "
-        f"{size_text(free)} free"
-    )
-    say(said)
-    if rest > free:
-        raise DiskTooSmallError(f"{folder}: {said}; take fewer tokens, layers or heads")
 
 
 def _batch_size(model: HookedRecurrent, n_layers: int, n_tokens: int, asked: int | None) -> int:
@@ -340,27 +303,82 @@ def _read_index(file: Path) -> CollectionIndex:
 # ------------------------------------------------------------------------------------------------ shards
 
 
-def _write_shard(model: HookedRecurrent, ids: Tensor, index: CollectionIndex, file: Path, bar: tqdm[NoReturn]) -> None:
-    """Collect a shard into a file, from what a killed run has of it. Every minute what there is is written aside."""
-    aside = file.with_name(f".{file.name}")
-    saved = time.monotonic()
-    size = index["batch_size"]
-    parts = [load_file(aside)] if _is_whole(aside) else []
-    collected = sum(len(part["tokens"]) for part in parts)
-    bar.update(collected * ids.shape[1])
-    for start in range(collected, len(ids), size):
-        batch = ids[start : start + size]
-        parts += _stored_by_halves(model, batch, index)
-        bar.update(batch.numel())
-        is_last = start + size >= len(ids)
-        if is_last or time.monotonic() - saved > SAVE_SECONDS:
-            # Popped, so that each factor is held twice only while it is joined.
-            joined = {name: torch.cat([part.pop(name) for part in parts]) for name in list(parts[0])}
-            sealed = partial(save_file, joined, metadata={"sha256": content_hash(joined)})
-            atomic_write(file if is_last else aside, sealed)
-            parts = [joined]
-            saved = time.monotonic()
-    aside.unlink(missing_ok=True)
+class Shards:
+    """The shards of a collection in a folder. A process claims one after the other, writes each, and the one that finds
+    none missing seals the folder."""
+
+    def __init__(self, folder: Path, index: CollectionIndex) -> None:
+        self.folder = folder
+        self.index = index
+        self.spans = shard_spans(index)
+        """Numbers of the sequences in each shard, by its name."""
+        self.seal = folder / CHECKSUMS
+
+    def missing(self, part: tuple[int, int] = (-1, 1)) -> dict[str, range]:
+        """Those that are not there. Shards of a `part` are there if they are as they were written, the others if there
+        is a file. Costs a reading of the part."""
+        rank, world = part
+        return {
+            name: span
+            for n, (name, span) in enumerate(self.spans.items())
+            if not (_is_whole if n % world == rank else Path.exists)(self.folder / name)
+        }
+
+    def check_room(self, missing: Mapping[str, range], say: Callable[[str], object]) -> None:
+        """Say how large the collection is; raise DiskTooSmallError where the rest of it does not fit on the disk."""
+        sequence = sequence_bytes(self.index)
+        total = sequence * self.index["shape"][0]
+        rest = sequence * sum(map(len, missing.values()))
+        free = shutil.disk_usage(self.folder).free
+        sizes = (
+            f"{total} bytes ({size_text(total)}), {size_text(rest)} to write in {len(missing)} shards, "
+            f"{size_text(free)} free"
+        )
+        say(sizes)
+        if rest > free:
+            raise DiskTooSmallError(f"{self.folder}: {sizes}; take fewer tokens, layers or heads")
+
+    def claimed(self, names: Iterable[str], part: tuple[int, int], say: Callable[[str], object]) -> Iterator[str]:
+        """Each of the shards while this process has its lock, those that another process makes last."""
+        for name in in_turn({name: self.folder / f".{name}{_LOCK}" for name in names}, part, say):
+            if not (self.folder / name).exists():  # made by another process
+                yield name
+
+    def write(self, name: str, model: HookedRecurrent, ids: Tensor, bar: tqdm[NoReturn]) -> None:
+        """Collect a shard, from what a killed run has of it. Every minute what there is is written aside."""
+        file = self.folder / name
+        aside = self.folder / f".{name}"
+        size = self.index["batch_size"]
+        saved = time.monotonic()
+        parts = [load_file(aside)] if _is_whole(aside) else []
+        collected = sum(len(part["tokens"]) for part in parts)
+        bar.update(collected * ids.shape[1])
+        for start in range(collected, len(ids), size):
+            batch = ids[start : start + size]
+            parts += _stored_by_halves(model, batch, self.index)
+            bar.update(batch.numel())
+            is_last = start + size >= len(ids)
+            if is_last or time.monotonic() - saved > SAVE_SECONDS:
+                # Popped, so that each factor is held twice only while it is joined.
+                joined = {factor: torch.cat([part.pop(factor) for part in parts]) for factor in list(parts[0])}
+                sealed = partial(save_file, joined, metadata={"sha256": content_hash(joined)})
+                atomic_write(file if is_last else aside, sealed)
+                parts = [joined]
+                saved = time.monotonic()
+        aside.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Seal the folder, unless another process did."""
+        if not self.seal.exists():
+            write_checksums(self.folder, (INDEX, *self.spans))
+
+    def remove_leftovers(self) -> None:
+        """Of a sealed collection, locks of shards and tokens go, and what a run left that was killed after it finished
+        a shard, or while it waited for another one."""
+        (self.folder / _TOKENS).unlink(missing_ok=True)
+        for left in self.folder.glob(".shard-*"):
+            if left.suffix in (".safetensors", _LOCK):
+                left.unlink(missing_ok=True)
 
 
 def _is_whole(file: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Training on the factors of writes: many TopK or BatchTopK dictionaries at once, in one plain loop.
+"""Training on factors: many TopK or BatchTopK dictionaries at once, in one plain loop.
 
 Errors, gradients, dead atoms, order of the rows and random numbers are those of each dictionary, which is the one that
 trains alone, but for rounding. The step is in `fused`. Other variants are trained by SAELens' trainer on matrices: a
@@ -45,24 +45,18 @@ MAX_STACK = 32
 """Dictionaries of one stack: more save nothing, and would hold their scores all at once."""
 NEVER = 2**60
 """Steps that no run has."""
-STATES_FROM = 64 * 64
-"""K V from which states are trained on in chunks: a step is then 3.8 times as fast as on matrices, and 8.6 times at
-128 x 128. At 64 x 32 it is 1.9 times, which the whole run does not keep, and explained variance is 0.007 lower: rows of
-one chunk resemble each other more than shuffled ones."""
 
 
 def shape_of(cfg: RunnerConfig) -> str | None:
     """What dictionaries that train together on factors have in common; None for one that is trained on matrices.
 
-    On factors are trained `writesae_topk` and `writesae_batchtopk` with factors on both sides and squared errors (in
-    either metric): on writes, with a tied encoder too, and on states of `STATES_FROM` entries or more.
+    On factors are trained `writesae_topk` and `writesae_batchtopk` with factors on both sides, a tied encoder too, and
+    squared errors (in either metric).
     """
     sae = cfg.sae
     if sae.architecture() not in ("writesae_topk", "writesae_batchtopk") or cfg.autocast or sae.use_sparse_activations:
         return None
     if sae.encoder == "dense" or (sae.decoder, sae.loss) != ("rank", "mse"):
-        return None
-    if "hook_state" in cfg.hook_name and (sae.d_in < STATES_FROM or sae.encoder == "tied"):
         return None
     # One step has the scores of all dictionaries, and takes of each as many as its own k.
     return step_settings(cfg, k=1)
@@ -85,12 +79,7 @@ def writes_at_hand(writes: Sequence[Writes], device: torch.device) -> Sequence[W
 class Stack:
     """M dictionaries in training. Atom f of dictionary m is number m F + f of all. Parameters and buffers of the M
     autoencoders are views of the stacked ones, `p` and `buffers`, so that their own upkeep works on them.
-
-    A subclass trains on other rows with `rows`, `losses` and `matrices`.
     """
-
-    together = 1
-    """Rows that are drawn together, and have one number."""
 
     def __init__(
         self, configs: Sequence[RunnerConfig], writes: Sequence[Writes], metrics: Sequence[Metric | None]
@@ -139,17 +128,13 @@ class Stack:
 
     def _input_scale(self, m: int) -> float:
         """What SAELens multiplies inputs by, so that their mean norm is sqrt(K V)."""
-        squares = [sizes(self.matrices(self.rows(m, part))) for part in self._spread_rows(m, 32_768)]
+        squares = [sizes(self.rows(m, part)) for part in self._spread_rows(m, 32_768)]
         return self.cfg.d_in**0.5 / float(torch.cat(squares).sqrt().mean())
 
     def _spread_rows(self, m: int, most: int) -> Sequence[Tensor]:
         """Numbers of at most so many rows of a dictionary, evenly spaced, for a thousand rows at a time."""
         n = len(self.writes[m])
-        return torch.linspace(0, n - 1, min(n, most // self.together)).long().split(1024 // self.together)
-
-    def place(self, writes: Writes) -> torch.device:
-        """Where numbers of rows are used."""
-        return writes.keys.device
+        return torch.linspace(0, n - 1, min(n, most)).long().split(1024)
 
     def rows(self, m: int, index: Tensor) -> LowRank:
         """Some rows of a dictionary [n], as it sees them: in its metric, then scaled."""
@@ -175,10 +160,6 @@ class Stack:
         values = torch.stack([rows.values for rows in batch])
         return step_on_writes(p, keys, values, ks, self.cfg, dead)
 
-    def matrices(self, rows: LowRank) -> LowRank | Tensor:
-        """Rows of one dictionary as its upkeep takes them: of low rank, or flattened [n,K*V]."""
-        return rows
-
     def train(self, checkpoint: Path | None) -> list[MatrixTrainingSAE]:
         """All steps from those of a checkpoint on, where there is one, and the dictionaries.
 
@@ -186,12 +167,12 @@ class Stack:
             OSError, ValueError: what `Checkpoint` raises, or numbers that are not finite.
         """
         kept = Checkpoint(checkpoint, self.configs, self.inputs)
-        if folder := kept.found():
+        if folder := kept.unfinished():
             self._set_run_state(saved_state(folder))
         n_rows = self.trainer.train_batch_size_samples
         steps = self.trainer.total_training_steps
         orders = [
-            row_orders(len(rows), n_rows // self.together, cfg.seed, self.step, self.place(rows))
+            row_orders(len(rows), n_rows, cfg.seed, self.step, rows.keys.device)
             for rows, cfg in zip(self.writes, self.configs)
         ]
         scores = n_rows * (self.p["v"].numel() + self.p["w"].numel())  # multiply-adds, most of a step's
@@ -205,7 +186,7 @@ class Stack:
                 done = self.take(batch)
                 if log.log_to_wandb and self.step % log.wandb_log_frequency == 0:
                     for m, run in enumerate(runs):
-                        run.log(self._step_numbers(done, m, self.matrices(batch[m])), step=self.step)
+                        run.log(self._step_numbers(done, m, batch[m]), step=self.step)
                 kept.save(self._run_state)
         self._check_finite()
         finished = [self._finished_sae(m) for m in range(len(self.saes))]
@@ -231,7 +212,7 @@ class Stack:
                 dead_atoms = None if dead is None else dead.atoms[m]
                 # Each draws what it would draw alone.
                 with seeded(cfg.seed, self.step):
-                    sae._upkeep_resampled(self.matrices(batch[m]), self.step, dead_atoms)  # pyright: ignore  (decorator)
+                    sae._upkeep_resampled(batch[m], self.step, dead_atoms)  # pyright: ignore  (decorator)
         done = self.losses(self.p | self.buffers, batch, self.ks, dead if self.cfg.aux_loss_coefficient else None)
         self._follow_thresholds(done)
         self.errors += done.errors.sum()
@@ -277,7 +258,7 @@ class Stack:
         for gradient in gradients:
             gradient.mul_(factor)
 
-    def _step_numbers(self, done: Step, m: int, rows: LowRank | Tensor) -> dict[str, float]:
+    def _step_numbers(self, done: Step, m: int, rows: LowRank) -> dict[str, float]:
         """Numbers of a step of one dictionary by SAELens' names."""
         loss = float(done.errors[m].mean())
         return {
@@ -299,7 +280,7 @@ class Stack:
         p: dict[str, Tensor] = {name: nn.Parameter(x[m : m + 1]) for name, x in self.p.items()}
         p |= {name: x[m : m + 1] for name, x in self.buffers.items()}
         parts = self._spread_rows(m, sae.cfg.b_dec_rows or self.trainer.train_batch_size_samples)
-        total = self.together * sum(map(len, parts))
+        total = sum(map(len, parts))
         code = torch.zeros_like(sae.b_enc)
         mean = torch.zeros_like(sae.b_dec)
         active = 0
@@ -307,14 +288,14 @@ class Stack:
             rows = self.rows(m, part)
             done = self.losses(p, [rows], self.ks[m : m + 1])
             code.index_add_(0, done.atoms.flatten(), done.code.flatten() / total)
-            mean += mean_row(self.matrices(rows)) * (self.together * len(part) / total)
+            mean += mean_row(rows) * (len(part) / total)
             active += int((done.code > 0).sum())
         if sae.cfg.b_dec_rows:  # mean input less mean contributions, as `MatrixTrainingSAE.output_bias`
             sae.move_b_dec(mean - sae.b_dec - code @ sae.W_dec)
         sae.fold_activation_norm_scaling_factor(self.scales[m])
         metadata = sae.cfg.metadata
         metadata.l0 = active / total
-        metadata.n_training_rows = len(self.writes[m]) * self.together
+        metadata.n_training_rows = len(self.writes[m])
         metadata.num_dead_features = int((self.silent[m] > self.trainer.dead_feature_window).sum())
         return sae if metric is None else metric.fold(sae)
 

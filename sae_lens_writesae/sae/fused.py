@@ -13,8 +13,8 @@ selected atoms [2048,4], their factors [2048,4,1,64] and [2048,4,1,32].
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache, partial, reduce
+from collections.abc import Iterator, Sequence
+from functools import lru_cache, reduce
 from itertools import product
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -59,8 +59,8 @@ class Dead(NamedTuple):
 class Biases(NamedTuple):
     """What b_dec adds to inner products with atoms and encoder, for F atoms of M dictionaries."""
 
-    products: tuple[Tensor, Tensor, Tensor, Tensor]
-    """By `FACTORS`: each side of an atom times the matrix of the bias, [M,F,R,K] or [M,F,R,V]."""
+    products: dict[str, Tensor]
+    """By `FACTORS`: the other side of an atom times the matrix of the bias, [M,F,R,K] or [M,F,R,V]."""
     of_atoms: Tensor
     """[M,F] <A_f, B>"""
     shift: Tensor
@@ -82,6 +82,23 @@ class Chosen(NamedTuple):
     """[M N,S,k,R] the same of the values."""
     of_bias: Tensor
     """[M N,k] <A_f, B>"""
+
+
+class Sums(NamedTuple):
+    """Sums over rows of a part of the batch, without what the bias adds: what the gradients of the mean error are made
+    of."""
+
+    by_code: Tensor
+    """[M,F,1,1], of the gradients by codes."""
+    codes: Tensor
+    """[M,F,1,1], of codes, times the weight of a row."""
+    sides: dict[str, Tensor]
+    """By `FACTORS`: the gradients of both sides of atoms and encoder, [M F R,K] or [M F R,V]."""
+
+    def plus(self, part: Sums) -> Sums:
+        """The sums over both parts."""
+        sides = {name: side + part.sides[name] for name, side in self.sides.items()}
+        return Sums(self.by_code + part.by_code, self.codes + part.codes, sides)
 
 
 class Decoded(NamedTuple):
@@ -123,33 +140,30 @@ def step_on_writes(
             chosen = _chosen_atoms(p, keys, values, biases, list(map(int, ks)))
             parts = [(slice(None), chosen)]
         errors = keys.new_empty(M * N)
-        found = list[tuple[Tensor, ...]]()
+        sums_of_parts = list[Sums]()
         for rows, part in parts:
             part_keys, part_values = (side.flatten(0, 1)[None, rows] for side in (keys, values))
-            errors[rows], *sums = _decoded_sums(p, part_keys, part_values, part, 2 / N)
-            found.append(tuple(sums))
-        by_shift, by_product, *sides = (reduce(torch.add, of_parts) for of_parts in zip(*found))
-        # An atom meets the bias in the error, with its coefficient; its encoder meets it in the shift, less it.
-        weights = [(by_product, 1), (by_product, 1), (by_shift, -1), (by_shift, -1)]
-        gradients = [
-            torch.addcmul(side.view(of_bias.shape), of_bias, weight, value=sign)
-            for side, of_bias, (weight, sign) in zip(sides, biases.products, weights)
-        ]
+            errors[rows], sums = _decoded_sums(p, part_keys, part_values, part, 2 / N)
+            sums_of_parts.append(sums)
+        sums = reduce(Sums.plus, sums_of_parts)
+        gradients = _with_bias(sums, biases)
+        # A tied encoder is the atom with its value side scaled: its gradients are gradients of the atom.
         if cfg.encoder == "tied":
-            gradients[0] += gradients.pop(2)
-            gradients[1] += gradients.pop() * p["encoder_scale"][..., None, None]
-        for name, gradient in zip(FACTORS, gradients):
+            gradients["v"] += gradients.pop("v_enc")
+            gradients["w"] += gradients.pop("w_enc") * p["encoder_scale"][..., None, None]
+        for name, gradient in gradients.items():
             p[name].grad = gradient
-        p["b_enc"].grad = by_shift.flatten(1)
-        taken = by_shift if cfg.apply_b_dec_to_input else torch.zeros_like(by_shift)
-        p["b_dec"].grad = _bias_gradient(p, keys, values, taken, by_product)
+        p["b_enc"].grad = sums.by_code.flatten(1)
+        # The bias meets the encoder only where it is taken from the input.
+        by_shift = sums.by_code if cfg.apply_b_dec_to_input else torch.zeros_like(sums.by_code)
+        p["b_dec"].grad = _bias_gradient(p, keys, values, by_shift, sums.codes)
         with_bias = torch.add(errors, (chosen.code * chosen.of_bias).sum(1), alpha=2)
         step = Step(
             with_bias.view(M, N) + _bias_errors(p, keys, values),
             chosen.atoms.view(M, N, -1),
             chosen.code.view(M, N, -1),
         )
-    return with_aux(p, partial(inners, keys, values), lambda: keys.mT @ values, step, cfg, dead)
+    return _with_aux(p, keys, values, step, cfg, dead)
 
 
 def with_encoder(p: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -166,15 +180,15 @@ def _bias_products(p: dict[str, Tensor], cfg: Config) -> Biases:
     v, w, v_enc, w_enc = (p[name] for name in FACTORS)
     bias = p["b_dec"].view(len(v), v.shape[3], w.shape[3])
     taken = bias if cfg.apply_b_dec_to_input else torch.zeros_like(bias)
-    products = (
-        _side_products(w, bias.mT),
-        _side_products(v, bias),
-        _side_products(w_enc, taken.mT),
-        _side_products(v_enc, taken),
-    )
-    shift = p["b_enc"] - (v_enc * products[2]).sum((2, 3))
+    products = {
+        "v": _side_products(w, bias.mT),
+        "w": _side_products(v, bias),
+        "v_enc": _side_products(w_enc, taken.mT),
+        "w_enc": _side_products(v_enc, taken),
+    }
+    shift = p["b_enc"] - (v_enc * products["v_enc"]).sum((2, 3))
     gain = atom_norms(v, w) if cfg.rescale_acts_by_decoder_norm else torch.ones_like(shift)
-    return Biases(products, of_atoms=(v * products[0]).sum((2, 3)), shift=shift, gain=gain)
+    return Biases(products, of_atoms=(v * products["v"]).sum((2, 3)), shift=shift, gain=gain)
 
 
 def _chosen_atoms(p: dict[str, Tensor], keys: Tensor, values: Tensor, biases: Biases, ks: Sequence[int]) -> Chosen:
@@ -213,7 +227,7 @@ def _chosen_of_batch(p: dict[str, Tensor], keys: Tensor, values: Tensor, biases:
         numbers = _numbers_in(M, N, device=rows.device)[:, rows].flatten()
         padded = (pad(x, (*[0] * (x.ndim - 1), added)) for x in chosen)
         chosen = Chosen(*(x.index_copy_(0, numbers, new) for x, new in zip(padded, wide)))
-    places = top_of_rows(kept).indices
+    places = _top_of_rows(kept).indices
     chosen = chosen._replace(code=chosen.code * (kept > 0))
     indices = [places if x.ndim == 2 else places[:, None, :, None] for x in chosen]
     return Chosen(*(x.take_along_dim(index, x.ndim // 2) for x, index in zip(chosen, indices)))
@@ -222,16 +236,16 @@ def _chosen_of_batch(p: dict[str, Tensor], keys: Tensor, values: Tensor, biases:
 def _kept_scores(chosen: Chosen, biases: Biases, counts: Sequence[int]) -> Tensor:
     """[M N,k] scores of so many atoms of each dictionary as are on top, else 0."""
     scores = chosen.code * embedding(chosen.atoms, biases.gain.view(-1, 1)).squeeze(2)
-    return torch.cat([top_of_batch(part, count) for part, count in zip(scores.chunk(len(counts)), counts)])
+    return torch.cat([_top_of_batch(part, count) for part, count in zip(scores.chunk(len(counts)), counts)])
 
 
-def top_of_batch(scores: Tensor, count: int) -> Tensor:
+def _top_of_batch(scores: Tensor, count: int) -> Tensor:
     """[N,k] scores where they are among so many on top, and above 0; else 0. Of those that tie, exactly so many."""
     top, index = scores.relu().flatten().topk(count, sorted=False)
     return torch.zeros_like(scores).flatten().scatter_(0, index, top).view_as(scores)
 
 
-def top_of_rows(kept: Tensor) -> torch.return_types.topk:
+def _top_of_rows(kept: Tensor) -> torch.return_types.topk:
     """The scores above 0 of each row, in order, and as many places for all rows as one has at most. Waits for a
     device."""
     return kept.topk(max(1, int((kept > 0).sum(1).max())))
@@ -309,16 +323,28 @@ def top_atoms(scores: Tensor, k: int, *, ordered: bool = False) -> Tensor:
 
 def _decoded_sums(
     p: dict[str, Tensor], keys: Tensor, values: Tensor, chosen: Chosen, weight: float
-) -> tuple[Tensor, ...]:
-    """Of rows [1,n,S,K] and [1,n,S,V] the errors [n], and sums over them, each row `weight` / 2 of the mean error: of
-    its gradients by codes and of codes themselves, for each atom [M,F,1,1]; and by `FACTORS` its gradients, without
-    what the bias adds."""
+) -> tuple[Tensor, Sums]:
+    """Errors [n] of rows [1,n,S,K] and [1,n,S,V], and sums over them. A row is `weight` / 2 of the mean error."""
     by_error = chosen.code * weight
     decoded = _decoded_rows(p, keys, values, chosen, by_error, weight)
     of_atoms = decoded.by_atom.split([keys.shape[3], values.shape[3]], 1)
     of_encoder = _encoder_gradients(p, keys, values, chosen, decoded.by_code)
-    by_atom = [_by_atom(chosen.atoms, x, p) for x in (decoded.by_code, by_error)]
-    return decoded.errors, *by_atom, *of_atoms, *of_encoder
+    by_code, codes = (_by_atom(chosen.atoms, x, p) for x in (decoded.by_code, by_error))
+    return decoded.errors, Sums(by_code, codes, dict(zip(FACTORS, (*of_atoms, *of_encoder))))
+
+
+def _with_bias(sums: Sums, biases: Biases) -> dict[str, Tensor]:
+    """Gradients by `FACTORS`, [M,F,R,K] or [M,F,R,V], of the sums over all rows.
+
+    An atom meets the bias in the error, with its coefficient; its encoder meets it in the shift, which has it
+    subtracted.
+    """
+    weights = {"v": (sums.codes, 1), "w": (sums.codes, 1), "v_enc": (sums.by_code, -1), "w_enc": (sums.by_code, -1)}
+    gradients = dict[str, Tensor]()
+    for name, (weight, sign) in weights.items():
+        of_bias = biases.products[name]
+        gradients[name] = torch.addcmul(sums.sides[name].view(of_bias.shape), of_bias, weight, value=sign)
+    return gradients
 
 
 def _decoded_rows(
@@ -405,29 +431,18 @@ def _bias_errors(p: dict[str, Tensor], keys: Tensor, values: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------ dead atoms
 
 
-def with_aux(
-    p: dict[str, Tensor],
-    of_rows: Callable[[Tensor, Tensor], Tensor],
-    dense: Callable[[], Tensor],
-    step: Step,
-    cfg: Config,
-    dead: Dead | None,
-) -> Step:
-    """A step and SAELens' auxiliary loss of TopK, whose gradients it adds: of the dead atoms the most active
-    ones, at most K V / 2, reconstruct what the step left.
+def _with_aux(p: dict[str, Tensor], keys: Tensor, values: Tensor, step: Step, cfg: Config, dead: Dead | None) -> Step:
+    """A step on rows [M,N,S,K] and [M,N,S,V] and SAELens' auxiliary loss of TopK, whose gradients it adds: of the dead
+    atoms the most active ones, at most K V / 2, reconstruct what the step left.
 
     It takes the cheaper of two ways for D dead atoms: by inner products of atoms, D F (K + V) + N D (K + V + k + D), or
     by matrices, N D K V.
-
-    Args:
-        of_rows: inner products [M,N,D] of the rows with [M,D,R,K] and [M,D,R,V].
-        dense: the rows [M,N,K,V].
     """
     if dead is None:
         return step
     _, N, k = step.atoms.shape
     F = dead.atoms.shape[1]
-    wanted = cfg.d_in // 2
+    most_active = cfg.d_in // 2
     # Dead atoms first; where a dictionary has fewer than another, living ones fill up its places.
     index = dead.atoms.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, : dead.most]
     v, w, v_enc, w_enc = (p[name].take_along_dim(index[..., None, None], 1) for name in FACTORS)
@@ -435,20 +450,20 @@ def with_aux(
     shift = p["b_enc"].gather(1, index)
     if cfg.apply_b_dec_to_input:
         shift = shift - (_side_products(v_enc, bias) * w_enc).sum((2, 3))
-    acts = of_rows(v_enc, w_enc) + shift[:, None]
+    acts = inners(keys, values, v_enc, w_enc) + shift[:, None]
     norms = atom_norms(v, w).detach() if cfg.rescale_acts_by_decoder_norm else torch.ones_like(shift)
     is_dead = dead.atoms.gather(1, index)
-    code = acts * _most_active(acts.detach() * norms[:, None], is_dead, min(wanted, dead.most))
+    code = acts * _most_active(acts.detach() * norms[:, None], is_dead, min(most_active, dead.most))
     if (F / N + 1) * (cfg.d_k + cfg.d_v) + k + dead.most < cfg.d_in:  # by a factor of 3 to 14, one way or the other
         explained = _explained_products(p, step, v, w)
-        without_bias = of_rows(v, w) - (_side_products(v, bias.detach()) * w).sum((2, 3))[:, None]
+        without_bias = inners(keys, values, v, w) - (_side_products(v, bias.detach()) * w).sum((2, 3))[:, None]
         left = without_bias - explained
         errors = step.errors + ((code @ inners(v, w, v, w) - 2 * left) * code).sum(-1)
     else:
-        left = _rows_left(p, step, dense() - bias.detach()[:, None])
+        left = _rows_left(p, step, keys.mT @ values - bias.detach()[:, None])
         atoms = khatri_rao(v.flatten(0, 1), w.flatten(0, 1)).view(-1, dead.most, cfg.d_in)
         errors = torch.baddbmm(left, code, atoms, alpha=-1).square().sum(-1)
-    aux = (dead.atoms.sum(1).to(errors) / wanted).clamp_max(1) * errors.mean(1)
+    aux = (dead.atoms.sum(1).to(errors) / most_active).clamp_max(1) * errors.mean(1)
     (cfg.aux_loss_coefficient * aux).sum().backward()
     return step._replace(aux=aux.detach())
 

@@ -39,8 +39,8 @@ def model_of(
     if name is None:
         metadata = saes[0].cfg.metadata
         name = str(metadata.model_name)
-        given = metadata.model_from_pretrained_kwargs
-        revision = given.get("revision") if isinstance(given, Mapping) else None
+        options = metadata.model_from_pretrained_kwargs
+        revision = options.get("revision") if isinstance(options, Mapping) else None
     model = HookedRecurrent.from_pretrained(name, dtype=dtype, revision=revision)
     for sae in saes:
         model.check_dictionary(sae.cfg.metadata, refuse=not other_model)

@@ -129,12 +129,8 @@ class Metric:
         moved_by = {
             "v_enc": self.key_root,
             "w_enc": self.value_root,
-            "key_encoder": self.key_root,
-            "value_encoder": self.value_root,
             "v": self.key_inverse,
             "w": self.value_inverse,
-            "key_atoms": self.key_inverse,
-            "value_atoms": self.value_inverse,
         }
         for name in moved_by.keys() & state.keys():
             state[name] = _moved_vectors(state[name], moved_by[name])

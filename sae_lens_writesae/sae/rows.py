@@ -123,7 +123,7 @@ class Checkpoint:
             settings = [(step_settings(cfg), cfg.seed, cfg.hook_name) for cfg in configs]
             self.made_with = {"settings": repr(settings), "inputs": content_hash(inputs)}
 
-    def found(self) -> Path | None:
+    def unfinished(self) -> Path | None:
         """The folder that a killed run left; None where there is none. One that is damaged is renamed, with a
         DamageWarning. Costs a reading.
 
@@ -139,8 +139,8 @@ class Checkpoint:
         except ChecksumError as error:
             set_aside(self.folder, str(error))
             return None
-        found = read_json(self.folder / _MADE_WITH)
-        if differing := [name for name, value in self.made_with.items() if found.get(name) != value]:
+        made_with = read_json(self.folder / _MADE_WITH)
+        if differing := [name for name, value in self.made_with.items() if made_with.get(name) != value]:
             raise ValueError(
                 f"{self.folder}: expected a checkpoint of these settings, inputs and version of the package, got one "
                 f"of other {', '.join(differing)}; delete it, or name another folder"
@@ -317,13 +317,13 @@ def train_on_rows(
         wandb_run(cfg),
         threads_for(cfg.train_batch_size_tokens * cfg.sae.d_sae * cfg.sae.d_in),
     ):
-        if folder := kept.found():
-            found = saved_state(folder)
-            sae.load_state_dict(found["sae"])
+        if folder := kept.unfinished():
+            saved = saved_state(folder)
+            sae.load_state_dict(saved["sae"])
             trainer.load_trainer_state(folder)
-            rows.resume(found["rows"])
-            torch.set_rng_state(found["random"][0])
-            torch.cuda.set_rng_state_all(found["random"][1:])
+            rows.resume(saved["rows"])
+            torch.set_rng_state(saved["random"][0])
+            torch.cuda.set_rng_state_all(saved["random"][1:])
         trainer.fit()
     if not torch.nn.utils.get_total_norm(sae.parameters()).isfinite():
         raise ValueError("weights: expected finite numbers after training, got NaN or infinity: of the rows, or of lr")

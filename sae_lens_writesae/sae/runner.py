@@ -1,9 +1,8 @@
 """Training through SAELens: recurrent models by class name, configs for a head, and `train`.
 
 SAELens' own `LanguageModelSAETrainingRunner` trains every architecture of this package, unchanged. What it has no place
-for (rows with further columns, a metric, training without the language model) is trained from data at hand, by one of
-three engines, which `train` picks: `sae.fast` on factors of writes, many dictionaries at once; `sae.chunks` on those of
-states; `sae.rows` gives SAELens' trainer the rows.
+for (rows with further columns, a metric, training without the language model) is trained from data at hand: `sae.fast`
+on factors, many dictionaries at once, or `sae.rows`, which gives SAELens' trainer the rows. `engine_of` says which.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast, overload
+from typing import Any, Literal, TypeVar, cast, overload
 
 import sae_lens.cache_activations_runner
 import sae_lens.llm_sae_training_runner
@@ -36,10 +35,8 @@ from sae_lens_writesae.atom.mapped import CollectedWrites, Writes
 from sae_lens_writesae.choices import Loss, MetricName
 from sae_lens_writesae.files import is_address
 from sae_lens_writesae.sae.architectures import training_config_class
-from sae_lens_writesae.sae.chunks import StateStack
 from sae_lens_writesae.sae.factors import INDEX, Collection
 from sae_lens_writesae.sae.fast import Stack, shape_of, writes_at_hand
-from sae_lens_writesae.sae.losses import read_queries
 from sae_lens_writesae.sae.metric import Metric
 from sae_lens_writesae.sae.rows import COLUMN_SCALE, MixedRows, ShuffledWrites, seeded, train_on_rows
 from sae_lens_writesae.sae.target import (
@@ -52,7 +49,7 @@ from sae_lens_writesae.sae.target import (
     check_sizes,
     head_target,
 )
-from sae_lens_writesae.sae.training import MatrixTrainingSAE
+from sae_lens_writesae.sae.training import MatrixTrainingSAE, read_queries
 
 T = TypeVar("T")
 
@@ -154,7 +151,7 @@ def training_config(
         metric: `gauss_newton` trains in the metric of the model's own KL divergence instead of squared errors (writes
             only; see `sae.metric`). It needs a collection, and `train` with the metric.
         loss: `reads` or `write` mix in what queries read, or atoms along the write, with the share `loss_weight` (see
-            `sae.losses`). These two need a collection, because SAELens' own runner lacks what they compare with.
+            `sae.training`). These two need a collection, because SAELens' own runner lacks what they compare with.
         sae: further fields of the SAE's config, such as `{"k": 32, "encoder": "tied"}`.
         runner: further fields of `LanguageModelSAERunnerConfig`, such as `training_tokens`. By default `device` is that
             of the model, and with a collection `hookpoints.default_device()`.
@@ -245,7 +242,7 @@ def train(
     the same dictionary (on one machine and number of threads), and the caller's random numbers stay as they are. On
     CUDA atoms sum their gradients in no fixed order (`index_add_`), so that two runs differ by rounding.
 
-    Dictionaries of writes with one `fast.shape_of` train in one step; seeds, heads and `k` may differ. More than
+    Dictionaries with one `fast.shape_of` train in one step on factors; seeds, heads and `k` may differ. More than
     `MAX_STACK` save nothing.
 
     Args:
@@ -271,24 +268,19 @@ def train(
     if not isinstance(cfg, Sequence):
         return train([cfg], [data], metric=[metric], checkpoint=checkpoint)[0]
     metrics = metric or [None] * len(cfg)
-    sources = [source_of(each, given) for each, given in zip(cfg, data, strict=True)]
-    groups: dict[str | int, dict] = {}
-    for n, member in enumerate(zip(cfg, sources, metrics, strict=True)):
-        # States at hand have K terms each, of which BatchTopK would gather several times as many products.
-        few_products = "hook_write" in cfg[n].hook_name or cfg[n].sae.architecture() == "writesae_topk"
-        shape = shape_of(cfg[n]) if isinstance(sources[n], Writes) and few_products else None
-        groups.setdefault(shape or n, {})[n] = member
+    sources = [source_of(each, rows) for each, rows in zip(cfg, data, strict=True)]
+    engines = [engine_of(each, source) for each, source in zip(cfg, sources)]
+    # Dictionaries of one shape train in one step on factors; every other one trains alone.
+    groups: dict[object, list[int]] = {}
+    for n, engine in enumerate(engines):
+        groups.setdefault(shape_of(cfg[n]) if engine == "factors" else n, []).append(n)
     if checkpoint is not None and len(groups) > 1:
         raise ValueError(f"checkpoint: expected dictionaries of one shape, got {len(groups)}; train each by itself")
     trained: dict[int, MatrixTrainingSAE] = {}
-    for shape, members in groups.items():
-        if isinstance(shape, str):
-            configs, writes, of = zip(*members.values())
-            stack = Stack(configs, writes_at_hand(writes, torch.device(configs[0].device)), of)
-            trained |= zip(members, stack.train(checkpoint))
-        else:
-            trained[shape] = _trained_alone(*members[shape], checkpoint=checkpoint)
-    return [trained[n] for n in range(len(trained))]
+    for members in groups.values():
+        configs, writes, of_group = ([values[n] for n in members] for values in (cfg, sources, metrics))
+        trained |= zip(members, _ENGINES[engines[members[0]]](configs, writes, of_group, checkpoint))
+    return [trained[n] for n in range(len(cfg))]
 
 
 Source = Writes | Collection | tuple[HookedRecurrent | None, HfDataset | None]
@@ -326,23 +318,48 @@ def _holds_a_collection(path: str) -> bool:
     return is_address(path) or (Path(path) / INDEX).is_file()
 
 
-def _trained_alone(
-    cfg: RunnerConfig,
-    source: Source,
-    metric: Metric | None,
-    checkpoint: Path | None,
-) -> MatrixTrainingSAE:
-    if isinstance(source, Writes):
-        return train_on_rows(cfg, ShuffledWrites(cfg, source), metric, checkpoint)
-    if isinstance(source, Collection):
-        if "hook_state" in cfg.hook_name and shape_of(cfg) is not None:
-            return StateStack(cfg, source).train(checkpoint)[0]
-        return train_on_rows(cfg, _mixed_rows(source, cfg), metric, checkpoint)
-    if metric is not None or checkpoint is not None:
+Engine = Literal["factors", "rows", "runner"]
+"""What trains: the loop of `sae.fast` on factors, SAELens' trainer on rows at hand, or SAELens' own runner."""
+
+
+def engine_of(cfg: RunnerConfig, source: Source) -> Engine:
+    """What trains the dictionary of a config.
+
+    In numbers, for a step of TopK on states of 128 x 128 (F 2048, k 32, N 128): 1.2 s on rows, 0.36 s on factors, where
+    a state at hand is the sum of its K rows. BatchTopK would gather K times as many products, and takes rows.
+    """
+    if isinstance(source, tuple):
+        return "runner"
+    many_products = "hook_state" in cfg.hook_name and cfg.sae.architecture() == "writesae_batchtopk"
+    if isinstance(source, Collection) or shape_of(cfg) is None or many_products:
+        return "rows"
+    return "factors"
+
+
+def _on_factors(configs: Any, sources: Any, metrics: Any, checkpoint: Path | None) -> list[MatrixTrainingSAE]:
+    return Stack(configs, writes_at_hand(sources, torch.device(configs[0].device)), metrics).train(checkpoint)
+
+
+def _on_rows(configs: Any, sources: Any, metrics: Any, checkpoint: Path | None) -> list[MatrixTrainingSAE]:
+    (cfg,), (source,), (metric,) = configs, sources, metrics
+    rows = _mixed_rows(source, cfg) if isinstance(source, Collection) else ShuffledWrites(cfg, source)
+    return [train_on_rows(cfg, rows, metric, checkpoint)]
+
+
+def _by_runner(configs: Any, sources: Any, metrics: Any, checkpoint: Path | None) -> list[MatrixTrainingSAE]:
+    if metrics[0] is not None or checkpoint is not None:
         raise ValueError("metric, checkpoint: expected a collection or data at hand, got those of SAELens' own runner")
-    with seeded(cfg.seed, 0):
-        runner = LanguageModelSAETrainingRunner(cfg, override_model=source[0], override_dataset=source[1])
-        return cast(MatrixTrainingSAE, runner.run())
+    with seeded(configs[0].seed, 0):
+        model, text = sources[0]
+        runner = LanguageModelSAETrainingRunner(configs[0], override_model=model, override_dataset=text)
+        return [cast(MatrixTrainingSAE, runner.run())]
+
+
+_ENGINES: dict[Engine, Callable[..., list[MatrixTrainingSAE]]] = {
+    "factors": _on_factors,
+    "rows": _on_rows,
+    "runner": _by_runner,
+}
 
 
 def _mixed_rows(collection: Collection, cfg: RunnerConfig) -> MixedRows:

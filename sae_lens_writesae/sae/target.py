@@ -98,9 +98,9 @@ def check_sizes(sae: SAEConfig, d_k: int, d_v: int, place: str, where: str = "th
     """Raise ValueError unless an SAE of that config is one of matrices [d_k,d_v], as `place` has them; names `where`
     the SAE is from."""
     sizes = (getattr(sae, "d_k", d_k), getattr(sae, "d_v", d_v), sae.d_in)
-    wanted = (d_k, d_v, d_k * d_v)
-    if sizes != wanted:
-        raise ValueError(f"{where}: d_k, d_v, d_in: expected {wanted}, as {place}, got {sizes}")
+    expected = (d_k, d_v, d_k * d_v)
+    if sizes != expected:
+        raise ValueError(f"{where}: d_k, d_v, d_in: expected {expected}, as {place}, got {sizes}")
 
 
 def head_target(model: HookedRecurrent, layer: int, head: int, target: Target = "write") -> HeadTarget:

@@ -14,10 +14,10 @@ import torch
 from sae_lens.saes.sae import SAE, TrainingSAE, TrainingSAEConfig, TrainStepInput, TrainStepOutput
 from torch import Tensor, nn
 
+from hookpoints import Recurrence
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.choices import Loss, MetricName
 from sae_lens_writesae.errors import check_fields
-from sae_lens_writesae.sae.losses import read_loss, write_loss
 from sae_lens_writesae.sae.matrix import MatrixSAE, MatrixSAEConfig, with_checksums, words
 
 PAPER_RUNNER: dict[str, float | int | str] = {
@@ -62,8 +62,8 @@ class MatrixTrainingSAEConfig(MatrixSAEConfig, TrainingSAEConfig):
     """Period in steps of replacing dead atoms by residual directions. The trainer's `dead_feature_window` says which
     atoms are dead: those silent for 1000 steps by default, 100 in the paper. 0: never."""
     loss: Loss = "mse"
-    """What is asked of the reconstruction: see `losses`. All but `mse` need rows with further columns, which
-    `sae_lens_writesae.train` takes from a collection."""
+    """What is asked of the reconstruction: see `read_loss` and `write_loss`. All but `mse` need rows with further
+    columns, which `sae_lens_writesae.train` takes from a collection."""
     loss_weight: float = 0.5
     """Share of `loss` in (1 - weight) mse + weight * loss, in [0, 1]. Unused by `mse`."""
     metric: MetricName = "frobenius"
@@ -409,6 +409,46 @@ def squared_errors(reconstructions: Tensor, rows: Tensor) -> Tensor:
     return (reconstructions - rows).square()
 
 
+# ------------------------------------------------------------------------------------------------------- losses
+# What they compare with (queries, writes of the same tokens) reaches the step as further columns of the rows:
+# `sae.runner` appends them, and `MatrixTrainingSAE` takes them off again.
+
+
+def read_loss(error: Tensor, queries: Tensor) -> Tensor:
+    """Mean over rows of |E^T q|^2, in units of the squared error: [N,K,V], [N,K] -> [].
+
+    It is multiplied by K / mean |q|^2, so that the size of the queries does not matter, and for queries without a
+    preferred direction the loss equals the reconstruction loss, the mean of |E|^2 (Frobenius). It is zero where all
+    reads agree, whatever else the error E holds. A row without a query (all zero) counts as read without error.
+
+    The query of a row is the one that reads the state at the row's own token (`read_queries`). A state is read by it,
+    so that for states the loss is what it says. A **write** stays in the state and is read by later queries as well,
+    at what decay and erase leave of it: for writes the loss weighs the first of these reads only.
+    """
+    size = queries.square().sum(-1).mean().clamp_min(torch.finfo(queries.dtype).tiny)
+    return torch.einsum("nkv,nk->nv", error, queries).square().sum(-1).mean() * queries.shape[-1] / size
+
+
+def write_loss(cosine: Tensor, contribution: Tensor) -> Tensor:
+    """Mean over rows of 1 - sum_f p_f cos(A_f, W), p_f being the atom's share of the code: [N,F], [N,F] -> [].
+
+    It lies between 0 (every active atom points along the write) and 2, and is 1 where nothing is active.
+    """
+    total = contribution.sum(-1, keepdim=True)
+    return 1 - (contribution / total.clamp_min(torch.finfo(total.dtype).tiny) * cosine).sum(-1).mean()
+
+
+def read_queries(recurrence: Recurrence) -> Tensor:
+    """[B,T,H,K] the query that reads the state after each token.
+
+    It is the token's own query, or the next token's where the rule reads before it writes (zero for the last token).
+    """
+    q = recurrence.q
+    if recurrence.read_before_write:
+        return torch.cat([q[:, 1:], torch.zeros_like(q[:, :1])], dim=1)
+    return q
+
+
 # -------------------------------------------------------------------------------------------------- calibration
 
 
@@ -430,9 +470,9 @@ def calibrate_threshold(sae: MatrixSAE, x: Tensor, l0: float | None = None) -> f
     pre = sae.process_sae_in(x) @ sae.W_enc + sae.b_enc
     if getattr(sae.cfg, "rescale_acts_by_decoder_norm", True):
         pre = pre * sae.decoder_norm()
-    wanted = round(l0 * len(x))
-    top = pre.float().flatten().topk(wanted + 1).values  # the threshold goes between the last one in and the next
-    between = float(top[-2:].mean()) if wanted else 2 * float(top[0])
+    n_active = round(l0 * len(x))
+    top = pre.float().flatten().topk(n_active + 1).values  # the threshold goes between the last one in and the next
+    between = float(top[-2:].mean()) if n_active else 2 * float(top[0])
     threshold = max(between, 0.0)
     if "threshold" in sae._parameters:
         sae.get_parameter("threshold").data.copy_(threshold / sae.get_W_dec_norm())

@@ -13,8 +13,8 @@ from sae_lens import LanguageModelSAERunnerConfig
 
 from sae_lens_writesae import VARIANTS
 from sae_lens_writesae.sae.architectures import training_config_class
-from sae_lens_writesae.sae.fast import shape_of
 from writesae.choices import DictionaryName
+from writesae.training import common_shape
 from writesae_study.reproduce.config import ReproduceConfig
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
@@ -32,7 +32,7 @@ def test_hours_of_the_papers_table_count_the_dictionaries_that_reproduce_trains_
         fields = VARIANTS.get(name.variant, VARIANTS["FlatSAE"])
         sae = training_config_class(config.architecture)(**size, **fields, loss=name.loss)
         hook = f"blocks.1.mixer.heads.0.hook_{name.target}_vec"
-        ways.append(shape_of(LanguageModelSAERunnerConfig(sae=sae, hook_name=hook, checkpoint_path=None)))
+        ways.append(common_shape(LanguageModelSAERunnerConfig(sae=sae, hook_name=hook, checkpoint_path=None)))
     assert (len(ways), ways.count(None)) == (real_size.trained()["all"], real_size.trained()["on_matrices"])
     table = run.section("real_size", run.records(run.DOCS / "benchmarks", ("real_size",))["real_size"])[0]
     on_matrices, on_factors = re.findall(r"\| train, .*? \| ([\d.,]+)", table)

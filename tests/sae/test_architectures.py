@@ -1,4 +1,4 @@
-"""Every architecture against SAELens' own with dense weights, and everything SAELens does with files and configs."""
+"""Precisions, compiled steps, matching pursuit, SAELens' command line, and folders that hold no dictionary."""
 
 import itertools
 import json
@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import sae_lens
 import torch
-from sae_lens import SAE
 from sae_lens.saes.sae import TrainStepInput
 from saes import untrained_sae
 from safetensors.torch import load_file, save_file
@@ -21,42 +20,6 @@ from sae_lens_writesae.sae.load import CheckpointError
 
 K, V, D_IN, F, N = 5, 6, 30, 16, 11
 SHAPE: dict[str, Any] = {"d_in": D_IN, "d_sae": F, "d_k": K, "d_v": V, "dtype": "float64"}
-STOCK = {  # ours -> SAELens' own
-    "writesae_topk": "topk",
-    "writesae_batchtopk": "batchtopk",
-    "writesae_matryoshka": "matryoshka_batchtopk",
-    "writesae_jumprelu": "jumprelu",
-    "writesae_standard": "standard",
-    "writesae_gated": "gated",
-}
-VARIED = list(STOCK)
-"""Architectures with a class of SAELens that does the same on dense matrices."""
-OPTIONS: list[tuple[str, dict[str, Any]]] = [
-    ("writesae_topk", {}),
-    ("writesae_topk", {"rescale_acts_by_decoder_norm": False}),
-    ("writesae_topk", {"apply_b_dec_to_input": False}),
-    ("writesae_batchtopk", {}),
-    ("writesae_matryoshka", {}),
-    ("writesae_matryoshka", {"use_matryoshka_aux_loss": True}),
-    ("writesae_jumprelu", {}),
-    ("writesae_jumprelu", {"jumprelu_sparsity_loss_mode": "tanh", "pre_act_loss_coefficient": 0.1}),
-    (
-        "writesae_jumprelu",
-        {"jumprelu_sparsity_loss_mode": "quadratic", "target_l0": 3.0, "jumprelu_ste_to_input": True},
-    ),
-    ("writesae_standard", {}),
-    ("writesae_standard", {"lp_norm": 0.5}),
-    ("writesae_gated", {}),
-]
-VARIANTS = [
-    {"encoder": "bilinear", "decoder": "rank", "rank": 1},
-    {"encoder": "bilinear", "decoder": "rank", "rank": 2},
-    {"encoder": "tied", "decoder": "rank", "rank": 1},
-    {"encoder": "dense", "decoder": "rank", "rank": 4},
-    {"encoder": "bilinear", "decoder": "flat", "rank": 1},
-    {"encoder": "dense", "decoder": "flat", "rank": 1},
-    {"encoder": "tied", "decoder": "flat", "rank": 1},
-]
 
 
 def build(name: str, seed: int = 0, **fields: Any) -> Any:
@@ -70,89 +33,11 @@ def build(name: str, seed: int = 0, **fields: Any) -> Any:
     return sae
 
 
-def stock_twin(sae: Any) -> Any:
-    """SAELens' own class with the same options and the dense matrices that the factors stand for."""
-    stock, cfg_class = sae_lens.registry.get_sae_training_class(STOCK[sae.cfg.architecture()])
-    fields = {f: v for f, v in sae.cfg.to_dict().items() if f in cfg_class.__dataclass_fields__ and f != "metadata"}
-    twin = stock(cfg_class(**fields))
-    own = sae.state_dict()
-    state = {n: own[n] for n in twin.state_dict() if n in own}
-    twin.load_state_dict(state | {"W_enc": sae.W_enc.detach(), "W_dec": sae.W_dec.detach()})
-    return twin
-
-
 def step_input(sae: Any, seed: int = 1) -> TrainStepInput:
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(N, D_IN, dtype=torch.float64, generator=g)
     dead = torch.rand(F, generator=g) < 0.4
     return TrainStepInput(x, {n: 0.3 for n in sae.get_coefficients()}, dead, 0, False)
-
-
-def chain_rule(sae: Any, twin: Any) -> dict[str, torch.Tensor]:
-    """Gradients of the twin's matrices, carried over to the factors by hand."""
-    grads = {n: p.grad for n, p in twin.named_parameters() if p.grad is not None}
-    g_enc, g_dec = grads.pop("W_enc").T, grads.pop("W_dec")  # both [F,K*V]
-    if sae.cfg.encoder == "tied":
-        g_dec = g_dec + g_enc
-    if sae.cfg.encoder == "dense":
-        grads["encoder_matrix"] = g_enc.T
-    if sae.cfg.encoder == "bilinear":
-        m = g_enc.view(F, K, V)
-        grads["v_enc"] = torch.einsum("fkv,frv->frk", m, sae.w_enc)
-        grads["w_enc"] = torch.einsum("fkv,frk->frv", m, sae.v_enc)
-    if sae.cfg.decoder == "flat":
-        grads["decoder_matrix"] = g_dec
-    else:
-        m = g_dec.view(F, K, V)
-        grads["v"] = torch.einsum("fkv,frv->frk", m, sae.w)
-        grads["w"] = torch.einsum("fkv,frk->frv", m, sae.v)
-    return grads
-
-
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(map(str, v.values())))
-@pytest.mark.parametrize("name, options", OPTIONS, ids=str)
-def test_factored_equals_dense(name: str, options: dict, variant: dict) -> None:
-    sae = build(name, **options, **variant)
-    if hasattr(sae.cfg, "aux_loss_coefficient"):
-        sae.cfg.aux_loss_coefficient = 1.0  # SAELens' default
-    twin = stock_twin(sae)
-    got, wanted = (s.training_forward_pass(step_input(s)) for s in (sae, twin))
-    assert got.losses.keys() == wanted.losses.keys()
-    for loss in wanted.losses:
-        torch.testing.assert_close(got.losses[loss], wanted.losses[loss], rtol=1e-10, atol=1e-10)
-    for field in ("loss", "sae_out", "feature_acts", "hidden_pre"):
-        torch.testing.assert_close(getattr(got, field), getattr(wanted, field), rtol=1e-10, atol=1e-10)
-    got.loss.backward()
-    wanted.loss.backward()
-    expected = chain_rule(sae, twin)
-    actual = {n: p.grad for n, p in sae.named_parameters() if p.grad is not None}
-    assert expected.keys() == actual.keys()
-    for n, grad in expected.items():
-        torch.testing.assert_close(actual[n], grad.to(actual[n].dtype), rtol=1e-9, atol=1e-10)
-    assert sae._built is None
-
-
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(map(str, v.values())))
-@pytest.mark.parametrize("name", VARIED)
-def test_export_is_what_saelens_would_export(name: str, variant: dict, tmp_path: Path) -> None:
-    sae = build(name, **variant)
-    twin = stock_twin(sae)
-    sae.save_inference_model(tmp_path / "ours")
-    twin.save_inference_model(tmp_path / "stock")
-    x = torch.randn(3, 4, D_IN, dtype=torch.float64)
-    ours, stock = SAE.load_from_disk(tmp_path / "ours"), SAE.load_from_disk(tmp_path / "stock")
-    assert type(ours).__module__.startswith("sae_lens_writesae")
-    assert ours.encode(x).count_nonzero() > 0
-    torch.testing.assert_close(ours.encode(x), stock.encode(x), rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(ours(x), stock(x), rtol=1e-10, atol=1e-10)
-    loaded = W.load_sae(tmp_path / "ours")
-    assert torch.equal(loaded(x), ours(x)) and ours.cfg.metadata.training_architecture == name
-    for stock in (sae.to_saelens(), loaded.to_saelens()):
-        stock.save_model(tmp_path / "again")
-        again = SAE.load_from_disk(tmp_path / "again")
-        assert type(again).__module__.startswith("sae_lens.") and "requires" not in again.cfg.metadata
-        torch.testing.assert_close(again.encode(x), ours.encode(x), rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(again(x), ours(x), rtol=1e-10, atol=1e-10)
 
 
 @torch.no_grad()
@@ -169,13 +54,6 @@ def test_pursuit_takes_what_explains_most_of_the_rest(rank: int) -> None:
     torch.testing.assert_close(sae.encode(x), acts, rtol=1e-10, atol=1e-10)
     with pytest.raises(NotImplementedError, match="any norm"):
         sae.to_saelens()
-
-
-def test_every_folder_names_the_package(tmp_path: Path) -> None:
-    build("writesae_topk").save_inference_model(tmp_path)
-    text = (tmp_path / "cfg.json").read_text()
-    assert "import sae_lens_writesae" in json.loads(text)["metadata"]["requires"]
-    assert text == json.dumps(json.loads(text), sort_keys=True)  # so that checksums are those of every process
 
 
 # ---------------------------------------------------------------------------------------- configs
@@ -210,13 +88,13 @@ def test_low_precision_training_steps(name: str, setting: str) -> None:
     if (name, setting) == ("writesae_gated", "bfloat16"):
         pytest.skip("SAELens' gated class mixes bfloat16 weights with float32 rows in its auxiliary loss")
     dtype = "bfloat16" if setting == "bfloat16" else "float32"
-    sae = build(name, dtype=dtype, resample_every=1, unit_norm_every=int(name in VARIED))
+    sae = build(name, dtype=dtype, resample_every=1, unit_norm_every=int(name != "writesae_matching_pursuit"))
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-2)
     for step in range(3):
-        given = step_input(sae, step)
-        given.sae_in, given.n_training_steps = given.sae_in.float(), step
+        batch = step_input(sae, step)
+        batch.sae_in, batch.n_training_steps = batch.sae_in.float(), step
         with torch.autocast("cpu", torch.bfloat16, enabled=setting == "autocast"):
-            loss = sae.training_forward_pass(given).loss
+            loss = sae.training_forward_pass(batch).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -225,14 +103,14 @@ def test_low_precision_training_steps(name: str, setting: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute", "ignore:<class 'torch.autograd.function.Function'>")
-@pytest.mark.parametrize("name", S.TRAINING)
+@pytest.mark.parametrize("name", ["writesae_topk", "writesae_gated"])
 def test_compiled_training_step_is_the_same(name: str) -> None:
     plain, compiled = build(name), build(name)
     torch._dynamo.reset()
-    wanted = plain.training_forward_pass(step_input(plain)).loss
+    expected = plain.training_forward_pass(step_input(plain)).loss
     got = torch.compile(compiled.training_forward_pass, backend="aot_eager")(step_input(compiled)).loss
-    torch.testing.assert_close(got, wanted)
-    for each in (wanted, got):
+    torch.testing.assert_close(got, expected)
+    for each in (expected, got):
         each.backward()
     for p, q in zip(plain.parameters(), compiled.parameters()):
         torch.testing.assert_close(p.grad, q.grad)
@@ -304,5 +182,6 @@ def test_a_folder_without_a_seal_is_loaded(saved: Path) -> None:
 
 
 def test_stock_autoencoders_load_too(tmp_path: Path) -> None:
-    stock_twin(build("writesae_standard")).save_inference_model(tmp_path)
+    sae = sae_lens.StandardTrainingSAE(sae_lens.StandardTrainingSAEConfig(d_in=D_IN, d_sae=F))
+    sae.save_inference_model(tmp_path)
     assert type(W.load_sae(tmp_path)) is sae_lens.StandardSAE

@@ -1,5 +1,5 @@
-"""A run that is killed goes on to the weights of one that was not: on factors, on states in chunks, and in SAELens'
-trainer on writes and on rows that are mixed."""
+"""A run that is killed goes on to the weights of one that was not: on factors, and in SAELens' trainer on writes and on
+rows that are mixed."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import pytest
 import torch
 from saes import Steps
 from sealing import damaged, reseal
-from test_fast import K, V, config, writes
+from test_fast import F, K, V, config, writes
 from test_training_loss import config as of_collection
 
 from hookpoints import HookedRecurrent
 from hookpoints.errors import DamageWarning
 from hookpoints.files import CHECKSUMS
 from sae_lens_writesae import collect, train
-from sae_lens_writesae.sae import fast
+from sae_lens_writesae.sae import TRAINING
 from sae_lens_writesae.sae import rows as rows_
 from sae_lens_writesae.sae.metric import Metric
 
@@ -47,8 +47,16 @@ def side_by_side(collections: list[Any]) -> Run:
     return Run([config(seed, N_STEPS) for seed in (0, 1)], rows, rows[::-1])
 
 
-def on_writes(collections: list[Any]) -> Run:
-    return Run([config(0, N_STEPS, "writesae_standard")], [writes(0)], [writes(1)])
+def on_writes(collections: list[Any], name: str = "writesae_standard") -> Run:
+    of_name = {
+        "writesae_batchtopk": {"k": 2},
+        "writesae_matryoshka": {"k": 2, "matryoshka_widths": [8, F]},
+        "writesae_jumprelu": {"dtype": "float32"},  # SAELens' gradients of thresholds are
+        "writesae_matching_pursuit": {"unit_norm_every": 0},
+    }
+    cfg = config(0, N_STEPS, name, loss="write", **of_name.get(name, {}))  # a loss with which all of them train on rows
+    dtype = getattr(torch, cfg.sae.dtype)
+    return Run([cfg], [writes(0, dtype)], [writes(1, dtype)])
 
 
 def on_states(collections: list[Any]) -> Run:
@@ -71,7 +79,6 @@ RUNS: dict[str, Callable[[list[Any]], Run]] = {
     "factors": side_by_side,
     "writes": on_writes,
     "states": on_states,
-    "chunks": on_states,
 }
 
 
@@ -79,12 +86,12 @@ RUNS: dict[str, Callable[[list[Any]], Run]] = {
 def collections(hf: Any, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     ids = torch.randint(1, 64, (40, 32), generator=torch.Generator().manual_seed(0))
     model = HookedRecurrent.from_hf(hf)
-    found = [
+    collections_of_texts = [
         collect(model, text, [1], [2], tmp_path_factory.mktemp("collection"), targets=("write", "state"))
         for text in (ids, ids.flip(0))
     ]
     model.attachment.detach()
-    return found
+    return collections_of_texts
 
 
 @pytest.fixture
@@ -94,9 +101,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
 
 
 @pytest.fixture(params=RUNS)
-def run(request: pytest.FixtureRequest, collections: list[Any], monkeypatch: pytest.MonkeyPatch) -> Run:
-    if request.param == "chunks":
-        monkeypatch.setattr(fast, "STATES_FROM", 1)
+def run(request: pytest.FixtureRequest, collections: list[Any]) -> Run:
     return RUNS[request.param](collections)
 
 
@@ -106,15 +111,24 @@ def kill(run: Run, steps: Steps, at: int, checkpoint: Path) -> None:
         run.weights(checkpoint)
 
 
-@pytest.mark.parametrize("at", [2, 7, 11])
-def test_a_killed_run_ends_with_the_same_weights(run: Run, steps: Steps, at: int, tmp_path: Path) -> None:
+def resumes(run: Run, steps: Steps, at: int, checkpoint: Path) -> None:
     for cfg in run.configs:
         cfg.lr_scheduler_name = "cosineannealing"
-    whole = run.weights()
-    kill(run, steps, at, tmp_path / "run")
-    resumed = run.weights(tmp_path / "run")
-    assert steps.taken == N_STEPS and not list(tmp_path.iterdir())
-    torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
+    never_killed = run.weights()
+    kill(run, steps, at, checkpoint)
+    resumed = run.weights(checkpoint)
+    assert steps.taken == N_STEPS and not checkpoint.exists()
+    torch.testing.assert_close(resumed, never_killed, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("at", [2, 7, 11])
+def test_a_killed_run_ends_with_the_same_weights(run: Run, steps: Steps, at: int, tmp_path: Path) -> None:
+    resumes(run, steps, at, tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_every_architecture_resumes(name: str, steps: Steps, tmp_path: Path) -> None:
+    resumes(on_writes([], name), steps, 7, tmp_path / "run")
 
 
 def test_a_checkpoint_of_other_settings_or_rows_is_refused(run: Run, steps: Steps, tmp_path: Path) -> None:
@@ -135,21 +149,22 @@ def test_a_checkpoint_belongs_to_its_metric(name: str, steps: Steps, tmp_path: P
             train(cfg, writes(), metric=metric, checkpoint=tmp_path / "run")
 
 
-def test_a_checkpoint_that_is_damaged_is_set_aside(run: Run, steps: Steps, tmp_path: Path) -> None:
+def test_a_checkpoint_that_is_damaged_is_set_aside(steps: Steps, tmp_path: Path) -> None:
     """A bit of each file is flipped, or its end cut off; one file is empty. The run then begins anew."""
-    whole, folder = run.weights(), tmp_path / "run"
+    run = side_by_side([])
+    never_killed, folder = run.weights(), tmp_path / "run"
     kill(run, steps, 11, folder)
     kept = {file.name: file.read_bytes() for file in folder.iterdir()}
     assert kept.keys() >= {"state.pt", "made_with.json", CHECKSUMS}
     draw = random.Random(0)
-    damages = [(name, damaged(data, draw)) for name, data in [*kept.items(), *kept.items()]]
+    damages = [(name, damaged(data, draw)) for name, data in kept.items()]
     for name, data in [*damages, ("state.pt", b"")]:
         folder.mkdir(exist_ok=True)
         for each, content in (kept | {name: data}).items():
             (folder / each).write_bytes(content)
         with pytest.warns(DamageWarning, match=r"run is damaged.* it is run\.damaged now"):
             resumed = run.weights(folder)
-        torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
+        torch.testing.assert_close(resumed, never_killed, rtol=0, atol=0)
         assert (tmp_path / "run.damaged" / name).read_bytes() == data and not folder.exists()
         shutil.rmtree(tmp_path / "run.damaged")
 

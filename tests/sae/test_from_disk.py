@@ -53,9 +53,9 @@ def collected(folder: Path, n_sequences: int, per_shard: int, tokens: int = 1024
 
 def anonymous_bytes() -> int:
     """Memory of this process that no file backs."""
-    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found
-    return 1024 * int(found[1])
+    line = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert line
+    return 1024 * int(line[1])
 
 
 needs_linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="counts memory as Linux tells it")
@@ -96,10 +96,10 @@ def test_training_holds_no_more_than_a_quarter_of_the_writes(tmp_path: Path, mon
         return step(*arguments)
 
     monkeypatch.setattr(torch.optim.Adam, "step", watched_step)
-    found = train(cfg, collection)
+    from_disk = train(cfg, collection)
     assert 4 * (max(held) - held[0]) < collection.total_bytes
-    whole = train(cfg, LowRank(*(side[:] for side in collection.factors(0, 0))))
-    assert all(torch.equal(x, y) for x, y in zip(found.parameters(), whole.parameters(), strict=True))
+    in_memory = train(cfg, LowRank(*(side[:] for side in collection.factors(0, 0))))
+    assert all(torch.equal(x, y) for x, y in zip(from_disk.parameters(), in_memory.parameters(), strict=True))
 
 
 @pytest.fixture
@@ -152,26 +152,26 @@ def test_a_bucket_is_an_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(files, "COPIES", tmp_path / "copies")
     server.start()
     host, port = server.get_host_and_port()
-    said = {"ENDPOINT_URL": f"http://{host}:{port}", "ACCESS_KEY_ID": "any", "SECRET_ACCESS_KEY": "any"}
-    for name, value in said.items():
+    environment = {"ENDPOINT_URL": f"http://{host}:{port}", "ACCESS_KEY_ID": "any", "SECRET_ACCESS_KEY": "any"}
+    for name, value in environment.items():
         monkeypatch.setenv(f"AWS_{name}", value)
     bucket = s3fs.S3FileSystem()
     bucket.mkdir("writes")
     for file in collected(tmp_path, 3, 1, tokens=64).iterdir():
         bucket.put_file(str(file), f"writes/{file.name}")
-    found = Collection.open("s3://writes").rows(0, 0)
+    rows = Collection.open("s3://writes").rows(0, 0)
     server.stop()
-    assert torch.equal(found, Collection.open(tmp_path).rows(0, 0))
+    assert torch.equal(rows, Collection.open(tmp_path).rows(0, 0))
 
 
 def test_the_command_trains_on_an_address(elsewhere: str, tmp_path: Path) -> None:
     """To the same bytes; a config names the address, so that it is opened again."""
     sizes = ["--d-sae", "8", "--training-tokens", "512", "--train-batch-size-tokens", "64", "--no-summary"]
-    found = []
+    weights = []
     for name, collection in (("here", str(tmp_path)), ("there", elsewhere)):
         out = tmp_path / name
         main(["train", "--collection", collection, *sizes, "--out", str(out)])
-        found.append((out / "L0H0/write-seed0/sae/sae_weights.safetensors").read_bytes())
-    assert found[0] == found[1]
+        weights.append((out / "L0H0/write-seed0/sae/sae_weights.safetensors").read_bytes())
+    assert weights[0] == weights[1]
     cfg = training_config(Collection.open(elsewhere), 0, 0, training_tokens=512, d_sae=8)
     assert cfg.cached_activations_path == elsewhere and isinstance(source_of(cfg, None), CollectedWrites)

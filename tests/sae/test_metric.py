@@ -1,4 +1,4 @@
-"""The model's own metric: what folding keeps, what a fit recovers, and that it predicts the KL of real edits."""
+"""The model's own metric: its arithmetic, what a fit recovers, and that it predicts the KL of real edits."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from saes import normal
-from test_architectures import D_IN, OPTIONS, VARIANTS, K, N, V, build
+from saes import normal, positive
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -18,23 +17,16 @@ from sae_lens_writesae.sae.metric import Metric
 from sae_lens_writesae.sae.metric_fit import ReadScores, Sums, fit_metrics, read_scores
 from writesae.experiment.tokens import sample_sequences
 
-
-def positive(size: int, seed: int = 0) -> Tensor:
-    """Eigenvalues over two orders of magnitude."""
-    vectors = torch.linalg.qr(normal(size, size, seed=seed)).Q
-    return vectors @ torch.logspace(-1, 1, size, dtype=torch.float64).diag() @ vectors.mT
-
-
-def made_up(k: int = K, v: int = V) -> Metric:
-    return Metric.of(positive(k), positive(v, 1), scale=2.0, damping=0.05, n_sequences=7)
+K, V, N = 5, 6, 11
 
 
 # ---- arithmetic
 
 
 def test_vectors_rows_and_inner_products_agree_with_dense_matrices() -> None:
-    metric, keys, values = made_up(), normal(N, 2, K), normal(N, 2, V, seed=1)
+    keys, values = normal(N, 2, K), normal(N, 2, V, seed=1)
     a, b = positive(K), positive(V, 1)
+    metric = Metric.of(a, b, scale=2.0, damping=0.05, n_sequences=7)
     write = LowRank(keys, values)
     moved = metric.move(LowRank(keys, values))
     assert_close(metric.apply_rows(write.dense().flatten(1)), moved.dense().flatten(1), rtol=1e-10, atol=1e-10)
@@ -51,21 +43,6 @@ def test_a_metric_is_positive() -> None:
 # ---- folding
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
-@pytest.mark.parametrize(("name", "fields"), [*OPTIONS, ("writesae_matching_pursuit", {})], ids=str)
-def test_folding_keeps_activations_and_reconstructions(name: str, fields: dict, variant: dict) -> None:
-    sae, metric, x = build(name, **fields, **variant), made_up(), normal(N, D_IN, seed=2)
-    acts, out = sae.encode(metric.apply_rows(x)), sae(metric.apply_rows(x))
-    folded = metric.fold(sae)
-    assert type(folded) is type(sae)
-    assert (acts != 0).any()
-    assert_close(folded.encode(x), acts, rtol=1e-9, atol=1e-9)
-    assert_close(metric.apply_rows(folded(x)), out, rtol=1e-9, atol=1e-9)
-    assert_close(sae.encode(metric.apply_rows(x)), acts, rtol=1e-9, atol=1e-9)
-    assert folded.cfg.metadata.metric == "gauss_newton"
-    assert sae.cfg.metadata.metric is None
-
-
 # ---- fitting
 
 
@@ -79,9 +56,9 @@ def test_a_planted_kronecker_metric_is_recovered() -> None:
     sums.add(ReadScores(Recurrence(q[:, None, None], k[:, None, None], u[:, None, None]), g[:, None, None]))
     metric = sums.metric(1e-6, n)
     change = LowRank.rank_one(normal(5, 4, seed=4), normal(5, 3, seed=5))
-    found = 2 * metric.nats(change)
+    predicted = 2 * metric.nats(change)
     dense = change.dense()
-    assert_close(found, torch.einsum("nkv,kl,nlw,wv->n", dense, a, dense, b), rtol=0.05, atol=0)
+    assert_close(predicted, torch.einsum("nkv,kl,nlw,wv->n", dense, a, dense, b), rtol=0.05, atol=0)
     write = LowRank.rank_one(k, u)
     assert_close(metric.nats(write).sum(), metric.scale / 2 * write.inner(write).sum(), rtol=1e-4, atol=0)
     plain = sums.metric(1.0, n)

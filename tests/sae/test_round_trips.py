@@ -119,23 +119,6 @@ def test_checkpoints_load(case: tuple[str, str, int], run: Any, tmp_path: Path) 
     same(SAE.load_from_disk(exported), SAE.load_from_disk(checkpoints[-1]), rows)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_saved_autoencoders_load(case: tuple[str, str, int], run: Any, tmp_path: Path) -> None:
-    """`save_model` of the one in training, and of one for inference; and training begins with either."""
-    sae, _, exported, rows = run(*case)
-    sae.save_model(tmp_path / "of-training")
-    loaded = SAE.load_from_disk(exported)
-    loaded.save_model(tmp_path / "of-inference")
-    for name in ("of-training", "of-inference"):
-        folder = tmp_path / name
-        again = SAE.load_from_disk(folder)
-        assert type(again) is type(loaded)
-        same(loaded, again, rows)
-        same(load_sae(folder), again, rows, 0)
-        TrainingSAE.load_from_disk(folder)
-    assert load_sae(tmp_path / "of-training").cfg.metadata.hook_name == HOOK.format(case[1])
-
-
 @pytest.mark.parametrize("case", CASES[-2:], ids=str)
 def test_a_release_on_this_disk_loads(
     case: tuple[str, str, int], run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

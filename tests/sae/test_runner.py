@@ -210,22 +210,6 @@ def test_text_dataset_keeps_the_text():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("architecture", "sae"),
-    [
-        ("writesae_batchtopk", {"k": 4}),
-        ("writesae_jumprelu", {}),
-        ("writesae_matryoshka", {"k": 4, "matryoshka_widths": [8, 24]}),
-        ("writesae_standard", {}),
-        ("writesae_gated", {}),
-    ],
-)
-def test_every_architecture_trains_through_the_runner(embedded, dataset, architecture, sae):
-    trained = train(small_config(embedded, architecture=architecture, sae=sae), (embedded, dataset))
-    assert all(torch.isfinite(parameter).all() for parameter in trained.parameters())
-
-
-@pytest.mark.slow
 def test_wandb_logging_offline(embedded, dataset, tmp_path, monkeypatch):
     wandb.teardown()  # what an earlier test logged has set the folder of the session
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))

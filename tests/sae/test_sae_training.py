@@ -1,14 +1,13 @@
-"""Training with SAELens' own trainer on planted matrices, and the upkeep that serves matrices."""
+"""Thresholds that are exported, and the upkeep that serves matrices: start, unit norm, resampling, means."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from sae_lens import SAETrainer, TrainingSAE
-from sae_lens.config import SAETrainerConfig
-from saes import train_step, untrained_sae
+from planted import K, Planted, V, trained
+from planted import untrained as make
+from saes import train_step
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -17,80 +16,7 @@ from sae_lens_writesae import sae as S
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae.training import draw_rows
 
-K, V, D_IN, BATCH = 10, 8, 80, 256
-
-
-class Planted:
-    """Sums of a few rank-1 matrices out of 24, with noise and a constant matrix underneath."""
-
-    def __init__(self, active: float = 2.0, mean: float = 0.0, seed: int = 0) -> None:
-        self.g, self.active = torch.Generator().manual_seed(seed), active
-        v, w = normalize(self.draw(24, K), dim=1), normalize(self.draw(24, V), dim=1)
-        self.atoms = (v[:, :, None] * w[:, None, :]).flatten(1)
-        self.mean = mean * self.draw(D_IN)
-
-    def draw(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, generator=self.g)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return self
-
-    def __next__(self) -> Tensor:
-        on = torch.rand(BATCH, 24, generator=self.g) < self.active / 24
-        codes = on * (1 + torch.rand(BATCH, 24, generator=self.g))
-        return codes @ self.atoms + self.mean + 0.01 * self.draw(BATCH, D_IN)
-
-
-def train(name: str, data: Iterator[Tensor], steps: int, lr: float = 3e-3, **fields: Any) -> SAETrainer:
-    """SAELens' trainer, run to the end."""
-    trainer = make_trainer(name, data, steps, lr, **fields)
-    trainer.fit()
-    return trainer
-
-
-def make_trainer(name: str, data: Iterator[Tensor], steps: int, lr: float, **fields: Any) -> SAETrainer:
-    cfg = SAETrainerConfig(
-        total_training_samples=BATCH * steps,
-        train_batch_size_samples=BATCH,
-        lr=lr,
-        lr_end=lr / 10,
-        lr_scheduler_name="cosineannealing",
-        lr_warm_up_steps=10,
-        dead_feature_window=50,
-    )
-    return SAETrainer(cfg, make(name, **fields), data)
-
-
-def make(name: str = "writesae_topk", **fields: Any) -> Any:
-    """An untrained SAE."""
-    return untrained_sae(name, **{"k": 2, "d_in": D_IN, "d_sae": 32, "d_k": K, "d_v": V} | fields)
-
-
-def recovery(sae: Any, data: Planted) -> float:
-    """Mean over planted atoms of the best cosine."""
-    return (data.atoms @ normalize(sae.atoms().dense().flatten(1), dim=1).T).amax(1).mean().item()
-
-
-@pytest.mark.parametrize(
-    "name, fields",
-    [
-        ("writesae_topk", {}),
-        pytest.param("writesae_topk", {"encoder": "tied"}, marks=pytest.mark.slow),
-        pytest.param("writesae_topk", {"encoder": "dense"}, marks=pytest.mark.slow),
-        pytest.param("writesae_topk", {"rank": 2}, marks=pytest.mark.slow),
-        ("writesae_batchtopk", {}),
-        pytest.param("writesae_matryoshka", {}, marks=pytest.mark.slow),
-        ("writesae_standard", {"l1_coefficient": 0.1}),
-        ("writesae_gated", {"l1_coefficient": 0.1}),
-        ("writesae_jumprelu", {"l0_coefficient": 0.02, "jumprelu_init_threshold": 0.3}),
-    ],
-    ids=str,
-)
-def test_planted_atoms_are_recovered(name: str, fields: dict) -> None:
-    data = Planted(mean=0.2)
-    sae = train(name, data, 400, d_sae=48, **fields).sae
-    assert recovery(sae, data) > 0.9
-    assert recovery(make(name, d_sae=48, **fields), data) < 0.6  # what chance gives
+D_IN = K * V
 
 
 # ---------------------------------------------------------------------------------------- thresholds
@@ -105,7 +31,7 @@ def exported_l0(sae: Any, x: Tensor, folder: Path) -> float:
 @pytest.mark.parametrize("name", ["writesae_batchtopk", "writesae_matryoshka"])
 def test_exported_threshold_is_right_after_fifty_steps(name: str, lr: float, tmp_path: Path) -> None:
     data = Planted()
-    sae = train(name, data, 50, lr).sae
+    sae = trained(name, data, 50, lr)
     fresh = torch.cat([next(data) for _ in range(4)])
     assert exported_l0(sae, fresh, tmp_path) == pytest.approx(2, rel=0.1)
     W.calibrate_threshold(sae, fresh)
@@ -114,7 +40,7 @@ def test_exported_threshold_is_right_after_fifty_steps(name: str, lr: float, tmp
 
 def test_calibration_of_an_inference_sae_sets_any_l0(tmp_path: Path) -> None:
     data = Planted()
-    train("writesae_batchtopk", data, 100).sae.save_inference_model(tmp_path)
+    trained("writesae_batchtopk", data, 100, 3e-3).save_inference_model(tmp_path)
     sae: Any = W.load_sae(tmp_path)
     x = next(data)
     sae.v.data *= 2  # thresholds follow the contribution, not the activation
@@ -279,42 +205,6 @@ def test_input_that_is_not_finite_stops_training() -> None:
     sae.b_dec.data[3] = torch.inf
     with pytest.raises(ValueError, match="b_dec"):
         train_step(sae, x.nan_to_num(), 1)
-
-
-@pytest.mark.parametrize("name", sorted(S.TRAINING.keys() - {"writesae_matching_pursuit"}))  # codes follow b_dec there
-def test_any_trainer_leaves_reconstructions_right_on_average(name: str, tmp_path: Path) -> None:
-    """Of small writes with much noise, so that the steps of the optimizer are large for b_dec."""
-
-    class Writes(Planted):
-        def __next__(self) -> Tensor:
-            common, which = torch.Generator().manual_seed(1), torch.randint(6, (BATCH,), generator=self.g)
-            sides = [torch.randn(6, n, generator=common)[which] + 0.5 + self.draw(BATCH, n) for n in (K, V)]
-            return 0.003 * (sides[0][:, :, None] * sides[1][:, None]).flatten(1)
-
-    fields: dict[str, dict[str, Any]] = {
-        "writesae_standard": {"l1_coefficient": 3e-3},
-        "writesae_gated": {"l1_coefficient": 3e-3},
-        "writesae_jumprelu": {"l0_coefficient": 1e-5, "jumprelu_init_threshold": 0.01},
-    }
-    data = Writes()
-    sae: Any = train(name, data, 150, d_sae=36, **fields.get(name, {})).sae
-    sae.requires_grad_(False)
-    x = torch.cat([next(data) for _ in range(40)])
-
-    def error(rebuilt: Tensor) -> float:
-        """Squared norm of the mean residual, as a share of that of the inputs."""
-        return float((x - rebuilt.detach()).mean(0).square().sum() / x.square().sum(1).mean())
-
-    by_optimizer = error(sae.coefficients(sae.encode(x)) @ sae.W_dec + sae.b_dec)
-    returned, codes = error(sae(x)), sae.encode(x)
-    sae.save_model(tmp_path / "checkpoint")
-    loaded = TrainingSAE.load_from_disk(tmp_path / "checkpoint").requires_grad_(False)
-    assert torch.equal(loaded(x), sae(x))  # torch multiplies by another kernel where gradients are wanted
-    sae.save_inference_model(tmp_path / "exported")
-    exported = error(W.load_sae(tmp_path / "exported")(x))
-    assert max(returned, exported) < min(1e-3, 0.6 * by_optimizer)
-    torch.testing.assert_close(sae.encode(x), codes, rtol=1e-3, atol=1e-5)
-    assert error(sae.coefficients(codes) @ sae.W_dec + sae.b_dec) == pytest.approx(returned, rel=0.01)
 
 
 # ---------------------------------------------------------------------------------------- the start

@@ -8,30 +8,16 @@ import pytest
 import torch
 from datasets import Dataset
 from sae_lens.training.mixing_buffer import mixing_buffer
-from saes import train_step, untrained_sae
-from torch.nn.functional import cosine_similarity
 
 from sae_lens_writesae import collect, train, training_config
-from sae_lens_writesae.sae import TRAINING
-from sae_lens_writesae.sae.losses import read_loss, read_queries, write_loss
 from sae_lens_writesae.sae.metric import Metric
 from sae_lens_writesae.sae.rows import COLUMN_SCALE, MixedRows
 from sae_lens_writesae.sae.runner import head_rows
+from sae_lens_writesae.sae.training import read_loss, read_queries, write_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 LAYER, HEAD, K, V = 1, 2, 8, 6
-
-
-def make(architecture: str = "writesae_topk", loss: Any = "reads", weight: float = 0.5, **fields: Any) -> Any:
-    shape = {"d_in": K * V, "d_k": K, "d_sae": 12, "loss": loss, "loss_weight": weight, "dtype": "float64"}
-    return untrained_sae(architecture, k=3, **shape | fields)
-
-
-def rows(loss: Any, n: int = 10) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(1)
-    columns = {"mse": 0, "reads": K, "write": K * V}[loss]
-    return torch.randn(n, K * V + columns, dtype=torch.float64, generator=generator)
 
 
 # -- formulas
@@ -50,41 +36,6 @@ def test_write_loss_by_hand() -> None:
     cosine = torch.tensor([[1.0, -1.0, 0.5], [0.2, 0.2, 0.2], [1.0, 1.0, 1.0]])
     contribution = torch.tensor([[1.0, 2.0, 1.0], [3.0, 4.0, 1.0], [0.0, 0.0, 0.0]])
     assert write_loss(cosine, contribution) == pytest.approx(1 - (-0.125 + 0.2 + 0) / 3)
-
-
-# -- steps
-
-
-@pytest.mark.parametrize("loss", ["reads", "write"])
-@pytest.mark.parametrize("architecture", TRAINING)
-def test_a_step_mixes_the_loss_in_by_its_weight(architecture: str, loss: str) -> None:
-    x = rows(loss)
-    plain = train_step(make(architecture, "mse"), x[:, : K * V])
-    output = train_step(make(architecture, loss, 0.3), x)
-    assert output.sae_in.shape == output.sae_out.shape == (10, K * V)
-    assert torch.equal(output.sae_out, plain.sae_out)
-    extra, mse = output.losses[f"{loss}_loss"], output.losses["mse_loss"]
-    assert output.loss.item() == pytest.approx((plain.loss + 0.3 * (extra - mse)).item())
-    if loss == "reads":
-        error = (output.sae_out - output.sae_in).view(-1, K, V)
-        q = x[:, K * V :]
-        direct = sum((e.T @ each).square().sum() for e, each in zip(error, q)) / 10 * K / q.square().sum(-1).mean()
-    else:  # atoms have norm 1, so that activations are contributions
-        variance = (output.sae_in - output.sae_in.mean(0)).square().sum(1).mean()
-        cosines = cosine_similarity(x[:, None, K * V :], make(architecture).W_dec, dim=-1)
-        shares = output.feature_acts.to_dense() / output.feature_acts.to_dense().sum(1, keepdim=True).clamp_min(1e-30)
-        direct = variance * (1 - (shares * cosines).sum(1)).mean()
-    assert extra.item() == pytest.approx(direct.item())
-
-
-def test_a_contribution_has_the_size_of_what_is_written() -> None:
-    """Larger atoms with activations that are as much smaller have the same loss."""
-    plain, larger = make(loss="write"), make(loss="write")
-    times = torch.arange(1, 13)[:, None, None]
-    with torch.no_grad():
-        larger.v.mul_(times)
-        larger.v_enc.div_(times)
-    torch.testing.assert_close(*(train_step(sae, rows("write")).losses["write_loss"] for sae in (plain, larger)))
 
 
 # -- columns, and training from a collection
@@ -116,12 +67,12 @@ def test_columns_are_the_models_own_queries_and_writes(model: Any, tokens: Any, 
     name = f"blocks.{LAYER}.mixer.heads.{HEAD}.hook_{target}_vec"
     names = [name, f"blocks.{LAYER}.mixer.hook_q", name.replace("state", "write")]
     _, cache = model.run_with_cache(tokens[:, :32], names_filter=names)
-    found = head_rows(model.recurrence(tokens[:, :32], LAYER).select(heads=HEAD), target, loss, slice(-3, None))
-    wanted = cache[names[1]][:, :, HEAD] if loss == "reads" else cache[names[2]]
-    expected = torch.cat([cache[name], COLUMN_SCALE * wanted], -1)[:, -3:]
-    size = torch.ones(found.shape[-1])
+    rows = head_rows(model.recurrence(tokens[:, :32], LAYER).select(heads=HEAD), target, loss, slice(-3, None))
+    columns = cache[names[1]][:, :, HEAD] if loss == "reads" else cache[names[2]]
+    expected = torch.cat([cache[name], COLUMN_SCALE * columns], -1)[:, -3:]
+    size = torch.ones(rows.shape[-1])
     size[: K * V] = COLUMN_SCALE
-    torch.testing.assert_close(found * size, expected * size, atol=1e-11, rtol=1e-5)
+    torch.testing.assert_close(rows * size, expected * size, atol=1e-11, rtol=1e-5)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.5, 1.0])

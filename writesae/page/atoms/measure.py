@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 
 from hookpoints import HookedRecurrent, Recurrence
 from sae_lens_writesae.atom.low_rank import LowRank
-from sae_lens_writesae.sae.losses import read_queries
+from sae_lens_writesae.sae.training import read_queries
 from writesae.experiment.firings import Integers, picked, sample_firings
 from writesae.experiment.lab import EditedRows, Lab, Trial
 from writesae.flags import AtomSettings
