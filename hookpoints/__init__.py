@@ -12,8 +12,6 @@ with the first model.
 from __future__ import annotations
 
 import importlib
-import warnings
-from importlib.metadata import Distribution
 from typing import TYPE_CHECKING
 
 import hookpoints._waiting  # before torch loads  # noqa: F401
@@ -37,15 +35,6 @@ if TYPE_CHECKING:
     from hookpoints.model.recurrent import HookedRecurrent
     from hookpoints.recurrence.recurrence import Recurrence
     from hookpoints.rules import RULES
-
-_BOTH = [name for name in ("hookpoints", "sae-lens-writesae") if any(Distribution.discover(name=name))]
-"""Those installed of the two distributions that contain this package."""
-if len(_BOTH) > 1:
-    warnings.warn(
-        "expected one distribution with the package hookpoints, got hookpoints and sae-lens-writesae, which overwrite "
-        "each other's files: pip uninstall both, and install one of them",
-        stacklevel=2,
-    )
 
 _HOMES = {
     "circuit.attribute": ("attribute", "attribute_task"),

@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ALONE = "hookpoints/pyproject.toml"
-"""Of the distribution that has hookpoints and no SAELens."""
+HOOKS = "hookpoints/pyproject.toml"
+PRODUCT = "pyproject.toml"
 STUDY = "study/pyproject.toml"
 PACKAGES = ("hookpoints", "sae_lens_writesae", "writesae", "writesae_study")
 """Each knows only those before it."""
@@ -314,51 +315,42 @@ def test_each_room_knows_only_the_rooms_below():
                 assert order.index(other[1]) <= room, f"{name} imports {target}"
 
 
-def declared(file: str, *extras: str) -> set[str]:
-    """Packages that a distribution says that it needs, with some of its extras."""
-    said = tomllib.loads((ROOT / file).read_text(encoding="utf-8"))["project"]
-    needed = [*said["dependencies"], *(each for extra in extras for each in said["optional-dependencies"][extra])]
-    return {re.split(r"[^\w-]", each)[0] for each in needed}
+def project(file: str) -> dict[str, Any]:
+    return tomllib.loads((ROOT / file).read_text("utf-8"))["project"]
+
+
+def bounds(file: str, *extras: str) -> dict[str, str]:
+    """What a distribution says that it needs, with some of its extras: package and version."""
+    optional = project(file)["optional-dependencies"] if extras else {}
+    needed = [*project(file)["dependencies"], *(each for extra in extras for each in optional[extra])]
+    return {re.split(r"[^\w-]", each)[0]: re.split(r"[\w-]+(?:\[\w+\])?", each, maxsplit=1)[1] for each in needed}
 
 
 def test_every_package_that_is_imported_is_declared():
-    whole = declared("pyproject.toml", "fla")
-    study = whole | declared(STUDY)
+    hooks, product = bounds(HOOKS, "fla"), bounds(PRODUCT)
+    declared = {"hookpoints": hooks, "writesae_study": product | bounds(STUDY)}
     names = {"markdown_it": "markdown-it-py", "sklearn": "scikit-learn", "fla": "flash-linear-attention"}
     for name, file in MODULES.items():
+        needed = declared.get(name.split(".")[0], product)
         for top in {*outside(file)} - {*PACKAGES, *sys.stdlib_module_names}:
-            known = study if name.startswith("writesae_study") else whole
-            assert names.get(top, top.replace("_", "-")) in known, f"{file} imports {top}"
+            assert names.get(top, top.replace("_", "-")) in needed, f"{file} imports {top}"
 
 
 def test_every_dependency_has_a_lower_bound():
     """But those of tests and pages, which are as new as the others allow."""
-    whole, study = (tomllib.loads((ROOT / file).read_text("utf-8"))["project"] for file in ("pyproject.toml", STUDY))
-    extras = [*whole["optional-dependencies"]["fla"], *whole["optional-dependencies"]["train"]]
-    asked = [*whole["dependencies"], *study["dependencies"], *extras]
-    assert [each for each in asked if ">=" not in each] == [whole["name"]]  # which is of the same commit
+    distributions = (bounds(HOOKS, "fla"), bounds(PRODUCT, "fla", "train"), bounds(STUDY))
+    assert {name for needed in distributions for name in needed if ">=" not in needed[name]} == {"sae-lens-writesae"}
 
 
-def test_hookpoints_alone_is_declared_as_in_the_whole():
-    """Of both distributions version, Python, adapters and bounds are equal; TransformerLens may be newer in one."""
-    whole, alone = (tomllib.loads((ROOT / path).read_text("utf-8")) for path in ("pyproject.toml", ALONE))
-    for field in ("version", "requires-python", "license", "entry-points"):
-        assert alone["project"][field] == whole["project"][field]
-    bounds = {re.sub(r"(transformer-lens\S+),<4", r"\1", bound) for bound in whole["project"]["dependencies"]}
-    assert set(alone["project"]["dependencies"]) <= bounds
-    declared = {
-        re.split(r"[^\w-]", bound)[0] for bound in (*alone["project"]["dependencies"], "flash-linear-attention")
-    }
-    names = {"fla": "flash-linear-attention"}
-    for name, file in MODULES.items():
-        if name.startswith("hookpoints"):
-            for top in {*outside(file)} - {*PACKAGES, *sys.stdlib_module_names}:
-                assert names.get(top, top.replace("_", "-")) in declared, f"{file} imports {top}"
+def test_the_distributions_agree():
+    """TransformerLens alone may be newer where SAELens, which pins it, is not installed."""
+    hooks, product = bounds(HOOKS), bounds(PRODUCT)
+    product["transformer-lens"] = product["transformer-lens"].removesuffix(",<4")
+    common = hooks.keys() & product.keys()
+    assert {name: hooks[name] for name in common} == {name: product[name] for name in common}
+    for field in ("version", "requires-python", "license", "authors"):
+        assert project(HOOKS)[field] == project(PRODUCT)[field]
     assert (ROOT / "hookpoints/LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
-    assert alone["project"]["authors"] == whole["project"]["authors"]
-    assert (ROOT / "hookpoints" / alone["project"]["readme"]).is_file()
-    data = "package-data"
-    assert alone["tool"]["setuptools"][data]["hookpoints"] == whole["tool"]["setuptools"][data]["hookpoints"]
 
 
 def test_one_place_names_the_address_of_the_repository():

@@ -5,10 +5,8 @@ from __future__ import annotations
 import ast
 import inspect
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -80,16 +78,3 @@ def _is_for_checkers(node: ast.stmt) -> bool:
 
 def _imports(node: ast.stmt) -> bool:
     return isinstance(node, ast.ImportFrom)
-
-
-def test_two_distributions_of_hookpoints_are_said(tmp_path: Path) -> None:
-    """pip lets each overwrite the files of the other."""
-    for name in ("hookpoints", "sae_lens_writesae"):
-        (tmp_path / f"{name}-9.0.dist-info").mkdir()
-        (tmp_path / f"{name}-9.0.dist-info/METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 9.0\n")
-    command = [sys.executable, "-c", "import hookpoints"]
-    path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
-    assert done.returncode == 0 and "expected one distribution" in done.stderr
-    alone = subprocess.run(command, capture_output=True, text=True)
-    assert alone.stderr == ""

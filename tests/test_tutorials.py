@@ -20,7 +20,7 @@ INSTALL = """\
 import importlib.util
 
 if importlib.util.find_spec("hookpoints") is None:  # a fresh machine, in the folder tutorials/ of a clone
-    %pip install -q ..
+    %pip install -q ../hookpoints ..
 """
 """The first code cell. Not `-e`: a kernel that runs does not see an editable installation until it is restarted."""
 PUBLIC = ("hookpoints", "sae_lens_writesae", "writesae", "writesae.page.atoms")

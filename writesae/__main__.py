@@ -13,7 +13,7 @@ def main() -> None:
         from writesae.cli import main
     except ModuleNotFoundError as error:
         raise SystemExit(
-            f"error: writesae needs {error.name}: in the clone of the repository, pip install -e ."
+            f"error: writesae needs {error.name}: in the clone of the repository, pip install -e hookpoints -e ."
         ) from error
 
     for stream in (sys.stdout, sys.stderr):

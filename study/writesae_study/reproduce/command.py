@@ -80,7 +80,8 @@ class Reproduce:
         profile = profile_folder(self.profile or ("laptop" if default_device() == "cpu" else "gpu"))
         if importlib.util.find_spec("snakemake") is None:
             raise ValueError(
-                "the protocol runs on Snakemake: in the clone of the repository, pip install -e . -e study"
+                "the protocol runs on Snakemake: in the clone of the repository, "
+                "pip install -e hookpoints -e . -e study"
             )
         if self.published:
             if self.small or self.config != ReproduceConfig():

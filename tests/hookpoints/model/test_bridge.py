@@ -23,7 +23,8 @@ from hookpoints.model.bridge import RecurrentAdapter
 
 MIXER = "blocks.1.mixer."
 GROUP = "transformer_lens.architectures"
-ENTRIES = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]["entry-points"][GROUP]
+PROJECT = tomllib.loads((Path(__file__).parents[3] / "hookpoints/pyproject.toml").read_text())["project"]
+ENTRIES = PROJECT["entry-points"][GROUP]
 OPTIONS = {"nemotron_h": {"layers_block_type": ["mlp", "linear_attention", "full_attention"]}}
 
 
