@@ -135,11 +135,14 @@ def sentence(paragraph: str) -> str:
 
 
 def hook_table() -> str:
-    """Every hook, in order of execution."""
-    return table(
-        ("hook", "axes", "what it is", "an edit"),
-        ((f"`{row.full_name()}`", f"`{row.axes}`", row.meaning, row.edit) for row in HOOKS),
-    )
+    """Every hook, in order of execution. What an edit does is said once, and then by the name of that hook."""
+    first: dict[str, str] = {}
+    rows = []
+    for row in HOOKS:
+        edit = f"as `{first[row.edit]}`" if row.edit in first else row.edit
+        first.setdefault(row.edit, row.name)
+        rows.append((f"`{row.full_name()}`", f"`{row.axes}`", row.meaning, edit))
+    return table(("hook", "axes", "what it is", "an edit"), rows)
 
 
 def hooks_page(page: str) -> str:
