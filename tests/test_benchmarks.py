@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -40,21 +39,6 @@ def test_the_page_of_circuits_quotes_its_record():
     kinds = ("embedding", "mlp", "attn", "write")
     said = "embeddings {:.2f}, MLPs {:.2f}, softmax heads {:.2f}, writes {:.2f}"
     assert said.format(*(deleted[kind]["r"] for kind in kinds)) in " ".join(page.split())
-
-
-def test_the_page_of_scale_multiplies_what_other_pages_say():
-    """1e9 tokens of 100 heads: the hours of the paper's table are for 5e6, those on factors for 9 dictionaries."""
-    pages = {name: " ".join((run.DOCS / f"{name}.md").read_text().split()) for name in ("benchmarks", "scale")}
-    hours = re.search(
-        r"\| collect \|[^|]*\|[^|]*\|[^|]*\| ([\d.]+) \|.*\| train, on factors \|[^|]*\| ([\d.]+) \|",
-        pages["benchmarks"].partition("The paper's table")[2],
-    )
-    collect, one = (200 * float(number) for number in hours.groups())
-    one /= 9
-    cells = f"{collect:.2g} GPU hours | {collect / 8:.2g} h | {collect / 64:.2g} h"
-    assert f"| collect | {cells}" in pages["scale"]
-    assert f"{51_200 / 3600 / collect * 8:.0f} GB/s | {51_200 / 3600 / collect * 64:.0f} GB/s" in pages["scale"]
-    assert f"| train | {100 * one:.1f} GPU hours | {13 * one:.1f} h | {2 * one:.2g} h" in pages["scale"]
 
 
 def test_a_benchmark_leaves_a_record_and_a_failed_one_the_former(tmp_path, monkeypatch, capsys):

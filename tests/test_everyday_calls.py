@@ -1,5 +1,5 @@
 """Everyday calls of TransformerLens and SAELens, as their documents have them, on a recurrent model: each works, or
-raises an error that says what to do. The tables of docs/compatibility.md say which.
+raises an error that says what to do. tests/everyday_calls.md says which.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hookpoints import HookedRecurrent
 from sae_lens_writesae import HookedSAERecurrent, text_dataset, training_config
 
 LIBRARIES = ("TransformerLens", "SAELens")
-PAGE = Path(__file__).parents[1] / "docs" / "compatibility.md"
+PAGE = Path(__file__).with_name("everyday_calls.md")
 TEXT, *TABLES = re.split(
     "^### ", PAGE.read_text(encoding="utf-8").partition("## Everyday calls")[2], flags=re.MULTILINE
 )

@@ -19,8 +19,8 @@ PYTHON = os.environ.get("README_PYTHON", sys.executable)
 def blocks() -> dict[str, str]:
     """The Python block of each section, by heading."""
     sections = re.split(r"^## ", README.read_text(), flags=re.MULTILINE)
-    found = {each.partition("\n")[0]: re.findall(r"^```python\n(.*?)^```", each, re.M | re.S) for each in sections}
-    return {heading: "\n".join(codes) for heading, codes in found.items() if codes}
+    code = {each.partition("\n")[0]: re.findall(r"^```python\n(.*?)^```", each, re.M | re.S) for each in sections}
+    return {heading: "\n".join(codes) for heading, codes in code.items() if codes}
 
 
 def numbers(text: str) -> list[float]:
@@ -29,9 +29,9 @@ def numbers(text: str) -> list[float]:
 
 def assert_comments_hold(code: str, printed: str) -> None:
     """Numbers and quoted words of a comment that stands beside a print, or in the line below it, are printed."""
-    said = " ".join(re.findall(r"^ *(?:print\(.*|)\)(?:\s+# |\n# )(.*)$", code, flags=re.MULTILINE))
-    assert set(numbers(said)) <= set(numbers(printed))
-    assert all(words in printed for words in re.findall(r'"(.+?)"', said))
+    comments = " ".join(re.findall(r"^ *(?:print\(.*|)\)(?:\s+# |\n# )(.*)$", code, flags=re.MULTILINE))
+    assert set(numbers(comments)) <= set(numbers(printed))
+    assert all(words in printed for words in re.findall(r'"(.+?)"', comments))
 
 
 @pytest.mark.slow
@@ -53,8 +53,3 @@ def test_blocks_print_what_their_comments_say_and_change_what_the_model_does(tmp
     assert [line.split()[-1] for line in first[-3:-1]] == ["Vienna", "Paris"]
     assert "' The home of Clara is Vienna.' is gone: every layer equals" in first[-1]
     assert "overwrote an earlier sentence: True" in first[-4]
-
-
-def test_every_linked_file_exists():
-    links = re.findall(r"\]\((?!https?://|#)([^)#]+)", README.read_text())
-    assert links and all((README.parent / link).exists() for link in links)

@@ -53,7 +53,7 @@ its own pattern. HGRN keeps a vector, which is a matrix of one row: its keys and
 A token reads the state after its own write; in {before} it reads the state before it.
 
 Every family has {common}.
-The page of [each hook](hooks/index.md) lists the rules that have it.
+A rule has the [hooks](hooks.md#every-hook) of its factors.
 
 ## Errors
 

@@ -2,7 +2,6 @@
 
 * Blocks ```` ```math ````, and `$...$`, become MathML: browsers draw it without a script or a network.
 * Tutorials are pages, with the outputs that they were committed with.
-* A comment such as `<!-- hook -->` on a page of docs/hooks is replaced by what the code says.
 * A link from the product's pages to the study's, or back, leads from one site to the other.
 """
 
@@ -17,20 +16,6 @@ import nbformat
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
 from nbconvert import MarkdownExporter
-from tables import table
-
-from hookpoints.hooks.table import HOOKS
-from hookpoints.rules import RULES
-
-SCOPES = {
-    "model": "the model (one)",
-    "block": "each block",
-    "mixer": "each recurrent mixer",
-    "head": "each head of each recurrent mixer",
-    "attn": "each block with attention",
-}
-MATRIX = "K × V (in patterns S) numbers per token and head: computed only for hooks, and left out of `run_with_cache` "
-VECTOR = "a vector or a number per token; part of `run_with_cache`"
 
 
 def on_config(config: Any) -> Any:
@@ -78,10 +63,10 @@ def notebook_links(body: str) -> str:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """The text of a page with its comments and formulas replaced."""
+    """The text of a page with its formulas and links replaced."""
     place = Path(page.file.src_uri)
     text = markdown if place.parent.name == "tutorials" else formulas(markdown)  # those of notebooks are, with outputs
-    return with_links(with_parts(text, PARTS, place.stem))
+    return with_links(text)
 
 
 def with_parts(markdown: str, parts: dict[str, Callable[[str], str]], name: str) -> str:
@@ -97,36 +82,3 @@ def with_links(markdown: str) -> str:
         lambda found: f'<a href="{found[2]}{found[3] or ""}{found[4]}.html{found[5] or ""}">{found[1]}</a>',
         markdown,
     )
-
-
-def hook(name: str) -> str:
-    """What the hook table says of one hook."""
-    row = next(row for row in HOOKS if f"{row.scope}.{row.name}" == name)
-    shape = "] or [".join(", ".join(axes).replace("(, K, V, )", "K·V") for axes in row.axes.split() if axes != "or")
-    have = {rule.name for rule in RULES if row.factor in rule.hook_factors}
-    facts = {
-        "name": f"`{row.full_name()}`",
-        "one for": SCOPES[row.scope],
-        "shape": f"`[{shape}]`",
-        "fires": row.fires,
-        "an edit": row.edit,
-        "several steps a token": f"`{row.axes_of(2)}`: an axis R, where a token takes R > 1 steps" * row.per_step,
-        "rules that have it": ", ".join(sorted(have)),
-        "rules that do not": ", ".join(sorted({rule.name for rule in RULES} - have)) if row.factor else "",
-        "memory": MATRIX + "unless named" if row.matrix else VECTOR,
-    }
-    return (
-        f"{row.meaning[0].upper()}{row.meaning[1:]}.\n\n{table(('', ''), [fact for fact in facts.items() if fact[1]])}"
-    )
-
-
-def hooks(_: str) -> str:
-    """Every hook."""
-    return table(
-        ("hook", "axes", "what it is"),
-        ((f"[`{row.full_name()}`]({row.scope}.{row.name}.md)", f"`{row.axes}`", row.meaning) for row in HOOKS),
-    )
-
-
-PARTS: dict[str, Callable[[str], str]] = {each.__name__: each for each in (hook, hooks)}
-"""What replaces a comment, given the name of its page. Other hooks have comments of their own."""

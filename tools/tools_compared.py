@@ -1,4 +1,4 @@
-"""Run other tools on Gated DeltaNet, each in its current version, and print the last rows of docs/tools.md.
+"""Run other tools on Gated DeltaNet, each in its current version, and print how far their answers are off.
 
     python tools/tools_compared.py FOLDER
 

@@ -1,4 +1,4 @@
-"""docs/attach.md: its blocks that need fla (marked ``py``; ``python`` ones run where all pages' do) run in order."""
+"""docs/your_model.md: its block that needs fla, marked ``py``, runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import fla_models
 
-PAGE = Path(__file__).parents[2] / "docs" / "attach.md"
+PAGE = Path(__file__).parents[2] / "docs" / "your_model.md"
 
 
 def test_the_blocks_about_fla_run(tmp_path):

@@ -349,7 +349,7 @@ def test_only_streams_that_are_read_are_kept(whole):
 
 
 def test_transformers_own_crop_leaves_the_state(small):
-    """As docs/tools.md says of it."""
+    """As docs/errors.md says of it."""
     model, memory = small
     cache = DynamicCache(config=model.hf_model.config)
     cache.activate_past_recording()
