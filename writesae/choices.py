@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, cast, get_args
+from typing import Literal, cast, get_args
 
 Target = Literal["write", "state", "last_state"]
 """The words of `sae_lens_writesae.choices`, here and below: importing them would load torch, and help must be fast. A
@@ -15,12 +15,6 @@ MetricName = Literal["frobenius", "gauss_newton"]
 VARIANTS = ("WriteSAE", "TiedSAE", "MatrixSAE", "BilinearFlatSAE", "FlatSAE", "WriteSAE-rank2", "WriteSAE-rank4")
 Dtype = Literal["float32", "bfloat16", "float16"]
 """A language model's dtype."""
-
-
-class AtLeast(NamedTuple):
-    """In the type of a setting that is a whole number, its smallest allowed value: `Annotated[int, AtLeast(2)]`."""
-
-    least: int
 
 
 def at_least(settings: object, bounds: Mapping[str, float]) -> None:

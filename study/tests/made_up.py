@@ -48,7 +48,6 @@ def made_up(
             "atom": rng.integers(0, 20, n),
             "activation": rng.gamma(2, 0.5, n),
             "cosine": np.clip(rng.normal(0.45, 0.2, n), -1, 1),
-            "write_norm": rng.gamma(4, 0.3, n),
         }
     ).assign(written_atom=lambda t: t["atom"])
     frames = []
@@ -58,8 +57,7 @@ def made_up(
             kl = medians.get(name, 2.0) * np.exp(shared + rng.normal(0, 0.4, n))
             kl = floor * rng.random(n) if name == "native" else kl
             measured = {m: kl * (1.1 if m.startswith("reverse") else 1) for m in KL_METRICS}
-            size = 0.0 if name == "delete" else firings["write_norm"]
-            frames.append(firings.assign(choice=choice, condition=name, scale=scale, norm=size, **measured))
+            frames.append(firings.assign(choice=choice, condition=name, scale=scale, **measured))
     info = {
         "label": label or f"L1H{head} {target}-trained",
         "model": "made-up",
@@ -77,11 +75,7 @@ def made_up(
         "d_sae": 512,
         "n_sequences": n_sequences,
         "n_positions": 256,
-        "n_alive": 300,
-        "alive_tokens": 30_000,
         "unequal": "",
-        "half_life": 20.0,
-        "half_life_limit": 128,
         "n_skipped": {},
         "n_edited_runs": len(frames) * n,
         "seconds": 12.5,

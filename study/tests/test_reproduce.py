@@ -50,53 +50,6 @@ TINY = replace(
 # ------------------------------------------------------------------------------------------------ what a run covers
 
 
-def test_seeds_losses_and_variants_are_those_of_the_comparisons():
-    assert ReproduceConfig(seeds=(0, 1), variants=("FlatSAE",)).dictionaries() == {
-        "write": ["write-seed0", "write-seed1", "write-FlatSAE-seed0", "write-FlatSAE-seed1"],
-        "state": ["state-seed0", "state-reads-seed0", "state-write-seed0"],
-    }
-    assert len(ReproduceConfig().dictionaries()["write"]) == 3 + 14  # seven variants of two seeds each
-    only = ReproduceConfig(targets=("last_state",), seeds=(3,), variants=())
-    assert only.dictionaries() == {"last_state": ["last_state-seed3"]}
-
-
-@pytest.mark.parametrize("chosen", [None, "5"])
-def test_steps_of_one_machine_have_a_gpu_each(tmp_path, chosen):
-    """Eight at once, as the system runs them; where one was chosen, they have that."""
-    programs = {
-        "nvidia-smi": "seq 0 7",
-        "python": 'echo "$CUDA_VISIBLE_DEVICES" >>seen; until [[ -e on ]]; do sleep 0.05; done',
-    }
-    for name, script in programs.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{script}\n")
-        (tmp_path / name).chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": "python"}
-    environment |= {"CUDA_VISIBLE_DEVICES": chosen} if chosen else {}
-    script = f"source {profile_folder('laptop').parents[1] / 'steps.sh'}; writesae train"
-    steps = [subprocess.Popen(["bash", "-c", script], cwd=tmp_path, env=environment) for _ in range(8)]
-    try:
-        while not (tmp_path / "seen").exists() or len((tmp_path / "seen").read_text().split()) < 8:
-            time.sleep(0.02)
-    finally:
-        (tmp_path / "on").touch()
-    assert [step.wait() for step in steps] == [0] * 8
-    assert sorted((tmp_path / "seen").read_text().split()) == ([chosen] * 8 if chosen else [*"01234567"])
-
-
-@pytest.mark.parametrize(
-    ("changes", "word"),
-    [
-        ({"targets": ()}, "targets"),
-        ({"seeds": (1, 1)}, "seeds"),
-        ({"variants": ("Wrong",)}, "Wrong"),
-        ({"k": 0}, "k: expected"),
-    ],
-)
-def test_a_wrong_setting_is_said(changes, word):
-    with pytest.raises(ValueError, match=word):
-        ReproduceConfig(**changes)
-
-
 def test_layers_and_heads_follow_the_model():
     published = transformers.Qwen3_5TextConfig(**{**_GDN, "num_hidden_layers": 24, "linear_num_value_heads": 16})
     models = (
@@ -111,14 +64,6 @@ def test_the_default_head_is_one_that_all_layers_have():
     model = HookedRecurrent.from_pretrained("embedded")
     model.cfg.layers[2] = replace(model.cfg.layer(2), H=64)
     assert for_model(ReproduceConfig(model="embedded"), model).heads == (1,)
-
-
-def test_the_command_line_is_the_config():
-    words = ["--layers", "1", "9", "--small", "--d-sae", "64", "--profile", "slurm", "--", "--dry-run", "--cores", "3"]
-    small = Reproduce.from_arguments(words)
-    assert small.config == replace(SMALL, layers=(1, 9), d_sae=64)  # a flag wins
-    assert small.snakemake == ("--dry-run", "--cores", "3") and small.profile == "slurm"
-    assert Reproduce.from_arguments([]).config == ReproduceConfig()
 
 
 def test_documents_kept_for_evaluation_are_not_trained_on(tmp_path, embedded):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pandas as pd
 import pytest
 from measured import FILE, result_of
 from numpy.typing import NDArray
@@ -13,19 +12,17 @@ __all__ = ["home", "host", "there"]  # fixtures
 
 
 def tolerance(values: NDArray[np.float64], rounding: str) -> NDArray[np.float64]:
-    """How far a float of the device may be from `values`; `rounding` is "kl", "logit", "score", or "" for what no
-    logits enter.
+    """How far a float of the device may be from `values`; `rounding` is "kl", "logit", or "" for what no logits
+    enter.
 
     A device takes many sequences in a pass, whose float32 sums are rounded differently (largest seen: 3e-6). Logits of
-    about 10 are rounded by about 1e-6; KL is quadratic in their change, so that it moves by this times its root. Scores
-    of predictors are computed from a few differences of logits, some of them hardly above their rounding.
+    about 10 are rounded by about 1e-6; KL is quadratic in their change, so that it moves by this times its root.
     """
     size = np.abs(values)
     more = {
         "": 1e-6 * float(np.nanmax(size, initial=0.0)),
         "kl": 1.2e-5 * np.sqrt(size),
         "logit": 3e-5,
-        "score": 0.02 * np.maximum(1, size),
     }
     return 1e-5 + 1.1e-4 * size + more[rounding]
 
@@ -47,7 +44,3 @@ def test_tables_of_an_evaluation(kind: str) -> None:
                 room = tolerance(old, rounding.get(str(column), ""))
                 far = ~(np.abs(new - old) <= room) & ~(np.isnan(old) & np.isnan(new))
             assert not far.any(), f"{name}.{column}:\n{other[far][[*keys, column]]}\nwas {old[far]}"
-
-
-def same(one: pd.DataFrame, other: pd.DataFrame) -> None:
-    pd.testing.assert_frame_equal(one, other, rtol=1e-4, atol=1e-5)

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import inspect
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_type_hints
@@ -22,16 +22,11 @@ from writesae_study.verdict.paper import QUESTIONS
 
 if TYPE_CHECKING:
     from hookpoints import HookedRecurrent
-    from writesae_study.experiment.evaluation import Evaluation, Result
+    from writesae_study.experiment.evaluation import Evaluation
     from writesae_study.experiment.terms import Terms
 
 _REFERENCE = 64
 """Sequences from which control dictionaries are made, and on which baselines are fitted."""
-
-_PASSES = 6
-"""Of the model, over each sequence and over the tokens that run for a firing: about what an evaluation takes."""
-_EDITED = 10 * 17
-"""Tokens that run for a firing, about: ten conditions, each from the edited token to 16 after it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,11 +129,10 @@ class EvalAll:
 
 def _setting_value(evaluation: type[Evaluation], field: str, text: str) -> object:
     """A setting from JSON, or from a word where that is none."""
-    from writesae_study.experiment.typed import has_type
+    from writesae_study.experiment.typed import checked_setting
 
     with contextlib.suppress(ValueError):
-        if has_type(value := json.loads(text), get_type_hints(evaluation)[field]):
-            return value
+        return checked_setting(field, json.loads(text), get_type_hints(evaluation)[field])
     return text
 
 
@@ -205,10 +199,10 @@ def evaluate(
     """
     from sae_lens_writesae.sae.load import load_sae, model_of
     from sae_lens_writesae.sae.target import HeadHook, head_target
-    from writesae.experiment.tokens import sample_sequences, say_time, text_of
+    from writesae.experiment.tokens import sample_sequences, text_of
     from writesae_study.dictionary.suite import evaluate_all
     from writesae_study.experiment.evaluation import Scope
-    from writesae_study.page.report import write_report
+    from writesae_study.page.report import find_results, write_report
 
     page = subjects.out / "report.html"
     check_page(page)
@@ -238,30 +232,21 @@ def evaluate(
         head_target(model, *subjects.place)  # raises where there is no such head, before any work
     tokens = sample_sequences(model, held_out, subjects.context_size, subjects.sequences)
     terms = _training_text(subjects, folders, model)
-    firings = 0
-    for evaluation in evaluations:
-        # Not every question has these settings, and None stands for all.
-        firings += (getattr(evaluation, "n_atoms", 0) or 0) * (getattr(evaluation, "firings_per_atom", 1) or 1)
-    passes = _PASSES * (len(tokens) * len(evaluations) + firings * _EDITED / tokens.shape[1])
-    n_dictionaries = max(1, len(saes)) * (3 if subjects.control_dictionaries else 1)
-    failures = list[Exception]()
     with taken(subjects.out):
-        say_time(model, tokens, passes * n_dictionaries, subjects.out)
-        results = evaluate_all(
+        results, failures = evaluate_all(
             evaluations,
             model,
             subjects.place or saes,
             tokens,
             subjects.out,
-            controls=terms if subjects.control_dictionaries else None,
-            reference=terms,
+            terms=terms,
+            controls=subjects.control_dictionaries,
             single=single,
             resume=resume,
             replaced=subjects.replace,
-            failures=None if single else failures,
         )
         if results or not failures:
-            write_report([*results, *_earlier_results(subjects.out, results)], page)
+            write_report(find_results([subjects.out]), page)
         if failures:  # after the report, which has what the other evaluations found
             raise failures[0]
         return page
@@ -280,20 +265,3 @@ def _training_text(subjects: Subjects, folders: Sequence[Path], model: HookedRec
     if collection:
         return Terms(model, Collection.open(collection, model=model))
     return Terms(model, sample_sequences(model, embedded.text("train"), subjects.context_size, _REFERENCE))
-
-
-def _earlier_results(out: Path, results: Sequence[Result]) -> Iterator[Result]:
-    """The results of earlier calls that a folder has; of one that cannot be read, the reason is printed."""
-    from writesae_study.evaluations import load_result
-
-    known = {(result.kind, result.label) for result in results}
-    for file in sorted(out.glob("*/*/info.json")):
-        if ".damaged" in file.parent.name:
-            continue
-        try:
-            result = load_result(file.parent)
-        except ValueError as error:
-            print(f"the page leaves out {file.parent}: {error}")
-            continue
-        if (result.kind, result.label) not in known:
-            yield result

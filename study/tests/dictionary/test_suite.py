@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from sae_lens import SAE
 from saes import HOOK, STATE, make_sae
+from torch import Tensor
 
 from hookpoints import HookedRecurrent
 from hookpoints.errors import DamageWarning
@@ -20,7 +22,8 @@ from writesae_study.evaluations.multistep import Multistep
 from writesae_study.evaluations.seeds import Seeds
 from writesae_study.evaluations.sign import Sign
 from writesae_study.evaluations.substitution import Substitution
-from writesae_study.experiment.evaluation import Result, Scope
+from writesae_study.experiment.evaluation import Evaluation, Result, Scope
+from writesae_study.experiment.terms import Terms
 from writesae_study.page.report import find_results
 
 TEXT = torch.randint(1, 64, (8, 24), generator=torch.Generator().manual_seed(1))
@@ -34,9 +37,13 @@ Suite = Callable[..., list[Result]]
 @pytest.fixture
 def suite(model: HookedRecurrent, tmp_path: Path) -> Suite:
     """Runs evaluations on dictionaries into the folder of the test, and says so on standard output."""
-    return lambda evaluations, saes, **how: evaluate_all(
-        evaluations, model, saes, TESTED, tmp_path, progress=False, **how
-    )
+
+    def run(evaluations: list[Evaluation], saes: dict[str, SAE], terms: Tensor = OTHER, **how: Any) -> list[Result]:
+        results, failures = evaluate_all(evaluations, model, saes, TESTED, tmp_path, terms=Terms(model, terms), **how)
+        assert not failures
+        return results
+
+    return run
 
 
 def test_a_comparison_takes_only_what_differs_in_nothing_else(model: HookedRecurrent) -> None:
@@ -100,7 +107,7 @@ def test_controls_and_quality_go_with_every_dictionary(
     suite: Suite, model: HookedRecurrent, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     chosen, saes = [STEPS, Sign(n_positions=4)], {"mine": make_sae(model)}
-    results = suite(chosen, saes, controls=OTHER)
+    results = suite(chosen, saes, controls=True)
     labels = ["mine", "mine, untrained", "mine, native writes", "L1H2"]  # a head has no control dictionary
     found = [(result.label, result.info.get("control")) for result in results]
     assert found == list(zip(labels, [None, "untrained", "native writes", None]))
@@ -110,19 +117,19 @@ def test_controls_and_quality_go_with_every_dictionary(
     mine = results[0].info["quality"]["mine"]  # type: ignore[index, call-overload]
     assert mine == results[3].info["quality"]["mine"] and mine["n_tokens"] == 96  # type: ignore
     capsys.readouterr()
-    again = suite(chosen, saes, controls=OTHER, resume=True)
+    again = suite(chosen, saes, controls=True, resume=True)
     assert [(r.label, r.info.get("control")) for r in again] == found and not capsys.readouterr().out
 
 
 def test_baselines_are_fitted_on_the_text_of_the_controls(suite: Suite, model: HookedRecurrent) -> None:
     saes = {"mine": make_sae(model)}
-    few = {"n_atoms": 1, "firings_per_atom": 2, "n_codes": 3, "pca_components": 1}
-    small = Substitution(**few, horizon=1, scales=("coefficient",), controls=("drawn",), atom_choice=("own",))
+    few: Any = {"n_atoms": 1, "firings_per_atom": 2, "horizon": 1, "scales": ("coefficient",), "controls": ("drawn",)}
+    small = Substitution(**few, atom_choice=("own",))
     dictionaries = [saes, *control_dictionaries(model, saes, OTHER).values()]
-    for result, own in zip(suite([small], saes, controls=OTHER), dictionaries, strict=True):
+    for result, own in zip(suite([small], saes, controls=True), dictionaries, strict=True):
         expected, without = (
             small.run(model, own, TESTED, reference=text, progress=False).tables["firings"] for text in (OTHER, None)
         )
         assert result.tables["firings"].equals(expected) and not expected.equals(without)
     with pytest.raises(ValueError, match="reference"):
-        suite([small], saes, controls=TEXT)
+        suite([small], saes, TEXT, single=True, replaced=True)

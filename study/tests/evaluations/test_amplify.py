@@ -74,9 +74,7 @@ def counted(atom: float, random: float = 0.0, other: float = 0.0, n_tokens: int 
             *(("random", random), ("other", other)),
         )
     ]
-    atoms = pd.DataFrame(
-        {"token": range(n_tokens), "text": list(LETTERS[:n_tokens]), "atom": range(n_tokens), "count": 30}
-    )
-    atoms = atoms.assign(phi=0.5, phi_test=0.4, precision=0.5, recall=0.5, head=0)
+    atoms = pd.DataFrame({"token": range(n_tokens), "text": list(LETTERS[:n_tokens]), "atom": range(n_tokens)})
+    atoms = atoms.assign(phi=0.5, head=0)
     evaluation = Amplify(factors=(4.0,), new_tokens=64)
     return Result(evaluation, {"label": "x"}, {"atoms": atoms, "counts": pd.DataFrame(rows)})

@@ -57,7 +57,7 @@ def made_up(
         for label, name in SAES.items()
         if label not in drop
     ]
-    dictionaries = pd.DataFrame(rows).assign(alive=lambda t: t["d_sae"] - t["dead"])
+    dictionaries = pd.DataFrame(rows)
     base = {("", "native"): 1e-13, ("", "delete"): 1.0, ("ours", "atom"): 0.2, ("ours", "svd"): 0.2}
     base |= dict.fromkeys([("flat", "svd"), ("flat", "atom svd"), ("small", "svd")], 3.0)
     base |= {("", name): 3.0 for name in ("random", "mean", "state", "pca 1", "pca 4")} | {("", "state_after"): 0.01}
@@ -70,7 +70,7 @@ def made_up(
     costs = {("", "itself"): 0.0, ("ours", "dictionary"): 0.01, ("two", "dictionary"): 0.01}
     costs |= {("", "mean"): 0.1, ("", "zero"): 0.2} | (nats or {})
     replacement = [
-        {"sequence": s, "sae": sae, "method": m, "nats": x * rng.uniform(0.95, 1.05), "native_nats": 3.0}
+        {"sequence": s, "sae": sae, "method": m, "nats": x * rng.uniform(0.95, 1.05)}
         for (sae, m), x in costs.items()
         for s in range(n_sequences)
     ]
@@ -81,7 +81,7 @@ def made_up(
     ]
     tables = {
         "dictionaries": dictionaries,
-        "writes": pd.DataFrame(writes).assign(cosine=0.1, norm=1.0),
+        "writes": pd.DataFrame(writes),
         "replacement": pd.DataFrame(replacement),
         "selectivity": pd.DataFrame(directions),
     }
@@ -90,6 +90,3 @@ def made_up(
         {"target": "write", "label": "made up", "n_positions": 64, "d_vocab": 4096},
         tables,
     )
-
-
-NOTHING: dict[tuple[str, str], float] = {("", "delete"): 1e-13, ("ours", "atom"): 1e-14, ("ours", "svd"): 1e-14}

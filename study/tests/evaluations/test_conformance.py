@@ -36,10 +36,10 @@ def test_the_class_says_what_it_is_and_checks_its_settings(kind: str) -> None:
     assert made.question.endswith("?") and set(made.answers) <= PAPER_CLAIMS.keys()
     evaluation = dataclasses.replace(result_of(kind).evaluation, seed=7, label="x")
     assert made.from_dict(json.loads(json.dumps(evaluation.to_dict()))) == evaluation
-    wrong = [(name, -1) for name in made.bounds()] + [(each.name, {1: 2}) for each in dataclasses.fields(made)]
-    for name, value in wrong:
-        with pytest.raises(ValueError, match=name):
-            made.from_dict({name: value})
+    for name, value in evaluation.to_dict().items():
+        for wrong in [{1: 2}, *[-1] * (type(value) is int)]:
+            with pytest.raises(ValueError, match=name):
+                made.from_dict({name: wrong})
 
 
 @pytest.mark.parametrize(
@@ -47,28 +47,18 @@ def test_the_class_says_what_it_is_and_checks_its_settings(kind: str) -> None:
     [
         ("amplify", {"factors": (1.0, 4.0)}, "factors"),
         ("amplify", {"headline": 3.0}, "headline"),
-        ("amplify", {"prompts": 1}, "prompts"),
         ("erasure", {"min_firings": 20}, "min_firings"),
         ("install", {"headline": 2.0}, "headline"),
-        ("install", {"sizes": (3.0, 0.0)}, "sizes"),
         ("install", {"n_positions": 8, "prompt_tokens": 7}, "n_positions"),
         ("install", {"semantic": (5,)}, "semantic"),
-        ("install", {"pairs": 1}, "pairs"),
         ("logit_change", {"eps": (0.1,)}, "eps"),
-        ("logit_change", {"eps": (0.0, 1.0)}, "eps"),
-        ("logit_change", {"horizons": (-1,)}, "horizons"),
         ("logit_change", {"horizons": (1, 1)}, "horizons"),
         ("logit_change", {"ranks": ((3, 2),)}, "ranks"),
-        ("sign", {"sizes": (1.0, 0.0)}, "sizes"),
         ("sign", {"ranks": ((5, 2),)}, "ranks"),
         ("sign", {"n_positions": 1}, "n_positions"),
-        ("substitution", {"atom_choice": "best"}, "best"),
         ("substitution", {"scales": ("matched", "unit")}, "unit"),
         ("substitution", {"scales": ()}, "scales"),
         ("substitution", {"controls": ("random", "random")}, "once"),
-        ("substitution", {"horizon": 0}, "horizon"),
-        ("substitution", {"atoms": (3, 3)}, "once"),
-        ("substitution", {"n_atoms": 0}, "n_atoms"),
     ],
 )
 def test_settings_that_make_no_sense(kind: str, settings: dict[str, object], word: str) -> None:
@@ -81,15 +71,12 @@ def test_a_result_is_what_the_class_documents_and_the_same_when_loaded(kind: str
     result = result_of(kind)
     for name, columns in EVALUATIONS[kind].columns.items():
         table = result.tables[name]
-        allowed = {column for column, text in columns.items() if "missing" in text or column.endswith("_last")}
-        assert list(table.columns) == list(columns) and len(table)
-        assert not [c for c in table.columns if c not in allowed and bool(table[c].isna().any())], name
+        assert list(table.columns) == list(columns) and len(table) and not table.isna().to_numpy().any(), name
     claims = result.claims()
     for claim in claims:
         assert claim.outcome in get_args(Outcome) and claim.sentence and "nan" not in claim.measured.lower()
         assert claim.number is None or claim.number in EVALUATIONS[kind].answers
-    titles = [figure.svg.split("<title>")[1].split("</title>")[0] for figure in result.figures()]
-    assert claims and len(set(titles)) == len(titles)
+    assert claims and len({claim.claim for claim in claims}) == len(claims)  # ids of its panels are made from it
     loaded = load_result(result.save(tmp_path / kind))
     assert (loaded.evaluation, loaded.info, loaded.claims()) == (result.evaluation, result.info, claims)
     for name, table in result.tables.items():
@@ -119,9 +106,13 @@ def test_writes_of_zero_are_left_out_and_counted(
         (
             "amplify",
             {"n_tokens": 2, "min_count": 2, "min_firings": 2, "prompts": 3, "prompt_tokens": 5, "new_tokens": 6},
-            ["token", "atom", "count", "phi"],
+            ["token", "atom", "phi"],
         ),
-        ("erasure", {"n_atoms": 6, "horizon": 3, "min_firings": 2}, ["atom", "token", "n_select", "selected"]),
+        (
+            "erasure",
+            {"n_atoms": 3, "horizon": 2, "min_firings": 2, "injected": ()},
+            ["atom", "token", "n_select", "selected"],
+        ),
     ],
 )
 def test_what_is_chosen_never_sees_the_test_half(
@@ -130,8 +121,9 @@ def test_what_is_chosen_never_sees_the_test_half(
     sae, split, changed = random_sae(model64), halves(len(varied), 0), varied.clone()
     changed[split.test] = varied[split.test].flip(1)
     evaluation = EVALUATIONS[kind](**settings)
-    one, other = (evaluation.run(model64, sae, ids, progress=False).tables["atoms"] for ids in (varied, changed))
-    assert one[chosen].equals(other[chosen]) and not one.equals(other)
+    one, other = (evaluation.run(model64, sae, ids, progress=False).tables for ids in (varied, changed))
+    assert one["atoms"][chosen].equals(other["atoms"][chosen])
+    assert not all(one[name].equals(other[name]) for name in one)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -146,19 +138,16 @@ def test_poor_input_is_refused_or_gives_no_verdict(kind: str, tmp_path: Path) ->
         evaluation.run(model, dead, tokens[:, :1], progress=False)
     with pytest.raises(ValueError, match="got"):  # two where one is asked for, or one for two
         evaluation.run(model, {"a": dead["a"]} if len(dead) > 1 else dead | {"b": dead["a"]}, tokens, progress=False)
-    for some in (tokens[:1], tokens):
-        try:
-            result = evaluation.run(model, dead, some, progress=False, or_skip=True)
-        except ValueError:  # one sequence
-            assert len(some) == 1
-            continue
-        loaded = load_result(result.save(tmp_path / kind))
-        outcomes = {claim.outcome for claim in loaded.claims()}
-        assert loaded.skipped == result.skipped
-        if result.skipped is not None:
-            assert outcomes == {"not tested"}
-        elif evaluation.scope in (Scope.EACH, Scope.LAYER) or len(some) == 1:
-            assert outcomes <= {"not tested", "inconclusive", "below the floor"}
+    if evaluation.scope is Scope.HEAD:
+        return
+    result = evaluation.run(model, dead, tokens, progress=False, or_skip=True)
+    loaded = load_result(result.save(tmp_path / kind))
+    outcomes = {claim.outcome for claim in loaded.claims()}
+    assert loaded.skipped == result.skipped
+    if result.skipped is not None:
+        assert outcomes == {"not tested"}
+    elif evaluation.scope is not Scope.VARIANTS:
+        assert outcomes <= {"not tested", "inconclusive", "below the floor"}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -65,7 +65,6 @@ def sampled(doses: dict[str, float] | None = None, **means: float) -> Result:
     firings = pd.DataFrame({"atom": n % 8, "sequence": n // 8, "position": n, "activation": 1.0})
     for name, mean in columns.items():
         firings[name] = mean * (1 + NOISE)
-    atoms = firings.groupby("atom")[list(columns)].mean().reset_index()
-    atoms = atoms.assign(token=1, text="a", n_select=8, n=8, selected=2 * means["effect"])
+    atoms = pd.DataFrame({"atom": range(8), "token": 1, "text": "a", "n_select": 8, "selected": 2 * means["effect"]})
     tables = {"firings": firings, "atoms": atoms, "doses": dosed(**doses or {"raised": -means["effect"]})}
     return Result(Erasure(), {"label": "x", "floor": 1e-5}, tables)

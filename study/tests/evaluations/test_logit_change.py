@@ -12,9 +12,9 @@ import torch
 from saes import random_sae
 from tiny_models import VOCAB, hooked_in_float64
 
-from writesae_study.evaluations.logit_change import SCORED, LogitChange
+from writesae_study.evaluations.logit_change import LogitChange
 from writesae_study.experiment.evaluation import Result
-from writesae_study.verdict.fits import scores_table, with_control
+from writesae_study.verdict.fits import with_control
 
 SMALL: dict[str, Any] = {
     "n_atoms": 3,
@@ -39,8 +39,8 @@ def test_small_edits_are_predicted() -> None:
     model = tiny("qwen3_5")
     how = SMALL | {"n_atoms": 6, "eps": (1e-5, 3e-5)}
     small = LogitChange(**how).run(model, random_sae(model, 24), TOKENS, progress=False)
-    scores = small.tables["scores"].query("predictor == 'F2' and horizon == 'all' and rank == 'all'")
-    assert scores.set_index("eps")["r2"]["1e-05"] > 0.999 and small.claims()[2].outcome == "holds"
+    finding = small.findings()[2]
+    assert finding.effect is not None and finding.effect.mean > 0.999 and finding.verdict.outcome == "holds"
 
 
 # -- judging, on tables whose answers are known
@@ -64,8 +64,7 @@ def made_up(*, curve: float = 0.0, first: float = 0.0, noise: float = 1.0) -> pd
 
 def made_result(cells: pd.DataFrame, floor: float = 1e-9, rule: str = "Gated DeltaNet") -> Result:
     evaluation = LogitChange(horizons=(0, 4), ranks=((1, 1), (50, 50)), eps=(0.1, 1.0))
-    tables = {"cells": cells, "scores": scores_table(cells, SCORED)}
-    return Result(evaluation, {"rule": rule, "floor": floor, "label": "made up"}, tables)
+    return Result(evaluation, {"rule": rule, "floor": floor, "label": "made up"}, {"cells": cells})
 
 
 def test_a_horizon_above_the_floor_is_held_against_f2() -> None:
@@ -81,6 +80,3 @@ def test_a_derivative_is_compared_with_changes_of_the_smallest_step() -> None:
     """There they are 1.1 times as large as it says, and at the largest step twice."""
     effect = made_result(made_up(curve=1.0)).findings()[2].effect
     assert effect is not None and effect.mean == pytest.approx(1 - (0.1 / 1.1) ** 2, abs=1e-3)
-
-
-# -- bad input

@@ -48,12 +48,3 @@ def known(measured: dict[str, float], n: int = 24, seed: int = 0) -> Result:
     ]
     evaluation = Multistep(**SMALL | {"controls": tuple(name for name in measured if name not in ("atom", "delete"))})
     return Result(evaluation, {"label": "x"}, {"steps": pd.DataFrame(rows)})
-
-
-def test_without_controls_there_is_no_null() -> None:
-    (claim, *_) = known({"atom": 0.1, "delete": 0.4}).claims()
-    assert claim.null == "" and "None" not in claim.sentence + claim.controls
-
-
-def test_the_horizon_holds_all_steps() -> None:
-    assert Multistep(n_steps=30).substitution.horizon == 30

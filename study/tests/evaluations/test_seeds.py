@@ -15,7 +15,7 @@ from writesae_study.experiment.evaluation import Result
 
 def made(alive: list[int], *cosines: np.ndarray) -> Result:
     """A result of two dictionaries whose matched atoms, random directions and native writes have known |cosines|."""
-    counts = pd.DataFrame({"sae": ["a", "b"], "alive": alive, "register": alive, "dead": 0})
+    counts = pd.DataFrame({"sae": ["a", "b"], "alive": alive, "register": alive})
     parts = [
         pd.DataFrame({"a": "a", "b": "b", "sample": name, "first": range(len(x)), "second": 0, "cosine": x})
         for name, x in zip(SAMPLES, cosines, strict=True)
@@ -32,7 +32,7 @@ def test_one_pair_without_excess_decides() -> None:
     """Three dictionaries, of which two share nothing beyond chance."""
     tables = [made([100, 99], HIGH, LOW, LOW).tables["pairs"], made([100, 99], LOW, LOW, LOW).tables["pairs"]]
     pairs = pd.concat([tables[0], tables[1].assign(b="c")], ignore_index=True)
-    evaluation, counts = Seeds(), pd.DataFrame({"sae": list("abc"), "alive": 100, "register": 50, "dead": 0})
+    evaluation, counts = Seeds(), pd.DataFrame({"sae": list("abc"), "alive": 100, "register": 50})
     result = Result(evaluation, {}, {"counts": counts, "matches": evaluation.summary(pairs), "pairs": pairs})
     (kinds,) = result.claims()
     assert kinds.outcome == "inconclusive" and "a and c" in kinds.sentence

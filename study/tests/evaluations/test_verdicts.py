@@ -1,5 +1,5 @@
-"""Outcomes of claims on tables of known answer, by evaluation. The shared rules: `verdict/test_judge.py`; too few units
-to tell: `test_nulls.py`."""
+"""Outcomes of claims by rules of one evaluation, on tables of known answer. The shared rules: `verdict/test_judge.py`;
+that each claim holds on an effect, and not on its null or on a few units: `test_nulls.py`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made_up import HOLDS
 from test_amplify import counted
 from test_baselines import made_up as compared
 from test_erasure import sampled as erased
@@ -16,8 +15,8 @@ from test_install import shares
 from test_logit_change import made_result as predicted
 from test_logit_change import made_up as cells
 from test_multistep import known
-from test_partition import alike, normal, same
 from test_partition import made as aligned
+from test_partition import normal, same
 from test_passage import sampled as passages
 from test_seeds import HIGH, LOW
 from test_seeds import made as seeded
@@ -37,11 +36,8 @@ CASES: dict[str, tuple[int | None, list[tuple[Any, dict[int, str]]]]] = {
     "amplify": (
         240,
         [
-            (of(counted, 3.0, other=0.5), {0: "holds"}),
             (of(counted, -2.0), {0: "holds"}),  # either direction moves the token
-            (of(counted, 3.0, random=3.0), {0: "confounded"}),
             (of(counted, -2.0, other=-4.0), {0: "confounded"}),  # a control that moves it further
-            (of(counted, 0.0), {0: "fails"}),
         ],
     ),
     "baselines": (
@@ -56,19 +52,15 @@ CASES: dict[str, tuple[int | None, list[tuple[Any, dict[int, str]]]]] = {
             (of(compared, small=500), {2: "not tested"}),  # its rival has fewer parameters
             (of(compared, drop=("flat",)), {0: "not tested", 1: "not tested", 2: "holds", 4: "not tested"}),
             (of(compared, drop=("ours",)), {0: "not tested", 3: "not tested", 4: "not tested", 5: "not tested"}),
-            (of(compared, nats={("two", "dictionary"): 0.05}), {3: "fails"}),
             (of(compared, nats={("two", "dictionary"): 0.0105}), {3: "holds"}),  # 0.05% more does not matter
             (of(compared, nats={("", "mean"): 0.005}), {3: "confounded"}),
             (of(compared, nats=_ITSELF), {3: "below the floor"}),
-            (of(compared, dead={"flat": 300, "dense": 200}), {4: "holds"}),
             (of(compared, dead={"flat": 300}), {4: "confounded"}),  # so does the dense encoder
-            (of(compared, selectivity=0.999), {5: "holds"}),
         ],
     ),
     "erasure": (
         64,
         [
-            (of(erased, effect=-0.1, random=-0.05), {0: "holds", 1: "holds"}),
             (of(erased, effect=-0.1, random=-0.15), {0: "confounded"}),
             (of(erased, effect=0.1), {0: "fails", 1: "fails"}),  # put in: as in the paper
             (of(erased, {"raised": 0.1, "wrong": 0.1}, effect=-0.1), {1: "confounded"}),
@@ -77,10 +69,8 @@ CASES: dict[str, tuple[int | None, list[tuple[Any, dict[int, str]]]]] = {
     "install": (
         None,
         [
-            (of(shares, 0.95, 0.1, 0.1), {0: "holds"}),
             (of(shares, 0.5, 0.5, 0.0), {0: "confounded"}),
             # Ranks that improve, against a random direction.
-            (of(shares, 0.9, 0.4, 0.0), {-1: "holds"}),
             (of(shares, 0.9, 0.9, 0.0), {-1: "confounded"}),
         ],
     ),
@@ -106,8 +96,6 @@ CASES: dict[str, tuple[int | None, list[tuple[Any, dict[int, str]]]]] = {
         [
             (of(known, {"atom": 0.2, "delete": 1.0, "mean": 0.5, "state_after": 0.1}), {0: "holds"}),
             (of(known, {"atom": 0.2, "delete": 1.0, "mean": 0.1, "state_after": 0.1}), {0: "confounded"}),
-            (of(known, {"atom": 1.5, "delete": 1.0, "mean": 0.5, "state_after": 0.1}), {0: "fails"}),
-            (of(known, {"atom": 0.02, "delete": 0.3}), {1: "holds"}),
             # Any write is small here, so that atoms show nothing.
             (of(known, {"atom": 0.02, "delete": 0.03}), {1: "confounded"}),
             (of(known, {"atom": 0.3, "delete": 0.2}), {1: "fails"}),
@@ -117,19 +105,16 @@ CASES: dict[str, tuple[int | None, list[tuple[Any, dict[int, str]]]]] = {
         None,
         [
             (of(aligned, TWO, normal(0, 0.01, 300, 3)), {0: "holds"}),
-            (of(aligned, normal(0.3, 0.05, 300), normal(0, 0.01, 300, 1)), {0: "fails"}),  # BIC prefers one
             (of(aligned, SKEWED, normal(0, 0.01, 300)), {0: "fails"}),  # one kind, skewed
             (of(aligned, TWO, TWO_SHUFFLED), {0: "confounded"}),
             (of(aligned, TWO_BELOW, normal(0, 0.001, 300)), {0: "confounded"}),  # as many registers at random
             (of(aligned, np.full(300, 0.3), normal(0, 0.01, 300)), {0: "not tested"}),  # all are alike
             (of(aligned, normal(0.3, 0.1, 12), normal(0, 0.1, 12)), dict.fromkeys(range(4), "not tested")),
-            (of(aligned, normal(0.3, 0.05, 100), normal(0.1, 0.05, 100, 1)), {1: "holds", 3: "holds"}),
             # Random directions point nearer.
             (of(aligned, normal(-0.1, 0.02, 100), normal(-0.3, 0.02, 100, 1)), {1: "confounded"}),
             # Random atoms do, where they fire.
             (of(aligned, normal(0.07, 0.02, 100), normal(0, 0.02, 100, 1), 0.07), {1: "confounded"}),
             (of(aligned, normal(0.4, 0.03, 60), normal(0, 0.01, 60), pca=0.4), {3: "fails"}),
-            (of(alike, HOLDS), {2: "holds"}),
             # Sameness needs an interval within the margin.
             (of(same, -0.05, 0.08), {2: "holds"}),
             (of(same, -0.2, 0.15), {2: "inconclusive"}),
@@ -139,7 +124,6 @@ CASES: dict[str, tuple[int | None, list[tuple[Any, dict[int, str]]]]] = {
     "passage": (
         20,
         [
-            (of(passages, deleted=0.01, random=0.2, removed=0.05), {0: "holds"}),
             (of(passages, deleted=0.01, random=0.2, removed=0.01), {0: "confounded"}),
             (of(passages, deleted=0.3, random=0.2, removed=0.01), {0: "fails"}),
         ],
@@ -147,7 +131,6 @@ CASES: dict[str, tuple[int | None, list[tuple[Any, dict[int, str]]]]] = {
     "seeds": (
         None,
         [
-            (of(seeded, [100, 95], HIGH, LOW, LOW), {0: "holds"}),
             (of(seeded, [100, 50], HIGH, LOW, LOW), {0: "fails"}),  # counts vary
             (of(seeded, [100, 99], HIGH + 0.25, LOW, LOW), {0: "fails"}),  # atoms are the same
             (of(seeded, [100, 99], LOW, LOW, LOW), {0: "inconclusive"}),
@@ -157,7 +140,6 @@ CASES: dict[str, tuple[int | None, list[tuple[Any, dict[int, str]]]]] = {
     "sign": (
         200,
         [
-            (of(linear, 0.9, 0.5), {0: "holds"}),
             (of(linear, 0.8, 0.8), {0: "confounded"}),
             (of(linear, 1.0, 0.5, flip=-1), {0: "fails"}),
         ],

@@ -60,27 +60,6 @@ def test_the_dominant_atom_is_written_at_positions_drawn_uniformly(dense: torch.
     assert nothing.index.tolist() == [7] and nothing["atom"].isna().all()
 
 
-@pytest.mark.parametrize(
-    ("changes", "error", "word"),
-    [
-        ({"atoms": (8,)}, ValueError, "8"),
-        ({"firings": at()}, NothingToMeasureError, "0 of 9"),
-        ({"first_position": T}, NothingToMeasureError, "8 of 9"),
-    ],
-)
-def test_what_cannot_be_drawn_is_refused(firings: F.Firings, changes: Any, error: type[Exception], word: str) -> None:
-    with pytest.raises(error, match=word):
-        drawn(**{"firings": firings} | changes)
-
-
-def test_halves_share_no_sequence() -> None:
-    split = draws.halves(9, seed=0)
-    assert sorted([*split.select, *split.test]) == list(range(9)) and len(split.select) == 4
-    assert draws.halves(9, seed=0).test.tolist() == split.test.tolist() != draws.halves(9, seed=3).test.tolist()
-    with pytest.raises(NothingToMeasureError, match="3"):
-        draws.halves(3, seed=0)
-
-
 def test_atoms_of_both_halves(firings: F.Firings) -> None:
     split = draws.halves(N, seed=0)
 

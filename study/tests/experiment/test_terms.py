@@ -20,7 +20,6 @@ from writesae_study.experiment.terms import Terms
 from writesae_study.head.baselines import HeadBaselines
 
 TEXT = torch.randint(1, 64, (6, 24), generator=torch.Generator().manual_seed(3))
-SIZES: dict[str, Any] = {"n_codes": 12, "components": 3}
 
 
 def told(model: HookedRecurrent, **about: Any) -> Any:
@@ -43,11 +42,11 @@ def test_baselines_are_those_of_the_dictionary_s_metric(model64: HookedRecurrent
     metric = fit_metrics(model64, TEXT[:4], [(LAYER, HEAD)], damping=0.1)[LAYER, HEAD]
     moved = metric.move(lab.reference.writes(LAYER, HEAD))
     squares, by_hand = (
-        HeadBaselines.fit(x, lab.reference.contexts, rng=lab.rng(41, 0), **SIZES)
+        HeadBaselines.fit(x, lab.reference.contexts, rng=lab.rng(41, 0), n_codes=12)
         for x in (lab.reference.writes(LAYER, HEAD), moved)
     )
     native, tokens = lab.native_writes([0]), Terms(model64, varied[:1]).contexts
-    found = lab.baselines(0, **SIZES)
+    found = lab.baselines(0)
     for name in ("quantised", "drawn", "pair_mean"):
         written = found.written(name, native, tokens).dense()
         close(metric.move(LowRank.svd(written)).dense(), by_hand.written(name, metric.move(native), tokens).dense())

@@ -34,8 +34,8 @@ def text(n: int = N, vocabulary: int = 12, seed: int = 0) -> np.ndarray:
     return tokens_and_before(torch.tensor(np.random.default_rng(seed).integers(0, vocabulary, n)))
 
 
-def fitted(of: LowRank, tokens: np.ndarray, n_codes: int = 20, components: int = 4, seed: int = 0) -> HeadBaselines:
-    return HeadBaselines.fit(of, tokens, n_codes=n_codes, components=components, rng=np.random.default_rng(seed))
+def fitted(of: LowRank, tokens: np.ndarray) -> HeadBaselines:
+    return HeadBaselines.fit(of, tokens, n_codes=20, rng=np.random.default_rng(0))
 
 
 def shrunk_by_hand(of: LowRank, tokens: np.ndarray) -> dict[int, pd.DataFrame]:
@@ -109,7 +109,7 @@ def test_the_quantizer_finds_planted_directions_and_never_gets_worse() -> None:
 def test_principal_components_and_the_mean_write_what_lies_in_their_span() -> None:
     axes = writes(3, seed=5)
     of = LowRank.cat([axes.rows([j]).expand(N) * gaussian(N, seed=7 + j) for j in range(3)])
-    made = fitted(of, text(), components=3)
+    made = fitted(of, text())
     close(made.written("pca", of, text()).dense(), of.dense(), 0.1)  # cut to 99.9 % of the square
     assert not torch.allclose(made.written("pca", writes(4), text()[:4]).dense(), writes(4).dense(), atol=0.1)
 
@@ -125,7 +125,6 @@ def test_each_half_is_fitted_on_the_other(model64: HookedRecurrent, varied: Tens
         assert len(other) == 96 and not (other.keys[:, None] == own.keys[None]).all(-1).any()
     assert len({id(lab.baselines(n)) for n in range(8)}) == 2  # fitted once for each half
     assert len(lab.baselines(0).drawn) == 12  # as many as the dictionary has atoms
-    assert len(lab.baselines(0, n_codes=5).codes) == 5
 
 
 def test_one_sequence_without_other_text_has_no_baseline(model64: HookedRecurrent, varied: Tensor) -> None:

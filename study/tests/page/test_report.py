@@ -5,7 +5,6 @@ from __future__ import annotations
 import html as html_of
 import json
 import re
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,7 @@ from writesae_study.evaluations import EVALUATIONS, load_result
 from writesae_study.evaluations.sign import Sign
 from writesae_study.evaluations.substitution import Substitution
 from writesae_study.experiment.evaluation import Result
-from writesae_study.page import report
-from writesae_study.page.report import control_rows, find_results, in_order, write_report
+from writesae_study.page.report import find_results, in_order, write_report
 from writesae_study.verdict.paper import PAPER_CLAIMS
 
 EVIL = "<script>alert(1)</script>"
@@ -54,7 +52,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def html(saved: Path) -> Path:
-    return write_report(find_results([saved]), saved / "report" / "report.html", title="a < b")
+    return write_report(find_results([saved]), saved / "report" / "report.html")
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +76,9 @@ def test_every_answer_is_on_the_page_and_in_json(saved: Path, html: Path, text: 
         claim = answers.get((row["label"], row["claim"]))
         assert claim is None or (row["measured"], row["n"], row["outcome"]) == (claim.measured, claim.n, claim.outcome)
         assert row["number"] is None or row["paper"] == PAPER_CLAIMS[row["number"]].value
-        assert re.sub(r"\s+", " ", row["measured"].replace("; ", " ")) in text and row["sentence"] in text
+        for words in (row["measured"], row["controls"]):
+            assert re.sub(r"\s+", " ", words.replace("; ", " ")) in text
+        assert row["sentence"] in text
     assert [row["number"] for row in numbers["claims"]] == sorted(row["number"] for row in numbers["claims"])
     assert (
         Substitution.from_dict(numbers["results"][0]["settings"])
@@ -89,39 +89,10 @@ def test_every_answer_is_on_the_page_and_in_json(saved: Path, html: Path, text: 
 def test_the_page_is_self_contained_and_figures_follow_its_colors(html: Path) -> None:
     source = html.read_text()
     figures, links = re.findall(r"<svg.*?</svg>", source, flags=re.S), re.findall(r'(?:src|href)="([^"]*)"', source)
-    assert "<title>a &lt; b</title>" in source and EVIL not in source and source.count("<script") == 1
+    assert EVIL not in source and source.count("<script") == 1
     assert {*links} <= {f"#{name}" for name in re.findall(r'id="([^"]+)"', source)} and "@import" not in source
     for figure in map(ElementTree.fromstring, figures):  # well-formed
         assert not re.findall(r"(?<!,)#[0-9a-fA-F]{6}", ElementTree.tostring(figure, "unicode"))  # but as defaults
     assert set(re.findall(r"var\(--([a-z]+)\)", source)) <= set(re.findall(r"--([a-z]+):", source))
     ids = re.findall(r'<clipPath id="([^"]+)"', source)
     assert len(figures) > 4 and len(ids) == len(set(ids))  # a clip path of one figure must not cut another
-
-
-def test_outcomes_and_intervals_are_counted(tmp_path: Path) -> None:
-    """At 0.025 for each answer that has an interval, by luck; the others do not count."""
-    results = [made_up(HOLDS, label="a", **FEW), made_up(CONFOUNDED, label="b", **FEW), skipped("c", "nothing")]
-    rows, text = report.claim_rows(results), words(write_report(results, tmp_path / "page"))
-    assert all(f"{outcome} {n}" in text for outcome, n in Counter(row.claim.outcome for row in rows).items())
-    n = sum("[" in row.claim.measured for row in rows)
-    assert 1 < n < len(rows) and f"{n} of the answers have one" in text
-    assert f"{0.025 * n:.2f} intervals" in text and f"answers) would be {1 - 0.975**n:.2f}." in text
-
-
-@pytest.mark.parametrize(
-    ("controls", "rows"),
-    [
-        (
-            "8 principal components -1.5% [-2%, 1%]; another atom –",
-            [("8 principal components", "-1.5%", "[-2%, 1%]"), ("another atom", "–", "")],
-        ),
-        (
-            "untrained dictionary (holds): 0.5 [0, 1] of firings; none",
-            [("untrained dictionary (holds)", "0.5", "[0, 1] of firings"), ("", "none", "")],
-        ),
-        ("mean write below -200% [below -200%, 3%]", [("mean write", "below -200%", "[below -200%, 3%]")]),
-        ("", []),
-    ],
-)
-def test_controls_are_rows_of_names_numbers_and_intervals(controls: str, rows: list[tuple[str, str, str]]) -> None:
-    assert control_rows(controls) == rows

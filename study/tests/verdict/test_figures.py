@@ -8,8 +8,3 @@ def test_marks_say_their_numbers_and_names_stay_text() -> None:
     svg = figures.intervals([figures.Row(name, 0.5, 0.25, 0.75)], "share", "one row")
     assert svg.count('<title>&lt;script&gt;alert("&amp;")&lt;/script&gt;: 0.5 [0.25, 0.75]</title>') == 2
     assert "<script" not in svg and "hover:" not in svg
-
-
-def test_shares_are_percentages() -> None:
-    svg = figures.curves([figures.Curve("a", [0, 1], [0.5, 1.0])], "step", "shares", percent=True)
-    assert ">90%<" in svg

@@ -6,9 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from writesae_study.verdict.fits import cell_r2, cross_fitted, r2_estimate, scores_table, with_control
-
-SCORED = ("F1", "F2", "shuffled")
+from writesae_study.verdict.fits import cell_r2, cross_fitted, r2_estimate, with_control
 
 
 @pytest.fixture(scope="module")
@@ -22,19 +20,6 @@ def cells() -> pd.DataFrame:
     ]
     table = pd.concat(frames, ignore_index=True)
     return with_control(table.assign(sequence=table["firing"] // 4), "F2", 0)
-
-
-def test_scores_known_by_hand(cells: pd.DataFrame) -> None:
-    table = scores_table(cells, SCORED).set_index(["predictor", "horizon", "rank", "eps"])
-    assert len(table) == 3 * (1 + 2 + 2 + 2 + 4)
-    exact, half, shuffled = (table.loc[(name, "all", "all", "0.1")] for name in ("F2", "F1", "shuffled"))
-    assert exact[["r2", "r2_low", "r2_high"]].tolist() == [1, 1, 1] and shuffled["r2"] < 0
-    assert half["r2_global_scale"] == pytest.approx(1)
-    rows = cells.query("eps == 0.1")
-    lead = r2_estimate(rows["measured"], rows["F1"], rows["sequence"], rival=rows["shuffled"])
-    assert lead.mean == pytest.approx(half["r2"] - shuffled["r2"]) and 0 < lead.low < lead.mean < lead.high
-    assert (lead.n, lead.n_clusters) == (160, 10)
-    assert scores_table(cells.assign(measured=0.0), SCORED).empty  # groups without change
 
 
 def test_r2_of_a_cell_by_hand() -> None:
@@ -66,3 +51,14 @@ def test_a_fit_never_sees_the_half_that_it_predicts_and_no_order_of_rows() -> No
     np.testing.assert_allclose(predicted[clusters % 2 == 1], even[clusters % 2 == 1])
     again = cross_fitted(truth[order], features[order], clusters[order], groups[order])
     np.testing.assert_allclose(again, predicted[order])
+
+
+def test_a_lead_of_r2_by_hand(cells: pd.DataFrame) -> None:
+    rows = cells.query("eps == 0.1")
+    measured, ids = rows["measured"], rows["sequence"]
+    half, shuffled = (r2_estimate(measured, rows[name], ids) for name in ("F1", "shuffled"))
+    assert r2_estimate(measured, rows["F2"], ids)[:3] == (1, 1, 1)
+    assert half.mean == pytest.approx(1 - ((measured / 2) ** 2).sum() / (measured.var(ddof=0) * len(rows)))
+    lead = r2_estimate(measured, rows["F1"], ids, rival=rows["shuffled"])
+    assert lead.mean == pytest.approx(half.mean - shuffled.mean) and 0 < lead.low < lead.mean < lead.high
+    assert (lead.n, lead.n_clusters) == (160, 10)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -42,7 +40,7 @@ def test_one_cluster_has_no_interval() -> None:
     assert difference[:1] + difference[3:] == (0.5, 3, 1) and math.isnan(difference.low + difference.high)
 
 
-@pytest.mark.parametrize("n_clusters", [5, 12, 24])
+@pytest.mark.parametrize("n_clusters", [5, 24])
 def test_every_interval_of_normal_clusters_is_students(n_clusters: int) -> None:
     """Plain percentiles are 11 and 7 % shorter over 16 and 24 clusters. Ten seeds, since 2,000 resamples leave an error
     of 3 %."""
@@ -75,16 +73,6 @@ def test_the_interval_of_a_rate_by_hand() -> None:
     half = t * math.sqrt(0.16 / effective + t**2 / (4 * effective**2)) / scale
     middle = (0.8 + t**2 / (2 * effective)) / scale
     assert S.share(hits, ids) == pytest.approx((0.8, middle - half, middle + half, 10, 3))
-
-
-def test_the_interval_of_a_rate_is_wilsons_where_observations_are_independent() -> None:
-    alike = S.share(np.ones(40), np.arange(40) // 4)  # no variance: ten observations
-    assert alike[1:3] == pytest.approx((1 / (1 + stats.norm.ppf(0.975) ** 2 / 10), 1))
-    hits = np.tile([0, 1], 200)
-    hits[1] = 0  # one cluster has 19 of 40: alike beyond independence counts as independence
-    even, wilson = S.share(hits, np.arange(400) // 40), stats.binomtest(199, 400).proportion_ci(method="wilson")
-    wide = stats.t.isf(0.025, 9) / stats.norm.isf(0.025)
-    assert (even.high - even.low) / (wilson.high - wilson.low) == pytest.approx(wide, rel=0.01)
 
 
 def test_recovered_share_by_hand() -> None:
@@ -130,21 +118,11 @@ def test_permutations_by_hand(test: Callable[[], float], p: float) -> None:
     assert test() == pytest.approx(p)
 
 
-@pytest.mark.parametrize("call", [S.share, S.estimate])
-@pytest.mark.parametrize(
-    "values, clusters, word",
-    [([], [], r"(0,)"), ([1.0, np.nan], [0, 1], "1 NaN"), ([1, 2], [0], "1 clusters"), ([1, 2], [0, np.nan], "1 of")],
-)
-def test_errors_name_the_fault(call: Any, values: list[float], clusters: list[float], word: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(word)):
-        call(values, clusters)
-
-
 POOL = pd.read_csv(Path(__file__).with_name("pool.csv.xz")).set_index(["head", "sequence"])
 """KL in nats, mean over 17 tokens, of edits at six uniform positions of each of 200 sequences, on two heads."""
 
 
-@pytest.mark.parametrize("n", [20, 48])
+@pytest.mark.parametrize("n", [20, pytest.param(48, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("head", POOL.index.levels[0])
 def test_intervals_cover_in_draws_from_measured_effects(head: str, n: int) -> None:
     """Sequences drawn from measured ones, whose own numbers are then the truth. An interval covers it in at least 93 of

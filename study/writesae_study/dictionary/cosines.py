@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from hookpoints import Recurrence
 from sae_lens_writesae.atom.low_rank import LowRank
@@ -18,9 +17,6 @@ from writesae.head.writes import head_writes
 from writesae_study.experiment.bench import Bench
 from writesae_study.head.components import fit_pca
 from writesae_study.head.writes import random_units, torch_generator
-
-SIDES = ("key", "value", "shuffled_key", "shuffled_value")
-"""Columns that hold |cosines| of one side."""
 
 
 def firing_cosines(
@@ -40,9 +36,8 @@ def firing_cosines(
         label: of the dictionary; by default the first one.
         directions: single matrices (N = 1) by name, which are compared with the writes at the same firings.
 
-    Returns: sequence, position, atom, cosine, shuffled, random, untrained; key, value, shuffled_key, shuffled_value
-    (|cosine| of one side of the matrices); and one column for each further direction. One row per firing. A cosine with
-    a write or an atom that is zero is 0.
+    Returns: sequence, position, atom, cosine, shuffled, random, untrained, and one column for each further direction.
+    One row per firing. A cosine with a write or an atom that is zero is 0.
 
     Cost: one forward up to the head's layer per sequence, and 3 T F R R' (K + V) for the cosines; for a dictionary of
     states also T F R K V, and T K V numbers.
@@ -74,16 +69,11 @@ def firing_cosines(
         place = torch.tensor(table["place"].to_numpy())
         drawn = untrained.rows(fires[torch.tensor(position), place])
         cosines = writes.cosines(decoded).cpu().numpy()
-        key, value = (side.cpu().numpy() for side in side_cosines(writes, decoded))
         of_firings = table.drop(columns=["activation", "place"]).assign(
             cosine=cosines[position, column],
             shuffled=cosines[shuffled, column],
             random=writes.cosines(noise).cpu().numpy()[position, column],
             untrained=writes.rows(torch.tensor(position)).cosine(drawn).cpu().numpy(),
-            key=key[position, column],
-            value=value[position, column],
-            shuffled_key=key[shuffled, column],
-            shuffled_value=value[shuffled, column],
         )
         for name, direction in (directions or {}).items():
             to_writes = writes.cosines(direction.to(writes.values))
@@ -102,28 +92,17 @@ def _by_product(atoms: LowRank, writes: LowRank, recurrence: Recurrence, target:
     return products.argsort(dim=1, descending=True, stable=True)
 
 
+_COMPONENT_WRITES = 1024
+
+
 @torch.no_grad()
-def first_component(lab: Bench, n_writes: int) -> LowRank:
-    """The first principal component (N = 1) of up to `n_writes` native writes of the first 16 sequences, turned so that
+def first_component(lab: Bench) -> LowRank:
+    """The first principal component (N = 1) of up to 1,024 native writes of the first 16 sequences, turned so that
     its mean inner product with them is positive; zero where the writes do not vary."""
     writes = lab.native_writes(range(min(16, len(lab.tokens))))
-    count = min(n_writes, len(writes))
+    count = min(_COMPONENT_WRITES, len(writes))
     drawn = np.sort(lab.rng(12).choice(len(writes), count, replace=False)).tolist()
     pca = fit_pca(writes.rows(drawn), 1)
     component = pca.components.sum(0)  # of one, or of none
     sign = torch.sign(component @ pca.mean)  # that of a component means nothing
     return LowRank.svd((component * sign).view(1, *lab.key_value))
-
-
-def side_cosines(one: LowRank, other: LowRank) -> tuple[Tensor, Tensor]:
-    """|cosine| of the key sides and of the value sides of all pairs [N,M]; 0 where a side is zero.
-
-    For rank 1 their product is the size of `LowRank.cosines`; each side's own sign means nothing, because both may
-    flip. The sides of a matrix of a higher rank are its top singular vectors: an SVD each.
-    """
-    keys, values = [], []
-    for matrices in (one, other):
-        top = matrices if matrices.rank == 1 else LowRank.svd(matrices.dense(), 1)
-        keys.append(normalize(top.keys[:, 0], dim=1, eps=1e-30))
-        values.append(normalize(top.values[:, 0], dim=1, eps=1e-30))
-    return (keys[0] @ keys[1].mT).abs(), (values[0] @ values[1].mT).abs()

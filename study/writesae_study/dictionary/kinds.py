@@ -25,7 +25,6 @@ from writesae_study.verdict.paper import Outcome
 
 ATOM_KINDS = ("register", "bundle")
 KIND_RATES: dict[str, str] = {
-    "scale": "scale of the substitution test",
     "kind": "register or bundle",
     "rate": "share of firings on which the atom is nearer to native than deletion",
     **described("low high"),
@@ -51,7 +50,7 @@ def compare_kinds(
     wins = wide[["written_atom"]].assign(win=wide[f"atom/{scale}"] < wide["delete"])
     wins = wins.join(atoms.set_index("atom")["kind"], on="written_atom", how="inner")
     by_kind = {kind: Paired(wins[wins["kind"] == kind], ("written_atom",), seed) for kind in ATOM_KINDS}
-    rows = [(scale, kind, *paired.mean("win")) for kind, paired in by_kind.items()]
+    rows = [(kind, *paired.mean("win")) for kind, paired in by_kind.items()]
     register = by_kind["register"]
     bundle = by_kind["bundle"]
     gap = register.lead("win", bundle)

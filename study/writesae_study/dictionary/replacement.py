@@ -23,6 +23,7 @@ from writesae_study.dictionary.traits import variant
 from writesae_study.experiment.at_firings import MEAN_ENERGY
 from writesae_study.experiment.bench import Bench, trials_at
 from writesae_study.experiment.conditions import scaled
+from writesae_study.experiment.draws import ALIVE_TOKENS
 from writesae_study.experiment.evaluation import Result
 from writesae_study.experiment.readout import kl_window
 from writesae_study.head.components import MatrixPca, fit_pca
@@ -38,8 +39,6 @@ EXCHANGED: dict[str, str] = {
     "sae": "label of the dictionary; empty where none is needed",
     "condition": "native, delete, random, mean, state, state_after, pca r; atom, atom svd, svd",
     "kl": "nats, mean over t..t+horizon of KL(native || edited)",
-    "cosine": "cosine of what is written and the native write",
-    "norm": "Frobenius norm of what is written over that of the native write",
 }
 """Columns of `exchanged`."""
 
@@ -48,7 +47,6 @@ DICTIONARIES: dict[str, str] = {
     "variant": "which of the paper's variants it is, or other",
     "d_sae": "number of atoms",
     "parameters": "numbers that are trained",
-    "alive": "number of atoms that fire",
     "dead": "number of atoms that never fire",
 }
 """Columns of `dictionaries`."""
@@ -57,19 +55,17 @@ REPLACEMENT: dict[str, str] = {
     "sae": "label of the dictionary; empty where none is needed",
     "method": "itself, dictionary, mean, zero",
     "nats": "nats per token, more than without replacement",
-    "native_nats": "nats per token without replacement",
 }
 """Columns of `replacement_costs`."""
 
 
-def dictionaries(lab: Bench, alive_tokens: int) -> pd.DataFrame:
-    """What each dictionary of the laboratory is, and how many of its atoms fire."""
-    n_tokens = min(alive_tokens, lab.tokens.numel())
+def dictionaries(lab: Bench) -> pd.DataFrame:
+    """What each dictionary of the laboratory is, and how many of its atoms never fire."""
     rows = []
     for label, sae in lab.saes.items():
         d_sae = int(sae.cfg.d_sae)
-        alive = len(lab.firings(label).alive(n_tokens))
-        rows.append((label, variant(sae), d_sae, n_parameters(sae), alive, d_sae - alive))
+        n_dead = d_sae - len(lab.firings(label).alive(ALIVE_TOKENS))
+        rows.append((label, variant(sae), d_sae, n_parameters(sae), n_dead))
     return pd.DataFrame(rows, columns=list(DICTIONARIES))
 
 
@@ -155,18 +151,15 @@ def exchanged(
     places = pd.DataFrame({"sequence": site.sequence, "position": positions})
     trials = []
     for (sae, condition), matrices in written.items():
-        cosine = matrices.cosine(native).cpu().numpy()
-        norm = (matrices.norm() / native.norm()).cpu().numpy()
-        rows = places.assign(sae=sae, condition=condition, cosine=cosine, norm=norm)
-        trials += trials_at(rows, lab.replace, matrices)
+        trials += trials_at(places.assign(sae=sae, condition=condition), lab.replace, matrices)
     return lab.read(site, trials, kl_window, window)
 
 
 def replacement_costs(lab: Bench, sequence: int, basis: Basis) -> pd.DataFrame:
     """What it costs on one sequence to replace all matrices that the dictionaries of the laboratory read.
 
-    Returns: columns sequence, sae, method, nats (per token, more than without replacement), native_nats. Methods
-    are `itself` (the no-op), `dictionary`, `mean` and `zero`.
+    Returns: columns sequence, sae, method, nats (per token, more than without replacement). Methods are `itself` (the
+    no-op), `dictionary`, `mean` and `zero`.
 
     Cost: a forward from the layer on for each row.
     """
@@ -185,7 +178,7 @@ def replacement_costs(lab: Bench, sequence: int, basis: Basis) -> pd.DataFrame:
     rows = []
     for label, method, matrices in methods:
         added = nats(upper(head, target, matrices), tokens) - native
-        rows.append((sequence, label, method, added, native))
+        rows.append((sequence, label, method, added))
     return pd.DataFrame(rows, columns=list(REPLACEMENT))
 
 

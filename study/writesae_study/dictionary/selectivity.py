@@ -37,10 +37,6 @@ class Alignment(NamedTuple):
 
     both: NDArray[np.int64]
     """[N,F] firings at the token."""
-    fired: NDArray[np.int64]
-    """[F] firings."""
-    present: NDArray[np.int64]
-    """[N] places of the token."""
     phi: NDArray[np.float64]
     """[N,F] correlation of firing and token; 0 where one of them never or always is."""
 
@@ -111,4 +107,4 @@ def alignment(firings: Firings, tokens: Tensor, sequences: Integers, wanted: Seq
     scale = np.sqrt(fired * (n - fired) * column * (n - column))
     covariance = both * n - fired * column
     phi = np.where(scale > 0, covariance / np.maximum(scale, 1), 0.0)
-    return Alignment(both, fired, present, phi)
+    return Alignment(both, phi)

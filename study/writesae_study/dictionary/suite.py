@@ -30,115 +30,90 @@ def evaluate_all(
     tokens: Tensor,
     out: Path,
     *,
-    controls: Tensor | Terms | None = None,
-    reference: Terms | None = None,
+    terms: Terms,
+    controls: bool = False,
     single: bool = False,
     resume: bool = False,
     replaced: bool = False,
-    progress: bool = True,
-    say: Callable[[str], object] = print,
-    failures: list[Exception] | None = None,
-) -> list[Result]:
+) -> tuple[list[Result], list[Exception]]:
     """Run evaluations on dictionaries, and save each result in `out/<kind>/<label>` as soon as it is there.
 
-    An evaluation runs once for each group of dictionaries that it is for (`groups`). One that has nothing to measure
-    does not stop the others; its result says why. The quality of each dictionary is measured once, and is in the `info`
-    of all its results.
+    An evaluation runs once for each group of dictionaries that it is for (`groups`). One that fails, or has nothing to
+    measure, does not stop the others. The quality of each dictionary is measured once, and is in the `info` of all its
+    results.
 
     Args:
         saes: dictionaries by label; or the layer and number of a head, about which the evaluations of `Scope.HEAD` ask.
         tokens: as in `Evaluation.run`.
-        controls: tokens [M,S] apart from those that are tested, or their terms, from which control dictionaries are
-            made. These are evaluated after the trained ones as "<label>, untrained" and "<label>, native writes":
-            thrice the work. None: there are no control dictionaries.
-        reference: what baselines are fitted on (see `Evaluation.run`). None: `controls`, or where there are none the
-            other half of `tokens`.
-        single: one evaluation was asked for by name: it raises where it has nothing to measure, or cannot compare
-            these dictionaries.
+        terms: text apart from what is tested, on which baselines are fitted.
+        controls: make control dictionaries from that text. These are evaluated after the trained ones as "<label>,
+            untrained" and "<label>, native writes": thrice the work.
+        single: one evaluation was asked for by name: it raises where it fails, has nothing to measure, or cannot
+            compare these dictionaries.
         resume: results that are saved with the same settings, and are of the same weights, dictionaries, texts,
             baselines and version of this package (`inputs` in their info), are taken as they are. One of another
-            version is measured again, and `say` is told so. One that is damaged is renamed, with a DamageWarning, and
-            measured again.
-        replaced: results of other settings, weights, dictionaries, texts or baselines are replaced, and `say` is told
-            why.
-        failures: errors of evaluations, which then stop no other: `say` is told, and they are added here. None: the
-            first one is raised.
+            version is measured again. One that is damaged is renamed, with a DamageWarning, and measured again.
+        replaced: results of other settings, weights, dictionaries, texts or baselines are replaced.
+
+    Returns: the results, and the errors of evaluations that failed.
 
     Raises:
         OSError: the folder of a result holds something that no result has; before any work.
         ValueError: it holds a result of other settings or inputs, and `replaced` is False; before any work.
-        NothingToMeasureError, ValueError: see `single`; sequences of `controls` are tested.
+        NothingToMeasureError, ValueError: see `single`; sequences of `terms` are tested.
     """
-    fitted = Terms(model, controls) if isinstance(controls, Tensor) else controls
-    if reference is not None:
-        fitted = reference
     texts = {
         "model": model_hash(model),
         "tokens": content_hash(tokens),
-        "reference": _reference_hash(fitted),
+        "reference": terms.collection.sha256 if terms.collection else content_hash(terms.tokens),
         "version": versions().get("sae-lens-writesae", "unknown"),
     }
+    runs = []
     for evaluation in evaluations:
         for label, group in _labeled_runs(evaluation.scope, saes, single):
-            named = evaluation if evaluation.label else replace(evaluation, label=label)
-            folder = _result_folder(out, named.kind, named.label)
-            check_folder(folder, result_files)
-            _saved_result(folder, named, _input_hashes(texts, group), replaced)
+            runs.append((replace(evaluation, label=evaluation.label or label), group))
+    # Refuse before any work what would be lost.
+    for evaluation, group in runs:
+        folder = _result_folder(out, evaluation)
+        check_folder(folder, result_files)
+        _saved_result(folder, evaluation, _input_hashes(texts, group), replaced)
     dictionaries = {} if isinstance(saes, tuple) else dict(saes)
-    by_control = {} if controls is None else control_dictionaries(model, dictionaries, controls)
+    by_control = control_dictionaries(model, dictionaries, terms) if controls else {}
     everything = dictionaries.copy()
     for control, made in by_control.items():
         everything |= {f"{label}, {control}": sae for label, sae in made.items()}
-    suite = _Suite(
-        model=model,
-        tokens=tokens,
-        out=out,
-        reference=fitted,
-        quality=quality_of_heads(model, everything, tokens, progress=progress),
-        texts=texts,
-        single=single,
-        resume=resume,
-        replaced=replaced,
-        progress=progress,
-        say=say,
-    )
-
-    def measured(evaluation: Evaluation, group: dict[str, SAE] | LayerHead) -> Iterator[Result]:
-        """The results of one evaluation: of trained dictionaries, and of their controls."""
-        trained = suite.run(evaluation, group)
-        yield trained
-        # Where trained dictionaries give nothing to measure, no control has to be compared with them.
-        if evaluation.scope is Scope.HEAD or trained.skipped is not None:
-            return
-        for control, made in by_control.items():
-            if set(group) <= made.keys():
-                of_control = {label: made[label] for label in dictionaries if label in group}
-                named = replace(evaluation, label=f"{trained.label}, {control}")
-                yield suite.run(named, of_control, control, trained.label)
-
+    quality = quality_of_heads(model, everything, tokens)
+    suite = _Suite(model, tokens, out, terms, quality, texts, single, resume, replaced)
     results: list[Result] = []
-    for evaluation in evaluations:
-        for label, group in _labeled_runs(evaluation.scope, saes, single):
-            named = evaluation if evaluation.label else replace(evaluation, label=label)
-            try:
-                for result in measured(named, group):
-                    results.append(result)
-            except Exception as error:
-                if failures is None:
-                    raise
-                failures.append(error)
-                say(f"{named.kind}: {named.label} failed: {error}")
-    return results
+    failures: list[Exception] = []
+    for evaluation, group in runs:
+        try:
+            trained = suite.run(evaluation, group)
+            results.append(trained)
+            # Where trained dictionaries give nothing to measure, no control has to be compared with them.
+            if evaluation.scope is Scope.HEAD or trained.skipped is not None:
+                continue
+            for control, made in by_control.items():
+                if set(group) <= made.keys():
+                    of_control = {label: made[label] for label in dictionaries if label in group}
+                    named = replace(evaluation, label=f"{trained.label}, {control}")
+                    results.append(suite.run(named, of_control, control, trained.label))
+        except Exception as error:
+            if single:
+                raise
+            failures.append(error)
+            print(f"{evaluation.kind}: {evaluation.label} failed: {error}")
+    return results, failures
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Suite:
     """What all runs of `evaluate_all` share; fields are its arguments."""
 
     model: HookedRecurrent
     tokens: Tensor
     out: Path
-    reference: Terms | None
+    terms: Terms
     quality: Callable[[str], Json]
     """That of a dictionary, by its label."""
     texts: Mapping[str, str]
@@ -146,8 +121,6 @@ class _Suite:
     single: bool
     resume: bool
     replaced: bool
-    progress: bool
-    say: Callable[[str], object]
 
     def run(
         self,
@@ -158,29 +131,26 @@ class _Suite:
     ) -> Result:
         """Run an evaluation, unless its result is there; `control_of`: the label of the result that has this
         control."""
-        tested = {} if isinstance(group, tuple) else group
         inputs = _input_hashes(self.texts, group)
-        folder = _result_folder(self.out, evaluation.kind, evaluation.label)
+        folder = _result_folder(self.out, evaluation)
         saved, differing = _saved_result(folder, evaluation, inputs, self.replaced)
         if differing:
-            self.say(f"{evaluation.kind}: {evaluation.label} is measured again: other {', '.join(differing)}")
+            print(f"{evaluation.kind}: {evaluation.label} is measured again: other {', '.join(differing)}")
         elif self.resume and saved is not None:
             return saved
         # Only a single question about trained dictionaries raises where there is nothing to measure.
         or_skip = not self.single or control is not None
-        result = evaluation.run(
-            self.model, group, self.tokens, reference=self.reference, progress=self.progress, or_skip=or_skip
-        )
-        facts: dict[str, Json] = {}
-        labels = list(tested)
+        result = evaluation.run(self.model, group, self.tokens, reference=self.terms, or_skip=or_skip)
+        labels = [] if isinstance(group, tuple) else list(group)
+        info: dict[str, Json] = {**result.info, "inputs": inputs}
         if control is not None:
-            facts = {"control": control, "control_of": control_of}
-            labels = [f"{label}, {control}" for label in tested]
-        measured: dict[str, Json] = {"quality": {label: self.quality(label) for label in labels}, "inputs": inputs}
-        result = replace(result, info=result.info | facts | measured)
+            info |= {"control": control, "control_of": control_of}
+            labels = [f"{label}, {control}" for label in labels]
+        info["quality"] = {label: self.quality(label) for label in labels}
+        result = replace(result, info=info)
         result.save(folder)
         how = result.pace if result.skipped is None else f"skipped: {result.skipped}"
-        self.say(f"{result.kind}: {result.label} ({how})")
+        print(f"{result.kind}: {result.label} ({how})")
         return result
 
 
@@ -219,18 +189,11 @@ def _input_hashes(texts: Mapping[str, str], group: dict[str, SAE] | LayerHead) -
     return {**texts, "dictionaries": content_hash(weights)}
 
 
-def _reference_hash(terms: Terms | None) -> str:
-    """Names what baselines are fitted to."""
-    if terms is None:
-        return "none"
-    return terms.collection.sha256 if terms.collection else content_hash(terms.tokens)
-
-
-def _result_folder(out: Path, kind: str, label: str) -> Path:
-    name = label.replace("/", "-").replace(" ", "-").replace(",", "")
+def _result_folder(out: Path, evaluation: Evaluation) -> Path:
+    name = evaluation.label.replace("/", "-").replace(" ", "-").replace(",", "")
     if name in (".", ".."):  # what is saved there would replace the folder above
-        raise ValueError(f"{label!r} cannot be a label: results are saved in folders of their labels")
-    return out / kind / name
+        raise ValueError(f"{evaluation.label!r} cannot be a label: results are saved in folders of their labels")
+    return out / evaluation.kind / name
 
 
 def _labeled_runs(

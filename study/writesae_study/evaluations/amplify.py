@@ -16,15 +16,16 @@ from typing import Annotated, ClassVar
 import numpy as np
 import pandas as pd
 import torch
+from annotated_types import Ge
+from pydantic import PositiveInt
 from torch import Tensor
 
 from sae_lens_writesae.steering import scale_atoms
-from writesae.choices import AtLeast
 from writesae.experiment.firings import Integers, collect_firings
 from writesae.experiment.tokens import token_text
 from writesae_study.dictionary.selectivity import alignment
 from writesae_study.experiment.bench import Bench
-from writesae_study.experiment.draws import Halves, halves
+from writesae_study.experiment.draws import halves
 from writesae_study.experiment.evaluation import Evaluation, Result, Scope
 from writesae_study.experiment.generation import sample_continuations
 from writesae_study.experiment.targets import special_tokens
@@ -67,23 +68,23 @@ class Amplify(Evaluation):
     unedited count on. It is below the floor where no count changes.
     """
 
-    n_tokens: Annotated[int, AtLeast(2)] = 5
+    n_tokens: Annotated[int, Ge(2)] = 5
     """Tokens whose atoms are scaled: those with the best aligned. A verdict needs 5."""
-    atoms_per_token: int = 1
+    atoms_per_token: PositiveInt = 1
     """Atoms of a token in each dictionary: those that are aligned best (the paper's 10)."""
-    min_count: Annotated[int, AtLeast(2)] = 20
+    min_count: Annotated[int, Ge(2)] = 20
     """Times that a token must occur in the selection half."""
-    min_firings: int = 10
+    min_firings: PositiveInt = 10
     """Firings at the token, in the selection half, that its atom needs."""
     factors: tuple[float, ...] = (0.0, 4.0)
     """What the atom's component of each write is multiplied by: 0 suppresses, above 1 amplifies."""
     headline: float = 4.0
     """The factor of the claim; one of `factors`."""
-    prompts: Annotated[int, AtLeast(2)] = 40
+    prompts: Annotated[int, Ge(2)] = 40
     """Prompts: the beginnings of sequences of the test half; fewer where there are fewer."""
-    prompt_tokens: int = 24
+    prompt_tokens: PositiveInt = 24
     """Length of a prompt."""
-    new_tokens: int = 40
+    new_tokens: PositiveInt = 40
     """Tokens sampled at temperature 1, with the same random numbers under every condition."""
 
     scope: ClassVar[Scope] = Scope.LAYER
@@ -92,11 +93,7 @@ class Amplify(Evaluation):
             "token": "token that is counted",
             "text": "the token as text",
             "atom": "atom that is aligned with the token",
-            "count": "places of the token in the selection half",
             "phi": "correlation of firing and token on the selection half",
-            "phi_test": "the same on the test half",
-            "precision": "share of the atom's firings that are at the token, on the test half",
-            "recall": "share of the token's places at which the atom fires, on the test half",
             "head": "head of the atom's dictionary",
         },
         "counts": {
@@ -125,9 +122,6 @@ class Amplify(Evaluation):
         sequences = split.test[: self.prompts]
         prompts = lab.tokens[sequences, : self.prompt_tokens]
         counts, fires = self._token_counts(lab, prompts, teams)
-        lab.facts["split"] = (
-            "half of the sequences, at random, for the choice of atoms; prompts begin sequences of the other half"
-        )
         # Firings were collected with the first dictionary, and its best atom stands for the token.
         lead = {token: next(iter(team.values()))[0] for token, team in teams.items()}
         lead_fires = []
@@ -135,7 +129,7 @@ class Amplify(Evaluation):
             lead_fires.append(float(fires.get((prompt, lead[token]), 0)))
         texts = [token_text(lab.model, token) for token in counts["token"]]
         counts = counts.assign(sequence=sequences[counts["prompt"]], text=texts, fires=lead_fires)
-        return {"atoms": _alignment_table(lab, teams, split), "counts": counts}
+        return {"atoms": _team_table(lab, teams, split.select), "counts": counts}
 
     def _token_counts(self, lab: Bench, prompts: Tensor, teams: Mapping[int, Team]) -> tuple[pd.DataFrame, pd.Series]:
         """Counts by token, prompt and condition; and new tokens of the unedited continuations at which an atom fires,
@@ -273,27 +267,16 @@ def _with_other(counts: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([aimed.astype({"count": float}), other]).astype({"token": int})
 
 
-def _alignment_table(lab: Bench, teams: Mapping[int, Team], split: Halves) -> pd.DataFrame:
-    """The table `atoms`: how well each atom of a team is aligned with its token, on both halves."""
+def _team_table(lab: Bench, teams: Mapping[int, Team], sequences: Integers) -> pd.DataFrame:
+    """The table `atoms`: the atoms of each token, and how well each is aligned with it on some sequences."""
     rows = []
     for label in lab.saes:
-        chosen = alignment(lab.firings(label), lab.tokens, split.select, list(teams))
-        tested = alignment(lab.firings(label), lab.tokens, split.test, list(teams))
+        phi = alignment(lab.firings(label), lab.tokens, sequences, list(teams)).phi
         for n, (token, team) in enumerate(teams.items()):
             for atom in team[label]:
-                row = {
-                    "token": token,
-                    "text": token_text(lab.model, token),
-                    "atom": atom,
-                    "count": chosen.present[n],
-                    "phi": chosen.phi[n, atom],
-                    "phi_test": tested.phi[n, atom],
-                    "precision": tested.both[n, atom] / max(tested.fired[atom], 1),
-                    "recall": tested.both[n, atom] / max(tested.present[n], 1),
-                    "head": lab.hooks[label].head,
-                }
-                rows.append(row)
-    return pd.DataFrame(rows).sort_values("token", kind="stable")
+                rows.append((token, token_text(lab.model, token), atom, phi[n, atom], lab.hooks[label].head))
+    table = pd.DataFrame(rows, columns=["token", "text", "atom", "phi", "head"])
+    return table.sort_values("token", kind="stable")
 
 
 def counts_at(result: Result, factor: float) -> Paired:

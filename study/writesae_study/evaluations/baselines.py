@@ -11,8 +11,9 @@ from typing import Annotated, ClassVar
 
 import numpy as np
 import pandas as pd
+from annotated_types import Ge
+from pydantic import NonNegativeInt, PositiveInt
 
-from writesae.choices import AtLeast
 from writesae.experiment.lab import Site
 from writesae.head.matrices import matrices_of
 from writesae.page.format import percent
@@ -92,23 +93,21 @@ class Baselines(Evaluation):
       random direction (0.01 matters). The paper finds no difference from directions without meaning.
     """
 
-    test_sequences: Annotated[int, AtLeast(2)] = 40
+    test_sequences: Annotated[int, Ge(2)] = 40
     """Sequences of the test half on which writes are exchanged (all, if fewer)."""
-    positions_per_sequence: int = 2
+    positions_per_sequence: PositiveInt = 2
     """Positions of each, drawn uniformly; every dictionary and every control writes at the same ones."""
-    pca_ranks: tuple[int, ...] = (1, 4, 32)
+    pca_ranks: tuple[PositiveInt, ...] = (1, 4, 32)
     """Numbers of principal components of the head's writes."""
-    pca_writes: Annotated[int, AtLeast(2)] = 1024
+    pca_writes: Annotated[int, Ge(2)] = 1024
     """Writes that the components are fitted to, drawn from the other half."""
-    replacement_sequences: Annotated[int, AtLeast(2)] = 16
+    replacement_sequences: Annotated[int, Ge(2)] = 16
     """Sequences of the test half on which whole matrices are replaced."""
-    horizon: int = 16
+    horizon: PositiveInt = 16
     """KL is averaged over t..t+horizon, both included."""
-    first_position: Annotated[int, AtLeast(0)] = 1
+    first_position: NonNegativeInt = 1
     """Positions before this one are not drawn."""
-    alive_tokens: int = 65_536
-    """Dead atoms are those that never fire on the first so many tokens (all, where there are fewer)."""
-    top_tokens: int = 32
+    top_tokens: PositiveInt = 32
     """Tokens that are compared for the selectivity of directions (the paper's K)."""
 
     scope: ClassVar[Scope] = Scope.VARIANTS
@@ -146,7 +145,7 @@ class Baselines(Evaluation):
         ]
         lab.facts["d_vocab"] = int(lab.model.cfg.d_vocab)
         return {
-            "dictionaries": dictionaries(lab, self.alive_tokens),
+            "dictionaries": dictionaries(lab),
             "writes": pd.concat(written, ignore_index=True),
             "replacement": pd.concat(costs, ignore_index=True),
             "selectivity": pd.concat(directions, ignore_index=True),

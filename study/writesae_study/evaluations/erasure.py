@@ -13,11 +13,12 @@ from typing import Annotated, ClassVar
 import numpy as np
 import pandas as pd
 import torch
+from annotated_types import Ge
 from numpy.typing import ArrayLike, NDArray
+from pydantic import PositiveInt
 from torch import Tensor
 
 from sae_lens_writesae.atom.low_rank import LowRank
-from writesae.choices import AtLeast
 from writesae.experiment.firings import Integers
 from writesae.experiment.lab import EditedRows, Site, Trial
 from writesae.experiment.tokens import token_text
@@ -82,15 +83,15 @@ class Erasure(OfHalves):
     lowers a token when it is ablated raises it when it is added, learned or not.
     """
 
-    n_atoms: int | None = 20
+    n_atoms: PositiveInt | None = 20
     """Atoms drawn uniformly from those that fire often enough in both halves. None: all of them."""
-    select_firings: Annotated[int, AtLeast(2)] = 24
+    select_firings: Annotated[int, Ge(2)] = 24
     """At most this many firings of an atom for the choice of its token, dealt over sequences."""
-    test_firings: int = 12
+    test_firings: PositiveInt = 12
     """At most this many firings of an atom for the test, in the other half of the sequences."""
     injected: tuple[float, ...] = (1.0, 2.0, 4.0)
     """m where the atom is silent. Empty: nothing is inserted."""
-    horizon: int = 4
+    horizon: PositiveInt = 4
     """The effect is the mean change of a token's log-probability over t..t+horizon."""
 
     columns: ClassVar[dict[str, dict[str, str]]] = {
@@ -99,12 +100,7 @@ class Erasure(OfHalves):
             atom="index in the dictionary",
             token="token that was chosen on the selection half",
             n_select="firings that the token was chosen on",
-            n="firings that it was tested on",
             selected="nats, mean effect on the selection half, which the choice of the token biases",
-            effect="nats, mean effect on the test half",
-            elsewhere="nats, control: other writes, same token",
-            random="nats, control: a random direction, on the token chosen for it",
-            wrong="nats, control: the erasure, on tokens of similar probability",
         ),
         "firings": described(
             "atom sequence position",
@@ -157,7 +153,6 @@ class Erasure(OfHalves):
             return {name: mean.cpu().numpy() for name, mean in means.items()}
 
         lab.facts["floor"] = lab.floor(floor, "change", self.horizon + 1)
-        lab.facts["split"] = "a random half of the sequences for the choice of tokens, the other half for the test"
         typical = torch.tensor(test.groupby("column")["activation"].median().to_numpy())
         tables = []
         for site in lab.sites(test, self.kind):
@@ -169,19 +164,16 @@ class Erasure(OfHalves):
         wide = table[~is_insertion].pivot(index="firing", columns="condition", values="change")
         erased = table[table["condition"] == "effect"].set_index("firing")
         firings = by_firing.join(wide).join(erased["wrong"])
-        of_atom = firings.groupby("column")
         ids = tokens["effect"][:, 0].tolist()
-        summary = of_atom[["effect", *CONTROL_NAMES]].mean()
-        summary = summary.assign(
-            atom=atoms,
-            token=ids,
-            text=[token_text(lab.model, token) for token in ids],
-            selected=selected,
-            n_select=select.groupby("column").size(),
-            n=of_atom.size(),
-        )
+        chosen = {
+            "atom": atoms,
+            "token": ids,
+            "text": [token_text(lab.model, token) for token in ids],
+            "selected": selected,
+            "n_select": select.groupby("column").size(),
+        }
         doses = _dose_table(table).join(by_firing[["atom", "sequence"]], on="firing")
-        return {"atoms": summary, "firings": firings, "doses": doses}
+        return {"atoms": pd.DataFrame(chosen), "firings": firings, "doses": doses}
 
     def _drawn_halves(self, lab: Bench) -> tuple[Integers, pd.DataFrame, pd.DataFrame]:
         """The tested atoms, and their firings in both halves. The column `column` says which of the atoms a firing

@@ -13,11 +13,12 @@ from typing import Annotated, ClassVar
 import numpy as np
 import pandas as pd
 import torch
+from annotated_types import Ge, MinLen
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.steering import TargetToken, token_id, value_direction
-from writesae.choices import AtLeast
 from writesae.experiment.lab import Site, Trial
 from writesae.experiment.tokens import token_text
 from writesae.page.format import percent
@@ -51,17 +52,17 @@ class Install(Evaluation):
     without edits (chance 1/2, from 60% on it matters), against the same share under the random value side.
     """
 
-    pairs: Annotated[int, AtLeast(2)] = 20
+    pairs: Annotated[int, Ge(2)] = 20
     """Prompt x target pairs in each stratum. Prompts are distinct windows of the sequences."""
-    prompt_tokens: Annotated[int, AtLeast(2)] = 24
+    prompt_tokens: Annotated[int, Ge(2)] = 24
     """Length of a prompt."""
-    n_positions: int = 3
+    n_positions: PositiveInt = 3
     """Consecutive positions that are written at: the last of the prompt."""
-    sizes: tuple[float, ...] = (1.5, 3.0, 6.0)
+    sizes: Annotated[tuple[PositiveFloat, ...], MinLen(1)] = (1.5, 3.0, 6.0)
     """m: norm of what is added, in norms of the native write at the same position."""
     headline: float = 3.0
     """The m of the claim; one of `sizes`."""
-    new_tokens: int = 20
+    new_tokens: PositiveInt = 20
     """Greedy tokens in which the target is looked for."""
     semantic: tuple[TargetToken, ...] = ()
     """Tokens or strings (each one token) that mean something to you: one more stratum. Empty: left out."""
@@ -88,7 +89,6 @@ class Install(Evaluation):
     def rules(self) -> dict[str, tuple[bool, str]]:
         return {
             "headline": (self.headline in self.sizes, f"one of sizes {self.sizes}"),
-            "sizes": (min(self.sizes) > 0, "norms above 0"),
             "n_positions": (self.n_positions <= self.prompt_tokens, f"at most prompt_tokens ({self.prompt_tokens})"),
             "semantic": (len(self.semantic) != 1, "two tokens or more, because the others are the wrong targets"),
         }

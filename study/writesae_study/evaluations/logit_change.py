@@ -1,6 +1,6 @@
 """Logit change: an atom is added to a write; formulas say what that does to later logits, and an edit shows it.
 
-The formulas are in `experiment.predictors`, the scores in `verdict.fits`. Source: WriteSAE (arXiv 2605.12770), which
+The formulas are in `experiment.predictors`, the fits in `verdict.fits`. Source: WriteSAE (arXiv 2605.12770), which
 reports a median R^2 over cells, each with a fitted scale.
 """
 
@@ -14,11 +14,12 @@ from typing import Annotated, ClassVar
 import numpy as np
 import pandas as pd
 import torch
+from annotated_types import MinLen
 from numpy.typing import ArrayLike, NDArray
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from sklearn.metrics import r2_score
 
 from sae_lens_writesae.atom.low_rank import LowRank
-from writesae.choices import AtLeast
 from writesae.dictionary.estimates import Estimate
 from writesae.experiment.firings import Integers
 from writesae.experiment.lab import EditedRows, Readout, Site, Trial
@@ -31,9 +32,6 @@ from writesae_study.verdict.finding import Against, Finding, Paired
 from writesae_study.verdict.fits import CONTROL_COLUMN
 from writesae_study.verdict.judge import Verdict, judge
 from writesae_study.verdict.notation import r_squared
-
-SCORED = (*PREDICTORS, CONTROL_COLUMN)
-"""What is scored: the formulas, and F2's prediction for another firing."""
 
 BAR = {"F0": 0.5, "F1": 0.5, "F2": 0.95, "one scale": 0.9, "linear": 0.5}
 """R^2 at the smallest eps that each prediction must exceed: half of the variance for formulas that leave paths out,
@@ -90,16 +88,16 @@ class LogitChange(OfFirings):
       get the same fit. For the rebuttal's size give firings enough for 5,000 positions (`n_atoms`, `firings_per_atom`).
     """
 
-    n_atoms: int | None = 30
+    n_atoms: PositiveInt | None = 30
     """Atoms drawn uniformly from all alive atoms that can be tested. None: all of them."""
-    firings_per_atom: int = 2
+    firings_per_atom: PositiveInt = 2
     """At most this many firings of an atom, dealt over sequences."""
-    horizons: Annotated[tuple[int, ...], AtLeast(0)] = (0, 1, 4, 16)
+    horizons: tuple[NonNegativeInt, ...] = (0, 1, 4, 16)
     """Tokens after the write at which logits are predicted and measured."""
     ranks: tuple[tuple[int, int], ...] = ((1, 1), (2, 5), (50, 50))
     """Groups (lowest, highest) of the native rank of a predicted token; one token is drawn from each group."""
-    eps: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)
-    """Sizes of what is added, in Frobenius norms of the native write at t."""
+    eps: Annotated[tuple[PositiveFloat, ...], MinLen(2)] = (0.1, 0.3, 1.0, 3.0)
+    """Sizes of what is added, in Frobenius norms of the native write at t; two or more, as R² is taken over them."""
 
     columns: ClassVar[dict[str, dict[str, str]]] = {
         "cells": {
@@ -107,27 +105,18 @@ class LogitChange(OfFirings):
             "sequence": "row of the evaluation tokens",
             "position": "token t, whose write is added to",
             "atom": "atom that is added",
-            "unit": "Frobenius norm of what eps = 1 adds",
             "horizon": "tokens from the write to the prediction",
             "rank": "group of native ranks from which the token was drawn",
             "token": "id of the token that is predicted",
-            "native_rank": "rank of that token in the unedited model, from 1",
             "eps": "size of what is added, in units",
             "measured": "change of the logit (raw, not centered) in the edited model",
             **{name: f"predicted change, {FORMULAS[name]}" for name in PREDICTORS},
             CONTROL_COLUMN: "control: F2 of another firing at the same horizon, rank group and eps",
         },
-        "scores": fits.SCORES,
     }
 
     def rules(self) -> dict[str, tuple[bool, str]]:
-        return {
-            "eps": (
-                len(self.eps) > 1 and min(self.eps) > 0,
-                "two or more sizes above 0, because R^2 is taken over them",
-            ),
-            "ranks": (all(1 <= low <= high for low, high in self.ranks), "pairs 1 <= lowest <= highest"),
-        }
+        return {"ranks": (all(1 <= low <= high for low, high in self.ranks), "pairs 1 <= lowest <= highest")}
 
     @property
     def shortest(self) -> int:
@@ -152,12 +141,8 @@ class LogitChange(OfFirings):
         cells = fits.with_control(pd.concat(parts, ignore_index=True), "F2", self.seed)
         smallest = cells[cells["eps"] == min(self.eps)]
         lab.require(smallest["measured"].nunique() > 1, "no logit changes at the smallest eps; give larger ones")
-        lab.facts |= {
-            "n_firings": int(cells["firing"].nunique()),
-            "n_atoms": int(cells["atom"].nunique()),
-            "floor": float(smallest["floor"].quantile(0.95)),
-        }
-        return {"cells": cells, "scores": fits.scores_table(cells, SCORED, self.seed)}
+        lab.facts["floor"] = float(smallest["floor"].quantile(0.95))
+        return {"cells": cells}
 
     def _sequence_cells(self, lab: Bench, site: Site) -> pd.DataFrame:
         """The cells of one sequence. Axes: I firings, E sizes, Z horizons, G rank groups."""
@@ -185,7 +170,6 @@ class LogitChange(OfFirings):
             horizon=np.array(self.horizons)[z],
             rank=names[g],
             token=tokens[i, z, g],
-            native_rank=ranks[i, z, g],
             eps=eps,
             measured=np.stack(runs["measured"].tolist()).ravel(),
             floor=np.stack(runs["floor"].tolist()).ravel(),
@@ -202,9 +186,7 @@ class LogitChange(OfFirings):
         lab.skipped["the atom or the native write is zero, so that eps has no unit"] += int((~usable).sum())
         smallest = torch.finfo(size.dtype).tiny  # where the size is 0; such rows are dropped
         added = (atom * (unit / size.clamp_min(smallest))).rows(usable)
-        firings = site.rows.loc[usable.cpu().numpy(), ["firing", "sequence", "position", "atom"]]
-        units = added.norm().cpu().numpy().astype(float)
-        return firings.assign(unit=units), added
+        return site.rows.loc[usable.cpu().numpy(), ["firing", "sequence", "position", "atom"]], added
 
     # -- judging
 

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
+from pydantic import PositiveInt
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
@@ -19,9 +20,9 @@ from writesae.page.format import percent
 from writesae_study.evaluations.substitution import Substitution
 from writesae_study.experiment.at_firings import RELEVANT_RATE, Exchange
 from writesae_study.experiment.bench import Bench
-from writesae_study.experiment.conditions import CONTROLS, DIRECTIONS, REFERENCES, Control
+from writesae_study.experiment.conditions import DIRECTIONS, REFERENCES, Control
 from writesae_study.experiment.evaluation import Evaluation, Result, described
-from writesae_study.verdict.finding import Against, Figure, Finding, Paired, medians
+from writesae_study.verdict.finding import Against, Finding, Paired
 from writesae_study.verdict.judge import Verdict
 from writesae_study.verdict.names import NAMES
 
@@ -50,11 +51,11 @@ class Multistep(Evaluation):
     deletion stays below 5% as well, that says nothing of atoms, and the claim is confounded.
     """
 
-    n_steps: int = 10
+    n_steps: PositiveInt = 10
     """Tokens after t."""
-    n_atoms: int | None = 40
+    n_atoms: PositiveInt | None = 40
     """Atoms drawn uniformly from all alive atoms that can be tested. None: all of them."""
-    firings_per_atom: int = 3
+    firings_per_atom: PositiveInt = 3
     """At most this many firings of an atom, dealt over sequences."""
     scale: Literal["coefficient", "matched", "least_squares"] = "coefficient"
     """How the atom is scaled; every control follows its norm."""
@@ -170,12 +171,6 @@ class Multistep(Evaluation):
                 of="firings in {} sequences",
             ),
         ]
-
-    def panels(self, result: Result) -> list[Figure]:
-        """The medians of the state gap by tokens after t."""
-        names = {name: NAMES[name] for name in (*CONTROLS, "delete", "atom")}
-        title = f"Change of the head's state, {self.scale}: {result.label}"
-        return [medians(result.tables["steps"], "step", "state_gap", names, "tokens after t", title)]
 
 
 def _state_gaps(exchange: Exchange, length: int) -> NDArray[np.generic]:

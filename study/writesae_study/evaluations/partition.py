@@ -7,22 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import pandas as pd
+from pydantic import NonNegativeInt, PositiveInt
 
-from writesae.choices import AtLeast
 from writesae.page.format import number, percent
-from writesae_study.dictionary.cosines import SIDES, firing_cosines, first_component
+from writesae_study.dictionary.cosines import firing_cosines, first_component
 from writesae_study.dictionary.kinds import ATOM_KINDS, KIND_RATES, alike, by_rule, compare_kinds
 from writesae_study.evaluations.substitution import Substitution
 from writesae_study.experiment.at_firings import OfAlive, wide_firings
 from writesae_study.experiment.bench import Bench
 from writesae_study.experiment.conditions import Rival
+from writesae_study.experiment.draws import ALIVE_TOKENS
 from writesae_study.experiment.evaluation import Result
-from writesae_study.verdict import figures, mixtures
-from writesae_study.verdict.finding import Against, Claim, Figure, Finding, Paired, said
+from writesae_study.verdict import mixtures
+from writesae_study.verdict.finding import Against, Claim, Finding, Paired, said
 from writesae_study.verdict.judge import Verdict, judge
 from writesae_study.verdict.notation import points, signed
 
@@ -89,7 +90,7 @@ class Partition(OfAlive):
     difference found is no sameness shown.
 
     **Verdict of claim 26**, that atoms point along their writes and the first principal component of the head's writes
-    (centered, of `pca_writes` writes of the same text) does not: the ladder of `judge` on the median over alive atoms
+    (centered, of up to 1,024 writes of the same text) does not: the ladder of `judge` on the median over alive atoms
     of (cosine - pca), chance 0, a gain of 0.05 matters, against an untrained dictionary at its own firings. Registers
     alone would not do: they are those of a cosine of 0.05 and more. **Verdict of claim 27**, over results of several
     update rules: it holds where the cosines of the alive atoms fall from each rule to the next in the paper's order
@@ -99,20 +100,18 @@ class Partition(OfAlive):
 
     threshold: float = 0.05
     """Cosine from which on an atom is a register (the paper's operational rule)."""
-    components: int = 4
+    components: PositiveInt = 4
     """Largest mixture that is fitted."""
-    restarts: int = 3
+    restarts: PositiveInt = 3
     """Starts of each fit; the likeliest counts."""
-    min_atoms: int = 20
+    min_atoms: PositiveInt = 20
     """Alive atoms without which no claim is tested."""
-    tested_atoms: Annotated[int, AtLeast(0)] = 16
+    tested_atoms: NonNegativeInt = 16
     """Atoms of each kind whose substitution is tested, drawn uniformly (claim 4). 0: none."""
-    firings_per_atom: int = 4
+    firings_per_atom: PositiveInt = 4
     """Firings of each of these atoms."""
     controls: tuple[Rival, ...] = ("random", "state", "mean")
     """Controls of that test."""
-    pca_writes: Annotated[int, AtLeast(2)] = 1024
-    """Native writes that the first principal component is fitted to."""
 
     columns: ClassVar[dict[str, dict[str, str]]] = {
         "atoms": {
@@ -122,12 +121,7 @@ class Partition(OfAlive):
             "shuffled": "the same with writes of other positions of the same sequence",
             "random": "the same firings with a random direction in the atom's place",
             "untrained": "the same tokens with what an untrained dictionary of as many atoms fires there",
-            "z": "Fisher's z of the cosine",
             "kind": "register (cosine >= threshold) or bundle",
-            "key": "median |cosine| of the key sides of atom and write over the firings",
-            "value": "the same of the value sides",
-            "shuffled_key": "|cosine| of the key sides with writes of other positions of the same sequence",
-            "shuffled_value": "the same of the value sides",
             "pca": "median cosine of the first principal component of the head's writes and the write, at the firings",
         },
         "mixtures": {
@@ -147,7 +141,6 @@ class Partition(OfAlive):
             firings_per_atom=self.firings_per_atom,
             scales=("coefficient",),
             controls=self.controls,
-            alive_tokens=self.alive_tokens,
             seed=self.seed,
             rows_per_run=self.rows_per_run,
         )
@@ -156,19 +149,18 @@ class Partition(OfAlive):
 
     def measure(self, lab: Bench) -> dict[str, pd.DataFrame]:
         firings = lab.firings()
-        alive_tokens = min(self.alive_tokens, lab.tokens.numel())
-        alive = firings.alive(alive_tokens, self.min_firings)
-        ever = firings.alive(alive_tokens)
+        alive = firings.alive(ALIVE_TOKENS, self.min_firings)
+        ever = firings.alive(ALIVE_TOKENS)
         lab.require(
             len(alive) > 0,
-            f"no atom is alive: {len(ever)} of {firings.n_atoms} fire on {alive_tokens:,} tokens, none of them "
-            f"{self.min_firings} times; give more tokens, or lower min_firings",
+            f"no atom is alive: {len(ever)} of {firings.n_atoms} fire, none of them {self.min_firings} times; "
+            "give more tokens, or lower min_firings",
         )
-        cosines = firing_cosines(lab, alive, directions={"pca": first_component(lab, self.pca_writes)})
-        grouped = cosines.groupby("atom")[[*COSINE_SAMPLES, "untrained", *SIDES, "pca"]]
+        cosines = firing_cosines(lab, alive, directions={"pca": first_component(lab)})
+        grouped = cosines.groupby("atom")[[*COSINE_SAMPLES, "untrained", "pca"]]
         atoms = grouped.median().assign(firings=grouped.size()).reset_index()
         kind = np.where(atoms["cosine"] >= self.threshold, *ATOM_KINDS)
-        atoms = atoms.assign(z=mixtures.fisher_z(atoms["cosine"]), kind=kind)
+        atoms = atoms.assign(kind=kind)
         lab.skipped[f"atoms that fire fewer than {self.min_firings} times"] += len(ever) - len(alive)
         by_kind = self._substitution_table(lab, atoms)
         # After the substitution test, which counts an atom as alive from its first firing on.
@@ -208,8 +200,6 @@ class Partition(OfAlive):
     def findings(self, result: Result) -> list[Finding]:
         """Claims 6, 4 and 26, and whether atoms point along their writes."""
         table = result.tables["atoms"]
-        medians = {side: f"{median:.2f}" for side, median in table[[*SIDES]].median().items()}
-        sides = [f"{side} sides {medians[side]} (shuffled {medians[f'shuffled_{side}']})" for side in ("key", "value")]
         atoms = Paired(table, ("atom",), self.seed)
         gain = atoms.median("cosine", "shuffled")
         too_few = Verdict("not tested", f"{len(table)} alive atoms are too few.")
@@ -230,7 +220,6 @@ class Partition(OfAlive):
             write="{:.3f}".format,
             axis="median cosine",
             measured=f"{said(gain, signed)} over shuffled positions",
-            controls=f"|cosine| of {sides[0]}, of {sides[1]}",
             of="alive atoms",
         )
         lead = atoms.median("cosine", "pca")
@@ -244,7 +233,6 @@ class Partition(OfAlive):
             write=signed,
             axis="median cosine above that of the first principal component at the same firings",
             measured="",
-            controls="",
         )
         return [self._two_kinds(result), aligned, alike(result, self.controls), pca]
 
@@ -327,17 +315,6 @@ class Partition(OfAlive):
         if ladder.outcome == "holds":
             return Verdict("holds", f"{fit}; {share}, {difference} more than at shuffled positions.")
         return ladder
-
-    def panels(self, result: Result) -> list[Figure]:
-        """The cosines of atoms and nulls."""
-        colours = {"atoms": "atom", "shuffled": "control", "random": "soft"}
-        shares = np.linspace(0, 1, 21)
-        lines = []
-        for column, sample in COSINE_SAMPLES.items():
-            cosines = np.quantile(result.tables["atoms"][column], 1 - shares)
-            lines.append(figures.Curve(sample, shares.tolist(), cosines.tolist(), colours[sample]))
-        title = "Cosine of each atom with the writes it fires on"
-        return [Figure(title, figures.curves(lines, "share of alive atoms, best first", f"{title}: {result.label}"))]
 
 
 def _lowest_bic(fits: pd.DataFrame) -> dict[object, Lowest]:

@@ -12,17 +12,18 @@ from typing import Annotated, ClassVar
 import numpy as np
 import pandas as pd
 import torch
+from annotated_types import Ge
 from numpy.typing import NDArray
+from pydantic import PositiveInt
 from torch import Tensor
 
 from hookpoints import WriteEdit
-from writesae.choices import AtLeast
 from writesae.experiment.firings import Integers
 from writesae.experiment.lab import Site, Trial
 from writesae_study.experiment.bench import Bench
 from writesae_study.experiment.draws import halves
 from writesae_study.experiment.evaluation import Evaluation, Result
-from writesae_study.experiment.readout import added_bits, bits_per_token
+from writesae_study.experiment.readout import added_bits
 from writesae_study.head.writes import torch_generator
 from writesae_study.verdict.finding import Finding, Paired
 from writesae_study.verdict.notation import signed
@@ -62,12 +63,12 @@ class Passage(Evaluation):
     condition, the floor the 95th percentile of the no-op.
     """
 
-    passages: Annotated[int, AtLeast(2)] = 20
+    passages: Annotated[int, Ge(2)] = 20
     """Sequences of the test half whose cost is measured; fewer where there are fewer."""
     threshold: float = 0.05
     """Median signed cosine with the native write, over an atom's firings on the other half of the sequences, from which
     on it is a register and not a bundle."""
-    min_firings: int = 4
+    min_firings: PositiveInt = 4
     """Firings on the other half that an atom needs to be given a class."""
 
     columns: ClassVar[dict[str, dict[str, str]]] = {
@@ -76,9 +77,7 @@ class Passage(Evaluation):
             "class": "name of the class",
             "condition": "what was done to the writes: deleted, own, removed, inserted, random, native (a no-op)",
             "bits": "bits per token, minus those of the unedited passage",
-            "native_bits": "bits per token of the unedited passage",
             "tokens_edited": "tokens at which the class fires, so that their write was changed",
-            "norm": "mean norm of the change, in norms of the native write at the same token of the class",
         },
         "classes": {"class": "name of the class", "atom": "index in the dictionary"},
     }
@@ -101,9 +100,7 @@ class Passage(Evaluation):
                 rng = lab.rng(6, site.sequence, number)
                 trials += self._passage_trials(lab, site, name, atoms, rng)
             if trials:
-                rows = lab.read(site, trials, added_bits(tokens), None)
-                native_bits = bits_per_token(site.session.logits[0], tokens)
-                tables.append(rows.assign(native_bits=native_bits))
+                tables.append(lab.read(site, trials, added_bits(tokens), None))
         lab.require(bool(tables), f"no class fires on the passages: {', '.join(classes)}; give more sequences")
         table = pd.concat(tables)
         table = table[table.groupby("class")["sequence"].transform("nunique") >= 2]
@@ -158,12 +155,7 @@ class Passage(Evaluation):
         edits = {"deleted": [lab.add(t, change) for t, change in zip(positions, sums)]}
         edits |= self._control_edits(lab, site, positions, size, written, rng)
         edits["native"] = [lab.replace(t, native, n) for n, t in enumerate(positions)]
-        described: dict[str, object] = {
-            "sequence": site.sequence,
-            "class": name,
-            "tokens_edited": len(positions),
-            "norm": float((size / native.norm().clamp_min(1e-30)).mean()),
-        }
+        described = {"sequence": site.sequence, "class": name, "tokens_edited": len(positions)}
         trials = []
         for condition, edits_of_passage in edits.items():
             if edits_of_passage:

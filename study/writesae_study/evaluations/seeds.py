@@ -23,6 +23,7 @@ from writesae.page.format import percent
 from writesae_study.dictionary.cosines import firing_cosines
 from writesae_study.experiment.at_firings import OfAlive
 from writesae_study.experiment.bench import Bench
+from writesae_study.experiment.draws import ALIVE_TOKENS
 from writesae_study.experiment.evaluation import Result, Scope
 from writesae_study.head.writes import torch_generator
 from writesae_study.verdict.finding import Finding, Paired, said
@@ -66,14 +67,12 @@ class Seeds(OfAlive):
             "sae": "label of the dictionary",
             "alive": "number of atoms that fire at least min_firings times",
             "register": "number of these with a median cosine at the threshold or above",
-            "dead": "number of atoms that never fire",
         },
         "matches": {
             "a": "label of one dictionary",
             "b": "label of the other",
             "sample": "; ".join(f"{name}: {meaning}" for name, meaning in SAMPLES.items()),
             "n": "number of matched pairs",
-            "median": "median |cosine| of the matched pairs",
             "share_same": "share of pairs with a |cosine| above 0.9",
             "excess": "mean matched |cosine| of the atoms minus that of this sample",
             "excess_low": "lower end of its 95% interval over pairs",
@@ -94,17 +93,13 @@ class Seeds(OfAlive):
     def measure(self, lab: Bench) -> dict[str, pd.DataFrame]:
         numbers: dict[str, Integers] = {}
         counts = []
-        n_tokens = min(self.alive_tokens, lab.tokens.numel())
         for label in lab.saes:
             firings = lab.firings(label)
-            alive = firings.alive(n_tokens, self.min_firings)
+            alive = firings.alive(ALIVE_TOKENS, self.min_firings)
             numbers[label] = alive
-            lab.require(
-                len(alive) > 0, f"{label} has no atom that fires {self.min_firings} times on {n_tokens:,} tokens"
-            )
+            lab.require(len(alive) > 0, f"{label} has no atom that fires {self.min_firings} times")
             medians = firing_cosines(lab, alive, label).groupby("atom")["cosine"].median()
-            n_dead = firings.n_atoms - len(firings.alive(n_tokens))
-            counts.append((label, len(alive), int((medians >= self.threshold).sum()), n_dead))
+            counts.append((label, len(alive), int((medians >= self.threshold).sum())))
         pools = []
         most = max(map(len, numbers.values()))
         needed = math.ceil(most / lab.tokens.shape[1]) + 1  # one more: some writes are zero
@@ -148,7 +143,7 @@ class Seeds(OfAlive):
                 cosines = samples[sample]["cosine"]
                 excess = samples["atoms"].lead("cosine", samples[sample])
                 is_same = cosines > SAME
-                rows.append((a, b, sample, len(cosines), cosines.median(), is_same.mean(), *excess[:3]))
+                rows.append((a, b, sample, len(cosines), is_same.mean(), *excess[:3]))
         return pd.DataFrame(rows, columns=list(self.columns["matches"]))
 
     # -- judging

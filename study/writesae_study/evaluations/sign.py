@@ -13,10 +13,11 @@ from typing import Annotated, ClassVar
 import numpy as np
 import pandas as pd
 import torch
+from annotated_types import Ge, MinLen
+from pydantic import NonNegativeInt, PositiveFloat
 
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.steering import value_direction
-from writesae.choices import AtLeast
 from writesae.experiment.lab import Site, Trial
 from writesae.experiment.tokens import token_text
 from writesae.page.format import percent
@@ -51,13 +52,13 @@ class Sign(Evaluation):
     logit by. How well F2 predicts sizes is asked by `logit_change`.
     """
 
-    n_positions: Annotated[int, AtLeast(2)] = 96
+    n_positions: Annotated[int, Ge(2)] = 96
     """Positions t, spread evenly over the sequences."""
     ranks: tuple[tuple[int, int], ...] = ((1, 10), (11, 100), (101, 1000))
     """One target is drawn at each position from each of these native ranks at t (from 1, both ends included)."""
-    sizes: tuple[float, ...] = (0.3, 1.0, 3.0)
+    sizes: Annotated[tuple[PositiveFloat, ...], MinLen(1)] = (0.3, 1.0, 3.0)
     """m: norm of what is added, in norms of the native write; each with both signs."""
-    first_position: Annotated[int, AtLeast(0)] = 8
+    first_position: NonNegativeInt = 8
     """Positions before this one are left out."""
 
     scope: ClassVar[Scope] = Scope.HEAD
@@ -75,10 +76,7 @@ class Sign(Evaluation):
     }
 
     def rules(self) -> dict[str, tuple[bool, str]]:
-        return {
-            "sizes": (min(self.sizes, default=0) > 0, "norms above 0"),
-            "ranks": (all(1 <= low <= high for low, high in self.ranks), "pairs 1 <= low <= high"),
-        }
+        return {"ranks": (all(1 <= low <= high for low, high in self.ranks), "pairs 1 <= low <= high")}
 
     # -- measuring
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, cast
 
 import pandas as pd
+from pydantic import PositiveInt
 
 from writesae.dictionary.estimates import Estimate
 from writesae.page.format import number, percent
@@ -22,7 +23,7 @@ from writesae_study.head.baselines import BASELINES
 from writesae_study.verdict import figures
 from writesae_study.verdict.finding import Against, Claim, Figure, Finding, Paired, said
 from writesae_study.verdict.judge import Verdict
-from writesae_study.verdict.names import DEFINITIONS, NAMES, SCALE_DEFINITIONS, SCALE_NAMES
+from writesae_study.verdict.names import NAMES, SCALE_NAMES
 from writesae_study.verdict.paper import Outcome
 
 RELEVANT_SHARE = 0.05
@@ -74,7 +75,7 @@ class Substitution(Exchanging):
     is below 1, and to that of every control and baseline at matched norm too.
     """
 
-    n_atoms: int | None = 100
+    n_atoms: PositiveInt | None = 100
     """Atoms drawn uniformly from all alive atoms that can be tested. None: all of them. The headline draws `n_atoms`
     times `firings_per_atom` positions."""
 
@@ -85,9 +86,7 @@ class Substitution(Exchanging):
             "written_atom": "atom that is written",
             "activation": "activation of the written atom",
             "cosine": "signed cosine of the written atom and the native write",
-            "write_norm": "Frobenius norm of the native write",
             **described("condition scale"),
-            "norm": "Frobenius norm of what is written",
             **KL_METRICS,
         },
     }
@@ -284,34 +283,20 @@ class Substitution(Exchanging):
             claims.append((f"L{layer} {target}-trained", finding.row()))
         return claims
 
-    def notes(self, result: Result) -> list[str]:
-        """Definitions of conditions and scales, and how long the head remembers."""
-        life = result.info["half_life"]
-        limit = result.info["half_life_limit"]
-        listed = [f"{NAMES[n]}: {DEFINITIONS[n]}" for n in ("native", "delete", "atom", *self.controls)]
-        return [
-            f"A write of this head has lost half of its norm after {life} tokens{' or more' * (life == limit)} (median "
-            "over writes).",
-            "\n".join(["Conditions, which replace the native write:", *listed]),
-            "\n".join(["Scales:", *(f"{SCALE_NAMES[n]}: {SCALE_DEFINITIONS[n]}" for n in self.scales)]),
-        ]
-
     def panels(self, result: Result) -> list[Figure]:
         """Where the headline's atom wins (the paper's table 13 and figure 14)."""
         wide = wide_firings(result)
-        lines = []
         if len(wide) < 4:  # no quartiles
             return []
-        for column, name in (("delete", "by deletion's effect"), ("cosine", "by cosine of atom and write")):
+        rows = []
+        for column, name in (("delete", "of deletion's effect"), ("cosine", "of the cosine with the write")):
             quartile = 1 + pd.qcut(wide[column].rank(method="first"), 4, labels=False)
-            wins = [Paired(rows).wins(f"atom/{self.scales[0]}", "delete") for _, rows in wide.groupby(quartile)]
-            colour = "atom" if column == "delete" else "soft"
-            band = ([rate.low for rate in wins], [rate.high for rate in wins])
-            lines.append(figures.Curve(name, sorted(set(quartile)), [rate.mean for rate in wins], colour, band))
+            for number_, of_quartile in wide.groupby(quartile):
+                rate = Paired(of_quartile).wins(f"atom/{self.scales[0]}", "delete")
+                rows.append(figures.Row(f"Q{number_} {name}", rate.mean, rate.low, rate.high))
         title = "Win rate of the atom by quartile"
-        ticks = {float(q): f"Q{q}" for q in range(1, 5)}
-        svg = figures.curves(lines, "quartile", f"{title}: {result.label}", percent=True, chance=0.5, ticks=ticks)
-        return [Figure(title, svg, "Bands: 95% intervals. An effect that is real is largest in Q4.")]
+        svg = figures.intervals(rows, "of firings", f"{title}: {result.label}", chance=0.5, write=percent)
+        return [Figure(title, svg, "95% intervals. An effect that is real is largest in the last quartile, Q4.")]
 
 
 def _mean_and_spread(shares: Sequence[float]) -> str:

@@ -13,12 +13,13 @@ from typing import Annotated, ClassVar, Literal, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from annotated_types import Ge, MinLen
+from pydantic import NonNegativeInt, PositiveInt
 
 from sae_lens_writesae.atom.low_rank import LowRank
-from writesae.choices import AtLeast, once_each
 from writesae.experiment.firings import Firings, Integers, sample_firings
 from writesae.experiment.lab import Site, Trial
-from writesae.head.writes import HALF_LIFE_LIMIT, half_lives, head_writes, joined
+from writesae.head.writes import head_writes, joined
 from writesae_study.experiment.bench import Bench, trials_at
 from writesae_study.experiment.conditions import (
     CONTROLS,
@@ -50,11 +51,11 @@ CHOICES: dict[str, str] = {
 class OfAtoms(Evaluation):
     """A question about atoms of one dictionary, drawn or picked by hand, at some of their firings."""
 
-    n_atoms: int | None = None
+    n_atoms: PositiveInt | None = None
     """Atoms drawn uniformly from all that can be tested. None: all of them."""
     atoms: tuple[int, ...] | None = None
     """A hand-picked list instead of a draw. Conclusions then hold for these atoms only."""
-    first_position: Annotated[int, AtLeast(0)] = 1
+    first_position: NonNegativeInt = 1
     """Firings before this token are left out: at token 0 the state holds nothing but the write itself."""
 
 
@@ -62,20 +63,18 @@ class OfAtoms(Evaluation):
 class OfAlive(Evaluation):
     """A question about atoms that are alive, which means the same in all of them."""
 
-    alive_tokens: int = 65_536
-    """An atom is alive if it fires on the first so many evaluation tokens (all, where there are fewer)."""
-    min_firings: int = 5
-    """Firings on those tokens that make an atom alive; a median over fewer says little."""
+    min_firings: PositiveInt = 5
+    """Firings on the first 65,536 evaluation tokens that make an atom alive; a median over fewer says little."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OfFirings(OfAlive, OfAtoms):
     """A question at firings of alive atoms, dealt over sequences."""
 
-    firings_per_atom: int = 10
+    firings_per_atom: PositiveInt = 10
     """At most this many firings of an atom, dealt over sequences."""
-    min_firings: int = 1
-    """Firings on those tokens that make an atom alive."""
+    min_firings: PositiveInt = 1
+    """Firings on the first 65,536 evaluation tokens that make an atom alive."""
 
     def drawn(self, lab: Bench, horizon: int, written: Choice = "own") -> FiringDraw:
         """The firings that are tested, as `draw_firings` takes them: the same for the same settings."""
@@ -87,7 +86,6 @@ class OfFirings(OfAlive, OfAtoms):
             firings_per_atom=self.firings_per_atom,
             atoms=self.atoms,
             first_position=self.first_position,
-            alive_tokens=self.alive_tokens,
             min_firings=self.min_firings,
             written=written,
         )
@@ -99,13 +97,13 @@ class OfFirings(OfAlive, OfAtoms):
 class OfHalves(OfAtoms):
     """A question that chooses something for each atom on one half of the sequences, and tests it on the other."""
 
-    select_firings: int = 8
+    select_firings: PositiveInt = 8
     """At most this many firings of an atom for the choice, dealt over sequences."""
-    test_firings: Annotated[int, AtLeast(2)] = 8
+    test_firings: Annotated[int, Ge(2)] = 8
     """At most this many firings of an atom for the test, in the other half of the sequences."""
-    min_firings: Annotated[int, AtLeast(2)] = 4
+    min_firings: Annotated[int, Ge(2)] = 4
     """Firings in each half that an atom needs; those of the test half must lie in at least two sequences."""
-    horizon: Annotated[int, AtLeast(0)] = 8
+    horizon: NonNegativeInt = 8
     """What follows a firing is looked at over t..t+horizon."""
 
     def drawn(
@@ -141,11 +139,10 @@ class Exchange(NamedTuple):
     def trials(self, lab: Bench) -> list[Trial]:
         """An edited run for each condition and firing, firings in their order within each condition."""
         cosine = self.atom.cosine(self.native).cpu().numpy()
-        rows = self.site.rows.assign(cosine=cosine, write_norm=self.native.norm().cpu().numpy())
+        rows = self.site.rows.assign(cosine=cosine)
         trials = []
         for name, scale, written in self.conditions:
-            norm = 0.0 if written is None else written.norm().cpu().numpy()
-            trials += trials_at(rows.assign(condition=name, scale=scale, norm=norm), lab.replace, written)
+            trials += trials_at(rows.assign(condition=name, scale=scale), lab.replace, written)
         return trials
 
 
@@ -153,29 +150,19 @@ class Exchange(NamedTuple):
 class Exchanging(OfFirings):
     """A question that exchanges writes at firings."""
 
-    atom_choice: tuple[Choice, ...] = ("dominant", "own")
+    atom_choice: Annotated[tuple[Choice, ...], MinLen(1)] = ("dominant", "own")
     """Atom that is written, in tests side by side; the first one is the headline."""
-    scales: tuple[Scale, ...] = ("coefficient", "matched")
+    scales: Annotated[tuple[Scale, ...], MinLen(1)] = ("coefficient", "matched")
     """How what is written is scaled; the first one is the headline's. Directions have the norm of the atom; baselines
     are scaled in the same way as the atom is, from their own size."""
     controls: tuple[Control, ...] = (*CONTROLS, *REFERENCES)
     """Controls and references to run."""
-    n_codes: int | None = None
-    """Native writes that `drawn` draws, and codes of the vector quantizer. None: as many as there are atoms."""
-    pca_components: int = 4
-    """Principal components of `pca`."""
-    horizon: int = 16
+    horizon: PositiveInt = 16
     """KL is averaged over t..t+horizon, both included. Firings closer to the end are left out."""
-    mean_write_sequences: int = 16
-    """Sequences from which the head's mean write and half-life are estimated."""
+    mean_write_sequences: PositiveInt = 16
+    """Sequences from which the head's mean write is estimated."""
 
     min_sequences: ClassVar[int] = 1
-
-    def __post_init__(self) -> None:
-        if isinstance(self.atom_choice, str):
-            object.__setattr__(self, "atom_choice", (self.atom_choice,))
-        super().__post_init__()
-        once_each(self, (), ("atom_choice", "scales"))
 
     def scales_of(self, choice: str) -> tuple[Scale, ...]:
         """Scales at which a choice of atom is run: the headline at all, the other choices at the first one."""
@@ -186,8 +173,6 @@ class Exchanging(OfFirings):
         recurrences = lab.recurrences(self.mean_write_sequences)
         writes = joined([head_writes(recurrence, 0) for recurrence in recurrences])
         mean = mean_write(writes.keys[:, 0], writes.values[:, 0], MEAN_ENERGY)
-        lab.facts["half_life"] = float(torch.cat([half_lives(recurrence) for recurrence in recurrences]).median())
-        lab.facts["half_life_limit"] = min(HALF_LIFE_LIMIT, lab.tokens.shape[1] // 2)
         for site in map(Site.on_host, lab.sites(draw.table, self.kind)):
             native = site.at(site.rows["position"].tolist())
             decoded = lab.atoms(site.rows["written_atom"].to_numpy()).on_host().to(native.values)
@@ -195,7 +180,7 @@ class Exchanging(OfFirings):
             atom = decoded * activation
             baselines = None
             if set(self.controls) & set(BASELINES):
-                baselines = lab.baselines(site.sequence, n_codes=self.n_codes, components=self.pca_components)
+                baselines = lab.baselines(site.sequence)
             controls = controls_at(lab, site, atom, self.controls, alive=draw.alive, mean=mean, baselines=baselines)
             yield Exchange(site, native, atom, conditions(native, atom, controls, scales))
 
@@ -206,6 +191,6 @@ def wide_firings(result: Result, choice: str | None = None) -> pd.DataFrame:
     table = result.tables["firings"]
     table = table[table["choice"] == (choice or table["choice"].iloc[0])]
     names = (table["condition"] + "/" + table["scale"]).str.removesuffix("/none")
-    units = ["firing", "sequence", "position", "atom", "written_atom", "activation", "cosine", "write_norm"]
+    units = ["firing", "sequence", "position", "atom", "written_atom", "activation", "cosine"]
     values = table.assign(name=names).pivot(index="firing", columns="name", values="kl_window")
     return table[units].groupby("firing").first().join(values).reset_index()

@@ -104,23 +104,19 @@ class Bench(Lab):
         return recurrences
 
     @torch.no_grad()
-    def baselines(self, sequence: int, *, n_codes: int | None = None, components: int = 4) -> HeadBaselines:
+    def baselines(self, sequence: int) -> HeadBaselines:
         """What can be written at the tokens of `sequence` without a dictionary, fitted on other text: on `reference`,
         or where there is none on that half of the sequences which `sequence` is not in (`folds`). Kept.
 
-        Args:
-            n_codes: drawn writes, and codes of the quantizer. None: as many as the dictionary has atoms.
-
-        Baselines see all of that text, in the metric that the dictionary was trained in. Where it saw more, the fact
-        `unequal` says so.
+        Baselines see all of that text, in the metric that the dictionary was trained in, and have as many drawn writes
+        and codes as the dictionary has atoms. Where it saw more text, the fact `unequal` says so.
 
         Cost: a forward up to the layer for each sequence of that text; then as `HeadBaselines.fit`.
 
         Raises:
             NothingToMeasureError: there is no other text.
         """
-        if n_codes is None:
-            n_codes = int(self.sae.cfg.d_sae)
+        n_codes = int(self.sae.cfg.d_sae)
         fold = -1
         terms = self.reference
         if terms is None:
@@ -130,7 +126,7 @@ class Bench(Lab):
             terms = Terms(self.model, self.tokens[other_half])
         self.facts["unequal"] = terms.unequal(self.sae)
         metric = [self.sae.cfg.metadata.get(name) for name in ("metric", "metric_sequences", "metric_damping")]
-        key = (self.hook.cell, self.seed, n_codes, components, fold, *metric)
+        key = (self.hook.cell, self.seed, n_codes, fold, *metric)
         if key not in self._baselines:
             self.require(
                 len(terms.tokens) > 0,
@@ -143,7 +139,6 @@ class Bench(Lab):
                 writes,
                 terms.contexts,
                 n_codes=n_codes,
-                components=components,
                 rng=self.rng(41, max(0, fold)),
                 metric=terms.metric_of(self.sae),
             )

@@ -10,6 +10,9 @@ import pandas as pd
 from sae_lens_writesae.errors import NothingToMeasureError
 from writesae.experiment.firings import Firings, Integers, picked, sample_firings
 
+ALIVE_TOKENS = 65_536
+"""An atom is alive if it fires often enough on the first so many evaluation tokens (all, where there are fewer)."""
+
 Bounds = dict[Literal["first", "last"], int]
 """First and last position of a firing that is looked at."""
 
@@ -121,7 +124,6 @@ def draw_firings(
     firings_per_atom: int,
     atoms: tuple[int, ...] | None = None,
     first_position: int = 1,
-    alive_tokens: int = 65_536,
     min_firings: int = 1,
     written: Literal["own", "dominant"] = "own",
 ) -> FiringDraw:
@@ -141,7 +143,7 @@ def draw_firings(
         NothingToMeasureError: no atom can be tested.
     """
     last = firings.n_positions - 1 - horizon
-    alive = firings.alive(alive_tokens, min_firings)
+    alive = firings.alive(ALIVE_TOKENS, min_firings)
     testable = np.intersect1d(alive, firings.atom[firings.between(first_position, last)])
     needed = f"alive atoms with a firing at positions {first_position}..{last} are"
     chosen = picked(testable, atoms, n_atoms, rng, needed, firings)

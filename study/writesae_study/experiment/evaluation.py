@@ -18,21 +18,22 @@ from enum import Enum
 from functools import cached_property
 from operator import methodcaller
 from pathlib import Path
-from typing import Annotated, ClassVar, Self, cast, get_type_hints
+from typing import ClassVar, Self, cast, get_type_hints
 
 import pandas as pd
 import torch
+from pydantic import NonNegativeInt, PositiveInt
 from sae_lens import SAE
 from torch import Tensor
 
 from hookpoints import HookedRecurrent
 from hookpoints.files import CHECKSUMS, SealedFolder, atomic_folder, read_json, sealed_names, write_checksums
 from sae_lens_writesae.errors import NothingToMeasureError
-from writesae.choices import AtLeast, at_least, expect, once_each
+from writesae.choices import expect, once_each
 from writesae.files import Json
 from writesae_study.experiment.bench import Bench, LayerHead
 from writesae_study.experiment.terms import Terms
-from writesae_study.experiment.typed import has_type
+from writesae_study.experiment.typed import checked_setting
 from writesae_study.verdict.finding import Claim, Figure, Finding
 from writesae_study.verdict.paper import QUESTIONS
 
@@ -81,11 +82,11 @@ class Scope(Enum):
 class Evaluation(ABC):
     """Base class of all evaluations. The docstring of a subclass is its page: definition, controls, verdict rule."""
 
-    seed: Annotated[int, AtLeast(0)] = 0
+    seed: NonNegativeInt = 0
     """Seed of every draw and control."""
     label: str = ""
     """Name in reports; by default the head and the target."""
-    rows_per_run: int = 256
+    rows_per_run: PositiveInt = 256
     """Largest number of edited rows in one forward pass. Lower it when memory runs out; results stay the same."""
 
     kind: ClassVar[str]
@@ -106,29 +107,14 @@ class Evaluation(ABC):
             _, cls.question, cls.answers, _ = QUESTIONS[cls.kind]
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
+        hints = get_type_hints(type(self), include_extras=True)
         for name in (setting.name for setting in fields(self)):
-            value = getattr(self, name)
-            if isinstance(value, list | tuple):
-                # Settings from JSON are lists; as tuples they are equal to those given in Python, and hashable.
-                entries = (tuple(entry) if isinstance(entry, list) else entry for entry in value)
-                object.__setattr__(self, name, tuple(entries))
+            # Settings from JSON are lists; as tuples they are equal to those given in Python, and hashable.
+            value = checked_setting(name, getattr(self, name), hints[name])
+            object.__setattr__(self, name, value)
+            if isinstance(value, tuple):
                 once_each(self, [name])
-            expect(self, {name: (has_type(value, hints[name]), str(hints[name]).replace("typing.", ""))})
-        at_least(self, self.bounds())
         expect(self, self.rules())
-
-    @classmethod
-    def bounds(cls) -> dict[str, int]:
-        """Smallest allowed value of each setting that is a whole number, or some of them: what its type says, or 1."""
-        plain = get_type_hints(cls)
-        full = get_type_hints(cls, include_extras=True)
-        smallest = {}
-        for name, hint in plain.items():
-            if hint in (int, int | None, tuple[int, ...]):
-                bounds = getattr(full[name], "__metadata__", ())  # of `Annotated`
-                smallest[name] = bounds[0].least if bounds else 1
-        return smallest
 
     def rules(self) -> dict[str, tuple[bool, str]]:
         """For each setting that must fit others, whether it does, and what is expected (`choices.expect`)."""
@@ -149,10 +135,6 @@ class Evaluation(ABC):
 
     def panels(self, result: Result) -> list[Figure]:
         """Panels for the report besides those of the findings, from the tables alone."""
-        return []
-
-    def notes(self, result: Result) -> list[str]:
-        """Sentences that a reader needs besides the numbers."""
         return []
 
     @classmethod
@@ -326,7 +308,6 @@ class Result:
         # Tables are saved and verdicts are not: a page of an old result has the verdicts of today's rules.
         if self.info.get("rules") != self.judged():
             notes.append("When this was measured, the rules of verdicts gave other verdicts or other numbers.")
-        notes += self.evaluation.notes(self)
         left_out = cast(Mapping[str, int], self.info["n_skipped"])
         for why, n in left_out.items():
             if n:

@@ -29,6 +29,8 @@ Baseline = Literal["head_mean", "token_mean", "pair_mean", "drawn", "quantised",
 BASELINES: tuple[Baseline, ...] = get_args(Baseline)
 """Names of the baselines, as conditions of an experiment."""
 
+N_COMPONENTS = 4
+"""Principal components of `pca`."""
 _ENERGY = 0.999
 """A mean or a projection is written as the fewest rank-1 terms that hold this share of its squared norm."""
 
@@ -78,7 +80,6 @@ class HeadBaselines:
         tokens: NDArray[np.int64],
         *,
         n_codes: int,
-        components: int,
         rng: np.random.Generator,
         metric: Metric | None = None,
     ) -> HeadBaselines:
@@ -88,7 +89,6 @@ class HeadBaselines:
             native: N native writes, sequence by sequence; not all of them 0.
             tokens: [N,2] the token before (-1 at the start of a sequence) and the token itself.
             n_codes: drawn writes, and codes of the quantizer; at most as many as there are writes other than 0.
-            components: principal components.
             metric: that of the dictionary which the baselines are compared with.
 
         Cost: N K V for the means, 10 N n_codes (K + V) for the quantizer, 17 N K V (components + 6) for PCA; a second
@@ -117,7 +117,7 @@ class HeadBaselines:
             strengths=(strength_of_token, strength_of_pair),
             drawn=drawn.on_host(),
             codes=codes.on_host(),
-            components=fit_pca(host, components),
+            components=fit_pca(host, N_COMPONENTS),
         )
 
     def written(self, name: str, native: LowRank, tokens: NDArray[np.int64]) -> LowRank:

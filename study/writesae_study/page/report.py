@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from operator import itemgetter
@@ -31,39 +30,36 @@ from writesae_study.verdict.paper import PAPER_CLAIMS
 
 
 def find_results(paths: Sequence[str | Path]) -> list[Result]:
-    """Every saved result in or below the folders.
+    """Every saved result in or below the folders. Of one that cannot be read, the reason is printed.
 
     Raises:
-        ValueError: a folder without any; a result that this version cannot read.
+        ValueError: a folder without any.
     """
-    folders = list[Path]()
+    results = []
     for path in map(Path, paths):
-        inside = []
         for aside in path.rglob(".*.aside"):
             finish(aside.parent)
+        of_path = []
         for file in sorted(path.rglob("info.json")):
             parts = file.relative_to(path).parts
             # Results that are still being written are in hidden folders, and damaged ones were renamed.
             if not any(part.startswith(".") or ".damaged" in part for part in parts):
-                inside.append(file.parent)
-        if not inside:
+                try:
+                    of_path.append(load_result(file.parent))
+                except ValueError as error:
+                    print(f"the page leaves out {file.parent}: {error}")
+        if not of_path:
             raise ValueError(f"results: expected folders with saved results (info.json), got none in or below {path}")
-        folders += inside
-    return [load_result(folder) for folder in folders]
+        results += of_path
+    return results
 
 
-def write_report(
-    results: Sequence[Result],
-    path: str | Path,
-    *,
-    title: str | None = None,
-) -> Path:
+def write_report(results: Sequence[Result], path: str | Path) -> Path:
     """Write the page `path` (.html), its numbers (.json) and `tables/`; returns the page. Each file is written aside
     and renamed.
 
     Args:
         results: of any evaluations, dictionaries, heads and models.
-        title: heading of the page; by default it names the models.
 
     Raises:
         ValueError: there is no result, or a file of that name is there and is no page, or no numbers or table of one.
@@ -86,14 +82,11 @@ def write_report(
         atomic_write(target.parent / "tables" / f"{name}.parquet", lambda f, t=table: t.to_parquet(f, index=False))
     atomic_text(target.with_suffix(".json"), json.dumps(numbers, indent=1, allow_nan=False))
     models = ", ".join(dict.fromkeys(str(result.info["model"]) for result in results))
-    heading = {
-        "title": title or f"What the atoms of {models} do",
-        "numbers": f"{target.stem}.json",
-    }
-    shown = _template_values(results, rows) | heading
-    return atomic_text(
-        target, environment("writesae_study", controls=control_rows).get_template("report.html").render(shown)
+    template = environment("writesae_study").get_template("report.html")
+    page = template.render(
+        title=f"What the atoms of {models} do", numbers=f"{target.stem}.json", **_template_values(results, rows)
     )
+    return atomic_text(target, page)
 
 
 def in_order(results: Sequence[Result]) -> list[Result]:
@@ -194,17 +187,12 @@ def _template_values(results: Sequence[Result], rows: Sequence[Answer]) -> dict[
     groups: dict[int | str, list[Answer]] = {}
     for row in rows:
         groups.setdefault(row.claim.number or row.claim.claim, []).append(row)
-    measured = [row.claim.measured for row in rows]
-    has_interval = re.compile(r"\[[^]]*\d").search  # an interval of NaN is none
     return {
         "results": results,
         "lead": lead(trained, rows),
         "outcomes": Counter(row.claim.outcome for row in rows).most_common(),
-        "n_answers": len(rows),
-        "n_intervals": sum(has_interval(words) is not None for words in measured),
         "groups": [(PAPER_CLAIMS.get(group[0].claim.number or 0), group) for group in groups.values()],
         "sections": sections,
-        "shared": {kind: _shared_notes(group) for kind, group in sections.items()},
         "compared": compared,
         "evaluations": EVALUATIONS,
         "documentation": inspect.getdoc,
@@ -212,21 +200,3 @@ def _template_values(results: Sequence[Result], rows: Sequence[Answer]) -> dict[
         "qualities": quality_rows(results),
         "said": said,
     }
-
-
-def _shared_notes(results: Sequence[Result]) -> list[str]:
-    """Notes that all of several results have."""
-    first, *others = (result.notes() for result in results)
-    if not others:
-        return []
-    return [note for note in first if all(note in notes for notes in others)]
-
-
-def control_rows(text: str) -> list[tuple[str, str, str]]:
-    """Name, number and interval of each control of `Claim.controls`; the name is empty where no number follows one."""
-    named = r"(.+?):? ((?:[-−+<>≤≥]|below |above )*\d[^\s\[]*|–) ?(.*)"
-    rows = []
-    for control in filter(None, text.split("; ")):
-        match = re.fullmatch(named, control)
-        rows.append((match[1], match[2], match[3]) if match else ("", control, ""))
-    return rows

@@ -2,23 +2,22 @@
 
 A panel is drawn in the colors of a light page, which are then replaced by CSS variables that have them as their
 defaults; its text stays text. One panel is about as wide as a phone, so that a page can lay panels out in a grid.
-Evaluations call `intervals` and `curves`.
+Every panel is made by `intervals`.
 """
 
 from __future__ import annotations
 
 import html
 import io
-import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter
 
 from writesae.page.format import number
 
@@ -33,8 +32,8 @@ _VARIABLES = {
 }
 """The colors of a light page, and the CSS variables that have them on a page."""
 INK, MUTED, GRID, ATOM, CONTROL, PAPER, SOFT = _VARIABLES
-COLORS = {"atom": ATOM, "control": CONTROL, "ink": INK, "soft": SOFT, "muted": MUTED}
-"""Colors by what they say: the atom; a control that confounds it; deletion or another plain line; the rest."""
+COLORS = {"atom": ATOM, "control": CONTROL, "soft": SOFT}
+"""Colors by what they say: the atom; a control that confounds it; the rest."""
 
 _STYLE: dict[str, object] = {
     "svg.fonttype": "none",
@@ -42,6 +41,7 @@ _STYLE: dict[str, object] = {
     "axes.edgecolor": GRID,
     "axes.labelcolor": MUTED,
     "axes.grid": True,
+    "axes.grid.axis": "x",
     "axes.axisbelow": True,
     "grid.color": GRID,
     "grid.linewidth": 0.6,
@@ -59,7 +59,7 @@ _STYLE: dict[str, object] = {
 }
 _DASHED = (0, (3, 3))
 _LEAST_HEIGHT = 2.7
-"""Of a panel, in inches: those of few rows or lines are as high as each other."""
+"""Of a panel, in inches: those of few rows are as high as each other."""
 _HOVER = "hover:"
 """Marks the ids that are texts to show: each becomes a title in the SVG, which a browser shows over it."""
 
@@ -73,16 +73,6 @@ class Row(NamedTuple):
     high: float
     colour: str = "soft"
     """Key of `COLORS`."""
-
-
-class Curve(NamedTuple):
-    """One line of `curves`, with a band where there is one."""
-
-    name: str
-    x: Sequence[float]
-    y: Sequence[float]
-    colour: str = "soft"
-    band: tuple[Sequence[float], Sequence[float]] | None = None
 
 
 # ---------------------------------------------------------------------------------------------- panels
@@ -120,70 +110,12 @@ def intervals(
     return _svg_text(figure, title)
 
 
-def curves(
-    lines: Sequence[Curve],
-    label: str,
-    title: str,
-    *,
-    log_y: bool = False,
-    percent: bool = False,
-    chance: float | None = None,
-    ticks: Mapping[float, str] | None = None,
-) -> str:
-    """Lines with their names above.
-
-    Args:
-        label: of the x axis.
-        chance: a dashed horizontal line.
-        ticks: names of points on the x axis, where they are not their numbers.
-    """
-    figure, axes = _panel_axes(2.5 + 0.08 * len(lines), "y")
-    points = sorted({x for line in lines for x in line.x})
-    for line in lines:
-        colour = COLORS[line.colour]
-        strong = line.colour in ("atom", "control", "ink")
-        if line.band is not None:
-            axes.fill_between(line.x, *line.band, color=colour, alpha=0.16, lw=0)
-        width = 1.9 if strong else 0.9
-        size = 3.5 if strong else 2.5
-        axes.plot(line.x, line.y, "o-", color=colour, lw=width, ms=size, label=line.name)
-    if chance is not None:
-        axes.axhline(chance, color=MUTED, lw=0.8, ls=_DASHED)
-    if log_y:
-        axes.set_yscale("log")
-    else:
-        axes.yaxis.set_major_locator(MaxNLocator(4))
-        axes.yaxis.set_major_formatter(
-            FuncFormatter(lambda value, _: f"{100 * value:.0f}%" if percent else number(value))
-        )
-    if percent:
-        axes.set_ylim(0.0, 1.05)
-    names = [(ticks or {}).get(x, number(x)) for x in points]
-    step = max(1, math.ceil(len(points) / 8))  # a phone has room for eight
-    axes.set_xticks(points[::step], names[::step])
-    axes.minorticks_off()
-    axes.set_xlabel(label, loc="left")
-    figure.legend(
-        loc="outside upper left",
-        ncols=3,
-        frameon=False,
-        fontsize=8,
-        labelcolor=MUTED,
-        handletextpad=0.3,
-        columnspacing=1.2,
-        borderaxespad=0.1,
-    )
-    return _svg_text(figure, title)
-
-
 # ---------------------------------------------------------------------------------------------- drawing
 
 
-def _panel_axes(height: float, grid: str = "x") -> tuple[Figure, Axes]:
-    """A figure of a phone's width, in inches of 100 units, with lines across an axis or both. Names of rows are in
-    ink, numbers are not."""
-    style = _STYLE | {"axes.grid.axis": grid, "ytick.labelcolor": INK if grid == "x" else MUTED}
-    with matplotlib.rc_context(style):  # pyright: ignore[reportArgumentType]  # matplotlib types keys as literals
+def _panel_axes(height: float) -> tuple[Figure, Axes]:
+    """A figure of a phone's width, in inches of 100 units. Names of rows are in ink, numbers are not."""
+    with matplotlib.rc_context(_STYLE):  # pyright: ignore[reportArgumentType]  # matplotlib types keys as literals
         figure = Figure(figsize=(3.9, max(height, _LEAST_HEIGHT)), layout="constrained")
         axes = figure.add_subplot()
     figure.patch.set_alpha(0)

@@ -303,20 +303,4 @@ def said(estimate: Estimate, write: Callable[[float], str] = text.number) -> str
     return f"{write(mean)}{text.interval(low, high, write)}"
 
 
-def medians(table: pd.DataFrame, x: str, value: str, names: Mapping[str, str], label: str, title: str) -> Figure:
-    """Medians of the column `value` over `x`, one line for each condition of `names`, by the name that a reader
-    sees. A range of more than ten is drawn on a log scale."""
-    by_condition = table.groupby(["condition", x])[value].median().unstack(x)
-    wide = by_condition.reindex(list(names)).dropna().clip(lower=1e-16)  # a log scale has no 0
-    x_values = [float(column) for column in wide.columns]
-    colours = {"atom": "atom", "delete": "ink"}
-    lines = []
-    for name, row in wide.iterrows():
-        colour = colours.get(str(name), "soft")
-        lines.append(figures.Curve(names[str(name)], x_values, row.tolist(), colour))
-    log_y = bool(wide.to_numpy().max() > 10 * wide.to_numpy().min())
-    svg = figures.curves(lines, label, title, log_y=log_y)
-    return Figure(title.split(":")[0], svg, "Medians.")
-
-
-__all__ = ["Against", "Claim", "Figure", "Finding", "Paired", "medians", "said"]
+__all__ = ["Against", "Claim", "Figure", "Finding", "Paired", "said"]

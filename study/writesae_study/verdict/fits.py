@@ -9,12 +9,10 @@ of predicted changes per formula.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
-from sklearn.metrics import r2_score
 
 from writesae.dictionary.estimates import Array, Estimate
 from writesae_study.verdict.statistics import estimate
@@ -23,20 +21,6 @@ CONTROL_COLUMN = "shuffled"
 """Name of the control: a formula's prediction for another firing."""
 CELL = ["firing", "horizon", "rank"]
 """What the paper calls a cell: one prompt, feature and token. The sizes eps are its points."""
-_SPLITS: tuple[tuple[str, ...], ...] = ((), ("horizon",), ("rank",), ("eps",), ("horizon", "eps"))
-
-SCORES: dict[str, str] = {
-    "predictor": "F0, F1, F2, or the control",
-    "horizon": "one horizon, or all",
-    "rank": "one rank group, or all",
-    "eps": "one size, or all",
-    "r2": "R^2 about the mean with nothing fitted; 0 is no better than one number for all rows",
-    "r2_low": "lower end of its 95% interval over sequences",
-    "r2_high": "upper end of its 95% interval over sequences",
-    "r2_global_scale": "R^2 with one scale for all rows, each half of the sequences scaled by the other's",
-    "n": "number of rows",
-}
-"""Columns of `scores_table`."""
 
 
 def r2_estimate(
@@ -87,38 +71,6 @@ def with_control(cells: pd.DataFrame, of: str, seed: int) -> pd.DataFrame:
     predictions = cells.rename(columns={"firing": "partner", of: CONTROL_COLUMN})[[*keys, CONTROL_COLUMN]]
     paired = cells.assign(partner=cells["firing"].map(partner))
     return paired.merge(predictions, on=keys).drop(columns="partner")
-
-
-def scores_table(cells: pd.DataFrame, predictors: Sequence[str], seed: int = 0) -> pd.DataFrame:
-    """Every predictor, over all rows and per horizon, rank group, eps, and horizon by eps.
-
-    Groups in which every measured change is the same have no R^2 and are left out.
-    """
-    rows = []
-    for split in _SPLITS:
-        for levels, part in cells.groupby([*split, np.zeros(len(cells))]):
-            if part["measured"].nunique() == 1:
-                continue
-            names = {}
-            for axis, level in zip(split, levels):
-                names[axis] = level if isinstance(level, str) else f"{level:g}"
-            measured = part["measured"].to_numpy(float)
-            sequence = part["sequence"].to_numpy()
-            for predictor in predictors:
-                predicted = part[predictor].to_numpy(float)
-                unfitted = r2_estimate(measured, predicted, sequence, seed=seed)
-                scaled = cross_fitted(measured, predicted[:, None], sequence)
-                row = {
-                    "predictor": predictor,
-                    **names,
-                    "r2": unfitted.mean,
-                    "r2_low": unfitted.low,
-                    "r2_high": unfitted.high,
-                    "r2_global_scale": r2_score(measured, scaled),
-                    "n": len(part),
-                }
-                rows.append(row)
-    return pd.DataFrame(rows, columns=list(SCORES)).fillna({"horizon": "all", "rank": "all", "eps": "all"})
 
 
 def cell_r2(cells: pd.DataFrame, predictor: str) -> pd.DataFrame:

@@ -20,7 +20,6 @@ COLUMNS: dict[str, str] = {
     "mean": "mean of the component",
     "sd": "standard deviation of the component",
     "bic": "BIC of the mixture; lower is better",
-    "best": "whether this mixture has the lowest BIC of its sample and space",
 }
 """Of the table of fits, which has one row for each component of each mixture."""
 
@@ -46,10 +45,8 @@ def fit_mixtures(values: ArrayLike, largest: int = 4, *, restarts: int = 3, seed
         parts = sorted(zip(means, np.asarray(fit.weights_), deviations))
         for n, (mean, weight, sd) in enumerate(parts, 1):
             rows.append((c, n, weight, mean, sd, bic))
-    table = pd.DataFrame(rows, columns=[*COLUMNS][:-1])
     # Without rows the columns would hold objects, and so would those of tables that it is joined to.
-    table = table.astype(float).astype({"components": int, "component": int})
-    return table.assign(best=table["bic"] == table["bic"].min())
+    return pd.DataFrame(rows, columns=[*COLUMNS]).astype(float).astype({"components": int, "component": int})
 
 
 def fisher_z(cosine: ArrayLike) -> NDArray[np.float64]:
