@@ -111,8 +111,8 @@ def atomic_files(folder: Path, write: Callable[[Path], object]) -> None:
         for name in (*names, CHECKSUMS):
             check_replaceable(folder / name)
         if foreign := {*sealed_names(folder)} - {*names}:
-            others = ", ".join(sorted(foreign))
-            raise FileExistsError(errno.EEXIST, f"seals other files ({others}); name another folder", str(seal))
+            names_sealed = ", ".join(sorted(foreign))
+            raise FileExistsError(errno.EEXIST, f"seals other files ({names_sealed}); name another folder", str(seal))
         for name in (*names, CHECKSUMS):
             _sync_to_disk(written / name)
             os.replace(written / name, folder / name)
@@ -431,11 +431,11 @@ def read_sealed_json(file: Path) -> dict[str, object]:
         OSError: it cannot be read.
     """
     content = read_json(file)
-    said = content.pop("sha256", None)
-    if said != (got := _values_hash(content)):
+    expected = content.pop("sha256", None)
+    if expected != (got := _values_hash(content)):
         raise ValueError(
-            f"{file}: expected values of the SHA-256 that the file has ({said}), got {got}: it was damaged or edited; "
-            "make or fetch it again"
+            f"{file}: expected values of the SHA-256 that the file has ({expected}), got {got}: it was damaged or "
+            "edited; make or fetch it again"
         )
     return content
 

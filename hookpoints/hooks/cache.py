@@ -50,11 +50,11 @@ def caching_hooks(
     from transformer_lens.utilities.slice import Slice  # loaded with the model that has the points
 
     saved: dict[str, Tensor] = {} if cache is None else cache
-    wanted = _name_predicate(names_filter)
+    is_named = _name_predicate(names_filter)
     save, save_grad = (
         Saving(saved, suffix, device, remove_batch_dim, Slice.unwrap(pos_slice)) for suffix in ("", "_grad")
     )
-    names = [name for name in points if wanted(name)]
+    names = [name for name in points if is_named(name)]
     return saved, [(name, save) for name in names], [(name, save_grad) for name in names if incl_bwd]
 
 
@@ -62,12 +62,12 @@ def reachable(names_filter: NamesFilter, start: int | None, stop: int | None, n_
     """Narrow an open filter (None or a predicate) to hooks that a partial run reaches; explicit names stay as asked."""
     if names_filter is not None and not callable(names_filter):
         return names_filter if isinstance(names_filter, str) else list(names_filter)
-    wanted = _name_predicate(names_filter)
+    is_named = _name_predicate(names_filter)
     first, last, _ = slice(start, stop).indices(n_layers)
 
-    @functools.wraps(wanted)  # errors name the caller's filter
+    @functools.wraps(is_named)  # errors name the caller's filter
     def inside(name: str) -> bool:
-        if not wanted(name):
+        if not is_named(name):
             return False
         if name.startswith("blocks."):
             return first <= int(name.split(".")[1]) < last

@@ -119,8 +119,8 @@ def device_of(module: nn.Module) -> torch.device:
 
 def describe(model: nn.Module, layout: ModelLayout, name: str | None, backend: str) -> HookedRecurrentConfig:
     """Read the configuration off a model and its layout. ``name``: None for that of its checkpoint or class."""
-    whole = cast(PreTrainedConfig, model.config)
-    hf = whole.get_text_config()
+    full_config = cast(PreTrainedConfig, model.config)
+    hf = full_config.get_text_config()
     layers = dict[int, RecurrentLayer]()
     for layer, block in enumerate(layout.blocks):
         if block.rule is not None and block.mixer is not None:
@@ -130,7 +130,7 @@ def describe(model: nn.Module, layout: ModelLayout, name: str | None, backend: s
     weight = layout.embed.weight
     assert isinstance(weight, torch.Tensor)
     return HookedRecurrentConfig(
-        model_name=name or getattr(whole, "_name_or_path", "") or type(model).__name__,
+        model_name=name or getattr(full_config, "_name_or_path", "") or type(model).__name__,
         model_type=str(hf.model_type),
         n_layers=len(layout.blocks),
         d_model=weight.shape[1],

@@ -208,8 +208,8 @@ class HookedModel(HookedRootModule):
         out, cache = super().run_with_cache(*args, names_filter=names, remove_batch_dim=remove_batch_dim, **kwargs)
         from hookpoints.model.cache import RecurrentCache  # extends TransformerLens' class
 
-        whole = RecurrentCache(cache, self, has_batch_dim=not remove_batch_dim)
-        return out, whole if return_cache_object else cache
+        cache_object = RecurrentCache(cache, self, has_batch_dim=not remove_batch_dim)
+        return out, cache_object if return_cache_object else cache
 
     def get_caching_hooks(  # type: ignore[override]
         self,

@@ -87,8 +87,8 @@ def refuse_arguments(arguments: Mapping[str, object]) -> dict[str, object]:
     return {name: value for name, value in arguments.items() if name not in _ARGUMENTS}
 
 
-def check_forward_arguments(arguments: Collection[str], model: nn.Module, *others: Callable[..., object]) -> None:
-    """Raise InputError for a name that neither the forward of ``model`` declares, nor one of the ``others``, nor
+def check_forward_arguments(arguments: Collection[str], model: nn.Module, *callers: Callable[..., object]) -> None:
+    """Raise InputError for a name that neither the forward of ``model`` declares, nor one of ``callers``, nor
     transformers' `TransformersKwargs`. Models of transformers take any name, and ignore what they do not know.
 
     A model of other code may read names that it does not declare. They are let through, unless they are nearly those of
@@ -96,7 +96,7 @@ def check_forward_arguments(arguments: Collection[str], model: nn.Module, *other
     """
     known = {*TransformersKwargs.__annotations__, "return_dict"}
     backbone = cast(nn.Module, getattr(model, "base_model", model))  # gets the arguments that the head passes on
-    for each in (model.forward, backbone.forward, *others):
+    for each in (model.forward, backbone.forward, *callers):
         known |= {name for name, one in signature(each).parameters.items() if one.kind is not Parameter.VAR_KEYWORD}
     is_declared = type(model).forward.__module__.partition(".")[0] in ("transformers", "hookpoints")
     for name in [name for name in arguments if name not in known]:

@@ -41,7 +41,7 @@ def self_check(model: HookedModel) -> None:
     """
     count = _PREFILL + _DECODE
     tokens = torch.arange(1, count + 1, device=model.cfg.device).remainder(model.cfg.d_vocab).unsqueeze(0)
-    whole = check_prefill(model, tokens)
+    prefilled = check_prefill(model, tokens)
     with torch.no_grad():
         steps = [_recorded_pass(model, tokens[:, :_PREFILL], 0, "prefill")]
         for t in range(_PREFILL, count):
@@ -58,7 +58,7 @@ def self_check(model: HookedModel) -> None:
             what = "the states that a step of decoding leaves and begins with"
             _compare_outputs(model, layer, before.native, left, begun, what)
         decoded = torch.cat([step.native.outputs for step in recorded[1:]], 1)
-        error = relative_error(whole[layer].native.outputs[:, _PREFILL:], decoded)
+        error = relative_error(prefilled[layer].native.outputs[:, _PREFILL:], decoded)
         if not error <= tolerance(model.cfg.dtype, decoded.dtype):
             warnings.warn(
                 f"{model.cfg.model_name}: layer {layer} reads {error:.1e} (relative RMS) apart in decoding and in "

@@ -120,8 +120,8 @@ class Tokens(HookedModel):
         except Exception as error:  # the tokenizers library raises no narrower one
             words = tokenizer.get_vocab()
             split = cast(Any, tokenizer).backend_tokenizer.pre_tokenizer.pre_tokenize_str
-            others = [part for word in text.split() if word not in words for part, _ in split(word)]
-            for word in [part for part in others if part not in words]:
+            word_parts = [part for word in text.split() if word not in words for part, _ in split(word)]
+            for word in [part for part in word_parts if part not in words]:
                 some = nearest(word, words) or f"; it has {', '.join(sorted(words)[:5])} ..."
                 raise InputError(f"text: {self.cfg.model_name} has no word {word!r}{some}") from error
             raise
