@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent
 from hookpoints.errors import InputError, UnsupportedModelError
-from hookpoints.memory.held import (
+from hookpoints.memory.questions import (
     SURE,
     Suspect,
     kept_shares,

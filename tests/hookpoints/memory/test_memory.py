@@ -25,7 +25,7 @@ from hookpoints.errors import InputError, UnsupportedModelError
 from hookpoints.files import tensors_hash
 from hookpoints.memory import sealing
 from hookpoints.memory.caches import attention_of, cut, reach, state_of, tensors_of
-from hookpoints.memory.memory import _flagged_stretches
+from hookpoints.memory.cuts import flagged_stretches, states_after
 from hookpoints.model.inputs import cache_argument, cache_of
 from hookpoints.zoo.tasks import Recall
 
@@ -329,7 +329,7 @@ def test_a_memory_says_of_each_token_whether_it_is_exact(small):
 
 def test_tokens_are_named_that_are_approximate_in_any_row():
     flags = torch.tensor([[1, 1, 0, 0, 0], [0, 1, 0, 0, 1]]).bool()
-    assert _flagged_stretches(flags) == ["tokens 0 to 1", "tokens 4 to 4"]
+    assert flagged_stretches(flags) == ["tokens 0 to 1", "tokens 4 to 4"]
 
 
 def test_only_streams_that_are_read_are_kept(whole):
@@ -374,7 +374,7 @@ def test_a_cut_cache_holds_the_first_tokens(whole):
 def test_layers_of_one_shape_on_two_devices_are_scanned_apart(model, tokens):
     memory = model.memory(tokens)
     there = {name: x.to("meta") for name, x in memory.kept.factor[1].items()}
-    states = memory._states_after(memory.kept._replace(factor={**memory.kept.factor, 1: there}))
+    states = states_after(memory.forms, memory.kept._replace(factor={**memory.kept.factor, 1: there}))
     assert states[1].is_meta > states[0].is_meta
 
 
