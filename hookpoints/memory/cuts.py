@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from operator import index
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,10 +20,11 @@ from transformers import Cache
 from hookpoints.errors import InputError
 from hookpoints.layer.context import count_tokens
 from hookpoints.memory.caches import attends_and_convolves, reach, state_of, turned, window
-from hookpoints.memory.passes import Form, Kept, LayerStates, Passed, TokenReader
-from hookpoints.model.selfcheck import relative_error, tolerance
 from hookpoints.recurrence.canonical import tensors
 from hookpoints.recurrence.recurrence import Recurrence
+
+if TYPE_CHECKING:
+    from hookpoints.memory.passes import Form, Kept, LayerStates, Passed, TokenReader
 
 TokenSpan = slice | tuple[int, int]
 """Tokens start <= t < stop of a memory; negative numbers count from its end."""
@@ -173,8 +174,9 @@ def _with_unmoved_keys(placed: Kept, moved: Mapping[str, Tensor], passed: Passed
     """``placed`` with attention as it was read where the model does not turn its keys as these were turned: that is
     seen at the keys that the pass itself made of the tokens from ``first`` on, counted from the end."""
     for place, x in moved.items():
-        error = relative_error(passed.attention[place][:, first:], placed.attention[place][:, first:])
-        if not error <= tolerance(x.dtype):  # NaN is an error
+        made, turned_keys = (keys[place][:, first:].double() for keys in (passed.attention, placed.attention))
+        # Wrong positions are off by much more than rounding: half of the digits. NaN is an error.
+        if not (made - turned_keys).norm() <= torch.finfo(x.dtype).eps ** 0.5 * turned_keys.norm():
             is_unmoved = {int(place.split("/")[0]): torch.ones_like(placed.inexact)}
             attention = {**placed.attention, place: x}
             placed = placed._replace(attention=attention, unmoved={**placed.unmoved, **is_unmoved})

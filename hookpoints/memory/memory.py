@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -261,7 +262,7 @@ class Memory:
         asked = question if isinstance(question, Tensor) else torch.tensor([token_list(self.model, question)])
         check_tokens(asked, self.model.cfg)
         asked = asked.to(self.tokens.device)
-        sentences = Sentences.of(self.model, self.tokens[0].tolist(), asked[0].tolist())
+        sentences = Sentences.of(partial(spelled, self.model), self.tokens[0].tolist(), asked[0].tolist())
         # The answer as it is, and what it is without each sentence.
         plain, *without = self._next_log_probs(asked, [self, *self._without_each(sentences.spans)])
         # A lie that is told twice hides behind itself: sentences that tell the same answer are left out together.

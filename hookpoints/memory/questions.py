@@ -8,18 +8,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 from torch.nn import functional as F
 
 from hookpoints.errors import InputError
-from hookpoints.memory.passes import spelled
-
-if TYPE_CHECKING:
-    from hookpoints.model.tokens import Tokens
 
 CONTEXT = 3
 """Tokens that are shown before a token."""
@@ -124,7 +120,8 @@ def kept_shares(left: Tensor, written: Tensor, after: int) -> list[float]:
 class Sentences(NamedTuple):
     """The sentences of one text, and which of them are about the same thing."""
 
-    model: Tokens
+    spell: Callable[[Sequence[int]], str]
+    """Makes text of token ids."""
     texts: Sequence[str]
     """Of all tokens."""
     tokens: Sequence[int]
@@ -133,19 +130,19 @@ class Sentences(NamedTuple):
     """By sentence, the numbers of those about the same thing, itself among them."""
 
     @classmethod
-    def of(cls, model: Tokens, tokens: Sequence[int], question: Sequence[int]) -> Sentences:
+    def of(cls, spell: Callable[[Sequence[int]], str], tokens: Sequence[int], question: Sequence[int]) -> Sentences:
         """Of a text, alike in words that the question has, too.
 
         Raises:
             InputError: there are fewer than two.
         """
-        texts = [spelled(model, [token]) for token in tokens]
+        texts = [spell([token]) for token in tokens]
         spans = sentence_spans(texts)
         if len(spans) < 2:
             raise InputError("memory: expected two sentences at least, which end with . ! or ?, got one")
-        asked = words_of([spelled(model, [token]) for token in question])
+        asked = words_of([spell([token]) for token in question])
         alike = sentences_alike([words_of(texts[start:stop]) for start, stop in spans], asked)
-        return cls(model, texts, tokens, spans, alike)
+        return cls(spell, texts, tokens, spans, alike)
 
     def tells(self, place: int, answer: int) -> bool:
         """Whether a sentence has a token."""
@@ -165,7 +162,7 @@ class Sentences(NamedTuple):
         return Suspect(
             self.spans[place],
             text="".join(self.texts[slice(*self.spans[place])]),
-            answer=spelled(self.model, [other]),
+            answer=self.spell([other]),
             probability=float(without[other].exp()),
             kl=float(F.kl_div(plain, without, log_target=True, reduction="sum")),
             contradicts=min(rivals, default=None),
