@@ -89,9 +89,11 @@ def atoms_of(tracing: Tracing, sae: HeadSAE, whole: Node) -> tuple[pd.DataFrame,
     name = f"blocks.{whole.layer}.mixer.heads.{whole.head}.hook_write"
     write = r.write(positions=whole.position)[0, 0, 0]
     measured = tracing.runs.effects([Change(whole.layer, whole.position, {name: write - x}) for x in taken.values()])
-    edges = edge_table(predicted, whole.node_id, "part", -1, dict(zip(predicted, measured)))
-    edges.loc[edges.source == whole.node_id, ["target", "port"]] = ["logit", "state"]
-    return node_table(list(predicted), list(predicted.values()), measured), edges
+    rows = [
+        (part.node_id, *(("logit", "state") if part == whole else (whole.node_id, "part")), -1, predicted[part])
+        for part in predicted
+    ]
+    return node_table(list(predicted), list(predicted.values()), measured), edge_table(rows, measured.tolist())
 
 
 def _parts_of(sae: HeadSAE, whole: Node, texts: Sequence[Recurrence]) -> dict[Node, Tensor]:

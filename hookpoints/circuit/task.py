@@ -45,7 +45,7 @@ class Case(NamedTuple):
     def last_logits(self, circuit: pd.DataFrame) -> Tensor:
         """[4,vocab], logits after the last token: of the text, of the corrupt text, of the text with all writes of the
         corrupt text, and with all but those of a circuit."""
-        return self.graph.last_logits([self.writes, self._writes_outside(circuit)]).cpu()
+        return self.graph.own_tracer().last_logits([self.writes, self._writes_outside(circuit)]).cpu()
 
     def _writes_outside(self, circuit: pd.DataFrame) -> pd.DataFrame:
         inside = self.writes.merge(circuit[_PLACE], on=_PLACE).node_id

@@ -429,13 +429,6 @@ def only(x: Tensor, hook: object, kept: pd.DataFrame) -> Tensor:
     return left
 
 
-def test_a_check_has_the_slope_of_measured_effects(graph: Graph) -> None:
-    """By predicted ones, where measured ones scatter."""
-    nodes = graph.nodes[graph.nodes.feature_type == "write"].head(4)
-    nodes = nodes.assign(predicted=[0.0, 1.0, 2.0, 3.0], measured=[0.0, 3.0, 3.0, 6.0])
-    assert checked(dataclasses.replace(graph, nodes=nodes)).slope == pytest.approx(1.8)
-
-
 def test_writes_that_no_prediction_chose_are_drawn(model64: HookedRecurrent, graph: Graph) -> None:
     """Twenty of them, and the largest is told; they are measured. Of few nodes all are."""
     few = attribute(SEQUENCE, model64, [5], against=9, corrupt=OTHER, measure=4, targets=0)
