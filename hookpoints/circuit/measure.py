@@ -33,7 +33,7 @@ _PAST = 2**14
 """Tokens of the texts of runs at once, each of which has its own memory."""
 
 
-class Wanted(NamedTuple):
+class Objective(NamedTuple):
     """What is explained."""
 
     metric: LogitMetric
@@ -60,10 +60,10 @@ class Measure:
         session: of the text; its logits may be the last alone where these are all that the metric depends on.
     """
 
-    def __init__(self, session: EditSession, wanted: Wanted):
+    def __init__(self, session: EditSession, objective: Objective):
         self.session = session
-        self.wanted = wanted
-        self.plain = float(wanted.metric(self.session.logits))
+        self.objective = objective
+        self.plain = float(objective.metric(self.session.logits))
         self.runs = 0
         """Runs so far."""
 
@@ -86,7 +86,7 @@ class Measure:
 
     def metrics_of(self, run: EditedRun) -> Tensor:
         """[N], of the rows of a run."""
-        return self.wanted.of_rows(run.logits, self.session.logits[0, : run.start])
+        return self.objective.of_rows(run.logits, self.session.logits[0, : run.start])
 
     def runs_of(
         self, rows: Sequence[Sequence[Change]], watched: Callable[[list[int]], Watch] | None = None
@@ -127,7 +127,7 @@ class Measure:
     def _near_rows(self, rows: Sequence[Sequence[Change]]) -> list[list[int]]:
         """Rows that run together: few, or those of one block and near tokens."""
         length = self.session.tokens.shape[1]
-        room = _TOKENS if self.wanted.last else min(_TOKENS, _ROOM // self.session.logits.shape[-1])
+        room = _TOKENS if self.objective.last else min(_TOKENS, _ROOM // self.session.logits.shape[-1])
         most = max(1, min(_ROWS, _PAST // length))
         places = [self._first_change(changes) for changes in rows]
         order = sorted(range(len(rows)), key=lambda row: places[row])

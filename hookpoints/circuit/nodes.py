@@ -75,8 +75,8 @@ def write_attribution(
         donors = {} if corrupt is None else record(model, same_length(model, corrupt, tokens))
         gradients = read_gradients(model, tokens, metric, frozen)
         writes = predicted_nodes(predict_writes(record(model, tokens), gradients, donors))
-    found = writes.rename(columns={"predicted": "attribution"})
-    return found[["layer", "head", "position", "attribution"]]
+    table = writes.rename(columns={"predicted": "attribution"})
+    return table[["layer", "head", "position", "attribution"]]
 
 
 Gradients = Mapping[str, Tensor]

@@ -181,6 +181,6 @@ def task_of(cases: Sequence[Case]) -> Task:
     if len({frozenset(case.writes.role) for case in cases}) != 1:
         counts = sorted({case.writes.role.nunique() for case in cases}) or "no"
         raise InputError(f"pairs: expected texts of the same roles, got {counts} roles; name them with roles=")
-    found = pd.concat([case.writes for case in cases]).groupby(_PLACE, sort=False).effect
-    effects = pd.DataFrame({"effect": found.mean(), "spread": found.std()}).reset_index()
+    by_place = pd.concat([case.writes for case in cases]).groupby(_PLACE, sort=False).effect
+    effects = pd.DataFrame({"effect": by_place.mean(), "spread": by_place.std()}).reset_index()
     return Task(effects.loc[by_size(effects.effect)].reset_index(drop=True), cases)

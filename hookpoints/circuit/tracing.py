@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from hookpoints.circuit.measure import Measure, Wanted
+from hookpoints.circuit.measure import Measure, Objective
 from hookpoints.circuit.nodes import Gradients, keeps_last, logits_of, predict_writes, read_gradients, reading
 from hookpoints.circuit.paths import Paths, direct_paths
 from hookpoints.circuit.ports import Port, change_for, has_ports, ports_of, ports_of_output
@@ -57,7 +57,7 @@ class Tracing:
     """One text, its gradients and its runs."""
 
     model: HookedRecurrent
-    wanted: Wanted
+    objective: Objective
     text: Text
     corrupt: Text | None
     corrupt_logits: Tensor | None
@@ -73,7 +73,7 @@ class Tracing:
 
     @classmethod
     def of(
-        cls, model: HookedRecurrent, tokens: Tensor, wanted: Wanted, corrupt: Tensor | None, frozen: bool
+        cls, model: HookedRecurrent, tokens: Tensor, objective: Objective, corrupt: Tensor | None, frozen: bool
     ) -> Tracing:
         """Read the texts, and follow the metric back."""
         kinds = [Node("embedding")]
@@ -81,9 +81,9 @@ class Tracing:
             kinds += [*head_kinds(model, layer), Node("mlp", layer)]
         others = [kind for kind in kinds if kind.feature_type != "write" and kind.hook in model.hook_dict]
         further = tuple(kind.hook for kind in others)
-        gradients = read_gradients(model, tokens, wanted.metric, frozen, further, wanted.last)
+        gradients = read_gradients(model, tokens, objective.metric, frozen, further, objective.last)
         with reading(model) as values:
-            session = EditSession(model, tokens, logits_to_keep=int(wanted.last and keeps_last(model)))
+            session = EditSession(model, tokens, logits_to_keep=int(objective.last and keeps_last(model)))
         recurrences = {layer: session.recurrence(layer) for layer in model.cfg.recurrent_layers}
         place = session.tokens.device  # where the model lies on several, all that is computed here is there
         donors: dict[int, Recurrence] = {}
@@ -103,8 +103,8 @@ class Tracing:
             bound = change.norm(dim=-1) * gradient.norm(dim=-1)
             predicted.append(Predicted(kind, (change * gradient).sum(-1), bound))
         nodes = predicted_nodes(predicted)
-        runs = Measure(session, wanted)
-        return cls(model, wanted, text, other, corrupt_logits, gradients, nodes, runs, frozen)
+        runs = Measure(session, objective)
+        return cls(model, objective, text, other, corrupt_logits, gradients, nodes, runs, frozen)
 
     def other(self, name: str) -> Tensor:
         """[T,...], what replaces the values of a hook: those of the corrupt text, or 0."""
@@ -260,8 +260,8 @@ class Tracing:
         """`Graph.metadata`."""
         text = self.text
         corrupt = self.corrupt
-        targets = self._token_texts(self.wanted.targets)
-        against = self._token_texts(self.wanted.against)
+        targets = self._token_texts(self.objective.targets)
+        against = self._token_texts(self.objective.against)
         title = " ".join(targets) + ("" if not against else f" − {' '.join(against)}")
         return {
             "model": self.model.cfg.model_name,

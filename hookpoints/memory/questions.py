@@ -99,15 +99,15 @@ def largest_terms(sizes: Mapping[int, Tensor], n: int, head: int | None) -> list
     terms of the head."""
     if n < 1:
         raise InputError(f"n: expected a number of tokens from 1 on, got {n}")
-    found = list[tuple[float, int, int, int]]()
+    terms = list[tuple[float, int, int, int]]()
     for layer, of_layer in sizes.items():
         check_head_number(head, of_layer.shape[1], layer)
         shares = of_layer / of_layer.sum(0).clamp_min(1e-30)
         for of_head in range(of_layer.shape[1]) if head is None else [head]:
             largest = shares[:, of_head].topk(min(n, len(shares)))
             ranked = zip(largest.values.tolist(), largest.indices.tolist(), strict=True)
-            found += [(share, token, layer, of_head) for share, token in ranked]
-    return sorted(found, reverse=True)[:n]
+            terms += [(share, token, layer, of_head) for share, token in ranked]
+    return sorted(terms, reverse=True)[:n]
 
 
 def kept_shares(left: Tensor, written: Tensor, after: int) -> list[float]:
