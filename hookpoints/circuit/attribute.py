@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hookpoints.circuit.atoms import HeadSAE, atoms_of, parents_of, taken_apart
 from hookpoints.circuit.graph import Graph
-from hookpoints.circuit.measure import Objective
+from hookpoints.circuit.measure import LogitObjective
 from hookpoints.circuit.nodes import LogitMetric, Token, check_is_text, logits_of, one_sequence, same_length
 from hookpoints.circuit.tables import EDGE_COLUMNS, NODE_COLUMNS, largest, node_of
 from hookpoints.circuit.task import Pair, Task, case_of, task_of
@@ -159,11 +159,11 @@ def _metric_of_logits(
     targets: Sequence[Token] | Token | None,
     against: Sequence[Token] | Token | None,
     metric: LogitMetric | None,
-) -> Objective:
+) -> LogitObjective:
     if metric is not None:
         if targets is not None or against is not None:
             raise InputError("metric: expected a metric or attribution_targets, got both; give one of them")
-        return Objective(metric)
+        return LogitObjective(metric)
     if targets is None:
         with torch.no_grad():
             targets = int(logits_of(model, tokens, last=True)[0, -1].argmax())
@@ -176,7 +176,7 @@ def _metric_of_logits(
         compared = torch.stack([last[:, index] for index in against_ids]) if against_ids else last.T
         return lead.mean(0) - compared.mean(0)
 
-    return Objective(mean_lead, ids, against_ids)
+    return LogitObjective(mean_lead, ids, against_ids)
 
 
 def _token_ids(model: HookedRecurrent, tokens: Sequence[Token] | Token, name: str) -> tuple[int, ...]:

@@ -33,7 +33,7 @@ _PAST = 2**14
 """Tokens of the texts of runs at once, each of which has its own memory."""
 
 
-class Objective(NamedTuple):
+class LogitObjective(NamedTuple):
     """What is explained."""
 
     metric: LogitMetric
@@ -60,7 +60,7 @@ class Measure:
         session: of the text; its logits may be the last alone where these are all that the metric depends on.
     """
 
-    def __init__(self, session: EditSession, objective: Objective):
+    def __init__(self, session: EditSession, objective: LogitObjective):
         self.session = session
         self.objective = objective
         self.plain = float(objective.metric(self.session.logits))

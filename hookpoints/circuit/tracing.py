@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from hookpoints.circuit.measure import Measure, Objective
+from hookpoints.circuit.measure import LogitObjective, Measure
 from hookpoints.circuit.nodes import Gradients, keeps_last, logits_of, predict_writes, read_gradients, reading
 from hookpoints.circuit.paths import Paths, direct_paths
 from hookpoints.circuit.ports import Port, change_for, has_ports, ports_of, ports_of_output
@@ -57,7 +57,7 @@ class Tracing:
     """One text, its gradients and its runs."""
 
     model: HookedRecurrent
-    objective: Objective
+    objective: LogitObjective
     text: Text
     corrupt: Text | None
     corrupt_logits: Tensor | None
@@ -73,7 +73,7 @@ class Tracing:
 
     @classmethod
     def of(
-        cls, model: HookedRecurrent, tokens: Tensor, objective: Objective, corrupt: Tensor | None, frozen: bool
+        cls, model: HookedRecurrent, tokens: Tensor, objective: LogitObjective, corrupt: Tensor | None, frozen: bool
     ) -> Tracing:
         """Read the texts, and follow the metric back."""
         kinds = [Node("embedding")]
