@@ -285,7 +285,10 @@ def test_every_public_name_is_in_a_list() -> None:
     packages = {name for package in (hookpoints, sae_lens_writesae, writesae) for name in package.__all__}
     of_classes = {f"{made.__name__}.{name}" for made in (Memory, EditSession) for name in vars(made) if name[0] != "_"}
     plain = {
-        *(f"Memory.{name}" for name in ("T", "tokens", "save", "approximate", "edited", "span_of", "check_row")),
+        *(
+            f"Memory.{name}"
+            for name in ("T", "tokens", "save", "approximate", "edited", "span_of", "check_row", "check_peer")
+        ),
         "EditSession.batches",
     }
     known = {name.split(" ")[0].removeprefix("HookedRecurrent.") for name in (*CALLS, *DIFFERENTIABLE)}

@@ -96,10 +96,10 @@ def test_an_attribution_by_forty_one(embedded: HookedRecurrent) -> None:
 
 
 @torch.no_grad()
-def test_a_sentence_is_replaced_by_twenty_four() -> None:
+def test_a_sentence_is_replaced_by_twenty_five() -> None:
     memory = HookedRecurrent.from_pretrained("facts").memory("Ben lives in Rome .")
     assert_route(
         lambda: memory.told("Ben lives in Oslo .", instead_of="Ben lives in Rome ."),
-        24,
+        25,
         "hookpoints/memory/memory.py",
     )

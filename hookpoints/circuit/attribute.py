@@ -10,9 +10,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from hookpoints.circuit.atoms import HeadSAE, atoms_of, taken_apart, wholes_of
+from hookpoints.circuit.atoms import HeadSAE, atoms_of, parents_of, taken_apart
 from hookpoints.circuit.graph import Graph
-from hookpoints.circuit.measure import Wanted
+from hookpoints.circuit.measure import LogitObjective
 from hookpoints.circuit.nodes import LogitMetric, Token, check_is_text, logits_of, one_sequence, same_length
 from hookpoints.circuit.tables import EDGE_COLUMNS, NODE_COLUMNS, largest, node_of
 from hookpoints.circuit.task import Pair, Task, case_of, task_of
@@ -88,7 +88,7 @@ def attribute(
                 "side by side), whose parts do not add up; write_attribution works on this model"
             )
         donor = None if corrupt is None else same_length(model, corrupt, tokens)
-        wanted = _metric_of_logits(model, tokens, attribution_targets, against, metric)
+        objective = _metric_of_logits(model, tokens, attribution_targets, against, metric)
         if (measure is not None and measure < 1) or targets < 0:
             raise InputError(f"measure and targets: expected at least 1 and 0, got {measure} and {targets}")
         if getattr(model.hf_model, "is_quantized", False):
@@ -98,8 +98,8 @@ def attribute(
                 PredictionWarning,
                 stacklevel=3,
             )
-        wholes = wholes_of(model, saes)
-        tracing = Tracing.of(model, tokens, wanted, donor, frozen)
+        parents = parents_of(model, saes)
+        tracing = Tracing.of(model, tokens, objective, donor, frozen)
         nodes = tracing.nodes
         tracing.measure_nodes(50 if measure is None and len(nodes) * tokens.shape[1] > _CHEAP else measure)
         writes = nodes[nodes.feature_type == "write"]
@@ -109,8 +109,8 @@ def attribute(
         best = [node_of(row) for row in explained.itertuples()]
         edges = [tracing.edges(best)]
         tables = [nodes]
-        for sae, whole in zip(saes, wholes):
-            for node in taken_apart(tracing, whole, best, writes):
+        for sae, parent in zip(saes, parents):
+            for node in taken_apart(tracing, parent, best, writes):
                 parts, into = atoms_of(tracing, sae, node)
                 tables.append(parts)
                 edges.append(into)
@@ -159,24 +159,24 @@ def _metric_of_logits(
     targets: Sequence[Token] | Token | None,
     against: Sequence[Token] | Token | None,
     metric: LogitMetric | None,
-) -> Wanted:
+) -> LogitObjective:
     if metric is not None:
         if targets is not None or against is not None:
             raise InputError("metric: expected a metric or attribution_targets, got both; give one of them")
-        return Wanted(metric)
+        return LogitObjective(metric)
     if targets is None:
         with torch.no_grad():
             targets = int(logits_of(model, tokens, last=True)[0, -1].argmax())
     ids = _token_ids(model, targets, "attribution_targets")
-    others = () if against is None else _token_ids(model, against, "against")
+    against_ids = () if against is None else _token_ids(model, against, "against")
 
-    def lead(logits: Tensor) -> Tensor:
+    def mean_lead(logits: Tensor) -> Tensor:
         last = logits[:, -1]
-        wanted = torch.stack([last[:, index] for index in ids])  # a list of indices would be copied to a device
-        other = torch.stack([last[:, index] for index in others]) if others else last.T
-        return wanted.mean(0) - other.mean(0)
+        lead = torch.stack([last[:, index] for index in ids])  # a list of indices would be copied to a device
+        compared = torch.stack([last[:, index] for index in against_ids]) if against_ids else last.T
+        return lead.mean(0) - compared.mean(0)
 
-    return Wanted(lead, ids, others)
+    return LogitObjective(mean_lead, ids, against_ids)
 
 
 def _token_ids(model: HookedRecurrent, tokens: Sequence[Token] | Token, name: str) -> tuple[int, ...]:

@@ -38,7 +38,7 @@ def svg(nodes: pd.DataFrame, edges: pd.DataFrame, metadata: Mapping[str, object]
     lines = _visible_lines(edges)
     seen = nodes[nodes.node_id.isin([*lines.source, *lines.target])]
     spots = _visible_spots(seen)
-    size = spots.measured.abs().fillna(0.0)
+    size = spots.measured.abs()
     most = max([*lines.measured.abs(), *size], default=0.0) or 1.0
     spots["radius"] = 4 + 11 * (size / most) ** 0.5
     # Columns of tokens, and rows of blocks, from above.
@@ -100,18 +100,14 @@ def _visible_lines(edges: pd.DataFrame) -> pd.DataFrame:
 def _visible_spots(nodes: pd.DataFrame) -> pd.DataFrame:
     """The nodes, largest first, with their shape and label; and how many are above each in its block at its token:
     parts are below the others, and MLPs are on their own."""
-    spots = nodes.loc[by_size(nodes.measured.fillna(0.0))]
+    spots = nodes.loc[by_size(nodes.measured)]
     shape = spots.feature_type.map(_SHAPES).fillna("diamond")
-    label = [_label_text(*row) for row in zip(spots.node_id, spots.measured)]
+    # A node without its token, which is below it, or without what a part is of; and its effect.
+    name = spots.node_id.str.replace(r"^\S+ (?!state)|@\d+", "", regex=True)
+    label = name + spots.measured.map(" {:+.2f}".format)
     stacked = spots.loc[(shape == "diamond").sort_values(kind="stable").index]
     beside = stacked.groupby(["layer", "position", stacked.feature_type == "mlp"])
     return spots.assign(shape=shape, label=label, number=beside.cumcount())
-
-
-def _label_text(node: str, measured: float) -> str:
-    """A node without its token, which is below it, or without what a part is of; and its effect."""
-    name = re.sub(r"^\S+ (?!state)|@\d+", "", node)
-    return name if pd.isna(measured) else f"{name} {measured:+.2f}"
 
 
 def _line_curves(ports: pd.Series, first: np.ndarray, last: np.ndarray, column: float) -> np.ndarray:

@@ -6,19 +6,19 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 import pandas as pd
-from torch import Tensor
 
 from hookpoints.circuit.draw import svg
-from hookpoints.circuit.tables import EDGE_COLUMNS, NODE_COLUMNS, Node, RunAnswer, by_size, node_of, random_orders
+from hookpoints.circuit.tables import EDGE_COLUMNS, NODE_COLUMNS, RunAnswer, by_size, random_orders
 from hookpoints.errors import InputError, PredictionWarning
 from hookpoints.files import atomic_text, read_sealed_json, sealed_json, versions
 from hookpoints.refused import Explaining
 
 if TYPE_CHECKING:
+    from hookpoints.circuit.tracing import Tracing
     from hookpoints.hooks.guard import Hook, Name
 
 _DECISIVE = 8
@@ -51,41 +51,16 @@ class Check(NamedTuple):
     up to 14% of the others exceed it (at a confidence of 95%), and the largest of all nearly always does."""
     r: float
     """Pearson's correlation of predicted and measured effects of writes."""
-    slope: float
-    """Of measured by predicted, by least squares: 1 where predictions are right."""
-    edges_r: float
-    """The correlation over edges into nodes; NaN for fewer than three."""
     decisive: bool | None = None
     """Whether these writes decide the answer that was asked about: the model says what is explained; without the eight
     writes of the largest |effect| it says another token, and where `against` was named prefers that; without each of 30
     random eights of the others it says the same. Untrained models do not. None: the graph was loaded."""
 
     def __str__(self) -> str:
-        audit = f", the largest of {self.drawn} drawn at random {self.largest_drawn:.2g}" if self.drawn else ""
         decides = "; without the largest 8 it says another token" if self.decisive else ""
+        audit = f", the largest of {self.drawn} drawn at random {self.largest_drawn:.2g}" if self.drawn else ""
         exact = f"{self.n} of {self.writes} writes measured, the largest {self.largest:.2g}{audit}{decides}"
-        return f"exact: {exact}\npredicted: r {self.r:.3f}, slope {self.slope:.2f}; edges r {self.edges_r:.2f}"
-
-
-class Tracer(Protocol):
-    """What answers questions about the model that a graph is of."""
-
-    @property
-    def nodes(self) -> pd.DataFrame:
-        """All that can be ablated."""
-        ...
-
-    def why(self, node_id: str, read: int | None) -> pd.DataFrame: ...
-
-    def answers(self, sets: Sequence[Collection[Node]]) -> list[RunAnswer]:
-        """Of runs each without one set of nodes."""
-        ...
-
-    def last_logits(self, sets: Sequence[Collection[Node]]) -> Tensor:
-        """[2+N,vocab], after the last token: of the text, the corrupt text, and of the same runs."""
-        ...
-
-    def hooks_without(self, nodes: Sequence[Node]) -> list[tuple[Name, Hook]]: ...
+        return f"exact: {exact}\npredicted: r {self.r:.3f}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +82,7 @@ class Graph(Explaining):
     """Columns source, target (node ids), port, read, predicted, measured."""
     metadata: Mapping[str, object]
     """model, tokens (texts), targets and against (texts), metric (its value), corrupt (texts or None), frozen."""
-    tracer: Tracer | None = None
+    tracer: Tracing | None = None
     """None of a graph that was loaded: it has no model."""
 
     # ------------------------------------------------------------------------------------ how far to believe it
@@ -128,10 +103,8 @@ class Graph(Explaining):
             raise InputError(
                 f"graph: expected at least 3 measured writes to compare, got {len(tried)}; attribute with measure=50"
             )
-        r, slope = _correlation_and_slope(tried)
-        inner = self.edges[(self.edges.target != "logit") & (self.edges.port != "part") & self.edges.predicted.notna()]
         audit = cast(Mapping[str, float], self.metadata["audit"])
-        edges_r, _ = _correlation_and_slope(inner[inner.measured.notna()])
+        r = float(tried.predicted.corr(tried.measured))
         if not r >= 0.9 and len(tried) < len(writes):
             warnings.warn(
                 f"predicted and measured effects of {len(tried)} writes have a correlation of {r:.2f}, and "
@@ -147,8 +120,6 @@ class Graph(Explaining):
             drawn=int(audit["n"]),
             largest_drawn=audit["largest"],
             r=r,
-            slope=slope,
-            edges_r=edges_r,
             decisive=None if self.tracer is None else self._is_decisive(),
         )
 
@@ -156,7 +127,7 @@ class Graph(Explaining):
         order, *orders = self._ordered_writes(DRAWS)
         best = order[:_DECISIVE]
         others = [writes.drop(best.index)[:_DECISIVE] for writes in orders]
-        without, *random = self._answers_without([best, *others])
+        without, *random = self.own_tracer().answers([best, *others])
         is_said = self.metadata["answer"] in cast(Sequence[str], self.metadata["targets"])
         # Another token alone may be a near tie of two that nobody asked about.
         is_lost = not without.same and (without.metric < 0 or not self.metadata["against"])
@@ -168,12 +139,12 @@ class Graph(Explaining):
         Args:
             nodes: ids of writes, softmax heads, MLPs and embeddings.
         """
-        return self._answers_without([self._taken_out(nodes, kept=False)])[0]
+        return self.own_tracer().answers([self._taken_out(nodes, kept=False)])[0]
 
     def keep(self, nodes: Collection[str]) -> RunAnswer:
         """The answer of a run with some nodes, and without all others of the kinds that are among them: writes alone
         leave all heads, MLPs and embeddings as they are. ``nodes`` as of `without`."""
-        return self._answers_without([self._taken_out(nodes, kept=True)])[0]
+        return self.own_tracer().answers([self._taken_out(nodes, kept=True)])[0]
 
     def hooks(self, nodes: Collection[str], kept: bool = False) -> list[tuple[Name, Hook]]:
         """What does the same as `without`, or with ``kept`` as `keep`, in any pass over this text: in `run_with_hooks`,
@@ -182,8 +153,7 @@ class Graph(Explaining):
         Raises:
             InputError: as of `without`.
         """
-        taken = self._taken_out(nodes, kept)
-        return self._own_tracer().hooks_without([node_of(row) for row in taken.itertuples()])
+        return self.own_tracer().hooks_without(self._taken_out(nodes, kept))
 
     def sufficient(self, sizes: int | Sequence[int] = (1, 2, 4, 8, 16, 32), draws: int = DRAWS) -> pd.DataFrame:
         """What few writes do alone: all but the n with the largest |effect| are ablated in one run. So it is done for
@@ -206,14 +176,14 @@ class Graph(Explaining):
         Cost: one pass and ``draws`` for each size, and one; several sets run in a pass.
         """
         orders = self._ordered_writes(draws)
-        wanted = [sizes] if isinstance(sizes, int) else list(sizes)
-        possible = [n for n in wanted if 1 <= n <= len(orders[0])]
+        requested = [sizes] if isinstance(sizes, int) else list(sizes)
+        possible = [n for n in requested if 1 <= n <= len(orders[0])]
         if not possible:
-            raise InputError(f"sizes: expected some of 1 to {len(orders[0])} writes, got {wanted}")
+            raise InputError(f"sizes: expected some of 1 to {len(orders[0])} writes, got {requested}")
         shares, answers = self.shares_without([writes[n:] for n in possible for writes in orders])
         kept, *random = np.reshape(shares, (-1, len(orders))).T
         curve = {"n": possible, "kept": kept, "random": np.median(random, 0), "random_high": np.max(random, 0)}
-        found = pd.DataFrame(curve).join(pd.DataFrame(answers[:: len(orders)]).set_axis(_ANSWER, axis=1))
+        table = pd.DataFrame(curve).join(pd.DataFrame(answers[:: len(orders)]).set_axis(_ANSWER, axis=1))
         low, high = kept.min(), kept.max()
         if self.metadata["corrupt"] is None and (low < 0 or high > 1.5):
             warnings.warn(
@@ -222,32 +192,27 @@ class Graph(Explaining):
                 PredictionWarning,
                 stacklevel=2,
             )
-        return found
+        return table
 
     def shares_without(self, sets: Sequence[pd.DataFrame]) -> tuple[list[float], list[RunAnswer]]:
         """Of runs each without the writes of one table: the share of what all writes do to the metric that is left, and
         the answers. NaN where all together do nothing."""
         writes = self.nodes[self.nodes.feature_type == "write"]
-        none, *answers = self._answers_without([writes, *sets])
+        none, *answers = self.own_tracer().answers([writes, *sets])
         effect = cast(float, self.metadata["metric"]) - none.metric
         known = effect if abs(effect) > 1e-9 else np.nan
         return [(answer.metric - none.metric) / known for answer in answers], answers
 
     def _ordered_writes(self, draws: int) -> list[pd.DataFrame]:
         """All writes, first by |effect|, then in random orders."""
-        table = self._own_tracer().nodes
+        table = self.own_tracer().nodes
         writes = table[table.feature_type == "write"]
         order = by_size(writes.measured.fillna(writes.predicted))
         return [writes.loc[order], *random_orders(writes, draws)]
 
-    def last_logits(self, sets: Sequence[pd.DataFrame]) -> Tensor:
-        """[2+N,vocab], logits after the last token: of the text, of the corrupt text, and of N runs each without the
-        writes of one table."""
-        return self._own_tracer().last_logits([[node_of(row) for row in table.itertuples()] for table in sets])
-
     def _taken_out(self, ids: Collection[str], kept: bool) -> pd.DataFrame:
         """The tracer's nodes that have one of ``ids``; or those of the same kinds that have none."""
-        table = self._own_tracer().nodes
+        table = self.own_tracer().nodes
         unknown = sorted({*ids} - {*table.node_id})
         if unknown or not len(ids):
             raise InputError(
@@ -256,10 +221,6 @@ class Graph(Explaining):
             )
         named = table.node_id.isin(ids)
         return table[~named & table.feature_type.isin(table[named].feature_type) if kept else named]
-
-    def _answers_without(self, sets: Sequence[pd.DataFrame]) -> list[RunAnswer]:
-        """Of runs each without the nodes of one table."""
-        return self._own_tracer().answers([[node_of(row) for row in table.itertuples()] for table in sets])
 
     def why(self, node: str, read: int | None = None) -> pd.DataFrame:
         """What made a node: the sources of the key, value and gate of a write and of the query that reads it, of the
@@ -274,9 +235,14 @@ class Graph(Explaining):
         Raises:
             InputError: there is no such write, softmax head or MLP; or ``read`` is no token from the write on.
         """
-        return self._own_tracer().why(node, read)
+        return self.own_tracer().why(node, read)
 
-    def _own_tracer(self) -> Tracer:
+    def own_tracer(self) -> Tracing:
+        """What answers questions about the model.
+
+        Raises:
+            InputError: the graph was loaded.
+        """
         if self.tracer is None:
             raise InputError("graph: expected one that attribute made, got a loaded one, which has no model; call it")
         return self.tracer
@@ -331,7 +297,7 @@ class Graph(Explaining):
         return cls(nodes, edges, cast("dict[str, object]", content["metadata"]))
 
     def draw(self, nodes: int = 12, width: int = 720) -> str:
-        """One SVG without network: tokens below, blocks upward. Blue helps, red hurts, gray is not measured; a line is
+        """One SVG without network: tokens below, blocks upward. Blue helps, red hurts; a line is
         as thick as the measured effect, dotted into a key, dashed into a query or gate, otherwise solid. It follows the
         viewer's light or dark theme.
 
@@ -344,15 +310,6 @@ class Graph(Explaining):
 
     def _repr_svg_(self) -> str:
         return self.draw()
-
-
-def _correlation_and_slope(table: pd.DataFrame) -> tuple[float, float]:
-    """Correlation and slope of measured by predicted effects; NaN where there are fewer than three."""
-    predicted = table.predicted
-    if len(table) < 3 or predicted.std() == 0:
-        return float("nan"), float("nan")
-    slope, _ = np.polyfit(predicted, table.measured, 1)
-    return float(predicted.corr(table.measured)), float(slope)
 
 
 def _json_rows(table: pd.DataFrame) -> list[dict[str, object]]:

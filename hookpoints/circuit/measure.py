@@ -33,7 +33,7 @@ _PAST = 2**14
 """Tokens of the texts of runs at once, each of which has its own memory."""
 
 
-class Wanted(NamedTuple):
+class LogitObjective(NamedTuple):
     """What is explained."""
 
     metric: LogitMetric
@@ -60,40 +60,33 @@ class Measure:
         session: of the text; its logits may be the last alone where these are all that the metric depends on.
     """
 
-    def __init__(self, session: EditSession, wanted: Wanted):
+    def __init__(self, session: EditSession, objective: LogitObjective):
         self.session = session
-        self.wanted = wanted
-        self.plain = float(wanted.metric(self.session.logits))
+        self.objective = objective
+        self.plain = float(objective.metric(self.session.logits))
         self.runs = 0
         """Runs so far."""
 
     def effects(self, changes: Sequence[Change]) -> np.ndarray:
         """[N], what each change takes off the metric."""
-        return self.plain - self.outcomes([[change] for change in changes])[0]
+        metrics = self.outcomes([[change] for change in changes], self.metrics_of)
+        return self.plain - np.array(metrics.tolist(), float)  # the host waits once, after all runs
 
-    def outcomes(self, rows: Sequence[Sequence[Change]]) -> tuple[np.ndarray, np.ndarray]:
-        """[N] each, the metric and the most likely token of runs, each with some changes at once."""
+    def outcomes(self, rows: Sequence[Sequence[Change]], outcome: Callable[[EditedRun], Tensor]) -> Tensor:
+        """[N,...], the ``outcome`` [N',...] of runs, each with some changes at once."""
+        if not rows:
+            return torch.empty(0)
         order: list[int] = []
-        metrics: list[Tensor] = []
-        tokens: list[Tensor] = []
+        outcomes: list[Tensor] = []
         for batch, run in self.runs_of(rows):
             order += batch
-            metrics.append(self.wanted.of_rows(run.logits, self.session.logits[0, : run.start]))
-            tokens.append(run.logits[:, -1].argmax(-1))
-        if not rows:
-            return np.empty(0), np.empty(0, int)
-        # The host waits once, after all runs.
-        of_rows = torch.cat(metrics)
-        values, ids = torch.stack([of_rows, torch.cat(tokens).to(of_rows)]).tolist()
-        places = np.argsort(np.array(order, int))
-        return np.array(values, float)[places], np.array(ids, int)[places]
+            outcomes.append(outcome(run))
+        joined = torch.cat(outcomes)
+        return joined[torch.tensor(np.argsort(order), device=joined.device)]
 
-    def last_logits(self, rows: Sequence[Sequence[Change]]) -> Tensor:
-        """[N,vocab], the logits after the last token of the same runs."""
-        logits = self.session.logits.new_empty(len(rows), self.session.logits.shape[-1])
-        for batch, run in self.runs_of(rows):
-            logits[batch] = run.logits[:, -1]
-        return logits
+    def metrics_of(self, run: EditedRun) -> Tensor:
+        """[N], of the rows of a run."""
+        return self.objective.of_rows(run.logits, self.session.logits[0, : run.start])
 
     def runs_of(
         self, rows: Sequence[Sequence[Change]], watched: Callable[[list[int]], Watch] | None = None
@@ -134,7 +127,7 @@ class Measure:
     def _near_rows(self, rows: Sequence[Sequence[Change]]) -> list[list[int]]:
         """Rows that run together: few, or those of one block and near tokens."""
         length = self.session.tokens.shape[1]
-        room = _TOKENS if self.wanted.last else min(_TOKENS, _ROOM // self.session.logits.shape[-1])
+        room = _TOKENS if self.objective.last else min(_TOKENS, _ROOM // self.session.logits.shape[-1])
         most = max(1, min(_ROWS, _PAST // length))
         places = [self._first_change(changes) for changes in rows]
         order = sorted(range(len(rows)), key=lambda row: places[row])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from inspect import signature
 from typing import TYPE_CHECKING
@@ -76,8 +75,8 @@ def write_attribution(
         donors = {} if corrupt is None else record(model, same_length(model, corrupt, tokens))
         gradients = read_gradients(model, tokens, metric, frozen)
         writes = predicted_nodes(predict_writes(record(model, tokens), gradients, donors))
-    found = writes.rename(columns={"predicted": "attribution"})
-    return found[["layer", "head", "position", "attribution"]]
+    table = writes.rename(columns={"predicted": "attribution"})
+    return table[["layer", "head", "position", "attribution"]]
 
 
 Gradients = Mapping[str, Tensor]
@@ -174,48 +173,32 @@ def _gradient_cuts(model: HookedRecurrent) -> Iterator[str]:
 # ------------------------------------------------------------------------------------------------ writes that change
 
 
-@dataclass(frozen=True)
-class Swap:
-    """The writes of one layer, and what replaces each: nothing, or the write of another text."""
-
-    recurrence: Recurrence
-    donor: Recurrence | None
-
-    def sides(self) -> list[tuple[Tensor, Tensor]]:
-        """Keys [1,T,H,K] and values [1,T,H,V] of the terms that are taken off."""
-        r = self.recurrence
-        sides = [*zip(terms(r.k), terms(r.u))]
-        if self.donor is not None:
-            sides += [(k, -u) for k, u in zip(terms(self.donor.k), terms(self.donor.u))]
-        return sides
-
-    def first_order(self, read_gradients: Tensor) -> tuple[Tensor, Tensor]:
-        """[T,H] each, <W - W', dmetric/dW>, from the gradients of the reads [1,T,H,V]; and a bound of its size, of
-        values and gradients that point the same way."""
-        effects = []
-        bounds = []
-        for k, u in self.sides():
-            gradients = self.recurrence.with_write(k, u).value_gradients(read_gradients)
-            effects.append((u * gradients).sum(-1)[0])
-            bounds.append((u.norm(dim=-1) * gradients.norm(dim=-1))[0])
-        return torch.stack(effects).sum(0), torch.stack(bounds).sum(0)
-
-
 @torch.no_grad()
 def predict_writes(
     recurrences: Mapping[int, Recurrence], gradients: Gradients, donors: Mapping[int, Recurrence]
 ) -> list[Predicted]:
-    """What each write takes off the metric, to first order, and bounds of it.
+    """What each write W_s takes off the metric, to first order <W_s - W'_s, dmetric/dW_s>; and a bound of its size, of
+    values and gradients that point the same way.
 
     Args:
-        donors: factors of a corrupt text by layer, whose writes replace those of this one; none: writes are deleted.
+        donors: factors of a corrupt text by layer, whose writes W' replace those of this one; none: W' = 0.
     """
-    writes = []
+    predicted = []
     for layer, r in recurrences.items():
-        swap = Swap(r, donors.get(layer))
-        effects = swap.first_order(gradients[f"blocks.{layer}.mixer.hook_read"])
-        writes.append(Predicted(Node("write", layer, 0), *effects))
-    return writes
+        at_reads = gradients[f"blocks.{layer}.mixer.hook_read"]
+        # Keys and values of the terms that are taken off; those of another text are put in.
+        sides = [*zip(terms(r.k), terms(r.u))]
+        if layer in donors:
+            sides += [(k, -u) for k, u in zip(terms(donors[layer].k), terms(donors[layer].u))]
+        effects = []
+        bounds = []
+        for k, u in sides:
+            at_values = r.with_write(k, u).value_gradients(at_reads)
+            effects.append((u * at_values).sum(-1)[0])
+            bounds.append((u.norm(dim=-1) * at_values.norm(dim=-1))[0])
+        sums = (torch.stack(each).sum(0) for each in (effects, bounds))
+        predicted.append(Predicted(Node("write", layer, 0), *sums))
+    return predicted
 
 
 # ------------------------------------------------------------------------------------------------ what hooks see

@@ -7,7 +7,7 @@ square.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,50 +25,37 @@ _ROOTS = (torch.sqrt, Tensor.sqrt, torch.rsqrt, Tensor.rsqrt)
 Arguments = tuple[object, ...]
 
 
-class Normed(NamedTuple):
-    """What a norm function of torch makes of its input, in parts."""
-
-    square: Tensor
-    """The mean square that it divides by the root of, its eps included."""
-    direction: Tensor
-    """The input, its mean taken off by LayerNorm and GroupNorm: [...,G,D/G] for G groups."""
-    weight: Tensor | None
-    bias: Tensor | None
-
-    def scaled(self, scale: Tensor) -> Tensor:
-        """The norm's output with ``scale`` [...,G,1] for one over the root."""
-        value = (self.direction * scale).flatten(-2)
-        value = value if self.weight is None else value * self.weight
-        return value if self.bias is None else value + self.bias
-
-
-def _of_groups(
+def _centered_norm(
     input: Tensor, groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
-) -> Normed:
-    """As ``F.group_norm`` is called."""
-    direction = input.unflatten(-1, (groups, -1))
-    direction = direction - direction.mean(-1, keepdim=True)
-    return Normed(direction.square().mean(-1, keepdim=True) + eps, direction, weight, bias)
+) -> Tensor:
+    """As ``F.group_norm`` is called, over the last axis; the scale is a constant."""
+    x = input.unflatten(-1, (groups, -1))
+    value = _at_fixed_scale(x - x.mean(-1, keepdim=True), eps, weight)
+    return value if bias is None else value + bias
 
 
-def _of_layer(
-    input: Tensor, shape: object, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
-) -> Normed:
-    """As ``F.layer_norm`` is called, over the last axis."""
-    return _of_groups(input, 1, weight, bias, eps)
+def _layer_norm(input: Tensor, shape: object, *rest: Any, **named: Any) -> Tensor:
+    """As ``F.layer_norm`` is called: a norm of one group."""
+    return _centered_norm(input, 1, *rest, **named)
 
 
-def _of_root(input: Tensor, shape: object, weight: Tensor | None = None, eps: float | None = None) -> Normed:
-    """As ``F.rms_norm`` is called, over the last axis."""
-    direction = input.unflatten(-1, (1, -1))
+def _root_norm(input: Tensor, shape: object, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    """As ``F.rms_norm`` is called, over the last axis; the scale is a constant."""
     eps = torch.finfo(input.dtype).eps if eps is None else eps
-    return Normed(direction.square().mean(-1, keepdim=True) + eps, direction, weight, None)
+    return _at_fixed_scale(input.unflatten(-1, (1, -1)), eps, weight)
 
 
-_NORMS: dict[object, Callable[..., Normed]] = {
-    F.layer_norm: _of_layer,
-    F.group_norm: _of_groups,
-    F.rms_norm: _of_root,
+def _at_fixed_scale(x: Tensor, eps: float, weight: Tensor | None) -> Tensor:
+    """[...,G,D/G] of G groups over the root of their mean square, [...,D]."""
+    scale = (x.square().mean(-1, keepdim=True) + eps).rsqrt().detach()
+    value = (x * scale).flatten(-2)
+    return value if weight is None else value * weight
+
+
+_NORMS: dict[object, Callable[..., Tensor]] = {
+    F.layer_norm: _layer_norm,
+    F.group_norm: _centered_norm,
+    F.rms_norm: _root_norm,
 }
 
 
@@ -114,8 +101,7 @@ class Constants(TorchFunctionMode):
         if self.norms and func in _ROOTS:
             return value.detach()
         if self.norms and func in _NORMS:
-            norm = _NORMS[func](*args, **kwargs)
-            linear = norm.scaled(norm.square.rsqrt().detach())
+            linear = _NORMS[func](*args, **kwargs)
             return value.detach() + (linear - linear.detach())
         if self.norms and func is F.normalize:
             return _at_fixed_length(value, cast(Tensor, args[0]))

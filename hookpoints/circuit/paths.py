@@ -87,16 +87,18 @@ def direct_paths(model: HookedRecurrent, runs: Measure, changes: Mapping[Node, C
 
     for batch, run in runs.runs_of([[change] for change in changes.values()], watched):
         order += batch
-        metrics.append(runs.wanted.of_rows(run.logits[1:], runs.session.logits[0, : run.start]))
+        metrics.append(runs.objective.of_rows(run.logits[1:], runs.session.logits[0, : run.start]))
         seen = passes.pop()
         # Of softmax heads the first pass has their gates; their other ports have passes in which one factor is another.
         by_port = {"gate": seen}
         reached = {port.node.layer for port in ports if any(_is_below(sources[row], port) for row in batch)}
-        given = {layer: factors for layer, factors in seen.arguments.items() if factors and layer in reached}
-        for factor in _FACTORS if given else ():
-            others = {layer: {factor: factors[factor]} for layer, factors in given.items()}
-            with _put_back(model, [], min(given), given, others) as by_port[factor]:
-                runs.session.run_hooked(1 + len(batch), min(given), run.start, by_port[factor].hooks)
+        attention_factors = {
+            layer: factors for layer, factors in seen.arguments.items() if factors and layer in reached
+        }
+        for factor in _FACTORS if attention_factors else ():
+            replaced = {layer: {factor: factors[factor]} for layer, factors in attention_factors.items()}
+            with _put_back(model, [], min(attention_factors), attention_factors, replaced) as by_port[factor]:
+                runs.session.run_hooked(1 + len(batch), min(attention_factors), run.start, by_port[factor].hooks)
         recurrences = moved({layer: row.recurrence for layer, row in seen.recorded.items()}, runs.session.tokens.device)
         for port, own, parts in zip(ports, below, taken):
             rows = [row for row, number in enumerate(batch) if _is_below(sources[number], port)]
@@ -136,7 +138,8 @@ def _put_back(
     """In this scope a pass of 1+N rows puts back in each what blocks from ``lowest`` on add, as the first row has it,
     but for what the row's source adds; and what attention of ``attending`` layers is given, but for ``others``."""
     seen = _Seen([], {}, {}, {layer: {} for layer in attending})
-    given: list[Tensor] = [torch.zeros(())]
+    # What the stream that enters a block lacks of the first row's: what sources below would have added.
+    lacking: list[Tensor] = [torch.zeros(())]
     outs_of_sources = [f"blocks.{source.layer}.{_OUTS.get(source.feature_type, '')}" for source in sources]
     own_outs = sorted({*outs_of_sources})
     # Which rows keep what a hook sees, for all hooks in one copy to the device.
@@ -144,7 +147,7 @@ def _put_back(
     own = dict(zip(own_outs, torch.tensor(is_own, device=model.cfg.device)))
 
     def enter(x: Tensor, hook: HookPoint) -> None:
-        given[0] = x - x[:1]
+        lacking[0] = x - x[:1]
 
     def add(x: Tensor, hook: HookPoint) -> Tensor:
         seen.values[str(hook.name)] = x
@@ -152,14 +155,14 @@ def _put_back(
         if is_kept is None:
             return x[:1].expand_as(x)
         change = (x - x[:1]) * is_kept.to(x)[:, None, None]
-        given[0] = given[0].to(x) + change
+        lacking[0] = lacking[0].to(x) + change
         return x[:1] + change
 
     def keep(x: Tensor, hook: HookPoint) -> None:
         seen.values[str(hook.name)] = x
 
     def leave(x: Tensor, hook: HookPoint) -> Tensor:
-        return x[:1] + given[0].to(x)
+        return x[:1] + lacking[0].to(x)
 
     for layer in range(lowest, model.cfg.n_layers):
         outs = [_OUTS[kind.feature_type] for kind in (*head_kinds(model, layer), Node("mlp", layer))]
@@ -168,8 +171,8 @@ def _put_back(
         seen.hooks.extend((name, hook) for name, hook in names.items() if name in model.hook_dict)
     factors = others or {}
     with ExitStack() as opened, model.recording() as recorded:
-        for layer, given_to in seen.arguments.items():
-            opened.enter_context(_attention_put_back(model, layer, given_to, factors.get(layer, {})))
+        for layer, own_factors in seen.arguments.items():
+            opened.enter_context(_attention_put_back(model, layer, own_factors, factors.get(layer, {})))
         yield seen._replace(recorded=recorded)
 
 
@@ -178,29 +181,29 @@ class _Attending:
 
     projection = None
 
-    def __init__(self, module: nn.Module, given: dict[str, Tensor], others: Mapping[str, Tensor]):
+    def __init__(self, module: nn.Module, factors: dict[str, Tensor], replaced: Mapping[str, Tensor]):
         self.module = module
         self.open = True
-        self.given = given
-        self.others = others
+        self.factors = factors
+        self.replaced = replaced
 
     def handle(self, op: Function, arguments: Mapping[str, object]) -> object:
         """As of `OpHandler`."""
-        self.given |= {factor: cast(Tensor, arguments[factor]) for factor in _FACTORS}
-        plain = {factor: x[:1].expand_as(x) for factor, x in self.given.items()}
-        return op(**{**arguments, **plain, **self.others})
+        self.factors |= {factor: cast(Tensor, arguments[factor]) for factor in _FACTORS}
+        plain = {factor: x[:1].expand_as(x) for factor, x in self.factors.items()}
+        return op(**{**arguments, **plain, **self.replaced})
 
 
 @scoped
 def _attention_put_back(
-    model: HookedRecurrent, layer: int, given: dict[str, Tensor], others: Mapping[str, Tensor]
+    model: HookedRecurrent, layer: int, factors: dict[str, Tensor], replaced: Mapping[str, Tensor]
 ) -> Iterator[None]:
-    """In this scope attention of one block is given what the first row has, and ``others``; what it would have been
-    given is noted in ``given``."""
+    """In this scope attention of one block is given what the first row has, and ``replaced``; what it would have been
+    given is noted in ``factors``."""
     block = model.attachment.layout.blocks[layer].block
 
     def around(forward: Function, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
-        return running(_Attending(block, given, others), forward, args, kwargs)
+        return running(_Attending(block, factors, replaced), forward, args, kwargs)
 
     with scope(model.attachment) as opened:
         unwrap = wrap_forward(block, around, opened.active)

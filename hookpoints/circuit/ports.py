@@ -92,8 +92,8 @@ def ports_of(node: Node, r: Recurrence, at_reads: Tensor, read: int | None = Non
         effects = ((readers @ key.T) * (gradient @ value.T)).sum(1)
         read = position + int(effects.abs().argmax())
     carried = own.propagate(key, position, 0)[0, :, read - position]
-    found = own.scale * carried.T @ value
-    return [*ports, Port(node, "query", read, gradient[read - position][None], found)]
+    held = own.scale * carried.T @ value
+    return [*ports, Port(node, "query", read, gradient[read - position][None], held)]
 
 
 def _reads_of_state(own: Recurrence, position: int) -> Tensor:
@@ -127,11 +127,11 @@ def change_for(port: Port, clean: Text, taken: Sequence[Tensor]) -> list[Change]
     if not len(taken):
         return []
     node = port.node
-    given = torch.stack([*taken])
+    sides = torch.stack([*taken])
     if node.feature_type == "write" and port.name != "query":
         name = f"blocks.{node.layer}.mixer.heads.{node.head}.hook_write"
         write = clean.recurrences[node.layer].write(heads=node.head, positions=node.position)[0, 0, 0]
-        return [Change(node.layer, port.at, {name: left}) for left in write - given]
+        return [Change(node.layer, port.at, {name: left}) for left in write - sides]
     at_token = clean.at(node.hook)[port.at]
     value = at_token if node.head < 0 else at_token[node.head]
-    return [Change(node.layer, port.at, {node.hook: left}, node.head) for left in value - given.reshape(-1, len(value))]
+    return [Change(node.layer, port.at, {node.hook: left}, node.head) for left in value - sides.reshape(-1, len(value))]

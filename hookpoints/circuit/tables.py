@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import groupby
-from operator import itemgetter
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -110,12 +108,6 @@ EDGE_COLUMNS = {
 }
 
 
-def runs_of(keys: Iterable[object]) -> Iterator[list[int]]:
-    """Numbers of keys that follow each other and are equal."""
-    for _, group in groupby(enumerate(keys), key=itemgetter(1)):
-        yield [number for number, _ in group]
-
-
 def by_size(effects: pd.Series) -> pd.Index:
     """Rows by the size of their effect, largest first."""
     return effects.abs().sort_values(ascending=False, kind="stable").index
@@ -161,19 +153,9 @@ def node_of(row: object) -> Node:
     return Node(*(getattr(row, name) for name in Node._fields))
 
 
-def edge_table(
-    sources: Mapping[Node, float], target: str, port: PortName, read: int, measured: Mapping[Node, float]
-) -> pd.DataFrame:
-    """A row for each source, of which some are measured."""
-    table = {
-        "source": [source.node_id for source in sources],
-        "target": target,
-        "port": port,
-        "read": read,
-        "predicted": list(sources.values()),
-        "measured": [measured.get(source, np.nan) for source in sources],
-    }
-    return pd.DataFrame(table)
+def edge_table(rows: Sequence[tuple[object, ...]], measured: Sequence[float]) -> pd.DataFrame:
+    """Of source, target, port, read and predicted effect of each edge, and its measured effect."""
+    return pd.DataFrame(rows, columns=list(EDGE_COLUMNS)[:-1]).assign(measured=measured)
 
 
 def largest(nodes: pd.DataFrame, n: int) -> pd.DataFrame:

@@ -45,7 +45,7 @@ class Case(NamedTuple):
     def last_logits(self, circuit: pd.DataFrame) -> Tensor:
         """[4,vocab], logits after the last token: of the text, of the corrupt text, of the text with all writes of the
         corrupt text, and with all but those of a circuit."""
-        return self.graph.last_logits([self.writes, self._writes_outside(circuit)]).cpu()
+        return self.graph.own_tracer().last_logits([self.writes, self._writes_outside(circuit)]).cpu()
 
     def _writes_outside(self, circuit: pd.DataFrame) -> pd.DataFrame:
         inside = self.writes.merge(circuit[_PLACE], on=_PLACE).node_id
@@ -181,6 +181,6 @@ def task_of(cases: Sequence[Case]) -> Task:
     if len({frozenset(case.writes.role) for case in cases}) != 1:
         counts = sorted({case.writes.role.nunique() for case in cases}) or "no"
         raise InputError(f"pairs: expected texts of the same roles, got {counts} roles; name them with roles=")
-    found = pd.concat([case.writes for case in cases]).groupby(_PLACE, sort=False).effect
-    effects = pd.DataFrame({"effect": found.mean(), "spread": found.std()}).reset_index()
+    by_place = pd.concat([case.writes for case in cases]).groupby(_PLACE, sort=False).effect
+    effects = pd.DataFrame({"effect": by_place.mean(), "spread": by_place.std()}).reset_index()
     return Task(effects.loc[by_size(effects.effect)].reset_index(drop=True), cases)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import TYPE_CHECKING, NamedTuple, cast
@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from hookpoints.circuit.measure import Measure, Wanted
+from hookpoints.circuit.measure import LogitObjective, Measure
 from hookpoints.circuit.nodes import Gradients, keeps_last, logits_of, predict_writes, read_gradients, reading
 from hookpoints.circuit.paths import Paths, direct_paths
 from hookpoints.circuit.ports import Port, change_for, has_ports, ports_of, ports_of_output
@@ -35,22 +35,21 @@ from hookpoints.scopes import own_gradients
 if TYPE_CHECKING:
     from transformer_lens.hook_points import HookPoint
 
+    from hookpoints.edits.session import EditedRun
     from hookpoints.hooks.guard import Hook, Name
     from hookpoints.model.recurrent import HookedRecurrent
     from hookpoints.recurrence.recurrence import Recurrence
 
 _SOURCES = 64
 """Nodes of the largest measured effects, which are tried as sources."""
-_LISTED = 16
-"""Sources of a port that are listed."""
 _MEASURED = 4
-"""Of those, how many are measured."""
+"""Sources of a port that are measured."""
+_AUDITED = 20
+"""Writes that are drawn at random, of those that predictions leave out."""
 _NEAR = 4
 """Tokens up to a port's own whose whole stream is tried as its source."""
 _STREAMS = 8
 """Tokens in all for which that is tried."""
-_AUDITED = 20
-"""Writes that are drawn at random, of those that predictions leave out."""
 
 
 @dataclass(eq=False)
@@ -58,7 +57,7 @@ class Tracing:
     """One text, its gradients and its runs."""
 
     model: HookedRecurrent
-    wanted: Wanted
+    objective: LogitObjective
     text: Text
     corrupt: Text | None
     corrupt_logits: Tensor | None
@@ -74,7 +73,7 @@ class Tracing:
 
     @classmethod
     def of(
-        cls, model: HookedRecurrent, tokens: Tensor, wanted: Wanted, corrupt: Tensor | None, frozen: bool
+        cls, model: HookedRecurrent, tokens: Tensor, objective: LogitObjective, corrupt: Tensor | None, frozen: bool
     ) -> Tracing:
         """Read the texts, and follow the metric back."""
         kinds = [Node("embedding")]
@@ -82,9 +81,9 @@ class Tracing:
             kinds += [*head_kinds(model, layer), Node("mlp", layer)]
         others = [kind for kind in kinds if kind.feature_type != "write" and kind.hook in model.hook_dict]
         further = tuple(kind.hook for kind in others)
-        gradients = read_gradients(model, tokens, wanted.metric, frozen, further, wanted.last)
+        gradients = read_gradients(model, tokens, objective.metric, frozen, further, objective.last)
         with reading(model) as values:
-            session = EditSession(model, tokens, logits_to_keep=int(wanted.last and keeps_last(model)))
+            session = EditSession(model, tokens, logits_to_keep=int(objective.last and keeps_last(model)))
         recurrences = {layer: session.recurrence(layer) for layer in model.cfg.recurrent_layers}
         place = session.tokens.device  # where the model lies on several, all that is computed here is there
         donors: dict[int, Recurrence] = {}
@@ -104,8 +103,8 @@ class Tracing:
             bound = change.norm(dim=-1) * gradient.norm(dim=-1)
             predicted.append(Predicted(kind, (change * gradient).sum(-1), bound))
         nodes = predicted_nodes(predicted)
-        runs = Measure(session, wanted)
-        return cls(model, wanted, text, other, corrupt_logits, gradients, nodes, runs, frozen)
+        runs = Measure(session, objective)
+        return cls(model, objective, text, other, corrupt_logits, gradients, nodes, runs, frozen)
 
     def other(self, name: str) -> Tensor:
         """[T,...], what replaces the values of a hook: those of the corrupt text, or 0."""
@@ -126,7 +125,7 @@ class Tracing:
                 # predicted, whichever way it points, finds others.
                 ranks = [ranks[0][: (most + 1) // 2], by_size(rows.bound)]
             order = [*dict.fromkeys(chain.from_iterable(ranks))]
-            chosen.extend(order[:most])
+            chosen += order[:most]
             if kind == "write":
                 drawn = np.random.default_rng(0).permutation(order[most:])[:_AUDITED]
         rows = [*chosen, *drawn]
@@ -161,8 +160,8 @@ class Tracing:
     # ------------------------------------------------------------------------------------ edges
 
     def edges(self, nodes: Sequence[Node], read: int | None = None) -> pd.DataFrame:
-        """Edges into the logit, and into the ports of writes, softmax heads and MLPs: the largest sources, of which
-        some are measured, and what the stream holds at their tokens."""
+        """Edges into the logit, and into the ports of writes, softmax heads and MLPs: from the largest sources, and
+        from what the stream holds at their tokens."""
         ports = list(chain.from_iterable(self._ports_of(node, read) for node in nodes))
         sources = [node_of(row) for row in largest(self.nodes, _SOURCES).itertuples()]
         paths = self._direct_paths(sources, ports)
@@ -171,21 +170,17 @@ class Tracing:
         near = [_streams_near(port, own) for port, own in zip(ports, ranked)]
         streams = [*dict.fromkeys(chain.from_iterable(near))]
         of_streams = _ranked_sources(ports, self._direct_paths(streams, ports))
+        # A direct edge was measured by the run that left only this path to the logit.
+        rows: list[tuple[object, ...]] = [(node.node_id, "logit", "direct", -1, np.nan) for node in paths.ran]
+        direct = (self.runs.plain - paths.metrics).tolist()
+        # The others by a run each, in which the target's port alone lacks what the source gives to it.
         changes: list[Change] = []
-        direct = dict(zip(paths.ran, (self.runs.plain - paths.metrics).tolist()))
-        tables = [edge_table(dict.fromkeys(sources, float("nan")), "logit", "direct", -1, direct)]
-        for port, own, tokens, held in zip(ports, ranked, near, of_streams):
-            held = [each for each in held if each.node in tokens]
-            tried = [*own[:_MEASURED], *held]
-            numbers = {each.node: number for number, each in enumerate(tried, start=len(changes))}
+        for port, own, tokens, streams_of_port in zip(ports, ranked, near, of_streams):
+            tried = [*own[:_MEASURED], *(each for each in streams_of_port if each.node in tokens)]
             changes += change_for(port, self.text, [each.taken for each in tried])
-            listed = {each.node: each.worth for each in (*own[:_LISTED], *held)}
             at = port.at if port.name == "query" else -1
-            tables.append(edge_table(listed, port.node.node_id, port.name, at, numbers))
-        table = pd.concat(tables, ignore_index=True)
-        tried = table.measured.notna() & (table.port != "direct")
-        table.loc[tried, "measured"] = self.runs.effects(changes)[table.measured[tried].astype(int)]
-        return table
+            rows += [(each.node.node_id, port.node.node_id, port.name, at, each.worth) for each in tried]
+        return edge_table(rows, [*direct, *self.runs.effects(changes)])
 
     def _direct_paths(self, sources: Sequence[Node], ports: Sequence[Port]) -> Paths:
         changes = dict(zip(sources, self._changes_without(sources)))
@@ -216,28 +211,37 @@ class Tracing:
         table = table[table.port != "direct"]
         return table.loc[by_size(table.measured.fillna(table.predicted))].sort_values("port", kind="stable")
 
-    def answers(self, sets: Sequence[Collection[Node]]) -> list[RunAnswer]:
-        """`Tracer.answers`."""
-        nodes = list({*chain.from_iterable(sets)})
-        with own_gradients(self.model.cfg.device.type), torch.no_grad():
-            changes = dict(zip(nodes, self._changes_without(nodes)))
-            metrics, said = self.runs.outcomes([[changes[node] for node in some] for some in sets])
-        plain = int(self.runs.session.logits[0, -1].argmax())
-        texts = self._token_texts(said.tolist())
-        return list(map(RunAnswer, metrics.tolist(), texts, (said == plain).tolist()))
+    def answers(self, sets: Sequence[pd.DataFrame]) -> list[RunAnswer]:
+        """Of runs each without the nodes of one table."""
 
-    def last_logits(self, sets: Sequence[Collection[Node]]) -> Tensor:
-        """`Tracer.last_logits`."""
-        with own_gradients(self.model.cfg.device.type), torch.no_grad():
-            rows = self.runs.last_logits([self._changes_without([*some]) for some in sets])
+        def answer(run: EditedRun) -> Tensor:
+            metrics = self.runs.metrics_of(run)
+            metrics = metrics.to(torch.promote_types(metrics.dtype, torch.float32))  # half precision has no token ids
+            return torch.stack([metrics, run.logits[:, -1].argmax(-1).to(metrics)], 1)
+
+        rows = self._outcomes_without(sets, answer).tolist()
+        plain = int(self.runs.session.logits[0, -1].argmax())
+        texts = self._token_texts([int(token) for _, token in rows])
+        return [RunAnswer(metric, text, token == plain) for (metric, token), text in zip(rows, texts)]
+
+    def last_logits(self, sets: Sequence[pd.DataFrame]) -> Tensor:
+        """[2+N,vocab], after the last token: of the text, the corrupt text, and of the same runs."""
+        rows = self._outcomes_without(sets, lambda run: run.logits[:, -1])
         texts = [self.runs.session.logits[0, -1], cast(Tensor, self.corrupt_logits).to(rows)]
         return torch.cat([torch.stack(texts), rows])
 
-    def hooks_without(self, nodes: Sequence[Node]) -> list[tuple[Name, Hook]]:
-        """`Graph.hooks`."""
+    def _outcomes_without(self, sets: Sequence[pd.DataFrame], outcome: Callable[[EditedRun], Tensor]) -> Tensor:
+        """`Measure.outcomes`, of runs each without the nodes of one table."""
+        nodes = pd.concat(sets).drop_duplicates("node_id")
+        with own_gradients(self.model.cfg.device.type), torch.no_grad():
+            changes = dict(zip(nodes.node_id, self._changes_without([*map(node_of, nodes.itertuples())])))
+            return self.runs.outcomes([[changes[name] for name in table.node_id] for table in sets], outcome)
+
+    def hooks_without(self, nodes: pd.DataFrame) -> list[tuple[Name, Hook]]:
+        """Hooks that do the same as a run without the nodes of a table, in any pass over the text."""
         placed: dict[str, list[Change]] = {}
         with own_gradients(self.model.cfg.device.type), torch.no_grad():
-            for change in self._changes_without(nodes):
+            for change in self._changes_without([*map(node_of, nodes.itertuples())]):
                 for name in change.values:
                     placed.setdefault(name, []).append(change)
 
@@ -256,8 +260,8 @@ class Tracing:
         """`Graph.metadata`."""
         text = self.text
         corrupt = self.corrupt
-        targets = self._token_texts(self.wanted.targets)
-        against = self._token_texts(self.wanted.against)
+        targets = self._token_texts(self.objective.targets)
+        against = self._token_texts(self.objective.against)
         title = " ".join(targets) + ("" if not against else f" − {' '.join(against)}")
         return {
             "model": self.model.cfg.model_name,

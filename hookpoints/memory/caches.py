@@ -145,9 +145,9 @@ def chosen_rows(cache: Cache, rows: Tensor) -> Cache:
     """A copy with ``rows`` [N] of the cache, in this order; a row may come several times. In grad mode, gradients pass
     from what reads the copy to the states of ``cache``."""
     copied = shared(cache)
-    whole = tensors_of(cache)
-    fill(copied, {place: x.index_select(0, rows.to(x.device)) for place, x in whole.items()})
-    if any(len(rows) != len(x) for x in whole.values()):
+    tensors = tensors_of(cache)
+    fill(copied, {place: x.index_select(0, rows.to(x.device)) for place, x in tensors.items()})
+    if any(len(rows) != len(x) for x in tensors.values()):
         drop_sources(copied)
     if torch.is_grad_enabled():
         # Upstream writes the new state over the old one, which autograd saved for the backward pass.

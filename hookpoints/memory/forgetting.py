@@ -19,7 +19,8 @@ from torch import Tensor
 
 from hookpoints.errors import InputError
 from hookpoints.memory.caches import tensors_of
-from hookpoints.memory.memory import Memory, TokenSpan, read
+from hookpoints.memory.cuts import TokenSpan
+from hookpoints.memory.memory import Memory, read, read_instead
 from hookpoints.memory.passes import spelled, token_list
 
 EQUAL = {torch.float64: 10, torch.float32: 10}
@@ -117,7 +118,7 @@ def forgot(
         InputError: the memories belong to two models, have other rows, or ``after`` read other tokens; candidates of
             several rows.
     """
-    before._check_peer(after)
+    before.check_peer(after)
     start, stop = before.span_of(span)
     rest = torch.cat([before.tokens[:, :start], before.tokens[:, stop:]], 1)
     if not any(torch.equal(after.tokens, tokens) for tokens in (rest, before.tokens)):
@@ -131,7 +132,7 @@ def forgot(
     phrase = before.tokens[:, start:stop]
     # The same tokens as an exact cut reads them, from a memory before the span that nothing later was in view of.
     exact, resumed = (before, stop) if before.approximate is None else (never, start)
-    parted = exact._read_instead(start, resumed, phrase[:, :0])
+    parted = read_instead(exact, start, resumed, phrase[:, :0])
     return Certificate(
         text=spelled(before.model, phrase[0].tolist()),
         differences=_part_differences(after, never, parted),

@@ -17,8 +17,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby, pairwise
-from operator import index
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from zipfile import is_zipfile
@@ -31,8 +31,8 @@ from transformers import Cache
 from hookpoints.errors import InputError
 from hookpoints.files import check_tensors
 from hookpoints.layer.context import all_left, count_tokens, drop_sources
+from hookpoints.memory import cuts
 from hookpoints.memory.caches import (
-    attends_and_convolves,
     attention_of,
     chosen_rows,
     cut,
@@ -43,22 +43,8 @@ from hookpoints.memory.caches import (
     shared,
     state_of,
     tensors_of,
-    turned,
-    window,
 )
-from hookpoints.memory.held import (
-    CONTEXT,
-    HeldToken,
-    Keeping,
-    Suspect,
-    check_head_number,
-    kept_shares,
-    largest_terms,
-    sentence_spans,
-    sentences_alike,
-    term_sizes,
-    words_of,
-)
+from hookpoints.memory.cuts import TokenSpan
 from hookpoints.memory.passes import (
     Form,
     Kept,
@@ -72,21 +58,25 @@ from hookpoints.memory.passes import (
     spelled,
     token_list,
 )
+from hookpoints.memory.questions import (
+    CONTEXT,
+    HeldToken,
+    Keeping,
+    Sentences,
+    Suspect,
+    check_head_number,
+    kept_shares,
+    largest_terms,
+    term_sizes,
+)
 from hookpoints.memory.sealing import fingerprint, load_sealed, save_sealed
 from hookpoints.model.inputs import check_tokens
-from hookpoints.model.selfcheck import relative_error, tolerance
-from hookpoints.recurrence.canonical import is_dense, tensors, terms
+from hookpoints.recurrence.canonical import is_dense, terms
 from hookpoints.recurrence.recurrence import Recurrence
 from hookpoints.rules.base import compute_dtype
 
 if TYPE_CHECKING:
     from hookpoints.model.tokens import Tokens
-
-TokenSpan = slice | tuple[int, int]
-"""Tokens start <= t < stop of a memory; negative numbers count from its end."""
-
-_TOGETHER = 2**24
-"""Numbers of a factor up to which layers run together: their factors are copied into one tensor."""
 
 
 class WriteTerms(NamedTuple):
@@ -127,10 +117,13 @@ class Memory:
     def approximate(self) -> str | None:
         """What differs from the memory of a run over the same tokens; None: nothing but rounding."""
         notes = ["states were set by hand, or written under edits"] if self.edited else []
-        notes += [f"{tokens} were read with other tokens in view" for tokens in _flagged_stretches(self.kept.inexact)]
+        notes += [
+            f"{tokens} were read with other tokens in view" for tokens in cuts.flagged_stretches(self.kept.inexact)
+        ]
         for layer, unmoved in self.kept.unmoved.items():
             notes += [
-                f"attention of layer {layer} keeps old positions of {tokens}" for tokens in _flagged_stretches(unmoved)
+                f"attention of layer {layer} keeps old positions of {tokens}"
+                for tokens in cuts.flagged_stretches(unmoved)
             ]
         return "; ".join(notes) or None
 
@@ -169,7 +162,7 @@ class Memory:
         """
         self.model.cfg.layer(layer)
         self._check_explained()
-        return self._stored_recurrence(self.kept, layer)
+        return cuts.stored_recurrence(self.forms, self.kept, layer)
 
     def terms(self, layer: int, head: int | None = None) -> WriteTerms:
         """What each token still contributes to S, as factors: S is the sum of keys values^T over all tokens exactly.
@@ -222,12 +215,13 @@ class Memory:
         self.check_row(row)
         layers = self.forms if layer is None else [layer]
         sizes = {number: term_sizes(*self.terms(number))[row] for number in layers}
-        found = list[HeldToken]()
+        tokens = self.tokens[row].tolist()
+        held = list[HeldToken]()
         for share, token, of_layer, of_head in largest_terms(sizes, n, head):
-            text = self._span_text(token, token + 1, row)
-            before = self._span_text(max(token - CONTEXT, 0), token, row)
-            found.append(HeldToken(token, text, before, of_layer, of_head, share))
-        return found
+            text = spelled(self.model, tokens[token : token + 1])
+            before = spelled(self.model, tokens[max(token - CONTEXT, 0) : token])
+            held.append(HeldToken(token, text, before, of_layer, of_head, share))
+        return held
 
     def keeping(self, after: int | None = None) -> list[Keeping]:
         """How much heads have left of what they wrote ``after`` tokens ago (None: half of all), best first. Cost:
@@ -239,13 +233,13 @@ class Memory:
         tokens = self.T // 2 if after is None else after
         if not 1 <= tokens < self.T:
             raise InputError(f"after: expected 1 to {self.T - 1}, tokens that were read after a write, got {tokens}")
-        found = list[Keeping]()
+        heads = list[Keeping]()
         for layer in self.forms:
             left = self.terms(layer)
             written = term_sizes(self.recurrence(layer).k.to(left.keys), left.values)
             shares = kept_shares(term_sizes(*left), written, tokens)
-            found += [Keeping(layer, head, share, tokens) for head, share in enumerate(shares)]
-        return sorted(found, key=lambda keeping: -keeping.kept)
+            heads += [Keeping(layer, head, share, tokens) for head, share in enumerate(shares)]
+        return sorted(heads, key=lambda keeping: -keeping.kept)
 
     def suspects(self, question: str | Tensor) -> list[Suspect]:
         """Which sentence made the answer? For each sentence that was read, what the next token after ``question`` is
@@ -268,45 +262,18 @@ class Memory:
         asked = question if isinstance(question, Tensor) else torch.tensor([token_list(self.model, question)])
         check_tokens(asked, self.model.cfg)
         asked = asked.to(self.tokens.device)
-        tokens = self.tokens[0].tolist()
-        texts = [spelled(self.model, [token]) for token in tokens]
-        spans = sentence_spans(texts)
-        if len(spans) < 2:
-            raise InputError("memory: expected two sentences at least, which end with . ! or ?, got one")
-        # Which sentences are about the same thing, in words that the question has, too.
-        question_words = words_of([spelled(self.model, [token]) for token in asked[0].tolist()])
-        alike = sentences_alike([words_of(texts[start:stop]) for start, stop in spans], question_words)
-        sentences = [tokens[start:stop] for start, stop in spans]
-        # The answers without each sentence, and without those together that tell the answer that is given.
-        log_probs = list(self._next_log_probs(asked, [self, *self._without_each(spans)]))
-        answer = int(log_probs[0].argmax())
-        same_answer = [tuple(n for n in about if answer in sentences[n]) for about in alike]
-        together = {place: group for place, group in enumerate(same_answer) if place in group and len(group) > 1}
-        for group in {*together.values()}:
+        sentences = Sentences.of(partial(spelled, self.model), self.tokens[0].tolist(), asked[0].tolist())
+        # The answer as it is, and what it is without each sentence.
+        plain, *without = self._next_log_probs(asked, [self, *self._without_each(sentences.spans)])
+        # A lie that is told twice hides behind itself: sentences that tell the same answer are left out together.
+        groups = sentences.telling_together(int(plain.argmax()))
+        for group in {*groups.values()}:
             memory = self
-            for n in reversed(group):  # the last first: others keep their place
-                memory = memory.without(spans[n], approximate=True)
-            without = memory._next_log_probs(asked, [memory])[0]
-            for place, own in together.items():
-                if own == group:
-                    log_probs[place + 1] = without
-        suspects = list[Suspect]()
-        for place, span in enumerate(spans):
-            without = log_probs[place + 1]
-            other = int(without.argmax())
-            kl = float(F.kl_div(log_probs[0], without, log_target=True, reduction="sum"))
-            rivals = [spans[n] for n in alike[place] if n != place and other != answer and other in sentences[n]]
-            suspects.append(
-                Suspect(
-                    span,
-                    text="".join(texts[slice(*span)]),
-                    answer=spelled(self.model, [other]),
-                    probability=float(without[other].exp()),
-                    kl=kl,
-                    contradicts=min(rivals, default=None),
-                    together=[spans[n] for n in together.get(place, [place])],
-                )
-            )
+            for place in reversed(group):  # the last first: those before it stay where they are
+                memory = memory.without(sentences.spans[place], approximate=True)
+            (together,) = self._next_log_probs(asked, [memory])
+            without = [together if groups.get(place) == group else each for place, each in enumerate(without)]
+        suspects = [sentences.suspect(place, plain, each, groups) for place, each in enumerate(without)]
         return sorted(suspects, key=lambda suspect: (not suspect.flagged, -suspect.kl))
 
     # -- cutting and joining
@@ -327,7 +294,6 @@ class Memory:
             unread = replace(self, cache=cut(self.cache, 0), kept=self.kept.span(0, 0))
             zeros = {layer: torch.zeros_like(state) for layer, state in self._layer_states().items()}
             return replace(unread.with_states(zeros), edited=False)
-        self._check_explained()
         return self._composed_memory(position, self.tokens[:, :0], self.kept.span(0, 0), 0)
 
     def without(self, span: TokenSpan, *, approximate: bool = False) -> Memory:
@@ -350,8 +316,8 @@ class Memory:
         """
         start, stop = self.span_of(span)
         if not approximate or stop == self.T:
-            return self._read_instead(start, stop, self.tokens[:, :0])
-        self._check_explained()
+            return read_instead(self, start, stop, self.tokens[:, :0])
+        # Tokens whose convolution sees the span are read again; what the others wrote is stored, made with it in view.
         seeing = min(stop + reach(self.cache), self.T)
         later = self.kept.span(seeing, self.T)
         later = later._replace(inexact=torch.ones_like(later.inexact))
@@ -374,11 +340,11 @@ class Memory:
         if instead_of is None:
             return read(self.model, self._rows_of(new), self)
         if isinstance(instead_of, slice):
-            return self._read_instead(*self.span_of(instead_of), self._rows_of(new))
+            return read_instead(self, *self.span_of(instead_of), self._rows_of(new))
         replacements: dict[tuple[int, int], Tensor] = {}
         # A sentence that begins a text has no space before it, and is spelled by other tokens than inside a text.
         for lead in ("", " ") if isinstance(instead_of, str) else ("",):
-            for span in self._places_of(_with_lead(lead, instead_of)):
+            for span in cuts.places_of(self.tokens, token_list(self.model, _with_lead(lead, instead_of))):
                 replacements[span] = self._rows_of(_with_lead(lead, new))
         if not replacements:
             raise InputError(
@@ -388,7 +354,7 @@ class Memory:
         done = self.T
         for (start, stop), row in sorted(replacements.items(), reverse=True):  # the last first: others keep their place
             if stop <= done:  # not of two that overlap
-                memory = memory._read_instead(start, stop, row)
+                memory = read_instead(memory, start, stop, row)
                 done = start
         return memory
 
@@ -403,7 +369,7 @@ class Memory:
             InputError: ``other`` belongs to another model or has other batch rows, its states were set by hand, or the
                 span is empty or out of range.
         """
-        self._check_peer(other)
+        self.check_peer(other)
         start, stop = other.span_of(span)
         other._check_explained()
         later = other.kept.span(start, stop)
@@ -415,7 +381,7 @@ class Memory:
 
     def __sub__(self, other: Memory) -> LayerStates:
         """The difference of all states, by layer."""
-        self._check_peer(other)
+        self.check_peer(other)
         return {layer: self.state(layer) - other.state(layer) for layer in self.forms}
 
     def __add__(self, delta: Mapping[int, Tensor]) -> Memory:
@@ -467,11 +433,12 @@ class Memory:
             InputError: the memory belongs to another model, dtype or device, or to another number of rows.
         """
         cfg = model.cfg
-        wanted = [cfg.model_name, id(model), tokens.shape[0], cfg.dtype, cfg.device]
-        got = [self.model.cfg.model_name, id(self.model), self.tokens.shape[0], self.dtype, self.tokens.device]
-        if got != wanted:
+        expected = [cfg.model_name, tokens.shape[0], cfg.dtype, cfg.device]
+        got = [self.model.cfg.model_name, self.tokens.shape[0], self.dtype, self.tokens.device]
+        if got != expected or self.model is not model:
             raise InputError(
-                f"memory: expected one of (model, id, rows, dtype, device) {tuple(wanted)}, got {tuple(got)}"
+                f"memory: expected one that this very model read, with (name, rows, dtype, device) {tuple(expected)}, "
+                f"got {tuple(got)}{'' if self.model is model else ' of another model'}; read the tokens with this model"
             )
         return chosen_rows(self.cache, torch.arange(tokens.shape[0]).repeat_interleave(copies))
 
@@ -499,11 +466,11 @@ class Memory:
                 f"{path}: expected a memory that was saved, got a file of torch.save, as RWKV's states are: "
                 "memory.rewind(0).with_states(hookpoints.rwkv7.load_states(path, model)) begins with those of RWKV-7"
             )
-        named, said = load_sealed(path, "memory", _file_identity(model))
+        named, settings = load_sealed(path, "memory", _file_identity(model))
         first = _memory_of_first_token(model, named, str(path))
         kept = first.kept.filed.each(lambda name, x: named[name].to(x.device))
         kept = kept._replace(attention=attention_of(first.cache, kept.T))
-        return replace(first, kept=kept, edited=said.get("edited") is not False)
+        return replace(first, kept=kept, edited=settings.get("edited") is not False)
 
     # -- helpers
 
@@ -512,24 +479,14 @@ class Memory:
         if not 0 <= row < self.tokens.shape[0]:
             raise InputError(f"row: expected 0 to {self.tokens.shape[0] - 1}, got {row}")
 
-    def _span_text(self, start: int, stop: int, row: int = 0) -> str:
-        """Of tokens start <= t < stop."""
-        return spelled(self.model, self.tokens[row, start:stop].tolist())
-
     def _next_log_probs(self, question: Tensor, memories: Sequence[Memory]) -> Tensor:
         """[N,vocab], of the token after ``question`` [1,T], which is read after memories of one row: in one pass, where
         no layer attends, so that all may stand at one position."""
-        said = list[Tensor]()
+        log_probs = list[Tensor]()
         for group in [[memory] for memory in memories] if self.kept.attention else [memories]:
             cache = joined_rows([memory.cache for memory in group])
-            said.append(read_on(self.model, question.expand(len(group), -1), group[0].T, cache)[1])
-        return torch.cat(said)
-
-    def _read_instead(self, start: int, stop: int, new: Tensor) -> Memory:
-        """With ``new`` [B,T'] instead of the tokens start <= t < stop; all after them is read again."""
-        before = self.rewind(start)
-        again = torch.cat([new, self.tokens[:, stop:]], 1)
-        return read(self.model, again, before) if again.shape[1] else before
+            log_probs.append(read_on(self.model, question.expand(len(group), -1), group[0].T, cache)[1])
+        return torch.cat(log_probs)
 
     def _rows_of(self, sentence: str | Sequence[int]) -> Tensor:
         """[B,T] of a sentence, the same in each row."""
@@ -538,74 +495,34 @@ class Memory:
             raise InputError(f"new: expected a sentence, got {sentence!r}")
         return torch.tensor(tokens, device=self.tokens.device).expand(len(self.tokens), -1)
 
-    def _places_of(self, sentence: str | Sequence[int]) -> list[tuple[int, int]]:
-        """Spans at which every row read these tokens."""
-        tokens = token_list(self.model, sentence)
-        if not 1 <= len(tokens) <= self.T:
-            return []
-        windows = self.tokens.unfold(1, len(tokens), 1)
-        is_read = (windows == torch.tensor(tokens, device=windows.device)).all(2).all(0)
-        return [(start, start + len(tokens)) for start in is_read.nonzero()[:, 0].tolist()]
-
     def _without_each(self, spans: Sequence[tuple[int, int]]) -> list[Memory]:
         """`without` each of ascending spans, ``approximate``, all together as far as can be."""
-        size = window(self.cache)
-        last = self.T - size - reach(self.cache)
         memories = list[Memory]()
-        for together, group in groupby(spans, lambda span: size <= span[0] and span[1] <= last):
-            if together and not self.kept.attention:
-                memories += self._without_together([*group], size)
+        for is_inside, group in groupby(spans, lambda span: cuts.is_inside(self.cache, span, self.T)):
+            if is_inside and not self.kept.attention:
+                self._check_explained()
+                memories += map(self.with_states, cuts.states_without_each(self._token_reader, self.kept, [*group]))
             else:
                 memories += [self.without(span, approximate=True) for span in group]
         return memories
 
-    def _without_together(self, spans: Sequence[tuple[int, int]], size: int) -> list[Memory]:
-        """`without` each of ascending spans, where no layer attends, and at least ``size`` tokens, as many as
-        convolutions hold, stand before each and after it: what they hold stays, and states are set. The walk over
-        stored factors takes up the row of a span where the tokens after it were read again."""
-        starts, stops = torch.tensor(spans).T[..., None]
-        places = [start - 1 for start, _ in spans]
-        states = {layer: self.recurrence(layer).states(positions=places)[0] for layer in self.forms}
-        before = self.kept.each(lambda name, x: x[0, starts - size + torch.arange(size)])
-        again = self.tokens[0, stops + torch.arange(reach(self.cache))]
-        joining = self._token_reader.read_again(before, states, again, before.span(0, 0)).states
-        joins = [*(stops[:, 0] + again.shape[1]).tolist(), self.T]
-        states = {layer: x[:0] for layer, x in joining.items()}
-        for row, (start, stop) in enumerate(pairwise(joins)):
-            states = {layer: torch.cat([x, joining[layer][row : row + 1]]) for layer, x in states.items()}
-            states = self._states_after(self.kept.span(start, stop, [0] * (row + 1)), states)
-        rows = [{layer: x[row : row + 1] for layer, x in states.items()} for row in range(len(spans))]
-        return [self.with_states(row) for row in rows]
-
-    def _check_peer(self, other: Memory) -> None:
+    def check_peer(self, other: Memory) -> None:
+        """Raise InputError unless another memory is of this model, and has as many rows."""
         if other.model is not self.model or other.tokens.shape[0] != self.tokens.shape[0]:
             raise InputError(f"expected a memory of this model with as many rows as {self}, got {other}")
 
     def _check_states(self, states: Mapping[int, Tensor]) -> None:
         for layer, state in states.items():
-            wanted = _state_kind(self.state(layer))
-            got = _state_kind(state)
-            if got != wanted:
-                raise InputError(f"layer {layer}: expected [B,H,K,V], float, device {wanted}, got {got}")
+            expected_kind = _state_kind(self.state(layer))
+            kind = _state_kind(state)
+            if kind != expected_kind:
+                raise InputError(f"layer {layer}: expected [B,H,K,V], float, device {expected_kind}, got {kind}")
             if not state.isfinite().all():
                 raise InputError(f"layer {layer}: expected finite numbers, got NaN or infinity")
 
     def span_of(self, span: TokenSpan) -> tuple[int, int]:
         """Start and stop of a span of its tokens, checked."""
-        try:
-            tokens = span if isinstance(span, slice) else slice(*span)
-            start = 0 if tokens.start is None else index(tokens.start)
-            stop = self.T if tokens.stop is None else index(tokens.stop)
-        except TypeError as error:
-            raise InputError(f"span: expected a slice or (start, stop) of token numbers, got {span!r}") from error
-        # Not `slice.indices`, which moves numbers out of range into it.
-        if start < 0:
-            start += self.T
-        if stop < 0:
-            stop += self.T
-        if tokens.step not in (None, 1) or not 0 <= start < stop <= self.T:
-            raise InputError(f"span: expected start < stop within the {self.T} tokens read, got {span}")
-        return start, stop
+        return cuts.span_bounds(span, self.T)
 
     def _layer_states(self) -> LayerStates:
         return {layer: self.state(layer) for layer in self.forms}
@@ -620,64 +537,16 @@ class Memory:
     def _token_reader(self) -> TokenReader:
         return TokenReader(self.model, self.cache, self.forms)
 
-    def _stored_recurrence(self, kept: Kept, layer: int) -> Recurrence:
-        _, scale, read_before_write, rates = self.forms[layer]
-        return Recurrence(**kept.factor[layer], scale=scale, read_before_write=read_before_write, rates=rates)
-
-    def _states_after(self, kept: Kept, states: LayerStates | None = None) -> LayerStates:
-        """States after what the tokens of ``kept`` wrote, made on ``states`` (None: zeros). Layers of one shape on
-        one device are heads of one recurrence, so that a GPU launches its steps once."""
-        parts = {layer: self._stored_recurrence(kept, layer) for layer in self.forms}
-        if states is not None:
-            parts = {layer: part.replace(initial_state=states[layer]) for layer, part in parts.items()}
-        if not kept.T:
-            return {layer: part.starting_state() for layer, part in parts.items()}
-        alike: dict[object, list[int]] = {}
-        for layer, part in parts.items():
-            alike.setdefault((part.scale, part.read_before_write, part.device, _field_shapes(part)), []).append(layer)
-        after: LayerStates = {}
-        for layers in alike.values():
-            count = max(_TOGETHER // parts[layers[0]].k.numel(), 1)
-            for first in range(0, len(layers), count):
-                group = layers[first : first + count]
-                last = _heads_of([parts[layer] for layer in group]).states(positions=-1)[:, 0]
-                after |= zip(group, last.split(parts[layers[0]].H, dim=1))
-        return after
-
     def _composed_memory(self, stop: int, again: Tensor, later: Kept, moved_by: int) -> Memory:
-        """The memory of its first ``stop`` tokens; then of those that are read ``again`` [B,T']; then of ``later``
-        ones, whose factors are stored, and which stand ``moved_by`` tokens after where they were read.
+        """`cuts.composed`, of its own first tokens.
 
-        Cost: the recurrence over stored factors, and one pass (`TokenReader.read_again`).
+        Raises:
+            InputError: states were set by hand, so that the tokens do not tell them.
         """
-        apart = attends_and_convolves(self.cache)
-        # Convolutions of the last tokens depend on what these attend to, which has to be there: first the tokens that
-        # are read again, then the stored ones.
-        if apart and again.shape[1] and later.T:
-            reader = self._composed_memory(stop, again, later.span(0, 0), 0)
-            return reader._composed_memory(reader.T, again[:, :0], later, moved_by)
-        before = self.kept.span(0, stop)
-        states = self._layer_states() if stop == self.T else self._states_after(before)
-        moved = later.attention if later.T and moved_by else {}
-        backbone = self.model.attachment.layout.backbone
-        keys = {place: x for place, x in moved.items() if place.endswith("/keys/")}
-        keys = {place: turned(self.model.hf_model, backbone, x, moved_by) for place, x in keys.items()}
-        placed = later._replace(attention={**later.attention, **keys})
-        if apart and not again.shape[1]:  # the last tokens have to attend to all others
-            passed = self._token_reader.read_again(before.then(placed), states, again, placed.span(0, 0))
-        else:
-            passed = self._token_reader.read_again(before, states, again, placed)
-        last = slice(-min(window(self.cache), max(later.T, 1)), None)  # of the pass
-        for place, x in moved.items():
-            error = relative_error(passed.attention[place][:, last], placed.attention[place][:, last])
-            # Whether the model turns its keys so is seen at the keys that the pass made itself.
-            if not error <= tolerance(x.dtype):  # NaN is an error
-                old = {int(place.split("/")[0]): torch.ones_like(later.inexact)}
-                placed = placed._replace(attention={**placed.attention, place: x}, unmoved={**placed.unmoved, **old})
-        kept = before.then(passed.kept, placed)
-        self._token_reader.store(passed.cache, kept.attention, self._states_after(placed, passed.states))
-        count_tokens(passed.cache, kept.T)
-        return replace(self, cache=passed.cache, kept=kept, edited=self.edited or passed.edited)
+        if stop < self.T:
+            self._check_explained()
+        parts = cuts.composed(self._token_reader, self.kept, stop, again, later, moved_by)
+        return replace(self, cache=parts.cache, kept=parts.kept, edited=self.edited or parts.edited)
 
 
 @torch.no_grad()
@@ -719,6 +588,13 @@ def read(model: Tokens, tokens: Tensor, before: Memory | None = None) -> Memory:
     return Memory(model, cache, kept._replace(attention=attention), forms, model.cfg.dtype, edited)
 
 
+def read_instead(memory: Memory, start: int, stop: int, new: Tensor) -> Memory:
+    """With ``new`` [B,T'] instead of the tokens start <= t < stop; all after them is read again."""
+    before = memory.rewind(start)
+    again = torch.cat([new, memory.tokens[:, stop:]], 1)
+    return read(memory.model, again, before) if again.shape[1] else before
+
+
 def _file_identity(model: Tokens) -> dict[str, object]:
     """What a file has to agree in."""
     return {"format": 2, "model": fingerprint(model.hf_model), "dtype": str(model.cfg.dtype)}
@@ -734,16 +610,16 @@ def _memory_of_first_token(model: Tokens, named: Mapping[str, Tensor], path: str
     if tokens is None or tokens.ndim != 2 or tokens.dtype not in (torch.int32, torch.int64):
         raise InputError(f"{path}: expected token ids [B,T] under 'tokens', got none")
     rows, count = tokens.shape
-    known = tokens if count else F.pad(tokens, (0, 1))  # any token will do for a memory that has read none
-    check_tokens(known, model.cfg)
+    some = tokens if count else F.pad(tokens, (0, 1))  # any token will do for a memory that has read none
+    check_tokens(some, model.cfg)
     # Names, shapes and devices are those of a real memory: nothing is taken from the file unchecked. One row tells
     # them, however many the file claims to have.
-    first = read(model, known[:1, :1].to(model.cfg.device))
-    wanted = {name: (x, 1) for name, x in first.kept.filed.named().items()}
+    first = read(model, some[:1, :1].to(model.cfg.device))
+    token_axes = {name: (x, 1) for name, x in first.kept.filed.named().items()}
     places = tensors_of(first.cache)
-    wanted |= {f"cache/{place}": (x, x.ndim - 2 if _has_tokens(place) else None) for place, x in places.items()}
+    token_axes |= {f"cache/{place}": (x, x.ndim - 2 if _has_tokens(place) else None) for place, x in places.items()}
     kinds: dict[str, tuple[torch.dtype, list[int]]] = {}
-    for name, (x, axis) in wanted.items():
+    for name, (x, axis) in token_axes.items():
         kinds[name] = (x.dtype, [rows, *(count if n == axis else size for n, size in enumerate(x.shape[1:], 1))])
     check_tensors(path, named, kinds)
     fill(first.cache, {place: named[f"cache/{place}"].to(x.device) for place, x in places.items()})
@@ -764,21 +640,3 @@ def _state_kind(state: object) -> list[object]:
 def _has_tokens(place: str) -> bool:
     """Whether a tensor of the cache has an axis of tokens."""
     return place.endswith(("/keys/", "/values/"))
-
-
-def _flagged_stretches(flags: Tensor) -> list[str]:
-    """Where ``flags`` [B,T] are set in some row, in words."""
-    edges = F.pad(flags.any(0).long(), (1, 1)).diff()
-    starts = (edges == 1).nonzero().flatten().tolist()
-    stops = (edges == -1).nonzero().flatten().tolist()
-    return [f"tokens {start} to {stop - 1}" for start, stop in zip(starts, stops, strict=True)]
-
-
-def _field_shapes(r: Recurrence) -> tuple[tuple[str, torch.Size], ...]:
-    return tuple((name, x.shape) for name, x in tensors(r))
-
-
-def _heads_of(parts: Sequence[Recurrence]) -> Recurrence:
-    """Recurrences of one shape as the heads of one."""
-    axes = {name: {"initial_state": 1, "rates": 0}.get(name, 2) for name, _ in tensors(parts[0])}
-    return parts[0].replace(**{name: torch.cat([getattr(part, name) for part in parts], n) for name, n in axes.items()})

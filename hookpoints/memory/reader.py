@@ -166,15 +166,15 @@ class MemoryReader:
         if decoys is None:
             return readings
         unread = [token_list(self.model, decoy) for decoy in decoys]
-        found = list[Reading]()
+        readings_with_p = list[Reading]()
         for reading in readings:
             length = len(reading.tokens)
             others = [decoy[:length] for decoy in unread if len(decoy) >= length]
             if not others:
                 raise InputError(f"decoys: expected some of {length} tokens or more, as the phrase has, got none")
             above = int((self.scores(memory, others)[row] >= reading.score).sum())
-            found.append(reading._replace(p=(1 + above) / (1 + len(others))))
-        return found
+            readings_with_p.append(reading._replace(p=(1 + above) / (1 + len(others))))
+        return readings_with_p
 
     def search(
         self,
@@ -198,7 +198,7 @@ class MemoryReader:
         Raises:
             InputError: what `scores` raises, no such row, ``n`` is below 1, or a corpus shorter than a phrase.
         """
-        _check_wanted(memory, row, n)
+        _check_request(memory, row, n)
         tokens = running_tokens(self.model, corpus)
         most = min(self.fitted.longest, len(tokens))
         length = min(SEARCHED, self.fitted.longest) if length is None else length
@@ -221,7 +221,7 @@ class MemoryReader:
         Raises:
             InputError: what `scores` raises, no such row, or ``n`` is below 1.
         """
-        _check_wanted(memory, row, n)
+        _check_request(memory, row, n)
         tokens = self._phrase_tokens(phrases)
         overlaps = self._scores_of(self._above_zero, memory, tokens)[row]
         likely = overlaps.topk(min(self._shortlist_size(n), len(tokens))).indices.tolist()
@@ -243,7 +243,7 @@ class MemoryReader:
             InputError: what `scores` raises, no such row, ``n`` is below 1, a length above the longest that was
                 fitted, or a beam below ``n``.
         """
-        _check_wanted(memory, row, n)
+        _check_request(memory, row, n)
         longest = self.fitted.longest
         if not 1 <= length <= longest or beam < n:
             raise InputError(f"length, beam: expected 1 to {longest} tokens, and n = {n} or more; got {length}, {beam}")
@@ -252,14 +252,14 @@ class MemoryReader:
         alone = Phrases.start(self.model, lead)
         remembered = Phrases.start(self.model, lead, chosen_rows(memory.cache, torch.tensor([row])), memory.T)
         pursuit = self._pursuit_of(memory, row)
-        found = list[Sequence[int]]()
+        taken = list[Sequence[int]]()
         more = True
-        while more and len(found) < n:
+        while more and len(taken) < n:
             phrases = self._beam_phrases(alone, remembered, pursuit.left, memory.forms, length, beam)
             templates = self._above_zero.of_templates(phrases.states(memory.forms))
-            more = _taken_phrases(pursuit, phrases.tokens.tolist(), templates, n - len(found), SHARED, found)
-            found += more
-        return self._readings_of(memory, row, found)
+            more = _taken_phrases(pursuit, phrases.tokens.tolist(), templates, n - len(taken), SHARED, taken)
+            taken += more
+        return self._readings_of(memory, row, taken)
 
     # -- files
 
@@ -285,10 +285,10 @@ class MemoryReader:
             InputError: the file is damaged or not a reader, or was fitted to another model.
             FileNotFoundError: there is none.
         """
-        named, said = load_sealed(path, "reader", _file_identity(model))
+        named, settings = load_sealed(path, "reader", _file_identity(model))
         check_tensors(path, named, _tensor_kinds(model), finite=True)  # anyone can seal a file
         try:
-            return cls(model, _fitted_of(named, said, model))
+            return cls(model, _fitted_of(named, settings, model))
         except (LookupError, OverflowError, RuntimeError, TypeError, ValueError) as error:
             raise InputError(f"{path}: expected the settings of a reader, got others ({error})") from error
 
@@ -326,8 +326,8 @@ class MemoryReader:
 
     def _pursuit_of(self, memory: Memory, row: int) -> Pursuit:
         """Of what one row of a memory holds."""
-        whole = self._above_zero.of_states(self._states_of(memory))
-        return Pursuit(self._above_zero, [x[row : row + 1] for x in whole])
+        directions = self._above_zero.of_states(self._states_of(memory))
+        return Pursuit(self._above_zero, [x[row : row + 1] for x in directions])
 
     def _states_of(self, memory: Memory) -> LayerStates:
         if memory.model is not self.model:
@@ -382,8 +382,8 @@ class MemoryReader:
             order += places
         templates = [torch.cat(of_layer) for of_layer in zip(*parts, strict=True)]
         sorted_phrases = [phrases[place] for place in order]
-        found = _taken_phrases(self._pursuit_of(memory, row), sorted_phrases, templates, n, shared)
-        return self._readings_of(memory, row, found)
+        picked = _taken_phrases(self._pursuit_of(memory, row), sorted_phrases, templates, n, shared)
+        return self._readings_of(memory, row, picked)
 
     def _beam_phrases(
         self,
@@ -422,7 +422,7 @@ class MemoryReader:
             yield {layer: _written_states(x.recurrence, first - begin, length) for layer, x in recorded.items()}
 
 
-def _check_wanted(memory: Memory, row: int, n: int) -> None:
+def _check_request(memory: Memory, row: int, n: int) -> None:
     memory.check_row(row)
     if n < 1:
         raise InputError(f"n: expected a number of phrases from 1 on, got {n}")
@@ -448,8 +448,8 @@ def _taken_phrases(
     row."""
     own_runs = [runs(phrase, shared) for phrase in phrases]
     seen = set[tuple[int, ...]]().union(*(runs(phrase, shared) for phrase in before))
-    found = list[Sequence[int]]()
-    while len(found) < n:
+    taken = list[Sequence[int]]()
+    while len(taken) < n:
         left = pursuit.fitted.overlaps(pursuit.left, templates)[0]
         left[[place for place, own in enumerate(own_runs) if own & seen]] = -torch.inf
         best = int(left.argmax())
@@ -457,12 +457,12 @@ def _taken_phrases(
             break
         pursuit.take([x[best : best + 1] for x in templates])
         seen |= own_runs[best]
-        found.append(phrases[best])
-    return found
+        taken.append(phrases[best])
+    return taken
 
 
-def _best_of_groups(scores: Tensor, groups: Tensor, most: int, wanted: int) -> Tensor:
-    """Places of the ``wanted`` largest scores [N], at most so many of each group [N]."""
+def _best_of_groups(scores: Tensor, groups: Tensor, most: int, count: int) -> Tensor:
+    """Places of the ``count`` largest scores [N], at most so many of each group [N]."""
     group_of = groups.tolist()
     taken: dict[int, int] = {}
     places = list[int]()
@@ -470,7 +470,7 @@ def _best_of_groups(scores: Tensor, groups: Tensor, most: int, wanted: int) -> T
         taken[group_of[place]] = taken.get(group_of[place], 0) + 1
         if taken[group_of[place]] <= most:
             places.append(place)
-    return torch.tensor(places[:wanted], device=scores.device)
+    return torch.tensor(places[:count], device=scores.device)
 
 
 def _tensor_kinds(model: Tokens) -> dict[str, tuple[torch.dtype, list[int]]]:
@@ -491,7 +491,7 @@ def _settings_of(fitted: Fitted) -> dict[str, object]:
     return {name: value for name, value in fitted._asdict().items() if name != "layers"}
 
 
-def _fitted_of(named: Mapping[str, Tensor], said: Mapping[str, Any], model: Tokens) -> Fitted:
+def _fitted_of(named: Mapping[str, Tensor], settings: Mapping[str, Any], model: Tokens) -> Fitted:
     """What a reader's file holds, on the model's device; its tensors are checked.
 
     Raises:
@@ -506,15 +506,15 @@ def _fitted_of(named: Mapping[str, Tensor], said: Mapping[str, Any], model: Toke
         layers[layer] = LayerFit(heads, weights, Whitening(*sides[:3]), Whitening(*sides[3:]))
     fitted = Fitted(
         layers,
-        biases=tuple(map(float, said["biases"])),
-        lead=tuple(map(int, said["lead"])),
-        longest=int(said["longest"]),
-        context=int(said["context"]),
-        horizon=tuple(AgeAccuracy(*row) for row in said["horizon"]),
+        biases=tuple(map(float, settings["biases"])),
+        lead=tuple(map(int, settings["lead"])),
+        longest=int(settings["longest"]),
+        context=int(settings["context"]),
+        horizon=tuple(AgeAccuracy(*row) for row in settings["horizon"]),
     )
     # As JSON, 3.7 is no whole number, and neither is true or "3".
-    if json.dumps(said) != json.dumps({**said, **_settings_of(fitted)}):
-        raise InputError(f"expected numbers, as a fit writes them, got {said}")
+    if json.dumps(settings) != json.dumps({**settings, **_settings_of(fitted)}):
+        raise InputError(f"expected numbers, as a fit writes them, got {settings}")
     check_tokens(torch.tensor([fitted.lead]), model.cfg)
     most = sys.float_info.max
     # A state that a fit reads has seen several times as many tokens as the longest phrase has.

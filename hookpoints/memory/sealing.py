@@ -62,15 +62,15 @@ def sum_of_bits(x: Tensor) -> Tensor:
     return total
 
 
-def save_sealed(path: str | Path, tensors: Mapping[str, Tensor], said: Mapping[str, object]) -> None:
-    """Write one safetensors file, aside and then renamed: tensors, what is ``said`` of them, a SHA-256 of all of it.
+def save_sealed(path: str | Path, tensors: Mapping[str, Tensor], settings: Mapping[str, object]) -> None:
+    """Write one safetensors file, aside and then renamed: tensors, their ``settings``, a SHA-256 of all of it.
 
     Raises:
         OSError: it cannot be written, or ``path`` is a link, a folder or a device, which is not replaced.
     """
     # Clones: safetensors refuses tensors that share memory, as views of one factor do.
     copies = {name: x.detach().clone(memory_format=torch.contiguous_format).cpu() for name, x in tensors.items()}
-    sealed = {**said, "sha256": tensors_hash(copies, said)}
+    sealed = {**settings, "sha256": tensors_hash(copies, settings)}
     atomic_write(Path(path), lambda file: save_file(copies, file, {"hookpoints": json.dumps(sealed)}))
 
 
@@ -86,13 +86,13 @@ def load_sealed(
     """
     try:
         with safe_open(path, "pt") as file:
-            said = json.loads((file.metadata() or {}).get("hookpoints", "{}"))
+            settings = json.loads((file.metadata() or {}).get("hookpoints", "{}"))
             named = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
     except (SafetensorError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: expected a {what} that was saved, got a damaged file ({error})") from error
-    said = said if isinstance(said, dict) else {}
-    if wrong := {name: said.get(name) for name in identity if said.get(name) != identity[name]}:
+    settings = settings if isinstance(settings, dict) else {}
+    if wrong := {name: settings.get(name) for name in identity if settings.get(name) != identity[name]}:
         raise InputError(f"{path}: expected {identity}, got {wrong}: saved for another model or version, or damaged")
-    if said.pop("sha256", None) != tensors_hash(named, said):
+    if settings.pop("sha256", None) != tensors_hash(named, settings):
         raise InputError(f"{path}: damaged, its SHA-256 is not that of what was saved: save the {what} again")
-    return named, said
+    return named, settings

@@ -281,13 +281,13 @@ class _Moments:
             self.devices[layer] = x.device
 
     def whitenings(self) -> dict[int, Whitening]:
-        found: dict[int, Whitening] = {}
+        by_layer: dict[int, Whitening] = {}
         for layer, (total, by_key, by_value) in self.sums.items():
             mean = total / self.counts[layer]
             keys = _inverse_root(by_key / self.counts[layer] - mean @ mean.mT)
             values = _inverse_root(by_value / self.counts[layer] - mean.mT @ mean)
-            found[layer] = Whitening(*(x.float().to(self.devices[layer]) for x in (mean, keys, values)))
-        return found
+            by_layer[layer] = Whitening(*(x.float().to(self.devices[layer]) for x in (mean, keys, values)))
+        return by_layer
 
 
 def _inverse_root(moments: Tensor) -> Tensor:

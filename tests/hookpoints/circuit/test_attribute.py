@@ -22,7 +22,7 @@ from tiny_models import VOCAB, KeepFloat64, hooked_in_float64, make_hf
 from torch import Tensor
 from torch.nn import functional as F
 
-from hookpoints import Graph, HookedRecurrent, Recurrence, WriteEdit, attribute, attribute_task
+from hookpoints import Graph, HookedRecurrent, Recurrence, WriteEdit, attribute
 from hookpoints.circuit.atoms import atoms_of, taken_apart
 from hookpoints.circuit.graph import Check
 from hookpoints.circuit.nodes import write_attribution
@@ -414,11 +414,11 @@ def test_a_curve_of_deleted_writes_asks_for_a_corrupt_text(embedded: HookedRecur
     text = "The Secretary of the Treasury will report. The report of the Secretary of the"
     ask = partial(attribute, text, embedded, [" Treasury"], against=" Navy", targets=0)
     with pytest.warns(PredictionWarning, match="corrupt="):
-        ask().sufficient([2, 4])
+        ask(measure=20).sufficient([2, 4], draws=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error", PredictionWarning)
-        curve = ask(corrupt=text.replace("Treasury", "Navy")).sufficient([1, 4, 8])
-    assert (curve.kept.iloc[1:] > 0.8).all() and curve.kept.max() < 1.1 and curve.random_high.iloc[0] < 0.1
+        curve = ask(corrupt=text.replace("Treasury", "Navy"), measure=20).sufficient([1, 4], draws=3)
+    assert curve.kept.iloc[1] > 0.8 and curve.kept.max() < 1.1 and curve.random_high.iloc[0] < 0.1
 
 
 def only(x: Tensor, hook: object, kept: pd.DataFrame) -> Tensor:
@@ -427,13 +427,6 @@ def only(x: Tensor, hook: object, kept: pd.DataFrame) -> Tensor:
     left = torch.zeros_like(x)
     left[at] = x[at]
     return left
-
-
-def test_a_check_has_the_slope_of_measured_effects(graph: Graph) -> None:
-    """By predicted ones, where measured ones scatter."""
-    nodes = graph.nodes[graph.nodes.feature_type == "write"].head(4)
-    nodes = nodes.assign(predicted=[0.0, 1.0, 2.0, 3.0], measured=[0.0, 3.0, 3.0, 6.0])
-    assert checked(dataclasses.replace(graph, nodes=nodes)).slope == pytest.approx(1.8)
 
 
 def test_writes_that_no_prediction_chose_are_drawn(model64: HookedRecurrent, graph: Graph) -> None:
@@ -522,21 +515,17 @@ def test_a_pruned_graph_grows_by_the_largest_edge_into_what_it_has(graph: Graph)
     assert {*sources} == {*joined[1:]} and {*pruned.edges.target} <= {*joined}
 
 
-def test_every_shape_of_a_picture_has_a_path_to_the_answer(graph: Graph, embedded: HookedRecurrent) -> None:
-    """Along the lines that are drawn, also through MLPs."""
-    text = "The Secretary of the Treasury will report. The report of the Secretary of the"
-    treasury = attribute(text, embedded, [" Treasury"], against=" Navy", corrupt=text.replace("Treasury", "Navy"))
-    for picture in (graph.draw(), treasury.draw()):
-        root = ElementTree.fromstring(picture)
-        said = [element.text or "" for element in root.iter() if element.tag.endswith("}title")]
-        matches = (re.match(r"(.+?) (?:into the \w+ of|into) (.+): ", title) for title in said)
-        lines = [match.groups() for match in matches if match]
-        joined = {"logit"}
-        for _ in lines:
-            joined |= {source for source, target in lines if target in joined}
-        shapes = {element.attrib["data-node"] for element in root.iter() if "data-node" in element.attrib}
-        assert shapes and shapes <= joined
-    assert {("E@4", "MLP0@4"), ("MLP0@4", "L4H0@5"), ("L4H0@5", "logit")} <= {*lines}
+def test_every_shape_of_a_picture_has_a_path_to_the_answer(graph: Graph) -> None:
+    """Along the lines that are drawn."""
+    root = ElementTree.fromstring(graph.draw())
+    titles = [element.text or "" for element in root.iter() if element.tag.endswith("}title")]
+    matches = (re.match(r"(.+?) (?:into the \w+ of|into) (.+): ", title) for title in titles)
+    lines = [match.groups() for match in matches if match]
+    joined = {"logit"}
+    for _ in lines:
+        joined |= {source for source, target in lines if target in joined}
+    shapes = {element.attrib["data-node"] for element in root.iter() if "data-node" in element.attrib}
+    assert shapes and shapes <= joined
 
 
 @pytest.mark.parametrize(
@@ -544,14 +533,9 @@ def test_every_shape_of_a_picture_has_a_path_to_the_answer(graph: Graph, embedde
     [
         (lambda model: attribute(SEQUENCE.repeat(2, 1), model, [5]), "one sequence"),
         (lambda model: attribute(SEQUENCE, model, [VOCAB]), "attribution_targets: expected token ids"),
-        (lambda model: attribute(SEQUENCE, model, [-1]), "attribution_targets: expected token ids"),
         (lambda model: attribute(SEQUENCE, model, []), "at least one token"),
         (lambda model: attribute(SEQUENCE, model, [5], corrupt=OTHER[:, 1:]), "as many as the text has"),
         (lambda model: attribute(SEQUENCE, silent(model), corrupt=SEQUENCE.clone()), "corrupt: expected another text"),
-        (
-            lambda model: attribute_task([(SEQUENCE, OTHER, 5, 9), (OTHER, OTHER, 5, 9)], silent(model)),
-            "corrupt: expected another text",
-        ),
         (lambda model: attribute(SEQUENCE, model, [5], metric=difference), "got both"),
         (lambda model: attribute(SEQUENCE, model, [5], measure=0), "measure"),
         (lambda model: attribute(SEQUENCE, model, metric=lambda logits: logits[0, -1]), "one finite number"),
@@ -578,13 +562,6 @@ def silent(model: HookedRecurrent) -> HookedRecurrent:
 def training(model: HookedRecurrent) -> HookedRecurrent:
     model.train()
     return model
-
-
-def test_a_target_that_is_split_and_a_corrupt_text_are_spelled_out(embedded: HookedRecurrent) -> None:
-    with pytest.raises(InputError, match=r"attribution_targets: expected single tokens.*is 2 tokens"):
-        attribute("The Secretary of the", embedded, [" Treasury."])
-    with pytest.raises(InputError, match=r"'·?Navy'|Navy"):
-        attribute("The Secretary of the Treasury", embedded, corrupt="The Navy")
 
 
 def test_quantized_weights_warn(model: HookedRecurrent) -> None:
@@ -712,14 +689,8 @@ def less(x: Tensor, hook: object, at: int, taken: Tensor) -> Tensor:
 
 
 def test_words_of_a_picture_are_text(graph: Graph) -> None:
-    """Names come from files of strangers."""
-    picture = dataclasses.replace(graph, metadata={**graph.metadata, "title": "<script>&\x00"}).draw()
+    """Names come from files of strangers; and nothing is loaded from a network."""
+    picture = dataclasses.replace(graph, metadata={**graph.metadata, "title": "<script>&\x00"}).draw(width=390)
+    assert ElementTree.fromstring(picture).attrib["viewBox"].split()[2] == "390"
+    assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)|<script|url\(", picture)
     assert "<script>&" in "".join(ElementTree.fromstring(picture).itertext())
-
-
-def test_a_picture_is_one_file_without_network(graph: Graph) -> None:
-    for width in (390, 960):
-        picture = graph.draw(width=width)
-        root = ElementTree.fromstring(picture)
-        assert root.attrib["viewBox"].split()[2] == str(width)
-        assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)|<script|url\(", picture)

@@ -99,24 +99,22 @@ def test_few_writes_are_sufficient_and_decide_the_answer_alone() -> None:
 
 def test_an_untrained_model_does_not_pass_the_check() -> None:
     config = transformers.AutoConfig.from_pretrained(zoo.path("recall"))
-    for seed in range(6):
+    for seed in range(2):
         torch.manual_seed(seed)
         model = HookedRecurrent.from_hf(transformers.AutoModelForCausalLM.from_config(config).eval())
         assert attribute(Question("recall", seed).tokens, model, targets=0).check().decisive is False
 
 
-@pytest.mark.parametrize("name", ["embedded", "embedded-rwkv7"])
-def test_the_circuit_of_a_task_is_faithful_to_texts_held_out(name: str) -> None:
-    """Of 240 and 360 writes, eight that three texts choose keep most of the effect on others; random ones keep none."""
-    model = HookedRecurrent.from_pretrained(name)
+def test_the_circuit_of_a_task_is_faithful_to_texts_held_out(embedded: HookedRecurrent) -> None:
+    """Of 240 writes, eight that three texts choose keep most of the effect on others; random ones keep none."""
     text = "The Secretary of the {} will report. The report of the Secretary of the"
 
     def task(*words: str, **settings: Any) -> Any:
         pairs = [(text.format(a), text.format(b), f" {a}", f" {b}") for a, b in pairwise(words)]
-        return attribute_task(pairs, model, measure=40, **settings)
+        return attribute_task(pairs, embedded, measure=20, **settings)
 
     found = task("Treasury", "Navy", "Senate", "House")
-    curve = found.faithful(task("State", "Union", "Congress"), [1, 8])
+    curve = found.faithful(task("State", "Union", "Congress"), [1, 8], draws=8)
     assert curve.kept.iloc[1] > 0.7 and curve.kept.iloc[0] < curve.kept.iloc[1] and curve.random.abs().max() < 0.1
     assert len(found.effects) == len(found.cases[0].writes) and found.effects.effect.abs().is_monotonic_decreasing
     one = found.effects.iloc[0]
@@ -141,7 +139,7 @@ def test_a_task_whose_answers_are_shuffled_is_none() -> None:
     pairs: list[Any] = [Pair(form.format(n, a), form.format(n, b), f" {a}", f" {b}") for n, a, b in asked]
     with warnings.catch_warnings():
         warnings.simplefilter("error", PredictionWarning)
-        task = attribute_task(pairs, model, measure=20)
+        task = attribute_task(pairs, model, measure=10)
         table: Any = task.check(4)
     # Each number by the logits of the two texts alone.
     targets = [model.to_single_token(pair.target) for pair in pairs]
@@ -162,11 +160,10 @@ def test_a_task_whose_answers_are_shuffled_is_none() -> None:
         assert row.kept > 0.8
     shares = [case.kept([task.effects[:4]])[0] for case in task.cases]
     assert table.kept.own == pytest.approx(np.median(shares), rel=1e-4) and table["first"].own == 1
-    for shift in (1, 2, 3):
-        shuffled = [pair._replace(target=pairs[row - shift].target) for row, pair in enumerate(pairs)]
-        with pytest.warns(PredictionWarning, match="shuffled among pairs"):
-            wrong: Any = attribute_task(shuffled, model, measure=20).check()
-        assert wrong.kept.own > 0.8 and wrong["first"].own == 0
+    shuffled = [pair._replace(target=pairs[row - 1].target) for row, pair in enumerate(pairs)]
+    with pytest.warns(PredictionWarning, match="shuffled among pairs"):
+        wrong: Any = attribute_task(shuffled, model, measure=10).check()
+    assert wrong.kept.own > 0.8 and wrong["first"].own == 0
 
 
 def test_a_task_that_the_model_does_not_do_is_none(embedded: HookedRecurrent) -> None:
@@ -213,18 +210,15 @@ def test_the_circuit_of_a_task_begins_with_the_write_that_is_known(name: str) ->
     found, others = (attribute_task(pairs[at], model, roles[at]) for at in (slice(3), slice(3, 6)))
     holder = next(holder for holder in zoo.truth(name).holders if holder.holds == "values")
     assert tuple(found.effects.iloc[0, :3]) == (f"value+{holder.offset}", holder.layer, holder.heads[0])
-    curve = found.faithful(others, [2])
+    curve = found.faithful(others, [2], draws=8)
     assert curve.kept.item() > 0.9 and curve.random.abs().item() < 0.01
 
 
 @pytest.mark.filterwarnings("default")
-def test_random_edges_and_effects_fail_the_check() -> None:
+def test_random_effects_fail_the_check() -> None:
     model = HookedRecurrent.from_pretrained("recall")
     graph = Question("recall").graph(model)
-    assert graph.check().r > 0.9 and graph.check().edges_r > 0.8
-    rng = np.random.default_rng(0)
-    edges = graph.edges.assign(measured=rng.permutation(graph.edges.measured))
-    nodes = graph.nodes.assign(measured=graph.nodes.measured.to_numpy()[rng.permutation(len(graph.nodes))])
+    assert graph.check().r > 0.9
+    measured = np.random.default_rng(0).permutation(graph.nodes.measured)
     with pytest.warns(PredictionWarning, match="correlation"):
-        random = dataclasses.replace(graph, nodes=nodes, edges=edges).check()
-    assert random.r < 0.5 and not random.edges_r > 0.5
+        assert dataclasses.replace(graph, nodes=graph.nodes.assign(measured=measured)).check().r < 0.5

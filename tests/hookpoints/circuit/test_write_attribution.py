@@ -78,24 +78,6 @@ def test_patterns_that_are_held_take_no_gradient() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ask", "message"),
-    [
-        (lambda model, tokens: write_attribution(model, tokens, metric), "one sequence"),
-        (lambda model, tokens: write_attribution(model, tokens[:1], metric, corrupt=tokens[:1, 1:]), "as many as"),
-        (lambda model, tokens: write_attribution(training(model), tokens[:1], metric), "training mode"),
-    ],
-)
-def test_bad_input_is_named(tokens: Tensor, ask, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        ask(HookedRecurrent.from_hf(make_hf()), tokens)
-
-
-def training(model: HookedRecurrent) -> HookedRecurrent:
-    model.train()
-    return model
-
-
-@pytest.mark.parametrize(
     "mode", [torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16)], ids=["inference", "autocast"]
 )
 def test_modes_of_the_caller_do_not_matter(model: HookedRecurrent, mode: Any) -> None:

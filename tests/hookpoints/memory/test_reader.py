@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from hookpoints import HookedRecurrent, MemoryReader, embedded
 from hookpoints.errors import InputError, ReaderWarning
 from hookpoints.memory import templates
-from hookpoints.memory.phrases import Phrases, runs
+from hookpoints.memory.phrases import Phrases
 from hookpoints.memory.reader import _written_states
 from hookpoints.memory.sealing import load_sealed, save_sealed
 from hookpoints.memory.templates import (
@@ -232,15 +232,6 @@ def test_a_memory_longer_than_the_fit_and_a_weak_reader_are_said(reader, texts):
         weak.holds(reader.model.memory(texts[:1, :T]), [[1, 2]])
 
 
-def test_mixed_text_is_what_a_reader_is_fitted_to(monkeypatch):
-    model = HookedRecurrent.from_pretrained("embedded")
-    fitted = []
-    monkeypatch.setattr("hookpoints.memory.reader.fit_templates", lambda model, tokens, *rest: fitted.append(tokens))
-    MemoryReader.fit(model)
-    assert torch.equal(fitted[0], running_tokens(model, embedded.mixed()))
-    assert all(word in embedded.mixed() for word in ("Congress", "def ", "## ", "Licensor"))
-
-
 def test_read_phrases_are_told_from_unread_ones_and_not_from_another_texts(reader, texts):
     memory = reader.model.memory(texts[:, :T])
     read, unread = (reader.scores(memory, x.tolist()).diagonal() for x in (texts[:, 40:48], texts[:, T + 6 : T + 14]))
@@ -318,11 +309,6 @@ def test_what_phrases_write_is_the_state_from_zero():
             assert_close(state, part.final_state()[0].float())
 
 
-def test_runs_are_the_tokens_in_a_row_of_a_phrase():
-    assert runs([1, 2, 3, 4], 3) == {(1, 2, 3), (2, 3, 4)}
-    assert runs([1, 2], 3) == {(1, 2)}
-
-
 def test_a_reader_is_saved_and_loaded(reader, texts, tmp_path):
     path = tmp_path / "reader.safetensors"
     reader.save(path)
@@ -358,28 +344,20 @@ def turned(change, name="2/weights"):
 @pytest.mark.parametrize(
     "change, match",
     [
-        (lambda named, said: named.clear(), "1/of_states/keys: expected .*got None"),
         (lambda named, said: named.pop("2/weights"), "2/weights: expected .*got None"),
         (lambda named, said: named.update(more=torch.zeros(2)), "more: expected None"),
         (turned(lambda x: x[:, 1:].clone(), "2/of_states/mean"), "2/of_states/mean: expected .torch.float32"),
-        (turned(lambda x: x.long()), "2/weights: expected .torch.float32.*torch.int64"),
         (turned(lambda x: x.to(torch.complex64)), "2/weights: expected .torch.float32.*torch.complex64"),
-        (turned(lambda x: x.to(torch.float8_e5m2)), "2/weights: expected .torch.float32.*torch.float8_e5m2"),
         (filled(float("nan")), "2/of_states/mean: expected finite numbers"),
         (filled(float("inf"), "3/of_templates/keys"), "3/of_templates/keys: expected finite numbers"),
         (lambda named, said: said.pop("lead"), "'lead'"),
         (put("lead", []), "input must be text or token ids"),
         (put("lead", [10**9]), "token id 1000000000 is outside"),
-        (put("lead", [10**30]), "[Oo]verflow"),
         (put("longest", 10**9), "longest: expected 2 to 16, got 1000000000"),
-        (put("longest", 0), "longest: expected 2 to 16, got 0"),
         (put("context", 10**9), "context: expected 1 to 128, got 1000000000"),
         (put("longest", float("inf")), "cannot convert float infinity"),
-        (put("biases", [0, 1, float("nan")]), "expected numbers"),
         (put("biases", [0.0, 1.0, float("nan")]), "bias: expected .* got nan"),
         (put("biases", [0.0, 1.0]), "biases: expected 3 to 3, got 2"),
-        (put("biases", "3"), "expected numbers"),
-        (put("horizon", 3), ".*not iterable"),
         (put("horizon", []), ".*out of range"),
         (put("horizon", [[16, 1.5, 9], [32, 0.9, 9]]), "AUC: expected 0 to 1, got 1.5"),
     ],
@@ -402,40 +380,29 @@ def test_without_a_head_that_says_read_nothing_is_read_back(reader, texts):
         without.read_back(reader.model.memory(texts[:1, :T]))
 
 
+def other_memory():
+    return HookedRecurrent.from_pretrained("facts").memory(torch.tensor([[1, 2, 3]]))
+
+
 @pytest.mark.parametrize(
     "ask, match",
     [
         (lambda reader, memory: reader.scores(memory, []), "at least one"),
         (lambda reader, memory: reader.scores(memory, " the war"), "a list of phrases"),
         (lambda reader, memory: reader.scores(memory, [[1] * 9]), "1 to 8 tokens.*got 9; split the phrase"),
-        (lambda reader, memory: reader.scores(memory, [""]), "got 0"),
         (lambda reader, memory: reader.holds(memory, [[1, 2]], row=1), "row: expected 0 to 0"),
         (lambda reader, memory: reader.holds(memory, [[1, 2]], decoys=[[3]]), "decoys"),
         (lambda reader, memory: reader.search(memory, "a", length=5), "length"),
         (lambda reader, memory: reader.read_back(memory, length=9), "length, beam"),
         (lambda reader, memory: reader.read_back(memory, 10, beam=5), "n = 10"),
-        (lambda reader, memory: reader.read_back(memory, 0), "n: expected"),
         (lambda reader, memory: reader.pick(memory, ["a"], 0), "n: expected"),
-        (lambda reader, memory: reader.pick(memory, [], 3), "at least one"),
         (lambda reader, memory: MemoryReader.fit(reader.model, "A short text."), "at least 5760 tokens"),
         (lambda reader, memory: MemoryReader.fit(reader.model, "", longest=1), "longest, context"),
         (lambda reader, memory: MemoryReader.fit(reader.model, "", lead=""), "lead: expected text or token ids"),
         (lambda reader, memory: reader.scores(memory, [[10**6]]), "1000000"),
+        (lambda reader, memory: reader.scores(other_memory(), [[1]]), "the reader's model"),
     ],
 )
 def test_bad_input_is_refused(reader, texts, ask, match):
     with pytest.raises(InputError, match=match):
         ask(reader, reader.model.memory(texts[:1, :30]))
-
-
-def test_a_memory_of_another_model_is_refused(reader):
-    other = HookedRecurrent.from_pretrained("facts")
-    with pytest.raises(InputError, match="the reader's model"):
-        reader.scores(other.memory(torch.tensor([[1, 2, 3]])), [[1]])
-
-
-def test_every_field_of_a_fit_is_in_its_file():
-    """`save` and `load` name the fields of a fit one by one."""
-    assert Fitted._fields == ("layers", "biases", "lead", "longest", "context", "horizon")
-    assert LayerFit._fields == ("heads", "weights", "of_states", "of_templates")
-    assert Whitening._fields == ("mean", "keys", "values")

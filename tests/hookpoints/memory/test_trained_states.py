@@ -28,7 +28,7 @@ def read(_read):
         yield _read
 
 
-@pytest.mark.parametrize("count", [1, 6, 70])
+@pytest.mark.parametrize("count", [1, 70])
 def test_gradients_of_states_are_finite_differences(read, count):
     """Of one token, which upstream reads by another op; and of more than a chunk."""
     model, memory = read

@@ -147,24 +147,3 @@ def test_a_text_is_told_and_asked_in_english(models, name):
     assert model.to_string(model.to_tokens(text)[0, 1:]) == text
     many = zoo.task(name).batch(64, torch.Generator().manual_seed(1), pairs=16, queries=4)
     assert script.right(model, many) > 0.9
-
-
-def test_the_page_has_what_was_measured_of_facts():
-    page = (Path(__file__).parents[3] / "docs" / "zoo.md").read_text()
-    truth = zoo.truth("facts")
-
-    def percent(rate: float) -> str:
-        return "100%" if rate == 1 else f"{rate:.1%}"
-
-    for name in ("facts", "facts-mamba2"):
-        measured = zoo.truth(name)
-        sizes = [measured.accuracy[f"{n} pairs"] for n in (2, 4, 8, 10)]
-        further = [measured.facts[f"right with {n} pairs"] for n in (12, 16, 24, 32)]
-        assert f"| `{name}`, right | {' | '.join(map(percent, sizes + further))} |" in page
-    evidence = truth.holders[1].evidence
-    sides = f"{percent(evidence['values, key side'])}, {percent(evidence['values, value side'])}"
-    for rate in (percent(evidence["values, exchanged"]), sides, percent(evidence["keys, exchanged"])):
-        assert f"| {rate} |" in page
-    ablated = [percent(row["ablated"]) for row in truth.table]
-    assert f"right | {ablated[3]} |" in page
-    assert f"right | {', '.join(ablated[:3] + ablated[4:])} |" in page

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from hookpoints.errors import InputError
 
@@ -98,15 +99,15 @@ def largest_terms(sizes: Mapping[int, Tensor], n: int, head: int | None) -> list
     terms of the head."""
     if n < 1:
         raise InputError(f"n: expected a number of tokens from 1 on, got {n}")
-    found = list[tuple[float, int, int, int]]()
+    terms = list[tuple[float, int, int, int]]()
     for layer, of_layer in sizes.items():
         check_head_number(head, of_layer.shape[1], layer)
         shares = of_layer / of_layer.sum(0).clamp_min(1e-30)
         for of_head in range(of_layer.shape[1]) if head is None else [head]:
             largest = shares[:, of_head].topk(min(n, len(shares)))
             ranked = zip(largest.values.tolist(), largest.indices.tolist(), strict=True)
-            found += [(share, token, layer, of_head) for share, token in ranked]
-    return sorted(found, reverse=True)[:n]
+            terms += [(share, token, layer, of_head) for share, token in ranked]
+    return sorted(terms, reverse=True)[:n]
 
 
 def kept_shares(left: Tensor, written: Tensor, after: int) -> list[float]:
@@ -114,6 +115,59 @@ def kept_shares(left: Tensor, written: Tensor, after: int) -> list[float]:
     last = left.shape[1] - after
     shares = (left / written.clamp_min(1e-30))[:, max(last - 1 - after // 4, 0) : last]
     return shares.flatten(0, 1).median(0).values.tolist()
+
+
+class Sentences(NamedTuple):
+    """The sentences of one text, and which of them are about the same thing."""
+
+    spell: Callable[[Sequence[int]], str]
+    """Makes text of token ids."""
+    texts: Sequence[str]
+    """Of all tokens."""
+    tokens: Sequence[int]
+    spans: Sequence[tuple[int, int]]
+    alike: Sequence[Sequence[int]]
+    """By sentence, the numbers of those about the same thing, itself among them."""
+
+    @classmethod
+    def of(cls, spell: Callable[[Sequence[int]], str], tokens: Sequence[int], question: Sequence[int]) -> Sentences:
+        """Of a text, alike in words that the question has, too.
+
+        Raises:
+            InputError: there are fewer than two.
+        """
+        texts = [spell([token]) for token in tokens]
+        spans = sentence_spans(texts)
+        if len(spans) < 2:
+            raise InputError("memory: expected two sentences at least, which end with . ! or ?, got one")
+        asked = words_of([spell([token]) for token in question])
+        alike = sentences_alike([words_of(texts[start:stop]) for start, stop in spans], asked)
+        return cls(spell, texts, tokens, spans, alike)
+
+    def tells(self, place: int, answer: int) -> bool:
+        """Whether a sentence has a token."""
+        return answer in self.tokens[slice(*self.spans[place])]
+
+    def telling_together(self, answer: int) -> dict[int, tuple[int, ...]]:
+        """By sentence that tells an answer, the sentences that tell it of the same thing, where there are others."""
+        groups = [tuple(n for n in about if self.tells(n, answer)) for about in self.alike]
+        return {place: group for place, group in enumerate(groups) if place in group and len(group) > 1}
+
+    def suspect(self, place: int, plain: Tensor, without: Tensor, groups: Mapping[int, Sequence[int]]) -> Suspect:
+        """What an answer is without a sentence, or without those of its group, from log probabilities [vocab] of the
+        next token as it is and ``without``."""
+        other = int(without.argmax())
+        is_changed = other != int(plain.argmax())
+        rivals = [self.spans[n] for n in self.alike[place] if is_changed and n != place and self.tells(n, other)]
+        return Suspect(
+            self.spans[place],
+            text="".join(self.texts[slice(*self.spans[place])]),
+            answer=self.spell([other]),
+            probability=float(without[other].exp()),
+            kl=float(F.kl_div(plain, without, log_target=True, reduction="sum")),
+            contradicts=min(rivals, default=None),
+            together=[self.spans[n] for n in groups.get(place, [place])],
+        )
 
 
 def sentence_spans(texts: Sequence[str]) -> list[tuple[int, int]]:
