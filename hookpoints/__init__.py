@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from hookpoints.model.loading import cached, default_device, model_types
     from hookpoints.model.recurrent import HookedRecurrent
     from hookpoints.recurrence.recurrence import Recurrence
-    from hookpoints.rules import RULES
+    from hookpoints.rules.known import RULES
 
 _BOTH = [name for name in ("hookpoints", "sae-lens-writesae") if any(Distribution.discover(name=name))]
 """Those installed of the two distributions that contain this package."""
@@ -64,7 +64,7 @@ _HOMES = {
     "model.loading": ("cached", "default_device", "model_types"),
     "model.recurrent": ("HookedRecurrent",),
     "recurrence.recurrence": ("Recurrence",),
-    "rules": ("RULES",),
+    "rules.known": ("RULES",),
 }
 """Module -> the names that the package has from it."""
 _MODULES = ("embedded", "errors", "zoo")

@@ -20,7 +20,7 @@ from nbconvert import MarkdownExporter
 from tables import table
 
 from hookpoints.hooks.table import HOOKS
-from hookpoints.rules import RULES
+from hookpoints.rules.known import RULES
 
 SCOPES = {
     "model": "the model (one)",

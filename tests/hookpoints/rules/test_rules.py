@@ -1,16 +1,26 @@
 """Each update rule against its op, in float64: transformers' own torch ops, and those of fla that take several steps a
-token, read before they write, or read back with a key of their own, written token by token. fla's kernels: oracles."""
+token or read before they write, written token by token. fla's kernels: oracles."""
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
 
 import pytest
 import torch
+from ops import (
+    EXACT,
+    B,
+    Case,
+    H,
+    K,
+    T,
+    V,
+    assert_canonical_form_is_the_op,
+    assert_each_factor_can_be_fed,
+    bound,
+    unit,
+)
 from recurrences import drawn as normal
 from tiny_models import KeepFloat64, modelling
 from torch import Tensor
@@ -18,24 +28,14 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from hookpoints import Recurrence
-from hookpoints.rules import OpFactors, Rule
 from hookpoints.rules.delta_product import GATED_DELTA_PRODUCT
 from hookpoints.rules.mamba1 import MAMBA1
 from hookpoints.rules.mamba2 import MAMBA2
 from hookpoints.rules.rwkv7 import FLA_RWKV7, RWKV7
-from hookpoints.rules.tables import FLA_COMBA, FLA_DELTA, FLA_RWKV6, GATED_DELTA, KIMI_DELTA
+from hookpoints.rules.tables import FLA_DELTA, FLA_RWKV6, GATED_DELTA, KIMI_DELTA
 from hookpoints.rwkv7 import rwkv7_recurrence
 
-B, T, H, K, V, R = 2, 45, 4, 8, 6, 3
-EXACT = {"rtol": 0, "atol": 1e-10}
-
-
-def bound(op: Any, given: dict) -> dict:
-    """Arguments of a call by name, with defaults, without what the op does not take."""
-    parameters = inspect.signature(op).parameters
-    defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    return defaults | {name: x for name, x in given.items() if takes_any or name in parameters}
+R = 3
 
 
 def delta_call(grouped: int, *per_channel: int) -> dict:
@@ -97,10 +97,6 @@ def mamba1_call(update: bool) -> dict:
 # -- ops of fla, token by token
 
 
-def unit(x: Tensor) -> Tensor:
-    return x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt()
-
-
 def gated_delta_rule(
     q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel
 ) -> tuple[Tensor, Tensor]:
@@ -130,18 +126,6 @@ def rwkv6(r, k, v, w, u, scale, initial_state, output_final_state) -> tuple[Tens
         own = torch.einsum("bhk,bhv->bhkv", k[:, t], v[:, t])
         outputs.append(scale * torch.einsum("bhkv,bhk->bhv", S + u[..., None] * own, r[:, t]))
         S = w[:, t].exp()[..., None] * S + own
-    return torch.stack(outputs, 1), S
-
-
-def comba(q, k, p, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel):
-    """As fla's kernels do it: what p reads back is taken off before the decay acts on the state."""
-    q, k, p = (unit(x) if use_qk_l2norm_in_kernel else x for x in (q, k, p))
-    q, k, p = (x.repeat_interleave(H // x.shape[2], 2) for x in (q, k, p))
-    S, outputs = initial_state, []
-    for t in range(T):
-        value = beta[:, t, :, None] * (v[:, t] - torch.einsum("bhkv,bhk->bhv", S, p[:, t]))
-        S = g[:, t].exp()[..., None, None] * S + torch.einsum("bhk,bhv->bhkv", k[:, t], value)
-        outputs.append(torch.einsum("bhkv,bhk->bhv", S, q[:, t]) * K**-0.5)
     return torch.stack(outputs, 1), S
 
 
@@ -198,12 +182,6 @@ def rwkv6_call() -> dict:
     }
 
 
-def comba_call() -> dict:
-    own = product_call(1, beta=torch.sigmoid(normal(5, B, T, H)))
-    del own["num_householder"]
-    return own | {name: normal(i, B, T, 2, K) for i, name in enumerate("qkp")}
-
-
 def rwkv7_call(length: int = T) -> dict:
     """The erase key is normalized, and is not the key that is written."""
     erase = F.normalize(normal(1, B, length, H, K), dim=-1)
@@ -224,15 +202,6 @@ def fused_rwkv7_call() -> dict:
     call = rwkv7_call()
     erase, along = -call["a"], call.pop("b")
     return call | {"kk": erase, "a": along / erase}
-
-
-class Case(NamedTuple):
-    rule: Rule
-    op: Callable
-    make: Callable[[], dict]
-    read_of: Callable = lambda result: result
-    """What the layer takes of the op's result."""
-    sizes: tuple[int, int, int] = (H, K, V)
 
 
 def of_transformers() -> dict[str, Case]:
@@ -264,56 +233,16 @@ CASES = of_transformers() | {
     "product without decay": Case(PRODUCT, gated_delta_product, lambda: product_call(g=None)),
     "stepwise": Case(PRODUCT, gated_delta_rule, stepwise_call, lambda result: (result[0][:, R - 1 :: R], result[1])),
     "rwkv6": Case(FLA_RWKV6, rwkv6, rwkv6_call),
-    "comba": Case(FLA_COMBA, comba, comba_call),
     "rwkv7": Case(RWKV7, rwkv7, rwkv7_call),
     "rwkv7 of fla": Case(FLA_RWKV7, rwkv7, rwkv7_call),
     "fused rwkv7": Case(FLA_RWKV7, fused_rwkv7, fused_rwkv7_call),
 }
-every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
-def clone(arguments: dict) -> dict:
-    return {name: x.clone() if isinstance(x, Tensor) else x for name, x in arguments.items()}
-
-
-@every_case
-def test_the_canonical_form_is_the_op(case: Case):
-    """Reads, states and what the layer gets back."""
-    rule, arguments = case.rule, bound(case.op, case.make())
-    with KeepFloat64():
-        own, fed = clone(arguments), clone(arguments)
-        expected, factors = case.op(**own), rule.factors(arguments)
-        r = Recurrence.of(rule.form(factors, arguments))
-        native = rule.read_result(case.op(**clone(rule.arguments(arguments, factors, frozenset()))), arguments)
-        for method in ("chunked", "reference"):
-            found = r.scan(method=method)
-            assert_close(native.outputs, found.outputs, **EXACT)
-        back = rule.write_result(native._replace(outputs=found.outputs, final_state=found.final_state), fed)
-    assert_close(case.read_of(back), case.read_of(expected), **EXACT)
-    if "state" in arguments:  # the update overwrites the cache's state
-        assert_close(fed["state"], own["state"], **EXACT)
-    assert (1 if "state" in arguments else T, *case.sizes) == (r.T, r.H, r.K, r.V)
-    assert rule.wants_state(arguments) and found.final_state.shape == (B, *case.sizes)
-
-
-@every_case
-@pytest.mark.parametrize("field", OpFactors.NAMES)
-def test_each_factor_can_be_fed_by_itself(case: Case, field: str):
-    """A changed factor reaches the op, and nothing else changes: not the decay with beta, nor the skip with v."""
-    rule, arguments = case.rule, bound(case.op, case.make())
-    with KeepFloat64():
-        factors = rule.factors(arguments)
-        old = getattr(factors, field)
-        if old is None or field in rule.not_fed:
-            return
-        # Keys longer than 1 would make the delta rules explode.
-        new = 0.7 * old if field in ("k", "log_decay") else old + normal(0, *old.shape).abs()
-        factors = dataclasses.replace(factors, **{field: new})
-        found = Recurrence.of(rule.form(factors, arguments)).scan(method="reference")
-        fed = clone(rule.arguments(arguments, factors, frozenset({field})))
-        native = rule.read_result(case.op(**fed), fed)
-    assert_close(native.outputs, found.outputs, **EXACT)
-    assert_close(native.final_state, found.final_state, **EXACT)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_the_rule_is_its_op(case: Case):
+    assert_canonical_form_is_the_op(case)
+    assert_each_factor_can_be_fed(case)
 
 
 def test_strengths_reach_2_where_negative_eigenvalues_are_allowed():
