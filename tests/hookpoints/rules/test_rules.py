@@ -4,6 +4,7 @@ token or read before they write, written token by token. fla's kernels: oracles.
 from __future__ import annotations
 
 import inspect
+import math
 from dataclasses import replace
 
 import pytest
@@ -32,7 +33,7 @@ from hookpoints.rules.delta_product import GATED_DELTA_PRODUCT
 from hookpoints.rules.mamba1 import MAMBA1
 from hookpoints.rules.mamba2 import MAMBA2
 from hookpoints.rules.rwkv7 import FLA_RWKV7, RWKV7
-from hookpoints.rules.tables import FLA_DELTA, FLA_RWKV6, GATED_DELTA, KIMI_DELTA
+from hookpoints.rules.tables import FLA_DELTA, FLA_GATED_DELTA, FLA_KIMI_DELTA, FLA_RWKV6, GATED_DELTA, KIMI_DELTA
 from hookpoints.rwkv7 import rwkv7_recurrence
 
 R = 3
@@ -104,11 +105,40 @@ def gated_delta_rule(
     q, k = (unit(q), unit(k)) if use_qk_l2norm_in_kernel else (q, k)
     S, outputs = initial_state, []
     for t in range(k.shape[1]):
-        S = S if g is None else g[:, t].exp()[..., None, None] * S
+        # One decay for each head, or for each key channel.
+        S = S if g is None else g[:, t].exp().reshape(*S.shape[:2], -1, 1) * S
         read_back = torch.einsum("bhkv,bhk->bhv", S, k[:, t])
         S = S + torch.einsum("bh,bhk,bhv->bhkv", beta[:, t], k[:, t], v[:, t] - read_back)
         outputs.append(torch.einsum("bhkv,bhk->bhv", S, q[:, t]) * (scale or k.shape[-1] ** -0.5))
     return torch.stack(outputs, 1), S
+
+
+def delta_rule_with_gates(
+    q,
+    k,
+    g,
+    beta,
+    initial_state,
+    use_gate_in_kernel,
+    use_beta_sigmoid_in_kernel,
+    allow_neg_eigval,
+    A_log,
+    dt_bias,
+    lower_bound,
+    **kwargs,
+) -> tuple[Tensor, Tensor]:
+    """What fla's kernels make of their arguments before the delta rule; their states are value-first."""
+    if use_gate_in_kernel:
+        g = g + dt_bias.view(g.shape[2:])
+        rate = A_log.exp().view(-1, *[1] * (g.ndim - 3))
+        g = -rate * F.softplus(g) if lower_bound is None else lower_bound * (rate * g).sigmoid()
+    beta = beta.sigmoid() if use_beta_sigmoid_in_kernel else beta
+    beta = 2 * beta if allow_neg_eigval else beta
+    q, k = (x.repeat_interleave(H // x.shape[2], 2) for x in (q, k))
+    for name in ("state_v_first", "safe_gate", "num_householder"):
+        del kwargs[name]
+    outputs, state = gated_delta_rule(q=q, k=k, g=g, beta=beta, initial_state=initial_state.mT, **kwargs)
+    return outputs, state.mT
 
 
 def gated_delta_product(num_householder, q, g, **kwargs) -> tuple[Tensor, Tensor]:
@@ -157,6 +187,24 @@ def product_call(steps: int = R, **changes) -> dict:
         "output_final_state": True,
         "use_qk_l2norm_in_kernel": True,
         **changes,
+    }
+
+
+def gates_call(*per_channel: int, **flags) -> dict:
+    """Two key heads for four of values, and everything that a kernel may be asked to make."""
+    return {
+        **product_call(1, beta=normal(5, B, T, H)),
+        **{name: normal(i, B, T, 2, K) for i, name in enumerate("qk")},
+        "g": normal(4, B, T, H, *per_channel),
+        "initial_state": normal(6, B, H, V, K),
+        "state_v_first": True,
+        "A_log": normal(7, H),
+        "dt_bias": normal(8, math.prod((H, *per_channel))),
+        "lower_bound": None,
+        "safe_gate": False,
+        "allow_neg_eigval": True,
+        **dict.fromkeys(("use_gate_in_kernel", "use_beta_sigmoid_in_kernel"), True),
+        **flags,
     }
 
 
@@ -228,6 +276,11 @@ def of_transformers() -> dict[str, Case]:
 
 PRODUCT = replace(GATED_DELTA_PRODUCT, rank=R)
 CASES = of_transformers() | {
+    "gated delta of fla": Case(FLA_GATED_DELTA, delta_rule_with_gates, gates_call),
+    "kda of fla": Case(FLA_KIMI_DELTA, delta_rule_with_gates, lambda: gates_call(K, allow_neg_eigval=False)),
+    "kda of fla, bounded": Case(
+        FLA_KIMI_DELTA, delta_rule_with_gates, lambda: gates_call(K, lower_bound=-3.0, safe_gate=True)
+    ),
     "product": Case(PRODUCT, gated_delta_product, product_call),
     "product of one": Case(replace(GATED_DELTA_PRODUCT, rank=1), gated_delta_product, lambda: product_call(1)),
     "product without decay": Case(PRODUCT, gated_delta_product, lambda: product_call(g=None)),
