@@ -208,22 +208,13 @@ def is_faster(r: CanonicalForm) -> bool:
 
 
 def scan(r: CanonicalForm, chunk_size: int | None = None) -> ScanResult:
-    """See `reference.scan`."""
+    """See `reference.scan`. ``chunk_size`` (tokens; by default that of the device) only trades speed."""
     outputs = []
     state = r.starting_state()
     for chunk in walk(r.working(), chunk_size, reads=True):
         outputs.append(chunk.outputs())
         state = chunk.after
     return ScanResult(_by_token(outputs, r), state.reshape(r.B, r.H, r.K, r.V))
-
-
-def corrected_values(r: CanonicalForm, chunk_size: int | None = None) -> Tensor:
-    """See `reference.corrected_values`."""
-    pieces = [[value[:, : chunk.size] for value in chunk.values] for chunk in walk(r.working(), chunk_size)]
-    values = [_by_token(list(piece), r) for piece in zip(*pieces)]
-    if r.k.ndim == 5:
-        return torch.stack(values, dim=3)
-    return values[0]
 
 
 def states(r: CanonicalForm, positions: list[int], chunk_size: int | None = None) -> Tensor:
