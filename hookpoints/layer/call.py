@@ -291,10 +291,10 @@ class LayerCall:
         of what the layer still uses. ``seen_later``: as in `HookSet.watch`."""
         if value is None or not self.hooks.listens(hook):
             return None
-        given = value.clone()  # so ``value`` itself tells, in place or not, whether it changed
-        fired = self.hooks.fire(hook, given)
+        shown = value.clone()  # so ``value`` itself tells, in place or not, whether it changed
+        fired = self.hooks.fire(hook, shown)
         graph = fired.requires_grad or (torch.is_grad_enabled() and value.requires_grad)
-        if graph or (seen_later and fired is not given):
+        if graph or (seen_later and fired is not shown):
             return fired
         return None if self.hooks.only_reads(hook) or torch.equal(value, fired) else fired
 

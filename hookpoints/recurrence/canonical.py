@@ -206,13 +206,13 @@ class CanonicalForm:
 
     def on_host(self) -> Self:
         """The same on the host. Fields cross together, so that a GPU is waited for once."""
-        given = tensors(self)
+        fields = tensors(self)
         if self.device.type == "cpu":
             return self
-        flat = torch.cat([x.flatten() for _, x in given]).cpu()
-        parts = flat.split([x.numel() for _, x in given])
-        fields = {name: part.view(x.shape).to(x.dtype) for part, (name, x) in zip(parts, given)}
-        return dataclasses.replace(self, **fields)
+        flat = torch.cat([x.flatten() for _, x in fields]).cpu()
+        parts = flat.split([x.numel() for _, x in fields])
+        on_host = {name: part.view(x.shape).to(x.dtype) for part, (name, x) in zip(parts, fields)}
+        return dataclasses.replace(self, **on_host)
 
     def starting_state(self) -> Tensor:
         """`initial_state` in `dtype`; zeros [B,H,K,V] where there is none."""

@@ -70,8 +70,8 @@ def states(r: CanonicalForm, positions: list[int]) -> Tensor:
     """States after the write at `positions`, [B,T',H,K,V]."""
     if not positions:
         return r.starting_state()[:, None][:, :0]
-    wanted = set(positions)  # held are these alone: all states would be T K V numbers a head
-    state_after = {t: after for t, (_, after) in enumerate(steps(r.working())) if t in wanted}
+    requested = set(positions)  # held are these alone: all states would be T K V numbers a head
+    state_after = {t: after for t, (_, after) in enumerate(steps(r.working())) if t in requested}
     return torch.stack([state_after[t] for t in positions], dim=1)
 
 

@@ -118,12 +118,12 @@ print(json.dumps([grown / (4 * states.numel()), "transformers" in sys.modules]))
 
 
 def test_choices_of_rows_heads_and_tokens(r: Recurrence) -> None:
-    whole = r.outputs()
-    same(r.select(rows=1, heads=[2, 0]).outputs(), whole[1:, :, [2, 0]])
-    same(r.select(heads=torch.tensor(1), tokens=slice(0, 9)).outputs(), whole[:, :9, 1:2])
+    outputs = r.outputs()
+    same(r.select(rows=1, heads=[2, 0]).outputs(), outputs[1:, :, [2, 0]])
+    same(r.select(heads=torch.tensor(1), tokens=slice(0, 9)).outputs(), outputs[:, :9, 1:2])
     same(r.select(heads=slice(1, None)).final_state(), r.final_state()[:, 1:])
     rest = r.select(heads=0, tokens=slice(9, 20), initial_state=r.states(0, 8)[:, 0])
-    same(rest.outputs(), whole[:, 9:20, :1])
+    same(rest.outputs(), outputs[:, 9:20, :1])
 
 
 def test_beta_only_saves_work(r: Recurrence) -> None:
