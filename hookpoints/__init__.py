@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from hookpoints.model.loading import cached, default_device, model_types
     from hookpoints.model.recurrent import HookedRecurrent
     from hookpoints.recurrence.recurrence import Recurrence
-    from hookpoints.rules import RULES
+    from hookpoints.rules.known import RULES
 
 _HOMES = {
     "circuit.attribute": ("attribute", "attribute_task"),
@@ -53,7 +53,7 @@ _HOMES = {
     "model.loading": ("cached", "default_device", "model_types"),
     "model.recurrent": ("HookedRecurrent",),
     "recurrence.recurrence": ("Recurrence",),
-    "rules": ("RULES",),
+    "rules.known": ("RULES",),
 }
 """Module -> the names that the package has from it."""
 _MODULES = ("embedded", "errors", "zoo")

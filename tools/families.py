@@ -4,7 +4,7 @@
     python tools/families.py --measure   runs the families of transformers again before, in 10 s on a CPU
 
 What a family is comes from its rule. Errors of flash-linear-attention's families and of RWKV-7 stay as they are in the
-file (runs of 2026-11-25 and 2026-11-28). `.ci/fla` compares every family with flash-linear-attention's kernels.
+file (runs of 2026-11-25). `.ci/fla` compares every family with flash-linear-attention's kernels.
 """
 # pyright: reportMissingImports=false
 
@@ -27,7 +27,9 @@ from tables import table  # noqa: E402
 
 from hookpoints import HookedRecurrent  # noqa: E402
 from hookpoints.hooks.table import rows  # noqa: E402
-from hookpoints.rules import REFUSED, REFUSED_LAYERS, RULES, Rule  # noqa: E402
+from hookpoints.rules import Rule  # noqa: E402
+from hookpoints.rules.known import NOT_HOOKED, OWN_RULES  # noqa: E402
+from hookpoints.rules.refused import REFUSED_LAYERS  # noqa: E402
 from hookpoints.rules.tables import FLA_GLA  # noqa: E402
 
 DATA, PAGE = ROOT / "docs" / "families.json", ROOT / "docs" / "families.md"
@@ -48,8 +50,8 @@ S_t = (\\mathrm{{diag}}(\\alpha_t) + a_t b_t^\\top)\\, S_{{t-1}} + k_t u_t^\\top
 
 {rules}
 *State* has the names that upstream's layers give to the two sizes. A write has rank 1; in Gated DeltaProduct it has
-rank R, the number of its steps. In Mamba-1 and HGRN each entry of the state has its own decay, and each value channel
-its own pattern. HGRN keeps a vector, which is a matrix of one row: its keys and queries are 1, and have no hooks.
+rank R, the number of its steps. In Mamba-1 each entry of the state has its own decay, and each value channel its own
+pattern.
 A token reads the state after its own write; in {before} it reads the state before it.
 
 Every family has {common}.
@@ -65,13 +67,12 @@ The table compares each family with an oracle, on tiny random models, a CPU and 
   (the second, where two are named). The number is the largest difference of logits. With the default backend and no
   hooks attached, it is zero.
 * *Kernels*: logits by fla's own kernels in Triton's interpreter, chunked and step by step, from a cache and padded.
-  SimpleGLA and Gated DeltaNet-2 are layers without a model in fla: the number is that of one call, and that of a KDA
-  model with the layer. RWKV-7's chunked kernel solves its triangular systems in float16, and differs as much from
+  RWKV-7's chunked kernel solves its triangular systems in float16, and differs as much from
   fla's recurrent kernel.
 
 `tests/hookpoints` also tests decoding, padding, other dtypes and edits. `tools/families.py` makes this page from the
 rules and from `families.json`, and `--measure` measures the families of transformers again. The other errors are from
-2026-11-25 and, for Gated DeltaNet-2, 2026-11-28, for HGRN, 2026-12-01.
+2026-11-25. The plug-in in the folder `rare` has more rules, and shows how to add one.
 
 {models}
 ## Models that do not load
@@ -84,7 +85,7 @@ layers of fla, by class, of which it has no models.
 
 def rule_of(family: Family) -> Rule:
     """The rule of a model type; fla has its own ops, of which GLA's serves HGRN2 too."""
-    rules = (*RULES, replace(FLA_GLA, name="HGRN2", sizes=("head_f_dim", "head_i_dim")))
+    rules = (*OWN_RULES, replace(FLA_GLA, name="HGRN2", sizes=("head_f_dim", "head_i_dim")))
     return next(x for x in rules if x.name == family["rule"] and x.kernel_only == (family["source"] == "fla"))
 
 
@@ -133,7 +134,7 @@ def page(families: list[Family]) -> str:
     by_rule, by_reason = defaultdict(list), defaultdict(list)
     for family in families:
         by_rule[family["rule"]].append(family)
-    for name, reason in (*sorted(REFUSED.items()), *sorted(REFUSED_LAYERS.items())):
+    for name, reason in (*sorted(NOT_HOOKED.items()), *sorted(REFUSED_LAYERS.items())):
         by_reason[reason].append(f"`{name}`")
     common = [row.name for row in rows("mixer") if row.factor is None] + [f"heads.{{h}}.{x.name}" for x in rows("head")]
     return TEXT.format(
@@ -148,7 +149,7 @@ def page(families: list[Family]) -> str:
             ),
             (rule_row(name, members) for name, members in by_rule.items()),
         ),
-        before=" and ".join(dict.fromkeys(rule.name for rule in RULES if rule.read_before_write)),
+        before=" and ".join(dict.fromkeys(rule.name for rule in OWN_RULES if rule.read_before_write)),
         common=", ".join(f"`{name}`" for name in common),
         models=table(
             ("model type", "from", "H, K, V", "oracle", "op", "logits", "largest logit", "kernels"),

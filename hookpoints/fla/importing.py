@@ -17,10 +17,11 @@ from hookpoints.errors import UnsupportedModelError
 
 INSTALL = 'in the clone of the repository, pip install -e ".[fla]"'
 MODEL_TYPES = frozenset(
-    {"comba", "delta_net", "gated_deltanet", "gated_deltanet2", "gated_deltaproduct", "gla", "hgrn"}
-    | {"hgrn2", "kda", "retnet", "rwkv6", "rwkv7", "simple_gla"}
+    {"comba", "delta_net", "gated_deltanet", "gated_deltaproduct", "gla", "hgrn", "hgrn2", "kda", "retnet", "rwkv6"}
+    | {"rwkv7"}
 )
-"""Model types that only fla defines and hookpoints hooks; a checkpoint of one is why fla is imported."""
+"""Model types that only fla defines and that have a rule, here or in `hookpoints-rare`; a checkpoint of one is why fla
+is imported."""
 
 
 def import_fla() -> ModuleType:

@@ -172,34 +172,37 @@ class LayerCall:
     def handle(self, op: Function, arguments: Arguments) -> object:
         """Run the op with hooks and edits around it; returns what the layer expects from the op."""
         rule = self.mixer.rule
-        run = self.run
-        layer = self.mixer.layer
         self.mixer.calls += 1
         if rule.starts_from_zero and self.cache is not None and not is_update(arguments):
-            state = cached_state(self.cache, layer)
+            state = cached_state(self.cache, self.mixer.layer)
             arguments = arguments if state is None else {"initial_state": state, **arguments}
         native_op = self._native_op(op, arguments)
-        edited = any(layer in plan.by_layer for plan in run.plans)
-        if not (edited or self._is_recorded() or native_op is None or self.hooks.listeners.exist()):
+        if native_op is not None and not self._is_observed():
             return native_op(**arguments)
-        # fla's layers take the padding out before the op.
+        # fla's layers take the padding out before the op; hooks see the batch's own rows.
         self.padding = Padding(self.real) if arguments.get("cu_seqlens") is not None else UNPADDED
         factors, changed = self._fire_factors(rule.factors(arguments).over_time(self.padding.spread))
-        unerased = Recurrence.of(rule.form(factors, arguments))
-        recurrence = self._fire_sides(unerased, hook_erase_a="a", hook_erase_b="b")
-        if recurrence is not unerased or changed & rule.not_fed:
-            native_op = (
-                None  # ops derive the erase from their other arguments, and take some factors only in their form
-            )
+        derived = Recurrence.of(rule.form(factors, arguments))
+        recurrence = self._fire_sides(derived, hook_erase_a="a", hook_erase_b="b")
+        # Ops derive the erase from their other arguments, and take some factors only in the form that they know: these
+        # changes only hookpoints' own kernel computes, and others only the op's torch form.
+        if recurrence is not derived or changed & rule.not_fed:
+            native_op = None
         elif native_op is not None and changed & rule.torch_only:
             native_op = torch_form(native_op)
         fed = rule.arguments(arguments, factors.over_time(self.padding.packed), changed)
         dtype = rule.output_dtype(arguments) if changed or native_op is None else None
-        ran = self.result if run.part is None else partial(run.part, self)
-        result = ran(recurrence, native_op, fed, dtype)
+        # In a short pass that reads some tokens again, the run says which tokens of the call are computed.
+        computed = self.result if self.run.part is None else partial(self.run.part, self)
+        result = computed(recurrence, native_op, fed, dtype)
         if self.hooks.listens("hook_read"):
             result = result._replace(outputs=self.hooks.fire("hook_read", result.outputs))
         return rule.write_result(result._replace(outputs=self.padding.packed(result.outputs)), arguments)
+
+    def _is_observed(self) -> bool:
+        """Whether a hook, an edit or a recording concerns the layer's op calls."""
+        edited = any(self.mixer.layer in plan.by_layer for plan in self.run.plans)
+        return edited or self._is_recorded() or self.hooks.listeners.exist()
 
     def _native_op(self, op: Function, arguments: Arguments) -> Function | None:
         """The function that computes the native pass; None: this package's own kernel does."""
@@ -288,10 +291,10 @@ class LayerCall:
         of what the layer still uses. ``seen_later``: as in `HookSet.watch`."""
         if value is None or not self.hooks.listens(hook):
             return None
-        given = value.clone()  # so ``value`` itself tells, in place or not, whether it changed
-        fired = self.hooks.fire(hook, given)
+        shown = value.clone()  # so ``value`` itself tells, in place or not, whether it changed
+        fired = self.hooks.fire(hook, shown)
         graph = fired.requires_grad or (torch.is_grad_enabled() and value.requires_grad)
-        if graph or (seen_later and fired is not given):
+        if graph or (seen_later and fired is not shown):
             return fired
         return None if self.hooks.only_reads(hook) or torch.equal(value, fired) else fired
 

@@ -158,12 +158,12 @@ class EditResponse:
 
     def _plus_changes(self, base: Tensor, heads: slice, of_one: Callable[[Recurrence], Tensor]) -> Tensor:
         """``base`` of ``heads``, and what ``of_one`` [B,T,1,K,V] makes of each change of theirs."""
-        wanted = range(self.recurrence.H)[heads]
-        changes = [change for change in self.low_rank if change.head in wanted]
+        selected = range(self.recurrence.H)[heads]
+        changes = [change for change in self.low_rank if change.head in selected]
         if changes and base.requires_grad:  # autograd may need the values that are changed in place below
             base = base.clone()
         for change in changes:
-            base[:, :, change.head - wanted.start] += of_one(self._answering_recurrence(change))[:, :, 0]
+            base[:, :, change.head - selected.start] += of_one(self._answering_recurrence(change))[:, :, 0]
         return base
 
     def _add_reads(self, r: Recurrence, heads: slice, seen: Tensor, final_state: Tensor | None = None) -> None:

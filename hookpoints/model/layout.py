@@ -17,7 +17,9 @@ from typing import Literal, NamedTuple
 from torch import nn
 
 from hookpoints.errors import UnsupportedModelError
-from hookpoints.rules import REFUSED, REFUSED_LAYERS, RULES, Rule
+from hookpoints.rules.base import Rule
+from hookpoints.rules.known import GROUP, REFUSED, RULES
+from hookpoints.rules.refused import REFUSED_LAYERS
 
 Part = Literal["mixer", "attn"]
 """Of a block: its recurrence or its attention."""
@@ -312,7 +314,10 @@ def _refusal_reason(model: nn.Module) -> str:
     known = ", ".join(dict.fromkeys(rule.name for rule in RULES))
     layers = (REFUSED_LAYERS.get(type(module).__name__) for module in model.modules())
     reason = REFUSED.get(model_type) or next(filter(None, layers), None)
-    reason = reason or "none of its layers calls a recurrent op that is known here"
+    reason = reason or (
+        "none of its layers calls a recurrent op that is known here (a distribution with an entry point of the group "
+        f"{GROUP!r} adds a rule)"
+    )
     if model_type in ("mamba", "mamba2") and type(model).__module__.startswith("fla."):
         reason = f"this is a class of fla's; load the checkpoint with transformers' {type(model).__name__}"
     return f"{model_type!r} cannot be hooked: {reason}. Update rules known here: {known}"

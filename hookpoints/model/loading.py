@@ -40,7 +40,7 @@ from hookpoints.files import SealedFolder, read_json
 from hookpoints.fla.checkpoints import split_gates, weight_files
 from hookpoints.fla.importing import MODEL_TYPES, import_fla, restore_auto_classes
 from hookpoints.model.refused import refuse_arguments
-from hookpoints.rules import REFUSED, RULES
+from hookpoints.rules.known import REFUSED, RULES
 from hookpoints.rwkv7.configuration import RWKV7Config
 from hookpoints.rwkv7.modeling import RWKV7ForCausalLM, from_pth
 
@@ -266,7 +266,7 @@ def model_types() -> dict[str, list[str]]:
         for rule in RULES:
             if f"def {rule.ops[0]}(" in text:
                 by_rule.setdefault(rule.name, []).append(model_type)
-    return by_rule | {"with the extra fla": sorted(MODEL_TYPES - _OWN_CLASSES.keys())}
+    return by_rule | {"with the extra fla": sorted(MODEL_TYPES - _OWN_CLASSES.keys() - REFUSED.keys())}
 
 
 def _refuse_unknown(name: str) -> None:

@@ -1,7 +1,7 @@
 """The write: the canonical recurrence, its step-by-step reference and its chunked fast path."""
 
 from hookpoints.recurrence.canonical import CanonicalForm, Index, Loop, ScanResult, carried_keys
-from hookpoints.recurrence.recurrence import Method, Recurrence, WriteKind
+from hookpoints.recurrence.recurrence import Method, Recurrence
 
 __all__ = [
     "CanonicalForm",
@@ -10,6 +10,5 @@ __all__ = [
     "Method",
     "Recurrence",
     "ScanResult",
-    "WriteKind",
     "carried_keys",
 ]

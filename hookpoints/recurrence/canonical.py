@@ -181,7 +181,7 @@ class CanonicalForm:
         return dataclasses.replace(self, **fields)
 
     def without_erase(self) -> Self:
-        """The same with decay only: what carries the corrected values, and an edit in open loop."""
+        """The same with decay only: what carries an edit in open loop."""
         return dataclasses.replace(self, a=None, b=None, beta=None)
 
     def with_write(self, k: Tensor, u: Tensor, *, loop: Loop = "closed") -> Self:
@@ -193,32 +193,6 @@ class CanonicalForm:
         """
         base = choice(loop, {"closed": lambda: self, "open": self.without_erase}, "loop")()
         return base.replace(k=k, u=u, initial_state=None)
-
-    def tied(self) -> Self:
-        """The same recurrence with `beta` declared, for an erase that lies along the write key.
-
-        Raises ValueError if it does not: at some token |a - c k| > 1e-5 |a| for the best c (more
-        for half precision, by its rounding).
-        """
-        if self.a is None or self.beta is not None:
-            return self
-        if self.a.ndim != self.k.ndim or self.a.shape[3] != self.k.shape[3]:
-            raise ValueError(
-                "corrected values exist only where each term of the write has its own erase: the write k has the "
-                f"shape {list(self.k.shape)}, the erase a {list(self.a.shape)}"
-            )
-        a = self.a.to(self.dtype)
-        k = self.k.to(self.dtype)
-        # Least squares for c in a = c k; a key of zeros erases nothing, whatever c is.
-        along = (a * k).sum(-1) / (k * k).sum(-1).clamp_min(torch.finfo(self.dtype).tiny)
-        tolerance = max(1e-5, 4 * torch.finfo(self.a.dtype).eps)
-        off = (a - along[..., None] * k).norm(dim=-1) > tolerance * a.norm(dim=-1)
-        if bool(off.any()):
-            raise ValueError(
-                "corrected values exist only where the erase a is along the write key k (a = -beta k). Use the "
-                "additive write, or states()"
-            )
-        return dataclasses.replace(self, beta=-along)
 
     def working(self) -> Self:
         """The same with every tensor in `dtype`; the algorithms begin with it."""
@@ -232,13 +206,13 @@ class CanonicalForm:
 
     def on_host(self) -> Self:
         """The same on the host. Fields cross together, so that a GPU is waited for once."""
-        given = tensors(self)
+        fields = tensors(self)
         if self.device.type == "cpu":
             return self
-        flat = torch.cat([x.flatten() for _, x in given]).cpu()
-        parts = flat.split([x.numel() for _, x in given])
-        fields = {name: part.view(x.shape).to(x.dtype) for part, (name, x) in zip(parts, given)}
-        return dataclasses.replace(self, **fields)
+        flat = torch.cat([x.flatten() for _, x in fields]).cpu()
+        parts = flat.split([x.numel() for _, x in fields])
+        on_host = {name: part.view(x.shape).to(x.dtype) for part, (name, x) in zip(parts, fields)}
+        return dataclasses.replace(self, **on_host)
 
     def starting_state(self) -> Tensor:
         """`initial_state` in `dtype`; zeros [B,H,K,V] where there is none."""

@@ -160,8 +160,8 @@ def _prepared_chunks(r: CanonicalForm, part: dict[str, Tensor], reads: bool) -> 
     )
 
 
-def _chunk_size(r: CanonicalForm, wanted: int | None) -> int:
-    most = wanted or _CHUNK.get(r.device.type, 64)
+def _chunk_size(r: CanonicalForm, requested: int | None) -> int:
+    most = requested or _CHUNK.get(r.device.type, 64)
     if r.decays_per_channel:
         most = min(most, ANCHORED)
     # Chunks of even size: 33 tokens are two chunks of 17, with one token of padding instead of 31.
@@ -186,8 +186,8 @@ def _solved_terms(lags: list[list[Tensor]], xs: list[Tensor]) -> list[Tensor]:
     if count == 1:
         return [_solve_triangular(lags[0][0], xs[0])]
     size = xs[0].shape[-2]
-    whole = torch.stack([torch.stack(row, dim=-1) for row in lags], dim=-3).flatten(4).flatten(2, 3)
-    solved = _solve_triangular(whole, torch.stack(xs, dim=3).flatten(2, 3))
+    matrix = torch.stack([torch.stack(row, dim=-1) for row in lags], dim=-3).flatten(4).flatten(2, 3)
+    solved = _solve_triangular(matrix, torch.stack(xs, dim=3).flatten(2, 3))
     return list(solved.unflatten(2, (size, count)).unbind(3))
 
 
@@ -208,22 +208,13 @@ def is_faster(r: CanonicalForm) -> bool:
 
 
 def scan(r: CanonicalForm, chunk_size: int | None = None) -> ScanResult:
-    """See `reference.scan`."""
+    """See `reference.scan`. ``chunk_size`` (tokens; by default that of the device) only trades speed."""
     outputs = []
     state = r.starting_state()
     for chunk in walk(r.working(), chunk_size, reads=True):
         outputs.append(chunk.outputs())
         state = chunk.after
     return ScanResult(_by_token(outputs, r), state.reshape(r.B, r.H, r.K, r.V))
-
-
-def corrected_values(r: CanonicalForm, chunk_size: int | None = None) -> Tensor:
-    """See `reference.corrected_values`."""
-    pieces = [[value[:, : chunk.size] for value in chunk.values] for chunk in walk(r.working(), chunk_size)]
-    values = [_by_token(list(piece), r) for piece in zip(*pieces)]
-    if r.k.ndim == 5:
-        return torch.stack(values, dim=3)
-    return values[0]
 
 
 def states(r: CanonicalForm, positions: list[int], chunk_size: int | None = None) -> Tensor:
@@ -233,21 +224,21 @@ def states(r: CanonicalForm, positions: list[int], chunk_size: int | None = None
     before them; where no gradient is recorded it is computed in the result itself: nothing is copied, and further
     memory stays bounded.
     """
-    wanted = sorted(set(positions))
-    if wanted != positions:
-        at = torch.tensor([bisect_left(wanted, t) for t in positions], device=r.device)
-        return states(r, wanted, chunk_size).index_select(1, at)
-    r = r.select(tokens=slice(0, wanted[-1] + 1)).working()
-    if len(wanted) == 1:
+    ordered = sorted(set(positions))
+    if ordered != positions:
+        at = torch.tensor([bisect_left(ordered, t) for t in positions], device=r.device)
+        return states(r, ordered, chunk_size).index_select(1, at)
+    r = r.select(tokens=slice(0, ordered[-1] + 1)).working()
+    if len(ordered) == 1:
         return _last_state(r, chunk_size).unflatten(0, (r.B, 1, r.H))
     recorded = torch.is_grad_enabled() and any(x.requires_grad for _, x in tensors(r))
-    result = r.q.new_empty(0 if recorded else r.B * r.H, len(wanted), r.K, r.V)
+    result = r.q.new_empty(0 if recorded else r.B * r.H, len(ordered), r.K, r.V)
     pieces: list[Tensor] = []
     for chunk in walk(r, chunk_size or _EXPANDED):
-        begin = bisect_left(wanted, chunk.first)
-        end = bisect_left(wanted, chunk.first + chunk.size)
+        begin = bisect_left(ordered, chunk.first)
+        end = bisect_left(ordered, chunk.first + chunk.size)
         if begin < end:
-            pieces.append(_states_at_rows(chunk, [t - chunk.first for t in wanted[begin:end]], result[:, begin:end]))
+            pieces.append(_states_at_rows(chunk, [t - chunk.first for t in ordered[begin:end]], result[:, begin:end]))
     return (torch.cat(pieces, dim=1) if recorded else result).unflatten(0, (r.B, r.H)).transpose(1, 2)
 
 

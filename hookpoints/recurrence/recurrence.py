@@ -1,4 +1,4 @@
-"""What can be computed from the factors of a recurrent layer: outputs, states, corrected values, responses.
+"""What can be computed from the factors of a recurrent layer: outputs, states, attention, responses and gradients.
 
     S_t = (diag(alpha_t) + a_t b_t^T) S_{t-1} + k_t u_t^T          S: [B,H,K,V], key-first
     o_t = S_t^T (scale * q_t)
@@ -41,7 +41,6 @@ from hookpoints.recurrence.canonical import (
 )
 
 Method = Literal["chunked", "reference"]
-WriteKind = Literal["additive", "corrected"]
 
 
 class Recurrence(CanonicalForm):
@@ -56,29 +55,21 @@ class Recurrence(CanonicalForm):
         """The recurrence that has the factors of ``form``."""
         return cls(**{field.name: getattr(form, field.name) for field in dataclasses.fields(form)})
 
-    def scan(self, *, method: Method = "chunked", chunk_size: int | None = None) -> ScanResult:
-        """Outputs and final state in one pass. `chunk_size` (tokens; the default depends on the form) only trades
-        speed, for tests and tuning."""
-        by_token = self._by_token(method, chunk_size)
+    def scan(self, *, method: Method = "chunked") -> ScanResult:
+        """Outputs and final state in one pass."""
+        by_token = self._by_token(method)
         with self._full_precision():
-            return reference.scan(self) if by_token else chunked.scan(self, chunk_size)
+            return reference.scan(self) if by_token else chunked.scan(self)
 
-    def outputs(self, *, method: Method = "chunked", chunk_size: int | None = None) -> Tensor:
+    def outputs(self, *, method: Method = "chunked") -> Tensor:
         """What the layer reads, o_t = S_t^T (scale q_t): [B,T,H,V]. Cost O(K V) per token and head."""
-        return self.scan(method=method, chunk_size=chunk_size).outputs
+        return self.scan(method=method).outputs
 
-    def final_state(self, *, method: Method = "chunked", chunk_size: int | None = None) -> Tensor:
+    def final_state(self, *, method: Method = "chunked") -> Tensor:
         """State after the last token, [B,H,K,V]."""
-        return self.scan(method=method, chunk_size=chunk_size).final_state
+        return self.scan(method=method).final_state
 
-    def states(
-        self,
-        heads: Index = None,
-        positions: Index = None,
-        *,
-        method: Method = "chunked",
-        chunk_size: int | None = None,
-    ) -> Tensor:
+    def states(self, heads: Index = None, positions: Index = None, *, method: Method = "chunked") -> Tensor:
         """States after the write, [B,T',H',K,V], for the selected heads and positions (None: all; an int keeps
         its axis).
 
@@ -87,32 +78,16 @@ class Recurrence(CanonicalForm):
         """
         selected = self.select(heads=heads)
         at = resolve_index(positions, self.T, "positions")
-        by_token = selected._by_token(method, chunk_size) or not at
+        by_token = selected._by_token(method) or not at
         with self._full_precision():
-            return reference.states(selected, at) if by_token else chunked.states(selected, at, chunk_size)
+            return reference.states(selected, at) if by_token else chunked.states(selected, at)
 
-    def corrected_values(self, *, method: Method = "chunked", chunk_size: int | None = None) -> Tensor:
-        """Corrected values u~, like `u`: S_t = diag(alpha_t) S_{t-1} + k_t u~_t^T, so that decay alone links
-        the states.
-
-        Without an erase u~ is `u`. Raises ValueError where the erase is not along the write key (RWKV-7),
-        since then no single value makes up for it.
-        """
-        if self.b is None:
-            return self.u.to(self.dtype)
-        tied = self.tied()
-        by_token = tied._by_token(method, chunk_size)
-        with self._full_precision():
-            return reference.corrected_values(tied) if by_token else chunked.corrected_values(tied, chunk_size)
-
-    def write(self, heads: Index = None, positions: Index = None, kind: WriteKind = "additive") -> Tensor:
-        """Dense writes [B,T',H',K,V]: k_t u_t^T ("additive", what the token adds) or k_t u~_t^T ("corrected",
-        what it changes besides decay). Memory is the result's; the factors `k`, `u` and `corrected_values()`
+    def write(self, heads: Index = None, positions: Index = None) -> Tensor:
+        """Dense writes k_t u_t^T, what each token adds: [B,T',H',K,V]. Memory is the result's; the factors `k` and `u`
         say the same in K + V numbers."""
         selected = self.select(heads=heads)
-        value = choice(kind, {"additive": lambda: selected.u, "corrected": selected.corrected_values}, "kind")()
         key = pick(selected.k.to(self.dtype), positions, 1, "positions")
-        value = pick(value.to(self.dtype), positions, 1, "positions")
+        value = pick(selected.u.to(self.dtype), positions, 1, "positions")
         if key.ndim == 5:
             return key.mT @ value
         return key[..., :, None] * value[..., None, :]
@@ -157,7 +132,7 @@ class Recurrence(CanonicalForm):
         state = None if past_keys is None else F.pad(past_keys.to(r.dtype), (0, count))
         return dataclasses.replace(r, u=values if r.k.ndim == 5 else values.squeeze(3), initial_state=state)
 
-    def attention(self, *, method: Method = "chunked", chunk_size: int | None = None) -> Tensor:
+    def attention(self, *, method: Method = "chunked") -> Tensor:
         """How much token t reads of what token s wrote, exactly: A[t,s] = <p_t(k_s), scale q_t>, [B,H,T,S], S = T.
 
         p_t(k_s) is the key of write s after the decays and erases of the tokens s+1 .. t, so that o_t is the sum over
@@ -168,14 +143,14 @@ class Recurrence(CanonicalForm):
 
         Cost O(K T R) per token and head, T / V times that of `outputs`; memory is the result's.
         """
-        return pattern_of(self.by_source().outputs(method=method, chunk_size=chunk_size), self)
+        return pattern_of(self.by_source().outputs(method=method), self)
 
-    def state_blocks(self, *, method: Method = "chunked", chunk_size: int | None = None) -> Iterator[Tensor]:
+    def state_blocks(self, *, method: Method = "chunked") -> Iterator[Tensor]:
         """All states after the write, in order, as blocks [B,C,H,K,V] of a few tokens: `states` for sums over tokens,
         with memory that does not grow with the length."""
-        by_token = self._by_token(method, chunk_size)
+        by_token = self._by_token(method)
         with self._full_precision():
-            yield from reference.state_blocks(self) if by_token else chunked.state_blocks(self, chunk_size)
+            yield from reference.state_blocks(self) if by_token else chunked.state_blocks(self)
 
     def chunks(self, chunk_size: int, like: Tensor) -> Iterator[chunked.Chunk]:
         """The chunks of at most so many tokens, in order, that the fast paths walk over, of factors as `like`: state
@@ -209,9 +184,7 @@ class Recurrence(CanonicalForm):
         # What the result reads means nothing; its q may be any of the right shape.
         return type(self)(q=keys, k=keys, u=values, log_decay=log_decay, a=a, b=b, rates=self.rates)
 
-    def value_gradients(
-        self, read_gradients: Tensor, *, method: Method = "chunked", chunk_size: int | None = None
-    ) -> Tensor:
+    def value_gradients(self, read_gradients: Tensor, *, method: Method = "chunked") -> Tensor:
         """dL/du of the value of every write, like `u`: (dL/dW_t)^T k_t, which is the sum over tokens of A[i,t] g_i.
 
         So <u_t, dL/du_t> is the effect of the whole write on L, to first order. ``read_gradients`` and errors are those
@@ -220,7 +193,7 @@ class Recurrence(CanonicalForm):
         adjoint = self.adjoint(read_gradients)
         # (dL/dW)^T k is a read of the adjoint's state by k; tokens turn around on the way in and out.
         readers = (adjoint.replace(q=key.flip(1)) for key in terms(self.k))
-        gradients = [reader.outputs(method=method, chunk_size=chunk_size).flip(1) for reader in readers]
+        gradients = [reader.outputs(method=method).flip(1) for reader in readers]
         if self.k.ndim == 4:
             return gradients[0]
         return torch.stack(gradients, dim=3)
@@ -264,7 +237,7 @@ class Recurrence(CanonicalForm):
         moved = idle.states(method=method)[:, :, 0].permute(0, 3, 1, 2)
         return torch.cat([vectors.unsqueeze(2), moved], dim=2)
 
-    def _by_token(self, method: Method, chunk_size: int | None = None) -> bool:
+    def _by_token(self, method: Method) -> bool:
         """Whether the reference does the work: where it is asked for, and where chunks have no advantage."""
         return choice(method, {"chunked": not chunked.is_faster(self), "reference": True}, "method")
 

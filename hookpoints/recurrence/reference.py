@@ -70,8 +70,8 @@ def states(r: CanonicalForm, positions: list[int]) -> Tensor:
     """States after the write at `positions`, [B,T',H,K,V]."""
     if not positions:
         return r.starting_state()[:, None][:, :0]
-    wanted = set(positions)  # held are these alone: all states would be T K V numbers a head
-    state_after = {t: after for t, (_, after) in enumerate(steps(r.working())) if t in wanted}
+    requested = set(positions)  # held are these alone: all states would be T K V numbers a head
+    state_after = {t: after for t, (_, after) in enumerate(steps(r.working())) if t in requested}
     return torch.stack([state_after[t] for t in positions], dim=1)
 
 
@@ -79,11 +79,3 @@ def state_blocks(r: CanonicalForm) -> Iterator[Tensor]:
     """States after each write, [B,1,H,K,V] at a time."""
     for _, after in steps(r.working()):
         yield after[:, None]
-
-
-def corrected_values(r: CanonicalForm) -> Tensor:
-    """u~_t = u_t - beta_t S_{t-1}^T b_t, [B,T,H,(R,)V]; `r` declares `beta`."""
-    r = r.working()
-    assert r.b is not None and r.beta is not None
-    read_back = [read_out(r.b[:, t], before) for t, (before, _) in enumerate(steps(r))]
-    return r.u - r.beta[..., None] * torch.stack(read_back, dim=1)

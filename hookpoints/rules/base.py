@@ -72,8 +72,8 @@ class OpFactors:
 
     def over_time(self, change: Callable[[Tensor], Tensor]) -> OpFactors:
         """With ``change`` made to all factors that have a time axis."""
-        given = {name: x for name in (*self.NAMES, "back") if (x := getattr(self, name)) is not None}
-        return replace(self, **{name: change(x) for name, x in given.items()})
+        factors = {name: x for name in (*self.NAMES, "back") if (x := getattr(self, name)) is not None}
+        return replace(self, **{name: change(x) for name, x in factors.items()})
 
 
 class OpResult(NamedTuple):
@@ -178,9 +178,9 @@ class Rule:
         """Whether upstream's op can compute this call where its tensors are; else hookpoints' own kernel does."""
         v = arguments[self.names.v]
         runs_here = not self.kernel_only or v.device.type != "cpu"
-        given = (x for x in arguments.values() if isinstance(x, Tensor))
+        tensors = (x for x in arguments.values() if isinstance(x, Tensor))
         overwrites = self.overwrites and is_update(arguments) and torch.is_grad_enabled()
-        lost = overwrites and any(x.requires_grad for x in given)
+        lost = overwrites and any(x.requires_grad for x in tensors)
         forgets = self.starts_from_zero and arguments.get("initial_state") is not None
         return (
             runs_here

@@ -10,8 +10,15 @@ _PRECONDITIONED = (
     "models are supported"
 )
 _SECOND_STATE = "divides its reads by a second, normalizing state"
+_RARE = (
+    "its update rule is in the plug-in hookpoints-rare, which is not installed: in the clone of the repository, "
+    "pip install ./rare"
+)
 
-REFUSED: dict[str, str] = {
+NOT_HOOKED: dict[str, str] = {
+    "comba": _RARE,
+    "hgrn": _RARE,
+    "retnet": _RARE,
     "zamba": "its layers call Mamba-1's op once for each of their heads, and a hooked layer makes one call; Zamba2, "
     "Mamba, Falcon-Mamba and Jamba models are supported",
     "samba": "fla's layer of Mamba-1 has its recurrence written out inside a forward (slow_forward) where "
@@ -37,7 +44,7 @@ REFUSED: dict[str, str] = {
     "xlstm": f"xLSTM {_SECOND_STATE}",
     "precond_gated_deltanet": _PRECONDITIONED,
     "precond_kda": _PRECONDITIONED,
-    "linear_attn": "linear attention without a decay has no rule here; RetNet, GLA and SimpleGLA models are supported",
+    "linear_attn": "linear attention without a decay has no rule here; GLA models are supported",
     "rodimus": "Rodimus gives GLA's op one head as wide as the layer, between its own projections and residuals, "
     "which have no rule here; GLA models are supported",
     "yoco": "its upper half attends to keys and values that its lower half made, so its blocks are no chain along one "
@@ -55,11 +62,13 @@ REFUSED: dict[str, str] = {
     "transformer": _ATTENTION,
     "wall_transformer": _ATTENTION,
 }
-"""Model types that are not hooked, with the reason."""
+"""Model types that hookpoints alone does not hook, with the reason; a plug-in may have the rule of one."""
 
 REFUSED_LAYERS: dict[str, str] = {
+    **dict.fromkeys(("Comba", "GatedDeltaNet2", "HGRNAttention"), _RARE),
+    **dict.fromkeys(("MultiScaleRetention", "SimpleGatedLinearAttention"), _RARE),
     "BasedLinearAttention": f"Based {_SECOND_STATE}",
     "ReBasedLinearAttention": f"ReBased {_SECOND_STATE}",
     "MomentumDeltaNet": "Momentum DeltaNet keeps two coupled states, the second a momentum of the first's writes",
 }
-"""Layers of fla, by the name of their class, of which it has no models: found in models that someone made of them."""
+"""Layers of fla by the name of their class, for models that someone made of them."""

@@ -6,13 +6,11 @@ from collections.abc import Set
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from hookpoints.recurrence.canonical import CanonicalForm
 from hookpoints.rules.base import CONVOLUTIONS, Arguments, FlaRule, Names, OpFactors, OpResult, Rule, compute_dtype
 
 _OF_TRANSFORMERS = Names("query", "key", "value", beta="beta", log_decay="g")
-_WITHOUT_BETA = Names("q", "k", "v", log_decay="g")
 
 # -- the delta rules: a token takes off what its key reads back before it writes
 
@@ -61,63 +59,6 @@ FLA_DELTA = FlaRule(
 """
 
 
-class _GatedDelta2(FlaRule):
-    def read(self, field: str, arguments: Arguments, dtype: torch.dtype) -> Tensor | None:
-        if field == "back":
-            return arguments["b"].to(dtype)
-        return super().read(field, arguments, dtype)
-
-    def erase_key(self, factors: OpFactors) -> Tensor:
-        assert factors.back is not None
-        return factors.back * super().erase_key(factors)
-
-    def form(self, factors: OpFactors, arguments: Arguments) -> CanonicalForm:
-        return (
-            super().form(factors, arguments).replace(beta=torch.ones_like(factors.k[..., 0]), b=self.erase_key(factors))
-        )
-
-
-FLA_GATED_DELTA_2 = _GatedDelta2(
-    "Gated DeltaNet-2",
-    ("chunk_gdn2", "fused_recurrent_gdn2"),
-    Names("q", "k", "v", beta="w", log_decay="g", back="b"),
-    own_erase=True,
-)
-"""Gated DeltaNet-2 (fla's layer ``GatedDeltaNet2``): a gate b for each key channel says what is erased, and a gate w
-for each value channel what is written.
-
-    S_t = (I - k_t (b_t * k_t)^T) diag(alpha_t) S_{t-1} + k_t (w_t * v_t)^T,    o_t = S_t^T (K^-1/2 q_t)
-
-with q, k l2-normalized inside the op and one decay per key channel. w is beta, [B,T,H,V]. An edit of k moves the
-erase b * k as well. With b = w = beta it is Kimi delta attention.
-"""
-
-
-class _Comba(FlaRule):
-    def read(self, field: str, arguments: Arguments, dtype: torch.dtype) -> Tensor | None:
-        return super().read("k" if field == "back" and arguments["p"] is None else field, arguments, dtype)
-
-    def erase_key(self, factors: OpFactors) -> Tensor:
-        assert factors.back is not None
-        return factors.back
-
-
-FLA_COMBA = _Comba(
-    "Comba",
-    ("chunk_comba", "fused_recurrent_comba"),
-    Names("q", "k", "v", beta="beta", log_decay="g", back="p"),
-    rounded=frozenset({"q", "k", "v", "back", "beta", "log_decay"}),
-    erases=True,
-)
-"""Comba (Hu et al., arXiv 2506.02475): the erase reads with its own key, and before the decay.
-
-    S_t = alpha_t S_{t-1} + beta_t k_t (v_t - S_{t-1}^T p_t)^T,    o_t = S_t^T (K^-1/2 q_t)
-
-with q, k and p l2-normalized inside the op and alpha one scalar per head. The layer makes p a multiple of k, so that
-p differs from k by its norm alone, which the op takes away again; and q has D p taken off before it comes here. This is
-what fla's kernels compute; its ``naive_recurrent_comba`` decays p and is another rule.
-"""
-
 # -- additive rules
 
 
@@ -134,7 +75,7 @@ class _GatedLinear(FlaRule):
         return super().argument(field, arguments)
 
 
-FLA_GLA = _GatedLinear("GLA", ("chunk_gla", "fused_recurrent_gla"), _WITHOUT_BETA)
+FLA_GLA = _GatedLinear("GLA", ("chunk_gla", "fused_recurrent_gla"), Names("q", "k", "v", log_decay="g"))
 """Gated linear attention (Yang et al., arXiv 2312.06635, eq. 3); HGRN2 (arXiv 2404.07904) calls the same ops.
 
     S_t = diag(alpha_t) S_{t-1} + k_t v_t^T,    o_t = S_t^T (scale q_t)
@@ -142,44 +83,6 @@ FLA_GLA = _GatedLinear("GLA", ("chunk_gla", "fused_recurrent_gla"), _WITHOUT_BET
 with one decay per key channel. In HGRN2 the keys are tied to the decays, k = 1 - alpha, and its layer names the sides
 of the state forget (key) and input (value).
 """
-
-
-class _SimpleGatedLinear(FlaRule):
-    def read(self, field: str, arguments: Arguments, dtype: torch.dtype) -> Tensor | None:
-        if field != "log_decay":
-            return super().read(field, arguments, dtype)
-        return self.log_decay(arguments).to(dtype).expand(arguments["v"].shape[:3])
-
-    def log_decay(self, arguments: Arguments) -> Tensor:
-        """[B,T,H], or [H] where it is the same at every token."""
-        # One for each token, one for each head, or none.
-        for name in ("g", "g_gamma"):
-            if arguments.get(name) is not None:
-                return arguments[name]
-        return arguments["v"].new_zeros(())
-
-
-class _Retention(_SimpleGatedLinear):
-    def log_decay(self, arguments: Arguments) -> Tensor:
-        heads = torch.arange(arguments["q"].shape[2], dtype=torch.float64, device=arguments["q"].device)
-        return torch.log1p(-(2.0 ** (-5.0 - heads)))
-
-
-FLA_SIMPLE_GLA = _SimpleGatedLinear(
-    "SimpleGLA", ("chunk_simple_gla", "fused_recurrent_simple_gla", "fused_chunk_simple_gla"), _WITHOUT_BETA
-)
-"""Linear attention with one decay per head: SimpleGLA (arXiv 2312.06635, the rule of Mamba-2 and RetNet's).
-
-    S_t = alpha_t S_{t-1} + k_t v_t^T,    o_t = S_t^T (scale q_t)
-"""
-FLA_RETENTION = _Retention(
-    "RetNet",
-    ("chunk_retention", "fused_recurrent_retention", "fused_chunk_retention", "parallel_retention"),
-    _WITHOUT_BETA,
-    torch_only=frozenset({"log_decay"}),
-)
-"""RetNet (arXiv 2307.08621): head h always decays by 1 - 2^(-5-h), which its ops know and take no argument for, so that
-another decay is never fed."""
 
 
 class _RWKV6(FlaRule):

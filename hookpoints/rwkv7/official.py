@@ -112,23 +112,23 @@ def own_weights(
             f"{name!r} is no official RWKV-7 checkpoint: expected tensors that are stored whole, {claimed} bytes, got "
             f"{sum(storages.values())}; save contiguous copies of them"
         )
-    wanted = {_official_name(name): (name, parameter) for name, parameter in parameters.items()}
+    expected_parameters = {_official_name(name): (name, parameter) for name, parameter in parameters.items()}
     misshapen = set()
-    for official in wanted.keys() & weights.keys():
-        parameter_name, parameter = wanted[official]
+    for official in expected_parameters.keys() & weights.keys():
+        parameter_name, parameter = expected_parameters[official]
         if _oriented_tensor(weights[official], parameter_name).shape != parameter.squeeze().shape:
             misshapen.add(official)
     require_whole(
         f"{name!r} is not a whole official RWKV-7 checkpoint",
         {
-            "lacks": wanted.keys() - weights.keys(),
-            "has the unknown": weights.keys() - wanted.keys() - _UNUSED,
+            "lacks": expected_parameters.keys() - weights.keys(),
+            "has the unknown": weights.keys() - expected_parameters.keys() - _UNUSED,
             "has the wrong shape of": misshapen,
         },
         "Only pure RWKV-7 is read; download the file again, or name its tensors as the official code does",
     )
     copies = dict[str, Tensor]()
-    for official, (parameter_name, parameter) in wanted.items():
+    for official, (parameter_name, parameter) in expected_parameters.items():
         value = _oriented_tensor(weights[official], parameter_name).reshape(parameter.shape)
         copies[parameter_name] = value.to(dtype, copy=True).contiguous()
     return copies

@@ -1,9 +1,7 @@
-"""Models of flash-linear-attention on a CPU, for tests: its kernels in torch, and a stand-in for triton.
+"""Models of flash-linear-attention on a CPU, for tests: torch in place of the kernels around its recurrent ops.
 
-fla's modules define Triton kernels when they are imported, and its layers are plain PyTorch around those kernels.
-Inside ``standing_in``, names of triton resolve to objects that can decorate, be subclassed and be passed around, and
-that raise when a kernel is launched. Afterwards ``sys.modules`` is without them, so that PyTorch and transformers do
-not come to believe that triton is there. Recurrent ops have no form here: hookpoints' own kernel steps in for them.
+fla's layers are plain PyTorch around Triton kernels, which need a GPU. Recurrent ops have no form here: hookpoints' own
+kernel steps in for them.
 
 A substitute takes the same arguments as the function it stands in for and returns the same. As the kernels do, the
 work is done in float32 (float64 stays) and results are rounded once, to the input's dtype. What runs along the sequence
@@ -18,18 +16,12 @@ import importlib
 import importlib.util
 import itertools
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
-from contextlib import contextmanager
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
-from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils import _triton
 
 from hookpoints import fla as own
 
@@ -270,50 +262,7 @@ def causal_conv1d_update(
     return (y if residual is None else y + residual.reshape(x.shape).to(y.dtype)).to(x.dtype), cache
 
 
-# -- rotary embeddings and token shift
-
-
-def rotary_embedding(
-    x: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    interleaved: bool = False,
-    inplace: bool = False,
-    seqlen_offsets: int | Tensor = 0,
-    cu_seqlens: Tensor | None = None,
-    chunk_indices: object = None,
-) -> Tensor:
-    """Rotate the first R channels of x by the angle of its position.
-
-    Args:
-        x: [B,T,H,D], or [1, sum T, H, D] with ``cu_seqlens``.
-        cos, sin: [positions, R/2].
-        seqlen_offsets: position of the first token, one for all or one per sequence [N]. Tokens whose position is
-            not in the table (padding before a sequence) stay as they are.
-    """
-    where = _positions(x, seqlen_offsets, cu_seqlens)  # [B,T]
-    known = ((where >= 0) & (where < len(cos)))[..., None, None]
-    where, dtype = where.clamp(0, len(cos) - 1), working_dtype(x)
-    c, s = (table[where].unsqueeze(2).to(dtype) for table in (cos, sin))  # [B,T,1,R/2]
-    turned, rest = x.tensor_split([2 * c.shape[-1]], -1)
-    turned = turned.to(dtype)
-    first, second = (turned[..., ::2], turned[..., 1::2]) if interleaved else turned.chunk(2, -1)
-    pair = (first * c - second * s, first * s + second * c)
-    rotated = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
-    y = torch.where(known, torch.cat([rotated.to(x.dtype), rest], -1), x)
-    return x.copy_(y) if inplace else y
-
-
-def _positions(x: Tensor, offsets: int | Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """[B,T] position of each token in its sequence."""
-    if cu_seqlens is None:
-        own = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
-        return own + (offsets[:, None] if isinstance(offsets, Tensor) else offsets)
-    spans = list(sequences(cu_seqlens))
-    starts = offsets.tolist() if isinstance(offsets, Tensor) else [offsets] * len(spans)
-    return torch.cat(
-        [torch.arange(span.stop - span.start, device=x.device) + s for span, s in zip(spans, starts, strict=True)]
-    )[None]
+# -- token shift
 
 
 def token_shift(
@@ -340,50 +289,6 @@ def token_shift(
     return (out, torch.cat([x[:, span.stop - 1] for span in spans])) if output_cache else out
 
 
-# -- flash_attn's two functions, for the softmax layers of fla's hybrids
-
-
-def flash_attn_func(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: Window = (-1, -1),
-    **_: object,
-) -> Tensor:
-    """Attention of q [B,T,H,D] over k, v [B,S,Hk,D]; the last query stands at the last key. Returns [B,T,H,D]."""
-    groups = q.shape[2] // k.shape[2]
-    k, v = (x.repeat_interleave(groups, 2) if groups > 1 else x for x in (k, v))
-    allowed = _allowed(q.shape[1], k.shape[1], causal, window_size, q.device)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout_p, scale=softmax_scale)
-    return out.transpose(1, 2)
-
-
-def _allowed(queries: int, keys: int, causal: bool, window: Window, device: torch.device) -> Tensor:
-    """[T,S], True where a query may look."""
-    query = torch.arange(keys - queries, keys, device=device)[:, None]
-    key = torch.arange(keys, device=device)
-    left, right = window[0], 0 if causal else window[1]
-    allowed = torch.ones(queries, keys, dtype=torch.bool, device=device)
-    if left >= 0:
-        allowed &= key >= query - left
-    return allowed & (key <= query + right) if right >= 0 else allowed
-
-
-def flash_attn_varlen_func(
-    q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, **options: Any
-) -> Tensor:
-    """``flash_attn_func`` for packed sequences: q [sum T, H, D], k and v [sum S, Hk, D]."""
-    for name in ("max_seqlen_q", "max_seqlen_k"):
-        options.pop(name, None)
-    spans = zip(sequences(cu_seqlens_q), sequences(cu_seqlens_k), strict=True)
-    parts = [flash_attn_func(q[a][None], k[b][None], v[b][None], **options)[0] for a, b in spans]
-    return torch.cat(parts)
-
-
 SUBSTITUTES: Mapping[str, Mapping[str, Callable[..., object]]] = {
     "fla.modules.norm.layernorm": {
         "layer_norm": layer_norm,
@@ -400,134 +305,23 @@ SUBSTITUTES: Mapping[str, Mapping[str, Callable[..., object]]] = {
         "swiglu_linear": swiglu_linear,
     },
     "fla.modules.causal_conv1d.ops": {"causal_conv1d": causal_conv1d, "causal_conv1d_update": causal_conv1d_update},
-    "fla.modules.rotary.ops": {"rotary_embedding": rotary_embedding},
     "fla.modules.token_shift": {"token_shift": token_shift},
     "fla.ops.rwkv7.fused_addcmul": {"fused_addcmul_rwkv7": addcmul},
     "fla.ops.rwkv7.fused_k_update": {"fused_k_rwkv7": key},
     "fla.ops.rwkv7.gate_output_correction": {"gate_output_correction": gated_bonus},
-    "fla.layers.attn": {"flash_attn_func": flash_attn_func, "flash_attn_varlen_func": flash_attn_varlen_func},
 }
 """Module -> function -> substitute."""
-
-
-# -- a stand-in for triton
-
-VERSION = "3.3.0"
-"""The oldest triton that fla accepts; it only ever compares the number."""
-
-
-class _Symbol:
-    """Stands for whatever triton might export: it can decorate, be subclassed and be passed around. What it decorates
-    stands for a compiled kernel, which has a name and cannot be launched."""
-
-    def __init__(self, name: str = "", *_args: object, fn: object = None, **_kwargs: object):
-        self._name, self.fn, self.arg_names = name, fn, ()
-        self.__name__ = getattr(fn, "__name__", str(name).rsplit(".", 1)[-1])
-
-    def __call__(self, *args: object, **kwargs: object) -> _Symbol:
-        """As a decorator (``jit``, or what ``autotune(...)`` returned) gives a kernel; else another symbol."""
-        if len(args) == 1 and not kwargs and (isinstance(args[0], _Symbol) or hasattr(args[0], "__code__")):
-            return args[0] if isinstance(args[0], _Symbol) else _Symbol("triton.kernel", fn=args[0])
-        return _Symbol(self._name)
-
-    def _launch(self, *_args: object, **_kwargs: object) -> NoReturn:
-        raise RuntimeError(f"the Triton kernel {self.__name__} was launched, but triton is not installed")
-
-    __getitem__ = run = warmup = _launch
-
-    def __getattr__(self, name: str) -> _Symbol:
-        return _child(self._name, name)
-
-    def __mro_entries__(self, _bases: tuple[object, ...]) -> tuple[type, ...]:
-        return (_Symbol,)
-
-
-def _child(parent: str, name: str) -> _Symbol:
-    if name.startswith("__"):
-        raise AttributeError(name)
-    if name == "active":  # triton.runtime.driver.active: as triton itself does where it finds no GPU
-        raise RuntimeError("0 active drivers: triton is not installed")
-    return _Symbol(f"{parent}.{name}")
-
-
-class _Module(ModuleType):
-    """A stand-in module; a package, so that its submodules can be imported."""
-
-    __path__: MutableSequence[str] = []  # noqa: RUF012
-    __version__ = VERSION
-
-    def __getattr__(self, name: str) -> object:
-        if self.__name__ == "triton" and name in _ARITHMETIC:
-            return _ARITHMETIC[name]
-        return _child(self.__name__, name)
-
-
-_ARITHMETIC: dict[str, Callable[..., int]] = {
-    "cdiv": lambda x, y: -(-x // y),
-    "next_power_of_2": lambda n: 1 << (n - 1).bit_length(),
-}
-"""Triton's helpers for the sizes of a launch: with them, what fails is the launch, which says why."""
-
-
-class _Finder(MetaPathFinder, Loader):
-    """Finds triton and everything below it."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        return ModuleSpec(fullname, self, is_package=True) if _is_triton(fullname) else None
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType:
-        return _Module(spec.name)
-
-    def exec_module(self, module: ModuleType) -> None:
-        pass
-
-
-def _is_triton(name: str) -> bool:
-    return name == "triton" or name.startswith("triton.")
-
-
-@contextmanager
-def standing_in() -> Iterator[None]:
-    """Let ``import triton`` give the stand-in until the context is left."""
-    finder = _Finder()
-    sys.meta_path.insert(0, finder)
-    try:
-        yield
-    finally:
-        sys.meta_path.remove(finder)
-        for name in [name for name in sys.modules if _is_triton(name)]:
-            del sys.modules[name]
 
 
 # -- importing
 
 
+@functools.cache
 def import_fla() -> ModuleType:
-    """fla as ``hookpoints.fla.import_fla`` gives it. Without triton: its models run on a CPU."""
-    if importlib.util.find_spec("triton") is None and "fla.models" not in sys.modules:
-        # PyTorch finds out now, and remembers, that there is no triton: it would otherwise ask during the import.
-        _triton.has_triton_package()
-        importlib.import_module("torch._inductor.runtime.triton_compat")
-        torch.compile(torch.nn.Identity())
-        for name in [name for name in sys.modules if name == "fla" or name.startswith("fla.")]:
-            del sys.modules[name]  # imported without triton it is empty
-        with standing_in(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Triton is not supported on current platform")
-            importlib.import_module("fla")
-        for name, ops in _TAKEN_BY_TRANSFORMERS.items():
-            for op in ops if name in sys.modules else ():
-                vars(sys.modules[name]).pop(op, None)
-        _substitute()
-    return own.import_fla()
-
-
-_TAKEN_BY_TRANSFORMERS = {
-    "fla.ops.gated_delta_rule": ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule"),
-    "fla.ops.kda": ("chunk_kda", "fused_recurrent_kda"),
-}
-"""Ops that transformers binds in place of its own wherever they can be imported."""
+    """fla as ``hookpoints.fla.import_fla`` gives it, whose models run on a CPU without launching a kernel."""
+    fla = own.import_fla()
+    _substitute()
+    return fla
 
 
 def _substitute() -> None:
@@ -536,11 +330,8 @@ def _substitute() -> None:
     for module_name, functions in SUBSTITUTES.items():
         module = importlib.import_module(module_name)
         for name, substitute in functions.items():
-            original = getattr(module, name, None)
-            if original is None:  # of another package, which is not installed
-                setattr(module, name, substitute)
-            else:
-                wrapped[id(original)] = _standing_for(original, substitute)
+            original = getattr(module, name)
+            wrapped[id(original)] = _standing_for(original, substitute)
     for name, module in list(sys.modules.items()):
         if name.startswith("fla."):
             for names in (vars(module), vars(module).get("ACT2FN", {})):

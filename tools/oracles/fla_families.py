@@ -30,16 +30,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gated_deltanet": ("GatedDeltaNet", {"head_dim": 8, "expand_v": 2.0, "num_heads": 2, "num_v_heads": 4}),
     "delta_net": ("DeltaNet", {"num_heads": 2, "expand_k": 0.5, "expand_v": 1.0}),
     "gla": ("GLA", {"num_heads": 2, "expand_k": 0.5, "expand_v": 1.0}),
-    "hgrn": ("HGRN", {"expand_ratio": 2}),  # one head, K = 1, V = 64
     "hgrn2": ("HGRN2", {"expand_ratio": 8, "hidden_size": 48}),
     "kda": ("KDA", {"head_dim": 8, "expand_v": 2.0, "num_heads": 2, "num_v_heads": 4}),
-    "retnet": ("RetNet", {"num_heads": 2, "expand_k": 0.5, "expand_v": 1.0}),
     "rwkv6": ("RWKV6", {"num_heads": 2, "expand_k": 0.5, "proj_low_rank_dim": 4, "gate_low_rank_dim": 6}),
     "rwkv7": (
         "RWKV7",
         {"head_dim": 16, "decay_low_rank_dim": 4, "gate_low_rank_dim": 6, "a_low_rank_dim": 5, "v_low_rank_dim": 7},
     ),
-    "comba": ("Comba", {"head_dim": 8, "expand_v": 2.0, "num_heads": 2, "num_v_heads": 4}),
     "gated_deltaproduct": (
         "GatedDeltaProduct",
         {
@@ -51,15 +48,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "allow_neg_eigval": True,
         },
     ),
-    "gated_deltanet2": (
-        "KDA",
-        {"head_dim": 8, "expand_v": 2.0, "num_heads": 2, "num_v_heads": 4, "allow_neg_eigval": True},
-    ),
 }
 """Model type -> the name that fla's classes begin with, and the fields of a tiny configuration."""
 
 SMALLER: dict[str, dict[str, Any]] = {
-    **{name: {"num_heads": 1, "num_v_heads": 2} for name in ("gated_deltanet", "gated_deltanet2", "kda", "comba")},
+    **{name: {"num_heads": 1, "num_v_heads": 2} for name in ("gated_deltanet", "kda")},
     "gated_deltaproduct": {"num_householder": 2},
     "hgrn2": {"hidden_size": 32, "expand_ratio": 16},
 }
@@ -69,8 +62,6 @@ SCHEDULES = {"chunked": (5, 67, 1), "recurrent": (5, 60, 7, 1), "padded": (66, 1
 fla takes its recurrent op up to 64 tokens (RWKV-7: 63) and its chunked one beyond."""
 PADDING = 9
 """Tokens of padding before the second row of the padded schedule."""
-OPS = ("chunked", "recurrent")
-"""Of SimpleGLA, which is run as an op."""
 
 
 class Pass(NamedTuple):
@@ -101,16 +92,11 @@ def passes(schedule: str) -> list[Pass]:
 
 def tiny(models: Any, model_type: str, seed: int = 0, **changes: Any) -> Any:
     """A model of ``models``, the module ``fla.models``, whose heads remember: decays near 1, as in trained
-    checkpoints. Of Gated DeltaNet-2 fla has the layer and no model: here it is a KDA model with that layer."""
+    checkpoints."""
     name, own = FAMILIES[model_type]
     config = getattr(models, f"{name}Config")(**{**SHARED, **own, **changes})
     torch.manual_seed(seed)
     model = getattr(models, f"{name}ForCausalLM")(config).eval()
-    if model_type == "gated_deltanet2":
-        from fla.layers.gdn2 import GatedDeltaNet2
-
-        for index, block in enumerate(model.model.layers):
-            block.attn = GatedDeltaNet2(config.hidden_size, **{**own, **changes, "layer_idx": index}).eval()
     remember(model)
     return model
 
@@ -125,20 +111,3 @@ def make(models: Any, model_type: str) -> Any:
             if not name.endswith(("dt_bias", "A_log")):
                 parameter.add_(0.05 * torch.randn_like(parameter))
     return model
-
-
-def simple_gla_call(device: str = "cpu") -> dict[str, Any]:
-    """SimpleGLA is an op and a layer of fla without a model of its own: one call, with a state to begin with."""
-    generator = torch.Generator().manual_seed(2)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device)
-
-    return {
-        "q": normal(1, 67, 2, 8),
-        "k": normal(1, 67, 2, 8),
-        "v": normal(1, 67, 2, 16),
-        "g": -torch.nn.functional.softplus(normal(1, 67, 2)),
-        "initial_state": normal(1, 2, 8, 16),
-        "output_final_state": True,
-    }

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fla_families import FAMILIES, SCHEDULES, make, passes, simple_gla_call
+from fla_families import FAMILIES, SCHEDULES, make, passes
 from safetensors.torch import save_file
 
 DEVICE = os.environ.get("HOOKPOINTS_DEVICE", "cpu")
@@ -123,21 +123,11 @@ def run_model(model_type: str) -> dict[str, torch.Tensor]:
     return saved
 
 
-def run_simple_gla() -> dict[str, torch.Tensor]:
-    """Outputs and final state of both ops."""
-    from fla.ops.simple_gla import chunk_simple_gla, fused_recurrent_simple_gla
-
-    saved = {}
-    for name, op in (("chunked", chunk_simple_gla), ("recurrent", fused_recurrent_simple_gla)):
-        saved[f"{name}.outputs"], saved[f"{name}.state"] = op(**simple_gla_call(DEVICE))
-    return saved
-
-
 def run(family: str, folder: Path) -> str:
     """Write one family's file, in a process that is prepared; says how long that took."""
     wall, cpu = time.time(), time.process_time()
-    found = run_simple_gla() if family == "simple_gla" else run_model(family)
-    save_file({label: x.cpu().clone().contiguous() for label, x in found.items()}, folder / f"{family}.safetensors")
+    tensors = run_model(family)
+    save_file({label: x.cpu().clone().contiguous() for label, x in tensors.items()}, folder / f"{family}.safetensors")
     return f"{family}: {time.time() - wall:.0f} s ({time.process_time() - cpu:.0f} s of CPU)"
 
 
@@ -145,7 +135,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), initializer=prepare) as pool:
-        families = sys.argv[2:] or [*FAMILIES, "simple_gla"]
+        families = sys.argv[2:] or [*FAMILIES]
         for done in as_completed([pool.submit(run, family, folder) for family in families]):
             print(done.result(), flush=True)
 

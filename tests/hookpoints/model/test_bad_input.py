@@ -17,7 +17,7 @@ from hookpoints import (
     write_attribution,
 )
 from hookpoints.errors import HookShapeError, InputError
-from hookpoints.rules import REFUSED
+from hookpoints.rules.known import REFUSED
 
 LEFT, RIGHT, WHOLE, HOLE = [0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [1] * 5, [1, 0, 1, 1, 1]
 IDS = torch.arange(1, 11).view(2, 5)

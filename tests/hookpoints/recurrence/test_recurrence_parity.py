@@ -10,9 +10,9 @@ from torch.nn import functional as F
 from hookpoints.recurrence import Recurrence
 
 
-def off(found: torch.Tensor, exact: torch.Tensor) -> float:
+def off(ours: torch.Tensor, exact: torch.Tensor) -> float:
     """Relative error in the root mean square."""
-    return float((found - exact).norm() / exact.norm())
+    return float((ours - exact).norm() / exact.norm())
 
 
 def lifted(r: Recurrence) -> Recurrence:
@@ -25,10 +25,10 @@ def lifted(r: Recurrence) -> Recurrence:
 def test_float32_is_near_the_float64_reference(form: str, strongest_decay: float) -> None:
     r = random_recurrence(form, T=300, K=32, V=16, most_beta=2.0, strongest_decay=strongest_decay, initial_state=True)
     exact = lifted(r)
-    found, truth = r.scan(), exact.scan(method="reference")
-    assert found.outputs.dtype == torch.float32
-    assert off(found.outputs, truth.outputs) < 1e-6
-    assert off(found.final_state, truth.final_state) < 1e-6
+    ours, truth = r.scan(), exact.scan(method="reference")
+    assert ours.outputs.dtype == torch.float32
+    assert off(ours.outputs, truth.outputs) < 1e-6
+    assert off(ours.final_state, truth.final_state) < 1e-6
     assert off(r.states(1, slice(None, None, 7)), exact.states(1, slice(None, None, 7), method="reference")) < 1e-6
 
 
@@ -45,9 +45,9 @@ def test_nearly_equal_keys_with_beta_near_two(form: str, declare_beta: bool, spr
     b = k if r.log_decay is None else k * (r.log_decay if form == "kda" else r.log_decay[..., None]).exp()
     r = r.replace(k=k, beta=beta, b=b)
     exact = lifted(r).outputs(method="reference")
-    found = r if declare_beta else r.replace(a=r.a)
-    assert (found.beta is not None) == declare_beta
-    assert off(found.outputs(), exact) < 1e-5
+    solved = r if declare_beta else r.replace(a=r.a)
+    assert (solved.beta is not None) == declare_beta
+    assert off(solved.outputs(), exact) < 1e-5
 
 
 @pytest.mark.parametrize("form", ["gdn", "kda", "gla", "mamba2", "rwkv7"])
@@ -65,9 +65,9 @@ def test_resets_are_exact_and_leave_no_nan(form: str, strength: float, where: st
     factors = {"log_decay": log_decay} if b is None else {"log_decay": log_decay, "b": b}
     leaves = {name: x.clone().requires_grad_() for name, x in factors.items()}
     r = r.replace(**leaves)
-    found, truth = r.scan(), r.scan(method="reference")
-    torch.testing.assert_close(found, truth, rtol=1e-10, atol=1e-10)
-    slopes = [torch.autograd.grad(scan.outputs.square().sum(), list(leaves.values())) for scan in (found, truth)]
+    ours, truth = r.scan(), r.scan(method="reference")
+    torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-10)
+    slopes = [torch.autograd.grad(scan.outputs.square().sum(), list(leaves.values())) for scan in (ours, truth)]
     torch.testing.assert_close(slopes[0], slopes[1], rtol=1e-9, atol=1e-9)
     x = normal(2, 8)
     torch.testing.assert_close(r.propagate(x, 3, 0), r.propagate(x, 3, 0, method="reference"))

@@ -1,16 +1,27 @@
 """Each update rule against its op, in float64: transformers' own torch ops, and those of fla that take several steps a
-token, read before they write, or read back with a key of their own, written token by token. fla's kernels: oracles."""
+token or read before they write, written token by token. fla's kernels: oracles."""
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
-from collections.abc import Callable
+import math
 from dataclasses import replace
-from typing import Any, NamedTuple
 
 import pytest
 import torch
+from ops import (
+    EXACT,
+    B,
+    Case,
+    H,
+    K,
+    T,
+    V,
+    assert_canonical_form_is_the_op,
+    assert_each_factor_can_be_fed,
+    bound,
+    unit,
+)
 from recurrences import drawn as normal
 from tiny_models import KeepFloat64, modelling
 from torch import Tensor
@@ -18,24 +29,14 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from hookpoints import Recurrence
-from hookpoints.rules import OpFactors, Rule
 from hookpoints.rules.delta_product import GATED_DELTA_PRODUCT
 from hookpoints.rules.mamba1 import MAMBA1
 from hookpoints.rules.mamba2 import MAMBA2
 from hookpoints.rules.rwkv7 import FLA_RWKV7, RWKV7
-from hookpoints.rules.tables import FLA_COMBA, FLA_DELTA, FLA_RWKV6, GATED_DELTA, KIMI_DELTA
+from hookpoints.rules.tables import FLA_DELTA, FLA_GATED_DELTA, FLA_KIMI_DELTA, FLA_RWKV6, GATED_DELTA, KIMI_DELTA
 from hookpoints.rwkv7 import rwkv7_recurrence
 
-B, T, H, K, V, R = 2, 45, 4, 8, 6, 3
-EXACT = {"rtol": 0, "atol": 1e-10}
-
-
-def bound(op: Any, given: dict) -> dict:
-    """Arguments of a call by name, with defaults, without what the op does not take."""
-    parameters = inspect.signature(op).parameters
-    defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    return defaults | {name: x for name, x in given.items() if takes_any or name in parameters}
+R = 3
 
 
 def delta_call(grouped: int, *per_channel: int) -> dict:
@@ -97,10 +98,6 @@ def mamba1_call(update: bool) -> dict:
 # -- ops of fla, token by token
 
 
-def unit(x: Tensor) -> Tensor:
-    return x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt()
-
-
 def gated_delta_rule(
     q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel
 ) -> tuple[Tensor, Tensor]:
@@ -108,11 +105,40 @@ def gated_delta_rule(
     q, k = (unit(q), unit(k)) if use_qk_l2norm_in_kernel else (q, k)
     S, outputs = initial_state, []
     for t in range(k.shape[1]):
-        S = S if g is None else g[:, t].exp()[..., None, None] * S
+        # One decay for each head, or for each key channel.
+        S = S if g is None else g[:, t].exp().reshape(*S.shape[:2], -1, 1) * S
         read_back = torch.einsum("bhkv,bhk->bhv", S, k[:, t])
         S = S + torch.einsum("bh,bhk,bhv->bhkv", beta[:, t], k[:, t], v[:, t] - read_back)
         outputs.append(torch.einsum("bhkv,bhk->bhv", S, q[:, t]) * (scale or k.shape[-1] ** -0.5))
     return torch.stack(outputs, 1), S
+
+
+def delta_rule_with_gates(
+    q,
+    k,
+    g,
+    beta,
+    initial_state,
+    use_gate_in_kernel,
+    use_beta_sigmoid_in_kernel,
+    allow_neg_eigval,
+    A_log,
+    dt_bias,
+    lower_bound,
+    **kwargs,
+) -> tuple[Tensor, Tensor]:
+    """What fla's kernels make of their arguments before the delta rule; their states are value-first."""
+    if use_gate_in_kernel:
+        g = g + dt_bias.view(g.shape[2:])
+        rate = A_log.exp().view(-1, *[1] * (g.ndim - 3))
+        g = -rate * F.softplus(g) if lower_bound is None else lower_bound * (rate * g).sigmoid()
+    beta = beta.sigmoid() if use_beta_sigmoid_in_kernel else beta
+    beta = 2 * beta if allow_neg_eigval else beta
+    q, k = (x.repeat_interleave(H // x.shape[2], 2) for x in (q, k))
+    for name in ("state_v_first", "safe_gate", "num_householder"):
+        del kwargs[name]
+    outputs, state = gated_delta_rule(q=q, k=k, g=g, beta=beta, initial_state=initial_state.mT, **kwargs)
+    return outputs, state.mT
 
 
 def gated_delta_product(num_householder, q, g, **kwargs) -> tuple[Tensor, Tensor]:
@@ -130,18 +156,6 @@ def rwkv6(r, k, v, w, u, scale, initial_state, output_final_state) -> tuple[Tens
         own = torch.einsum("bhk,bhv->bhkv", k[:, t], v[:, t])
         outputs.append(scale * torch.einsum("bhkv,bhk->bhv", S + u[..., None] * own, r[:, t]))
         S = w[:, t].exp()[..., None] * S + own
-    return torch.stack(outputs, 1), S
-
-
-def comba(q, k, p, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel):
-    """As fla's kernels do it: what p reads back is taken off before the decay acts on the state."""
-    q, k, p = (unit(x) if use_qk_l2norm_in_kernel else x for x in (q, k, p))
-    q, k, p = (x.repeat_interleave(H // x.shape[2], 2) for x in (q, k, p))
-    S, outputs = initial_state, []
-    for t in range(T):
-        value = beta[:, t, :, None] * (v[:, t] - torch.einsum("bhkv,bhk->bhv", S, p[:, t]))
-        S = g[:, t].exp()[..., None, None] * S + torch.einsum("bhk,bhv->bhkv", k[:, t], value)
-        outputs.append(torch.einsum("bhkv,bhk->bhv", S, q[:, t]) * K**-0.5)
     return torch.stack(outputs, 1), S
 
 
@@ -176,6 +190,24 @@ def product_call(steps: int = R, **changes) -> dict:
     }
 
 
+def gates_call(*per_channel: int, **flags) -> dict:
+    """Two key heads for four of values, and everything that a kernel may be asked to make."""
+    return {
+        **product_call(1, beta=normal(5, B, T, H)),
+        **{name: normal(i, B, T, 2, K) for i, name in enumerate("qk")},
+        "g": normal(4, B, T, H, *per_channel),
+        "initial_state": normal(6, B, H, V, K),
+        "state_v_first": True,
+        "A_log": normal(7, H),
+        "dt_bias": normal(8, math.prod((H, *per_channel))),
+        "lower_bound": None,
+        "safe_gate": False,
+        "allow_neg_eigval": True,
+        **dict.fromkeys(("use_gate_in_kernel", "use_beta_sigmoid_in_kernel"), True),
+        **flags,
+    }
+
+
 def stepwise_call() -> dict:
     """As the layer makes it for short sequences: zeros where a step has no decay, or is not read."""
     call = product_call()
@@ -198,12 +230,6 @@ def rwkv6_call() -> dict:
     }
 
 
-def comba_call() -> dict:
-    own = product_call(1, beta=torch.sigmoid(normal(5, B, T, H)))
-    del own["num_householder"]
-    return own | {name: normal(i, B, T, 2, K) for i, name in enumerate("qkp")}
-
-
 def rwkv7_call(length: int = T) -> dict:
     """The erase key is normalized, and is not the key that is written."""
     erase = F.normalize(normal(1, B, length, H, K), dim=-1)
@@ -224,15 +250,6 @@ def fused_rwkv7_call() -> dict:
     call = rwkv7_call()
     erase, along = -call["a"], call.pop("b")
     return call | {"kk": erase, "a": along / erase}
-
-
-class Case(NamedTuple):
-    rule: Rule
-    op: Callable
-    make: Callable[[], dict]
-    read_of: Callable = lambda result: result
-    """What the layer takes of the op's result."""
-    sizes: tuple[int, int, int] = (H, K, V)
 
 
 def of_transformers() -> dict[str, Case]:
@@ -259,61 +276,26 @@ def of_transformers() -> dict[str, Case]:
 
 PRODUCT = replace(GATED_DELTA_PRODUCT, rank=R)
 CASES = of_transformers() | {
+    "gated delta of fla": Case(FLA_GATED_DELTA, delta_rule_with_gates, gates_call),
+    "kda of fla": Case(FLA_KIMI_DELTA, delta_rule_with_gates, lambda: gates_call(K, allow_neg_eigval=False)),
+    "kda of fla, bounded": Case(
+        FLA_KIMI_DELTA, delta_rule_with_gates, lambda: gates_call(K, lower_bound=-3.0, safe_gate=True)
+    ),
     "product": Case(PRODUCT, gated_delta_product, product_call),
     "product of one": Case(replace(GATED_DELTA_PRODUCT, rank=1), gated_delta_product, lambda: product_call(1)),
     "product without decay": Case(PRODUCT, gated_delta_product, lambda: product_call(g=None)),
     "stepwise": Case(PRODUCT, gated_delta_rule, stepwise_call, lambda result: (result[0][:, R - 1 :: R], result[1])),
     "rwkv6": Case(FLA_RWKV6, rwkv6, rwkv6_call),
-    "comba": Case(FLA_COMBA, comba, comba_call),
     "rwkv7": Case(RWKV7, rwkv7, rwkv7_call),
     "rwkv7 of fla": Case(FLA_RWKV7, rwkv7, rwkv7_call),
     "fused rwkv7": Case(FLA_RWKV7, fused_rwkv7, fused_rwkv7_call),
 }
-every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
-def clone(arguments: dict) -> dict:
-    return {name: x.clone() if isinstance(x, Tensor) else x for name, x in arguments.items()}
-
-
-@every_case
-def test_the_canonical_form_is_the_op(case: Case):
-    """Reads, states and what the layer gets back."""
-    rule, arguments = case.rule, bound(case.op, case.make())
-    with KeepFloat64():
-        own, fed = clone(arguments), clone(arguments)
-        expected, factors = case.op(**own), rule.factors(arguments)
-        r = Recurrence.of(rule.form(factors, arguments))
-        native = rule.read_result(case.op(**clone(rule.arguments(arguments, factors, frozenset()))), arguments)
-        for method in ("chunked", "reference"):
-            found = r.scan(method=method)
-            assert_close(native.outputs, found.outputs, **EXACT)
-        back = rule.write_result(native._replace(outputs=found.outputs, final_state=found.final_state), fed)
-    assert_close(case.read_of(back), case.read_of(expected), **EXACT)
-    if "state" in arguments:  # the update overwrites the cache's state
-        assert_close(fed["state"], own["state"], **EXACT)
-    assert (1 if "state" in arguments else T, *case.sizes) == (r.T, r.H, r.K, r.V)
-    assert rule.wants_state(arguments) and found.final_state.shape == (B, *case.sizes)
-
-
-@every_case
-@pytest.mark.parametrize("field", OpFactors.NAMES)
-def test_each_factor_can_be_fed_by_itself(case: Case, field: str):
-    """A changed factor reaches the op, and nothing else changes: not the decay with beta, nor the skip with v."""
-    rule, arguments = case.rule, bound(case.op, case.make())
-    with KeepFloat64():
-        factors = rule.factors(arguments)
-        old = getattr(factors, field)
-        if old is None or field in rule.not_fed:
-            return
-        # Keys longer than 1 would make the delta rules explode.
-        new = 0.7 * old if field in ("k", "log_decay") else old + normal(0, *old.shape).abs()
-        factors = dataclasses.replace(factors, **{field: new})
-        found = Recurrence.of(rule.form(factors, arguments)).scan(method="reference")
-        fed = clone(rule.arguments(arguments, factors, frozenset({field})))
-        native = rule.read_result(case.op(**fed), fed)
-    assert_close(native.outputs, found.outputs, **EXACT)
-    assert_close(native.final_state, found.final_state, **EXACT)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_the_rule_is_its_op(case: Case):
+    assert_canonical_form_is_the_op(case)
+    assert_each_factor_can_be_fed(case)
 
 
 def test_strengths_reach_2_where_negative_eigenvalues_are_allowed():
