@@ -13,8 +13,6 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,6 @@ sys.path += [str(ROOT), str(ROOT / "tests"), str(ROOT / "tools")]
 import device
 import frame
 import real_size
-import state_step
 import torch
 import transformers
 from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
@@ -53,11 +50,9 @@ NARROW = {
 """Launches do not depend on widths."""
 MICROSECONDS = {"launch": 5, "sync": 20, "to_device": 20, "to_host": 20, "bus": 1 / 25e3, "bytes": 1 / 2e6}
 """A plain model of an H100: 5 us a launch, 20 us a wait, 25 GB/s of the bus, 2 TB/s of memory."""
-EXPLAINED = """No GPU ran this. The counts are exact: PyTorch ran the operations on a pretended device, and each
-operation that is no view counts as one launch, of this package, of the model and of other tools alike. *Native* is
-transformers without this package. A *sync* is a wait for a number or a shape; a copy to the host is
-a wait as well. A step is one of training once it is steady. The last column is a plain model: 5 us a launch, 20 us a
-sync or copy, 25 GB/s between host and device, 2 TB/s of memory."""
+EXPLAINED = """No GPU ran this. PyTorch ran on a pretended device, and each operation that is no view counts as one
+launch, of this package and of the model alike. *Native* is transformers without this package. The last column assumes
+5 us a launch, 20 us a wait or copy, 25 GB/s between host and device, 2 TB/s of memory."""
 Counts = dict[str, float]
 
 
@@ -80,9 +75,6 @@ def of_passes(seen: Any, length: int) -> dict[str, Counts]:
         "all hooks": lambda: model.run_with_cache(ids),
         "memory": lambda: model.memory(ids),
     }
-    if find_spec("nnsight"):
-        traced = of_nnsight(native)
-        works["a mixer's output read with nnsight"] = lambda: traced_output(traced, ids)
     costs = {name: seen.of(work) for name, work in works.items()}
     costs |= of_decoding(seen, model, native, ids)
     memory, span = model.memory(ids), (length // 4, length // 2)
@@ -120,19 +112,6 @@ def of_decoding(seen: Any, model: HookedRecurrent, native: Any, ids: torch.Tenso
     return costs
 
 
-def of_nnsight(model: Any) -> Any:
-    """A model that nnsight traces."""
-    from nnsight import NNsight
-
-    return NNsight(copy.deepcopy(model))
-
-
-def traced_output(traced: Any, ids: torch.Tensor) -> None:
-    """Read a mixer's output with nnsight."""
-    with traced.trace(input_ids=ids, use_cache=False):
-        traced.model.layers[LAYER].linear_attn.output.save()
-
-
 def _cut(value: torch.Tensor, hook: object) -> torch.Tensor:
     value[:, 5] = 0
     return value
@@ -158,15 +137,6 @@ def of_steps(seen: Any, sizes: dict[str, tuple[int, int, dict[str, Any]]]) -> di
         seen, lambda steps: saelens(steps, n_atoms, batch, shape.K * shape.V)
     )
     return costs
-
-
-def of_states(seen: Any, warm: int = 20, counted: int = 8) -> Counts:
-    """A step on states, whose factors are on the host and cross the bus."""
-    step = state_step.steps(64, 64, 1024, 16, 128, False, device="npu")["chunks"]
-    for _ in range(warm):
-        step()
-    counts = seen.of(lambda: [step() for _ in range(counted)])
-    return {kind: count / counted for kind, count in counts.items()}
 
 
 def saelens(steps: int, n_atoms: int, batch: int, d_in: int) -> None:
@@ -250,13 +220,10 @@ def measure(length: int = 128, wide: bool = True) -> dict[str, Any]:
         sizes["SAE step, F 4096, N 4096, k 32"] = (4096, 4096, {})
     with device.pretended() as seen:
         costs: dict[str, Any] = of_passes(seen, length) | of_steps(seen, sizes)
-        costs["step on states of 64 x 64, F 1024, N 128, k 16"] = of_states(seen)
         if wide:
             costs[SUBSTITUTION] = of_substitution(seen)
             costs[DEEP] = of_substitution(seen, deep=True)
             costs[COLLECTING] = of_collecting(seen)
-    if "a mixer's output read with nnsight" in costs:
-        costs["versions"] = {"nnsight": version("nnsight")}
     return costs
 
 
@@ -291,19 +258,19 @@ def lines(found: dict[str, Any]) -> list[frame.Line]:
 
 
 def text(found: dict[str, Any]) -> str:
-    head = ("work", "launches", "syncs", "copies to the device", "to the host", "MB read and written", "H100 model, ms")
+    """Counts of each work."""
+    head = ("work", "launches", "waits", "MB read and written", "H100 model, ms")
     rows = [
         (
             name,
-            *(f"{abs(x[kind]):,.0f}" for kind in ("launch", "sync", "to_device", "to_host")),
-            f"{x['bytes'] / 1e6:,.0f}",
-            f"{microseconds(x) / 1e3:,.1f}",
+            f"{costs['launch']:,.0f}",
+            f"{abs(waits(costs)):,.0f}",
+            f"{costs['bytes'] / 1e6:,.0f}",
+            f"{microseconds(costs) / 1e3:,.1f}",
         )
-        for name, x in found.items()
-        if name != "versions"
+        for name, costs in found.items()
     ]
-    others = "".join(f" {name} {number}." for name, number in found.get("versions", {}).items())
-    return f"{table(head, rows)}\n\n{EXPLAINED}{others}"
+    return f"{table(head, rows)}\n\n{EXPLAINED}"
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,21 +41,6 @@ def test_the_page_of_circuits_quotes_its_record():
     assert said.format(*(deleted[kind]["r"] for kind in kinds)) in " ".join(page.split())
 
 
-def test_the_page_of_scale_multiplies_what_other_pages_say():
-    """1e9 tokens of 100 heads: the hours of the paper's table are for 5e6, those on factors for 9 dictionaries."""
-    pages = {name: " ".join((run.DOCS / f"{name}.md").read_text().split()) for name in ("benchmarks", "scale")}
-    hours = re.search(
-        r"\| collect \|[^|]*\|[^|]*\|[^|]*\| ([\d.]+) \|.*\| train, on factors \|[^|]*\| ([\d.]+) \|",
-        pages["benchmarks"].partition("The paper's table")[2],
-    )
-    collect, one = (200 * float(number) for number in hours.groups())
-    one /= 9
-    cells = f"{collect:.2g} GPU hours | {collect / 8:.2g} h | {collect / 64:.2g} h"
-    assert f"| collect | {cells}" in pages["scale"]
-    assert f"{51_200 / 3600 / collect * 8:.0f} GB/s | {51_200 / 3600 / collect * 64:.0f} GB/s" in pages["scale"]
-    assert f"| train | {100 * one:.1f} GPU hours | {13 * one:.1f} h | {2 * one:.2g} h" in pages["scale"]
-
-
 def test_a_benchmark_leaves_a_record_and_a_failed_one_the_former(tmp_path, monkeypatch, capsys):
     (tmp_path / "tiny.py").write_text(TINY)
     monkeypatch.syspath_prepend(tmp_path)
@@ -65,7 +49,7 @@ def test_a_benchmark_leaves_a_record_and_a_failed_one_the_former(tmp_path, monke
     former = json.loads(file.read_text())
     assert former["found"] == {"rounds": 2, "slow / fast": {"time": 0.5}} and former["settings"] == {"n": 2}
     page = run.page(file.parent, ("tiny",))
-    assert "| slow / fast, time | – | 0.50 |" in page
+    assert "| slow / fast, time | 0.50 |" in page
     (tmp_path / "tiny.py").write_text("raise SystemExit(3)")
     assert run.run(("tiny",), tmp_path, quick=True) == ["tiny"]
     assert json.loads(file.read_text()) == former and former["date"] in capsys.readouterr().out
@@ -112,3 +96,16 @@ def test_a_goal_is_met_or_missed():
         *(False, True),
     ]
     assert not frame.Line("", 2.0).missed
+
+
+def test_lines_of_one_subject_are_a_row_with_a_column_for_each_model():
+    lines = [
+        frame.Line("AUC", 0.5, goal=0.9, least=True, column="a"),
+        frame.Line("seconds", 3.0, " s", column="a"),
+        frame.Line("AUC", 0.95, goal=0.9, least=True, column="b"),
+    ]
+    assert frame.rows(lines) == (
+        ["what", "goal", "a", "b"],
+        [["AUC", "at least 0.90", "0.50, missed", "0.95"], ["seconds", "", "3.00 s", ""]],
+    )
+    assert frame.rows([frame.Line("seconds", 3.0)]) == (["what", "measured"], [["seconds", "3.00"]])
