@@ -11,8 +11,8 @@ the other upstreams, and none of the packages; a row costs about a second more t
 up to `--seconds` of them: ``hookpoints/edits/edit.py`` has the folder ``tests/hookpoints/edits``, ``writesae/push.py``
 has ``tests/test_push.py``, and a module without either has the test files that import it. ``killers.json`` gets all
 tests that fail with each row, and the seconds of each test. `cover` is a greedy choice of tests that kills whatever is
-killed; `only` are those without which a row lives; `spare` kill nothing that no cheaper test kills; `idle` kill nothing.
-A test that is spare or idle may still hold what no row touches. Needs the extra ``nightly``.
+killed; `only` are those without which a row lives; `spare` kill nothing that no cheaper test kills; `idle` kill none.
+A test that is spare or idle may still hold what no row touches. This needs the extra ``nightly``.
 """
 
 from __future__ import annotations
@@ -34,11 +34,13 @@ import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import coverage
 import pytest
 import tyro
+
+if TYPE_CHECKING:
+    import coverage
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("hookpoints", "sae_lens_writesae", "writesae")
@@ -95,6 +97,8 @@ class Watch:
     """What each test executes of the packages and how many seconds it takes, of the tests that pass."""
 
     def __init__(self, root: Path) -> None:
+        import coverage
+
         files = [str(root / package / "*") for package in PACKAGES]
         self.coverage = coverage.Coverage(data_file=root / ".coverage", include=files, config_file=False)
         self.seconds: dict[str, float] = {}
@@ -209,6 +213,8 @@ def forked(root: Path, arguments: list[str], limit: float, watch: Watch | None =
 @functools.cache
 def unchanged(root: Path, tests: tuple[str, ...]) -> tuple[coverage.CoverageData, dict[str, float]]:
     """What tests execute in the unchanged copy, and how many seconds each takes. Those that fail are left out."""
+    import coverage
+
     print(f"         unchanged: {len(tests)} test files, {tests[0]} ...", flush=True)
     for name in (".coverage", "seconds.json"):
         (root / name).unlink(missing_ok=True)
