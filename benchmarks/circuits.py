@@ -172,7 +172,7 @@ def lines(found: dict[str, Any]) -> list[Line]:
             ]
         said += [Line(what, row[what], goal=goal, column=name) for what, goal in COSTS.items()]
     holders = statistics.mean(row["holder"] for row in found["zoo"].values())
-    return [*said, Line("zoo: writes of the truth table that come first", holders, "", 0.9, True, "zoo")]
+    return [*said, Line("writes of the truth table that come first", holders, "", 0.9, True, "zoo")]
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ QUICK = {
     "training_tokens": 4096,
     "F": 256,
     "k": 4,
-    "sequences": 1,
+    "sequences": 2,
     "firings_per_atom": 1,
     "circuit_tokens": 16,
 }
@@ -281,8 +281,8 @@ def lines(found: dict[str, Any]) -> list[Line]:
 TEXT = """{table}
 A model in the shape of Qwen3.5-0.8B ({parameters:.0f} M parameters, bf16, random weights) on {device}: all heads of
 layer {layer} are collected, {dictionaries} dictionaries (F = {F}, k = {k}) are trained at once on one head's writes,
-{firings:.0f} firings are tested in {runs:.0f} edited runs, and one text is explained. Each stage is a process of its
-own; its memory is its peak resident set, {imported:.0f} MB of which are the libraries."""
+{firings:.0f} firings are tested in {runs:.0f} edited runs, and one text is explained. Each stage is a separate process;
+memory is its peak resident set, {imported:.0f} MB of which are the libraries."""
 
 
 def text(found: dict[str, Any]) -> str:
