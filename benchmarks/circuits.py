@@ -8,18 +8,13 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from itertools import chain
-from pathlib import Path
 from typing import Any
-
-sys.path.append(str(Path(__file__).parents[1] / "tools"))
 
 import frame
 import numpy as np
 import pandas as pd
 import torch
 from frame import Line
-from tables import table
 
 from hookpoints import Graph, HookedRecurrent, WriteEdit, attribute, embedded, write_attribution, zoo
 
@@ -32,6 +27,7 @@ LARGEST_DRAWN = "the largest node drawn"
 FIVE_DRAWN = "five largest nodes drawn"
 GOALS = {LARGEST_WRITE: 1.0, LARGEST_DRAWN: 0.9, FIVE_DRAWN: 0.75}
 """The least rates; 0.95 of the others."""
+EDGES = ("key edges", "value edges", "query edges")
 PAIRS = (
     ("The Secretary of the {} will report. The report of the Secretary of the", " Treasury", " Navy"),
     ("The President of the {} will report. The report of the President of the", " Senate", " House"),
@@ -112,15 +108,12 @@ def costs(model: HookedRecurrent, tokens: torch.Tensor) -> dict[str, float]:
     with torch.no_grad():
         forward = clock(lambda: model(tokens))
     graph = attribute(tokens, model, [5])
-    write = f"L{model.cfg.recurrent_layers[-1]}H0@{tokens.shape[1] - 8}"
-    count = int(graph.why(write).measured.notna().sum())
     session = model.edit_session(tokens)
     writes = graph.nodes[(graph.nodes.feature_type == "write") & graph.nodes.measured.notna()]
     edits = [WriteEdit(*place, mode="delete") for place in writes[["layer", "head", "position"]].to_numpy().tolist()]
     return {
         "nodes, forwards": clock(lambda: write_attribution(model, tokens, metric)) / forward,
         "a measured write, forwards": clock(lambda: session.run(edits)) / forward / len(edits),
-        "a measured edge, forwards": clock(lambda: graph.why(write)) / forward / count,
         "graph of 15 tokens, seconds": clock(lambda: attribute(tokens[:, :15], model, [5])),
     }
 
@@ -140,22 +133,13 @@ def of_question(model: HookedRecurrent, name: str, batch: Any, row: int) -> Iter
     """Rates of one question."""
     holder = next(holder for holder in zoo.truth(name).holders if holder.holds == "values")
     asked = int(batch.symbols["asked"][row, 0])
-    places = {port: int(batch.places[f"{port}s"][row, asked]) for port in ("value", "key")}
+    value = int(batch.places["values"][row, asked])
     tokens = batch.tokens[row : row + 1, : int(batch.positions[row, 0]) + 1]
     graph = attribute(tokens, model, [int(batch.answers[row, 0])], frozen=True, measure=24, targets=4)
-    truth = [f"L{holder.layer}H{head}@{places['value'] + holder.offset}" for head in holder.heads]
+    truth = [f"L{holder.layer}H{head}@{value + holder.offset}" for head in holder.heads]
     writes = graph.nodes[graph.nodes.feature_type == "write"]
     first = writes.loc[writes.predicted.abs().nlargest(len(truth)).index].node_id
     yield "holder", float(first.isin(truth).mean())
-    sources = {port: f"stream@{token}" for port, token in places.items()}
-    if name == "induction":  # the key of the second layer's write comes from the first layer's
-        sources["key"] = f"L0H0@{places['value'] - 1}"
-    edges = graph.edges[graph.edges.target.isin(truth) & graph.edges.measured.notna()]
-    for port, source in sources.items():
-        kind = edges[(edges.port == port) & (edges.source.str.startswith("stream") == source.startswith("stream"))]
-        for _, rows in kind.groupby("target"):
-            order = rows.sort_values("measured", ascending=False)
-            yield f"{port}: its source", order.source.iloc[0] == source
 
 
 def measure(prompts: int = 100, sequences: int = 6, models: tuple[str, ...] = tuple(LONG)) -> dict[str, Any]:
@@ -170,54 +154,25 @@ def measure(prompts: int = 100, sequences: int = 6, models: tuple[str, ...] = tu
         }
 
 
+AGREEMENT = {"deleted": {"write": 0.95}, "replaced": {"write": 0.99, **dict.fromkeys(EDGES, 0.95)}}
+"""The least r of predicted and measured effects, of nodes that are deleted or replaced by those of another text."""
+COSTS = {"nodes, forwards": 6.0, "a measured write, forwards": 0.2, "graph of 15 tokens, seconds": 3.0}
+
+
 def lines(found: dict[str, Any]) -> list[Line]:
-    """The goals."""
-    said = []
+    """Which nodes are drawn and measured, how well effects are predicted, and costs; and the zoo."""
+    said: list[Line] = []
     for name, row in found["models"].items():
         for what, rates in row["prompts"].items():
-            said.append(Line(f"{name}: {what}", rates["rate"], goal=GOALS.get(what, 0.95), least=True))
-        said += [
-            Line(f"{name}: r of deleted writes", row["deleted"]["write"]["r"], goal=0.95, least=True),
-            Line(f"{name}: r of replaced writes", row["replaced"]["write"]["r"], goal=0.99, least=True),
-            Line(f"{name}: nodes", row["nodes, forwards"], " forwards", goal=6.0),
-            Line(f"{name}: a measured write", row["a measured write, forwards"], " forwards", goal=0.2),
-            Line(f"{name}: a measured edge", row["a measured edge, forwards"], " forwards", goal=0.2),
-            Line(f"{name}: a graph of 15 tokens", row["graph of 15 tokens, seconds"], " s", goal=3.0),
-        ]
-        for port in ("key", "value", "query"):
-            r = row["replaced"][f"{port} edges"]["r"]
-            said.append(Line(f"{name}: r of {port} edges, replaced", r, goal=0.95, least=True))
-    for name, row in found["zoo"].items():
-        said.append(Line(f"{name}: holders found", row["holder"], goal=0.9, least=True))
-    return said
-
-
-def by_kind(head: str, cell: str, columns: dict[str, dict[str, Any]]) -> str:
-    """A table of a column for each model."""
-    kinds = dict.fromkeys(chain.from_iterable(columns.values()))
-    rows = [
-        [kind, *(cell.format(column[kind]) if kind in column else "" for column in columns.values())] for kind in kinds
-    ]
-    return table((head, *columns), rows)
-
-
-def text(found: dict[str, Any]) -> str:
-    """Tables by kind of node and edge, and of the zoo."""
-    fitted = "{0[r]:.3f} ({0[slope]:.2f})"
-    parts = []
-    for key, head, cell in (
-        (
-            "prompts",
-            f"{found['prompts']} prompts, measure=50 (a random choice of as many nodes)",
-            "{0[rate]:.3f} ({0[random]:.3f})",
-        ),
-        ("deleted", "Deleted: r (slope) of", fitted),
-        ("replaced", "Replaced by the corrupt text's: r (slope) of", fitted),
-    ):
-        columns = {name: row[key] for name, row in found["models"].items()}
-        parts.append(by_kind(head, cell, columns))
-    parts.append(by_kind("zoo", "{:.2f}", found["zoo"]))
-    return "\n".join([*parts, "[What graphs are, and their limits](circuits.md)."])
+            said.append(Line(what, rates["rate"], "", GOALS.get(what, 0.95), least=True, column=name))
+        for way, goals in AGREEMENT.items():
+            said += [
+                Line(f"r of {way}: {kind}", row[way][kind]["r"], "", goal, least=True, column=name)
+                for kind, goal in goals.items()
+            ]
+        said += [Line(what, row[what], goal=goal, column=name) for what, goal in COSTS.items()]
+    holders = statistics.mean(row["holder"] for row in found["zoo"].values())
+    return [*said, Line("writes of the truth table that come first", holders, "", 0.9, True, "zoo")]
 
 
 if __name__ == "__main__":

@@ -1,23 +1,18 @@
-"""Facts told in running speech: read by a reader of memories, told anew, contradicted, and held by a head."""
+"""Facts told in running speech: read by a reader of memories, and contradicted by a lie."""
 
 from __future__ import annotations
 
 import statistics
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from random import Random
 from typing import Any
-
-sys.path.append(str(Path(__file__).parents[1] / "tools"))
 
 import frame
 import torch
 from frame import Line
-from tables import table
 
 from hookpoints import HookedRecurrent, Memory, MemoryReader
-from hookpoints.memory.templates import area_under_curve
 from hookpoints.zoo import english
 
 TITLE = "Facts in running speech"
@@ -77,26 +72,6 @@ def read_facts(
     return {name: count / (size * len(texts)) for name, count in counts.items()}
 
 
-def paraphrased(
-    model: HookedRecurrent, reader: MemoryReader, size: int, texts: Sequence[english.Document]
-) -> dict[str, float]:
-    """AUC of sentences of told facts against the same sentences with a value that nobody was told: in the words that
-    were read, and in words that neither the text nor the training of the model had."""
-    rng = Random(3)
-    scores: dict[str, tuple[list[float], list[float]]] = {"same words": ([], []), "other words": ([], [])}
-    for document in texts:
-        memory = model.memory(torch.tensor([document.tokens[: SPACE[size]]]))
-        for fact in document.facts:
-            other = another_value(fact, document, rng)
-            wording = english.RELATIONS[fact.relation].held_out[0]
-            sentences = (fact.sentence, wording.format(n=fact.name, v=fact.value))
-            for lists, sentence in zip(scores.values(), sentences, strict=True):
-                pair = [f" {sentence}", f" {sentence.replace(fact.value, other)}"]
-                for own, score in zip(lists, reader.scores(memory, pair)[0].tolist(), strict=True):
-                    own.append(score)
-    return {name: area_under_curve(*map(torch.tensor, lists)) for name, lists in scores.items()}
-
-
 def question(fact: english.ToldFact) -> str:
     return " " + english.RELATIONS[fact.relation].asked[0].format(n=fact.name, v="\0").split("\0")[0].rstrip()
 
@@ -110,33 +85,6 @@ def another_value(fact: english.ToldFact, document: english.Document, rng: Rando
     """One that the document tells of nobody."""
     told = {each.value for each in document.facts}
     return rng.choice([value for value in english.RELATIONS[fact.relation].values if value not in told])
-
-
-def edited(model: HookedRecurrent, size: int, texts: Sequence[english.Document]) -> dict[str, float]:
-    """Answers after a fact was told instead of another by `Memory.told`, and after it was appended as a sentence."""
-    rng = Random(1)
-    found: dict[str, list[bool]] = {}
-    for document in texts:
-        memory = model.memory(torch.tensor([document.tokens[: SPACE[size]]]))
-        fact = rng.choice(document.facts)
-        new = another_value(fact, document, rng)
-        old = " " + fact.sentence
-        after = memory.told(old.replace(fact.value, new), instead_of=old)
-        appended = model.memory(old.replace(fact.value, new), memory=memory)
-        rights = {
-            "unedited": answer(model, memory, fact) == fact.value,
-            "new": answer(model, after, fact) == new,
-            "old": answer(model, after, fact) == fact.value,
-            "removed": answer(model, memory.without((fact.start, fact.stop)), fact) == fact.value,
-            "appended": answer(model, appended, fact) == new,
-        }
-        for name, right in rights.items():
-            found.setdefault(name, []).append(right)
-        for other in document.facts:
-            if other is not fact:
-                found.setdefault("others", []).append(answer(model, after, other) == other.value)
-                found.setdefault("others unedited", []).append(answer(model, memory, other) == other.value)
-    return {name: statistics.mean(rights) for name, rights in found.items()}
 
 
 def contradicted(model: HookedRecurrent, texts: Sequence[english.Document]) -> dict[str, dict[str, float]]:
@@ -181,18 +129,6 @@ def contradicted(model: HookedRecurrent, texts: Sequence[english.Document]) -> d
     }
 
 
-def held_facts(model: HookedRecurrent, size: int, texts: Sequence[english.Document]) -> float:
-    """The share of the largest terms, as many as facts, that stand at a fact's value or at the token after it, in the
-    head that `Memory.keeping` puts first."""
-    hits = 0
-    for document in texts:
-        memory = model.memory(torch.tensor([document.tokens[: SPACE[size]]]))
-        best = memory.keeping()[0]
-        places = {fact.place + late for fact in document.facts for late in (0, 1)}
-        hits += sum(one.position in places for one in memory.held(size, layer=best.layer, head=best.head))
-    return hits / (size * len(texts))
-
-
 def of_model(name: str, texts: int, sizes: Sequence[int], names: int) -> dict[str, Any]:
     model = HookedRecurrent.from_pretrained(name, device="cpu")
     training = english.draw(160, facts=6, questions=0, seed=5, split="train")
@@ -200,12 +136,7 @@ def of_model(name: str, texts: int, sizes: Sequence[int], names: int) -> dict[st
     found: dict[str, Any] = {}
     for size in sizes:
         documents = documents_of(size, texts, 99 + size)
-        found[f"{size} facts"] = {
-            "reader": read_facts(model, reader, size, documents, names),
-            "told": edited(model, size, documents),
-            "held": held_facts(model, size, documents),
-            "AUC": paraphrased(model, reader, size, documents),
-        }
+        found[f"{size} facts"] = read_facts(model, reader, size, documents, names)
     return found | {"contradicted": contradicted(model, documents_of(min(4, max(sizes)), texts, 19))}
 
 
@@ -220,57 +151,33 @@ def measure(
 
 
 GOALS = {"2 facts": 0.95, "4 facts": 0.95, "8 facts": 0.9}
+FLAGGED: dict[str, dict[str, Any]] = {
+    "flagged": {"goal": 0.95, "least": True},
+    "first": {"goal": 0.95, "least": True},
+    "order": {"goal": 1, "least": True},
+    "other answer": {},
+    "others flagged": {"goal": 0.05},
+}
+"""What is said of the sentence of the answer, and its goal."""
 
 
 def lines(found: dict[str, Any]) -> list[Line]:
-    """What has a goal."""
+    """Readers, and contradictions."""
     rows: list[Line] = []
     for name, own in found.items():
-        for size, each in own.items():
-            if size == "contradicted":
-                for case, shares in each.items():
-                    if case != "clean":
-                        what = f"{name}: {case}, its sentence is flagged"
-                        rows.append(Line(what, shares["flagged"], goal=0.95, least=True))
-                        rows.append(Line(f"{name}: {case}, is first", shares["first"], goal=0.95, least=True))
-                        rows.append(Line(f"{name}: {case}, order", shares["order"], goal=1, least=True))
-                    rows.append(Line(f"{name}: {case}, others flagged", shares["others flagged"], goal=0.05))
+        for size, goal in GOALS.items():
+            if size not in own:
                 continue
-            rows.append(Line(f"{name}: {size} read", each["reader"]["read"], goal=GOALS[size], least=True))
-            rows.append(Line(f"{name}: new answers, {size} told", each["told"]["new"], goal=0.97, least=True))
-            rows.append(Line(f"{name}: old answers, {size} told", each["told"]["old"], goal=0.05))
-    return rows
-
-
-READ = ("read", "ranked", "another text")
-TOLD = ("unedited", "new", "old", "others", "others unedited", "removed", "appended")
-CONTRADICTED = ("flagged", "first", "order", "other answer", "others flagged", "texts")
-
-
-def text(found: dict[str, Any]) -> str:
-    """Readers, edits and contradictions."""
-    readers: list[list[str]] = []
-    edits: list[list[str]] = []
-    for name, own in found.items():
-        for size, each in own.items():
-            if size != "contradicted":
-                shares = (*(each["reader"][what] for what in READ), *each["AUC"].values(), each["held"])
-                readers.append([f"{name}: {size}", *(f"{share:.3f}" for share in shares)])
-                edits.append([f"{name}: {size}", *(f"{each['told'][what]:.2f}" for what in TOLD)])
-    flags: list[list[str]] = []
-    for name, own in found.items():
+            rows.append(Line(f"{size} among all that could be told, picked", own[size]["read"], "", goal, True, name))
+            rows.append(Line(f"{size}, ranked by score", own[size]["ranked"], column=name))
+            rows.append(Line(f"{size}, of another text", own[size]["another text"], column=name))
         for case, shares in own["contradicted"].items():
-            cells = [f"{shares[what]:.3g}" if what in shares else "–" for what in CONTRADICTED]
-            flags.append([f"{name}: {case}", *cells])
-    heads = (
-        (
-            *("facts among all that could be told", "picked", "ranked by score", "another text's"),
-            *("AUC, the told words", "AUC, other words", "held by the first head"),
-        ),
-        ("a fact told instead of another", *TOLD),
-        ("the sentence of the answer", *CONTRADICTED),
-    )
-    return "\n\n".join(table(head, rows) for head, rows in zip(heads, (readers, edits, flags), strict=True))
+            rows += [
+                Line(f"{case}: {what}", shares[what], column=name, **goal)
+                for what, goal in FLAGGED.items()
+                if what in shares
+            ]
+    return rows
 
 
 if __name__ == "__main__":

@@ -6,19 +6,13 @@ The attack is that of `forgot`: each candidate is read at the place of the cut, 
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
-
-sys.path.append(str(Path(__file__).parents[1] / "tools"))
 
 import frame
 import torch
 from frame import Line
 from natural_memory import MODELS
-from tables import table
-from torch import Tensor
 
 from hookpoints import HookedRecurrent, Memory, embedded, forgot
 from hookpoints.memory.templates import running_tokens
@@ -32,32 +26,15 @@ APPROXIMATE = "approximate cut"
 EXACT = "exact cut"
 
 
-def loaded(cut: Memory) -> Memory:
-    """From the file that it is saved to."""
-    with tempfile.TemporaryDirectory() as folder:
-        cut.save(Path(folder) / "memory")
-        return Memory.load(Path(folder) / "memory", cut.model)
-
-
-def changed(cut: Memory, change: Callable[[Tensor], Tensor]) -> Memory:
-    """With other states."""
-    return cut.with_states({layer: change(cut.state(layer)) for layer in cut.forms})
-
-
-def with_noise(state: Tensor) -> Tensor:
-    """With noise of a hundredth of its size."""
-    noise = torch.randn(state.shape, generator=torch.Generator().manual_seed(0))
-    return state + 0.01 * noise * state.norm() / noise.norm()
+def in_bfloat16(cut: Memory) -> Memory:
+    """With states as a smaller dtype keeps them."""
+    return cut.with_states({layer: cut.state(layer).bfloat16().float() for layer in cut.forms})
 
 
 CUTS: dict[str, Callable[[Memory], Memory]] = {
     APPROXIMATE: lambda memory: memory.without(SPAN, approximate=True),
     EXACT: lambda memory: memory.without(SPAN),
-    "approximate, in bfloat16": lambda memory: changed(
-        memory.without(SPAN, approximate=True), lambda state: state.bfloat16().float()
-    ),
-    "approximate, 1% noise": lambda memory: changed(memory.without(SPAN, approximate=True), with_noise),
-    "approximate, from a file": lambda memory: loaded(memory.without(SPAN, approximate=True)),
+    "approximate cut in bfloat16": lambda memory: in_bfloat16(memory.without(SPAN, approximate=True)),
 }
 """What an attacker has of a memory."""
 
@@ -120,32 +97,21 @@ def measure(
 
 
 def lines(found: dict[str, Any]) -> list[Line]:
-    """What has a goal."""
+    """Of each cut, how often the span is named and how often it is called gone; and what cuts cost."""
+    named_goals: dict[str, dict[str, Any]] = {EXACT: {"goal": 0.15}}
+    gone_goals: dict[str, dict[str, Any]] = {EXACT: {"goal": 1, "least": True}, APPROXIMATE: {"goal": 0}}
     rows: list[Line] = []
     for name, own in found.items():
-        exact = own["attack"][EXACT]
-        rows.append(Line(f"{name}: named after an exact cut", exact["named"], "", 0.15))
-        rows.append(Line(f"{name}: an exact cut is gone", exact["gone"], "", 1, least=True))
-        rows.append(Line(f"{name}: an approximate cut is gone", own["attack"][APPROXIMATE]["gone"], "", 0))
-        for length, each in own["costs"].items():
-            rows.append(Line(f"{name}: {length}, an exact cut over a memory", each[EXACT] / each["memory"], "", 1.5))
-    return rows
-
-
-def text(found: dict[str, Any]) -> str:
-    """The attack, and costs."""
-    named: list[list[str]] = []
-    ratios: list[list[str]] = []
-    for name, own in found.items():
         for cut, each in own["attack"].items():
-            named.append([f"{name}: {cut}", f"{each['named']:.2f}", f"{each['gone']:.2f}"])
+            what = f"{cut}: the span is the nearest of {own['candidates']}, share of texts"
+            rows.append(Line(what, each["named"], column=name, **named_goals.get(cut, {})))
+            what = f"{cut}: `forgot` calls it gone, share of texts"
+            rows.append(Line(what, each["gone"], column=name, **gone_goals.get(cut, {})))
         for length, each in own["costs"].items():
-            ratios.append([f"{name}: {length}", *(f"{ratio:.2f}" for ratio in each.values())])
-    first = next(iter(found.values()))
-    count = first["candidates"]
-    head = (f"the span among {count} candidates (chance {1 / count:.2f})", "nearest", "called gone")
-    costs_head = ("time over a plain pass", *next(iter(first["costs"].values())))
-    return f"{table(head, named)}\n\n{table(costs_head, ratios)}"
+            rows += [
+                Line(f"{length}, {cut}: time over a plain pass", each[cut], column=name) for cut in (EXACT, APPROXIMATE)
+            ]
+    return rows
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ A benchmark is a file of this folder with
     measure(**settings)         its numbers, as JSON has them; each parameter has a default and becomes a flag
     QUICK                       the settings of `--quick`: small sizes, to see that it runs
     TITLE                       its heading on docs/benchmarks.md (or else the beginning of its docstring)
-    lines(found)                what the page says of the numbers: `Line`s (or else every number by its names)
-    text(found)                 optional: Markdown below these lines
+    lines(found)                what the page says of the numbers: `Line`s (or else every number by its names); lines
+                                of one subject in several columns, such as models, are a row of the page's table
+    text(found)                 optional: Markdown below this table
 
 and `if __name__ == "__main__": frame.main(sys.modules[__name__])` at its end. The file alone prints its lines; `run.py`
 runs all, keeps their records in docs/benchmarks and writes the page. Importing this file loads no torch.
@@ -24,7 +25,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -34,6 +35,8 @@ from typing import Any, NamedTuple, TypeVar
 Way = Callable[[], object]
 T = TypeVar("T")
 DISTRIBUTIONS = ("torch", "transformers", "sae-lens")
+MEASURED = "measured"
+"""The column of what is measured on one thing alone."""
 
 
 class Line(NamedTuple):
@@ -46,17 +49,30 @@ class Line(NamedTuple):
     goal: float | None = None
     least: bool = False
     """The goal is a lower bound."""
+    column: str = MEASURED
+    """Of the page's table: a model, or another thing that several lines of one subject are measured on."""
 
     @property
     def missed(self) -> bool:
         """It has a goal and does not meet it."""
         return self.goal is not None and (self.measured < self.goal if self.least else self.measured > self.goal)
 
+    @property
+    def bound(self) -> str:
+        """The goal in words, empty where there is none."""
+        if self.goal is None:
+            return ""
+        return ("at least " if self.least else "at most ") + number(self.goal) + self.unit
+
+    @property
+    def cell(self) -> str:
+        """The number with its unit, and whether it misses its goal."""
+        return number(self.measured) + self.unit + ", missed" * self.missed
+
     def cells(self) -> tuple[str, str, str]:
-        """What, goal and measured."""
-        bound = "at least " if self.least else "at most "
-        goal = "" if self.goal is None else bound + number(self.goal) + self.unit
-        return self.what, goal, number(self.measured) + self.unit + ", missed" * self.missed
+        """What, goal and measured, as a benchmark prints them."""
+        subject = self.what if self.column == MEASURED else f"{self.column}: {self.what}"
+        return subject, self.bound, self.cell
 
 
 def lines(benchmark: Any, found: dict[str, Any]) -> list[Line]:
@@ -64,6 +80,21 @@ def lines(benchmark: Any, found: dict[str, Any]) -> list[Line]:
     if hasattr(benchmark, "lines"):
         return benchmark.lines(found)
     return rest(found)
+
+
+def rows(of_lines: Iterable[Line]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of a table: a row for each subject and goal, a column for each thing that it was measured on."""
+    by_row: dict[tuple[str, str], dict[str, str]] = {}
+    columns: dict[str, None] = {}
+    for line in of_lines:
+        by_row.setdefault((line.what, line.bound), {})[line.column] = line.cell
+        columns[line.column] = None
+    has_goals = any(bound for _, bound in by_row)
+    head = ["what", *["goal"] * has_goals, *columns]
+    return head, [
+        [what, *[bound] * has_goals, *(cells.get(column, "") for column in columns)]
+        for (what, bound), cells in by_row.items()
+    ]
 
 
 def leaves(x: Any, names: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], float]]:

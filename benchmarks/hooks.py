@@ -2,8 +2,8 @@
 
 All ways are timed in turn, round after round, in one
 process of one thread, by its own CPU time; a number is the median over rounds of the ratio in one round. The plain
-model has the same weights, and outputs with no hooks attached must be the same to the bit. Then what
-collecting the factors of every head costs, in time and on disk, and what it costs to get rows of one head back.
+model has the same weights, and outputs with no hooks attached must be the same to the bit. What collecting costs is in
+`real_size.py`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -19,20 +18,19 @@ from typing import Any
 
 import torch
 import transformers
-from frame import Line, main, rest
+from frame import Line, main
 from torch import Tensor
 
-from hookpoints import HookedRecurrent, attach, embedded
+from hookpoints import attach, embedded
 from hookpoints.hooks.cache import NamesFilter
 from hookpoints.model import loading
 from hookpoints.model.inputs import cache_argument, cache_of
-from sae_lens_writesae.sae.collecting import collect
 
 HF = Any
 """A model of transformers, whose outputs depend on its class."""
 Ratios = dict[str, float]
 PROMPT, STEPS = 64, 12
-TITLE = "Hooks: time over that of the plain model, and bytes of what is collected"
+TITLE = "Hooks: time over that of the plain model"
 QUICK = {"tokens": 32, "rounds": 1}
 GOALS = {"decode": 1.03, "generate": 1.03, "prefill": 1.05}
 """Of a model without hooks, over the plain one."""
@@ -163,48 +161,26 @@ def ratios(plain: Callable[[], Any], others: Mapping[str, Callable[[], Any]], ro
     return {name: statistics.median(each) for name, each in found.items()}
 
 
-def collecting(hf: HF, tokens: Tensor, rounds: int) -> Ratios:
-    """Bytes per token and head, and times against a plain forward of the same tokens [B,T]: collecting all heads of all
-    recurrent layers, and rebuilding one head's rows [B*T,K*V] from the files."""
-    model = HookedRecurrent.from_hf(hf)
-    layers, heads = model.cfg.recurrent_layers, model.cfg.n_heads
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        numbers = iter(range(10**6))
-
-        def gather(target: str) -> object:
-            return collect(model, tokens, layers, None, f"{folder}/{next(numbers)}", targets=(target,), dtype="float16")
-
-        kept = {target: gather(target) for target in ("write", "state")}
-        parts = {
-            "collect writes": lambda: gather("write"),
-            "collect for states": lambda: gather("state"),
-            "rows of writes, one head": lambda: kept["write"].rows(layers[0], 0, "write"),
-            "rows of states, one head": lambda: kept["state"].rows(layers[0], 0, "state"),
-        }
-        found = ratios(lambda: hf(tokens, use_cache=False), parts, rounds)
-        per = tokens.numel() * heads * len(layers)
-        sizes = {f"bytes per token and head, {target}s": kept[target].total_bytes / per for target in kept}
-    return found | sizes
-
-
 @torch.no_grad()
 def measure(tokens: int = 256, rounds: int = 7) -> dict[str, Ratios]:
-    """Everything: ratios, and bytes of what is collected."""
-    text = torch.randint(0, 512, (4, tokens), generator=torch.Generator().manual_seed(0))
-    wide = qwen(4, 512, 16, 128)
-    found = {f"no hooks attached: {name}": idle(hf, text[:1], rounds) for name, hf in models()}
-    for name, hf in (("4 layers, 4 heads 32 x 32", qwen(4, 160, 4, 32)), ("4 layers, 16 heads 128 x 128", wide)):
-        found[f"reading: {name}"] = reading(hf, text[:1], rounds)
-    return found | {"collecting: 16 heads 128 x 128 in 3 layers": collecting(wide, text, max(3, rounds // 3))}
+    """Ratios of everything."""
+    text = torch.randint(0, 512, (1, tokens), generator=torch.Generator().manual_seed(0))
+    found = {f"no hooks attached: {name}": idle(hf, text, rounds) for name, hf in models()}
+    for name, hf in (
+        ("4 layers, 4 heads 32 x 32", qwen(4, 160, 4, 32)),
+        ("4 layers, 16 heads 128 x 128", qwen(4, 512, 16, 128)),
+    ):
+        found[f"reading: {name}"] = reading(hf, text, rounds)
+    return found
 
 
 def lines(found: dict[str, Ratios]) -> list[Line]:
-    """What has a goal, and then the rest."""
-    own = {label: row for label, row in found.items() if label.startswith("no hooks attached")}
-    said = [
-        Line(f"{label}: {kind}", row[kind], goal=goal) for label, row in own.items() for kind, goal in GOALS.items()
-    ]
-    return said + rest({label: row for label, row in found.items() if label not in own})
+    """A row for each model, and a column for each way of running it, or for each thing that is read."""
+    said: list[Line] = []
+    for label, row in found.items():
+        goals = GOALS if label.startswith("no hooks attached") else dict.fromkeys(READ)
+        said += [Line(f"{label}: {way}", row[way], goal=goal) for way, goal in goals.items() if way in row]
+    return said
 
 
 if __name__ == "__main__":

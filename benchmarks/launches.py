@@ -13,8 +13,6 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +50,9 @@ NARROW = {
 """Launches do not depend on widths."""
 MICROSECONDS = {"launch": 5, "sync": 20, "to_device": 20, "to_host": 20, "bus": 1 / 25e3, "bytes": 1 / 2e6}
 """A plain model of an H100: 5 us a launch, 20 us a wait, 25 GB/s of the bus, 2 TB/s of memory."""
-EXPLAINED = """No GPU ran this. The counts are exact: PyTorch ran the operations on a pretended device, and each
-operation that is no view counts as one launch, of this package, of the model and of other tools alike. *Native* is
-transformers without this package. A *sync* is a wait for a number or a shape; a copy to the host is
-a wait as well. A step is one of training once it is steady. The last column is a plain model: 5 us a launch, 20 us a
-sync or copy, 25 GB/s between host and device, 2 TB/s of memory."""
+EXPLAINED = """No GPU ran this. PyTorch ran on a pretended device, and each operation that is no view counts as one
+launch, of this package and of the model alike. *Native* is transformers without this package. The last column assumes
+5 us a launch, 20 us a wait or copy, 25 GB/s between host and device, 2 TB/s of memory."""
 Counts = dict[str, float]
 
 
@@ -79,9 +75,6 @@ def of_passes(seen: Any, length: int) -> dict[str, Counts]:
         "all hooks": lambda: model.run_with_cache(ids),
         "memory": lambda: model.memory(ids),
     }
-    if find_spec("nnsight"):
-        traced = of_nnsight(native)
-        works["a mixer's output read with nnsight"] = lambda: traced_output(traced, ids)
     costs = {name: seen.of(work) for name, work in works.items()}
     costs |= of_decoding(seen, model, native, ids)
     memory, span = model.memory(ids), (length // 4, length // 2)
@@ -117,19 +110,6 @@ def of_decoding(seen: Any, model: HookedRecurrent, native: Any, ids: torch.Tenso
             past = runs(input_ids=ids, use_cache=True).past_key_values
             costs[name] = seen.of(partial(runs, input_ids=ids[:, :1], past_key_values=past, use_cache=True))
     return costs
-
-
-def of_nnsight(model: Any) -> Any:
-    """A model that nnsight traces."""
-    from nnsight import NNsight
-
-    return NNsight(copy.deepcopy(model))
-
-
-def traced_output(traced: Any, ids: torch.Tensor) -> None:
-    """Read a mixer's output with nnsight."""
-    with traced.trace(input_ids=ids, use_cache=False):
-        traced.model.layers[LAYER].linear_attn.output.save()
 
 
 def _cut(value: torch.Tensor, hook: object) -> torch.Tensor:
@@ -244,8 +224,6 @@ def measure(length: int = 128, wide: bool = True) -> dict[str, Any]:
             costs[SUBSTITUTION] = of_substitution(seen)
             costs[DEEP] = of_substitution(seen, deep=True)
             costs[COLLECTING] = of_collecting(seen)
-    if "a mixer's output read with nnsight" in costs:
-        costs["versions"] = {"nnsight": version("nnsight")}
     return costs
 
 
@@ -280,19 +258,19 @@ def lines(found: dict[str, Any]) -> list[frame.Line]:
 
 
 def text(found: dict[str, Any]) -> str:
-    head = ("work", "launches", "syncs", "copies to the device", "to the host", "MB read and written", "H100 model, ms")
+    """Counts of each work."""
+    head = ("work", "launches", "waits", "MB read and written", "H100 model, ms")
     rows = [
         (
             name,
-            *(f"{abs(x[kind]):,.0f}" for kind in ("launch", "sync", "to_device", "to_host")),
-            f"{x['bytes'] / 1e6:,.0f}",
-            f"{microseconds(x) / 1e3:,.1f}",
+            f"{costs['launch']:,.0f}",
+            f"{abs(waits(costs)):,.0f}",
+            f"{costs['bytes'] / 1e6:,.0f}",
+            f"{microseconds(costs) / 1e3:,.1f}",
         )
-        for name, x in found.items()
-        if name != "versions"
+        for name, costs in found.items()
     ]
-    others = "".join(f" {name} {number}." for name, number in found.get("versions", {}).items())
-    return f"{table(head, rows)}\n\n{EXPLAINED}{others}"
+    return f"{table(head, rows)}\n\n{EXPLAINED}"
 
 
 if __name__ == "__main__":

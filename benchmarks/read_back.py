@@ -79,17 +79,17 @@ SHARES = {
 
 
 def lines(found: dict[str, Any]) -> list[Line]:
-    """What has a goal."""
+    """Shares of phrases and tokens, and seconds."""
     rows: list[Line] = []
     for name, own in found.items():
-        rows += [Line(f"{name}: {what}", own[what], "", *goal) for what, goal in SHARES.items()]
-        rows.append(Line(f"{name}: CPU of ten phrases", own["CPU seconds"], " s", 20))
+        rows += [Line(what, own[what], "", *goal, column=name) for what, goal in SHARES.items()]
+        rows.append(Line("CPU of ten phrases", own["CPU seconds"], " s", 20, column=name))
     return rows
 
 
 def text(found: dict[str, Any]) -> str:
-    """What was read back from the texts of the first model."""
-    shown = next(iter(found.values()))["texts"].items()
+    """What was read back from two texts of the first model."""
+    shown = list(next(iter(found.values()))["texts"].items())[:2]
     return table(("text", "its first five phrases; bold: three tokens in a row are in the text"), shown)
 
 

@@ -25,13 +25,12 @@ DOCS = ROOT / "docs"
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tools")]
 
 import frame  # noqa: E402
-from subjects import SUBJECTS  # noqa: E402
 from tables import table  # noqa: E402
 
 from hookpoints.files import atomic_text  # noqa: E402
 
 NAMES = (
-    *("launches", "scan", "hooks", "recurrence", "substitution", "sae_step", "real_size", "busy"),
+    *("launches", "scan", "hooks", "substitution", "sae_step", "real_size"),
     *("circuits", "task_circuits", "natural_memory", "read_back", "forgetting", "facts_in_speech"),
 )
 """The benchmarks, as the page has them."""
@@ -39,34 +38,24 @@ ON_GPU = "gpu"
 """One more, which runs only where it is named."""
 HEAD = """# Benchmarks
 
-What do hooks, edits, memories and training cost? `python benchmarks/run.py` measures it and writes this page from the
-records in `docs/benchmarks`; no other page has such numbers. Unless a section says otherwise, one process with one
-thread times the ways of doing one thing in turn, round after round, by its own clock. A ratio is the median over
-rounds of the ratio in one round. Other programs shared the machine, so trust ratios more than times, and not the
-second digit. All times and ratios of times are those of a CPU, and a GPU has others: the first section counts what
-work would cost there. {goals}
+What do hooks, edits, memories and training cost, and how often are readers and circuits right? Each section is one
+claim. `python benchmarks/run.py` measures it and writes this page; `docs/benchmarks` has a record of each, with all
+numbers and settings. Times are those of one CPU thread, by its own clock. A ratio is the median over rounds of ways
+that take turns. Other programs shared the machine, so trust ratios more than times, and not the second digit.
+{goals}
 """
-FOOT = """*{date}, {cpu}, {cores} cores under a load of {load:.0f}, threads: {threads}; Python {python}, torch {torch},
-transformers {transformers}, SAELens {sae-lens}. `python benchmarks/run.py {name}` took {seconds:.0f} s.*
+FOOT = """*{date}, {cpu}, load {load:.0f}, torch {torch}, transformers {transformers}, SAELens {sae-lens};
+`python benchmarks/run.py {name}`, {seconds:.0f} s.*
 """
-
-
-def benchmark(name: str) -> Any:
-    """A benchmark as the frame wants it."""
-    return SUBJECTS.get(name, lambda: importlib.import_module(name))()
 
 
 def section(name: str, record: dict[str, Any]) -> tuple[str, list[frame.Line]]:
     """A benchmark's part of the page, and its lines."""
-    own, found = benchmark(name), record["found"]
+    own, found = importlib.import_module(name), record["found"]
     lines = frame.lines(own, found)
-    parts = [f"## {getattr(own, 'TITLE', (own.__doc__ or name).split(':')[0])}"]
+    parts = [f"## {getattr(own, 'TITLE', name)}"]
     parts += ["**Small sizes**, to see that it runs."] if record["quick"] else []
-    shown = lines
-    if hasattr(own, "text"):  # its own tables have the numbers
-        shown = [line for line in lines if line.missed or line.goal is None]
-        parts += [f"{goals_met(lines)} The record has the numbers of those that are."] if lines else []
-    parts += [table(("what", "goal", "measured"), [line.cells() for line in shown])] if shown else []
+    parts += [table(*frame.rows(lines))] if lines else []
     parts += [own.text(found)] if hasattr(own, "text") else []
     parts += [FOOT.format(**record, name=name)]
     return "\n".join(f"{part.strip()}\n" for part in parts), lines
@@ -128,6 +117,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--one"]:
-        frame.main(benchmark(sys.argv[2]), sys.argv[3:])
+        frame.main(importlib.import_module(sys.argv[2]), sys.argv[3:])
     else:
         main()

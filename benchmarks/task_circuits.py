@@ -73,5 +73,22 @@ def measure(
     return {name: of_task(name, pairs) for name in models}
 
 
+def lines(found: dict[str, Any]) -> list[frame.Line]:
+    """Whether there is a task, and what few writes keep beside as many random ones."""
+    said: list[frame.Line] = []
+    for name, own in found.items():
+        numbers = {
+            "own answers: effect": own["own answers"]["effect"],
+            "answers of other texts: effect": own["shuffled answers"]["effect"],
+        }
+        for label, row in own.items():
+            size, is_size, _ = label.partition(" writes of ")
+            if is_size:
+                numbers |= {f"{size} writes: kept": row["kept"], f"{size} random writes: kept": row["random"]}
+        numbers |= {"CPR of the circuit": own["CPR, kept"], "CPR of random ones": own["CPR, random"]}
+        said += [frame.Line(what, value, column=name) for what, value in numbers.items()]
+    return said
+
+
 if __name__ == "__main__":
     frame.main(sys.modules[__name__])

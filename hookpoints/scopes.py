@@ -65,8 +65,8 @@ def own_gradients(device_type: str) -> Iterator[None]:
 
 SMALL_WORK = 1e8
 """Multiply-adds that one thread computes: a training step or an edited row of less than 70 ms on a Zen 4 core. Below,
-threads that spin lose more on a busy machine than a second core saves (`benchmarks/busy.py`). Above, operations are
-long, waiting asleep costs little, and many cores pay."""
+threads that spin lose more on a busy machine than a second core saves. Above, operations are long, waiting asleep
+costs little, and many cores pay."""
 
 
 def threads_for(multiply_adds: float) -> AbstractContextManager[None]:

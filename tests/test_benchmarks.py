@@ -49,7 +49,7 @@ def test_a_benchmark_leaves_a_record_and_a_failed_one_the_former(tmp_path, monke
     former = json.loads(file.read_text())
     assert former["found"] == {"rounds": 2, "slow / fast": {"time": 0.5}} and former["settings"] == {"n": 2}
     page = run.page(file.parent, ("tiny",))
-    assert "| slow / fast, time | – | 0.50 |" in page
+    assert "| slow / fast, time | 0.50 |" in page
     (tmp_path / "tiny.py").write_text("raise SystemExit(3)")
     assert run.run(("tiny",), tmp_path, quick=True) == ["tiny"]
     assert json.loads(file.read_text()) == former and former["date"] in capsys.readouterr().out
@@ -96,3 +96,16 @@ def test_a_goal_is_met_or_missed():
         *(False, True),
     ]
     assert not frame.Line("", 2.0).missed
+
+
+def test_lines_of_one_subject_are_a_row_with_a_column_for_each_model():
+    lines = [
+        frame.Line("AUC", 0.5, goal=0.9, least=True, column="a"),
+        frame.Line("seconds", 3.0, " s", column="a"),
+        frame.Line("AUC", 0.95, goal=0.9, least=True, column="b"),
+    ]
+    assert frame.rows(lines) == (
+        ["what", "goal", "a", "b"],
+        [["AUC", "at least 0.90", "0.50, missed", "0.95"], ["seconds", "", "3.00 s", ""]],
+    )
+    assert frame.rows([frame.Line("seconds", 3.0)]) == (["what", "measured"], [["seconds", "3.00"]])

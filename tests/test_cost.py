@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import EACH_LAYOUT, EACH_RULE, fast_of, make_hf
 
-from hookpoints import HookedRecurrent, UnknownHookError, UnknownModelError, cost
+from hookpoints import Cost, HookedRecurrent, UnknownHookError, UnknownModelError, UnsupportedModelError, cost
 from hookpoints.errors import InputError
+from hookpoints.memory.caches import tensors_of
+from hookpoints.model.cost import held, kinds
 from sae_lens_writesae import collect
 
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
@@ -31,15 +33,38 @@ def test_costs_in_half_precision_are_those_of_a_real_run(model_type: str) -> Non
     assert_costs(model_type, torch.bfloat16)
 
 
+def of_a_run(model: HookedRecurrent, tokens: int) -> Cost:
+    """What `cost` says of a model, from what a run with weights holds."""
+    ids = torch.randint(2, model.cfg.d_vocab, (1, tokens))
+    with torch.no_grad():
+        by_name = dict(model.run_with_cache(ids, names_filter=lambda name: True)[1].items())
+        plain = model.run_with_cache(ids)[1]
+    try:
+        memory = model.memory(ids)
+        size = held([*memory.kept.named().values(), *tensors_of(memory.cache).values()])
+    except UnsupportedModelError:
+        size = None
+    return Cost(
+        model_name=model.cfg.model_name,
+        T=tokens,
+        dtype=model.cfg.dtype,
+        weights=held([*model.hf_model.parameters(), *model.hf_model.buffers()]),
+        hooks=tuple(kinds(by_name)),
+        cached=held(plain.values()),
+        state=sum(held([by_name[f"blocks.{layer}.mixer.hook_state"][:, 0].clone()]) for layer in model.cfg.layers),
+        memory=size,
+    )
+
+
 def assert_costs(model_type: str, dtype: torch.dtype) -> None:
     model = HookedRecurrent.from_hf(make_hf(model_type).to(dtype=dtype), self_check=False)
-    assert cost(model, tokens=64) == fits.of_a_run(model, 64)
+    assert cost(model, tokens=64) == of_a_run(model, 64)
 
 
 @pytest.mark.parametrize("name", ["facts", "composition"])
 def test_a_model_whose_layers_are_all_recurrent_costs_what_a_run_holds(name: str) -> None:
     """Its class asks the cache for a length, which upstream's cache does not have there."""
-    assert cost(name, tokens=32) == fits.of_a_run(HookedRecurrent.from_pretrained(name), 32)
+    assert cost(name, tokens=32) == of_a_run(HookedRecurrent.from_pretrained(name), 32)
 
 
 def test_a_filter_costs_the_hooks_that_it_names(model: HookedRecurrent) -> None:

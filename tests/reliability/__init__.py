@@ -1,1 +1,1 @@
-"""What goes wrong in practice: checks that ``test_reliability.py`` and ``tools/reliability_page.py`` run."""
+"""What goes wrong in practice: checks that ``test_reliability.py`` and ``tools/reliability.py`` run."""

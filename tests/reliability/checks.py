@@ -38,7 +38,7 @@ def same(a: object, b: object) -> bool:
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the page."""
+    """What goes wrong, and how often it is tried."""
 
     section: str
     run: Callable[[Path, int], Iterator[Comparison]]
@@ -46,7 +46,7 @@ class Check:
     few: int
     """Rounds in the test suite."""
     many: int
-    """Rounds for the page."""
+    """Rounds of `tools/reliability.py`."""
     slow: bool
 
     @property
