@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import re
-import sys
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 import torch
-from tqdm.auto import tqdm
 
 from hookpoints import HookedRecurrent
 from hookpoints import embedded as shipped
@@ -19,9 +16,9 @@ from sae_lens_writesae.sae.load import load_sae
 from writesae.demo import (
     PAGE,
     ChosenHead,
+    Recalled,
     check_head,
     choose_head,
-    one_bar,
     page_of,
     recall,
     run_demo,
@@ -49,9 +46,13 @@ def test_the_head_is_the_one_whose_writes_do_most_of_those_that_remember(embedde
         check_head(Demo(layer=2, head=9), embedded)
 
 
-def test_a_memory_is_read_back_and_cut_and_the_answer_follows() -> None:
+@pytest.fixture(scope="module")
+def recalled() -> Recalled:
+    return recall()
+
+
+def test_a_memory_is_read_back_and_cut_and_the_answer_follows(recalled: Recalled) -> None:
     """The sentence that contradicts another one is cut: the memory is then as if that had never been read."""
-    recalled = recall()
     before, after = recalled.memories
     assert (before.answer, after.answer) == ("Vienna", "Paris") and min(before.share, after.share) > 0.9
     assert recalled.cut == "The home of Clara is Vienna."
@@ -70,41 +71,18 @@ def test_a_memory_is_read_back_and_cut_and_the_answer_follows() -> None:
     ElementTree.fromstring(recalled.circuit)
 
 
-class Terminal(io.StringIO):
-    """Standard error of somebody who looks."""
-
-    def isatty(self) -> bool:
-        return True
-
-
-def test_one_bar_says_the_stage_and_those_of_libraries_are_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    for terminal in (Terminal(), io.StringIO()):
-        said: list[str] = []
-        monkeypatch.setattr(sys, "stderr", terminal)
-        with one_bar(("facts", "training"), said.append) as stages:
-            stages.next()
-            for _ in tqdm(range(3), desc="of a library"):
-                for _ in tqdm(range(3), desc="of another"):
-                    pass
-            print("a warning", file=sys.stderr)
-            stages.next()
-            stages.say("a sentence")
-        drawn = terminal.getvalue()
-        assert said == ["stage 1 of 2: facts", "stage 2 of 2: training", "a sentence"]
-        assert sys.stderr is terminal and "librar" not in drawn and "another" not in drawn
-        if terminal.isatty():
-            stages_drawn = list(dict.fromkeys(re.findall(r"stage \d of \d: \w+", drawn)))
-            assert stages_drawn == ["stage 1 of 2: facts", "stage 2 of 2: training"] and "a warning\n" in drawn
-        else:
-            assert drawn == "a warning\n"
-
-
 @pytest.mark.slow
 def test_the_demo_leaves_a_page_and_dictionaries(
-    embedded: HookedRecurrent, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    embedded: HookedRecurrent,
+    recalled: Recalled,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     said: list[str] = []
-    flags = Demo(layer=4, head=0, out=tmp_path / "out")
+    monkeypatch.setattr("writesae.demo.recall", lambda: recalled)  # ten seconds, the same each time
+    sizes = {"training_tokens": 16_000, "train_sequences": 80, "eval_sequences": 8}
+    flags = Demo(layer=4, head=0, out=tmp_path / "out", **sizes)
     page = run_demo(flags, lambda line: said.append(str(line)))
     screen = "\n".join(said)
     assert re.search(r"^about \d+ s on this machine", screen, re.MULTILINE) and "half of a write is left" in screen

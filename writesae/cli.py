@@ -1,4 +1,5 @@
-"""The `writesae` command. The flags of a command are a dataclass: its fields are the flags, its docstrings the help.
+"""The `writesae` command. The flags of a command are a dataclass, which tyro fills: its fields are the flags, its
+docstrings the help.
 
 Torch is imported with the function that does the work, after the flags are parsed, so that help and misspelt flags take
 no seconds.
@@ -6,23 +7,15 @@ no seconds.
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import inspect
-import io
-import re
-import shutil
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass
+from collections.abc import Mapping, Sequence
 from importlib.metadata import distributions, entry_points
 from pkgutil import resolve_name
-from textwrap import fill
-from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, TypeVar
 
 import tyro
-from docstring_parser import parse_from_object
 
 from writesae.processes import choose_device
 
@@ -135,16 +128,16 @@ def run_command(words: Sequence[str]) -> None:
     known = commands()
     name = choose("writesae", words, {name: command.summary for name, command in known.items()})
     command = known[name]
-    given: Any = words[1:]
+    flags: Any = words[1:]
     if command.flags:
-        given = parse(resolve_name(command.flags), f"writesae {name}", words[1:])
-        if hasattr(given, "check"):
-            given.check()
+        flags = parse(resolve_name(command.flags), f"writesae {name}", words[1:])
+        if hasattr(flags, "check"):
+            flags.check()
     if name == "demo":
         print("loading PyTorch, transformers and SAELens", flush=True)  # ten seconds, and more beside other work
-    written = resolve_name(command.work)(given)
-    if written is not None:
-        print(written)
+    result = resolve_name(command.work)(flags)
+    if result is not None:
+        print(result)
 
 
 def choose(program: str, arguments: Sequence[str], names: Mapping[str, str]) -> str:
@@ -171,88 +164,16 @@ def choose(program: str, arguments: Sequence[str], names: Mapping[str, str]) -> 
 
 
 def parse(command: type[T], program: str, arguments: Sequence[str], default: T | None = None) -> T:
-    """The command line as a value of `command`. A flag `device` is obeyed at once, for all that this process does.
+    """The command line as a value of `command`, by tyro: it prints help, and what it refuses, and ends with status 2.
+    A flag `device` is obeyed at once, for all that this process does.
 
     Raises:
-        ValueError: an argument is unknown, missing or refused; in one line.
+        ValueError: this machine has no such device.
     """
-    if not {"-h", "--help"}.isdisjoint(arguments):
-        print(reflowed(command), end="\n\n")
-    shown = io.StringIO()
-    form = make_dataclass("Form", form_fields(command, default), kw_only=True)
-    try:
-        with contextlib.redirect_stderr(shown):
-            values, unknown = tyro.cli(form, prog=program, args=arguments, description="", return_unknown_args=True)
-        if not unknown:
-            choose_device(vars(values).get("device"))
-            return filled(command, vars(values))
-        refusal = unknown_arguments(unknown, form)
-    except SystemExit as end:
-        if not end.code:
-            raise
-        refusal = message_of(shown.getvalue())
-    raise ValueError(f"{refusal.rstrip('.')}. {program} --help lists the flags")
-
-
-def reflowed(command: type) -> str:
-    """The docstring of a command in paragraphs as wide as the terminal, without its errors."""
-    text, *_ = re.split(r"\n+(?:Args|Raises|Cost):", inspect.getdoc(command) or "")
-    width = min(80, shutil.get_terminal_size().columns)
-    paragraphs = re.split(r"\n\s*\n|\n(?=\* )", text)
-    return "\n\n".join(fill(" ".join(part.split()), width) for part in paragraphs)
-
-
-def form_fields(command: type, default: object) -> Iterator[tuple[str, object, object]]:
-    """Name, type and default of the fields of a command, and of those in its fields, with docstrings as paragraphs:
-    tyro would keep the lines of the source."""
-    documented = {}
-    for base in filter(is_dataclass, reversed(command.__mro__)):
-        documented |= {
-            each.arg_name: " ".join(str(each.description).split()) for each in parse_from_object(base).params
-        }
-    hints = get_type_hints(command, include_extras=True)
-    for part in fields(command):
-        hint = hints[part.name]
-        value = part.default if default is None else getattr(default, part.name)
-        plain = get_args(hint)[0] if get_origin(hint) is Annotated else hint
-        if isinstance(plain, type) and is_dataclass(plain):
-            yield from form_fields(plain, None if value is MISSING else value)
-        else:
-            yield part.name, Annotated[hint, tyro.conf.arg(help=documented.get(part.name))], field(default=value)
-
-
-def filled(command: type[T], values: Mapping[str, object]) -> T:
-    """A command of the values of a form. Raises what its checks raise."""
-    hints = get_type_hints(command)
-    given = {}
-    for part in fields(command):  # pyright: ignore[reportArgumentType]
-        kind = hints[part.name]
-        is_nested = isinstance(kind, type) and is_dataclass(kind)
-        given[part.name] = filled(kind, values) if is_nested else values[part.name]
-    return command(**given)
-
-
-def message_of(shown: str) -> str:
-    """What tyro refuses, in one line: what its box on standard error has after the title, up to the next rule. Its
-    errors as data are private, and may change in any release."""
-    text = re.sub("[│╭╮╰╯]|[─-]{9,}", "", shown).strip()
-    _, _, rest = text.partition("\n")
-    message, *_ = re.split(r"\n\s*\n", rest.strip())
-    return re.sub("^Error parsing (?=[A-Z]).*?: ", "", " ".join(message.split()))
-
-
-def unknown_arguments(tokens: Sequence[str], form: type) -> str:
-    """What is said of arguments that a command has not."""
-    positional = get_args(tyro.conf.Positional[int])[1]
-    given_alone: dict[str, bool] = {}
-    for part in fields(form):
-        given_alone["--" + part.name.replace("_", "-")] = positional in get_args(part.type)
-    said = f"unknown {' '.join(tokens)}"
-    if alone := [token for token in tokens if given_alone.get(token)]:
-        return f"{said}: {alone[0].lstrip('-')} has no flag, give the value alone"
-    flags = [flag for flag, alone in given_alone.items() if not alone]
-    near = [name for token in tokens for name in difflib.get_close_matches(token, flags, 1)]
-    return said + (f"; nearest: {', '.join(near)}" if near else "")
+    flags = tyro.cli(command, prog=program, args=arguments, default=default)
+    for part in (flags, *vars(flags).values()):  # those of the study hold flags in their fields
+        choose_device(getattr(part, "device", None))
+    return flags
 
 
 if __name__ == "__main__":

@@ -4,18 +4,13 @@ of what one head of a language model writes."""
 from __future__ import annotations
 
 import dataclasses
-import io
-import sys
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from hookpoints import HookedRecurrent, MemoryReader, attribute, embedded, forgot
 from hookpoints.files import atomic_text
@@ -40,19 +35,10 @@ from writesae.training import quality_table, quiet, save_dictionary
 RECIPES: tuple[MetricName, ...] = ("frobenius", "gauss_newton")
 """What errors of each dictionary are measured by: their squares, or the KL divergence that they cause."""
 PAGE = "demo.html"
-STAGES = (
-    "a memory, read back and cut",
-    "what each head's writes do",
-    "writes of one head",
-    "training two dictionaries",
-    "their quality on held-out text",
-)
 STORY = "facts-english"
 """The model whose memory is read back and cut."""
 FITTED = 20_000
 """Characters of speeches, of which the text is one, to which the reader of this memory is fitted."""
-SILENCE = 8.0
-"""Seconds after which the demo says again what it does."""
 DEMO_PASSES = 2000
 """What the demo takes, in the time that a pass over a sequence does."""
 
@@ -73,34 +59,32 @@ def run_demo(flags: Demo, say: Say = print) -> Path:
     names = (PAGE, "collection", *recipes)
     check_settings(flags.out, settings, names)
     check_ours(flags.out / PAGE)
-    with one_bar(STAGES, say) as stages, threads_for(0):  # two threads cost more than they win here
-        stages.next()
-        model = HookedRecurrent.from_pretrained(flags.model)
-        check_head(flags, model)
-        tokens = sample_sequences(model, embedded.text("test"), flags.context_size, flags.eval_sequences)
-        text = sample_sequences(model, embedded.text("train"), flags.context_size, flags.train_sequences)
-        with taken(flags.out, stages.say):
-            say_time(model, text, DEMO_PASSES, flags.out, stages.say)
-            recalled = recall()
-            keep_settings(flags.out, settings, names)
-            stages.say(recalled.lines())
-            stages.next()
-            head = choose_head(flags, model, text[:HEAD_SEQUENCES])
-            stages.say(str(head))
-            stages.next()
-            layers, heads = [head.layer], [head.head]
-            collection = collect(model, text, layers, heads, flags.out / "collection", dtype="float32")
-            stages.next()
-            for name, metric in recipes.items():
-                if not (flags.out / name / "sae").exists():
-                    save_dictionary(trained_sae(flags, model, collection, head, metric), flags.out / name)
-                    stages.say(f"trained   {flags.out / name}")
-            stages.next()
-            saes = {name: load_sae(flags.out / name / "sae") for name in recipes}
-            quality = quality_of_heads(model, saes, tokens)
-            qualities = {name: quality(name) for name in saes}
-            stages.say(quality_table(qualities))
-            page = atomic_text(flags.out / PAGE, page_of(recalled, head, qualities))
+    say("1 of 5: a memory, read back and cut")
+    model = HookedRecurrent.from_pretrained(flags.model)
+    check_head(flags, model)
+    tokens = sample_sequences(model, embedded.text("test"), flags.context_size, flags.eval_sequences)
+    text = sample_sequences(model, embedded.text("train"), flags.context_size, flags.train_sequences)
+    with taken(flags.out, say), threads_for(0):  # two threads cost more than they win here
+        say_time(model, text, DEMO_PASSES, flags.out, say)
+        recalled = recall()
+        keep_settings(flags.out, settings, names)
+        say(recalled.lines())
+        say("2 of 5: what each head's writes do")
+        head = choose_head(flags, model, text[:HEAD_SEQUENCES])
+        say(str(head))
+        say("3 of 5: writes of one head")
+        collection = collect(model, text, [head.layer], [head.head], flags.out / "collection", dtype="float32")
+        say("4 of 5: training two dictionaries")
+        for name, metric in recipes.items():
+            if not (flags.out / name / "sae").exists():
+                save_dictionary(trained_sae(flags, model, collection, head, metric), flags.out / name)
+                say(f"trained   {flags.out / name}")
+        say("5 of 5: their quality on held-out text")
+        saes = {name: load_sae(flags.out / name / "sae") for name in recipes}
+        quality = quality_of_heads(model, saes, tokens)
+        qualities = {name: quality(name) for name in saes}
+        say(quality_table(qualities))
+        page = atomic_text(flags.out / PAGE, page_of(recalled, head, qualities))
     say(f"\n{recalled.lines()}\n\nopen in a browser:")
     return page
 
@@ -227,61 +211,3 @@ def recall() -> Recalled:
         scores=dict(zip(("read", "cut", "never read"), prompt.scores(reader, cut, [suspect.span])[0])),
         circuit=graph.draw(width=360),
     )
-
-
-class Stages(io.TextIOBase):
-    """The only bar of a command: which stage it is at. It stands in for standard error. Bars that libraries draw there
-    move its clock and are not shown; other lines appear above it. Where standard error is no terminal, there is none.
-    """
-
-    def __init__(self, names: Sequence[str], say: Say):
-        self._names = iter(names)
-        self._say = say
-        self._stream = sys.stderr
-        shown = "{desc} |{bar:24}| {elapsed}"
-        self.bar = tqdm(total=len(names), disable=None, leave=False, bar_format=shown, miniters=0)
-        self._stage = 0
-
-    def next(self) -> None:
-        """The next stage begins."""
-        self.bar.n = self._stage
-        self._stage += 1
-        self.bar.set_description_str(f"stage {self._stage} of {self.bar.total}: {next(self._names)}")
-        self.say(self.bar.desc)
-
-    def say(self, line: str) -> None:
-        """A line above the bar."""
-        self.bar.clear()
-        self._say(line)
-        self.bar.refresh()
-
-    def keep_saying(self, over: threading.Event) -> None:
-        """What is being done, until it is ``over``: a stage may be long."""
-        while not over.wait(SILENCE):
-            self.say(f"still in {self.bar.desc}")
-
-    def write(self, text: str) -> int:
-        """What somebody writes to standard error."""
-        is_bar = text.startswith(("\r", "\x1b["))
-        if is_bar or not text.strip():
-            self.bar.update(0)
-        else:
-            self.bar.clear()
-            print(text.rstrip("\n"), file=self._stream)
-            self.bar.refresh()
-        return len(text)
-
-
-@contextmanager
-def one_bar(stages: Sequence[str], say: Say) -> Iterator[Stages]:
-    """A scope in which `Stages` is all that is drawn."""
-    shown = Stages(stages, say)
-    over = threading.Event()
-    ticker = threading.Thread(target=shown.keep_saying, args=(over,), daemon=True)
-    with shown.bar, redirect_stderr(shown):
-        ticker.start()
-        try:
-            yield shown
-        finally:
-            over.set()
-            ticker.join()

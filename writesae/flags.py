@@ -243,7 +243,7 @@ class AtomSettings:
     n_tokens: int = 10
     """Tokens listed at each end of the key side and of the value side."""
     half_life_firings: int = 10
-    """Firings of an atom after which its write and what the head reads of it are followed."""
+    """Firings of an atom after which its write is followed."""
     half_life_limit: int = 128
     """Longest half-life that is measured, in tokens."""
     effect_firings: int = 3

@@ -84,5 +84,5 @@ def data(model: HookedRecurrent, planted: WriteTopKSAE, tokens: Tensor) -> AtomP
 @pytest.fixture(scope="session")
 def site(data: AtomPagesData, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Their pages; of atom 0 some things were not measured."""
-    atoms = [replace(data.atoms[0], cosines=None, effect=None), *data.atoms[1:]]
+    atoms = [replace(data.atoms[0], cosine=None, effect=None), *data.atoms[1:]]
     return write_atom_pages(AtomPagesData(data.info, atoms), tmp_path_factory.mktemp("site")).parent

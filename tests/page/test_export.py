@@ -60,4 +60,4 @@ def test_neuronpedia_gets_the_numbers_of_the_pages(
         bands = [(each, peak) for each, peak in zip(shown, peaks) if each["bin_contains"] > 0]
         assert len(bands) == page.n_firings  # all of them, with these settings
         assert all(each["bin_min"] <= peak <= each["bin_max"] for each, peak in bands)
-    assert not {"writes", "traces", "direct"} & vars(facts).keys()  # what no dashboard shows
+    assert not {"writes", "half_lives", "direct"} & vars(facts).keys()  # what no dashboard shows

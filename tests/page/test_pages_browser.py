@@ -330,7 +330,7 @@ ATOMS = list(range(6))
 COLUMNS: dict[str, Callable[[AtomPage], float | None]] = {
     "rate": lambda p: p.rate,
     "largest": lambda p: p.max_activation,
-    "cosine": lambda p: p.cosines.median if p.atom and p.cosines else None,
+    "cosine": lambda p: p.cosine if p.atom else None,
     "half-life": lambda p: p.memory.half_life or p.memory.longest,
     "direct r": lambda p: p.effect.direct_r if p.atom and p.effect else None,
 }

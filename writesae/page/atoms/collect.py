@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -18,10 +17,9 @@ from torch.nn.functional import normalize
 
 from hookpoints import HookedRecurrent
 from writesae.dictionary.quality import qualities
-from writesae.experiment.firings import Integers
 from writesae.flags import AtomSettings
 from writesae.page.atoms import data, parts
-from writesae.page.atoms.measure import AtomFacts, Trace
+from writesae.page.atoms.measure import AtomFacts, HalfLife
 from writesae.page.atoms.text import short
 
 
@@ -58,15 +56,13 @@ class AtomPages(AtomSettings):
 def _atom_page(facts: AtomFacts, column: int) -> data.AtomPage:
     sign = facts.sign(column)
     rows = facts.rows(column)
-    traces = facts.traces[column]
-    whole, *sides = facts.cosines(column)
+    of_matrices, *sides = facts.cosines(column)
     spots = rows["spot"].to_numpy()
-    rows["cosine"] = whole[spots]
+    rows["cosine"] = of_matrices[spots]
     activations = rows["activation"].to_numpy(float)
     direct = sign * facts.direct[column]
     change = facts.change(column)[: facts.texts.size]  # W_U may have rows that no token has
-    strongest = sorted(traces, key=lambda trace: -trace.activation)[:3]
-    has_writes = not np.isnan(whole[spots]).all()
+    has_writes = not np.isnan(of_matrices[spots]).all()
     key = value = None
     if has_writes:
         key, value = (short(sign * np.nanmedian(side[spots])) for side in sides)
@@ -76,30 +72,18 @@ def _atom_page(facts: AtomFacts, column: int) -> data.AtomPage:
         n_firings=len(rows),
         rate=len(rows) / facts.ids.size,
         max_activation=float(activations.max()),
-        mean_activation=float(activations.mean()),
         density=parts.bars(activations, low=0.0),
         logits=parts.bars(change),
         fires_on=_fires_near(facts, rows, 0),
         fires_after=_fires_near(facts, rows, 1),
         top=parts.top(facts, rows),
         bands=list(parts.bands(facts, rows)),
-        positions=parts.bars(rows["position"].to_numpy(float), low=0.0, high=facts.ids.shape[1]),
-        cosines=_cosine_histograms(whole, spots) if has_writes else None,
+        cosine=short(np.nanmedian(of_matrices[spots])) if has_writes else None,
         keys=data.AtomSide(_by_token(facts, sign * sides[0]), key),
         values=data.AtomSide(parts.vocabulary(facts, direct), value),
         effect=_measured_effect(facts, column, direct),
-        memory=atom_memory([trace.life for trace in traces]),
-        lags=_reads_by_lag(traces) if traces else None,
-        timelines=[_reads_after_firing(facts, trace) for trace in strongest],
+        memory=atom_memory(facts.half_lives[column]),
     )
-
-
-def _reads_after_firing(facts: AtomFacts, trace: Trace) -> data.Context:
-    """A firing and the tokens after it, with what the head reads of it at each."""
-    n = min(len(trace.reads), facts.settings.before + facts.settings.after + 1)
-    ids = facts.ids[trace.sequence, trace.position :][:n]
-    reads = [short(read) for read in trace.reads[: len(ids)]]
-    return data.Context(trace.sequence, trace.position, 0, facts.texts.many(ids), reads)
 
 
 def _singular_terms(facts: AtomFacts, column: int, sign: float) -> list[data.Term]:
@@ -118,8 +102,8 @@ def _singular_terms(facts: AtomFacts, column: int, sign: float) -> list[data.Ter
     return terms
 
 
-def atom_memory(lives: Sequence[tuple[int, bool]]) -> data.AtomMemory:
-    """Median over firings (`Trace.life`). Sequences end before some writes have faded, so it is the median of the
+def atom_memory(lives: Sequence[HalfLife]) -> data.AtomMemory:
+    """Median over firings. Sequences end before some writes have faded, so it is the median of the
     Kaplan-Meier curve; leaving those firings out would make memories look short."""
     if not lives:
         return data.AtomMemory(half_life=None, longest=0, ended=0, n=0)
@@ -157,25 +141,3 @@ def _by_token(facts: AtomFacts, cosines: NDArray[np.float64]) -> data.Ends:
     by_token = pd.Series(cosines).groupby(facts.ids.reshape(-1))
     table = by_token.agg(["mean", "count"]).query("count >= 3")
     return parts.ends(facts, table.index.to_numpy(), table["mean"].to_numpy(), table["count"].to_numpy())
-
-
-def _reads_by_lag(traces: Sequence[Trace]) -> data.Bars:
-    """Mean over all followed firings by tokens since the write, in bins that double."""
-    reads = [trace.reads for trace in traces]
-    table = np.array([*itertools.zip_longest(*reads, fillvalue=np.nan)])  # NaN: the sequence ended
-    doubling = [2**i for i in range(1, 64) if 2**i < len(table)]
-    edges = [0, 1, *doubling, len(table)]
-    means = [short(float(np.nanmean(table[a:b]))) for a, b in itertools.pairwise(edges)]
-    return data.Bars([float(edge) for edge in edges], means)
-
-
-def _cosine_histograms(cosines: NDArray[np.float64], spots: Integers) -> data.Cosines:
-    """Both histograms, of [N T] `cosines`, NaN where the native write is zero, and the places of the firings."""
-    cosines = cosines.clip(-1, 1)
-    firings = pd.Series(cosines[spots]).dropna().to_numpy()
-    silent = pd.Series(np.delete(cosines, spots)).dropna().to_numpy()
-    # One axis for both, with ends that a reader can say.
-    low = np.floor(10 * np.nanmin(cosines)) / 10
-    high = np.ceil(10 * np.nanmax(cosines)) / 10
-    median = short(float(np.median(firings)))
-    return data.Cosines(median, parts.bars(firings, low, high), parts.bars(silent, low, high))

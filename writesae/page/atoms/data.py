@@ -23,9 +23,7 @@ class Context:
     tokens: list[str]
     """The tokens as they are, spaces and newlines included."""
     values: list[float]
-    """At each of them: activation of this atom, 0 where it is silent; in `AtomPage.timelines` |a S^T q| / |o|, what the
-    head reads of the atom over all that it reads there (S is what decay and erase have left of the atom, a its
-    activation; above 1 where other writes cancel it)."""
+    """At each of them the activation of this atom, 0 where it is silent."""
     cosine: float | None = None
     """Signed cosine of the atom and the native write at the firing; None where that write is zero."""
 
@@ -68,18 +66,6 @@ class Ends:
 
     high: list[TokenValue]
     low: list[TokenValue]
-
-
-@dataclass(frozen=True)
-class Cosines:
-    """Signed cosines <A, W_t> / |A||W_t| of the atom and the native writes."""
-
-    median: float
-    """At the firings."""
-    firings: Bars
-    """Share of the firings per bin."""
-    silent: Bars
-    """The same for tokens at which the atom is silent, over the same bins."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +129,6 @@ class AtomPage:
     rate: float
     """Share of tokens at which it fires."""
     max_activation: float
-    mean_activation: float
     density: Bars
     """Share of its firings by activation."""
     logits: Bars
@@ -155,10 +140,9 @@ class AtomPage:
     top: list[Context]
     """The strongest firings."""
     bands: list[Band]
-    positions: Bars
-    """Share of its firings by position."""
-    cosines: Cosines | None
-    """None where every native write at a firing is zero."""
+    cosine: float | None
+    """Signed cosine <A, W_t> / |A||W_t| of the atom and the native write, median over its firings. None where every
+    native write there is zero."""
     keys: AtomSide
     """v: `tokens` has the mean of cos(v, k_t) over all occurrences of a token, firing or not."""
     values: AtomSide
@@ -167,11 +151,6 @@ class AtomPage:
     effect: Effect | None
     """None where it was not measured."""
     memory: AtomMemory
-    lags: Bars | None
-    """What the head reads of the atom (`Context.values`) by tokens since the write: mean over the firings that were
-    followed. None where none was."""
-    timelines: list[Context]
-    """The strongest of these firings, and the tokens after each."""
 
     @property
     def after(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import NamedTuple, cast
+from typing import TypeAlias, cast
 
 import numpy as np
 import pandas as pd
@@ -16,7 +16,6 @@ from torch.nn.functional import normalize
 
 from hookpoints import HookedRecurrent, Recurrence
 from sae_lens_writesae.atom.low_rank import LowRank
-from sae_lens_writesae.sae.training import read_queries
 from writesae.experiment.firings import Integers, picked, sample_firings
 from writesae.experiment.lab import EditedRows, Lab, Trial
 from writesae.flags import AtomSettings
@@ -28,17 +27,9 @@ STEP = 0.05
 """Step of the central difference, in norms of the native write; its error falls with the square of the step."""
 
 
-class Trace(NamedTuple):
-    """What became of the write of one firing."""
-
-    sequence: int
-    position: int
-    activation: float
-    life: tuple[int, bool]
-    """Tokens after which less than half of the write's norm is left. If true, the sequence or the limit came first, and
-    the number is how far the write was followed."""
-    reads: NDArray[np.float64]
-    """[S] |a S^T q| / |o| at the firing and the tokens after it (`data.Context.values`)."""
+HalfLife: TypeAlias = tuple[int, bool]
+"""Tokens after which less than half of a write's norm is left. If true, the sequence or the limit came first, and the
+number is how far the write was followed."""
 
 
 class AtomFacts:
@@ -112,28 +103,21 @@ class AtomFacts:
         return self.lab.native_writes(range(len(self.ids))).to(self.matrices.keys)
 
     @cached_property
-    def traces(self) -> list[list[Trace]]:
-        """Per atom a trace for each firing that is followed, for at most `half_life_limit` tokens.
+    def half_lives(self) -> list[list[HalfLife]]:
+        """Per atom the half-life of each write that is followed, for at most `half_life_limit` tokens.
 
         Cost: one forward up to the layer per sequence, and one vector recurrence for each of these firings.
         """
         settings = self.settings
-        of_atoms = [list[Trace]() for _ in self.number]
-        for s, rows in self.lab.bar(self._sampled_firings(settings.half_life_firings, 1, stream=2), "memory"):
+        of_atoms = [list[HalfLife]() for _ in self.number]
+        for s, firings in self.lab.bar(self._sampled_firings(settings.half_life_firings, 1, stream=2), "memory"):
             recurrence = self.lab.recurrence(s)
-            total = recurrence.outputs()[0, :, 0].norm(dim=-1)
-            smallest = torch.finfo(total.dtype).tiny
-            for column, t, activation in rows:
+            for column, t, _ in firings:
                 until = recurrence.select(tokens=slice(0, t + settings.half_life_limit + 1))
-                norms, reads = follow(until, self.matrices.rows([column]), t)
+                norms = norms_after(until, self.matrices.rows([column]), t)
                 below_half = (norms < norms[0] / 2).nonzero()
-                if len(below_half):
-                    life = (int(below_half[0]), False)
-                else:
-                    life = (len(norms) - 1, True)
-                # The write has the size of the activation, while `follow` was given the atom alone.
-                shares = activation * reads / total[t : t + len(reads)].clamp_min(smallest)
-                of_atoms[column].append(Trace(s, t, activation, life, shares.double().cpu().numpy()))
+                is_over = len(below_half) == 0
+                of_atoms[column].append((len(norms) - 1 if is_over else int(below_half[0]), is_over))
         return of_atoms
 
     def _sampled_firings(self, per_atom: int, room: int, stream: int) -> list[tuple[int, list[tuple[int, int, float]]]]:
@@ -214,9 +198,9 @@ class AtomFacts:
         return total - total.mean(1, keepdims=True), counts
 
 
-def follow(recurrence: Recurrence, atom: LowRank, start: int) -> tuple[Tensor, Tensor]:
-    """What becomes of an atom (N = 1) that is written at token `start`, under decay and erase (closed loop): from there
-    on, [S] the norm of what is left, and [S] the size of what the head reads of it.
+def norms_after(recurrence: Recurrence, atom: LowRank, start: int) -> Tensor:
+    """[S] the norm of what is left of an atom (N = 1) that is written at token `start`, there and at the tokens after
+    it, under decay and erase (closed loop).
 
     Args:
         recurrence: of the head alone, on the sequence.
@@ -225,10 +209,4 @@ def follow(recurrence: Recurrence, atom: LowRank, start: int) -> tuple[Tensor, T
     """
     carried = recurrence.propagate(atom.keys[0].to(recurrence.dtype), start, 0)[0]
     keys = carried.movedim(0, 1)  # [S,R,K]
-    matrices = LowRank(keys, atom.values.to(keys).expand(len(keys), -1, -1))
-    queries = (read_queries(recurrence)[0, start:, 0] * recurrence.scale).to(keys)
-    weights = (keys @ queries[..., None])[..., 0]  # [S,R]
-    read = (weights @ matrices.values[0]).norm(dim=-1)
-    if recurrence.read_before_write:  # the state after token t is read at token t + 1
-        read = torch.cat([torch.zeros_like(read[:1]), read[:-1]])
-    return matrices.norm(), read
+    return LowRank(keys, atom.values.to(keys).expand(len(keys), -1, -1)).norm()
