@@ -538,7 +538,7 @@ class Memory:
         return TokenReader(self.model, self.cache, self.forms)
 
     def _composed_memory(self, stop: int, again: Tensor, later: Kept, moved_by: int) -> Memory:
-        """`cuts.composed`, of its own first tokens.
+        """`cuts.composed`, of the first tokens of this memory.
 
         Raises:
             InputError: states were set by hand, so that the tokens do not tell them.

@@ -207,13 +207,13 @@ class HookedRecurrent(Explaining, Tokens, Weights):
             tokens, attention_mask = self._token_batch(input, prepend_bos, padding_side, attention_mask, memory)
             if attention_mask is not None:
                 check_mask(attention_mask, tokens, cached=cache_among(*hf_kwargs.values()) is not None)
+        inputs = {"input_ids": tokens} if residual is None else {"inputs_embeds": residual}
         # Where later blocks read the embeddings again, the model needs the ids even when it starts late: `passing` then
         # replaces the stream that enters the first block.
-        rereads_embeddings = self.attachment.layout.rereads_embeddings
-        if rereads_embeddings and tokens is None:
-            raise ValueError(f"{self.cfg.model_type} blocks reread the embeddings: start_at_layer needs tokens=")
-        embeds_tokens = residual is None or rereads_embeddings
-        inputs = {"input_ids": tokens} if embeds_tokens else {"inputs_embeds": residual}
+        if residual is not None and self.attachment.layout.rereads_embeddings:
+            if tokens is None:
+                raise ValueError(f"{self.cfg.model_type} blocks reread the embeddings: start_at_layer needs tokens=")
+            inputs = {"input_ids": tokens}
         # A memory stands for the tokens before these: its caches go in as a branch, and it stays as it is.
         if memory is not None:
             _require_unpadded(attention_mask)

@@ -68,7 +68,7 @@ def test_the_list_of_questions_is_that_of_the_classes() -> None:
         (["eval", "sign", "--layer", "2"], "no model and no head"),
         (["eval", "sign", *HEAD[:-1], "9"], "head 9 is out of range"),
         (["eval", "substitution", *HEAD], "sign, install need no dictionary"),
-        (["eval", "all", "SAE", "--set", "n_atoms=abc"], "got abc"),
+        (["eval", "all", "SAE", "--set", "n_atoms=abc"], "got 'abc'"),
         (["eval", "all", "SAE", "--set", "n_atms=5"], "nearest: n_atoms"),
         (["eval", "all", "SAE", "--set", "sign.foo=1"], "n_positions"),
         (["eval", "all", "SAE", "--set", "sgn.n_positions=1"], "substitution, partition"),

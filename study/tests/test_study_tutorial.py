@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_tutorials import test_holds_nothing_of_the_machine as assert_holds_nothing_of_the_machine
-from test_tutorials import test_is_committed_with_outputs as assert_committed_with_outputs
+from test_tutorials import test_is_short_whole_and_holds_nothing_of_the_machine as assert_whole
 from test_tutorials import test_runs as assert_runs
 
 NOTEBOOK = Path(__file__).parents[1] / "tutorials" / "7_the_papers_test.ipynb"
@@ -18,5 +17,4 @@ def test_the_tutorial_runs(tmp_path: Path) -> None:
 
 
 def test_the_tutorial_is_committed_as_it_ran() -> None:
-    assert_committed_with_outputs(NOTEBOOK)
-    assert_holds_nothing_of_the_machine(NOTEBOOK)
+    assert_whole(NOTEBOOK)

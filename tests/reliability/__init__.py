@@ -1,1 +1,1 @@
-"""What goes wrong in practice: checks that ``test_reliability.py`` and ``tools/reliability.py`` run."""
+"""What goes wrong in practice: checks that ``test_reliability.py`` and ``tools/run_reliability.py`` run."""

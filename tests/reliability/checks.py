@@ -46,7 +46,7 @@ class Check:
     few: int
     """Rounds in the test suite."""
     many: int
-    """Rounds of `tools/reliability.py`."""
+    """Rounds of `tools/run_reliability.py`."""
     slow: bool
 
     @property

@@ -18,12 +18,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import MAKERS, VOCAB, KeepFloat64, hooked_in_float64, make_hf
 from torch.testing import assert_close
+from transformers import DynamicCache
 
 from hookpoints import HookedRecurrent, Memory, WriteEdit, zoo
 from hookpoints.errors import InputError, UnsupportedModelError
 from hookpoints.files import tensors_hash
 from hookpoints.memory import sealing
-from hookpoints.memory.caches import attention_of, reach
+from hookpoints.memory.caches import attention_of, reach, state_of
 from hookpoints.memory.cuts import flagged_stretches, states_after
 from hookpoints.model.inputs import cache_argument, cache_of
 from hookpoints.zoo.tasks import Recall

@@ -1,6 +1,6 @@
 """Run the checks of tests/reliability with all rounds: damaged files, interrupts, threads and kills.
 
-    python tools/reliability.py [--rounds X] [--only CHECK ...]
+    python tools/run_reliability.py [--rounds X] [--only CHECK ...]
 
 The test suite runs the same checks with fewer rounds, and `tools/mutants/definitions.toml` has products that they must
 catch. Some five minutes of CPU time; --rounds 10 takes ten times as many rounds.
