@@ -8,7 +8,7 @@
 
 Every folder that `path` returns is an ordinary Hugging Face checkpoint with a tokenizer of whole words ("Ada Paris"), a
 truth table and a card. The models of `english` speak, and remember facts told between sentences of speeches.
-``tools/train_zoo.py`` trains the models and measures their truth.
+Each card names the script that trained a model and measured its truth, and the script's commit.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Holder:
 
 @dataclass(frozen=True)
 class Truth:
-    """What interventions found in a model; written by ``tools/train_zoo.py``."""
+    """What interventions found in a model; by the script that its card names."""
 
     accuracy: Mapping[str, float]
     """By size of the task."""
