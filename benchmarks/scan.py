@@ -1,7 +1,6 @@
 """Each family's chunked scan: against the step-by-step reference, against upstream's torch op, and by length.
 
-Before an upstream op is timed, its outputs must be the chunked scan's. `python tools/pictures.py growth.png` draws
-the growth with length.
+Before an upstream op is timed, its outputs must be the chunked scan's.
 """
 
 from __future__ import annotations
@@ -47,9 +46,6 @@ LAST = 4
 TEXT = """Outputs and final state of {tokens} tokens, float32, four heads: time of the package's chunked scan in plain
 PyTorch, over the step-by-step reference and over the torch op of transformers, whose outputs are the same to 1e-4.
 *Slope* is the exponent of time in length over the four longest lengths. No Triton kernel was timed.
-
-![Milliseconds of the chunked scan against tokens, both logarithmic, for ten families: all run parallel to a line of
-slope 1 up to {longest} tokens](images/growth.png)
 """
 
 
@@ -150,30 +146,6 @@ def slope(line: dict[str, float]) -> float:
     return math.log(slow / fast) / math.log(int(long) / int(short))
 
 
-def plot(lines: dict[str, dict[str, float]], size: str, path: Path) -> None:
-    """Time against length, both logarithmic, with a line of slope 1."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    lengths = [int(T) for T in next(iter(lines.values()))]
-    styles = ["o-", "s-", "^-", "D-", "v-", "o--", "s--", "^--", "D--", "v--"]
-    for (family, line), style in zip(lines.items(), styles, strict=True):
-        axes.loglog(lengths, list(line.values()), style, label=family, markersize=4, linewidth=1.2)
-    low = 0.6 * min(line[str(lengths[-1])] for line in lines.values())
-    axes.loglog(lengths, [low * T / lengths[-1] for T in lengths], color="0.5", linestyle=":", label="slope 1")
-    axes.set_xticks(lengths, [str(T) for T in lengths])
-    axes.minorticks_off()
-    axes.set(
-        xlabel="tokens",
-        ylabel="milliseconds",
-        title=f"chunked scan, four heads of {size}, one sequence, one CPU thread",
-    )
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", ncols=2)
-    figure.savefig(path, dpi=150)
-
-
 @torch.no_grad()
 def measure(
     tokens: int = 1024, widths: tuple[int, ...] = (64, 128), rounds: int = 9, doublings: int = 6
@@ -201,9 +173,8 @@ def lines(found: dict[str, Any]) -> list[Line]:
 
 
 def text(found: dict[str, Any]) -> str:
-    """What was compared, and the picture."""
-    longest = list(next(iter(found["growth"].values())))[-1]
-    return TEXT.format(tokens=found["tokens"], longest=longest)
+    """What was compared."""
+    return TEXT.format(tokens=found["tokens"])
 
 
 if __name__ == "__main__":

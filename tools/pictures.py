@@ -1,7 +1,7 @@
 """Make the pictures of README and docs, and note in docs/images/sources.json what each was made from.
 
     python tools/pictures.py                 every picture; that of an atom needs Chromium on the PATH
-    python tools/pictures.py growth.png      one of them
+    python tools/pictures.py write.png       one of them
 
 `tests/test_docs.py` fails for a picture whose sources have changed since, and for one that this script does not make.
 """
@@ -133,15 +133,6 @@ def write(file: Path) -> None:
     figure.savefig(file, dpi=110)
 
 
-def growth(file: Path) -> None:
-    """Times of the chunked scan against length."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    import scan
-
-    found = json.loads((ROOT / "docs/benchmarks/scan.json").read_text(encoding="utf-8"))["found"]
-    scan.plot(found["growth"], next(iter(found["operations"])), file)
-
-
 def atom(file: Path) -> None:
     """The top of the page that `writesae show` makes: of twelve atoms, that of the one most like the writes."""
     from hookpoints import HookedRecurrent, embedded
@@ -186,7 +177,6 @@ PICTURES = {
     ),
     "write.png": Picture(write, ("hookpoints/zoo/recall/model.safetensors",)),
     "attention.png": Picture(partial(saved, ATTENTION, "one distance of one layer ablated"), (ATTENTION,)),
-    "growth.png": Picture(growth, ("docs/benchmarks/scan.json", "benchmarks/scan.py")),
     "atom.png": Picture(
         atom,
         (

@@ -20,7 +20,6 @@ import lzma
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from importlib.resources import files
@@ -38,13 +37,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
-from transformers.models.kimi_linear import modeling_kimi_linear
 from transformers.models.mamba2 import modeling_mamba2
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from hookpoints import attach, embedded
-from hookpoints.recurrence import chunked
-from hookpoints.rules.tables import KIMI_DELTA
 from hookpoints.rwkv7 import RWKV7ForCausalLM
 from hookpoints.rwkv7 import layers as rwkv7_layers
 from writesae.head.writes import half_lives
@@ -153,29 +149,6 @@ FAMILIES = {
             "a_low_rank_dim": 32,
             "v_low_rank_dim": 16,
             "gate_low_rank_dim": 48,
-            "max_position_embeddings": 4_096,
-        },
-    ),
-    "kda": Family(
-        title="Kimi delta attention",
-        model_class=transformers.KimiLinearForCausalLM,
-        module=modeling_kimi_linear,
-        op="chunk_kimi_delta_attention",
-        gates=("A_log", "dt_bias", "f_a_proj.weight"),
-        write_name="beta",
-        recurrence="diag(alpha) p - beta k <k, diag(alpha) p>",
-        architecture="Five Kimi delta attention layers of 2 heads, K = V = 64. The library is `transformers` alone "
-        "(`KimiLinearForCausalLM`).",
-        config={
-            "hidden_size": 192,
-            "intermediate_size": 320,
-            "num_hidden_layers": 5,
-            "layer_types": ["linear_attention"] * 5,
-            "mlp_layer_types": ["dense"] * 5,
-            "linear_num_heads": 2,
-            "linear_head_dim": 64,
-            "linear_conv_kernel_dim": 4,
-            "rms_norm_eps": 1e-6,
             "max_position_embeddings": 4_096,
         },
     ),
@@ -306,37 +279,21 @@ def build_optimizers(model: nn.Module, family: Family, recipe: Recipe) -> list[t
     return [adamw, torch.optim.Muon(hidden, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")]
 
 
-Batches = Iterable[tuple[Tensor, Tensor]]
-"""Token ids [B,T], and weights [B,T-1] of the losses at the next tokens, whose sum is the loss of a step."""
-
-
-def batches_of(stream: Tensor, recipe: Recipe) -> Batches:
-    """Every step's windows; all tokens weigh the same."""
-    weights = torch.full((recipe.batch, recipe.length), 1 / (recipe.batch * recipe.length))
-    return ((batch_of(stream, recipe, step), weights) for step in range(recipe.steps))
-
-
-def kimi_in_chunks(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    """Kimi delta attention by this package's scan, which takes a fifth of the time of upstream's."""
-    arguments = {"query": query, "key": key, "value": value, **options}
-    outputs, state = chunked.scan(KIMI_DELTA.form(KIMI_DELTA.factors(arguments), arguments))
-    return outputs.to(query.dtype), state
-
-
-def train(recipe: Recipe, model: PreTrainedModel, batches: Batches) -> None:
-    """Train; a progress bar has the loss."""
+def train(recipe: Recipe, model: PreTrainedModel, stream: Tensor) -> None:
+    """Train on windows of the stream; a progress bar has the loss."""
     family = FAMILIES[recipe.family]
     optimizers = build_optimizers(model, family, recipe)
     op = getattr(family.module, family.op)
-    op = {"gdn": partial(op, chunk_size=CHUNK), "kda": kimi_in_chunks}.get(recipe.family, op)
+    if recipe.family == "gdn":
+        op = partial(op, chunk_size=CHUNK)
     in_float32 = torch.autocast("cpu", enabled=False)(op)
-    for step, (tokens, weights) in enumerate(progress := tqdm(batches, total=recipe.steps, mininterval=5)):
+    for step in (progress := tqdm(range(recipe.steps), mininterval=5)):
+        tokens = batch_of(stream, recipe, step)
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = recipe.rate(step) * group["factor"]
         with torch.autocast("cpu", torch.bfloat16), patch.object(family.module, family.op, in_float32):
             logits = model(tokens[:, :-1], use_cache=False).logits
-        nats = cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
-        loss = (nats * weights.flatten()).sum()
+        loss = cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -510,7 +467,7 @@ def main(
 
     torch.manual_seed(seed)
     model = build(FAMILIES[family], tokenizer)
-    train(recipe, model, batches_of(stream, recipe))
+    train(recipe, model, stream)
     save_checkpoint(model, tokenizer, out)
     packed = lzma.compress(SEPARATOR.join(heldout).encode("utf-8"), preset=9 | lzma.PRESET_EXTREME)
     (out.parent / "heldout.txt.xz").write_bytes(packed)
