@@ -31,12 +31,19 @@ def in_bfloat16(cut: Memory) -> Memory:
     return cut.with_states({layer: cut.state(layer).bfloat16().float() for layer in cut.forms})
 
 
+def never_read(memory: Memory) -> Memory:
+    """Of the text without the span."""
+    start, stop = SPAN
+    return memory.model.memory(torch.cat([memory.tokens[:, :start], memory.tokens[:, stop:]], 1))
+
+
 CUTS: dict[str, Callable[[Memory], Memory]] = {
     APPROXIMATE: lambda memory: memory.without(SPAN, approximate=True),
     EXACT: lambda memory: memory.without(SPAN),
     "approximate cut in bfloat16": lambda memory: in_bfloat16(memory.without(SPAN, approximate=True)),
+    "never read": lambda memory: never_read(memory),
 }
-"""What an attacker has of a memory."""
+"""What an attacker has of a memory; of one that never read the span, too: a span may be guessed from its context."""
 
 
 def attacked(model: HookedRecurrent, texts: int, decoys: int) -> dict[str, dict[str, float]]:
@@ -98,13 +105,12 @@ def measure(
 
 def lines(found: dict[str, Any]) -> list[Line]:
     """Of each cut, how often the span is named and how often it is called gone; and what cuts cost."""
-    named_goals: dict[str, dict[str, Any]] = {EXACT: {"goal": 0.15}}
     gone_goals: dict[str, dict[str, Any]] = {EXACT: {"goal": 1, "least": True}, APPROXIMATE: {"goal": 0}}
     rows: list[Line] = []
     for name, own in found.items():
         for cut, each in own["attack"].items():
             what = f"{cut}: the span is the nearest of {own['candidates']}, share of texts"
-            rows.append(Line(what, each["named"], column=name, **named_goals.get(cut, {})))
+            rows.append(Line(what, each["named"], column=name))
             what = f"{cut}: `forgot` calls it gone, share of texts"
             rows.append(Line(what, each["gone"], column=name, **gone_goals.get(cut, {})))
         for length, each in own["costs"].items():
