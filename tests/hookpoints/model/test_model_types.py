@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from collections.abc import Callable
+
 import pytest
 import torch
 from recurrences import drawn as normal
@@ -24,18 +28,20 @@ def edit_of(model: HookedRecurrent, layer: int, position: int | None, rank: int 
     return WriteEdit(layer, min(1, shape.H - 1), position, *factors, **options)
 
 
-def by_hand(model: HookedRecurrent, tokens: torch.Tensor, edit: WriteEdit) -> torch.Tensor:
-    """A full run with the write changed at its hook: the oracle, which shares no code with edits."""
+def by_hand(model: HookedRecurrent, tokens: torch.Tensor, *edits: WriteEdit) -> torch.Tensor:
+    """A full run with the writes changed at their hooks: the oracle, which shares no code with edits."""
 
-    def hook(write, hook):
-        write = write.clone()
-        at = slice(None) if edit.position is None else edit.position
-        new = 0 if edit.keys is None or edit.values is None else edit.keys.T @ edit.values
-        write[:, at] = new + (write[:, at] if edit.mode == "add" else 0 * write[:, at])
-        return write
+    def hook_of(edit: WriteEdit) -> tuple[str, Callable]:
+        def hook(write, hook):
+            write = write.clone()
+            at = slice(None) if edit.position is None else edit.position
+            new = 0 if edit.keys is None or edit.values is None else edit.keys.T @ edit.values
+            write[:, at] = new + (write[:, at] if edit.mode == "add" else 0 * write[:, at])
+            return write
 
-    name = f"blocks.{edit.layer}.mixer.heads.{edit.head}.hook_write"
-    return model.run_with_hooks(tokens, fwd_hooks=[(name, hook)])
+        return f"blocks.{edit.layer}.mixer.heads.{edit.head}.hook_write", hook
+
+    return model.run_with_hooks(tokens, fwd_hooks=[hook_of(edit) for edit in edits])
 
 
 @torch.no_grad()
