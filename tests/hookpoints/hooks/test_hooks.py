@@ -201,14 +201,3 @@ def test_a_hook_that_does_not_fire_is_an_error(tokens):
     with model.hooks(bwd_hooks=late):
         model(tokens)
     assert not any(point.fwd_hooks or point.bwd_hooks for point in model.hook_dict.values())
-
-
-def test_the_configuration_follows_the_model(tokens):
-    model = HookedRecurrent.from_hf(make_hf())
-    assert model.cfg.dtype == torch.float32
-    model.hf_model.to(torch.bfloat16)
-    assert model.cfg.dtype == torch.bfloat16
-    model.double()
-    assert model.cfg.dtype == torch.float64 and model.cfg.device == model.W_E.device
-    model.to("meta")
-    assert model.cfg.device.type == "meta"
