@@ -63,11 +63,13 @@ def random_recurrence(
     seed: int = 0,
     most_beta: float = 1.0,
     strongest_decay: float = 0.3,
+    resets: bool = False,
     initial_state: bool = False,
     declare_beta: bool = True,
 ) -> Recurrence:
     """A recurrence of the given form: unit keys, normal values, beta uniform in (0, `most_beta`), log-decays uniform
-    in (-`strongest_decay`, 0). `declare_beta=False` leaves a = -beta k for the general kernel to deal with.
+    in (-`strongest_decay`, 0), and -inf at every third token under `resets`. `declare_beta=False` leaves a = -beta k
+    for the general kernel to deal with.
 
     Equal arguments give equal numbers. The factors are drawn on the CPU.
     """
@@ -85,6 +87,8 @@ def random_recurrence(
     q, k, u = normal(*heads, K), F.normalize(normal(*terms, K), dim=-1), normal(*terms, V)
     decays = {"none": None, "head": heads, "channel": (*heads, K)}[form.decay]
     log_decay = None if decays is None else -strongest_decay * uniform(*decays)
+    if resets and log_decay is not None:
+        log_decay[:, ::3] = -torch.inf
     beta = a = b = None
     if form.erase in ("delta", "aside"):
         beta = most_beta * uniform(*terms)

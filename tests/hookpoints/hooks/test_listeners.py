@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,7 +13,6 @@ from tiny_models import make_hf
 from transformer_lens.hook_points import HookPoint
 
 from hookpoints import HookedRecurrent, WriteEdit
-from hookpoints.hooks import points
 from hookpoints.layer import call
 
 NAME = "blocks.1.mixer.heads.2.hook_write"
@@ -29,24 +27,13 @@ class Zeroing(torch.nn.Module):
         return 0 * x
 
 
-def by_torch(module: torch.nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
-    return 0 * output
-
-
 WAYS: dict[str, Callable[[HookedRecurrent, HookPoint], object]] = {
     "model": lambda model, point: model.add_hook(NAME, zeroed),
     "permanent": lambda model, point: model.add_perma_hook(NAME, zeroed),
     "point": lambda model, point: point.add_hook(zeroed, prepend=True),
-    "torch": lambda model, point: point.register_forward_hook(by_torch),
+    "torch": lambda model, point: point.register_forward_hook(lambda module, args, output: 0 * output),
     "torch, before": lambda model, point: point.register_forward_pre_hook(lambda module, args: (0 * args[0],)),
-    "entry": lambda model, point: point._forward_hooks.update({-1: by_torch}),
-    "another dictionary": lambda model, point: (
-        setattr(point, "_forward_hooks", OrderedDict()),
-        model(torch.arange(9).unsqueeze(0)),
-        point.add_hook(zeroed),
-    ),
     "module": lambda model, point: setattr(model.blocks[1].mixer.heads[2], "hook_write", Zeroing()),
-    "member": lambda model, point: model.blocks[1].mixer.heads[2].add_module("hook_write_vec", Zeroing()),
 }
 
 
@@ -94,7 +81,8 @@ def test_backward_hooks_of_torch_are_seen(quiet, tokens, way):
 
 @torch.no_grad()
 def test_a_layer_is_left_alone_again_when_its_hooks_are_gone(quiet, tokens, handled):
-    """Also after an error, and when handles are taken off one by one; other layers are never met."""
+    """Also after an error, and when handles are taken off one by one; other layers are never met. Hooks of closed
+    scopes are not counted among those of a point."""
     with pytest.raises(ZeroDivisionError), quiet.hooks([(NAME, lambda x, hook: 1 / 0)]):
         quiet(tokens)
     quiet.add_hook(NAME, zeroed)
@@ -102,28 +90,11 @@ def test_a_layer_is_left_alone_again_when_its_hooks_are_gone(quiet, tokens, hand
     quiet.hook_dict[NAME].add_hook(zeroed)
     quiet.hook_dict[NAME].remove_hooks()
     assert handled == [1]
-    quiet(tokens)
+    plain = quiet(tokens)
     quiet.generate(tokens[:1, :5], max_new_tokens=3, do_sample=False)
     assert handled == [1]
-
-
-@torch.no_grad()
-def test_a_layer_that_counts_tokens_is_left_alone_too(tokens, handled):
-    """Where no layer has attention, the first one counts what a cache holds, in every pass."""
-    model = HookedRecurrent.from_hf(make_hf("rwkv7"), self_check=False)
-    model(tokens)
-    handled.clear()  # until a first pass layers do not know that nobody listens
-    model(tokens)
-    assert not handled
-
-
-@torch.no_grad()
-def test_a_hook_acts_that_comes_after_a_scope(quiet, tokens):
-    """Hooks of closed scopes are not counted among those of a point."""
-    with quiet.hooks([(NAME, zeroed)]):
-        changed = quiet(tokens)
     quiet.hook_dict[NAME].add_hook(zeroed)
-    assert torch.equal(quiet(tokens), changed)
+    assert not torch.equal(quiet(tokens), plain)
 
 
 def test_a_scope_is_no_listener_in_another_thread(quiet):
@@ -133,23 +104,6 @@ def test_a_scope_is_no_listener_in_another_thread(quiet):
         assert not elsewhere.submit(heads[2].listens, "hook_write").result()
 
 
-@torch.no_grad()
-def test_hooks_that_come_while_another_thread_runs_are_seen(quiet, tokens):
-    """The look that finds nobody may be interrupted by a hook that is put on at that moment."""
-    listeners, plain = quiet.blocks[1].mixer.listeners, quiet(tokens)
-    listeners.noted = object()
-
-    class Interrupting(list):
-        def __iter__(self):
-            yield from list.__iter__(self)
-            quiet.add_hook(NAME, zeroed)
-
-    listeners.sets = Interrupting(listeners.sets)
-    listeners.exist()
-    listeners.sets = list.copy(listeners.sets)
-    assert not torch.equal(quiet(tokens), plain)
-
-
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda block: pickle.loads(pickle.dumps(block))])
 def test_a_copy_of_hook_points_hears_its_own_hooks(again: Callable[[torch.nn.Module], torch.nn.Module]) -> None:
     hooks = HookedRecurrent.from_hf(make_hf("qwen3_5")).blocks[1]
@@ -157,18 +111,3 @@ def test_a_copy_of_hook_points_hears_its_own_hooks(again: Callable[[torch.nn.Mod
     assert not mixer.listens("hook_q")
     mixer.hook_q.add_hook(zeroed)
     assert mixer.listens("hook_q") and not hooks.mixer.listens("hook_q")
-
-
-def test_a_hooked_run_looks_through_the_points_of_a_layer_once(quiet, tokens, monkeypatch):
-    """However many ops and heads there are; and of a layer with hooks only points of their names are asked."""
-    looked, asked = [], []
-    for name, calls in (("_is_hooked", looked), ("is_listening", asked)):
-        plain = getattr(points, name)
-        monkeypatch.setattr(points, name, lambda point, plain=plain, calls=calls: calls.append(point) or plain(point))
-    with quiet.hooks([("blocks.1.mixer.hook_q", lambda x, hook: None)]):
-        quiet(tokens)
-        once = len(looked)
-        asked.clear()
-        quiet.generate(tokens[:1, :5], max_new_tokens=3, do_sample=False)
-        assert len(looked) == once and {point.name for point in asked} == {"blocks.1.mixer.hook_q"}
-    assert len(asked) == 3

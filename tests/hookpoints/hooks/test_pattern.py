@@ -31,13 +31,32 @@ def listened(model: HookedRecurrent, layer: int, run) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def test_weights_times_values_are_the_reads(hooked, tokens):
+    """And an edit of the weights moves the reads by (A' - A) u: in the prompt and in decoding, where most of u comes
+    from the cache."""
     layer = hooked.cfg.recurrent_layers[-1]
     names = [PREFIX.format(layer) + name for name in ("hook_pattern", "hook_write_value", "hook_read")]
-    logits, cache = hooked.run_with_cache(tokens, names_filter=names)
+
+    def edit(pattern, hook):
+        pattern[..., 4:6] = 0.25
+        return pattern
+
+    prompt = tokens[:, :12]
+    logits, cache = hooked.run_with_cache(prompt, names_filter=names)
     pattern, values, reads = (cache[name] for name in names)
-    assert_close(weighted(pattern, values), reads, rtol=1e-4, atol=2e-6 * float(reads.abs().max()))
-    assert not pattern.movedim((2, 3), (-2, -1)).triu(1).any() and torch.equal(logits, hooked(tokens))
+    largest = float(reads.abs().max())
+    assert_close(weighted(pattern, values), reads, rtol=1e-4, atol=2e-6 * largest)
+    assert not pattern.movedim((2, 3), (-2, -1)).triu(1).any() and torch.equal(logits, hooked(prompt))
     assert cache["pattern", layer] is pattern
+    moved = reads + weighted(edit(pattern.clone(), None) - pattern, values)
+    with hooked.hooks([(names[0], edit)]):
+        _, edited = hooked.run_with_cache(prompt, names_filter=names[2])
+    assert_close(edited[names[2]], moved, rtol=1e-4, atol=1e-5 * largest)
+    with hooked.hooks([(names[0], lambda x, hook: None)]):
+        out = hooked.hf_model(prompt[:, :11], use_cache=True)
+    onward = {**continuing(hooked.hf_model, out), "use_cache": True, "position_ids": torch.full((2, 1), 11)}
+    with hooked.hooks([(names[0], edit)]):
+        _, step = hooked.run_with_cache(prompt[:, 11:], names_filter=names[2], **onward)
+    assert_close(step[names[2]], moved[:, 11:], rtol=1e-3, atol=1e-3 * largest)
 
 
 @torch.no_grad()
@@ -69,46 +88,25 @@ def test_sources_follow_the_rows_of_a_cache(model, tokens):
 
 
 @torch.no_grad()
-def test_an_edit_moves_the_reads(hooked, tokens):
-    """By (A' - A) u, in the prompt and in decoding, where most of u comes from the cache."""
-    layer = hooked.cfg.recurrent_layers[0]
-    names = [PREFIX.format(layer) + name for name in ("hook_pattern", "hook_write_value", "hook_read")]
-
-    def edit(pattern, hook):
-        pattern[..., 4:6] = 0.25
-        return pattern
-
-    _, plain = hooked.run_with_cache(tokens[:, :12], names_filter=names)
-    pattern, values, reads = (plain[name] for name in names)
-    with hooked.hooks([(names[0], edit)]):
-        _, edited = hooked.run_with_cache(tokens[:, :12], names_filter=names[2])
-        change = weighted(edit(pattern.clone(), None) - pattern, values)
-        largest = float(reads.abs().max())
-        assert_close(edited[names[2]], reads + change, rtol=1e-4, atol=1e-5 * largest)
-    with hooked.hooks([(names[0], lambda x, hook: None)]):
-        out = hooked.hf_model(tokens[:, :11], use_cache=True)
-    with hooked.hooks([(names[0], edit)]):
-        _, step = hooked.run_with_cache(
-            tokens[:, 11:12],
-            names_filter=names[2],
-            use_cache=True,
-            position_ids=torch.full((2, 1), 11),
-            **continuing(hooked.hf_model, out),
-        )
-    assert_close(step[names[2]], (reads + change)[:, 11:], rtol=1e-3, atol=1e-3 * largest)
-
-
-@torch.no_grad()
 def test_tokens_that_nobody_listened_to_are_nan(model, tokens):
-    """A cache that was filled without a listener: its columns are NaN, whose edit does nothing."""
-    name = PREFIX.format(1) + "hook_pattern"
-    outs = [model.hf_model(tokens[:, :12], use_cache=True) for _ in range(2)]
-    steps = [continuing(model.hf_model, out) for out in outs]
-    unedited = model.hf_model(tokens[:, 12:13], **steps[0]).logits
-    edited = model.run_with_hooks(tokens[:, 12:13], fwd_hooks=[(name, lambda x, hook: x.nan_to_num(7.0))], **steps[1])
-    assert torch.equal(edited, unedited)
-    seen = listened(model, 1, lambda: model.hf_model(tokens[:, 13:15], **steps[1]))[0]
-    assert seen.shape == (2, 4, 2, 15) and bool(seen[..., :12].isnan().all()) and not seen[..., 12:].isnan().any()
+    """A cache that was filled without a listener, or that was given the state of another text: its columns are NaN,
+    whose edit does nothing."""
+    name, outs = PREFIX.format(1) + "hook_pattern", []
+    fill = lambda rows: outs.append(model.hf_model(rows, use_cache=True))  # noqa: E731
+    for _ in range(2):
+        fill(tokens[:1, :12])
+    for rows in tokens[:, None, :12]:
+        listened(model, 1, lambda rows=rows: fill(rows))
+    *_, ours, other = (cache_of(out).layers[1].recurrent_states for out in outs)
+    ours[0].copy_(other[0])
+    unedited, edited, replaced = (continuing(model.hf_model, out) for out in outs[:3])
+    logits = model.hf_model(tokens[:1, 12:13], **unedited).logits
+    hooks = [(name, lambda x, hook: x.nan_to_num(7.0))]
+    assert torch.equal(model.run_with_hooks(tokens[:1, 12:13], fwd_hooks=hooks, **edited), logits)
+    for cache, first in ((edited, 13), (replaced, 12)):
+        (step,) = listened(model, 1, lambda c=cache, t=first: model.hf_model(tokens[:1, t : t + 2], **c))
+        assert step.shape == (1, 4, 2, first + 2)
+        assert bool(step[..., :12].isnan().all()) and not step[..., 12:].isnan().any()
 
 
 @torch.no_grad()
@@ -122,14 +120,3 @@ def test_it_follows_hooks_on_factors_and_on_the_write(model64, tokens):
         expected = weighted(cache[names[0]], cache[names[1]])
         assert_close(cache[names[2]], expected, rtol=0, atol=1e-10)
         assert torch.allclose(cache[names[0]], plain) is not moves
-
-
-@torch.no_grad()
-def test_sources_of_another_state_are_not_taken(model, tokens):
-    """Someone put the state of another text into a cache."""
-    outs = []
-    listened(model, 1, lambda: outs.extend(model.hf_model(rows, use_cache=True) for rows in tokens[:, None, :12]))
-    ours, other = (cache_of(out).layers[1].recurrent_states for out in outs)
-    ours[0].copy_(other[0])
-    (step,) = listened(model, 1, lambda: model.hf_model(tokens[:1, 12:13], **continuing(model.hf_model, outs[0])))
-    assert bool(step[..., :12].isnan().all()) and not step[..., 12:].isnan().any()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from recurrences import FORMS, random_recurrence
 from remembering import drawn_ids
+from torch import Tensor
 from torch.testing import assert_close
 
 from hookpoints.edits.edit import LowRankChange
@@ -17,7 +19,7 @@ from hookpoints.layer.response import EditResponse
 from hookpoints.model.inputs import cache_of, continuing
 from hookpoints.recurrence.canonical import over_time
 from hookpoints.recurrence.recurrence import Recurrence
-from hookpoints.recurrence.reference import add_write, read_out, steps, transition
+from hookpoints.recurrence.reference import read_out, transition
 from hookpoints.rules.base import OpResult
 
 sys.path.append(str(Path(__file__).parents[1] / "model"))
@@ -29,52 +31,50 @@ EXACT = {"rtol": 0, "atol": 1e-10}
 SEQUENCE = drawn_ids(2, 24, seed=3)
 
 
-def by_steps(r: Recurrence, change: torch.Tensor) -> list[torch.Tensor]:
-    """Reads, and states before and after each token, where ``change`` [B,T,H,K,V] is added to what a token finds."""
-    after, walked = r.starting_state(), []
+def by_steps(r: Recurrence, found: Tensor, writes: Tensor, seen: Tensor) -> list[Tensor]:
+    """Reads, and states before and after each token: ``found`` [B,T,H,K,V] is added to the state that a token finds,
+    ``writes`` are what it writes, and ``seen`` is added to the state after it for its readers alone."""
+    after, shown, walked = r.starting_state(), r.starting_state(), []
     for t in range(r.T):
-        before = after + change[:, t]
-        after = add_write(transition(r, t, before), r.k[:, t], r.u[:, t])
-        walked.append((read_out(r.q[:, t] * r.scale, before if r.read_before_write else after), before, after))
+        before = after
+        moved = transition(r, t, before + found[:, t])
+        after = moved + writes[:, t]
+        shown = shown + found[:, t] if r.read_before_write else after + seen[:, t]
+        walked.append((read_out(r.q[:, t] * r.scale, shown), before, after))
+        shown = after + seen[:, t]
     return [torch.stack(each, 1) for each in zip(*walked)]
 
 
-@pytest.mark.parametrize("initial_state", [False, True])
-@pytest.mark.parametrize("form", FORMS)
-def test_what_is_added_to_a_state_is_carried_on(form, initial_state):
-    """Float64, against the walk by steps: one head, at the first token, the last, and between."""
-    r = random_recurrence(form, B=2, T=40, H=3, dtype=torch.float64, initial_state=initial_state)
-    change = torch.zeros(2, 40, 3, r.K, r.V, dtype=torch.float64)
-    change[:, [0, 17, 39], 1] = normal(1, 2, 3, r.K, r.V)
-    (reads, before, after), response = by_steps(r, change), EditResponse(r)
-    response.add_states_before(slice(1, 2), change[:, :, 1:2])
-    assert_close(response.apply(OpResult(*r.scan())), OpResult(reads, after[:, -1]), **EXACT)
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    form=st.sampled_from(sorted(FORMS)),
+    begins=st.booleans(),
+    changes=st.lists(
+        st.tuples(st.sampled_from(["found", "low rank", "dense", "seen"]), st.sets(st.integers(0, 39), min_size=1)),
+        max_size=4,
+    ),
+)
+def test_what_is_added_to_writes_and_states_is_carried_on(form, begins, changes):
+    """Float64, against the walk by steps: of one of three heads, and of the others what it was without changes."""
+    r = random_recurrence(form, B=2, T=40, H=3, dtype=torch.float64, initial_state=begins)
+    response, head = EditResponse(r), slice(1, 2)
+    added = {kind: torch.zeros_like(r.write()) for kind in ("found", "low rank", "dense", "seen")}
+    for n, (kind, tokens) in enumerate(sorted(changes, key=lambda change: change[0])):  # in the order of the hooks
+        keys, values = torch.zeros(2, 40, 2, r.K, dtype=torch.float64), normal(n, 2, 40, 2, r.V)
+        keys[:, [*tokens], 1] = normal(n, 2, len(tokens), r.K)
+        change = (keys.mT @ values).unsqueeze(2)
+        added[kind][:, :, head] += change
+        if kind == "low rank":
+            response.add_low_rank(LowRankChange(1, keys, values))
+        else:
+            add = {"found": response.add_states_before, "dense": response.add_dense, "seen": response.add_states}[kind]
+            add(head, change)
+    reads, before, after = by_steps(r, added["found"], r.write() + added["low rank"] + added["dense"], added["seen"])
+    expected = OpResult(reads, after[:, -1] + added["seen"][:, -1])
+    assert_close(response.apply(OpResult(*r.scan())), expected, **EXACT)
     assert_close(response.states(slice(None)), after, **EXACT)
-    assert_close(response.states_before(slice(0, 2)), (before - change)[:, :, :2], **EXACT)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_changes_of_one_head_add_up(form):
-    """Float64, against the walk by steps: a change of its writes by two terms, the first of them zero, another change
-    of one term, and one of its states, which is not carried on."""
-    r = random_recurrence(form, B=2, T=40, H=3, dtype=torch.float64, initial_state=True)
-    keys, values = normal(0, 2, 40, 2, r.K), normal(1, 2, 40, 2, r.V)
-    keys[:, :, 0] = 0
-    keys[:, :30] = 0
-    other_keys, other_values = normal(2, 2, 40, r.K), normal(3, 2, 40, r.V)
-    seen = torch.zeros(2, 40, 3, r.K, r.V, dtype=torch.float64)
-    seen[:, [0, 17, 39], 1] = normal(4, 2, 3, r.K, r.V)
-    response = EditResponse(r)
-    response.add_low_rank(LowRankChange(1, keys, values))
-    response.add_low_rank(LowRankChange(1, other_keys, other_values))
-    response.add_states(slice(1, 2), seen[:, :, 1:2])
-    writes = r.write()
-    writes[:, :, 1] += keys.mT @ values + other_keys[..., None] * other_values[..., None, :]
-    before, after = (torch.stack(states, 1) for states in zip(*steps(r, writes)))
-    read = torch.cat([before[:, :1], (after + seen)[:, :-1]], 1) if r.read_before_write else after + seen
-    reads = torch.einsum("bthk,bthkv->bthv", r.q * r.scale, read)
-    assert_close(response.apply(OpResult(*r.scan())), OpResult(reads, (after + seen)[:, -1]), **EXACT)
-    assert_close(response.writes(slice(0, 1)), writes[:, :, :1], **EXACT)  # of another head
+    assert_close(response.states_before(slice(0, 2)), before[:, :, :2], **EXACT)
+    assert_close(response.writes(slice(0, 1)), r.write(heads=0), **EXACT)
 
 
 def passes(model, layer, lengths, edit=None):

@@ -6,16 +6,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.testing import assert_close
 
-from hookpoints import EditSession, HookedRecurrent, WriteEdit, scopes
+from hookpoints import scopes
 from hookpoints.scopes import threads_for
-from sae_lens_writesae import LowRank, train, training_config
 
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 NUMBERS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
@@ -88,33 +84,3 @@ def test_small_work_has_one_thread_until_its_scope_ends(monkeypatch: pytest.Monk
     with threads_for(2 * scopes.SMALL_WORK):
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == 1
-
-
-@pytest.mark.usefixtures("two_threads")
-def test_an_edited_row_has_one_thread(model: HookedRecurrent, tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-    watch = model.hf_model.register_forward_pre_hook(lambda *_: seen.append(torch.get_num_threads()))
-    session = EditSession(model, tokens[:1])
-    rows = [WriteEdit(model.cfg.recurrent_layers[0], 0, 3, mode="delete")]
-    one = session.run(rows).logits
-    assert seen == [1, 1] and torch.get_num_threads() == 2  # plain pass, edited row
-    monkeypatch.setattr(scopes, "SMALL_WORK", 0)
-    assert_close(session.run(rows).logits, one)
-    assert seen[-1] == 2
-    watch.remove()
-
-
-@pytest.mark.usefixtures("two_threads")
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_small_training_steps_have_one_thread(embedded: HookedRecurrent, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = {"training_tokens": 128, "train_batch_size_tokens": 64, "context_size": 32, "store_batch_size_prompts": 2}
-    cfg = training_config(embedded, 2, 1, d_sae=24, sae={"k": 2}, n_batches_in_buffer=4, verbose=False, **sizes)
-    seen, step = [], torch.optim.Adam.step
-
-    def watched(self: torch.optim.Adam, closure: Any = None) -> Any:
-        seen.append(torch.get_num_threads())
-        return step(self, closure)
-
-    monkeypatch.setattr(torch.optim.Adam, "step", watched)
-    train(cfg, LowRank(torch.randn(300, 1, 64), torch.randn(300, 1, 32)))
-    assert seen == [1, 1] and torch.get_num_threads() == 2

@@ -157,22 +157,12 @@ def test_a_model_as_a_bridge_shares_its_weights_and_stays_as_it_is(hooked, token
 
 
 def test_the_jacobian_lens_of_transformer_lens():
-    """Fitted on a model as a bridge, it is the one that is fitted on TransformerLens' own bridge, and its matrices are
-    those of derivatives by hand."""
+    """Fitted on a model as a bridge, its matrices are those of derivatives by hand."""
     lenses = pytest.importorskip("transformer_lens.tools.analysis.jacobian_lens").JacobianLens
     model = HookedRecurrent.from_pretrained("facts-english-mamba2")
-    plain = HookedRecurrent.from_pretrained("facts-english-mamba2")
-    theirs = TransformerBridge.boot_transformers(
-        "facts-english-mamba2", hf_model=plain.hf_model, tokenizer=plain.tokenizer, device="cpu"
-    )
-    text = "Ben lives in Rome. Iris keeps a parrot. The war had ended, and we must now turn to our own people."
-    how = {"corpus": "facts", "skip_first_positions": 2, "dim_batch": 16, "show_progress": False}
-    bridge = as_bridge(model)
-    lens, other = (lenses.fit(each, [text], **how) for each in (bridge, theirs))
-    assert lens.source_layers == other.source_layers == list(range(model.cfg.n_layers - 1))
-    for layer, matrix in lens.jacobians.items():
-        assert_close(matrix, other.jacobians[layer], rtol=1e-4, atol=1e-6)
-    stream = {}
+    text, bridge, stream = "Ben lives in Rome. Iris keeps a parrot.", as_bridge(model), {}
+    lens = lenses.fit(bridge, [text], corpus="facts", skip_first_positions=2, dim_batch=16, show_progress=False)
+    assert lens.source_layers == list(range(model.cfg.n_layers - 1))
 
     def keep(x, hook):
         stream[hook.name] = x if x.requires_grad else x.requires_grad_()

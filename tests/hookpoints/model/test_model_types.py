@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from recurrences import drawn as normal
 from remembering import drawn_ids
-from tiny_models import hooked_in_float64, make_hf
+from tiny_models import make_hf
 from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent, WriteEdit
@@ -24,18 +26,20 @@ def edit_of(model: HookedRecurrent, layer: int, position: int | None, rank: int 
     return WriteEdit(layer, min(1, shape.H - 1), position, *factors, **options)
 
 
-def by_hand(model: HookedRecurrent, tokens: torch.Tensor, edit: WriteEdit) -> torch.Tensor:
-    """A full run with the write changed at its hook: the oracle, which shares no code with edits."""
+def by_hand(model: HookedRecurrent, tokens: torch.Tensor, *edits: WriteEdit) -> torch.Tensor:
+    """A full run with the writes changed at their hooks: the oracle, which shares no code with edits."""
 
-    def hook(write, hook):
-        write = write.clone()
-        at = slice(None) if edit.position is None else edit.position
-        new = 0 if edit.keys is None or edit.values is None else edit.keys.T @ edit.values
-        write[:, at] = new + (write[:, at] if edit.mode == "add" else 0 * write[:, at])
-        return write
+    def hook_of(edit: WriteEdit) -> tuple[str, Callable]:
+        def hook(write, hook):
+            write = write.clone()
+            at = slice(None) if edit.position is None else edit.position
+            new = 0 if edit.keys is None or edit.values is None else edit.keys.T @ edit.values
+            write[:, at] = new + (write[:, at] if edit.mode == "add" else 0 * write[:, at])
+            return write
 
-    name = f"blocks.{edit.layer}.mixer.heads.{edit.head}.hook_write"
-    return model.run_with_hooks(tokens, fwd_hooks=[(name, hook)])
+        return f"blocks.{edit.layer}.mixer.heads.{edit.head}.hook_write", hook
+
+    return model.run_with_hooks(tokens, fwd_hooks=[hook_of(edit) for edit in edits])
 
 
 @torch.no_grad()
@@ -104,28 +108,6 @@ def test_loops_differ_only_where_there_is_an_erase(ruled64):
             runs[loop] = ruled64(SEQUENCE)
     erases = ruled64.recurrence(SEQUENCE, layer).b is not None
     assert torch.allclose(runs["closed"], runs["open"], rtol=0, atol=1e-6 if erases else 0) is not erases
-
-
-@torch.no_grad()
-def test_the_step_size_of_mamba1_is_edited_apart_in_write_and_decay(_keep_float64):
-    """Twice the beta is twice the value; after a token that forgets, what was written before is gone. In the prompt and
-    in decoding, in the last layer: those above would see the reads before that token."""
-    model, how = hooked_in_float64("mamba"), {"max_new_tokens": 4, "output_logits": True}
-    for name, edit, same in (
-        ("hook_beta", lambda x, hook: 2 * x, lambda x, hook: 2 * x),
-        (
-            "hook_log_decay",
-            lambda x, hook: x.index_fill(1, torch.tensor(20), -1e3) if x.shape[1] > 1 else x,
-            lambda x, hook: torch.cat([0 * x[:, :20], x[:, 20:]], 1),
-        ),
-    ):
-        edited, expected = [(f"blocks.2.mixer.{name}", edit)], [("blocks.2.mixer.hook_write_value", same)]
-        with model.hooks(edited):
-            out = model.generate(SEQUENCE[:, :30], do_sample=False, return_dict_in_generate=True, **how)
-        whole = model.run_with_hooks(out.sequences, fwd_hooks=expected)[:, 20:]
-        assert_close(model.run_with_hooks(out.sequences, fwd_hooks=edited)[:, 20:], whole, **EXACT)
-        assert_close(torch.stack(out.logits, 1).double(), whole[:, 9:-1], rtol=0, atol=1e-6)
-        assert not torch.allclose(whole, model(out.sequences)[:, 20:], rtol=0, atol=1e-4)
 
 
 def test_starting_at_a_block_that_rereads_the_embeddings_needs_tokens(tokens):

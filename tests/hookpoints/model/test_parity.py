@@ -50,21 +50,18 @@ def test_listening_changes_nothing(hooked, tokens):
 
 @torch.no_grad()
 def test_reads_are_queries_times_states_and_the_last_is_the_caches(hooked, tokens):
+    """What the reference makes of the factors, against what upstream's op and cache have."""
     layer, of_fla = hooked.cfg.recurrent_layers[-1], is_fla(hooked.hf_model)
-    names = [f"blocks.{layer}.mixer.{name}" for name in ("hook_state", "hook_read", "hook_q")]
-    _, kept = hooked.run_with_cache(tokens, names_filter=[name for name in names if name in hooked.hook_dict])
-    states, reads = kept[names[0]], kept[names[1]]
-    shape = hooked.cfg.layer(layer)
-    q = kept[names[2]] if names[2] in kept else torch.ones_like(states[..., 0])  # HGRN has K = 1 and no queries
+    names = [f"blocks.{layer}.mixer.{name}" for name in ("hook_state", "hook_read")]
+    _, kept = hooked.run_with_cache(tokens, names_filter=names)
+    reference = hooked.recurrence(tokens, layer)
+    reads, states = reference.outputs(method="reference"), reference.states(method="reference")
+    assert_close(kept[names[1]], reads, rtol=1e-4, atol=2e-6 * max(1.0, float(reads.abs().max())))
+    assert_close(kept[names[0]], states, rtol=1e-4, atol=1e-5)
     cache = cache_of(hooked.hf_model(tokens, use_cache=True))
     native = cache[layer]["recurrent_state"] if of_fla else cache.layers[layer].recurrent_states[0]
-    native = native.mT if shape.rule in VALUE_FIRST[of_fla] else native
+    native = native.mT if hooked.cfg.layer(layer).rule in VALUE_FIRST[of_fla] else native
     assert_close(states[:, -1], native.reshape_as(states[:, -1]), rtol=1e-4, atol=1e-5)
-    scale = 1.0 if shape.rule in ("Mamba-1", "Mamba-2", "RWKV-6", "RWKV-7") else shape.K**-0.5
-    if shape.rule == "RWKV-6":  # reads before it writes
-        states = torch.cat([torch.zeros_like(states[:, :1]), states[:, :-1]], 1)
-    expected = torch.einsum("bthkv,bthk->bthv", states, scale * q)
-    assert_close(expected, reads, rtol=1e-4, atol=2e-6 * max(1.0, float(reads.abs().max())))
 
 
 @torch.no_grad()
@@ -75,12 +72,12 @@ def test_decoding_continues_the_prompt(hooked, tokens):
     heard, argument = cache_of(hooked.hf_model(tokens[:, :65], use_cache=True)), cache_argument(hooked.hf_model)
     plain, slack = copy.deepcopy(heard), 1 if is_fla(hooked.hf_model) else 10
     for t in range(65, 70):
-        how = continuing(hooked.hf_model, None, t, tokens[:, t : t + 1])
-        step = hooked(tokens[:, t : t + 1], **{argument: plain}, **how)
-        listened, at_t = hooked.run_with_cache(
-            tokens[:, t : t + 1], names_filter=lambda name: "mixer." in name, **{argument: heard}, **how
+        token = tokens[:, t : t + 1]
+        how = continuing(hooked.hf_model, None, t, token)
+        step, at_t = hooked.run_with_cache(
+            token, names_filter=lambda name: "mixer." in name, **{argument: heard}, **how
         )
-        assert torch.equal(step, listened)
+        assert torch.equal(step, hooked(token, **{argument: plain}, **how))
         assert_close(step[:, 0], whole[:, t], rtol=0, atol=2e-5 * slack)
         for name in names:
             assert_close(at_t[name][:, 0], kept[name][:, t], rtol=1e-3, atol=1e-5 * slack)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Iterator
 
 import accelerate
@@ -48,18 +47,13 @@ def test_hooks_act_when_the_wrapper_runs(wrap: Callable[[nn.Module], nn.Module],
         listening = (WRITE, lambda write, hook: shapes.append(write.shape))
         with hooked.hooks([listening, (WRITE, lambda write, hook: 0 * write)]):
             edited = wrapper(tokens).logits
-        _, cache = hooked.run_with_cache(tokens, names_filter="blocks.1.mixer.hook_z")
-        assert cache["z", 1].shape == (2, 70, 4, 6)
     assert shapes == [(2, 70, 4, 8, 6)] and not torch.allclose(edited, plain)
     assert torch.equal(wrapper(tokens).logits, plain)
     model = HookedRecurrent.from_hf(wrapper)
     assert torch.allclose(model(tokens), plain, rtol=1e-4, atol=1e-5)
-
-
-def test_adapters_that_are_not_merged_have_no_weights_of_heads():
-    model = HookedRecurrent.from_hf(adapted(make_hf()))
-    with pytest.raises(UnsupportedModelError, match="merge_and_unload"):
-        model.layer_W_O(1)
+    if wrap is adapted:
+        with pytest.raises(UnsupportedModelError, match="merge_and_unload"):
+            model.layer_W_O(1)
 
 
 @pytest.fixture
@@ -70,29 +64,20 @@ def accelerator() -> Iterator[accelerate.Accelerator]:
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
-@pytest.mark.parametrize("order", ["prepare attach unwrap", "attach prepare unwrap", "attach prepare detach unwrap"])
 @torch.no_grad()
-def test_a_model_that_accelerate_prepares_and_unwraps(tokens, accelerator, order):
+def test_a_model_that_accelerate_prepares_and_unwraps(tokens, accelerator):
     """Hooks act before and after the unwrap, and a copy of what is left has none."""
-    model, attached = make_hf(), []
+    model = make_hf()
     plain = model(tokens).logits
-    steps = {
-        "prepare": lambda: accelerator.prepare(model),
-        "attach": lambda: attached.append(attach(model)),
-        "detach": lambda: attached[0].detach(),
-        "unwrap": lambda: accelerator.unwrap_model(model, keep_fp32_wrapper=False),
-    }
-    for step in order.split():
-        steps[step]()
-        logits = model(input_ids=tokens).logits
-        if attached and attached[0].attachment.attached:
-            assert "input_ids" in inspect.signature(model.forward).parameters
-            with attached[0].hooks([(WRITE, lambda write, hook: 0 * write)]):
-                assert not torch.allclose(model(tokens).logits, logits)
+    hooked = attach(model)
+    for step in (accelerator.prepare, lambda model: accelerator.unwrap_model(model, keep_fp32_wrapper=False)):
+        step(model)
+        with hooked.hooks([(WRITE, lambda write, hook: 0 * write)]):
+            assert not torch.allclose(model(input_ids=tokens).logits, plain, rtol=0, atol=0.1)
     twin = copy.deepcopy(model)
     assert torch.equal(model(tokens).logits, plain) and torch.equal(twin(tokens).logits, plain)
     twin.lm_head.weight.data.zero_()
-    assert not twin(tokens).logits.any() and torch.equal(model(tokens).logits, logits)
+    assert not twin(tokens).logits.any() and torch.equal(model(tokens).logits, plain)
 
 
 def prompted(model: nn.Module) -> nn.Module:
@@ -121,7 +106,6 @@ def test_nnsight(tokens):
     nnsight = pytest.importorskip("nnsight")
     model = make_hf()
     wrapper, plain = nnsight.NNsight(model), model(tokens).logits
-    with attach(wrapper) as hooked, hooked.hooks([(WRITE, lambda write, hook: 0 * write)]):
-        with wrapper.trace(tokens):
-            edited = wrapper.output.logits.save()
-        assert torch.equal(edited, model(tokens).logits) and not torch.allclose(edited, plain)
+    with attach(wrapper) as hooked, hooked.hooks([(WRITE, lambda write, hook: 0 * write)]), wrapper.trace(tokens):
+        edited = wrapper.output.logits.save()
+    assert not torch.allclose(edited, plain)

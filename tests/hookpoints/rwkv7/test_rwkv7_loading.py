@@ -18,22 +18,6 @@ from hookpoints.rwkv7 import RWKV7Config, RWKV7ForCausalLM
 PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text())
 """A config.json with the keys that fla writes, and the sizes of a world model of 1.5B."""
 
-D, KEYS = 2048, 2048
-ATTENTION = {
-    **{f"x_{name}": (1, 1, D) for name in "rwkvag"},
-    **{"k_k": (KEYS,), "k_a": (KEYS,), "r_k": (32, 64), "g_norm.weight": (D,), "g_norm.bias": (D,)},
-    **{f"{name}_proj.weight": (D, D) for name in "rkvo"},
-    **{f"{name}_lora.lora.0.weight": (rank, D) for name, rank in {"w": 96, "v": 64, "a": 96, "g": 256}.items()},
-    **{f"{name}_lora.lora.2.weight": (D, rank) for name, rank in {"w": 96, "v": 64, "a": 96, "g": 256}.items()},
-    **{f"{name}_lora.lora.2.bias": (D,) for name in "wva"},
-}
-BLOCK = {
-    **{f"attn.{name}": shape for name, shape in ATTENTION.items()},
-    **{f"{norm}_norm.{kind}": (D,) for norm in ("attn", "ffn") for kind in ("weight", "bias")},
-    **{"ffn.x_k": (D,), "ffn.key.weight": (8192, D), "ffn.value.weight": (D, 8192)},
-}
-"""Parameters of a block of such a model and their shapes; layer 0 has a pre_norm besides, and no v_lora."""
-
 
 @pytest.fixture
 def checkpoint(tmp_path):
@@ -52,17 +36,10 @@ def test_the_published_configuration_and_names(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(PUBLISHED))
     config = RWKV7Config.from_pretrained(tmp_path)
     assert (config.num_heads, config.head_dim, config.value_dim) == (32, 64, [2048] * 24)
-    assert config.fuse_norm is False and config.attn_mode == "chunk"  # kept, though nothing here asks for them
+    config.num_hidden_layers = 2
     with torch.device("meta"):
-        shapes = {name: tuple(p.shape) for name, p in RWKV7ForCausalLM(config).named_parameters()}
-    expected = {"model.embeddings.weight": (65536, D), "lm_head.weight": (65536, D)}
-    expected |= {f"model.norm.{kind}": (D,) for kind in ("weight", "bias")}
-    expected |= {f"model.layers.{layer}.{name}": shape for layer in range(24) for name, shape in BLOCK.items()}
-    expected |= {f"model.layers.0.pre_norm.{kind}": (D,) for kind in ("weight", "bias")}
-    assert shapes == {name: shape for name, shape in expected.items() if ".0.attn.v_lora" not in name}
-    config.save_pretrained(tmp_path)
-    again = RWKV7Config.from_pretrained(tmp_path)
-    assert {**again.to_dict(), "transformers_version": None} == {**config.to_dict(), "transformers_version": None}
+        shapes = {name: list(p.shape) for name, p in RWKV7ForCausalLM(config).named_parameters()}
+    assert shapes == json.loads(Path(__file__).with_name("published_shapes.json").read_text())
 
 
 @torch.no_grad()
@@ -83,8 +60,7 @@ def test_the_first_version_of_the_format(checkpoint, tokens, sharded):
     weights = load_file(path / "model.safetensors")
     for layer in range(3):
         stem = f"model.layers.{layer}.attn."
-        parts = [weights.pop(f"{stem}x_{name}").view(-1) for name in "rwkvag"]
-        weights[f"{stem}x_x"] = torch.stack(parts)
+        weights[f"{stem}x_x"] = torch.stack([weights.pop(f"{stem}x_{name}").view(-1) for name in "rwkvag"])
     (path / "model.safetensors").unlink()
     of_file = {name: f"model-{i % 3}.safetensors" if sharded else "model.safetensors" for i, name in enumerate(weights)}
     for file in set(of_file.values()):
@@ -94,8 +70,6 @@ def test_the_first_version_of_the_format(checkpoint, tokens, sharded):
         index = {"metadata": {}, "weight_map": of_file}
         (path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert torch.equal(loaded(path)(tokens), hf(tokens).logits)
-    with pytest.raises(ValueError, match="state_dict"):  # of two sources of weights none is chosen
-        RWKV7ForCausalLM.from_pretrained(str(path), state_dict=hf.state_dict())
 
 
 def test_tied_embeddings(tmp_path, tokens):
@@ -108,21 +82,16 @@ def test_tied_embeddings(tmp_path, tokens):
         assert torch.equal(model(tokens), hf(tokens).logits)
 
 
-@pytest.mark.parametrize(
-    ("changes", "match"),
-    [
-        ({"attn": {"layers": [1], "num_heads": 2}}, r"layers of softmax attention \(config.attn\) is not supported"),
-        ({"hidden_act": "silu"}, r"relu squared .* not 'silu'"),
-        ({"head_dim": 48}, r"head_dim 48"),
-        ({"num_heads": 16}, r"num_heads 16"),
-        ({"head_dim": None}, r"num_heads None"),
-        ({"value_dim": [2048, 4096]}, "4096"),
-        ({"value_dim": 2050}, r"2050"),
-    ],
-)
-def test_configurations_that_make_no_sense(changes, match):
-    with pytest.raises(ValueError, match=match):
-        RWKV7Config(**{**PUBLISHED, **changes})
+def test_configurations_that_make_no_sense():
+    for match, changes in {
+        r"softmax attention \(config.attn\)": {"attn": {"layers": [1], "num_heads": 2}},
+        "relu squared .* not 'silu'": {"hidden_act": "silu"},
+        "head_dim 48": {"head_dim": 48},
+        "num_heads 16": {"num_heads": 16},
+        "4096": {"value_dim": [2048, 4096]},
+    }.items():
+        with pytest.raises(ValueError, match=match):
+            RWKV7Config(**{**PUBLISHED, **changes})
 
 
 def test_inputs_that_make_no_sense(tokens):

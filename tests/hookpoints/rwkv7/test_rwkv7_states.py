@@ -49,9 +49,9 @@ def test_states_are_written_as_they_are_read(model, tokens, tmp_path):
     states = {layer: memory.state(layer).requires_grad_() for layer in memory.forms}
     save_states(path, states)
     written = torch.load(path, weights_only=True)
-    assert [*written] == [f"blocks.{layer}.att.time_state" for layer in range(3)]
-    assert all((list(x.shape), x.dtype) == ([4, 16, 8], torch.float32) for x in written.values())
-    assert path.stat().st_size < 2 * sum(x.nbytes for x in written.values())
+    assert {name: (list(x.shape), x.dtype) for name, x in written.items()} == {
+        f"blocks.{layer}.att.time_state": ([4, 16, 8], torch.float32) for layer in range(3)
+    }
     assert_close(load_states(path, model), {layer: state.detach() for layer, state in states.items()}, rtol=0, atol=0)
     with pytest.raises(InputError, match=r"one row \[1,H,K,V\]"):
         save_states(path, {0: model.memory(tokens).state(0)})
@@ -60,12 +60,9 @@ def test_states_are_written_as_they_are_read(model, tokens, tmp_path):
 @pytest.mark.parametrize(
     ("content", "match"),
     [
-        ({0: torch.zeros(4, 8, 16)}, r"blocks\.0\.att\.time_state: expected .*\[4, 16, 8\].*, got .*\[4, 8, 16\]"),
-        ({1: torch.zeros(4, 16, 8, dtype=torch.int64)}, r"got .torch\.int64"),
-        ({2: "a word"}, "got 'blocks.2.att.time_state': str"),
-        ({2: torch.zeros(4, 16, 8).to_sparse()}, "dense tensors.*got 'blocks.2.att.time_state': torch.sparse_coo"),
+        ({0: torch.zeros(4, 8, 16)}, r"expected .*\[4, 16, 8\].*, got .*\[4, 8, 16\]"),
+        ({2: torch.zeros(4, 16, 8).to_sparse()}, "dense tensors"),
         ({1: torch.full((4, 16, 8), torch.nan)}, r"blocks\.1\.att\.time_state: expected finite"),
-        ({1: torch.full((4, 16, 8), torch.inf).half()}, "got NaN or infinity"),
         ({2: None}, r"blocks\.2\.att\.time_state: expected .*got None"),
         ({3: torch.zeros(4, 16, 8)}, r"blocks\.3\.att\.time_state: expected None"),
     ],
@@ -83,11 +80,6 @@ def test_what_is_no_file_of_states_is_refused(model, tmp_path):
     path = tuned(tmp_path, 4, 16, 8)
     with pytest.raises(InputError, match=r"hookpoints\.rwkv7\.load_states"):
         Memory.load(path, model)
-    damaged, other = tmp_path / "damaged.pth", tmp_path / "other.pth"
-    damaged.write_bytes(path.read_bytes()[:99])
-    torch.save(torch.zeros(3), other)
-    for each in (damaged, other):
-        with pytest.raises(InputError, match=r"as torch\.save writes them"):
-            load_states(each, model)
-    with pytest.raises(FileNotFoundError):
-        load_states(tmp_path / "absent.pth", model)
+    path.write_bytes(path.read_bytes()[:99])
+    with pytest.raises(InputError, match=r"as torch\.save writes them"):
+        load_states(path, model)
