@@ -28,7 +28,7 @@ from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
 from transformer_lens import HookedRootModule
 
-from hookpoints import HookedRecurrent, Recurrence, default_device
+from hookpoints import HookedRecurrent, default_device
 from hookpoints.errors import with_fields
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.atom.mapped import CollectedWrites, Writes
@@ -38,18 +38,17 @@ from sae_lens_writesae.sae.architectures import training_config_class
 from sae_lens_writesae.sae.factors import INDEX, Collection
 from sae_lens_writesae.sae.fast import Stack, shape_of, writes_at_hand
 from sae_lens_writesae.sae.metric import Metric
-from sae_lens_writesae.sae.rows import COLUMN_SCALE, MixedRows, ShuffledWrites, seeded, train_on_rows
+from sae_lens_writesae.sae.rows import rows_of_collection, rows_of_writes, seeded, train_on_rows
 from sae_lens_writesae.sae.target import (
     Dictionary,
     HeadHook,
-    HookTarget,
     RunnerConfig,
     Target,
     check_hook,
     check_sizes,
     head_target,
 )
-from sae_lens_writesae.sae.training import MatrixTrainingSAE, read_queries
+from sae_lens_writesae.sae.training import MatrixTrainingSAE
 
 T = TypeVar("T")
 
@@ -269,7 +268,7 @@ def train(
         return train([cfg], [data], metric=[metric], checkpoint=checkpoint)[0]
     metrics = metric or [None] * len(cfg)
     sources = [source_of(each, rows) for each, rows in zip(cfg, data, strict=True)]
-    engines = [engine_of(each, source) for each, source in zip(cfg, sources)]
+    engines: list[Engine] = [engine_of(each, source) for each, source in zip(cfg, sources)]
     # Dictionaries of one shape train in one step on factors; every other one trains alone.
     groups: dict[object, list[int]] = {}
     for n, engine in enumerate(engines):
@@ -342,7 +341,7 @@ def _on_factors(configs: Any, sources: Any, metrics: Any, checkpoint: Path | Non
 
 def _on_rows(configs: Any, sources: Any, metrics: Any, checkpoint: Path | None) -> list[MatrixTrainingSAE]:
     (cfg,), (source,), (metric,) = configs, sources, metrics
-    rows = _mixed_rows(source, cfg) if isinstance(source, Collection) else ShuffledWrites(cfg, source)
+    rows = rows_of_collection(cfg, source) if isinstance(source, Collection) else rows_of_writes(cfg, source)
     return [train_on_rows(cfg, rows, metric, checkpoint)]
 
 
@@ -360,39 +359,3 @@ _ENGINES: dict[Engine, Callable[..., list[MatrixTrainingSAE]]] = {
     "rows": _on_rows,
     "runner": _by_runner,
 }
-
-
-def _mixed_rows(collection: Collection, cfg: RunnerConfig) -> MixedRows:
-    """Rows [N,K*V + columns] of a head. States are rebuilt for a few sequences at a time."""
-    hook = HeadHook.parse(cfg.hook_name)
-    positions = slice(*cfg.seqpos_slice)
-    parts = torch.arange(collection.n_sequences).split(max(1, cfg.store_batch_size_prompts))
-
-    def rows_of(part: int) -> Tensor:
-        recurrence = collection.recurrence(hook.layer, hook.head, parts[part])
-        return head_rows(recurrence, hook.target, cfg.sae.loss, positions).float().flatten(0, 1)
-
-    batch = cfg.train_batch_size_tokens
-    rows_per_sequence = len(range(cfg.context_size)[positions])
-    buffer_size = max(cfg.n_batches_in_buffer * rows_per_sequence, batch)
-    fraction = cfg.activations_mixing_fraction
-    n_rows = collection.tokens.numel()
-    return MixedRows(rows_of, len(parts), buffer_size, batch, fraction, n_rows, collection.sha256)
-
-
-def head_rows(recurrence: Recurrence, target: HookTarget, loss: Loss, positions: slice = slice(None)) -> Tensor:
-    """[B,T',K*V + columns] writes or states of head 0, flattened, and what `loss` compares them with: the query that
-    reads them, or the write of the same token."""
-    numbers = list(range(recurrence.T))[positions]
-    of_head = recurrence.select(heads=0)
-    writes = of_head.write(positions=numbers)[:, :, 0].flatten(2)
-    matrices = writes
-    if target == "state":
-        matrices = of_head.states(positions=numbers)[:, :, 0].flatten(2)
-    if loss == "reads":
-        columns = read_queries(of_head)[:, positions, 0]
-    elif loss == "write":
-        columns = writes
-    else:
-        columns = writes[..., :0]
-    return torch.cat([matrices, COLUMN_SCALE * columns.to(matrices)], dim=-1)
