@@ -27,7 +27,6 @@ from hookpoints import HookedRecurrent, Recurrence
 from hookpoints.files import CHECKSUMS, SealedFolder, content_hash, file_hash, read_json, tensors_hash
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.atom.mapped import Mapped, RowIndex
-from sae_lens_writesae.files import CopiedFolder, is_address
 from sae_lens_writesae.sae.target import HeadTarget, Target
 from sae_lens_writesae.sae.texts import Text, token_rows
 
@@ -48,10 +47,8 @@ class Collection:
     for, and files are mapped, not copied. When something is first asked for, each shard is read once and its hash
     compared; CollectionError names one that was changed, is missing or is a link."""
 
-    def __init__(self, sealed: SealedFolder, index: CollectionIndex, address: str):
+    def __init__(self, sealed: SealedFolder, index: CollectionIndex):
         self.folder = sealed.folder
-        self.address = address
-        """What opens it again."""
         self._sealed = sealed
         self._index = index
         self.n_sequences, self.context_size = cast("list[int]", index["shape"])
@@ -73,20 +70,15 @@ class Collection:
         """Open a collection. Hashes of shards are compared when they are first mapped.
 
         Args:
-            folder: or an address that fsspec reads (`s3://bucket/collection`). Its files are copied to this machine,
-                below HF_HOME, when they are first asked for, and stay there.
             model: refuse a collection of other weights. Cost: a pass over the weights.
             text, context_size: with `model`, refuse a collection of a text whose first sequence is another.
 
         Raises:
             CollectionError: a file is missing, the index was changed, the collection is not finished, of an earlier
-                format, or not of `model` or `text`; or the address cannot be read.
+                format, or not of `model` or `text`.
         """
-        if is_address(folder):
-            sealed = CopiedFolder(str(folder), CollectionError)
-        else:
-            sealed = SealedFolder(Path(folder), CollectionError)
-            sealed.require()
+        sealed = SealedFolder(Path(folder), CollectionError)
+        sealed.require()
         index = read_json(sealed.file(INDEX))
         expected: CollectionIndex = {"format": FORMAT}
         if model is not None:
@@ -95,7 +87,7 @@ class Collection:
             expected["first_sequence"] = content_hash(list(islice(token_rows(model, text, context_size), 1)))
         check_same(sealed.folder, index, expected)
         _check_sizes(sealed, index)
-        return cls(sealed, index, str(folder))
+        return cls(sealed, index)
 
     @cached_property
     def sha256(self) -> str:

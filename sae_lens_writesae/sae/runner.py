@@ -33,7 +33,6 @@ from hookpoints.errors import with_fields
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.atom.mapped import CollectedWrites, Writes
 from sae_lens_writesae.choices import Loss, MetricName
-from sae_lens_writesae.files import is_address
 from sae_lens_writesae.sae.architectures import training_config_class
 from sae_lens_writesae.sae.factors import INDEX, Collection
 from sae_lens_writesae.sae.fast import Stack, shape_of, writes_at_hand
@@ -184,7 +183,7 @@ def training_config(
     if collected:
         defaults |= {
             "use_cached_activations": True,
-            "cached_activations_path": model.address,
+            "cached_activations_path": str(model.folder),
             "context_size": model.context_size,
         }
     if target == "last_state":  # a sequence gives one row, so that the buffer is counted in sequences
@@ -288,9 +287,10 @@ Source = Writes | Collection | tuple[HookedRecurrent | None, HfDataset | None]
 
 def source_of(cfg: RunnerConfig, data: Data) -> Source:
     """What the dictionary of a config is trained on, which has its sizes."""
-    path = cfg.cached_activations_path
-    if data is None and cfg.use_cached_activations and path is not None and _holds_a_collection(path):
-        data = Collection.open(path)
+    cached = Path(cfg.cached_activations_path or "")
+    # Without the index, what a config names as cached is SAELens' own.
+    if data is None and cfg.use_cached_activations and (cached / INDEX).is_file():
+        data = Collection.open(cached)
     if isinstance(data, Tensor):  # a matrix is the sum of its rows
         keys = torch.eye(data.shape[1], dtype=data.dtype, device=data.device)
         data = LowRank(keys.expand(len(data), -1, -1), data)
@@ -310,11 +310,6 @@ def source_of(cfg: RunnerConfig, data: Data) -> Source:
         return data
     name = f"{data.sha256} {hook.layer}.{hook.head}"
     return CollectedWrites(name, *data.factors(hook.layer, hook.head))
-
-
-def _holds_a_collection(path: str) -> bool:
-    """Whether what a config names as cached is a collection. Without the index it is SAELens' own, or nothing."""
-    return is_address(path) or (Path(path) / INDEX).is_file()
 
 
 Engine = Literal["factors", "rows", "runner"]
