@@ -25,7 +25,6 @@ from torch import Tensor
 
 from hookpoints import HookedRecurrent, Recurrence
 from hookpoints.files import CHECKSUMS, SealedFolder, content_hash, file_hash, read_json, tensors_hash
-from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.atom.mapped import Mapped, RowIndex
 from sae_lens_writesae.sae.target import HeadTarget, Target
 from sae_lens_writesae.sae.texts import Text, token_rows
@@ -143,16 +142,6 @@ class Collection:
         if "beta" in stored:  # b = alpha k is made again; a = -beta k follows from beta in `Recurrence`
             stored["b"] = faded(stored["k"].float(), stored.get("log_decay"))
         return Recurrence(**stored, scale=described["scale"], read_before_write=described["read_before_write"])
-
-    def rows(self, layer: int, head: int, target: Target = "write", sequences: RowIndex = slice(None)) -> Tensor:
-        """[N,K*V] float32, what the hook of a head carries: its writes or states token by token, or with `last_state`
-        the state at the end of each sequence. Memory is the result's: name few sequences at a time."""
-        if target == "write":
-            keys, values = self.factors(layer, head)
-            tokens = torch.arange(len(keys)).view(self.n_sequences, -1)[sequences].flatten()
-            return LowRank(keys[tokens], values[tokens]).to(torch.float32).dense().flatten(1)
-        at = -1 if target == "last_state" else None
-        return self.recurrence(layer, head, sequences).states(positions=at).flatten(0, 2).flatten(1)
 
     def _mapped_rows(self, name: str) -> Mapped:
         if name not in self._mapped:
