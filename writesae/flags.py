@@ -113,8 +113,8 @@ class Train:
     """Model on the hub, a folder, or one that ships with the package (embedded, embedded-mamba2, embedded-rwkv7). It
     runs once, for all dictionaries."""
     collection: str | Path | None = None
-    """Instead of a model, a folder that `writesae collect`, `train`, `demo` or `reproduce` wrote, or the address of a
-    collection (s3://BUCKET/FOLDER); by default the model's is made in OUT/collection."""
+    """Instead of a model, a folder that `writesae collect`, `train`, `demo` or `reproduce` wrote; by default the
+    model's is made in OUT/collection."""
     layers: Annotated[tuple[int, ...], tyro.conf.arg(aliases=("--layer",))] = ()
     """Recurrent layers; by default those of the collection."""
     heads: Annotated[tuple[int, ...], tyro.conf.arg(aliases=("--head",))] = ()

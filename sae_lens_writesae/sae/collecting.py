@@ -16,9 +16,8 @@ from contextlib import suppress
 from functools import partial
 from itertools import chain, islice, product
 from pathlib import Path
-from typing import Literal, NoReturn, get_args
+from typing import Literal, NoReturn, TypeVar, get_args
 
-import psutil
 import torch
 from filelock import FileLock
 from safetensors import SafetensorError, safe_open
@@ -58,6 +57,8 @@ from sae_lens_writesae.sae.factors import (
 )
 from sae_lens_writesae.sae.target import Target, head_target
 from sae_lens_writesae.sae.texts import Text, mapped_tokens, token_rows, write_tokens
+
+T = TypeVar("T")
 
 SHARD_BYTES = 64e6
 """Size of a shard at most, about; what is held in memory."""
@@ -129,7 +130,7 @@ def collect(
         CollectionError: the folder holds another collection, or a value does not fit the dtype.
         OSError: the folder cannot be written. What is there stays, and the same call resumes.
         UnsupportedModelError, UnknownHookError: a layer or head that does not exist.
-        ValueError: too short a text, a bad setting, or a batch for which there is no memory.
+        ValueError: too short a text, or a bad setting.
 
     Cost: a forward pass of each batch up to the op of the highest layer (what follows does not run), a reading of the
     shards that are there, and in each process a pass over the weights for their hash. The first process makes the
@@ -139,17 +140,18 @@ def collect(
     Memory: a shard, a document, and a batch of one layer's factors. The tokens take 4 bytes each on disk until the end.
     """
     folder = Path(folder)
+    rank, world = part
     model.require_weights()
     if not layers or not targets or dtype not in ("auto", *get_args(FactorDtype)):
         raise ValueError(
             "layers, targets, dtype: expected one layer or more, one target or more, and auto, float16, bfloat16 or "
             f"float32, got {list(layers)}, {list(targets)} and {dtype!r}"
         )
-    rank, world = part
     if not 0 <= rank < world:
         raise ValueError(f"part: expected a rank and the number of processes, which is larger, got {part}")
     chosen = _chosen_heads(model, layers, heads, targets)
     check_own(folder)
+    # The text is a stream: its first sequence tells it from others before the rest is read.
     if isinstance(text, Tensor):
         context_size = text.shape[-1]
     rows = token_rows(model, text, context_size)
@@ -180,15 +182,17 @@ def collect(
             asked |= {"text": file_hash(tokens), "shape": [n, context_size]}
         check_same(folder, index or asked, asked)
         ids = mapped_tokens(tokens, context_size)
-        index = _index_of(model, ids, index, asked, shard_bytes)
+        index = index or _new_index(model, ids, asked, shard_bytes)
         shards = Shards(folder, index)
         # Before any work: what is there is checked, and the room for the rest.
         missing = shards.missing(part)
         shards.check_room(missing, say)
+        # From here on the folder is that of this collection.
         atomic_text(folder / INDEX, json.dumps(index, indent=1))
         if missing:
             shards.seal.unlink(missing_ok=True)
             tokens.replace(folder / _TOKENS)
+    # Each process takes shards that no other one has; whoever finds none missing seals the folder.
     with _token_bar(ids, missing, progress) as bar:
         while not shards.seal.exists():
             for name in shards.claimed(missing, part, say):
@@ -226,54 +230,27 @@ def _token_bar(ids: Tensor, missing: Mapping[str, range], progress: bool) -> tqd
     )
 
 
-def _index_of(
-    model: HookedRecurrent, ids: Tensor, index: CollectionIndex, asked: CollectionIndex, shard_bytes: float
-) -> CollectionIndex:
-    """The index that a folder has, or that of a new collection where it is empty.
-
-    Raises:
-        ValueError: there is no memory for a batch.
-    """
-    # The memory is checked in a resumed run as well: it may run on another machine.
-    size = _batch_size(model, len(asked["heads"]), ids.shape[1], (index or asked).get("batch_size"))
-    if index:
-        return index
-    index = {"batch_size": size} | asked | model.origin()
-    index |= _described_first(model, ids[:size], asked)
+def _new_index(model: HookedRecurrent, ids: Tensor, asked: CollectionIndex, shard_bytes: float) -> CollectionIndex:
+    """What was asked for, and what the first batch showed."""
+    size = asked.get("batch_size") or _sequences_in_a_batch(model, len(asked["heads"]), ids.shape[1])
+    described = next(_by_halves(partial(_described_batch, model, asked=asked), ids[:size]))
+    index: CollectionIndex = {"batch_size": size} | asked | model.origin() | described
     # Whole batches, so that a batch is the same in every run.
     batches = int(shard_bytes / sequence_bytes(index) // size)
     index["sequences_per_shard"] = max(1, batches) * size
     return index
 
 
-def _batch_size(model: HookedRecurrent, n_layers: int, n_tokens: int, asked: int | None) -> int:
-    """Sequences of `n_tokens` in a batch, as asked or as many as `BATCH_BYTES` holds. Bytes a token are those of the
-    widest recurrent layer, of its MLP, and of what is stored of `n_layers`.
-
-    Raises:
-        ValueError: there is no memory for it.
-    """
+def _sequences_in_a_batch(model: HookedRecurrent, n_layers: int, n_tokens: int) -> int:
+    """As many sequences of `n_tokens` as `BATCH_BYTES` holds. Bytes a token are those of the widest recurrent layer, of
+    its MLP, and of what is stored of `n_layers`."""
     cfg = model.cfg
     # Layers run one after the other, so that the widest one alone counts.
     widest = max(shape.H * shape.R * (shape.K + shape.V) for shape in cfg.layers.values())
     factors = 4 * (_COPIES + 2 * n_layers) * widest
     mlp = cfg.dtype.itemsize * (4 * cfg.d_model + 3 * (cfg.d_mlp or 0))
-    sequence = n_tokens * (factors + mlp)
-    if cfg.device.type == "cuda":
-        limit = BATCH_BYTES["cuda"]
-        free = torch.cuda.mem_get_info(cfg.device)[0]
-    else:
-        limit = BATCH_BYTES["cpu"]
-        free = psutil.virtual_memory().available
-    size = asked or max(1, int(limit // sequence))
-    needed = size * sequence
-    if needed > free:
-        raise ValueError(
-            f"batch_size: expected at most {free // sequence} sequences of {n_tokens} tokens, got {size}, which need "
-            f"{size_text(needed)}, and {cfg.device} has {size_text(free)} free; take a smaller batch or shorter "
-            "sequences (context_size)"
-        )
-    return size
+    limit = BATCH_BYTES["cuda" if cfg.device.type == "cuda" else "cpu"]
+    return max(1, int(limit // (n_tokens * (factors + mlp))))
 
 
 def check_own(folder: Path) -> None:
@@ -355,7 +332,7 @@ class Shards:
         bar.update(collected * ids.shape[1])
         for start in range(collected, len(ids), size):
             batch = ids[start : start + size]
-            parts += _stored_by_halves(model, batch, self.index)
+            parts += _by_halves(partial(_stored_batch, model, index=self.index), batch)
             bar.update(batch.numel())
             is_last = start + size >= len(ids)
             if is_last or time.monotonic() - saved > SAVE_SECONDS:
@@ -399,22 +376,27 @@ def _is_whole(file: Path) -> bool:
     return True
 
 
-def _stored_by_halves(model: HookedRecurrent, ids: Tensor, index: CollectionIndex) -> list[dict[str, Tensor]]:
-    """What a shard has of a batch. Where memory runs out, the batch is run in halves; Python shows the warning once."""
+def _by_halves(work: Callable[[Tensor], T], ids: Tensor) -> Iterator[T]:
+    """What `work` makes of a batch, or of its parts where memory runs out; Python shows the warning once."""
     try:
-        return [_stored_batch(model, ids, index)]
+        result = work(ids)
     except torch.OutOfMemoryError:
         if len(ids) == 1:
             raise
+    else:
+        yield result
+        return
+    # Out of the handler, whose traceback holds what the batch had in memory.
     half = len(ids) // 2
     warnings.warn(
         f"collect: no memory for {len(ids)} sequences at once, so they run in halves; batch_size={half} asks for that",
         stacklevel=2,
     )
-    return [*_stored_by_halves(model, ids[:half], index), *_stored_by_halves(model, ids[half:], index)]
+    for part in (ids[:half], ids[half:]):
+        yield from _by_halves(work, part)
 
 
-def _stored_batch(model: HookedRecurrent, ids: Tensor, index: CollectionIndex) -> dict[str, Tensor]:
+def _stored_batch(model: HookedRecurrent, ids: Tensor, *, index: CollectionIndex) -> dict[str, Tensor]:
     """What a shard has of a batch."""
     stored = {"tokens": ids}
     for layer, recurrence in _recorded_factors(model, ids, index).items():
@@ -478,17 +460,7 @@ def _recorded_factors(model: HookedRecurrent, ids: Tensor, asked: CollectionInde
     return recurrences
 
 
-def _described_first(model: HookedRecurrent, ids: Tensor, asked: CollectionIndex) -> CollectionIndex:
-    """`_described_batch` of as many sequences as there is memory for."""
-    try:
-        return _described_batch(model, ids, asked)
-    except torch.OutOfMemoryError:
-        if len(ids) == 1:
-            raise
-    return _described_first(model, ids[: len(ids) // 2], asked)
-
-
-def _described_batch(model: HookedRecurrent, ids: Tensor, asked: CollectionIndex) -> CollectionIndex:
+def _described_batch(model: HookedRecurrent, ids: Tensor, *, asked: CollectionIndex) -> CollectionIndex:
     """What an index says besides what was asked for, from the factors of a first batch: the dtype, and for each layer
     the dtype and shape (of one token and head) of every factor, and what states need besides."""
     layers: dict[str, CollectionIndex] = {}

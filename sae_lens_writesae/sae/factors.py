@@ -25,9 +25,7 @@ from torch import Tensor
 
 from hookpoints import HookedRecurrent, Recurrence
 from hookpoints.files import CHECKSUMS, SealedFolder, content_hash, file_hash, read_json, tensors_hash
-from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.atom.mapped import Mapped, RowIndex
-from sae_lens_writesae.files import CopiedFolder, is_address
 from sae_lens_writesae.sae.target import HeadTarget, Target
 from sae_lens_writesae.sae.texts import Text, token_rows
 
@@ -48,10 +46,8 @@ class Collection:
     for, and files are mapped, not copied. When something is first asked for, each shard is read once and its hash
     compared; CollectionError names one that was changed, is missing or is a link."""
 
-    def __init__(self, sealed: SealedFolder, index: CollectionIndex, address: str):
+    def __init__(self, sealed: SealedFolder, index: CollectionIndex):
         self.folder = sealed.folder
-        self.address = address
-        """What opens it again."""
         self._sealed = sealed
         self._index = index
         self.n_sequences, self.context_size = cast("list[int]", index["shape"])
@@ -73,20 +69,15 @@ class Collection:
         """Open a collection. Hashes of shards are compared when they are first mapped.
 
         Args:
-            folder: or an address that fsspec reads (`s3://bucket/collection`). Its files are copied to this machine,
-                below HF_HOME, when they are first asked for, and stay there.
             model: refuse a collection of other weights. Cost: a pass over the weights.
             text, context_size: with `model`, refuse a collection of a text whose first sequence is another.
 
         Raises:
             CollectionError: a file is missing, the index was changed, the collection is not finished, of an earlier
-                format, or not of `model` or `text`; or the address cannot be read.
+                format, or not of `model` or `text`.
         """
-        if is_address(folder):
-            sealed = CopiedFolder(str(folder), CollectionError)
-        else:
-            sealed = SealedFolder(Path(folder), CollectionError)
-            sealed.require()
+        sealed = SealedFolder(Path(folder), CollectionError)
+        sealed.require()
         index = read_json(sealed.file(INDEX))
         expected: CollectionIndex = {"format": FORMAT}
         if model is not None:
@@ -95,7 +86,7 @@ class Collection:
             expected["first_sequence"] = content_hash(list(islice(token_rows(model, text, context_size), 1)))
         check_same(sealed.folder, index, expected)
         _check_sizes(sealed, index)
-        return cls(sealed, index, str(folder))
+        return cls(sealed, index)
 
     @cached_property
     def sha256(self) -> str:
@@ -151,16 +142,6 @@ class Collection:
         if "beta" in stored:  # b = alpha k is made again; a = -beta k follows from beta in `Recurrence`
             stored["b"] = faded(stored["k"].float(), stored.get("log_decay"))
         return Recurrence(**stored, scale=described["scale"], read_before_write=described["read_before_write"])
-
-    def rows(self, layer: int, head: int, target: Target = "write", sequences: RowIndex = slice(None)) -> Tensor:
-        """[N,K*V] float32, what the hook of a head carries: its writes or states token by token, or with `last_state`
-        the state at the end of each sequence. Memory is the result's: name few sequences at a time."""
-        if target == "write":
-            keys, values = self.factors(layer, head)
-            tokens = torch.arange(len(keys)).view(self.n_sequences, -1)[sequences].flatten()
-            return LowRank(keys[tokens], values[tokens]).to(torch.float32).dense().flatten(1)
-        at = -1 if target == "last_state" else None
-        return self.recurrence(layer, head, sequences).states(positions=at).flatten(0, 2).flatten(1)
 
     def _mapped_rows(self, name: str) -> Mapped:
         if name not in self._mapped:

@@ -154,8 +154,6 @@ class Stack:
     ) -> Step:
         """A step on N rows of each dictionary; puts the gradients of its losses into the parameters `p` (which come
         with the buffers). The loss of `dead` atoms is among them, where they are given."""
-        if len(batch) == 1:  # without a copy
-            return step_on_writes(p, batch[0].keys[None], batch[0].values[None], ks, self.cfg, dead)
         keys = torch.stack([rows.keys for rows in batch])
         values = torch.stack([rows.values for rows in batch])
         return step_on_writes(p, keys, values, ks, self.cfg, dead)

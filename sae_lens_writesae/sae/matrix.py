@@ -211,21 +211,13 @@ class MatrixSAE(SAE[Any]):
     # ---------------------------------------------------------------------------------------- atoms
 
     @torch.no_grad()
-    def atoms(self, indices: AtomIndex = slice(None), rank: int | None = None) -> LowRank:
-        """Decoder atoms as low-rank matrices: N = n atoms.
-
-        Without `rank` they are exact: the factors themselves, and for a flat decoder all min(K, V) singular terms. With
-        `rank` each is the closest matrix of that rank, with its singular values shared by both sides (the paper's
-        baseline "flat SAE + top-1 SVD"). Costs one K x V SVD an atom, and nothing for atoms of the rank asked for.
-        """
+    def atoms(self, indices: AtomIndex = slice(None)) -> LowRank:
+        """Decoder atoms as low-rank matrices, exactly: N = n atoms of R terms; of a flat decoder all min(K, V) singular
+        terms, which cost one K x V SVD an atom."""
         cfg = self.cfg
         if cfg.decoder == "flat":
-            dense = self.decoder_matrix[indices].view(-1, cfg.d_k, cfg.d_v)
-            return LowRank.svd(dense, rank, balanced=rank is not None)
-        atoms = LowRank(self.v[indices].clone(), self.w[indices].clone())
-        if rank in (None, cfg.rank):
-            return atoms
-        return LowRank.svd(atoms.dense(), rank, balanced=True)
+            return LowRank.svd(self.decoder_matrix[indices].view(-1, cfg.d_k, cfg.d_v))
+        return LowRank(self.v[indices].clone(), self.w[indices].clone())
 
     @torch.no_grad()
     def replace_atoms(self, indices: Tensor, atoms: LowRank, alive: Tensor) -> None:

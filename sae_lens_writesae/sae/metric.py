@@ -41,10 +41,6 @@ class Metric:
     """[K,K], A^1/2"""
     value_root: Tensor
     """[V,V], B^1/2"""
-    key_inverse: Tensor
-    """[K,K], A^-1/2"""
-    value_inverse: Tensor
-    """[V,V], B^-1/2"""
     scale: float
     """Nats: deleting a write costs scale / 2 times its squared transformed norm, on average over writes."""
     damping: float
@@ -59,8 +55,8 @@ class Metric:
         Raises:
             ValueError: one of them is not.
         """
-        roots = [*_root_and_inverse(key_side, "key side"), *_root_and_inverse(value_side, "value side")]
-        return cls(roots[0], roots[2], roots[1], roots[3], scale, damping, n_sequences)
+        roots = (_symmetric_root(key_side, "key side"), _symmetric_root(value_side, "value side"))
+        return cls(*roots, scale, damping, n_sequences)
 
     # ------------------------------------------------------------------------------------------ use
 
@@ -75,14 +71,8 @@ class Metric:
     @property
     def inverse(self) -> Metric:
         """What moves transformed matrices back."""
-        return replace(
-            self,
-            key_root=self.key_inverse,
-            value_root=self.value_inverse,
-            key_inverse=self.key_root,
-            value_inverse=self.value_root,
-            scale=1 / self.scale,
-        )
+        roots = {"key_root": self.key_root.inverse(), "value_root": self.value_root.inverse()}
+        return replace(self, **roots, scale=1 / self.scale)
 
     def apply_rows(self, rows: Tensor) -> Tensor:
         """A^1/2 X B^1/2 of flattened matrices [...,K*V]. Costs K V (K + V) for each."""
@@ -126,19 +116,15 @@ class Metric:
             state |= {"v_enc": sae.v * scale[:, None, None], "w_enc": sae.w}
         elif scale is not None:
             state["encoder_matrix"] = sae.decoder_matrix.T * scale
-        moved_by = {
-            "v_enc": self.key_root,
-            "w_enc": self.value_root,
-            "v": self.key_inverse,
-            "w": self.value_inverse,
-        }
+        # What reads moves with the writes; what is reconstructed moves back.
+        back = self.inverse
+        moved_by = {"v_enc": self.key_root, "w_enc": self.value_root, "v": back.key_root, "w": back.value_root}
         for name in moved_by.keys() & state.keys():
             state[name] = _moved_vectors(state[name], moved_by[name])
         if "encoder_matrix" in state:
             state["encoder_matrix"] = self.apply_rows(state["encoder_matrix"].T).T
-        # What is reconstructed moves back; what reads moves with the writes.
         for name in {"decoder_matrix", "b_dec"} & state.keys():
-            state[name] = self.inverse.apply_rows(state[name])
+            state[name] = back.apply_rows(state[name])
         return state
 
 
@@ -147,10 +133,9 @@ def _moved_vectors(vectors: Tensor, matrix: Tensor) -> Tensor:
     return vectors @ matrix.to(vectors)
 
 
-def _root_and_inverse(matrix: Tensor, what: str) -> tuple[Tensor, Tensor]:
-    """The symmetric root and its inverse."""
-    # In float64: the inverse root is made of the smallest eigenvalues.
+def _symmetric_root(matrix: Tensor, what: str) -> Tensor:
+    """In float64: the inverse of the root is made of the smallest eigenvalues."""
     values, vectors = torch.linalg.eigh(((matrix + matrix.mT) / 2).double().cpu())
     if not values[0] > 0:
         raise ValueError(f"{what}: expected positive eigenvalues, got {float(values[0])}")
-    return (vectors * values.sqrt()) @ vectors.mT, (vectors / values.sqrt()) @ vectors.mT
+    return (vectors * values.sqrt()) @ vectors.mT

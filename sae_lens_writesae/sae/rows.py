@@ -11,9 +11,9 @@ import dataclasses
 import json
 import shutil
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -23,9 +23,11 @@ import wandb
 from sae_lens import LanguageModelSAETrainingRunner
 from sae_lens.constants import ACTIVATION_SCALER_CFG_FILENAME, TRAINER_STATE_FILENAME
 from sae_lens.saes.sae import TrainingSAE
+from sae_lens.training.mixing_buffer import mixing_buffer
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
+from hookpoints import Recurrence
 from hookpoints.errors import ChecksumError
 from hookpoints.files import (
     CHECKSUMS,
@@ -40,9 +42,11 @@ from hookpoints.files import (
 )
 from hookpoints.scopes import threads_for
 from sae_lens_writesae.atom.mapped import CollectedWrites, Writes
+from sae_lens_writesae.choices import Loss
 from sae_lens_writesae.files import SAVE_SECONDS
+from sae_lens_writesae.sae.factors import Collection
 from sae_lens_writesae.sae.metric import Metric
-from sae_lens_writesae.sae.target import RunnerConfig
+from sae_lens_writesae.sae.target import HeadHook, HookTarget, RunnerConfig
 from sae_lens_writesae.sae.training import MatrixTrainingSAE
 
 COLUMN_SCALE = 1e-6
@@ -82,8 +86,13 @@ def seeded(seed: int, step: int) -> Iterator[None]:
     """A scope with its own random numbers, which follow from a seed and a step: a resumed run draws those of one
     that never stopped."""
     with torch.random.fork_rng():
-        torch.manual_seed((seed * 1_000_003 + step + 1) % 2**63)
+        torch.manual_seed(random_seed(seed, step))
         yield
+
+
+def random_seed(seed: int, step: int) -> int:
+    """Of the random numbers of one step."""
+    return (seed * 1_000_003 + step + 1) % 2**63
 
 
 def row_orders(
@@ -187,112 +196,101 @@ def inputs_of(writes: Writes) -> object:
     return writes.name if isinstance(writes, CollectedWrites) else (writes.keys, writes.values)
 
 
-class Batches(ABC, Iterator[Tensor]):
-    """Batches of rows [N,K*V + columns] without end. After `resume`, batches are those that follow the
-    `state`."""
+# ------------------------------------------------------------------------------------------------ rows at hand
 
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """What SAELens' trainer is given instead of a store."""
+
+    batches_from: Callable[[int], Iterator[Tensor]]
+    """Batches [n,K*V + columns] without end, from that number on: a run that resumes gets those it has not had."""
     n_rows: int
     """So many rows differ."""
     inputs: object
     """What they are made of, as `content_hash` takes it."""
 
-    @abstractmethod
-    def state(self) -> dict[str, Tensor]:
-        """What a checkpoint needs of it."""
 
-    @abstractmethod
-    def resume(self, state: dict[str, Tensor]) -> None:
-        """Continue where `state` was taken."""
+def rows_of_writes(cfg: RunnerConfig, writes: Writes) -> Rows:
+    """Writes as matrices, and behind them the same again, where the loss compares with writes."""
 
+    def batches_from(first: int) -> Iterator[Tensor]:
+        for numbers in row_orders(len(writes), cfg.train_batch_size_tokens, cfg.seed, first):
+            part = writes.rows(numbers.to(writes.keys.device))
+            rows = part.to(torch.promote_types(part.keys.dtype, torch.float32)).dense().flatten(1)
+            yield torch.cat([rows, COLUMN_SCALE * rows], dim=1) if cfg.sae.loss == "write" else rows
 
-class ShuffledWrites(Batches):
-    """Writes as rows [N,K*V], and behind them the same again, where the loss compares with writes. Every epoch has its
-    own order."""
-
-    def __init__(self, cfg: RunnerConfig, writes: Writes) -> None:
-        self.cfg = cfg
-        self.writes = writes
-        self.n_rows = len(writes)
-        self.inputs = inputs_of(writes)
-        self.resume({"taken": torch.tensor(0)})
-
-    def __next__(self) -> Tensor:
-        part = self.writes.rows(next(self.order).to(self.writes.keys.device))
-        self.taken += 1
-        rows = part.to(torch.promote_types(part.keys.dtype, torch.float32)).dense().flatten(1)
-        if self.cfg.sae.loss == "write":
-            return torch.cat([rows, COLUMN_SCALE * rows], dim=1)
-        return rows
-
-    def state(self) -> dict[str, Tensor]:
-        return {"taken": torch.tensor(self.taken)}
-
-    def resume(self, state: dict[str, Tensor]) -> None:
-        self.taken = int(state["taken"])
-        self.order = row_orders(len(self.writes), self.cfg.train_batch_size_tokens, self.cfg.seed, self.taken)
+    return Rows(batches_from, len(writes), inputs_of(writes))
 
 
-@dataclasses.dataclass
-class MixedRows(Batches):
-    """Rows of parts of a text, mixed as SAELens' `mixing_buffer` mixes them (the same batches from the same random
-    numbers), with a state that a checkpoint can keep. Every epoch takes the parts in a new order."""
+def rows_of_collection(cfg: RunnerConfig, collection: Collection) -> Rows:
+    """Rows of a head, mixed by SAELens' buffer. States are rebuilt for a few sequences at a time, also those of the
+    batches that a resumed run leaves out, which costs little compared with their steps."""
+    hook = HeadHook.parse(cfg.hook_name)
+    positions = slice(*cfg.seqpos_slice)
+    parts = torch.arange(collection.n_sequences).split(max(1, cfg.store_batch_size_prompts))
+    batch = cfg.train_batch_size_tokens
+    rows_per_sequence = len(range(cfg.context_size)[positions])
+    buffer_size = max(cfg.n_batches_in_buffer * rows_per_sequence, batch)
 
-    rows_of: Callable[[int], Tensor]
-    """The rows [n,K*V + columns] of a part, by its number."""
-    n_parts: int
-    """So many parts make the text."""
-    size: int
-    """Rows of the buffer, `batch` at least."""
-    batch: int
-    fraction: float
-    """Of the buffer, which stays for the next mix."""
-    n_rows: int = 0
-    inputs: object = ""
+    def parts_in_order() -> Iterator[Tensor]:
+        for epoch in count():
+            with seeded(cfg.seed, epoch):
+                order = torch.randperm(len(parts)).tolist()
+            for part in order:
+                recurrence = collection.recurrence(hook.layer, hook.head, parts[part])
+                yield head_rows(recurrence, hook.target, cfg.sae.loss, positions).float().flatten(0, 1)
 
-    def __post_init__(self) -> None:
-        self.order = torch.zeros(0, dtype=torch.long)
-        self.mixed = self.waiting = torch.zeros(0, 0)
-        """Rows of the next batches, and rows that wait for the next mix."""
+    def batches_from(first: int) -> Iterator[Tensor]:
+        mixed = mixing_buffer(buffer_size, batch, parts_in_order(), cfg.activations_mixing_fraction)
+        for number in count():
+            with seeded(cfg.seed, number):  # of the buffer's permutations
+                rows = next(mixed)
+            if number >= first:
+                yield rows
 
-    def __next__(self) -> Tensor:
-        if not len(self.mixed):
-            self._fill_buffer()
-        batch = self.mixed[: self.batch]
-        self.mixed = self.mixed[self.batch :]
-        return batch
+    return Rows(batches_from, collection.tokens.numel(), collection.sha256)
 
-    def _fill_buffer(self) -> None:
-        rows = [self.waiting] if len(self.waiting) else []
-        while True:  # one part at least
-            if not len(self.order):
-                self.order = torch.randperm(self.n_parts)
-            rows.append(self.rows_of(int(self.order[0])))
-            self.order = self.order[1:]
-            if sum(map(len, rows)) >= self.size:
-                break
-        buffer = torch.cat(rows)
-        if self.fraction > 0:
-            buffer = buffer[torch.randperm(len(buffer))]
-        n_batches = max(1, (len(buffer) - int(self.size * self.fraction)) // self.batch)
-        self.mixed = buffer[: n_batches * self.batch]
-        self.waiting = buffer[n_batches * self.batch :]
 
-    def state(self) -> dict[str, Tensor]:
-        # Copies: torch saves the whole storage of a slice.
-        return {name: getattr(self, name).clone() for name in ("order", "mixed", "waiting")}
+def head_rows(recurrence: Recurrence, target: HookTarget, loss: Loss, positions: slice = slice(None)) -> Tensor:
+    """[B,T',K*V + columns] writes or states of head 0, flattened, and what `loss` compares them with: the query that
+    reads them, or the write of the same token."""
+    numbers = list(range(recurrence.T))[positions]
+    of_head = recurrence.select(heads=0)
+    writes = of_head.write(positions=numbers)[:, :, 0].flatten(2)
+    matrices = writes
+    if target == "state":
+        matrices = of_head.states(positions=numbers)[:, :, 0].flatten(2)
+    if loss == "reads":
+        columns = read_queries(of_head)[:, positions, 0]
+    elif loss == "write":
+        columns = writes
+    else:
+        columns = writes[..., :0]
+    return torch.cat([matrices, COLUMN_SCALE * columns.to(matrices)], dim=-1)
 
-    def resume(self, state: dict[str, Tensor]) -> None:
-        vars(self).update(state)
+
+def read_queries(recurrence: Recurrence) -> Tensor:
+    """[B,T,H,K] the query that reads the state after each token.
+
+    It is the token's own query, or the next token's where the rule reads before it writes (zero for the last token).
+    """
+    q = recurrence.q
+    if recurrence.read_before_write:
+        return torch.cat([q[:, 1:], torch.zeros_like(q[:, :1])], dim=1)
+    return q
+
+
+# ------------------------------------------------------------------------------------------------ SAELens' trainer
 
 
 def train_on_rows(
-    cfg: RunnerConfig, rows: Batches, metric: Metric | None = None, checkpoint: Path | None = None
+    cfg: RunnerConfig, rows: Rows, metric: Metric | None = None, checkpoint: Path | None = None
 ) -> MatrixTrainingSAE:
-    """Train by SAELens' trainer on batches of rows [N,K*V + columns], with the random numbers of the seed.
+    """Train by SAELens' trainer, with random numbers that follow from the seed and the number of the batch.
 
     Args:
-        checkpoint: a folder that is written every minute: the states of SAELens' trainer, of random numbers and of
-            `rows` (for `MixedRows` as large as the buffer).
+        checkpoint: a folder that is written every minute: the dictionary, and the state of SAELens' trainer.
 
     Raises:
         OSError, ValueError: what `Checkpoint` raises, or numbers that are not finite.
@@ -300,16 +298,19 @@ def train_on_rows(
     sae = new_sae(cfg, metric)
     sae.cfg.metadata.n_training_rows = rows.n_rows
     kept = Checkpoint(checkpoint, [cfg], (rows.inputs, metric and vars(metric)))
+    n_taken = 0
 
     def state() -> dict[str, object]:
-        random = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
-        return {"sae": sae.state_dict(), "random": random, "rows": rows.state()}
+        return {"sae": sae.state_dict(), "taken": n_taken}
 
     def batches() -> Iterator[Tensor]:
-        for batch in rows:
-            yield metric.apply_rows(batch) if metric else batch
+        nonlocal n_taken
+        for batch in rows.batches_from(n_taken):
             if trainer.n_training_steps:  # SAELens asks for the next batch between two steps
                 kept.save(state, trainer.save_trainer_state)
+            n_taken += 1
+            torch.manual_seed(random_seed(cfg.seed, n_taken))  # of what the step draws
+            yield metric.apply_rows(batch) if metric else batch
 
     trainer = SAETrainer(cfg.to_sae_trainer_config(), sae, batches())
     with (
@@ -321,9 +322,7 @@ def train_on_rows(
             saved = saved_state(folder)
             sae.load_state_dict(saved["sae"])
             trainer.load_trainer_state(folder)
-            rows.resume(saved["rows"])
-            torch.set_rng_state(saved["random"][0])
-            torch.cuda.set_rng_state_all(saved["random"][1:])
+            n_taken = saved["taken"]
         trainer.fit()
     if not torch.nn.utils.get_total_norm(sae.parameters()).isfinite():
         raise ValueError("weights: expected finite numbers after training, got NaN or infinity: of the rows, or of lr")

@@ -28,28 +28,26 @@ from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
 from transformer_lens import HookedRootModule
 
-from hookpoints import HookedRecurrent, Recurrence, default_device
+from hookpoints import HookedRecurrent, default_device
 from hookpoints.errors import with_fields
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.atom.mapped import CollectedWrites, Writes
 from sae_lens_writesae.choices import Loss, MetricName
-from sae_lens_writesae.files import is_address
 from sae_lens_writesae.sae.architectures import training_config_class
 from sae_lens_writesae.sae.factors import INDEX, Collection
 from sae_lens_writesae.sae.fast import Stack, shape_of, writes_at_hand
 from sae_lens_writesae.sae.metric import Metric
-from sae_lens_writesae.sae.rows import COLUMN_SCALE, MixedRows, ShuffledWrites, seeded, train_on_rows
+from sae_lens_writesae.sae.rows import rows_of_collection, rows_of_writes, seeded, train_on_rows
 from sae_lens_writesae.sae.target import (
     Dictionary,
     HeadHook,
-    HookTarget,
     RunnerConfig,
     Target,
     check_hook,
     check_sizes,
     head_target,
 )
-from sae_lens_writesae.sae.training import MatrixTrainingSAE, read_queries
+from sae_lens_writesae.sae.training import MatrixTrainingSAE
 
 T = TypeVar("T")
 
@@ -185,7 +183,7 @@ def training_config(
     if collected:
         defaults |= {
             "use_cached_activations": True,
-            "cached_activations_path": model.address,
+            "cached_activations_path": str(model.folder),
             "context_size": model.context_size,
         }
     if target == "last_state":  # a sequence gives one row, so that the buffer is counted in sequences
@@ -269,7 +267,7 @@ def train(
         return train([cfg], [data], metric=[metric], checkpoint=checkpoint)[0]
     metrics = metric or [None] * len(cfg)
     sources = [source_of(each, rows) for each, rows in zip(cfg, data, strict=True)]
-    engines = [engine_of(each, source) for each, source in zip(cfg, sources)]
+    engines: list[Engine] = [engine_of(each, source) for each, source in zip(cfg, sources)]
     # Dictionaries of one shape train in one step on factors; every other one trains alone.
     groups: dict[object, list[int]] = {}
     for n, engine in enumerate(engines):
@@ -289,9 +287,10 @@ Source = Writes | Collection | tuple[HookedRecurrent | None, HfDataset | None]
 
 def source_of(cfg: RunnerConfig, data: Data) -> Source:
     """What the dictionary of a config is trained on, which has its sizes."""
-    path = cfg.cached_activations_path
-    if data is None and cfg.use_cached_activations and path is not None and _holds_a_collection(path):
-        data = Collection.open(path)
+    cached = Path(cfg.cached_activations_path or "")
+    # Without the index, what a config names as cached is SAELens' own.
+    if data is None and cfg.use_cached_activations and (cached / INDEX).is_file():
+        data = Collection.open(cached)
     if isinstance(data, Tensor):  # a matrix is the sum of its rows
         keys = torch.eye(data.shape[1], dtype=data.dtype, device=data.device)
         data = LowRank(keys.expand(len(data), -1, -1), data)
@@ -311,11 +310,6 @@ def source_of(cfg: RunnerConfig, data: Data) -> Source:
         return data
     name = f"{data.sha256} {hook.layer}.{hook.head}"
     return CollectedWrites(name, *data.factors(hook.layer, hook.head))
-
-
-def _holds_a_collection(path: str) -> bool:
-    """Whether what a config names as cached is a collection. Without the index it is SAELens' own, or nothing."""
-    return is_address(path) or (Path(path) / INDEX).is_file()
 
 
 Engine = Literal["factors", "rows", "runner"]
@@ -342,7 +336,7 @@ def _on_factors(configs: Any, sources: Any, metrics: Any, checkpoint: Path | Non
 
 def _on_rows(configs: Any, sources: Any, metrics: Any, checkpoint: Path | None) -> list[MatrixTrainingSAE]:
     (cfg,), (source,), (metric,) = configs, sources, metrics
-    rows = _mixed_rows(source, cfg) if isinstance(source, Collection) else ShuffledWrites(cfg, source)
+    rows = rows_of_collection(cfg, source) if isinstance(source, Collection) else rows_of_writes(cfg, source)
     return [train_on_rows(cfg, rows, metric, checkpoint)]
 
 
@@ -360,39 +354,3 @@ _ENGINES: dict[Engine, Callable[..., list[MatrixTrainingSAE]]] = {
     "rows": _on_rows,
     "runner": _by_runner,
 }
-
-
-def _mixed_rows(collection: Collection, cfg: RunnerConfig) -> MixedRows:
-    """Rows [N,K*V + columns] of a head. States are rebuilt for a few sequences at a time."""
-    hook = HeadHook.parse(cfg.hook_name)
-    positions = slice(*cfg.seqpos_slice)
-    parts = torch.arange(collection.n_sequences).split(max(1, cfg.store_batch_size_prompts))
-
-    def rows_of(part: int) -> Tensor:
-        recurrence = collection.recurrence(hook.layer, hook.head, parts[part])
-        return head_rows(recurrence, hook.target, cfg.sae.loss, positions).float().flatten(0, 1)
-
-    batch = cfg.train_batch_size_tokens
-    rows_per_sequence = len(range(cfg.context_size)[positions])
-    buffer_size = max(cfg.n_batches_in_buffer * rows_per_sequence, batch)
-    fraction = cfg.activations_mixing_fraction
-    n_rows = collection.tokens.numel()
-    return MixedRows(rows_of, len(parts), buffer_size, batch, fraction, n_rows, collection.sha256)
-
-
-def head_rows(recurrence: Recurrence, target: HookTarget, loss: Loss, positions: slice = slice(None)) -> Tensor:
-    """[B,T',K*V + columns] writes or states of head 0, flattened, and what `loss` compares them with: the query that
-    reads them, or the write of the same token."""
-    numbers = list(range(recurrence.T))[positions]
-    of_head = recurrence.select(heads=0)
-    writes = of_head.write(positions=numbers)[:, :, 0].flatten(2)
-    matrices = writes
-    if target == "state":
-        matrices = of_head.states(positions=numbers)[:, :, 0].flatten(2)
-    if loss == "reads":
-        columns = read_queries(of_head)[:, positions, 0]
-    elif loss == "write":
-        columns = writes
-    else:
-        columns = writes[..., :0]
-    return torch.cat([matrices, COLUMN_SCALE * columns.to(matrices)], dim=-1)

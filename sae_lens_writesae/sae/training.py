@@ -14,7 +14,6 @@ import torch
 from sae_lens.saes.sae import SAE, TrainingSAE, TrainingSAEConfig, TrainStepInput, TrainStepOutput
 from torch import Tensor, nn
 
-from hookpoints import Recurrence
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.choices import Loss, MetricName
 from sae_lens_writesae.errors import check_fields
@@ -411,7 +410,7 @@ def squared_errors(reconstructions: Tensor, rows: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------------- losses
 # What they compare with (queries, writes of the same tokens) reaches the step as further columns of the rows:
-# `sae.runner` appends them, and `MatrixTrainingSAE` takes them off again.
+# `sae.rows` appends them, and `MatrixTrainingSAE` takes them off again.
 
 
 def read_loss(error: Tensor, queries: Tensor) -> Tensor:
@@ -421,9 +420,9 @@ def read_loss(error: Tensor, queries: Tensor) -> Tensor:
     preferred direction the loss equals the reconstruction loss, the mean of |E|^2 (Frobenius). It is zero where all
     reads agree, whatever else the error E holds. A row without a query (all zero) counts as read without error.
 
-    The query of a row is the one that reads the state at the row's own token (`read_queries`). A state is read by it,
-    so that for states the loss is what it says. A **write** stays in the state and is read by later queries as well,
-    at what decay and erase leave of it: for writes the loss weighs the first of these reads only.
+    The query of a row is the one that reads the state at the row's own token (`rows.read_queries`). A state is read by
+    it, so that for states the loss is what it says. A **write** stays in the state and is read by later queries as
+    well, at what decay and erase leave of it: for writes the loss weighs the first of these reads only.
     """
     size = queries.square().sum(-1).mean().clamp_min(torch.finfo(queries.dtype).tiny)
     return torch.einsum("nkv,nk->nv", error, queries).square().sum(-1).mean() * queries.shape[-1] / size
@@ -436,17 +435,6 @@ def write_loss(cosine: Tensor, contribution: Tensor) -> Tensor:
     """
     total = contribution.sum(-1, keepdim=True)
     return 1 - (contribution / total.clamp_min(torch.finfo(total.dtype).tiny) * cosine).sum(-1).mean()
-
-
-def read_queries(recurrence: Recurrence) -> Tensor:
-    """[B,T,H,K] the query that reads the state after each token.
-
-    It is the token's own query, or the next token's where the rule reads before it writes (zero for the last token).
-    """
-    q = recurrence.q
-    if recurrence.read_before_write:
-        return torch.cat([q[:, 1:], torch.zeros_like(q[:, :1])], dim=1)
-    return q
 
 
 # -------------------------------------------------------------------------------------------------- calibration

@@ -71,29 +71,16 @@ def test_saelens_command_line_takes_our_architectures() -> None:
 # ---------------------------------------------------------------------------------------- files
 
 
-@pytest.mark.parametrize("name", S.INFERENCE)
-def test_meta_device_and_precision(name: str) -> None:
-    fields = SHAPE | {"dtype": "bfloat16"}
-    on_meta = untrained_sae(name, S.INFERENCE, **fields, device="meta")
-    assert all(t.is_meta for t in on_meta.state_dict().values())
-    sae = untrained_sae(name, S.INFERENCE, **fields)
-    y = sae(torch.randn(3, D_IN))
-    assert y.dtype == torch.bfloat16 and y.isfinite().all()
-    assert sae.to(dtype=torch.float64)(torch.randn(3, D_IN)).dtype == torch.float64
-
-
 @pytest.mark.parametrize("name", S.TRAINING)
-@pytest.mark.parametrize("setting", ["bfloat16", "autocast"])
-def test_low_precision_training_steps(name: str, setting: str) -> None:
-    if (name, setting) == ("writesae_gated", "bfloat16"):
-        pytest.skip("SAELens' gated class mixes bfloat16 weights with float32 rows in its auxiliary loss")
-    dtype = "bfloat16" if setting == "bfloat16" else "float32"
+def test_low_precision_training_steps(name: str) -> None:
+    """Weights in bfloat16; for gated ones autocast, since SAELens' class mixes dtypes in its auxiliary loss."""
+    dtype = "bfloat16" if name != "writesae_gated" else "float32"
     sae = build(name, dtype=dtype, resample_every=1, unit_norm_every=int(name != "writesae_matching_pursuit"))
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-2)
     for step in range(3):
         batch = step_input(sae, step)
         batch.sae_in, batch.n_training_steps = batch.sae_in.float(), step
-        with torch.autocast("cpu", torch.bfloat16, enabled=setting == "autocast"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "float32"):
             loss = sae.training_forward_pass(batch).loss
         loss.backward()
         optimizer.step()
@@ -103,9 +90,8 @@ def test_low_precision_training_steps(name: str, setting: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute", "ignore:<class 'torch.autograd.function.Function'>")
-@pytest.mark.parametrize("name", ["writesae_topk", "writesae_gated"])
-def test_compiled_training_step_is_the_same(name: str) -> None:
-    plain, compiled = build(name), build(name)
+def test_compiled_training_step_is_the_same() -> None:
+    plain, compiled = build("writesae_topk"), build("writesae_topk")
     torch._dynamo.reset()
     expected = plain.training_forward_pass(step_input(plain)).loss
     got = torch.compile(compiled.training_forward_pass, backend="aot_eager")(step_input(compiled)).loss
@@ -148,19 +134,12 @@ CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
     ("name", "change", "message"),
     [
         (CONFIG, Path.unlink, r"cfg\.json"),
-        (CONFIG, cut(50), r"cfg\.json"),
         (WEIGHTS, cut(-40), r"weights\.safetensors"),
-        (WEIGHTS, Path.unlink, r"weights\.safetensors"),
         (CONFIG, config(d_sae=17), r"of shape \[17"),
-        (CONFIG, config(rank=2), r"v of shape \[16, 2, 5\]"),
         (CONFIG, config(d_k=7), "d_in: expected .* got 30"),
-        (CONFIG, config(encoder="dense"), "encoder_matrix"),
-        (CONFIG, config(architecture="writesae_jumprelu"), r"\['k', "),
         (CONFIG, config(rank=1, normalise_activations="none"), "normalize_activations"),
-        (CONFIG, config(architecture="standard"), "W_dec"),
         (CONFIG, config(architecture="writesae_topp"), "writesae_topk"),
         (CONFIG, config(architecture="writesae_batchtopk"), r"\['k', "),
-        (CONFIG, config(architecture="writesae_topk2"), "training=False"),
         (CONFIG, lambda file: file.write_text("[]"), "list"),
         (WEIGHTS, weights(extra=torch.zeros(1)), "extra"),
         (WEIGHTS, weights(w=torch.full((F, 1, V), torch.nan)), "NaN"),

@@ -157,7 +157,7 @@ def test_each_dictionary_is_the_one_that_trains_alone(fields: dict[str, Any], no
 def test_a_run_is_the_one_of_saelens_trainer(fields: dict[str, Any]) -> None:
     """On the same rows from the same start; the output bias is then calibrated by one and averaged by the other."""
     cfg = config(steps=12, **fields, b_dec_rows=0, decoder_init="random", resample_every=0)
-    matrices = rows_.train_on_rows(cfg, rows_.ShuffledWrites(cfg, writes()))
+    matrices = rows_.train_on_rows(cfg, rows_.rows_of_writes(cfg, writes()))
     torch.testing.assert_close(state(train(cfg, writes())), state(matrices), rtol=1e-7, atol=1e-9)
 
 

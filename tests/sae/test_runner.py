@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
-import wandb
+from huggingface_hub import constants
 from sae_lens import (
     SAE,
     CacheActivationsRunner,
     CacheActivationsRunnerConfig,
     LanguageModelSAETrainingRunner,
-    LoggingConfig,
+    TrainingSAE,
 )
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner, MultiSAETrainingRunnerConfig
 from saes import exact_sae, make_sae
@@ -20,6 +22,7 @@ from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent, UnknownHookError, UnsupportedModelError
 from hookpoints import embedded as shipped
+from sae_lens_writesae import load_sae
 from sae_lens_writesae import sae as architectures
 from sae_lens_writesae.sae.collecting import collect
 from sae_lens_writesae.sae.hooked import HookedSAERecurrent
@@ -52,16 +55,44 @@ def small_config(model, target="write", architecture="writesae_topk", sae=None, 
     )
 
 
-def test_stock_runner_trains_and_exports(embedded, dataset, tmp_path):
-    """LanguageModelSAETrainingRunner with override_model, on last states; the export loads by SAELens' own loader."""
-    sizes = {"training_tokens": 128, "n_batches_in_buffer": 64}
-    cfg = small_config(embedded, "last_state", output_path=str(tmp_path), **sizes)
+@pytest.mark.parametrize(("architecture", "target"), [("writesae_topk", "last_state"), ("writesae_batchtopk", "write")])
+def test_what_saelens_runner_leaves_loads(architecture, target, embedded, dataset, tmp_path, monkeypatch):
+    """Checkpoints, the export, and a release of both in the cache of the hub: by SAELens' loaders. A checkpoint that is
+    loaded for inference is what an export at that step would be."""
+    folders = {"checkpoint_path": str(tmp_path / "runs"), "output_path": str(tmp_path / "exported")}
+    sizes = {"training_tokens": 256, "n_batches_in_buffer": 64, "n_checkpoints": 1, "save_final_checkpoint": True}
+    cfg = small_config(embedded, target, architecture, **sizes, **folders)
     sae = LanguageModelSAETrainingRunner(cfg, override_model=embedded, override_dataset=dataset).run()
-    assert sae.cfg.metadata.hook_name == head_target(embedded, LAYER, HEAD, "last_state").hook_name
-    loaded = SAE.load_from_disk(str(tmp_path))
-    assert loaded.cfg.d_sae == sae.cfg.d_sae
-    runner_cfg = json.loads((tmp_path / "runner_cfg.json").read_text())
+    hook = sae.cfg.metadata.hook_name
+    assert hook == head_target(embedded, LAYER, HEAD, target).hook_name
+    _, cache = embedded.run_with_cache(shipped.text("test")[:400], names_filter=hook)
+    rows = cache[hook][0]
+    checkpoints = sorted(Path(str(cfg.checkpoint_path)).iterdir())
+    assert len(checkpoints) == 2
+    for checkpoint in checkpoints:
+        in_training = TrainingSAE.load_from_disk(checkpoint)
+        assert type(in_training) is type(sae) is type(load_sae(checkpoint, training=True))
+        in_training.save_inference_model(tmp_path / "of_checkpoint")
+        same(SAE.load_from_disk(tmp_path / "of_checkpoint"), SAE.load_from_disk(checkpoint), rows)
+    same(SAE.load_from_disk(tmp_path / "exported"), SAE.load_from_disk(checkpoints[-1]), rows)
+    runner_cfg = json.loads((tmp_path / "exported" / "runner_cfg.json").read_text())
     assert runner_cfg["model_class_name"] == MODEL_CLASS_NAME and runner_cfg["model_name"] == "embedded"
+    repository, commit = tmp_path / "models--me--saes", "0" * 40
+    shutil.copytree(tmp_path / "exported", repository / "snapshots" / commit / "exported")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    same(SAE.load_from_disk(tmp_path / "exported"), SAE.from_pretrained("me/saes", "exported"), rows)
+
+
+@torch.no_grad()
+def same(one, other, rows):
+    """Equal codes and reconstructions, as far as float32 tells."""
+    codes = one.encode(rows)
+    assert codes.count_nonzero() > 0
+    assert_close(other.encode(rows), codes, rtol=1e-5, atol=1e-5 * float(codes.abs().max()))
+    assert_close(other(rows), one(rows), rtol=1e-5, atol=1e-5 * float(rows.abs().max()))
 
 
 def test_model_class_name_loads_the_model(embedded, dataset):
@@ -71,10 +102,7 @@ def test_model_class_name_loads_the_model(embedded, dataset):
     assert isinstance(runner.run(), architectures.WriteTopKTrainingSAE)
 
 
-@pytest.mark.parametrize(
-    ("architecture", "name"),
-    [("topk", "writesae_topk"), ("batch_topk", "writesae_batchtopk"), ("writesae_top", "writesae_topk")],
-)
+@pytest.mark.parametrize(("architecture", "name"), [("topk", "writesae_topk"), ("writesae_top", "writesae_topk")])
 def test_an_architecture_without_matrix_atoms_is_refused(embedded, architecture, name):
     with pytest.raises(ValueError, match=f"architecture: .*got '{architecture}'; nearest: {name}"):
         small_config(embedded, architecture=architecture)
@@ -146,7 +174,6 @@ def test_an_sae_that_does_not_fit_is_not_attached():
     ("changes", "error", "match"),
     [
         ({"layer": 0}, UnsupportedModelError, "layer 0"),
-        ({"layer": 9}, UnsupportedModelError, "layer 9"),
         ({"head": 7}, UnknownHookError, "head 7"),
         ({"target": "reads"}, ValueError, "reads"),
         ({"target": "state", "metric": "gauss_newton"}, ValueError, "metric"),
@@ -194,28 +221,14 @@ def test_a_file_of_text_is_read(tmp_path):
     assert [*text_dataset("One line.")["text"]] == ["One line."]
 
 
-@pytest.mark.parametrize(("steps", "warm_up"), [(1, 0), (8, 0), (10, 1), (60, 6), (500, 20)])
-def test_a_short_run_warms_up_for_a_tenth_of_it(embedded, dataset, steps, warm_up):
+@pytest.mark.parametrize(("steps", "warm_up"), [(8, 0), (60, 6), (500, 20)])
+def test_a_short_run_warms_up_for_a_tenth_of_it(embedded, steps, warm_up):
     cfg = small_config(embedded, training_tokens=64 * steps)
     assert cfg.lr_warm_up_steps == warm_up
     assert small_config(embedded, training_tokens=64 * steps, lr_warm_up_steps=0).lr_warm_up_steps == 0
-    if steps <= 10:
-        train(cfg, (embedded, dataset))
 
 
 def test_text_dataset_keeps_the_text():
     text = "one\n" * 3 + "two\n"
     assert [*text_dataset(text, min_characters=5)["text"]] == ["one\none\n", "one\ntwo\n"]
     assert [*text_dataset("one\n" * 3 + "\n", min_characters=9)["text"]] == ["one\none\none\n"]
-
-
-@pytest.mark.slow
-def test_wandb_logging_offline(embedded, dataset, tmp_path, monkeypatch):
-    wandb.teardown()  # what an earlier test logged has set the folder of the session
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    values, log = {}, wandb.Run.log
-    monkeypatch.setattr(wandb.Run, "log", lambda run, data, **kwargs: (values.update(data), log(run, data, **kwargs)))
-    logger = LoggingConfig(log_to_wandb=True, wandb_project="test", wandb_log_frequency=2, eval_every_n_wandb_logs=2)
-    train(small_config(embedded, logger=logger), (embedded, dataset))
-    assert list(tmp_path.glob("wandb/offline-run-*"))
-    assert values["metrics/explained_variance"] < 1

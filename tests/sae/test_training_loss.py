@@ -1,19 +1,15 @@
 """Losses beyond reconstruction: formulas, gradients by finite differences, columns against the model, training."""
 
-import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
-from sae_lens.training.mixing_buffer import mixing_buffer
 
 from sae_lens_writesae import collect, train, training_config
 from sae_lens_writesae.sae.metric import Metric
-from sae_lens_writesae.sae.rows import COLUMN_SCALE, MixedRows
-from sae_lens_writesae.sae.runner import head_rows
-from sae_lens_writesae.sae.training import read_loss, read_queries, write_loss
+from sae_lens_writesae.sae.rows import COLUMN_SCALE, head_rows, read_queries
+from sae_lens_writesae.sae.training import read_loss, write_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -73,21 +69,6 @@ def test_columns_are_the_models_own_queries_and_writes(model: Any, tokens: Any, 
     size = torch.ones(rows.shape[-1])
     size[: K * V] = COLUMN_SCALE
     torch.testing.assert_close(rows * size, expected * size, atol=1e-11, rtol=1e-5)
-
-
-@pytest.mark.parametrize("fraction", [0.0, 0.5, 1.0])
-def test_mixed_rows_are_those_of_saelens_buffer(fraction: float) -> None:
-    parts = torch.randn(7, 5, 3, generator=torch.Generator().manual_seed(0))
-
-    def endless() -> Iterator[torch.Tensor]:
-        while True:
-            yield from parts[torch.randperm(7)]
-
-    torch.manual_seed(1)
-    theirs = [batch.clone() for batch in itertools.islice(mixing_buffer(12, 4, endless(), fraction), 30)]
-    torch.manual_seed(1)
-    ours = MixedRows(parts.__getitem__, 7, 12, 4, fraction)
-    assert torch.equal(torch.stack([next(ours) for _ in range(30)]), torch.stack(theirs))
 
 
 def test_rows_without_what_loss_or_metric_need_are_refused(model: Any, collection: Any) -> None:
