@@ -163,7 +163,7 @@ def choose(program: str, arguments: Sequence[str], names: Mapping[str, str]) -> 
     raise SystemExit(0 if arguments else 2)
 
 
-def parse(command: type[T], program: str, arguments: Sequence[str], default: T | None = None) -> T:
+def parse(command: type[T], program: str, arguments: Sequence[str], default: T = tyro.MISSING_NONPROP) -> T:
     """The command line as a value of `command`, by tyro: it prints help, and what it refuses, and ends with status 2.
     A flag `device` is obeyed at once, for all that this process does.
 

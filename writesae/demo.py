@@ -73,7 +73,9 @@ def run_demo(flags: Demo, say: Say = print) -> Path:
         head = choose_head(flags, model, text[:HEAD_SEQUENCES])
         say(str(head))
         say("3 of 5: writes of one head")
-        collection = collect(model, text, [head.layer], [head.head], flags.out / "collection", dtype="float32")
+        collection = collect(
+            model, text, [head.layer], [head.head], flags.out / "collection", dtype="float32", progress=False
+        )
         say("4 of 5: training two dictionaries")
         for name, metric in recipes.items():
             if not (flags.out / name / "sae").exists():
