@@ -90,7 +90,7 @@ LOST = "what was not saved is lost"
 RESUMED = "the same command resumes"
 STOPPED = {name: RESUMED for name in ("demo", "collect", "train", "reproduce")} | {
     "eval": "results that are finished stay; with --resume, eval all takes them",
-    "push": "nothing was uploaded, or all",
+    "push": "dictionaries that were uploaded stay; the same command uploads all of them again",
 }
 """What an interrupt leaves of each command, where it is not `LOST`."""
 

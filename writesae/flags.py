@@ -340,18 +340,16 @@ class Prompt:
 class Push:
     """Publish dictionaries on the Hugging Face hub, with a card: their hooks, and the lines that load them.
 
-    The repository is made if there is none. All files go up in one commit, so that it is whole or absent; a card
-    that is there is replaced. Log in first: `hf auth login`.
+    The repository is made if there is none. Each dictionary goes up in a commit, and the card after them; a card that
+    is there is replaced. Log in first: `hf auth login`. For a private repository: `hf repos create NAME --private`.
     """
 
     folder: tyro.conf.Positional[Path]
     """Folder of a dictionary, or one below which `writesae train`, `demo` or `reproduce` left some."""
     repo: tyro.conf.Positional[str]
     """Repository, OWNER/NAME."""
-    private: bool = False
-    """Make the repository private, if it is new."""
     dry_run: bool = False
-    """Print the names of the files and the card, and upload nothing."""
+    """Print the card, and upload nothing."""
 
     def check(self) -> None:
         """Raise ValueError where there is no SAE."""
