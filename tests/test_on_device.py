@@ -217,7 +217,7 @@ COMMANDS = {
     "collect": ["collect", *MODEL, "--heads", "0", "1", "--n-tokens", "512", "--dtype", "float32"],
     "train": ["train", "--collection", "HOST/collect", *SIZES, "--heads", "1"],
     "show": ["show", SAE, *FEW, "--n-atoms", "1", "--min-firings", "1"],
-    "demo": ["demo", *MODEL[2:], "--head", "1", *SIZES, "--train-sequences", "8", "--eval-sequences", "2"],
+    "demo": ["demo", *SIZES, "--train-sequences", "8", "--eval-sequences", "2"],
 }
 """What follows `writesae`; `HOST` is where the commands before left what they made on the host."""
 
@@ -243,8 +243,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def call(name: str, made: Path, out: Path) -> None:
-    more = ["--context-size", "48"] if name == "demo" else []
-    main([*(word.replace("HOST", str(made)) for word in (*COMMANDS[name], *more)), "--out", str(out)])
+    main([*(word.replace("HOST", str(made)) for word in COMMANDS[name]), "--out", str(out)])
 
 
 def read(file: Path) -> Any:

@@ -30,18 +30,10 @@ class Demo:
     model: str = "embedded"
     """Model to look into: one that ships with the package (embedded, embedded-mamba2, embedded-rwkv7), a folder, or a
     name on the hub."""
-    layer: int | None = None
-    """Recurrent layer. By default the head is taken whose writes do most, of those with a half-life of `memory`."""
-    head: int | None = None
-    """Head of that layer."""
-    memory: float = 16.0
-    """Least half-life of a write, in tokens, where no head is named."""
     d_sae: int = 256
     """Atoms of a dictionary."""
     training_tokens: int = 64_000
     """Tokens that each dictionary sees, in as many epochs of the text as that needs."""
-    context_size: int = 128
-    """Tokens per sequence."""
     train_sequences: int = 160
     """Sequences of the training text, or all that there are."""
     eval_sequences: int = 24
@@ -54,8 +46,8 @@ class Demo:
     """Folder for demo.html, the writes that were read, and the dictionaries."""
 
     def __post_init__(self) -> None:
-        sizes = ("d_sae", "training_tokens", "context_size", "train_sequences", "eval_sequences")
-        at_least(self, dict.fromkeys(sizes, 1) | {"memory": 0, "seed": 0})
+        sizes = ("d_sae", "training_tokens", "train_sequences", "eval_sequences")
+        at_least(self, dict.fromkeys(sizes, 1) | {"seed": 0})
 
 
 @dataclass(frozen=True, kw_only=True)

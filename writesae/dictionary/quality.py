@@ -34,7 +34,7 @@ from writesae.head.writes import ROUNDING, half_lives, head_writes
 SEQUENCES = 64
 """Sequences of the text that are looked at, the first ones."""
 LASTING = 16.0
-"""Half-life of a write, in tokens, from which on a head remembers for a while; that of `writesae demo`."""
+"""Half-life of a write, in tokens, from which on a head remembers for a while."""
 HEAD_SEQUENCES = 8
 """Sequences on which a head is chosen."""
 _HALF_LIVES = 4
@@ -278,10 +278,10 @@ def head_effects(
     return pd.concat(tables).sort_values("nats", ascending=False, ignore_index=True)
 
 
-def strongest_head(effects: pd.DataFrame, half_life: float = LASTING) -> tuple[int, int, float, float]:
-    """Of rows of `head_effects`: layer, head, half-life and nats of the head whose writes do most, of those whose
-    writes last so many tokens, or where none does of all."""
-    lasting = effects[effects["half_life"] >= half_life]
+def strongest_head(effects: pd.DataFrame) -> tuple[int, int, float, float]:
+    """Of rows of `head_effects`: layer, head, half-life and nats of the head whose writes do most, of those with a
+    half-life of `LASTING` tokens or more, or where there is none of all."""
+    lasting = effects[effects["half_life"] >= LASTING]
     candidates = effects if lasting.empty else lasting
     return next(candidates.itertuples(index=False, name=None))
 
