@@ -299,7 +299,7 @@ def test_the_page_of_a_prompt(made: Path, on_device: Callable[[], AbstractContex
         with PromptServer(Prompt(sae=made / "train", port=0)) as server:
             session = server.session
             assert session.model.cfg.device.type == hookpoints.default_device()
-            return session.read(session.prompted("The war between the States was over.", "The"), 2, 1)
+            return session.atoms(session.prompted("The war between the States was over.", "The"))
 
     expected = payload()
     with on_device():

@@ -299,8 +299,8 @@ class Export(OnAtoms):
 class Prompt:
     """Open a page on this machine: read a text, cut or replace what the model remembers of it, and ask why it answers.
 
-    The page also shows what each head reads, and which atoms fire. Needs no network. It answers to this machine alone,
-    until it is interrupted.
+    With a dictionary the page also shows which atoms fire. Needs no network. It answers to this machine alone, until it
+    is interrupted.
     """
 
     model: tyro.conf.Positional[str | None] = None

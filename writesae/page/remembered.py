@@ -48,21 +48,6 @@ def default_prompt(name: str) -> tuple[str, str]:
     return _DEFAULTS.get(re.sub("-(kda|mamba2|rwkv7)$", "", name), _ANY)
 
 
-def unknown_words(model: HookedRecurrent, text: str) -> list[str]:
-    """The words of a text that the tokenizer has no token for, each once."""
-    tokenizer = model.tokenizer
-    unknown = None if tokenizer is None else tokenizer.unk_token_id
-    found = list[str]()
-    for word in dict.fromkeys(text.split()):
-        try:
-            is_known = unknown not in model.to_tokens(word, prepend_bos=False)[0].tolist()
-        except InputError:
-            is_known = False
-        if not is_known:
-            found.append(word)
-    return found
-
-
 Change = tuple[int, int, str | None]
 """Tokens start <= t < stop of a text, and what is told instead of them; None: they are cut."""
 
