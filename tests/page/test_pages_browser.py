@@ -12,7 +12,7 @@ import pytest
 from browsing import PHONE, opened, scrolls_sideways
 from playwright.sync_api import Browser, Page, expect
 
-from writesae.demo import ChosenHead, RecalledMemory, page_of, recall
+from writesae.demo import ChosenHead, Recalled, RecalledMemory, page_of
 from writesae.page.atoms import AtomPage, AtomPagesData, write_atom_pages
 from writesae.page.prompt import PromptServer
 
@@ -54,10 +54,8 @@ def places(data: AtomPagesData, server: PromptServer, tmp_path_factory: pytest.T
     folder: Path = tmp_path_factory.mktemp("pages")
     info = data.info | dict.fromkeys(("label", "model", "rule", "architecture"), EVIL)
     index = write_atom_pages(AtomPagesData(info, everywhere(data.atoms)), folder)
-    memories = 2 * [RecalledMemory(EVIL, [{"text": EVIL, "score": 1.0, "span": None}], EVIL, 0.5)]
-    demo = replace(
-        recall(), sentences={EVIL: (EVIL, 0.5)}, cut=EVIL, question=EVIL, memories=memories, scores={"read": 1.0}
-    )
+    memory = RecalledMemory(EVIL, [{"text": EVIL, "score": 1.0, "span": None}], EVIL, 0.5)
+    demo = Recalled({EVIL: (EVIL, 0.5)}, EVIL, EVIL, [memory, memory], EVIL, {"read": 1.0}, "<svg></svg>")
     (folder / "demo.html").write_text(page_of(demo, ChosenHead(EVIL, EVIL, 2, 1, 20.0, 0.1), {EVIL: QUALITY}))
     return {
         "demo": folder / "demo.html",
@@ -67,18 +65,19 @@ def places(data: AtomPagesData, server: PromptServer, tmp_path_factory: pytest.T
     }
 
 
-@pytest.fixture(params=["demo", "index", "atom", "prompt"])
-def place(request: pytest.FixtureRequest, places: dict[str, Any]) -> Any:
-    """Each page in turn."""
-    return places[request.param]
-
-
 def background(page: Page) -> str:
     return page.evaluate("getComputedStyle(document.body).backgroundColor")
 
 
-def test_colors_follow_the_system_until_the_button_says_otherwise(browser: Browser, place: Any) -> None:
-    assert_colors(browser, place, "dark", DARK, LIGHT)
+@pytest.mark.parametrize("name", ["demo", "index", "atom", "prompt"])
+def test_a_page_is_read_on_any_screen_on_paper_and_by_keyboard(
+    browser: Browser, places: dict[str, Any], name: str
+) -> None:
+    if name == "index":  # the others share its theme
+        assert_colors(browser, places[name], "dark", DARK, LIGHT)
+    assert_fits_a_phone(browser, places[name])
+    assert_prints(browser, places[name])
+    assert_keyboard(browser, places[name])
 
 
 def assert_colors(browser: Browser, place: Any, scheme: Any, first: str, other: str) -> None:
@@ -93,10 +92,6 @@ def assert_colors(browser: Browser, place: Any, scheme: Any, first: str, other: 
         assert page.locator("#theme").inner_text() == ("Light" if other == DARK else "Dark")
 
 
-def test_a_phone_shows_everything_without_scrolling_sideways(browser: Browser, place: Any) -> None:
-    assert_fits_a_phone(browser, place)
-
-
 def assert_fits_a_phone(browser: Browser, place: Any) -> None:
     """Without scrolling sideways."""
     with opened(browser, place, **PHONE) as page:
@@ -105,10 +100,6 @@ def assert_fits_a_phone(browser: Browser, place: Any) -> None:
         assert page.locator(".scroll:has(.stack)").evaluate_all(
             "all => all.every((e) => e.scrollWidth <= e.clientWidth)"
         )
-
-
-def test_paper_is_light_and_has_what_is_folded(browser: Browser, place: Any) -> None:
-    assert_prints(browser, place)
 
 
 def assert_prints(browser: Browser, place: Any) -> None:
@@ -121,10 +112,6 @@ def assert_prints(browser: Browser, place: Any) -> None:
             assert folded.evaluate("e => e.checkVisibility({ contentVisibilityAuto: true }) && e.offsetHeight > 0")
         assert not page.locator("header, form, details.raw").locator("visible=true").count()
         assert page.pdf(format="A4").startswith(b"%PDF")
-
-
-def test_the_keyboard_reaches_every_control_and_shows_where_it_is(browser: Browser, place: Any) -> None:
-    assert_keyboard(browser, place)
 
 
 def assert_keyboard(browser: Browser, place: Any) -> None:
@@ -167,7 +154,7 @@ def test_a_prompt_is_read_and_stays_text(browser: Browser, server: PromptServer)
         expect(page.locator("#atoms li")).to_have_count(1)
 
 
-def test_a_sentence_is_cut_replaced_and_restored(browser: Browser, speaker: PromptServer) -> None:
+def test_a_sentence_or_a_phrase_is_cut_replaced_and_restored(browser: Browser, speaker: PromptServer) -> None:
     """The question is asked again each time; the reader's score of the sentence follows."""
     with opened(browser, address(speaker), **PHONE) as page:
         sentence = page.locator("#acts li").filter(has_text="The home of Clara is Vienna.")
@@ -192,23 +179,18 @@ def test_a_sentence_is_cut_replaced_and_restored(browser: Browser, speaker: Prom
         assert page.locator("#text .told").count() == 7
         page.get_by_role("button", name="Restore all").click()
         said.get_by_text("The model still says “Vienna.”").wait_for()
-        assert not scrolls_sideways(page)
-
-
-def test_a_phrase_of_the_text_is_marked_taken_and_cut(browser: Browser, speaker: PromptServer) -> None:
-    with opened(browser, address(speaker)) as page:
-        page.locator("#acts, #atoms li").first.wait_for()
+        # A phrase of the text is marked, taken and cut.
         tokens = page.locator("#text button")
         vienna = tokens.all_inner_texts().index("·Vienna")
         tokens.nth(vienna - 1).click()
         tokens.nth(vienna).click()
         page.get_by_role("button", name="Take the marked phrase").click()
-        phrase, sentence = page.locator("#acts li").first, page.locator("#acts li").filter(has_text="The home of Clara")
-        phrase.get_by_role("button", name="Cut is Vienna").click()
+        page.locator("#acts li").first.get_by_role("button", name="Cut is Vienna").click()
         page.locator("#text .cut").first.wait_for()
         assert page.locator("#text .cut").all_inner_texts() == ["·is", "·Vienna"]
         sentence.get_by_role("button", name="Cut").click()
         page.get_by_text("shares tokens with “is Vienna”").wait_for()
+        assert not scrolls_sideways(page)
 
 
 def cut_of(page: Page, sentence: str) -> None:
