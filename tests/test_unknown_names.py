@@ -35,13 +35,13 @@ def takes_any_name(call: object) -> bool:
 
 def public(module: ModuleType) -> list[str]:
     """Functions, classes ("NAME"), and methods ("NAME.METHOD") that take any keyword."""
-    found = []
+    calls = []
     for name in module.__all__:
         value = getattr(module, name)
-        found += [name] if takes_any_name(value) and not inspect.isabstract(value) else []
+        calls += [name] if takes_any_name(value) and not inspect.isabstract(value) else []
         methods = [method for method in dir(value) if inspect.isclass(value) and not method.startswith("_")]
-        found += [f"{name}.{method}" for method in methods if takes_any_name(getattr(value, method))]
-    return found
+        calls += [f"{name}.{method}" for method in methods if takes_any_name(getattr(value, method))]
+    return calls
 
 
 CALLS = [name for module in (hookpoints, sae_lens_writesae, writesae) for name in public(module)]
@@ -98,7 +98,7 @@ def test_where_transformers_loads_no_weights_it_gets_no_arguments() -> None:
         HookedRecurrent.from_pretrained("embedded", device="meta", no_such_word=1)
 
 
-@pytest.mark.parametrize("word", ["edits", "edit_rows", "rows", "fwd_hooks", "fwd_hook", "bwd_hooks", "hooks"])
+@pytest.mark.parametrize("word", ["edits", "fwd_hooks"])
 def test_words_of_other_calls_are_told_where_they_belong(objects: dict[str, Any], word: str, tokens: Tensor) -> None:
     takes = "run_with_hooks|model.hooks" if "hook" in word else "run_with_edits|model.edits"
     for call in (objects["HookedRecurrent"], objects["Attached"]):

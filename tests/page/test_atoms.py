@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import pytest
@@ -23,8 +23,7 @@ from hookpoints import HookedRecurrent, Recurrence
 from page.planted_atoms import HEAD, HOOK, LAYER, SMALL, empty_sae, matrix, places
 from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.sae import WriteTopKSAE
-from writesae.cli import parse
-from writesae.flags import Show
+from writesae.flags import AtomSettings, Show
 from writesae.page.atoms import AtomPagesData, write_atom_pages
 from writesae.page.atoms.collect import atom_memory
 from writesae.page.atoms.data import TokenValue
@@ -68,20 +67,13 @@ def test_counts_are_those_of_the_encoder(
     assert sum(page.n_firings for page in data.atoms) == active.sum()
 
 
-def test_the_token_before_is_named_where_it_says_more(data: AtomPagesData, tmp_path: Path) -> None:
+def test_the_token_before_is_named_where_it_says_more(data: AtomPagesData) -> None:
     """An atom that fires at every word after " the", and one that fires at " the"."""
     the = TokenValue(1, " the", 0.75, 75)
     words = [TokenValue(n, text, 0.02, 2) for n, text in enumerate((" part", " year", " war"), 2)]
-    pages = [
-        replace(data.atoms[0], fires_on=words, fires_after=[the]),
-        replace(data.atoms[1], fires_on=[the], fires_after=words),
-    ]
-    assert [page.after for page in pages] == [True, False]
-    index = write_atom_pages(AtomPagesData(data.info, pages), tmp_path).read_text()
-    for page, said in zip(pages, ("mostly after “·the” (75.0%", "mostly on “·the” (75.0%")):
-        assert said in (tmp_path / f"atom-{page.atom}.html").read_text()
-    columns = [re.findall(rf'data-name="fires {name}">(<b>)?([\d.]+%)', index) for name in ("on", "after")]
-    assert columns == [[("", "6.0%"), ("<b>", "75.0%")], [("<b>", "75.0%"), ("", "6.0%")]]
+    page = data.atoms[0]
+    assert replace(page, fires_on=words, fires_after=[the]).after
+    assert not replace(page, fires_on=[the], fires_after=words).after
 
 
 def test_key_side_is_the_mean_cosine_by_token(
@@ -183,17 +175,13 @@ def test_memory_counts_writes_that_outlive_their_sequence() -> None:
     assert atom_memory([(7, True)]).half_life is None and atom_memory([]).n == 0
 
 
-@pytest.mark.parametrize(("changes", "n"), [({"rank": 2}, 2), ({"decoder": "flat"}, 4)])
-def test_an_atom_of_higher_rank_shows_its_terms(
-    model: HookedRecurrent, tokens: Tensor, tmp_path: Path, changes: dict[str, Any], n: int
-) -> None:
-    sae = empty_sae(model, **changes)
-    if n == 4:
-        torch.nn.init.normal_(sae.W_dec)
+def test_a_flat_atom_shows_its_largest_singular_terms(model: HookedRecurrent, tokens: Tensor, tmp_path: Path) -> None:
+    sae = empty_sae(model, decoder="flat")
+    torch.nn.init.normal_(sae.W_dec)
     data = replace(SMALL, quality=False, effect_firings=0).collect(model, sae, tokens, progress=False)
     page = data.atoms[0]
     sigma = torch.linalg.svdvals(sae.W_dec[page.atom].detach().view(-1, len(page.terms[0].value)))
-    shares = (sigma**2 / (sigma**2).sum()).tolist()[:n]
+    shares = (sigma**2 / (sigma**2).sum()).tolist()[:4]
     assert [term.share for term in page.terms] == pytest.approx(shares, rel=1e-4)
     assert "leading term" in write_atom_pages(data, tmp_path).with_name(f"atom-{page.atom}.html").read_text()
     assert page.effect is None and data.info["quality"] is None  # what is not asked for is not measured
@@ -227,19 +215,11 @@ def test_bytes_that_are_no_text_are_shown_as_bytes(model: HookedRecurrent) -> No
     assert [token_bytes(named, token) for token in range(3)] == [b"\xe2", b" the", None]
 
 
-@pytest.mark.parametrize(
-    ("changes", "word"),
-    [
-        ({"atoms": (0, 99)}, r"\[99\]"),
-        ({"min_firings": 1000}, "1000"),
-        ({"top": 0}, "top"),
-    ],
-)
-def test_bad_settings_are_named(
-    model: HookedRecurrent, planted: WriteTopKSAE, tokens: Tensor, changes: dict[str, Any], word: str
+def test_an_atom_that_does_not_fire_often_enough_is_named(
+    model: HookedRecurrent, planted: WriteTopKSAE, tokens: Tensor
 ) -> None:
-    with pytest.raises(ValueError, match=word):
-        replace(SMALL, **changes).collect(model, planted, tokens, progress=False)
+    with pytest.raises(ValueError, match=r"\[99\]"):
+        replace(SMALL, atoms=(0, 99)).collect(model, planted, tokens, progress=False)
 
 
 def test_atoms_that_are_zero_have_no_page(model: HookedRecurrent, tokens: Tensor) -> None:
@@ -250,18 +230,13 @@ def test_atoms_that_are_zero_have_no_page(model: HookedRecurrent, tokens: Tensor
         SMALL.collect(model, silent, tokens, progress=False)
 
 
-def show(*arguments: object) -> str:
-    """What `writesae show` prints."""
-    return run_show(parse(Show, "writesae show", [str(each) for each in arguments]))
-
-
 def test_where_a_page_is_optional_it_says_why_there_is_none(planted: WriteTopKSAE, tmp_path: Path) -> None:
     planted.save_model(str(tmp_path / "sae"))
-    few = ["--sequences", 4, "--context-size", 48, "--no-quality", "--min-firings", 999]
-    assert "999" in Path(show(tmp_path / "sae", *few, "--optional", "--out", tmp_path)).read_text()
+    few = AtomSettings(min_firings=999, quality=False)
+    shown = run_show(Show(sae=tmp_path / "sae", sequences=4, context_size=48, atoms=few, optional=True, out=tmp_path))
+    assert "999" in Path(shown).read_text()
 
 
-@pytest.mark.parametrize("tokenizer", [range(10), None])
-def test_another_tokenizer_is_refused(tokenizer: object) -> None:
-    with pytest.raises(ValueError, match=f"got {len(range(10)) if tokenizer else 0}"):
-        TokenTexts(cast(HookedRecurrent, SimpleNamespace(tokenizer=tokenizer, W_U=torch.zeros(3, 5))))
+def test_another_tokenizer_is_refused() -> None:
+    with pytest.raises(ValueError, match="got 10"):
+        TokenTexts(cast(HookedRecurrent, SimpleNamespace(tokenizer=range(10), W_U=torch.zeros(3, 5))))

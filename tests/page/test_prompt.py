@@ -93,17 +93,11 @@ def test_phrases_are_cut_and_replaced_as_the_library_does(speaker: PromptServer)
     assert found["kl"] == pytest.approx(float((p.exp() * (p - q)).sum()), rel=1e-3)
 
 
-def test_the_marked_place_alone_is_replaced_and_the_end_of_a_long_phrase_scored(speaker: PromptServer) -> None:
+def test_of_equal_sentences_the_marked_one_is_replaced(speaker: PromptServer) -> None:
     prompt = speaker.session.prompted("Ben lives in Rome. It was a year of peace. Ben lives in Rome.", "Where is Ben?")
-    _, middle, last = sorted(suspect.span for suspect in prompt.memory.suspects(prompt.question))
+    last = max(suspect.span for suspect in prompt.memory.suspects(prompt.question))
     changed = prompt.changed([(*last, "Ben lives in Oslo.")])
     assert torch.equal(changed.tokens[:, : last[0]], prompt.memory.tokens[:, : last[0]])
-    reader = speaker.session.reader()
-    long = (middle[0], last[1])
-    scores = prompt.scores(reader, prompt.memory, [long, middle])
-    end = prompt.memory.tokens[0, slice(*long)].tolist()[-reader.fitted.longest :]
-    assert scores[0][0] == pytest.approx(float(reader.scores(prompt.memory, [end])), rel=1e-2)
-    assert scores[1][0] == scores[1][1] != scores[1][2]  # nothing is cut, and the last memory never read it
 
 
 def test_scores_are_those_of_the_reader(speaker: PromptServer) -> None:
