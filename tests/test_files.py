@@ -351,20 +351,9 @@ def test_who_waits_for_a_folder_says_so(tmp_path: Path) -> None:
 
 
 def test_equal_values_have_equal_hashes_and_a_flipped_bit_another() -> None:
-    value = {
-        "a": torch.arange(4.0),
-        "b": [1, {"c": torch.zeros(0, 3)}],
-        3: (True, None, "x"),
-        "d": torch.ones(2).bfloat16(),  # numpy has no such numbers
-    }
+    value = {"a": torch.arange(4.0), "b": [1, {"c": torch.zeros(0, 3)}], 3: (True, None, "x")}
+    value["d"] = torch.ones(2).bfloat16()  # numpy has no such numbers
     assert content_hash(value) == content_hash(dict(reversed(value.items())))
-    flipped = torch.arange(4.0).view(torch.int32) ^ 1
-    others = [
-        value | {"a": flipped.view(torch.float32)},
-        value | {"a": torch.arange(4.0).double()},
-        value | {"a": torch.arange(4.0)[None]},
-        value | {"b": [1, {"c": torch.zeros(3, 0)}]},
-        value | {"b": [1, [{"c": torch.zeros(0, 3)}]]},
-        {name: entry for name, entry in value.items() if name != 3},
-    ]
-    assert len({content_hash(each) for each in (value, *others)}) == 1 + len(others)
+    flipped = (torch.arange(4.0).view(torch.int32) ^ 1).view(torch.float32)
+    changes = [{"a": flipped}, {"a": torch.arange(4.0)[None]}, {"b": [1, {"c": torch.zeros(3, 0)}]}, {3: "x"}]
+    assert len({content_hash(value | change) for change in ({}, *changes)}) == 1 + len(changes)

@@ -165,7 +165,8 @@ _DETAILS = {"api_key": "secret", "b_dec_init": "mean", "metadata": {"a": "secret
         {"model_name": "me/model\n---\nlicense: secret", "context_size": "me/model: [secret"},
         {"dataset_path": "secret | b"},
         # Places on this machine.
-        *({"model_name": f"{place}secret"} for place in ("/home/", "~/", "C:\\me\\", "a /home/", "file:")),
+        {"model_name": "/home/secret"},
+        {"model_name": "C:\\me\\secret"},
         {"at /home/secret": 1, "cache": ["/home/secret"], "l0": "secret", "loss": "/secret"},
         # Credentials.
         {"model_from_pretrained_kwargs": {"token": "hf_secret", "revision": "main", "cache_dir": "secret"}},
