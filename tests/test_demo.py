@@ -19,7 +19,6 @@ from writesae.dictionary.quality import dictionary_quality, strongest_head
 from writesae.experiment.tokens import sample_sequences
 from writesae.files import sae_folders
 from writesae.flags import Demo
-from writesae.page.remembered import default_prompt
 
 NAMES = ("write-seed0", "write-gauss_newton-seed0")
 HEAD = ChosenHead("embedded", "gated_delta", 2, 1, 20.0, 0.1)
@@ -41,16 +40,11 @@ def test_a_memory_is_read_back_and_cut_and_the_answer_follows(recalled: Recalled
     before, after = recalled.memories
     assert (before.answer, after.answer) == ("Vienna", "Paris") and min(before.share, after.share) > 0.9
     assert recalled.cut == "The home of Clara is Vienna."
-    answers = {sentence: answer for sentence, (answer, _) in recalled.sentences.items()}
-    assert " ".join(answers) == default_prompt("facts-english")[0]
-    assert answers == dict.fromkeys(answers, "Vienna") | {recalled.cut: "Paris"}
+    assert {sentence for sentence, (answer, _) in recalled.sentences.items() if answer == "Paris"} == {recalled.cut}
     assert recalled.scores["cut"] == pytest.approx(recalled.scores["never read"], abs=0.1)
     assert recalled.scores["read"] > recalled.scores["cut"] + 5
     assert "is gone: every layer equals" in recalled.certificate
     assert sum(phrase["span"] is not None for memory in recalled.memories for phrase in memory.phrases) >= 6
-    assert re.fullmatch(
-        r".*\n.*live\? Vienna \(9\d%\)\n.*\n.*live\? Paris \(\d+%\)\n.*“The home .*”: read \d.*", recalled.lines()
-    )
     page = page_of(recalled, HEAD, {})
     assert f"<mark>{recalled.cut}</mark>" in page and recalled.circuit in page and "Dictionaries" not in page
     ElementTree.fromstring(recalled.circuit)

@@ -21,32 +21,15 @@ MIXED = {
     "add": lambda: there(3) + torch.ones(3),
     "device index of the host": lambda: torch.ones(3)[torch.tensor([0]).to(NPU)],
     "put": lambda: there(4).__setitem__(torch.tensor([0, 1]), torch.ones(2)),
+    "numpy": lambda: np.asarray(there(2)),
+    "a generator of the host": lambda: torch.randn(2, device="npu", generator=torch.Generator()),
 }
 
 
 @pytest.mark.parametrize("work", MIXED.values(), ids=MIXED)
-def test_tensors_of_two_devices_raise(work):
-    with pytest.raises(RuntimeError, match="device"):
+def test_what_cuda_refuses_raises(work):
+    with pytest.raises((RuntimeError, TypeError), match="device"):
         work()
-
-
-@pytest.mark.parametrize("to_numpy", [torch.Tensor.numpy, np.asarray])
-def test_numpy_refuses_a_tensor_of_the_device(to_numpy):
-    with pytest.raises(TypeError, match="numpy"):
-        to_numpy(there(2))
-    assert to_numpy(there(2).cpu()).shape == (2,)
-
-
-def test_a_generator_draws_for_its_device_only():
-    host, ours = torch.Generator(), torch.Generator("npu").manual_seed(0)
-    for draw in (
-        lambda: torch.randn(2, device="npu", generator=host),
-        lambda: torch.randn(2, generator=ours),
-        lambda: there(3).uniform_(generator=host),
-    ):
-        with pytest.raises(RuntimeError, match="generator"):
-            draw()
-    assert torch.multinomial(there(3).abs(), 1, generator=ours).device == NPU
 
 
 COUNTS = {

@@ -84,24 +84,24 @@ def test_a_model_runs_once_for_all_dictionaries_and_nothing_is_trained_twice(
         return embedded
 
     monkeypatch.setattr(HookedRecurrent, "from_pretrained", load)
-    out, lines = tmp_path / "saes", []
-    train = Train(model="embedded", **HEADS, seeds=(0, 1), context_size=32, out=out, **SIZES)
+    train = Train(model="embedded", **HEADS, seeds=(0, 1), context_size=32, out=tmp_path / "saes", **SIZES)
+    lines: list[str] = []
     run_train(train, lines.append)
     names = [f"L2H{head}/write-seed{seed}" for head in (0, 1) for seed in (0, 1)]
+    folders = [train.out / name / "sae" for name in names]
     assert lines[-1].startswith(", ".join(names)) and loaded == ["embedded"]
-    weights = {name: load_file(out / name / "sae" / "sae_weights.safetensors")["v"] for name in names}
-    assert not weights[names[0]].equal(weights[names[1]])  # a seed of its own
+    weights = [load_file(folder / "sae_weights.safetensors")["v"] for folder in folders]
+    assert not weights[0].equal(weights[1])  # a seed of its own
     for changes, word in (({"d_sae": 8}, "d_sae: 16, now 8"), ({"model": "embedded-rwkv7"}, "embedded-rwkv7")):
         with pytest.raises(ValueError, match=word):
             run_train(replace(train, **changes), lines.append)
-    times = {name: (out / name / "sae" / "cfg.json").stat().st_mtime_ns for name in names}
-    (out / names[3] / "sae").rename(out / "elsewhere")
+    times = [(folder / "cfg.json").stat().st_mtime_ns for folder in folders[:3]]
+    folders[3].rename(tmp_path / "elsewhere")
     run_train(train, lines.append)
     assert loaded == ["embedded"] * 2  # to compare weights and text
     assert lines[-2].endswith("3 of them trained already")
-    assert all((out / name / "sae" / "cfg.json").stat().st_mtime_ns == times[name] for name in names[:3])
-    again = load_file(out / names[3] / "sae" / "sae_weights.safetensors")["v"]
-    assert again.equal(weights[names[3]])  # the seed decides
+    assert [(folder / "cfg.json").stat().st_mtime_ns for folder in folders[:3]] == times
+    assert load_file(folders[3] / "sae_weights.safetensors")["v"].equal(weights[3])  # the seed decides
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from torch.testing import assert_close
 from torch.utils._pytree import tree_flatten
 
 import hookpoints
-from hookpoints import Graph, HookedRecurrent, Memory, WriteEdit
+from hookpoints import Graph, HookedRecurrent
 from hookpoints.circuit.task import Task
 from hookpoints.errors import InputError
 from hookpoints.model import loading
@@ -122,29 +122,6 @@ def test_public_calls(at_home: Callable[[str], list[Tensor]], away: World, name:
 
 def close(got: list[Tensor], expected: list[Tensor]) -> None:
     assert_close(got, expected, rtol=1e-3, atol=3e-5)
-
-
-@pytest.mark.parametrize("layer", [0, 2])
-@torch.no_grad()
-def test_layers_are_read_and_edited_where_they_lie(home: World, away: World, layer: int, tmp_path: Path) -> None:
-    """Keys and values of an edit lie on the host."""
-    row = TEXT[:1]
-    head = f"blocks.{layer}.mixer.heads.1.hook_write"
-    added = WriteEdit(layer, 1, 5, torch.linspace(-1, 1, 8), torch.linspace(1, 2, 6), mode="add")
-    deleted, other = (WriteEdit(each, 1, 5, mode="delete") for each in (layer, 2 - layer))
-
-    def read_and_edited(model: HookedRecurrent) -> list[Tensor]:
-        plain, kept = model.run_with_cache(row, names_filter=head)
-        model.memory(row).save(tmp_path / "memory")
-        memory = Memory.load(tmp_path / "memory", model).without((4, 8))
-        with model.edits(deleted):
-            edited = model(row)
-        assert (edited - plain).abs().max() > 1e-3
-        together = model.run_with_edits(row, [[added, other], [deleted], []]).logits
-        parts = (kept[head], edited, together, memory.state(layer), memory.holdings(layer))
-        return [*numbers(parts), *numbers(model.recurrence(row, layer)), *numbers(model.logits_after(memory, row))]
-
-    close(read_and_edited(away.model), read_and_edited(home.model))
 
 
 def test_what_lies_on_the_other_device_is_refused(away: World) -> None:

@@ -19,12 +19,8 @@ T, WINDOW = 26, 5
 TEXT = torch.randint(1, 64, (3, T), generator=torch.Generator().manual_seed(8))
 
 
-def logits_of(rows: EditedRows) -> Mapping[str, NDArray[np.generic]]:
-    return {"logits": rows.window.numpy()}
-
-
-def make_lab(model: HookedRecurrent, **how: int) -> Lab:
-    return Lab(model, {"": random_sae(model)}, TEXT, **how)
+def make_lab(model: HookedRecurrent) -> Lab:
+    return Lab(model, {"": random_sae(model)}, TEXT)
 
 
 def trials_of(lab: Lab, window: int | None) -> tuple[list[Trial], list[Tensor | None]]:
@@ -82,17 +78,16 @@ def test_batches_are_small_and_near_and_change_nothing(model64: HookedRecurrent)
 
     def spy(rows: EditedRows) -> Mapping[str, NDArray[np.generic]]:
         seen.append(tuple(rows.logits.shape[:2]))
-        return logits_of(rows)
+        return {"logits": rows.window.numpy()}
 
-    whole, cut = make_lab(model64), make_lab(model64, rows_per_run=3)
-    trials, _ = trials_of(whole, WINDOW)
-    first, second = (lab.read(lab.site(1), trials, spy, WINDOW) for lab in (whole, cut))
-    np.testing.assert_allclose(np.stack(first["logits"]), np.stack(second["logits"]), rtol=0, atol=1e-12)
-    assert max(n for n, _ in seen[-4:]) <= 3 < max(n for n, _ in seen) and whole.counts["runs"] == 12
     text = torch.randint(1, 64, (1, 80), generator=torch.Generator().manual_seed(2))
-    far = Lab(model64, {"": random_sae(model64)}, text)
-    far.read(far.site(0), [Trial({}, t, far.replace(t, None)) for t in (70, 5, 6, 71)], spy, 2)
-    assert [length for _, length in seen[-2:]] == [3, 3]
+    tables = []
+    for rows_per_run in (256, 1):
+        lab = Lab(model64, {"": random_sae(model64)}, text, rows_per_run=rows_per_run)
+        trials = [Trial({}, t, lab.replace(t, None)) for t in (70, 5, 6, 71)]
+        tables.append(np.stack(lab.read(lab.site(0), trials, spy, 2)["logits"]))
+    np.testing.assert_allclose(tables[0], tables[1], rtol=0, atol=1e-12)
+    assert seen == [(2, 3)] * 2 + [(1, 2)] * 4
 
 
 def test_sites_have_the_head_and_the_rows_of_each_sequence(model64: HookedRecurrent) -> None:
