@@ -78,7 +78,7 @@ def planted(model: HookedRecurrent, tokens: Tensor) -> WriteTopKSAE:
 @pytest.fixture(scope="session")
 def data(model: HookedRecurrent, planted: WriteTopKSAE, tokens: Tensor) -> AtomPagesData:
     """What their pages show."""
-    return SMALL.collect(model, planted, tokens, progress=False)
+    return SMALL.collect(model, planted, tokens)
 
 
 @pytest.fixture(scope="session")

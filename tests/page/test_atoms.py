@@ -105,7 +105,7 @@ def test_effect_is_the_derivative_that_autograd_finds(
 ) -> None:
     """One firing, all first-order paths, at every listed token."""
     monkeypatch.setattr("writesae.page.atoms.measure.STEP", 1e-3)
-    facts = AtomFacts(replace(SMALL, atoms=(0,), effect_firings=1), model, planted, tokens, progress=False)
+    facts = AtomFacts(replace(SMALL, atoms=(0,), effect_firings=1), model, planted, tokens)
     (mean,), n = facts.effects
     ((s, [(_, t, _)]),) = facts._sampled_firings(1, SMALL.effect_horizon, stream=1)
     amount = torch.zeros((), dtype=torch.float64, requires_grad=True)
@@ -138,7 +138,7 @@ def test_half_life_is_that_of_the_atoms_own_key_side(
     model: HookedRecurrent, planted: WriteTopKSAE, tokens: Tensor
 ) -> None:
     """Against the state that the atom alone leaves, on one atom whose firings are all followed."""
-    facts = AtomFacts(replace(SMALL, half_life_firings=1000), model, planted, tokens, progress=False)
+    facts = AtomFacts(replace(SMALL, half_life_firings=1000), model, planted, tokens)
     recurrence = model.recurrence(tokens, LAYER).select(heads=slice(HEAD, HEAD + 1))
     _, cache = model.run_with_cache(tokens, names_filter=[HOOK])
     with torch.no_grad():
@@ -178,7 +178,7 @@ def test_memory_counts_writes_that_outlive_their_sequence() -> None:
 def test_a_flat_atom_shows_its_largest_singular_terms(model: HookedRecurrent, tokens: Tensor, tmp_path: Path) -> None:
     sae = empty_sae(model, decoder="flat")
     torch.nn.init.normal_(sae.W_dec)
-    data = replace(SMALL, quality=False, effect_firings=0).collect(model, sae, tokens, progress=False)
+    data = replace(SMALL, quality=False, effect_firings=0).collect(model, sae, tokens)
     page = data.atoms[0]
     sigma = torch.linalg.svdvals(sae.W_dec[page.atom].detach().view(-1, len(page.terms[0].value)))
     shares = (sigma**2 / (sigma**2).sum()).tolist()[:4]
@@ -219,7 +219,7 @@ def test_an_atom_that_does_not_fire_often_enough_is_named(
     model: HookedRecurrent, planted: WriteTopKSAE, tokens: Tensor
 ) -> None:
     with pytest.raises(ValueError, match=r"\[99\]"):
-        replace(SMALL, atoms=(0, 99)).collect(model, planted, tokens, progress=False)
+        replace(SMALL, atoms=(0, 99)).collect(model, planted, tokens)
 
 
 def test_atoms_that_are_zero_have_no_page(model: HookedRecurrent, tokens: Tensor) -> None:
@@ -227,7 +227,7 @@ def test_atoms_that_are_zero_have_no_page(model: HookedRecurrent, tokens: Tensor
     silent.b_enc.data += 1  # everything fires, but nothing is written
     silent.v.data[:] = 0
     with pytest.raises(NothingToMeasureError):
-        SMALL.collect(model, silent, tokens, progress=False)
+        SMALL.collect(model, silent, tokens)
 
 
 def test_where_a_page_is_optional_it_says_why_there_is_none(planted: WriteTopKSAE, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ ACTIVATION = {"bin_min", "bin_max", "bin_contains", "tokens", "values", "qualify
 def test_neuronpedia_gets_the_numbers_of_the_pages(
     model: HookedRecurrent, planted: WriteTopKSAE, tokens: Tensor, data: AtomPagesData
 ) -> None:
-    facts = AtomFacts(SMALL, model, planted, tokens, progress=False)
+    facts = AtomFacts(SMALL, model, planted, tokens)
     batch = json.loads(json.dumps(neuronpedia_batch(facts, "speeches"), allow_nan=False))
     assert batch.keys() == BATCH
     assert batch["model_id"] == data.info["model"] and batch["layer"] == data.info["layer"]

@@ -133,9 +133,9 @@ class Session:
 
 def picture_of(graph: Graph, width: int) -> dict[str, object]:
     """The picture of a graph, so many pixels wide: `svg`; `said`, how far predictions hold; `target`."""
-    said = str(graph.check()) if len(cast("list[str]", graph.metadata["tokens"])) > 1 else ""
+    check = str(graph.check()) if len(cast("list[str]", graph.metadata["tokens"])) > 1 else ""
     picture = graph.draw(width=min(max(width, 320), 1200))
-    return {"svg": picture, "said": said, "target": graph.metadata["title"]}
+    return {"svg": picture, "said": check, "target": graph.metadata["title"]}
 
 
 def made_of(graph: Graph, node: str) -> dict[str, list[tuple[str, float, bool]]]:

@@ -28,14 +28,13 @@ class AtomPages(AtomSettings):
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def collect(self, model: HookedRecurrent, sae: SAE, tokens: Tensor, *, progress: bool = True) -> data.AtomPagesData:
+    def collect(self, model: HookedRecurrent, sae: SAE, tokens: Tensor) -> data.AtomPagesData:
         """Measure what the pages show of each atom, on held-out text.
 
         Args:
             model: a hooked model with a tokenizer.
             sae: a dictionary of one of its heads.
             tokens: [N,T] evaluation sequences.
-            progress: show progress bars.
 
         Cost: three forwards up to the layer per sequence, for firings, cosines and memory; per atom
         `half_life_firings` vector recurrences and `effect_firings` pairs of short edited runs; then as `qualities`, if
@@ -44,7 +43,7 @@ class AtomPages(AtomSettings):
         Raises: as `AtomFacts`.
         """
         started = time.perf_counter()
-        facts = AtomFacts(self, model, sae, tokens, progress=progress)
+        facts = AtomFacts(self, model, sae, tokens)
         pages = [_atom_page(facts, column) for column in range(len(facts.number))]
         info = facts.lab.describe(self.label)
         info["settings"] = asdict(self)
@@ -90,14 +89,14 @@ def _singular_terms(facts: AtomFacts, column: int, sign: float) -> list[data.Ter
     keys = facts.terms.keys[column].double().cpu()
     values = facts.terms.values[column].double().cpu()
     sizes = keys.norm(dim=-1) * values.norm(dim=-1)
-    whole = float(facts.matrices.rows([column]).norm()) ** 2
+    square = float(facts.matrices.rows([column]).norm()) ** 2
     terms = []
     is_term = sizes > 1e-6 * sizes[0]  # an SVD in float32 leaves terms of rounding
     for n in is_term.nonzero()[:, 0].tolist():
         key = (sign * normalize(keys[n], dim=-1)).numpy().round(4)
         value = (sign * normalize(values[n], dim=-1)).numpy().round(4)
         size = float(sizes[n])
-        share = min(1.0, size**2 / whole)  # rounding can take it above 1
+        share = min(1.0, size**2 / square)  # rounding can take it above 1
         terms.append(data.Term(size, share, key.tolist(), value.tolist()))
     return terms
 

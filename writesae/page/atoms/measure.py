@@ -40,7 +40,6 @@ class AtomFacts:
         model: a hooked model with a tokenizer.
         sae: a dictionary of one of its heads.
         tokens: [N,T] evaluation sequences.
-        progress: show progress bars.
 
     Cost: one forward up to the layer per sequence.
 
@@ -51,12 +50,10 @@ class AtomFacts:
     """
 
     @torch.no_grad()
-    def __init__(
-        self, settings: AtomSettings, model: HookedRecurrent, sae: SAE, tokens: Tensor, *, progress: bool = True
-    ) -> None:
+    def __init__(self, settings: AtomSettings, model: HookedRecurrent, sae: SAE, tokens: Tensor) -> None:
         self.settings = settings
         self.texts = TokenTexts(model)
-        self.lab = lab = Lab(model, {settings.label: sae}, tokens, seed=settings.seed, progress=progress)
+        self.lab = lab = Lab(model, {settings.label: sae}, tokens, seed=settings.seed, progress=True)
         self.ids = tokens.cpu().numpy()
         self.firings = lab.firings()
         alive = self.firings.alive(tokens.numel(), 1)
