@@ -237,7 +237,7 @@ class AtomSettings:
     half_life_firings: int = 10
     """Firings of an atom after which its write is followed."""
     half_life_limit: int = 128
-    """Longest half-life that is measured, in tokens."""
+    """Longest half-life that is looked for, in tokens; at most half of a sequence."""
     effect_firings: int = 3
     """Firings of an atom at which its effect on the logits is measured. 0: not measured."""
     effect_horizon: int = 16

@@ -19,13 +19,12 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from hookpoints import HookedRecurrent, Recurrence
+from hookpoints import HookedRecurrent
 from page.planted_atoms import HEAD, HOOK, LAYER, SMALL, empty_sae, matrix, places
 from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.sae import WriteTopKSAE
 from writesae.flags import AtomSettings, Show
 from writesae.page.atoms import AtomPagesData, write_atom_pages
-from writesae.page.atoms.collect import atom_memory
 from writesae.page.atoms.data import TokenValue
 from writesae.page.atoms.measure import AtomFacts
 from writesae.page.atoms.pages import heatmap
@@ -125,34 +124,22 @@ def test_effect_is_the_derivative_that_autograd_finds(
         assert mean[token] == pytest.approx(float(slope), rel=2e-3)
 
 
-def written_alone(
-    recurrence: Recurrence, sae: WriteTopKSAE, atom: int, sequence: int, position: int, size: float = 1.0
-) -> Recurrence:
-    """The head with one write, that of an atom."""
-    k, u = torch.zeros_like(recurrence.k), torch.zeros_like(recurrence.u)
-    k[sequence, position], u[sequence, position] = size * sae.v[atom].double(), sae.w[atom].double()
-    return recurrence.with_write(k, u)
-
-
-def test_half_life_is_that_of_the_atoms_own_key_side(
+def test_half_life_is_that_of_the_state_which_the_atom_alone_leaves(
     model: HookedRecurrent, planted: WriteTopKSAE, tokens: Tensor
 ) -> None:
-    """Against the state that the atom alone leaves, on one atom whose firings are all followed."""
+    """On one atom, whose firings with 24 tokens after them are all followed."""
     facts = AtomFacts(replace(SMALL, half_life_firings=1000), model, planted, tokens)
+    limit = tokens.shape[1] // 2
     recurrence = model.recurrence(tokens, LAYER).select(heads=slice(HEAD, HEAD + 1))
-    _, cache = model.run_with_cache(tokens, names_filter=[HOOK])
-    with torch.no_grad():
-        half_lives = facts.half_lives[2]
-        fires = (planted.encode(cache[HOOK].float()) > 0)[:, :-1]  # a token comes after
-        assert list(map(len, facts.half_lives)) == fires.sum((0, 1)).tolist()
-        active = fires[..., 2].nonzero().tolist()
-        lives = []
-        for s, t in active:
-            states = written_alone(recurrence, planted, 2, s, t).states()[s, t : t + SMALL.half_life_limit + 1, 0]
-            sizes = torch.linalg.matrix_norm(states)
-            gone = (sizes < sizes[0] / 2).nonzero()[:, 0].tolist()
-            lives.append((gone[0], False) if gone else (len(sizes) - 1, True))
-    assert half_lives == lives and len(active) > 1
+    lives = []
+    for s, t in facts.rows(2)[["sequence", "position"]].query(f"position < {limit}").to_numpy():
+        k, u = torch.zeros_like(recurrence.k), torch.zeros_like(recurrence.u)
+        k[s, t], u[s, t] = planted.v[2].double(), planted.w[2].double()
+        states = recurrence.with_write(k, u).states()[s, t : t + limit + 1, 0]
+        sizes = torch.linalg.matrix_norm(states)
+        gone = (sizes < sizes[0] / 2).nonzero()[:, 0].tolist()
+        lives.append(min([*gone, limit]))
+    assert facts.half_lives[2] == lives and len(lives) > 1
 
 
 def test_an_atom_is_shown_as_a_matrix(planted: WriteTopKSAE, data: AtomPagesData) -> None:
@@ -165,14 +152,6 @@ def test_an_atom_is_shown_as_a_matrix(planted: WriteTopKSAE, data: AtomPagesData
         signs = np.where(drawn[..., 2] > drawn[..., 0], 1, -1)  # blue or orange
         whole = matrix(planted, page.atom).numpy()
         np.testing.assert_allclose(signs * drawn[..., 3] / 255, whole / np.abs(whole).max(), atol=0.04)
-
-
-def test_memory_counts_writes_that_outlive_their_sequence() -> None:
-    assert atom_memory([(n, False) for n in (2, 4, 6)]).half_life == 4
-    # Survival after 2: 3/4; the one that ended at 3 leaves the risk set; after 5: 3/8.
-    curve = atom_memory([(2, False), (3, True), (5, False), (9, True)])
-    assert (curve.half_life, curve.ended, curve.n, curve.longest) == (5, 2, 4, 9)
-    assert atom_memory([(7, True)]).half_life is None and atom_memory([]).n == 0
 
 
 def test_a_flat_atom_shows_its_largest_singular_terms(model: HookedRecurrent, tokens: Tensor, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 
 import numpy as np
@@ -11,7 +10,6 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 from sae_lens import SAE
-from scipy import stats
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -19,7 +17,7 @@ from hookpoints import HookedRecurrent
 from writesae.dictionary.quality import qualities
 from writesae.flags import AtomSettings
 from writesae.page.atoms import data, parts
-from writesae.page.atoms.measure import AtomFacts, HalfLife
+from writesae.page.atoms.measure import AtomFacts
 from writesae.page.atoms.text import short
 
 
@@ -81,7 +79,7 @@ def _atom_page(facts: AtomFacts, column: int) -> data.AtomPage:
         keys=data.AtomSide(_by_token(facts, sign * sides[0]), key),
         values=data.AtomSide(parts.vocabulary(facts, direct), value),
         effect=_measured_effect(facts, column, direct),
-        memory=atom_memory(facts.half_lives[column]),
+        memory=_atom_memory(facts, column),
     )
 
 
@@ -101,20 +99,12 @@ def _singular_terms(facts: AtomFacts, column: int, sign: float) -> list[data.Ter
     return terms
 
 
-def atom_memory(lives: Sequence[HalfLife]) -> data.AtomMemory:
-    """Median over firings. Sequences end before some writes have faded, so it is the median of the
-    Kaplan-Meier curve; leaving those firings out would make memories look short."""
-    if not lives:
-        return data.AtomMemory(half_life=None, longest=0, ended=0, n=0)
-    tokens, ended = (np.array(column) for column in zip(*lives))
-    survival = stats.ecdf(stats.CensoredData.right_censored(tokens, ended)).sf
-    gone = survival.quantiles[survival.probabilities <= 0.5]
-    return data.AtomMemory(
-        half_life=float(gone[0]) if len(gone) else None,
-        longest=int(tokens.max()),
-        ended=int(ended.sum()),
-        n=len(lives),
-    )
+def _atom_memory(facts: AtomFacts, column: int) -> data.AtomMemory:
+    """Median over the firings that were followed."""
+    lives = facts.half_lives[column]
+    limit = facts.half_life_limit
+    half_life = float(np.median(lives)) if lives else None
+    return data.AtomMemory(None if half_life == limit else half_life, limit, len(lives))
 
 
 def _measured_effect(facts: AtomFacts, column: int, direct: NDArray[np.float32]) -> data.Effect | None:

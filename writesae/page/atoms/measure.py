@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import TypeAlias, cast
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -25,11 +25,6 @@ TERMS = 4
 """Most singular terms of an atom that are shown."""
 STEP = 0.05
 """Step of the central difference, in norms of the native write; its error falls with the square of the step."""
-
-
-HalfLife: TypeAlias = tuple[int, bool]
-"""Tokens after which less than half of a write's norm is left. If true, the sequence or the limit came first, and the
-number is how far the write was followed."""
 
 
 class AtomFacts:
@@ -99,23 +94,29 @@ class AtomFacts:
         """The N T native writes of the text. Cost: one forward up to the layer per sequence; memory N T (K + V)."""
         return self.lab.native_writes(range(len(self.ids))).to(self.matrices.keys)
 
+    @property
+    def half_life_limit(self) -> int:
+        """Longest half-life that is looked for, in tokens: so many come after each write that is followed."""
+        return min(self.settings.half_life_limit, self.ids.shape[1] // 2)
+
     @cached_property
-    def half_lives(self) -> list[list[HalfLife]]:
-        """Per atom the half-life of each write that is followed, for at most `half_life_limit` tokens.
+    def half_lives(self) -> list[list[int]]:
+        """Per atom, for each write that is followed, tokens after which less than half of its norm is left; the limit
+        where that comes later.
 
         Cost: one forward up to the layer per sequence, and one vector recurrence for each of these firings.
         """
-        settings = self.settings
-        of_atoms = [list[HalfLife]() for _ in self.number]
-        for s, firings in self.lab.bar(self._sampled_firings(settings.half_life_firings, 1, stream=2), "memory"):
+        limit = self.half_life_limit
+        lives = [list[int]() for _ in self.number]
+        followed = self._sampled_firings(self.settings.half_life_firings, limit, stream=2)
+        for s, firings in self.lab.bar(followed, "memory"):
             recurrence = self.lab.recurrence(s)
             for column, t, _ in firings:
-                until = recurrence.select(tokens=slice(0, t + settings.half_life_limit + 1))
-                norms = norms_after(until, self.matrices.rows([column]), t)
-                below_half = (norms < norms[0] / 2).nonzero()
-                is_over = len(below_half) == 0
-                of_atoms[column].append((len(norms) - 1 if is_over else int(below_half[0]), is_over))
-        return of_atoms
+                norms = norms_after(recurrence.select(tokens=slice(0, t + limit + 1)), self.matrices.rows([column]), t)
+                # A norm that rises again later does not count.
+                not_yet_half = (norms >= norms[0] / 2).long().cumprod(0)
+                lives[column].append(min(int(not_yet_half.sum()), limit))
+        return lives
 
     def _sampled_firings(self, per_atom: int, room: int, stream: int) -> list[tuple[int, list[tuple[int, int, float]]]]:
         """By sequence: column, position and activation of up to `per_atom` firings of each atom, with `room` tokens
