@@ -51,21 +51,20 @@ class AtomPages(AtomSettings):
 
 
 def _atom_page(facts: AtomFacts, column: int) -> data.AtomPage:
-    sign = facts.sign(column)
     rows = facts.rows(column)
     of_matrices, *sides = facts.cosines(column)
     spots = rows["spot"].to_numpy()
     rows["cosine"] = of_matrices[spots]
     activations = rows["activation"].to_numpy(float)
-    direct = sign * facts.direct[column]
+    direct = facts.direct[column]
     change = facts.change(column)[: facts.texts.size]  # W_U may have rows that no token has
     has_writes = not np.isnan(of_matrices[spots]).all()
     key = value = None
     if has_writes:
-        key, value = (short(sign * np.nanmedian(side[spots])) for side in sides)
+        key, value = (short(np.nanmedian(side[spots])) for side in sides)
     return data.AtomPage(
         atom=int(facts.number[column]),
-        terms=_singular_terms(facts, column, sign),
+        terms=_singular_terms(facts, column),
         n_firings=len(rows),
         rate=len(rows) / facts.ids.size,
         max_activation=float(activations.max()),
@@ -76,14 +75,14 @@ def _atom_page(facts: AtomFacts, column: int) -> data.AtomPage:
         top=parts.top(facts, rows),
         bands=list(parts.bands(facts, rows)),
         cosine=short(np.nanmedian(of_matrices[spots])) if has_writes else None,
-        keys=data.AtomSide(_by_token(facts, sign * sides[0]), key),
+        keys=data.AtomSide(_by_token(facts, sides[0]), key),
         values=data.AtomSide(parts.vocabulary(facts, direct), value),
         effect=_measured_effect(facts, column, direct),
         memory=_atom_memory(facts, column),
     )
 
 
-def _singular_terms(facts: AtomFacts, column: int, sign: float) -> list[data.Term]:
+def _singular_terms(facts: AtomFacts, column: int) -> list[data.Term]:
     keys = facts.terms.keys[column].double().cpu()
     values = facts.terms.values[column].double().cpu()
     sizes = keys.norm(dim=-1) * values.norm(dim=-1)
@@ -91,8 +90,8 @@ def _singular_terms(facts: AtomFacts, column: int, sign: float) -> list[data.Ter
     terms = []
     is_term = sizes > 1e-6 * sizes[0]  # an SVD in float32 leaves terms of rounding
     for n in is_term.nonzero()[:, 0].tolist():
-        key = (sign * normalize(keys[n], dim=-1)).numpy().round(4)
-        value = (sign * normalize(values[n], dim=-1)).numpy().round(4)
+        key = normalize(keys[n], dim=-1).numpy().round(4)
+        value = normalize(values[n], dim=-1).numpy().round(4)
         size = float(sizes[n])
         share = min(1.0, size**2 / square)  # rounding can take it above 1
         terms.append(data.Term(size, share, key.tolist(), value.tolist()))

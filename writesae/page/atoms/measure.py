@@ -68,8 +68,15 @@ class AtomFacts:
     @cached_property
     def terms(self) -> LowRank:
         """The largest singular terms, at most `TERMS` of them. For rank 1 the only term is the atom; otherwise they
-        cost an SVD each."""
-        return self.matrices if self.matrices.rank == 1 else LowRank.svd(self.matrices.dense(), TERMS)
+        cost an SVD each. v w^T and (-v)(-w)^T are one atom: here v agrees with the keys at its firings."""
+        terms = self.matrices if self.matrices.rank == 1 else LowRank.svd(self.matrices.dense(), TERMS)
+        keys = normalize(self.writes.keys, dim=-1).mean(1)  # [N T,K]
+        signs = torch.ones_like(terms.keys[:, :1, :1])
+        for column in range(len(self.number)):
+            at_firings = keys[self.rows(column)["spot"].tolist()] @ terms.keys[column, 0]
+            if at_firings.quantile(0.5) < 0:
+                signs[column] = -1
+        return LowRank(terms.keys * signs, terms.values * signs)
 
     @cached_property
     def sides(self) -> tuple[Tensor, Tensor]:
@@ -142,12 +149,6 @@ class AtomFacts:
         cosines = torch.stack([of_matrices, of_keys, of_values])
         return cosines.where(writes.norm() > 0, torch.nan).double().cpu().numpy()
 
-    def sign(self, column: int) -> float:
-        """v w^T and (-v)(-w)^T are one atom; the pages take the sign for which v agrees with keys at its firings."""
-        of_keys = self.cosines(column)[1]
-        at_firings = pd.Series(of_keys[self.rows(column)["spot"]])
-        return -1.0 if at_firings.median() < 0 else 1.0
-
     def rows(self, column: int) -> pd.DataFrame:
         """The firings of one atom: sequence, position, atom, activation, and spot, the place in the N T tokens."""
         table = self.firings.frame(self.firings.atom == self.number[column])
@@ -156,7 +157,7 @@ class AtomFacts:
     def change(self, column: int) -> NDArray[np.float32]:
         """[vocab] change of the logits by effect, or along the direct path where no effect was measured."""
         mean, n = self.effects
-        return mean[column] if n[column] else self.sign(column) * self.direct[column]
+        return mean[column] if n[column] else self.direct[column]
 
     @cached_property
     def effects(self) -> tuple[NDArray[np.float32], Integers]:
