@@ -146,14 +146,6 @@ def test_a_filter_that_matches_nothing_raises(objects: dict[str, Any], call: str
                 FILTERS[call](objects[kind], tokens, names)
 
 
-def test_a_filter_that_matches_nothing_of_a_part_raises(objects: dict[str, Any], tokens: Tensor) -> None:
-    def late(name: str) -> bool:
-        return "blocks.4" in name
-
-    with pytest.raises(UnknownHookError, match=r"late.*stop_at_layer"):
-        objects["HookedRecurrent"].run_with_cache(tokens, names_filter=late, stop_at_layer=2)
-
-
 def test_an_empty_list_of_names_keeps_nothing(objects: dict[str, Any], tokens: Tensor) -> None:
     """On purpose, as in TransformerLens."""
     assert not dict(objects["HookedRecurrent"].run_with_cache(tokens, names_filter=[])[1].items())
