@@ -1,17 +1,12 @@
 """docs/benchmarks.md is what the records of benchmarks say, and the runner keeps the record of one that fails."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
-import frame  # noqa: E402
 import run  # noqa: E402
 
 TINY = """
@@ -53,59 +48,3 @@ def test_a_benchmark_leaves_a_record_and_a_failed_one_the_former(tmp_path, monke
     (tmp_path / "tiny.py").write_text("raise SystemExit(3)")
     assert run.run(("tiny",), tmp_path, quick=True) == ["tiny"]
     assert json.loads(file.read_text()) == former and former["date"] in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("smi", ["exit 9", "echo GPU 0: A GPU"])
-def test_the_run_on_a_gpu_says_what_it_lacks_and_writes_nothing(tmp_path, smi):
-    """The machine has no GPU, or the environment a PyTorch that sees none."""
-    for file, script in (("nvidia-smi", smi), ("bin/python", "exit 1")):
-        (tmp_path / file).parent.mkdir(exist_ok=True)
-        (tmp_path / file).write_text(f"#!/bin/bash\n{script}\n")
-        (tmp_path / file).chmod(0o755)
-    before = {file: file.read_bytes() for file in run.DOCS.glob("benchmarks/*")}
-    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    said = subprocess.check_output([ROOT / ".ci" / "gpu", tmp_path], env=environment, text=True)
-    assert "skipped: " in said and "no CUDA device" in said
-    assert {file: file.read_bytes() for file in before} == before
-
-
-def test_figures_of_a_gpu_have_their_date_and_device_and_a_failed_stage_stops_no_other(tmp_path, monkeypatch):
-    import gpu
-
-    (tmp_path / "nvidia-smi").write_text("#!/bin/bash\necho A GPU, 580.1\n")
-    (tmp_path / "nvidia-smi").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    bad = ("-c 'raise SystemExit(\"a reason\")'", "-c 'print(1)'")
-    good = ('-c \'import os; print("a step |  | 3 ms"); print(os.environ["HOOKPOINTS_DEVICE"])\'',)
-    monkeypatch.setattr(gpu, "STAGES", {"This fails.": bad, "This runs.": good})
-    (tmp_path / "benchmarks").mkdir()
-    frame.main(gpu, ["--json", str(tmp_path / "benchmarks" / "gpu.json")])
-    page = run.page(tmp_path / "benchmarks")
-    assert "| This fails. | FAILED | 0 | `a reason` |" in page and "| This runs. | passed | 0 | `cuda` |" in page
-    assert (
-        "| a step | – | 3 ms |" in page
-        and "A GPU, 580.1" in page
-        and frame.machine()["date"] in page
-        and "1.00, missed" in page
-    )
-
-
-def test_a_goal_is_met_or_missed():
-    assert [frame.Line("", 2.0, goal=goal, least=least).missed for goal in (1.0, 3.0) for least in (False, True)] == [
-        *(True, False),
-        *(False, True),
-    ]
-    assert not frame.Line("", 2.0).missed
-
-
-def test_lines_of_one_subject_are_a_row_with_a_column_for_each_model():
-    lines = [
-        frame.Line("AUC", 0.5, goal=0.9, least=True, column="a"),
-        frame.Line("seconds", 3.0, " s", column="a"),
-        frame.Line("AUC", 0.95, goal=0.9, least=True, column="b"),
-    ]
-    assert frame.rows(lines) == (
-        ["what", "goal", "a", "b"],
-        [["AUC", "at least 0.90", "0.50, missed", "0.95"], ["seconds", "", "3.00 s", ""]],
-    )
-    assert frame.rows([frame.Line("seconds", 3.0)]) == (["what", "measured"], [["seconds", "3.00"]])

@@ -19,53 +19,26 @@ def there(*shape: int):
 
 MIXED = {
     "add": lambda: there(3) + torch.ones(3),
-    "stack of scalars": lambda: torch.stack([there(2).sum(), torch.tensor(1.0)]),
     "device index of the host": lambda: torch.ones(3)[torch.tensor([0]).to(NPU)],
-    "in place on the host": lambda: torch.ones(3).add_(there(1).sum()),
-    "gather": lambda: there(3, 3).gather(0, torch.zeros(1, 1, dtype=torch.long)),
     "put": lambda: there(4).__setitem__(torch.tensor([0, 1]), torch.ones(2)),
+    "numpy": lambda: np.asarray(there(2)),
+    "a generator of the host": lambda: torch.randn(2, device="npu", generator=torch.Generator()),
 }
 
 
 @pytest.mark.parametrize("work", MIXED.values(), ids=MIXED)
-def test_tensors_of_two_devices_raise(work):
-    with pytest.raises(RuntimeError, match="device"):
+def test_what_cuda_refuses_raises(work):
+    with pytest.raises((RuntimeError, TypeError), match="device"):
         work()
-
-
-@pytest.mark.parametrize("to_numpy", [torch.Tensor.numpy, np.asarray])
-def test_numpy_refuses_a_tensor_of_the_device(to_numpy):
-    with pytest.raises(TypeError, match="numpy"):
-        to_numpy(there(2))
-    assert to_numpy(there(2).cpu()).shape == (2,)
-
-
-def test_a_generator_draws_for_its_device_only():
-    host, ours = torch.Generator(), torch.Generator("npu").manual_seed(0)
-    for draw in (
-        lambda: torch.randn(2, device="npu", generator=host),
-        lambda: torch.multinomial(there(3).abs(), 1, generator=host),
-        lambda: torch.randn(2, generator=ours),
-        lambda: there(3).uniform_(generator=host),
-        lambda: torch.randperm(3, device="npu", generator=host),
-    ):
-        with pytest.raises(RuntimeError, match="generator"):
-            draw()
-    assert torch.multinomial(there(3).abs(), 1, generator=ours).device == NPU
 
 
 COUNTS = {
     "item": (lambda x: x.sum().item(), {"launch": 1, "sync": 1}),
-    "tolist": (lambda x: x.tolist(), {"sync": 1}),
     "mask": (lambda x: x[x > 0], {"launch": 2, "sync": 1}),
-    "a number at a mask": (lambda x: x.__setitem__(x > 0, 0.0), {"launch": 3}),
     "cpu": (lambda x: x.cpu(), {"to_host": 1}),
     "list": (lambda x: x[[0, 1]], {"launch": 1, "to_device": 1}),
-    "index of the host": (lambda x: x[torch.tensor([0])], {"launch": 1, "to_device": 1}),
-    "new_tensor": (lambda x: x.new_tensor([1.0]), {"to_device": 1}),
     "view": (lambda x: x.mT[1:], {}),
     "copy_": (lambda x: x[0].copy_(torch.ones(3)), {"to_device": 1}),
-    "where": (lambda x: x.where(x > 0, 0), {"launch": 3}),
 }
 
 

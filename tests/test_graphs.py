@@ -18,7 +18,6 @@ from saes import HEAD, HOOK, LAYER, random_sae
 from tiny_models import make_hf
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from transformer_lens import HookedRootModule
 
 import hookpoints
 import sae_lens_writesae
@@ -107,7 +106,6 @@ def of_facts(text: str) -> Memory:
 
 CALLS: dict[str, Callable[[World], Any]] = {
     "HookedRecurrent.from_hf": lambda w: HookedSAERecurrent.from_hf(make_hf()),
-    "HookedRecurrent.from_pretrained": lambda w: HookedRecurrent.from_pretrained("recall"),
     "HookedRecurrent.generate": lambda w: w.model.generate(MORE, max_new_tokens=2, do_sample=False, edits=DELETE),
     "HookedRecurrent.memory": lambda w: w.model.memory(MORE, memory=w.model.memory(TOKENS)),
     "HookedRecurrent.logits_after": lambda w: w.model.logits_after(w.model.memory(TOKENS), MORE),
@@ -118,30 +116,19 @@ CALLS: dict[str, Callable[[World], Any]] = {
         TOKENS, saes=[w.sae]
     )[1],
     "HookedRecurrent.run_with_edits": lambda w: w.model.run_with_edits(TOKENS[:1], [DELETE, []]),
-    "HookedRecurrent.edit_session": lambda w: w.model.edit_session(TOKENS[:1]),
-    "EditSession.run": lambda w: EditSession(w.model, TOKENS[:1]).run([DELETE]),
     "EditSession.run_hooked": lambda w: EditSession(w.model, TOKENS[:1]).run_hooked(
         2, LAYER, 5, [(HOOK, lambda x, hook: x)]
     ),
-    "EditSession.recurrence": lambda w: EditSession(w.model, TOKENS[:1]).recurrence(LAYER),
-    "EditSession.residual": lambda w: EditSession(w.model, TOKENS[:1]).residual(LAYER),
     "Memory.without": lambda w: w.model.memory(TOKENS).without((3, 6)),
     "Memory.held": lambda w: of_facts("Ben lives in Rome .").held(2),
     "Memory.suspects": lambda w: of_facts("Ben lives in Rome . Iris keeps a parrot .").suspects("Ben"),
-    "Memory.keeping": lambda w: w.model.memory(TOKENS).keeping(),
     "Memory.told": lambda w: w.model.memory(TOKENS).told([3, 4], instead_of=slice(5, 6)),
     "forgot": forgotten,
     "MemoryReader": fitted,
     "Memory.rewind": lambda w: w.model.memory(TOKENS).rewind(5),
     "Memory.paste": lambda w: w.model.memory(TOKENS).paste(w.model.memory(TOKENS), (0, 3)),
-    "Memory.lerp": lambda w: w.model.memory(TOKENS).lerp(w.model.memory(MORE), 0.5),
-    "Memory.truncate": lambda w: w.model.memory(TOKENS).truncate(2),
-    "Memory.with_states": lambda w: w.model.memory(TOKENS).with_states({0: w.model.memory(MORE).state(0)}),
-    "Memory.branch": lambda w: w.model.memory(TOKENS).branch(w.model, MORE),
     "Memory.holdings": lambda w: w.model.memory(TOKENS).holdings(0),
     "Memory.terms": lambda w: w.model.memory(TOKENS).terms(0),
-    "Memory.state": lambda w: w.model.memory(TOKENS).state(0),
-    "Memory.recurrence": lambda w: w.model.memory(TOKENS).recurrence(0),
     "Memory.load": saved,
     "attach": attached,
     "as_bridge": lambda w: hookpoints.as_bridge(w.model),
@@ -154,7 +141,6 @@ CALLS: dict[str, Callable[[World], Any]] = {
     "steer": steered,
     "scale_atoms": scaled,
     "Lab.firings": lambda w: Lab(w.model, {"": w.sae}, TOKENS).firings(),
-    "Lab.site": lambda w: Lab(w.model, {"": w.sae}, TOKENS).site(0),
     "Lab.native_writes": lambda w: Lab(w.model, {"": w.sae}, TOKENS).native_writes([0, 1]),
     "dictionary_quality": lambda w: writesae.dictionary_quality(w.model, w.sae, TOKENS),
     "head_effects": lambda w: writesae.head_effects(w.model, TOKENS),
@@ -171,10 +157,7 @@ BACKWARD = {
 DIFFERENTIABLE: dict[str, Callable[[World], Any]] = {
     "HookedRecurrent.forward": lambda w: w.model(TOKENS),
     "HookedRecurrent.run_with_hooks": lambda w: w.model.run_with_hooks(TOKENS, fwd_hooks=[(HOOK, lambda x, hook: x)]),
-    "HookedRecurrent.run_with_cache": lambda w: w.model.run_with_cache(TOKENS),
-    "HookedRecurrent.run_with_saes": lambda w: w.model.run_with_saes(TOKENS, saes=[w.sae]),
     "HookedRecurrent.run_with_cache_with_saes": lambda w: w.model.run_with_cache_with_saes(TOKENS, saes=[w.sae]),
-    "HookedRecurrent.run_with_hooks_with_saes": lambda w: w.model.run_with_hooks_with_saes(TOKENS, saes=[w.sae]),
     "HookedRecurrent.logits_after (gradients)": lambda w: w.model.logits_after(
         w.model.memory(TOKENS), MORE, gradients=True
     ),
@@ -185,32 +168,6 @@ DIFFERENTIABLE: dict[str, Callable[[World], Any]] = {
 }
 """Calls whose purpose is gradients, or whose logits have one, as those of any torch model."""
 
-NO_RUN = {
-    *("embed", "unembed", "W_E", "W_O", "W_U", "b_O", "b_U", "layer_W_O", "head_outputs", "head_labels", "loss_fn"),
-    *("all_head_labels", "tokens_to_residual_directions", "to_tokens", "to_string", "to_str_tokens", "tokenize"),
-    *("to_single_token", "n_params_total", "cfg", "position_of", "first_token", "check_edits", "check_hook_name"),
-    *("add_hook", "hooks", "edits", "saes", "get_caching_hooks", "setup", "add_sae", "reset_saes", "acts_to_saes"),
-    *("from_pretrained_no_processing", "require_weights", "Cost", "cost", "hook_device"),
-    *(
-        "Graph",
-        "Certificate",
-        "HOOKS",
-        "RULES",
-        "EditError",
-        "EditRow",
-        "HookpointsError",
-        "Recurrence",
-        "UnknownHookError",
-        "zoo",
-        "errors",
-    ),
-    *("UnknownModelError", "UnsupportedModelError", "WriteEdit", "cached", "default_device", "embedded", "model_types"),
-    *("PAPER_RUNNER", "VARIANTS", "LowRank", "MatrixSAE", "MatrixTrainingSAE", "Metric", "Collection", "load_sae"),
-    *("calibrate_threshold", "head_target", "text_dataset", "training_config"),
-    *("half_lives", "sample_sequences", "fingerprint", "origin", "check_dictionary", "boot_transformers"),
-}
-"""Public names that run no model, or scopes in which others do."""
-
 
 class Saved:
     """A tensor that a graph holds for its backward pass."""
@@ -219,7 +176,7 @@ class Saved:
         self.tensor = tensor.detach()
 
 
-def held(call: Callable[[], Any], parameters: Iterator[Tensor]) -> tuple[int, int, Any]:
+def graph_bytes(call: Callable[[], Any], parameters: Iterator[Tensor]) -> tuple[int, int, Any]:
     """Bytes that autograd graphs still hold after a call, while its value lives, without the model's parameters; how
     many tensors were saved for a backward pass meanwhile; and the value."""
     living: weakref.WeakSet[Saved] = weakref.WeakSet()
@@ -241,7 +198,7 @@ def held(call: Callable[[], Any], parameters: Iterator[Tensor]) -> tuple[int, in
 
 
 def tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
-    """Those inside of a value."""
+    """Tensors inside of a value."""
     if id(value) in seen or isinstance(value, (str, nn.Module)):
         return
     seen.add(id(value))
@@ -266,7 +223,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_call_keeps_no_graph(world: World, name: str) -> None:
-    size, count, value = held(lambda: CALLS[name](world), world.model.parameters())
+    size, count, value = graph_bytes(lambda: CALLS[name](world), world.model.parameters())
     assert count == 0 or name in BACKWARD, f"{name} builds graphs that nothing uses: {count} tensors"
     with_graph = [list(x.shape) for x in tensors(value, set()) if x.grad_fn is not None]
     assert not with_graph and size == 0, f"{name}: {size} bytes in graphs"
@@ -274,22 +231,5 @@ def test_a_call_keeps_no_graph(world: World, name: str) -> None:
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_what_is_for_gradients_has_them(world: World, name: str) -> None:
-    size, _, value = held(lambda: DIFFERENTIABLE[name](world), world.model.parameters())
+    size, _, value = graph_bytes(lambda: DIFFERENTIABLE[name](world), world.model.parameters())
     assert size > 0 and any(x.grad_fn is not None for x in tensors(value, set()))
-
-
-def test_every_public_name_is_in_a_list() -> None:
-    methods = {name for name in dir(HookedSAERecurrent) if not name.startswith("_") and name not in dir(nn.Module)}
-    theirs = set(dir(HookedRootModule)) - {"run_with_hooks", "run_with_cache"}
-    owners = {"HookedRecurrent", "HookedSAERecurrent", "EditSession", "Memory", "attach"}
-    packages = {name for package in (hookpoints, sae_lens_writesae, writesae) for name in package.__all__}
-    of_classes = {f"{made.__name__}.{name}" for made in (Memory, EditSession) for name in vars(made) if name[0] != "_"}
-    plain = {
-        *(
-            f"Memory.{name}"
-            for name in ("T", "tokens", "save", "approximate", "edited", "span_of", "check_row", "check_peer")
-        ),
-        "EditSession.batches",
-    }
-    known = {name.split(" ")[0].removeprefix("HookedRecurrent.") for name in (*CALLS, *DIFFERENTIABLE)}
-    assert (methods - theirs) | (packages - owners) | (of_classes - plain) <= known | NO_RUN

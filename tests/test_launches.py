@@ -32,17 +32,14 @@ def costs() -> Costs:
 
 def test_hooks_cost_what_the_page_says(costs: Costs) -> None:
     assert [line.what for line in launches.lines(costs) if line.missed] == []
-    native_decode, steered = costs["native decode"], costs["decode, steered toward a token"]
-    for kind in ("launch", "sync", "to_device", "to_host"):
-        assert costs["decode, attached"][kind] == native_decode[kind], kind
-        assert kind == "launch" or steered[kind] == native_decode[kind], kind
-    assert steered["launch"] <= native_decode["launch"] + 50
-    read, native = costs["one head's writes read"], costs["native forward"]
-    assert launches.waits(read) <= launches.waits(native) + 2  # ids, and where the span of a write is looked for
-    assert launches.waits(costs["session of 64 replaces, one position"]) <= 3
-    edit = costs["one edit"]
-    assert edit["launch"] <= 650 and launches.waits(edit) <= launches.waits(native) + 2  # is it finite?
-    assert launches.waits(costs["all hooks"]) <= launches.waits(native) + 2  # no hook that only reads is looked after
+    native, native_decode = costs["native forward"], costs["native decode"]
+    steered = costs["decode, steered toward a token"]
+    for kind in ("sync", "to_device", "to_host"):
+        assert costs["decode, attached"][kind] == steered[kind] == native_decode[kind], kind
+    assert costs["decode, attached"]["launch"] == native_decode["launch"]
+    # Two more waits at most: for ids, and for where the span of a write is looked for or whether an edit is finite.
+    for what in ("one head's writes read", "one edit", "all hooks"):
+        assert launches.waits(costs[what]) <= launches.waits(native) + 2, what
 
 
 @pytest.mark.slow
@@ -76,12 +73,6 @@ def writes() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(256, shape.K, generator=g), torch.randn(256, shape.V, generator=g)
 
 
-def test_a_dictionary_trains_on_rows_of_the_host() -> None:
-    with device.pretended():
-        sae = train(config("npu"), LowRank.rank_one(*writes()))
-        assert all(x.device == device.NPU and bool(x.isfinite().all()) for x in sae.parameters())
-
-
 def test_weights_that_are_not_finite_are_refused_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """A device is looked at before the first step, and then at the 64th, which this run does not reach."""
     for module in (fast, training):
@@ -97,17 +88,6 @@ def order(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, str, int]
     monkeypatch.setattr(counted.Seen, "note", lambda _, kind, op, n=1: noted.append((kind, op, n)))
     with device.pretended():
         yield noted
-
-
-def test_a_step_of_a_batch_waits_for_its_shapes_alone(order: list[tuple[str, str, int]]) -> None:
-    """Which rows may have more atoms, the most that a row has, and widths of the parts."""
-    keys, values = (side[:, None].to("npu") for side in writes())
-    stack = Stack([config("npu", architecture="writesae_batchtopk", sae={"k": 16})], [LowRank(keys, values)], [None])
-    rows = torch.arange(32).to("npu")
-    for _ in range(25):
-        order.clear()
-        stack.take([stack.rows(0, rows)])
-    assert sum(n for kind, _, n in order if kind in ("sync", "to_host")) == 3
 
 
 def test_two_steps_launch_the_same_so_that_a_graph_can_replay_them(order: list[tuple[str, str, int]]) -> None:

@@ -23,17 +23,8 @@ if importlib.util.find_spec("hookpoints") is None:  # a fresh machine, in the fo
 """
 """The first code cell. Not `-e`: a kernel that runs does not see an editable installation until it is restarted."""
 PUBLIC = ("hookpoints", "sae_lens_writesae", "writesae", "writesae.page.atoms")
-STRAY = re.compile(r"\*\*[A-Z]+\*\*|[.!?][A-Z]{2,}\b|\bPROSE_\w+|<<<<<<<|>>>>>>>")
-"""What a template leaves where a placeholder was not, or was only partly, replaced."""
 NUMBER = re.compile(r"(?<![\w.])([-+]?\d+(?:\.\d+)?(?:e-\d+)?)(%?)(?![\w.]\w)")
 MACHINE_PATH = re.compile(r"/(?:home|root|tmp|work|Users|mnt|opt|usr|var)/|[A-Z]:\\\\|site-packages")
-
-
-def faults(notebook: nbformat.NotebookNode) -> list[str]:
-    """Paragraphs that occur twice, and stray markup."""
-    text = "\n\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
-    paragraphs = [part.strip() for part in re.split(r"\n\s*\n", re.sub(r"`[^`]*`", "code", text))]
-    return [part for part in paragraphs if paragraphs.count(part) > 1 or STRAY.search(part) or part.count("**") % 2]
 
 
 def same(printed_text: str, committed: str, trains: bool) -> None:
@@ -86,7 +77,7 @@ def test_is_short_whole_and_holds_nothing_of_the_machine(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     assert set(notebook.metadata) <= {"kernelspec", "language_info"}
-    assert not [cell for cell in notebook.cells if cell.metadata] and faults(notebook) == []
+    assert not [cell for cell in notebook.cells if cell.metadata]
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert sum(line.strip() != "" for cell in cells[1:] for line in cell.source.splitlines()) < 60
     assert all(words in notebook.cells[-1].source for words in ("Qwen3.5-0.8B", "not run"))

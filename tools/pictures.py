@@ -146,7 +146,7 @@ def atom(file: Path) -> None:
         sizes = {"d_sae": 256, "context_size": 128, "training_tokens": 50_000, "n_batches_in_buffer": 32}
         cfg = training_config(model, 4, 0, **sizes, verbose=False)
         train(cfg, (model, text_dataset(embedded.text("train")))).save_inference_model(folder)
-        data = AtomPages(n_atoms=12, min_firings=30).collect(model, load_sae(folder), tokens, progress=False)
+        data = AtomPages(n_atoms=12, min_firings=30).collect(model, load_sae(folder), tokens)
         nearest = max(data.atoms, key=lambda page: page.cosine or 0.0)
         page = write_atom_pages(data, folder).with_name(f"atom-{nearest.atom}.html")
         photographed(page, "1280,900", file)

@@ -90,7 +90,7 @@ LOST = "what was not saved is lost"
 RESUMED = "the same command resumes"
 STOPPED = {name: RESUMED for name in ("demo", "collect", "train", "reproduce")} | {
     "eval": "results that are finished stay; with --resume, eval all takes them",
-    "push": "nothing was uploaded, or all",
+    "push": "dictionaries that were uploaded stay; the same command uploads all of them again",
 }
 """What an interrupt leaves of each command, where it is not `LOST`."""
 
@@ -163,7 +163,7 @@ def choose(program: str, arguments: Sequence[str], names: Mapping[str, str]) -> 
     raise SystemExit(0 if arguments else 2)
 
 
-def parse(command: type[T], program: str, arguments: Sequence[str], default: T | None = None) -> T:
+def parse(command: type[T], program: str, arguments: Sequence[str], default: T = tyro.MISSING_NONPROP) -> T:
     """The command line as a value of `command`, by tyro: it prints help, and what it refuses, and ends with status 2.
     A flag `device` is obeyed at once, for all that this process does.
 

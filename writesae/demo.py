@@ -39,6 +39,8 @@ STORY = "facts-english"
 """The model whose memory is read back and cut."""
 FITTED = 20_000
 """Characters of speeches, of which the text is one, to which the reader of this memory is fitted."""
+CONTEXT = 128
+"""Tokens of a sequence that a dictionary is trained and measured on."""
 DEMO_PASSES = 2000
 """What the demo takes, in the time that a pass over a sequence does."""
 
@@ -48,8 +50,7 @@ def run_demo(flags: Demo, say: Say = print) -> Path:
     dictionary `sae/`. Dictionaries are not overwritten: the same command resumes where it was stopped.
 
     Raises:
-        ValueError: the head is not there, or `out` cannot be written or holds a demo with other settings; before
-            any training.
+        ValueError: `out` cannot be written or holds a demo with other settings; before any training.
     """
     settings = {name: value for name, value in dataclasses.asdict(flags).items() if name not in ("out", "device")}
     check_writable(flags.out)
@@ -61,19 +62,20 @@ def run_demo(flags: Demo, say: Say = print) -> Path:
     check_ours(flags.out / PAGE)
     say("1 of 5: a memory, read back and cut")
     model = HookedRecurrent.from_pretrained(flags.model)
-    check_head(flags, model)
-    tokens = sample_sequences(model, embedded.text("test"), flags.context_size, flags.eval_sequences)
-    text = sample_sequences(model, embedded.text("train"), flags.context_size, flags.train_sequences)
+    tokens = sample_sequences(model, embedded.text("test"), CONTEXT, flags.eval_sequences)
+    text = sample_sequences(model, embedded.text("train"), CONTEXT, flags.train_sequences)
     with taken(flags.out, say), threads_for(0):  # two threads cost more than they win here
         say_time(model, text, DEMO_PASSES, flags.out, say)
         recalled = recall()
         keep_settings(flags.out, settings, names)
         say(recalled.lines())
         say("2 of 5: what each head's writes do")
-        head = choose_head(flags, model, text[:HEAD_SEQUENCES])
+        head = choose_head(model, text[:HEAD_SEQUENCES])
         say(str(head))
         say("3 of 5: writes of one head")
-        collection = collect(model, text, [head.layer], [head.head], flags.out / "collection", dtype="float32")
+        collection = collect(
+            model, text, [head.layer], [head.head], flags.out / "collection", dtype="float32", progress=False
+        )
         say("4 of 5: training two dictionaries")
         for name, metric in recipes.items():
             if not (flags.out / name / "sae").exists():
@@ -87,14 +89,6 @@ def run_demo(flags: Demo, say: Say = print) -> Path:
         page = atomic_text(flags.out / PAGE, page_of(recalled, head, qualities))
     say(f"\n{recalled.lines()}\n\nopen in a browser:")
     return page
-
-
-def check_head(flags: Demo, model: HookedRecurrent) -> None:
-    """Raise UnsupportedModelError or ValueError where the layer or the head that is named is not there."""
-    layer = model.cfg.recurrent_layers[0] if flags.layer is None else flags.layer
-    n_heads = model.cfg.layer(layer).H
-    if flags.head is not None and not 0 <= flags.head < n_heads:
-        raise ValueError(f"head {flags.head} is out of range: layer {layer} has heads 0 to {n_heads - 1}")
 
 
 class ChosenHead(NamedTuple):
@@ -115,13 +109,10 @@ class ChosenHead(NamedTuple):
         return f"model {self.model!r}, {place}: {memory}; deleting all writes costs {self.nats:.3f} nats a token"
 
 
-def choose_head(flags: Demo, model: HookedRecurrent, tokens: Tensor) -> ChosenHead:
-    """The head that is named, or that whose writes do most, of those with a half-life of `memory` or more (of all,
-    where there is none)."""
-    layers = model.cfg.recurrent_layers if flags.layer is None else [flags.layer]
-    effects = head_effects(model, tokens, layers, None if flags.head is None else [flags.head])
-    layer, head, half_life, nats = strongest_head(effects, flags.memory)
-    return ChosenHead(flags.model, model.cfg.layer(layer).rule, layer, head, half_life, nats)
+def choose_head(model: HookedRecurrent, tokens: Tensor) -> ChosenHead:
+    """The head whose writes do most, of those that remember for a while."""
+    layer, head, half_life, nats = strongest_head(head_effects(model, tokens))
+    return ChosenHead(model.cfg.model_name, model.cfg.layer(layer).rule, layer, head, half_life, nats)
 
 
 def trained_sae(
@@ -129,7 +120,7 @@ def trained_sae(
 ) -> MatrixTrainingSAE:
     """A dictionary."""
     place = (head.layer, head.head)
-    sizes = {name: getattr(flags, name) for name in ("d_sae", "context_size", "seed", "training_tokens")}
+    sizes = {name: getattr(flags, name) for name in ("d_sae", "seed", "training_tokens")}
     with quiet():
         fitted = None if metric == "frobenius" else fit_metrics(model, collection.tokens[:64], [place])[place]
         cfg = training_config(collection, *place, metric=metric, sae={"k": 1}, verbose=False, **sizes)

@@ -32,7 +32,7 @@ def check_settings(folder: Path, settings: Mapping[str, object], names: Sequence
     if not file.exists():
         check_absent(folder / name for name in names)
         return
-    wanted = json.loads(json.dumps(settings))  # lists for tuples, as the file has them
+    expected = json.loads(json.dumps(settings))  # lists for tuples, as the file has them
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -41,7 +41,7 @@ def check_settings(folder: Path, settings: Mapping[str, object], names: Sequence
         ) from error
     saved = content if isinstance(content, dict) else {}
     differing = [
-        f"{key}: {saved.get(key)!r}, now {value!r}" for key, value in wanted.items() if saved.get(key) != value
+        f"{key}: {saved.get(key)!r}, now {value!r}" for key, value in expected.items() if saved.get(key) != value
     ]
     if differing:
         raise ValueError(

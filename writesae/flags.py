@@ -30,18 +30,10 @@ class Demo:
     model: str = "embedded"
     """Model to look into: one that ships with the package (embedded, embedded-mamba2, embedded-rwkv7), a folder, or a
     name on the hub."""
-    layer: int | None = None
-    """Recurrent layer. By default the head is taken whose writes do most, of those with a half-life of `memory`."""
-    head: int | None = None
-    """Head of that layer."""
-    memory: float = 16.0
-    """Least half-life of a write, in tokens, where no head is named."""
     d_sae: int = 256
     """Atoms of a dictionary."""
     training_tokens: int = 64_000
     """Tokens that each dictionary sees, in as many epochs of the text as that needs."""
-    context_size: int = 128
-    """Tokens per sequence."""
     train_sequences: int = 160
     """Sequences of the training text, or all that there are."""
     eval_sequences: int = 24
@@ -54,8 +46,8 @@ class Demo:
     """Folder for demo.html, the writes that were read, and the dictionaries."""
 
     def __post_init__(self) -> None:
-        sizes = ("d_sae", "training_tokens", "context_size", "train_sequences", "eval_sequences")
-        at_least(self, dict.fromkeys(sizes, 1) | {"memory": 0, "seed": 0})
+        sizes = ("d_sae", "training_tokens", "train_sequences", "eval_sequences")
+        at_least(self, dict.fromkeys(sizes, 1) | {"seed": 0})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,7 +237,7 @@ class AtomSettings:
     half_life_firings: int = 10
     """Firings of an atom after which its write is followed."""
     half_life_limit: int = 128
-    """Longest half-life that is measured, in tokens."""
+    """Longest half-life that is looked for, in tokens; at most half of a sequence."""
     effect_firings: int = 3
     """Firings of an atom at which its effect on the logits is measured. 0: not measured."""
     effect_horizon: int = 16
@@ -307,8 +299,8 @@ class Export(OnAtoms):
 class Prompt:
     """Open a page on this machine: read a text, cut or replace what the model remembers of it, and ask why it answers.
 
-    The page also shows what each head reads, and which atoms fire. Needs no network. It answers to this machine alone,
-    until it is interrupted.
+    With a dictionary the page also shows which atoms fire. Needs no network. It answers to this machine alone, until it
+    is interrupted.
     """
 
     model: tyro.conf.Positional[str | None] = None
@@ -340,18 +332,16 @@ class Prompt:
 class Push:
     """Publish dictionaries on the Hugging Face hub, with a card: their hooks, and the lines that load them.
 
-    The repository is made if there is none. All files go up in one commit, so that it is whole or absent; a card
-    that is there is replaced. Log in first: `hf auth login`.
+    The repository is made if there is none. Each dictionary goes up in a commit, and the card after them; a card that
+    is there is replaced. Log in first: `hf auth login`. For a private repository: `hf repos create NAME --private`.
     """
 
     folder: tyro.conf.Positional[Path]
     """Folder of a dictionary, or one below which `writesae train`, `demo` or `reproduce` left some."""
     repo: tyro.conf.Positional[str]
     """Repository, OWNER/NAME."""
-    private: bool = False
-    """Make the repository private, if it is new."""
     dry_run: bool = False
-    """Print the names of the files and the card, and upload nothing."""
+    """Print the card, and upload nothing."""
 
     def check(self) -> None:
         """Raise ValueError where there is no SAE."""

@@ -36,15 +36,15 @@ def list_models(flags: Models) -> str:
 def cost_lines(name: str, tokens: int, dtype: str) -> Iterator[str]:
     """What hooks of a model hold, of one sequence."""
 
-    found = cost(name, tokens=tokens, dtype=getattr(torch, dtype))
-    yield f"{name}: weights {size_text(found.weights)} in {dtype}. One sequence of {tokens} tokens holds:"
-    yield f"  {size_text(found.cached):>9}  a cached run without names_filter (no matrices, no patterns)"
-    yield f"  {size_text(found.state):>9}  all recurrent states, of any number of tokens"
-    if found.memory is not None:
-        yield f"  {size_text(found.memory):>9}  model.memory"
+    costs = cost(name, tokens=tokens, dtype=getattr(torch, dtype))
+    yield f"{name}: weights {size_text(costs.weights)} in {dtype}. One sequence of {tokens} tokens holds:"
+    yield f"  {size_text(costs.cached):>9}  a cached run without names_filter (no matrices, no patterns)"
+    yield f"  {size_text(costs.state):>9}  all recurrent states, of any number of tokens"
+    if costs.memory is not None:
+        yield f"  {size_text(costs.memory):>9}  model.memory"
     yield ""
     yield f"{'hook':42}  {'hooks':>5}  {'bytes a token':>13}  {'one hook':>9}  {'all':>9}"
-    for hook in found.hooks:
+    for hook in costs.hooks:
         sizes = f"{hook.bytes / tokens:13,.0f}  {size_text(hook.bytes):>9}  {size_text(hook.n * hook.bytes):>9}"
         yield f"{hook.name:42}  {hook.n:5}  {sizes}"
 

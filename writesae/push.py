@@ -1,14 +1,10 @@
-"""The command `writesae push`: dictionaries on the Hugging Face hub, with a card.
-
-The files are those that SAELens downloads, so that `SAE.from_pretrained(REPO, NAME)` loads each. SAELens' own card
-would not do: its code does not import this package, and ends in a KeyError for these architectures.
+"""The command `writesae push`: dictionaries on the Hugging Face hub, by SAELens' own uploader, with a card.
 
 Someone else may have written a dictionary, and a link in it may lead to a private file. So none of its files is
-uploaded: what `load_sae` read is saved again into a new folder, and only that folder goes up. Its metadata is data:
-a field is published only if `_FORMS` has it and its value has the form given there, so that no token, no address and no
-path of this machine goes up.
+uploaded, but what `load_sae` read of it. Its metadata is data: a field is published only if `_FORMS` has it and its
+value has the form given there, so that no token, no address and no path of this machine goes up.
 
-SAELens' own uploader makes a commit for each dictionary, leaves `SHA256SUMS` out and knows no private repositories.
+The card is this package's, for SAELens' own tells no reader what registers these architectures, nor their hooks.
 """
 
 from __future__ import annotations
@@ -16,19 +12,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 from huggingface_hub import HfApi, ModelCardData
 from huggingface_hub.utils import validate_repo_id
-from sae_lens import SAE
+from sae_lens import SAE, upload_saes_to_huggingface
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import SAEConfig, SAEMetadata
 
 from hookpoints import embedded
-from hookpoints.files import atomic_text, write_checksums
 from sae_lens_writesae.sae.load import load_sae
 from sae_lens_writesae.sae.matrix import REQUIRES
 from sae_lens_writesae.sae.target import HeadHook
@@ -77,30 +71,29 @@ _HUB_NAMES = ("model_name", "dataset_path")
 
 
 def run_push(flags: Push) -> str:
-    """Check every dictionary, then upload; returns the address of the commit.
+    """Check every dictionary, then upload, one commit each, and the card last. Returns the address of its commit, or
+    with `dry_run` the card.
 
     Raises:
         ValueError: no dictionary, a damaged one, two of one name, or a name of a repository that the hub does not
-            take.
+            take; before anything is uploaded.
         OSError: the hub cannot be reached, or refuses.
     """
     validate_repo_id(flags.repo)
-    with tempfile.TemporaryDirectory() as folder:
-        saes = saved_anew(flags.folder, Path(folder))
-        text = atomic_text(Path(folder, "README.md"), card(flags.repo, saes)).read_text("utf-8")
-        if flags.dry_run:
-            files = sorted(str(file.relative_to(folder)) for file in Path(folder).rglob("*") if file.is_file())
-            return "\n".join([*files, "", text])
-        hub = HfApi()
-        hub.create_repo(flags.repo, private=flags.private or None, exist_ok=True)  # None: the default of the owner
-        message = f"Upload {', '.join(saes)}"
-        commit = hub.upload_folder(repo_id=flags.repo, folder_path=folder, commit_message=message)
-        return commit.commit_url
+    saes = publishable_saes(flags.folder)
+    text = card(flags.repo, saes)
+    if flags.dry_run:
+        return text
+    upload_saes_to_huggingface(cast(Any, saes), flags.repo, add_default_readme=False)
+    commit = HfApi().upload_file(
+        path_or_fileobj=text.encode(), path_in_repo="README.md", repo_id=flags.repo, commit_message="Upload the card"
+    )
+    return commit.commit_url
 
 
-def saved_anew(folder: Path, fresh: Path) -> dict[str, SAE]:
-    """Load the dictionaries in or below a folder, and save each into `fresh`, under the name that it gets in a
-    repository. Returns them by these names.
+def publishable_saes(folder: Path) -> dict[str, SAE]:
+    """The dictionaries in or below a folder, with the metadata that is published, by the names that they get in a
+    repository.
 
     Raises:
         ValueError: there is none, one is damaged or not of a head, two have the same name, or a name has other
@@ -118,8 +111,6 @@ def saved_anew(folder: Path, fresh: Path) -> dict[str, SAE]:
             raise ValueError(f"{named} and another folder would both be {name}: push them apart")
         if not re.fullmatch(r"[\w./=+, -]+", name):
             raise ValueError(f"{named}: expected a name of letters and digits, got {name!r}; rename the folder")
-        sae.save_model(fresh / name)
-        write_checksums(fresh / name, ("cfg.json", "sae_weights.safetensors"))
         saes[name] = sae
     return saes
 

@@ -154,9 +154,9 @@ def opened_collection(flags: Train, say: Say) -> Collection:
     """
     folder = flags.out / "collection"
     if flags.model is None:
-        given = flags.collection or flags.out
-        inside = Path(given) / "collection"
-        return Collection.open(inside if inside.is_dir() else given)
+        place = flags.collection or flags.out
+        inside = Path(place) / "collection"
+        return Collection.open(inside if inside.is_dir() else place)
     with suppress(CollectionError):  # none yet
         name = Collection.open(folder).model_name
         if name not in (flags.model, str(Path(flags.model).resolve())):
@@ -170,7 +170,7 @@ def opened_collection(flags: Train, say: Say) -> Collection:
         names = flags.dictionaries()
         needed: set[Target] = {name.target for name in names}
         needed |= {"state"} if any(name.loss == "reads" for name in names) else set()
-        wanted = Collect(
+        collect_flags = Collect(
             model=flags.model,
             layers=flags.layers,
             heads=flags.heads,
@@ -179,7 +179,7 @@ def opened_collection(flags: Train, say: Say) -> Collection:
             context_size=flags.context_size,
             out=folder,
         )
-        collect_from(wanted, model, text, say, or_fewer=True)
+        collect_from(collect_flags, model, text, say, or_fewer=True)
         return Collection.open(folder)
 
 

@@ -167,7 +167,7 @@ def test_a_question_about_a_head_is_asked_without_a_dictionary(tmp_path: Path) -
 
 def test_the_collection_of_a_dictionary_is_that_of_its_run(folders: Path, tmp_path: Path) -> None:
     """A folder further up that happens to have the name belongs to somebody else."""
-    for run_of in ("trained", "demo", "collected"):
+    for run_of in ("trained", "collected"):
         saes = sae_folders(folders / run_of)
         assert saes and {run_folder(sae) for sae in saes} == {(folders / run_of).resolve()}
     (tmp_path / "collection").mkdir()

@@ -22,6 +22,7 @@ from sae_lens_writesae.sae.runner import training_config
 from sae_lens_writesae.sae.target import HeadHook
 from writesae.dictionary.quality import DictionaryQuality, dictionary_quality, head_effects, qualities
 from writesae.experiment.lab import Lab
+from writesae.head.writes import half_lives
 from writesae.training import quiet
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -33,14 +34,14 @@ def finite(quality: DictionaryQuality) -> dict[str, Any]:
 
 
 def test_an_exact_dictionary_gives_everything_back(model: HookedRecurrent, short_text: Tensor) -> None:
-    found = qualities(Lab(model, {"write": exact(HOOK), "state": exact(STATE)}, short_text))
-    for target, quality in found.items():
+    measured = qualities(Lab(model, {"write": exact(HOOK), "state": exact(STATE)}, short_text))
+    for target, quality in measured.items():
         assert quality.target == target and quality.n_tokens == short_text.numel()
         assert quality.explained == pytest.approx(1, abs=1e-6) and quality.recovered is not None
         assert quality.recovered.mean == pytest.approx(1, abs=1e-4) and quality.recovered.n_clusters == 6
         assert quality.coverage == 1 and quality.l0 > 1 and quality.floor < 1e-9 < quality.deleted.mean
     # Zero states are the writes deleted.
-    assert found["write"].deleted.mean == pytest.approx(found["state"].deleted.mean, rel=1e-4)
+    assert measured["write"].deleted.mean == pytest.approx(measured["state"].deleted.mean, rel=1e-4)
 
 
 @pytest.mark.parametrize("hook", [HOOK, STATE])
@@ -67,18 +68,10 @@ def test_the_dictionary_of_planted_writes_has_their_cosine(
 @pytest.mark.parametrize("hook", [HOOK, STATE])
 def test_recovered_kl_is_that_of_saelens(model: HookedRecurrent, short_text: Tensor, hook: str) -> None:
     sae = random_sae(model, target=HeadHook.parse(hook).target)
+    sizes: dict[str, Any] = {"d_sae": 4, "sae": {"k": 1}, "train_batch_size_tokens": 24, "n_batches_in_buffer": 4}
+    target = HeadHook.parse(hook).target
     cfg = training_config(
-        model,
-        LAYER,
-        HEAD,
-        target=HeadHook.parse(hook).target,
-        d_sae=4,
-        sae={"k": 1},
-        context_size=24,
-        is_dataset_tokenized=True,
-        train_batch_size_tokens=24,
-        n_batches_in_buffer=4,
-        verbose=False,
+        model, LAYER, HEAD, target=target, context_size=24, is_dataset_tokenized=True, verbose=False, **sizes
     )
     config = EvalConfig(batch_size_prompts=1, n_eval_reconstruction_batches=1, compute_kl=True)
     theirs: list[dict[str, float]] = []
@@ -98,11 +91,11 @@ def test_dead_atoms_equal_atoms_and_one_sequence_give_no_nan(model: HookedRecurr
     dead.b_enc.fill_(-1e6)
     for name in ("v", "w", "v_enc", "w_enc"):
         getattr(equal, name).copy_(getattr(equal, name)[:1].expand_as(getattr(equal, name)))
-    found = qualities(Lab(model, {"dead": dead, "equal": equal}, short_text))
-    assert finite(found["dead"]) | {"l0": 0, "alive": 0, "coverage": 0, "cosine": None} == finite(found["dead"])
-    recovered = found["dead"].recovered
+    measured = qualities(Lab(model, {"dead": dead, "equal": equal}, short_text))
+    assert finite(measured["dead"]) | {"l0": 0, "alive": 0, "coverage": 0, "cosine": None} == finite(measured["dead"])
+    recovered = measured["dead"].recovered
     assert recovered is not None and recovered.mean == pytest.approx(0, abs=1e-6)  # it writes nothing, as deletion does
-    finite(found["equal"])
+    finite(measured["equal"])
     one = finite(dictionary_quality(model, equal, short_text[:1]))
     assert one["deleted"]["low"] is None and one["recovered"]["high"] is None
 
@@ -125,27 +118,23 @@ def test_what_gives_no_coefficients_is_named(model: HookedRecurrent, short_text:
     assert list(qualities(Lab(model, {"a": scaled, "b": broken, "c": random_sae(model)}, short_text))) == ["c"]
 
 
-def test_heads_are_ordered_by_what_their_writes_do(model: HookedRecurrent, short_text: Tensor) -> None:
-    with muted(model, 24):
-        table = head_effects(model, short_text[:2, :12])
+def test_what_a_heads_writes_do_is_the_kl_of_deleting_them(model: HookedRecurrent, short_text: Tensor) -> None:
+    table = head_effects(model, short_text[:2])
     places = [(layer, head) for layer in model.cfg.recurrent_layers for head in range(model.cfg.layer(layer).H)]
     assert sorted(zip(table["layer"], table["head"])) == places and table["nats"].is_monotonic_decreasing
-    assert set(table[table["nats"] == 0]["layer"]) == {LAYER}
-
-
-def test_what_a_heads_writes_do_is_the_kl_of_deleting_them(model: HookedRecurrent, short_text: Tensor) -> None:
-    table = head_effects(model, short_text[:2], layers=[LAYER], heads=[0, HEAD]).set_index("head")
     kl = []
     for sequence in short_text[:2, None]:
         session = model.edit_session(sequence)
         edited = session.run([[WriteEdit(LAYER, HEAD, t, mode="delete") for t in range(24)]]).logits[0]
         p, q = (logits.double().log_softmax(-1) for logits in (session.logits[0], edited))
         kl.append((p.exp() * (p - q)).sum(-1).mean())
-    assert table.loc[HEAD, "nats"] == pytest.approx(float(torch.stack(kl).mean()), rel=1e-4)
-    lives = [  # by following the key of each write that has 12 tokens after it
-        int((left.norm(dim=-1) >= left[0].norm() / 2).long().cumprod(0).sum().clamp_max(12))
-        for r in (model.recurrence(sequence, LAYER).select(heads=slice(0, 1)) for sequence in short_text[:2, None])
-        for t in range(12)
-        for left in r.propagate(r.k[0, t], t, 0)[0, :, :13]
-    ]
-    assert table.loc[0, "half_life"] == float(torch.tensor(lives).median())
+    nats = table.set_index(["layer", "head"])["nats"]
+    assert nats[LAYER, HEAD] == pytest.approx(float(torch.stack(kl).mean()), rel=1e-4)
+
+
+def test_half_lives_follow_the_key_of_each_write(model: HookedRecurrent, short_text: Tensor) -> None:
+    """Of the writes that have 12 tokens after them."""
+    recurrence = model.recurrence(short_text[:1], LAYER).select(heads=slice(0, 1))
+    keys = [recurrence.propagate(recurrence.k[0, t], t, 0)[0, 0, :13] for t in range(12)]
+    lives = [int((left.norm(dim=-1) >= left[0].norm() / 2).long().cumprod(0).sum().clamp_max(12)) for left in keys]
+    assert half_lives(recurrence)[:, 0].tolist() == lives

@@ -10,7 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from saes import HEAD, LAYER, logits_with_write, random_sae
-from torch import Tensor, nn
+from torch import Tensor
 
 from hookpoints import HookedRecurrent, UnknownHookError
 from writesae.experiment.lab import EditedRows, Lab, Trial
@@ -19,12 +19,8 @@ T, WINDOW = 26, 5
 TEXT = torch.randint(1, 64, (3, T), generator=torch.Generator().manual_seed(8))
 
 
-def logits_of(rows: EditedRows) -> Mapping[str, NDArray[np.generic]]:
-    return {"logits": rows.window.numpy()}
-
-
-def make_lab(model: HookedRecurrent, **how: int) -> Lab:
-    return Lab(model, {"": random_sae(model)}, TEXT, **how)
+def make_lab(model: HookedRecurrent) -> Lab:
+    return Lab(model, {"": random_sae(model)}, TEXT)
 
 
 def trials_of(lab: Lab, window: int | None) -> tuple[list[Trial], list[Tensor | None]]:
@@ -65,12 +61,15 @@ def test_an_edited_run_is_a_full_forward_with_the_write_changed(model64: HookedR
             by_hand = full[int(str(trial.row["n"]))][rows.start : rows.start + rows.logits.shape[1]]
             gaps.append(float((rows.logits[n] - by_hand).abs().max()))
             assert rows.logits.shape[1] >= (T if window is None else trial.position + window) - rows.start
+        assert rows.plain is not None
+        native = rows.native[rows.start : rows.start + len(rows.plain)]
+        torch.testing.assert_close(rows.plain, native, rtol=0, atol=1e-10)
         return {"gap": np.array(gaps)}
 
-    table = lab.read(lab.site(1), trials, gap, window)
+    table = lab.read(lab.site(1), trials, gap, window, plain=True)
     assert table["n"].tolist() == list(range(12))  # one row a trial, in their order
     assert table["gap"].max() < 1e-10
-    assert lab.counts["runs"] == 12
+    assert lab.counts["runs"] == 12  # the plain rows are no conditions
 
 
 def test_batches_are_small_and_near_and_change_nothing(model64: HookedRecurrent) -> None:
@@ -79,30 +78,16 @@ def test_batches_are_small_and_near_and_change_nothing(model64: HookedRecurrent)
 
     def spy(rows: EditedRows) -> Mapping[str, NDArray[np.generic]]:
         seen.append(tuple(rows.logits.shape[:2]))
-        return logits_of(rows)
+        return {"logits": rows.window.numpy()}
 
-    whole, cut = make_lab(model64), make_lab(model64, rows_per_run=3)
-    trials, _ = trials_of(whole, WINDOW)
-    first, second = (lab.read(lab.site(1), trials, spy, WINDOW) for lab in (whole, cut))
-    np.testing.assert_allclose(np.stack(first["logits"]), np.stack(second["logits"]), rtol=0, atol=1e-12)
-    assert max(n for n, _ in seen[-4:]) <= 3 < max(n for n, _ in seen) and whole.counts["runs"] == 12
     text = torch.randint(1, 64, (1, 80), generator=torch.Generator().manual_seed(2))
-    far = Lab(model64, {"": random_sae(model64)}, text)
-    far.read(far.site(0), [Trial({}, t, far.replace(t, None)) for t in (70, 5, 6, 71)], spy, 2)
-    assert [length for _, length in seen[-2:]] == [3, 3]
-
-
-def test_a_plain_row_runs_in_the_same_batch(model64: HookedRecurrent) -> None:
-    lab = make_lab(model64)
-    trials, _ = trials_of(lab, WINDOW)
-
-    def plain(rows: EditedRows) -> Mapping[str, NDArray[np.float64]]:
-        assert rows.plain is not None and len(rows.logits) == len(rows.trials)
-        native = rows.native[rows.start : rows.start + len(rows.plain)]
-        return {"gap": np.full(len(rows.trials), float((rows.plain - native).abs().max()))}
-
-    assert lab.read(lab.site(1), trials, plain, WINDOW, plain=True)["gap"].max() < 1e-10
-    assert lab.counts["runs"] == 12  # the plain row is no condition
+    tables = []
+    for rows_per_run in (256, 1):
+        lab = Lab(model64, {"": random_sae(model64)}, text, rows_per_run=rows_per_run)
+        trials = [Trial({}, t, lab.replace(t, None)) for t in (70, 5, 6, 71)]
+        tables.append(np.stack(lab.read(lab.site(0), trials, spy, 2)["logits"]))
+    np.testing.assert_allclose(tables[0], tables[1], rtol=0, atol=1e-12)
+    assert seen == [(2, 3)] * 2 + [(1, 2)] * 4
 
 
 def test_sites_have_the_head_and_the_rows_of_each_sequence(model64: HookedRecurrent) -> None:
@@ -123,17 +108,6 @@ def test_sites_have_the_head_and_the_rows_of_each_sequence(model64: HookedRecurr
     assert part.writes.keys.shape[0] == 6
     both = lab.native_writes([2, 0])
     torch.testing.assert_close(both.rows(slice(T, None)).dense(), sites[0].writes.dense())
-
-
-@pytest.mark.usefixtures("no_grad")
-def test_a_recurrence_runs_the_model_up_to_its_layer(model64: HookedRecurrent) -> None:
-    finished: list[nn.Module] = []
-    blocks = model64.hf_model.model.layers
-    handles = [block.register_forward_hook(lambda block, *_: finished.append(block)) for block in blocks]
-    make_lab(model64).recurrence(0)
-    for handle in handles:
-        handle.remove()
-    assert finished == list(blocks)[: LAYER + 1]
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from writesae.page.atoms import AtomPagesData, write_atom_pages
 from writesae.page.prompt import PromptServer
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def folder(embedded: HookedRecurrent, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained SAE."""
     path = tmp_path_factory.mktemp("prompt") / "sae"
@@ -40,14 +40,14 @@ def serving(flags: Prompt) -> Iterator[PromptServer]:
         thread.join()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server(folder: Path) -> Iterator[PromptServer]:
     """Of a model with a dictionary."""
     with serving(Prompt(sae=folder, port=0)) as started:
         yield started
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def speaker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PromptServer]:
     """Of a model that answers questions, with a reader that was saved."""
     told = HookedRecurrent.from_pretrained("facts-english")
@@ -78,7 +78,7 @@ def planted(model: HookedRecurrent, tokens: Tensor) -> WriteTopKSAE:
 @pytest.fixture(scope="session")
 def data(model: HookedRecurrent, planted: WriteTopKSAE, tokens: Tensor) -> AtomPagesData:
     """What their pages show."""
-    return SMALL.collect(model, planted, tokens, progress=False)
+    return SMALL.collect(model, planted, tokens)
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,8 @@ import pytest
 from browsing import PHONE, opened, scrolls_sideways
 from playwright.sync_api import Browser, Page, expect
 
-from page.planted_atoms import HEAD
-from writesae.demo import ChosenHead, RecalledMemory, page_of, recall
-from writesae.page.atoms import AtomPage, AtomPagesData, write_atom_pages
+from writesae.demo import ChosenHead, Recalled, RecalledMemory, page_of
+from writesae.page.atoms import AtomPagesData, write_atom_pages
 from writesae.page.prompt import PromptServer
 
 pytestmark = pytest.mark.slow  # a browser
@@ -55,10 +53,8 @@ def places(data: AtomPagesData, server: PromptServer, tmp_path_factory: pytest.T
     folder: Path = tmp_path_factory.mktemp("pages")
     info = data.info | dict.fromkeys(("label", "model", "rule", "architecture"), EVIL)
     index = write_atom_pages(AtomPagesData(info, everywhere(data.atoms)), folder)
-    memories = 2 * [RecalledMemory(EVIL, [{"text": EVIL, "score": 1.0, "span": None}], EVIL, 0.5)]
-    demo = replace(
-        recall(), sentences={EVIL: (EVIL, 0.5)}, cut=EVIL, question=EVIL, memories=memories, scores={"read": 1.0}
-    )
+    memory = RecalledMemory(EVIL, [{"text": EVIL, "score": 1.0, "span": None}], EVIL, 0.5)
+    demo = Recalled({EVIL: (EVIL, 0.5)}, EVIL, EVIL, [memory, memory], EVIL, {"read": 1.0}, "<svg></svg>")
     (folder / "demo.html").write_text(page_of(demo, ChosenHead(EVIL, EVIL, 2, 1, 20.0, 0.1), {EVIL: QUALITY}))
     return {
         "demo": folder / "demo.html",
@@ -68,18 +64,21 @@ def places(data: AtomPagesData, server: PromptServer, tmp_path_factory: pytest.T
     }
 
 
-@pytest.fixture(params=["demo", "index", "atom", "prompt"])
-def place(request: pytest.FixtureRequest, places: dict[str, Any]) -> Any:
-    """Each page in turn."""
-    return places[request.param]
-
-
 def background(page: Page) -> str:
     return page.evaluate("getComputedStyle(document.body).backgroundColor")
 
 
-def test_colors_follow_the_system_until_the_button_says_otherwise(browser: Browser, place: Any) -> None:
-    assert_colors(browser, place, "dark", DARK, LIGHT)
+@pytest.mark.parametrize(("name", "where"), [("demo", "td b"), ("index", "h1"), ("atom", "mark"), ("prompt", "")])
+def test_a_page_is_read_on_any_screen_on_paper_and_by_keyboard(
+    browser: Browser, places: dict[str, Any], name: str, where: str
+) -> None:
+    if name == "index":  # the others share its theme
+        assert_colors(browser, places[name], "dark", DARK, LIGHT)
+    assert_fits_a_phone(browser, places[name])
+    assert_prints(browser, places[name])
+    assert_keyboard(browser, places[name])
+    if where:
+        assert_no_markup(browser, places[name], where)
 
 
 def assert_colors(browser: Browser, place: Any, scheme: Any, first: str, other: str) -> None:
@@ -94,10 +93,6 @@ def assert_colors(browser: Browser, place: Any, scheme: Any, first: str, other: 
         assert page.locator("#theme").inner_text() == ("Light" if other == DARK else "Dark")
 
 
-def test_a_phone_shows_everything_without_scrolling_sideways(browser: Browser, place: Any) -> None:
-    assert_fits_a_phone(browser, place)
-
-
 def assert_fits_a_phone(browser: Browser, place: Any) -> None:
     """Without scrolling sideways."""
     with opened(browser, place, **PHONE) as page:
@@ -106,10 +101,6 @@ def assert_fits_a_phone(browser: Browser, place: Any) -> None:
         assert page.locator(".scroll:has(.stack)").evaluate_all(
             "all => all.every((e) => e.scrollWidth <= e.clientWidth)"
         )
-
-
-def test_paper_is_light_and_has_what_is_folded(browser: Browser, place: Any) -> None:
-    assert_prints(browser, place)
 
 
 def assert_prints(browser: Browser, place: Any) -> None:
@@ -124,10 +115,6 @@ def assert_prints(browser: Browser, place: Any) -> None:
         assert page.pdf(format="A4").startswith(b"%PDF")
 
 
-def test_the_keyboard_reaches_every_control_and_shows_where_it_is(browser: Browser, place: Any) -> None:
-    assert_keyboard(browser, place)
-
-
 def assert_keyboard(browser: Browser, place: Any) -> None:
     """It reaches every control, and shows where it is."""
     with opened(browser, place) as page:
@@ -137,11 +124,6 @@ def assert_keyboard(browser: Browser, place: Any) -> None:
             page.keyboard.press("Tab")
             assert page.evaluate(REACHED)
         assert controls.evaluate_all("all => all.every((each) => 'reached' in each.dataset)")
-
-
-@pytest.mark.parametrize(("name", "where"), [("demo", "td b"), ("index", "h1"), ("atom", "mark")])
-def test_no_text_becomes_markup(browser: Browser, places: dict[str, Any], name: str, where: str) -> None:
-    assert_no_markup(browser, places[name], where)
 
 
 def assert_no_markup(browser: Browser, place: Path, where: str) -> None:
@@ -157,7 +139,7 @@ def address(server: PromptServer) -> str:
 
 def test_a_prompt_is_read_and_stays_text(browser: Browser, server: PromptServer) -> None:
     with opened(browser, address(server), **PHONE) as page:
-        page.locator("#sources li").first.wait_for()
+        page.locator("#acts, #atoms li").first.wait_for()
         page.get_by_label("Text").fill(EVIL[5:-160])
         page.get_by_role("button", name="Read", exact=True).click()
         shown = page.locator("#text")
@@ -165,13 +147,10 @@ def test_a_prompt_is_read_and_stays_text(browser: Browser, server: PromptServer)
         assert EVIL[5:-160] in shown.inner_text().replace("\n", "").replace("·", " ")
         assert page.locator("img").count() == 0 and page.locator("script").count() == 1
         shown.get_by_role("button").nth(3).click()
-        for name, count in (("sources", 4), ("atoms", 1)):
-            expect(page.locator(f"#{name} li")).to_have_count(count)
-        page.get_by_label("Head").select_option(str(HEAD - 1))
-        page.get_by_text("No dictionary of this head is loaded.").wait_for()
+        expect(page.locator("#atoms li")).to_have_count(1)
 
 
-def test_a_sentence_is_cut_replaced_and_restored(browser: Browser, speaker: PromptServer) -> None:
+def test_a_sentence_or_a_phrase_is_cut_replaced_and_restored(browser: Browser, speaker: PromptServer) -> None:
     """The question is asked again each time; the reader's score of the sentence follows."""
     with opened(browser, address(speaker), **PHONE) as page:
         sentence = page.locator("#acts li").filter(has_text="The home of Clara is Vienna.")
@@ -196,23 +175,18 @@ def test_a_sentence_is_cut_replaced_and_restored(browser: Browser, speaker: Prom
         assert page.locator("#text .told").count() == 7
         page.get_by_role("button", name="Restore all").click()
         said.get_by_text("The model still says “Vienna.”").wait_for()
-        assert not scrolls_sideways(page)
-
-
-def test_a_phrase_of_the_text_is_marked_taken_and_cut(browser: Browser, speaker: PromptServer) -> None:
-    with opened(browser, address(speaker)) as page:
-        page.locator("#sources li").first.wait_for()
+        # A phrase of the text is marked, taken and cut.
         tokens = page.locator("#text button")
         vienna = tokens.all_inner_texts().index("·Vienna")
         tokens.nth(vienna - 1).click()
         tokens.nth(vienna).click()
         page.get_by_role("button", name="Take the marked phrase").click()
-        phrase, sentence = page.locator("#acts li").first, page.locator("#acts li").filter(has_text="The home of Clara")
-        phrase.get_by_role("button", name="Cut is Vienna").click()
+        page.locator("#acts li").first.get_by_role("button", name="Cut is Vienna").click()
         page.locator("#text .cut").first.wait_for()
         assert page.locator("#text .cut").all_inner_texts() == ["·is", "·Vienna"]
         sentence.get_by_role("button", name="Cut").click()
         page.get_by_text("shares tokens with “is Vienna”").wait_for()
+        assert not scrolls_sideways(page)
 
 
 def cut_of(page: Page, sentence: str) -> None:
@@ -228,7 +202,7 @@ def ask_anew(page: Page, question: str) -> str:
     return page.locator("#said").inner_text()
 
 
-VIENNA, PARIS = "The home of Clara is Vienna.", "Clara lives in Paris."
+VIENNA = "The home of Clara is Vienna."
 
 
 def test_changes_outlive_another_question_and_a_reload(browser: Browser, speaker: PromptServer) -> None:
@@ -241,83 +215,31 @@ def test_changes_outlive_another_question_and_a_reload(browser: Browser, speaker
         cut.filter(has_text=VIENNA).wait_for()
         assert page.get_by_label("Question, or").input_value() == "Where is the home of Clara?"
         assert after.inner_text() == "Paris." and page.locator("#before").inner_text() == "Vienna."
-        # Replaced by nothing, it is cut, and says so.
-        sentence = page.locator("#acts li").filter(has_text=PARIS)
-        sentence.get_by_role("textbox").fill(" ")
-        sentence.get_by_role("button", name="Replace").click()
-        cut.filter(has_text=PARIS).wait_for()
-        assert cut.count() == 2
         # A text that is not read yet has no part in what is below.
-        text = page.get_by_label("Text that")
-        shown = page.locator("#text").inner_text()
-        text.fill("Boris lives in Rome. We are at peace.")
-        assert typed.is_visible()
-        page.get_by_role("button", name=f"Restore {PARIS}").click()
-        page.locator("#said").get_by_text("The model").wait_for()
-        assert page.locator("#text").inner_text() == shown and cut.count() == 1
-        assert ask_anew(page, "Where does Boris live?").endswith(
-            "the text is another one, so 1 of your changes are gone"
-        )
+        page.get_by_label("Text that").fill("Boris lives in Rome. We are at peace.")
+        assert typed.is_visible() and cut.count() == 1
+        said = ask_anew(page, "Where does Boris live?")
+        assert said.endswith("the text is another one, so 1 of your changes are gone")
         assert not cut.count() and not typed.is_visible() and after.inner_text() == "Rome."
 
 
-def test_two_tabs_ask_each_of_their_own_text(browser: Browser, server: PromptServer) -> None:
-    texts = ("The Secretary of the Treasury and the", "The people of the United States and the")
-    with opened(browser, address(server)) as one, opened(browser, address(server)) as other:
-        for page, text in zip((one, other), texts):
-            page.locator("#sources li").first.wait_for()
-            page.get_by_label("Text that").fill(text)
-            ask_anew(page, "Secretary of the")
-            page.get_by_role("button", name="Why this answer?").click()
-            page.locator("#picture .node").first.wait_for()
-        for page in (one, other):
-            page.get_by_role("button", name=re.compile(r"^L\d+H\d+@\d+:")).first.press("Enter")
-            page.locator("#answer").get_by_text("What made the write").wait_for()
-            page.get_by_role("button", name="Pin", exact=True).click()
-            page.get_by_role("button", name="Delete these").click()
-            page.locator("#set-said").get_by_text("with all nodes it is").wait_for()
-        found = [page.locator("#set-said").inner_text().split("with all nodes it is")[1] for page in (one, other)]
-    for text, metric in zip(texts, found):
-        graph = server.session.explained(text, "Secretary of the", "", "")
-        assert metric.strip(" .") == f"{graph.metadata['metric']:.2f}"
-    assert found[0] != found[1]
-
-
-def test_why_says_that_it_is_of_the_text_before_changes(browser: Browser, speaker: PromptServer) -> None:
-    with opened(browser, address(speaker)) as page:
+def test_why_names_what_made_the_answer_before_changes(browser: Browser, speaker: PromptServer) -> None:
+    with opened(browser, address(speaker), **PHONE) as page:
         note, answer = page.locator("#as-read"), page.locator("#answer")
         cut_of(page, VIENNA)
         assert note.is_visible()
         page.get_by_role("button", name="Why this answer?").click()
         answer.get_by_text("of the text as it was read, before your changes.").wait_for()
         assert "Vienna" in answer.inner_text()
-        page.get_by_role("button", name="Restore all").click()
-        page.locator("#said").get_by_text("still says").wait_for()
-        assert not note.is_visible()
-
-
-def test_nodes_are_chosen_pinned_kept_and_deleted(browser: Browser, server: PromptServer) -> None:
-    with opened(browser, address(server), **PHONE) as page:
-        page.locator("#sources li").first.wait_for()
-        page.get_by_role("button", name="Why this answer?").click()
         page.get_by_role("button", name=re.compile(r"^L\d+H\d+@\d+:")).first.press("Enter")
         page.locator("#port-value li").first.wait_for()
-        assert page.locator("#port-gate li").count() and not scrolls_sideways(page)
-        assert page.locator("#node").inner_text().startswith("write of L")
-        page.get_by_role("button", name="Pin", exact=True).click()
-        page.locator('[data-node^="MLP"]').first.press("Enter")
-        page.locator("#port-input li").first.wait_for()
-        page.get_by_role("button", name="Pin", exact=True).click()
-        assert page.locator("#pinned li").count() == page.locator("#picture .pinned").count() == 2
-        for act, said in (("Keep these alone", "With these alone, and"), ("Delete these", "Without these, the model")):
-            page.get_by_role("button", name=act).click()
-            page.locator("#set-said").get_by_text(said).wait_for()
-            assert "with all nodes it is" in page.locator("#set-said").inner_text()
+        assert page.locator("#node").inner_text().startswith("write of L") and not scrolls_sideways(page)
         for _ in range(2):
             page.locator("#theme").click()
             assert len({*page.locator("#picture, #picture svg").evaluate_all(BACKGROUNDS)}) == 1
-        page.get_by_role("button", name="Unpin all").click()
-        assert not page.locator("#set").is_visible() and not page.locator("#picture .pinned").count()
+        page.get_by_role("button", name="Restore all").click()
+        page.locator("#said").get_by_text("still says").wait_for()
+        assert not note.is_visible()
 
 
 def listed(page: Page) -> list[int]:
@@ -327,27 +249,18 @@ def listed(page: Page) -> list[int]:
 
 
 ATOMS = list(range(6))
-COLUMNS: dict[str, Callable[[AtomPage], float | None]] = {
-    "rate": lambda p: p.rate,
-    "largest": lambda p: p.max_activation,
-    "cosine": lambda p: p.cosine if p.atom else None,
-    "half-life": lambda p: p.memory.half_life or p.memory.longest,
-    "direct r": lambda p: p.effect.direct_r if p.atom and p.effect else None,
-}
 
 
 def test_a_click_on_a_heading_sorts_and_another_turns(browser: Browser, data: AtomPagesData, site: Path) -> None:
     """What was not measured is a dash, and comes last either way."""
+    values = [atom.cosine if atom.atom else None for atom in data.atoms]
     with opened(browser, site / "index.html") as page:
-        for name, column in COLUMNS.items():
-            values = [column(atom) for atom in data.atoms]
-            heading = page.get_by_role("columnheader", name=name)
-            for sign, order in ((-1, "descending"), (1, "ascending")):
-                heading.get_by_role("button").click()
-                assert listed(page) == sorted(ATOMS, key=lambda n: (values[n] is None, sign * (values[n] or 0), n))
-                assert heading.get_attribute("aria-sort") == order
-            dashes = page.locator(f'td[data-name="{name}"]').get_by_text("–", exact=True).count()
-            assert dashes == values.count(None) == (name in ("cosine", "direct r"))
+        heading = page.get_by_role("columnheader", name="cosine")
+        for sign, order in ((-1, "descending"), (1, "ascending")):
+            heading.get_by_role("button").click()
+            assert listed(page) == sorted(ATOMS, key=lambda n: (values[n] is None, sign * (values[n] or 0), n))
+            assert heading.get_attribute("aria-sort") == order
+        assert page.locator('td[data-name="cosine"]').get_by_text("–", exact=True).count() == 1
 
 
 def test_words_and_bounds_filter_and_the_address_saves_them(browser: Browser, data: AtomPagesData, site: Path) -> None:

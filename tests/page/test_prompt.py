@@ -6,23 +6,23 @@ import http.client
 import json
 import re
 import socket
-import threading
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from recurrences import FORMS, entrywise, random_recurrence
 from sae_lens import SAE
+from saes import make_sae
 
 from hookpoints import HookedRecurrent, Memory, zoo
 from hookpoints.errors import InputError
-from page.planted_atoms import HEAD, HOOK, LAYER, empty_sae
+from page.conftest import serving
+from page.planted_atoms import HEAD, HOOK, LAYER
 from writesae.flags import Prompt
 from writesae.page.prompt import MAX_BYTES, PromptServer
-from writesae.page.remembered import _ANY, default_prompt, unknown_words
-from writesae.page.session import MAX_TOKENS, read_shares
+from writesae.page.remembered import default_prompt
+from writesae.page.session import MAX_TOKENS
 
 
 def ask(server: PromptServer, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
@@ -36,38 +36,22 @@ def ask(server: PromptServer, method: str, path: str, body: Any = None, **header
     return answer.status, json.loads(content) if answer.getheader("Content-Type") == "application/json" else content
 
 
-@pytest.mark.parametrize("form", [*FORMS, "a decay for each entry"])
-def test_a_share_is_what_the_read_has_of_one_write(form: str) -> None:
-    """Compared with the response to the writes of one token alone."""
-    r = random_recurrence(form if form in FORMS else "gdn", T=9, H=1, dtype=torch.float64, initial_state=True)
-    r = (r if form in FORMS else entrywise(r)).replace(initial_state=None)
-    shares, read = read_shares(r), r.outputs()[0, :, 0]
-    for s in range(r.T):
-        alone = torch.zeros_like(r.u)
-        alone[:, s] = r.u[:, s]
-        response = r.with_write(r.k, alone)
-        part = (response.outputs()[0, :, 0] * read).sum(-1) / read.square().sum(-1).clamp_min(1e-30)
-        torch.testing.assert_close(shares[:, s], part, rtol=0, atol=1e-10)
-    reads = slice(int(r.read_before_write), None)  # such a rule reads nothing at its first token
-    torch.testing.assert_close(shares[reads].sum(-1), torch.ones(r.T, dtype=torch.float64)[reads], rtol=0, atol=1e-10)
-
-
 TEXT = "The war between the States was over."
-READ: dict[str, Any] = {"text": TEXT, "question": "The", "layer": LAYER, "head": HEAD}
+READ: dict[str, Any] = {"text": TEXT, "question": "The"}
 
 
-def test_a_text_is_read_by_a_head(embedded: HookedRecurrent, server: PromptServer, folder: Path) -> None:
-    status, reading = ask(server, "POST", "/head", READ)
-    tokens = embedded.to_tokens(f"{TEXT} The")
-    assert status == 200 and [len(row) for row in reading["shares"]] == list(range(1, tokens.shape[1] + 1))
-    assert all(sum(row) == pytest.approx(1, abs=2e-3) for row in reading["shares"])
-    sae: Any = SAE.load_from_disk(folder)
-    _, cache = embedded.run_with_cache(tokens, names_filter=[sae.cfg.metadata.hook_name])
-    active = sae.encode(cache[sae.cfg.metadata.hook_name][0]).detach()
+def test_atoms_are_those_that_the_first_dictionary_of_a_head_has(embedded: HookedRecurrent, tmp_path: Path) -> None:
+    for n, hook in enumerate((HOOK, HOOK, HOOK.replace(f"heads.{HEAD}", "heads.0"))):
+        sae = make_sae(embedded, d_sae=6, hook=hook, seed=n)
+        sae.save_model(tmp_path / str(n))
+    with serving(Prompt(sae=tmp_path, port=0)) as server:
+        status, shown = ask(server, "POST", "/atoms", READ)
+    assert status == 200 and shown.keys() == {f"L{LAYER}H{HEAD}", f"L{LAYER}H0"}
+    first: Any = SAE.load_from_disk(tmp_path / "0")
+    _, cache = embedded.run_with_cache(f"{TEXT} The", names_filter=[HOOK])
+    active = first.encode(cache[HOOK][0]).detach()
     expected = [pytest.approx({f"atom {i}": float(x) for i, x in enumerate(row) if x > 0}, rel=1e-3) for row in active]
-    assert [dict(shown) for shown in reading["atoms"]] == expected
-    other = ask(server, "POST", "/head", READ | {"head": HEAD - 1})[1]
-    assert other["atoms"] is None and other["shares"] != reading["shares"]
+    assert active.any() and [dict(row) for row in shown[f"L{LAYER}H{HEAD}"]] == expected
 
 
 def likeliest(model: HookedRecurrent, memory: Memory, question: str) -> list[tuple[str, Any]]:
@@ -77,8 +61,8 @@ def likeliest(model: HookedRecurrent, memory: Memory, question: str) -> list[tup
     return [(text, pytest.approx(float(chance), rel=1e-3)) for text, chance in zip(texts, top.values)]
 
 
-def shown(found: Any, number: int) -> list[tuple[str, float]]:
-    return [tuple(row) for row in found["answers"][number]["likeliest"]]
+def likeliest_shown(answers: Any, number: int) -> list[tuple[str, float]]:
+    return [tuple(row) for row in answers["answers"][number]["likeliest"]]
 
 
 def test_phrases_are_cut_and_replaced_as_the_library_does(speaker: PromptServer) -> None:
@@ -86,12 +70,18 @@ def test_phrases_are_cut_and_replaced_as_the_library_does(speaker: PromptServer)
     asked = {"text": text, "question": question, "spans": []}
     model = speaker.session.model
     memory = model.memory(text)
-    status, found = ask(speaker, "POST", "/memory", asked)
-    assert status == 200 and found["kl"] == 0 and found["answers"][0] == found["answers"][1]
-    assert shown(found, 0) == likeliest(model, memory, f" {question}") and found["answers"][0]["said"] == "Vienna."
+    status, answered = ask(speaker, "POST", "/memory", asked)
+    assert status == 200 and answered["kl"] == 0 and answered["answers"][0] == answered["answers"][1]
+    assert (
+        likeliest_shown(answered, 0) == likeliest(model, memory, f" {question}")
+        and answered["answers"][0]["said"] == "Vienna."
+    )
     # Five sentences: the one whose city is the answer overwrote another one. The model's own first token is in none.
-    spans = [tuple(row[:2]) for row in found["sentences"]]
-    assert spans[0][0] == found["first"] == 1 and [row[4] for row in found["sentences"]] == [""] * 3 + ["overwrote", ""]
+    spans = [tuple(row[:2]) for row in answered["sentences"]]
+    assert spans[0][0] == answered["first"] == 1 and [row[4] for row in answered["sentences"]] == [""] * 3 + [
+        "overwrote",
+        "",
+    ]
     told, suspect = spans[1], spans[3]
     for changes, changed in (
         ([[*suspect, None]], memory.without(suspect)),
@@ -101,25 +91,19 @@ def test_phrases_are_cut_and_replaced_as_the_library_does(speaker: PromptServer)
             memory.told(" The home of Clara is Rome.", instead_of=slice(*suspect)).without(told),
         ),
     ):
-        found = ask(speaker, "POST", "/memory", asked | {"spans": changes})[1]
-        assert shown(found, 1) == likeliest(model, changed, f" {question}")
+        answered = ask(speaker, "POST", "/memory", asked | {"spans": changes})[1]
+        assert likeliest_shown(answered, 1) == likeliest(model, changed, f" {question}")
         assert ask(speaker, "POST", "/memory", asked)[1]["kl"] == 0  # of another page
     said = model.to_tokens(f" {question} Vienna.", prepend_bos=False)
     p, q = (model.logits_after(each, said)[0, -3:-1].double().log_softmax(-1) for each in (memory, changed))
-    assert found["kl"] == pytest.approx(float((p.exp() * (p - q)).sum()), rel=1e-3)
+    assert answered["kl"] == pytest.approx(float((p.exp() * (p - q)).sum()), rel=1e-3)
 
 
-def test_the_marked_place_alone_is_replaced_and_the_end_of_a_long_phrase_scored(speaker: PromptServer) -> None:
+def test_of_equal_sentences_the_marked_one_is_replaced(speaker: PromptServer) -> None:
     prompt = speaker.session.prompted("Ben lives in Rome. It was a year of peace. Ben lives in Rome.", "Where is Ben?")
-    _, middle, last = sorted(suspect.span for suspect in prompt.memory.suspects(prompt.question))
+    last = max(suspect.span for suspect in prompt.memory.suspects(prompt.question))
     changed = prompt.changed([(*last, "Ben lives in Oslo.")])
     assert torch.equal(changed.tokens[:, : last[0]], prompt.memory.tokens[:, : last[0]])
-    reader = speaker.session.reader()
-    long = (middle[0], last[1])
-    scores = prompt.scores(reader, prompt.memory, [long, middle])
-    end = prompt.memory.tokens[0, slice(*long)].tolist()[-reader.fitted.longest :]
-    assert scores[0][0] == pytest.approx(float(reader.scores(prompt.memory, [end])), rel=1e-2)
-    assert scores[1][0] == scores[1][1] != scores[1][2]  # nothing is cut, and the last memory never read it
 
 
 def test_scores_are_those_of_the_reader(speaker: PromptServer) -> None:
@@ -127,28 +111,17 @@ def test_scores_are_those_of_the_reader(speaker: PromptServer) -> None:
     text, question = default_prompt("facts-english")
     memory = speaker.session.model.memory(text)
     span = memory.suspects(f" {question}")[0].span
-    asked = {"text": text, "question": question, "spans": [[*span, None]], "phrases": [span], "back": True}
-    status, found = ask(speaker, "POST", "/reader", asked)
+    asked = {"text": text, "question": question, "spans": [[*span, None]], "phrases": [span], "back": False}
+    status, shown = ask(speaker, "POST", "/reader", asked)
     phrase = memory.tokens[0, slice(*span)].tolist()[-8:]  # the longest that was fitted
     never = speaker.session.model.memory(torch.cat([memory.tokens[:, : span[0]], memory.tokens[:, span[1] :]], 1))
     scores = [float(speaker.session.reader().scores(each, [phrase])) for each in (memory, memory.without(span), never)]
-    assert status == 200 and found["scores"] == [[pytest.approx(score, rel=1e-3) for score in scores]]
-    assert len(found["back"]) == 4 and any(each["span"] for each in found["back"])
+    assert status == 200 and shown["scores"] == [[pytest.approx(score, rel=1e-3) for score in scores]]
 
 
-@torch.no_grad()
-def test_words_without_a_token_are_listed() -> None:
-    assert unknown_words(HookedRecurrent.from_pretrained("facts"), "Mia lives in Zork .") == ["Zork"]
-
-
-def test_why_a_token_is_drawn_and_nodes_are_taken_apart_kept_and_deleted(server: PromptServer) -> None:
-    asked = {
-        "text": "The Secretary of the Treasury and the",
-        "question": "Secretary of the",
-        "against": "",
-        "width": 390,
-    }
-    asked |= {"target": " Treasury"}
+def test_why_a_token_is_drawn_and_nodes_are_taken_apart(server: PromptServer) -> None:
+    asked = {"text": "The Secretary of the Treasury and the", "question": "Secretary of the", "target": " Treasury"}
+    asked |= {"against": "", "width": 390}
     status, why = ask(server, "POST", "/explain", asked)
     assert ask(server, "POST", "/explain", asked | {"text": "The Navy and the"})[0] == 200  # of another page
     assert status == 200 and why["svg"].startswith("<svg") and "writes measured" in why["said"]
@@ -159,61 +132,40 @@ def test_why_a_token_is_drawn_and_nodes_are_taken_apart_kept_and_deleted(server:
     assert status == 200 and {"value", "key", "query", "gate"} == ports.keys()
     assert all(len(row) == 3 for rows in ports.values() for row in rows)
     assert ask(server, "POST", "/node", asked | {"node": mlp})[1].keys() == {"input"}
-    graph = server.session.explained(asked["text"], asked["question"], " Treasury", "")
-    for kept, answer in ((True, graph.keep([write, mlp])), (False, graph.without([write, mlp]))):
-        status, found = ask(server, "POST", "/set", asked | {"nodes": [write, mlp], "kept": kept})
-        assert status == 200 and (found["token"], found["same"]) == (answer.token, answer.same)
-        assert found["metric"] == pytest.approx(answer.metric) and found["whole"] == graph.metadata["metric"]
     for path, wrong in (
         ("/explain", asked | {"target": "two tokens of"}),
         ("/explain", asked | {"text": ""}),
         ("/node", asked | {"node": "L9H9@9"}),
-        ("/set", asked | {"nodes": [], "kept": True}),
     ):
         status, said = ask(server, "POST", path, wrong)
         assert status == 400 and "expected" in said["error"]
 
 
-def test_the_page_opens_at_the_head_of_the_first_dictionary(embedded: HookedRecurrent, tmp_path: Path) -> None:
-    sae = empty_sae(embedded)
-    for name, hook in (("a", HOOK), ("b", HOOK.replace(f"heads.{HEAD}", "heads.0"))):
-        sae.cfg.metadata.hook_name = hook
-        sae.save_model(tmp_path / name)
-    with PromptServer(Prompt(sae=tmp_path, port=0)) as server:
-        threading.Thread(target=server.handle_request).start()
-        _, page = ask(server, "GET", "/")
-    assert f'data-first="{HEAD}"' in page
-
-
 @pytest.mark.parametrize(
     ("status", "method", "path", "body", "headers"),
     [
-        (200, "POST", "/head", READ, {"Origin": "http://localhost:PORT"}),
+        (200, "POST", "/atoms", READ, {"Origin": "http://localhost:PORT"}),
         (200, "GET", "/", None, {"Host": "localhost:PORT"}),
         (403, "GET", "/", None, {"Host": "evil.example"}),
-        (403, "POST", "/head", READ, {"Host": "evil.example:PORT"}),
-        (403, "POST", "/head", READ, {"Origin": "http://evil.example"}),
-        (403, "POST", "/head", READ, {"Origin": "null"}),
+        (403, "POST", "/atoms", READ, {"Host": "evil.example:PORT"}),
+        (403, "POST", "/atoms", READ, {"Origin": "http://evil.example"}),
+        (403, "POST", "/atoms", READ, {"Origin": "null"}),
         (404, "GET", "/../prompt.py", None, {}),
-        (404, "POST", "/", READ, {}),
-        (400, "POST", "/head", {"text": "war", "question": "The"}, {}),
-        (400, "POST", "/head", ["war"], {}),
+        (400, "POST", "/atoms", {"text": "war"}, {}),
+        (400, "POST", "/atoms", ["war"], {}),
         (400, "POST", "/memory", READ | {"spans": [[1, 2, 3]]}, {}),
         (400, "POST", "/memory", READ | {"spans": [[5, 99, None]]}, {}),
-        (400, "POST", "/head", READ | {"layer": 99}, {}),
-        (400, "POST", "/head", READ | {"head": 99}, {}),
-        (400, "POST", "/head", READ | {"head": float("inf")}, {}),
-        (400, "POST", "/head", READ | {"text": ""}, {}),
-        (400, "POST", "/head", READ | {"text": "war " * (MAX_TOKENS + 1)}, {}),
+        (400, "POST", "/explain", READ | {"target": "", "against": "", "width": float("inf")}, {}),
+        (400, "POST", "/atoms", READ | {"text": "war " * (MAX_TOKENS + 1)}, {}),
     ],
 )
 def test_other_sites_and_other_requests_are_refused(
     server: PromptServer, status: int, method: str, path: str, body: Any, headers: dict[str, str]
 ) -> None:
     host, port = server.server_address[:2]
-    given = {name: value.replace("PORT", str(port)) for name, value in headers.items()}
-    found, said = ask(server, method, path, body, **given)
-    assert (host, found) == ("127.0.0.1", status) and (status == 200 or said["error"])
+    here = {name: value.replace("PORT", str(port)) for name, value in headers.items()}
+    answered, content = ask(server, method, path, body, **here)
+    assert (host, answered) == ("127.0.0.1", status) and (status == 200 or content["error"])
 
 
 @pytest.mark.parametrize("length", ["99999999999", "-1", str(MAX_BYTES + 1)])
@@ -221,7 +173,7 @@ def test_the_length_that_a_request_claims_is_no_order(server: PromptServer, leng
     """It is refused at once: nothing is reserved for it, and nobody waits for the rest."""
     with socket.create_connection(("127.0.0.1", server.server_address[1]), timeout=10) as connection:
         host = f"127.0.0.1:{server.server_address[1]}"
-        connection.sendall(f"POST /head HTTP/1.1\r\nHost: {host}\r\nContent-Length: {length}\r\n\r\n{{".encode())
+        connection.sendall(f"POST /atoms HTTP/1.1\r\nHost: {host}\r\nContent-Length: {length}\r\n\r\n{{".encode())
         said = connection.makefile("rb").read().decode()
     assert " 400 " in said.splitlines()[0] and f"got {length}" in said
 
@@ -249,4 +201,5 @@ def test_bad_input_ends_before_a_model_is_loaded(folder: Path, monkeypatch: pyte
 def test_each_model_of_the_zoo_begins_with_a_text_of_its_own(name: str) -> None:
     model = HookedRecurrent.from_pretrained(name)
     text, question = default_prompt(model.cfg.model_name)
-    assert (text, question) != _ANY and not unknown_words(model, f"{text} {question}")
+    assert (text, question) != default_prompt("another")
+    assert model.to_tokens(f"{text} {question}").shape[1] > 2  # a word that it does not know would raise

@@ -70,7 +70,7 @@ def median_of_ratios(above: ArrayLike, below: ArrayLike, clusters: ArrayLike) ->
     y, _ = clustered(below, clusters)
     sizes = np.bincount(codes, y)
     if not (sizes > 0).any():
-        raise ValueError("the recovered share needs a deletion with an effect above 0, found none")
+        raise ValueError("the recovered share needs a deletion with an effect above 0, got none")
     has_size = sizes > 0
     ratios = np.sort(np.bincount(codes, x)[has_size] / sizes[has_size])
     rank = int(stats.binom.ppf(0.025, len(ratios), 0.5))

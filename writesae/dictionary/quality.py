@@ -23,7 +23,6 @@ from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.errors import NothingToMeasureError
 from sae_lens_writesae.sae.target import HeadHook, HookTarget, check_plain_activations, has_plain_activations
 from writesae.dictionary.estimates import Estimate, mean_estimate, recovered_share
-from writesae.experiment.firings import bar
 from writesae.experiment.lab import Lab
 from writesae.experiment.readout import divergences
 from writesae.files import Json
@@ -34,7 +33,7 @@ from writesae.head.writes import ROUNDING, half_lives, head_writes
 SEQUENCES = 64
 """Sequences of the text that are looked at, the first ones."""
 LASTING = 16.0
-"""Half-life of a write, in tokens, from which on a head remembers for a while; that of `writesae demo`."""
+"""Half-life of a write, in tokens, from which on a head remembers for a while."""
 HEAD_SEQUENCES = 8
 """Sequences on which a head is chosen."""
 _HALF_LIVES = 4
@@ -216,16 +215,14 @@ def _quality_of_rows(target: HookTarget, rows: Sequence[OnSequence], n_positions
 
 
 @torch.no_grad()
-def quality_of_heads(
-    model: HookedRecurrent, saes: Mapping[str, SAE], tokens: Tensor, *, progress: bool = False
-) -> Callable[[str], Json]:
+def quality_of_heads(model: HookedRecurrent, saes: Mapping[str, SAE], tokens: Tensor) -> Callable[[str], Json]:
     """A function that gives the quality of a dictionary by its label, as `DictionaryQuality.to_dict` has it. All
     dictionaries of a head are measured together, when the first of them is asked for. None: `qualities` has none."""
 
     @cache
     def of_head(cell: str) -> dict[str, DictionaryQuality]:
         of_cell = {label: sae for label, sae in saes.items() if HeadHook.of(sae).cell == cell}
-        return qualities(Lab(model, of_cell, tokens, progress=progress))
+        return qualities(Lab(model, of_cell, tokens))
 
     def of(label: str) -> Json:
         quality = of_head(HeadHook.of(saes[label]).cell).get(label)
@@ -240,8 +237,6 @@ def head_effects(
     tokens: Tensor,
     layers: Iterable[int] | None = None,
     heads: Iterable[int] | None = None,
-    *,
-    progress: bool = False,
 ) -> pd.DataFrame:
     """What the writes of heads do, to choose one by: sorted by it, the largest first.
 
@@ -260,7 +255,7 @@ def head_effects(
         places[layer] = list(range(model.cfg.layer(layer).H) if heads is None else heads)
     nats = {layer: list[Tensor]() for layer in places}
     lives = {layer: list[Tensor]() for layer in places}
-    for n, sequence in enumerate(bar(tokens.split(1), "what heads' writes do", progress)):
+    for n, sequence in enumerate(tokens.split(1)):
         for layer, upper in UpperModel.of(model, list(places), sequence).items():
             native, *silent = upper.without(places[layer])
             nats[layer].append(_kl_of_runs(native, torch.stack(silent)))
@@ -278,10 +273,10 @@ def head_effects(
     return pd.concat(tables).sort_values("nats", ascending=False, ignore_index=True)
 
 
-def strongest_head(effects: pd.DataFrame, half_life: float = LASTING) -> tuple[int, int, float, float]:
-    """Of rows of `head_effects`: layer, head, half-life and nats of the head whose writes do most, of those whose
-    writes last so many tokens, or where none does of all."""
-    lasting = effects[effects["half_life"] >= half_life]
+def strongest_head(effects: pd.DataFrame) -> tuple[int, int, float, float]:
+    """Of rows of `head_effects`: layer, head, half-life and nats of the head whose writes do most, of those with a
+    half-life of `LASTING` tokens or more, or where there is none of all."""
+    lasting = effects[effects["half_life"] >= LASTING]
     candidates = effects if lasting.empty else lasting
     return next(candidates.itertuples(index=False, name=None))
 

@@ -1,6 +1,6 @@
 // Text of the page is set as text (textContent, title), never as markup.
 const part = (id) => document.getElementById(id), form = part("prompt");
-let memory = null, read = null, why = null, changes = [], at = 0, marked = null, hasReader = false, back = null, reading = null, chosen = "", pinned = new Set();
+let memory = null, read = null, why = null, changes = [], at = 0, marked = null, hasReader = false, back = null, reading = null;
 
 function element(tag, text, title) {
   const made = document.createElement(tag);
@@ -65,24 +65,22 @@ function during(place, words, work) { // what runs is said, and so is an error
 // ---- the memory
 
 async function readText(spans) { // those of an address; else, of the same text, the changes stay
-  const asked = typed(), { text, question } = asked, isSame = read?.text === text, unknown = await post("/unknown", asked).catch(() => []);
-  part("unknown").hidden = !unknown.length;
-  part("unknown").replaceChildren("The tokenizer does not know the words that are marked: ", ...`${text} ${question}`.split(/(\s+)/).map((word) => element(unknown.includes(word) ? "mark" : "span", word)));
+  const asked = typed(), { text, question } = asked, isSame = read?.text === text;
   const done = await during("said", "reading", async () => {
     const kept = spans ? spans.map(([start, stop, now]) => ({ start, stop, now })) : isSame ? changes : [], gone = spans || isSame ? 0 : changed().spans.length;
     const found = await post("/memory", { ...asked, spans: spans ?? (isSame ? changed().spans : []) });
     [memory, read] = [found, asked];
     changes = rowsOf(found.sentences, kept);
-    [marked, back, reading, at, pinned, chosen] = [null, null, null, memory.tokens.length - 1, new Set(), ""];
-    for (const id of ["picture", "chosen", "set", "back"]) part(id).hidden = true;
-    for (const id of ["answer", "reader-said", "set-said", "checked"]) part(id).textContent = "";
+    [marked, back, reading, at] = [null, null, null, memory.tokens.length - 1];
+    for (const id of ["picture", "chosen", "back"]) part(id).hidden = true;
+    for (const id of ["answer", "reader-said", "checked"]) part(id).textContent = "";
     show();
     showTyped();
     const n = changed().spans.length, changesSaid = n ? `; ${n} of your changes stay` : gone ? `; the text is another one, so ${gone} of your changes are gone` : "";
     return `${memory.stop} tokens of text, ${memory.tokens.length - memory.stop} of the question${changesSaid}`;
   });
   part("result").hidden = !done;
-  if (done) readHead();
+  if (done && part("atoms")) readAtoms();
 }
 
 function rowsOf(sentences, kept) { // and phrases that were taken besides
@@ -172,11 +170,10 @@ function row(item) {
 }
 
 function showText() {
-  const { tokens, stop, first } = memory, row = reading ? reading.shares[at] : [], most = Math.max(1e-12, ...row.map(Math.abs));
+  const { tokens, stop, first } = memory;
   part("text").replaceChildren(...tokens.map((piece, s) => {
-    const share = row[s] ?? 0, shown = button(piece, () => chooseToken(s));
-    shown.title = `${s}${s < row.length ? `: ${percent(share)} of the read` : ""}`;
-    if (share) shown.style.background = `color-mix(in srgb, var(${share < 0 ? "--rival" : "--atom"}) ${Math.min(100, Math.round((70 * Math.abs(share)) / most))}%, transparent)`;
+    const shown = button(piece, () => chooseToken(s));
+    shown.title = String(s);
     if (s === at) shown.setAttribute("aria-current", "true");
     if (s >= stop || s < first) shown.classList.add("asked");
     if (marked && s >= marked[0] && s < marked[1]) shown.classList.add("marked");
@@ -192,7 +189,7 @@ function chooseToken(s) {
   const { stop, first } = memory, open = marked && marked[1] - marked[0] === 1 && marked[0] !== s;
   if (s >= first && s < stop) marked = open ? [Math.min(marked[0], s), Math.max(marked[0], s) + 1] : [s, s + 1];
   showText();
-  showHead();
+  showAtoms();
 }
 
 function take([start, stop]) {
@@ -234,17 +231,15 @@ async function explain() {
     const asked = { ...read, target: target.value, against: against.value }, found = await post("/explain", { ...asked, width });
     why = asked;
     const drawn = document.importNode(new DOMParser().parseFromString(found.svg, "image/svg+xml").documentElement, true);
-    [chosen, pinned] = ["", new Set()];
+    part("chosen").hidden = true;
     box.replaceChildren(drawn);
     box.hidden = false;
     part("checked").textContent = found.said;
-    part("set-said").textContent = "";
     for (const node of drawn.querySelectorAll(".node")) {
       node.setAttribute("role", "button");
       node.addEventListener("click", () => choose(node.dataset.node));
       node.addEventListener("keydown", (event) => { if (event.key === "Enter") choose(node.dataset.node); });
     }
-    showPins();
     return `${found.target}${changed().spans.length ? ", of the text as it was read, before your changes" : ""}.`;
   });
 }
@@ -258,61 +253,30 @@ async function choose(name) {
       card.append(element("h3", port[0].toUpperCase() + port.slice(1)), list);
       return card;
     });
-    chosen = name;
+    part("chosen").hidden = false;
+    part("node").textContent = inWords(name);
     part("made").replaceChildren(...cards);
-    showPins();
     return cards.length ? `What made the ${inWords(name)}: the effect of each source on the answer. Those with ~ are predicted, the others measured.` : `Nothing is known of what made the ${inWords(name)}: it is an input, or not among the largest nodes.`;
   });
 }
 
-function showPins() {
-  part("chosen").hidden = !chosen;
-  part("set").hidden = !pinned.size;
-  part("node").textContent = chosen && inWords(chosen);
-  part("pin").hidden = chosen.includes(" "); // a part of a node: there is no run without it
-  part("pin").textContent = pinned.has(chosen) ? "Unpin" : "Pin";
-  part("pinned").replaceChildren(...[...pinned].map((name) => {
-    const item = element("li", "");
-    item.append(element("span", inWords(name)), button("Unpin", () => togglePin(name), `Unpin ${inWords(name)}`));
-    item.firstChild.className = "what";
-    return item;
-  }));
-  for (const node of part("picture").querySelectorAll(".node")) node.classList.toggle("pinned", pinned.has(node.dataset.node));
-}
+// ---- dictionaries
 
-function togglePin(name) {
-  if (!pinned.delete(name)) pinned.add(name);
-  part("set-said").textContent = "";
-  showPins();
-}
-
-const runSet = (kept) => during("set-said", "running the model", async () => {
-  const { token, same, metric, whole } = await post("/set", { ...why, nodes: [...pinned], kept });
-  const how = kept ? "With these alone, and all nodes of other kinds" : "Without these";
-  return `${how}, the model says “${token.trim()}”${same ? ", as with all nodes" : ", another token than with all nodes"}. The logit difference is ${metric.toFixed(2)}; with all nodes it is ${whole.toFixed(2)}.`;
+const readAtoms = () => during("at", "reading", async () => {
+  reading = await post("/atoms", read);
+  return showAtoms();
 });
 
-// ---- one head
-
-function fillHeads() {
-  const n = Number(part("layer").selectedOptions[0].dataset.heads), first = Math.min(Number(part("head").dataset.first), n - 1);
-  part("head").replaceChildren(...Array.from({ length: n }, (_, head) => new Option(head, head, head === first, head === first)));
-}
-
-const readHead = () => during("at", "reading", async () => {
-  reading = await post("/head", { ...read, layer: Number(part("layer").value), head: Number(part("head").value) });
-  showText();
-  return showHead();
-});
-
-function showHead() {
+function showAtoms() {
   if (!reading) return "";
-  const { shares, atoms } = reading, { tokens } = memory, here = atoms ? atoms[at] : [];
-  const order = shares[at].map((value, s) => ({ name: `${s} ${tokens[s]}`, value, shown: percent(value), go: () => chooseToken(s) }));
-  meter(part("sources"), order.sort((a, b) => Math.abs(b.value) - Math.abs(a.value)).slice(0, 10));
-  part("none").textContent = atoms ? (here.length ? "" : "No atom fires here.") : "No dictionary of this head is loaded.";
-  meter(part("atoms"), here.slice(0, 20).map(([name, value]) => ({ name, value, shown: String(value) })));
-  return (part("at").textContent = `at token ${at}, ${tokens[at]}`);
+  part("atoms").replaceChildren(...Object.entries(reading).map(([cell, tokens]) => {
+    const card = element("section", ""), list = element("ul", ""), here = tokens[at];
+    [card.className, list.className, list.id] = ["card", "meter", `atoms-${cell}`];
+    meter(list, here.slice(0, 20).map(([name, value]) => ({ name, value, shown: String(value) })));
+    card.append(element("h3", cell), here.length ? list : element("p", "No atom fires here."));
+    return card;
+  }));
+  return (part("at").textContent = `${at}, ${memory.tokens[at]}`);
 }
 
 form.addEventListener("submit", (event) => { event.preventDefault(); readText(); });
@@ -323,11 +287,4 @@ part("take").addEventListener("click", () => take(marked));
 part("restore").addEventListener("click", () => { for (const each of changes) each.now = undefined; change({}, undefined); });
 part("ask-reader").addEventListener("click", () => askReader(false));
 part("ask-back").addEventListener("click", () => askReader(true));
-part("pin").addEventListener("click", () => togglePin(chosen));
-part("unpin").addEventListener("click", () => { pinned.clear(); showPins(); });
-part("keep").addEventListener("click", () => runSet(true));
-part("delete").addEventListener("click", () => runSet(false));
-part("layer").addEventListener("change", () => { fillHeads(); readHead(); });
-part("head").addEventListener("change", readHead);
-fillHeads();
 readText(fromAddress());

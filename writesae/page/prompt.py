@@ -54,7 +54,7 @@ class PromptServer(ThreadingHTTPServer):
     """Connections that wait to be accepted; more are reset."""
 
     def __init__(self, flags: Prompt) -> None:
-        found = [] if flags.sae is None else [load_sae(each) for each in reversed(sae_folders(flags.sae))]
+        saes = [] if flags.sae is None else [load_sae(each) for each in sae_folders(flags.sae)]
         self.lock = threading.Lock()
         try:
             super().__init__(("127.0.0.1", flags.port), _Handler)  # before a model loads
@@ -64,12 +64,12 @@ class PromptServer(ThreadingHTTPServer):
                 "0 for any that is free"
             ) from error
         try:
-            name = flags.model if flags.model or found else "embedded"
-            model = model_of(found, name, dtype=flags.dtype, other_model=flags.other_model)
-            for each in found:
+            name = flags.model if flags.model or saes else "embedded"
+            model = model_of(saes, name, dtype=flags.dtype, other_model=flags.other_model)
+            for each in saes:
                 check_hook(model, HeadHook.of(each).name, each.cfg, f"the SAE in {flags.sae}")
             reader = None if flags.reader is None else MemoryReader.load(flags.reader, model)
-            self.session = Session(model, found, reader)
+            self.session = Session(model, saes, reader)
         except BaseException:
             self.server_close()
             raise
@@ -87,11 +87,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def page(self, nonce: str) -> str:
         session = self.server.session
-        cfg = session.model.cfg
-        hooks = [HeadHook.of(sae) for sae in reversed(session.saes.values())]
-        text, question = default_prompt(cfg.model_name)
-        heads = {layer: cfg.layer(layer).H for layer in cfg.recurrent_layers}
-        shown = {"model": cfg.model_name, "heads": heads, "hooks": hooks, "text": text, "question": question}
+        hooks = [HeadHook.of(sae) for sae in session.saes.values()]
+        text, question = default_prompt(session.model.cfg.model_name)
+        shown = {"model": session.model.cfg.model_name, "hooks": hooks, "text": text, "question": question}
         return environment().get_template("prompt.html").render(shown, nonce=nonce, most=MAX_TOKENS)
 
     def reading(self, _: str) -> str:

@@ -48,21 +48,6 @@ def default_prompt(name: str) -> tuple[str, str]:
     return _DEFAULTS.get(re.sub("-(kda|mamba2|rwkv7)$", "", name), _ANY)
 
 
-def unknown_words(model: HookedRecurrent, text: str) -> list[str]:
-    """The words of a text that the tokenizer has no token for, each once."""
-    tokenizer = model.tokenizer
-    unknown = None if tokenizer is None else tokenizer.unk_token_id
-    found = list[str]()
-    for word in dict.fromkeys(text.split()):
-        try:
-            is_known = unknown not in model.to_tokens(word, prepend_bos=False)[0].tolist()
-        except InputError:
-            is_known = False
-        if not is_known:
-            found.append(word)
-    return found
-
-
 Change = tuple[int, int, str | None]
 """Tokens start <= t < stop of a text, and what is told instead of them; None: they are cut."""
 
@@ -94,14 +79,14 @@ class PromptText(NamedTuple):
     def sentences(self) -> list[tuple[int, int, str, float, str]]:
         """Start and stop of each sentence that was read, with the answer without it, its probability, and what a
         flagged sentence did to the other answer; none where there are no two sentences."""
-        found = list[tuple[int, int, str, float, str]]()
+        rows = list[tuple[int, int, str, float, str]]()
         with suppress(InputError):
             for suspect in sorted(self.memory.suspects(self.question)):
                 start, stop = suspect.span
                 answer = suspect.answer.strip()
                 did = ("overwrote" if suspect.overwrote else "contradicts") if suspect.flagged else ""
-                found.append((max(start, self.first), stop, answer, short(suspect.probability), did))
-        return found
+                rows.append((max(start, self.first), stop, answer, short(suspect.probability), did))
+        return rows
 
     def changed(self, changes: Sequence[Change]) -> Memory:
         """The memory with all changes; all tokens after them are read again.
@@ -129,8 +114,8 @@ class PromptText(NamedTuple):
         sentences = (sentence, self._next_sentence(memory))
         return {
             "answers": [
-                {"said": self.text_of(said[0].tolist()), "likeliest": self._likely_tokens(log_probs[0])}
-                for said, log_probs in zip(sentences, (before, after))
+                {"said": self.text_of(answer[0].tolist()), "likeliest": self._likely_tokens(log_probs[0])}
+                for answer, log_probs in zip(sentences, (before, after))
             ],
             "kl": short(float((before.exp() * (before - after)).sum())),
         }
@@ -139,9 +124,9 @@ class PromptText(NamedTuple):
         """[1,T] of the likeliest tokens after the question, up to the end of a sentence."""
         asked = self.question
         out = self.model.generate(asked, memory=memory, do_sample=False, max_new_tokens=CONTINUED)
-        said = out[:, asked.shape[1] :]
-        ends = [place for place, text in enumerate(self.texts.many(said[0].tolist())) if _END.search(text)]
-        return said[:, : ends[0] + 1] if ends else said
+        new = out[:, asked.shape[1] :]
+        ends = [place for place, text in enumerate(self.texts.many(new[0].tolist())) if _END.search(text)]
+        return new[:, : ends[0] + 1] if ends else new
 
     def _likely_tokens(self, log_probs: Tensor) -> list[tuple[str, float]]:
         top = log_probs.exp().topk(LIKELIEST)
@@ -163,9 +148,9 @@ class PromptText(NamedTuple):
     def read_back(self, reader: MemoryReader, memory: Memory) -> list[dict[str, object]]:
         """The phrases that a memory most likely read, in words, with their place in the text if it has them."""
         tokens = self.memory.tokens[0].tolist()
-        found = list[dict[str, object]]()
+        phrases = list[dict[str, object]]()
         for reading in reader.read_back(memory, READ_BACK, beam=3 * READ_BACK):
             match = SequenceMatcher(None, reading.tokens, tokens, autojunk=False).find_longest_match()
             place = (match.b, match.b + match.size) if match.size >= SHARED else None
-            found.append({"text": self.text_of(reading.tokens), "score": short(reading.score), "span": place})
-        return found
+            phrases.append({"text": self.text_of(reading.tokens), "score": short(reading.score), "span": place})
+        return phrases

@@ -10,11 +10,11 @@ from typing import Any, cast
 import torch
 from sae_lens import SAE
 
-from hookpoints import Graph, HookedRecurrent, MemoryReader, Recurrence, attribute, embedded
+from hookpoints import Graph, HookedRecurrent, MemoryReader, attribute, embedded
 from hookpoints.errors import InputError
 from sae_lens_writesae.sae.target import HeadHook
 from writesae.page.atoms.text import TokenTexts, short, visible
-from writesae.page.remembered import PromptText, unknown_words
+from writesae.page.remembered import PromptText
 
 MAX_TOKENS = 256
 """Longest text that is read: a page shows a number for each pair of tokens."""
@@ -22,32 +22,21 @@ FITTED = 60_000
 """Characters of text to which a reader is fitted."""
 KEPT = 8
 """Texts whose memory stays, and graphs: of those that were asked for last."""
-PATHS = ("/unknown", "/memory", "/reader", "/head", "/explain", "/node", "/set")
+PATHS = ("/memory", "/reader", "/atoms", "/explain", "/node")
 """What a page may ask for."""
-
-
-def read_shares(recurrence: Recurrence) -> torch.Tensor:
-    """[T,S] of one head on one sequence, S = T: the part of token t's read that comes from what token s wrote, A[t,s]
-    <u_s, o_t> / |o_t|^2. A row adds up to 1, or to 0 where nothing is read. Cost T / V times that of its reads."""
-    channels = recurrence.by_channel()  # Mamba-1 has a pattern for each
-    read = recurrence.outputs()[0].double().view(channels.T, channels.H, -1)
-    values = channels.u[0].double().view(channels.T, channels.H, -1, channels.V)
-    along = torch.einsum("shrv,thv->htsr", values, read)
-    shares = (channels.attention()[0].double().view(along.shape) * along).sum((0, 3))
-    return shares / read.square().sum((1, 2))[:, None].clamp_min(1e-30)
 
 
 class Session:
     """Answers about texts that a model reads.
 
     Args:
-        saes: dictionaries of its heads; of several of one head the last.
+        saes: dictionaries of its heads; of several of one head the first.
         reader: None: one is fitted when it is first asked for.
     """
 
     def __init__(self, model: HookedRecurrent, saes: Sequence[SAE[Any]], reader: MemoryReader | None = None) -> None:
         self.model = model
-        self.saes = {HeadHook.of(each).cell: each for each in saes}
+        self.saes = {HeadHook.of(each).cell: each for each in reversed(saes)}
         self.texts = TokenTexts(model)
         self._reader = reader
 
@@ -59,19 +48,12 @@ class Session:
             InputError, KeyError, TypeError, ValueError: something is missing, or does not fit the model.
         """
         text, question = asked["text"], asked["question"]
-        if path == "/unknown":
-            return unknown_words(self.model, f"{text} {question}")
-        if path in ("/explain", "/node", "/set"):
+        if path in ("/explain", "/node"):
             graph = self.explained(text, question, asked["target"], asked["against"])
-            match path:
-                case "/explain":
-                    return picture_of(graph, int(asked["width"]))
-                case "/node":
-                    return made_of(graph, asked["node"])
-            return answer_with(graph, asked["nodes"], asked["kept"])
+            return picture_of(graph, int(asked["width"])) if path == "/explain" else made_of(graph, asked["node"])
         prompt = self.prompted(text, question)
-        if path == "/head":
-            return self.read(prompt, int(asked["layer"]), int(asked["head"]))
+        if path == "/atoms":
+            return self.atoms(prompt)
         memory = prompt.changed(asked["spans"])
         if path == "/memory":
             return {
@@ -93,10 +75,12 @@ class Session:
             InputError: the model has no tokens for that text.
         """
         if self._reader is None:
-            text = embedded.text("train")[:FITTED]
-            if unknown_words(self.model, text[:100]):
-                raise InputError("reader: expected a model that reads English, or --reader FILE, got neither")
-            self._reader = MemoryReader.fit(self.model, text, context=64, longest=8)
+            try:
+                self._reader = MemoryReader.fit(self.model, embedded.text("train")[:FITTED], context=64, longest=8)
+            except InputError as error:
+                raise InputError(
+                    "reader: expected a model that reads English, or --reader FILE, got neither"
+                ) from error
         return self._reader
 
     @lru_cache(KEPT)  # noqa: B019 (a process has one session)
@@ -128,40 +112,30 @@ class Session:
         # All nodes of a text of sixty tokens take five times as long as the likely ones.
         return attribute(tokens, self.model, target or None, against or None, 50, saes=list(self.saes.values()))
 
-    def read(self, prompt: PromptText, layer: int, head: int) -> dict[str, object]:
-        """What one head of a layer does on a text of T tokens, as JSON values.
+    @torch.no_grad()
+    def atoms(self, prompt: PromptText) -> dict[str, list[list[tuple[str, float]]]]:
+        """For each head with a dictionary, by its name [T]: active atoms with their activation, largest first.
 
-        Returns: `shares` [T][S], S = t + 1, of `read_shares`; `atoms` [T], active atoms with their activation,
-        largest first; None for a head without a dictionary.
-
-        Cost: one forward up to the layer, a second one for atoms, and T / V times the cost of the head's reads.
-
-        Raises:
-            ValueError: the layer or the head does not exist.
+        Cost: a forward up to the last of these heads.
         """
-        tokens = prompt.tokens
-        atoms = None
-        recurrence = self.model.recurrence(tokens, layer)
-        if not 0 <= head < recurrence.H:
-            raise ValueError(f"head: expected 0 to {recurrence.H - 1} in layer {layer}, got {head}")
-        sae = self.saes.get(f"L{layer}H{head}")
-        if sae is not None:
-            hook = HeadHook.of(sae).name
-            _, cache = self.model.run_with_cache(tokens, names_filter=[hook], stop_at_layer=layer + 1)
-            active = sae.encode(cache[hook][0].to(next(sae.parameters())))
+        hooks = {cell: HeadHook.of(sae) for cell, sae in self.saes.items()}
+        names = [hook.name for hook in hooks.values()]
+        last = max((hook.layer for hook in hooks.values()), default=0)
+        _, cache = self.model.run_with_cache(prompt.tokens, names_filter=names, stop_at_layer=last + 1)
+        atoms = {}
+        for cell, sae in self.saes.items():
+            active = sae.encode(cache[hooks[cell].name][0].to(next(sae.parameters())))
             order = active.argsort(descending=True)
             rows = zip(order.tolist(), active.gather(1, order).tolist())
-            atoms = [[(f"atom {atom}", short(value)) for atom, value in zip(*row) if value] for row in rows]
-        shares = read_shares(recurrence.select(heads=slice(head, head + 1))).tolist()
-        rows = [[*map(short, row[: t + 1])] for t, row in enumerate(shares)]
-        return {"shares": rows, "atoms": atoms}
+            atoms[cell] = [[(f"atom {atom}", short(value)) for atom, value in zip(*row) if value] for row in rows]
+        return atoms
 
 
 def picture_of(graph: Graph, width: int) -> dict[str, object]:
     """The picture of a graph, so many pixels wide: `svg`; `said`, how far predictions hold; `target`."""
-    said = str(graph.check()) if len(cast("list[str]", graph.metadata["tokens"])) > 1 else ""
+    check = str(graph.check()) if len(cast("list[str]", graph.metadata["tokens"])) > 1 else ""
     picture = graph.draw(width=min(max(width, 320), 1200))
-    return {"svg": picture, "said": said, "target": graph.metadata["title"]}
+    return {"svg": picture, "said": check, "target": graph.metadata["title"]}
 
 
 def made_of(graph: Graph, node: str) -> dict[str, list[tuple[str, float, bool]]]:
@@ -185,13 +159,3 @@ def made_of(graph: Graph, node: str) -> dict[str, list[tuple[str, float, bool]]]
         effect = short(edge["measured"] if is_measured else edge["predicted"])
         ports.setdefault(edge["port"], []).append((edge["source"], effect, is_measured))
     return {port: edges[:8] for port, edges in ports.items()}
-
-
-def answer_with(graph: Graph, nodes: list[str], is_kept: bool) -> dict[str, object]:
-    """The answer of a run with some nodes alone, or of one without them.
-
-    Raises:
-        InputError: what `Graph.keep` and `Graph.without` raise.
-    """
-    answer = graph.keep(nodes) if is_kept else graph.without(nodes)
-    return {**answer._asdict(), "whole": graph.metadata["metric"]}

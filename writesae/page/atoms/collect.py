@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 
 import numpy as np
@@ -11,7 +10,6 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 from sae_lens import SAE
-from scipy import stats
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -19,7 +17,7 @@ from hookpoints import HookedRecurrent
 from writesae.dictionary.quality import qualities
 from writesae.flags import AtomSettings
 from writesae.page.atoms import data, parts
-from writesae.page.atoms.measure import AtomFacts, HalfLife
+from writesae.page.atoms.measure import AtomFacts
 from writesae.page.atoms.text import short
 
 
@@ -28,14 +26,13 @@ class AtomPages(AtomSettings):
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def collect(self, model: HookedRecurrent, sae: SAE, tokens: Tensor, *, progress: bool = True) -> data.AtomPagesData:
+    def collect(self, model: HookedRecurrent, sae: SAE, tokens: Tensor) -> data.AtomPagesData:
         """Measure what the pages show of each atom, on held-out text.
 
         Args:
             model: a hooked model with a tokenizer.
             sae: a dictionary of one of its heads.
             tokens: [N,T] evaluation sequences.
-            progress: show progress bars.
 
         Cost: three forwards up to the layer per sequence, for firings, cosines and memory; per atom
         `half_life_firings` vector recurrences and `effect_firings` pairs of short edited runs; then as `qualities`, if
@@ -44,7 +41,7 @@ class AtomPages(AtomSettings):
         Raises: as `AtomFacts`.
         """
         started = time.perf_counter()
-        facts = AtomFacts(self, model, sae, tokens, progress=progress)
+        facts = AtomFacts(self, model, sae, tokens)
         pages = [_atom_page(facts, column) for column in range(len(facts.number))]
         info = facts.lab.describe(self.label)
         info["settings"] = asdict(self)
@@ -54,21 +51,20 @@ class AtomPages(AtomSettings):
 
 
 def _atom_page(facts: AtomFacts, column: int) -> data.AtomPage:
-    sign = facts.sign(column)
     rows = facts.rows(column)
     of_matrices, *sides = facts.cosines(column)
     spots = rows["spot"].to_numpy()
     rows["cosine"] = of_matrices[spots]
     activations = rows["activation"].to_numpy(float)
-    direct = sign * facts.direct[column]
+    direct = facts.direct[column]
     change = facts.change(column)[: facts.texts.size]  # W_U may have rows that no token has
     has_writes = not np.isnan(of_matrices[spots]).all()
     key = value = None
     if has_writes:
-        key, value = (short(sign * np.nanmedian(side[spots])) for side in sides)
+        key, value = (short(np.nanmedian(side[spots])) for side in sides)
     return data.AtomPage(
         atom=int(facts.number[column]),
-        terms=_singular_terms(facts, column, sign),
+        terms=_singular_terms(facts, column),
         n_firings=len(rows),
         rate=len(rows) / facts.ids.size,
         max_activation=float(activations.max()),
@@ -79,43 +75,35 @@ def _atom_page(facts: AtomFacts, column: int) -> data.AtomPage:
         top=parts.top(facts, rows),
         bands=list(parts.bands(facts, rows)),
         cosine=short(np.nanmedian(of_matrices[spots])) if has_writes else None,
-        keys=data.AtomSide(_by_token(facts, sign * sides[0]), key),
+        keys=data.AtomSide(_by_token(facts, sides[0]), key),
         values=data.AtomSide(parts.vocabulary(facts, direct), value),
         effect=_measured_effect(facts, column, direct),
-        memory=atom_memory(facts.half_lives[column]),
+        memory=_atom_memory(facts, column),
     )
 
 
-def _singular_terms(facts: AtomFacts, column: int, sign: float) -> list[data.Term]:
+def _singular_terms(facts: AtomFacts, column: int) -> list[data.Term]:
     keys = facts.terms.keys[column].double().cpu()
     values = facts.terms.values[column].double().cpu()
     sizes = keys.norm(dim=-1) * values.norm(dim=-1)
-    whole = float(facts.matrices.rows([column]).norm()) ** 2
+    square = float(facts.matrices.rows([column]).norm()) ** 2
     terms = []
     is_term = sizes > 1e-6 * sizes[0]  # an SVD in float32 leaves terms of rounding
     for n in is_term.nonzero()[:, 0].tolist():
-        key = (sign * normalize(keys[n], dim=-1)).numpy().round(4)
-        value = (sign * normalize(values[n], dim=-1)).numpy().round(4)
+        key = normalize(keys[n], dim=-1).numpy().round(4)
+        value = normalize(values[n], dim=-1).numpy().round(4)
         size = float(sizes[n])
-        share = min(1.0, size**2 / whole)  # rounding can take it above 1
+        share = min(1.0, size**2 / square)  # rounding can take it above 1
         terms.append(data.Term(size, share, key.tolist(), value.tolist()))
     return terms
 
 
-def atom_memory(lives: Sequence[HalfLife]) -> data.AtomMemory:
-    """Median over firings. Sequences end before some writes have faded, so it is the median of the
-    Kaplan-Meier curve; leaving those firings out would make memories look short."""
-    if not lives:
-        return data.AtomMemory(half_life=None, longest=0, ended=0, n=0)
-    tokens, ended = (np.array(column) for column in zip(*lives))
-    survival = stats.ecdf(stats.CensoredData.right_censored(tokens, ended)).sf
-    gone = survival.quantiles[survival.probabilities <= 0.5]
-    return data.AtomMemory(
-        half_life=float(gone[0]) if len(gone) else None,
-        longest=int(tokens.max()),
-        ended=int(ended.sum()),
-        n=len(lives),
-    )
+def _atom_memory(facts: AtomFacts, column: int) -> data.AtomMemory:
+    """Median over the firings that were followed."""
+    lives = facts.half_lives[column]
+    limit = facts.half_life_limit
+    half_life = float(np.median(lives)) if lives else None
+    return data.AtomMemory(None if half_life == limit else half_life, limit, len(lives))
 
 
 def _measured_effect(facts: AtomFacts, column: int, direct: NDArray[np.float32]) -> data.Effect | None:

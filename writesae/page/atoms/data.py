@@ -94,14 +94,11 @@ class AtomMemory:
     """How long what the atom writes stays in the state, under decay and erase."""
 
     half_life: float | None
-    """Tokens until half of the norm is left: median over firings (Kaplan-Meier, since sequences end). None: longer
-    than `longest`."""
-    longest: int
-    """Longest half-life that could have been seen."""
-    ended: int
-    """Firings whose sequence ended, or whose limit was reached, before half was gone."""
+    """Tokens until half of the norm is left: median over firings. None: `limit` or longer."""
+    limit: int
+    """Longest half-life that was looked for."""
     n: int
-    """Firings that were followed."""
+    """Firings that were followed, which have so many tokens after them."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import TypeAlias, cast
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -27,11 +27,6 @@ STEP = 0.05
 """Step of the central difference, in norms of the native write; its error falls with the square of the step."""
 
 
-HalfLife: TypeAlias = tuple[int, bool]
-"""Tokens after which less than half of a write's norm is left. If true, the sequence or the limit came first, and the
-number is how far the write was followed."""
-
-
 class AtomFacts:
     """The atoms of a dictionary that get a page, and what is measured of them on held-out text.
 
@@ -40,7 +35,6 @@ class AtomFacts:
         model: a hooked model with a tokenizer.
         sae: a dictionary of one of its heads.
         tokens: [N,T] evaluation sequences.
-        progress: show progress bars.
 
     Cost: one forward up to the layer per sequence.
 
@@ -51,12 +45,10 @@ class AtomFacts:
     """
 
     @torch.no_grad()
-    def __init__(
-        self, settings: AtomSettings, model: HookedRecurrent, sae: SAE, tokens: Tensor, *, progress: bool = True
-    ) -> None:
+    def __init__(self, settings: AtomSettings, model: HookedRecurrent, sae: SAE, tokens: Tensor) -> None:
         self.settings = settings
         self.texts = TokenTexts(model)
-        self.lab = lab = Lab(model, {settings.label: sae}, tokens, seed=settings.seed, progress=progress)
+        self.lab = lab = Lab(model, {settings.label: sae}, tokens, seed=settings.seed, progress=True)
         self.ids = tokens.cpu().numpy()
         self.firings = lab.firings()
         alive = self.firings.alive(tokens.numel(), 1)
@@ -76,8 +68,15 @@ class AtomFacts:
     @cached_property
     def terms(self) -> LowRank:
         """The largest singular terms, at most `TERMS` of them. For rank 1 the only term is the atom; otherwise they
-        cost an SVD each."""
-        return self.matrices if self.matrices.rank == 1 else LowRank.svd(self.matrices.dense(), TERMS)
+        cost an SVD each. v w^T and (-v)(-w)^T are one atom: here v agrees with the keys at its firings."""
+        terms = self.matrices if self.matrices.rank == 1 else LowRank.svd(self.matrices.dense(), TERMS)
+        keys = normalize(self.writes.keys, dim=-1).mean(1)  # [N T,K]
+        signs = torch.ones_like(terms.keys[:, :1, :1])
+        for column in range(len(self.number)):
+            at_firings = keys[self.rows(column)["spot"].tolist()] @ terms.keys[column, 0]
+            if at_firings.quantile(0.5) < 0:
+                signs[column] = -1
+        return LowRank(terms.keys * signs, terms.values * signs)
 
     @cached_property
     def sides(self) -> tuple[Tensor, Tensor]:
@@ -102,23 +101,29 @@ class AtomFacts:
         """The N T native writes of the text. Cost: one forward up to the layer per sequence; memory N T (K + V)."""
         return self.lab.native_writes(range(len(self.ids))).to(self.matrices.keys)
 
+    @property
+    def half_life_limit(self) -> int:
+        """Longest half-life that is looked for, in tokens: so many come after each write that is followed."""
+        return min(self.settings.half_life_limit, self.ids.shape[1] // 2)
+
     @cached_property
-    def half_lives(self) -> list[list[HalfLife]]:
-        """Per atom the half-life of each write that is followed, for at most `half_life_limit` tokens.
+    def half_lives(self) -> list[list[int]]:
+        """Per atom, for each write that is followed, tokens after which less than half of its norm is left; the limit
+        where that comes later.
 
         Cost: one forward up to the layer per sequence, and one vector recurrence for each of these firings.
         """
-        settings = self.settings
-        of_atoms = [list[HalfLife]() for _ in self.number]
-        for s, firings in self.lab.bar(self._sampled_firings(settings.half_life_firings, 1, stream=2), "memory"):
+        limit = self.half_life_limit
+        lives = [list[int]() for _ in self.number]
+        followed = self._sampled_firings(self.settings.half_life_firings, limit, stream=2)
+        for s, firings in self.lab.bar(followed, "memory"):
             recurrence = self.lab.recurrence(s)
             for column, t, _ in firings:
-                until = recurrence.select(tokens=slice(0, t + settings.half_life_limit + 1))
-                norms = norms_after(until, self.matrices.rows([column]), t)
-                below_half = (norms < norms[0] / 2).nonzero()
-                is_over = len(below_half) == 0
-                of_atoms[column].append((len(norms) - 1 if is_over else int(below_half[0]), is_over))
-        return of_atoms
+                norms = norms_after(recurrence.select(tokens=slice(0, t + limit + 1)), self.matrices.rows([column]), t)
+                # A norm that rises again later does not count.
+                not_yet_half = (norms >= norms[0] / 2).long().cumprod(0)
+                lives[column].append(min(int(not_yet_half.sum()), limit))
+        return lives
 
     def _sampled_firings(self, per_atom: int, room: int, stream: int) -> list[tuple[int, list[tuple[int, int, float]]]]:
         """By sequence: column, position and activation of up to `per_atom` firings of each atom, with `room` tokens
@@ -144,12 +149,6 @@ class AtomFacts:
         cosines = torch.stack([of_matrices, of_keys, of_values])
         return cosines.where(writes.norm() > 0, torch.nan).double().cpu().numpy()
 
-    def sign(self, column: int) -> float:
-        """v w^T and (-v)(-w)^T are one atom; the pages take the sign for which v agrees with keys at its firings."""
-        of_keys = self.cosines(column)[1]
-        at_firings = pd.Series(of_keys[self.rows(column)["spot"]])
-        return -1.0 if at_firings.median() < 0 else 1.0
-
     def rows(self, column: int) -> pd.DataFrame:
         """The firings of one atom: sequence, position, atom, activation, and spot, the place in the N T tokens."""
         table = self.firings.frame(self.firings.atom == self.number[column])
@@ -158,7 +157,7 @@ class AtomFacts:
     def change(self, column: int) -> NDArray[np.float32]:
         """[vocab] change of the logits by effect, or along the direct path where no effect was measured."""
         mean, n = self.effects
-        return mean[column] if n[column] else self.sign(column) * self.direct[column]
+        return mean[column] if n[column] else self.direct[column]
 
     @cached_property
     def effects(self) -> tuple[NDArray[np.float32], Integers]:
