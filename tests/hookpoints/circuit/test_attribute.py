@@ -479,9 +479,7 @@ def test_a_pruned_graph_grows_by_the_largest_edge_into_what_it_has(graph: Graph)
         (lambda model: attribute(SEQUENCE, model, []), "at least one token"),
         (lambda model: attribute(SEQUENCE, model, [5], corrupt=OTHER[:, 1:]), "as many as the text has"),
         (lambda model: attribute(SEQUENCE, silent(model), corrupt=SEQUENCE.clone()), "corrupt: expected another text"),
-        (lambda model: attribute(SEQUENCE, model, [5], metric=difference), "got both"),
         (lambda model: attribute(SEQUENCE, model, [5], measure=0), "measure"),
-        (lambda model: attribute(SEQUENCE, model, metric=lambda logits: logits[0, -1]), "one finite number"),
         (lambda model: attribute(SEQUENCE, model, [5], saes=[cast(Any, object())]), "writes or states"),
         (lambda model: attribute(SEQUENCE, model, [5], saes=atoms("blocks.1.mixer.heads.9.hook_state_vec")), "heads.9"),
         (
@@ -489,9 +487,10 @@ def test_a_pruned_graph_grows_by_the_largest_edge_into_what_it_has(graph: Graph)
             "of each head",
         ),
         (lambda model: attribute(SEQUENCE, training(model), [5]), "training mode"),
+        (lambda model: write_attribution(model, SEQUENCE, lambda logits: logits[0, -1]), "one finite number"),
     ],
 )
-def test_bad_input_is_named(ask: Callable[[HookedRecurrent], Graph], message: str) -> None:
+def test_bad_input_is_named(ask: Callable[[HookedRecurrent], object], message: str) -> None:
     with pytest.raises((InputError, UnknownHookError), match=message):
         ask(HookedRecurrent.from_hf(make_hf()))
 
@@ -514,16 +513,6 @@ def test_quantized_weights_warn(model: HookedRecurrent) -> None:
             attribute(SEQUENCE, model, [5], measure=3, targets=0)
     finally:
         del model.hf_model.is_quantized
-
-
-def test_a_metric_of_any_token_is_taken(model64: HookedRecurrent, graph: Graph) -> None:
-    """Of the last token it is the same graph."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        other = attribute(SEQUENCE, model64, metric=difference, measure=40, targets=4)
-    pd.testing.assert_series_equal(other.nodes.predicted, graph.nodes.predicted, rtol=1e-8)
-    pd.testing.assert_series_equal(other.nodes.measured, graph.nodes.measured, rtol=1e-7)
-    pd.testing.assert_series_equal(other.edges.measured, graph.edges.measured, rtol=1e-7, atol=1e-10)
 
 
 class Atoms:

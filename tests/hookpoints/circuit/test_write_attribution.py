@@ -74,7 +74,7 @@ def test_first_order_is_a_derivative(ruled64: HookedRecurrent, corrupt: Tensor |
 def test_patterns_that_are_held_take_no_gradient() -> None:
     """Neither by queries nor by keys; values do."""
     q, k, v = torch.randn(3, 1, 1, 4, 2, requires_grad=True).unbind()
-    with constants(["patterns"]):
+    with constants(frozen=True):
         read = F.scaled_dot_product_attention(q, k, v)
     assert torch.autograd.grad(read.sum(), (q, k), allow_unused=True) == (None, None)
 
