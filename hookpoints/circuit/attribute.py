@@ -12,8 +12,8 @@ from torch import Tensor
 
 from hookpoints.circuit.atoms import HeadSAE, atoms_of, parents_of, taken_apart
 from hookpoints.circuit.graph import Graph
-from hookpoints.circuit.measure import LogitObjective
-from hookpoints.circuit.nodes import LogitMetric, Token, check_is_text, logits_of, one_sequence, same_length
+from hookpoints.circuit.measure import LogitLead
+from hookpoints.circuit.nodes import Token, check_is_text, logits_of, one_sequence, same_length
 from hookpoints.circuit.tables import EDGE_COLUMNS, NODE_COLUMNS, largest, node_of
 from hookpoints.circuit.task import Pair, Task, case_of, task_of
 from hookpoints.circuit.tracing import Tracing
@@ -36,7 +36,6 @@ def attribute(
     against: Token | Sequence[Token] | None = None,
     measure: int | None = None,
     *,
-    metric: LogitMetric | None = None,
     corrupt: str | Tensor | None = None,
     saes: Sequence[HeadSAE] = (),
     frozen: bool = False,
@@ -57,7 +56,6 @@ def attribute(
         measure: how many writes are deleted, one run each, and two fifths as many heads, MLPs and embeddings each;
             and 20 of the other writes, drawn at random. Half of them by predictions, the others by a bound of these.
             None: all nodes while that is cheap, up to about 35 tokens in the models that ship, and 50 of longer texts.
-        metric: a function of logits [1,T,vocab] instead of targets.
         corrupt: another text of as many tokens; nodes are replaced by those of the corrupt text instead of deleted.
             The best first thing to try, since predictions then hold best.
         saes: dictionaries of writes or of states (SAELens' interface), one of a head. Of writes, those that get edges
@@ -68,8 +66,8 @@ def attribute(
 
     Raises:
         InputError: several sequences, training mode, a model that was loaded in inference mode, a target that the
-            tokenizer splits or that is no token, a corrupt text that equals the text or has another length, targets
-            and a metric together, or two dictionaries of one head.
+            tokenizer splits or that is no token, a corrupt text that equals the text or has another length, or two
+            dictionaries of one head.
         UnknownHookError: a dictionary of a head that the model does not have.
         UnsupportedModelError: the blocks add to no one residual stream.
 
@@ -88,7 +86,11 @@ def attribute(
                 "side by side), whose parts do not add up; write_attribution works on this model"
             )
         donor = None if corrupt is None else same_length(model, corrupt, tokens)
-        objective = _metric_of_logits(model, tokens, attribution_targets, against, metric)
+        if attribution_targets is None:
+            with torch.no_grad():
+                attribution_targets = int(logits_of(model, tokens, last=True)[0, -1].argmax())
+        target_ids = _token_ids(model, attribution_targets, "attribution_targets")
+        lead = LogitLead(target_ids, () if against is None else _token_ids(model, against, "against"))
         if (measure is not None and measure < 1) or targets < 0:
             raise InputError(f"measure and targets: expected at least 1 and 0, got {measure} and {targets}")
         if getattr(model.hf_model, "is_quantized", False):
@@ -99,7 +101,7 @@ def attribute(
                 stacklevel=3,
             )
         parents = parents_of(model, saes)
-        tracing = Tracing.of(model, tokens, objective, donor, frozen)
+        tracing = Tracing.of(model, tokens, lead, donor, frozen)
         nodes = tracing.nodes
         tracing.measure_nodes(50 if measure is None and len(nodes) * tokens.shape[1] > _CHEAP else measure)
         writes = nodes[nodes.feature_type == "write"]
@@ -151,32 +153,6 @@ def attribute_task(
         answer = *_token_ids(model, target, "target"), *_token_ids(model, against, "against")
         cases.append(case_of(graph, answer, list(positions) if roles is None else roles[row]))
     return task_of(cases)
-
-
-def _metric_of_logits(
-    model: HookedRecurrent,
-    tokens: Tensor,
-    targets: Sequence[Token] | Token | None,
-    against: Sequence[Token] | Token | None,
-    metric: LogitMetric | None,
-) -> LogitObjective:
-    if metric is not None:
-        if targets is not None or against is not None:
-            raise InputError("metric: expected a metric or attribution_targets, got both; give one of them")
-        return LogitObjective(metric)
-    if targets is None:
-        with torch.no_grad():
-            targets = int(logits_of(model, tokens, last=True)[0, -1].argmax())
-    ids = _token_ids(model, targets, "attribution_targets")
-    against_ids = () if against is None else _token_ids(model, against, "against")
-
-    def mean_lead(logits: Tensor) -> Tensor:
-        last = logits[:, -1]
-        lead = torch.stack([last[:, index] for index in ids])  # a list of indices would be copied to a device
-        compared = torch.stack([last[:, index] for index in against_ids]) if against_ids else last.T
-        return lead.mean(0) - compared.mean(0)
-
-    return LogitObjective(mean_lead, ids, against_ids)
 
 
 def _token_ids(model: HookedRecurrent, tokens: Sequence[Token] | Token, name: str) -> tuple[int, ...]:

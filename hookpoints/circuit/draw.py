@@ -19,8 +19,6 @@ _FIRST = 94
 """Where the highest block is; the logit is above."""
 _LETTER = 6.4
 """Width of a letter, in fonts that are wide."""
-_TAKEN = 1000
-"""Lines through a label that are as bad as another label, a node or an edge of the picture there."""
 _SHAPES = {"write": "circle", "state": "circle", "embedding": "square", "attn": "square", "mlp": "square"}
 """Of nodes that are no parts."""
 _SOURCES = {"direct": 1000, "part": 4}
@@ -74,7 +72,7 @@ def svg(nodes: pd.DataFrame, edges: pd.DataFrame, metadata: Mapping[str, object]
         most=most,
         lines=[*zip(lines.itertuples(), curves.round(1).tolist())][::-1],
         spots=[*spots.itertuples()],
-        labels=_node_labels(spots, curves, width, floor),
+        labels=_node_labels(spots, width, floor),
     )
     return re.sub(_NOT_XML, "�", page)
 
@@ -120,31 +118,21 @@ def _line_curves(ports: pd.Series, first: np.ndarray, last: np.ndarray, column: 
     return np.stack([first, first + bend, last + bend * (1, -1), last], 1)
 
 
-def _node_labels(
-    spots: pd.DataFrame, curves: np.ndarray, width: int, floor: float
-) -> Iterator[tuple[str, float, float, int]]:
-    """The names of nodes for which there is room, the largest first, where they are, and on which side of the node,
-    where the fewest lines pass: on its left (-1), its right (1), or above or below it (0)."""
-    t = np.linspace(0, 1, 41)[:, None]
-    power = np.arange(4)
-    drawn = (np.array([1, 3, 3, 1]) * t**power * (1 - t) ** (3 - power)) @ curves
+def _node_labels(spots: pd.DataFrame, width: int, floor: float) -> Iterator[tuple[str, float, float, int]]:
+    """The names of nodes for which there is room, the largest first, where they are, and on which side of the node: on
+    its left (-1), its right (1), or above or below it (0)."""
     nodes = [*zip(spots.x, spots.y, spots.radius)]
-    edges = [(0, 0, 26, 9999, _TAKEN), (width, 0, 0, 9999, _TAKEN), (0, floor + 20, width, 12, _TAKEN)]
-    circles = [(x, y, radius, radius, _TAKEN) for x, y, radius in nodes]
-    boxes = np.array([*edges, *circles, *((x, y, 0, 0, 1) for x, y in drawn.reshape(-1, 2))])
+    # Middle, half width and half height of what no name may cover: edges of the picture, nodes, and names so far.
+    covered = [(0.0, 0.0, 26.0, 9999.0), (width, 0.0, 0.0, 9999.0), (0.0, floor + 20, width, 12.0)]
+    covered += [(x, y, radius, radius) for x, y, radius in nodes]
     for label, (x, y, radius) in zip(spots.label, nodes):
         half = _LETTER / 2 * len(label)
         beside = radius + 4 + half
-        tried = [(x - beside, y), (x + beside, y), (x, y - radius - 9), (x, y + radius + 9)]
-        costs = [_box_cost(boxes, place, half) for place in tried]
-        best = int(np.argmin(costs))
-        if costs[best] < _TAKEN:
-            boxes = np.vstack([boxes, (*tried[best], half, 6, _TAKEN)])
-            side = (-1, 1, 0, 0)[best]
-            yield label, tried[best][0] - side * half, tried[best][1], side
-
-
-def _box_cost(boxes: np.ndarray, place: tuple[float, float], half: float) -> float:
-    """What a label covers, of boxes [N,5]: middle, half width, half height and cost of each."""
-    is_covered = (abs(boxes[:, :2] - place) - boxes[:, 2:4] < (half + 3, 6)).all(1)
-    return float(boxes[is_covered, 4].sum())
+        tried = [(x - beside, y, -1), (x + beside, y, 1), (x, y - radius - 9, 0), (x, y + radius + 9, 0)]
+        for middle, height, side in tried:
+            boxes = np.array(covered)
+            distance = abs(boxes[:, :2] - (middle, height)) - boxes[:, 2:]
+            if not (distance < (half + 3, 6)).all(1).any():
+                covered.append((middle, height, half, 6.0))
+                yield label, middle - side * half, height, side
+                break

@@ -31,8 +31,6 @@ SCHEMA = 3
 """Version of the format of `Graph.save`."""
 _LEAST = 0.03
 """Share of the largest edge from which on an edge makes a graph grow."""
-MAX_BYTES = 200_000_000
-"""Largest file that `Graph.load` reads."""
 
 
 class Check(NamedTuple):
@@ -282,11 +280,9 @@ class Graph(Explaining):
         """Read what `save` wrote. The graph has no model: `why` and `sufficient` need one from `attribute`.
 
         Raises:
-            ValueError: the file is no graph, damaged, edited, of another version or larger than 200 MB; names it.
+            ValueError: the file is no graph, damaged, edited or of another version; names it.
         """
         file = Path(path)
-        if (size := file.stat().st_size) > MAX_BYTES:
-            raise ValueError(f"{file}: expected at most {MAX_BYTES:,} bytes, got {size:,}; prune the graph")
         content = read_sealed_json(file)
         if content.get("schema") != SCHEMA or not isinstance(content.get("metadata"), dict):
             raise ValueError(

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hookpoints.circuit.nodes import LogitMetric
 from hookpoints.circuit.tables import Change
 
 if TYPE_CHECKING:
@@ -25,51 +24,44 @@ if TYPE_CHECKING:
     Watch = AbstractContextManager[HookSpecs]
 
 _ROWS = 128
-_ROOM = 2**26
-"""Logits of runs at once."""
 _TOKENS = 2**11
 """Tokens of runs at once."""
 _PAST = 2**14
 """Tokens of the texts of runs at once, each of which has its own memory."""
 
 
-class LogitObjective(NamedTuple):
-    """What is explained."""
+class LogitLead(NamedTuple):
+    """What is explained: by how much the logits of some tokens lead those of others, after the last token."""
 
-    metric: LogitMetric
-    """With targets it takes logits of several rows."""
-    targets: tuple[int, ...] = ()
-    against: tuple[int, ...] = ()
+    targets: tuple[int, ...]
+    against: tuple[int, ...]
+    """None: all tokens."""
 
-    @property
-    def last(self) -> bool:
-        """Whether logits after the last token alone are asked for."""
-        return bool(self.targets)
-
-    def of_rows(self, logits: Tensor, before: Tensor) -> Tensor:
-        """[N], the metric of logits [N,T',vocab] that follow those ``before`` [T-T',vocab]."""
-        if self.last:
-            return self.metric(logits)
-        return torch.stack([self.metric(torch.cat([before, row])[None]).reshape(()) for row in logits])
+    def of(self, logits: Tensor) -> Tensor:
+        """[N], the difference of the means, of logits [N,T,vocab]."""
+        last = logits[:, -1]
+        lead = torch.stack([last[:, index] for index in self.targets])  # a list of indices would be copied to a device
+        compared = torch.stack([last[:, index] for index in self.against]) if self.against else last.T
+        return lead.mean(0) - compared.mean(0)
 
 
 class Measure:
     """The plain pass of one text, kept, so that each other run costs only what differs.
 
     Args:
-        session: of the text; its logits may be the last alone where these are all that the metric depends on.
+        session: of the text; its logits may be the last alone.
     """
 
-    def __init__(self, session: EditSession, objective: LogitObjective):
+    def __init__(self, session: EditSession, lead: LogitLead):
         self.session = session
-        self.objective = objective
-        self.plain = float(objective.metric(self.session.logits))
+        self.lead = lead
+        self.plain = float(lead.of(session.logits))
         self.runs = 0
         """Runs so far."""
 
     def effects(self, changes: Sequence[Change]) -> np.ndarray:
         """[N], what each change takes off the metric."""
-        metrics = self.outcomes([[change] for change in changes], self.metrics_of)
+        metrics = self.outcomes([[change] for change in changes], lambda run: self.lead.of(run.logits))
         return self.plain - np.array(metrics.tolist(), float)  # the host waits once, after all runs
 
     def outcomes(self, rows: Sequence[Sequence[Change]], outcome: Callable[[EditedRun], Tensor]) -> Tensor:
@@ -83,10 +75,6 @@ class Measure:
             outcomes.append(outcome(run))
         joined = torch.cat(outcomes)
         return joined[torch.tensor(np.argsort(order), device=joined.device)]
-
-    def metrics_of(self, run: EditedRun) -> Tensor:
-        """[N], of the rows of a run."""
-        return self.objective.of_rows(run.logits, self.session.logits[0, : run.start])
 
     def runs_of(
         self, rows: Sequence[Sequence[Change]], watched: Callable[[list[int]], Watch] | None = None
@@ -127,17 +115,16 @@ class Measure:
     def _near_rows(self, rows: Sequence[Sequence[Change]]) -> list[list[int]]:
         """Rows that run together: few, or those of one block and near tokens."""
         length = self.session.tokens.shape[1]
-        room = _TOKENS if self.objective.last else min(_TOKENS, _ROOM // self.session.logits.shape[-1])
         most = max(1, min(_ROWS, _PAST // length))
         places = [self._first_change(changes) for changes in rows]
         order = sorted(range(len(rows)), key=lambda row: places[row])
-        if 0 < len(rows) <= most and len(rows) * length <= room // 2:
+        if 0 < len(rows) <= most and len(rows) * length <= _TOKENS // 2:
             return [order]  # a further pass costs more than the blocks and tokens that it leaves out
         batches: list[list[int]] = []
         for _, alike in groupby(order, key=lambda row: places[row][0]):
             of_layer = list(alike)
             positions = [places[row][1] for row in of_layer]
-            near = self.session.batches(positions, length, most, room=room)
+            near = self.session.batches(positions, length, most, room=_TOKENS)
             batches += [[of_layer[index] for index in batch] for batch in near]
         return batches
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from inspect import signature
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from hookpoints.circuit.norms import FROZEN, Held, constants
+from hookpoints.circuit.norms import constants
 from hookpoints.circuit.tables import Node, Predicted, predicted_nodes
 from hookpoints.errors import InputError
 from hookpoints.layer.context import scope
@@ -120,9 +120,8 @@ def read_gradients(
     hooks: list[tuple[str, Callable[..., Tensor | None]]] = [("hook_embed", begin)]
     hooks += [(name, keep) for name in (*names, *further) if name != "hook_embed"]
     hooks += [(name, constant) for name in _gradient_cuts(model)] if frozen else []
-    held = FROZEN if frozen else ()
-    again = _blocks_run_again(model, held) if tokens.shape[1] > _LONG else nullcontext()
-    with constants(held), again, model.hooks(hooks):
+    again = _blocks_run_again(model, frozen) if tokens.shape[1] > _LONG else nullcontext()
+    with constants(frozen), again, model.hooks(hooks):
         value = metric(logits_of(model, tokens, last))
         if value.numel() != 1 or not bool(torch.isfinite(value).all()):
             raise InputError(f"metric: expected one finite number, got {value.detach()!r:.80}")
@@ -145,12 +144,12 @@ def logits_of(model: HookedRecurrent, tokens: Tensor, last: bool) -> Tensor:
 
 
 @scoped
-def _blocks_run_again(model: HookedRecurrent, held: Collection[Held]) -> Iterator[None]:
+def _blocks_run_again(model: HookedRecurrent, frozen: bool) -> Iterator[None]:
     """In this scope a block keeps for a backward pass what enters it alone, and runs again there: in this thread, which
     has the scopes that are open. Only function modes are off during a backward pass."""
 
     def modes() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
-        return nullcontext(), constants(held)
+        return nullcontext(), constants(frozen)
 
     def around(forward: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         run = partial(forward, *args, **kwargs)

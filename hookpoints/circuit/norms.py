@@ -6,8 +6,8 @@ square.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import Any, Literal, cast
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,6 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from hookpoints.scopes import scoped
-
-Held = Literal["norms", "patterns"]
-"""What of a pass is a constant to autograd: scales of norms, or patterns of softmax attention."""
-FROZEN: tuple[Held, ...] = ("norms", "patterns")
-"""Where an answer is saturated, gradients of norms and gates point the wrong way, and what the values carry is left."""
 
 _ROOTS = (torch.sqrt, Tensor.sqrt, torch.rsqrt, Tensor.rsqrt)
 Arguments = tuple[object, ...]
@@ -76,13 +71,13 @@ def _as_constant(x: object) -> object:
 
 
 class Constants(TorchFunctionMode):
-    """While this is on, weights and what is ``held`` are constants to autograd. Values do not change. It is in force in
-    its own thread alone, and leaves the weights as they are."""
+    """While this is on, weights are constants to autograd, and with ``frozen`` scales of norms and patterns of softmax
+    attention are as well: where an answer is saturated, their gradients point the wrong way. Values do not change. It
+    is in force in its own thread alone, and leaves the weights as they are."""
 
-    def __init__(self, held: Collection[Held]):
+    def __init__(self, frozen: bool):
         super().__init__()
-        self.norms = "norms" in held
-        self.patterns = "patterns" in held
+        self.frozen = frozen
 
     def __torch_function__(
         self,
@@ -93,26 +88,26 @@ class Constants(TorchFunctionMode):
     ) -> Tensor:
         args = tuple(_as_constant(x) for x in args)
         kwargs = {name: _as_constant(x) for name, x in (kwargs or {}).items()}
-        if self.patterns and func is F.scaled_dot_product_attention:
+        if self.frozen and func is F.scaled_dot_product_attention:
             args = (*(cast(Tensor, x).detach() for x in args[:2]), *args[2:])
         value = func(*args, **kwargs)
-        if not isinstance(value, Tensor) or not value.requires_grad:
+        if not self.frozen or not isinstance(value, Tensor) or not value.requires_grad:
             return value
-        if self.norms and func in _ROOTS:
+        if func in _ROOTS:
             return value.detach()
-        if self.norms and func in _NORMS:
+        if func in _NORMS:
             linear = _NORMS[func](*args, **kwargs)
             return value.detach() + (linear - linear.detach())
-        if self.norms and func is F.normalize:
+        if func is F.normalize:
             return _at_fixed_length(value, cast(Tensor, args[0]))
         return value
 
 
 @scoped
-def constants(held: Collection[Held] = ()) -> Iterator[Constants]:
-    """In this scope weights take no gradients, so that a pass keeps no activations for these, and ``held`` parts are
-    constants."""
-    mode = Constants(held)
+def constants(frozen: bool) -> Iterator[Constants]:
+    """In this scope weights take no gradients, so that a pass keeps no activations for these; ``frozen`` as of
+    `Constants`."""
+    mode = Constants(frozen)
     try:
         torch._C._push_on_torch_function_stack(mode)  # torch's own `with` is left on the stack by some interrupts
         yield mode

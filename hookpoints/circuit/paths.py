@@ -87,7 +87,7 @@ def direct_paths(model: HookedRecurrent, runs: Measure, changes: Mapping[Node, C
 
     for batch, run in runs.runs_of([[change] for change in changes.values()], watched):
         order += batch
-        metrics.append(runs.objective.of_rows(run.logits[1:], runs.session.logits[0, : run.start]))
+        metrics.append(runs.lead.of(run.logits[1:]))
         seen = passes.pop()
         # Of softmax heads the first pass has their gates; their other ports have passes in which one factor is another.
         by_port = {"gate": seen}

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from hookpoints.circuit.measure import LogitObjective, Measure
+from hookpoints.circuit.measure import LogitLead, Measure
 from hookpoints.circuit.nodes import Gradients, keeps_last, logits_of, predict_writes, read_gradients, reading
 from hookpoints.circuit.paths import Paths, direct_paths
 from hookpoints.circuit.ports import Port, change_for, has_ports, ports_of, ports_of_output
@@ -57,7 +57,6 @@ class Tracing:
     """One text, its gradients and its runs."""
 
     model: HookedRecurrent
-    objective: LogitObjective
     text: Text
     corrupt: Text | None
     corrupt_logits: Tensor | None
@@ -73,7 +72,7 @@ class Tracing:
 
     @classmethod
     def of(
-        cls, model: HookedRecurrent, tokens: Tensor, objective: LogitObjective, corrupt: Tensor | None, frozen: bool
+        cls, model: HookedRecurrent, tokens: Tensor, lead: LogitLead, corrupt: Tensor | None, frozen: bool
     ) -> Tracing:
         """Read the texts, and follow the metric back."""
         kinds = [Node("embedding")]
@@ -81,9 +80,9 @@ class Tracing:
             kinds += [*head_kinds(model, layer), Node("mlp", layer)]
         others = [kind for kind in kinds if kind.feature_type != "write" and kind.hook in model.hook_dict]
         further = tuple(kind.hook for kind in others)
-        gradients = read_gradients(model, tokens, objective.metric, frozen, further, objective.last)
+        gradients = read_gradients(model, tokens, lead.of, frozen, further, last=True)
         with reading(model) as values:
-            session = EditSession(model, tokens, logits_to_keep=int(objective.last and keeps_last(model)))
+            session = EditSession(model, tokens, logits_to_keep=int(keeps_last(model)))
         recurrences = {layer: session.recurrence(layer) for layer in model.cfg.recurrent_layers}
         place = session.tokens.device  # where the model lies on several, all that is computed here is there
         donors: dict[int, Recurrence] = {}
@@ -103,8 +102,8 @@ class Tracing:
             bound = change.norm(dim=-1) * gradient.norm(dim=-1)
             predicted.append(Predicted(kind, (change * gradient).sum(-1), bound))
         nodes = predicted_nodes(predicted)
-        runs = Measure(session, objective)
-        return cls(model, objective, text, other, corrupt_logits, gradients, nodes, runs, frozen)
+        runs = Measure(session, lead)
+        return cls(model, text, other, corrupt_logits, gradients, nodes, runs, frozen)
 
     def other(self, name: str) -> Tensor:
         """[T,...], what replaces the values of a hook: those of the corrupt text, or 0."""
@@ -215,7 +214,7 @@ class Tracing:
         """Of runs each without the nodes of one table."""
 
         def answer(run: EditedRun) -> Tensor:
-            metrics = self.runs.metrics_of(run)
+            metrics = self.runs.lead.of(run.logits)
             metrics = metrics.to(torch.promote_types(metrics.dtype, torch.float32))  # half precision has no token ids
             return torch.stack([metrics, run.logits[:, -1].argmax(-1).to(metrics)], 1)
 
@@ -260,15 +259,14 @@ class Tracing:
         """`Graph.metadata`."""
         text = self.text
         corrupt = self.corrupt
-        targets = self._token_texts(self.objective.targets)
-        against = self._token_texts(self.objective.against)
+        targets, against = map(self._token_texts, self.runs.lead)
         title = " ".join(targets) + ("" if not against else f" − {' '.join(against)}")
         return {
             "model": self.model.cfg.model_name,
             "tokens": self._token_texts(text.tokens[0].tolist()),
             "targets": targets,
             "against": against,
-            "title": title or "metric",
+            "title": title,
             "metric": self.runs.plain,
             "answer": self._token_texts([int(self.runs.session.logits[0, -1].argmax())])[0],
             "corrupt": None if corrupt is None else self._token_texts(corrupt.tokens[0].tolist()),

@@ -69,6 +69,24 @@ def test_letters_and_nodes_are_seen_whatever_is_behind(browser: Browser, graphs:
     page.close()
 
 
+def test_every_shape_has_a_path_to_the_answer_and_the_color_of_its_effect(graphs: list[Graph]) -> None:
+    """Along the lines that are drawn."""
+    root = ElementTree.fromstring(graphs[0].draw())
+    titles = [element.text or "" for element in root.iter() if element.tag.endswith("}title")]
+    matches = (re.match(r"(.+?) (?:into the \w+ of|into) (.+): ", title) for title in titles)
+    lines = [match.groups() for match in matches if match]
+    joined = {"logit"}
+    for _ in lines:
+        joined |= {source for source, target in lines if target in joined}
+    kinds = {
+        element.attrib["data-node"]: element.get("class") for element in root.iter() if "data-node" in element.attrib
+    }
+    assert kinds and kinds.keys() <= joined
+    seen = graphs[0].nodes[graphs[0].nodes.node_id.isin([*kinds])]
+    for kind, rows in (("hurt", seen.measured < 0), ("help", seen.measured > 0)):
+        assert rows.any() and {kinds[name] for name in seen.node_id[rows]} == {f"node {kind}"}
+
+
 def test_a_line_passes_what_is_between_its_ends(graphs: list[Graph]) -> None:
     """Nodes of one token are above each other, and lines between them bend."""
     picture = graphs[0].draw()
@@ -80,13 +98,6 @@ def test_a_line_passes_what_is_between_its_ends(graphs: list[Graph]) -> None:
         if any(x == across == end and float(top) < float(height) < float(y) for across, height in nodes)
     ]
     assert len(past) > 2 and min(past) > 8
-
-
-def test_a_color_says_what_was_measured(graphs: list[Graph]) -> None:
-    kinds = {each.get("data-node"): each.get("class") for each in ElementTree.fromstring(graphs[0].draw()).iter()}
-    seen = graphs[0].nodes[graphs[0].nodes.node_id.isin([*kinds])]
-    for kind, rows in (("hurt", seen.measured < 0), ("help", seen.measured > 0)):
-        assert rows.any() and {kinds[name] for name in seen.node_id[rows]} == {f"node {kind}"}
 
 
 def test_atoms_are_drawn_below_their_state(graphs: list[Graph]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from itertools import islice, pairwise
+from itertools import islice
 from typing import Any, cast
 
 import numpy as np
@@ -78,7 +78,7 @@ def test_the_holder_its_value_and_its_name_are_found(name: str) -> None:
 def test_induction_shows_both_layers() -> None:
     """The key of the write that holds the answer comes from the first layer's write at the word before."""
     model = HookedRecurrent.from_pretrained("induction")
-    for seed in (11, 12, 13):
+    for seed in (11, 12):
         question = Question("induction", seed)
         graph = question.graph(model, measure=12, targets=0)
         edges = graph.why(f"L1H0@{question.value}", read=question.tokens.shape[1] - 1)
@@ -98,65 +98,39 @@ def test_few_writes_are_sufficient_and_decide_the_answer_alone() -> None:
 
 
 def test_an_untrained_model_does_not_pass_the_check() -> None:
+    torch.manual_seed(0)
     config = transformers.AutoConfig.from_pretrained(zoo.path("recall"))
-    for seed in range(2):
-        torch.manual_seed(seed)
-        model = HookedRecurrent.from_hf(transformers.AutoModelForCausalLM.from_config(config).eval())
-        assert attribute(Question("recall", seed).tokens, model, targets=0).check().decisive is False
-
-
-def test_the_circuit_of_a_task_is_faithful_to_texts_held_out(embedded: HookedRecurrent) -> None:
-    """Of 240 writes, eight that three texts choose keep most of the effect on others; random ones keep none."""
-    text = "The Secretary of the {} will report. The report of the Secretary of the"
-
-    def task(*words: str, **settings: Any) -> Any:
-        pairs = [(text.format(a), text.format(b), f" {a}", f" {b}") for a, b in pairwise(words)]
-        return attribute_task(pairs, embedded, measure=20, **settings)
-
-    found = task("Treasury", "Navy", "Senate", "House")
-    curve = found.faithful(task("State", "Union", "Congress"), [1, 8], draws=8)
-    assert curve.kept.iloc[1] > 0.7 and curve.kept.iloc[0] < curve.kept.iloc[1] and curve.random.abs().max() < 0.1
-    assert len(found.effects) == len(found.cases[0].writes) and found.effects.effect.abs().is_monotonic_decreasing
-    one = found.effects.iloc[0]
-    alike = [case.writes[(case.writes[["role", "layer", "head"]] == one[:3]).all(axis=1)] for case in found.cases]
-    assert one.effect == pytest.approx(np.mean([rows.effect.item() for rows in alike]))
-    with pytest.raises(InputError, match="roles: expected 15 of "):
-        task("Navy", "House", roles=[["a"]])
-    with pytest.raises(InputError, match="pairs: expected texts"):
-        task()
-    named = task("Navy", "House", roles=[["a", *14 * ["b"]]])
-    assert {*named.effects.role} == {"a", "b"}
-    with pytest.raises(InputError, match="held_out: expected roles"):
-        found.faithful(named)
+    model = HookedRecurrent.from_hf(transformers.AutoModelForCausalLM.from_config(config).eval())
+    assert attribute(Question("recall").tokens, model, targets=0).check().decisive is False
 
 
 def test_a_task_whose_answers_are_shuffled_is_none() -> None:
     """The writes that carry the word keep any difference between two texts, also of logits that nobody asked for. What
     tells is whether the model gives the targets, and whether they depend on the text more than others do."""
-    model = HookedRecurrent.from_pretrained("facts-english")
-    asked = [("Ben", "Rome", "Oslo"), ("Ian", "Lima", "Cairo"), ("Iris", "Tokyo", "Seoul"), ("Zoe", "Paris", "Delhi")]
-    form = "{0} lives in {1}. Where does {0} live?"
-    pairs: list[Any] = [Pair(form.format(n, a), form.format(n, b), f" {a}", f" {b}") for n, a, b in asked]
+    model = HookedRecurrent.from_pretrained("facts")
+    asked = [("Ben", "Rome", "Oslo"), ("Ian", "Lima", "Cairo"), ("Zoe", "Paris", "Delhi")]
+    form = "Ada keeps a parrot. {0} lives in {1}. {0} lives in"
+    pairs = [Pair(form.format(n, a), form.format(n, b), a, b) for n, a, b in asked]
     with warnings.catch_warnings():
         warnings.simplefilter("error", PredictionWarning)
         task = attribute_task(pairs, model, measure=10)
         table: Any = task.check(4)
     # Each number by the logits of the two texts alone.
     targets = [model.to_single_token(pair.target) for pair in pairs]
-    leads = np.zeros((4, 4, 2))
+    leads = np.zeros((3, 3, 2))
     best = []
     for row, pair in enumerate(pairs):
         logits = torch.stack([model(text)[0, -1] for text in (pair.text, pair.corrupt)]).detach()
         leads[row] = (logits[:, targets] - logits[:, [model.to_single_token(pair.against)]]).T
         best.append(int(logits[0].argmax()))
-    is_own = np.eye(4, dtype=bool)
+    is_own = np.eye(3, dtype=bool)
     effects = leads[..., 0] - leads[..., 1]
     for name, at in (("own", is_own), ("shuffled", ~is_own)):
         of_pairs = np.nanmean(np.where(at, effects, np.nan), 1)
         row = table.loc[name]
-        assert (row.pairs, row.above) == (4, (leads[..., 0] > 0)[at].mean())
+        assert (row.pairs, row.above) == (3, (leads[..., 0] > 0)[at].mean())
         assert row["first"] == np.mean([best[n] == targets[m] for n, m in np.argwhere(at)])
-        assert [row.effect, row.error] == pytest.approx([of_pairs.mean(), of_pairs.std(ddof=1) / 2], rel=1e-4)
+        assert [row.effect, row.error] == pytest.approx([of_pairs.mean(), of_pairs.std(ddof=1) / 3**0.5], rel=1e-4)
         assert row.kept > 0.8
     shares = [case.kept([task.effects[:4]])[0] for case in task.cases]
     assert table.kept.own == pytest.approx(np.median(shares), rel=1e-4) and table["first"].own == 1
@@ -164,18 +138,12 @@ def test_a_task_whose_answers_are_shuffled_is_none() -> None:
     with pytest.warns(PredictionWarning, match="shuffled among pairs"):
         wrong: Any = attribute_task(shuffled, model, measure=10).check()
     assert wrong.kept.own > 0.8 and wrong["first"].own == 0
-
-
-def test_a_task_that_the_model_does_not_do_is_none(embedded: HookedRecurrent) -> None:
-    """It prefers another token in most pairs; and an effect of one pair has no error to compare it with."""
-    form = "The Secretary of the {} will report. The Secretary of the"
-    pairs = [(form.format(a), form.format(b), " War", " Navy") for a, b in (("War", "Navy"), ("War", "State"))]
-    with pytest.warns(PredictionWarning, match="prefers the target in 0%"):
-        attribute_task(pairs, embedded, measure=10).check()
-    pair = form.format("Navy"), form.format("War"), " Navy", " War"
-    with pytest.warns(PredictionWarning, match="standard error of nan"):
-        alone: Any = attribute_task([pair], embedded, measure=10).check()
-    assert alone.loc["own", ["above", "first"]].tolist() == [1, 1] and alone.loc["shuffled"].isna().all()
+    # It prefers what was told; and an effect of one pair has no error to compare it with.
+    alone: Any = attribute_task(
+        [pairs[0]._replace(target=pairs[0].against, against=pairs[0].target)], model, measure=10
+    )
+    with pytest.warns(PredictionWarning, match=r"prefers the target in 0%.*standard error of nan"):
+        assert alone.check().loc["shuffled"].isna().all()
 
 
 def test_writes_that_change_the_answer_to_one_that_nobody_named_do_not_decide(embedded: HookedRecurrent) -> None:
@@ -212,6 +180,24 @@ def test_the_circuit_of_a_task_begins_with_the_write_that_is_known(name: str) ->
     assert tuple(found.effects.iloc[0, :3]) == (f"value+{holder.offset}", holder.layer, holder.heads[0])
     curve = found.faithful(others, [2], draws=8)
     assert curve.kept.item() > 0.9 and curve.random.abs().item() < 0.01
+    one = found.effects.iloc[0]
+    alike = [case.writes[(case.writes[["role", "layer", "head"]] == one[:3]).all(axis=1)] for case in found.cases]
+    assert one.effect == pytest.approx(np.mean([rows.effect.item() for rows in alike]))
+    assert found.effects.effect.abs().is_monotonic_decreasing
+
+
+def test_texts_of_a_task_have_one_role_a_token_and_the_same_roles() -> None:
+    model = HookedRecurrent.from_pretrained("facts")
+    pair = "Ben lives in Rome. Ben lives in", "Ben lives in Oslo. Ben lives in", "Rome", "Oslo"
+    plain, named = (attribute_task([pair], model, roles, measure=1) for roles in (None, [["a", *8 * ["b"]]]))
+    assert {*named.effects.role} == {"a", "b"}
+    for ask, message in (
+        (lambda: attribute_task([pair], model, [["a"]], measure=1), "roles: expected 9 of "),
+        (lambda: attribute_task([], model), "pairs: expected texts"),
+        (lambda: plain.faithful(named), "held_out: expected roles"),
+    ):
+        with pytest.raises(InputError, match=message):
+            ask()
 
 
 @pytest.mark.filterwarnings("default")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from remembering import drawn_ids
@@ -72,7 +74,7 @@ def test_first_order_is_a_derivative(ruled64: HookedRecurrent, corrupt: Tensor |
 def test_patterns_that_are_held_take_no_gradient() -> None:
     """Neither by queries nor by keys; values do."""
     q, k, v = torch.randn(3, 1, 1, 4, 2, requires_grad=True).unbind()
-    with constants(["patterns"]):
+    with constants(frozen=True):
         read = F.scaled_dot_product_attention(q, k, v)
     assert torch.autograd.grad(read.sum(), (q, k), allow_unused=True) == (None, None)
 
@@ -82,21 +84,18 @@ def test_patterns_that_are_held_take_no_gradient() -> None:
 )
 def test_modes_of_the_caller_do_not_matter(model: HookedRecurrent, mode: Any) -> None:
     """Neither inference mode nor autocast, also of the tokens; and they are in force again afterwards."""
-    plain = write_attribution(model, SEQUENCE, metric)
-    graph = attribute(SEQUENCE, model, [3], measure=1, targets=1)
+    modes = (torch.is_inference_mode_enabled, partial(torch.is_autocast_enabled, "cpu"), torch.is_grad_enabled)
+
+    def explained(tokens: Tensor) -> tuple[pd.DataFrame, ...]:
+        graph = attribute(tokens, model, [3], measure=1, targets=1)
+        answer = pd.DataFrame([graph.keep(["L1H0@4"])])
+        return write_attribution(model, tokens, metric), graph.nodes, graph.edges, graph.why("L1H0@4", 20), answer
+
+    plain = explained(SEQUENCE)
     with mode:
-        before = (torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"), torch.is_grad_enabled())
-        tokens = SEQUENCE + 0
-        assert write_attribution(model, tokens, metric).equals(plain)
-        again = attribute(tokens, model, [3], measure=1, targets=1)
-        assert again.nodes.equals(graph.nodes) and again.edges.equals(graph.edges)
-        assert again.keep(["L1H0@4"]) == graph.keep(["L1H0@4"])
-        assert again.why("L1H0@4", 20).equals(graph.why("L1H0@4", 20))
-        assert before == (
-            torch.is_inference_mode_enabled(),
-            torch.is_autocast_enabled("cpu"),
-            torch.is_grad_enabled(),
-        )
+        before = [is_on() for is_on in modes]
+        assert all(table.equals(again) for table, again in zip(plain, explained(SEQUENCE + 0)))
+        assert before == [is_on() for is_on in modes]
 
 
 def test_weights_of_inference_mode_are_refused() -> None:
