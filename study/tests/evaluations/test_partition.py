@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from made_up import HOLDS, made_up, replaced, runner
+from made_up import replaced
 from saes import HEAD, HOOK, LAYER, make_sae, planted
 
 from sae_lens_writesae.atom.low_rank import LowRank
 from writesae_study.dictionary.cosines import firing_cosines, first_component
-from writesae_study.dictionary.kinds import compare_kinds
 from writesae_study.evaluations.partition import RULES, Partition
-from writesae_study.evaluations.substitution import Substitution
-from writesae_study.experiment.at_firings import wide_firings
 from writesae_study.experiment.bench import Bench
 from writesae_study.experiment.evaluation import Result
-
-run = runner(Partition, **{"min_firings": 2, "restarts": 1})
 
 
 @pytest.mark.parametrize("decoder, rank", [("rank", 2), ("flat", 1)])
@@ -95,24 +90,6 @@ def test_the_untrained_null_is_a_random_dictionary_at_its_own_firings(model: Any
     at = strongest["position"].to_list()
     best = random[(read[at] @ random.T).argmax(1)]
     np.testing.assert_allclose(strongest["untrained"], torch.cosine_similarity(best, writes[at]), atol=1e-5)
-
-
-def alike(medians: dict[str, float], worse: float = 1.0) -> Result:
-    """A partition in which odd atoms are bundles. The KL of odd atoms is `worse`
-    times larger at a third of the positions."""
-    test = made_up(medians, floor=1e-12, scales=("coefficient",), controls=("state",))
-    table = test.tables["firings"]
-    odd = (table["condition"] == "atom") & (table["atom"] % 2 == 1) & (table["position"] % 3 == 0)
-    table.loc[odd, "kl_window"] *= worse
-    result, wide = made(np.tile([0.3, 0.0], 10), np.zeros(20)), wide_firings(test)
-    verdict = cast(Substitution, test.evaluation).nearer(wide, "coefficient").verdict
-    table, compared = compare_kinds(wide, "coefficient", verdict, result.tables["atoms"], 0)
-    return replaced(result, {"compared": compared}, substitution=table)
-
-
-def test_the_difference_of_kinds_has_an_interval_and_a_p_value() -> None:
-    gap: Any = alike(HOLDS, 100).info["compared"]
-    assert gap["difference"]["low"] > 0.1 and gap["difference"]["p_value"] < 0.01
 
 
 def same(low: float, high: float, n_atoms: int = 20) -> Result:

@@ -32,6 +32,7 @@ def test_the_logit_of_a_small_write_turns_with_its_sign_and_is_predicted(
     np.testing.assert_allclose(up, -down, rtol=0.02, atol=1e-9)
     assert (np.sign(table["f2"]) == np.sign(table["measured"])).all()
     np.testing.assert_allclose(table["f2"], table["measured"], rtol=0.02, atol=1e-9)
+    assert small.claims()[0].n == 6 * 2  # positions, ranks
     assert small.label == f"L{LAYER}H{HEAD}"  # not named after a dictionary, whose atoms are not used
     assert 0 <= float(small.info["floor"]) < 1e-9  # float64
 
