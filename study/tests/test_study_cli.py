@@ -11,7 +11,6 @@ import pytest
 from saes import make_sae
 from test_cli import (
     COUNTS,
-    HEAD,
     TINY,
     assert_interrupted,
     assert_listed,
@@ -32,7 +31,7 @@ from writesae.files import sae_folders
 from writesae_study.commands import COMMANDS
 from writesae_study.evaluate import EvalAll, Subjects
 from writesae_study.evaluations import EVALUATIONS, load_result
-from writesae_study.experiment.evaluation import Evaluation, Scope
+from writesae_study.experiment.evaluation import Evaluation
 from writesae_study.folders import run_folder
 from writesae_study.verdict.paper import PAPER_CLAIMS, QUESTIONS
 
@@ -53,9 +52,6 @@ def test_no_help_and_no_wrong_flag_loads_torch() -> None:
 
 
 def test_the_list_of_questions_is_that_of_the_classes() -> None:
-    assert {kind: asked.needs_dictionary for kind, asked in QUESTIONS.items()} == {
-        kind: each.scope is not Scope.HEAD for kind, each in EVALUATIONS.items()
-    }
     assert {n for asked in QUESTIONS.values() for n in asked.answers} == PAPER_CLAIMS.keys()
 
 
@@ -65,9 +61,6 @@ def test_the_list_of_questions_is_that_of_the_classes() -> None:
         (["eval", "substition"], "Did you mean 'substitution'"),
         (["eval", "all", "SAE", "--device", "gpu"], "device: expected one of this machine"),
         (["eval", "sign"], "got none"),
-        (["eval", "sign", "--layer", "2"], "no model and no head"),
-        (["eval", "sign", *HEAD[:-1], "9"], "head 9 is out of range"),
-        (["eval", "substitution", *HEAD], "sign, install need no dictionary"),
         (["eval", "all", "SAE", "--set", "n_atoms=abc"], "got abc"),
         (["eval", "all", "SAE", "--set", "n_atms=5"], "nearest: n_atoms"),
         (["eval", "all", "SAE", "--set", "sign.foo=1"], "n_positions"),
@@ -153,16 +146,6 @@ def test_what_training_left_is_asked(capsys: pytest.CaptureFixture[str], reprodu
     for words in (asked, ["report", str(tmp_path)]):
         assert run(capsys, *words, "--out", str(tmp_path)).status == 0
         assert (tmp_path / "report.html").is_file()
-
-
-def test_a_question_about_a_head_is_asked_without_a_dictionary(tmp_path: Path) -> None:
-    main(["eval", "sign", *HEAD, *COUNTS, *SIGN, "--out", str(tmp_path / "one")])
-    few = [*COUNTS, "--set", "n_positions=2", SIGN[2]]
-    main(["eval", "all", *HEAD, *few, "--kinds", "substitution", "sign", "--out", str(tmp_path / "all")])
-    for folder in ("one", "all"):
-        (file,) = (tmp_path / folder).rglob("info.json")
-        assert file.parent == tmp_path / folder / "sign" / "L2H1" and load_result(file.parent).skipped is None
-        assert "L2H1" in (tmp_path / folder / "report.html").read_text()
 
 
 def test_the_collection_of_a_dictionary_is_that_of_its_run(folders: Path, tmp_path: Path) -> None:

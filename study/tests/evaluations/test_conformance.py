@@ -8,18 +8,17 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-from functools import partial
 from pathlib import Path
 from typing import get_args
 
 import pandas as pd
 import pytest
 import torch
-from measured import PLACE, load_model, make_dictionary, result_of, sequences
+from measured import load_model, make_dictionary, result_of, sequences
 from saes import muted, random_sae
 from torch import Tensor
 
-from hookpoints import HookedRecurrent, UnknownHookError
+from hookpoints import HookedRecurrent
 from writesae_study.evaluations import EVALUATIONS, load_result
 from writesae_study.experiment.draws import halves
 from writesae_study.experiment.evaluation import Scope
@@ -148,22 +147,3 @@ def test_poor_input_is_refused_or_gives_no_verdict(kind: str, tmp_path: Path) ->
         assert outcomes == {"not tested"}
     elif evaluation.scope is not Scope.VARIANTS:
         assert outcomes <= {"not tested", "inconclusive", "below the floor"}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_question_about_a_head_needs_no_dictionary(kind: str) -> None:
-    """It gives the numbers that it gives with one; the other questions refuse a head alone."""
-    result, model, tokens = result_of(kind), load_model(), sequences()[:8]
-    run = partial(result.evaluation.run, model, tokens=tokens, progress=False)
-    if result.evaluation.scope is not Scope.HEAD:
-        with pytest.raises(ValueError, match="expected a dictionary, got layer and head"):
-            run((2, 2))
-        return
-    with pytest.raises(UnknownHookError):
-        run((2, 99))
-    alone = run(PLACE)
-    for name, table in result.tables.items():
-        pd.testing.assert_frame_equal(alone.tables[name], table)
-    assert result.info.keys() - alone.info.keys() == {"architecture", "d_sae"} and alone.info["saes"] == []
-    for name in alone.info.keys() - {"saes", "seconds"}:
-        assert alone.info[name] == result.info[name], name
