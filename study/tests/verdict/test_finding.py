@@ -11,7 +11,7 @@ import pytest
 from writesae.dictionary.estimates import Estimate, recovered_share
 from writesae.page.format import percent
 from writesae_study.verdict import statistics as stats
-from writesae_study.verdict.finding import Against, Finding, Paired, said
+from writesae_study.verdict.finding import Finding, Paired, said
 
 
 def tidy(**kl: float) -> pd.DataFrame:
@@ -67,46 +67,23 @@ def test_estimates_are_those_of_the_statistics(paired: Paired, found: Any, expec
 
 
 def test_units_measured_twice_count_once_and_units_without_a_condition_are_left_out() -> None:
-    table = tidy(delete=1.0, atom=0.3)
+    table = tidy(delete=1.0, atom=0.3, mean=0.8)
     assert Paired.of(pd.concat([table, table]), "kl", "firing").mean("atom").n == 60
-    for lacking in ("atom", "delete"):
+    for lacking in ("atom", "delete", "mean"):
         fewer = Paired.of(table.query(f"not (condition == '{lacking}' and firing < 6)"), "kl", "firing")
-        assert (fewer.mean("atom", "delete").n, fewer.wins("atom", "delete").n) == (54, 54)
-        for share in (fewer.recovered, fewer.total):
-            whole = Paired(fewer.wide.dropna())
-            assert share("atom") == getattr(whole, share.__name__)("atom") and share("atom").n == 54
-    assert Paired.of(table, "kl", "firing").mean("delete").n == 60
-    three = tidy(delete=1.0, atom=0.3, mean=0.8).query("not (condition == 'mean' and firing < 6)")
-    paired = Paired.of(three, "kl", "firing")
-    assert paired.total("atom", "mean") == Paired(paired.wide.dropna()).total("atom", "mean")
+        complete = Paired(fewer.wide.dropna())
+        n = 60 if lacking == "mean" else 54
+        assert {fewer.mean("atom", "delete").n, fewer.wins("atom", "delete").n, fewer.recovered("atom").n} == {n}
+        assert fewer.total("atom", "mean") == complete.total("atom", "mean")
 
 
-def found(paired: Paired, **changes: Any) -> Finding:
-    """An atom is nearer to the native model than deletion, against the mean write."""
-    wins = paired.wins("atom", "delete")
-    given: dict[str, Any] = {
-        "claim": "an atom is nearer than deletion",
-        "number": 1,
-        "null": "mean write",
-        "effect": wins,
-        "against": {"mean write": Against(paired.wins("atom", "mean"), paired.wins("mean", "delete"), chance=0.5)},
-        "chance": 0.5,
-        "relevant": 0.1,
-        "shown": {"atom": wins, "mean write": paired.wins("mean", "delete")},
-        "write": percent,
-        "axis": "of firings",
-        "of": "firings in {} sequences",
-    }
-    return Finding(**given | paired.size_of("delete") | changes)
-
-
-def test_the_sentence_says_subject_and_controls_with_their_intervals(paired: Paired) -> None:
-    finding = found(paired, measured="KL 0.3 nats", controls="no-op 0", remark="It is small.")
-    row, wins = finding.row(), paired.wins("atom", "delete")
+def test_numbers_are_said_with_their_intervals(paired: Paired) -> None:
+    wins, of_mean = paired.wins("atom", "delete"), paired.wins("mean", "delete")
+    shown = {"atom": wins, "mean write": of_mean}
+    more: Any = {"measured": "KL 0.3 nats", "controls": "no-op 0", "of": "firings in {} sequences"}
+    row = Finding(claim="", null="", effect=wins, shown=shown, write=percent, axis="of firings", **more).row()
     assert row.measured == f"{said(wins, percent)} of firings; KL 0.3 nats" and row.measured.startswith("100.0% [")
-    assert row.controls == f"mean write {said(paired.wins('mean', 'delete'), percent)}; no-op 0"
-    assert (row.n, row.unit, row.number) == (60, "firings in 20 sequences", 1)
-    assert row.sentence == f"{finding.verdict.sentence} It is small."
-    assert found(paired, n=3).row().n == 3
+    assert row.controls == f"mean write {said(of_mean, percent)}; no-op 0"
+    assert (row.n, row.unit) == (60, "firings in 20 sequences")
     assert said(Estimate(-63.9, -114.0, -37.0, 60, 20), percent) == "none (KL 64.9 [38, 115] times that of deletion)"
     assert said(Estimate(0.25, np.nan, np.nan, 9, 1), percent) == "25.0%"  # one cluster gives no interval
