@@ -8,14 +8,13 @@ from functools import lru_cache, partial
 import numpy as np
 import pytest
 import torch
-from recurrences import FORMS, random_recurrence
 from tiny_models import EACH_LAYOUT, MAKERS, MAMBA1, VOCAB, fast_of, hooked_in_float64
 from torch import Tensor
 from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent, WriteEdit
 from sae_lens_writesae.atom.low_rank import LowRank
-from writesae_study.experiment.predictors import ReadGradients, predict, read_weights
+from writesae_study.experiment.predictors import ReadGradients, predict
 
 float64 = pytest.mark.usefixtures("_keep_float64")
 
@@ -104,16 +103,3 @@ def test_f0_is_the_papers_formula(kind: str) -> None:
     for key, value in zip(case.added.keys[0], case.added.values[0]):
         expected += float((alpha * key) @ r.q[0, case.position, 0] * r.scale * (value @ out))
     assert float(case.predicted()[0]) == pytest.approx(expected, rel=1e-10)
-
-
-@pytest.mark.parametrize("form", sorted(FORMS))
-def test_read_weights_are_the_linear_response(form: str) -> None:
-    """Including reads before the write (RWKV-6), K != V."""
-    start, r = 3, random_recurrence(form, T=11, H=1, K=6, V=4, dtype=torch.float64)
-    key, value = torch.randn(6, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
-    keys, values = torch.zeros(1, r.T, 1, 6).double(), torch.zeros(1, r.T, 1, 4).double()
-    keys[0, start, 0], values[0, start, 0] = key, value
-    response = r.with_write(keys, values).outputs()[0, start:, 0]
-    weights = read_weights(r, key[None, None], start, r.T)
-    assert_close(weights[0, 0, :, None] * value, response, rtol=1e-10, atol=1e-13)
-    assert_close(read_weights(r, key[None, None], start, 7)[0, 0], weights[0, 0, :4], rtol=1e-10, atol=1e-13)
