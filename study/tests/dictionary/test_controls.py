@@ -78,9 +78,8 @@ def test_answers_are_matched_with_the_controls_of_the_same_dictionary() -> None:
 
 def test_claims_over_several_heads_have_controls_of_their_own() -> None:
     heads = [made_up(HOLDS, head=head, **FEW) for head in (1, 2, 3)]
-    layer = [row for row in answers([*heads, *(of_control(r, "untrained", r) for r in heads)]) if row.claim.number == 5]
-    assert [row.claim.outcome for row in layer] == ["confounded"]
-    assert [row.claim.outcome for row in answers(heads) if row.claim.number == 5] == ["holds"]
+    layer = [row.claim for row in answers([*heads, *(of_control(r, "untrained", r) for r in heads)])]
+    assert [claim.outcome for claim in layer if claim.number == 5] == ["confounded"]
 
 
 def test_dictionaries_are_made_from_the_reference_text(model: HookedRecurrent) -> None:

@@ -8,13 +8,14 @@ from functools import lru_cache, partial
 import numpy as np
 import pytest
 import torch
+from recurrences import random_recurrence
 from tiny_models import EACH_LAYOUT, MAKERS, MAMBA1, VOCAB, fast_of, hooked_in_float64
 from torch import Tensor
 from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent, WriteEdit
 from sae_lens_writesae.atom.low_rank import LowRank
-from writesae_study.experiment.predictors import ReadGradients, predict
+from writesae_study.experiment.predictors import ReadGradients, predict, read_weights
 
 float64 = pytest.mark.usefixtures("_keep_float64")
 
@@ -103,3 +104,11 @@ def test_f0_is_the_papers_formula(kind: str) -> None:
     for key, value in zip(case.added.keys[0], case.added.values[0]):
         expected += float((alpha * key) @ r.q[0, case.position, 0] * r.scale * (value @ out))
     assert float(case.predicted()[0]) == pytest.approx(expected, rel=1e-10)
+
+
+def test_read_weights_are_the_linear_response_where_reads_come_before_writes() -> None:
+    start, r = 3, random_recurrence("rwkv6", T=11, H=1, K=6, V=4, dtype=torch.float64)
+    key, value = torch.randn(6, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    edit = torch.eye(r.T, dtype=torch.float64)[start, :, None]  # 1 at the token that is written to
+    response = r.with_write((edit * key)[None, :, None], (edit * value)[None, :, None]).outputs()[0, start:, 0]
+    assert_close(read_weights(r, key[None, None], start, r.T)[0, 0, :, None] * value, response, rtol=1e-10, atol=1e-13)
