@@ -49,7 +49,7 @@ def test_the_first_component_is_that_of_the_dense_writes(model: Any, tokens: Any
 # -- verdicts
 
 
-def made(cosine: Any, shuffled: Any, untrained: float = 0.0, components: int = 3, pca: float = -0.05) -> Result:
+def made(cosine: Any, shuffled: Any, untrained: Any = 0.0, components: int = 3, pca: float = -0.05) -> Result:
     """A result from chosen medians, with real fits."""
     evaluation = Partition(restarts=1, components=components)
     n = len(cosine)
