@@ -48,8 +48,6 @@ UNCONTROLLED = "no verdict"
 """Of a claim that holds for a dictionary whose run has no control dictionaries."""
 Asked = tuple[str, str, str]
 """Number and words of a claim, and a model."""
-UNREAD = ("kl_at", "kl_next", "reverse_kl_window", "reverse_kl_at", "reverse_kl_next", "norm")
-"""Columns of substitution that no finding reads."""
 ANSWER = ("number", "claim", "model", "head", "dictionary", "estimate", "n", "controls", "verdict")
 """Columns of an answer to a question."""
 FEW = 100
@@ -65,7 +63,7 @@ def pack(runs: Path, folder: Path) -> None:
         about = (json.dumps(each) for each in (result.evaluation.to_dict(), result.info))
         rows.append([file.relative_to(runs).parts[0], result.kind, *about, result.skipped or ""])
         for name, each in result.tables.items():
-            parts[f"{result.kind}-{name}"].append(each.drop(columns=[*UNREAD], errors="ignore").assign(result=n))
+            parts[f"{result.kind}-{name}"].append(each.assign(result=n))
     parts["results"] = [pd.DataFrame(rows, columns=["recipe", "kind", "settings", "info", "skipped"])]
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()

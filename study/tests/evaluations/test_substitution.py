@@ -18,7 +18,6 @@ from writesae_study.evaluations.substitution import Substitution
 from writesae_study.experiment.at_firings import wide_firings
 from writesae_study.experiment.conditions import DIRECTIONS, Scale
 from writesae_study.experiment.evaluation import Result
-from writesae_study.experiment.readout import KL_METRICS
 from writesae_study.head.baselines import BASELINES
 from writesae_study.verdict.finding import Claim, Finding, Paired, said
 from writesae_study.verdict.names import NAMES
@@ -57,12 +56,8 @@ def test_the_kl_of_a_substitution_is_that_of_the_formulas(model64: HookedRecurre
     start, atom = int(row["position"]), row["activation"] * sae.W_dec[row["written_atom"]]
     both = native_and_edited(model64, varied[[row["sequence"]]], atom.view_as, start)
     native, edited = (logits[start : start + HORIZON + 1].log_softmax(-1) for logits in both)
-    expected = []
-    for p, q in ((native, edited), (edited, native)):
-        kl = (p.exp() * (p - q)).sum(-1)  # sum_y p(y) log(p(y) / q(y)) at each token from the write on
-        expected += [float(kl.mean()), float(kl[0]), float(kl[1])]
-    assert row[list(KL_METRICS)].tolist() == pytest.approx(expected, rel=1e-4)
-    assert expected[1] > 1e-5
+    kl = (native.exp() * (native - edited)).sum(-1)  # sum_y p(y) log(p(y) / q(y)) at each token from the write on
+    assert row["kl_window"] == pytest.approx(float(kl.mean()), rel=1e-4) and kl[0] > 1e-5
 
 
 def each_write(model: HookedRecurrent, tokens: Tensor) -> SAE:

@@ -18,7 +18,7 @@ from writesae_study.experiment.at_firings import CHOICES, RELEVANT_RATE, Exchang
 from writesae_study.experiment.bench import Bench
 from writesae_study.experiment.conditions import REFERENCES
 from writesae_study.experiment.evaluation import Result, described
-from writesae_study.experiment.readout import KL_METRICS, kl_metrics
+from writesae_study.experiment.readout import kl_window
 from writesae_study.head.baselines import BASELINES
 from writesae_study.verdict import figures
 from writesae_study.verdict.finding import Against, Claim, Figure, Finding, Paired, said
@@ -87,7 +87,7 @@ class Substitution(Exchanging):
             "activation": "activation of the written atom",
             "cosine": "signed cosine of the written atom and the native write",
             **described("condition scale"),
-            **KL_METRICS,
+            "kl_window": "nats, mean over t..t+horizon of KL(native || edited)",
         },
     }
 
@@ -98,8 +98,8 @@ class Substitution(Exchanging):
         for choice in self.atom_choice:
             draw = self.drawn(lab, self.horizon, choice)
             for exchange in self.exchanges(lab, draw, self.scales_of(choice)):
-                kl = lab.read(exchange.site, exchange.trials(lab), kl_metrics, self.horizon + 1)
-                tables.append(kl.assign(choice=choice))
+                kl = lab.read(exchange.site, exchange.trials(lab), kl_window, self.horizon + 1)
+                tables.append(kl.rename(columns={"kl": "kl_window"}).assign(choice=choice))
         return {"firings": pd.concat(tables, ignore_index=True)}
 
     # -- judging
