@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -36,6 +34,7 @@ from writesae_study.reproduce.published import (
     places,
     question,
     shuffled_model,
+    without_learning,
 )
 from writesae_study.reproduce.texts import write_texts
 
@@ -137,6 +136,12 @@ def test_a_dry_run_of_every_profile_plans_every_step_once(tmp_path, profile):
     assert said.count("writesae train --collection collection --layers 2 --heads 3") == 2 * 1
     assert f"share {8 if profile == 'gpus' else 1} collect --model embedded" in said
     assert sorted(each.name for each in tmp_path.iterdir() if each.name != ".snakemake") == ["config.json"]
+
+
+@pytest.mark.slow
+def test_a_dry_run_of_the_published_runs_plans_every_result(tmp_path):
+    said = snakemake(tmp_path, "--profile", str(profile_folder("laptop")), "--dry-run", file="published.smk")
+    assert sum(planned(said).values()) > 10
 
 
 PATIENCE = 1200
@@ -251,43 +256,13 @@ def test_published_runs_have_their_own_settings(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-RUNS_FILE = ROOT / "study/writesae_study/reproduce/runs.toml"
-KEPT = ("recipes", "names", "nulls")
-"""Tables of it that a run of few rows has too."""
-FEW = """
-collect.embedded = { layers = [2], heads = [0] }
-heads.one = ["embedded:2:0"]
-sizes = { d-sae = 64, training-tokens = 512, train-batch-size-tokens = 64 }
-settings.sign = { n_positions = 4 }
-
-[[run]]
-heads = ["one"]
-train = { default = ["write-gauss_newton-seed0"], paper = ["write-seed0"] }
-ask = [{ name = "paper-last", of = ["write-seed0"], controls = false, kinds = ["sign"], text = "last" }]
-
-[[null]]
-heads = ["one"]
-kinds = ["sign"]
-"""
-
-
-@pytest.mark.nightly  # minutes of whole commands
-def test_published_runs_are_done_once(tmp_path):
-    """All kinds of rows, at tiny sizes, of a copy of the package; another call changes no result."""
-    package = tmp_path / "writesae_study"
-    shutil.copytree(ROOT / "study" / "writesae_study", package)
-    kept = (RUNS_FILE.read_text().partition(f"[{name}]")[2].partition("\n\n[")[0] for name in KEPT)
-    text = "".join(f"[{name}]{rows}\n\n" for name, rows in zip(KEPT, kept))
-    (package / "reproduce" / "runs.toml").write_text(FEW + text)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+@pytest.mark.nightly
+def test_results_where_nothing_was_learned_are_made_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(RUNS["sizes"], "d-sae", 64)
     seen = []
     for _ in range(2):
-        words = ["reproduce", "--published", "--out", str(tmp_path / "out")]
-        done = subprocess.run(
-            [sys.executable, "-m", "writesae", *words], env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        files = (tmp_path / "out").glob("runs/*/embedded/L2H0/*/*/info.json")
-        seen.append({file: file.stat().st_mtime_ns for file in files})
-    found = {file.relative_to(tmp_path / "out" / "runs").parts[0] for file in seen[0]}
-    assert found == {"paper-last", *RUNS["nulls"]} and seen[0] == seen[1]
+        without_learning(Place("embedded", 2, 0), [EVALUATIONS["sign"](n_positions=4)])
+        seen.append({file: file.stat().st_mtime_ns for file in tmp_path.rglob("info.json")})
+    assert {file.relative_to(tmp_path / "runs").parts[0] for file in seen[0]} == RUNS["nulls"].keys()
+    assert seen[0] == seen[1]
