@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import numpy as np
@@ -36,15 +35,12 @@ def test_atoms_that_are_the_writes_move_nothing(model64: Any, planted: SAE, equa
     assert largest.loc[["atom"]].to_numpy().max() < 1e-6 < 1e-4 < largest.loc[["delete", "mean"]].to_numpy().min()
 
 
-def known(measured: dict[str, float], n: int = 24, seed: int = 0) -> Result:
+def known(measured: dict[str, float], n: int = 24) -> Result:
     """Firings whose distance and state gap have these sizes, by condition."""
-    rng = np.random.default_rng(seed)
-    rows = [
-        {"firing": n, "sequence": n // 3, "condition": condition, "state_gap": gap}
-        | {"step": step, "residual_cosine": 1 - size}
-        for n, (condition, size) in itertools.product(range(n), ({"native": 1e-8} | measured).items())
-        for gap in [size * rng.uniform(0.9, 1.1)]
-        for step in (0, 1)
-    ]
+    sizes, rng = {"native": 1e-8} | measured, np.random.default_rng(0)
+    steps = pd.MultiIndex.from_product([range(n), sizes, (0, 1)], names=["firing", "condition", "step"])
+    steps = steps.to_frame(index=False).assign(size=lambda t: t["condition"].map(sizes))
+    gap = steps["size"] * rng.uniform(0.9, 1.1, len(steps))
+    steps = steps.assign(sequence=steps["firing"] // 3, residual_cosine=1 - steps["size"], state_gap=gap)
     evaluation = Multistep(**SMALL | {"controls": tuple(name for name in measured if name not in ("atom", "delete"))})
-    return Result(evaluation, {"label": "x"}, {"steps": pd.DataFrame(rows)})
+    return Result(evaluation, {"label": "x"}, {"steps": steps})
