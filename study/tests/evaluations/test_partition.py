@@ -18,22 +18,30 @@ from writesae_study.experiment.bench import Bench
 from writesae_study.experiment.evaluation import Result
 
 
-@pytest.mark.parametrize("decoder, rank", [("rank", 2), ("flat", 1)])
-def test_cosines_are_those_of_the_dense_matrices(model: Any, tokens: Any, decoder: str, rank: int) -> None:
-    sae = make_sae(model, decoder, rank)
+@pytest.mark.parametrize("target", ["write", "state"])
+def test_cosines_and_their_nulls_are_those_of_the_dense_matrices(model: Any, tokens: Any, target: str) -> None:
+    """`shuffled` is of some write of the sequence; `untrained`, where the atom is the strongest, of the random atom
+    with the largest product at the token."""
+    sae = make_sae(model, hook=HOOK.replace("write", target))
     with torch.no_grad():
         lab = Bench(model, {"": sae}, tokens)
-        table: Any = firing_cosines(lab, lab.firings().alive(tokens.numel()))
-        writes = model.recurrence(tokens, LAYER).write(HEAD)[:, :, 0].flatten(2)
+        numbers = lab.firings().alive(tokens.numel())
+        table: Any = firing_cosines(lab, numbers)
+        found = model.recurrence(tokens[:1], LAYER)
+        writes = found.write(HEAD)[0, :, 0].flatten(1)
+        read = writes if target == "write" else found.states(HEAD)[0, :, 0].flatten(1)
     assert len(table) == len(lab.firings())
-    atoms = sae.W_dec.detach()
-    some = table.sample(20, random_state=0)
-    pairs = writes[some["sequence"].to_list(), some["position"].to_list()], atoms[some["atom"].to_list()]
-    np.testing.assert_allclose(some["cosine"], torch.cosine_similarity(*pairs), atol=1e-5)
-    # a shuffled cosine is that of some other write of the same sequence
-    row = table.iloc[0]
-    every = torch.cosine_similarity(writes[int(row["sequence"])], atoms[int(row["atom"])], dim=-1)
-    assert (every - row["shuffled"]).abs().min() < 1e-5
+    first = table[table["sequence"] == 0].merge(lab.firings().frame(), on=["sequence", "position", "atom"])
+    every = torch.cosine_similarity(writes[:, None], sae.W_dec[first["atom"].to_list()].detach(), dim=-1)  # [T,N]
+    np.testing.assert_allclose(first["cosine"], every[first["position"].to_list(), range(len(first))], atol=1e-5)
+    assert (every - torch.tensor(first["shuffled"])).abs().amin(0).max() < 1e-5
+    seed = int(lab.rng(len(numbers), 1).integers(2**62))
+    blank = LowRank(torch.empty(30, 1, 8), torch.empty(30, 1, 6))
+    random = torch.nn.functional.normalize(blank.random_like(torch.Generator().manual_seed(seed)).dense().flatten(1))
+    strongest = first.loc[first.groupby("position")["activation"].idxmax()]
+    at = strongest["position"].to_list()
+    best = random[(read[at] @ random.T).argmax(1)]
+    np.testing.assert_allclose(strongest["untrained"], torch.cosine_similarity(best, writes[at]), atol=1e-5)
 
 
 def test_the_first_component_is_that_of_the_dense_writes(model: Any, tokens: Any) -> None:
@@ -69,27 +77,6 @@ def made(cosine: Any, shuffled: Any, untrained: Any = 0.0, components: int = 3, 
 
 def normal(mean: float, sd: float, n: int, seed: int = 0) -> Any:
     return np.random.default_rng(seed).normal(mean, sd, n)
-
-
-@pytest.mark.parametrize("target", ["write", "state"])
-def test_the_untrained_null_is_a_random_dictionary_at_its_own_firings(model: Any, tokens: Any, target: str) -> None:
-    """By hand: the random atom with the largest product at the token, where the atom is the strongest there."""
-    sae = make_sae(model, hook=HOOK.replace("write", target))
-    with torch.no_grad():
-        lab = Bench(model, {"": sae}, tokens)
-        numbers = lab.firings().alive(tokens.numel())
-        table: Any = firing_cosines(lab, numbers)
-        found = model.recurrence(tokens[:1], LAYER)
-        writes = found.write(HEAD)[0, :, 0].flatten(1)
-        read = writes if target == "write" else found.states(HEAD)[0, :, 0].flatten(1)
-    seed = int(lab.rng(len(numbers), 1).integers(2**62))
-    blank = LowRank(torch.empty(30, 1, 8), torch.empty(30, 1, 6))
-    random = torch.nn.functional.normalize(blank.random_like(torch.Generator().manual_seed(seed)).dense().flatten(1))
-    strongest = table[table["sequence"] == 0].merge(lab.firings().frame(), on=["sequence", "position", "atom"])
-    strongest = strongest.loc[strongest.groupby("position")["activation"].idxmax()]
-    at = strongest["position"].to_list()
-    best = random[(read[at] @ random.T).argmax(1)]
-    np.testing.assert_allclose(strongest["untrained"], torch.cosine_similarity(best, writes[at]), atol=1e-5)
 
 
 def same(low: float, high: float, n_atoms: int = 20) -> Result:
