@@ -2,7 +2,6 @@
 
     python study/tools/results.py          the pages (`make results`)
     python study/tools/results.py FOLDER   first the tables, from the runs of `writesae reproduce --published`
-    python study/tools/results.py --restore FOLDER   the runs from the tables, among which others are then put
 
 Their words are in `study/tools/results`.
 """
@@ -10,7 +9,6 @@ Their words are in `study/tools/results`.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import sys
 from collections import Counter, defaultdict
@@ -99,15 +97,6 @@ def packed(folder: Path) -> list[tuple[str, Result]]:
 def of_each_result(joined: pd.DataFrame) -> Mapping[Any, pd.DataFrame]:
     """The rows of each result, by its number."""
     return defaultdict(lambda: joined.iloc[:0], iter(joined.groupby("result")))
-
-
-def restore(folder: Path, runs: Path) -> None:
-    """Save packed results as runs again, among which others are then put."""
-    for recipe, result in packed(folder):
-        whole = {name: result.tables[name].reindex(columns=[*own]) for name, own in result.evaluation.columns.items()}
-        label = re.sub("[ /]", "-", result.label).replace(",", "")
-        place = runs / recipe / str(result.info["model"]) / f"L{result.info['layer']}H{result.info['head']}"
-        replace(result, tables={} if result.skipped else whole).save(place / result.kind / label)
 
 
 def unpack(folder: Path) -> dict[str, list[Result]]:
@@ -222,9 +211,6 @@ def pages(folder: Path) -> tuple[dict[str, str], pd.DataFrame]:
 
 def main() -> None:
     """Write the pages, after the tables where a folder of runs is given."""
-    if "--restore" in sys.argv:
-        restore(DOCS / "results", Path(sys.argv[-1]) / "runs")
-        return
     for folder in sys.argv[1:]:
         pack(Path(folder) / "runs", DOCS / "results")
     rendered, every = pages(DOCS / "results")
