@@ -20,16 +20,14 @@ N = 6
 
 @pytest.mark.parametrize("rank", [1, 3])
 def test_scales(rank: int) -> None:
+    """Matched: the norm of the write, along the atom. Least squares: what is left is orthogonal to the atom."""
     native, atom = draw(1, 0), draw(rank, 1)
-    assert C.scaled(atom, native, "coefficient") is atom
-    matched, fit = (C.scaled(atom, native, scale) for scale in ("matched", "least_squares"))
-    close(matched.norm(), native.norm())
-    assert (matched.inner(atom) > 0).all()
-    residual = native.dense() - fit.dense()
-    close((residual * atom.dense()).sum((1, 2)), torch.zeros(N, dtype=torch.float64))  # orthogonal to the atom
+    coefficient, matched, fit = (C.scaled(atom, native, scale) for scale in get_args(C.Scale))
+    assert coefficient is atom
+    close(matched.dense(), (atom * (native.norm() / atom.norm())).dense())
+    close(fit.inner(atom), native.inner(atom))
     close(fit.norm(), native.norm() * native.cosine(atom).abs())
-    for scale in get_args(C.Scale):
-        assert not C.scaled(atom * 0.0, native, scale).dense().any()  # nothing has no size to rescale
+    assert not any(C.scaled(atom * 0.0, native, scale).dense().any() for scale in get_args(C.Scale))  # nothing stays so
 
 
 def test_a_direction_has_the_norm_of_the_atom_and_a_baseline_its_own_size() -> None:
