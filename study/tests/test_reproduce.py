@@ -67,12 +67,12 @@ def test_the_default_head_is_one_that_all_layers_have():
 
 def test_documents_kept_for_evaluation_are_not_trained_on(tmp_path, embedded):
     words = shipped.text("train").split()
-    documents = [f"{n} " + " ".join(words[n * 60 : n * 60 + 60]) for n in range(80)]
-    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps({"text": document}) for document in documents))
+    documents = [" ".join(words[n * 60 : n * 60 + 60]) for n in range(80)]
+    (tmp_path / "all.jsonl").write_text("\n".join(json.dumps({"text": document}) for document in documents))
     write_texts(replace(TINY, dataset=str(tmp_path), training_tokens=512), tmp_path / "run", embedded)
     held_out = (tmp_path / "run" / "held-out.txt").read_text().split("\n\n")
-    with open(tmp_path / "run" / "train" / "train.jsonl") as lines:
-        trained_on = [json.loads(line)["text"] for line in lines]
+    lines = (tmp_path / "run" / "train" / "train.jsonl").read_text().splitlines()
+    trained_on = [json.loads(line)["text"] for line in lines]
     assert held_out and trained_on and held_out + trained_on == documents[: len(held_out) + len(trained_on)]
 
 
