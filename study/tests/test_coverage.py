@@ -107,6 +107,8 @@ def test_readme_counts_answers_as_the_page_does() -> None:
         for file in (ROOT / "docs/results.md", ROOT.parent / "README.md")
     )
     (counted,) = re.findall(r"are (\d+) answers\. .* hold in (\d+), and \d+ more .* that hold, (\d+) also", page)
-    said = r"Of (\d+) answers about matrix atoms, (\d+) hold with all controls\. Of these, (\d+) also hold for writes"
-    assert re.findall(said, readme) == [counted]
+    pattern = (
+        r"Of (\d+) answers about matrix atoms, (\d+) hold with all controls\. Of these, (\d+) also hold for writes"
+    )
+    assert re.findall(pattern, readme) == [counted]
     assert int(counted[2]) == page.count("* Holds, training added nothing:")

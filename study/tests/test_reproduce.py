@@ -1,4 +1,4 @@
-"""The protocol as a workflow: what it covers, what is said beforehand, who owns a run, and what a kill leaves."""
+"""The protocol as a workflow: what it covers, what is refused beforehand, who owns a run, and what a kill leaves."""
 
 from __future__ import annotations
 
@@ -119,9 +119,9 @@ def snakemake(folder: Path, *arguments: str, file: str = "Snakefile") -> str:
     return done.stdout + done.stderr
 
 
-def planned(said: str) -> dict[str, int]:
+def planned(output: str) -> dict[str, int]:
     """How often a dry run would do each step."""
-    return {line[0]: int(line[1]) for line in map(str.split, said.splitlines()) if line[1:] and line[1].isdigit()}
+    return {line[0]: int(line[1]) for line in map(str.split, output.splitlines()) if line[1:] and line[1].isdigit()}
 
 
 @pytest.mark.slow
@@ -130,18 +130,18 @@ def planned(said: str) -> dict[str, int]:
 )
 def test_a_dry_run_of_every_profile_plans_every_step_once(tmp_path, profile):
     replace(TINY, layers=(1, 2), heads=(0, 3), evaluations=("sign", "amplify"), dashboards=2).keep_in(tmp_path)
-    said = snakemake(tmp_path, "--profile", str(profile_folder(profile)), "--dry-run")
+    output = snakemake(tmp_path, "--profile", str(profile_folder(profile)), "--dry-run")
     steps = {"collect": 1, "train": 8, "evaluate": 8, "compare": 4, "together": 2, "show": 4, "report": 1}.items()
-    assert planned(said).items() >= steps
-    assert said.count("writesae train --collection collection --layers 2 --heads 3") == 2 * 1
-    assert f"share {8 if profile == 'gpus' else 1} collect --model embedded" in said
+    assert planned(output).items() >= steps
+    assert output.count("writesae train --collection collection --layers 2 --heads 3") == 2 * 1
+    assert f"share {8 if profile == 'gpus' else 1} collect --model embedded" in output
     assert sorted(each.name for each in tmp_path.iterdir() if each.name != ".snakemake") == ["config.json"]
 
 
 @pytest.mark.slow
 def test_a_dry_run_of_the_published_runs_plans_every_result(tmp_path):
-    said = snakemake(tmp_path, "--profile", str(profile_folder("laptop")), "--dry-run", file="published.smk")
-    assert sum(planned(said).values()) > 10
+    output = snakemake(tmp_path, "--profile", str(profile_folder("laptop")), "--dry-run", file="published.smk")
+    assert sum(planned(output).values()) > 10
 
 
 PATIENCE = 1200
@@ -178,10 +178,10 @@ def test_killed_again_and_again_a_run_ends_as_one_that_was_not(tmp_path):
         kept |= {path: path.stat().st_mtime_ns for path in out.glob("L2H0/*/sae/sae_weights.safetensors")}
     process = start(out)
     try:
-        said = process.communicate(timeout=PATIENCE)[0].decode()
+        output = process.communicate(timeout=PATIENCE)[0].decode()
     finally:
         process.kill()
-    assert process.returncode == 0, said
+    assert process.returncode == 0, output
     assert kept and all(path.stat().st_mtime_ns == before for path, before in kept.items())
     claims = json.loads((out / "report/report.json").read_text())["claims"]
     assert {claim["label"] for claim in claims} == {"L2H0 write-trained", "L2H0 state-trained", "L2H0"}

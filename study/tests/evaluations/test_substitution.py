@@ -19,7 +19,7 @@ from writesae_study.experiment.at_firings import wide_firings
 from writesae_study.experiment.conditions import Scale
 from writesae_study.experiment.evaluation import Result
 from writesae_study.head.baselines import BASELINES
-from writesae_study.verdict.finding import Claim, Finding, Paired, said
+from writesae_study.verdict.finding import Claim, Finding, Paired, with_interval
 from writesae_study.verdict.names import NAMES
 
 T, HORIZON = 18, 4
@@ -145,7 +145,7 @@ def test_how_much_is_the_total_and_a_typical_sequence_is_named_so() -> None:
     result = made_up(HOLDS, scales=("matched",))
     kl, finding = Paired(wide_firings(result)), result.findings()[0]
     assert finding.effect == kl.total("atom/matched")
-    assert f"; {said(kl.recovered('atom/matched'), percent)} in a typical sequence; " in finding.row().measured
+    assert f"; {with_interval(kl.recovered('atom/matched'), percent)} in a typical sequence; " in finding.row().measured
 
 
 def test_wins_are_shown_by_quartile() -> None:

@@ -11,7 +11,7 @@ import pytest
 from writesae.dictionary.estimates import Estimate, recovered_share
 from writesae.page.format import percent
 from writesae_study.verdict import statistics as stats
-from writesae_study.verdict.finding import Finding, Paired, said
+from writesae_study.verdict.finding import Finding, Paired, with_interval
 
 
 def tidy(**kl: float) -> pd.DataFrame:
@@ -78,8 +78,9 @@ def test_numbers_are_said_with_their_intervals(paired: Paired) -> None:
     shown = {"atom": wins, "mean write": of_mean}
     more: Any = {"measured": "KL 0.3 nats", "controls": "no-op 0", "of": "firings in {} sequences"}
     row = Finding(claim="", null="", effect=wins, shown=shown, write=percent, axis="of firings", **more).row()
-    assert row.measured == f"{said(wins, percent)} of firings; KL 0.3 nats" and row.measured.startswith("100.0% [")
-    assert row.controls == f"mean write {said(of_mean, percent)}; no-op 0"
+    assert row.measured == f"{with_interval(wins, percent)} of firings; KL 0.3 nats"
+    assert row.controls == f"mean write {with_interval(of_mean, percent)}; no-op 0"
     assert (row.n, row.unit) == (60, "firings in 20 sequences")
-    assert said(Estimate(-63.9, -114.0, -37.0, 60, 20), percent) == "none (KL 64.9 [38, 115] times that of deletion)"
-    assert said(Estimate(0.25, np.nan, np.nan, 9, 1), percent) == "25.0%"  # one cluster gives no interval
+    worse = Estimate(-63.9, -114.0, -37.0, 60, 20)
+    assert with_interval(worse, percent) == "none (KL 64.9 [38, 115] times that of deletion)"
+    assert with_interval(Estimate(0.25, np.nan, np.nan, 9, 1), percent) == "25.0%"  # one cluster gives no interval

@@ -103,13 +103,13 @@ def control_dictionary(sae: MatrixSAE, matrices: Tensor, writes: LowRank | None 
         all_atoms = torch.arange(n_atoms, device=new.b_dec.device)
         new.replace_atoms(all_atoms, atoms, torch.ones_like(all_atoms, dtype=torch.bool))
     x = matrices.to(new.b_dec)
-    wanted = int((sae.encode(x) > 0).sum())
+    n_active = int((sae.encode(x) > 0).sum())
     if {"threshold", "topk_threshold"} & {*new.state_dict()}:
-        calibrate_threshold(new, x, min(wanted / len(x), cfg.d_sae - 1))
-    elif getattr(cfg, "k", None) is None and wanted < len(x) * cfg.d_sae:
+        calibrate_threshold(new, x, min(n_active / len(x), cfg.d_sae - 1))
+    elif getattr(cfg, "k", None) is None and n_active < len(x) * cfg.d_sae:
         # Standard and Gated, which have no threshold, get one bias for all atoms, between the last one in and the next.
-        top = (new.process_sae_in(x) @ new.W_enc).flatten().topk(wanted + 1).values
-        between = top[-2:].mean() if wanted else 2 * top[0]
+        top = (new.process_sae_in(x) @ new.W_enc).flatten().topk(n_active + 1).values
+        between = top[-2:].mean() if n_active else 2 * top[0]
         bias = new.get_parameter("b_gate" if hasattr(new, "b_gate") else "b_enc")
         bias.data.fill_(-max(float(between), 0.0))
     return new

@@ -29,7 +29,7 @@ from writesae_study.experiment.draws import halves
 from writesae_study.experiment.evaluation import Evaluation, Result, Scope
 from writesae_study.experiment.generation import sample_continuations
 from writesae_study.experiment.targets import special_tokens
-from writesae_study.verdict.finding import Finding, Paired, said
+from writesae_study.verdict.finding import Finding, Paired, with_interval
 from writesae_study.verdict.notation import signed
 
 CONTROL_NAMES = {
@@ -227,7 +227,7 @@ class Amplify(Evaluation):
         at_headline = counts[self.headline]
         effect = change.pop(self.headline)
         headline = f"{self.headline:g}"
-        others = "".join(f"; at factor {factor:g} {said(mean, signed)}" for factor, mean in change.items())
+        others = "".join(f"; at factor {factor:g} {with_interval(mean, signed)}" for factor, mean in change.items())
         fires = table.query("condition == 'nothing'")["fires"].mean()
         n_tokens = atoms["token"].nunique()
         scaled = f"{len(atoms) / n_tokens:.3g} atoms of {atoms['head'].nunique()} heads a token"

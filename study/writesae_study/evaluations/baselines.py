@@ -36,7 +36,7 @@ from writesae_study.dictionary.selectivity import SELECTIVITY, direction_selecti
 from writesae_study.experiment.bench import Bench
 from writesae_study.experiment.draws import halves
 from writesae_study.experiment.evaluation import Evaluation, Result, Scope
-from writesae_study.verdict.finding import Against, Finding, Paired, said
+from writesae_study.verdict.finding import Against, Finding, Paired, with_interval
 from writesae_study.verdict.names import NAMES, shown_name
 from writesae_study.verdict.notation import perplexity, points
 
@@ -221,7 +221,7 @@ class Baselines(Evaluation):
             shown=wins.means({mine: "WriteSAE", theirs: "flat SAE"} | free | {"/state_after": NAMES["state_after"]}),
             write=percent,
             axis="of positions nearer to the native model than after deletion",
-            measured=f"difference {said(gap, points)} points",
+            measured=f"difference {with_interval(gap, points)} points",
             of="positions in {} sequences",
         )
 
@@ -250,7 +250,7 @@ class Baselines(Evaluation):
             shown=shown,
             write=perplexity,
             axis="of perplexity at rank 2",
-            measured=f"difference {said(gap, perplexity)}",
+            measured=f"difference {with_interval(gap, perplexity)}",
             n=gap.n_clusters,
             of="sequences",
         )
@@ -285,7 +285,7 @@ class Baselines(Evaluation):
             shown={name: atoms.mean("dead") for name, atoms in dead.items()},
             write=percent,
             axis="of atoms dead",
-            measured=f"difference {said(gap['FlatSAE'], points)} points",
+            measured=f"difference {with_interval(gap['FlatSAE'], points)} points",
             controls="" if dense else "a dense encoder with rank-1 atoms (MatrixSAE) was not given",
             of="atoms",
         )
@@ -309,7 +309,7 @@ class Baselines(Evaluation):
             shown=moved.means({"selectivity": "atom", "chance": "a second random direction"}),
             write="{:.4f}".format,
             axis=f"selectivity at K = {self.top_tokens}",
-            measured=f"lead {said(lead)}",
+            measured=f"lead {with_interval(lead)}",
             controls=f"two random sets of tokens {of_random_sets:.4f}",
             of="positions in {} sequences",
         )

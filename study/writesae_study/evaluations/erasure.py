@@ -19,17 +19,17 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from sae_lens_writesae.atom.low_rank import LowRank
-from writesae.experiment.firings import Integers
+from writesae.experiment.firings import Integers, sample_firings
 from writesae.experiment.lab import EditedRows, Site, Trial
 from writesae.experiment.tokens import token_text
 from writesae.page.format import percent
-from writesae_study.experiment.at_firings import OfHalves
+from writesae_study.experiment.at_firings import OfAtoms
 from writesae_study.experiment.bench import Bench, trials_at
-from writesae_study.experiment.draws import silent_positions
+from writesae_study.experiment.draws import Bounds, draw_atoms, halves, silent_positions
 from writesae_study.experiment.evaluation import Result, described
 from writesae_study.experiment.readout import log_prob_change, native_log_prob
 from writesae_study.head.writes import random_units
-from writesae_study.verdict.finding import Finding, Paired, said
+from writesae_study.verdict.finding import Finding, Paired, with_interval
 from writesae_study.verdict.notation import signed
 
 CONTROL_NAMES: dict[str, str] = {
@@ -52,7 +52,7 @@ _N_WRONG = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Erasure(OfHalves):
+class Erasure(OfAtoms):
     """At a firing (token t, atom i) the write W_t becomes W_t - a_i A_i. The **effect** on
     a token is the mean over t..t+horizon of log p(edited) - log p(native), in nats. An atom's token is the one whose
     log-probability falls most on average over the firings of the selection half of the sequences; the effect is
@@ -89,6 +89,8 @@ class Erasure(OfHalves):
     """At most this many firings of an atom for the choice of its token, dealt over sequences."""
     test_firings: PositiveInt = 12
     """At most this many firings of an atom for the test, in the other half of the sequences."""
+    min_firings: Annotated[int, Ge(2)] = 4
+    """Firings in each half that an atom needs; those of the test half must lie in at least two sequences."""
     injected: tuple[float, ...] = (1.0, 2.0, 4.0)
     """m where the atom is silent. Empty: nothing is inserted."""
     horizon: PositiveInt = 4
@@ -179,10 +181,16 @@ class Erasure(OfHalves):
         """The tested atoms, and their firings in both halves. The column `column` says which of the atoms a firing
         belongs to; the test half has `elsewhere_position`, where the atom is silent."""
         rng = lab.rng()
+        firings = lab.firings()
+        split = halves(len(lab.tokens), self.seed)
+        bounds: Bounds = {"first": self.first_position, "last": firings.n_positions - 1 - self.horizon}
+        atoms = draw_atoms(
+            firings, split, bounds, rng, min_firings=self.min_firings, n_atoms=self.n_atoms, atoms=self.atoms
+        )
         tables = []
-        atoms, bounds, sides = self.drawn(lab, rng)
-        for inside, sample in sides:
-            sample = sample.rename_axis("firing").reset_index()
+        for sequences, most in zip(split, (self.select_firings, self.test_firings)):
+            inside = firings.of_sequences(sequences)
+            sample = sample_firings(inside, atoms, most, **bounds, rng=rng).rename_axis("firing").reset_index()
             # The positions of the selection half are not read; drawing them keeps the draws of the test half.
             tables.append((sample, silent_positions(sample, inside, **bounds, rng=rng)))
         (select, _), (test, moved) = tables
@@ -294,8 +302,8 @@ class Erasure(OfHalves):
             shown={"atom ablated": effect} | erased.means(CONTROL_NAMES),
             write=signed,
             axis="nats",
-            measured=f"falls on {said(falls, percent)} of firings; {signed(float(selected))} on the half that the "
-            "token was chosen on",
+            measured=f"falls on {with_interval(falls, percent)} of firings; {signed(float(selected))} on the half that "
+            "the token was chosen on",
             of=f"firings of {firings['atom'].nunique()} atoms in {firings['sequence'].nunique()} sequences",
         )
         return [pooled] if result.tables["doses"].empty else [pooled, self._insertion_finding(result)]

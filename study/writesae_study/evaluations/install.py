@@ -26,7 +26,7 @@ from writesae_study.experiment.bench import Bench
 from writesae_study.experiment.evaluation import Evaluation, Result, Scope, described
 from writesae_study.experiment.generation import greedy_rows
 from writesae_study.experiment.targets import Stratum, draw_target, random_unit, target_change
-from writesae_study.verdict.finding import Against, Finding, Paired, said
+from writesae_study.verdict.finding import Against, Finding, Paired, with_interval
 from writesae_study.verdict.notation import points
 
 STRATA = (Stratum("frequent", 2, 10), Stratum("100-1000", 100, 1000), Stratum("rare", 1001))
@@ -204,8 +204,8 @@ class Install(Evaluation):
             shown=hits.means({"target": "installed", "nothing": "nothing"} | controls),
             write=percent,
             axis=f"of continuations have the token at m = {self.headline:g}",
-            measured=f"log-probability of the first token {said(moved)} nats",
-            controls=f"installed - nothing {said(gain, points)} points",
+            measured=f"log-probability of the first token {with_interval(moved)} nats",
+            controls=f"installed - nothing {with_interval(gain, points)} points",
             of="prompt x target pairs",
         )
 
@@ -230,6 +230,6 @@ class Install(Evaluation):
             write=percent,
             axis=f"of pairs at m = {self.headline:g}",
             measured=f"median shift of the rank {shift:+,.0f}",
-            controls=f"installed - random {said(lead, points)} points",
+            controls=f"installed - random {with_interval(lead, points)} points",
             of="prompt x target pairs in {} sequences",
         )

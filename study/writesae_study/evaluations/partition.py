@@ -23,7 +23,7 @@ from writesae_study.experiment.conditions import Rival
 from writesae_study.experiment.draws import ALIVE_TOKENS
 from writesae_study.experiment.evaluation import Result
 from writesae_study.verdict import mixtures
-from writesae_study.verdict.finding import Against, Claim, Finding, Paired, said
+from writesae_study.verdict.finding import Against, Claim, Finding, Paired, with_interval
 from writesae_study.verdict.judge import Verdict, judge
 from writesae_study.verdict.notation import points, signed
 
@@ -219,7 +219,7 @@ class Partition(OfAlive):
             },
             write="{:.3f}".format,
             axis="median cosine",
-            measured=f"{said(gain, signed)} over shuffled positions",
+            measured=f"{with_interval(gain, signed)} over shuffled positions",
             of="alive atoms",
         )
         lead = atoms.median("cosine", "pca")

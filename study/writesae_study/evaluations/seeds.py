@@ -26,7 +26,7 @@ from writesae_study.experiment.bench import Bench
 from writesae_study.experiment.draws import ALIVE_TOKENS
 from writesae_study.experiment.evaluation import Result, Scope
 from writesae_study.head.writes import torch_generator
-from writesae_study.verdict.finding import Finding, Paired, said
+from writesae_study.verdict.finding import Finding, Paired, with_interval
 from writesae_study.verdict.judge import Verdict, judge, too_little
 from writesae_study.verdict.notation import signed
 
@@ -180,7 +180,7 @@ class Seeds(OfAlive):
         measured = [
             f"alive vary by {percent(spread['alive'])}, registers by {percent(spread['register'])}",
             f"at most {percent(same['atoms'])} of atoms match at cosine > {SAME:g}",
-            f"mean |cosine| {said(excess, signed)} above random directions",
+            f"mean |cosine| {with_interval(excess, signed)} above random directions",
         ]
         same_kinds = Finding(
             number=20,

@@ -25,7 +25,7 @@ from writesae_study.evaluations import EVALUATIONS, load_result
 from writesae_study.experiment.evaluation import Result
 from writesae_study.folders import check_page
 from writesae_study.verdict.figures import Row, intervals
-from writesae_study.verdict.finding import Figure, Finding, said
+from writesae_study.verdict.finding import Figure, Finding, with_interval
 from writesae_study.verdict.paper import PAPER_CLAIMS
 
 
@@ -198,5 +198,5 @@ def _template_values(results: Sequence[Result], rows: Sequence[Answer]) -> dict[
         "documentation": inspect.getdoc,
         "heads": ", ".join(dict.fromkeys(map(head_label, results))),
         "qualities": quality_rows(results),
-        "said": said,
+        "with_interval": with_interval,
     }

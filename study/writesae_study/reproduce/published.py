@@ -33,12 +33,12 @@ class Place(NamedTuple):
 
 def places(groups: Sequence[str]) -> list[Place]:
     """The heads of some groups."""
-    found = []
+    heads = []
     for group in groups:
         for name in RUNS["heads"][group]:
             model, layer, head = name.split(":")
-            found.append(Place(model, int(layer), int(head)))
-    return found
+            heads.append(Place(model, int(layer), int(head)))
+    return heads
 
 
 def collecting(model: str) -> list[str]:
