@@ -93,14 +93,8 @@ def amplify(rng: np.random.Generator, null: bool) -> list[Result]:
 
 def erasure(rng: np.random.Generator, null: bool) -> list[Result]:
     random = 0.1 if null else 0.01
-    doses: dict[str, float] = {"raised": 0.1, "random": random}
-    result = test_erasure.sampled(doses, effect=-0.1, random=-random)
-    twice = {  # over sixteen sequences
-        name: pd.concat([table, table.assign(sequence=table["sequence"] + 8)], ignore_index=True)
-        for name, table in result.tables.items()
-        if name != "atoms"
-    }
-    moved = heavy(rng, replaced(result, **twice), "firings", "effect", "elsewhere", "random", by=None, power=0.5)
+    result = test_erasure.sampled({"random": random}, effect=-0.1, random=-random)
+    moved = heavy(rng, result, "firings", "effect", "elsewhere", "random", by=None, power=0.5)
     return [heavy(rng, moved, "doses", "effect", "wrong", "random", by=None, power=0.5)]
 
 

@@ -55,7 +55,7 @@ _ITSELF = {("", "zero"): 1e-9, ("", "itself"): 1e-8}
         # erasure
         (of(erased, effect=-0.1, random=-0.15), {0: "confounded"}),
         (of(erased, effect=0.1), {0: "fails", 1: "fails"}),  # put in: as in the paper
-        (of(erased, {"raised": 0.1, "wrong": 0.1}, effect=-0.1), {1: "confounded"}),
+        (of(erased, {"wrong": 0.1}, effect=-0.1), {1: "confounded"}),
         # install
         (of(shares, 0.5, 0.5, 0.0), {0: "confounded"}),
         # Ranks that improve, against a random direction.
