@@ -83,6 +83,7 @@ class EvalAll:
         fields: dict[str, list[str]] = {}
         for kind, evaluation in EVALUATIONS.items():
             fields[kind] = [field.name for field in dataclasses.fields(evaluation)]
+        # Each pair goes to the evaluations that have the field.
         settings: dict[str, dict[str, object]] = {kind: {"seed": self.seed} for kind in EVALUATIONS}
         pairs = () if self.set is None else self.set or ("",)
         for pair in sorted(pairs, key=lambda pair: "." in pair.partition("=")[0]):  # those of one kind win
@@ -98,6 +99,7 @@ class EvalAll:
                 )
             for kind in having:
                 settings[kind][field] = _setting_value(EVALUATIONS[kind], field, value)
+        # Which evaluations are done once for each dictionary, head or layer.
         places = {Scope.EACH: ("dictionary",), Scope.LAYER: ("dictionary", "layer")}
         evaluations = []
         for kind in EVALUATIONS:
@@ -187,6 +189,7 @@ def evaluate(
     page = subjects.out / "report.html"
     check_page(page)
     folders = [folder for path in subjects.saes for folder in sae_folders(path)]
+    # Dictionaries by label, which has the head.
     saes = {}
     for label, sae in zip(folder_labels(folders), map(load_sae, folders)):
         cell = HeadHook.of(sae).cell  # two heads may have dictionaries of one name
@@ -195,6 +198,7 @@ def evaluate(
         raise ValueError(f"two of the SAEs' folders have the same name: {', '.join(map(str, folders))}")
     if not saes:
         raise ValueError("saes: expected folders of dictionaries of one model, got none; writesae train makes some")
+    # One model for all, the text that is tested, and the text that baselines are fitted to.
     models = {str(sae.cfg.metadata.model_name) for sae in saes.values()}
     if len(models) > 1 and not subjects.model:
         raise ValueError(f"saes: expected folders of dictionaries of one model, got {', '.join(sorted(models))}")

@@ -66,6 +66,7 @@ def direction_selectivity(
     native = site.at(positions)
     first = next(iter(atoms.values()))
     noise = torch_generator(lab.rng(13, site.sequence))
+    # Two random directions: one to compare with, one that stands for a direction without meaning.
     directions = {("", name): first.random_like(noise) for name in ("random", "other")}
     directions |= {(label, "atom"): atom for label, atom in atoms.items()}
     trials = []
@@ -83,6 +84,7 @@ def direction_selectivity(
         random = top["", "random", t]
         return 1 - len(random & top[label, name, t]) / len(random)
 
+    # Only atoms have rows; the second random direction is the column `chance`.
     rows = []
     for label, name, t in top:
         if name == "atom":

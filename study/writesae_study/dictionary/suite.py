@@ -76,6 +76,7 @@ def evaluate_all(
         folder = _result_folder(out, evaluation)
         check_folder(folder, result_files)
         _saved_result(folder, evaluation, _input_hashes(texts, group), replaced)
+    # Control dictionaries, and the quality of all, once for all evaluations.
     by_control = control_dictionaries(model, saes, terms) if controls else {}
     everything = dict(saes)
     for control, made in by_control.items():

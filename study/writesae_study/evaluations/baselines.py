@@ -121,6 +121,7 @@ class Baselines(Evaluation):
     # -- measuring
 
     def measure(self, lab: Bench) -> dict[str, pd.DataFrame]:
+        # Means and components from one half of the sequences, tests on the other.
         split = halves(len(lab.tokens), self.seed)
         basis = Basis.fit(lab, split.select.tolist(), self.pca_writes, max(self.pca_ranks))
         tested = split.test[: self.test_sequences]
@@ -133,12 +134,14 @@ class Baselines(Evaluation):
                 continue
             written.append(exchanged(lab, site, positions, basis, self.pca_ranks, self.horizon + 1))
             native = site.at(positions)
+            # The strongest atom of each dictionary, for the selectivity of directions.
             atoms = {}
             for label, hook in lab.hooks.items():
                 matrices = matrices_of(site.recurrence, hook.target)[positions]
                 atoms[label] = of_dictionary(lab, label, matrices, native)[ATOM]
             directions.append(direction_selectivity(lab, site, positions, atoms, self.top_tokens))
         lab.require(len(written) > 1, "the head writes nothing at the drawn positions of all but one sequence")
+        # Whole sequences whose writes or states are replaced at once.
         costs = [
             replacement_costs(lab, sequence, basis)
             for sequence in lab.bar(split.test[: self.replacement_sequences].tolist(), "replacement")
@@ -171,6 +174,7 @@ class Baselines(Evaluation):
         named = writes.assign(name=writes["sae"] + "/" + writes["condition"])
         kl = Paired.of(named, "kl", "sequence", "position", by="name", seed=self.seed)
         ours = _first_row(table, variant="WriteSAE")
+        # The rivals of the WriteSAE: a flat SAE with as many atoms, and one with as many parameters.
         if ours is not None:
             same = _first_row(table, variant="FlatSAE", d_sae=ours["d_sae"])
             size = table["parameters"] / ours["parameters"]

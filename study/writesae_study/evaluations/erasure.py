@@ -136,6 +136,7 @@ class Erasure(OfAtoms):
     def measure(self, lab: Bench) -> dict[str, pd.DataFrame]:
         """Cost: two edited rows of horizon + 1 tokens for each firing, three in the test half and two for each of
         `injected`. Memory: three float32 rows of the vocabulary for each atom."""
+        # Choose on one half of the sequences: the random directions, and the token of each atom and direction.
         atoms, select, test = self._drawn_halves(lab)
         decoded = lab.atoms(atoms)
         directions = {"effect": decoded, "random": self._fitting_directions(lab, select, decoded)}
@@ -154,14 +155,17 @@ class Erasure(OfAtoms):
             means = {name: change.gather(1, ids.to(change.device)).double().mean(1) for name, ids in read.items()}
             return {name: mean.cpu().numpy() for name, mean in means.items()}
 
+        # What rounding alone moves the chosen tokens by.
         lab.facts["floor"] = lab.floor(floor, "change", self.horizon + 1)
         typical = torch.tensor(test.groupby("column")["activation"].median().to_numpy())
+        # Test on the other half: an edited run for each condition of each firing.
         tables = []
         for site in lab.sites(test, self.kind):
             trials = self._erasure_trials(lab, site, directions, typical)
             tables.append(lab.read(site, trials, changes, self.horizon + 1))
         table = pd.concat(tables)
         by_firing = test.set_index("firing")
+        # One row for each firing, with a column for each erasure; insertions have a table of their own.
         is_insertion = table["condition"].isin(["injected", RANDOM_IN])
         wide = table[~is_insertion].pivot(index="firing", columns="condition", values="change")
         erased = table[table["condition"] == "effect"].set_index("firing")
@@ -225,6 +229,7 @@ class Erasure(OfAtoms):
         """The token that falls most, for each atom (`effect`) and its random direction, and tokens of similar
         probability (`wrong`): [n,1] or [n,8]. And [n] the mean effect on the atom's own token."""
         shape = (len(directions["effect"]), lab.model.W_U.shape[1])
+        # Sums over an atom's firings of the change of every token, and of its native log-probability.
         sums = {name: torch.zeros(shape, device=lab.model.cfg.device) for name in ("effect", "random", "native")}
 
         def add(rows: EditedRows) -> Mapping[str, ArrayLike]:
@@ -239,10 +244,12 @@ class Erasure(OfAtoms):
 
         for site in lab.sites(select, f"{self.kind}: tokens"):
             lab.read(site, self._erasure_trials(lab, site, directions), add, self.horizon + 1)
+        # The token that falls most on average is the atom's.
         counts = torch.tensor(select.groupby("column").size().to_numpy())[:, None]
         means = {name: total.cpu() / counts for name, total in sums.items()}
         tokens = {name: means[name].argmin(1, keepdim=True) for name in ("effect", "random")}
         chosen = tokens["effect"]
+        # Tokens of similar probability stand for "another token".
         native = means["native"]
         distance = (native - native.gather(1, chosen)).abs().scatter(1, chosen, torch.inf)  # never the token itself
         tokens["wrong"] = distance.topk(min(_N_WRONG, shape[1] - 1), largest=False).indices

@@ -97,6 +97,7 @@ class Install(Evaluation):
 
     def measure(self, lab: Bench) -> dict[str, pd.DataFrame]:
         rng = lab.rng(2)
+        # Which tokens are aimed at: the strata of native ranks, and tokens that a user named.
         strata = [*STRATA]
         if self.semantic:
             meant = tuple(token_id(lab.model, target) for target in self.semantic)
@@ -106,6 +107,7 @@ class Install(Evaluation):
         for n, (sequence, start) in enumerate(lab.bar(windows, self.kind)):
             stratum = strata[n % len(strata)]  # prompts go to the strata in turn
             span = slice(start, start + self.prompt_tokens)
+            # The plain pass over the prompt alone: its last logits say the native ranks.
             site = lab.site(sequence, span=span)
             target = draw_target(lab.model, site.session.logits[0, -1], stratum, rng)
             if target is None:
@@ -120,6 +122,7 @@ class Install(Evaluation):
                 "rank": target.rank,
                 "wrong": target.wrong,
             }
+            # The two value sides that are written, the target's and a random one of the same norm.
             direction = value_direction(lab.model, lab.hook.layer, lab.hook.head, target.token)
             sides = {"target": direction, "random": random_unit(direction, lab.rng(3, len(tables)))}
             trials = self._install_trials(lab, site, row, sides)
@@ -131,6 +134,7 @@ class Install(Evaluation):
             prompts += [lab.tokens[sequence, span]] * (1 + len(trials))
         lab.require(bool(tables), f"no stratum has two tokens: the vocabulary has {lab.model.W_U.shape[1]}")
         lab.counts["runs"] = len(edits)  # a continuation and its first token are one condition
+        # A continuation per row of the tables; what is in it is looked up below.
         new = greedy_rows(
             lab.model, torch.stack(prompts), edits, self.new_tokens, batch_size=self.rows_per_run, progress=lab.progress
         )

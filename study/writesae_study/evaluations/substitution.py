@@ -142,6 +142,7 @@ class Substitution(Exchanging):
         against: dict[str, Against] = {}
         if (wide["delete"] > 0).any():
             effect = kl.total(atom)
+            # The total of each control by itself, and how far the atom exceeds it over the same deletions.
             controls = {NAMES[name]: kl.total(f"{name}/{scale}") for name in self.controls}
             strongest_first = sorted(controls.items(), key=lambda control: -control[1].mean)
             totals = {"atom": effect} | dict(strongest_first)
@@ -263,6 +264,7 @@ class Substitution(Exchanging):
             heads = {str(result.info["head"]) for result in of_layer}
             if len(of_layer) < 2 or len(heads) < len(of_layer):
                 continue
+            # Claim 1 of each head, by the rules of its own result.
             tests, win_rates = [], []
             for result in of_layer:
                 test = cast(Substitution, result.evaluation)
@@ -272,6 +274,7 @@ class Substitution(Exchanging):
                 win_rates.append((wide[f"atom/{scale}"] < wide["delete"]).mean())
             totals = [test.shown["atom"].mean for test in tests if test.shown]
             outcomes: list[Outcome] = [test.verdict.outcome for test in tests]
+            # A layer is as good as its worst head.
             worst = min(outcomes, key=lambda outcome: (*_WORST_FIRST, outcome).index(outcome))
             finding = Finding(
                 number=5,

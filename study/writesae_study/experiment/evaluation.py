@@ -204,6 +204,7 @@ class Evaluation(ABC):
                     f"{self.kind} needs at least {self.min_sequences} sequences of {self.shortest} tokens; tokens are "
                     f"{[n, length]}"
                 )
+            # A comparison needs several dictionaries of one hook, everything else a single one.
             if self.scope is not Scope.LAYER and self.scope.compares != (len(lab.saes) > 1):
                 expected = "at least two dictionaries" if self.scope.compares else "one dictionary"
                 raise ValueError(f"{self.kind}, {self.scope.value}: expected {expected}, got {', '.join(lab.saes)}")

@@ -139,6 +139,7 @@ def joined_tables(results: Sequence[Result]) -> dict[str, pd.DataFrame]:
 def lead(results: Sequence[Result], rows: Sequence[Answer]) -> dict[str, object]:
     """What the page begins with: of the results of the first kind, the one with the largest effect, its first finding,
     the claim of it, and among how many it was chosen; empty where none shows a finding."""
+    # The first finding of each result of the first kind, by its effect.
     candidates: list[tuple[float, Result, Finding]] = []
     for result in results:
         if result.kind != results[0].kind:
@@ -180,6 +181,7 @@ def compared(results: Sequence[Result]) -> Iterator[Figure]:
 def _template_values(results: Sequence[Result], rows: Sequence[Answer]) -> dict[str, object]:
     """What the template shows of results and claims."""
     trained = [result for result in results if result.info.get("control") is None]  # tables/ has those of the controls
+    # A section for each kind, and one for what could not be measured.
     sections: dict[str, list[Result]] = {}
     for result in trained:
         section = result.kind if result.skipped is None else "skipped"

@@ -109,6 +109,7 @@ def without_learning(place: Place, tests: Sequence[Evaluation]) -> None:
     }
     if all(folder.exists() for folder in folders.values()):
         return
+    # The shuffled model, its text, and dictionaries of the size of the trained ones.
     model = shuffled_model(name)
     terms = Terms(model, sample_sequences(model, embedded.text("train"), 128, 160))
     tokens = sample_sequences(model, embedded.text("test"), 128, _SEQUENCES)

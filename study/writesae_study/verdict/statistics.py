@@ -103,6 +103,7 @@ def total(above: ArrayLike, below: ArrayLike, clusters: ArrayLike, *, seed: int 
     ratio, error = _ratios_with_errors(np.ones((1, n_clusters)), sums, sizes)
     drawn, errors = _ratios_with_errors(resample_counts(n_clusters, seed), sums, sizes)
     has_error = errors > 0
+    # The symmetric bootstrap-t: the 95th percentile of |t| over resamples, times the error.
     t = np.abs(drawn - ratio)[has_error] / errors[has_error]
     half = float(error[0] * np.quantile(t, 0.95)) if len(t) else 0.0
     has_size = sizes > 0
@@ -129,6 +130,7 @@ def share(hits: ArrayLike, clusters: ArrayLike) -> Estimate:
     n_clusters = len(size)
     if n_clusters == 1:
         return Estimate(p, math.nan, math.nan, n, 1)
+    # The variance of p over clusters: C / (C - 1) sum_c (hits_c - p n_c)^2 / n^2.
     spread = np.bincount(codes, x) - p * size
     variance = n_clusters / (n_clusters - 1) * float(spread @ spread) / n**2
     effective = float(n_clusters)
