@@ -23,7 +23,7 @@ from writesae.experiment.lab import Site, Trial
 from writesae.experiment.readout import divergences
 from writesae_study.experiment.bench import Bench
 from writesae_study.experiment.conditions import DIRECTIONS, Scale, conditions
-from writesae_study.experiment.readout import kl_metrics
+from writesae_study.experiment.readout import kl_window
 
 TITLE = "Edited runs"
 QUICK = {"n_tokens": 64, "n_firings": 2, "n_full": 2, "rounds": 1}
@@ -82,8 +82,8 @@ def batched(lab: Bench, positions: list[int], to_end: bool) -> np.ndarray:
     site = lab.site(0)
     edits = edits_for(lab, site, positions)
     trials = [Trial({}, position, edit) for of_condition in edits for position, edit in zip(positions, of_condition)]
-    table = lab.read(site, trials, kl_metrics, None if to_end else HORIZON + 1)
-    return table["kl_window"].to_numpy(float).reshape(len(edits), len(positions))
+    table = lab.read(site, trials, kl_window, None if to_end else HORIZON + 1)
+    return table["kl"].to_numpy(float).reshape(len(edits), len(positions))
 
 
 def one_by_one(lab: Bench, edits: list[WriteEdit]) -> list[float]:

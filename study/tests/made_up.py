@@ -10,7 +10,6 @@ import pandas as pd
 
 from writesae_study.evaluations.substitution import Substitution
 from writesae_study.experiment.evaluation import Evaluation, Result
-from writesae_study.experiment.readout import KL_METRICS
 
 # Median KL (nats) by condition; a condition that is not named has 2.
 HOLDS = {"delete": 1.0, "atom": 0.3, "state": 0.9}
@@ -56,8 +55,7 @@ def made_up(
         for name, scale in [("native", "none"), ("delete", "none"), *scaled]:
             kl = medians.get(name, 2.0) * np.exp(shared + rng.normal(0, 0.4, n))
             kl = floor * rng.random(n) if name == "native" else kl
-            measured = {m: kl * (1.1 if m.startswith("reverse") else 1) for m in KL_METRICS}
-            frames.append(firings.assign(choice=choice, condition=name, scale=scale, **measured))
+            frames.append(firings.assign(choice=choice, condition=name, scale=scale, kl_window=kl))
     info = {
         "label": label or f"L1H{head} {target}-trained",
         "model": "made-up",

@@ -1,10 +1,8 @@
-"""The protocol as a workflow: what it covers, what is said beforehand, who owns a run, and what a kill leaves."""
+"""The protocol as a workflow: what it covers, what is refused beforehand, who owns a run, and what a kill leaves."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -36,6 +34,7 @@ from writesae_study.reproduce.published import (
     places,
     question,
     shuffled_model,
+    without_learning,
 )
 from writesae_study.reproduce.texts import write_texts
 
@@ -68,12 +67,12 @@ def test_the_default_head_is_one_that_all_layers_have():
 
 def test_documents_kept_for_evaluation_are_not_trained_on(tmp_path, embedded):
     words = shipped.text("train").split()
-    documents = [f"{n} " + " ".join(words[n * 60 : n * 60 + 60]) for n in range(80)]
-    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps({"text": document}) for document in documents))
+    documents = [" ".join(words[n * 60 : n * 60 + 60]) for n in range(80)]
+    (tmp_path / "all.jsonl").write_text("\n".join(json.dumps({"text": document}) for document in documents))
     write_texts(replace(TINY, dataset=str(tmp_path), training_tokens=512), tmp_path / "run", embedded)
     held_out = (tmp_path / "run" / "held-out.txt").read_text().split("\n\n")
-    with open(tmp_path / "run" / "train" / "train.jsonl") as lines:
-        trained_on = [json.loads(line)["text"] for line in lines]
+    lines = (tmp_path / "run" / "train" / "train.jsonl").read_text().splitlines()
+    trained_on = [json.loads(line)["text"] for line in lines]
     assert held_out and trained_on and held_out + trained_on == documents[: len(held_out) + len(trained_on)]
 
 
@@ -120,9 +119,9 @@ def snakemake(folder: Path, *arguments: str, file: str = "Snakefile") -> str:
     return done.stdout + done.stderr
 
 
-def planned(said: str) -> dict[str, int]:
+def planned(output: str) -> dict[str, int]:
     """How often a dry run would do each step."""
-    return {line[0]: int(line[1]) for line in map(str.split, said.splitlines()) if line[1:] and line[1].isdigit()}
+    return {line[0]: int(line[1]) for line in map(str.split, output.splitlines()) if line[1:] and line[1].isdigit()}
 
 
 @pytest.mark.slow
@@ -131,12 +130,18 @@ def planned(said: str) -> dict[str, int]:
 )
 def test_a_dry_run_of_every_profile_plans_every_step_once(tmp_path, profile):
     replace(TINY, layers=(1, 2), heads=(0, 3), evaluations=("sign", "amplify"), dashboards=2).keep_in(tmp_path)
-    said = snakemake(tmp_path, "--profile", str(profile_folder(profile)), "--dry-run")
+    output = snakemake(tmp_path, "--profile", str(profile_folder(profile)), "--dry-run")
     steps = {"collect": 1, "train": 8, "evaluate": 8, "compare": 4, "together": 2, "show": 4, "report": 1}.items()
-    assert planned(said).items() >= steps
-    assert said.count("writesae train --collection collection --layers 2 --heads 3") == 2 * 1
-    assert f"share {8 if profile == 'gpus' else 1} collect --model embedded" in said
+    assert planned(output).items() >= steps
+    assert output.count("writesae train --collection collection --layers 2 --heads 3") == 2 * 1
+    assert f"share {8 if profile == 'gpus' else 1} collect --model embedded" in output
     assert sorted(each.name for each in tmp_path.iterdir() if each.name != ".snakemake") == ["config.json"]
+
+
+@pytest.mark.slow
+def test_a_dry_run_of_the_published_runs_plans_every_result(tmp_path):
+    output = snakemake(tmp_path, "--profile", str(profile_folder("laptop")), "--dry-run", file="published.smk")
+    assert sum(planned(output).values()) > 10
 
 
 PATIENCE = 1200
@@ -173,10 +178,10 @@ def test_killed_again_and_again_a_run_ends_as_one_that_was_not(tmp_path):
         kept |= {path: path.stat().st_mtime_ns for path in out.glob("L2H0/*/sae/sae_weights.safetensors")}
     process = start(out)
     try:
-        said = process.communicate(timeout=PATIENCE)[0].decode()
+        output = process.communicate(timeout=PATIENCE)[0].decode()
     finally:
         process.kill()
-    assert process.returncode == 0, said
+    assert process.returncode == 0, output
     assert kept and all(path.stat().st_mtime_ns == before for path, before in kept.items())
     claims = json.loads((out / "report/report.json").read_text())["claims"]
     assert {claim["label"] for claim in claims} == {"L2H0 write-trained", "L2H0 state-trained", "L2H0"}
@@ -251,43 +256,13 @@ def test_published_runs_have_their_own_settings(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-RUNS_FILE = ROOT / "study/writesae_study/reproduce/runs.toml"
-KEPT = ("recipes", "names", "nulls")
-"""Tables of it that a run of few rows has too."""
-FEW = """
-collect.embedded = { layers = [2], heads = [0] }
-heads.one = ["embedded:2:0"]
-sizes = { d-sae = 64, training-tokens = 512, train-batch-size-tokens = 64 }
-settings.sign = { n_positions = 4 }
-
-[[run]]
-heads = ["one"]
-train = { default = ["write-gauss_newton-seed0"], paper = ["write-seed0"] }
-ask = [{ name = "paper-last", of = ["write-seed0"], controls = false, kinds = ["sign"], text = "last" }]
-
-[[null]]
-heads = ["one"]
-kinds = ["sign"]
-"""
-
-
-@pytest.mark.nightly  # minutes of whole commands
-def test_published_runs_are_done_once(tmp_path):
-    """All kinds of rows, at tiny sizes, of a copy of the package; another call changes no result."""
-    package = tmp_path / "writesae_study"
-    shutil.copytree(ROOT / "study" / "writesae_study", package)
-    kept = (RUNS_FILE.read_text().partition(f"[{name}]")[2].partition("\n\n[")[0] for name in KEPT)
-    text = "".join(f"[{name}]{rows}\n\n" for name, rows in zip(KEPT, kept))
-    (package / "reproduce" / "runs.toml").write_text(FEW + text)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+@pytest.mark.nightly
+def test_results_where_nothing_was_learned_are_made_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(RUNS["sizes"], "d-sae", 64)
     seen = []
     for _ in range(2):
-        words = ["reproduce", "--published", "--out", str(tmp_path / "out")]
-        done = subprocess.run(
-            [sys.executable, "-m", "writesae", *words], env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        files = (tmp_path / "out").glob("runs/*/embedded/L2H0/*/*/info.json")
-        seen.append({file: file.stat().st_mtime_ns for file in files})
-    found = {file.relative_to(tmp_path / "out" / "runs").parts[0] for file in seen[0]}
-    assert found == {"paper-last", *RUNS["nulls"]} and seen[0] == seen[1]
+        without_learning(Place("embedded", 2, 0), [EVALUATIONS["sign"](n_positions=4)])
+        seen.append({file: file.stat().st_mtime_ns for file in tmp_path.rglob("info.json")})
+    assert {file.relative_to(tmp_path / "runs").parts[0] for file in seen[0]} == RUNS["nulls"].keys()
+    assert seen[0] == seen[1]

@@ -11,15 +11,12 @@ import pytest
 from saes import make_sae
 from test_cli import (
     COUNTS,
-    HEAD,
     TINY,
     assert_interrupted,
     assert_listed,
     assert_missing_is_named,
     assert_no_torch,
     assert_one_error,
-    folders,
-    one_model,
     run,
     sae_folder,
 )
@@ -32,11 +29,11 @@ from writesae.files import sae_folders
 from writesae_study.commands import COMMANDS
 from writesae_study.evaluate import EvalAll, Subjects
 from writesae_study.evaluations import EVALUATIONS, load_result
-from writesae_study.experiment.evaluation import Evaluation, Scope
+from writesae_study.experiment.evaluation import Evaluation
 from writesae_study.folders import run_folder
 from writesae_study.verdict.paper import PAPER_CLAIMS, QUESTIONS
 
-__all__ = ["folders", "one_model", "sae_folder"]  # fixtures
+__all__ = ["sae_folder"]  # a fixture
 
 EACH_COMMAND = [[name] for name in COMMANDS if name != "eval"] + [["eval", kind] for kind in (*EVALUATIONS, "all")]
 
@@ -53,9 +50,6 @@ def test_no_help_and_no_wrong_flag_loads_torch() -> None:
 
 
 def test_the_list_of_questions_is_that_of_the_classes() -> None:
-    assert {kind: asked.needs_dictionary for kind, asked in QUESTIONS.items()} == {
-        kind: each.scope is not Scope.HEAD for kind, each in EVALUATIONS.items()
-    }
     assert {n for asked in QUESTIONS.values() for n in asked.answers} == PAPER_CLAIMS.keys()
 
 
@@ -65,9 +59,6 @@ def test_the_list_of_questions_is_that_of_the_classes() -> None:
         (["eval", "substition"], "Did you mean 'substitution'"),
         (["eval", "all", "SAE", "--device", "gpu"], "device: expected one of this machine"),
         (["eval", "sign"], "got none"),
-        (["eval", "sign", "--layer", "2"], "no model and no head"),
-        (["eval", "sign", *HEAD[:-1], "9"], "head 9 is out of range"),
-        (["eval", "substitution", *HEAD], "sign, install need no dictionary"),
         (["eval", "all", "SAE", "--set", "n_atoms=abc"], "got 'abc'"),
         (["eval", "all", "SAE", "--set", "n_atms=5"], "nearest: n_atoms"),
         (["eval", "all", "SAE", "--set", "sign.foo=1"], "n_positions"),
@@ -106,30 +97,21 @@ def test_a_missing_folder_is_named_before_torch_is_loaded(arguments: list[str]) 
 
 
 def test_results_of_two_heads_stand_side_by_side(
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    embedded: HookedRecurrent,
-    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], embedded: HookedRecurrent, tmp_path: Path
 ) -> None:
-    """Dictionaries of one name, in folders apart, evaluated one after the other into the default folder."""
-    monkeypatch.chdir(tmp_path)
+    """Dictionaries of one name, in folders apart, evaluated one after the other into one folder."""
+    out = tmp_path / "out"
+    asked = ["eval", "multistep", *COUNTS, *ONE_FIRING, "--n-steps", "2", "--out", str(out)]
     for place, head, seed in (("A/L2H1", 1, 0), ("B/L2H3", 3, 0), ("C/L2H1", 1, 1)):
         hook = f"blocks.2.mixer.heads.{head}.hook_write_vec"
         make_sae(embedded, d_sae=16, hook=hook, seed=seed).save_model(tmp_path / place / "write-seed0")
-    few = [*COUNTS, "--n-atoms", "1", "--firings-per-atom", "1", "--n-steps", "2", "--no-control-dictionaries"]
-    asked = ["eval", "multistep", *few]
     for folder in ("A/L2H1", "B/L2H3"):
-        assert run(capsys, *asked, f"{folder}/write-seed0").status == 0
-    out = tmp_path / "writesae-out" / "eval"
-    labels = ["L2H1/write-seed0", "L2H3/write-seed0"]
-    saved = [load_result(out / "multistep" / label.replace("/", "-")) for label in labels]
-    assert [(result.label, result.info["head"]) for result in saved] == list(zip(labels, (1, 3)))
+        assert run(capsys, *asked, str(tmp_path / folder / "write-seed0")).status == 0
     claims = json.loads((out / "report.json").read_text())["claims"]
-    assert {claim["label"] for claim in claims} == {*labels}
-    another = [*asked, "C/L2H1/write-seed0"]
+    assert {claim["label"] for claim in claims} == {"L2H1/write-seed0", "L2H3/write-seed0"}
+    another = [*asked, str(tmp_path / "C/L2H1/write-seed0")]
     refused = run(capsys, *another)
-    assert refused.status == 2 and "eval/multistep/L2H1-write-seed0: expected no result" in refused.err
-    assert "got one of other dictionaries; name another --out, or replace it (--replace)" in refused.err
+    assert refused.status == 2 and "other dictionaries; name another --out, or replace it (--replace)" in refused.err
     assert run(capsys, *another, "--replace").status == 0
 
 
@@ -155,25 +137,16 @@ def test_what_training_left_is_asked(capsys: pytest.CaptureFixture[str], reprodu
         assert (tmp_path / "report.html").is_file()
 
 
-def test_a_question_about_a_head_is_asked_without_a_dictionary(tmp_path: Path) -> None:
-    main(["eval", "sign", *HEAD, *COUNTS, *SIGN, "--out", str(tmp_path / "one")])
-    few = [*COUNTS, "--set", "n_positions=2", SIGN[2]]
-    main(["eval", "all", *HEAD, *few, "--kinds", "substitution", "sign", "--out", str(tmp_path / "all")])
-    for folder in ("one", "all"):
-        (file,) = (tmp_path / folder).rglob("info.json")
-        assert file.parent == tmp_path / folder / "sign" / "L2H1" and load_result(file.parent).skipped is None
-        assert "L2H1" in (tmp_path / folder / "report.html").read_text()
-
-
-def test_the_collection_of_a_dictionary_is_that_of_its_run(folders: Path, tmp_path: Path) -> None:
+def test_the_collection_of_a_dictionary_is_that_of_its_run(reproduced: Path, tmp_path: Path) -> None:
     """A folder further up that happens to have the name belongs to somebody else."""
-    for run_of in ("trained", "collected"):
-        saes = sae_folders(folders / run_of)
-        assert saes and {run_folder(sae) for sae in saes} == {(folders / run_of).resolve()}
-    (tmp_path / "collection").mkdir()
-    (tmp_path / "collection/index.json").write_text("{}")
+    saes = sae_folders(reproduced / "L2H0")
+    assert saes and {run_folder(sae) for sae in saes} == {reproduced.resolve()}
+    (tmp_path / "a/collection").mkdir(parents=True)
+    (tmp_path / "a/collection/index.json").write_text("{}")
     alone = shutil.copytree(saes[0], tmp_path / "a/b/sae")
     assert run_folder(alone) is None
+    (tmp_path / "a/config.json").touch()  # of the demo
+    assert run_folder(alone) == (tmp_path / "a").resolve()
 
 
 def test_settings_of_one_evaluation_are_flags(reproduced: Path) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from made_up import HOLDS, made_up
 from results_on_disk import RESULT, make_result
 from saes import make_sae
 from test_files import (
@@ -20,8 +19,6 @@ from test_files import (
     shipped_model,
 )
 
-from writesae_study.page.report import write_report
-
 FEW = ["--sequences", "4", "--context-size", "48"]
 SIGN = ["--kinds", "sign", "--set", "n_positions=2", "--no-control-dictionaries", *FEW]
 COMMANDS: dict[str, list[str]] = {
@@ -30,18 +27,14 @@ COMMANDS: dict[str, list[str]] = {
     "eval --resume": ["eval", "all", "SAE", *SIGN, "--resume", "--out", "OUT"],
     "reproduce": ["reproduce", "--small", "--out", "OUT"],
 }
-METHODS: dict[str, Callable[[Path], object]] = {
-    "Result.save": make_result,
-    "write_report": lambda folder: write_report([made_up(HOLDS, label="mine", n_sequences=6)], folder / "page.html"),
-}
+METHODS: dict[str, Callable[[Path], object]] = {"Result.save": make_result}
 RUN = ["report", "eval --resume", *METHODS]
 """Of the others refusals alone are tested: a run takes a minute."""
 TAKEN = {
     "report": ["report.html", "report.json", "tables/substitution-firings.parquet"],
-    "eval": ["report.html", "report.json", "tables/install-continuations.parquet", "install/L2H1/thesis.txt"],
+    "eval": ["report.html", "install/L2H1/thesis.txt"],
     "reproduce": ["config.json", "texts/held-out.txt", "report/report.html"],
     "Result.save": ["info.json", "firings.parquet", ".DS_Store"],
-    "write_report": ["page.html", "page.json", "tables/substitution-firings.parquet"],
 }
 """Names that a command writes."""
 

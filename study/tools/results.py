@@ -2,7 +2,6 @@
 
     python study/tools/results.py          the pages (`make results`)
     python study/tools/results.py FOLDER   first the tables, from the runs of `writesae reproduce --published`
-    python study/tools/results.py --restore FOLDER   the runs from the tables, among which others are then put
 
 Their words are in `study/tools/results`.
 """
@@ -10,7 +9,6 @@ Their words are in `study/tools/results`.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import sys
 from collections import Counter, defaultdict
@@ -32,7 +30,7 @@ from writesae_study.dictionary.controls import answers
 from writesae_study.evaluations import EVALUATIONS, load_result
 from writesae_study.experiment.evaluation import Result, Scope
 from writesae_study.reproduce.published import RUNS
-from writesae_study.verdict.finding import Claim, said
+from writesae_study.verdict.finding import Claim, with_interval
 from writesae_study.verdict.names import NAMES
 from writesae_study.verdict.paper import PAPER_CLAIMS
 
@@ -48,8 +46,6 @@ UNCONTROLLED = "no verdict"
 """Of a claim that holds for a dictionary whose run has no control dictionaries."""
 Asked = tuple[str, str, str]
 """Number and words of a claim, and a model."""
-UNREAD = ("kl_at", "kl_next", "reverse_kl_window", "reverse_kl_at", "reverse_kl_next", "norm")
-"""Columns of substitution that no finding reads."""
 ANSWER = ("number", "claim", "model", "head", "dictionary", "estimate", "n", "controls", "verdict")
 """Columns of an answer to a question."""
 FEW = 100
@@ -65,7 +61,7 @@ def pack(runs: Path, folder: Path) -> None:
         about = (json.dumps(each) for each in (result.evaluation.to_dict(), result.info))
         rows.append([file.relative_to(runs).parts[0], result.kind, *about, result.skipped or ""])
         for name, each in result.tables.items():
-            parts[f"{result.kind}-{name}"].append(each.drop(columns=[*UNREAD], errors="ignore").assign(result=n))
+            parts[f"{result.kind}-{name}"].append(each.assign(result=n))
     parts["results"] = [pd.DataFrame(rows, columns=["recipe", "kind", "settings", "info", "skipped"])]
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -87,15 +83,15 @@ def pack(runs: Path, folder: Path) -> None:
 def packed(folder: Path) -> list[tuple[str, Result]]:
     """Each result with its recipe, as it was saved."""
     tables = {file.stem: of_each_result(pd.read_parquet(file)) for file in folder.glob("*-*.parquet")}
-    found = []
+    results = []
     for n, (recipe, name, settings, about, skipped) in pd.read_parquet(folder / "results.parquet").iterrows():
         kind = EVALUATIONS[name]
         own = {}
         for each in kind.columns if not skipped else ():
             own[each] = tables[f"{name}-{each}"][n].reset_index(drop=True)
         result = Result(kind.from_dict(json.loads(settings)), json.loads(about), own, skipped or None)
-        found.append((recipe, result))
-    return found
+        results.append((recipe, result))
+    return results
 
 
 def of_each_result(joined: pd.DataFrame) -> Mapping[Any, pd.DataFrame]:
@@ -103,22 +99,13 @@ def of_each_result(joined: pd.DataFrame) -> Mapping[Any, pd.DataFrame]:
     return defaultdict(lambda: joined.iloc[:0], iter(joined.groupby("result")))
 
 
-def restore(folder: Path, runs: Path) -> None:
-    """Save packed results as runs again, among which others are then put."""
-    for recipe, result in packed(folder):
-        whole = {name: result.tables[name].reindex(columns=[*own]) for name, own in result.evaluation.columns.items()}
-        label = re.sub("[ /]", "-", result.label).replace(",", "")
-        place = runs / recipe / str(result.info["model"]) / f"L{result.info['layer']}H{result.info['head']}"
-        replace(result, tables={} if result.skipped else whole).save(place / result.kind / label)
-
-
 def unpack(folder: Path) -> dict[str, list[Result]]:
     """Results by recipe; the label of each is "model;head"."""
-    found: dict[str, list[Result]] = {recipe: [] for recipe in (*RECIPES, *NULLS)}
+    results: dict[str, list[Result]] = {recipe: [] for recipe in (*RECIPES, *NULLS)}
     for recipe, result in packed(folder):
         place = f"{result.info['model']};L{result.info['layer']}H{result.info['head']}"
-        found[recipe].append(replace(result, info=result.info | dict.fromkeys(("label", "control_of"), place)))
-    return found
+        results[recipe].append(replace(result, info=result.info | dict.fromkeys(("label", "control_of"), place)))
+    return results
 
 
 def strongest(controls: str) -> str:
@@ -126,7 +113,7 @@ def strongest(controls: str) -> str:
     return "; ".join(each for n, each in enumerate(controls.split("; ")) if n < 3 or "dictionary" in each)
 
 
-def answered(found: dict[str, list[Result]], kind: str) -> list[list[str]]:
+def answered(results: dict[str, list[Result]], kind: str) -> list[list[str]]:
     """A row for each answer to a question, with the columns of `ANSWER`."""
     return sorted(
         [
@@ -137,7 +124,7 @@ def answered(found: dict[str, list[Result]], kind: str) -> list[list[str]]:
             UNCONTROLLED if claim.outcome == "holds" and uncontrolled(kind, claim) else claim.outcome,
         ]
         for recipe in RECIPES
-        for label, claim in answers([each for each in found[recipe] if each.kind == kind])
+        for label, claim in answers([each for each in results[recipe] if each.kind == kind])
     )
 
 
@@ -156,11 +143,11 @@ def uncontrolled(kind: str, claim: Claim) -> bool:
     return EVALUATIONS[kind].scope is not Scope.HEAD and "untrained dictionary (" not in claim.controls
 
 
-def without_learning(found: dict[str, list[Result]], kind: str) -> dict[Asked, dict[str, list[bool]]]:
+def without_learning(results: dict[str, list[Result]], kind: str) -> dict[Asked, dict[str, list[bool]]]:
     """Whether each claim on each model holds in the runs where nothing was learned, by the kind of run."""
     held: dict[Asked, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
-    for recipe, results in found.items():
-        for result in results:
+    for recipe, of_recipe in results.items():
+        for result in of_recipe:
             name = NULLS.get(recipe) or (UNTRAINED if result.info.get("control") == "untrained" else None)
             if result.kind == kind and name is not None:
                 for claim in result.claims():
@@ -182,7 +169,7 @@ def pages(folder: Path) -> tuple[dict[str, str], pd.DataFrame]:
     words.globals |= {
         "table": table,
         "by_model": by_model,
-        "said": said,
+        "with_interval": with_interval,
         "number": number,
         "percent": percent,
         "recipes": RECIPES,
@@ -192,12 +179,12 @@ def pages(folder: Path) -> tuple[dict[str, str], pd.DataFrame]:
         "asked_by": {n: f"[{kind}](evaluations/{kind}.md)" for kind, each in EVALUATIONS.items() for n in each.answers},
         "names": NAMES,
     }
-    found = unpack(folder)
+    results = unpack(folder)
     questions: dict[str, list[list[str]]] = {}
     anyhow: list[list[str]] = []
     evidence = []
     for kind, each in EVALUATIONS.items():
-        rows, held = answered(found, kind), without_learning(found, kind)
+        rows, held = answered(results, kind), without_learning(results, kind)
         asked = {(number, claim, model): held[number, claim, model] for number, claim, model, *_ in rows}
         free = sorted(claim for claim, runs in asked.items() if of_any_direction(kind, runs))
         questions[each.question] = [row for row in rows if (row[0], row[1], row[2]) not in free]
@@ -210,7 +197,7 @@ def pages(folder: Path) -> tuple[dict[str, str], pd.DataFrame]:
             anyhow += own
     rendered = {
         name: words.get_template(name).render(
-            found=found,
+            results=results,
             questions=questions,
             anyhow=anyhow,
             evidence=evidence,
@@ -224,9 +211,6 @@ def pages(folder: Path) -> tuple[dict[str, str], pd.DataFrame]:
 
 def main() -> None:
     """Write the pages, after the tables where a folder of runs is given."""
-    if "--restore" in sys.argv:
-        restore(DOCS / "results", Path(sys.argv[-1]) / "runs")
-        return
     for folder in sys.argv[1:]:
         pack(Path(folder) / "runs", DOCS / "results")
     rendered, every = pages(DOCS / "results")

@@ -35,12 +35,7 @@ class Subjects(OnText):
 
     saes: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Folders of trained SAEs (cfg.json, sae_weights.safetensors) of one model, or folders that hold such folders, as
-    `writesae train` and `demo` leave them. A question about a head needs none, where --model, --layer and --head name
-    the head."""
-    layer: int | None = None
-    """Layer of the head that is asked about, without SAEs."""
-    head: int | None = None
-    """The head that is asked about, without SAEs."""
+    `writesae train` and `demo` leave them."""
     out: Path = Path("writesae-out/eval")
     """Folder for results and report. The page shows all results that it has, those of earlier calls too."""
     replace: bool = False
@@ -53,19 +48,6 @@ class Subjects(OnText):
     fitted; by default the one that is in a folder above them, as `writesae train` and `demo` leave it. Where there is
     none, baselines are fitted to 64 sequences of the training text of the package, and claims that need them cannot
     hold."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        head = {"model": self.model, "layer": self.layer, "head": self.head}
-        missing = [name for name, value in head.items() if value is None]
-        if (self.layer, self.head) != (None, None) and (missing or self.saes):
-            got = f"no {' and no '.join(missing)}" if missing else "folders of SAEs too"
-            raise ValueError(f"layer, head: expected --model, --layer and --head without SAEs, got {got}")
-
-    @property
-    def place(self) -> tuple[int, int] | None:
-        """Layer and head, where these are named."""
-        return None if self.layer is None or self.head is None else (self.layer, self.head)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +83,7 @@ class EvalAll:
         fields: dict[str, list[str]] = {}
         for kind, evaluation in EVALUATIONS.items():
             fields[kind] = [field.name for field in dataclasses.fields(evaluation)]
+        # Each pair goes to the evaluations that have the field.
         settings: dict[str, dict[str, object]] = {kind: {"seed": self.seed} for kind in EVALUATIONS}
         pairs = () if self.set is None else self.set or ("",)
         for pair in sorted(pairs, key=lambda pair: "." in pair.partition("=")[0]):  # those of one kind win
@@ -116,6 +99,7 @@ class EvalAll:
                 )
             for kind in having:
                 settings[kind][field] = _setting_value(EVALUATIONS[kind], field, value)
+        # Which evaluations are done once for each dictionary, head or layer.
         places = {Scope.EACH: ("dictionary",), Scope.LAYER: ("dictionary", "layer")}
         evaluations = []
         for kind in EVALUATIONS:
@@ -169,8 +153,7 @@ class Report:
 
 def run_eval(arguments: Sequence[str]) -> Path:
     """`writesae eval KIND SAE...` with the settings of that evaluation as flags; `all` runs every evaluation."""
-    need = {True: "", False: " (needs no dictionary)"}
-    questions = {kind: asked.question + need[asked.needs_dictionary] for kind, asked in QUESTIONS.items()}
+    questions = {kind: asked.question for kind, asked in QUESTIONS.items()}
     kind = choose("writesae eval", arguments, questions | {"all": "Every evaluation that fits, on one page."})
     program = f"writesae eval {kind}"
     check_saes(arguments[1:])
@@ -198,45 +181,36 @@ def evaluate(
             that refuses the SAEs; a result of others that would be replaced.
     """
     from sae_lens_writesae.sae.load import load_sae, model_of
-    from sae_lens_writesae.sae.target import HeadHook, head_target
+    from sae_lens_writesae.sae.target import HeadHook
     from writesae.experiment.tokens import sample_sequences, text_of
     from writesae_study.dictionary.suite import evaluate_all
-    from writesae_study.experiment.evaluation import Scope
     from writesae_study.page.report import find_results, write_report
 
     page = subjects.out / "report.html"
     check_page(page)
     folders = [folder for path in subjects.saes for folder in sae_folders(path)]
+    # Dictionaries by label, which has the head.
     saes = {}
     for label, sae in zip(folder_labels(folders), map(load_sae, folders)):
         cell = HeadHook.of(sae).cell  # two heads may have dictionaries of one name
         saes[label if cell in label else f"{cell}/{label}"] = sae
     if len(saes) < len(folders):
         raise ValueError(f"two of the SAEs' folders have the same name: {', '.join(map(str, folders))}")
-    if subjects.place:
-        evaluations = [evaluation for evaluation in evaluations if evaluation.scope is Scope.HEAD]
-        if not evaluations:
-            of_heads = ", ".join(kind for kind, asked in QUESTIONS.items() if not asked.needs_dictionary)
-            raise ValueError(f"saes: expected folders of dictionaries, got a head alone; {of_heads} need no dictionary")
-    elif not saes:
-        raise ValueError(
-            "saes: expected folders of dictionaries of one model, got none; writesae train makes some, and some "
-            "questions need only --model, --layer and --head"
-        )
+    if not saes:
+        raise ValueError("saes: expected folders of dictionaries of one model, got none; writesae train makes some")
+    # One model for all, the text that is tested, and the text that baselines are fitted to.
     models = {str(sae.cfg.metadata.model_name) for sae in saes.values()}
     if len(models) > 1 and not subjects.model:
         raise ValueError(f"saes: expected folders of dictionaries of one model, got {', '.join(sorted(models))}")
     held_out = text_of(subjects.text)
     model = model_of([*saes.values()], subjects.model, dtype=subjects.dtype, other_model=subjects.other_model)
-    if subjects.place:
-        head_target(model, *subjects.place)  # raises where there is no such head, before any work
     tokens = sample_sequences(model, held_out, subjects.context_size, subjects.sequences)
     terms = _training_text(subjects, folders, model)
     with taken(subjects.out):
         results, failures = evaluate_all(
             evaluations,
             model,
-            subjects.place or saes,
+            saes,
             tokens,
             subjects.out,
             terms=terms,

@@ -148,7 +148,8 @@ class Lab:
         self.seed = seed
         self.rows_per_run = rows_per_run
         self.progress = progress
-        self.hooks = self.head_hooks()
+        self.hooks = {label: HeadHook.of(sae) for label, sae in self.saes.items()}
+        """The hook that each dictionary reads, by label."""
         for label, sae in self.saes.items():
             check_hook(model, self.hooks[label].name, sae.cfg, label or "the SAE given")
         self.check_heads()
@@ -159,10 +160,6 @@ class Lab:
         self.counts: Counter[str] = Counter()
         """`runs`: edited runs so far, without those that measured a floor."""
         self._firings: dict[str, Firings] = {}
-
-    def head_hooks(self) -> dict[str, HeadHook]:
-        """The hook that each dictionary reads, by label."""
-        return {label: HeadHook.of(sae) for label, sae in self.saes.items()}
 
     def check_heads(self) -> None:
         """Raise ValueError unless all dictionaries read one head."""
@@ -313,9 +310,6 @@ class Lab:
         default = hook.cell if len(self.saes) > 1 else f"{hook.cell} {hook.target}-trained"
         if len({head_hook.head for head_hook in self.hooks.values()}) > 1:
             default = f"L{hook.layer}, {len(self.hooks)} heads"
-        dictionaries: dict[str, Json] = {"saes": [name for name in self.saes if name]}
-        if self.saes:
-            dictionaries |= {"architecture": self.sae.cfg.architecture(), "d_sae": int(self.sae.cfg.d_sae)}
         return {
             "label": label or default,
             "model": str(self.model.cfg.model_name),
@@ -329,7 +323,9 @@ class Lab:
             "V": shape.V,
             "hook_name": hook.name,
             "target": hook.target,
-            **dictionaries,
+            "saes": [name for name in self.saes if name],
+            "architecture": self.sae.cfg.architecture(),
+            "d_sae": int(self.sae.cfg.d_sae),
             "n_sequences": len(self.tokens),
             "n_positions": self.tokens.shape[1],
             **self.facts,

@@ -50,19 +50,18 @@ def l0(sae: MatrixSAE) -> float:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_controls_are_alike_in_all_but_their_atoms(architecture: str, variant: str) -> None:
     sae = trained(architecture, **VARIANTS[variant])
-    nearest = []
+    directions, nearest = torch.nn.functional.normalize(WRITES.dense().flatten(1), dim=1), []
     for control in (control_dictionary(sae, ROWS, WRITES), control_dictionary(sae, ROWS)):
         assert type(control) is type(sae) and not control.training
-        shapes = [{name: p.shape for name, p in each.named_parameters()} for each in (control, sae)]
-        assert shapes[0] == shapes[1]
+        assert {n: p.shape for n, p in control.named_parameters()} == {n: p.shape for n, p in sae.named_parameters()}
         assert l0(control) == pytest.approx(l0(sae), abs=0.01)
         assert_close(control.b_dec.data, ROWS.mean(0))
         assert_close(control.decoder_norm().data, torch.ones(F))
         assert_close(control.W_enc.T.data, control.W_dec.data)
-        nearest.append(torch.nn.functional.normalize(WRITES.dense().flatten(1), dim=1) @ control.W_dec.data.T)
-    assert_close(nearest[0].amax(0), torch.ones(F))
-    assert len(nearest[0].argmax(0).unique()) == F  # drawn without repetition
-    assert float(nearest[1].amax(0).median()) < 0.9
+        nearest.append((directions @ control.W_dec.data.T).max(0))
+    assert_close(nearest[0].values, torch.ones(F))
+    assert len(nearest[0].indices.unique()) == F  # drawn without repetition
+    assert float(nearest[1].values.median()) < 0.9
 
 
 @pytest.mark.parametrize("architecture", ["writesae_jumprelu", "writesae_standard", "writesae_gated"])

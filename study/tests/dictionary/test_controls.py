@@ -65,22 +65,19 @@ def of_control(result: Result, control: ControlKind, trained: Result) -> Result:
 
 def test_answers_are_matched_with_the_controls_of_the_same_dictionary() -> None:
     a, b = made_up(HOLDS, label="a", **FEW), made_up(HOLDS, label="b", **FEW)
-    results = [a, b, of_control(a, "untrained", a), of_control(made_up(FAILS, **FEW), "untrained", b)]
-    found = {(row.label, row.claim.claim): row.claim for row in answers(results)}
-    assert {label for label, _ in found} == {"a", "b"}  # controls give no answers of their own
-    for own in a.claims():
-        held = found["a", own.claim].outcome
-        assert held == ("confounded" if own.outcome == "holds" else own.outcome)
-        assert found["b", own.claim].outcome == own.outcome
-        assert "untrained dictionary" in found["b", own.claim].controls
-    assert "holds" in {own.outcome for own in a.claims()}
+    controls = [of_control(a, "untrained", a), of_control(made_up(FAILS, **FEW), "untrained", b)]
+    outcomes = {(row.label, row.claim.claim): row.claim.outcome for row in answers([a, b, *controls])}
+    expected: dict[tuple[str, str], str] = {}
+    for claim in a.claims():
+        expected["b", claim.claim] = claim.outcome
+        expected["a", claim.claim] = "confounded" if claim.outcome == "holds" else claim.outcome
+    assert outcomes == expected and "holds" in expected.values()  # controls give no answers of their own
 
 
 def test_claims_over_several_heads_have_controls_of_their_own() -> None:
     heads = [made_up(HOLDS, head=head, **FEW) for head in (1, 2, 3)]
-    layer = [row for row in answers([*heads, *(of_control(r, "untrained", r) for r in heads)]) if row.claim.number == 5]
-    assert [row.claim.outcome for row in layer] == ["confounded"]
-    assert [row.claim.outcome for row in answers(heads) if row.claim.number == 5] == ["holds"]
+    layer = [row.claim for row in answers([*heads, *(of_control(r, "untrained", r) for r in heads)])]
+    assert [claim.outcome for claim in layer if claim.number == 5] == ["confounded"]
 
 
 def test_dictionaries_are_made_from_the_reference_text(model: HookedRecurrent) -> None:

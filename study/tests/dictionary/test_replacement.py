@@ -17,17 +17,13 @@ pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 @pytest.mark.parametrize("hook", [HOOK, STATE])
-def test_replacing_all_by_itself_changes_nothing(model: HookedRecurrent, short_text: Tensor, hook: str) -> None:
-    saes = {"exact": exact_sae(hook), "other": make_sae(model, hook=hook)}
-    nothing = LowRank(torch.zeros(1, 1, K), torch.zeros(1, 1, V))
-    basis = Basis(fit_pca(LowRank.svd(torch.randn(9, K, V)), 2), nothing, torch.zeros(K * V))
-    table = replacement_costs(Bench(model, saes, short_text[:1]), 0, basis)
-    nats = table.set_index(["sae", "method"])["nats"]
-    assert nats["", "itself"] == 0
+def test_replacing_costs_what_a_hook_that_does_so_costs(model: HookedRecurrent, short_text: Tensor, hook: str) -> None:
+    text, saes = short_text[:1], {"exact": exact_sae(hook), "other": make_sae(model, hook=hook)}
+    writes = LowRank.rank_one(torch.randn(9, K), torch.randn(9, V))
+    basis = Basis(fit_pca(writes, 2), writes.rows([0]), torch.zeros(K * V))
+    nats = replacement_costs(Bench(model, saes, text), 0, basis).set_index(["sae", "method"])["nats"]
+    assert nats["", "itself"] == 0 != nats["", "mean"] == nats["", "zero"]  # of a mean that is zero
     assert nats["exact", "dictionary"] == pytest.approx(0, abs=1e-6)
-    plain = model(short_text[:1], return_type="loss")
-    by_hook = model.run_with_hooks(
-        short_text[:1], return_type="loss", fwd_hooks=[(hook, lambda x, hook: saes["other"](x))]
-    )
-    assert nats["other", "dictionary"] == pytest.approx(float(by_hook - plain), rel=1e-3, abs=1e-6) != 0
-    assert nats["", "mean"] == nats["", "zero"]  # the mean that was given is zero
+    replaced = model.run_with_hooks(text, return_type="loss", fwd_hooks=[(hook, lambda x, hook: saes["other"](x))])
+    cost = float(replaced - model(text, return_type="loss"))
+    assert nats["other", "dictionary"] == pytest.approx(cost, rel=1e-3, abs=1e-6) != 0

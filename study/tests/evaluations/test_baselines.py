@@ -45,48 +45,30 @@ def made_up(
     seed: int = 0,
 ) -> Result:
     """KLs by (sae, condition), costs by (sae, method), dead atoms and selectivity by dictionary, with noise."""
-    rng = np.random.default_rng(seed)
-    rows = [
-        {
-            "sae": label,
-            "variant": name,
-            "d_sae": 20 if label == "small" else 400,
-            "parameters": {"ours": 1000, "small": small}.get(label, 9000),
-            "dead": (dead or {}).get(label, 5),
-        }
-        for label, name in SAES.items()
-        if label not in drop
-    ]
-    dictionaries = pd.DataFrame(rows)
+    rng, n = np.random.default_rng(seed), 2 * n_sequences
+    dictionaries = pd.DataFrame({"variant": SAES, "d_sae": 400, "parameters": 9000, "dead": 5})
+    dictionaries.loc["small", "d_sae"] = 20
+    dictionaries.loc[["ours", "small"], "parameters"] = 1000, small
+    dictionaries.loc[[*(dead or {})], "dead"] = [*(dead or {}).values()]
     base = {("", "native"): 1e-13, ("", "delete"): 1.0, ("ours", "atom"): 0.2, ("ours", "svd"): 0.2}
     base |= dict.fromkeys([("flat", "svd"), ("flat", "atom svd"), ("small", "svd")], 3.0)
     base |= {("", name): 3.0 for name in ("random", "mean", "state", "pca 1", "pca 4")} | {("", "state_after"): 0.01}
-    writes = [
-        {"sequence": s, "position": p, "sae": sae, "condition": c, "kl": k * np.exp(0.5 * rng.normal())}
-        for (sae, c), k in (base | (kl or {})).items()
-        for s in range(n_sequences)
-        for p in (3, 9)
-    ]
     costs = {("", "itself"): 0.0, ("ours", "dictionary"): 0.01, ("two", "dictionary"): 0.01}
     costs |= {("", "mean"): 0.1, ("", "zero"): 0.2} | (nats or {})
-    replacement = [
-        {"sequence": s, "sae": sae, "method": m, "nats": x * rng.uniform(0.95, 1.05)}
-        for (sae, m), x in costs.items()
-        for s in range(n_sequences)
-    ]
-    directions = [
-        {"sae": "ours", "sequence": s, "position": 3, "selectivity": x + 0.001 * rng.normal(), "chance": 0.98}
-        for s in range(n_sequences)
-        for x in [selectivity]
-    ]
+    places = pd.DataFrame({"sequence": np.arange(n) // 2, "position": np.arange(n) % 2})
+
+    def measured(means: dict[tuple[str, str], float], what: str, value: str, spread: float) -> pd.DataFrame:
+        parts = []
+        for (sae, name), mean in means.items():
+            drawn = {value: mean * np.exp(spread * rng.normal(size=n))}
+            parts.append(places.assign(**{"sae": sae, what: name}, **drawn))
+        return pd.concat(parts, ignore_index=True)
+
     tables = {
-        "dictionaries": dictionaries,
-        "writes": pd.DataFrame(writes),
-        "replacement": pd.DataFrame(replacement),
-        "selectivity": pd.DataFrame(directions),
+        "dictionaries": dictionaries.drop(index=[*drop]).rename_axis("sae").reset_index(),
+        "writes": measured(base | (kl or {}), "condition", "kl", 0.5),
+        "replacement": measured(costs, "method", "nats", 0.03),
+        "selectivity": places.assign(sae="ours", selectivity=selectivity + 0.001 * rng.normal(size=n), chance=0.98),
     }
-    return Result(
-        Baselines(pca_ranks=(1, 4)),
-        {"target": "write", "label": "made up", "n_positions": 64, "d_vocab": 4096},
-        tables,
-    )
+    info = {"target": "write", "label": "made up", "n_positions": 64, "d_vocab": 4096}
+    return Result(Baselines(pca_ranks=(1, 4)), info, tables)  # pyright: ignore[reportArgumentType]

@@ -43,28 +43,17 @@ def test_an_atom_is_erased_where_it_fires_and_elsewhere_its_norm_is_taken_or_it_
     assert doses.set_index("dose")["effect"][4.0] == pytest.approx(put_in, rel=1e-4)
 
 
-NOISE = 0.02 * np.random.default_rng(3).standard_normal(64)
-
-
-def dosed(raised: float, wrong: float = 0.0, random: float = 0.0) -> pd.DataFrame:
-    """A table `doses` of 64 firings of eight atoms: effects of `raised` nats a dose."""
-    n = np.arange(64)
-    parts = [
-        pd.DataFrame({"atom": n % 8, "sequence": n // 8, "position": n, "dose": m}).assign(
-            effect=m * raised * (1 + NOISE), wrong=m * wrong, random=m * random
-        )
-        for m in (1.0, 2.0, 4.0)
-    ]
-    return pd.concat(parts, ignore_index=True)
+N = np.arange(128)
+UNITS = pd.DataFrame({"atom": N % 8, "sequence": N // 8, "position": N, "activation": 1.0})
+NOISE = 1 + 0.02 * np.random.default_rng(3).standard_normal(128)
 
 
 def sampled(doses: dict[str, float] | None = None, **means: float) -> Result:
-    """64 firings of eight atoms in eight sequences; put in, atoms do the opposite, or as `doses` say."""
-    n = np.arange(64)
-    columns = {"effect": 0.0, "elsewhere": 0.0, "random": 0.0, "wrong": 0.0} | means
-    firings = pd.DataFrame({"atom": n % 8, "sequence": n // 8, "position": n, "activation": 1.0})
-    for name, mean in columns.items():
-        firings[name] = mean * (1 + NOISE)
-    atoms = pd.DataFrame({"atom": range(8), "token": 1, "text": "a", "n_select": 8, "selected": 2 * means["effect"]})
-    tables = {"firings": firings, "atoms": atoms, "doses": dosed(**doses or {"raised": -means["effect"]})}
+    """Firings of eight atoms in 16 sequences; put in, atoms do the opposite, or as `doses` say, for each dose."""
+    erased = {"effect": 0.0, "elsewhere": 0.0, "random": 0.0, "wrong": 0.0} | means
+    put_in = {"effect": -erased["effect"], "random": 0.0, "wrong": 0.0} | (doses or {})
+    parts = [UNITS.assign(dose=m, **{name: m * mean * NOISE for name, mean in put_in.items()}) for m in (1.0, 2.0, 4.0)]
+    atoms = pd.DataFrame({"atom": range(8), "token": 1, "text": "a", "n_select": 8, "selected": 2 * erased["effect"]})
+    firings = UNITS.assign(**{name: mean * NOISE for name, mean in erased.items()})
+    tables = {"atoms": atoms, "firings": firings, "doses": pd.concat(parts, ignore_index=True)}
     return Result(Erasure(), {"label": "x", "floor": 1e-5}, tables)

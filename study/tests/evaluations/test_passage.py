@@ -40,15 +40,12 @@ def test_a_deleted_class_is_taken_from_every_write_where_it_fires(
 NOISE = 0.02 * np.random.default_rng(3).standard_normal(20)
 
 
-def sampled(n: int = 20, **costs: float) -> Result:
-    all_costs = {name: 0.0 for name in ("deleted", *CONTROL_NAMES)} | costs
-    rows = [
-        {"sequence": i, "class": "register", "condition": name, "bits": bits * (1 + NOISE[i]), "tokens_edited": 9}
-        for name, bits in (all_costs | {"native": 1e-6}).items()
-        for i in range(n)
-    ]
+def sampled(**costs: float) -> Result:
+    bits = {name: 0.0 for name in ("deleted", *CONTROL_NAMES)} | costs | {"native": 1e-6}
+    parts = [pd.DataFrame({"condition": name, "bits": cost * (1 + NOISE)}) for name, cost in bits.items()]
+    passages = pd.concat(parts).rename_axis("sequence").reset_index().assign(**{"class": "register"}, tokens_edited=9)
     members = pd.DataFrame({"class": ["register"] * 2, "atom": [3, 4]})
-    return Result(Passage(), {"label": "x"}, {"passages": pd.DataFrame(rows), "classes": members})
+    return Result(Passage(), {"label": "x"}, {"passages": passages, "classes": members})
 
 
 def test_the_claim_is_that_of_registers() -> None:

@@ -32,6 +32,7 @@ def test_the_logit_of_a_small_write_turns_with_its_sign_and_is_predicted(
     np.testing.assert_allclose(up, -down, rtol=0.02, atol=1e-9)
     assert (np.sign(table["f2"]) == np.sign(table["measured"])).all()
     np.testing.assert_allclose(table["f2"], table["measured"], rtol=0.02, atol=1e-9)
+    assert small.claims()[0].n == 6 * 2  # positions, ranks
     assert small.label == f"L{LAYER}H{HEAD}"  # not named after a dictionary, whose atoms are not used
     assert 0 <= float(small.info["floor"]) < 1e-9  # float64
 
@@ -41,15 +42,12 @@ def test_a_head_that_writes_nothing_is_refused(model64: HookedRecurrent, prompt_
         run(model64, prompt_text)
 
 
-def linear(right: float, wrong: float, flip: int = 1, floor: float = 1e-6, n: int = 200) -> Result:
+def linear(right: float, wrong: float, flip: int = 1, n: int = 200) -> Result:
     """A linear readout: the logit moves by `flip` times what F0 says on a share of writes, else the other way."""
     shares = {"direct": right, "gradient": 1.0, "random": 0.5, "wrong": wrong}
-    rows = [
-        {"sequence": i // 4, "position": i, "token": 1, "text": "a", "rank": 3, "direction": direction}
-        | dict.fromkeys(("measured", "f2"), 0.5 * m * flip * (1 if (i * 37 % n) / n < share else -1))
-        | {"m": m, "f0": 0.5 * m, "aimed": np.sign(m)}
-        for i in range(n)
-        for m in (1.0, -1.0)
-        for direction, share in shares.items()
-    ]
-    return Result(Sign(), {"label": "x", "floor": floor}, {"writes": pd.DataFrame(rows)})
+    names = ["position", "m", "direction"]
+    rows = pd.MultiIndex.from_product([range(n), (1.0, -1.0), shares], names=names).to_frame(index=False)
+    is_right = rows["position"] * 37 % n / n < rows["direction"].map(shares)
+    moved = 0.5 * rows["m"] * flip * np.where(is_right, 1, -1)
+    rows = rows.assign(sequence=rows["position"] // 4, token=1, measured=moved, f2=moved, aimed=rows["m"])
+    return Result(Sign(), {"label": "x", "floor": 1e-6}, {"writes": rows})

@@ -2,39 +2,28 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any, cast, get_args
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from made_up import CONFOUNDED, FAILS, HOLDS, NO_EFFECT, made_up, runner
 from sae_lens import SAE
-from saes import native_writes, random_sae, tied_sae
+from saes import native_and_edited, native_writes, random_sae, tied_sae
 from torch import Tensor
-from transformers.models.qwen3_5 import modeling_qwen3_5
 
-from hookpoints import HookedRecurrent, embedded
+from hookpoints import HookedRecurrent
+from writesae.page.format import percent
 from writesae_study.evaluations.substitution import Substitution
 from writesae_study.experiment.at_firings import wide_firings
-from writesae_study.experiment.conditions import DIRECTIONS, Scale
+from writesae_study.experiment.conditions import Scale
 from writesae_study.experiment.evaluation import Result
-from writesae_study.experiment.readout import KL_METRICS
 from writesae_study.head.baselines import BASELINES
-from writesae_study.verdict.finding import Claim, Finding
+from writesae_study.verdict.finding import Claim, Finding, Paired, with_interval
 from writesae_study.verdict.names import NAMES
 
 T, HORIZON = 18, 4
-run = runner(
-    Substitution,
-    **{
-        "n_atoms": 4,
-        "firings_per_atom": 2,
-        "horizon": HORIZON,
-        "mean_write_sequences": 2,
-    },
-)
+run = runner(Substitution, n_atoms=4, firings_per_atom=2, horizon=HORIZON, mean_write_sequences=2)
 
 
 def nearer(result: Result, scale: str) -> Finding:
@@ -42,70 +31,19 @@ def nearer(result: Result, scale: str) -> Finding:
     return cast(Substitution, result.evaluation).nearer(wide_firings(result), scale)
 
 
-def firings_of(result: Result) -> pd.DataFrame:
-    return result.tables["firings"]
-
-
 # -- planted truths
 
 
-def test_atoms_that_are_the_writes_recover_the_whole_effect(
-    model64: HookedRecurrent, equal_rows: Tensor, planted: SAE
-) -> None:
-    more: Any = {"n_atoms": None, "firings_per_atom": 6, "atom_choice": ("dominant",), "controls": DIRECTIONS}
-    result = run(model64, planted, equal_rows, scales=get_args(Scale), **more)
-    wide = wide_firings(result)
-    assert (wide["atom"] == wide["position"]).all() and np.allclose(wide["cosine"], 1, atol=1e-6)
-    for scale in get_args(Scale):
-        finding = nearer(result, scale)
-        assert finding.shown["atom"].mean == pytest.approx(1, abs=1e-6) and finding.verdict.outcome == "holds"
-        assert "wins 100.0%" in finding.measured
-    assert result.claims()[0].number == 1 and result.claims()[0].n == len(wide) == 6 * (T - HORIZON - 1)
-
-
-@pytest.mark.usefixtures("_keep_float64")
-def test_the_kl_of_a_substitution_is_that_of_the_formulas(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The shipped Gated DeltaNet in transformers alone, with its recurrence written out: S <- (1 - beta k k^T)
-    exp(g) S + beta k v^T, of which the last term is an atom at one token of one head, and o = S^T q."""
-    written: dict[tuple[int, int, int], Tensor] = {}  # by number of the call, token and head
-    calls = itertools.count()
-
-    def delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, **_: Any) -> tuple[Tensor, None]:
-        q, k = (x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (q, k))
-        q, k = (x.repeat_interleave(v.shape[2] // x.shape[2], 2) for x in (q / q.shape[-1] ** 0.5, k))
-        layer, state, read = next(calls), torch.zeros(*v.shape[::2], k.shape[-1], v.shape[-1]).to(v), []
-        for t in range(v.shape[1]):
-            state = state * g[:, t].exp()[..., None, None]
-            erased = torch.einsum("bhk,bhj,bhjv->bhkv", k[:, t], k[:, t], state)
-            write = torch.einsum("bhk,bhv->bhkv", k[:, t], v[:, t])
-            erased, write = (beta[:, t, :, None, None] * each for each in (erased, write))
-            for head in range(v.shape[2]):
-                write[:, head] = written.get((layer, t, head), write[:, head])
-            state = state - erased + write
-            read.append(torch.einsum("bhkv,bhk->bhv", state, q[:, t]))
-        return torch.stack(read, 1), None
-
-    model = HookedRecurrent.from_pretrained("embedded", dtype="float64")
-    tokens, (layer, head) = model.to_tokens(embedded.text("test")[:800])[0, :144].view(6, 24), (2, 2)
-    sae = random_sae(model, layer=layer, head=head)
-    table = firings_of(run(model, sae, tokens, scales=("coefficient",), controls=("shuffled",)))
+def test_the_kl_of_a_substitution_is_that_of_the_formulas(model64: HookedRecurrent, varied: Tensor) -> None:
+    """Against full passes in which the atom is written in the place of the write."""
+    sae = random_sae(model64)
+    table = run(model64, sae, varied, scales=("coefficient",), controls=("shuffled",)).tables["firings"]
     row = table.query("condition == 'atom'").iloc[0]
-    hf = modeling_qwen3_5.Qwen3_5ForCausalLM.from_pretrained(embedded.path("embedded"), dtype=torch.float64)
-    monkeypatch.setattr(modeling_qwen3_5, "torch_chunk_gated_delta_rule", delta_rule)
-    log_p = []
-    for write in (
-        {},
-        {(layer - 1, row["position"], head): row["activation"] * sae.W_dec[row["written_atom"]].view(64, 32)},
-    ):
-        calls, written = itertools.count(), write
-        with torch.no_grad():
-            log_p.append(hf(tokens[[row["sequence"]]], use_cache=False).logits[0, row["position"] :].log_softmax(-1))
-    native, edited = log_p
-    kl = (native.exp() * (native - edited)).sum(-1)[: HORIZON + 1]
-    back = (edited.exp() * (edited - native)).sum(-1)[: HORIZON + 1]
-    expected = [x for each in (kl, back) for x in (each.mean(), each[0], each[1])]
-    assert row[list(KL_METRICS)].tolist() == pytest.approx([float(x) for x in expected], rel=1e-4)
-    assert float(kl[0]) > 1e-5
+    start, atom = int(row["position"]), row["activation"] * sae.W_dec[row["written_atom"]]
+    both = native_and_edited(model64, varied[[row["sequence"]]], atom.view_as, start)
+    native, edited = (logits[start : start + HORIZON + 1].log_softmax(-1) for logits in both)
+    kl = (native.exp() * (native - edited)).sum(-1)  # sum_y p(y) log(p(y) / q(y)) at each token from the write on
+    assert row["kl_window"] == pytest.approx(float(kl.mean()), rel=1e-4) and kl[0] > 1e-5
 
 
 def each_write(model: HookedRecurrent, tokens: Tensor) -> SAE:
@@ -115,30 +53,20 @@ def each_write(model: HookedRecurrent, tokens: Tensor) -> SAE:
     return tied_sae(keys, values, 1)
 
 
-BESIDE: dict[str, Any] = {"atom_choice": ("dominant",), "n_atoms": None, "firings_per_atom": 1, "scales": ("matched",)}
-"""All firings of a planted dictionary; at matched norm no size stands between what points along the write and it."""
-
-
-def test_atoms_that_know_more_than_other_text_hold(model64: HookedRecurrent, varied: Tensor) -> None:
+def test_atoms_that_are_the_writes_recover_all_and_more_than_other_text(
+    model64: HookedRecurrent, varied: Tensor
+) -> None:
     """Each write is one of the atoms, and other sequences hold none of these writes."""
-    result = run(model64, each_write(model64, varied), varied, **BESIDE)
-    found = nearer(result, "matched")
-    verdict, share = found.verdict, found.shown["atom"]
-    assert share.low > 0.9 and (verdict.outcome, verdict.unbeaten_controls) == ("holds", ())
-    free = {name: found.shown[NAMES[name]].mean for name in BASELINES}
+    how: Any = {"atom_choice": ("dominant",), "n_atoms": None, "firings_per_atom": 1, "scales": get_args(Scale)}
+    result = run(model64, each_write(model64, varied), varied, **how)
+    assert np.allclose(wide_firings(result)["cosine"], 1)
+    for scale in get_args(Scale):
+        finding = nearer(result, scale)
+        assert finding.shown["atom"].mean == pytest.approx(1) and "wins 100.0%" in finding.measured
+    finding = nearer(result, "matched")  # where no size stands between what points along the write and it
+    assert (finding.verdict.outcome, finding.verdict.unbeaten_controls) == ("holds", ())
+    free = {name: finding.shown[NAMES[name]].mean for name in BASELINES}
     assert free["head_mean"] < free["drawn"] and max(free.values()) < 0.9
-
-
-def test_the_dominant_atom_is_written_beside_the_firings_own(model64: HookedRecurrent, equal_rows: Tensor) -> None:
-    """Atom t is the write at t, atom T + t the same at 0.9 of its norm: both fire there, and the first dominates."""
-    keys, values = (torch.nn.functional.normalize(side, dim=1) for side in native_writes(model64, equal_rows[:1]))
-    sae = tied_sae(torch.cat([keys, keys]), torch.cat([values, 0.9 * values]), 2)
-    table = firings_of(run(model64, sae, equal_rows, atoms=tuple(range(T + 5, T + 11))))
-    own, dominant = (table[table["choice"] == choice] for choice in ("own", "dominant"))
-    assert list(table["choice"].unique()) == ["dominant", "own"]  # the first one is the headline
-    assert (own["written_atom"] == own["atom"]).all() and (own["atom"] >= T).all()
-    assert (dominant["written_atom"] == dominant["position"]).all()  # the atom that is the write itself
-    assert not dominant.drop_duplicates("firing").duplicated(["sequence", "position"]).any()
 
 
 # -- verdicts of made-up tables
@@ -214,19 +142,10 @@ def test_all_heads_of_a_layer() -> None:
 
 
 def test_how_much_is_the_total_and_a_typical_sequence_is_named_so() -> None:
-    """The atom recovers 90% where deletions do most, and nothing in most sequences: the total is large, the typical
-    share 0."""
-    result = made_up({"delete": 1.0}, scales=("matched",), controls=("state",), n_sequences=40)
-    table = result.tables["firings"]
-    large = table["sequence"] % 4 == 0
-    deleted = table.loc[table["condition"] == "delete"].set_index("firing")["kl_window"]
-    kl = table["firing"].map(deleted) * np.where(large, 50.0, 1.0)
-    recovers = (table["condition"] == "atom") & large
-    table["kl_window"] = np.where(table["condition"] == "native", 0.0, np.where(recovers, 0.1 * kl, kl))
-    claim, finding = result.claims()[0], result.findings()[0]
-    assert finding.effect is not None and 0.8 < finding.effect.mean < 0.9
-    assert claim.outcome == "holds" and "total" in claim.measured
-    assert "; 0.0% [0.0%, 0.0%] in a typical sequence; " in claim.measured
+    result = made_up(HOLDS, scales=("matched",))
+    kl, finding = Paired(wide_firings(result)), result.findings()[0]
+    assert finding.effect == kl.total("atom/matched")
+    assert f"; {with_interval(kl.recovered('atom/matched'), percent)} in a typical sequence; " in finding.row().measured
 
 
 def test_wins_are_shown_by_quartile() -> None:

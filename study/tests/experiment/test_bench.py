@@ -28,12 +28,10 @@ def test_the_floor_is_the_95th_percentile_of_what_a_no_op_moves(model64: HookedR
     assert lab.counts["runs"] == 8  # a reader counts conditions, not the floor
 
     def read(rows: EditedRows) -> Mapping[str, NDArray[np.float64]]:
-        values.extend(-float(trial.position) for trial in rows.trials)
-        return {"x": np.array([-float(trial.position) for trial in rows.trials])}
+        values.extend(trial.position for trial in rows.trials)
+        return {"x": -rows.positions[:, 0].double().numpy()}
 
-    floor = lab.floor(read, "x", WINDOW)
-    assert floor == np.quantile(np.abs(values), 0.95) > np.median(np.abs(values))
-    assert floor == Bench(model64, {"": random_sae(model64)}, TEXT).floor(read, "x", WINDOW)  # seeded
+    assert lab.floor(read, "x", WINDOW) == np.quantile(values, 0.95) > np.median(values)
 
 
 @pytest.mark.usefixtures("no_grad")

@@ -10,13 +10,12 @@ from hookpoints import HookedRecurrent
 from writesae_study.experiment.generation import sample_continuations
 
 
-def test_samples_depend_on_the_seed_alone_and_rows_that_grow_past_the_dtype_are_marked(
+def test_a_row_that_grows_past_the_dtype_is_marked_and_moves_no_other(
     model64: HookedRecurrent, prompt_text: Tensor
 ) -> None:
     prompts, before = prompt_text[:3, :5], torch.random.get_rng_state()
     native = sample_continuations(model64, prompts, 6, seed=3)
-    assert torch.equal(torch.random.get_rng_state(), before) and native.shape == (3, 6) and (native >= 0).all()
-    assert not torch.equal(native, sample_continuations(model64, prompts, 6, seed=4))
+    assert torch.equal(torch.random.get_rng_state(), before) and (native >= 0).all()
 
     def broken(writes: Tensor, hook: object) -> Tensor:
         return torch.where(torch.tensor([False, True, False])[:, None, None, None], torch.nan, writes)

@@ -5,10 +5,9 @@ from __future__ import annotations
 
 from functools import lru_cache, partial
 
-import numpy as np
 import pytest
 import torch
-from recurrences import FORMS, random_recurrence
+from recurrences import random_recurrence
 from tiny_models import EACH_LAYOUT, MAKERS, MAMBA1, VOCAB, fast_of, hooked_in_float64
 from torch import Tensor
 from torch.testing import assert_close
@@ -18,9 +17,6 @@ from sae_lens_writesae.atom.low_rank import LowRank
 from writesae_study.experiment.predictors import ReadGradients, predict, read_weights
 
 float64 = pytest.mark.usefixtures("_keep_float64")
-
-NOISE = {"kimi_linear": 3e-9, "bailing_hybrid": 3e-9}
-"""What float32 inside upstream's KDA models leaves of float64."""
 
 tiny = lru_cache(maxsize=4)(partial(hooked_in_float64, backend="recurrence"))
 
@@ -59,17 +55,10 @@ class Case:
 
 @float64
 @pytest.mark.parametrize("kind", fast_of(EACH_LAYOUT, MAKERS.keys() - {*MAMBA1, "glm5_next", "qwen4_exp"}))
-def test_the_error_of_f2_falls_as_eps_squared(kind: str) -> None:
-    case = Case(tiny(kind))
-    slope = float(case.predicted()[2])
-    sizes = 10.0 ** -np.arange(0, 6.1, 0.5)
-    changes = np.array([case.measured(eps) for eps in sizes])
-    errors = np.abs(changes - sizes * slope)
-    clear = np.flatnonzero(errors > NOISE.get(kind, 1e-11))
-    assert len(clear) >= 3 and clear[-1] == len(clear) - 1
-    small, large = clear[-1], clear[-3]
-    assert np.log10(errors[large] / errors[small]) / np.log10(sizes[large] / sizes[small]) == pytest.approx(2, abs=0.1)
-    assert errors[small] < 0.05 * abs(changes[small])
+def test_f2_is_the_derivative(kind: str) -> None:
+    case, eps = Case(tiny(kind)), 1e-3
+    slope = (case.measured(eps) - case.measured(-eps)) / (2 * eps)
+    assert float(case.predicted()[2]) == pytest.approx(slope, rel=1e-4)
 
 
 @float64
@@ -106,14 +95,9 @@ def test_f0_is_the_papers_formula(kind: str) -> None:
     assert float(case.predicted()[0]) == pytest.approx(expected, rel=1e-10)
 
 
-@pytest.mark.parametrize("form", sorted(FORMS))
-def test_read_weights_are_the_linear_response(form: str) -> None:
-    """Including reads before the write (RWKV-6), K != V."""
-    start, r = 3, random_recurrence(form, T=11, H=1, K=6, V=4, dtype=torch.float64)
+def test_read_weights_are_the_linear_response_where_reads_come_before_writes() -> None:
+    start, r = 3, random_recurrence("rwkv6", T=11, H=1, K=6, V=4, dtype=torch.float64)
     key, value = torch.randn(6, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
-    keys, values = torch.zeros(1, r.T, 1, 6).double(), torch.zeros(1, r.T, 1, 4).double()
-    keys[0, start, 0], values[0, start, 0] = key, value
-    response = r.with_write(keys, values).outputs()[0, start:, 0]
-    weights = read_weights(r, key[None, None], start, r.T)
-    assert_close(weights[0, 0, :, None] * value, response, rtol=1e-10, atol=1e-13)
-    assert_close(read_weights(r, key[None, None], start, 7)[0, 0], weights[0, 0, :4], rtol=1e-10, atol=1e-13)
+    edit = torch.eye(r.T, dtype=torch.float64)[start, :, None]  # 1 at the token that is written to
+    response = r.with_write((edit * key)[None, :, None], (edit * value)[None, :, None]).outputs()[0, start:, 0]
+    assert_close(read_weights(r, key[None, None], start, r.T)[0, 0, :, None] * value, response, rtol=1e-10, atol=1e-13)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from unittest.mock import Mock
 
-import pandas as pd
 import pytest
 from made_up import HOLDS, made_up
 from sealing import reseal
@@ -20,23 +18,6 @@ from writesae_study.verdict.names import NAMES
 def result() -> Result:
     whole = made_up(HOLDS, label="mine", scales=("matched",))
     return replace(whole, tables={name: table[:12] for name, table in whole.tables.items()})
-
-
-def test_a_save_replaces_the_folder_whole_or_leaves_it(
-    result: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = result.save(tmp_path / "deep" / "result")
-    whole = ["SHA256SUMS", "firings.parquet", "info.json"]
-    with monkeypatch.context() as context:
-        context.setattr(pd.DataFrame, "to_parquet", Mock(side_effect=OSError("disk full")))
-        with pytest.raises(OSError, match="disk full"):
-            replace(result, skipped="nothing").save(folder)
-    assert sorted(p.name for p in folder.iterdir()) == whole and [p.name for p in folder.parent.iterdir()] == ["result"]
-    loaded = load_result(folder)
-    assert (loaded.info, loaded.evaluation, loaded.skipped) == (result.info, result.evaluation, None)
-    pd.testing.assert_frame_equal(loaded.tables["firings"], result.tables["firings"])
-    replace(result, info=result.info | {"label": "other"}).save(folder)
-    assert load_result(folder).label == "other"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 from writesae.dictionary.estimates import Estimate, recovered_share
 from writesae.page.format import percent
 from writesae_study.verdict import statistics as stats
-from writesae_study.verdict.finding import Against, Finding, Paired, said
+from writesae_study.verdict.finding import Finding, Paired, with_interval
 
 
 def tidy(**kl: float) -> pd.DataFrame:
@@ -28,19 +28,6 @@ def paired() -> Paired:
     return Paired.of(tidy(native=1e-9, delete=1.0, atom=0.3, mean=0.8), "kl", "firing", "feature")
 
 
-def test_conditions_of_one_unit_are_paired(paired: Paired) -> None:
-    wide = paired.wide
-    gap = paired.mean("delete", "atom")
-    assert gap == stats.estimate(wide["delete"] - wide["atom"], wide["sequence"])
-    assert gap.mean == pytest.approx(wide["delete"].mean() - wide["atom"].mean()) and (gap.n, gap.n_clusters) == (
-        60,
-        20,
-    )
-    assert paired.median("delete", "atom").mean == np.median(wide["delete"] - wide["atom"])
-    assert gap.low > paired.mean("delete").low - paired.mean("atom").high  # what pairs share does not widen it
-    assert paired.size_of("delete") == {"typical": wide["delete"].median(), "floor": wide["native"].quantile(0.95)}
-
-
 @pytest.mark.parametrize(
     ("found", "expected"),
     [
@@ -49,6 +36,15 @@ def test_conditions_of_one_unit_are_paired(paired: Paired) -> None:
         (
             lambda p: Paired(p.wide, ("sequence", "feature"), seed=3).mean("atom"),
             lambda w, ids: stats.estimate(w["atom"], ids, w["feature"], seed=3),
+        ),
+        (lambda p: p.mean("delete", "atom"), lambda w, ids: stats.estimate(w["delete"] - w["atom"], ids)),
+        (
+            lambda p: p.median("delete", "atom"),
+            lambda w, ids: stats.estimate(w["delete"] - w["atom"], ids, statistic=stats.weighted_median),
+        ),
+        (
+            lambda p: p.size_of("delete"),
+            lambda w, _: {"typical": w["delete"].median(), "floor": w["native"].quantile(0.95)},
         ),
         (lambda p: p.recovered("atom"), lambda w, ids: recovered_share(w["atom"], w["delete"], ids)),
         (lambda p: p.total("atom"), lambda w, ids: stats.total(w["delete"] - w["atom"], w["delete"], ids)),
@@ -67,46 +63,24 @@ def test_estimates_are_those_of_the_statistics(paired: Paired, found: Any, expec
 
 
 def test_units_measured_twice_count_once_and_units_without_a_condition_are_left_out() -> None:
-    table = tidy(delete=1.0, atom=0.3)
+    table = tidy(delete=1.0, atom=0.3, mean=0.8)
     assert Paired.of(pd.concat([table, table]), "kl", "firing").mean("atom").n == 60
-    for lacking in ("atom", "delete"):
+    for lacking in ("atom", "delete", "mean"):
         fewer = Paired.of(table.query(f"not (condition == '{lacking}' and firing < 6)"), "kl", "firing")
-        assert (fewer.mean("atom", "delete").n, fewer.wins("atom", "delete").n) == (54, 54)
-        for share in (fewer.recovered, fewer.total):
-            whole = Paired(fewer.wide.dropna())
-            assert share("atom") == getattr(whole, share.__name__)("atom") and share("atom").n == 54
-    assert Paired.of(table, "kl", "firing").mean("delete").n == 60
-    three = tidy(delete=1.0, atom=0.3, mean=0.8).query("not (condition == 'mean' and firing < 6)")
-    paired = Paired.of(three, "kl", "firing")
-    assert paired.total("atom", "mean") == Paired(paired.wide.dropna()).total("atom", "mean")
+        complete = Paired(fewer.wide.dropna())
+        n = 60 if lacking == "mean" else 54
+        assert {fewer.mean("atom", "delete").n, fewer.wins("atom", "delete").n, fewer.recovered("atom").n} == {n}
+        assert fewer.total("atom", "mean") == complete.total("atom", "mean")
 
 
-def found(paired: Paired, **changes: Any) -> Finding:
-    """An atom is nearer to the native model than deletion, against the mean write."""
-    wins = paired.wins("atom", "delete")
-    given: dict[str, Any] = {
-        "claim": "an atom is nearer than deletion",
-        "number": 1,
-        "null": "mean write",
-        "effect": wins,
-        "against": {"mean write": Against(paired.wins("atom", "mean"), paired.wins("mean", "delete"), chance=0.5)},
-        "chance": 0.5,
-        "relevant": 0.1,
-        "shown": {"atom": wins, "mean write": paired.wins("mean", "delete")},
-        "write": percent,
-        "axis": "of firings",
-        "of": "firings in {} sequences",
-    }
-    return Finding(**given | paired.size_of("delete") | changes)
-
-
-def test_the_sentence_says_subject_and_controls_with_their_intervals(paired: Paired) -> None:
-    finding = found(paired, measured="KL 0.3 nats", controls="no-op 0", remark="It is small.")
-    row, wins = finding.row(), paired.wins("atom", "delete")
-    assert row.measured == f"{said(wins, percent)} of firings; KL 0.3 nats" and row.measured.startswith("100.0% [")
-    assert row.controls == f"mean write {said(paired.wins('mean', 'delete'), percent)}; no-op 0"
-    assert (row.n, row.unit, row.number) == (60, "firings in 20 sequences", 1)
-    assert row.sentence == f"{finding.verdict.sentence} It is small."
-    assert found(paired, n=3).row().n == 3
-    assert said(Estimate(-63.9, -114.0, -37.0, 60, 20), percent) == "none (KL 64.9 [38, 115] times that of deletion)"
-    assert said(Estimate(0.25, np.nan, np.nan, 9, 1), percent) == "25.0%"  # one cluster gives no interval
+def test_numbers_are_said_with_their_intervals(paired: Paired) -> None:
+    wins, of_mean = paired.wins("atom", "delete"), paired.wins("mean", "delete")
+    shown = {"atom": wins, "mean write": of_mean}
+    more: Any = {"measured": "KL 0.3 nats", "controls": "no-op 0", "of": "firings in {} sequences"}
+    row = Finding(claim="", null="", effect=wins, shown=shown, write=percent, axis="of firings", **more).row()
+    assert row.measured == f"{with_interval(wins, percent)} of firings; KL 0.3 nats"
+    assert row.controls == f"mean write {with_interval(of_mean, percent)}; no-op 0"
+    assert (row.n, row.unit) == (60, "firings in 20 sequences")
+    worse = Estimate(-63.9, -114.0, -37.0, 60, 20)
+    assert with_interval(worse, percent) == "none (KL 64.9 [38, 115] times that of deletion)"
+    assert with_interval(Estimate(0.25, np.nan, np.nan, 9, 1), percent) == "25.0%"  # one cluster gives no interval

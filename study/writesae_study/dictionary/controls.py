@@ -81,6 +81,7 @@ def control_dictionary(sae: MatrixSAE, matrices: Tensor, writes: LowRank | None 
 
     Cost: an encode by both dictionaries, N F numbers.
     """
+    # An untrained dictionary of the same class and config.
     cfg: Any = copy.deepcopy(sae.cfg)
     cfg.device = "cpu"  # so that a seed means the same on every device
     with torch.random.fork_rng(devices=[]):
@@ -90,6 +91,7 @@ def control_dictionary(sae: MatrixSAE, matrices: Tensor, writes: LowRank | None 
     details = cfg.metadata.training_architecture_details or {}
     if details.get("b_dec_init", "mean") == "mean":
         new.b_dec.data.copy_(matrices.float().mean(0))
+    # Native writes as atoms: drawn without repetition while there are enough.
     if writes is not None:
         n_atoms = int(cfg.d_sae)
         written = torch.nonzero(writes.norm() > 0).flatten().cpu()
@@ -102,14 +104,15 @@ def control_dictionary(sae: MatrixSAE, matrices: Tensor, writes: LowRank | None 
         atoms = atoms.with_norm(atoms.norm().new_ones(n_atoms)).to(new.b_dec.device)
         all_atoms = torch.arange(n_atoms, device=new.b_dec.device)
         new.replace_atoms(all_atoms, atoms, torch.ones_like(all_atoms, dtype=torch.bool))
+    # As many active atoms per matrix as in the trained one, by a threshold or by biases.
     x = matrices.to(new.b_dec)
-    wanted = int((sae.encode(x) > 0).sum())
+    n_active = int((sae.encode(x) > 0).sum())
     if {"threshold", "topk_threshold"} & {*new.state_dict()}:
-        calibrate_threshold(new, x, min(wanted / len(x), cfg.d_sae - 1))
-    elif getattr(cfg, "k", None) is None and wanted < len(x) * cfg.d_sae:
+        calibrate_threshold(new, x, min(n_active / len(x), cfg.d_sae - 1))
+    elif getattr(cfg, "k", None) is None and n_active < len(x) * cfg.d_sae:
         # Standard and Gated, which have no threshold, get one bias for all atoms, between the last one in and the next.
-        top = (new.process_sae_in(x) @ new.W_enc).flatten().topk(wanted + 1).values
-        between = top[-2:].mean() if wanted else 2 * top[0]
+        top = (new.process_sae_in(x) @ new.W_enc).flatten().topk(n_active + 1).values
+        between = top[-2:].mean() if n_active else 2 * top[0]
         bias = new.get_parameter("b_gate" if hasattr(new, "b_gate") else "b_enc")
         bias.data.fill_(-max(float(between), 0.0))
     return new

@@ -50,6 +50,7 @@ def firing_cosines(
     noise = decoded.random_like(torch_generator(rng))
     seed = int(lab.rng(len(atoms), 1).integers(2**62))
     untrained = random_units(decoded, firings.n_atoms, seed)
+    # One sequence at a time: its writes, and the atoms that fire in it.
     tables = []
     for sequence in range(len(lab.tokens)):
         table = firings.frame(firings.sequence == sequence)
@@ -65,9 +66,11 @@ def firing_cosines(
         position = table["position"].to_numpy(copy=True)
         shuffled = order[position]
         column = pd.Index(atoms).get_indexer(pd.Index(table["atom"]))
+        # The untrained null: where the atom is the n-th strongest, the random atom that is the n-th strongest.
         fires = _by_product(untrained, writes, recurrence, hook.target)
         place = torch.tensor(table["place"].to_numpy())
         drawn = untrained.rows(fires[torch.tensor(position), place])
+        # [T,N] of every token with every atom; firings and shuffled positions are read off it.
         cosines = writes.cosines(decoded).cpu().numpy()
         of_firings = table.drop(columns=["activation", "place"]).assign(
             cosine=cosines[position, column],

@@ -47,6 +47,7 @@ def compare_kinds(
 
     Returns: the table `substitution`, and the verdict of the test with the difference of the kinds.
     """
+    # Whether each firing wins against deletion, by the kind of its atom.
     wins = wide[["written_atom"]].assign(win=wide[f"atom/{scale}"] < wide["delete"])
     wins = wins.join(atoms.set_index("atom")["kind"], on="written_atom", how="inner")
     by_kind = {kind: Paired(wins[wins["kind"] == kind], ("written_atom",), seed) for kind in ATOM_KINDS}
@@ -152,6 +153,7 @@ def by_rule(tables: Mapping[str, pd.DataFrame]) -> Finding:
             words.append(f"{rule} {number(float(of_registers.median()))}")
         return ", ".join(words)
 
+    # From each rule to the next: first the cosines, then what of them is above shuffled positions.
     of_cosines = p_values("cosine")
     tests = ", ".join(f"{pair} p = {p:.2g}" for pair, p in of_cosines.items())
     cosines_fall = max(of_cosines.values()) < 0.025

@@ -96,6 +96,7 @@ class Basis(NamedTuple):
             drawn.append(of_sequence.rows(np.sort(rows).tolist()))
             matrices = matrices_of(recurrence, lab.hook.target)
             means.append(matrices.flatten(1).double().mean(0))
+        # Components of the drawn writes, and means of all.
         pca = fit_pca(joined(drawn).rows(slice(n_writes)), n_components)
         every_write = joined(writes)
         keys = every_write.keys.flatten(0, 1)
@@ -137,6 +138,7 @@ def exchanged(
         "state": state_direction(site.state_before(positions)),
         "state_after": state_direction(site.state_after(positions)),
     }
+    # What is written under each condition, by dictionary and name: first what needs no dictionary.
     written = {("", "native"): native, ("", "delete"): native * 0.0}
     for name, direction in directions.items():
         written["", name] = scaled(direction, native, "least_squares")
@@ -169,6 +171,7 @@ def replacement_costs(lab: Bench, sequence: int, basis: Basis) -> pd.DataFrame:
     tokens = lab.tokens[sequence]
     native = nats(upper(), tokens)
     x = matrices_of(recurrence, target)
+    # What stands in for the matrices: themselves, each reconstruction, their mean, zero.
     methods = [("", "itself", x)]
     for label, sae in lab.saes.items():
         methods.append((label, "dictionary", decoded(sae, encoded(sae, x), x)))

@@ -66,6 +66,7 @@ def direction_selectivity(
     native = site.at(positions)
     first = next(iter(atoms.values()))
     noise = torch_generator(lab.rng(13, site.sequence))
+    # Two random directions: one to compare with, one that stands for a direction without meaning.
     directions = {("", name): first.random_like(noise) for name in ("random", "other")}
     directions |= {(label, "atom"): atom for label, atom in atoms.items()}
     trials = []
@@ -83,6 +84,7 @@ def direction_selectivity(
         random = top["", "random", t]
         return 1 - len(random & top[label, name, t]) / len(random)
 
+    # Only atoms have rows; the second random direction is the column `chance`.
     rows = []
     for label, name, t in top:
         if name == "atom":
@@ -90,17 +92,17 @@ def direction_selectivity(
     return pd.DataFrame(rows, columns=list(SELECTIVITY))
 
 
-def alignment(firings: Firings, tokens: Tensor, sequences: Integers, wanted: Sequence[int]) -> Alignment:
-    """Correlation (phi) of every atom's firing with each of the `wanted` tokens, over some sequences of `tokens`."""
+def alignment(firings: Firings, tokens: Tensor, sequences: Integers, token_ids: Sequence[int]) -> Alignment:
+    """Correlation (phi) of every atom's firing with each of the `token_ids` tokens, over some sequences of `tokens`."""
     ids = tokens.cpu().numpy()
     inside = firings.of_sequences(sequences)
     n_atoms = firings.n_atoms
     places = ids[sequences].ravel()
     fired_at = ids[inside.sequence, inside.position]  # the token of each firing
     fired = np.bincount(inside.atom, minlength=n_atoms)
-    counts = [np.bincount(inside.atom[fired_at == token], minlength=n_atoms) for token in wanted]
-    both = np.array(counts, dtype=np.int64).reshape(-1, n_atoms)  # no token may be wanted
-    present = np.array([(places == token).sum() for token in wanted])
+    counts = [np.bincount(inside.atom[fired_at == token], minlength=n_atoms) for token in token_ids]
+    both = np.array(counts, dtype=np.int64).reshape(-1, n_atoms)  # there may be no token
+    present = np.array([(places == token).sum() for token in token_ids])
     # phi of a 2 x 2 table by its counts: (n_11 n - n_1. n_.1) / sqrt(n_1. n_0. n_.1 n_.0)
     n = float(len(places))  # in float: products of four counts exceed 64 bits
     column = present[:, None].astype(float)

@@ -18,7 +18,6 @@ from writesae.dictionary.quality import quality_of_heads
 from writesae.files import Json
 from writesae_study.dictionary.controls import ControlKind, control_dictionaries
 from writesae_study.dictionary.traits import objective, variant
-from writesae_study.experiment.bench import LayerHead
 from writesae_study.experiment.evaluation import Evaluation, Result, Scope, result_files
 from writesae_study.experiment.terms import Terms
 
@@ -26,7 +25,7 @@ from writesae_study.experiment.terms import Terms
 def evaluate_all(
     evaluations: Sequence[Evaluation],
     model: HookedRecurrent,
-    saes: Mapping[str, SAE] | LayerHead,
+    saes: Mapping[str, SAE],
     tokens: Tensor,
     out: Path,
     *,
@@ -43,7 +42,7 @@ def evaluate_all(
     results.
 
     Args:
-        saes: dictionaries by label; or the layer and number of a head, about which the evaluations of `Scope.HEAD` ask.
+        saes: dictionaries by label.
         tokens: as in `Evaluation.run`.
         terms: text apart from what is tested, on which baselines are fitted.
         controls: make control dictionaries from that text. These are evaluated after the trained ones as "<label>,
@@ -70,16 +69,16 @@ def evaluate_all(
     }
     runs = []
     for evaluation in evaluations:
-        for label, group in _labeled_runs(evaluation.scope, saes, single):
+        for label, group in groups(evaluation.scope, saes, single=single):
             runs.append((replace(evaluation, label=evaluation.label or label), group))
     # Refuse before any work what would be lost.
     for evaluation, group in runs:
         folder = _result_folder(out, evaluation)
         check_folder(folder, result_files)
         _saved_result(folder, evaluation, _input_hashes(texts, group), replaced)
-    dictionaries = {} if isinstance(saes, tuple) else dict(saes)
-    by_control = control_dictionaries(model, dictionaries, terms) if controls else {}
-    everything = dictionaries.copy()
+    # Control dictionaries, and the quality of all, once for all evaluations.
+    by_control = control_dictionaries(model, saes, terms) if controls else {}
+    everything = dict(saes)
     for control, made in by_control.items():
         everything |= {f"{label}, {control}": sae for label, sae in made.items()}
     quality = quality_of_heads(model, everything, tokens)
@@ -95,7 +94,7 @@ def evaluate_all(
                 continue
             for control, made in by_control.items():
                 if set(group) <= made.keys():
-                    of_control = {label: made[label] for label in dictionaries if label in group}
+                    of_control = {label: made[label] for label in saes if label in group}
                     named = replace(evaluation, label=f"{trained.label}, {control}")
                     results.append(suite.run(named, of_control, control, trained.label))
         except Exception as error:
@@ -125,7 +124,7 @@ class _Suite:
     def run(
         self,
         evaluation: Evaluation,
-        group: dict[str, SAE] | LayerHead,
+        group: dict[str, SAE],
         control: ControlKind | None = None,
         control_of: str = "",
     ) -> Result:
@@ -141,7 +140,7 @@ class _Suite:
         # Only a single question about trained dictionaries raises where there is nothing to measure.
         or_skip = not self.single or control is not None
         result = evaluation.run(self.model, group, self.tokens, reference=self.terms, or_skip=or_skip)
-        labels = [] if isinstance(group, tuple) else list(group)
+        labels = list(group)
         info: dict[str, Json] = {**result.info, "inputs": inputs}
         if control is not None:
             info |= {"control": control, "control_of": control_of}
@@ -182,10 +181,9 @@ def _saved_result(
     return saved, differing
 
 
-def _input_hashes(texts: Mapping[str, str], group: dict[str, SAE] | LayerHead) -> dict[str, str]:
+def _input_hashes(texts: Mapping[str, str], group: dict[str, SAE]) -> dict[str, str]:
     """What a result depends on besides its settings, as hashes."""
-    tested = {} if isinstance(group, tuple) else group
-    weights = {label: [sae.cfg.to_dict(), sae.state_dict()] for label, sae in tested.items()}
+    weights = {label: [sae.cfg.to_dict(), sae.state_dict()] for label, sae in group.items()}
     return {**texts, "dictionaries": content_hash(weights)}
 
 
@@ -194,16 +192,6 @@ def _result_folder(out: Path, evaluation: Evaluation) -> Path:
     if name in (".", ".."):  # what is saved there would replace the folder above
         raise ValueError(f"{evaluation.label!r} cannot be a label: results are saved in folders of their labels")
     return out / evaluation.kind / name
-
-
-def _labeled_runs(
-    scope: Scope, saes: Mapping[str, SAE] | LayerHead, single: bool
-) -> Iterator[tuple[str, dict[str, SAE] | LayerHead]]:
-    """What each run of an evaluation is about, with its label: `groups`, or a head without dictionaries."""
-    if not isinstance(saes, tuple):
-        yield from groups(scope, saes, single=single)
-    elif scope is Scope.HEAD:
-        yield "L{}H{}".format(*saes), saes
 
 
 def groups(scope: Scope, saes: Mapping[str, SAE], *, single: bool = False) -> Iterator[tuple[str, dict[str, SAE]]]:

@@ -29,7 +29,7 @@ from writesae_study.experiment.draws import halves
 from writesae_study.experiment.evaluation import Evaluation, Result, Scope
 from writesae_study.experiment.generation import sample_continuations
 from writesae_study.experiment.targets import special_tokens
-from writesae_study.verdict.finding import Finding, Paired, said
+from writesae_study.verdict.finding import Finding, Paired, with_interval
 from writesae_study.verdict.notation import signed
 
 CONTROL_NAMES = {
@@ -134,6 +134,7 @@ class Amplify(Evaluation):
     def _token_counts(self, lab: Bench, prompts: Tensor, teams: Mapping[int, Team]) -> tuple[pd.DataFrame, pd.Series]:
         """Counts by token, prompt and condition; and new tokens of the unedited continuations at which an atom fires,
         by prompt and atom."""
+        # Every condition continues all prompts, with the same random numbers.
         conditions = [("nothing", 1.0, -1)]
         for factor, token in itertools.product(self.factors, teams):
             conditions += [("atom", factor, token), ("random", factor, token)]
@@ -148,12 +149,14 @@ class Amplify(Evaluation):
             counts = pd.DataFrame(by_token).rename_axis("prompt").reset_index()
             frame = counts.melt("prompt", var_name="token", value_name="count")
             frames.append(frame.assign(condition=name, factor=factor, scaled=scaled))
+            # Where atoms fire in unedited text says how much there is to scale.
             if name == "nothing":
                 text = torch.cat([prompts.cpu(), new.clamp_min(0)], 1)
                 firings = collect_firings(lab.model, lab.sae, lab.hook.layer, text)
                 at_new_tokens = firings.frame(firings.position >= self.prompt_tokens)
                 fires = at_new_tokens.groupby(["sequence", "atom"]).size()
         lab.counts["runs"] += len(conditions) * len(prompts)
+        # A prompt that one condition lost is left out of all, so that conditions stay paired.
         n_grown = int((~finite).sum())
         dtype = str(lab.model.cfg.dtype).removeprefix("torch.")
         lab.require(
@@ -175,11 +178,13 @@ class Amplify(Evaluation):
         ids, counts = np.unique(lab.tokens[sequences].cpu().numpy(), return_counts=True)
         frequent = sorted({*ids[counts >= self.min_count].tolist()} - special_tokens(lab.model))
         able = {}
+        # [N,F] for each dictionary: how well each atom fires where each frequent token is.
         for label in lab.saes:
             fit = alignment(lab.firings(label), lab.tokens, sequences, frequent)
             able[label] = np.where(fit.both >= self.min_firings, fit.phi, 0.0)  # [N,F]
         first = next(iter(able.values())).copy()
         teams: dict[int, Team] = {}
+        # Tokens take their atoms in the order of their best alignment in the first dictionary.
         for n in np.argsort(-first.max(1), kind="stable").tolist():
             team: Team = {}
             for label, phi in able.items():
@@ -227,7 +232,7 @@ class Amplify(Evaluation):
         at_headline = counts[self.headline]
         effect = change.pop(self.headline)
         headline = f"{self.headline:g}"
-        others = "".join(f"; at factor {factor:g} {said(mean, signed)}" for factor, mean in change.items())
+        others = "".join(f"; at factor {factor:g} {with_interval(mean, signed)}" for factor, mean in change.items())
         fires = table.query("condition == 'nothing'")["fires"].mean()
         n_tokens = atoms["token"].nunique()
         scaled = f"{len(atoms) / n_tokens:.3g} atoms of {atoms['head'].nunique()} heads a token"

@@ -36,7 +36,7 @@ from writesae_study.dictionary.selectivity import SELECTIVITY, direction_selecti
 from writesae_study.experiment.bench import Bench
 from writesae_study.experiment.draws import halves
 from writesae_study.experiment.evaluation import Evaluation, Result, Scope
-from writesae_study.verdict.finding import Against, Finding, Paired, said
+from writesae_study.verdict.finding import Against, Finding, Paired, with_interval
 from writesae_study.verdict.names import NAMES, shown_name
 from writesae_study.verdict.notation import perplexity, points
 
@@ -121,6 +121,7 @@ class Baselines(Evaluation):
     # -- measuring
 
     def measure(self, lab: Bench) -> dict[str, pd.DataFrame]:
+        # Means and components from one half of the sequences, tests on the other.
         split = halves(len(lab.tokens), self.seed)
         basis = Basis.fit(lab, split.select.tolist(), self.pca_writes, max(self.pca_ranks))
         tested = split.test[: self.test_sequences]
@@ -133,12 +134,14 @@ class Baselines(Evaluation):
                 continue
             written.append(exchanged(lab, site, positions, basis, self.pca_ranks, self.horizon + 1))
             native = site.at(positions)
+            # The strongest atom of each dictionary, for the selectivity of directions.
             atoms = {}
             for label, hook in lab.hooks.items():
                 matrices = matrices_of(site.recurrence, hook.target)[positions]
                 atoms[label] = of_dictionary(lab, label, matrices, native)[ATOM]
             directions.append(direction_selectivity(lab, site, positions, atoms, self.top_tokens))
         lab.require(len(written) > 1, "the head writes nothing at the drawn positions of all but one sequence")
+        # Whole sequences whose writes or states are replaced at once.
         costs = [
             replacement_costs(lab, sequence, basis)
             for sequence in lab.bar(split.test[: self.replacement_sequences].tolist(), "replacement")
@@ -171,6 +174,7 @@ class Baselines(Evaluation):
         named = writes.assign(name=writes["sae"] + "/" + writes["condition"])
         kl = Paired.of(named, "kl", "sequence", "position", by="name", seed=self.seed)
         ours = _first_row(table, variant="WriteSAE")
+        # The rivals of the WriteSAE: a flat SAE with as many atoms, and one with as many parameters.
         if ours is not None:
             same = _first_row(table, variant="FlatSAE", d_sae=ours["d_sae"])
             size = table["parameters"] / ours["parameters"]
@@ -221,7 +225,7 @@ class Baselines(Evaluation):
             shown=wins.means({mine: "WriteSAE", theirs: "flat SAE"} | free | {"/state_after": NAMES["state_after"]}),
             write=percent,
             axis="of positions nearer to the native model than after deletion",
-            measured=f"difference {said(gap, points)} points",
+            measured=f"difference {with_interval(gap, points)} points",
             of="positions in {} sequences",
         )
 
@@ -250,7 +254,7 @@ class Baselines(Evaluation):
             shown=shown,
             write=perplexity,
             axis="of perplexity at rank 2",
-            measured=f"difference {said(gap, perplexity)}",
+            measured=f"difference {with_interval(gap, perplexity)}",
             n=gap.n_clusters,
             of="sequences",
         )
@@ -285,7 +289,7 @@ class Baselines(Evaluation):
             shown={name: atoms.mean("dead") for name, atoms in dead.items()},
             write=percent,
             axis="of atoms dead",
-            measured=f"difference {said(gap['FlatSAE'], points)} points",
+            measured=f"difference {with_interval(gap['FlatSAE'], points)} points",
             controls="" if dense else "a dense encoder with rank-1 atoms (MatrixSAE) was not given",
             of="atoms",
         )
@@ -309,7 +313,7 @@ class Baselines(Evaluation):
             shown=moved.means({"selectivity": "atom", "chance": "a second random direction"}),
             write="{:.4f}".format,
             axis=f"selectivity at K = {self.top_tokens}",
-            measured=f"lead {said(lead)}",
+            measured=f"lead {with_interval(lead)}",
             controls=f"two random sets of tokens {of_random_sets:.4f}",
             of="positions in {} sequences",
         )

@@ -19,17 +19,17 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from sae_lens_writesae.atom.low_rank import LowRank
-from writesae.experiment.firings import Integers
+from writesae.experiment.firings import Integers, sample_firings
 from writesae.experiment.lab import EditedRows, Site, Trial
 from writesae.experiment.tokens import token_text
 from writesae.page.format import percent
-from writesae_study.experiment.at_firings import OfHalves
+from writesae_study.experiment.at_firings import OfAtoms
 from writesae_study.experiment.bench import Bench, trials_at
-from writesae_study.experiment.draws import silent_positions
+from writesae_study.experiment.draws import Bounds, draw_atoms, halves, silent_positions
 from writesae_study.experiment.evaluation import Result, described
 from writesae_study.experiment.readout import log_prob_change, native_log_prob
 from writesae_study.head.writes import random_units
-from writesae_study.verdict.finding import Finding, Paired, said
+from writesae_study.verdict.finding import Finding, Paired, with_interval
 from writesae_study.verdict.notation import signed
 
 CONTROL_NAMES: dict[str, str] = {
@@ -52,7 +52,7 @@ _N_WRONG = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Erasure(OfHalves):
+class Erasure(OfAtoms):
     """At a firing (token t, atom i) the write W_t becomes W_t - a_i A_i. The **effect** on
     a token is the mean over t..t+horizon of log p(edited) - log p(native), in nats. An atom's token is the one whose
     log-probability falls most on average over the firings of the selection half of the sequences; the effect is
@@ -89,6 +89,8 @@ class Erasure(OfHalves):
     """At most this many firings of an atom for the choice of its token, dealt over sequences."""
     test_firings: PositiveInt = 12
     """At most this many firings of an atom for the test, in the other half of the sequences."""
+    min_firings: Annotated[int, Ge(2)] = 4
+    """Firings in each half that an atom needs; those of the test half must lie in at least two sequences."""
     injected: tuple[float, ...] = (1.0, 2.0, 4.0)
     """m where the atom is silent. Empty: nothing is inserted."""
     horizon: PositiveInt = 4
@@ -134,6 +136,7 @@ class Erasure(OfHalves):
     def measure(self, lab: Bench) -> dict[str, pd.DataFrame]:
         """Cost: two edited rows of horizon + 1 tokens for each firing, three in the test half and two for each of
         `injected`. Memory: three float32 rows of the vocabulary for each atom."""
+        # Choose on one half of the sequences: the random directions, and the token of each atom and direction.
         atoms, select, test = self._drawn_halves(lab)
         decoded = lab.atoms(atoms)
         directions = {"effect": decoded, "random": self._fitting_directions(lab, select, decoded)}
@@ -152,14 +155,17 @@ class Erasure(OfHalves):
             means = {name: change.gather(1, ids.to(change.device)).double().mean(1) for name, ids in read.items()}
             return {name: mean.cpu().numpy() for name, mean in means.items()}
 
+        # What rounding alone moves the chosen tokens by.
         lab.facts["floor"] = lab.floor(floor, "change", self.horizon + 1)
         typical = torch.tensor(test.groupby("column")["activation"].median().to_numpy())
+        # Test on the other half: an edited run for each condition of each firing.
         tables = []
         for site in lab.sites(test, self.kind):
             trials = self._erasure_trials(lab, site, directions, typical)
             tables.append(lab.read(site, trials, changes, self.horizon + 1))
         table = pd.concat(tables)
         by_firing = test.set_index("firing")
+        # One row for each firing, with a column for each erasure; insertions have a table of their own.
         is_insertion = table["condition"].isin(["injected", RANDOM_IN])
         wide = table[~is_insertion].pivot(index="firing", columns="condition", values="change")
         erased = table[table["condition"] == "effect"].set_index("firing")
@@ -179,10 +185,16 @@ class Erasure(OfHalves):
         """The tested atoms, and their firings in both halves. The column `column` says which of the atoms a firing
         belongs to; the test half has `elsewhere_position`, where the atom is silent."""
         rng = lab.rng()
+        firings = lab.firings()
+        split = halves(len(lab.tokens), self.seed)
+        bounds: Bounds = {"first": self.first_position, "last": firings.n_positions - 1 - self.horizon}
+        atoms = draw_atoms(
+            firings, split, bounds, rng, min_firings=self.min_firings, n_atoms=self.n_atoms, atoms=self.atoms
+        )
         tables = []
-        atoms, bounds, sides = self.drawn(lab, rng)
-        for inside, sample in sides:
-            sample = sample.rename_axis("firing").reset_index()
+        for sequences, most in zip(split, (self.select_firings, self.test_firings)):
+            inside = firings.of_sequences(sequences)
+            sample = sample_firings(inside, atoms, most, **bounds, rng=rng).rename_axis("firing").reset_index()
             # The positions of the selection half are not read; drawing them keeps the draws of the test half.
             tables.append((sample, silent_positions(sample, inside, **bounds, rng=rng)))
         (select, _), (test, moved) = tables
@@ -217,6 +229,7 @@ class Erasure(OfHalves):
         """The token that falls most, for each atom (`effect`) and its random direction, and tokens of similar
         probability (`wrong`): [n,1] or [n,8]. And [n] the mean effect on the atom's own token."""
         shape = (len(directions["effect"]), lab.model.W_U.shape[1])
+        # Sums over an atom's firings of the change of every token, and of its native log-probability.
         sums = {name: torch.zeros(shape, device=lab.model.cfg.device) for name in ("effect", "random", "native")}
 
         def add(rows: EditedRows) -> Mapping[str, ArrayLike]:
@@ -231,10 +244,12 @@ class Erasure(OfHalves):
 
         for site in lab.sites(select, f"{self.kind}: tokens"):
             lab.read(site, self._erasure_trials(lab, site, directions), add, self.horizon + 1)
+        # The token that falls most on average is the atom's.
         counts = torch.tensor(select.groupby("column").size().to_numpy())[:, None]
         means = {name: total.cpu() / counts for name, total in sums.items()}
         tokens = {name: means[name].argmin(1, keepdim=True) for name in ("effect", "random")}
         chosen = tokens["effect"]
+        # Tokens of similar probability stand for "another token".
         native = means["native"]
         distance = (native - native.gather(1, chosen)).abs().scatter(1, chosen, torch.inf)  # never the token itself
         tokens["wrong"] = distance.topk(min(_N_WRONG, shape[1] - 1), largest=False).indices
@@ -294,8 +309,8 @@ class Erasure(OfHalves):
             shown={"atom ablated": effect} | erased.means(CONTROL_NAMES),
             write=signed,
             axis="nats",
-            measured=f"falls on {said(falls, percent)} of firings; {signed(float(selected))} on the half that the "
-            "token was chosen on",
+            measured=f"falls on {with_interval(falls, percent)} of firings; {signed(float(selected))} on the half that "
+            "the token was chosen on",
             of=f"firings of {firings['atom'].nunique()} atoms in {firings['sequence'].nunique()} sequences",
         )
         return [pooled] if result.tables["doses"].empty else [pooled, self._insertion_finding(result)]

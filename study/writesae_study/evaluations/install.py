@@ -26,7 +26,7 @@ from writesae_study.experiment.bench import Bench
 from writesae_study.experiment.evaluation import Evaluation, Result, Scope, described
 from writesae_study.experiment.generation import greedy_rows
 from writesae_study.experiment.targets import Stratum, draw_target, random_unit, target_change
-from writesae_study.verdict.finding import Against, Finding, Paired, said
+from writesae_study.verdict.finding import Against, Finding, Paired, with_interval
 from writesae_study.verdict.notation import points
 
 STRATA = (Stratum("frequent", 2, 10), Stratum("100-1000", 100, 1000), Stratum("rare", 1001))
@@ -97,6 +97,7 @@ class Install(Evaluation):
 
     def measure(self, lab: Bench) -> dict[str, pd.DataFrame]:
         rng = lab.rng(2)
+        # Which tokens are aimed at: the strata of native ranks, and tokens that a user named.
         strata = [*STRATA]
         if self.semantic:
             meant = tuple(token_id(lab.model, target) for target in self.semantic)
@@ -106,6 +107,7 @@ class Install(Evaluation):
         for n, (sequence, start) in enumerate(lab.bar(windows, self.kind)):
             stratum = strata[n % len(strata)]  # prompts go to the strata in turn
             span = slice(start, start + self.prompt_tokens)
+            # The plain pass over the prompt alone: its last logits say the native ranks.
             site = lab.site(sequence, span=span)
             target = draw_target(lab.model, site.session.logits[0, -1], stratum, rng)
             if target is None:
@@ -120,6 +122,7 @@ class Install(Evaluation):
                 "rank": target.rank,
                 "wrong": target.wrong,
             }
+            # The two value sides that are written, the target's and a random one of the same norm.
             direction = value_direction(lab.model, lab.hook.layer, lab.hook.head, target.token)
             sides = {"target": direction, "random": random_unit(direction, lab.rng(3, len(tables)))}
             trials = self._install_trials(lab, site, row, sides)
@@ -131,6 +134,7 @@ class Install(Evaluation):
             prompts += [lab.tokens[sequence, span]] * (1 + len(trials))
         lab.require(bool(tables), f"no stratum has two tokens: the vocabulary has {lab.model.W_U.shape[1]}")
         lab.counts["runs"] = len(edits)  # a continuation and its first token are one condition
+        # A continuation per row of the tables; what is in it is looked up below.
         new = greedy_rows(
             lab.model, torch.stack(prompts), edits, self.new_tokens, batch_size=self.rows_per_run, progress=lab.progress
         )
@@ -204,8 +208,8 @@ class Install(Evaluation):
             shown=hits.means({"target": "installed", "nothing": "nothing"} | controls),
             write=percent,
             axis=f"of continuations have the token at m = {self.headline:g}",
-            measured=f"log-probability of the first token {said(moved)} nats",
-            controls=f"installed - nothing {said(gain, points)} points",
+            measured=f"log-probability of the first token {with_interval(moved)} nats",
+            controls=f"installed - nothing {with_interval(gain, points)} points",
             of="prompt x target pairs",
         )
 
@@ -230,6 +234,6 @@ class Install(Evaluation):
             write=percent,
             axis=f"of pairs at m = {self.headline:g}",
             measured=f"median shift of the rank {shift:+,.0f}",
-            controls=f"installed - random {said(lead, points)} points",
+            controls=f"installed - random {with_interval(lead, points)} points",
             of="prompt x target pairs in {} sequences",
         )

@@ -152,9 +152,11 @@ class LogitChange(OfFirings):
         starts = firings["position"].tolist()
         positions = np.array(starts)[:, None] + np.array(self.horizons)  # [I,Z]
         low, high = np.array(self.ranks).T
+        # A token of each rank group at each position, by the native logits there.
         ranks = lab.rng(site.sequence).integers(low, high + 1, (*positions.shape, len(low)))  # [I,Z,G]
         best = site.session.logits[0].topk(int(high.max())).indices.cpu().numpy()
         tokens = best[positions[..., None], ranks - 1]  # ranks count from 1
+        # The measured change: an edited run for each firing and size.
         trials = []
         for i, start in enumerate(starts):
             for size in self.eps:
@@ -162,6 +164,7 @@ class LogitChange(OfFirings):
         changes = _change_readout(positions, tokens)
         runs = lab.read(site, trials, changes, max(self.horizons) + 1, plain=True)
         slopes = _predicted_slopes(lab, site, added, starts, positions, tokens)
+        # One row for each firing, size, horizon and rank group.
         cells = np.indices((len(starts), len(self.eps), *tokens.shape[1:]))
         i, e, z, g = cells.reshape(4, -1)
         names = np.array([str(low) if low == high else f"{low}-{high}" for low, high in self.ranks])

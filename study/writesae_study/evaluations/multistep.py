@@ -96,6 +96,7 @@ class Multistep(Evaluation):
         parts = []
         for exchange in test.exchanges(lab, test.drawn(lab, test.horizon, "dominant"), test.scales):
             table = self._residual_cosines(lab, exchange)
+            # Both measures have one number for each step: a row becomes as many rows.
             cosines = np.concatenate(table.pop("residual_cosine").tolist())
             gaps = _state_gaps(exchange, self.n_steps + 1).ravel()
             table = table.loc[table.index.repeat(self.n_steps + 1)]
@@ -135,6 +136,7 @@ class Multistep(Evaluation):
             if name not in REFERENCES:
                 against[NAMES[name]] = Against(far.wins("atom", name), wins[name], chance=0.5)
         gap = {name: gaps.mean(name) for name in ("atom", "delete", *self.controls) if name in gaps}
+        # Claim 21: the state gap, which says nothing of atoms where deletion keeps it small too.
         small_gaps = (gaps["atom"] < SMALL_GAP).mean()
         small = Verdict("confounded", "Deletion leaves the state within 5% of its norm as well.", ("delete",))
         return [

@@ -23,7 +23,7 @@ from writesae_study.experiment.conditions import Rival
 from writesae_study.experiment.draws import ALIVE_TOKENS
 from writesae_study.experiment.evaluation import Result
 from writesae_study.verdict import mixtures
-from writesae_study.verdict.finding import Against, Claim, Finding, Paired, said
+from writesae_study.verdict.finding import Against, Claim, Finding, Paired, with_interval
 from writesae_study.verdict.judge import Verdict, judge
 from writesae_study.verdict.notation import points, signed
 
@@ -156,6 +156,7 @@ class Partition(OfAlive):
             f"no atom is alive: {len(ever)} of {firings.n_atoms} fire, none of them {self.min_firings} times; "
             "give more tokens, or lower min_firings",
         )
+        # A median for each alive atom, and of each null at the same firings.
         cosines = firing_cosines(lab, alive, directions={"pca": first_component(lab)})
         grouped = cosines.groupby("atom")[[*COSINE_SAMPLES, "untrained", "pca"]]
         atoms = grouped.median().assign(firings=grouped.size()).reset_index()
@@ -186,6 +187,7 @@ class Partition(OfAlive):
         of_kinds = [testable.loc[testable["kind"] == kind, "atom"].to_numpy() for kind in ATOM_KINDS]
         if min(self.tested_atoms, *map(len, of_kinds)) < 2:
             return pd.DataFrame(columns=list(self.columns["substitution"]))
+        # As many atoms of one kind as of the other.
         rng = lab.rng(4)
         drawn = [rng.choice(ids, min(len(ids), self.tested_atoms), replace=False) for ids in of_kinds]
         tested = np.sort(np.concatenate(drawn)).tolist()
@@ -219,7 +221,7 @@ class Partition(OfAlive):
             },
             write="{:.3f}".format,
             axis="median cosine",
-            measured=f"{said(gain, signed)} over shuffled positions",
+            measured=f"{with_interval(gain, signed)} over shuffled positions",
             of="alive atoms",
         )
         lead = atoms.median("cosine", "pca")
@@ -279,6 +281,7 @@ class Partition(OfAlive):
             above: whether each atom reaches the threshold, in each sample.
         """
         nothing = Lowest(None, 0.0)
+        # What BIC prefers, and by how much over one component: of atoms, of the shuffled null, on Fisher's z.
         best, gap = fitted.get(("atoms", "cosine"), nothing)
         null, null_gap = fitted.get(("shuffled", "cosine"), nothing)
         on_z, _ = fitted.get(("atoms", "z"), nothing)
@@ -287,6 +290,7 @@ class Partition(OfAlive):
         apart = 0.0
         if len(two):
             apart = float(np.ptp(two["mean"]) / np.sqrt((two["sd"] ** 2).mean()))  # Ashman's D
+        # The share of registers, against shuffled positions and an untrained dictionary.
         shares = Paired(above, ("atom",), self.seed)
         excess = shares.mean("cosine", "shuffled")
         rival = {UNTRAINED: Against(shares.mean("cosine", "untrained"))}
@@ -298,6 +302,7 @@ class Partition(OfAlive):
         fit = f"BIC prefers {best} components on the cosine (by {gap:.0f} over one) and {on_z} on Fisher's z"
         if apart:
             fit += f"; two are {apart:.1f} standard deviations apart"
+        # The rules of the docstring, in order.
         if len(above) < self.min_atoms or best is None:
             return Verdict("not tested", f"{len(above)} alive atoms are too few, or too alike, to have kinds.")
         if best != 2 or gap < STRONG or apart < APART:

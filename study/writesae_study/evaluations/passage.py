@@ -120,6 +120,7 @@ class Passage(Evaluation):
             at_firings = writes.rows(rows["position"].tolist()).to(atoms.keys)
             cosine = atoms.cosine(at_firings).double().cpu().numpy()
             cosines.append(rows[["atom"]].assign(cosine=cosine))
+        # A class by the median, of atoms that fire often enough for one.
         of_atom = pd.concat(cosines).groupby("atom")["cosine"].agg(["size", "median"])
         often = of_atom[of_atom["size"] >= self.min_firings]
         lab.skipped["atoms with too few firings for a class"] += len(of_atom) - len(often)
@@ -142,6 +143,7 @@ class Passage(Evaluation):
         written = np.flatnonzero(site.writes.norm().cpu().numpy() > 0)
         if not inside.any() or len(written) < 2:
             return []
+        # What the class writes at each token where it fires: the sum of its components there.
         atom = lab.atoms(firings.atom[inside])
         components = atom * -torch.tensor(firings.activation[inside]).to(atom.values)
         fired_at = firings.position[inside]
@@ -150,11 +152,13 @@ class Passage(Evaluation):
         for t in positions:
             of_token = np.flatnonzero(fired_at == t).tolist()
             sums.append(components.rows(of_token).total())
+        # Deletion takes that sum away; controls change as many writes by the same norms.
         native = site.at(positions)
         size = torch.tensor([float(change.norm()) for change in sums]).to(native.values)
         edits = {"deleted": [lab.add(t, change) for t, change in zip(positions, sums)]}
         edits |= self._control_edits(lab, site, positions, size, written, rng)
         edits["native"] = [lab.replace(t, native, n) for n, t in enumerate(positions)]
+        # One edited run for each condition, from its first edit on.
         described = {"sequence": site.sequence, "class": name, "tokens_edited": len(positions)}
         trials = []
         for condition, edits_of_passage in edits.items():

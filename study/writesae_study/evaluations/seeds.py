@@ -26,7 +26,7 @@ from writesae_study.experiment.bench import Bench
 from writesae_study.experiment.draws import ALIVE_TOKENS
 from writesae_study.experiment.evaluation import Result, Scope
 from writesae_study.head.writes import torch_generator
-from writesae_study.verdict.finding import Finding, Paired, said
+from writesae_study.verdict.finding import Finding, Paired, with_interval
 from writesae_study.verdict.judge import Verdict, judge, too_little
 from writesae_study.verdict.notation import signed
 
@@ -93,6 +93,7 @@ class Seeds(OfAlive):
     def measure(self, lab: Bench) -> dict[str, pd.DataFrame]:
         numbers: dict[str, Integers] = {}
         counts = []
+        # How many atoms of each dictionary are alive, and how many of these are registers.
         for label in lab.saes:
             firings = lab.firings(label)
             alive = firings.alive(ALIVE_TOKENS, self.min_firings)
@@ -100,6 +101,7 @@ class Seeds(OfAlive):
             lab.require(len(alive) > 0, f"{label} has no atom that fires {self.min_firings} times")
             medians = firing_cosines(lab, alive, label).groupby("atom")["cosine"].median()
             counts.append((label, len(alive), int((medians >= self.threshold).sum())))
+        # Native writes for the second null, as many as the larger dictionary has alive atoms.
         pools = []
         most = max(map(len, numbers.values()))
         needed = math.ceil(most / lab.tokens.shape[1]) + 1  # one more: some writes are zero
@@ -109,6 +111,7 @@ class Seeds(OfAlive):
         rng = np.random.default_rng(self.seed)
         pairs = []
         for a, b in itertools.combinations(lab.saes, 2):
+            # The three samples of a pair: atoms, random directions of their ranks, native writes.
             atoms = [lab.atoms(numbers[label], label) for label in (a, b)]
             noise = torch_generator(rng)
             random = [alive.random_like(noise) for alive in atoms]
@@ -117,6 +120,7 @@ class Seeds(OfAlive):
                 drawn = rng.permutation(len(pool))[: len(alive)]
                 writes.append(pool.rows(torch.tensor(drawn)))
             for sample, (of_a, of_b) in zip(SAMPLES, (atoms, random, writes)):
+                # One partner for each, so that the sum of |cosines| is largest.
                 size = of_a.cosines(of_b).abs().cpu().double().numpy()
                 first, second = linear_sum_assignment(size, maximize=True)  # the Hungarian method
                 cosine = size[first, second]
@@ -156,6 +160,7 @@ class Seeds(OfAlive):
             spread[name] = float(np.ptp(counts[name]) / max(counts[name].mean(), 1))
         by_sample = result.tables["matches"].groupby("sample")
         same = {name: float(rows["share_same"].max()) for name, rows in by_sample}
+        # What alone makes the claim fail: counts that vary, or atoms that are the same.
         faults = []
         if max(spread.values()) > SPREAD:
             faults.append(f"counts vary by more than {percent(SPREAD)}")
@@ -166,6 +171,7 @@ class Seeds(OfAlive):
         least = matches.nsmallest(1, "excess_low").iloc[0]
         n = int(matches["n"].min())
         excess = Estimate(least["excess"], least["excess_low"], least["excess_high"], n, n)
+        # Whether anything was learned: atoms match beyond chance in the pair that shows it least.
         what = f"the excess over random directions of {least['a']} and {least['b']}, the pair that matches worst,"
         learned = judge(excess, chance=RELEVANT, relevant=RELEVANT, what=what)  # atoms that fire are alike by a little
         few = too_little(excess)
@@ -180,7 +186,7 @@ class Seeds(OfAlive):
         measured = [
             f"alive vary by {percent(spread['alive'])}, registers by {percent(spread['register'])}",
             f"at most {percent(same['atoms'])} of atoms match at cosine > {SAME:g}",
-            f"mean |cosine| {said(excess, signed)} above random directions",
+            f"mean |cosine| {with_interval(excess, signed)} above random directions",
         ]
         same_kinds = Finding(
             number=20,

@@ -84,6 +84,7 @@ class Sign(Evaluation):
         strata = [Stratum("", *ends) for ends in self.ranks]
         rng = lab.rng(4)
         n, length = lab.tokens.shape
+        # Positions are dealt evenly over the sequences, at random in each.
         candidates = np.arange(self.first_position, length - 1)
         share = np.full(n, self.n_positions // n)  # as evenly spread over sequences as can be
         share[rng.permutation(n)[: self.n_positions % n]] += 1
@@ -99,6 +100,7 @@ class Sign(Evaluation):
             if "floor" not in lab.facts:
                 lab.facts["floor"] = lab.floor(logit_noise, "logit", 1 + delay)
             reads = [t + delay for t in positions]
+            # One forward with its graph for all positions of the sequence.
             gradients = ReadGradients(lab.model, site.session, lab.hook.layer, lab.hook.head, reads)
             sizes = site.at(positions).norm().tolist()
             written = [t for t, size in zip(positions, sizes) if size > 0]
@@ -132,11 +134,13 @@ class Sign(Evaluation):
             "random": random_unit(direct, rng),
             "wrong": value_direction(lab.model, lab.hook.layer, lab.hook.head, target.wrong),
         }
+        # Each value side at each size and with both signs, all as one batch of rank-1 matrices.
         kinds = [(name, sign * m) for name, m, sign in itertools.product(VALUE_SIDES, self.sizes, (1, -1))]
         size = site.at([t]).norm()
         key = torch.nn.functional.normalize(site.writes.keys[t, 0], dim=0)
         values = torch.stack([m * size * sides[name].to(key) for name, m in kinds])
         added = LowRank.rank_one(key.expand(len(values), -1), values)
+        # F0 and F2 of the target, and F0 of the wrong target, which the write of that one aims at.
         for_target, for_wrong = predict(site.recurrence, added, t, [of_target, of_wrong]).mT.cpu().numpy()  # [P,N]
         f0, _, f2 = for_target
         rows = pd.DataFrame(kinds, columns=["direction", "m"])
@@ -157,6 +161,7 @@ class Sign(Evaluation):
     def findings(self, result: Result) -> list[Finding]:
         """Claim 9. Judged by the sign that was written: F0's right signs also ask about the sign of <k, q>."""
         writes = result.tables["writes"].assign(written=lambda table: table["m"])
+        # Right signs: of what is written, of F0 (`aimed`) and of F2.
         sign = np.sign(writes["measured"])
         table = writes.assign(**{by: sign == np.sign(writes[by]) for by in ("aimed", "f2", "written")})
         by_direction = {direction: Paired(rows) for direction, rows in table.groupby("direction")}

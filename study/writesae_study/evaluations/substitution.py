@@ -18,10 +18,10 @@ from writesae_study.experiment.at_firings import CHOICES, RELEVANT_RATE, Exchang
 from writesae_study.experiment.bench import Bench
 from writesae_study.experiment.conditions import REFERENCES
 from writesae_study.experiment.evaluation import Result, described
-from writesae_study.experiment.readout import KL_METRICS, kl_metrics
+from writesae_study.experiment.readout import kl_window
 from writesae_study.head.baselines import BASELINES
 from writesae_study.verdict import figures
-from writesae_study.verdict.finding import Against, Claim, Figure, Finding, Paired, said
+from writesae_study.verdict.finding import Against, Claim, Figure, Finding, Paired, with_interval
 from writesae_study.verdict.judge import Verdict
 from writesae_study.verdict.names import NAMES, SCALE_NAMES
 from writesae_study.verdict.paper import Outcome
@@ -36,7 +36,7 @@ PRACTICAL_FLOOR = 1e-4
 
 _CHOICES = "; ".join(f"{name}: {text}" for name, text in CHOICES.items())
 _CLAIM_OF_RULE = {"Mamba-2": 11, "RWKV-7": 12, "DeltaNet": 13}
-"""Rules for which the paper reports a separate substitution test; for all others it is its first claim."""
+"""Rules for which the paper reports a separate substitution test; for all other_atoms it is its first claim."""
 _WORST_FIRST: tuple[Outcome, ...] = ("confounded", "undecided", "fails")
 
 
@@ -87,7 +87,7 @@ class Substitution(Exchanging):
             "activation": "activation of the written atom",
             "cosine": "signed cosine of the written atom and the native write",
             **described("condition scale"),
-            **KL_METRICS,
+            "kl_window": "nats, mean over t..t+horizon of KL(native || edited)",
         },
     }
 
@@ -98,8 +98,8 @@ class Substitution(Exchanging):
         for choice in self.atom_choice:
             draw = self.drawn(lab, self.horizon, choice)
             for exchange in self.exchanges(lab, draw, self.scales_of(choice)):
-                kl = lab.read(exchange.site, exchange.trials(lab), kl_metrics, self.horizon + 1)
-                tables.append(kl.assign(choice=choice))
+                kl = lab.read(exchange.site, exchange.trials(lab), kl_window, self.horizon + 1)
+                tables.append(kl.rename(columns={"kl": "kl_window"}).assign(choice=choice))
         return {"firings": pd.concat(tables, ignore_index=True)}
 
     # -- judging
@@ -130,7 +130,7 @@ class Substitution(Exchanging):
         kl = Paired(wide, seed=self.seed)
         atom = f"atom/{scale}"
         wins = kl.wins(atom, "delete")
-        measured = [f"wins {said(wins, percent)} of firings"]
+        measured = [f"wins {with_interval(wins, percent)} of firings"]
         size = kl.size_of("delete")
         remark = f"A deletion moves the model by a median of {number(size['typical'])} nats"
         remark += f" (a no-op: {number(size['floor'])})"
@@ -142,11 +142,12 @@ class Substitution(Exchanging):
         against: dict[str, Against] = {}
         if (wide["delete"] > 0).any():
             effect = kl.total(atom)
+            # The total of each control by itself, and how far the atom exceeds it over the same deletions.
             controls = {NAMES[name]: kl.total(f"{name}/{scale}") for name in self.controls}
             strongest_first = sorted(controls.items(), key=lambda control: -control[1].mean)
             totals = {"atom": effect} | dict(strongest_first)
             against = {NAMES[name]: Against(kl.total(atom, than=f"{name}/{scale}")) for name in rivals}
-            typical = said(kl.recovered(atom), percent)
+            typical = with_interval(kl.recovered(atom), percent)
             measured.insert(0, f"{typical} in a typical sequence")
         return Finding(
             number=number_,
@@ -169,24 +170,27 @@ class Substitution(Exchanging):
     def _at_matched_norm(self, wide: pd.DataFrame) -> list[Finding]:
         """Claims 2 and 3, at matched norm: the strict order, and the paired ratio of KLs."""
         scale = "matched" if "matched" in self.scales else self.scales[0]
-        others = {f"{name}/{scale}": NAMES[name] for name in ("shuffled", "random") if name in self.controls}
-        if not others:  # the strict order ends with another atom
+        other_atoms = {f"{name}/{scale}": NAMES[name] for name in ("shuffled", "random") if name in self.controls}
+        if not other_atoms:  # the strict order ends with another atom
             return [self._medians_finding(wide, scale, {}, [])]
         rivals = [name for name in self.controls if name in BASELINES]
-        return [self._chain_finding(wide, scale, others, rivals), self._medians_finding(wide, scale, others, rivals)]
+        return [
+            self._chain_finding(wide, scale, other_atoms, rivals),
+            self._medians_finding(wide, scale, other_atoms, rivals),
+        ]
 
     def _chain_finding(
-        self, wide: pd.DataFrame, scale: str, others: Mapping[str, str], rivals: Sequence[str]
+        self, wide: pd.DataFrame, scale: str, other_atoms: Mapping[str, str], rivals: Sequence[str]
     ) -> Finding:
-        """Claim 2: atom < deletion < another atom; `others` has at least one."""
+        """Claim 2: atom < deletion < another atom; `other_atoms` has at least one."""
         kl = Paired(wide, seed=self.seed)
         atom = kl[f"atom/{scale}"]
         deleted = kl["delete"]
         chains = {}
-        for column, shown in others.items():
+        for column, shown in other_atoms.items():
             chains[f"atom < delete < {shown}"] = kl.mean((atom < deleted) & (deleted < kl[column]))
         first, *_ = chains
-        rival, *_ = others
+        rival, *_ = other_atoms
 
         def in_order(name: str) -> pd.Series:
             return (kl[f"{name}/{scale}"] < deleted) & (deleted < kl[rival])
@@ -202,7 +206,7 @@ class Substitution(Exchanging):
             what="the rate of the strict order",
             chance=0.5,
             relevant=RELEVANT_RATE,
-            null=others[rival],
+            null=other_atoms[rival],
             against=against,
             **kl.size_of("delete"),
             shown=chains,
@@ -212,25 +216,25 @@ class Substitution(Exchanging):
         )
 
     def _medians_finding(
-        self, wide: pd.DataFrame, scale: str, others: Mapping[str, str], rivals: Sequence[str]
+        self, wide: pd.DataFrame, scale: str, other_atoms: Mapping[str, str], rivals: Sequence[str]
     ) -> Finding:
         """Claim 3: the paired ratio of the atom's KL to that of deletion, of other atoms and of baselines."""
         size = Paired(wide, seed=self.seed).size_of("delete")
         moved = Paired(wide[wide["delete"] > 0], seed=self.seed)
         atom = moved[f"atom/{scale}"]
-        names = {"delete": "delete", **others} | {f"{name}/{scale}": NAMES[name] for name in rivals}
+        names = {"delete": "delete", **other_atoms} | {f"{name}/{scale}": NAMES[name] for name in rivals}
         ratios = {}
         for column, shown in names.items():
             has_effect = moved[column] > 0  # nothing can be divided by the others
             if has_effect.any():
                 ratios[shown] = moved.median((atom / moved[column]).where(has_effect))
-        medians = [number(float(moved[column].median())) for column in (f"atom/{scale}", "delete", *others)]
+        medians = [number(float(moved[column].median())) for column in (f"atom/{scale}", "delete", *other_atoms)]
         return Finding(
             number=3,
-            claim=f"median KL of {' / '.join(['atom', 'delete', *others.values()])}, at {SCALE_NAMES[scale]}",
+            claim=f"median KL of {' / '.join(['atom', 'delete', *other_atoms.values()])}, at {SCALE_NAMES[scale]}",
             effect=ratios.get("delete"),
             what="the median ratio of the atom's KL to deletion's",
-            null=next(iter(others.values()), ""),
+            null=next(iter(other_atoms.values()), ""),
             against={name: Against(ratio, chance=1.0) for name, ratio in ratios.items() if name != "delete"},
             chance=1.0,
             less=True,
@@ -260,6 +264,7 @@ class Substitution(Exchanging):
             heads = {str(result.info["head"]) for result in of_layer}
             if len(of_layer) < 2 or len(heads) < len(of_layer):
                 continue
+            # Claim 1 of each head, by the rules of its own result.
             tests, win_rates = [], []
             for result in of_layer:
                 test = cast(Substitution, result.evaluation)
@@ -269,6 +274,7 @@ class Substitution(Exchanging):
                 win_rates.append((wide[f"atom/{scale}"] < wide["delete"]).mean())
             totals = [test.shown["atom"].mean for test in tests if test.shown]
             outcomes: list[Outcome] = [test.verdict.outcome for test in tests]
+            # A layer is as good as its worst head.
             worst = min(outcomes, key=lambda outcome: (*_WORST_FIRST, outcome).index(outcome))
             finding = Finding(
                 number=5,

@@ -1,7 +1,6 @@
 """Questions that are asked at firings of atoms: what they share of settings, draws, and exchanged writes.
 
-`OfFirings` draws firings of alive atoms, `OfHalves` chooses on one half of the sequences and tests on the other, and
-`Exchanging` exchanges the write at each firing for an atom or a control.
+`OfFirings` draws firings of alive atoms, and `Exchanging` exchanges the write at each firing for an atom or a control.
 """
 
 from __future__ import annotations
@@ -13,11 +12,10 @@ from typing import Annotated, ClassVar, Literal, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from annotated_types import Ge, MinLen
+from annotated_types import MinLen
 from pydantic import NonNegativeInt, PositiveInt
 
 from sae_lens_writesae.atom.low_rank import LowRank
-from writesae.experiment.firings import Firings, Integers, sample_firings
 from writesae.experiment.lab import Site, Trial
 from writesae.head.writes import head_writes, joined
 from writesae_study.experiment.bench import Bench, trials_at
@@ -30,7 +28,7 @@ from writesae_study.experiment.conditions import (
     conditions,
     controls_at,
 )
-from writesae_study.experiment.draws import Bounds, FiringDraw, draw_atoms, draw_firings, halves
+from writesae_study.experiment.draws import FiringDraw, draw_firings
 from writesae_study.experiment.evaluation import Evaluation, Result
 from writesae_study.head.baselines import BASELINES
 from writesae_study.head.writes import mean_write
@@ -91,39 +89,6 @@ class OfFirings(OfAlive, OfAtoms):
         )
         lab.facts["n_alive"] = len(draw.alive)
         return draw
-
-
-@dataclass(frozen=True, kw_only=True)
-class OfHalves(OfAtoms):
-    """A question that chooses something for each atom on one half of the sequences, and tests it on the other."""
-
-    select_firings: PositiveInt = 8
-    """At most this many firings of an atom for the choice, dealt over sequences."""
-    test_firings: Annotated[int, Ge(2)] = 8
-    """At most this many firings of an atom for the test, in the other half of the sequences."""
-    min_firings: Annotated[int, Ge(2)] = 4
-    """Firings in each half that an atom needs; those of the test half must lie in at least two sequences."""
-    horizon: NonNegativeInt = 8
-    """What follows a firing is looked at over t..t+horizon."""
-
-    def drawn(
-        self, lab: Bench, rng: np.random.Generator
-    ) -> tuple[Integers, Bounds, Iterator[tuple[Firings, pd.DataFrame]]]:
-        """The tested atoms, first and last position, and of each half all firings, and those that are looked at. A half
-        is drawn when it is asked for."""
-        firings = lab.firings()
-        split = halves(len(lab.tokens), self.seed)
-        bounds: Bounds = {"first": self.first_position, "last": firings.n_positions - 1 - self.horizon}
-        atoms = draw_atoms(
-            firings, split, bounds, rng, min_firings=self.min_firings, n_atoms=self.n_atoms, atoms=self.atoms
-        )
-
-        def samples() -> Iterator[tuple[Firings, pd.DataFrame]]:
-            for sequences, most in zip(split, (self.select_firings, self.test_firings)):
-                half = firings.of_sequences(sequences)
-                yield half, sample_firings(half, atoms, most, **bounds, rng=rng)
-
-        return atoms, bounds, samples()
 
 
 class Exchange(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TypeAlias, cast
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -13,16 +13,11 @@ from torch import Tensor
 
 from hookpoints import HookedRecurrent, Recurrence, WriteEdit
 from sae_lens_writesae.errors import NothingToMeasureError
-from sae_lens_writesae.sae.target import HeadHook, head_target
 from writesae.experiment.firings import in_one_pass
 from writesae.experiment.lab import Lab, M, Readout, Trial
 from writesae_study.experiment.draws import folds
 from writesae_study.experiment.terms import Terms
 from writesae_study.head.baselines import HeadBaselines
-
-LayerHead: TypeAlias = tuple[int, int]
-"""Layer and head."""
-
 
 _NO_OPS = 32
 """Places at which the native write is written again to measure the floor."""
@@ -38,12 +33,11 @@ def trials_at(rows: pd.DataFrame, edit: Callable[[int, M, int], WriteEdit], matr
 
 
 class Bench(Lab):
-    """A laboratory of the study: with other text, for what is fitted to the head, and questions about a head alone.
+    """A laboratory of the study: with other text, for what is fitted to the head.
 
     Args:
         model, tokens, seed, rows_per_run, progress: as in `Lab`.
-        saes: dictionaries by label, all of which read the same head; or the layer and number of a head, about which a
-            question is asked that needs no dictionary.
+        saes: dictionaries by label, all of which read the same head.
         reference: other text, which nothing is tested on, for what is fitted to the head: [M,S] token ids, or the terms
             of a training text.
         one_head: all dictionaries read one head. Otherwise they read different heads of one layer, and `hook`, `sae`
@@ -57,7 +51,7 @@ class Bench(Lab):
     def __init__(
         self,
         model: HookedRecurrent,
-        saes: Mapping[str, SAE] | LayerHead,
+        saes: Mapping[str, SAE],
         tokens: Tensor,
         *,
         reference: Tensor | Terms | None = None,
@@ -69,17 +63,10 @@ class Bench(Lab):
         self.reference = Terms(model, reference) if isinstance(reference, Tensor) else reference
         if self.reference is not None:
             check_apart(self.reference.tokens, tokens)
-        self._head = saes if isinstance(saes, tuple) else None
         self._one_head = one_head
-        dictionaries = {} if isinstance(saes, tuple) else saes
-        super().__init__(model, dictionaries, tokens, seed=seed, rows_per_run=rows_per_run, progress=progress)
+        super().__init__(model, saes, tokens, seed=seed, rows_per_run=rows_per_run, progress=progress)
         # Shared by the runs that have these terms: a fit costs seconds.
         self._baselines = {} if self.reference is None else self.reference.fitted
-
-    def head_hooks(self) -> dict[str, HeadHook]:
-        if self._head is not None:
-            return {"": HeadHook.parse(head_target(self.model, *self._head).hook_name)}
-        return super().head_hooks()
 
     def check_heads(self) -> None:
         if self._one_head:
@@ -88,12 +75,6 @@ class Bench(Lab):
         heads = {hook.cell for hook in self.hooks.values()}
         if len(layers) != 1 or len(heads) != len(self.saes):
             self.refuse_heads("of different heads of one layer")
-
-    @property
-    def sae(self) -> SAE:
-        if not self.saes:
-            raise ValueError(f"expected a dictionary of {self.hook.cell}, got the head alone; this question needs one")
-        return super().sae
 
     def recurrences(self, count: int) -> list[Recurrence]:
         """The head's recurrence on each of the first sequences, B = 1, on the host."""

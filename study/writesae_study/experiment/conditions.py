@@ -126,14 +126,14 @@ def controls_at(
                     # Where nothing fires, atom 0 is written with an activation of 0; it is no control either.
                     taken.append(np.append(active.atom[active.position == t], written))
                 needed = "'shuffled' needs an alive atom that does not fire there"
-                others = lab.atoms(_other_draws(lab, rngs["shuffled"], alive, taken, needed))
-                made[name] = others.on_host().to(atom.values)
+                drawn_atoms = lab.atoms(_other_draws(lab, rngs["shuffled"], alive, taken, needed))
+                made[name] = drawn_atoms.on_host().to(atom.values)
             case "elsewhere":
                 written = np.flatnonzero(site.writes.norm().cpu().numpy())
                 own_positions = [np.array([t]) for t in positions]
                 needed = "'elsewhere' needs a write at another position"
-                others = _other_draws(lab, rngs["elsewhere"], written, own_positions, needed)
-                made[name] = site.writes.rows(torch.tensor(others))
+                places = _other_draws(lab, rngs["elsewhere"], written, own_positions, needed)
+                made[name] = site.writes.rows(torch.tensor(places))
             case "state":
                 made[name] = state_direction(site.state_before(positions))
             case "state_after":

@@ -146,8 +146,10 @@ def draw_firings(
     alive = firings.alive(ALIVE_TOKENS, min_firings)
     testable = np.intersect1d(alive, firings.atom[firings.between(first_position, last)])
     needed = f"alive atoms with a firing at positions {first_position}..{last} are"
+    # Firings of atoms that are drawn or picked.
     chosen = picked(testable, atoms, n_atoms, rng, needed, firings)
     table = sample_firings(firings, chosen, firings_per_atom, first=first_position, last=last, rng=rng)
+    # The headline draws positions instead, each with the same chance.
     if written == "dominant" and atoms is None:
         per_sequence = last + 1 - first_position
         n_able = firings.n_sequences * per_sequence

@@ -31,7 +31,7 @@ from hookpoints.files import CHECKSUMS, SealedFolder, atomic_folder, read_json, 
 from sae_lens_writesae.errors import NothingToMeasureError
 from writesae.choices import expect, once_each
 from writesae.files import Json
-from writesae_study.experiment.bench import Bench, LayerHead
+from writesae_study.experiment.bench import Bench
 from writesae_study.experiment.terms import Terms
 from writesae_study.experiment.typed import checked_setting
 from writesae_study.verdict.finding import Claim, Figure, Finding
@@ -68,7 +68,7 @@ class Scope(Enum):
 
     EACH = "each dictionary by itself"
     LAYER = "each dictionary by itself, or one for each of several heads of a layer, which act together"
-    HEAD = "a head, as (layer, head) or as any dictionary of it, whose atoms are not used"
+    HEAD = "a head, as any dictionary of it, whose atoms are not used"
     SEEDS = "dictionaries of one target that differ in their seed"
     VARIANTS = "dictionaries of one target that differ in their architecture"
 
@@ -104,7 +104,7 @@ class Evaluation(ABC):
     def __init_subclass__(cls) -> None:
         cls.kind = cls.__module__.rpartition(".")[2]
         if cls.kind in QUESTIONS:  # the other subclasses are parts of these
-            _, cls.question, cls.answers, _ = QUESTIONS[cls.kind]
+            _, cls.question, cls.answers = QUESTIONS[cls.kind]
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self), include_extras=True)
@@ -161,7 +161,7 @@ class Evaluation(ABC):
     def run(
         self,
         model: HookedRecurrent,
-        saes: SAE | Mapping[str, SAE] | LayerHead,
+        saes: SAE | Mapping[str, SAE],
         tokens: Tensor,
         *,
         reference: Tensor | Terms | None = None,
@@ -173,8 +173,7 @@ class Evaluation(ABC):
         Args:
             model: the hooked model that the dictionaries read.
             saes: one dictionary, or several by label. Each reads `blocks.{l}.mixer.heads.{h}.hook_write_vec` or
-                `hook_state_vec`, by its own metadata. A question about a head (`Scope.HEAD`) needs none: it also takes
-                `(layer, head)`.
+                `hook_state_vec`, by its own metadata.
             tokens: [N,T] token ids, all sequences of one length, without padding.
             reference: other text, on which baselines are fitted: [M,S] token ids, or `Terms` of the text that
                 dictionaries were trained on; without it each half of `tokens` is the other one's.
@@ -184,17 +183,14 @@ class Evaluation(ABC):
         Raises:
             ValueError: a dictionary does not fit the model, is missing or cannot be compared, or sequences are too few
                 or too short; before any work.
-            UnknownHookError, UnsupportedModelError: the model has no such head; before any work.
             NothingToMeasureError: the dictionary and the text give nothing to measure.
         """
         begin = time.perf_counter()
-        if isinstance(saes, tuple) and self.scope is not Scope.HEAD:
-            raise ValueError(f"{self.kind}, {self.scope.value}: expected a dictionary, got layer and head {saes}")
         # Some questions take gradients (`torch.enable_grad`), which a caller's inference mode would forbid.
         with torch.inference_mode(False), torch.no_grad():
             lab = Bench(
                 model,
-                saes if isinstance(saes, (Mapping, tuple)) else {"": saes},
+                saes if isinstance(saes, Mapping) else {"": saes},
                 tokens.clone(),  # gradients cannot be taken through inference tensors
                 reference=reference,
                 seed=self.seed,
@@ -208,6 +204,7 @@ class Evaluation(ABC):
                     f"{self.kind} needs at least {self.min_sequences} sequences of {self.shortest} tokens; tokens are "
                     f"{[n, length]}"
                 )
+            # A comparison needs several dictionaries of one hook, everything else a single one.
             if self.scope is not Scope.LAYER and self.scope.compares != (len(lab.saes) > 1):
                 expected = "at least two dictionaries" if self.scope.compares else "one dictionary"
                 raise ValueError(f"{self.kind}, {self.scope.value}: expected {expected}, got {', '.join(lab.saes)}")

@@ -34,14 +34,14 @@ def greedy_rows(
     continuations: list[list[int]] = []
     for start in bar(range(0, len(rows), batch_size), "generate", progress):
         batch = slice(start, start + batch_size)
-        whole = model.generate(
+        texts = model.generate(
             tokens[batch],
             edit_rows=rows[batch],
             max_new_tokens=max_new_tokens,
             do_sample=False,
             pad_token_id=_pad_token(model),
         )
-        continuations += cast(Tensor, whole)[:, tokens.shape[1] :].tolist()
+        continuations += cast(Tensor, texts)[:, tokens.shape[1] :].tolist()
     return continuations
 
 
@@ -72,7 +72,7 @@ def sample_continuations(
         for start, batch in zip(range(0, len(tokens), batch_size), tokens.split(batch_size)):
             torch.manual_seed(seed + start)  # the same numbers for a batch under every condition
             lost.clear()
-            whole = model.generate(
+            texts = model.generate(
                 batch,
                 do_sample=True,
                 temperature=1.0,
@@ -84,7 +84,7 @@ def sample_continuations(
                 pad_token_id=_pad_token(model),
                 logits_processor=LogitsProcessorList([go_on]),  # pyright: ignore[reportArgumentType]
             )
-            new = cast(Tensor, whole)[:, tokens.shape[1] :]
+            new = cast(Tensor, texts)[:, tokens.shape[1] :]
             sampled.append(new.masked_fill(torch.stack(lost).any(0)[:, None], -1).cpu())
     return torch.cat(sampled)
 

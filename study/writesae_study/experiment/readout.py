@@ -17,27 +17,6 @@ from writesae.experiment.lab import EditedRows, Readout
 from writesae.experiment.readout import divergences
 from writesae_study.head.writes import nats
 
-_KL = {
-    "kl_window": "nats, mean over t..t+horizon of KL(native || edited)",
-    "kl_at": "nats, at t",
-    "kl_next": "nats, at t + 1",
-}
-
-
-KL_METRICS: dict[str, str] = _KL | {f"reverse_{name}": "the same for KL(edited || native)" for name in _KL}
-"""Columns of `kl_metrics`."""
-
-
-def kl_metrics(rows: EditedRows) -> Mapping[str, NDArray[np.float64]]:
-    """KL at t, at t + 1, and the mean over the window, in both directions."""
-    forward, reverse = divergences(rows.native, rows.positions, rows.window)
-    columns: dict[str, NDArray[np.float64]] = {}
-    for direction, kl in {"": forward, "reverse_": reverse}.items():
-        columns[f"{direction}kl_window"] = kl.mean(1).numpy()
-        columns[f"{direction}kl_at"] = kl[:, 0].numpy()
-        columns[f"{direction}kl_next"] = kl[:, 1].numpy()
-    return columns
-
 
 def kl_window(rows: EditedRows) -> Mapping[str, NDArray[np.float64]]:
     """`kl`: KL(native || edited) in nats, mean over the window."""

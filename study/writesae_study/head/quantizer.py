@@ -60,6 +60,7 @@ def lloyd(writes: LowRank, start: LowRank, passes: int = 10) -> LowRank:
             size = moved.norm(dim=1, keepdim=True)
             unit = moved / size.clamp_min(torch.finfo(size.dtype).tiny)
             sides[side] = torch.where(size > 0, unit, sides[side])
+        # A code without writes goes to those that the book explains worst.
         empty = (torch.bincount(chosen, minlength=len(start)) == 0).nonzero()[:, 0]
         if len(empty):
             worst = writes.rows(unexplained.topk(len(empty)).indices)

@@ -27,8 +27,8 @@ def compact(matrices: Tensor, energy: float) -> LowRank:
     """Matrices [N,K,V] as the fewest singular terms that hold the share `energy` of each one's squared norm."""
     terms = LowRank.svd(matrices)
     square = terms.keys.square().sum(-1)  # values have norm 1
-    whole = square.sum(1, keepdim=True).clamp_min(torch.finfo(square.dtype).tiny)
-    share = square.cumsum(1) / whole
+    square_of_all = square.sum(1, keepdim=True).clamp_min(torch.finfo(square.dtype).tiny)
+    share = square.cumsum(1) / square_of_all
     count = int((share < energy).sum(1).max()) + 1
     return terms.terms(slice(count))
 

@@ -25,7 +25,7 @@ from writesae_study.evaluations import EVALUATIONS, load_result
 from writesae_study.experiment.evaluation import Result
 from writesae_study.folders import check_page
 from writesae_study.verdict.figures import Row, intervals
-from writesae_study.verdict.finding import Figure, Finding, said
+from writesae_study.verdict.finding import Figure, Finding, with_interval
 from writesae_study.verdict.paper import PAPER_CLAIMS
 
 
@@ -139,6 +139,7 @@ def joined_tables(results: Sequence[Result]) -> dict[str, pd.DataFrame]:
 def lead(results: Sequence[Result], rows: Sequence[Answer]) -> dict[str, object]:
     """What the page begins with: of the results of the first kind, the one with the largest effect, its first finding,
     the claim of it, and among how many it was chosen; empty where none shows a finding."""
+    # The first finding of each result of the first kind, by its effect.
     candidates: list[tuple[float, Result, Finding]] = []
     for result in results:
         if result.kind != results[0].kind:
@@ -180,6 +181,7 @@ def compared(results: Sequence[Result]) -> Iterator[Figure]:
 def _template_values(results: Sequence[Result], rows: Sequence[Answer]) -> dict[str, object]:
     """What the template shows of results and claims."""
     trained = [result for result in results if result.info.get("control") is None]  # tables/ has those of the controls
+    # A section for each kind, and one for what could not be measured.
     sections: dict[str, list[Result]] = {}
     for result in trained:
         section = result.kind if result.skipped is None else "skipped"
@@ -198,5 +200,5 @@ def _template_values(results: Sequence[Result], rows: Sequence[Answer]) -> dict[
         "documentation": inspect.getdoc,
         "heads": ", ".join(dict.fromkeys(map(head_label, results))),
         "qualities": quality_rows(results),
-        "said": said,
+        "with_interval": with_interval,
     }

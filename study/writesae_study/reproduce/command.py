@@ -91,12 +91,14 @@ class Reproduce:
             self.out.mkdir(parents=True, exist_ok=True)
             own_run(self.out)
             self._become_snakemake("published.smk", profile)
+        # Everything that can be refused is, before the first file is written.
         EvalAll(subjects=Subjects(saes=()), kinds=self.config.evaluations, set=self.config.set or None).evaluations()
         check_text(self.config.model, self.config.dataset)
         sparsity_fields(self.config.architecture, self.config.k)  # raises where there is no such architecture
         model = HookedRecurrent.from_pretrained(self.config.model, dtype=self.config.dtype)
         config = for_model(self.config, model)
         check_settings(self.out, config.settings(), WRITTEN)
+        # A folder is resumed only with the weights and the text that it was begun with.
         inputs = {"weights": model_hash(model), "text": text_hash(config.dataset)}
         known = self.out / "inputs.json"
         if known.exists() and read_json(known) != inputs:

@@ -33,12 +33,12 @@ class Place(NamedTuple):
 
 def places(groups: Sequence[str]) -> list[Place]:
     """The heads of some groups."""
-    found = []
+    heads = []
     for group in groups:
         for name in RUNS["heads"][group]:
             model, layer, head = name.split(":")
-            found.append(Place(model, int(layer), int(head)))
-    return found
+            heads.append(Place(model, int(layer), int(head)))
+    return heads
 
 
 def collecting(model: str) -> list[str]:
@@ -109,6 +109,7 @@ def without_learning(place: Place, tests: Sequence[Evaluation]) -> None:
     }
     if all(folder.exists() for folder in folders.values()):
         return
+    # The shuffled model, its text, and dictionaries of the size of the trained ones.
     model = shuffled_model(name)
     terms = Terms(model, sample_sequences(model, embedded.text("train"), 128, 160))
     tokens = sample_sequences(model, embedded.text("test"), 128, _SEQUENCES)

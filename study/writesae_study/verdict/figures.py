@@ -90,6 +90,7 @@ def intervals(
     """An estimate and its interval in each row, in numbers as `write` writes them; a dashed line at `chance`. What is
     below `least` is drawn there, as a triangle."""
     figure, axes = _panel_axes(0.75 + 0.26 * len(rows))
+    # A line from end to end of the interval, and a mark at the mean.
     for y, row in enumerate(rows):
         colour = COLORS[row.colour]
         mean = row.mean if least is None else max(row.mean, least)
@@ -101,6 +102,7 @@ def intervals(
         words = f"{row.name}: {write(row.mean)} [{write(row.low)}, {write(row.high)}]"
         for line in lines:
             line.set_gid(_HOVER + words)
+    # Axes: rows by name from the top, numbers as a reader sees them.
     axes.axvline(chance, color=MUTED, lw=0.8, ls=_DASHED)
     axes.set_yticks(range(len(rows)), [row.name for row in rows])
     axes.set_ylim(len(rows) - 0.45, -0.55)  # the first row at the top

@@ -253,7 +253,7 @@ class Finding:
 
     def row(self) -> Claim:
         """The claim in words."""
-        numbers = {name: said(estimate, self.write) for name, estimate in self.shown.items()}
+        numbers = {name: with_interval(estimate, self.write) for name, estimate in self.shown.items()}
         subject = next(iter(numbers.values()), "")
         beside = [f"{name} {control}" for name, control in list(numbers.items())[1:]]
         n = clusters = 0
@@ -293,14 +293,14 @@ class Finding:
         )
 
 
-def said(estimate: Estimate, write: Callable[[float], str] = text.number) -> str:
+def with_interval(estimate: Estimate, write: Callable[[float], str] = text.number) -> str:
     """A number with its interval, where it has one: "0.55 [0.51, 0.6]". A share recovered below -100% has no lower end:
     the ratio of the KLs is written in its stead."""
     mean, low, high, *_ = estimate
     if write is text.percent and mean < -1:
         ratio = estimate._replace(mean=1 - mean, low=1 - high, high=1 - low)
-        return f"none (KL {said(ratio)} times that of deletion)"
+        return f"none (KL {with_interval(ratio)} times that of deletion)"
     return f"{write(mean)}{text.interval(low, high, write)}"
 
 
-__all__ = ["Against", "Claim", "Figure", "Finding", "Paired", "said"]
+__all__ = ["Against", "Claim", "Figure", "Finding", "Paired", "with_interval"]

@@ -89,6 +89,7 @@ def judge(
         return Verdict(
             "below the floor", f"The typical size, {typical:.2g}, is no larger than what a no-op moves, {floor:.2g}."
         )
+    # The effect alone: does its interval exceed what matters?
     sign = -1.0 if less else 1.0
     side = "below" if less else "above"
     low, high = _ends_beyond(effect, chance, sign)
@@ -108,6 +109,7 @@ def judge(
         elif effect.n_clusters < FEW_CLUSTERS:
             sentence += f" It is over {effect.n_clusters} units only."
         return Verdict("fails", sentence)
+    # The effect beside each control: which ones are not beaten, and which of these match it?
     leads: list[tuple[float, str]] = []  # of controls that are not beaten
     equals: set[str] = set()
     for name, control in (against or {}).items():

@@ -124,8 +124,6 @@ class Asked(NamedTuple):
     """A heading."""
     answers: tuple[int, ...]
     """Rows of `PAPER_CLAIMS`."""
-    needs_dictionary: bool = True
-    """False for a question about a head."""
 
 
 QUESTIONS: dict[str, Asked] = {
@@ -141,12 +139,11 @@ QUESTIONS: dict[str, Asked] = {
     ),
     "logit_change": Asked("LogitChange", "Can a formula predict the change of a logit?", (7, 22, 23)),
     "erasure": Asked("Erasure", "Does erasing an atom lower its own token?", (8, 24)),
-    "sign": Asked("Sign", "Does the sign of a write set the sign of its effect?", (9,), needs_dictionary=False),
+    "sign": Asked("Sign", "Does the sign of a write set the sign of its effect?", (9,)),
     "install": Asked(
         "Install",
         "Do installed writes put a token into the continuation?",
         (10, 25),
-        needs_dictionary=False,
     ),
     "baselines": Asked("Baselines", "Do rank-1 atoms do better than what is simpler?", (15, 16, 17, 28)),
     "amplify": Asked("Amplify", "Does scaling an atom change how often its token is written?", (18,)),

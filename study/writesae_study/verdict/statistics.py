@@ -93,23 +93,24 @@ def total(above: ArrayLike, below: ArrayLike, clusters: ArrayLike, *, seed: int 
     y, _ = clustered(below, clusters)
     sums = np.bincount(codes, x).astype(float)
     sizes = np.bincount(codes, y).astype(float)
-    whole = float(sizes.sum())
+    size_of_all = float(sizes.sum())
     n_clusters = len(sizes)
-    if not whole > 0:
+    if not size_of_all > 0:
         raise ValueError("the recovered share needs a deletion with an effect above 0, found none")
-    point = float(sums.sum()) / whole
+    point = float(sums.sum()) / size_of_all
     if n_clusters == 1:
         return Estimate(point, math.nan, math.nan, len(x), 1)
     ratio, error = _ratios_with_errors(np.ones((1, n_clusters)), sums, sizes)
     drawn, errors = _ratios_with_errors(resample_counts(n_clusters, seed), sums, sizes)
     has_error = errors > 0
+    # The symmetric bootstrap-t: the 95th percentile of |t| over resamples, times the error.
     t = np.abs(drawn - ratio)[has_error] / errors[has_error]
     half = float(error[0] * np.quantile(t, 0.95)) if len(t) else 0.0
     has_size = sizes > 0
     seen = sums[has_size] / sizes[has_size]
     unseen = UNSEEN_SIZE * float(sizes.max())
     # How far one more cluster of that size moves the ratio, if its own ratio is at either end of those that were seen.
-    down, up = (np.quantile(seen, [0.05, 0.95]) - point) * unseen / (whole + unseen)
+    down, up = (np.quantile(seen, [0.05, 0.95]) - point) * unseen / (size_of_all + unseen)
     low = point - half + min(0.0, float(down))
     high = point + half + max(0.0, float(up))
     return Estimate(point, low, high, len(x), n_clusters)
@@ -129,6 +130,7 @@ def share(hits: ArrayLike, clusters: ArrayLike) -> Estimate:
     n_clusters = len(size)
     if n_clusters == 1:
         return Estimate(p, math.nan, math.nan, n, 1)
+    # The variance of p over clusters: C / (C - 1) sum_c (hits_c - p n_c)^2 / n^2.
     spread = np.bincount(codes, x) - p * size
     variance = n_clusters / (n_clusters - 1) * float(spread @ spread) / n**2
     effective = float(n_clusters)
