@@ -60,19 +60,6 @@ def test_weights_times_values_are_the_reads(hooked, tokens):
 
 
 @torch.no_grad()
-def test_decoding_has_the_rows_of_the_whole(hooked, tokens):
-    """S grows by one a token."""
-    layer, out = hooked.cfg.recurrent_layers[-1], []
-    options = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
-    steps = listened(hooked, layer, lambda: out.append(hooked.generate(tokens[:, :9], **options)))
-    assert [tuple(step.shape[2:4]) for step in steps] == [(9, 9), *((1, 9 + n) for n in range(1, 6))]
-    whole = listened(hooked, layer, lambda: hooked(out[0]))[0]
-    for step in steps[1:]:
-        row = whole[:, :, step.shape[3] - 1, : step.shape[3]]
-        assert_close(step[:, :, 0], row, rtol=1e-3, atol=1e-4 * float(whole.abs().max()))
-
-
-@torch.no_grad()
 def test_sources_follow_the_rows_of_a_cache(model, tokens):
     """Upstream repeats and reorders rows; beams do at every step."""
     whole = listened(model, 1, lambda: model(tokens[:, :14]))[0]
