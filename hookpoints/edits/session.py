@@ -204,18 +204,18 @@ class EditSession:
         rows: Sequence[EditRow],
         start: int,
         stop: int,
-        whole: bool,
+        through_all: bool,
         lowest: int | None = None,
         fwd_hooks: HookSpecs = (),
     ) -> Tensor:
-        """Logits [N,stop-start,vocab] of a pass over some tokens, through all blocks (``whole``), from the first edited
+        """Logits [N,stop-start,vocab] of a pass over some tokens, ``through_all`` blocks, from the first edited
         one on, or from ``lowest`` on."""
         model = self.model
         plan = EditPlan.for_rows(rows)
         layout = self.model.attachment.layout
         lowest = min(plan.by_layer, default=0) if lowest is None else lowest
-        layer = 0 if whole or not layout.is_chain or layout.first_block_feeds_all else lowest
-        residual = None if whole else self._residual.get(_entering_hook(layer))
+        layer = 0 if through_all or not layout.is_chain or layout.first_block_feeds_all else lowest
+        residual = None if through_all else self._residual.get(_entering_hook(layer))
         if residual is not None:
             residual = residual[:, start:stop].expand(len(rows), -1, -1)
         tokens = self.tokens[:, start:stop].expand(len(rows), -1)

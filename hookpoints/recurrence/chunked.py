@@ -58,7 +58,7 @@ class Span(NamedTuple):
     responses: list[tuple[Tensor, ...]]
     """[N,C,K] for as many of the last writes as come of an erase: response times the state before the chunk is to be
     taken from the values."""
-    whole: tuple[Tensor, ...]
+    over_chunk: tuple[Tensor, ...]
     """[N,1 or K,1], what the state meets over the chunk."""
     queries: tuple[Tensor, ...]
     """[N,C,K], what reads the state before the chunk; empty if outputs are not asked for."""
@@ -115,7 +115,7 @@ def walk(r: CanonicalForm, chunk_size: int | None = None, *, reads: bool = False
             for w, response in enumerate(span.responses, start=len(values) - len(span.responses)):
                 # The values were solved for a zero state; by linearity what the true state adds is one product.
                 values[w] = torch.baddbmm(values[w], response[i], state, alpha=-1)
-            after = state * span.whole[i]
+            after = state * span.over_chunk[i]
             for left, value in zip(span.left, values):
                 after.baddbmm_(left[i], value)
             yield Chunk(span, i, first, min(size, r.T - first), state, values, after)
@@ -154,7 +154,7 @@ def _prepared_chunks(r: CanonicalForm, part: dict[str, Tensor], reads: bool) -> 
         left=[decay.to_end(key).mT.unbind(1) for key in keys],
         values=[value.unbind(1) for value in values],
         responses=[response.unbind(1) for response in responses],
-        whole=decay.whole().unbind(1),
+        over_chunk=decay.over_chunk().unbind(1),
         queries=decay.from_start(query[0]).unbind(1) if reads else (),
         attention=[weights.unbind(1) for weights in attention[0]] if reads else [],
     )
