@@ -61,17 +61,17 @@ def test_weights_times_values_are_the_reads(hooked, tokens):
 
 @torch.no_grad()
 def test_sources_follow_the_rows_of_a_cache(model, tokens):
-    """Upstream repeats and reorders rows; beams do at every step."""
-    whole = listened(model, 1, lambda: model(tokens[:, :14]))[0]
-    out = []
-    listened(model, 1, lambda: out.append(model.hf_model(tokens[:, :12], use_cache=True)))
+    """Upstream repeats and reorders rows, as beams do at every step; S grows by one a token."""
+    (whole,) = listened(model, 1, lambda: model(tokens[:, :14]))
+    outs = []
+    listened(model, 1, lambda: outs.append(model.hf_model(tokens[:, :12], use_cache=True)))
     order = cast(torch.LongTensor, torch.tensor([1, 0, 1]))
-    for layer in cache_of(out[0]).layers:
+    for layer in cache_of(outs[0]).layers:
         layer.reorder_cache(order)
-    step = listened(model, 1, lambda: model.hf_model(tokens[order, 12:14], **continuing(model.hf_model, out[0])))[0]
-    assert_close(step, whole[order][:, :, 12:], rtol=1e-4, atol=1e-6)
-    beams = listened(model, 1, lambda: model.generate(tokens[:, :9], num_beams=3, max_new_tokens=4, do_sample=False))
-    assert beams[-1].shape == (6, 4, 1, 12) and not any(step.isnan().any() for step in beams)
+    onward = continuing(model.hf_model, outs[0])
+    for t in (12, 13):
+        (step,) = listened(model, 1, lambda t=t: model.hf_model(tokens[order, t : t + 1], **onward))
+        assert_close(step, whole[order][:, :, t : t + 1, : t + 1], rtol=1e-4, atol=1e-6)
 
 
 @torch.no_grad()
