@@ -123,22 +123,18 @@ def test_a_model_as_a_bridge_shares_its_weights_and_stays_as_it_is(hooked, token
         with pytest.raises(UnsupportedModelError, match="one residual stream"):
             as_bridge(hooked)
         return
-    expected, fingerprint, names = hooked(tokens), hooked.fingerprint(), hooked.hf_model.state_dict().keys()
-    bridge = as_bridge(hooked)
-    assert torch.equal(bridge(tokens), expected)
+    expected, bridge = hooked(tokens), as_bridge(hooked)
     theirs = {id(parameter) for parameter in bridge.original_model.parameters()}
     assert theirs >= {id(parameter) for parameter in hooked.hf_model.parameters()}
-    last = hooked.cfg.n_layers - 1
-    stream = bridge.run_with_cache(tokens)[1][f"blocks.{last}.hook_out"]
-    name = f"blocks.{last}.hook_resid_post"
-    assert torch.equal(stream, hooked.run_with_cache(tokens, names_filter=name)[1][name])
-    logits = bridge.unembed(bridge.ln_final(stream))  # as lenses make them
-    assert_close(bridge.adapter.apply_output_logits_transform(logits), expected, rtol=0, atol=1e-5)
-    layer = hooked.cfg.recurrent_layers[1]
-    edit = WriteEdit(layer, 0, 5, mode="delete")
+    logits, cache = bridge.run_with_cache(tokens)
+    assert torch.equal(logits, expected)
+    stream = cache[f"blocks.{hooked.cfg.n_layers - 1}.hook_out"]
+    of_lens = bridge.unembed(bridge.ln_final(stream))  # as lenses make logits
+    assert_close(bridge.adapter.apply_output_logits_transform(of_lens), expected, rtol=0, atol=1e-5)
+    edit = WriteEdit(hooked.cfg.recurrent_layers[1], 0, 5, mode="delete")
     with cast(RecurrentAdapter, bridge.adapter).hooked.edits(edit):
         edited = bridge(tokens)
-    assert torch.equal(hooked(tokens), expected) and torch.equal(bridge(tokens), expected)
+        assert torch.equal(hooked(tokens), expected)
     with hooked.edits(edit):
         assert torch.equal(edited, hooked(tokens)) and not torch.equal(edited, expected)
-    assert hooked.hf_model.state_dict().keys() == names and hooked.fingerprint() == fingerprint
+        assert torch.equal(bridge(tokens), expected)
