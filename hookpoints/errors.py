@@ -87,9 +87,9 @@ def require_whole(what: str, wrong: Mapping[str, Collection[str]], fix: str) -> 
         raise UnsupportedModelError(f"{what}: it {'; it '.join(faults)}. {fix}")
 
 
-def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
-    """``"; nearest: a, b"`` for the names closest to ``name``, or an empty string."""
-    matches = difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``"; nearest: a, b, c"`` for the names closest to ``name``, or an empty string."""
+    matches = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     return f"; nearest: {', '.join(matches)}" if matches else ""
 
 

@@ -337,21 +337,18 @@ class SealedFolder:
 
     Args:
         error: what is raised; each message names the file.
-        sums: SHA-256 by name, where another file than ``SHA256SUMS`` seals the folder.
 
     Raises:
         ChecksumError, or ``error``: ``SHA256SUMS`` is damaged, or lists a file that is missing. Where there is no
             ``SHA256SUMS``, the folder is not sealed; where it is empty, no file can be read.
     """
 
-    def __init__(
-        self, folder: Path, error: type[ValueError] = ChecksumError, sums: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, folder: Path, error: type[ValueError] = ChecksumError) -> None:
         self.folder = folder
         self.error = error
         if not folder.exists():
             finish(folder.parent)
-        self.sums = self._listed_sums() if sums is None and os.path.lexists(folder / CHECKSUMS) else sums
+        self.sums = self._listed_sums() if os.path.lexists(folder / CHECKSUMS) else None
         self._whole: set[str] = set()
 
     def _listed_sums(self) -> dict[str, str]:
@@ -416,11 +413,11 @@ def read_json(file: Path) -> dict[str, object]:
     return content
 
 
-def sealed_json(content: Mapping[str, object], indent: int | None = None) -> str:
+def sealed_json(content: Mapping[str, object]) -> str:
     """JSON of ``content`` with one more entry: the SHA-256 of all others, whatever their layout. `read_sealed_json`
     compares it."""
     plain = json.loads(json.dumps(content, allow_nan=False))
-    return json.dumps({"sha256": _values_hash(plain)} | plain, indent=indent, ensure_ascii=False)
+    return json.dumps({"sha256": _values_hash(plain)} | plain, ensure_ascii=False)
 
 
 def read_sealed_json(file: Path) -> dict[str, object]:

@@ -11,10 +11,7 @@ import torch
 from torch import Tensor
 
 from hookpoints.rwkv7 import RWKV7ForCausalLM
-
-_BLOCK = {"pre_norm": "ln0", "attn_norm": "ln1", "ffn_norm": "ln2"}
-_PROJECTIONS = {"r_proj": "receptance", "k_proj": "key", "v_proj": "value", "o_proj": "output", "g_norm": "ln_x"}
-_OUTSIDE = {"model.embeddings": "emb", "model.norm": "ln_out", "lm_head": "head"}
+from hookpoints.rwkv7.official import _official_name
 
 
 class Answer(NamedTuple):
@@ -27,31 +24,13 @@ class Answer(NamedTuple):
 
 
 def official_weights(model: RWKV7ForCausalLM) -> dict[str, Tensor]:
-    """The weights under the names and in the orientation of the official checkpoints (BlinkDL's .pth)."""
+    """The weights under the names and in the orientation of the official checkpoints (BlinkDL's .pth), which the
+    official package checks."""
     weights = {}
     for name, value in model.state_dict().items():
-        module, _, kind = name.rpartition(".")
-        if module in _OUTSIDE:
-            weights[f"{_OUTSIDE[module]}.{kind}"] = value
-            continue
-        layer, rest = name.removeprefix("model.layers.").split(".", 1)
-        weights[f"blocks.{layer}.{_inside(rest)}"] = (
-            value.T.contiguous() if ".lora." in name and kind == "weight" else value
-        )
+        is_turned = ".lora." in name and name.endswith("weight")
+        weights[_official_name(name)] = value.T.contiguous() if is_turned else value
     return weights
-
-
-def _inside(name: str) -> str:
-    """Name of a parameter inside a block, translated."""
-    head, _, rest = name.partition(".")
-    if head in _BLOCK:
-        return f"{_BLOCK[head]}.{rest}"
-    if head == "ffn":
-        return name
-    first, _, last = rest.partition(".")
-    if first.endswith("_lora"):  # w_lora.lora.0.weight -> w1, .2.weight -> w2, .2.bias -> w0
-        return "att." + first[0] + {"lora.0.weight": "1", "lora.2.weight": "2", "lora.2.bias": "0"}[last]
-    return f"att.{_PROJECTIONS[first]}.{last}" if first in _PROJECTIONS else f"att.{rest}"
 
 
 def ask_official(

@@ -204,18 +204,18 @@ class EditSession:
         rows: Sequence[EditRow],
         start: int,
         stop: int,
-        whole: bool,
+        through_all: bool,
         lowest: int | None = None,
         fwd_hooks: HookSpecs = (),
     ) -> Tensor:
-        """Logits [N,stop-start,vocab] of a pass over some tokens, through all blocks (``whole``), from the first edited
+        """Logits [N,stop-start,vocab] of a pass over some tokens, ``through_all`` blocks, from the first edited
         one on, or from ``lowest`` on."""
         model = self.model
         plan = EditPlan.for_rows(rows)
         layout = self.model.attachment.layout
         lowest = min(plan.by_layer, default=0) if lowest is None else lowest
-        layer = 0 if whole or not layout.is_chain or layout.first_block_feeds_all else lowest
-        residual = None if whole else self._residual.get(_entering_hook(layer))
+        layer = 0 if through_all or not layout.is_chain or layout.first_block_feeds_all else lowest
+        residual = None if through_all else self._residual.get(_entering_hook(layer))
         if residual is not None:
             residual = residual[:, start:stop].expand(len(rows), -1, -1)
         tokens = self.tokens[:, start:stop].expand(len(rows), -1)
@@ -276,28 +276,6 @@ class EditSession:
         branch = copy.copy(cast(Cache, cache))
         branch.layers = [*branch.layers[:layer], *copy.deepcopy(branch.layers[layer:])]
         return branch
-
-
-def run_alone(
-    model: HookedModel,
-    tokens: Tensor,
-    row: EditRow,
-    stop: int | None = None,
-    batch_size: int = 64,
-    gradients: bool = False,
-    apart: bool = True,
-) -> EditedRun:
-    """What a session of ``tokens`` [1,T] runs for this one row, in one pass from the first token on: a plain pass would
-    serve no other row. Arguments and errors are those of `EditSession.run`."""
-    tokens = _one_sequence(model, tokens)
-    plan = EditPlan.for_rows([row])
-    start, stop = _checked_stretch(model, tokens, plan, stop, batch_size)
-    if not gradients:
-        _refuse_trained((*current(model.attachment).plans, plan))
-    with torch.set_grad_enabled(gradients and torch.is_grad_enabled()), scope(model.attachment, (plan,)):
-        logits = model.hf_model(input_ids=tokens[:, :stop], use_cache=False).logits
-    plan.check_acted()
-    return EditedRun(logits[:, start:], start, stop)
 
 
 def _one_sequence(model: HookedModel, tokens: Tensor) -> Tensor:

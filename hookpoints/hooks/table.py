@@ -1,4 +1,4 @@
-"""Every hook point as data: name, axes, when it fires, what an edit does.
+"""Every hook point as data: name, axes, what an edit does. All fire in prefill and in decode.
 
 The hook modules, the documentation and a test that runs each row are all made from ``HOOKS``.
 Axes use one alphabet: B batch, T time, S source token, H head, G key-value head of attention, K key channel, V value
@@ -36,8 +36,6 @@ class HookRow:
     factor: str | None = None
     """What of the rule this hook shows: a field of ``rules.OpFactors``, or "a" or "b" of the canonical form. The hook
     exists only where the rule has it (``Rule.hook_factors``)."""
-    fires: str = "prefill and decode"
-    """When it fires."""
     per_step: bool = False
     """Whether there is one for each step of a token, where tokens take several."""
 

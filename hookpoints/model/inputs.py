@@ -20,14 +20,14 @@ _CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 """What transformers' versions and families call the cache argument of a model."""
 
 
-def as_tokens(input: object, device: torch.device | None = None) -> Tensor:
+def as_tokens(input: object) -> Tensor:
     """Token ids in a dtype that models take; other integers (uint8, say) are made long.
 
     Raises:
         InputError: something that no dense tensor of integers is made from (None, rows of unequal length, floats).
     """
     try:
-        tokens = torch.as_tensor(input, device=device)
+        tokens = torch.as_tensor(input)
         if not is_dense(tokens) or tokens.is_floating_point() or tokens.dtype == torch.bool:
             raise TypeError(f"{tokens.layout} {tokens.dtype}")
     except (TypeError, ValueError, RuntimeError) as error:

@@ -329,7 +329,7 @@ def _check_fields(r: CanonicalForm) -> None:
         raise ValueError(f"an erase needs b together with a (or beta), got only {got}")
     if r.beta is not None and r.b is not None and r.b.shape != r.k.shape:
         raise ValueError(
-            "beta says that each term of the write erases along its own key, but found "
+            "beta says that each term of the write erases along its own key, got "
             f"k {list(r.k.shape)}, b {list(r.b.shape)}"
         )
     if r.rates is not None and (r.b is not None or r.log_decay is None):

@@ -58,7 +58,7 @@ class Span(NamedTuple):
     responses: list[tuple[Tensor, ...]]
     """[N,C,K] for as many of the last writes as come of an erase: response times the state before the chunk is to be
     taken from the values."""
-    whole: tuple[Tensor, ...]
+    over_chunk: tuple[Tensor, ...]
     """[N,1 or K,1], what the state meets over the chunk."""
     queries: tuple[Tensor, ...]
     """[N,C,K], what reads the state before the chunk; empty if outputs are not asked for."""
@@ -115,7 +115,7 @@ def walk(r: CanonicalForm, chunk_size: int | None = None, *, reads: bool = False
             for w, response in enumerate(span.responses, start=len(values) - len(span.responses)):
                 # The values were solved for a zero state; by linearity what the true state adds is one product.
                 values[w] = torch.baddbmm(values[w], response[i], state, alpha=-1)
-            after = state * span.whole[i]
+            after = state * span.over_chunk[i]
             for left, value in zip(span.left, values):
                 after.baddbmm_(left[i], value)
             yield Chunk(span, i, first, min(size, r.T - first), state, values, after)
@@ -154,7 +154,7 @@ def _prepared_chunks(r: CanonicalForm, part: dict[str, Tensor], reads: bool) -> 
         left=[decay.to_end(key).mT.unbind(1) for key in keys],
         values=[value.unbind(1) for value in values],
         responses=[response.unbind(1) for response in responses],
-        whole=decay.whole().unbind(1),
+        over_chunk=decay.over_chunk().unbind(1),
         queries=decay.from_start(query[0]).unbind(1) if reads else (),
         attention=[weights.unbind(1) for weights in attention[0]] if reads else [],
     )
@@ -207,17 +207,17 @@ def is_faster(r: CanonicalForm) -> bool:
     return r.T > _FEW and r.rates is None and not (r.decays_per_channel and wide_dtype(r.q) != torch.float64)
 
 
-def scan(r: CanonicalForm, chunk_size: int | None = None) -> ScanResult:
-    """See `reference.scan`. ``chunk_size`` (tokens; by default that of the device) only trades speed."""
+def scan(r: CanonicalForm) -> ScanResult:
+    """See `reference.scan`."""
     outputs = []
     state = r.starting_state()
-    for chunk in walk(r.working(), chunk_size, reads=True):
+    for chunk in walk(r.working(), reads=True):
         outputs.append(chunk.outputs())
         state = chunk.after
     return ScanResult(_by_token(outputs, r), state.reshape(r.B, r.H, r.K, r.V))
 
 
-def states(r: CanonicalForm, positions: list[int], chunk_size: int | None = None) -> Tensor:
+def states(r: CanonicalForm, positions: list[int]) -> Tensor:
     """See `reference.states`; `positions` must not be empty.
 
     One state is what the walk ends with. Otherwise sixteen tokens at a time are one batched product from the state
@@ -227,14 +227,14 @@ def states(r: CanonicalForm, positions: list[int], chunk_size: int | None = None
     ordered = sorted(set(positions))
     if ordered != positions:
         at = torch.tensor([bisect_left(ordered, t) for t in positions], device=r.device)
-        return states(r, ordered, chunk_size).index_select(1, at)
+        return states(r, ordered).index_select(1, at)
     r = r.select(tokens=slice(0, ordered[-1] + 1)).working()
     if len(ordered) == 1:
-        return _last_state(r, chunk_size).unflatten(0, (r.B, 1, r.H))
+        return _last_state(r).unflatten(0, (r.B, 1, r.H))
     recorded = torch.is_grad_enabled() and any(x.requires_grad for _, x in tensors(r))
     result = r.q.new_empty(0 if recorded else r.B * r.H, len(ordered), r.K, r.V)
     pieces: list[Tensor] = []
-    for chunk in walk(r, chunk_size or _EXPANDED):
+    for chunk in walk(r, _EXPANDED):
         begin = bisect_left(ordered, chunk.first)
         end = bisect_left(ordered, chunk.first + chunk.size)
         if begin < end:
@@ -242,17 +242,17 @@ def states(r: CanonicalForm, positions: list[int], chunk_size: int | None = None
     return (torch.cat(pieces, dim=1) if recorded else result).unflatten(0, (r.B, r.H)).transpose(1, 2)
 
 
-def _last_state(r: CanonicalForm, chunk_size: int | None) -> Tensor:
+def _last_state(r: CanonicalForm) -> Tensor:
     """[B*H,K,V], the state after the last token."""
     state = r.starting_state().flatten(0, 1)
-    for chunk in walk(r, chunk_size):
+    for chunk in walk(r):
         state = chunk.after
     return state
 
 
-def state_blocks(r: CanonicalForm, chunk_size: int | None = None) -> Iterator[Tensor]:
+def state_blocks(r: CanonicalForm) -> Iterator[Tensor]:
     """See `reference.state_blocks`; here a block is a chunk."""
-    for chunk in walk(r.working(), chunk_size or _EXPANDED):
+    for chunk in walk(r.working(), _EXPANDED):
         states = _states_at_rows(chunk, list(range(chunk.size)), r.q.new_empty(0))
         yield states.unflatten(0, (r.B, r.H)).transpose(1, 2)
 

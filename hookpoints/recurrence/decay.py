@@ -60,7 +60,7 @@ class Decay(ABC):
         """D(i->end) key_i, [N,n,C,K]: what is left of the chunk's writes in the state after it."""
         return keys * self._decay_factors(self.edges[..., -1:, :] - self.edges[..., 1:, :])
 
-    def whole(self) -> Tensor:
+    def over_chunk(self) -> Tensor:
         """D(0->end) of each chunk as a factor on states, [N,n,1,1] or [N,n,K,1]."""
         return self._decay_factors(self.edges[..., -1, :, None])
 

@@ -36,7 +36,6 @@ from hookpoints.recurrence.canonical import (
     choice,
     pick,
     resolve_index,
-    tensors,
     terms,
 )
 
@@ -151,12 +150,6 @@ class Recurrence(CanonicalForm):
         by_token = self._by_token(method)
         with self._full_precision():
             yield from reference.state_blocks(self) if by_token else chunked.state_blocks(self)
-
-    def chunks(self, chunk_size: int, like: Tensor) -> Iterator[chunked.Chunk]:
-        """The chunks of at most so many tokens, in order, that the fast paths walk over, of factors as `like`: state
-        before, keys, values and decays. A chunk is short where each key channel has its own decay."""
-        moved = {name: x.to(like) for name, x in tensors(self)}
-        yield from chunked.walk(self.replace(**moved).working(), chunk_size)
 
     def adjoint(self, read_gradients: Tensor) -> Self:
         """The recurrence of the gradients of the writes, which is of the same form and runs backwards in time.

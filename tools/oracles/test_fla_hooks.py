@@ -37,10 +37,7 @@ from test_parity import (  # noqa: F401
     test_reads_are_queries_times_states_and_the_last_is_the_caches,
     test_stop_and_start_meet,
 )
-from test_pattern import (  # noqa: F401
-    test_decoding_has_the_rows_of_the_whole,
-    test_weights_times_values_are_the_reads,
-)
+from test_pattern import test_weights_times_values_are_the_reads  # noqa: F401
 from test_state_in_and_erase import (  # noqa: F401
     test_a_state_that_is_set_is_as_a_cache_that_is_set,
     test_a_token_without_write_decay_and_erase_is_as_if_it_were_not_there,

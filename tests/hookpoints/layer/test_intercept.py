@@ -12,7 +12,6 @@ import pytest
 import torch
 import transformers.models.qwen3_5.modeling_qwen3_5 as upstream
 from tiny_models import make_hf
-from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent, HookpointsError, WriteEdit
 from hookpoints.layer import intercept
@@ -128,13 +127,11 @@ def test_a_copy_of_the_model_carries_no_hooks(tokens, copied):
         twin = copied(hf)
         edited = hf(tokens).logits
         assert torch.equal(twin(tokens).logits, plain) and not torch.equal(edited, plain)
-    twin.model.layers[0].mlp.down_proj.weight.zero_()  # a forward of the original would not see it
-    assert not torch.equal(twin(tokens).logits, plain) and torch.equal(hf(tokens).logits, plain)
-    # pickle finds the forward of a copy by its name, which a decorator of transformers 5.15 replaces.
-    has_name = type(hf.model.layers[0].linear_attn).forward.__name__ == "forward"
-    again = HookedRecurrent.from_hf(copied(copied(hf) if has_name else hf))
+    again = HookedRecurrent.from_hf(twin)
     with again.hooks([(WRITE, doubled)]):
         assert torch.equal(again(tokens), edited) and torch.equal(hf(tokens).logits, plain)
+    twin.model.layers[0].mlp.down_proj.weight.zero_()  # a forward of the original would not see it
+    assert not torch.equal(twin(tokens).logits, plain) and torch.equal(hf(tokens).logits, plain)
 
 
 def test_a_block_that_is_left_out_hands_on_what_it_was_given():
@@ -149,19 +146,6 @@ def test_a_block_that_is_left_out_hands_on_what_it_was_given():
 def test_a_hooked_model_is_not_copied(model, copied):
     with pytest.raises(HookpointsError, match="hf_model"):
         copied(model)
-
-
-@torch.no_grad()
-def test_a_compiled_model_goes_on_working(tokens):
-    hf = make_hf()
-    plain = hf(tokens).logits
-    model = HookedRecurrent.from_hf(hf)
-    compiled = torch.compile(hf, backend="eager")
-    assert_close(compiled(tokens).logits, plain)
-    with model.hooks([(WRITE, doubled)]):
-        edited = hf(tokens).logits
-        assert_close(compiled(tokens).logits, edited)
-    assert_close(compiled(tokens).logits, plain)
 
 
 @torch.no_grad()

@@ -18,7 +18,6 @@ from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_f
 
 from hookpoints import HookedRecurrent, UnknownHookError, WriteEdit, as_bridge, attach
 from hookpoints.errors import BridgeWarning, HookpointsError, UnsupportedModelError
-from hookpoints.model import loading
 from hookpoints.model.bridge import RecurrentAdapter
 
 MIXER = "blocks.1.mixer."
@@ -119,57 +118,23 @@ def test_a_bridge_of_a_class_that_transformer_lens_lacks_has_these_hooks(name, t
 
 
 @torch.no_grad()
-def test_booted_from_a_model_in_hand():
-    """As the documentation shows it: the embedded model, its tokenizer, no network. TransformerLens computes its layers
-    by a copy of their forward, and a warning says that the copy's hooks do not fire."""
-    loaded = loading.load("embedded", device="cpu")
-    bridge = TransformerBridge.boot_transformers("embedded", hf_model=loaded.model, tokenizer=loaded.tokenizer)
-    with pytest.warns(BridgeWarning, match="Qwen3_5GatedDeltaNet"), attach(bridge) as hooked:
-        logits, cache = hooked.run_with_cache("The state of the Union", names_filter=MIXER + "hook_write")
-    assert cache[MIXER + "hook_write"].shape[:2] == logits.shape[:2]
-
-
-@torch.no_grad()
 def test_a_model_as_a_bridge_shares_its_weights_and_stays_as_it_is(hooked, tokens):
     if not hooked.attachment.layout.is_chain:
         with pytest.raises(UnsupportedModelError, match="one residual stream"):
             as_bridge(hooked)
         return
-    expected, fingerprint, names = hooked(tokens), hooked.fingerprint(), hooked.hf_model.state_dict().keys()
-    bridge = as_bridge(hooked)
-    assert torch.equal(bridge(tokens), expected)
+    expected, bridge = hooked(tokens), as_bridge(hooked)
     theirs = {id(parameter) for parameter in bridge.original_model.parameters()}
     assert theirs >= {id(parameter) for parameter in hooked.hf_model.parameters()}
-    last = hooked.cfg.n_layers - 1
-    stream = bridge.run_with_cache(tokens)[1][f"blocks.{last}.hook_out"]
-    name = f"blocks.{last}.hook_resid_post"
-    assert torch.equal(stream, hooked.run_with_cache(tokens, names_filter=name)[1][name])
-    logits = bridge.unembed(bridge.ln_final(stream))  # as lenses make them
-    assert_close(bridge.adapter.apply_output_logits_transform(logits), expected, rtol=0, atol=1e-5)
-    layer = hooked.cfg.recurrent_layers[1]
-    edit = WriteEdit(layer, 0, 5, mode="delete")
+    logits, cache = bridge.run_with_cache(tokens)
+    assert torch.equal(logits, expected)
+    stream = cache[f"blocks.{hooked.cfg.n_layers - 1}.hook_out"]
+    of_lens = bridge.unembed(bridge.ln_final(stream))  # as lenses make logits
+    assert_close(bridge.adapter.apply_output_logits_transform(of_lens), expected, rtol=0, atol=1e-5)
+    edit = WriteEdit(hooked.cfg.recurrent_layers[1], 0, 5, mode="delete")
     with cast(RecurrentAdapter, bridge.adapter).hooked.edits(edit):
         edited = bridge(tokens)
-    assert torch.equal(hooked(tokens), expected) and torch.equal(bridge(tokens), expected)
+        assert torch.equal(hooked(tokens), expected)
     with hooked.edits(edit):
         assert torch.equal(edited, hooked(tokens)) and not torch.equal(edited, expected)
-    assert hooked.hf_model.state_dict().keys() == names and hooked.fingerprint() == fingerprint
-
-
-def test_the_jacobian_lens_of_transformer_lens():
-    """Fitted on a model as a bridge, its matrices are those of derivatives by hand."""
-    lenses = pytest.importorskip("transformer_lens.tools.analysis.jacobian_lens").JacobianLens
-    model = HookedRecurrent.from_pretrained("facts-english-mamba2")
-    text, bridge, stream = "Ben lives in Rome. Iris keeps a parrot.", as_bridge(model), {}
-    lens = lenses.fit(bridge, [text], corpus="facts", skip_first_positions=2, dim_batch=16, show_progress=False)
-    assert lens.source_layers == list(range(model.cfg.n_layers - 1))
-
-    def keep(x, hook):
-        stream[hook.name] = x if x.requires_grad else x.requires_grad_()
-        return stream[hook.name]
-
-    ends = ["blocks.0.hook_resid_post", f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"]
-    model.run_with_hooks(bridge.to_tokens(text), fwd_hooks=[(name, keep) for name in ends])
-    first, last = (stream[name] for name in ends)
-    (row,) = torch.autograd.grad(last[0, 2:-1, 7].sum(), first)
-    assert_close(lens.jacobians[0][7], row[0, 2:-1].mean(0), rtol=1e-4, atol=1e-6)
+        assert torch.equal(bridge(tokens), expected)

@@ -46,21 +46,23 @@ def by_hand(model: HookedRecurrent, tokens: torch.Tensor, *edits: WriteEdit) -> 
 def test_hooks_fire_with_their_shapes(hooked, tokens):
     """In the prompt and at each decoded token."""
     layer, seen = hooked.cfg.recurrent_layers[-1], {}
-    shape, has = hooked.cfg.layer(layer), (None, *hooked.attachment.mixers[layer].rule.hook_factors)
-    head, rows = min(1, shape.H - 1), [row for row in HOOKS if row.scope in ("mixer", "head") and row.factor in has]
+    shape = hooked.cfg.layer(layer)
+    rows = {row.full_name(layer, min(1, shape.H - 1)): row for row in HOOKS if row.scope != "attn"}
+    rows = {name: row for name, row in rows.items() if name in hooked.hook_dict}
 
     def note(value, hook):
         seen.setdefault(hook.name, []).append(tuple(value.shape))
 
-    with hooked.hooks([(row.full_name(layer, head), note) for row in rows]):
+    with hooked.hooks([(name, note) for name in rows]):
         hooked.generate(tokens, max_new_tokens=2, do_sample=False)
     sizes = {"B": 2, "H": shape.H, "K": shape.K, "V": shape.V, "R": shape.R, "F": shape.K * shape.V}
-    for row in rows:
+    sizes["D"] = hooked.cfg.d_model
+    for name, row in rows.items():
         expected = [
             [tuple({**sizes, "T": t, "S": s}[axis] for axis in axes) for t, s in ((70, 70), (1, 71))]
             for axes in row.axes_of(shape.R).replace("(KV)", "F").split(" or ")
         ]
-        assert seen[row.full_name(layer, head)] in expected
+        assert seen[name] in expected, name
 
 
 @torch.no_grad()

@@ -35,7 +35,11 @@ def offloaded(model: nn.Module) -> nn.Module:
     return accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
 
 
-@pytest.mark.parametrize("wrap", [nn.parallel.DistributedDataParallel, adapted, offloaded])
+def compiled(model: nn.Module) -> nn.Module:
+    return torch.compile(model, backend="eager")
+
+
+@pytest.mark.parametrize("wrap", [nn.parallel.DistributedDataParallel, adapted, offloaded, compiled])
 @pytest.mark.usefixtures("one_process")
 @torch.no_grad()
 def test_hooks_act_when_the_wrapper_runs(wrap: Callable[[nn.Module], nn.Module], tokens: torch.Tensor) -> None:

@@ -11,7 +11,7 @@ from recurrences import FORMS, Form, entrywise, normal, random_recurrence
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from hookpoints.recurrence import Loop, Method, Recurrence, chunked, dense, reference
+from hookpoints.recurrence import Loop, Method, Recurrence, chunked
 
 FACTORS = ("q", "k", "u", "log_decay", "a", "b", "beta", "initial_state")
 METHODS: tuple[Method, ...] = ("chunked", "reference")
@@ -49,22 +49,25 @@ def exact(ours: object, expected: object, tolerance: float = 1e-10) -> None:
     assert_close(ours, expected, rtol=tolerance, atol=tolerance)
 
 
-sizes = st.one_of(st.none(), st.integers(1, 80))
+sizes = st.integers(1, 80)
 often = settings(max_examples=60, deadline=None, derandomize=True)
 seldom = settings(max_examples=25, deadline=None, derandomize=True)
 
 
 @often
 @given(r=recurrences(), data=st.data(), chunk_size=sizes)
-def test_chunked_is_the_reference(r: Recurrence, data, chunk_size: int | None) -> None:
-    exact(tuple(chunked.scan(r, chunk_size)), tuple(r.scan(method="reference")))
+def test_chunked_is_the_reference(r: Recurrence, data, chunk_size: int) -> None:
     states = r.states(method="reference")
-    exact(torch.cat(list(chunked.state_blocks(r, chunk_size)), 1), states)
     heads = data.draw(st.lists(st.integers(-r.H, r.H - 1), min_size=1, max_size=3))
     positions = data.draw(st.lists(st.integers(-r.T, r.T - 1), min_size=1, max_size=8))
     chosen = states[:, positions][:, :, heads]
     exact(r.states(heads, positions), chosen)
-    exact(chunked.states(r.select(heads=heads), [t % r.T for t in positions], chunk_size), chosen)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunked, "_CHUNK", {"cpu": chunk_size})
+        patch.setattr(chunked, "_EXPANDED", chunk_size)
+        exact(tuple(chunked.scan(r)), tuple(r.scan(method="reference")))
+        exact(torch.cat(list(chunked.state_blocks(r)), 1), states)
+        exact(chunked.states(r.select(heads=heads), [t % r.T for t in positions]), chosen)
 
 
 @seldom
@@ -149,20 +152,6 @@ def test_gradients_of_writes_and_values_are_those_of_autograd(r: Recurrence, met
     u = r.u.clone().requires_grad_()
     (expected,) = torch.autograd.grad((r.replace(u=u).outputs(method="reference") * g).sum(), u)
     exact(r.value_gradients(g, method=method), expected)
-
-
-@seldom
-@given(r=recurrences(), wide=st.booleans(), block=st.integers(8, 80))
-def test_dense_writes_are_those_of_the_reference(r: Recurrence, wide: bool, block: int) -> None:
-    """Rows one by one, and tokens where they are looped over; blocks of a few tokens."""
-    writes = normal(*r.q.shape, r.V)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dense, "_NUMBERS", 1)
-        patch.setattr(dense, "_LOOPED", 1)
-        patch.setattr(dense, "_BLOCK", block)
-        patch.setattr(dense, "_WIDE", {"cpu": 0} if wide else {})
-        ours = dense.scan_with(r, lambda rows, tokens: writes[rows, tokens])
-    exact(tuple(ours), tuple(reference.scan(r, writes)))
 
 
 # -- float32 and less

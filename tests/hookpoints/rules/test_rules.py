@@ -20,6 +20,7 @@ from ops import (
     assert_canonical_form_is_the_op,
     assert_each_factor_can_be_fed,
     bound,
+    token_by_token,
     unit,
 )
 from recurrences import drawn as normal
@@ -103,14 +104,15 @@ def gated_delta_rule(
 ) -> tuple[Tensor, Tensor]:
     """As in the paper of Gated DeltaNet, eq. 10."""
     q, k = (unit(q), unit(k)) if use_qk_l2norm_in_kernel else (q, k)
-    S, outputs = initial_state, []
-    for t in range(k.shape[1]):
+
+    def step(t: int, S: Tensor) -> tuple[Tensor, Tensor]:
         # One decay for each head, or for each key channel.
         S = S if g is None else g[:, t].exp().reshape(*S.shape[:2], -1, 1) * S
         read_back = torch.einsum("bhkv,bhk->bhv", S, k[:, t])
         S = S + torch.einsum("bh,bhk,bhv->bhkv", beta[:, t], k[:, t], v[:, t] - read_back)
-        outputs.append(torch.einsum("bhkv,bhk->bhv", S, q[:, t]) * (scale or k.shape[-1] ** -0.5))
-    return torch.stack(outputs, 1), S
+        return S, torch.einsum("bhkv,bhk->bhv", S, q[:, t]) * (scale or k.shape[-1] ** -0.5)
+
+    return token_by_token(initial_state, k.shape[1], step)
 
 
 def delta_rule_with_gates(
@@ -151,22 +153,24 @@ def gated_delta_product(num_householder, q, g, **kwargs) -> tuple[Tensor, Tensor
 
 def rwkv6(r, k, v, w, u, scale, initial_state, output_final_state) -> tuple[Tensor, Tensor]:
     """Finch, eq. 19: the state before the token, and the bonus for the token itself."""
-    S, outputs = initial_state, []
-    for t in range(T):
+
+    def step(t: int, S: Tensor) -> tuple[Tensor, Tensor]:
         own = torch.einsum("bhk,bhv->bhkv", k[:, t], v[:, t])
-        outputs.append(scale * torch.einsum("bhkv,bhk->bhv", S + u[..., None] * own, r[:, t]))
-        S = w[:, t].exp()[..., None] * S + own
-    return torch.stack(outputs, 1), S
+        read = scale * torch.einsum("bhkv,bhk->bhv", S + u[..., None] * own, r[:, t])
+        return w[:, t].exp()[..., None] * S + own, read
+
+    return token_by_token(initial_state, T, step)
 
 
 def rwkv7(r, w, k, v, a, b, initial_state, **_) -> tuple[Tensor, Tensor]:
     """The paper's equation, one token and one K x K matrix after the other."""
-    S, outputs = initial_state, []
-    for t in range(r.shape[1]):
-        step = torch.diag_embed(w[:, t].exp()) + b[:, t, ..., None] * a[:, t, ..., None, :]
-        S = step @ S + k[:, t, ..., None] * v[:, t, ..., None, :]
-        outputs.append((S * r[:, t, ..., None]).sum(-2))
-    return torch.stack(outputs, 1), S
+
+    def step(t: int, S: Tensor) -> tuple[Tensor, Tensor]:
+        moved = (torch.diag_embed(w[:, t].exp()) + b[:, t, ..., None] * a[:, t, ..., None, :]) @ S
+        S = moved + k[:, t, ..., None] * v[:, t, ..., None, :]
+        return S, (S * r[:, t, ..., None]).sum(-2)
+
+    return token_by_token(initial_state, r.shape[1], step)
 
 
 def fused_rwkv7(kk, a, **kwargs) -> tuple[Tensor, Tensor]:
@@ -253,24 +257,22 @@ def fused_rwkv7_call() -> dict:
 
 
 def of_transformers() -> dict[str, Case]:
-    gated, kimi, mamba = ("qwen3_5", "lara_mini"), ("kimi_linear", "bailing_hybrid"), ("mamba2", "bamba", "falcon_h1")
     # The oldest versions expand groups of heads before they call the op, not inside it.
     inside = inspect.unwrap(modelling("qwen3_5").torch_chunk_gated_delta_rule).__code__.co_names
     groups = 2 if "repeat_interleave" in inside else H
-    calls = [(name, GATED_DELTA, op, lambda: delta_call(groups)) for name in gated for op in GATED_DELTA.ops]
-    calls += [(name, KIMI_DELTA, op, lambda: delta_call(H, K)) for name in kimi for op in KIMI_DELTA.ops]
-    mamba += ("granitemoehybrid", "nemotron_h", "zamba2")
-    calls += [(name, MAMBA2, MAMBA2.ops[0], lambda: scan_call(groups)) for name in mamba]
-    calls += [(name, MAMBA2, MAMBA2.ops[1], lambda: update_call(groups)) for name in mamba]
-    mamba1 = ("falcon_mamba", "jamba", "mamba")
-    calls += [
-        (name, MAMBA1, op, lambda op=op: mamba1_call(op == MAMBA1.ops[1])) for name in mamba1 for op in MAMBA1.ops
-    ]
+    mamba2 = ("mamba2", "bamba", "falcon_h1", "granitemoehybrid", "nemotron_h", "zamba2")
     cases = {}
-    for name, rule, op, make in calls:
-        if (module := modelling(name)) is not None:
-            sizes = (1 if rule is MAMBA1 else H, K, V)
-            cases[f"{name}-{op}"] = Case(rule, inspect.unwrap(getattr(module, op)), make, sizes=sizes)
+    for rule, families, *calls in (
+        (GATED_DELTA, ("qwen3_5", "lara_mini"), *[lambda: delta_call(groups)] * 2),
+        (KIMI_DELTA, ("kimi_linear", "bailing_hybrid"), *[lambda: delta_call(H, K)] * 2),
+        (MAMBA2, mamba2, lambda: scan_call(groups), lambda: update_call(groups)),
+        (MAMBA1, ("falcon_mamba", "jamba", "mamba"), lambda: mamba1_call(False), lambda: mamba1_call(True)),
+    ):
+        sizes = (1 if rule is MAMBA1 else H, K, V)
+        for family in families:
+            for op, make in zip(rule.ops, calls):
+                if (module := modelling(family)) is not None:
+                    cases[f"{family}-{op}"] = Case(rule, inspect.unwrap(getattr(module, op)), make, sizes=sizes)
     return cases
 
 
