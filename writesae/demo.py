@@ -3,7 +3,6 @@ of what one head of a language model writes."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,30 +14,23 @@ from torch import Tensor
 from hookpoints import HookedRecurrent, MemoryReader, attribute, embedded, forgot
 from hookpoints.files import atomic_text
 from hookpoints.scopes import threads_for
-from sae_lens_writesae.sae.collecting import collect
-from sae_lens_writesae.sae.factors import Collection
 from sae_lens_writesae.sae.load import load_sae
-from sae_lens_writesae.sae.metric_fit import fit_metrics
-from sae_lens_writesae.sae.runner import train, training_config
-from sae_lens_writesae.sae.training import MatrixTrainingSAE
-from writesae.choices import DictionaryName, MetricName
-from writesae.collecting import Say
+from writesae.choices import DictionaryName
+from writesae.collecting import Say, check_text
 from writesae.dictionary.quality import HEAD_SEQUENCES, head_effects, quality_of_heads, strongest_head
 from writesae.experiment.tokens import sample_sequences, say_time
-from writesae.files import Json, check_ours, check_settings, check_writable, keep_settings, taken
-from writesae.flags import Demo
+from writesae.files import Json, check_ours, check_writable
+from writesae.flags import Demo, Train
 from writesae.page.atoms.text import TokenTexts
 from writesae.page.remembered import PromptText, default_prompt
 from writesae.page.template import environment
-from writesae.training import quality_table, quiet, save_dictionary
+from writesae.training import quality_table, quiet, run_train
 
-RECIPES: tuple[MetricName, ...] = ("frobenius", "gauss_newton")
-"""What errors of each dictionary are measured by: their squares, or the KL divergence that they cause."""
 PAGE = "demo.html"
 STORY = "facts-english"
 """The model whose memory is read back and cut."""
 FITTED = 20_000
-"""Characters of speeches, of which the text is one, to which the reader of this memory is fitted."""
+"""Characters of speeches, of which the text is one: a reader is fitted to them, and the head chosen on them."""
 CONTEXT = 128
 """Tokens of a sequence that a dictionary is trained and measured on."""
 DEMO_PASSES = 2000
@@ -46,49 +38,54 @@ DEMO_PASSES = 2000
 
 
 def run_demo(flags: Demo, say: Say = print) -> Path:
-    """Read and cut the memory, train the dictionaries, and write everything to `out`: the page, and for each
-    dictionary `sae/`. Dictionaries are not overwritten: the same command resumes where it was stopped.
+    """Read and cut the memory, train the dictionaries as `writesae train` does, and write the page to `out`. The same
+    command resumes where it was stopped.
 
     Raises:
-        ValueError: `out` cannot be written or holds a demo with other settings; before any training.
+        ValueError: `out` cannot be written or holds dictionaries with other settings, or the model does not ship with
+            the package; before any training.
     """
-    settings = {name: value for name, value in dataclasses.asdict(flags).items() if name not in ("out", "device")}
     check_writable(flags.out)
-    recipes: dict[str, MetricName] = {
-        str(DictionaryName("write", seed=flags.seed, metric=metric)): metric for metric in RECIPES
-    }
-    names = (PAGE, "collection", *recipes)
-    check_settings(flags.out, settings, names)
     check_ours(flags.out / PAGE)
-    say("1 of 5: a memory, read back and cut")
+    check_text(flags.model, None)
+    say("1 of 4: a memory, read back and cut")
     model = HookedRecurrent.from_pretrained(flags.model)
     tokens = sample_sequences(model, embedded.text("test"), CONTEXT, flags.eval_sequences)
-    text = sample_sequences(model, embedded.text("train"), CONTEXT, flags.train_sequences)
-    with taken(flags.out, say), threads_for(0):  # two threads cost more than they win here
-        say_time(model, text, DEMO_PASSES, flags.out, say)
+    with threads_for(0):  # two threads cost more than they win here
+        say_time(model, tokens, DEMO_PASSES, flags.out, say)
         recalled = recall()
-        keep_settings(flags.out, settings, names)
         say(recalled.lines())
-        say("2 of 5: what each head's writes do")
-        head = choose_head(model, text[:HEAD_SEQUENCES])
+        say("2 of 4: what each head's writes do")
+        head = choose_head(model, sample_sequences(model, embedded.text("train")[:FITTED], CONTEXT, HEAD_SEQUENCES))
         say(str(head))
-        say("3 of 5: writes of one head")
-        collection = collect(
-            model, text, [head.layer], [head.head], flags.out / "collection", dtype="float32", progress=False
-        )
-        say("4 of 5: training two dictionaries")
-        for name, metric in recipes.items():
-            if not (flags.out / name / "sae").exists():
-                save_dictionary(trained_sae(flags, model, collection, head, metric), flags.out / name)
-                say(f"trained   {flags.out / name}")
-        say("5 of 5: their quality on held-out text")
-        saes = {name: load_sae(flags.out / name / "sae") for name in recipes}
+        say("3 of 4: two dictionaries of what this head writes")
+        train = train_flags(flags, head)
+        run_train(train, say)
+        say("4 of 4: their quality on held-out text")
+        folder = flags.out / f"L{head.layer}H{head.head}"
+        saes = {name: load_sae(folder / name / "sae") for name in train.names}
         quality = quality_of_heads(model, saes, tokens)
         qualities = {name: quality(name) for name in saes}
         say(quality_table(qualities))
         page = atomic_text(flags.out / PAGE, page_of(recalled, head, qualities))
     say(f"\n{recalled.lines()}\n\nopen in a browser:")
     return page
+
+
+def train_flags(flags: Demo, head: ChosenHead) -> Train:
+    """What is trained: a dictionary for squared errors, and one for the KL divergence that errors cause."""
+    names = (DictionaryName("write", seed=flags.seed), DictionaryName("write", seed=flags.seed, metric="gauss_newton"))
+    return Train(
+        model=flags.model,
+        layers=(head.layer,),
+        heads=(head.head,),
+        names=tuple(map(str, names)),
+        d_sae=flags.d_sae,
+        training_tokens=flags.training_tokens,
+        context_size=CONTEXT,
+        out=flags.out,
+        summary=False,
+    )
 
 
 class ChosenHead(NamedTuple):
@@ -113,18 +110,6 @@ def choose_head(model: HookedRecurrent, tokens: Tensor) -> ChosenHead:
     """The head whose writes do most, of those that remember for a while."""
     layer, head, half_life, nats = strongest_head(head_effects(model, tokens))
     return ChosenHead(model.cfg.model_name, model.cfg.layer(layer).rule, layer, head, half_life, nats)
-
-
-def trained_sae(
-    flags: Demo, model: HookedRecurrent, collection: Collection, head: ChosenHead, metric: MetricName
-) -> MatrixTrainingSAE:
-    """A dictionary."""
-    place = (head.layer, head.head)
-    sizes = {name: getattr(flags, name) for name in ("d_sae", "seed", "training_tokens")}
-    with quiet():
-        fitted = None if metric == "frobenius" else fit_metrics(model, collection.tokens[:64], [place])[place]
-        cfg = training_config(collection, *place, metric=metric, sae={"k": 1}, verbose=False, **sizes)
-        return train(cfg, metric=fitted)
 
 
 class RecalledMemory(NamedTuple):

@@ -28,14 +28,11 @@ class Demo:
     Offline, in a minute or two on two cores."""
 
     model: str = "embedded"
-    """Model to look into: one that ships with the package (embedded, embedded-mamba2, embedded-rwkv7), a folder, or a
-    name on the hub."""
+    """Model to look into: one that ships with the package (embedded, embedded-mamba2, embedded-rwkv7)."""
     d_sae: int = 256
     """Atoms of a dictionary."""
     training_tokens: int = 64_000
-    """Tokens that each dictionary sees, in as many epochs of the text as that needs."""
-    train_sequences: int = 160
-    """Sequences of the training text, or all that there are."""
+    """Tokens that each dictionary is trained on."""
     eval_sequences: int = 24
     """Sequences of the held-out text."""
     seed: int = 0
@@ -46,7 +43,7 @@ class Demo:
     """Folder for demo.html, the writes that were read, and the dictionaries."""
 
     def __post_init__(self) -> None:
-        sizes = ("d_sae", "training_tokens", "train_sequences", "eval_sequences")
+        sizes = ("d_sae", "training_tokens", "eval_sequences")
         at_least(self, dict.fromkeys(sizes, 1) | {"seed": 0})
 
 

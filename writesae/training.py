@@ -28,7 +28,6 @@ from sae_lens_writesae.sae.metric import Metric
 from sae_lens_writesae.sae.metric_fit import fit_metrics
 from sae_lens_writesae.sae.runner import train, training_config
 from sae_lens_writesae.sae.target import HeadHook, RunnerConfig
-from sae_lens_writesae.sae.training import MatrixTrainingSAE
 from writesae.choices import MATCHED, DictionaryName, Target
 from writesae.collecting import Say, check_text, collect_from, documents
 from writesae.dictionary.quality import quality_of_heads
@@ -66,11 +65,6 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-def save_dictionary(sae: MatrixTrainingSAE, folder: Path) -> None:
-    """Leave a dictionary in FOLDER/sae, whole or not at all. What is there is not replaced."""
-    atomic_folder(folder / "sae", lambda aside: sae.save_inference_model(str(aside)), lambda there: ())
 
 
 def quality_table(qualities: Mapping[str, object]) -> str:
@@ -264,5 +258,5 @@ def train_group(collection: Collection, group: Mapping[Path, RunnerConfig], metr
     with quiet():
         saes = train(configs, [collection] * len(configs), metric=of_configs, checkpoint=checkpoint)
     for folder, sae in zip(group, saes):
-        if not (folder / "sae").exists():
-            save_dictionary(sae, folder)
+        if not (folder / "sae").exists():  # whole or not at all
+            atomic_folder(folder / "sae", lambda aside, sae=sae: sae.save_inference_model(str(aside)), lambda there: ())

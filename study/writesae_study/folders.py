@@ -18,16 +18,13 @@ def check_page(page: Path) -> None:
 def run_folder(sae: Path) -> Path | None:
     """The folder of the run that trained a dictionary; None where no run did.
 
-    A run saves its settings: `demo` for all of its dictionaries, in `RUN/config.json`, and `train` for each of them, in
-    `RUN/L2H0/NAME/config.json`. Other folders above a dictionary are nobody's business.
+    A run saves the settings of each dictionary in `RUN/L2H0/NAME/config.json`. Other folders above a dictionary are
+    nobody's business.
     """
     place = sae.resolve()
-    if place.name != "sae":
+    if place.name != "sae" or not (place.parent / "config.json").is_file():
         return None
-    if (place.parent / "config.json").is_file():
-        return place.parents[min(2, len(place.parents) - 1)]
-    demo = place.parents[min(1, len(place.parents) - 1)]
-    return demo if (demo / "config.json").is_file() else None
+    return place.parents[min(2, len(place.parents) - 1)]
 
 
 def check_saes(arguments: Sequence[str]) -> None:

@@ -136,5 +136,6 @@ def test_half_lives_follow_the_key_of_each_write(model: HookedRecurrent, short_t
     """Of the writes that have 12 tokens after them."""
     recurrence = model.recurrence(short_text[:1], LAYER).select(heads=slice(0, 1))
     keys = [recurrence.propagate(recurrence.k[0, t], t, 0)[0, 0, :13] for t in range(12)]
-    lives = [int((left.norm(dim=-1) >= left[0].norm() / 2).long().cumprod(0).sum().clamp_max(12)) for left in keys]
-    assert half_lives(recurrence)[:, 0].tolist() == lives
+    sizes = torch.stack(keys).norm(dim=-1)  # [writes,tokens]
+    not_yet_half = (sizes >= sizes[:, :1] / 2).long().cumprod(1)
+    assert half_lives(recurrence)[:, 0].tolist() == not_yet_half.sum(1).clamp_max(12).tolist()

@@ -38,11 +38,10 @@ def same(a: object, b: object) -> bool:
 
 @dataclass(frozen=True)
 class Check:
-    """What goes wrong, and how often it is tried."""
+    """Comparisons, and how often they are made."""
 
-    section: str
     run: Callable[[Path, int], Iterator[Comparison]]
-    """Called with an empty folder and a number of rounds; its docstring says what is done and compared."""
+    """Called with an empty folder and a number of rounds."""
     few: int
     """Rounds in the test suite."""
     many: int
@@ -57,13 +56,14 @@ class Check:
 CHECKS: list[Check] = []
 
 
-def check(
-    section: str, few: int = 1, many: int = 1, slow: bool = False
-) -> Callable[[Callable[[Path, int], Iterator[Comparison]]], Callable[[Path, int], Iterator[Comparison]]]:
+Run = Callable[[Path, int], Iterator[Comparison]]
+
+
+def check(few: int = 1, many: int = 1, slow: bool = False) -> Callable[[Run], Run]:
     """Add a function to ``CHECKS``."""
 
-    def add(run: Callable[[Path, int], Iterator[Comparison]]) -> Callable[[Path, int], Iterator[Comparison]]:
-        CHECKS.append(Check(section, run, few, many, slow))
+    def add(run: Run) -> Run:
+        CHECKS.append(Check(run, few, many, slow))
         return run
 
     return add

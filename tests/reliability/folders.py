@@ -79,7 +79,8 @@ KINDS = {
 
 
 def damaged(name: str, kind: Kind) -> Callable[[Path, int], Iterator[Comparison]]:
-    """What a check runs: a folder of that name, damaged."""
+    """What a check runs: a folder of that name with one bit flipped, cut short, with two files swapped, or with an
+    entry of its seal dropped or renamed. It is refused by name, or what is read is the same."""
 
     def run(work: Path, rounds: int) -> Iterator[Comparison]:
         make, read = kind
@@ -92,15 +93,11 @@ def damaged(name: str, kind: Kind) -> Callable[[Path, int], Iterator[Comparison]
         yield Comparison("not damaged any more", whole, outcome(read, folder))
 
     run.__name__ = f"damaged_{name}"
-    run.__doc__ = (
-        f"A folder of a {name} with one bit flipped, cut short, with two files swapped, or with an entry of its seal "
-        "dropped or renamed. It is refused by name, or what is read is the same."
-    )
     return run
 
 
 for _name, _kind in KINDS.items():
-    check("Damaged folders", few=60, many=220)(damaged(_name, _kind))
+    check(few=60, many=220)(damaged(_name, _kind))
 
 
 def _asked(work: Path, act: Callable[..., object], *args: object) -> str:
@@ -123,7 +120,7 @@ def _rewrite(file: Path, **fields: object) -> None:
     reseal(file.parent)
 
 
-@check("Folders from strangers")
+@check()
 def code(work: Path, rounds: int) -> Iterator[Comparison]:
     """`auto_map` of a model, or of a tokenizer, names a module in the folder, and transformers has no such class. The
     model is refused by name, or loaded without the tokenizer; nothing is run and nobody is asked."""
@@ -140,7 +137,7 @@ def code(work: Path, rounds: int) -> Iterator[Comparison]:
         yield Comparison(file, expected, _asked(work, read_model, folder))
 
 
-@check("Folders from strangers")
+@check()
 def pickles(work: Path, rounds: int) -> Iterator[Comparison]:
     """The weights of a model are a pickle. It is refused by name."""
     make_model(folder := work / "model")
@@ -150,7 +147,7 @@ def pickles(work: Path, rounds: int) -> Iterator[Comparison]:
     yield Comparison("weights", REFUSED, _asked(work, read_model, folder))
 
 
-@check("Folders from strangers")
+@check()
 def claims(work: Path, rounds: int) -> Iterator[Comparison]:
     """An index names weights outside of its folder. It is refused by what it claims, before it is believed."""
     make_model(folder := work / "index")

@@ -49,7 +49,7 @@ class _Calls:
             sys.setprofile(before)
 
 
-@check("Interrupts", few=1, many=20)
+@check(few=1, many=20)
 @torch.no_grad()
 def interrupts(work, rounds):
     """KeyboardInterrupt as a call of the package returns, at another place each time. The tracebacks stay alive, as in
@@ -86,7 +86,7 @@ PAIRS = [
 ]
 
 
-@check("Threads", few=2, many=20)
+@check(few=2, many=20)
 def threads(work, rounds):
     """Four threads run one model, two of one kind of run and two of another. Each result is compared with that of the
     run alone."""
@@ -132,7 +132,7 @@ def _wrapped(hf) -> int:
     return sum("forward" in vars(module) for module in hf.modules()) + len(intercept._USES)
 
 
-@check("Leaving nothing behind", few=1, many=5)
+@check(few=1, many=5)
 @torch.no_grad()
 def nothing_left(work, rounds):
     """Hooks, scopes, open layers, threads and tensors are counted before and after each kind of run, also after one

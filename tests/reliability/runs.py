@@ -89,6 +89,6 @@ PROBES: list[Callable] = [nested, cached, remembered, write_attribution]
 
 
 @torch.no_grad()
-def outputs(model, tokens, wanted=RUNS) -> dict[str, object]:
+def outputs(model, tokens, runs=RUNS) -> dict[str, object]:
     """What a model computes in each kind of run."""
-    return {run.__name__: run(model, tokens) for run in wanted}
+    return {run.__name__: run(model, tokens) for run in runs}

@@ -8,7 +8,7 @@ import shutil
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 import writesae
 from hookpoints import HookedRecurrent
 from hookpoints.files import CHECKSUMS
-from reliability.checks import Comparison, check, outcome
+from reliability.checks import Comparison, check
 from reliability.folders import read_dictionary
 from reliability.runs import fresh
 from sae_lens_writesae.sae import rows as sae_rows
@@ -30,8 +30,6 @@ from writesae.flags import Train
 from writesae.training import run_train
 
 PRODUCT = Path(writesae.__file__).parents[1]
-Write = Callable[[HookedRecurrent, Path], object]
-Contents = Callable[[Path], dict[str, object]]
 
 
 def dictionaries(model: HookedRecurrent, folder: Path) -> None:
@@ -48,25 +46,18 @@ def dictionaries(model: HookedRecurrent, folder: Path) -> None:
 
 def contents(folder: Path) -> dict[str, object]:
     """What is there under its own name, read."""
-    found: dict[str, object] = {}
+    there: dict[str, object] = {}
     for file in sorted(folder.rglob("*")):
         name = str(file.relative_to(folder))
         if any(part.startswith(".") or part == "checkpoint" for part in Path(name).parts):  # of what is not finished
             continue
         if file.name == "cfg.json":
-            found[name] = read_dictionary(file.parent)
+            there[name] = read_dictionary(file.parent)
         elif file.name.startswith("shard-") or file.name == INDEX:
-            found[name] = file.read_bytes()
+            there[name] = file.read_bytes()
         elif file.name == CHECKSUMS and (file.parent / INDEX).exists():
-            found |= {f"{name}, {line}": True for line in file.read_text().splitlines()}
-    return found
-
-
-def _read_back(what: str, folder: Path, whole: dict[str, object], contents: Contents) -> Iterator[Comparison]:
-    """What is there, compared with the same of the whole result; nothing where nothing is there."""
-    got = outcome(contents, folder)
-    if got:
-        yield Comparison(what, {name: whole.get(name) for name in got} if isinstance(got, dict) else whole, got)
+            there |= {f"{name}, {line}": True for line in file.read_text().splitlines()}
+    return there
 
 
 class _Killer:
@@ -97,42 +88,32 @@ class _Killer:
         places = list(self.places.values())
         return [draw.choice(calls) for calls in draw.sample(places, min(n, len(places)))]
 
-    def run(self, write: Write, model: HookedRecurrent, folder: Path) -> None:
+    def run(self, model: HookedRecurrent, folder: Path) -> None:
         sys.setprofile(self)
         try:
-            write(model, folder)
+            dictionaries(model, folder)
         finally:
             sys.setprofile(None)
 
 
-def kills(write: Write, contents: Contents) -> Callable[[Path, int], Iterator[Comparison]]:
-    """What a check runs: kills while something is written, and what is there then."""
-
-    def run(work: Path, rounds: int) -> Iterator[Comparison]:
-        model, counter = fresh(), _Killer()
-        counter.run(write, model, work / "whole")
-        whole = contents(work / "whole")
-        for at in counter.draw(rounds):
-            folder = work / f"killed-{at}"
-            if (process := os.fork()) == 0:
-                try:
-                    tqdm.get_lock().locks = [RLock()]  # forks share the lock of bars, and a kill would leave it taken
-                    _Killer(at).run(write, model, folder)
-                finally:
-                    os._exit(0)
-            os.waitpid(process, 0)
-            yield from _read_back(f"after a kill at call {at}", folder, whole, contents)
-            outcome(write, model, folder)
-            yield Comparison(f"finished after a kill at call {at}", whole, outcome(contents, folder))
-            shutil.rmtree(folder)
-
-    run.__name__ = f"kills_{write.__name__}"
-    run.__doc__ = (
-        f"{write.__doc__} The process is killed (SIGKILL) as a call that changes files returns, at another line each "
-        "time. What it left is read and compared with the same of a run without kills. Then the run is resumed, and "
-        "the whole is compared."
-    )
-    return run
-
-
-check("Kills", few=2, many=60, slow=True)(kills(dictionaries, contents))
+@check(few=2, many=60, slow=True)
+def kills_dictionaries(work: Path, rounds: int) -> Iterator[Comparison]:
+    """The process is killed (SIGKILL) as a call that changes files returns, at another line each time. What it left is
+    read and compared with the same of a run without kills. Then the run is resumed, and the whole is compared."""
+    model, counter = fresh(), _Killer()
+    counter.run(model, work / "whole")
+    whole = contents(work / "whole")
+    for at in counter.draw(rounds):
+        folder = work / f"killed-{at}"
+        if (process := os.fork()) == 0:
+            try:
+                tqdm.get_lock().locks = [RLock()]  # forks share the lock of bars, and a kill would leave it taken
+                _Killer(at).run(model, folder)
+            finally:
+                os._exit(0)
+        os.waitpid(process, 0)
+        for name, left in contents(folder).items():
+            yield Comparison(f"{name} after a kill at call {at}", whole[name], left)
+        dictionaries(model, folder)
+        yield Comparison(f"finished after a kill at call {at}", whole, contents(folder))
+        shutil.rmtree(folder)

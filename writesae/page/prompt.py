@@ -50,9 +50,6 @@ class PromptServer(ThreadingHTTPServer):
         InputError: the port is taken; before a model is loaded.
     """
 
-    request_queue_size = 128
-    """Connections that wait to be accepted; more are reset."""
-
     def __init__(self, flags: Prompt) -> None:
         saes = [] if flags.sae is None else [load_sae(each) for each in sae_folders(flags.sae)]
         self.lock = threading.Lock()

@@ -13,6 +13,7 @@ from sae_lens import SAE
 from hookpoints import Graph, HookedRecurrent, MemoryReader, attribute, embedded
 from hookpoints.errors import InputError
 from sae_lens_writesae.sae.target import HeadHook
+from writesae.experiment.firings import collect_firings
 from writesae.page.atoms.text import TokenTexts, short, visible
 from writesae.page.remembered import PromptText
 
@@ -112,22 +113,20 @@ class Session:
         # All nodes of a text of sixty tokens take five times as long as the likely ones.
         return attribute(tokens, self.model, target or None, against or None, 50, saes=list(self.saes.values()))
 
-    @torch.no_grad()
     def atoms(self, prompt: PromptText) -> dict[str, list[list[tuple[str, float]]]]:
         """For each head with a dictionary, by its name [T]: active atoms with their activation, largest first.
 
-        Cost: a forward up to the last of these heads.
+        Cost: for each a forward up to its layer.
         """
-        hooks = {cell: HeadHook.of(sae) for cell, sae in self.saes.items()}
-        names = [hook.name for hook in hooks.values()]
-        last = max((hook.layer for hook in hooks.values()), default=0)
-        _, cache = self.model.run_with_cache(prompt.tokens, names_filter=names, stop_at_layer=last + 1)
         atoms = {}
         for cell, sae in self.saes.items():
-            active = sae.encode(cache[hooks[cell].name][0].to(next(sae.parameters())))
-            order = active.argsort(descending=True)
-            rows = zip(order.tolist(), active.gather(1, order).tolist())
-            atoms[cell] = [[(f"atom {atom}", short(value)) for atom, value in zip(*row) if value] for row in rows]
+            firings = collect_firings(self.model, sae, HeadHook.of(sae).layer, prompt.tokens).frame()
+            by_position = firings.sort_values("activation", ascending=False).groupby("position")
+            rows = [list[tuple[str, float]]() for _ in prompt.tokens[0]]
+            for position, here in by_position:
+                named = zip(here["atom"], here["activation"])
+                rows[cast(int, position)] = [(f"atom {atom}", short(value)) for atom, value in named]
+            atoms[cell] = rows
         return atoms
 
 
