@@ -76,19 +76,19 @@ def of_language_model(name: str, prompts: int) -> dict[str, Any]:
         rates += of_prompt(graph, every)
         deleted.append((every, graph.edges))
     for text, word, other in PAIRS:
-        filled, corrupt = (text.format(said.strip()) for said in (word, other))
+        filled, corrupt = (text.format(term.strip()) for term in (word, other))
         graph = attribute(filled, model, [word], against=other, corrupt=corrupt)
         replaced.append((graph.nodes, graph.edges))
     by_rate = pd.DataFrame(rates, columns=["what", "rate", "random"]).groupby("what", sort=False)
-    found: dict[str, Any] = {"prompts": by_rate.mean().to_dict("index")}
+    figures: dict[str, Any] = {"prompts": by_rate.mean().to_dict("index")}
     for way, tables in (("deleted", deleted), ("replaced", replaced)):
         nodes, edges = map(pd.concat, zip(*tables))
         edges = edges[~edges.source.str.startswith("stream")]
         heads = np.where(edges.target.str.contains("A"), " of softmax heads,", "")
         both = pd.concat([nodes, edges]).assign(kind=[*nodes.feature_type, *(edges.port + heads + " edges")])
         by_kind = both.dropna(subset=["predicted", "measured"]).groupby("kind", sort=False)
-        found[way] = {kind: fit(rows) for kind, rows in by_kind if len(rows) > 2}
-    return found | costs(model, ids[:, 700:828])
+        figures[way] = {kind: fit(rows) for kind, rows in by_kind if len(rows) > 2}
+    return figures | costs(model, ids[:, 700:828])
 
 
 def costs(model: HookedRecurrent, tokens: torch.Tensor) -> dict[str, float]:
@@ -159,20 +159,20 @@ AGREEMENT = {"deleted": {"write": 0.95}, "replaced": {"write": 0.99, **dict.from
 COSTS = {"nodes, forwards": 6.0, "a measured write, forwards": 0.2, "graph of 15 tokens, seconds": 3.0}
 
 
-def lines(found: dict[str, Any]) -> list[Line]:
+def lines(figures: dict[str, Any]) -> list[Line]:
     """Which nodes are drawn and measured, how well effects are predicted, and costs; and the zoo."""
-    said: list[Line] = []
-    for name, row in found["models"].items():
+    page_lines: list[Line] = []
+    for name, row in figures["models"].items():
         for what, rates in row["prompts"].items():
-            said.append(Line(what, rates["rate"], "", GOALS.get(what, 0.95), least=True, column=name))
+            page_lines.append(Line(what, rates["rate"], "", GOALS.get(what, 0.95), least=True, column=name))
         for way, goals in AGREEMENT.items():
-            said += [
+            page_lines += [
                 Line(f"r of {way}: {kind}", row[way][kind]["r"], "", goal, least=True, column=name)
                 for kind, goal in goals.items()
             ]
-        said += [Line(what, row[what], goal=goal, column=name) for what, goal in COSTS.items()]
-    holders = statistics.mean(row["holder"] for row in found["zoo"].values())
-    return [*said, Line("writes of the truth table that come first", holders, "", 0.9, True, "zoo")]
+        page_lines += [Line(what, row[what], goal=goal, column=name) for what, goal in COSTS.items()]
+    holders = statistics.mean(row["holder"] for row in figures["zoo"].values())
+    return [*page_lines, Line("writes of the truth table that come first", holders, "", 0.9, True, "zoo")]
 
 
 if __name__ == "__main__":

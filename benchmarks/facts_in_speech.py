@@ -113,15 +113,15 @@ def contradicted(model: HookedRecurrent, texts: Sequence[english.Document]) -> d
             if case != "clean" and given not in (other, fact.value):
                 continue  # the model gives neither
             own = [one for one in suspects if case != "clean" and fact.name in one.text and given in one.text]
-            found = {"others flagged": any(one.flagged for one in suspects if one not in own)}
+            figures = {"others flagged": any(one.flagged for one in suspects if one not in own)}
             if own:
                 is_later = (given == other) == (case != "lie earlier")
                 rival = fact.value if given == other else other
-                found["flagged"] = any(one.flagged for one in own)
-                found["first"] = suspects[0] in own
-                found["order"] = all(one.overwrote == is_later for one in own if one.flagged)
-                found["other answer"] = any(one.answer.strip() == rival for one in own)
-            for what, is_so in found.items():
+                figures["flagged"] = any(one.flagged for one in own)
+                figures["first"] = suspects[0] in own
+                figures["order"] = all(one.overwrote == is_later for one in own if one.flagged)
+                figures["other answer"] = any(one.answer.strip() == rival for one in own)
+            for what, is_so in figures.items():
                 shares[case].setdefault(what, []).append(is_so)
     return {
         case: {what: statistics.mean(each) for what, each in own.items()} | {"texts": len(own["others flagged"])}
@@ -133,11 +133,11 @@ def of_model(name: str, texts: int, sizes: Sequence[int], names: int) -> dict[st
     model = HookedRecurrent.from_pretrained(name, device="cpu")
     training = english.draw(160, facts=6, questions=0, seed=5, split="train")
     reader = MemoryReader.fit(model, torch.tensor([document.tokens for document in training]), context=192)
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for size in sizes:
         documents = documents_of(size, texts, 99 + size)
-        found[f"{size} facts"] = read_facts(model, reader, size, documents, names)
-    return found | {"contradicted": contradicted(model, documents_of(min(4, max(sizes)), texts, 19))}
+        figures[f"{size} facts"] = read_facts(model, reader, size, documents, names)
+    return figures | {"contradicted": contradicted(model, documents_of(min(4, max(sizes)), texts, 19))}
 
 
 def measure(
@@ -161,10 +161,10 @@ FLAGGED: dict[str, dict[str, Any]] = {
 """What is said of the sentence of the answer, and its goal."""
 
 
-def lines(found: dict[str, Any]) -> list[Line]:
+def lines(figures: dict[str, Any]) -> list[Line]:
     """Readers, and contradictions."""
     rows: list[Line] = []
-    for name, own in found.items():
+    for name, own in figures.items():
         for size, goal in GOALS.items():
             if size not in own:
                 continue

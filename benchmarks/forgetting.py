@@ -52,22 +52,22 @@ def attacked(model: HookedRecurrent, texts: int, decoys: int) -> dict[str, dict[
     tokens = running_tokens(model, embedded.text("test"))
     drawn = tokens.unfold(0, T, (len(tokens) - T) // (texts + decoys))[: texts + decoys]
     spans = drawn[:, slice(*SPAN)].tolist()
-    found: dict[str, dict[str, float]] = {name: {"named": 0, "gone": 0} for name in CUTS}
+    figures: dict[str, dict[str, float]] = {name: {"named": 0, "gone": 0} for name in CUTS}
     for n, text in enumerate(drawn[:texts]):
         memory = model.memory(text[None])
         candidates = spans[n + 1 :][:decoys]
         for name, cut in CUTS.items():
             certificate = forgot(memory, cut(memory), SPAN, candidates=candidates)
             nearest = certificate.candidates[0].text
-            found[name]["named"] += (nearest == model.to_string(spans[n])) / texts
-            found[name]["gone"] += certificate.gone / texts
-    return found
+            figures[name]["named"] += (nearest == model.to_string(spans[n])) / texts
+            figures[name]["gone"] += certificate.gone / texts
+    return figures
 
 
 def costs(model: HookedRecurrent, lengths: tuple[int, ...], rounds: int) -> dict[str, dict[str, float]]:
     """Cuts of 16 tokens a quarter into a text, as multiples of a plain pass over all of it, which keeps a cache."""
     tokens = running_tokens(model, embedded.text("test"))
-    found: dict[str, dict[str, float]] = {}
+    figures: dict[str, dict[str, float]] = {}
     for length in lengths:
         text = tokens[None, :length]
         memory = model.memory(text)
@@ -79,8 +79,8 @@ def costs(model: HookedRecurrent, lengths: tuple[int, ...], rounds: int) -> dict
             APPROXIMATE: lambda memory=memory, span=span: memory.without(span, approximate=True),
         }
         timed = frame.timed(ways, rounds)
-        found[f"{length:,} tokens"] = {name: each["ratio"] for name, each in timed.items()}
-    return found
+        figures[f"{length:,} tokens"] = {name: each["ratio"] for name, each in timed.items()}
+    return figures
 
 
 @torch.no_grad()
@@ -92,22 +92,22 @@ def measure(
     models: tuple[str, ...] = MODELS,
 ) -> dict[str, Any]:
     """Every model."""
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for name in models:
         model = HookedRecurrent.from_pretrained(name, device="cpu")
-        found[name] = {
+        figures[name] = {
             "candidates": decoys + 1,
             "attack": attacked(model, texts, decoys),
             "costs": costs(model, lengths, rounds),
         }
-    return found
+    return figures
 
 
-def lines(found: dict[str, Any]) -> list[Line]:
+def lines(figures: dict[str, Any]) -> list[Line]:
     """Of each cut, how often the span is named and how often it is called gone; and what cuts cost."""
     gone_goals: dict[str, dict[str, Any]] = {EXACT: {"goal": 1, "least": True}, APPROXIMATE: {"goal": 0}}
     rows: list[Line] = []
-    for name, own in found.items():
+    for name, own in figures.items():
         for cut, each in own["attack"].items():
             what = f"{cut}: the span is the nearest of {own['candidates']}, share of texts"
             rows.append(Line(what, each["named"], column=name))

@@ -5,9 +5,9 @@ A benchmark is a file of this folder with
     measure(**settings)         its numbers, as JSON has them; each parameter has a default and becomes a flag
     QUICK                       the settings of `--quick`: small sizes, to see that it runs
     TITLE                       its heading on docs/benchmarks.md (or else the beginning of its docstring)
-    lines(found)                what the page says of the numbers: `Line`s (or else every number by its names); lines
+    lines(figures)              what the page says of the numbers: `Line`s (or else every number by its names); lines
                                 of one subject in several columns, such as models, are a row of the page's table
-    text(found)                 optional: Markdown below this table
+    text(figures)               optional: Markdown below this table
 
 and `if __name__ == "__main__": frame.main(sys.modules[__name__])` at its end. The file alone prints its lines; `run.py`
 runs all, keeps their records in docs/benchmarks and writes the page. Importing this file loads no torch.
@@ -75,11 +75,11 @@ class Line(NamedTuple):
         return subject, self.bound, self.cell
 
 
-def lines(benchmark: Any, found: dict[str, Any]) -> list[Line]:
+def lines(benchmark: Any, figures: dict[str, Any]) -> list[Line]:
     """What the page says of a benchmark's numbers."""
     if hasattr(benchmark, "lines"):
-        return benchmark.lines(found)
-    return rest(found)
+        return benchmark.lines(figures)
+    return rest(figures)
 
 
 def rows(of_lines: Iterable[Line]) -> tuple[list[str], list[list[str]]]:
@@ -106,9 +106,9 @@ def leaves(x: Any, names: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...
         yield names, x
 
 
-def rest(found: Any, unit: str = "") -> list[Line]:
+def rest(figures: Any, unit: str = "") -> list[Line]:
     """Every number by its names, without a goal."""
-    return [Line(", ".join(names), value, unit) for names, value in leaves(found)]
+    return [Line(", ".join(names), value, unit) for names, value in leaves(figures)]
 
 
 def number(x: float) -> str:
@@ -185,14 +185,14 @@ def main(benchmark: Any, arguments: list[str] | None = None) -> None:
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     began, record = time.perf_counter(), machine() | {"quick": quick, "settings": settings}
-    found = json.loads(json.dumps(benchmark.measure(**settings)))  # as the page will read it
-    for line in lines(benchmark, found):
+    figures = json.loads(json.dumps(benchmark.measure(**settings)))  # as the page will read it
+    for line in lines(benchmark, figures):
         print(" | ".join(line.cells()))
     if file:
         from hookpoints.files import atomic_text
 
         seconds = time.perf_counter() - began
-        record |= {"seconds": round(seconds, 1), "found": rounded(found)}
+        record |= {"seconds": round(seconds, 1), "found": rounded(figures)}
         atomic_text(file, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 

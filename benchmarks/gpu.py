@@ -56,22 +56,22 @@ def outcome(commands: tuple[str, ...], work: str) -> Row:
         print(done.stdout, done.stderr, flush=True)
         if done.returncode:
             break
-    said = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-    row = {"passed": not done.returncode, "seconds": round(time.monotonic() - begin), "said": said[-1].strip(" =")}
-    return row | {"figures": [line.split(" | ") for line in said if line.count(" | ") == 2]}
+    printed = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+    row = {"passed": not done.returncode, "seconds": round(time.monotonic() - begin), "said": printed[-1].strip(" =")}
+    return row | {"figures": [line.split(" | ") for line in printed if line.count(" | ") == 2]}
 
 
-def lines(found: Row) -> list[Line]:
-    return [Line("stages that failed", sum(not row["passed"] for row in found["stages"].values()), goal=0)]
+def lines(record: Row) -> list[Line]:
+    return [Line("stages that failed", sum(not row["passed"] for row in record["stages"].values()), goal=0)]
 
 
-def text(found: Row) -> str:
+def text(record: Row) -> str:
     rows, figures = [], []
-    for what, row in found["stages"].items():
+    for what, row in record["stages"].items():
         rows.append((what, "passed" if row["passed"] else "FAILED", row["seconds"], f"`{row['said']}`"))
         figures += row["figures"]
     stages = table(("what", "", "seconds", "last line"), rows)
-    return f"{found['device']}.\n\n{stages}\n{table(('what', 'goal', 'measured'), figures)}"
+    return f"{record['device']}.\n\n{stages}\n{table(('what', 'goal', 'measured'), figures)}"
 
 
 if __name__ == "__main__":

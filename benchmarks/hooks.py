@@ -98,7 +98,7 @@ KINDS = {"decode": decode, "generate": generate, "prefill": prefill}
 
 def idle(hf: HF, tokens: Tensor, rounds: int) -> Ratios:
     """Attached without hooks over plain, each step right after the other, and the milliseconds of a plain step."""
-    found: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    figures: dict[str, list[float]] = {kind: [] for kind in KINDS}
     plain, steps = twin(hf), []
     with attach(hf, self_check=False):
         for kind, run in KINDS.items():
@@ -113,10 +113,10 @@ def idle(hf: HF, tokens: Tensor, rounds: int) -> Ratios:
                         seconds[hooked], results[hooked] = clocked(partial(next, ways[hooked]))
                     if not torch.equal(results[True], results[False]):
                         raise AssertionError(f"{kind}: the attached model's outputs are not the plain model's")
-                    found[kind].append(seconds[True] / seconds[False])
+                    figures[kind].append(seconds[True] / seconds[False])
                     if kind == "decode":
                         steps.append(1e3 * seconds[False])
-    return {kind: statistics.median(ratios) for kind, ratios in found.items()} | {"step_ms": statistics.median(steps)}
+    return {kind: statistics.median(ratios) for kind, ratios in figures.items()} | {"step_ms": statistics.median(steps)}
 
 
 def clocked(way: Callable[[], Any]) -> tuple[float, Any]:
@@ -151,36 +151,36 @@ def reading(hf: HF, tokens: Tensor, rounds: int) -> Ratios:
 
 def ratios(plain: Callable[[], Any], others: Mapping[str, Callable[[], Any]], rounds: int) -> Ratios:
     """Each way over plain, all in turn: the median over rounds."""
-    found: dict[str, list[float]] = {name: [] for name in others}
+    figures: dict[str, list[float]] = {name: [] for name in others}
     for way in (plain, *others.values()):
         way()
     for _ in range(rounds):
         base = clocked(plain)[0]
         for name, way in others.items():
-            found[name].append(clocked(way)[0] / base)
-    return {name: statistics.median(each) for name, each in found.items()}
+            figures[name].append(clocked(way)[0] / base)
+    return {name: statistics.median(each) for name, each in figures.items()}
 
 
 @torch.no_grad()
 def measure(tokens: int = 256, rounds: int = 7) -> dict[str, Ratios]:
     """Ratios of everything."""
     text = torch.randint(0, 512, (1, tokens), generator=torch.Generator().manual_seed(0))
-    found = {f"no hooks attached: {name}": idle(hf, text, rounds) for name, hf in models()}
+    figures = {f"no hooks attached: {name}": idle(hf, text, rounds) for name, hf in models()}
     for name, hf in (
         ("4 layers, 4 heads 32 x 32", qwen(4, 160, 4, 32)),
         ("4 layers, 16 heads 128 x 128", qwen(4, 512, 16, 128)),
     ):
-        found[f"reading: {name}"] = reading(hf, text, rounds)
-    return found
+        figures[f"reading: {name}"] = reading(hf, text, rounds)
+    return figures
 
 
-def lines(found: dict[str, Ratios]) -> list[Line]:
+def lines(figures: dict[str, Ratios]) -> list[Line]:
     """A row for each model, and a column for each way of running it, or for each thing that is read."""
-    said: list[Line] = []
-    for label, row in found.items():
+    page_lines: list[Line] = []
+    for label, row in figures.items():
         goals = GOALS if label.startswith("no hooks attached") else dict.fromkeys(READ)
-        said += [Line(f"{label}: {way}", row[way], goal=goal) for way, goal in goals.items() if way in row]
-    return said
+        page_lines += [Line(f"{label}: {way}", row[way], goal=goal) for way, goal in goals.items() if way in row]
+    return page_lines
 
 
 if __name__ == "__main__":

@@ -236,28 +236,28 @@ def microseconds(costs: Counts) -> float:
     return sum(weight * costs[kind] for kind, weight in MICROSECONDS.items())
 
 
-def lines(found: dict[str, Any]) -> list[frame.Line]:
-    native, read = found["native forward"], found["one head's writes read"]
-    memory, cut = found["memory"]["launch"], found["memory without a span"]["launch"]
-    step = found["SAE step, F 1024, N 128, k 32"]
+def lines(figures: dict[str, Any]) -> list[frame.Line]:
+    native, read = figures["native forward"], figures["one head's writes read"]
+    memory, cut = figures["memory"]["launch"], figures["memory without a span"]["launch"]
+    step = figures["SAE step, F 1024, N 128, k 32"]
     of_tests = []
-    if test := found.get(SUBSTITUTION):
+    if test := figures.get(SUBSTITUTION):
         of_tests = [
             frame.Line(f"{SUBSTITUTION}, launches", test["launch"], goal=60_000),
             frame.Line(f"{SUBSTITUTION}, syncs", test["sync"], goal=200),
         ]
     return [
-        frame.Line("idle hooks, launches more than native", found["idle hooks"]["launch"] - native["launch"], goal=1),
-        frame.Line("idle hooks, waits more than native", waits(found["idle hooks"]) - waits(native), goal=1),
+        frame.Line("idle hooks, launches more than native", figures["idle hooks"]["launch"] - native["launch"], goal=1),
+        frame.Line("idle hooks, waits more than native", waits(figures["idle hooks"]) - waits(native), goal=1),
         frame.Line("one head's writes read, launches more than native", read["launch"] - native["launch"], goal=20),
         frame.Line("memory without a span, launches over a memory's", cut / memory, goal=2),
-        frame.Line("session of 64 replaces, syncs", found["session of 64 replaces, 64 positions"]["sync"], goal=1),
+        frame.Line("session of 64 replaces, syncs", figures["session of 64 replaces, 64 positions"]["sync"], goal=1),
         frame.Line("SAE step at F 1024, launches", step["launch"], goal=110),
         *of_tests,
     ]
 
 
-def text(found: dict[str, Any]) -> str:
+def text(figures: dict[str, Any]) -> str:
     """Counts of each work."""
     head = ("work", "launches", "waits", "MB read and written", "H100 model, ms")
     rows = [
@@ -268,7 +268,7 @@ def text(found: dict[str, Any]) -> str:
             f"{costs['bytes'] / 1e6:,.0f}",
             f"{microseconds(costs) / 1e3:,.1f}",
         )
-        for name, costs in found.items()
+        for name, costs in figures.items()
     ]
     return f"{table(head, rows)}\n\n{EXPLAINED}"
 

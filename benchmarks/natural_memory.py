@@ -140,7 +140,7 @@ def accuracies(
     states = {layer: memory.state(layer) for layer in memory.forms}
     shuffled = {layer: x[:, :, torch.randperm(x.shape[2], generator=drawn)] for layer, x in states.items()}
     tables = torch.stack([labelled(*each, memory) for each in zip(readers, stretches)])
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for length in LENGTHS:
         phrases = phrases_of(texts, length)
         counts = F.one_hot(phrases, readers[0].model.cfg.d_vocab).sum(2).float()
@@ -155,8 +155,8 @@ def accuracies(
             "untrained model": own_scores([fresh], fresh.model.memory(memory.tokens), phrases)[0],
         }
         for n, age in enumerate(AGES):
-            found[f"{length} tokens, {age} later"] = {name: auc(x[:, n], x[:, 2]) for name, x in ways.items()}
-    return found
+            figures[f"{length} tokens, {age} later"] = {name: auc(x[:, n], x[:, 2]) for name, x in ways.items()}
+    return figures
 
 
 def unread(reader: MemoryReader, tokens: Tensor, texts: int) -> dict[str, Any]:
@@ -217,10 +217,10 @@ RIVALS = ("plain cosine", "probe with labels", "asked", "another text", "shuffle
 SHOWN = "12 tokens, 44 later"
 
 
-def lines(found: dict[str, Any]) -> list[Line]:
+def lines(figures: dict[str, Any]) -> list[Line]:
     """AUC of the reader by length and age, beside rivals and nulls, and phrases that were not read."""
     rows: list[Line] = []
-    for name, own in found.items():
+    for name, own in figures.items():
         for what, ways in own["AUC"].items():
             goal = GOALS[what.split()[0]]
             rows.append(Line(f"AUC, {what}", ways["reader"]["mean"], "", goal, least=True, column=name))

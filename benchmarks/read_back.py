@@ -40,7 +40,7 @@ def of_model(name: str, texts: int) -> dict[str, Any]:
     reader = MemoryReader.fit(model, embedded.text("train"))
     tokens = running_tokens(model, embedded.text("test"))
     drawn = tokens.unfold(0, T, (len(tokens) - T - 60) // texts)[:texts].tolist()
-    found: dict[str, list[Any]] = {name: [] for name in SHARES}
+    figures: dict[str, list[Any]] = {name: [] for name in SHARES}
     shown: dict[str, str] = {}
     seconds = -time.process_time()
     for n, own in enumerate(drawn):
@@ -50,16 +50,16 @@ def of_model(name: str, texts: int) -> dict[str, Any]:
         hits = shared(phrases, own)
         marked = [f"**{phrase.text.strip()}**" if hit else phrase.text for phrase, hit in zip(read, hits)]
         shown[str(model.to_string(own))] = ", ".join(marked[:5])
-        found["first 3 phrases"] += hits[:3]
-        found["first 10 phrases"] += hits
-        found["another text's phrases"] += shared(phrases, other)
-        found["its own phrases, in another text"] += shared([own[n : n + 6] for n in range(T - 5)], other)
+        figures["first 3 phrases"] += hits[:3]
+        figures["first 10 phrases"] += hits
+        figures["another text's phrases"] += shared(phrases, other)
+        figures["its own phrases, in another text"] += shared([own[n : n + 6] for n in range(T - 5)], other)
     seconds += time.process_time()
     for own in drawn:
         short = torch.tensor([[*reader.fitted.lead, *own[:SHORT]]])
         (whole,) = reader.read_back(model.memory(short), 1, length=SHORT)
-        found["tokens of a short text"] += [token in whole.tokens for token in {*own[:SHORT]}]
-    means = {what: statistics.mean(each) for what, each in found.items()}
+        figures["tokens of a short text"] += [token in whole.tokens for token in {*own[:SHORT]}]
+    means = {what: statistics.mean(each) for what, each in figures.items()}
     return means | {"CPU seconds": seconds / texts, "texts": shown}
 
 
@@ -78,18 +78,18 @@ SHARES = {
 """What is measured, and its goal."""
 
 
-def lines(found: dict[str, Any]) -> list[Line]:
+def lines(figures: dict[str, Any]) -> list[Line]:
     """Shares of phrases and tokens, and seconds."""
     rows: list[Line] = []
-    for name, own in found.items():
+    for name, own in figures.items():
         rows += [Line(what, own[what], "", *goal, column=name) for what, goal in SHARES.items()]
         rows.append(Line("CPU of ten phrases", own["CPU seconds"], " s", 20, column=name))
     return rows
 
 
-def text(found: dict[str, Any]) -> str:
+def text(figures: dict[str, Any]) -> str:
     """What was read back from two texts of the first model."""
-    shown = list(next(iter(found.values()))["texts"].items())[:2]
+    shown = list(next(iter(figures.values()))["texts"].items())[:2]
     return table(("text", "its first five phrases; bold: three tokens in a row are in the text"), shown)
 
 

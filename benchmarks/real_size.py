@@ -261,10 +261,10 @@ def measure(
     return {"options": options, "stages": rows}
 
 
-def lines(found: dict[str, Any]) -> list[Line]:
+def lines(figures: dict[str, Any]) -> list[Line]:
     """What has a goal."""
-    row, layer = found["stages"]["collect"], found["options"]["layer"]
-    circuit = found["stages"]["attribute"]
+    row, layer = figures["stages"]["collect"], figures["options"]["layer"]
+    circuit = figures["stages"]["attribute"]
     return [
         Line("collected writes, a token and head", row["bytes"], " bytes", GOAL_BYTES),
         Line(f"collecting all heads of layer {layer}, over the plain pass up to it", row["over_plain"], "", GOAL_TIME),
@@ -285,9 +285,9 @@ layer {layer} are collected, {dictionaries} dictionaries (F = {F}, k = {k}) are 
 memory is its peak resident set, {imported:.0f} MB of which are the libraries."""
 
 
-def text(found: dict[str, Any]) -> str:
+def text(figures: dict[str, Any]) -> str:
     """What each stage takes."""
-    stages: dict[str, Row] = found["stages"]
+    stages: dict[str, Row] = figures["stages"]
     cells: list[list[str]] = []
     for name in STAGES:
         row = stages[name]
@@ -295,7 +295,7 @@ def text(found: dict[str, Any]) -> str:
         disk = f"{row['disk'] / 1e6:,.0f}" if "disk" in row else ""
         cells.append([name, f"{row['seconds_cpu']:.1f}", rate, f"{row['memory'] / 1e6:,.0f}", disk])
     return TEXT.format(
-        **found["options"],
+        **figures["options"],
         table=table(("stage", "CPU seconds", "tokens a second of CPU", "peak memory, MB", "disk, MB"), cells),
         parameters=stages["make"]["parameters"] / 1e6,
         firings=stages["substitution"]["firings"],

@@ -51,12 +51,12 @@ FOOT = """*{date}, {cpu}, load {load:.0f}, torch {torch}, transformers {transfor
 
 def section(name: str, record: dict[str, Any]) -> tuple[str, list[frame.Line]]:
     """A benchmark's part of the page, and its lines."""
-    own, found = importlib.import_module(name), record["found"]
-    lines = frame.lines(own, found)
+    own, figures = importlib.import_module(name), record["found"]
+    lines = frame.lines(own, figures)
     parts = [f"## {getattr(own, 'TITLE', name)}"]
     parts += ["**Small sizes**, to see that it runs."] if record["quick"] else []
     parts += [table(*frame.rows(lines))] if lines else []
-    parts += [own.text(found)] if hasattr(own, "text") else []
+    parts += [own.text(figures)] if hasattr(own, "text") else []
     parts += [FOOT.format(**record, name=name)]
     return "\n".join(f"{part.strip()}\n" for part in parts), lines
 

@@ -140,15 +140,15 @@ def measure(steps: int = 5, d_sae: int = 0) -> dict[str, Any]:
     return {title: compared(setting | own, steps) for title, setting in SETTINGS.items()}
 
 
-def lines(found: dict[str, Any]) -> list[Line]:
+def lines(figures: dict[str, Any]) -> list[Line]:
     """A step on factors over one of SAELens' TopK."""
-    said: list[Line] = []
-    for title, ways in found.items():
+    page_lines: list[Line] = []
+    for title, ways in figures.items():
         base, own = ways[SAELENS], ways[FACTORS]
-        said.append(Line(f"{title}: time on a CPU, over SAELens' TopK", own["ratio"], goal=0.045))
+        page_lines.append(Line(f"{title}: time on a CPU, over SAELens' TopK", own["ratio"], goal=0.045))
         added = own["added_mb"] / base["added_mb"]
-        said.append(Line(f"{title}: memory that it adds, over SAELens' TopK", added, goal=0.11))
-    return said
+        page_lines.append(Line(f"{title}: memory that it adds, over SAELens' TopK", added, goal=0.11))
+    return page_lines
 
 
 if __name__ == "__main__":

@@ -122,8 +122,8 @@ def operations(sizes: dict[str, int], rounds: int) -> dict[str, dict[str, dict[s
         r = recurrence_of(form, sizes)
         ways: dict[str, Way] = {"chunked": r.scan, "step by step": lambda r=r: r.scan(method="reference")}
         if (op := upstream_of(form, r)) is not None:
-            found, expected = op()[0], r.outputs()  # pyright: ignore[reportIndexIssue]
-            off = float((found - expected).norm() / expected.norm())
+            figures, expected = op()[0], r.outputs()  # pyright: ignore[reportIndexIssue]
+            off = float((figures - expected).norm() / expected.norm())
             if not off < 1e-4:
                 raise AssertionError(f"{family}: upstream's op gives other outputs (relative RMS {off:.1e})")
             ways["upstream"] = op
@@ -133,11 +133,11 @@ def operations(sizes: dict[str, int], rounds: int) -> dict[str, dict[str, dict[s
 
 def growth(sizes: dict[str, int], lengths: list[int], rounds: int) -> dict[str, dict[str, float]]:
     """Milliseconds of the chunked scan by length."""
-    found = {}
+    figures = {}
     for family, form in FAMILIES.items():
         ways: dict[str, Way] = {str(T): recurrence_of(form, {**sizes, "T": T}).scan for T in lengths}
-        found[family] = {name: row["ms"] for name, row in timed(ways, rounds).items()}
-    return found
+        figures[family] = {name: row["ms"] for name, row in timed(ways, rounds).items()}
+    return figures
 
 
 def slope(line: dict[str, float]) -> float:
@@ -161,20 +161,20 @@ def measure(
     }
 
 
-def lines(found: dict[str, Any]) -> list[Line]:
+def lines(figures: dict[str, Any]) -> list[Line]:
     """Each family: the chunked scan over other ways, at each size; and the growth of its time."""
-    said: list[Line] = []
-    for size, families in found["operations"].items():
+    page_lines: list[Line] = []
+    for size, families in figures["operations"].items():
         for family, row in families.items():
-            said += [
+            page_lines += [
                 Line(family, 1 / row[way]["ratio"], column=f"over {WAYS[way]}, {size}") for way in WAYS if way in row
             ]
-    return said + [Line(family, slope(times), column="slope") for family, times in found["growth"].items()]
+    return page_lines + [Line(family, slope(times), column="slope") for family, times in figures["growth"].items()]
 
 
-def text(found: dict[str, Any]) -> str:
+def text(figures: dict[str, Any]) -> str:
     """What was compared."""
-    return TEXT.format(tokens=found["tokens"])
+    return TEXT.format(tokens=figures["tokens"])
 
 
 if __name__ == "__main__":

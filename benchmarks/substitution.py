@@ -140,7 +140,7 @@ def measure(n_tokens: int = 512, n_firings: int = 12, n_full: int = 6, rounds: i
     }
 
 
-def lines(found: dict[str, Any]) -> list[Line]:
+def lines(figures: dict[str, Any]) -> list[Line]:
     """Gains over full forwards."""
     return [
         Line(
@@ -150,7 +150,7 @@ def lines(found: dict[str, Any]) -> list[Line]:
             GOALS.get(label.rpartition(", ")[2]),
             least=True,
         )
-        for label, row in found["substitution"].items()
+        for label, row in figures["substitution"].items()
     ]
 
 

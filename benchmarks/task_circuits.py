@@ -57,13 +57,13 @@ def of_task(name: str, pairs: int) -> dict[str, Any]:
     n = len(chosen.effects)
     sizes = [math.ceil(share * n) for share in SHARES]
     curve = chosen.faithful(attribute_task(cases[half:], model), sorted({*sizes, 2, 8})).set_index("n")
-    found: dict[str, Any] = {f"{row} answers": each.to_dict() for row, each in chosen.check().iterrows()}
-    found |= {f"{size} writes of {n}": curve.loc[size].to_dict() for size in (2, 8)}
+    figures: dict[str, Any] = {f"{row} answers": each.to_dict() for row, each in chosen.check().iterrows()}
+    figures |= {f"{size} writes of {n}": curve.loc[size].to_dict() for size in (2, 8)}
     for way in ("kept", "random"):
         heights = curve.loc[sizes, way].to_numpy()
-        found[f"CPR, {way}"] = np.trapezoid(heights, SHARES)
-        found[f"CMD, {way}"] = np.trapezoid(abs(1 - heights), SHARES)
-    return found
+        figures[f"CPR, {way}"] = np.trapezoid(heights, SHARES)
+        figures[f"CMD, {way}"] = np.trapezoid(abs(1 - heights), SHARES)
+    return figures
 
 
 def measure(
@@ -73,10 +73,10 @@ def measure(
     return {name: of_task(name, pairs) for name in models}
 
 
-def lines(found: dict[str, Any]) -> list[frame.Line]:
+def lines(figures: dict[str, Any]) -> list[frame.Line]:
     """Whether there is a task, and what few writes keep beside as many random ones."""
-    said: list[frame.Line] = []
-    for name, own in found.items():
+    page_lines: list[frame.Line] = []
+    for name, own in figures.items():
         numbers = {
             "own answers: effect": own["own answers"]["effect"],
             "answers of other texts: effect": own["shuffled answers"]["effect"],
@@ -86,8 +86,8 @@ def lines(found: dict[str, Any]) -> list[frame.Line]:
             if is_size:
                 numbers |= {f"{size} writes: kept": row["kept"], f"{size} random writes: kept": row["random"]}
         numbers |= {"CPR of the circuit": own["CPR, kept"], "CPR of random ones": own["CPR, random"]}
-        said += [frame.Line(what, value, column=name) for what, value in numbers.items()]
-    return said
+        page_lines += [frame.Line(what, value, column=name) for what, value in numbers.items()]
+    return page_lines
 
 
 if __name__ == "__main__":

@@ -61,7 +61,8 @@ def make_collection(folder: Path) -> None:
 def read_collection(folder: Path) -> Contents:
     found = Collection.open(folder)
     heads = [(layer, head) for layer, numbers in found.heads.items() for head in numbers]
-    return {"tokens": found.tokens, **{str(each): found.rows(*each) for each in heads}}
+    sides = {(each, n): side[:] for each in heads for n, side in enumerate(found.factors(*each))}
+    return {"tokens": found.tokens, **{str(place): side for place, side in sides.items()}}
 
 
 class Kind(NamedTuple):
