@@ -93,9 +93,7 @@ def intervals(
     # A line from end to end of the interval, and a mark at the mean.
     for y, row in enumerate(rows):
         colour = COLORS[row.colour]
-        mean = row.mean if least is None else max(row.mean, least)
-        low = row.low if least is None else max(row.low, least)
-        high = row.high if least is None else max(row.high, least)
+        mean, low, high = (end if least is None else max(end, least) for end in (row.mean, row.low, row.high))
         lines = axes.plot([low, high], [y, y], color=colour, lw=2.0, alpha=0.55)
         mark = "o" if mean == row.mean else "<"
         lines += axes.plot(mean, y, mark, color=colour, ms=5, mec=PAPER, mew=0.7)
