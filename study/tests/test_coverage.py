@@ -6,6 +6,7 @@ import dataclasses
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -76,19 +77,18 @@ def test_packed_results_have_the_verdicts_of_the_saved_ones_in_few_bytes(tmp_pat
 def test_a_claim_needs_control_dictionaries_and_is_counted_apart_where_nothing_was_learned(
     control: dict[str, float] | None, outcome: str, null: dict[str, float] | None, free: bool
 ) -> None:
-    def run(medians: dict[str, float], **info: str) -> Result:
-        result = made_up(medians, label="made-up;L1H2", scales=("matched",), controls=("state",))
-        return dataclasses.replace(result, info=result.info | info)
+    def run(medians: dict[str, float] | None, **info: str) -> list[Result]:
+        """None where these medians are."""
+        how: Any = {"label": "made-up;L1H2", "scales": ("matched",), "controls": ("state",)}
+        made = [] if medians is None else [made_up(medians, **how)]
+        return [dataclasses.replace(result, info=result.info | info) for result in made]
 
-    found: dict[str, list[Result]] = {recipe: [] for recipe in (*results.RECIPES, *results.NULLS)}
-    found["paper"] = [run(HOLDS)]
-    if control is not None:
-        found["paper"].append(run(control, control="untrained", control_of="made-up;L1H2"))
-    if null is not None:
-        found["untrained-shuffled"] = [run(null)]
-    first = results.answered(found, "substitution")[0]
+    runs = dict.fromkeys([*results.RECIPES, *results.NULLS], run(None))
+    runs["paper"] = run(HOLDS) + run(control, control="untrained", control_of="made-up;L1H2")
+    runs["untrained-shuffled"] = run(null)
+    first = results.answered(runs, "substitution")[0]
     assert first[-1] == outcome
-    held = results.without_learning(found, "substitution")[first[0], first[1], first[2]]
+    held = results.without_learning(runs, "substitution")[first[0], first[1], first[2]]
     assert results.of_any_direction("substitution", held) == (free or control is HOLDS)
     assert results.of_any_direction("sign", {})  # which asks no dictionary
 

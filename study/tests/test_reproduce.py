@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +22,6 @@ from writesae.cli import parse
 from writesae.flags import Collect, Train
 from writesae_study.evaluate import EvalAll
 from writesae_study.evaluations import EVALUATIONS
-from writesae_study.experiment.evaluation import Evaluation
 from writesae_study.reproduce.command import Reproduce, for_model, own_run, profile_folder
 from writesae_study.reproduce.config import SMALL, ReproduceConfig
 from writesae_study.reproduce.published import (
@@ -197,35 +195,27 @@ ROOT = Path(__file__).parents[2]
 COMMANDS = {"collect": Collect, "train": Train, "eval": EvalAll, "reproduce": Reproduce}
 
 
-def published_results() -> Iterator[tuple[str, Place, Evaluation]]:
-    """Folder, head and question of every result that the rows give."""
+def test_rows_are_commands_and_the_published_results_are_theirs():
+    lines = [collecting(model) for model in RUNS["collect"]]
     for run in RUNS["run"]:
-        for place in places(run["heads"]):
-            for row in run["ask"]:
-                yield from ((row["name"], place, question(kind)) for kind in row["kinds"])
+        lines += [words for place in places(run["heads"]) for words in command_lines(run, place)]
+    asked = set()
     for row in RUNS["null"]:
         for place in places(row["heads"]):
-            for null in RUNS["nulls"]:
-                yield from ((null, place, question(kind)) for kind in row["kinds"])
-
-
-def test_rows_are_commands_and_the_published_results_are_theirs():
-    rows = {(name, place.model, place.cell, replace(test, label="")) for name, place, test in published_results()}
-    asked = [collecting(model) for model in RUNS["collect"]]
-    for run in RUNS["run"]:
-        asked += [words for place in places(run["heads"]) for words in command_lines(run, place)]
-    for name, *arguments in asked:
+            asked |= {
+                (null, place.model, place.cell, question(kind)) for null in RUNS["nulls"] for kind in row["kinds"]
+            }
+    for name, *arguments in lines:
         command = parse(COMMANDS[name], name, arguments[name == "eval" :])
         if isinstance(command, EvalAll):
-            assert {(*command.subjects.out.parts[1:], test) for test in command.evaluations()} <= rows
-    saved = pd.read_parquet(ROOT / "study/docs/results/results.parquet")
-    found = set()
-    for recipe, kind, settings, about in zip(saved["recipe"], saved["kind"], saved["settings"], saved["info"]):
-        info = json.loads(about)
-        test = EVALUATIONS[kind].from_dict(json.loads(settings) | {"label": ""})
-        found.add((recipe, info["model"], f"L{info['layer']}H{info['head']}", test))
-    assert found <= rows
-    assert {name for name, *_ in rows - found} <= RUNS["nulls"].keys()  # of which the pages show those that are there
+            asked |= {(*command.subjects.out.parts[1:], test) for test in command.evaluations()}
+    saved = set()
+    for row in pd.read_parquet(ROOT / "study/docs/results/results.parquet").itertuples():
+        info, settings = json.loads(row.info), json.loads(row.settings)
+        test = EVALUATIONS[row.kind].from_dict(settings | {"label": ""})
+        saved.add((row.recipe, info["model"], f"L{info['layer']}H{info['head']}", test))
+    assert saved <= asked
+    assert {name for name, *_ in asked - saved} <= RUNS["nulls"].keys()  # of which the pages show those that are there
 
 
 def test_every_published_table_names_its_row():

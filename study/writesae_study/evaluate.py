@@ -80,9 +80,7 @@ class EvalAll:
 
         if unknown := [kind for kind in self.kinds if kind not in EVALUATIONS]:
             raise ValueError(f"there is no evaluation {', '.join(unknown)}; there are {', '.join(EVALUATIONS)}")
-        fields: dict[str, list[str]] = {}
-        for kind, evaluation in EVALUATIONS.items():
-            fields[kind] = [field.name for field in dataclasses.fields(evaluation)]
+        fields = {kind: [field.name for field in dataclasses.fields(each)] for kind, each in EVALUATIONS.items()}
         # Each pair goes to the evaluations that have the field.
         settings: dict[str, dict[str, object]] = {kind: {"seed": self.seed} for kind in EVALUATIONS}
         pairs = () if self.set is None else self.set or ("",)
@@ -100,15 +98,14 @@ class EvalAll:
             for kind in having:
                 settings[kind][field] = _setting_value(EVALUATIONS[kind], field, value)
         # Which evaluations are done once for each dictionary, head or layer.
-        places = {Scope.EACH: ("dictionary",), Scope.LAYER: ("dictionary", "layer")}
-        evaluations = []
-        for kind in EVALUATIONS:
-            if kind not in (self.kinds or fields):
-                continue
-            evaluation = EVALUATIONS[kind]
-            if self.per is None or self.per in places.get(evaluation.scope, ("head",)):
-                evaluations.append(evaluation.from_dict(settings[kind]))
-        return evaluations
+        scopes = {
+            None: tuple(Scope),
+            "dictionary": (Scope.EACH, Scope.LAYER),
+            "head": (Scope.HEAD, Scope.SEEDS, Scope.VARIANTS),
+            "layer": (Scope.LAYER,),
+        }[self.per]
+        asked = [kind for kind in EVALUATIONS if kind in (self.kinds or fields) and EVALUATIONS[kind].scope in scopes]
+        return [EVALUATIONS[kind].from_dict(settings[kind]) for kind in asked]
 
 
 def _setting_value(evaluation: type[Evaluation], field: str, text: str) -> object:

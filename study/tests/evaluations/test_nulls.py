@@ -107,12 +107,8 @@ def install(rng: np.random.Generator, null: bool) -> list[Result]:
 
 
 def sign(rng: np.random.Generator, null: bool) -> list[Result]:
-    result = test_sign.linear(1.0, 0.5, n=120)
-    table, right = result.tables["writes"], {"direct": 0.85, "gradient": 0.85, "random": 0.5, "wrong": 0.5}
-    right |= {"random": 0.85} if null else {}
-    signs = np.where(rng.random(len(table)) < table["direction"].map(right), 1, -1) * np.sign(table["m"])
-    written = replaced(result, writes=table.assign(measured=0.5 * signs))
-    return [heavy(rng, written, "writes", "measured", by="direction", power=0.5)]
+    result = test_sign.linear(0.85, 0.5, 0.85 if null else 0.5, n=120, seed=rng)
+    return [heavy(rng, result, "writes", "measured", by="direction", power=0.5)]
 
 
 def logit_change(rng: np.random.Generator, null: bool) -> list[Result]:

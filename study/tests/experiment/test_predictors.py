@@ -8,12 +8,13 @@ from functools import lru_cache, partial
 import pytest
 import torch
 from recurrences import random_recurrence
+from saes import random_low_rank
 from tiny_models import EACH_LAYOUT, MAKERS, MAMBA1, VOCAB, fast_of, hooked_in_float64
 from torch import Tensor
 from torch.testing import assert_close
 
 from hookpoints import HookedRecurrent, WriteEdit
-from sae_lens_writesae.atom.low_rank import LowRank
+from writesae.head.writes import head_writes
 from writesae_study.experiment.predictors import ReadGradients, predict, read_weights
 
 float64 = pytest.mark.usefixtures("_keep_float64")
@@ -32,13 +33,9 @@ class Case:
         shape = model.cfg.layer(self.layer)
         self.head = shape.H - 1
         self.session = model.edit_session(torch.randint(1, VOCAB, (1, 24), generator=torch.Generator().manual_seed(1)))
-        whole = self.session.recurrence(self.layer)
-        self.recurrence = whole.select(heads=slice(self.head, self.head + 1))
-        generator = torch.Generator().manual_seed(2)
-        keys = torch.randn(1, 2, shape.K, generator=generator, dtype=torch.float64)
-        values = torch.randn(1, 2, shape.V, generator=generator, dtype=torch.float64)
-        unit = self.recurrence.k[0, self.start, 0].norm() * self.recurrence.u[0, self.start, 0].norm()
-        self.added = LowRank(keys, values * unit / (keys.mT @ values).norm())
+        self.recurrence = self.session.recurrence(self.layer).select(heads=slice(self.head, self.head + 1))
+        unit = head_writes(self.recurrence, 0).norm()[self.start]
+        self.added = random_low_rank(2, 2, n=1, k=shape.K, v=shape.V).with_norm(unit[None])
 
     @torch.no_grad()
     def predicted(self) -> Tensor:

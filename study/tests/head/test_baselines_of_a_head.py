@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from saes import close, random_sae
+from saes import close, normal, random_low_rank, random_sae
 from torch import Tensor
 
 from hookpoints import HookedRecurrent
@@ -23,12 +23,8 @@ from writesae_study.head.quantizer import lloyd
 K, V, N = 5, 7, 240
 
 
-def gaussian(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def writes(n: int = N, rank: int = 1, seed: int = 0) -> LowRank:
-    return LowRank(gaussian(n, rank, K, seed=seed), gaussian(n, rank, V, seed=seed + 1))
+    return random_low_rank(rank, seed, n, K, V)
 
 
 def text(n: int = N, vocabulary: int = 12, seed: int = 0) -> np.ndarray:
@@ -91,8 +87,8 @@ def test_drawn_is_the_write_with_the_largest_cosine_at_least_squares() -> None:
 
 def test_the_quantizer_finds_planted_directions_and_never_gets_worse() -> None:
     truth = writes(6, seed=3)
-    of = truth.rows(torch.arange(N) % 6) * gaussian(N, seed=5)  # gains of either sign
-    noisy = LowRank(of.keys + 0.02 * gaussian(N, 1, K, seed=6), of.values)
+    of = truth.rows(torch.arange(N) % 6) * normal(N, seed=5)  # gains of either sign
+    noisy = LowRank(of.keys + 0.02 * normal(N, 1, K, seed=6), of.values)
     codes = lloyd(noisy, noisy.rows(torch.arange(6)))
     assert float(codes.cosines(truth).abs().amax(0).min()) > 0.99
     free, few = writes(seed=8), writes(10, seed=9)
@@ -102,7 +98,7 @@ def test_the_quantizer_finds_planted_directions_and_never_gets_worse() -> None:
 
 def test_principal_components_and_the_mean_write_what_lies_in_their_span() -> None:
     axes = writes(3, seed=5)
-    of = LowRank.cat([axes.rows([j]).expand(N) * gaussian(N, seed=7 + j) for j in range(3)])
+    of = LowRank.cat([axes.rows([j]).expand(N) * normal(N, seed=7 + j) for j in range(3)])
     made = fitted(of, text())
     close(made.written("pca", of, text()).dense(), of.dense(), 0.1)  # cut to 99.9 % of the square
     assert not torch.allclose(made.written("pca", writes(4), text()[:4]).dense(), writes(4).dense(), atol=0.1)

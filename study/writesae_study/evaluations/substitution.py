@@ -299,7 +299,7 @@ class Substitution(Exchanging):
             quartile = 1 + pd.qcut(wide[column].rank(method="first"), 4, labels=False)
             for number_, of_quartile in wide.groupby(quartile):
                 rate = Paired(of_quartile).wins(f"atom/{self.scales[0]}", "delete")
-                rows.append(figures.Row(f"Q{number_} {name}", rate.mean, rate.low, rate.high))
+                rows.append(figures.Row(f"Q{number_} {name}", rate))
         title = "Win rate of the atom by quartile"
         svg = figures.intervals(rows, "of firings", f"{title}: {result.label}", chance=0.5, write=percent)
         return [Figure(title, svg, "95% intervals. An effect that is real is largest in the last quartile, Q4.")]

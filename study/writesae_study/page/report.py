@@ -24,7 +24,7 @@ from writesae_study.dictionary.controls import Answer, answers
 from writesae_study.evaluations import EVALUATIONS, load_result
 from writesae_study.experiment.evaluation import Result
 from writesae_study.folders import check_page
-from writesae_study.verdict.figures import Row, intervals
+from writesae_study.verdict.figures import Row
 from writesae_study.verdict.finding import Figure, Finding, with_interval
 from writesae_study.verdict.paper import PAPER_CLAIMS
 
@@ -166,16 +166,13 @@ def compared(results: Sequence[Result]) -> Iterator[Figure]:
         for finding in result.findings():
             if finding.shown:
                 by_claim.setdefault(finding.claim, []).append((label, finding))
-    for claim, group in by_claim.items():
+    for group in by_claim.values():
         rows = []
         for label, finding in group:
-            first = next(iter(finding.shown.values()))
             colour = "control" if finding.verdict.unbeaten_controls else "atom"
-            rows.append(Row(label, first.mean, first.low, first.high, colour))
+            rows.append(Row(label, next(iter(finding.shown.values())), colour))
         _, finding = group[0]  # all have the same axis
-        title = f"{claim}: all dictionaries"
-        svg = intervals(rows, finding.axis, title, chance=finding.chance, write=finding.write, least=finding.least)
-        yield Figure(claim[0].upper() + claim[1:], svg, "Orange: not shown to exceed every control.")
+        yield finding.figure(rows, "all dictionaries", "Orange: not shown to exceed every control.")
 
 
 def _template_values(results: Sequence[Result], rows: Sequence[Answer]) -> dict[str, object]:

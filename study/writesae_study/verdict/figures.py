@@ -19,6 +19,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from writesae.dictionary.estimates import Estimate
 from writesae.page.format import number
 
 _VARIABLES = {
@@ -68,9 +69,7 @@ class Row(NamedTuple):
     """One line of `intervals`."""
 
     name: str
-    mean: float
-    low: float
-    high: float
+    estimate: Estimate
     colour: str = "soft"
     """Key of `COLORS`."""
 
@@ -93,13 +92,11 @@ def intervals(
     # A line from end to end of the interval, and a mark at the mean.
     for y, row in enumerate(rows):
         colour = COLORS[row.colour]
-        mean = row.mean if least is None else max(row.mean, least)
-        low = row.low if least is None else max(row.low, least)
-        high = row.high if least is None else max(row.high, least)
+        mean, low, high = (end if least is None else max(end, least) for end in row.estimate[:3])
         lines = axes.plot([low, high], [y, y], color=colour, lw=2.0, alpha=0.55)
-        mark = "o" if mean == row.mean else "<"
+        mark = "o" if mean == row.estimate.mean else "<"
         lines += axes.plot(mean, y, mark, color=colour, ms=5, mec=PAPER, mew=0.7)
-        words = f"{row.name}: {write(row.mean)} [{write(row.low)}, {write(row.high)}]"
+        words = "{}: {} [{}, {}]".format(row.name, *map(write, row.estimate[:3]))
         for line in lines:
             line.set_gid(_HOVER + words)
     # Axes: rows by name from the top, numbers as a reader sees them.

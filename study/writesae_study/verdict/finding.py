@@ -23,7 +23,7 @@ is all that a question has to say.
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypedDict
 
@@ -275,22 +275,18 @@ class Finding:
 
     def panel(self, label: str) -> Figure:
         """Subject and controls with their intervals; a control that is not beaten is orange."""
+        rows: list[figures.Row] = []
         unbeaten = self.verdict.unbeaten_controls
-        subject = next(iter(self.shown))
-        rows = []
         for name, estimate in self.shown.items():
             colour = "control" if name in unbeaten else "soft"
-            if name == subject:
-                colour = "atom"
-            rows.append(figures.Row(name, estimate.mean, estimate.low, estimate.high, colour))
-        svg = figures.intervals(
-            rows, self.axis, f"{self.claim}: {label}", chance=self.chance, write=self.write, least=self.least
-        )
-        return Figure(
-            title=self.claim[0].upper() + self.claim[1:],
-            svg=svg,
-            caption="95% intervals; dashed: chance. The subject does not beat controls in orange.",
-        )
+            rows.append(figures.Row(name, estimate, colour if rows else "atom"))  # the subject comes first
+        return self.figure(rows, label, "95% intervals; dashed: chance. The subject does not beat controls in orange.")
+
+    def figure(self, rows: Sequence[figures.Row], label: str, caption: str) -> Figure:
+        """Some rows on the axis of this claim."""
+        title = f"{self.claim}: {label}"
+        svg = figures.intervals(rows, self.axis, title, chance=self.chance, write=self.write, least=self.least)
+        return Figure(self.claim[0].upper() + self.claim[1:], svg, caption)
 
 
 def with_interval(estimate: Estimate, write: Callable[[float], str] = text.number) -> str:
