@@ -72,7 +72,7 @@ WIDE: dict[str, Any] = {"d_in": 96, "d_k": 12, "d_v": 8}
 """Large enough that the loss of dead atoms takes inner products, and not matrices as with K V."""
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(on_factors(), st.sampled_from([{}, WIDE]), st.integers(1, 2), st.sampled_from([fused.BLOCK, 64]), st.booleans())
 def test_losses_and_gradients_are_those_of_the_dense_step(
     fields: dict[str, Any], shape: dict[str, Any], terms: int, block: int, in_double: bool
@@ -112,21 +112,13 @@ def test_losses_and_gradients_are_those_of_the_dense_step(
     assert torch.equal(counts.view_as(active), active.float())
 
 
-def test_rows_stay_where_they_are_if_a_device_does_not_tell_its_memory() -> None:
-    rows = [writes()]
-    assert not hasattr(torch.mps, "mem_get_info")
-    assert fast.writes_at_hand(rows, torch.device("mps")) == fast.writes_at_hand(rows, torch.device("cpu")) == rows
-
-
-@pytest.mark.parametrize("ordered", [False, True])
-@pytest.mark.parametrize("F, k", [(512, 3), (1024, 16), (96, 5), (40, 1)])
-def test_atoms_on_top_are_exact(F: int, k: int, ordered: bool) -> None:
+@pytest.mark.parametrize("F, k", [(1024, 16), (96, 5), (40, 1)])
+def test_atoms_on_top_are_exact(F: int, k: int) -> None:
     scores = torch.randn(2, 7, F, generator=torch.Generator().manual_seed(0))
-    atoms, expected = fused.top_atoms(scores, k, ordered=ordered), scores.topk(k).indices
-    assert torch.equal(*((atoms, expected) if ordered else (atoms.sort().values, expected.sort().values)))
+    assert torch.equal(fused.top_atoms(scores, k, ordered=True), scores.topk(k).indices)
 
 
-@pytest.mark.parametrize("terms, rank", [(1, 1), (1, 2), (2, 1)])
+@pytest.mark.parametrize("terms, rank", [(1, 2), (2, 1)])
 def test_writes_start_the_atoms_that_their_matrices_start(terms: int, rank: int) -> None:
     saes: list[Any] = [rows_.new_sae(config(rank=rank)) for _ in range(2)]
     rows = writes(terms=terms)
@@ -182,8 +174,7 @@ def test_reconstructions_are_right_on_average() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of SAELens, on a config without a model
-@pytest.mark.parametrize("normalize", ["none", "expected_average_only_in"])
-@pytest.mark.parametrize("encoder", ["bilinear", "tied"])
+@pytest.mark.parametrize(("encoder", "normalize"), [("bilinear", "expected_average_only_in"), ("tied", "none")])
 def test_a_metric_is_folded_in(encoder: str, normalize: str) -> None:
     """Rows are scaled as the dictionary sees them: after the metric."""
     g = torch.Generator().manual_seed(0)
@@ -244,12 +235,11 @@ def test_a_metric_that_the_config_does_not_ask_for_is_refused(fields: dict[str, 
         train(config(0, **fields), writes(), metric=of)
 
 
-@pytest.mark.parametrize("name", ["writesae_jumprelu", "writesae_topk"])
-@pytest.mark.parametrize("dense", [False, True])
-def test_swapped_sides_are_refused(name: str, dense: bool) -> None:
+def test_swapped_sides_are_refused() -> None:
     swapped = LowRank(writes().values, writes().keys)
-    with pytest.raises(ValueError, match=r"d_k, d_v, d_in: expected .*\(4, 6, 24\).*, got \(6, 4, 24\)"):
-        train(config(name=name), swapped.dense() if dense else swapped)
+    for data in (swapped, swapped.dense()):
+        with pytest.raises(ValueError, match=r"d_k, d_v, d_in: expected .*\(4, 6, 24\).*, got \(6, 4, 24\)"):
+            train(config(), data)
 
 
 @pytest.mark.parametrize(
