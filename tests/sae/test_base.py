@@ -16,18 +16,6 @@ from sae_lens_writesae.sae.target import HeadHook, decoder_atoms
 K, V, D_IN, F = 5, 6, 30, 12
 
 
-def small(name: str = "writesae_standard", known: Any = S.INFERENCE, **fields: Any) -> Any:
-    """A small fp64 autoencoder with every parameter drawn at random."""
-    shape = {"d_in": D_IN, "d_sae": F, "d_k": K, "d_v": V, "dtype": "float64"}
-    sae = untrained_sae(name, known, **shape | fields)
-    for parameter in sae.parameters():
-        parameter.data.copy_(0.5 * torch.randn_like(parameter))
-    for name in ("threshold", "encoder_scale"):  # these are positive
-        if (tensor := getattr(sae, name, None)) is not None:
-            tensor.data.abs_().add_(0.1)
-    return sae
-
-
 # ---------------------------------------------------------------------------------------- views and atoms
 
 
@@ -51,7 +39,7 @@ def test_atoms_of_another_package_are_those_of_its_decoder() -> None:
 def test_whitening_is_refused() -> None:
     eye = torch.eye(D_IN, dtype=torch.float64)
     with pytest.raises(NotImplementedError, match="expected_average"):
-        small().fold_activation_whitening(eye[0], eye, eye)
+        untrained_sae("writesae_topk", d_in=D_IN, d_sae=F, d_k=K).fold_activation_whitening(eye[0], eye, eye)
 
 
 WRITES_TO_WEIGHTS = re.compile(r"(?<!scaled_)W_(enc|dec)(\.data|\s*=[^=])|state_dict\[.W_(enc|dec)|_fold_norm_topk")

@@ -180,14 +180,13 @@ def test_a_dataset_of_text_gives_the_sequences_that_saelens_trains_on(embedded, 
     assert torch.equal(collection.tokens.flatten(), joined[: 20 * 32])
     file = tmp_path / "text.txt"
     file.write_text(shipped.text("train")[:20_000], encoding="utf-8")
-    others = {
+    same_text = {
         "ids": Dataset.from_dict({"tokens": collection.tokens.tolist()}),
-        "list": [*text["text"]],
         "read once": (document for document in text["text"]),
         "file": str(file),
     }
-    for name, other in others.items():
-        collect(embedded, other, [2], [1], tmp_path / name, n_tokens=20 * 32 + 5, context_size=32)
+    for name, each in same_text.items():
+        collect(embedded, each, [2], [1], tmp_path / name, n_tokens=20 * 32 + 5, context_size=32)
         assert contents(tmp_path / name) == contents(tmp_path / "text"), name
 
 
