@@ -100,15 +100,6 @@ def test_what_is_read_is_what_the_model_computes(model_type, tmp_path):
     model.attachment.detach()
 
 
-@pytest.mark.parametrize(("dtype", "error"), [("float16", 1e-3), ("bfloat16", 1e-2)])
-def test_two_bytes_keep_writes_and_states_to_their_rounding(model, complete, tmp_path, dtype, error):
-    exact, short = Collection.open(complete), small(model, tmp_path, dtype=dtype)
-    assert short.dtype == dtype and short.factors(0, 1)[0].dtype == getattr(torch, dtype)
-    for carried in ("write", "state"):
-        rows, kept = (head_rows(each.recurrence(2, 3), carried, "mse") for each in (exact, short))
-        assert kept.dtype == torch.float32 and 0 < (kept - rows).norm() / rows.norm() < error
-
-
 def test_sizes_are_in_powers_of_ten() -> None:
     assert size_text(25e7) == "250 MB"
 

@@ -136,9 +136,11 @@ def test_each_dictionary_is_the_one_that_trains_alone(fields: dict[str, Any], no
     configs = [config(seed, **fields, normalize_activations=normalize) for seed in (0, 1, 2)]
     configs[2].sae.k = 1  # numbers of active atoms may differ
     assert len({fast.shape_of(cfg) for cfg in configs} - {None}) == 1
-    rows = [writes(0), writes(0), writes(1) * 3.0]
+    configs.insert(1, config(name="writesae_standard"))  # of another shape, trained by itself on rows
+    rows = [writes(0), writes(0), writes(0), writes(1) * 3.0]
     for cfg, each, sae in zip(configs, rows, train(configs, rows)):
         alone = train(cfg, each)
+        assert sae.cfg.architecture() == cfg.sae.architecture()
         torch.testing.assert_close(state(sae), state(alone), **CLOSE)
         assert sae.cfg.metadata.l0 == pytest.approx(alone.cfg.metadata.l0)
         assert sae.cfg.metadata.num_dead_features == alone.cfg.metadata.num_dead_features
@@ -207,14 +209,6 @@ def test_every_row_is_seen_equally_often() -> None:
     assert torch.equal(next(rows_.row_orders(10, 4, seed=1, step=7)), drawn[28:32])
 
 
-def test_dictionaries_of_several_shapes_come_in_the_order_of_their_configs() -> None:
-    configs = [config(0), config(name="writesae_jumprelu", dtype="float32"), config(1), config(2, rank=2)]
-    rows = [writes(0), writes(0, torch.float32), writes(1), writes(1)]
-    for cfg, each, sae in zip(configs, rows, train(configs, rows)):
-        assert sae.cfg.architecture() == cfg.sae.architecture() and sae.cfg.rank == cfg.sae.rank
-        torch.testing.assert_close(state(sae), state(train(cfg, each)), **CLOSE)
-
-
 def test_matrices_are_the_sums_of_their_rows() -> None:
     """Those of BatchTopK in SAELens' own step, however large they are."""
     matrices = torch.randn(96, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -226,13 +220,6 @@ def test_matrices_are_the_sums_of_their_rows() -> None:
         rows = LowRank(torch.eye(64).expand(96, -1, -1), matrices)
         torch.testing.assert_close(state(sae), state(train(cfg, rows)), rtol=0, atol=0)
         assert float(sae.state_dict().get("topk_threshold", 1)) > 0
-
-
-@pytest.mark.parametrize(("fields", "metric"), [({}, True), ({"metric": "gauss_newton"}, False)])
-def test_a_metric_that_the_config_does_not_ask_for_is_refused(fields: dict[str, Any], metric: bool) -> None:
-    of = Metric.of(torch.eye(K), torch.eye(V), 1.0, 0.1, 8) if metric else None
-    with pytest.raises(ValueError, match="metric: expected"):
-        train(config(0, **fields), writes(), metric=of)
 
 
 def test_swapped_sides_are_refused() -> None:
@@ -252,8 +239,9 @@ def test_swapped_sides_are_refused() -> None:
         ),
         ([config(0), config(1)], [writes()], "shorter"),
         ([config()], [writes() * torch.nan], "NaN"),
+        ([config(metric="gauss_newton")], [writes()], "metric: expected one"),
     ],
-    ids=["shapes", "lengths", "NaN"],
+    ids=["shapes", "lengths", "NaN", "metric"],
 )
 def test_what_does_not_fit_is_refused(configs: list[Any], data: list[Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):

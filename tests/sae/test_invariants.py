@@ -148,21 +148,6 @@ def test_a_step_on_factors_is_saelens_step_on_dense_matrices(name: str, data: st
         close(actual[n], gradient.to(actual[n].dtype), 1e-9)
 
 
-@each_architecture
-@generated
-@given(st.data())
-@torch.no_grad()
-def test_norms_and_atoms_are_those_of_the_matrices(name: str, data: st.DataObject) -> None:
-    sae = data.draw(cases(name)).sae()
-    close(sae.decoder_norm(), sae.W_dec.norm(dim=-1))
-    close(sae.encoder_norm(), sae.W_enc.norm(dim=0))
-    close(sae.atoms().dense().flatten(1), sae.W_dec)
-    names = {name for name, _ in sae.named_parameters()}
-    assert ("decoder_matrix" in names) == (sae.cfg.decoder == "flat") == ("v" not in names)
-    assert ("encoder_matrix" in names) == (sae.cfg.encoder == "dense")
-    assert ("v_enc" in names) == (sae.cfg.encoder == "bilinear")
-
-
 # ---- save and load
 
 

@@ -79,7 +79,7 @@ def test_the_quadratic_form_predicts_the_kl_of_real_edits(embedded: Any) -> None
     metric = fit_metrics(embedded, train_tokens, [(layer, head)])[layer, head]
     generator = torch.Generator().manual_seed(0)
     measured, exact, changes = [], [], []
-    for tokens in sample_sequences(embedded, shipped.text("test"), length, 4).split(1):
+    for tokens in sample_sequences(embedded, shipped.text("test"), length, 3).split(1):
         session = embedded.edit_session(tokens)
         of_layer, gradients = read_scores(embedded, tokens.expand(draws, -1), [layer], generator)[layer]
         scores = ReadScores(of_layer.select(heads=head), gradients[:, :, head : head + 1])

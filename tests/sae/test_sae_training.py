@@ -136,14 +136,6 @@ def test_means_forget_what_is_older_than_their_rows() -> None:
     torch.testing.assert_close(sae.mean_input, torch.full((D_IN,), 0.5))
 
 
-def test_means_of_half_precision_are_sums_in_single_precision() -> None:
-    """301 is no bfloat16."""
-    sae = make("writesae_standard", dtype="bfloat16")
-    sae.update_means(torch.ones(301, D_IN).bfloat16(), torch.ones(301, 32).bfloat16())
-    torch.testing.assert_close(sae.mean_input, torch.ones(D_IN))
-    torch.testing.assert_close(sae.mean_contribution, sae.get_W_dec_norm().float())
-
-
 # ---------------------------------------------------------------------------------------- the rest
 
 
