@@ -15,15 +15,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
-from typing import Literal, NamedTuple, Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 from transformer_lens.hook_points import HookPoint
 
-from hookpoints import EditError, HookedRecurrent
+from hookpoints import HookedRecurrent
 from sae_lens_writesae.atom.low_rank import LowRank
 from sae_lens_writesae.sae.target import (
     Dictionary,
@@ -93,11 +94,11 @@ def steer(
     sae: Dictionary | None = None,
     atom: int | None = None,
     strength: float = 1.0,
-    at: Literal["every", "fires"] | Sequence[int] = "every",
+    at: Literal["every", "fires"] = "every",
 ) -> Steering:
     """Steer one head's writes toward tokens, or along an atom.
 
-    At each token that `at` names, the head also writes strength * |W_t| * D_t. D_t has Frobenius norm 1: it is
+    At each of these tokens the head also writes strength * |W_t| * D_t. D_t has Frobenius norm 1: it is
     k_t w^T / |k_t| for a value side w (the token's own key), or the atom.
 
     Args:
@@ -107,16 +108,15 @@ def steer(
         sae, atom: a dictionary of this head and one of its atoms. Without `toward` the atom is what is written (a
             negative strength takes it away); with `toward` it only says where (at="fires").
         strength: norm of what is added, in norms of the native write at the same token; negative steers away.
-        at: "every" token; "fires": the tokens at which the atom fires, decided from the live write; or positions >= 0,
-            counted from the first token of the sequence, padding included.
+        at: "every" token, or "fires": the tokens at which the atom fires, decided from the live write. What is written
+            at chosen positions is a `hookpoints.WriteEdit`.
 
     What to expect: a write is read through later tokens' queries, whose product with the key may have either sign, so
     that a positive strength can lower the target (the sign test measures how often). Where the head's reads are
     normalized (Gated DeltaNet, KDA), its output has a bounded norm and strengths above about 3 add little. Try several
     heads, the last layers first.
 
-    Cost: on a device, generated tokens wait for it and copy no more than without steering, but for one wait each with
-    at="fires", and at tokens that are not among the positions of `at`. There the pass is found to be as it was.
+    Cost: on a device, generated tokens wait for it and copy no more than without steering.
 
     Raises:
         ValueError: no direction or an ambiguous one, a string of several tokens, a zero atom, an SAE of another head,
@@ -128,7 +128,7 @@ def steer(
         if (layer, head) not in ((None, None), (place.layer, place.head)):
             raise ValueError(f"layer, head: expected left out, since the SAE reads {place.name}; got {layer}, {head}")
         if at == "fires" and place.target != "write":
-            raise ValueError("at: expected 'every' or positions, since the SAE reads states; got 'fires'")
+            raise ValueError("at: expected 'every', since the SAE reads states; got 'fires'")
         if at != "fires" and toward is not None:
             raise ValueError(f"at: expected 'fires' with toward= and an SAE, whose atom says where; got {at!r}")
         layer = place.layer
@@ -138,94 +138,66 @@ def steer(
             "steer: expected a head (layer=, head= or an SAE, which names its own) and a direction (toward=, or sae= "
             f"with atom=), got layer {layer}, head {head}, toward={toward!r}, atom={atom}"
         )
-    words = ("every",) if sae is None else ("every", "fires")
-    if at not in words and (isinstance(at, str) or min(at, default=0) < 0):
-        raise ValueError(f"at: expected 'every', with sae= and atom= 'fires', or positions >= 0; got at={at!r}")
+    places = ("every",) if sae is None else ("every", "fires")
+    if at not in places:
+        raise ValueError(f"at: expected 'every', or with sae= and atom= 'fires'; got at={at!r}")
     target = head_target(model, layer, head)
-    where = _Where(model, layer, at, sae, atom)
+    fires = partial(_firing_tokens, sae, atom) if at == "fires" else None
     if toward is not None:
-        hooks = _value_hooks(where, head, _value_side(model, layer, head, toward), strength)
+        hooks = _value_hooks(layer, head, _value_side(model, layer, head, toward), strength, fires)
     else:
         assert sae is not None and atom is not None
         chosen = decoder_atoms(sae, [atom], target.d_k, target.d_v)
-        hooks = _atom_hooks(where, head, chosen.with_norm(torch.ones_like(chosen.norm())).dense()[0], strength)
+        unit = chosen.with_norm(torch.ones_like(chosen.norm())).dense()[0]
+        name = f"blocks.{layer}.mixer.heads.{head}.hook_write"
+        hooks = [_atom_hook(name, unit.to(model.hook_device(name)), strength, fires)]
     return Steering(model, hooks if strength else [])
 
 
-class _Where(NamedTuple):
-    """Which tokens are steered."""
-
-    model: HookedRecurrent
-    layer: int
-    at: str | Sequence[int]
-    sae: Dictionary | None
-    atom: int | None
-
-    def tokens(self, side: Tensor, writes: Callable[[], Tensor]) -> Tensor | None:
-        """[B,T] of a pass over `side` [B,T,...], None for no token; writes [B,T,K,V] are made only if the atom's
-        firings are needed, and only for these the host waits for a device."""
-        if self.at == "every":
-            return torch.ones(side.shape[:2], dtype=torch.bool, device=side.device)
-        if self.at == "fires":
-            assert self.sae is not None
-            fires = _atom_activations(self.sae, writes().flatten(-2))[..., self.atom] > 0
-            return fires if fires.any() else None
-        positions = set(self.at)
-        first = self.model.first_token()
-        if first is None:
-            raise EditError(
-                f"layer {self.layer} cannot tell at which position it continues this cache, so positions cannot be "
-                "steered: fill the cache with this model, or steer every token"
-            )
-        steered = [position in positions for position in range(first, first + side.shape[1])]
-        if not any(steered):
-            return None
-        if all(steered):
-            return torch.ones(side.shape[:2], dtype=torch.bool, device=side.device)
-        return torch.tensor(steered, device=side.device).expand(side.shape[:2])
+def _firing_tokens(sae: Dictionary, atom: int, writes: Tensor) -> Tensor:
+    """[B,T] 1 where the atom fires on writes [B,T,K,V], else 0."""
+    return (_atom_activations(sae, writes.flatten(-2))[..., atom] > 0).to(writes)
 
 
-def _atom_hooks(where: _Where, head: int, unit: Tensor, strength: float) -> list[NamedHook]:
+def _atom_hook(name: str, unit: Tensor, strength: float, fires: Callable[[Tensor], Tensor] | None) -> NamedHook:
     """Add a matrix [K,V] of norm 1 to the writes."""
-    name = f"blocks.{where.layer}.mixer.heads.{head}.hook_write"
-    unit = unit.to(where.model.hook_device(name))
 
-    def steer_write(writes: Tensor, hook: HookPoint) -> Tensor | None:
-        steered = where.tokens(writes, lambda: writes)
-        if steered is None:
-            return None
+    def steer_write(writes: Tensor, hook: HookPoint) -> Tensor:
         # Relative to the token's own write: where a head writes little, little is added.
-        size = strength * torch.linalg.matrix_norm(writes) * steered
+        size = strength * torch.linalg.matrix_norm(writes)
+        if fires is not None:
+            size = size * fires(writes)
         return writes + size[..., None, None] * unit.to(writes)
 
-    return [(name, steer_write)]
+    return name, steer_write
 
 
-def _value_hooks(where: _Where, head: int, direction: Tensor, strength: float) -> list[NamedHook]:
+def _value_hooks(
+    layer: int, head: int, direction: Tensor, strength: float, fires: Callable[[Tensor], Tensor] | None
+) -> list[NamedHook]:
     """Add a value side [V] of norm 1 to the values, along each token's own key."""
     keys = list[Tensor]()
 
     def see_key(key: Tensor, hook: HookPoint) -> None:
         keys[:] = [key[:, :, head]]  # of this pass: it fires before the value's hook
 
-    def steer_value(values: Tensor, hook: HookPoint) -> Tensor | None:
+    def steer_value(values: Tensor, hook: HookPoint) -> Tensor:
         if values.ndim == 5:
             raise ValueError(
-                f"tokens of layer {where.layer} write {values.shape[3]} terms each; steering toward a token needs one"
+                f"tokens of layer {layer} write {values.shape[3]} terms each; steering toward a token needs one"
             )
         # k_t w^T / |k_t| times |W_t| = |k_t| |u_t| is k_t (|u_t| w)^T: the key stays, and the value moves.
         value = values[:, :, head]
-        at_tokens = where.tokens(value, lambda: keys[0][..., None] * value[..., None, :])
-        if at_tokens is None:
-            return None
-        size = strength * value.norm(dim=-1, keepdim=True) * at_tokens[..., None]
+        size = strength * value.norm(dim=-1, keepdim=True)
+        if fires is not None:
+            size = size * fires(keys[0][..., None] * value[..., None, :])[..., None]
         steered = values.clone()
         steered[:, :, head] += size * direction.to(value)
         return steered
 
-    mixer = f"blocks.{where.layer}.mixer"
+    mixer = f"blocks.{layer}.mixer"
     hooks: list[NamedHook] = [(f"{mixer}.hook_write_value", steer_value)]
-    return [(f"{mixer}.hook_write_key", see_key), *hooks] if where.at == "fires" else hooks
+    return [(f"{mixer}.hook_write_key", see_key), *hooks] if fires is not None else hooks
 
 
 def _value_side(

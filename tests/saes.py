@@ -158,6 +158,17 @@ def untrained_sae(name: str, known: Any = TRAINING, *, k: int = 4, seed: int = 0
     return sae_class(config_class(**needed | fields))
 
 
+def drawn_sae(name: str, known: Any = TRAINING, **fields: Any) -> Any:
+    """An SAE of an architecture whose parameters are all drawn, with no upkeep that SAELens does not have."""
+    plain = {"unit_norm_every": 0, "resample_every": 0, "b_dec_init": "zeros"} if known is TRAINING else {}
+    sae = untrained_sae(name, known, **plain | fields)
+    for parameter in sae.parameters():
+        parameter.data.copy_(0.6 * torch.randn_like(parameter))
+    if hasattr(sae, "threshold"):  # it is positive
+        sae.threshold.data.abs_()
+    return sae
+
+
 def native_and_edited(model: Any, tokens: Tensor, change: Any, at: int | None = None) -> tuple[Tensor, Tensor]:
     """Logits [T,vocab] without a change and with one: of the writes [T,K,V], or of the write [K,V] at one token."""
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import EACH_LAYOUT, EACH_RULE, fast_of, make_hf
+from tiny_models import EACH_LAYOUT, fast_of, make_hf
 
 from hookpoints import Cost, HookedRecurrent, UnknownHookError, UnknownModelError, UnsupportedModelError, cost
 from hookpoints.errors import InputError
@@ -28,7 +28,7 @@ def test_costs_are_those_of_a_real_run(model_type: str) -> None:
     assert_costs(model_type, torch.float32)
 
 
-@pytest.mark.parametrize("model_type", EACH_RULE)
+@pytest.mark.parametrize("model_type", ["qwen3_5", "rwkv7"])
 def test_costs_in_half_precision_are_those_of_a_real_run(model_type: str) -> None:
     assert_costs(model_type, torch.bfloat16)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import product
 
 import torch
@@ -152,10 +153,17 @@ class LowRank:
 
     def inners(self, other: LowRank) -> Tensor:
         """Frobenius inner products of all pairs [N,M]. Costs N M R R' (K + V)."""
-        total = torch.zeros(len(self), len(other), dtype=self.values.dtype, device=self.values.device)
-        for r, s in product(range(self.rank), range(other.rank)):
-            total += (self.keys[:, r] @ other.keys[:, s].mT) * (self.values[:, r] @ other.values[:, s].mT)
-        return total
+        return inner_products(self.keys, self.values, other.keys, other.values)
+
+
+def inner_products(keys: Tensor, values: Tensor, v: Tensor, w: Tensor) -> Tensor:
+    """<X_n, A_f> [...,N,F] of sum_s k_s u_s^T [...,N,S,K], [...,N,S,V] and sum_r v_r w_r^T [...,F,R,K], [...,F,R,V]."""
+    terms = product(range(keys.shape[-2]), range(v.shape[-2]))
+    # (k_s . v_r) (u_s . w_r), one pair of terms at a time: all pairs would take S R times the memory.
+    return reduce(
+        torch.add,
+        ((keys[..., s, :] @ v[..., r, :].mT) * (values[..., s, :] @ w[..., r, :].mT) for s, r in terms),
+    )
 
 
 def _safe_ratio(inner: Tensor, size: Tensor) -> Tensor:

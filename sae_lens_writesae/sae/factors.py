@@ -196,23 +196,16 @@ def check_same(folder: Path, index: Mapping[str, object], asked: CollectionIndex
 
 def _check_sizes(sealed: SealedFolder, index: CollectionIndex) -> None:
     """Raise CollectionError unless the sizes in the index are whole numbers that give the shards of the seal. Costs
-    nothing that grows with these sizes."""
-    file = sealed.folder / INDEX
-    shape = index.get("shape")
-    sizes = [*shape, index.get("sequences_per_shard")] if isinstance(shape, list) else []
-    if len(sizes) != 3 or not all(type(size) is int and size > 0 for size in sizes):
-        raise CollectionError(
-            f"{file}: expected a shape of two whole numbers and sequences_per_shard, got {shape} and "
-            f"{index.get('sequences_per_shard')}; collect again"
-        )
-    # Counted, not listed: the sizes are someone else's, and may be any numbers.
-    n_shards = -(-sizes[0] // sizes[2])
+    nothing that grows with these sizes, which are someone else's."""
+    shape, per_shard = index.get("shape"), index.get("sequences_per_shard")
     n_sealed = sum(name.startswith("shard-") for name in sealed.sums or ())
-    if n_shards != n_sealed:
-        raise CollectionError(
-            f"{file}: expected {n_sealed} shards, as {CHECKSUMS} has, got a shape {shape} that needs {n_shards}; "
-            "collect again"
-        )
+    match [shape, per_shard]:
+        case [[int(n), int(length)], int(size)] if min(n, length, size) > 0 and -(-n // size) == n_sealed:
+            return
+    raise CollectionError(
+        f"{sealed.folder / INDEX}: expected a shape and sequences_per_shard of {n_sealed} shards, as {CHECKSUMS} has, "
+        f"got {shape} and {per_shard}; collect again"
+    )
 
 
 def model_hash(model: HookedRecurrent) -> str:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, embedding_bag, pad
 
+from sae_lens_writesae.atom.low_rank import inner_products
 from sae_lens_writesae.sae.matrix import khatri_rao
 
 if TYPE_CHECKING:
@@ -450,15 +451,15 @@ def _with_aux(p: dict[str, Tensor], keys: Tensor, values: Tensor, step: Step, cf
     shift = p["b_enc"].gather(1, index)
     if cfg.apply_b_dec_to_input:
         shift = shift - (_side_products(v_enc, bias) * w_enc).sum((2, 3))
-    acts = inners(keys, values, v_enc, w_enc) + shift[:, None]
+    acts = inner_products(keys, values, v_enc, w_enc) + shift[:, None]
     norms = atom_norms(v, w).detach() if cfg.rescale_acts_by_decoder_norm else torch.ones_like(shift)
     is_dead = dead.atoms.gather(1, index)
     code = acts * _most_active(acts.detach() * norms[:, None], is_dead, min(most_active, dead.most))
     if (F / N + 1) * (cfg.d_k + cfg.d_v) + k + dead.most < cfg.d_in:  # by a factor of 3 to 14, one way or the other
         explained = _explained_products(p, step, v, w)
-        without_bias = inners(keys, values, v, w) - (_side_products(v, bias.detach()) * w).sum((2, 3))[:, None]
+        without_bias = inner_products(keys, values, v, w) - (_side_products(v, bias.detach()) * w).sum((2, 3))[:, None]
         left = without_bias - explained
-        errors = step.errors + ((code @ inners(v, w, v, w) - 2 * left) * code).sum(-1)
+        errors = step.errors + ((code @ inner_products(v, w, v, w) - 2 * left) * code).sum(-1)
     else:
         left = _rows_left(p, step, keys.mT @ values - bias.detach()[:, None])
         atoms = khatri_rao(v.flatten(0, 1), w.flatten(0, 1)).view(-1, dead.most, cfg.d_in)
@@ -478,7 +479,7 @@ def _most_active(scores: Tensor, is_dead: Tensor, count: int) -> Tensor:
 
 def _explained_products(p: dict[str, Tensor], step: Step, v: Tensor, w: Tensor) -> Tensor:
     """[M,N,D] inner products of atoms, [M,D,R,K] and [M,D,R,V], with what a step reconstructed, without its bias."""
-    of_atoms = inners(p["v"].detach(), p["w"].detach(), v, w).flatten(0, 1)
+    of_atoms = inner_products(p["v"].detach(), p["w"].detach(), v, w).flatten(0, 1)
     weights = step.code.flatten(0, 1)
     summed = embedding_bag(step.atoms.flatten(0, 1), of_atoms, mode="sum", per_sample_weights=weights)
     return summed.view(*step.errors.shape, -1)
@@ -496,13 +497,6 @@ def _rows_left(p: dict[str, Tensor], step: Step, x: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------ numbers and sums
-
-
-def inners(keys: Tensor, values: Tensor, v: Tensor, w: Tensor) -> Tensor:
-    """<X_n, A_f> [M,N,F] of sum_s k_s u_s^T [M,N,S,K], [M,N,S,V] and sum_r v_r w_r^T [M,F,R,K], [M,F,R,V]."""
-    of_keys = keys.flatten(1, 2) @ v.flatten(1, 2).mT
-    of_values = values.flatten(1, 2) @ w.flatten(1, 2).mT
-    return (of_keys * of_values).view(*keys.shape[:3], *v.shape[1:3]).sum((2, 4))
 
 
 def atom_norms(v: Tensor, w: Tensor) -> Tensor:

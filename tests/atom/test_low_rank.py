@@ -38,15 +38,6 @@ def test_a_zero_matrix_has_cosine_zero_and_no_direction() -> None:
         zero.with_norm(torch.ones(N))
 
 
-def test_rows_terms_and_expand() -> None:
-    a = draw(3, 0)
-    close(a.rows([4, 0]).dense(), a.dense()[[4, 0]])
-    close(a.terms(slice(2)).dense() + a.terms([2]).dense(), a.dense())
-    assert (a.rank, a.terms([2]).rank, len(a.rows(slice(2)))) == (3, 1, 2)
-    close(a.rows([1]).expand(4).dense(), a.dense()[[1] * 4])
-    assert a.to(torch.float32).values.dtype == torch.float32
-
-
 @pytest.mark.parametrize("balanced", [False, True])
 def test_svd_is_exact_or_the_closest_of_its_rank(balanced: bool) -> None:
     matrices = torch.randn(N, K, V, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

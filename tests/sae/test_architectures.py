@@ -10,7 +10,7 @@ import pytest
 import sae_lens
 import torch
 from sae_lens.saes.sae import TrainStepInput
-from saes import untrained_sae
+from saes import drawn_sae, train_step
 from safetensors.torch import load_file, save_file
 from sealing import reseal
 
@@ -22,22 +22,8 @@ K, V, D_IN, F, N = 5, 6, 30, 16, 11
 SHAPE: dict[str, Any] = {"d_in": D_IN, "d_sae": F, "d_k": K, "d_v": V, "dtype": "float64"}
 
 
-def build(name: str, seed: int = 0, **fields: Any) -> Any:
-    """A small training SAE with random parameters, and no upkeep that SAELens does not have."""
-    plain = {"unit_norm_every": 0, "resample_every": 0, "b_dec_init": "zeros"}
-    sae = untrained_sae(name, seed=seed, **SHAPE | plain | fields)
-    for parameter in sae.parameters():
-        parameter.data.copy_(0.6 * torch.randn_like(parameter))
-    if hasattr(sae, "threshold"):
-        sae.threshold.data.abs_()
-    return sae
-
-
-def step_input(sae: Any, seed: int = 1) -> TrainStepInput:
-    g = torch.Generator().manual_seed(seed)
-    x = torch.randn(N, D_IN, dtype=torch.float64, generator=g)
-    dead = torch.rand(F, generator=g) < 0.4
-    return TrainStepInput(x, {n: 0.3 for n in sae.get_coefficients()}, dead, 0, False)
+def build(name: str, **fields: Any) -> Any:
+    return drawn_sae(name, **SHAPE | fields)
 
 
 @torch.no_grad()
@@ -78,10 +64,8 @@ def test_low_precision_training_steps(name: str) -> None:
     sae = build(name, dtype=dtype, resample_every=1, unit_norm_every=int(name != "writesae_matching_pursuit"))
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-2)
     for step in range(3):
-        batch = step_input(sae, step)
-        batch.sae_in, batch.n_training_steps = batch.sae_in.float(), step
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "float32"):
-            loss = sae.training_forward_pass(batch).loss
+            loss = train_step(sae, torch.randn(N, D_IN), step, torch.arange(F) < 6).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -93,8 +77,9 @@ def test_low_precision_training_steps(name: str) -> None:
 def test_compiled_training_step_is_the_same() -> None:
     plain, compiled = build("writesae_topk"), build("writesae_topk")
     torch._dynamo.reset()
-    expected = plain.training_forward_pass(step_input(plain)).loss
-    got = torch.compile(compiled.training_forward_pass, backend="aot_eager")(step_input(compiled)).loss
+    batch = TrainStepInput(torch.randn(N, D_IN, dtype=torch.float64), {}, torch.arange(F) < 6, 0, False)
+    expected = plain.training_forward_pass(batch).loss
+    got = torch.compile(compiled.training_forward_pass, backend="aot_eager")(batch).loss
     torch.testing.assert_close(got, expected)
     for each in (expected, got):
         each.backward()

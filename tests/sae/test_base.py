@@ -16,18 +16,6 @@ from sae_lens_writesae.sae.target import HeadHook, decoder_atoms
 K, V, D_IN, F = 5, 6, 30, 12
 
 
-def small(name: str = "writesae_standard", known: Any = S.INFERENCE, **fields: Any) -> Any:
-    """A small fp64 autoencoder with every parameter drawn at random."""
-    shape = {"d_in": D_IN, "d_sae": F, "d_k": K, "d_v": V, "dtype": "float64"}
-    sae = untrained_sae(name, known, **shape | fields)
-    for parameter in sae.parameters():
-        parameter.data.copy_(0.5 * torch.randn_like(parameter))
-    for name in ("threshold", "encoder_scale"):  # these are positive
-        if (tensor := getattr(sae, name, None)) is not None:
-            tensor.data.abs_().add_(0.1)
-    return sae
-
-
 # ---------------------------------------------------------------------------------------- views and atoms
 
 
@@ -48,19 +36,10 @@ def test_atoms_of_another_package_are_those_of_its_decoder() -> None:
 # ---------------------------------------------------------------------------------------- folds
 
 
-def test_balanced_factors_have_equal_norms() -> None:
-    sae = small(rank=2)
-    sae.v.data[3] = 0
-    sae.balance_factors()
-    live = torch.arange(F) != 3
-    torch.testing.assert_close(sae.v.norm(dim=-1)[live], sae.w.norm(dim=-1)[live])
-    assert sae.w.isfinite().all()
-
-
 def test_whitening_is_refused() -> None:
     eye = torch.eye(D_IN, dtype=torch.float64)
     with pytest.raises(NotImplementedError, match="expected_average"):
-        small().fold_activation_whitening(eye[0], eye, eye)
+        untrained_sae("writesae_topk", d_in=D_IN, d_sae=F, d_k=K).fold_activation_whitening(eye[0], eye, eye)
 
 
 WRITES_TO_WEIGHTS = re.compile(r"(?<!scaled_)W_(enc|dec)(\.data|\s*=[^=])|state_dict\[.W_(enc|dec)|_fold_norm_topk")
@@ -93,24 +72,14 @@ def test_no_method_of_saelens_that_writes_to_weights_is_left(sae_class: type) ->
     ("fields", "message"),
     [
         ({"decoder_init_norm": 0.0}, "decoder_init_norm=0.0"),
-        ({"b_dec_init": "median"}, "b_dec_init='median'"),
-        ({"resample_every": -1}, "resample_every=-1"),
-        ({"loss": "kl"}, "loss='kl'"),
         ({"loss_weight": 1.5}, "loss_weight=1.5"),
         ({"k": 13}, "k=13"),
-        ({"k": 0}, "k=0"),
         ({"rescale_acts_by_decoder_norm": False}, "unit_norm_every=100"),
         ({"decoder_init": "bad", "b_dec_rows": None}, "decoder_init='bad'"),  # the first one is named
         ({"d_k": 4}, "d_in=30"),
-        ({"d_k": 4, "encoder": "linear", "rank": "one"}, "d_in=30"),
         ({"d_k": 0, "d_v": 0}, "d_k=0"),
-        ({"d_k": 0, "d_v": 7}, "d_in=30"),
-        ({"d_k": -5, "d_v": -6}, "d_k=-5"),
-        ({"rank": 0}, "rank=0"),
         ({"rank": 6}, "rank=6"),
         ({"encoder": "linear"}, "encoder='linear'"),
-        ({"decoder": "full"}, "decoder='full'"),
-        ({"d_sae": 0}, "d_sae=0"),
         ({"normalize_activations": "layer_norm"}, "normalize_activations='layer_norm'"),
         ({"reshape_activations": "hook_z"}, "reshape_activations='hook_z'"),
     ],
@@ -123,6 +92,6 @@ def test_configs_refuse_what_matrix_atoms_cannot_be(fields: dict, message: str) 
 
 
 def test_one_width_of_a_matrix_is_enough() -> None:
-    for sides in ({"d_k": K}, {"d_v": V}, {"d_k": K, "d_v": V}):
+    for sides in ({"d_k": K}, {"d_v": V}):
         cfg = S.WriteTopKTrainingSAEConfig(d_in=D_IN, d_sae=F, k=4, **sides)
         assert (cfg.d_k, cfg.d_v) == (K, V)

@@ -72,7 +72,7 @@ WIDE: dict[str, Any] = {"d_in": 96, "d_k": 12, "d_v": 8}
 """Large enough that the loss of dead atoms takes inner products, and not matrices as with K V."""
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(on_factors(), st.sampled_from([{}, WIDE]), st.integers(1, 2), st.sampled_from([fused.BLOCK, 64]), st.booleans())
 def test_losses_and_gradients_are_those_of_the_dense_step(
     fields: dict[str, Any], shape: dict[str, Any], terms: int, block: int, in_double: bool
@@ -112,21 +112,13 @@ def test_losses_and_gradients_are_those_of_the_dense_step(
     assert torch.equal(counts.view_as(active), active.float())
 
 
-def test_rows_stay_where_they_are_if_a_device_does_not_tell_its_memory() -> None:
-    rows = [writes()]
-    assert not hasattr(torch.mps, "mem_get_info")
-    assert fast.writes_at_hand(rows, torch.device("mps")) == fast.writes_at_hand(rows, torch.device("cpu")) == rows
-
-
-@pytest.mark.parametrize("ordered", [False, True])
-@pytest.mark.parametrize("F, k", [(512, 3), (1024, 16), (96, 5), (40, 1)])
-def test_atoms_on_top_are_exact(F: int, k: int, ordered: bool) -> None:
+@pytest.mark.parametrize("F, k", [(1024, 16), (96, 5), (40, 1)])
+def test_atoms_on_top_are_exact(F: int, k: int) -> None:
     scores = torch.randn(2, 7, F, generator=torch.Generator().manual_seed(0))
-    atoms, expected = fused.top_atoms(scores, k, ordered=ordered), scores.topk(k).indices
-    assert torch.equal(*((atoms, expected) if ordered else (atoms.sort().values, expected.sort().values)))
+    assert torch.equal(fused.top_atoms(scores, k, ordered=True), scores.topk(k).indices)
 
 
-@pytest.mark.parametrize("terms, rank", [(1, 1), (1, 2), (2, 1)])
+@pytest.mark.parametrize("terms, rank", [(1, 2), (2, 1)])
 def test_writes_start_the_atoms_that_their_matrices_start(terms: int, rank: int) -> None:
     saes: list[Any] = [rows_.new_sae(config(rank=rank)) for _ in range(2)]
     rows = writes(terms=terms)
@@ -144,9 +136,11 @@ def test_each_dictionary_is_the_one_that_trains_alone(fields: dict[str, Any], no
     configs = [config(seed, **fields, normalize_activations=normalize) for seed in (0, 1, 2)]
     configs[2].sae.k = 1  # numbers of active atoms may differ
     assert len({fast.shape_of(cfg) for cfg in configs} - {None}) == 1
-    rows = [writes(0), writes(0), writes(1) * 3.0]
+    configs.insert(1, config(name="writesae_standard"))  # of another shape, trained by itself on rows
+    rows = [writes(0), writes(0), writes(0), writes(1) * 3.0]
     for cfg, each, sae in zip(configs, rows, train(configs, rows)):
         alone = train(cfg, each)
+        assert sae.cfg.architecture() == cfg.sae.architecture()
         torch.testing.assert_close(state(sae), state(alone), **CLOSE)
         assert sae.cfg.metadata.l0 == pytest.approx(alone.cfg.metadata.l0)
         assert sae.cfg.metadata.num_dead_features == alone.cfg.metadata.num_dead_features
@@ -182,8 +176,7 @@ def test_reconstructions_are_right_on_average() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of SAELens, on a config without a model
-@pytest.mark.parametrize("normalize", ["none", "expected_average_only_in"])
-@pytest.mark.parametrize("encoder", ["bilinear", "tied"])
+@pytest.mark.parametrize(("encoder", "normalize"), [("bilinear", "expected_average_only_in"), ("tied", "none")])
 def test_a_metric_is_folded_in(encoder: str, normalize: str) -> None:
     """Rows are scaled as the dictionary sees them: after the metric."""
     g = torch.Generator().manual_seed(0)
@@ -216,14 +209,6 @@ def test_every_row_is_seen_equally_often() -> None:
     assert torch.equal(next(rows_.row_orders(10, 4, seed=1, step=7)), drawn[28:32])
 
 
-def test_dictionaries_of_several_shapes_come_in_the_order_of_their_configs() -> None:
-    configs = [config(0), config(name="writesae_jumprelu", dtype="float32"), config(1), config(2, rank=2)]
-    rows = [writes(0), writes(0, torch.float32), writes(1), writes(1)]
-    for cfg, each, sae in zip(configs, rows, train(configs, rows)):
-        assert sae.cfg.architecture() == cfg.sae.architecture() and sae.cfg.rank == cfg.sae.rank
-        torch.testing.assert_close(state(sae), state(train(cfg, each)), **CLOSE)
-
-
 def test_matrices_are_the_sums_of_their_rows() -> None:
     """Those of BatchTopK in SAELens' own step, however large they are."""
     matrices = torch.randn(96, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -237,19 +222,11 @@ def test_matrices_are_the_sums_of_their_rows() -> None:
         assert float(sae.state_dict().get("topk_threshold", 1)) > 0
 
 
-@pytest.mark.parametrize(("fields", "metric"), [({}, True), ({"metric": "gauss_newton"}, False)])
-def test_a_metric_that_the_config_does_not_ask_for_is_refused(fields: dict[str, Any], metric: bool) -> None:
-    of = Metric.of(torch.eye(K), torch.eye(V), 1.0, 0.1, 8) if metric else None
-    with pytest.raises(ValueError, match="metric: expected"):
-        train(config(0, **fields), writes(), metric=of)
-
-
-@pytest.mark.parametrize("name", ["writesae_jumprelu", "writesae_topk"])
-@pytest.mark.parametrize("dense", [False, True])
-def test_swapped_sides_are_refused(name: str, dense: bool) -> None:
+def test_swapped_sides_are_refused() -> None:
     swapped = LowRank(writes().values, writes().keys)
-    with pytest.raises(ValueError, match=r"d_k, d_v, d_in: expected .*\(4, 6, 24\).*, got \(6, 4, 24\)"):
-        train(config(name=name), swapped.dense() if dense else swapped)
+    for data in (swapped, swapped.dense()):
+        with pytest.raises(ValueError, match=r"d_k, d_v, d_in: expected .*\(4, 6, 24\).*, got \(6, 4, 24\)"):
+            train(config(), data)
 
 
 @pytest.mark.parametrize(
@@ -262,8 +239,9 @@ def test_swapped_sides_are_refused(name: str, dense: bool) -> None:
         ),
         ([config(0), config(1)], [writes()], "shorter"),
         ([config()], [writes() * torch.nan], "NaN"),
+        ([config(metric="gauss_newton")], [writes()], "metric: expected one"),
     ],
-    ids=["shapes", "lengths", "NaN"],
+    ids=["shapes", "lengths", "NaN", "metric"],
 )
 def test_what_does_not_fit_is_refused(configs: list[Any], data: list[Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from planted import Planted, SmallWrites, recovery, trained, untrained
 from sae_lens import SAE, TrainingSAE
 from sae_lens.saes.sae import TrainStepInput
-from saes import close, normal, positive, train_step, untrained_sae
+from saes import close, drawn_sae, normal, positive, train_step
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
@@ -61,15 +61,8 @@ class Case(NamedTuple):
     seed: int
 
     def sae(self, known: Any = S.TRAINING, **changes: Any) -> Any:
-        """With random parameters, and no upkeep that SAELens does not have."""
-        plain = {"unit_norm_every": 0, "resample_every": 0, "b_dec_init": "zeros"} if known is S.TRAINING else {}
         fields = self.fields if known is S.TRAINING else {n: x for n, x in self.fields.items() if n in SHARED}
-        sae = untrained_sae(self.name, known, seed=self.seed, **plain | fields | changes)
-        for parameter in sae.parameters():
-            parameter.data.copy_(0.6 * torch.randn_like(parameter))
-        if hasattr(sae, "threshold"):
-            sae.threshold.data.abs_()
-        return sae
+        return drawn_sae(self.name, known, seed=self.seed, **fields | changes)
 
     def rows(self, n: int = 11) -> Tensor:
         """[n,K*V] in float64."""
@@ -153,21 +146,6 @@ def test_a_step_on_factors_is_saelens_step_on_dense_matrices(name: str, data: st
     assert expected.keys() == actual.keys() and sae._built is None
     for n, gradient in expected.items():
         close(actual[n], gradient.to(actual[n].dtype), 1e-9)
-
-
-@each_architecture
-@generated
-@given(st.data())
-@torch.no_grad()
-def test_norms_and_atoms_are_those_of_the_matrices(name: str, data: st.DataObject) -> None:
-    sae = data.draw(cases(name)).sae()
-    close(sae.decoder_norm(), sae.W_dec.norm(dim=-1))
-    close(sae.encoder_norm(), sae.W_enc.norm(dim=0))
-    close(sae.atoms().dense().flatten(1), sae.W_dec)
-    names = {name for name, _ in sae.named_parameters()}
-    assert ("decoder_matrix" in names) == (sae.cfg.decoder == "flat") == ("v" not in names)
-    assert ("encoder_matrix" in names) == (sae.cfg.encoder == "dense")
-    assert ("v_enc" in names) == (sae.cfg.encoder == "bilinear")
 
 
 # ---- save and load
@@ -322,7 +300,6 @@ def test_any_trainer_leaves_reconstructions_right_on_average(name: str, tmp_path
     assert torch.equal(checkpoint(x), rebuilt)
     sae.save_inference_model(tmp_path / "exported")
     exported = W.load_sae(tmp_path / "exported")(x)
-    print(name, by_optimizer, mean_error(rebuilt), mean_error(exported))
     assert max(mean_error(rebuilt), mean_error(exported)) < min(1e-3, 0.6 * by_optimizer)
     torch.testing.assert_close(sae.encode(x), codes, rtol=1e-3, atol=1e-5)
     assert mean_error(sae.coefficients(codes) @ sae.W_dec + sae.b_dec) == pytest.approx(mean_error(rebuilt), rel=0.01)

@@ -32,15 +32,12 @@ def test_vectors_rows_and_inner_products_agree_with_dense_matrices() -> None:
     assert_close(metric.apply_rows(write.dense().flatten(1)), moved.dense().flatten(1), rtol=1e-10, atol=1e-10)
     expected = torch.einsum("nkv,kl,nlw,wv->n", write.dense(), a, write.dense(), b)
     assert_close(metric.nats(write), expected, rtol=1e-10, atol=1e-10)  # scale 2, halved
-    assert metric.move(LowRank(keys.float(), values.float())).keys.dtype == torch.float32
+    assert_close(metric.inverse.move(moved).dense(), write.dense(), rtol=1e-10, atol=1e-10)
 
 
 def test_a_metric_is_positive() -> None:
     with pytest.raises(ValueError, match="value side"):
         Metric.of(positive(K), -positive(V), 1.0, 0.05, 1)
-
-
-# ---- folding
 
 
 # ---- fitting
@@ -61,8 +58,6 @@ def test_a_planted_kronecker_metric_is_recovered() -> None:
     assert_close(predicted, torch.einsum("nkv,kl,nlw,wv->n", dense, a, dense, b), rtol=0.05, atol=0)
     write = LowRank.rank_one(k, u)
     assert_close(metric.nats(write).sum(), metric.scale / 2 * write.inner(write).sum(), rtol=1e-4, atol=0)
-    plain = sums.metric(1.0, n)
-    assert_close(plain.key_root @ plain.key_root, torch.eye(4, dtype=torch.float64) * plain.key_root[0, 0] ** 2)
 
 
 def test_the_scale_is_what_deleting_writes_costs_on_average() -> None:
@@ -76,16 +71,6 @@ def test_the_scale_is_what_deleting_writes_costs_on_average() -> None:
     assert sums.metric(0.05, 1).scale == pytest.approx(float(costs.sum() / writes.square().sum()))
 
 
-def test_fits_are_checked(embedded: Any) -> None:
-    one = torch.ones(1, 1, 1, 2)
-    sums = Sums()
-    sums.add(ReadScores(Recurrence(one, one, one), torch.zeros(1, 1, 1, 2)))
-    with pytest.raises((ValueError, RuntimeError)):  # nothing reads the head
-        sums.metric(0.05, 1)
-    with pytest.raises(ValueError, match="damping"):
-        fit_metrics(embedded, torch.ones(1, 8, dtype=torch.long), [(2, 1)], damping=0)
-
-
 def test_the_quadratic_form_predicts_the_kl_of_real_edits(embedded: Any) -> None:
     """KL of all later tokens against (1/2) E^T G E with exact gradients (draws averaged), and against the Kronecker
     form that was fitted to other text."""
@@ -94,7 +79,7 @@ def test_the_quadratic_form_predicts_the_kl_of_real_edits(embedded: Any) -> None
     metric = fit_metrics(embedded, train_tokens, [(layer, head)])[layer, head]
     generator = torch.Generator().manual_seed(0)
     measured, exact, changes = [], [], []
-    for tokens in sample_sequences(embedded, shipped.text("test"), length, 4).split(1):
+    for tokens in sample_sequences(embedded, shipped.text("test"), length, 3).split(1):
         session = embedded.edit_session(tokens)
         of_layer, gradients = read_scores(embedded, tokens.expand(draws, -1), [layer], generator)[layer]
         scores = ReadScores(of_layer.select(heads=head), gradients[:, :, head : head + 1])
@@ -121,7 +106,6 @@ def test_the_quadratic_form_predicts_the_kl_of_real_edits(embedded: Any) -> None
     kronecker, frobenius = metric.nats(change), change.inner(change)
     assert correlation(quadratic) > 0.9
     assert 0.6 < quadratic.sum() / kl.sum() < 1.5
-    assert correlation(kronecker) > 0.5
     assert correlation(kronecker) > correlation(frobenius) + 0.1
     assert 0.3 < kronecker.sum() / kl.sum() < 3
 

@@ -101,9 +101,6 @@ def test_commands_refuse_other_weights_unless_asked(
         with pytest.raises(SystemExit):
             main([command, sae, *few])
         assert "error: sae: expected a dictionary of the weights of" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(["prompt", str(changed), "--sae", sae, "--port", "0"])
-    assert "by --other-model" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     with pytest.warns(OtherModelWarning):
         model_of([load_sae(sae)], str(changed), other_model=True).check_dictionary(load_sae(sae).cfg.metadata)

@@ -1,4 +1,4 @@
-"""Losses beyond reconstruction: formulas, gradients by finite differences, columns against the model, training."""
+"""What losses beyond reconstruction compare with: columns of the model; `test_invariants.py` has their formulas."""
 
 from typing import Any
 
@@ -9,29 +9,10 @@ from datasets import Dataset
 from sae_lens_writesae import collect, train, training_config
 from sae_lens_writesae.sae.metric import Metric
 from sae_lens_writesae.sae.rows import COLUMN_SCALE, head_rows, read_queries
-from sae_lens_writesae.sae.training import read_loss, write_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 LAYER, HEAD, K, V = 1, 2, 8, 6
-
-
-# -- formulas
-
-
-def test_read_loss_by_hand_and_in_units_of_the_squared_error() -> None:
-    error = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])
-    query = torch.tensor([[1.0, 1.0]])  # reads (4, 6): 52, times K / |q|^2 = 2 / 2
-    assert read_loss(error, query) == 52
-    torch.manual_seed(0)
-    errors, queries = torch.randn(20_000, K, V), torch.randn(20_000, K)
-    assert read_loss(errors, queries) == pytest.approx(errors.square().sum((1, 2)).mean().item(), rel=0.02)
-
-
-def test_write_loss_by_hand() -> None:
-    cosine = torch.tensor([[1.0, -1.0, 0.5], [0.2, 0.2, 0.2], [1.0, 1.0, 1.0]])
-    contribution = torch.tensor([[1.0, 2.0, 1.0], [3.0, 4.0, 1.0], [0.0, 0.0, 0.0]])
-    assert write_loss(cosine, contribution) == pytest.approx(1 - (-0.125 + 0.2 + 0) / 3)
 
 
 # -- columns, and training from a collection
