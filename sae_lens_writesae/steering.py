@@ -142,7 +142,9 @@ def steer(
     if at not in places:
         raise ValueError(f"at: expected 'every', or with sae= and atom= 'fires'; got at={at!r}")
     target = head_target(model, layer, head)
-    fires = partial(_firing_tokens, sae, atom) if at == "fires" else None
+    fires = None
+    if sae is not None and atom is not None and at == "fires":
+        fires = partial(_firing_tokens, sae, atom)
     if toward is not None:
         hooks = _value_hooks(layer, head, _value_side(model, layer, head, toward), strength, fires)
     else:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 
-def checked_setting(name: str, value: object, hint: object) -> object:
+def checked_setting(name: str, value: object, hint: Any) -> object:
     """A setting as its type has it: a list becomes a tuple.
 
     Raises:
