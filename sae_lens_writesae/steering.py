@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
-from typing import Literal, Self
+from typing import Literal, Self, cast
 
 import torch
 from torch import Tensor
@@ -138,18 +138,14 @@ def steer(
             "steer: expected a head (layer=, head= or an SAE, which names its own) and a direction (toward=, or sae= "
             f"with atom=), got layer {layer}, head {head}, toward={toward!r}, atom={atom}"
         )
-    places = ("every",) if sae is None else ("every", "fires")
-    if at not in places:
+    if at != "every" and (at != "fires" or sae is None):
         raise ValueError(f"at: expected 'every', or with sae= and atom= 'fires'; got at={at!r}")
     target = head_target(model, layer, head)
-    fires = None
-    if sae is not None and atom is not None and at == "fires":
-        fires = partial(_firing_tokens, sae, atom)
+    fires = partial(_firing_tokens, cast(Dictionary, sae), cast(int, atom)) if at == "fires" else None
     if toward is not None:
         hooks = _value_hooks(layer, head, _value_side(model, layer, head, toward), strength, fires)
     else:
-        assert sae is not None and atom is not None
-        chosen = decoder_atoms(sae, [atom], target.d_k, target.d_v)
+        chosen = decoder_atoms(cast(Dictionary, sae), [cast(int, atom)], target.d_k, target.d_v)
         unit = chosen.with_norm(torch.ones_like(chosen.norm())).dense()[0]
         name = f"blocks.{layer}.mixer.heads.{head}.hook_write"
         hooks = [_atom_hook(name, unit.to(model.hook_device(name)), strength, fires)]

@@ -89,7 +89,7 @@ def test_a_token_may_be_written_only_where_an_atom_fires(model64: Any, ids: Tens
     sae = sae_of_head(model64)
     r = model64.recurrence(ids, LAYER)
     k, u = r.k[0, :, HEAD], r.u[0, :, HEAD]
-    w = sum(value_direction(model64, LAYER, HEAD, token) for token in (5, 9))
+    w = value_direction(model64, LAYER, HEAD, 5) + value_direction(model64, LAYER, HEAD, 9)
     edits = [WriteEdit(LAYER, HEAD, t, k[t], 2 * u[t].norm() * w / w.norm()) for t in firing(model64, ids, sae)]
     with steer(model64, toward=[5, 9], sae=sae, atom=4, strength=2, at="fires"):
         live = model64(ids)

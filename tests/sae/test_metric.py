@@ -71,39 +71,40 @@ def test_the_scale_is_what_deleting_writes_costs_on_average() -> None:
     assert sums.metric(0.05, 1).scale == pytest.approx(float(costs.sum() / writes.square().sum()))
 
 
+def kl_of_edits(model: Any, tokens: Tensor, place: tuple[int, int], edits: list[tuple[int, Tensor, Tensor]]) -> Tensor:
+    """[n] KL of all later tokens, each edit (position, key, value) added alone to what a head writes."""
+    session = model.edit_session(tokens)
+    run = session.run([[WriteEdit(*place, *edit)] for edit in edits])
+    native = session.logits[0, run.start :].double().log_softmax(-1)
+    return (native.exp() * (native - run.logits.double().log_softmax(-1))).sum((1, 2))
+
+
 def test_the_quadratic_form_predicts_the_kl_of_real_edits(embedded: Any) -> None:
     """KL of all later tokens against (1/2) E^T G E with exact gradients (draws averaged), and against the Kronecker
     form that was fitted to other text."""
-    layer, head, length, positions, draws = 4, 1, 48, [5, 14, 23], 48
+    layer, head, positions, draws = 4, 1, [5, 14, 23], 48
     train_tokens = sample_sequences(embedded, shipped.text("train"), 64, 32)
     metric = fit_metrics(embedded, train_tokens, [(layer, head)])[layer, head]
     generator = torch.Generator().manual_seed(0)
-    measured, exact, changes = [], [], []
-    for tokens in sample_sequences(embedded, shipped.text("test"), length, 3).split(1):
-        session = embedded.edit_session(tokens)
+    measured, exact, changes = [], [], list[LowRank]()
+    for tokens in sample_sequences(embedded, shipped.text("test"), 48, 4).split(1):
         of_layer, gradients = read_scores(embedded, tokens.expand(draws, -1), [layer], generator)[layer]
-        scores = ReadScores(of_layer.select(heads=head), gradients[:, :, head : head + 1])
-        backwards = scores.recurrence.adjoint(scores.gradients).states()  # of the last token first
-        gradients = backwards.flip(1)[:, positions, 0].double()
-        k, u = (x[0, :, 0].double() for x in (scores.recurrence.k, scores.recurrence.u))
-        rows = []
-        for i, t in enumerate(positions):
-            noise = normal(2, len(k[0]) + len(u[0]), seed=t)
-            for key, value in ((k[t], -u[t]), (k[t + 20], 0.5 * u[t + 20]), noise[0].split([len(k[0]), len(u[0])])):
-                key, value = key / key.norm() * k[t].norm(), value / value.norm() * u[t].norm()
-                rows.append([WriteEdit(layer, head, t, key, value)])
-                changes.append((key, value))
-                exact.append(0.5 * (gradients[:, i] @ value @ key).square().mean())
-        run = session.run(rows)
-        native = session.logits[0, run.start :].double().log_softmax(-1)
-        measured.append((native.exp() * (native - run.logits.double().log_softmax(-1))).sum((1, 2)))
+        r = of_layer.select(heads=head)
+        gamma = r.adjoint(gradients[:, :, head : head + 1]).states().flip(1)[:, :, 0].double()  # of each write
+        keys, values = (x[0, :, 0].double() for x in (r.k, r.u))
+        edits = []
+        for t in positions:  # half of the write less, and that of a later token
+            edits += [(t, keys[t], -0.5 * values[t]), (t, keys[t + 20], 0.5 * values[t + 20])]
+            exact += [0.5 * (gamma[:, t] @ value @ key).square().mean() for _, key, value in edits[-2:]]
+        measured.append(kl_of_edits(embedded, tokens, (layer, head), edits))
+        changes += [LowRank.rank_one(key[None], value[None]) for _, key, value in edits]
     kl, quadratic = torch.cat(measured), torch.stack(exact)
-    change = LowRank.rank_one(*(torch.stack(side) for side in zip(*changes)))
+    kronecker = torch.cat([metric.nats(change) for change in changes])
+    frobenius = torch.cat([change.inner(change) for change in changes])
 
     def correlation(predicted: Tensor) -> float:
         return float(torch.corrcoef(torch.stack([predicted.log(), kl.log()]))[0, 1])
 
-    kronecker, frobenius = metric.nats(change), change.inner(change)
     assert correlation(quadratic) > 0.9
     assert 0.6 < quadratic.sum() / kl.sum() < 1.5
     assert correlation(kronecker) > correlation(frobenius) + 0.1
