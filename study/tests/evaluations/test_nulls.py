@@ -27,7 +27,7 @@ import test_passage
 import test_seeds
 import test_sign
 import torch
-from made_up import made_up, replaced
+from made_up import logit_cells, made_up, replaced
 from measured import PLACE, load_model, make_dictionary, sequences
 from torch.nn.functional import normalize
 
@@ -112,7 +112,7 @@ def sign(rng: np.random.Generator, null: bool) -> list[Result]:
 
 
 def logit_change(rng: np.random.Generator, null: bool) -> list[Result]:
-    cells = test_logit_change.made_up(first=1.0, noise=0.05).drop(columns="shuffled")
+    cells = logit_cells(first=1.0, noise=0.05).drop(columns="shuffled")
     factor = cells["firing"].map(pd.Series(rng.choice(FACTORS, cells["firing"].nunique()) ** 0.3))
     cells = cells.assign(**{name: cells[name] * factor for name in ("measured", "F0", "F1", "F2")})
     own, other = (with_control(cells, "F2", int(rng.integers(2**31)))["shuffled"] for _ in range(2))
