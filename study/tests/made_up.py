@@ -10,6 +10,7 @@ import pandas as pd
 
 from writesae_study.evaluations.substitution import Substitution
 from writesae_study.experiment.evaluation import Evaluation, Result
+from writesae_study.verdict.fits import with_control
 
 # Median KL (nats) by condition; a condition that is not named has 2.
 HOLDS = {"delete": 1.0, "atom": 0.3, "state": 0.9}
@@ -74,6 +75,16 @@ def made_up(
         "seconds": 12.5,
     }
     return Result(evaluation, info, {"firings": pd.concat(frames, ignore_index=True)})
+
+
+def logit_cells(*, curve: float = 0.0, first: float = 0.0, noise: float = 1.0) -> pd.DataFrame:
+    """Cells whose change is `s eps + curve s eps^2` with F2 = s eps; F0 and F1 are first s eps + noise eps."""
+    rng, names = np.random.default_rng(0), ["firing", "horizon", "rank", "eps"]
+    cells = pd.MultiIndex.from_product([range(40), [0, 4], ["1", "50"], [0.1, 1.0]], names=names).to_frame(index=False)
+    slope, wrong = (rng.normal(size=len(cells) // 2).repeat(2) * cells["eps"] for _ in range(2))
+    wrong = first * slope + noise * wrong
+    cells = cells.assign(sequence=cells["firing"] // 4, position=3, F0=wrong, F1=wrong, F2=slope)
+    return with_control(cells.assign(measured=slope * (1 + curve * cells["eps"])), "F2", 0)
 
 
 def replaced(result: Result, info: dict[str, Any] | None = None, /, **tables: pd.DataFrame) -> Result:

@@ -15,8 +15,8 @@ def make_result(folder: Path) -> None:
 
 
 def read_result(folder: Path) -> Contents:
-    found = load_result(folder)
-    return {"evaluation": found.evaluation, "info": {**found.info, "seconds": 0}, **found.tables}
+    result = load_result(folder)
+    return {"evaluation": result.evaluation, "info": {**result.info, "seconds": 0}, **result.tables}
 
 
 RESULT = Kind(make_result, read_result)

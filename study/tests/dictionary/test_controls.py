@@ -27,8 +27,8 @@ from writesae_study.verdict.paper import Outcome
 FEW = {"scales": ("matched",), "controls": ("state", "shuffled"), "n_sequences": 12}
 
 
-def claim(outcome: Outcome, text: str = "atoms do it", measured: str = "80 %") -> Claim:
-    return Claim(1, text, measured, 100, "firings", "random 50 %", outcome, "By the rule.")
+def claim(outcome: Outcome, measured: str = "80 %") -> Claim:
+    return Claim(1, "atoms do it", measured, 100, "firings", "random 50 %", outcome, "By the rule.")
 
 
 @pytest.mark.parametrize(
@@ -45,17 +45,14 @@ def claim(outcome: Outcome, text: str = "atoms do it", measured: str = "80 %") -
 def test_what_an_untrained_dictionary_reaches_is_confounded(
     trained: Outcome, untrained: Outcome, native: Outcome, outcome: Outcome
 ) -> None:
-    by_untrained = claim(untrained, measured="79 %")
-    controls: dict[ControlKind, Claim] = {
-        "untrained": by_untrained,
-        "native writes": claim(native, measured="80 %; of 9"),
-    }
+    controls: dict[ControlKind, Claim] = {"untrained": claim(untrained), "native writes": claim(native, "80 %; of 9")}
     judged = against_controls(claim(trained), controls)
     assert judged.outcome == outcome
-    of_controls = [f"untrained dictionary ({untrained}): 79 %", f"dictionary of native writes ({native}): 80 %, of 9"]
-    assert judged.controls.split("; ") == ["random 50 %", *of_controls]
+    assert judged.controls.split("; ")[1:] == [  # what one measured has commas
+        f"untrained dictionary ({untrained}): 80 %",
+        f"dictionary of native writes ({native}): 80 %, of 9",
+    ]
     assert ("native writes" in judged.sentence) == (trained == native == "holds")
-    assert against_controls(claim(trained), {}) == claim(trained)
 
 
 def of_control(result: Result, control: ControlKind, trained: Result) -> Result:

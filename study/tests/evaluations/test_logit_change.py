@@ -9,12 +9,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from made_up import logit_cells
 from saes import random_sae
 from tiny_models import VOCAB, hooked_in_float64
 
 from writesae_study.evaluations.logit_change import LogitChange
 from writesae_study.experiment.evaluation import Result
-from writesae_study.verdict.fits import with_control
 
 SMALL: dict[str, Any] = {
     "n_atoms": 3,
@@ -46,29 +46,13 @@ def test_small_edits_are_predicted() -> None:
 # -- judging, on tables whose answers are known
 
 
-def made_up(*, curve: float = 0.0, first: float = 0.0, noise: float = 1.0) -> pd.DataFrame:
-    """Cells whose change is `s eps + curve s eps^2` with F2 = s eps; F0 = first s eps + noise."""
-    rng = np.random.default_rng(0)
-    index = pd.MultiIndex.from_product([range(40), [0, 4], ["1", "50"]], names=["firing", "horizon", "rank"])
-    slope = rng.normal(size=len(index))
-    wrong = first * slope + noise * rng.normal(size=len(index))
-    frames = (
-        index.to_frame(index=False).assign(
-            eps=eps, F0=eps * wrong, F1=eps * wrong, F2=eps * slope, measured=slope * eps * (1 + curve * eps)
-        )
-        for eps in (0.1, 1.0)
-    )
-    cells = pd.concat(frames, ignore_index=True)
-    return with_control(cells.assign(sequence=cells["firing"] // 4, position=3), "F2", 0)
-
-
 def made_result(cells: pd.DataFrame, floor: float = 1e-9, rule: str = "Gated DeltaNet") -> Result:
     evaluation = LogitChange(horizons=(0, 4), ranks=((1, 1), (50, 50)), eps=(0.1, 1.0))
     return Result(evaluation, {"rule": rule, "floor": floor, "label": "made up"}, {"cells": cells})
 
 
 def test_a_horizon_above_the_floor_is_held_against_f2() -> None:
-    cells = made_up()
+    cells = logit_cells()
     late = cells["horizon"] == 4
     cells.loc[late, "measured"] = 1e-12 * np.random.default_rng(0).normal(size=int(late.sum()))
     cells.loc[late, "F2"] = 0.0
@@ -78,5 +62,5 @@ def test_a_horizon_above_the_floor_is_held_against_f2() -> None:
 
 def test_a_derivative_is_compared_with_changes_of_the_smallest_step() -> None:
     """There they are 1.1 times as large as it says, and at the largest step twice."""
-    effect = made_result(made_up(curve=1.0)).findings()[2].effect
+    effect = made_result(logit_cells(curve=1.0)).findings()[2].effect
     assert effect is not None and effect.mean == pytest.approx(1 - (0.1 / 1.1) ** 2, abs=1e-3)

@@ -27,7 +27,7 @@ import test_passage
 import test_seeds
 import test_sign
 import torch
-from made_up import made_up, replaced
+from made_up import logit_cells, made_up, replaced
 from measured import PLACE, load_model, make_dictionary, sequences
 from torch.nn.functional import normalize
 
@@ -112,7 +112,7 @@ def sign(rng: np.random.Generator, null: bool) -> list[Result]:
 
 
 def logit_change(rng: np.random.Generator, null: bool) -> list[Result]:
-    cells = test_logit_change.made_up(first=1.0, noise=0.05).drop(columns="shuffled")
+    cells = logit_cells(first=1.0, noise=0.05).drop(columns="shuffled")
     factor = cells["firing"].map(pd.Series(rng.choice(FACTORS, cells["firing"].nunique()) ** 0.3))
     cells = cells.assign(**{name: cells[name] * factor for name in ("measured", "F0", "F1", "F2")})
     own, other = (with_control(cells, "F2", int(rng.integers(2**31)))["shuffled"] for _ in range(2))
@@ -235,10 +235,10 @@ def test_an_untrained_dictionary_and_random_writes_hold_nothing(seed: int, monke
     sae, small = control_dictionary(make_dictionary(), writes, seed=seed), {"n_atoms": 10, "seed": seed}
     sides = torch.Generator().manual_seed(seed)
     monkeypatch.setattr(sign_module, "value_direction", lambda *_: normalize(torch.randn(32, generator=sides), dim=0))
-    found = [
+    evaluations = [
         Erasure(**small, select_firings=6, test_firings=6, min_firings=3, horizon=2, injected=(4.0,)),
         Partition(min_firings=3, min_atoms=10, tested_atoms=0, restarts=1, components=2, seed=seed),
         Sign(n_positions=24, ranks=((1, 10),), sizes=(1.0,), seed=seed),
     ]
-    made = [claim for each in found for claim in each.run(model, sae, UNTRAINED, progress=False).claims()]
+    made = [claim for each in evaluations for claim in each.run(model, sae, UNTRAINED, progress=False).claims()]
     assert [claim for claim in made if claim.outcome == "holds"] == []

@@ -27,9 +27,9 @@ def test_cosines_and_their_nulls_are_those_of_the_dense_matrices(model: Any, tok
         lab = Bench(model, {"": sae}, tokens)
         numbers = lab.firings().alive(tokens.numel())
         table: Any = firing_cosines(lab, numbers)
-        found = model.recurrence(tokens[:1], LAYER)
-        writes = found.write(HEAD)[0, :, 0].flatten(1)
-        read = writes if target == "write" else found.states(HEAD)[0, :, 0].flatten(1)
+        recurrence = model.recurrence(tokens[:1], LAYER)
+        writes = recurrence.write(HEAD)[0, :, 0].flatten(1)
+        read = writes if target == "write" else recurrence.states(HEAD)[0, :, 0].flatten(1)
     assert len(table) == len(lab.firings())
     first = table[table["sequence"] == 0].merge(lab.firings().frame(), on=["sequence", "position", "atom"])
     every = torch.cosine_similarity(writes[:, None], sae.W_dec[first["atom"].to_list()].detach(), dim=-1)  # [T,N]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import torch
+from made_up import replaced
 from saes import planted
 from torch import Tensor
 
@@ -30,12 +31,10 @@ LOW, HIGH = np.linspace(0.1, 0.3, 200), np.linspace(0.4, 0.7, 200)
 
 def test_one_pair_without_excess_decides() -> None:
     """Three dictionaries, of which two share nothing beyond chance."""
-    tables = [made([100, 99], HIGH, LOW, LOW).tables["pairs"], made([100, 99], LOW, LOW, LOW).tables["pairs"]]
-    pairs = pd.concat([tables[0], tables[1].assign(b="c")], ignore_index=True)
-    evaluation, counts = Seeds(), pd.DataFrame({"sae": list("abc"), "alive": 100, "register": 50})
-    result = Result(evaluation, {}, {"counts": counts, "matches": evaluation.summary(pairs), "pairs": pairs})
-    (kinds,) = result.claims()
-    assert kinds.outcome == "inconclusive" and "a and c" in kinds.sentence
+    alike, strange = (made([100, 99], cosines, LOW, LOW) for cosines in (HIGH, LOW))
+    pairs = pd.concat([alike.tables["pairs"], strange.tables["pairs"].assign(b="c")], ignore_index=True)
+    (claim,) = replaced(alike, matches=Seeds().summary(pairs)).claims()
+    assert claim.outcome == "inconclusive" and "a and c" in claim.sentence
 
 
 def test_the_same_atoms_in_another_order_are_found(model: HookedRecurrent, tokens: Tensor) -> None:

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from made_up import logit_cells as cells
 from test_amplify import counted
 from test_baselines import made_up as compared
 from test_erasure import sampled as erased
 from test_install import shares
 from test_logit_change import made_result as predicted
-from test_logit_change import made_up as cells
 from test_multistep import known
 from test_partition import made as aligned
 from test_partition import normal, same

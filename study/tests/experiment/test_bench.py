@@ -38,6 +38,6 @@ def test_the_floor_is_the_95th_percentile_of_what_a_no_op_moves(model64: HookedR
 def test_each_sequence_has_its_own_recurrence(model64: HookedRecurrent, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where one pass takes several, as on a GPU."""
     monkeypatch.setattr(bench_module, "in_one_pass", lambda tokens, device: [slice(0, len(tokens))])
-    for sequence, found in zip(range(3), Bench(model64, {"": random_sae(model64)}, TEXT).recurrences(3), strict=True):
+    for sequence, batched in zip(range(3), Bench(model64, {"": random_sae(model64)}, TEXT).recurrences(3), strict=True):
         own = model64.recurrence(TEXT[[sequence]], LAYER).select(heads=HEAD)
-        torch.testing.assert_close(found.u, own.u)
+        torch.testing.assert_close(batched.u, own.u)

@@ -1,5 +1,4 @@
-"""The three formulas: F2 is the derivative with an error of second order in every family, F1 and F0 where they are
-exact."""
+"""The three formulas: F2 is the derivative in every family, F1 and F0 are right where they are exact."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an evaluation leaves: folders that appear whole or not at all."""
+"""What an evaluation leaves: files that are checked when they are read, and judged by the rules of the day."""
 
 from __future__ import annotations
 

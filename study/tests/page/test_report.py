@@ -28,12 +28,6 @@ def words(page: Path) -> str:
     return re.sub(r"\s+", " ", html_of.unescape(text))
 
 
-def skipped(label: str, reason: str) -> Result:
-    """A result of which nothing could be measured."""
-    info = made_up(HOLDS, label=label, **FEW).info
-    return Result(Sign(label=label), {**info, "target": "write"}, {}, skipped=reason)
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of results, as `writesae eval` and `writesae reproduce` leave them."""
@@ -43,7 +37,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         target = "state" if label == "of states" else "write"
         result = made_up(medians, label=label, target=target, floor=1e-12, seed=i, **FEW)
         result.save(folder / str(i) / "substitution")
-    skipped("a dead one", "no atom <fires>").save(folder / "dead" / "sign")
+    info = made_up(HOLDS, label="a dead one", **FEW).info
+    Result(Sign(label="a dead one"), info, {}, skipped="no atom <fires>").save(folder / "dead" / "sign")
     made_up(FAILS, **FEW).save(folder / ".unfinished")
     return folder
 

@@ -29,7 +29,7 @@ def paired() -> Paired:
 
 
 @pytest.mark.parametrize(
-    ("found", "expected"),
+    ("estimated", "expected"),
     [
         (lambda p: p.mean(p["atom"] < 0.3), lambda w, ids: stats.share(w["atom"] < 0.3, ids)),  # truth values
         (lambda p: p.wins("atom", "atom"), lambda w, ids: stats.share(w["atom"] < 0, ids)),  # a tie is no win
@@ -58,8 +58,8 @@ def paired() -> Paired:
         ),
     ],
 )
-def test_estimates_are_those_of_the_statistics(paired: Paired, found: Any, expected: Any) -> None:
-    assert found(paired) == expected(paired.wide, paired.wide["sequence"])
+def test_estimates_are_those_of_the_statistics(paired: Paired, estimated: Any, expected: Any) -> None:
+    assert estimated(paired) == expected(paired.wide, paired.wide["sequence"])
 
 
 def test_units_measured_twice_count_once_and_units_without_a_condition_are_left_out() -> None:

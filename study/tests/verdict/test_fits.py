@@ -5,21 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+from made_up import logit_cells
 
-from writesae_study.verdict.fits import cell_r2, cross_fitted, r2_estimate, with_control
+from writesae_study.verdict.fits import cell_r2, cross_fitted, r2_estimate
 
 
 @pytest.fixture(scope="module")
 def cells() -> pd.DataFrame:
-    """Cells whose change is `s eps`, with F2 = s eps and F1 = F2 / 2."""
-    index = pd.MultiIndex.from_product([range(40), [0, 4], ["1", "50"]], names=["firing", "horizon", "rank"])
-    slope = np.random.default_rng(0).normal(size=len(index))
-    frames = [
-        index.to_frame(index=False).assign(eps=eps, F1=eps * slope / 2, F2=eps * slope, measured=slope * eps)
-        for eps in (0.1, 1.0)
-    ]
-    table = pd.concat(frames, ignore_index=True)
-    return with_control(table.assign(sequence=table["firing"] // 4), "F2", 0)
+    """Cells whose change is F2, and F1 half of it."""
+    return logit_cells(first=0.5, noise=0.0)
 
 
 def test_r2_of_a_cell_by_hand() -> None:

@@ -232,7 +232,7 @@ class Amplify(Evaluation):
         at_headline = counts[self.headline]
         effect = change.pop(self.headline)
         headline = f"{self.headline:g}"
-        others = "".join(f"; at factor {factor:g} {with_interval(mean, signed)}" for factor, mean in change.items())
+        at_factors = "".join(f"; at factor {each:g} {with_interval(mean, signed)}" for each, mean in change.items())
         fires = table.query("condition == 'nothing'")["fires"].mean()
         n_tokens = atoms["token"].nunique()
         scaled = f"{len(atoms) / n_tokens:.3g} atoms of {atoms['head'].nunique()} heads a token"
@@ -253,7 +253,7 @@ class Amplify(Evaluation):
             shown={f"atom, x {headline}": effect} | controls,
             write=signed,
             axis="change of the count",
-            measured=f"{moves} times in {self.new_tokens} tokens at factor {headline}{others}; the atom fires at "
+            measured=f"{moves} times in {self.new_tokens} tokens at factor {headline}{at_factors}; the atom fires at "
             f"{fires:.1f} of them",
             of=f"prompt x token pairs ({n_tokens} tokens, {scaled})",
         )

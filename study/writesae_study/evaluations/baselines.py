@@ -319,7 +319,7 @@ class Baselines(Evaluation):
         )
 
 
-def _first_row(table: pd.DataFrame, **wanted: object) -> pd.Series | None:
+def _first_row(table: pd.DataFrame, **values: object) -> pd.Series | None:
     """The first row that has these values."""
-    rows = table[(table[list(wanted)] == list(wanted.values())).all(axis=1)]
+    rows = table[(table[list(values)] == list(values.values())).all(axis=1)]
     return None if rows.empty else rows.iloc[0]

@@ -296,13 +296,13 @@ def _change_readout(positions: Integers, tokens: Integers) -> Readout:
         assert rows.plain is not None
         device = rows.logits.device
         index = np.array([trial.row["index"] for trial in rows.trials])
-        wanted = torch.tensor(tokens[index], device=device)  # [n,Z,G]
+        token_ids = torch.tensor(tokens[index], device=device)  # [n,Z,G]
         read_at = torch.tensor(positions[index], device=device)  # [n,Z]
         column = read_at - rows.start
         row = torch.arange(len(index), device=device)[:, None]
-        edited = rows.logits[row, column].gather(-1, wanted).double()
-        unedited = rows.plain[column].gather(-1, wanted).double()
-        native = rows.native[read_at].gather(-1, wanted).double()
+        edited = rows.logits[row, column].gather(-1, token_ids).double()
+        unedited = rows.plain[column].gather(-1, token_ids).double()
+        native = rows.native[read_at].gather(-1, token_ids).double()
         # A batch rounds otherwise than the plain pass, which would drown the effect of a small eps.
         measured = edited - unedited
         floor = (unedited - native).abs()

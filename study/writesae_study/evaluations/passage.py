@@ -183,7 +183,7 @@ class Passage(Evaluation):
         """
         native = site.at(positions)
         # Without repetition where the passage has enough writes, so that none is changed twice.
-        others = rng.choice(written, len(positions), replace=len(written) < len(positions)).tolist()
+        other_positions = rng.choice(written, len(positions), replace=len(written) < len(positions)).tolist()
         elsewhere = [int(rng.choice(written[written != t])) for t in positions]
         noise = torch_generator(rng)
         first = native.terms(slice(0, 1))  # of one rank, as what is inserted
@@ -191,7 +191,7 @@ class Passage(Evaluation):
         usable_positions = [t for t, is_usable in zip(positions, usable.tolist()) if is_usable]
         changed = {  # condition: where, what is added in which direction, at which signed norm
             "own": (usable_positions, first.rows(usable), -size[usable]),
-            "removed": (others, site.at(others), -size),
+            "removed": (other_positions, site.at(other_positions), -size),
             "inserted": (positions, site.at(elsewhere), size),
             "random": (positions, first.random_like(noise), size),
         }
