@@ -124,10 +124,7 @@ def test_an_edited_cache_continues_outside_the_scope(model, sequence):
 
 BAD_EDITS = {
     "position must be >= 0": lambda: WriteEdit(1, 0, -1, mode="delete"),
-    "mode must be": lambda: WriteEdit(1, 0, 1, mode="erase"),  # type: ignore[arg-type]
     "needs both keys": lambda: WriteEdit(1, 0, 1),
-    "share their rank": lambda: WriteEdit(1, 0, 1, torch.ones(2, 8), torch.ones(3, 6)),
-    "takes no keys": lambda: WriteEdit(1, 0, 1, torch.ones(8), torch.ones(6), mode="delete"),
     "layer 1 has heads 0 to 3": lambda: WriteEdit(1, 7, 1, mode="delete"),
     r"must be \[R,8\]": lambda: WriteEdit(1, 0, 1, torch.ones(6), torch.ones(8)),
     "position 99": lambda: WriteEdit(1, 0, 99, mode="delete"),
