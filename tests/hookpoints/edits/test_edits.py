@@ -85,6 +85,9 @@ def test_many_rows_of_a_session_are_what_each_is_alone(model64, session64, seque
         expected = by_hand(model64, sequence, *row)[0]
         assert_close(of_batch, expected, rtol=0, atol=1e-10)
         assert_close(logits, expected[run.start : run.stop], rtol=0, atol=1e-10)
+        if row:
+            alone = model64.run_with_edits(sequence, [row], stop=stop)  # in one pass
+            assert_close(alone.logits[0], expected[alone.start : alone.stop], rtol=0, atol=1e-10)
 
 
 @torch.no_grad()
