@@ -278,6 +278,28 @@ class EditSession:
         return branch
 
 
+def run_alone(
+    model: HookedModel,
+    tokens: Tensor,
+    row: EditRow,
+    stop: int | None = None,
+    batch_size: int = 64,
+    gradients: bool = False,
+    apart: bool = True,
+) -> EditedRun:
+    """What a session of ``tokens`` [1,T] runs for this one row, in one pass from the first token on: a plain pass would
+    serve no other row. Arguments and errors are those of `EditSession.run`."""
+    tokens = _one_sequence(model, tokens)
+    plan = EditPlan.for_rows([row])
+    start, stop = _checked_stretch(model, tokens, plan, stop, batch_size)
+    if not gradients:
+        _refuse_trained((*current(model.attachment).plans, plan))
+    with torch.set_grad_enabled(gradients and torch.is_grad_enabled()), scope(model.attachment, (plan,)):
+        logits = model.hf_model(input_ids=tokens[:, :stop], use_cache=False).logits
+    plan.check_acted()
+    return EditedRun(logits[:, start:], start, stop)
+
+
 def _one_sequence(model: HookedModel, tokens: Tensor) -> Tensor:
     """One sequence [1,T] on the model's device."""
     tokens = as_tokens(tokens)

@@ -291,12 +291,8 @@ class LayerCall:
         of what the layer still uses. ``seen_later``: as in `HookSet.watch`."""
         if value is None or not self.hooks.listens(hook):
             return None
-        shown = value.clone()  # so ``value`` itself tells, in place or not, whether it changed
-        fired = self.hooks.fire(hook, shown)
-        graph = fired.requires_grad or (torch.is_grad_enabled() and value.requires_grad)
-        if graph or (seen_later and fired is not shown):
-            return fired
-        return None if self.hooks.only_reads(hook) or torch.equal(value, fired) else fired
+        fired, changed = self.hooks.watch(hook, value.clone(), seen_later=seen_later)
+        return fired if changed else None
 
     def _fire_sides(self, r: Recurrence, *, seen_later: bool = False, **hooks: str) -> Recurrence:
         """The recurrence with what ``hooks`` made of the fields that they show; ``r`` itself where nothing changed."""

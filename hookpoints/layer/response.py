@@ -91,9 +91,6 @@ class EditResponse:
     def _add_and_carry_on(self, heads: slice, r: Recurrence, span: slice, walked: ScanResult) -> None:
         """What ``r``, that of ``heads``, was ``walked`` to at the tokens ``span`` is added, and what it leaves to the
         tokens after them."""
-        if span.stop == r.T:
-            self._add_outputs(heads, span.start, *walked)
-            return
         self._add_outputs(heads, span.start, walked.outputs, None)
         # No more changes: the rest is carried by the chunked pass.
         nothing = torch.zeros_like(r.q[..., :1]).expand(*r.q.shape[:3], r.V)

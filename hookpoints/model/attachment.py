@@ -153,6 +153,7 @@ class Attachment:
     # -- vectors
 
     def _attach_block(self, layer: int, block: BlockLayout, backend: Backend) -> BlockHooks:
+        # The recurrent mixer: its ops are rebound where it looks them up, and its forward says which layer calls.
         mixer_hooks: MixerHooks | None = None
         if block.rule is not None and block.namespace is not None and block.mixer is not None:
             alone = in_torch(block.namespace, block.rule)
@@ -169,6 +170,7 @@ class Attachment:
         absent = [name for name, added in outputs.items() if added is None]
         if not self.layout.is_chain:
             absent += ["hook_resid_pre", "hook_resid_post"]
+        # Softmax attention, and what each part adds to the stream: values of modules.
         of_attention = [value.hook for value in block.attn_values]
         if block.attn_namespace is not None:
             of_attention.append("hook_pattern")
@@ -182,6 +184,7 @@ class Attachment:
         for name, added in outputs.items():
             if added is not None:
                 self._wrap_value(added.module, through_hook(hooks, name, added.scale), needed)
+        # The stream between blocks last, so that a block which is skipped meets none of the above.
         if self.layout.is_chain:
             around = _BlockRun(self, layer, hooks)
             self.undo.callback(wrap_forward(block.block, around, around.needed))

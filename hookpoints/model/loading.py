@@ -163,6 +163,7 @@ def _loaded_model(
 ) -> nn.Module:
     if source.endswith(".pth"):
         return from_pth(source, getattr(torch, str(dtype).removeprefix("torch."), None))  # "auto": the file's own
+    # The configuration says whether and by which classes the weights are read.
     try:
         saved, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
     except OSError as error:
@@ -192,6 +193,7 @@ def _loaded_model(
         )
     if without_weights:
         return empty(config)
+    # The weights: transformers fills what it does not find with random numbers, so its report is read.
     if of_fla and config.model_type != "retnet" and getattr(config, "attn_mode", None) == "fused_chunk":
         config.attn_mode = "chunk"  # the same rule: fla has dropped the other schedule
     # Shapes that do not fit are reported like the rest, and then refused with their names.

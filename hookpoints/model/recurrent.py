@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
-from hookpoints.edits.edit import EditRow, EditRows, Edits
-from hookpoints.edits.session import EditedRun, EditSession
+from hookpoints.edits.edit import EditRow, EditRows, Edits, as_rows
+from hookpoints.edits.session import EditedRun, EditSession, run_alone
 from hookpoints.errors import InputError
 from hookpoints.layer.context import Backend, StopForward, cache_among
 from hookpoints.memory.memory import Memory, read
@@ -331,9 +331,13 @@ class HookedRecurrent(Explaining, Tokens, Weights):
             rows: for each row one WriteEdit or several. A WriteEdit alone is one row.
             kwargs: ``stop``, ``batch_size``, ``gradients``, ``apart`` of ``EditSession.run``.
 
-        Blocks below the lowest edited layer and tokens before the first edited position run once. For several calls on
-        one sequence keep the ``edit_session``. Logits have no gradient, unless ``gradients`` ask for it.
+        One row is one pass. Of several, blocks below the lowest edited layer and tokens before the first edited
+        position run once. For several calls on one sequence keep the ``edit_session``. Logits have no gradient, unless
+        ``gradients`` ask for it.
         """
+        rows = as_rows(rows)
+        if len(rows) == 1:
+            return run_alone(self, self._text_tokens(tokens), rows[0], **kwargs)
         return self.edit_session(tokens).run(rows, **kwargs)
 
     def edit_session(self, tokens: str | Tensor) -> EditSession:

@@ -89,10 +89,8 @@ class CanonicalForm:
             object.__setattr__(self, "a", -self.beta[..., None].to(self.dtype) * self.k)
 
     def __repr__(self) -> str:
-        decay = "no decay" if self.log_decay is None else f"log_decay {list(self.log_decay.shape)}"
-        erase = "no erase" if self.b is None else "erase along any a" if self.beta is None else "erase along k"
-        sizes = ", ".join(f"{name}={getattr(self, name)}" for name in ("BTHKV" if self.R == 1 else "BTHRKV"))
-        return f"{type(self).__name__}({sizes}, {decay}, {erase}, {self.dtype}, {self.device})"
+        fields = ", ".join(f"{name} {list(x.shape)}" for name, x in tensors(self))
+        return f"{type(self).__name__}({fields}, {self.dtype}, {self.device})"
 
     @property
     def B(self) -> int:
