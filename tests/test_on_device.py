@@ -233,7 +233,7 @@ def alike(got: Any, expected: Any, room: float) -> None:
 
 @pytest.mark.slow
 def test_the_page_of_a_prompt(made: Path, on_device: Callable[[], AbstractContextManager[Any]]) -> None:
-    def payload() -> dict[str, object]:
+    def payload() -> object:
         with PromptServer(Prompt(sae=made / "train", port=0)) as server:
             session = server.session
             assert session.model.cfg.device.type == hookpoints.default_device()

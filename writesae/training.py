@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import cast
 
+import pandas as pd
 from sae_lens.registry import get_sae_training_class
 
 from hookpoints import HookedRecurrent, HookpointsError, default_device, embedded
@@ -69,14 +70,11 @@ def quiet() -> Iterator[None]:
 
 def quality_table(qualities: Mapping[str, object]) -> str:
     """What dictionaries recover on held-out text (fields of `DictionaryQuality` by label) as lines; a dash for None."""
-    columns = {"explained": "explained variance (1 - error)", "alive": "alive atoms", "recovered": "recovered KL"}
-    rows = [("held-out text", *columns.values())]
-    for label, quality in qualities.items():
-        shares = cast(dict, quality or {})
-        rows.append((label, *(share_text(shares.get(name)) for name in columns)))
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    few = [label for label, quality in qualities.items() if quality and cast(dict, quality)["alive"] < FEW_ALIVE]
+    measured = {label: cast(dict, quality or {}) for label, quality in qualities.items()}
+    names = {"explained": "explained variance (1 - error)", "alive": "alive atoms", "recovered": "recovered KL"}
+    columns = {name: [share_text(shares.get(field)) for shares in measured.values()] for field, name in names.items()}
+    lines = ["on held-out text:", pd.DataFrame(columns, list(measured)).to_string()]
+    few = [label for label, shares in measured.items() if shares and shares["alive"] < FEW_ALIVE]
     if few:
         lines.append(
             f"warning: fewer than {FEW_ALIVE:.0%} of atoms fire of {', '.join(few)}; train on more tokens "
