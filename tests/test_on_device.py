@@ -164,7 +164,7 @@ COMMANDS = {
     "train": ["train", "--collection", "HOST/collect", *SIZES, "--heads", "1"],
     "show": ["show", SAE, *FEW, "--n-atoms", "1", "--min-firings", "1"],
 }
-"""What follows `writesae`; `HOST` is where the commands before left what they made on the host."""
+"""What follows `writesae`; `HOST` is the folder of what is made on the host."""
 
 
 @pytest.fixture
@@ -181,14 +181,17 @@ def on_device(monkeypatch: pytest.MonkeyPatch) -> Callable[[], AbstractContextMa
     return there
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What each command makes on the host."""
-    return tmp_path_factory.mktemp("host")
-
-
 def call(name: str, made: Path, out: Path) -> None:
     main([*(word.replace("HOST", str(made)) for word in COMMANDS[name]), "--out", str(out)])
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What each command makes on the host, of what those before it made."""
+    place = tmp_path_factory.mktemp("host")
+    for name in COMMANDS:
+        call(name, place, place / name)
+    return place
 
 
 def read(file: Path) -> Any:
@@ -207,7 +210,6 @@ def read(file: Path) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_commands(name: str, made: Path, on_device: Callable[[], AbstractContextManager[Any]], tmp_path: Path) -> None:
-    call(name, made, made / name)
     with on_device():
         call(name, made, tmp_path)
     files = [file for pattern in ("*.safetensors", "*.parquet", "data.json") for file in (made / name).rglob(pattern)]
@@ -233,11 +235,11 @@ def alike(got: Any, expected: Any, room: float) -> None:
 
 @pytest.mark.slow
 def test_the_page_of_a_prompt(made: Path, on_device: Callable[[], AbstractContextManager[Any]]) -> None:
-    def payload() -> dict[str, object]:
+    def payload() -> object:
         with PromptServer(Prompt(sae=made / "train", port=0)) as server:
             session = server.session
             assert session.model.cfg.device.type == hookpoints.default_device()
-            return session.atoms(session.prompted("The war between the States was over.", "The"))
+            return session.atoms({"text": "The war between the States was over.", "question": "The"})
 
     expected = payload()
     with on_device():

@@ -62,6 +62,6 @@ def test_a_checkpoint_is_taken_from_loading_to_a_circuit(
                     first = session.prompted(**asked).sentences()[0][:2]
                     found: Any = session.answer("/memory", asked | {"spans": [(*first, None)]})
                     assert found["kl"] > 0 and session.reader().fitted.longest == 8
-                    assert any(session.atoms(session.prompted(**asked))["L0H0"])
+                    assert any(session.atoms(asked)["L0H0"])
         assert list(Path("writesae-out/atoms").glob("atom-*.html")) and Path("circuit.svg").is_file()
     assert "my-model" in capsys.readouterr().out

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 
+import pandas as pd
 import torch
 
 from hookpoints import HOOKS, HookedRecurrent, HookpointsError, cached, cost, embedded, model_types, zoo
@@ -21,7 +22,7 @@ def list_models(flags: Models) -> str:
             tokens.
     """
     if flags.cost is not None:
-        return "\n".join(cost_lines(flags.cost, flags.tokens, flags.dtype))
+        return cost_table(flags.cost, flags.tokens, flags.dtype)
     lines = []
     for name in (*embedded.names(), *zoo.names(), *cached()):
         try:
@@ -33,20 +34,23 @@ def list_models(flags: Models) -> str:
     return "\n".join([*lines, *(f"  {rule:20}  {', '.join(types)}" for rule, types in model_types().items())])
 
 
-def cost_lines(name: str, tokens: int, dtype: str) -> Iterator[str]:
+def cost_table(name: str, tokens: int, dtype: str) -> str:
     """What hooks of a model hold, of one sequence."""
-
     costs = cost(name, tokens=tokens, dtype=getattr(torch, dtype))
-    yield f"{name}: weights {size_text(costs.weights)} in {dtype}. One sequence of {tokens} tokens holds:"
-    yield f"  {size_text(costs.cached):>9}  a cached run without names_filter (no matrices, no patterns)"
-    yield f"  {size_text(costs.state):>9}  all recurrent states, of any number of tokens"
-    if costs.memory is not None:
-        yield f"  {size_text(costs.memory):>9}  model.memory"
-    yield ""
-    yield f"{'hook':42}  {'hooks':>5}  {'bytes a token':>13}  {'one hook':>9}  {'all':>9}"
-    for hook in costs.hooks:
-        sizes = f"{hook.bytes / tokens:13,.0f}  {size_text(hook.bytes):>9}  {size_text(hook.n * hook.bytes):>9}"
-        yield f"{hook.name:42}  {hook.n:5}  {sizes}"
+    held = {
+        "a cached run without names_filter (no matrices, no patterns)": costs.cached,
+        "all recurrent states, of any number of tokens": costs.state,
+        "model.memory": costs.memory,
+    }
+    lines = [f"{name}: weights {size_text(costs.weights)} in {dtype}. One sequence of {tokens} tokens holds:"]
+    lines += [f"  {size_text(size):>9}  {what}" for what, size in held.items() if size is not None]
+    rows = {
+        hook.name: (hook.n, f"{hook.bytes / tokens:,.0f}", size_text(hook.bytes), size_text(hook.n * hook.bytes))
+        for hook in costs.hooks
+    }
+    columns = ["hooks", "bytes a token", "one hook", "all"]
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=columns)
+    return "\n".join([*lines, "", table.to_string()])
 
 
 def list_hooks(flags: Hooks) -> str:

@@ -120,6 +120,7 @@ def published_metadata(sae: SAE) -> SAEMetadata:
     metadata = sae.cfg.metadata
     values = metadata.to_dict()
     forms = _FORMS | {"requires": re.escape(REQUIRES)}
+    # Models that ship with the package have names without an owner.
     forms["model_name"] = "|".join([forms["model_name"], *map(re.escape, embedded.names())])
     fields = _of_form(values, forms)
     for name in _HUB_NAMES:
@@ -127,6 +128,7 @@ def published_metadata(sae: SAE) -> SAEMetadata:
         if name in fields and fields[name] not in embedded.names() and Path(fields[name]).exists():
             del fields[name]
     fields["model_from_pretrained_kwargs"] = _of_form(values.get("model_from_pretrained_kwargs"), _LOADING)
+    # Details of training are published by the fields that the architecture's config has.
     training = SAE_TRAINING_CLASS_REGISTRY.get(fields.get("training_architecture", ""))
     if training is not None:
         settings = {field.name: f"{_NUMBERS}|{_NAME}" for field in dataclasses.fields(training[1])}

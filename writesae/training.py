@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import cast
 
+import pandas as pd
 from sae_lens.registry import get_sae_training_class
 
 from hookpoints import HookedRecurrent, HookpointsError, default_device, embedded
@@ -69,14 +70,11 @@ def quiet() -> Iterator[None]:
 
 def quality_table(qualities: Mapping[str, object]) -> str:
     """What dictionaries recover on held-out text (fields of `DictionaryQuality` by label) as lines; a dash for None."""
-    columns = {"explained": "explained variance (1 - error)", "alive": "alive atoms", "recovered": "recovered KL"}
-    rows = [("held-out text", *columns.values())]
-    for label, quality in qualities.items():
-        shares = cast(dict, quality or {})
-        rows.append((label, *(share_text(shares.get(name)) for name in columns)))
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    few = [label for label, quality in qualities.items() if quality and cast(dict, quality)["alive"] < FEW_ALIVE]
+    measured = {label: cast(dict, quality or {}) for label, quality in qualities.items()}
+    names = {"explained": "explained variance (1 - error)", "alive": "alive atoms", "recovered": "recovered KL"}
+    columns = {name: [share_text(shares.get(field)) for shares in measured.values()] for field, name in names.items()}
+    lines = ["on held-out text:", pd.DataFrame(columns, list(measured)).to_string()]
+    few = [label for label, shares in measured.items() if shares and shares["alive"] < FEW_ALIVE]
     if few:
         lines.append(
             f"warning: fewer than {FEW_ALIVE:.0%} of atoms fire of {', '.join(few)}; train on more tokens "
@@ -97,11 +95,13 @@ def run_train(flags: Train, say: Say = print) -> Path:
     sparsity_fields(flags.architecture, flags.k)  # raises where there is no such architecture
     names = (*SIZES, "architecture", "decoder_init", "normalize_activations", "lr")
     settings = {name: getattr(flags, name) for name in names}
+    # Other settings are refused before a model runs, where the flags name the heads.
     for layer, head, name in itertools.product(flags.layers, flags.heads, flags.dictionaries()):
         check_settings(flags.out / f"L{layer}H{head}" / str(name), settings, _WRITTEN)
     collection = opened_collection(flags, say)
     layers = flags.layers or tuple(collection.heads)
     heads = flags.heads or tuple(collection.heads[layers[0]])
+    # A dictionary belongs to what it was trained on.
     settings |= {"model": collection.model_name, "collection": collection.sha256[:16]}
     configs = {}
     for layer, head, name in itertools.product(layers, heads, flags.dictionaries()):
@@ -110,6 +110,7 @@ def run_train(flags: Train, say: Say = print) -> Path:
         configs[folder] = config_of(flags, collection, layer, head, name)
     untrained = [folder for folder in configs if not (folder / "sae").exists()]
     say(f"{len(configs)} dictionaries, {len(configs) - len(untrained)} of them trained already")
+    # A group trains whole, its finished dictionaries too: company decides the last bits of each.
     groups = [group for group in trained_together(configs, collection) if not {*untrained}.isdisjoint(group)]
     metrics = fitted_metrics(flags, [configs[folder] for group in groups for folder in group], collection)
     locks = {n: lock_in(group[0]) for n, group in enumerate(groups)}
@@ -122,6 +123,7 @@ def run_train(flags: Train, say: Say = print) -> Path:
             names = ", ".join(str(folder.relative_to(flags.out)) for folder in missing)
             n_trained = sum((folder / "sae").exists() for folder in untrained)
             say(f"{names}  {n_trained} of {len(untrained)}")
+    # Of several processes one measures.
     if flags.summary and part()[0] == 0:
         say(summary_table(flags, [folder / "sae" for folder in configs]))
     return flags.out
@@ -161,6 +163,7 @@ def opened_collection(flags: Train, say: Say) -> Collection:
     try:
         return Collection.open(folder, model=model, text=text, context_size=flags.context_size)
     except CollectionError:  # not finished, or of something else, which `collect` names
+        # Dictionaries that are trained for reads need states, whatever they encode.
         names = flags.dictionaries()
         needed: set[Target] = {name.target for name in names}
         needed |= {"state"} if any(name.loss == "reads" for name in names) else set()

@@ -17,10 +17,7 @@ def test_how_numbers_are_written() -> None:
 def test_a_share_of_too_few_observations_has_no_ends() -> None:
     """A ratio of sums of a few KLs may have any interval; 24978389.2% says no more than that."""
     open_above = 249783.892
-    assert fmt.percent(open_above) == "above 10,000%" and fmt.percent(-3.0) == "below -100%"
     assert fmt.interval(0.2, open_above, fmt.percent) == " [20.0%, above 10,000%]"
-    assert fmt.interval(-3.0, open_above, fmt.percent) == " [not known]"
-    assert fmt.interval(-3.0, open_above, fmt.number) == " [-3, 2.5e+05]" and not fmt.interval(
-        *[math.nan] * 2, fmt.percent
-    )
+    assert fmt.interval(-3.0, open_above, fmt.number) == " [-3, 2.5e+05]"
+    assert not fmt.interval(math.nan, math.nan, fmt.percent)
     assert share_text({"mean": 0.5, "low": -3.0, "high": open_above}) == "50.0% [not known]"

@@ -117,10 +117,12 @@ def qualities(lab: Lab) -> dict[str, DictionaryQuality]:
         deleted = float(_kl_of_runs(native, silent[None]))
         for target in {lab.hooks[label].target for label in measured}:
             x = matrices_of(recurrence, target)
+            # What rounding alone does.
             itself = float(_kl_of_runs(native, upper(head, target, x)[None]))
             of_target = [label for label in measured if lab.hooks[label].target == target]
             for label in of_target:
                 activations = encoded(lab.saes[label], x)
+                # One sequence without finite activations leaves the dictionary out.
                 if not bool(activations.isfinite().all()):
                     del measured[label]
                     continue

@@ -23,7 +23,7 @@ from sae_lens_writesae.sae.target import HeadHook, check_hook
 from writesae.files import sae_folders
 from writesae.flags import Prompt
 from writesae.page.remembered import default_prompt
-from writesae.page.session import MAX_TOKENS, PATHS, Session
+from writesae.page.session import ANSWERS, MAX_TOKENS, Session
 from writesae.page.template import environment
 
 MAX_BYTES = 1_000_000
@@ -77,7 +77,7 @@ _REFUSED = (AttributeError, HookpointsError, KeyError, OverflowError, RecursionE
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """`GET /` is the page, `POST` to one of `PATHS` what it asks for; everything else is refused."""
+    """`GET /` is the page, `POST` to one of `ANSWERS` what it asks for; everything else is refused."""
 
     server: PromptServer  # type: ignore[assignment]
     timeout = 60
@@ -102,6 +102,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Send what `content` makes of a nonce. A request is refused if it names another host than this server, comes
         from a page of another site, or asks for another path than one of `paths`."""
         hosts = [f"{name}:{self.server.server_address[1]}" for name in ("127.0.0.1", "localhost")]
+        # Another site that is open in the browser has its own name as Host (by DNS rebinding), or as Origin.
         is_ours = self.headers.get("Host") in hosts
         is_ours &= self.headers.get("Origin") in {None, *map("http://{}".format, hosts)}
         nonce = secrets.token_urlsafe(16)
@@ -129,7 +130,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body.encode())
 
     do_GET = partialmethod(answer, ("/",), page)
-    do_POST = partialmethod(answer, PATHS, reading)
+    do_POST = partialmethod(answer, tuple(ANSWERS), reading)
 
     def log_message(self, format: str, *args: object) -> None:
         """Log nothing: texts are private."""

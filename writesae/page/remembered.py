@@ -106,6 +106,7 @@ class PromptText(NamedTuple):
         """What the model says after the question, from the memory as it was read and from another one: the sentence
         (`said`), the five likeliest next tokens with their probabilities, and the KL divergence in nats over the
         tokens of the first sentence, from the other memory's predictions to those of the first."""
+        # Both memories are asked for the sentence that the first one says, so that their predictions compare.
         sentence = self._next_sentence(self.memory)
         asked = torch.cat([self.question, sentence], 1)
         start = self.question.shape[1] - 1
@@ -140,6 +141,7 @@ class PromptText(NamedTuple):
         rows = list[list[float]]()
         for start, stop in spans:
             phrase = tokens[0, start:stop].tolist()[-reader.fitted.longest :]
+            # A memory that never read the phrase: what a cut should come to.
             never = self.model.memory(torch.cat([tokens[:, :start], tokens[:, stop:]], 1))
             memories = (self.memory, memory, never)
             rows.append([short(float(reader.scores(each, [phrase]))) for each in memories])

@@ -3,7 +3,7 @@ the changes. Of a page nothing is saved but what took long to make, by what was 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, cast
 
@@ -23,8 +23,6 @@ FITTED = 60_000
 """Characters of text to which a reader is fitted."""
 KEPT = 8
 """Texts whose memory stays, and graphs: of those that were asked for last."""
-PATHS = ("/memory", "/reader", "/atoms", "/explain", "/node")
-"""What a page may ask for."""
 
 
 class Session:
@@ -42,32 +40,45 @@ class Session:
         self._reader = reader
 
     def answer(self, path: str, asked: Mapping[str, Any]) -> object:
-        """The JSON values that a page gets for those that it sends to one of `PATHS`: `text` and `question` as it read
-        them, and what the path needs: `spans`, the changes; or `target` and `against` of a graph.
+        """The JSON values that a page gets for those that it sends to one of `ANSWERS`: `text` and `question` as it
+        read them, and what the path needs: `spans`, the changes; or `target` and `against` of a graph.
 
         Raises:
             InputError, KeyError, TypeError, ValueError: something is missing, or does not fit the model.
         """
-        text, question = asked["text"], asked["question"]
-        if path in ("/explain", "/node"):
-            graph = self.explained(text, question, asked["target"], asked["against"])
-            return picture_of(graph, int(asked["width"])) if path == "/explain" else made_of(graph, asked["node"])
-        prompt = self.prompted(text, question)
-        if path == "/atoms":
-            return self.atoms(prompt)
+        return ANSWERS[path](self, asked)
+
+    def changed_memory(self, asked: Mapping[str, Any]) -> object:
+        """The text as tokens and sentences, and the answers before and after the changes."""
+        prompt = self.prompted(asked["text"], asked["question"])
+        return {
+            "tokens": [visible(piece) for piece in self.texts.many(prompt.tokens[0].tolist())],
+            "first": prompt.first,
+            "stop": prompt.memory.T,
+            "sentences": prompt.sentences(),
+            **prompt.answers(prompt.changed(asked["spans"])),
+        }
+
+    def read_memory(self, asked: Mapping[str, Any]) -> object:
+        """Scores of `phrases`, and where `back` is true the phrases that are read back."""
+        prompt = self.prompted(asked["text"], asked["question"])
         memory = prompt.changed(asked["spans"])
-        if path == "/memory":
-            return {
-                "tokens": [visible(piece) for piece in self.texts.many(prompt.tokens[0].tolist())],
-                "first": prompt.first,
-                "stop": prompt.memory.T,
-                "sentences": prompt.sentences(),
-                **prompt.answers(memory),
-            }
         reader = self.reader()
         back = prompt.read_back(reader, memory) if asked["back"] else None
         scores = prompt.scores(reader, memory, asked["phrases"])
         return {"scores": scores, "back": back, "longest": reader.fitted.longest}
+
+    def picture(self, asked: Mapping[str, Any]) -> object:
+        """The picture of the graph, so many pixels wide: `svg`; `said`, how far predictions hold; `target`."""
+        graph = self.explained(asked["text"], asked["question"], asked["target"], asked["against"])
+        width = min(max(int(asked["width"]), 320), 1200)
+        check = str(graph.check()) if len(cast("list[str]", graph.metadata["tokens"])) > 1 else ""
+        return {"svg": graph.draw(width=width), "said": check, "target": graph.metadata["title"]}
+
+    def sources(self, asked: Mapping[str, Any]) -> object:
+        """What made the `node` of the graph."""
+        graph = self.explained(asked["text"], asked["question"], asked["target"], asked["against"])
+        return made_of(graph, asked["node"])
 
     def reader(self) -> MemoryReader:
         """The one that was given, or else one that is fitted now to text that ships with the package.
@@ -113,11 +124,12 @@ class Session:
         # All nodes of a text of sixty tokens take five times as long as the likely ones.
         return attribute(tokens, self.model, target or None, against or None, 50, saes=list(self.saes.values()))
 
-    def atoms(self, prompt: PromptText) -> dict[str, list[list[tuple[str, float]]]]:
+    def atoms(self, asked: Mapping[str, Any]) -> dict[str, list[list[tuple[str, float]]]]:
         """For each head with a dictionary, by its name [T]: active atoms with their activation, largest first.
 
         Cost: for each a forward up to its layer.
         """
+        prompt = self.prompted(asked["text"], asked["question"])
         atoms = {}
         for cell, sae in self.saes.items():
             firings = collect_firings(self.model, sae, HeadHook.of(sae).layer, prompt.tokens).frame()
@@ -128,13 +140,6 @@ class Session:
                 rows[cast(int, position)] = [(f"atom {atom}", short(value)) for atom, value in named]
             atoms[cell] = rows
         return atoms
-
-
-def picture_of(graph: Graph, width: int) -> dict[str, object]:
-    """The picture of a graph, so many pixels wide: `svg`; `said`, how far predictions hold; `target`."""
-    check = str(graph.check()) if len(cast("list[str]", graph.metadata["tokens"])) > 1 else ""
-    picture = graph.draw(width=min(max(width, 320), 1200))
-    return {"svg": picture, "said": check, "target": graph.metadata["title"]}
 
 
 def made_of(graph: Graph, node: str) -> dict[str, list[tuple[str, float, bool]]]:
@@ -158,3 +163,13 @@ def made_of(graph: Graph, node: str) -> dict[str, list[tuple[str, float, bool]]]
         effect = short(edge["measured"] if is_measured else edge["predicted"])
         ports.setdefault(edge["port"], []).append((edge["source"], effect, is_measured))
     return {port: edges[:8] for port, edges in ports.items()}
+
+
+ANSWERS: dict[str, Callable[[Session, Mapping[str, Any]], object]] = {
+    "/memory": Session.changed_memory,
+    "/reader": Session.read_memory,
+    "/atoms": Session.atoms,
+    "/explain": Session.picture,
+    "/node": Session.sources,
+}
+"""What a page may ask for, by path."""

@@ -188,12 +188,14 @@ class AtomFacts:
                 if not size[t] > 0:
                     continue
                 added = unit.rows([column]).to(size) * (STEP * size[[t]])
+                # f'(0) = (f(STEP) - f(-STEP)) / 2 STEP
                 for sign in (1.0, -1.0):
                     trials.append(Trial({"column": column, "sign": sign}, t, lab.add(t, added * sign)))
                 counts[column] += 1
             if trials:
                 lab.read(site, trials, add_up, settings.effect_horizon + 1)
         total /= 2 * STEP * np.maximum(counts, 1)[:, None]
+        # Probabilities are blind to what all logits have in common.
         return total - total.mean(1, keepdims=True), counts
 
 
