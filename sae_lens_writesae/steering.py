@@ -123,6 +123,7 @@ def steer(
             or at="fires" with an SAE of states, whose firing the write alone does not decide.
         UnsupportedModelError, UnknownHookError: a layer or head that the model lacks.
     """
+    # A dictionary names its head.
     if sae is not None:
         place = _checked_hook(model, sae)
         if (layer, head) not in ((None, None), (place.layer, place.head)):
@@ -142,6 +143,7 @@ def steer(
         raise ValueError(f"at: expected 'every', or with sae= and atom= 'fires'; got at={at!r}")
     target = head_target(model, layer, head)
     fires = partial(_firing_tokens, cast(Dictionary, sae), cast(int, atom)) if at == "fires" else None
+    # Toward a token only the value side is given, and each token's own key; an atom is written whole.
     if toward is not None:
         hooks = _value_hooks(layer, head, _value_side(model, layer, head, toward), strength, fires)
     else:

@@ -83,6 +83,7 @@ def attribute(
                 f"{model.cfg.model_name}: expected blocks that add to one residual stream, got others (several streams "
                 "side by side), whose parts do not add up; write_attribution works on this model"
             )
+        # What is explained: by how much some tokens lead others; by default what the model says next.
         donor = None if corrupt is None else same_length(model, corrupt, tokens)
         if attribution_targets is None:
             with torch.no_grad():
@@ -98,16 +99,19 @@ def attribute(
                 PredictionWarning,
                 stacklevel=3,
             )
+        # The plain pass and its gradients rank all nodes; runs measure the largest.
         parents = parents_of(model, saes)
         tracing = Tracing.of(model, tokens, lead, donor, frozen)
         nodes = tracing.nodes
         tracing.measure_nodes(50 if measure is None and len(nodes) * tokens.shape[1] > _CHEAP else measure)
+        # Edges lead into the largest nodes of each kind.
         writes = nodes[nodes.feature_type == "write"]
         heads = nodes[(nodes.feature_type == "attn") & (nodes["head"] >= 0)]
         mlps = nodes[nodes.feature_type == "mlp"]
         explained = pd.concat([largest(writes, targets), largest(heads, targets // 4), largest(mlps, targets)])
         best = [node_of(row) for row in explained.itertuples()]
         edges = [tracing.edges(best)]
+        # Writes of heads with a dictionary are taken apart into atoms.
         tables = [nodes]
         for sae, parent in zip(saes, parents):
             for node in taken_apart(tracing, parent, best, writes):

@@ -101,6 +101,7 @@ class Graph(Explaining):
             raise InputError(
                 f"graph: expected at least 3 measured writes to compare, got {len(tried)}; attribute with measure=50"
             )
+        # Writes drawn at random say what the ranking may have missed; the correlation, how well it ranks.
         audit = cast(Mapping[str, float], self.metadata["audit"])
         r = float(tried.predicted.corr(tried.measured))
         if not r >= 0.9 and len(tried) < len(writes):

@@ -85,6 +85,7 @@ def as_bridge(model: HookedRecurrent) -> TransformerBridge:
         raise UnsupportedModelError(
             f"as_bridge: expected blocks along one residual stream [B,T,D], got {cfg.model_name}, which has several"
         )
+    # The copy of the modules has the same weights: deepcopy takes these as copied already.
     weights: dict[int, object] = {id(x): x for x in (*model.hf_model.parameters(), *model.hf_model.buffers())}
     theirs = TransformerBridgeConfig(
         d_model=cfg.d_model,

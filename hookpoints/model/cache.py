@@ -38,6 +38,7 @@ class RecurrentCache(ActivationCache):
     def __getitem__(self, key: Key) -> Tensor:
         if key in self.cache_dict:
             return self.cache_dict[key]
+        # TransformerLens' short forms, ("result", 2) or ("q", -1, "attn"), and its older names.
         name, *place = (key,) if isinstance(key, str) else key
         if place and isinstance(place[0], int) and place[0] < 0:
             place[0] += self.model.cfg.n_layers
@@ -45,6 +46,7 @@ class RecurrentCache(ActivationCache):
         full = canonical(canonical(full, self.cache_dict), self.cache_dict.keys() | self.model.hook_dict.keys())
         if full in self.cache_dict:
             return self.cache_dict[full]
+        # What follows from the residual stream is computed when it is asked for.
         parts = full.split(".")
         if full == "ln_final.hook_scale":
             return self._norm_at(self.model.cfg.n_layers)[1]

@@ -307,6 +307,7 @@ def _check_fields(r: CanonicalForm) -> None:
     for name, side in (("k", "K"), ("u", "V")):
         if getattr(r, name).ndim not in (4, 5):
             raise ValueError(f"{name} must be [B,T,H,{side}] or [B,T,H,R,{side}], got {list(getattr(r, name).shape)}")
+    # Each axis has the size that k and u give it.
     sizes = {"B": r.B, "T": r.T, "H": r.H, "K": r.K, "V": r.V, "R": r.R}
     write = "BTHR" if r.k.ndim == 5 else "BTH"
     erase = "BTH"
@@ -321,6 +322,7 @@ def _check_fields(r: CanonicalForm) -> None:
         if list(x.shape) != [sizes[c] for c in want]:
             spelt = "[" + ",".join(f"{c}={sizes[c]}" for c in want) + "]"
             raise ValueError(f"{name} must be {spelt} as k {list(r.k.shape)} says, got {list(x.shape)}")
+    # What is declared fits together: an erase has two sides, and rates multiply a decay.
     erases = r.a is not None or r.beta is not None
     if erases != (r.b is not None):
         got = ", ".join(name for name in ("a", "b", "beta") if getattr(r, name) is not None)

@@ -110,6 +110,7 @@ def qualities(lab: Lab) -> dict[str, DictionaryQuality]:
     layer = lab.hook.layer
     head = lab.hook.head
     for sequence in lab.bar(range(min(SEQUENCES, len(lab.tokens))), "dictionary quality"):
+        # The blocks up to the layer run once; all that follows runs from the layer on.
         upper = UpperModel.of(lab.model, [layer], lab.tokens[[sequence]])[layer]
         recurrence = upper.recurrence.select(heads=slice(head, head + 1))
         native, silent = upper.without([head])
@@ -126,6 +127,7 @@ def qualities(lab: Lab) -> dict[str, DictionaryQuality]:
                 if not bool(activations.isfinite().all()):
                     del measured[label]
                     continue
+                # What the dictionary leaves of the model: its reconstruction in the place of what the head has.
                 rebuilt = decoded(lab.saes[label], activations, x)
                 kl = float(_kl_of_runs(native, upper(head, target, rebuilt)[None]))
                 cosine = _dominant_cosines(lab, label, activations, writes)
@@ -193,12 +195,14 @@ def _quality_of_rows(target: HookTarget, rows: Sequence[OnSequence], n_positions
     sequences = np.arange(len(rows))
     total = torch.stack([row.sum for row in rows]).sum(0)
     squares = sum(row.square for row in rows)
+    # sum |x - mean|^2 = sum |x|^2 - |sum x|^2 / n
     variance = squares - float(total @ total) / n
     error = sum(row.error for row in rows)
     fired = torch.stack([row.fired for row in rows]).any(0)
     cosines = torch.cat([row.cosine for row in rows])
     deleted = [row.deleted for row in rows]
     floor = float(np.mean([row.itself for row in rows]))
+    # Where deleting the writes does no more than rounding, there is nothing to recover.
     recovered = None
     if np.mean(deleted) > floor:
         recovered = recovered_share([row.kl for row in rows], deleted, sequences)
