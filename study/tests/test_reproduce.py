@@ -210,10 +210,11 @@ def test_rows_are_commands_and_the_published_results_are_theirs():
         if isinstance(command, EvalAll):
             asked |= {(*command.subjects.out.parts[1:], test) for test in command.evaluations()}
     saved = set()
-    for row in pd.read_parquet(ROOT / "study/docs/results/results.parquet").itertuples():
-        info, settings = json.loads(row.info), json.loads(row.settings)
-        test = EVALUATIONS[row.kind].from_dict(settings | {"label": ""})
-        saved.add((row.recipe, info["model"], f"L{info['layer']}H{info['head']}", test))
+    packed = pd.read_parquet(ROOT / "study/docs/results/results.parquet")
+    for recipe, kind, settings, about in packed[["recipe", "kind", "settings", "info"]].to_numpy().tolist():
+        info = json.loads(about)
+        test = EVALUATIONS[kind].from_dict(json.loads(settings) | {"label": ""})
+        saved.add((recipe, info["model"], f"L{info['layer']}H{info['head']}", test))
     assert saved <= asked
     assert {name for name, *_ in asked - saved} <= RUNS["nulls"].keys()  # of which the pages show those that are there
 
@@ -251,7 +252,7 @@ def test_results_where_nothing_was_learned_are_made_once(tmp_path, monkeypatch):
     monkeypatch.setitem(RUNS["sizes"], "d-sae", 64)
     seen = []
     for _ in range(2):
-        without_learning(Place("embedded", 2, 0), [EVALUATIONS["sign"](n_positions=4)])
+        without_learning(Place("embedded", 2, 0), [EVALUATIONS["sign"].from_dict({"n_positions": 4})])
         seen.append({file: file.stat().st_mtime_ns for file in tmp_path.rglob("info.json")})
     assert {file.relative_to(tmp_path / "runs").parts[0] for file in seen[0]} == RUNS["nulls"].keys()
     assert seen[0] == seen[1]
