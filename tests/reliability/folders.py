@@ -61,7 +61,7 @@ def make_collection(folder: Path) -> None:
 def read_collection(folder: Path) -> Contents:
     found = Collection.open(folder)
     heads = [(layer, head) for layer, numbers in found.heads.items() for head in numbers]
-    return {"tokens": found.tokens, **{str(each): found.rows(*each) for each in heads}}
+    return {"tokens": found.tokens, **{str(each): found.factors(*each)[1][:] for each in heads}}
 
 
 class Kind(NamedTuple):
