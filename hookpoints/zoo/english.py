@@ -150,12 +150,6 @@ def values() -> list[str]:
     return [value for each in RELATIONS.values() for value in each.values]
 
 
-def whole_words() -> list[str]:
-    """Words that are one token each: names, values, and all in the wordings of training."""
-    wordings = [wording for each in RELATIONS.values() for wording in (*each.told, *each.asked)]
-    return [*dict.fromkeys((*NAMES, *STRANGERS, *values(), *re.findall("[A-Za-z]{2,}", " ".join(wordings))))]
-
-
 def sentences(text: str) -> list[str]:
     """Sentences of a text that end with a period, of 20 to 250 characters, in their order."""
     parts = (part.strip() for line in text.split("\n") for part in re.split(r"(?<=[a-z)]\.) (?=[A-Z])", line))
@@ -202,7 +196,7 @@ class Writer:
     """Writes documents of a split.
 
     Args:
-        tokenizer: of the models, where each of `whole_words` is one token.
+        tokenizer: of the models, where each name, value and word of the wordings of training is one token.
         fillers: sentences to put between the facts, in their order.
         split: "test" has facts that are held out, and "train" has the others.
     """

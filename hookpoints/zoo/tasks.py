@@ -196,12 +196,6 @@ class Facts:
         tokens = torch.cat([torch.zeros_like(sentences[:, :1]), sentences], dim=1)
         return Batch(tokens, positions, answers[:, told:], symbols, {"keys": first, "values": first + 3})
 
-    def told(self, symbols: Mapping[str, Tensor]) -> list[dict[str, str]]:
-        """The facts of each sequence in words, "Ben lives in" -> "Rome"."""
-        told = self.spell({**symbols, "asked": symbols["asked"][:, :0]}).tokens.tolist()
-        rows = [[self.vocabulary[token] for token in row] for row in told]
-        return [{" ".join(row[at : at + 3]): row[at + 3] for at in range(1, len(row), 5)} for row in rows]
-
     def others(self, values: Tensor, generator: Generator) -> Tensor:
         """For each value another one of its relation."""
         relation = torch.bucketize(values, self._firsts, right=True) - 1
