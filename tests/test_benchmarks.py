@@ -4,6 +4,8 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
@@ -36,6 +38,7 @@ def test_the_page_of_circuits_quotes_its_record():
     assert said.format(*(deleted[kind]["r"] for kind in kinds)) in " ".join(page.split())
 
 
+@pytest.mark.slow  # processes that import torch
 def test_a_benchmark_leaves_a_record_and_a_failed_one_the_former(tmp_path, monkeypatch, capsys):
     (tmp_path / "tiny.py").write_text(TINY)
     monkeypatch.syspath_prepend(tmp_path)

@@ -31,6 +31,7 @@ def recalled() -> Recalled:
     return recall()
 
 
+@pytest.mark.slow
 def test_a_memory_is_read_back_and_cut_and_the_answer_follows(recalled: Recalled) -> None:
     """The sentence that contradicts another one is cut: the memory is then as if that had never been read."""
     before, after = recalled.memories
