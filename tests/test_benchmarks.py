@@ -34,8 +34,8 @@ def test_the_page_of_circuits_quotes_its_record():
         "deleted"
     ]
     kinds = ("embedding", "mlp", "attn", "write")
-    said = "embeddings {:.2f}, MLPs {:.2f}, softmax heads {:.2f}, writes {:.2f}"
-    assert said.format(*(deleted[kind]["r"] for kind in kinds)) in " ".join(page.split())
+    sentence = "embeddings {:.2f}, MLPs {:.2f}, softmax heads {:.2f}, writes {:.2f}"
+    assert sentence.format(*(deleted[kind]["r"] for kind in kinds)) in " ".join(page.split())
 
 
 @pytest.mark.slow  # processes that import torch

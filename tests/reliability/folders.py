@@ -59,9 +59,9 @@ def make_collection(folder: Path) -> None:
 
 
 def read_collection(folder: Path) -> Contents:
-    found = Collection.open(folder)
-    heads = [(layer, head) for layer, numbers in found.heads.items() for head in numbers]
-    return {"tokens": found.tokens, **{str(each): found.rows(*each) for each in heads}}
+    collection = Collection.open(folder)
+    heads = [(layer, head) for layer, numbers in collection.heads.items() for head in numbers]
+    return {"tokens": collection.tokens, **{str(each): collection.rows(*each) for each in heads}}
 
 
 class Kind(NamedTuple):
@@ -86,11 +86,11 @@ def damaged(name: str, kind: Kind) -> Callable[[Path, int], Iterator[Comparison]
         make, read = kind
         folder = work / name
         make(folder)
-        whole, names = read(folder), sorted(file.name for file in folder.iterdir() if not file.name.startswith("."))
+        undamaged, names = read(folder), sorted(file.name for file in folder.iterdir() if not file.name.startswith("."))
         for what in damages(folder, names, rounds):
             got = outcome(read, folder)
-            yield Comparison(what, REFUSED if got == REFUSED else whole, got)
-        yield Comparison("not damaged any more", whole, outcome(read, folder))
+            yield Comparison(what, REFUSED if got == REFUSED else undamaged, got)
+        yield Comparison("not damaged any more", undamaged, outcome(read, folder))
 
     run.__name__ = f"damaged_{name}"
     return run
