@@ -4,6 +4,8 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
@@ -32,10 +34,11 @@ def test_the_page_of_circuits_quotes_its_record():
         "deleted"
     ]
     kinds = ("embedding", "mlp", "attn", "write")
-    said = "embeddings {:.2f}, MLPs {:.2f}, softmax heads {:.2f}, writes {:.2f}"
-    assert said.format(*(deleted[kind]["r"] for kind in kinds)) in " ".join(page.split())
+    sentence = "embeddings {:.2f}, MLPs {:.2f}, softmax heads {:.2f}, writes {:.2f}"
+    assert sentence.format(*(deleted[kind]["r"] for kind in kinds)) in " ".join(page.split())
 
 
+@pytest.mark.slow  # processes that import torch
 def test_a_benchmark_leaves_a_record_and_a_failed_one_the_former(tmp_path, monkeypatch, capsys):
     (tmp_path / "tiny.py").write_text(TINY)
     monkeypatch.syspath_prepend(tmp_path)

@@ -124,7 +124,7 @@ HEAD = ["--model", "embedded", "--layer", "2", "--head", "1"]
         (["train", *HEAD, "--dataset", "texts/no.jsonl"], "got 'texts/no.jsonl': there is no such file or folder"),
         (["show"], "Missing from writesae show: PATH"),
     ],
-    ids=lambda given: "" if isinstance(given, str) else " ".join(given),
+    ids=lambda words: "" if isinstance(words, str) else " ".join(words),
 )
 def test_what_is_typed_wrong_ends_before_any_work(
     capsys: pytest.CaptureFixture[str], sae_folder: Path, tmp_path: Path, arguments: list[str], word: str
@@ -291,7 +291,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("trained", ["train", "--collection", "FOLDER", *TINY, "--no-summary"], "cfg.json"),
         ("collected", ["push", "FOLDER", "me/saes", "--dry-run"], None),
     ],
-    ids=lambda given: given[0] if isinstance(given, list) else given or "",
+    ids=lambda words: words[0] if isinstance(words, list) else words or "",
 )
 def test_what_one_command_writes_another_takes(
     capsys: pytest.CaptureFixture[str],

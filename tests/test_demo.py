@@ -31,6 +31,7 @@ def recalled() -> Recalled:
     return recall()
 
 
+@pytest.mark.slow
 def test_a_memory_is_read_back_and_cut_and_the_answer_follows(recalled: Recalled) -> None:
     """The sentence that contradicts another one is cut: the memory is then as if that had never been read."""
     before, after = recalled.memories
@@ -52,14 +53,14 @@ def test_the_demo_leaves_a_page_and_dictionaries(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    said: list[str] = []
+    lines: list[str] = []
     monkeypatch.setattr("writesae.demo.recall", lambda: recalled)  # ten seconds, the same each time
     sizes = {"training_tokens": 8_000, "eval_sequences": 8}
     flags = Demo(out=tmp_path / "out", **sizes)
-    page = run_demo(flags, lambda line: said.append(str(line)))
-    screen = "\n".join(said)
+    page = run_demo(flags, lambda line: lines.append(str(line)))
+    screen = "\n".join(lines)
     assert re.search(r"^about \d+ s on this machine", screen, re.MULTILINE) and "half of a write is left" in screen
-    assert re.search(r"Vienna \(9\d%\)\n.*\n.* Paris \(\d+%\)\n.*\n\nopen in a browser:$", said[-1])
+    assert re.search(r"Vienna \(9\d%\)\n.*\n.* Paris \(\d+%\)\n.*\n\nopen in a browser:$", lines[-1])
     text = page.read_text()
     assert page == tmp_path / "out" / PAGE and "<b>Paris</b>" in text and all(name in text for name in NAMES)
     # Other commands take what it leaves.
@@ -67,7 +68,7 @@ def test_the_demo_leaves_a_page_and_dictionaries(
     weights = {folder.parent.name: folder / "sae_weights.safetensors" for folder in sae_folders(flags.out)}
     assert weights.keys() == {*NAMES}
     before = {label: file.stat().st_mtime_ns for label, file in weights.items()}
-    assert run_demo(flags, said.append) == page and page.read_text() == text
+    assert run_demo(flags, lines.append) == page and page.read_text() == text
     assert before == {label: file.stat().st_mtime_ns for label, file in weights.items()}
     with pytest.raises(ValueError, match="d_sae: 256, now 8"):
         run_demo(replace(flags, d_sae=8))

@@ -342,12 +342,12 @@ def test_what_a_killed_process_left_aside_is_removed_and_nothing_else(tmp_path: 
 
 
 def test_who_waits_for_a_folder_says_so(tmp_path: Path) -> None:
-    lock, said = FileLock(tmp_path / ".taken"), list[str]()
+    lock, lines = FileLock(tmp_path / ".taken"), list[str]()
     with ThreadPoolExecutor(1) as other:
         other.submit(lock.acquire).result()
         other.submit(lambda: time.sleep(0.2) or lock.release())
-        with taken(tmp_path, said.append):
-            assert "another process" in said[0]
+        with taken(tmp_path, lines.append):
+            assert "another process" in lines[0]
 
 
 def test_equal_values_have_equal_hashes_and_a_flipped_bit_another() -> None:

@@ -137,12 +137,12 @@ def test_a_filter_that_matches_nothing_raises(objects: dict[str, Any], call: str
         return False
 
     for kind in ("HookedRecurrent", "Attached"):
-        for names, said in (
+        for names, message in (
             (nothing, "nothing.* matches none"),
             ("blocks.1.mixer.hook_writ", r"nearest: blocks\.1\.mixer\.hook_write"),
             ("blocks.1.mixer", "no hook named 'blocks.1.mixer'"),
         ):
-            with torch.no_grad(), pytest.raises(UnknownHookError, match=said):
+            with torch.no_grad(), pytest.raises(UnknownHookError, match=message):
                 FILTERS[call](objects[kind], tokens, names)
 
 

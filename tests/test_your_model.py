@@ -60,8 +60,8 @@ def test_a_checkpoint_is_taken_from_loading_to_a_circuit(
                     session = server.session
                     asked = {"text": "The crops were good. We are at peace.", "question": "The crops were"}
                     first = session.prompted(**asked).sentences()[0][:2]
-                    found: Any = session.answer("/memory", asked | {"spans": [(*first, None)]})
-                    assert found["kl"] > 0 and session.reader().fitted.longest == 8
+                    answer: Any = session.answer("/memory", asked | {"spans": [(*first, None)]})
+                    assert answer["kl"] > 0 and session.reader().fitted.longest == 8
                     assert any(session.atoms(asked)["L0H0"])
         assert list(Path("writesae-out/atoms").glob("atom-*.html")) and Path("circuit.svg").is_file()
     assert "my-model" in capsys.readouterr().out

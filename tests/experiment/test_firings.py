@@ -30,12 +30,12 @@ def rng(seed: int = 0) -> np.random.Generator:
 def test_firings_are_the_positive_activations_of_a_dictionary(model64: HookedRecurrent, varied: torch.Tensor) -> None:
     sae = random_sae(model64)
     with torch.no_grad():
-        found = F.collect_firings(model64, sae, LAYER, varied)
+        firings = F.collect_firings(model64, sae, LAYER, varied)
         dense = sae.encode(model64.run_with_cache(varied, names_filter=[HOOK])[1][HOOK])
     again = torch.zeros_like(dense, dtype=torch.float32)
-    again[found.sequence, found.position, found.atom] = torch.tensor(found.activation)
+    again[firings.sequence, firings.position, firings.atom] = torch.tensor(firings.activation)
     torch.testing.assert_close(again, dense.float())
-    assert (found.n_sequences, found.n_positions, found.n_atoms) == dense.shape
+    assert (firings.n_sequences, firings.n_positions, firings.n_atoms) == dense.shape
     torch.nn.init.constant_(sae.b_enc, torch.nan)
     with pytest.raises(NothingToMeasureError, match="sequence 0"):
         F.collect_firings(model64, sae, LAYER, varied)

@@ -17,6 +17,6 @@ def test_a_pass_is_over_one_sequence(
 ) -> None:
     """Two take two seconds."""
     monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=iter((0.0, 2.0)).__next__))
-    said: list[str] = []
-    module.say_time(model, tokens[:2], 15, Path("here"), said.append)
-    assert said[0].startswith("about 15 s")
+    lines: list[str] = []
+    module.say_time(model, tokens[:2], 15, Path("here"), lines.append)
+    assert lines[0].startswith("about 15 s")

@@ -150,8 +150,8 @@ def test_an_atom_is_shown_as_a_matrix(planted: WriteTopKSAE, data: AtomPagesData
             drawn = np.asarray(image.convert("RGBA"), float)
         assert drawn.shape[:2] == (len(term.key), len(term.value))
         signs = np.where(drawn[..., 2] > drawn[..., 0], 1, -1)  # blue or orange
-        whole = matrix(planted, page.atom).numpy()
-        np.testing.assert_allclose(signs * drawn[..., 3] / 255, whole / np.abs(whole).max(), atol=0.04)
+        dense = matrix(planted, page.atom).numpy()
+        np.testing.assert_allclose(signs * drawn[..., 3] / 255, dense / np.abs(dense).max(), atol=0.04)
 
 
 def test_a_flat_atom_shows_its_largest_singular_terms(model: HookedRecurrent, tokens: Tensor, tmp_path: Path) -> None:

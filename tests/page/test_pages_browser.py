@@ -38,13 +38,13 @@ QUALITY: Any = {
 }
 
 
-def everywhere(value: Any, said: str = EVIL) -> Any:
+def everywhere(value: Any, text: str = EVIL) -> Any:
     """The same data with every token, and every name, replaced."""
     if is_dataclass(value) and not isinstance(value, type):
         return replace(value, **{each.name: everywhere(getattr(value, each.name)) for each in fields(value)})
     if isinstance(value, list):
         return [everywhere(each) for each in value]
-    return said if isinstance(value, str) else value
+    return text if isinstance(value, str) else value
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ def assert_no_markup(browser: Browser, place: Path, where: str) -> None:
     """Text of a corpus stays text, somewhere on the page."""
     with opened(browser, place) as page:
         assert page.locator("img:not(.heat)").count() == 0 and page.locator("script").count() == 1
-        assert any(EVIL in said.replace("·", " ") for said in page.locator(where).all_inner_texts())
+        assert any(EVIL in shown.replace("·", " ") for shown in page.locator(where).all_inner_texts())
 
 
 def address(server: PromptServer) -> str:
@@ -154,11 +154,11 @@ def test_a_sentence_or_a_phrase_is_cut_replaced_and_restored(browser: Browser, s
     """The question is asked again each time; the reader's score of the sentence follows."""
     with opened(browser, address(speaker), **PHONE) as page:
         sentence = page.locator("#acts li").filter(has_text="The home of Clara is Vienna.")
-        said, after, kl = page.locator("#said"), page.locator("#after"), page.locator("#kl")
+        verdict, after, kl = page.locator("#said"), page.locator("#after"), page.locator("#kl")
         sentence.get_by_text("this sentence overwrote another answer").wait_for()
         assert after.inner_text() == page.locator("#before").inner_text() == "Vienna."
         sentence.get_by_role("button", name="Cut").click()
-        said.get_by_text("The model now says “Paris.”; it said “Vienna.”.").wait_for()
+        verdict.get_by_text("The model now says “Paris.”; it said “Vienna.”.").wait_for()
         assert after.inner_text() == "Paris." and page.locator("#after-tokens li").count() == 5
         assert kl.inner_text().startswith("KL divergence of the next sentence: 11.66")
         assert page.evaluate("document.activeElement.textContent") == "Restore"
@@ -167,14 +167,14 @@ def test_a_sentence_or_a_phrase_is_cut_replaced_and_restored(browser: Browser, s
         read, cut, never = map(float, re.findall(r"-?\d+\.\d\d", sentence.inner_text().split("Reader")[1]))
         assert read > 5 and abs(cut - never) < 0.1 < read - cut
         sentence.get_by_role("button", name="Restore").click()
-        said.get_by_text("The model still says “Vienna.”").wait_for()
+        verdict.get_by_text("The model still says “Vienna.”").wait_for()
         assert kl.inner_text() == "Nothing is changed yet."
         sentence.get_by_role("textbox").fill("The city where Clara lives is Rome.")
         sentence.get_by_role("button", name="Replace").click()
-        said.get_by_text("The model now says “Rome.”; it said “Vienna.”.").wait_for()
+        verdict.get_by_text("The model now says “Rome.”; it said “Vienna.”.").wait_for()
         assert page.locator("#text .told").count() == 7
         page.get_by_role("button", name="Restore all").click()
-        said.get_by_text("The model still says “Vienna.”").wait_for()
+        verdict.get_by_text("The model still says “Vienna.”").wait_for()
         # A phrase of the text is marked, taken and cut.
         tokens = page.locator("#text button")
         vienna = tokens.all_inner_texts().index("·Vienna")
@@ -218,8 +218,8 @@ def test_changes_outlive_another_question_and_a_reload(browser: Browser, speaker
         # A text that is not read yet has no part in what is below.
         page.get_by_label("Text that").fill("Boris lives in Rome. We are at peace.")
         assert typed.is_visible() and cut.count() == 1
-        said = ask_anew(page, "Where does Boris live?")
-        assert said.endswith("the text is another one, so 1 of your changes are gone")
+        verdict = ask_anew(page, "Where does Boris live?")
+        assert verdict.endswith("the text is another one, so 1 of your changes are gone")
         assert not cut.count() and not typed.is_visible() and after.inner_text() == "Rome."
 
 

@@ -26,8 +26,8 @@ from writesae.page.session import MAX_TOKENS
 
 def ask(server: PromptServer, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
     connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=60)
-    given = {"Content-Type": "application/json"} | {name.replace("_", "-"): value for name, value in headers.items()}
-    connection.request(method, path, None if body is None else json.dumps(body), given)
+    sent = {"Content-Type": "application/json"} | {name.replace("_", "-"): value for name, value in headers.items()}
+    connection.request(method, path, None if body is None else json.dumps(body), sent)
     answer = connection.getresponse()
     content = answer.read().decode()
     assert answer.getheader("Content-Security-Policy", "").startswith("default-src 'none'")
@@ -93,8 +93,8 @@ def test_phrases_are_cut_and_replaced_as_the_library_does(speaker: PromptServer)
         answered = ask(speaker, "POST", "/memory", asked | {"spans": changes})[1]
         assert likeliest_shown(answered, 1) == likeliest(model, changed, f" {question}")
         assert ask(speaker, "POST", "/memory", asked)[1]["kl"] == 0  # of another page
-    said = model.to_tokens(f" {question} Vienna.", prepend_bos=False)
-    p, q = (model.logits_after(each, said)[0, -3:-1].double().log_softmax(-1) for each in (memory, changed))
+    answer = model.to_tokens(f" {question} Vienna.", prepend_bos=False)
+    p, q = (model.logits_after(each, answer)[0, -3:-1].double().log_softmax(-1) for each in (memory, changed))
     assert answered["kl"] == pytest.approx(float((p.exp() * (p - q)).sum()), rel=1e-3)
 
 
@@ -136,8 +136,8 @@ def test_why_a_token_is_drawn_and_nodes_are_taken_apart(server: PromptServer) ->
         ("/explain", asked | {"text": ""}),
         ("/node", asked | {"node": "L9H9@9"}),
     ):
-        status, said = ask(server, "POST", path, wrong)
-        assert status == 400 and "expected" in said["error"]
+        status, refusal = ask(server, "POST", path, wrong)
+        assert status == 400 and "expected" in refusal["error"]
 
 
 @pytest.mark.parametrize(

@@ -59,10 +59,10 @@ def make_collection(folder: Path) -> None:
 
 
 def read_collection(folder: Path) -> Contents:
-    found = Collection.open(folder)
-    heads = [(layer, head) for layer, numbers in found.heads.items() for head in numbers]
-    sides = {(each, n): side[:] for each in heads for n, side in enumerate(found.factors(*each))}
-    return {"tokens": found.tokens, **{str(place): side for place, side in sides.items()}}
+    collection = Collection.open(folder)
+    heads = [(layer, head) for layer, numbers in collection.heads.items() for head in numbers]
+    sides = {(each, n): side[:] for each in heads for n, side in enumerate(collection.factors(*each))}
+    return {"tokens": collection.tokens, **{str(place): side for place, side in sides.items()}}
 
 
 class Kind(NamedTuple):
@@ -87,11 +87,11 @@ def damaged(name: str, kind: Kind) -> Callable[[Path, int], Iterator[Comparison]
         make, read = kind
         folder = work / name
         make(folder)
-        whole, names = read(folder), sorted(file.name for file in folder.iterdir() if not file.name.startswith("."))
+        undamaged, names = read(folder), sorted(file.name for file in folder.iterdir() if not file.name.startswith("."))
         for what in damages(folder, names, rounds):
             got = outcome(read, folder)
-            yield Comparison(what, REFUSED if got == REFUSED else whole, got)
-        yield Comparison("not damaged any more", whole, outcome(read, folder))
+            yield Comparison(what, REFUSED if got == REFUSED else undamaged, got)
+        yield Comparison("not damaged any more", undamaged, outcome(read, folder))
 
     run.__name__ = f"damaged_{name}"
     return run

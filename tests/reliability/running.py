@@ -101,8 +101,8 @@ def threads(work, rounds):
                 return [run(model, tokens) for _ in range(rounds)]
 
         with ThreadPoolExecutor(4) as pool:
-            for run, found in zip(jobs * 2, pool.map(work_of, jobs * 2)):
-                for result in found:
+            for run, results in zip(jobs * 2, pool.map(work_of, jobs * 2)):
+                for result in results:
                     yield Comparison(f"{run.__name__} of {[job.__name__ for job in jobs]}", alone[run.__name__], result)
 
 

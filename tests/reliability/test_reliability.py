@@ -23,5 +23,5 @@ def test_the_product_holds(tmp_path, check):
 
 
 def assert_holds(folder, check):
-    found = list(check.run(folder, check.few))
-    assert found and not [each for each in found if not each.holds()]
+    comparisons = list(check.run(folder, check.few))
+    assert comparisons and not [each for each in comparisons if not each.holds()]

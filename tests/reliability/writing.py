@@ -102,7 +102,7 @@ def kills_dictionaries(work: Path, rounds: int) -> Iterator[Comparison]:
     read and compared with the same of a run without kills. Then the run is resumed, and the whole is compared."""
     model, counter = fresh(), _Killer()
     counter.run(model, work / "whole")
-    whole = contents(work / "whole")
+    expected = contents(work / "whole")
     for at in counter.draw(rounds):
         folder = work / f"killed-{at}"
         if (process := os.fork()) == 0:
@@ -113,7 +113,7 @@ def kills_dictionaries(work: Path, rounds: int) -> Iterator[Comparison]:
                 os._exit(0)
         os.waitpid(process, 0)
         for name, left in contents(folder).items():
-            yield Comparison(f"{name} after a kill at call {at}", whole[name], left)
+            yield Comparison(f"{name} after a kill at call {at}", expected[name], left)
         dictionaries(model, folder)
-        yield Comparison(f"finished after a kill at call {at}", whole, contents(folder))
+        yield Comparison(f"finished after a kill at call {at}", expected, contents(folder))
         shutil.rmtree(folder)
