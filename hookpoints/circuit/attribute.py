@@ -18,6 +18,7 @@ from hookpoints.circuit.tables import EDGE_COLUMNS, NODE_COLUMNS, largest, node_
 from hookpoints.circuit.task import Pair, Task, case_of, task_of
 from hookpoints.circuit.tracing import Tracing
 from hookpoints.errors import InputError, PredictionWarning, UnsupportedModelError
+from hookpoints.model.refused import refusing_circuit_tracer
 from hookpoints.scopes import own_gradients
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ _CHEAP = 2**15
 """Nodes times tokens up to which all nodes are measured."""
 
 
+@refusing_circuit_tracer
 def attribute(
     text: str | Tensor,
     model: HookedRecurrent,

@@ -97,7 +97,9 @@ class Tracing:
         gradients = {name: gradient.to(place) for name, gradient in gradients.items()}
         text = Text(session.tokens, moved(recurrences, place), values)
         for kind in others:
-            change = text.at(kind.hook) - other_values(text, other, kind.hook)
+            change = text.at(kind.hook)
+            if other is not None:
+                change = change - other.at(kind.hook)
             gradient = gradients[kind.hook][0]
             bound = change.norm(dim=-1) * gradient.norm(dim=-1)
             predicted.append(Predicted(kind, (change * gradient).sum(-1), bound))
@@ -107,7 +109,7 @@ class Tracing:
 
     def other(self, name: str) -> Tensor:
         """[T,...], what replaces the values of a hook: those of the corrupt text, or 0."""
-        return other_values(self.text, self.corrupt, name)
+        return torch.zeros_like(self.text.at(name)) if self.corrupt is None else self.corrupt.at(name)
 
     # ------------------------------------------------------------------------------------ nodes
 
@@ -277,11 +279,6 @@ class Tracing:
 
     def _token_texts(self, ids: Sequence[int]) -> list[str]:
         return [str(token) if self.model.tokenizer is None else str(self.model.to_string(token)) for token in ids]
-
-
-def other_values(text: Text, corrupt: Text | None, name: str) -> Tensor:
-    """[T,...], what replaces the values of a hook: those of a corrupt text, or 0."""
-    return torch.zeros_like(text.at(name)) if corrupt is None else corrupt.at(name)
 
 
 class _Source(NamedTuple):

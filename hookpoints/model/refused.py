@@ -1,17 +1,21 @@
-"""Arguments that users of TransformerLens pass and that mean nothing here, each with what to do."""
+"""Arguments that users of TransformerLens and circuit-tracer pass and that mean nothing here, each with what to do."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from difflib import get_close_matches
+from functools import wraps
 from inspect import Parameter, signature
-from typing import cast
+from typing import ParamSpec, TypeVar, cast
 
 from torch import nn
 from transformers.utils.generic import TransformersKwargs
 
 from hookpoints.errors import InputError
 from hookpoints.refused import UNPROCESSED
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _CHECKPOINT = "revision= names a commit or tag of the hub"
 _ARGUMENTS: dict[str, tuple[object, str]] = {
@@ -47,7 +51,27 @@ _ELSEWHERE = {
     "names_filter": "run_with_cache takes it",
 }
 """Argument of HookedTransformer.forward, or of other calls here -> what to do instead."""
+_CIRCUIT_TRACER = {
+    "prompt": "text= takes it",
+    "max_n_logits": "attribution_targets= names tokens",
+    "desired_logit_prob": "attribution_targets= names tokens",
+    "max_feature_nodes": "measure= says how many writes are deleted",
+}
+"""Argument of circuit-tracer's ``attribute`` -> what to do instead."""
 _FREQUENCY = "repetition_penalty= or a logits_processor= of transformers makes tokens that were there less likely"
+
+
+def refusing_circuit_tracer(call: Callable[P, T]) -> Callable[P, T]:
+    """``call``, which raises InputError for arguments that circuit-tracer's ``attribute`` takes, and says what to do
+    instead."""
+
+    @wraps(call)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+        for name in kwargs.keys() & _CIRCUIT_TRACER.keys():
+            raise InputError(f"{call.__name__} takes no {name}: {_CIRCUIT_TRACER[name]}")
+        return call(*args, **kwargs)
+
+    return checked
 
 
 def refuse_arguments(arguments: Mapping[str, object]) -> dict[str, object]:

@@ -39,9 +39,9 @@ def model():
 
 @pytest.fixture(scope="module")
 def phrases(model):
-    """[12,96] texts of held-out speeches."""
+    """[6,96] texts of held-out speeches."""
     tokens = model.to_tokens(embedded.text("test")[:40_000], truncate=False)[0]
-    return tokens[: 12 * 96].view(12, 96)
+    return tokens[: 6 * 96].view(6, 96)
 
 
 def test_a_list_of_candidates_names_what_was_cut_approximately(model, phrases, tmp_path):
@@ -53,7 +53,7 @@ def test_a_list_of_candidates_names_what_was_cut_approximately(model, phrases, t
     phrase = str(model.to_string(text[0, slice(*SPAN)]))
     for before in (memory, Memory.load(tmp_path / "memory", model)):
         approximate = forgot(before, before.without(SPAN, approximate=True), SPAN, candidates=candidates)
-        assert [each.text for each in approximate.candidates].index(phrase) == 0 and len(approximate.candidates) == 12
+        assert [each.text for each in approximate.candidates].index(phrase) == 0 and len(approximate.candidates) == 6
         assert approximate.candidates[0].distance < 1e-6 < approximate.candidates[1].distance
         assert repr(phrase) in str(approximate)
     exact = forgot(memory, memory.without(SPAN), SPAN, candidates=candidates)
