@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor, nn
 
-from hookpoints.errors import HookDidNotFireError, InputError, UnknownHookError, nearest
+from hookpoints.errors import HookDidNotFireError, HookShapeError, InputError, UnknownHookError, nearest
 from hookpoints.hooks.cache import NamesFilter, Saving
 from hookpoints.hooks.points import mark_reading, scopes_of
 from hookpoints.scopes import scoped
@@ -134,7 +134,15 @@ def scoped_hooks(
             if not (stay or scope.active()):
                 return None
             called.add((name, way))
-            return hook(*args, **kwargs)
+            try:
+                return hook(*args, **kwargs)
+            except IndexError as error:  # TransformerLens' patching counts on as many heads in every block
+                shape = list(args[0].shape) if args and isinstance(args[0], Tensor) else None
+                raise HookShapeError(
+                    f"a hook on {name}, whose value is {shape}, asked for an index that is not there ({error}). Blocks "
+                    "may have different numbers of heads (model.cfg.layers, model.cfg.attention): name the places in "
+                    "an index_df"
+                ) from error
 
         return call
 

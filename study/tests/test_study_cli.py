@@ -145,8 +145,6 @@ def test_the_collection_of_a_dictionary_is_that_of_its_run(reproduced: Path, tmp
     (tmp_path / "a/collection/index.json").write_text("{}")
     alone = shutil.copytree(saes[0], tmp_path / "a/b/sae")
     assert run_folder(alone) is None
-    (tmp_path / "a/config.json").touch()  # of the demo
-    assert run_folder(alone) == (tmp_path / "a").resolve()
 
 
 def test_settings_of_one_evaluation_are_flags(reproduced: Path) -> None:

@@ -35,6 +35,8 @@ def test_parts_and_graphs_say_what_to_use_for_names_of_other_tools(embedded):
         (attribute("The people", embedded, measure=1, targets=0), "to_pt"),
     ):
         refuses(owner, name)
+    with pytest.raises(InputError, match=r"^attribute takes no prompt: text= takes it$"):
+        attribute(prompt="The people", model=embedded)  # type: ignore[call-arg]
 
 
 def test_every_public_name_is_there_or_refused(model):
