@@ -125,8 +125,8 @@ class Graph(Explaining):
     def _is_decisive(self) -> bool:
         order, *orders = self._ordered_writes(DRAWS)
         best = order[:_DECISIVE]
-        others = [writes.drop(best.index)[:_DECISIVE] for writes in orders]
-        without, *random = self.own_tracer().answers([best, *others])
+        random_sets = [writes.drop(best.index)[:_DECISIVE] for writes in orders]
+        without, *random = self.own_tracer().answers([best, *random_sets])
         is_said = self.metadata["answer"] in cast(Sequence[str], self.metadata["targets"])
         # Another token alone may be a near tie of two that nobody asked about.
         is_lost = not without.same and (without.metric < 0 or not self.metadata["against"])

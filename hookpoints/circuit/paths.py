@@ -133,10 +133,11 @@ def _put_back(
     sources: Sequence[Node],
     lowest: int,
     attending: Collection[int],
-    others: Mapping[int, Mapping[str, Tensor]] | None = None,
+    replaced: Mapping[int, Mapping[str, Tensor]] | None = None,
 ) -> Iterator[_Seen]:
     """In this scope a pass of 1+N rows puts back in each what blocks from ``lowest`` on add, as the first row has it,
-    but for what the row's source adds; and what attention of ``attending`` layers is given, but for ``others``."""
+    but for what the row's source adds; and what attention of ``attending`` layers is given, but for factors that are
+    ``replaced``."""
     seen = _Seen([], {}, {}, {layer: {} for layer in attending})
     # What the stream that enters a block lacks of the first row's: what sources below would have added.
     lacking: list[Tensor] = [torch.zeros(())]
@@ -169,7 +170,7 @@ def _put_back(
         ends = {"hook_resid_pre": enter, "attn.hook_z": keep, "hook_resid_post": leave} | dict.fromkeys(outs, add)
         names = {f"blocks.{layer}.{end}": hook for end, hook in ends.items()}
         seen.hooks.extend((name, hook) for name, hook in names.items() if name in model.hook_dict)
-    factors = others or {}
+    factors = replaced or {}
     with ExitStack() as opened, model.recording() as recorded:
         for layer, own_factors in seen.arguments.items():
             opened.enter_context(_attention_put_back(model, layer, own_factors, factors.get(layer, {})))

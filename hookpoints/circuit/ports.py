@@ -81,10 +81,10 @@ def ports_of(node: Node, r: Recurrence, at_reads: Tensor, read: int | None = Non
         readers = None
         of_write = own.adjoint(gradient).states(positions=r.T - 1 - position)[0, 0, 0]
     key, value = (torch.atleast_2d(side[0, position, 0]).to(of_write) for side in (own.k, own.u))
-    others: dict[PortName, Tensor] = {"value": key, "key": value}
+    met_factors: dict[PortName, Tensor] = {"value": key, "key": value}
     if position > 0:
-        others["gate"] = own.states(positions=position - 1)[0, 0, 0]
-    ports = [Port(node, name, position, of_write, other) for name, other in others.items()]
+        met_factors["gate"] = own.states(positions=position - 1)[0, 0, 0]
+    ports = [Port(node, name, position, of_write, other) for name, other in met_factors.items()]
     if readers is None or r.read_before_write:
         return ports
     gradient = gradient[0, position:, 0].to(of_write)

@@ -78,8 +78,8 @@ class Tracing:
         kinds = [Node("embedding")]
         for layer in range(model.cfg.n_layers):
             kinds += [*head_kinds(model, layer), Node("mlp", layer)]
-        others = [kind for kind in kinds if kind.feature_type != "write" and kind.hook in model.hook_dict]
-        further = tuple(kind.hook for kind in others)
+        output_kinds = [kind for kind in kinds if kind.feature_type != "write" and kind.hook in model.hook_dict]
+        further = tuple(kind.hook for kind in output_kinds)
         gradients = read_gradients(model, tokens, lead.of, frozen, further, last=True)
         with reading(model) as values:
             session = EditSession(model, tokens, logits_to_keep=int(keeps_last(model)))
@@ -96,7 +96,7 @@ class Tracing:
         predicted = predict_writes(recurrences, gradients, donors)
         gradients = {name: gradient.to(place) for name, gradient in gradients.items()}
         text = Text(session.tokens, moved(recurrences, place), values)
-        for kind in others:
+        for kind in output_kinds:
             change = text.at(kind.hook)
             if other is not None:
                 change = change - other.at(kind.hook)

@@ -169,11 +169,11 @@ class MemoryReader:
         readings_with_p = list[Reading]()
         for reading in readings:
             length = len(reading.tokens)
-            others = [decoy[:length] for decoy in unread if len(decoy) >= length]
-            if not others:
+            cut_decoys = [decoy[:length] for decoy in unread if len(decoy) >= length]
+            if not cut_decoys:
                 raise InputError(f"decoys: expected some of {length} tokens or more, as the phrase has, got none")
-            above = int((self.scores(memory, others)[row] >= reading.score).sum())
-            readings_with_p.append(reading._replace(p=(1 + above) / (1 + len(others))))
+            above = int((self.scores(memory, cut_decoys)[row] >= reading.score).sum())
+            readings_with_p.append(reading._replace(p=(1 + above) / (1 + len(cut_decoys))))
         return readings_with_p
 
     def search(

@@ -150,7 +150,7 @@ def test_edges_are_measured_by_runs_with_that_side_changed(
         Node("write", layer, head, position), clean, tracer.gradients[f"blocks.{layer}.mixer.hook_read"], read
     ):
         taken = taken_by(tracer, Node("mlp", layer - 1, -1, port.at), port)
-        (found,) = tracer.runs.effects(change_for(port, tracer.text, taken))
+        (effect,) = tracer.runs.effects(change_for(port, tracer.text, taken))
         changed = without_mlp(model64, layer, port.at)
         at = (0, position, head)
         hooks: list[Any] = []
@@ -173,8 +173,8 @@ def test_edges_are_measured_by_runs_with_that_side_changed(
             hooks = [(f"blocks.{layer}.mixer.hook_read", partial(put, value=clean.replace(**fields).outputs()))]
         with torch.no_grad(), model64.edits(edit):
             logits = model64.run_with_hooks(SEQUENCE, fwd_hooks=hooks)
-        assert found == pytest.approx(tracer.runs.plain - float(difference(logits)), abs=1e-9), port.name
-        assert abs(found) > 1e-8
+        assert effect == pytest.approx(tracer.runs.plain - float(difference(logits)), abs=1e-9), port.name
+        assert abs(effect) > 1e-8
 
 
 def put(x: Tensor, hook: object, value: Tensor) -> Tensor:
@@ -197,7 +197,7 @@ def test_edges_into_a_softmax_head_compute_its_pattern_again(model64: HookedRecu
     ports = ports_of_output(Node("attn", layer, head, at), tracer.gradients[f"blocks.{layer}.attn.hook_z"])
     port = next(port for port in ports if port.name == name)
     taken = taken_by(tracer, Node("mlp", layer - 1, -1, token), port)
-    (found,) = tracer.runs.effects(change_for(port, tracer.text, taken))
+    (effect,) = tracer.runs.effects(change_for(port, tracer.text, taken))
     attn = f"blocks.{layer}.attn"
     below = f"blocks.{layer - 1}.hook_mlp_out"
     _, clean = model64.run_with_cache(SEQUENCE)
@@ -215,8 +215,8 @@ def test_edges_into_a_softmax_head_compute_its_pattern_again(model64: HookedRecu
     z[0, at, head] = patched[f"{attn}.hook_z"][0, at, head]
     with torch.no_grad():
         logits = model64.run_with_hooks(SEQUENCE, fwd_hooks=[(f"{attn}.hook_z", partial(put, value=z))])
-    assert found == pytest.approx(tracer.runs.plain - float(difference(logits)), abs=1e-9)
-    assert abs(found) > 1e-9
+    assert effect == pytest.approx(tracer.runs.plain - float(difference(logits)), abs=1e-9)
+    assert abs(effect) > 1e-9
     assert {*graph.edges[graph.edges.target.str.startswith("L3A")].port} == {"query", "key", "value", "gate"}
 
 
@@ -264,13 +264,13 @@ def test_an_edge_into_an_mlp_is_a_run_with_its_input_changed(ruled64: HookedRecu
             expected.append(ruled64.run_with_cache(SEQUENCE, names_filter=out)[1][out])
     sides = torch.cat(expected)[:, at]
     torch.testing.assert_close(given, sides[:1] - sides[1:], rtol=1e-9, atol=1e-12)
-    found = tracer.runs.effects(change_for(port, tracer.text, given))
-    for effect, value in zip(found, sides[1:]):
+    effects = tracer.runs.effects(change_for(port, tracer.text, given))
+    for effect, value in zip(effects, sides[1:]):
         swap: Any = partial(with_part, at=at, head=-1, value=value)
         with torch.no_grad():
             left = float(difference(ruled64.run_with_hooks(SEQUENCE, fwd_hooks=[(out, swap)])))
         assert effect == pytest.approx(tracer.runs.plain - left, abs=1e-9)
-    assert abs(found[0]) > 1e-8 and {"input"} == {port.name}
+    assert abs(effects[0]) > 1e-8 and {"input"} == {port.name}
 
 
 def test_a_graph_is_saved_and_read(graph: Graph, tmp_path: Path) -> None:

@@ -57,14 +57,14 @@ def test_the_holder_its_value_and_its_name_are_found(name: str) -> None:
     """Of questions whose answer one value tells. In Mamba-2 the token of a write sets its strength, dt, so that it is a
     source of the value as well."""
     model = HookedRecurrent.from_pretrained(name)
-    found = []
+    shares = []
     tokens = []
     questions = (Question(name, seed) for seed in range(11, 20))
     for question in islice((question for question in questions if question.told == 1), 2):
         graph = question.graph(model, measure=8, targets=len(question.writes))
         writes = graph.nodes[graph.nodes.feature_type == "write"]
         first = writes.loc[writes.predicted.abs().nlargest(len(question.writes)).index].node_id
-        found.append(first.isin(question.writes).mean())
+        shares.append(first.isin(question.writes).mean())
         for write in question.writes & {*graph.edges.target}:
             right = {f"stream@{question.value}"}
             if name.endswith("mamba2"):
@@ -72,7 +72,7 @@ def test_the_holder_its_value_and_its_name_are_found(name: str) -> None:
             tokens.append(largest(graph, write, "value", True) in right)
             if name != "induction":  # whose key comes from the layer below
                 tokens.append(largest(graph, write, "key", True) == f"stream@{question.key}")
-    assert np.mean(found) >= 0.8 and np.mean(tokens) >= 0.9, (found, tokens)
+    assert np.mean(shares) >= 0.8 and np.mean(tokens) >= 0.9, (shares, tokens)
 
 
 def test_induction_shows_both_layers() -> None:
@@ -175,15 +175,15 @@ def test_the_circuit_of_a_task_begins_with_the_write_that_is_known(name: str) ->
             near = {question.value + offset: f"value+{offset}" for offset in range(3)} | {last: "question"}
             roles.append([near.get(place, "rest") for place in range(last + 1)])
     model = HookedRecurrent.from_pretrained(name)
-    found, others = (attribute_task(pairs[at], model, roles[at]) for at in (slice(3), slice(3, 6)))
+    task, held_out = (attribute_task(pairs[at], model, roles[at]) for at in (slice(3), slice(3, 6)))
     holder = next(holder for holder in zoo.truth(name).holders if holder.holds == "values")
-    assert tuple(found.effects.iloc[0, :3]) == (f"value+{holder.offset}", holder.layer, holder.heads[0])
-    curve = found.faithful(others, [2], draws=8)
+    assert tuple(task.effects.iloc[0, :3]) == (f"value+{holder.offset}", holder.layer, holder.heads[0])
+    curve = task.faithful(held_out, [2], draws=8)
     assert curve.kept.item() > 0.9 and curve.random.abs().item() < 0.01
-    one = found.effects.iloc[0]
-    alike = [case.writes[(case.writes[["role", "layer", "head"]] == one[:3]).all(axis=1)] for case in found.cases]
+    one = task.effects.iloc[0]
+    alike = [case.writes[(case.writes[["role", "layer", "head"]] == one[:3]).all(axis=1)] for case in task.cases]
     assert one.effect == pytest.approx(np.mean([rows.effect.item() for rows in alike]))
-    assert found.effects.effect.abs().is_monotonic_decreasing
+    assert task.effects.effect.abs().is_monotonic_decreasing
 
 
 def test_texts_of_a_task_have_one_role_a_token_and_the_same_roles() -> None:
