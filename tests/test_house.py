@@ -24,20 +24,20 @@ PACKAGES = ("hookpoints", "sae_lens_writesae", "writesae", "writesae_study")
 HOMES = {"writesae_study": ROOT / "study"}
 """Folder of a package that is not in the root."""
 CEILINGS = {
-    "hookpoints": 54_800,
-    "sae_lens_writesae": 17_400,
-    "writesae": 16_200,
-    "study/writesae_study": 31_600,
-    "tests": 90_500,
-    "study/tests": 23_400,
-    "tools + benchmarks + study/tools": 41_700,
+    "hookpoints": 52_800,
+    "sae_lens_writesae": 15_500,
+    "writesae": 14_500,
+    "study/writesae_study": 29_000,
+    "tests": 76_400,
+    "study/tests": 16_700,
+    "tools + benchmarks + study/tools": 22_100,
 }
 """Expression nodes of folders, 3% above what there was. A smoke alarm and no target: a commit that needs more says what
 a reader gains."""
 OFFENDERS = {
-    "hookpoints + sae_lens_writesae + writesae + study/writesae_study": {"statement": 3, "joined": 0, "function": 3},
-    "tests + study/tests": {"statement": 48, "joined": 140, "function": 4},
-    "tools + benchmarks + study/tools": {"statement": 38, "joined": 31, "function": 1},
+    "hookpoints + sae_lens_writesae + writesae + study/writesae_study": {"statement": 3, "joined": 0, "function": 1},
+    "tests + study/tests": {"statement": 24, "joined": 108, "function": 2},
+    "tools + benchmarks + study/tools": {"statement": 18, "joined": 6, "function": 0},
 }
 """How many places of each kind folders have. A ratchet: only ever fewer."""
 ONE_WORD = 0
