@@ -1,4 +1,4 @@
-"""What readers tell of memories of language models: what was read, beside simple rivals and nulls.
+"""What readers tell of memories of language models: what was read, compared with simple rivals and nulls.
 
 All ways are given the same memories and phrases. Readers and their rivals with labels are fitted to the same text.
 """
@@ -177,7 +177,7 @@ def unread(reader: MemoryReader, tokens: Tensor, texts: int) -> dict[str, Any]:
 
 
 def kinds_of_text() -> dict[str, str]:
-    """Text that no fit has seen: of its own kind, and of two others."""
+    """Text that no fit has seen: speeches, as the text of the fits, and two other kinds."""
     kinds = {"speeches": embedded.text("test")}
     for kind, files in (("documentation", "docs/*.md"), ("code", "hookpoints/memory/*.py")):
         paths = sorted(Path(__file__).parents[1].glob(files))
@@ -186,7 +186,7 @@ def kinds_of_text() -> dict[str, str]:
 
 
 def of_model(name: str, texts: int, fits: int) -> dict[str, Any]:
-    """One model. Each fit has text of its own."""
+    """One model. Each fit has other text."""
     model = HookedRecurrent.from_pretrained(name, device="cpu")
     torch.manual_seed(0)
     fresh = HookedRecurrent.from_hf(type(model.hf_model)(model.hf_model.config), model.tokenizer)
@@ -218,7 +218,7 @@ SHOWN = "12 tokens, 44 later"
 
 
 def lines(figures: dict[str, Any]) -> list[Line]:
-    """AUC of the reader by length and age, beside rivals and nulls, and phrases that were not read."""
+    """AUC of the reader by length and age, compared with rivals and nulls, and phrases that were not read."""
     rows: list[Line] = []
     for name, own in figures.items():
         for what, ways in own["AUC"].items():

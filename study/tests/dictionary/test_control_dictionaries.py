@@ -30,7 +30,7 @@ ROWS = WRITES.dense().flatten(1) + 0.3 * draw(K * V, seed=2)
 
 
 def trained(architecture: str, **fields: object) -> MatrixSAE:
-    """Not trained: it only has weights, a threshold and biases of its own."""
+    """Not trained: only its weights, threshold and biases differ."""
     sae = untrained_sae(architecture, S.INFERENCE, k=2, seed=3, d_in=K * V, d_k=K, d_sae=F, **fields)
     with torch.no_grad():
         for parameter in sae.parameters():

@@ -79,6 +79,27 @@ def test_a_direct_edge_is_what_the_last_stream_without_the_source_gives(hooked64
     assert writes.measured.notna().sum() == min(3 + 20, len(writes))
 
 
+def test_what_a_block_adds_without_a_hook_is_put_back_on_a_direct_path() -> None:
+    """Here a function of the stream, in a block of a model that somebody changed."""
+    hf = make_hf().double()
+    block: Any = hf.model.layers[1]
+    plain = block.forward
+
+    def adding(*args: Any, **kwargs: Any) -> Tensor:
+        stream = plain(*args, **kwargs)
+        return stream + stream.sin()
+
+    block.forward = adding
+    with KeepFloat64():
+        model = HookedRecurrent.from_hf(hf)
+        graph = attribute(SEQUENCE, model, [5], against=9, measure=40, targets=1)
+        logits, cache = model.run_with_cache(SEQUENCE)
+        left = cache[f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"] - cache["blocks.0.hook_resid_pre"]
+        without = model.unembed(model.ln_final(left))
+    row: Any = graph.edges.query(f"port == 'direct' and source == 'E@{SEQUENCE.shape[1] - 1}'").iloc[0]
+    assert row.measured == pytest.approx(float(difference(logits) - difference(without)), abs=1e-9)
+
+
 def taken_by(tracer: Any, source: Node, port: Any) -> Any:
     """What a source takes off the side of a port."""
     paths = tracer._direct_paths([source], [port])
