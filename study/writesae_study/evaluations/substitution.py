@@ -36,7 +36,7 @@ PRACTICAL_FLOOR = 1e-4
 
 _CHOICES = "; ".join(f"{name}: {text}" for name, text in CHOICES.items())
 _CLAIM_OF_RULE = {"Mamba-2": 11, "RWKV-7": 12, "DeltaNet": 13}
-"""Rules for which the paper reports a separate substitution test; for all other_atoms it is its first claim."""
+"""Rules for which the paper reports a separate substitution test; for all others it is its first claim."""
 _WORST_FIRST: tuple[Outcome, ...] = ("confounded", "undecided", "fails")
 
 
