@@ -226,8 +226,13 @@ def test_what_cannot_be_pushed_is_said_before_any_upload(foreign: Path, tmp_path
         run_push(Push(tmp_path, "me/saes"))
 
 
-def test_a_hub_that_is_not_there_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """These tests run offline."""
+@pytest.mark.parametrize("is_offline", [True, False], ids=["offline", "no answer"])
+def test_a_hub_that_is_not_there_is_one_line(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, is_offline: bool
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", is_offline)
+    for owner, name in ((constants, "ENDPOINT"), (hf_api.api, "endpoint")):
+        monkeypatch.setattr(owner, name, "http://127.0.0.1:9")
     with pytest.raises(SystemExit) as ended:
         main(["push", str(folder), "me/saes"])
     shown = capsys.readouterr().err

@@ -84,10 +84,19 @@ def run_push(flags: Push) -> str:
     text = card(flags.repo, saes)
     if flags.dry_run:
         return text
-    upload_saes_to_huggingface(cast(Any, saes), flags.repo, add_default_readme=False)
-    commit = HfApi().upload_file(
-        path_or_fileobj=text.encode(), path_in_repo="README.md", repo_id=flags.repo, commit_message="Upload the card"
-    )
+    try:
+        upload_saes_to_huggingface(cast(Any, saes), flags.repo, add_default_readme=False)
+        commit = HfApi().upload_file(
+            path_or_fileobj=text.encode(),
+            path_in_repo="README.md",
+            repo_id=flags.repo,
+            commit_message="Upload the card",
+        )
+    except Exception as error:
+        # huggingface_hub lets the errors of its client through: of httpx or httpx2, by its version.
+        if not type(error).__module__.startswith("httpx"):
+            raise
+        raise ConnectionError(f"{flags.repo}: the hub cannot be reached ({error})") from error
     return commit.commit_url
 
 
