@@ -173,7 +173,7 @@ def test_only_a_later_sentence_overwrote_another(name, is_later):
 def test_sentences_of_the_same_answer_are_left_out_together(speaker, documents):
     """A lie that is told twice hides behind itself."""
     flagged = 0
-    for document in documents[:3]:
+    for document in documents[:4]:
         fact = document.facts[0]
         clean = speaker.memory(torch.tensor([document.tokens[: document.facts[-1].stop]]))
         lies = [
@@ -185,7 +185,7 @@ def test_sentences_of_the_same_answer_are_left_out_together(speaker, documents):
         assert len(own) == 2 and own[0].together == own[1].together == sorted(each.span for each in own)
         assert own[0].answer == own[1].answer == " " + fact.value
         flagged += all(each.flagged and each.overwrote for each in own)
-    assert flagged >= 2
+    assert flagged >= 3
 
 
 def test_a_sentence_contradicts_the_first_that_tells_the_other_answer_of_the_same_thing(speaker):
@@ -202,12 +202,12 @@ def test_a_sentence_contradicts_the_first_that_tells_the_other_answer_of_the_sam
 def test_a_text_that_contradicts_nothing_is_rarely_flagged(speaker, documents):
     """Without the only sentence that tells an answer the model may be sure of a wrong one, told of somebody else."""
     flags = 0
-    for document in documents[:3]:
+    for document in documents:
         memory = speaker.memory(torch.tensor([document.tokens[: document.facts[-1].stop]]))
         suspects = [suspect for fact in document.facts for suspect in memory.suspects(question(fact))]
         flags += sum(suspect.flagged for suspect in suspects)
         assert not any(suspect.flagged and suspect.probability < SURE for suspect in suspects)
-    assert flags <= 1
+    assert flags <= 0.1 * sum(len(document.facts) for document in documents)
 
 
 def test_sentences_are_alike_that_share_a_rare_word_of_the_question():
