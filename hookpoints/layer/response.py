@@ -14,13 +14,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hookpoints.edits.edit import LowRankChange
-from hookpoints.recurrence import reference
-from hookpoints.recurrence.canonical import ScanResult, over_time
+from hookpoints.recurrence import dense
+from hookpoints.recurrence.canonical import over_time
 from hookpoints.recurrence.recurrence import Recurrence
+from hookpoints.recurrence.reference import transition
 from hookpoints.rules.base import OpResult
 
 _TERMS = 8
-"""Terms of a token's change above which a walk by tokens is cheaper than chunks."""
+"""Terms of a token's change from which it is cheaper as a matrix."""
 
 
 class EditResponse:
@@ -36,8 +37,8 @@ class EditResponse:
         self.final_state: Tensor | None = None
 
     def add_low_rank(self, change: LowRankChange) -> None:
-        """Cost: one chunked pass over one head, from the first token of its span on. Changes of many terms are walked
-        token by token."""
+        """Cost: one chunked pass over one head, from the first token of its span on. Many terms are added up at these
+        tokens, and are dense there."""
         self.low_rank.append(change)
         span = change.span or slice(0, self.recurrence.T)
         self._add_answer(slice(change.head, change.head + 1), self._answering_recurrence(change), span)
@@ -61,20 +62,20 @@ class EditResponse:
 
     def _add_answer(self, heads: slice, answer: Recurrence, span: slice) -> None:
         """What ``answer``, that of ``heads`` to a change at the tokens ``span``, gives is added."""
-        begun = answer.starting_state()
         if answer.R > _TERMS:
-            walked = reference.scan(answer.select(tokens=span, initial_state=begun))
-            self._add_and_carry_on(heads, answer, span, walked)
+            keys = answer.k[:, span]
+            values = answer.u[:, span]
+            self._add_writes(heads, answer, span, lambda rows, at: keys[rows, at].mT @ values[rows, at])
             return
         if span.start:
-            answer = answer.select(tokens=slice(span.start, None), initial_state=begun)
+            answer = answer.select(tokens=slice(span.start, None), initial_state=answer.starting_state())
         outputs, final_state = answer.scan()
         self._add_outputs(heads, span.start, outputs, final_state)
 
     def add_dense(self, heads: slice, change: Tensor) -> None:
         """``change`` [B,T,H',K,V] is added to the writes of ``heads``.
 
-        Cost: a walk token by token from the first change to the last, then a chunked pass.
+        Cost: see `hookpoints.recurrence.dense`; from the last change on, that of a chunked pass.
         """
         span = _changed_tokens(_change_size(change), change)
         if span is None:
@@ -85,17 +86,20 @@ class EditResponse:
         for i, head in enumerate(range(self.recurrence.H)[heads]):
             self.low_rank.append(LowRankChange(head, keys, change[:, :, i]))
         r = self.recurrence.select(heads=heads).replace(initial_state=None)
-        walked = reference.scan(r.select(tokens=span, initial_state=r.starting_state()), change[:, span])
-        self._add_and_carry_on(heads, r, span, walked)
+        changed = change[:, span]
+        self._add_writes(heads, r, span, lambda rows, at: changed[rows, at])
 
-    def _add_and_carry_on(self, heads: slice, r: Recurrence, span: slice, walked: ScanResult) -> None:
-        """What ``r``, that of ``heads``, was ``walked`` to at the tokens ``span`` is added, and what it leaves to the
-        tokens after them."""
-        self._add_outputs(heads, span.start, walked.outputs, None)
+    def _add_writes(self, heads: slice, r: Recurrence, span: slice, writes: dense.Writes) -> None:
+        """What ``r``, that of ``heads``, makes of ``writes`` at the tokens ``span`` is added."""
+        changed = dense.scan_with(r.select(tokens=span, initial_state=r.starting_state()), writes)
+        if span.stop == r.T:
+            self._add_outputs(heads, span.start, changed.outputs, changed.final_state)
+            return
+        self._add_outputs(heads, span.start, changed.outputs, None)
         # No more changes: the rest is carried by the chunked pass.
         nothing = torch.zeros_like(r.q[..., :1]).expand(*r.q.shape[:3], r.V)
         rest = r.with_write(r.q, nothing)
-        rest = rest.select(tokens=slice(span.stop, None), initial_state=walked.final_state)
+        rest = rest.select(tokens=slice(span.stop, None), initial_state=changed.final_state)
         self._add_outputs(heads, span.stop, *rest.scan())
 
     def add_states_before(self, heads: slice, change: Tensor) -> None:
@@ -110,7 +114,7 @@ class EditResponse:
         changed = r.select(tokens=span, initial_state=r.starting_state())
         by_token = {name: x.flatten(0, 1).unsqueeze(1) for name, x in over_time(changed)}
         alone = dataclasses.replace(changed, **by_token, initial_state=None)  # every token its own row
-        moved = reference.transition(alone, 0, change[:, span].flatten(0, 1))
+        moved = transition(alone, 0, change[:, span].flatten(0, 1))
         writes = torch.zeros_like(change)
         writes[:, span] = moved.unflatten(0, (r.B, -1))
         self.add_dense(heads, writes)

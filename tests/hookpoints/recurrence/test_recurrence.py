@@ -11,7 +11,7 @@ from recurrences import FORMS, Form, entrywise, normal, random_recurrence
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from hookpoints.recurrence import Loop, Method, Recurrence, chunked
+from hookpoints.recurrence import Loop, Method, Recurrence, chunked, dense, reference
 
 FACTORS = ("q", "k", "u", "log_decay", "a", "b", "beta", "initial_state")
 METHODS: tuple[Method, ...] = ("chunked", "reference")
@@ -152,6 +152,20 @@ def test_gradients_of_writes_and_values_are_those_of_autograd(r: Recurrence, met
     u = r.u.clone().requires_grad_()
     (expected,) = torch.autograd.grad((r.replace(u=u).outputs(method="reference") * g).sum(), u)
     exact(r.value_gradients(g, method=method), expected)
+
+
+@seldom
+@given(r=recurrences(), wide=st.booleans(), block=st.integers(8, 80))
+def test_dense_writes_are_those_of_the_reference(r: Recurrence, wide: bool, block: int) -> None:
+    """Rows one by one, and tokens where they are looped over; blocks of a few tokens."""
+    writes = normal(*r.q.shape, r.V)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dense, "_NUMBERS", 1)
+        patch.setattr(dense, "_LOOPED", 1)
+        patch.setattr(dense, "_BLOCK", block)
+        patch.setattr(dense, "_WIDE", {"cpu": 0} if wide else {})
+        ours = dense.scan_with(r, lambda rows, tokens: writes[rows, tokens])
+    exact(tuple(ours), tuple(reference.scan(r, writes)))
 
 
 # -- float32 and less
