@@ -42,6 +42,18 @@ def test_passes_stay_below_their_ceilings() -> None:
     assert costs["session of 64 replaces, 64 positions"]["sync"] <= 1
 
 
+def test_writes_replaced_at_every_token_take_no_launches_a_token() -> None:
+    """As SAELens' evaluations splice a dictionary in. Token by token there are seven a token more."""
+    with device.pretended() as seen, torch.no_grad():
+        model = HookedRecurrent.from_pretrained("embedded", device="npu", self_check=False)
+        ids = torch.ones(1, 128, dtype=torch.long, device="npu")
+        hook = ("blocks.2.mixer.heads.1.hook_write_vec", lambda write, hook: 0.9 * write)
+        model.run_with_hooks(ids, fwd_hooks=[hook])
+        native = seen.of(lambda: model(ids))
+        spliced = seen.of(lambda: model.run_with_hooks(ids, fwd_hooks=[hook]))
+    assert spliced["launch"] <= native["launch"] + 200
+
+
 @pytest.mark.slow
 def test_a_graph_stays_below_its_ceilings() -> None:
     """Of 15 tokens: all nodes measured, edges, and random writes."""
